@@ -1,0 +1,268 @@
+"""Every named number format: the constants, `ALL`, and the look-up by name.
+
+To add one: define the constant and list it in `_FORMATS`. The contract tests, the properties table
+and the benchmarks then include it without another line.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat
+
+__all__ = ["ALL", "fixed_point", "formats_table", "get_format", "p3109"]
+
+
+def p3109(
+    bits: int,
+    precision: int,
+    *,
+    signed: bool = True,
+    domain: Literal["extended", "finite"] = "extended",
+) -> FloatFormat:
+    """The IEEE P3109 format binary{K}p{P}{s|u}{e|f}.
+
+    Args:
+      bits: K, 3 to 15.
+      precision: P, the bits of the significand with the hidden one: 1 to K - 1 when signed, 1 to K
+        when not.
+      signed: the letter s or u.
+      domain: `"extended"` has infinities (the letter e), `"finite"` gives their codes to values.
+
+    Returns:
+      The format. Its bias is 2^(exponent_bits - 1); NaN has one code and there is no -0.
+
+    Raises:
+      ValueError: K or P is out of range.
+
+    Example:
+      >>> p3109(8, 3).max, p3109(8, 4).tiny
+      (49152.0, 0.0009765625)
+
+    References:
+      IEEE SA P3109 Working Group, interim report 3, section 4.
+    """
+    name = f"binary{bits}p{precision}{'s' if signed else 'u'}{domain[:1]}"
+    if not (3 <= bits <= 15 and 1 <= precision <= bits - int(signed)):
+        raise ValueError(
+            f"P3109 format {name!r}: `bits` must be 3 to 15 and `precision` 1 to "
+            f"{'bits - 1' if signed else 'bits'}, got bits={bits}, precision={precision}."
+        )
+    if domain not in ("extended", "finite"):
+        raise ValueError(f"P3109 `domain` must be 'extended' or 'finite', got {domain!r}.")
+    exponent_bits = bits - precision + 1 - int(signed)
+    return FloatFormat(
+        name,
+        exponent_bits=exponent_bits,
+        mantissa_bits=precision - 1,
+        bias=2 ** (exponent_bits - 1),
+        signed=signed,
+        inf=domain == "extended",
+        nan="negative_zero" if signed else "all_ones",
+    )
+
+
+def fixed_point(integer_bits: int, fraction_bits: int, *, signed: bool = True) -> IntFormat:
+    """The fixed-point format Qm.n (UQm.n when unsigned): k / 2^n with m + n bits beside the sign.
+
+    Args:
+      integer_bits: m, the bits before the binary point, the sign not counted.
+      fraction_bits: n, the bits behind it.
+      signed: two's complement when True.
+
+    Returns:
+      The format, of m + n + 1 bits when signed and m + n when not.
+
+    Raises:
+      ValueError: the width is not 1 to 16 bits.
+
+    Example:
+      >>> fixed_point(3, 4).max
+      7.9375
+    """
+    name = f"{'' if signed else 'u'}q{integer_bits}.{fraction_bits}"
+    bits = integer_bits + fraction_bits + int(signed)
+    return IntFormat(name, bits, signed=signed, fraction_bits=fraction_bits)
+
+
+_IEEE: dict[str, Any] = {"inf": True, "nan": "ieee"}
+_FNUZ: dict[str, Any] = {"nan": "negative_zero"}
+
+_NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# In code order, the sign in the top bit; bitsandbytes' code 8 is a second zero.
+_BNB_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+_BNB_FP4_LEVELS = tuple(sign * level / 12 for sign in (1, -1) for level in _BNB_FP4_TWELFTHS)
+
+_FORMATS: tuple[Format, ...] = (
+    # IEEE 754 and its truncations.
+    FloatFormat("float32", 8, 23, **_IEEE),
+    FloatFormat("tf32", 8, 10, **_IEEE),
+    FloatFormat("float16", 5, 10, **_IEEE),
+    FloatFormat("bfloat16", 8, 7, **_IEEE),
+    # ml_dtypes' float8 types: OCP's two, IEEE-like ones, the FNUZ ones, and the MX scale.
+    FloatFormat("float8_e3m4", 3, 4, **_IEEE),
+    FloatFormat("float8_e4m3", 4, 3, **_IEEE),
+    FloatFormat("float8_e4m3fn", 4, 3, nan="all_ones"),
+    FloatFormat("float8_e4m3fnuz", 4, 3, bias=8, **_FNUZ),
+    FloatFormat("float8_e4m3b11fnuz", 4, 3, bias=11, **_FNUZ),
+    FloatFormat("float8_e5m2", 5, 2, **_IEEE),
+    FloatFormat("float8_e5m2fnuz", 5, 2, bias=16, **_FNUZ),
+    FloatFormat(
+        "float8_e8m0fnu", 8, 0, signed=False, nan="all_ones", zero=False, parity="significand"
+    ),
+    # OCP microscaling elements.
+    FloatFormat("float6_e2m3fn", 2, 3),
+    FloatFormat("float6_e3m2fn", 3, 2),
+    FloatFormat("float4_e2m1fn", 2, 1),
+    # Beyond ml_dtypes: Intel's E3M4 (one NaN magnitude, no inf) and unsigned scales.
+    FloatFormat("float8_e3m4fn", 3, 4, nan="all_ones"),
+    FloatFormat("float7_ue4m3fn", 4, 3, signed=False, nan="all_ones"),
+    FloatFormat("float8_ue5m3fn", 5, 3, signed=False, nan="all_ones"),
+    # IEEE P3109's 8-bit signed extended formats; `p3109` makes the rest of the family.
+    *(p3109(8, precision) for precision in range(1, 8)),
+    # Powers of two with a zero: sign and exponent only.
+    FloatFormat("float4_e3m0", 3, 0),
+    # Integers and fixed point.
+    *(IntFormat(f"int{bits}", bits) for bits in (*range(1, 9), 16)),
+    *(IntFormat(f"uint{bits}", bits, signed=False) for bits in (*range(1, 9), 16)),
+    IntFormat("mxint8", 8, fraction_bits=6),
+    # Codebooks.
+    CodebookFormat("nf4", _NF4_LEVELS),
+    CodebookFormat("fp4_bnb", _BNB_FP4_LEVELS),
+    CodebookFormat("ternary", (-1.0, 0.0, 1.0)),
+    CodebookFormat("binary", (-1.0, 1.0), ties="up"),
+)
+
+ALL = MappingProxyType({fmt.name: fmt for fmt in _FORMATS})
+
+
+def get_format(spec: "str | Format | np.dtype | type") -> Format:
+    """The format that a name, a dtype or a format stands for.
+
+    Args:
+      spec: a name in `jaxq.catalog.ALL`, a NumPy or ml_dtypes dtype (or scalar type, such as
+        `jnp.bfloat16`) of the same name, or a format, which is returned as it is.
+
+    Returns:
+      The format.
+
+    Raises:
+      ValueError: no format has that name; the text gives the nearest names.
+      TypeError: the argument is none of the three.
+
+    Example:
+      >>> get_format("float8_e4m3fn").max
+      448.0
+    """
+    if isinstance(spec, Format):
+        return spec
+    name = spec
+    if not isinstance(spec, str):
+        try:
+            name = np.dtype(spec).name
+        except TypeError as error:
+            raise TypeError(
+                f"A format must be a name, a dtype or a jaxq format, got {type(spec).__name__}."
+            ) from error
+    if name in ALL:
+        return ALL[name]
+    near = difflib.get_close_matches(str(name), ALL, n=3, cutoff=0.5)
+    hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(ALL)}."
+    raise ValueError(f"No number format is named {name!r}. {hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatRow:
+    """One row of `formats_table`; the units are those of the format's properties."""
+
+    name: str
+    bits: int
+    max: float
+    smallest_normal: float
+    min_positive: float
+    precision_at_1: float
+    distinct_values: int
+    dynamic_range_db: float
+    decimal_digits: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatsTable:
+    """Rows of format properties; `str` sets them as plain text."""
+
+    rows: tuple[FormatRow, ...]
+
+    def __str__(self) -> str:
+        heads = [field.name for field in dataclasses.fields(FormatRow)]
+        cells = [[_cell(getattr(row, head)) for head in heads] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+        lines = [
+            "  ".join(
+                text.ljust(width) if i == 0 else text.rjust(width)
+                for i, (text, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in (heads, *cells)
+        ]
+        return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.6g}"
+    return str(value)
+
+
+def formats_table(formats: "Iterable[str | Format] | None" = None) -> FormatsTable:
+    """The properties that a comparison of number formats shows, derived and not looked up.
+
+    Args:
+      formats: which formats, as `get_format` takes them; None means the whole catalogue.
+
+    Returns:
+      A table whose `rows` are records and whose `str` is aligned text.
+
+    Example:
+      >>> print(formats_table(["float8_e4m3fn", "int4"]))  # doctest: +NORMALIZE_WHITESPACE
+      name  bits  max  smallest_normal  min_positive  precision_at_1  distinct_values ...
+      float8_e4m3fn     8  448         0.015625    0.00195312           0.125              253 ...
+      int4              4    7                1             1               1               16 ...
+    """
+    chosen = [get_format(spec) for spec in (ALL.values() if formats is None else formats)]
+    return FormatsTable(
+        tuple(
+            FormatRow(
+                name=fmt.name,
+                bits=fmt.bits,
+                max=fmt.max,
+                smallest_normal=fmt.smallest_normal,
+                min_positive=fmt.tiny,
+                precision_at_1=fmt.eps,
+                distinct_values=fmt.num_values,
+                dynamic_range_db=fmt.dynamic_range_db,
+                decimal_digits=fmt.decimal_digits,
+            )
+            for fmt in chosen
+        )
+    )

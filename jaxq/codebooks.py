@@ -1,0 +1,100 @@
+"""Codebook formats: which level a value goes to.
+
+Values are compared as integers in the order of the floats, so that a float32 subnormal is never
+taken for zero; a chain of one comparison and one select per level runs at the speed of memory,
+where a search or a gather does not.
+"""
+
+import fractions
+import functools
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.formats import CodebookFormat
+from jaxq.grids import Layout, where
+from jaxq.rounding import Rounding, nearest_away, nearest_even
+
+__all__ = ["choose"]
+
+
+def _ordered(bits: np.ndarray | jax.Array, layout: Layout) -> np.ndarray | jax.Array:
+    """Float bits as integers that compare as the floats do (-0 just below 0)."""
+    shift = 8 * np.dtype(layout.int_type).itemsize - 1
+    return bits ^ ((bits >> layout.int_type(shift)) & layout.magnitude_mask)
+
+
+def _below(threshold: fractions.Fraction, layout: Layout) -> int:
+    """The ordered integer of the largest float strictly below a number."""
+    near = layout.float_type(float(threshold))  # Correctly rounded twice, then mended.
+    while fractions.Fraction(float(near)) >= threshold:
+        near = np.nextafter(near, layout.float_type(-np.inf))
+    while fractions.Fraction(float(np.nextafter(near, layout.float_type(np.inf)))) < threshold:
+        near = np.nextafter(near, layout.float_type(np.inf))
+    # + 0.0: -0 counts as 0, and so its ordered integer is that of 0 here.
+    return int(_ordered(np.atleast_1d(near + layout.float_type(0)).view(layout.int_type), layout)[0])
+
+
+@functools.cache
+def _midpoints(fmt: CodebookFormat, layout: Layout) -> tuple[int, ...]:
+    """For each pair of neighbours, the ordered integer that a value must exceed to go up."""
+    levels = [fractions.Fraction(float(v)) for v in fmt.values]
+    result = []
+    for low, high in zip(levels, levels[1:], strict=False):
+        middle = (low + high) / 2
+        below = _below(middle, layout)
+        on_grid = fractions.Fraction(float(layout.float_type(float(middle)))) == middle
+        result.append(below + 1 if fmt.ties == "down" and on_grid else below)
+    return tuple(result)
+
+
+def choose(
+    x: jax.Array, fmt: CodebookFormat, rounding: Rounding, random: jax.Array | None, outputs: list
+) -> jax.Array:
+    """For each value, the output that belongs to the level it rounds to.
+
+    Args:
+      x: float32 or float64, any shape. Beyond the outermost levels it goes to them; NaN goes where
+        0 does.
+      fmt: the codebook.
+      rounding: a mode. Both nearest ones follow `fmt.ties`.
+      random: random bits for the mode.
+      outputs: one NumPy scalar a distinct level, in ascending order of the levels.
+
+    Returns:
+      An array of x's shape and the outputs' dtype.
+    """
+    layout = Layout.of(x.dtype)
+    bits = layout.bits(x)
+    bits = where((bits & layout.magnitude_mask) > layout.inf, layout.int_type(0), bits)
+    key = _ordered(bits, layout)
+
+    def chain(thresholds: tuple[int, ...], items: list) -> jax.Array:
+        found = lax.full(x.shape, items[0])
+        for threshold, item in zip(thresholds, items[1:], strict=True):
+            above = lax.gt(key, lax.full(x.shape, layout.int_type(threshold)))
+            found = lax.select(above, lax.full(x.shape, item), found)
+        return found
+
+    if rounding in (nearest_even, nearest_away):
+        return chain(_midpoints(fmt, layout), outputs)
+
+    # Any other mode sees the fraction between the two neighbours, in the direction of magnitude.
+    levels = [layout.float_type(v) for v in fmt.values]
+    on_or_above = tuple(_below(fractions.Fraction(float(v)), layout) for v in levels[1:-1])
+    low = chain(on_or_above, levels[:-1])
+    high = chain(on_or_above, levels[1:])
+    odd = chain(on_or_above, [layout.float_type(i % 2) for i in range(len(levels) - 1)])
+    negative = bits < layout.int_type(0)
+    x = lax.clamp(levels[0], layout.floats(bits), levels[-1])
+    near = lax.select(negative, high, low)
+    far = lax.select(negative, low, high)
+    odd = lax.select(negative, 1.0 - odd, odd)
+    largest_fraction = layout.float_type(1 - 2.0**-layout.mantissa_bits)
+    inside = lax.min(jnp.abs((x - near) / (far - near)), largest_fraction)
+    fraction = lax.select(x == far, lax.full_like(x, 1), inside)
+    goes_far = rounding(odd + fraction, negative, random) > odd
+    low_out, high_out = chain(on_or_above, outputs[:-1]), chain(on_or_above, outputs[1:])
+    return lax.select(goes_far ^ negative, high_out, low_out)

@@ -1,0 +1,273 @@
+"""Values of a format and their codes, both ways, and codes packed into bytes.
+
+These are exact bijections: all rounding happens before, in `grids` and `codebooks`.
+"""
+
+import functools
+import math
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.catalog import get_format
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat
+from jaxq.grids import BinaryGrid, Layout, extended_bits, is_narrow, where
+
+__all__ = ["code_dtype", "codes_of", "decode", "pack", "unpack"]
+
+
+def code_dtype(fmt: Format) -> np.dtype:
+    """The unsigned dtype that holds the codes of a format."""
+    return np.dtype("uint8" if fmt.bits <= 8 else "uint16" if fmt.bits <= 16 else "uint32")
+
+
+def codes_of(y: jax.Array, fmt: FloatFormat | IntFormat) -> jax.Array:
+    """Codes of float32 or float64 values that are on the format's grid already."""
+    layout = Layout.of(y.dtype)
+    if isinstance(fmt, IntFormat):
+        integers = (y * layout.float_type(2.0**fmt.fraction_bits)).astype(jnp.int32)
+        return (integers & np.int32(2**fmt.bits - 1)).astype(code_dtype(fmt))
+    bits = layout.bits(y)
+    magnitude = bits & layout.magnitude_mask
+    mantissa_bits = fmt.mantissa_bits
+    narrow = is_narrow(BinaryGrid.of(fmt), layout)
+    extended = magnitude if narrow else extended_bits(magnitude, layout)
+    exponent = (extended >> layout.mantissa_bits) - (fmt.emin + layout.bias)
+    mantissa = (extended & ~layout.shifted(-1)) >> (layout.mantissa_bits - mantissa_bits)
+    code = ((exponent + int(fmt.zero)) << mantissa_bits) + mantissa
+    if fmt.zero:
+        # Below the smallest normal value the code counts the smallest subnormal.
+        whole = extended - layout.shifted(fmt.emin - mantissa_bits)
+        count = lax.max(layout.floats(whole), layout.float_type(0)).astype(layout.int_type)
+        code = where(exponent < 0, count, code)
+        code = where(magnitude == 0, layout.int_type(0), code)
+    if fmt.inf_code is not None:
+        code = where(magnitude == layout.inf, layout.int_type(fmt.inf_code), code)
+    if fmt.nan_code is not None:
+        code = where(magnitude > layout.inf, layout.int_type(fmt.nan_code), code)
+    code = code.astype(code_dtype(fmt))
+    if not fmt.signed:
+        return code
+    sign_code = code_dtype(fmt).type(2 ** (fmt.bits - 1))
+    return code | where(bits < 0, sign_code, code_dtype(fmt).type(0))
+
+
+@functools.cache
+def level_codes(fmt: CodebookFormat) -> list[np.generic]:
+    """The code of each distinct level, ascending; the first code where a level stands twice."""
+    levels = np.asarray(fmt.levels)
+    return [np.uint8(int(np.flatnonzero(levels == v)[0])) for v in fmt.values]
+
+
+@functools.cache
+def _code_values(fmt: Format) -> np.ndarray:
+    """The value of every code of at most 16 bits as float64, NaN for codes without a value."""
+    if isinstance(fmt, CodebookFormat):
+        table = np.full(2**fmt.bits, np.nan)
+        table[: len(fmt.levels)] = fmt.levels
+        return table
+    assert isinstance(fmt, FloatFormat)
+    magnitudes = np.full(2 ** (fmt.bits - int(fmt.signed)), np.nan)
+    magnitudes[: fmt.max_code + 1] = [fmt.magnitude(c) for c in range(fmt.max_code + 1)]
+    if fmt.inf_code is not None:
+        magnitudes[fmt.inf_code] = np.inf
+    if not fmt.signed:
+        return magnitudes
+    table = np.concatenate([magnitudes, -magnitudes])
+    if fmt.nan == "negative_zero":
+        table[2 ** (fmt.bits - 1)] = np.nan
+    return table
+
+
+def decode(codes: jax.Array, fmt: "str | Format", *, dtype: jax.typing.DTypeLike = jnp.float32):
+    """The values that codes stand for.
+
+    Args:
+      codes: unsigned integers of any shape, one code an element, as `jaxq.encode` gives them. Bits
+        above the format's width are ignored.
+      fmt: the format, as `jaxq.get_format` takes it.
+      dtype: float32, or float64 with x64 on.
+
+    Returns:
+      Values of the codes' shape. Exact in float32 for every format whose values float32 holds; a
+      value beyond its range (formats with more than 8 exponent bits only) becomes infinite or
+      the nearest subnormal. A code without a value gives NaN.
+
+    Raises:
+      TypeError: the codes are not unsigned integers, or the dtype is not one of these.
+      ValueError: the codes' dtype is narrower than the format.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> decode(jnp.uint8([0x08, 0x7E, 0xFE]), "float8_e4m3fn")
+      Array([ 1.5625e-02,  4.4800e+02, -4.4800e+02], dtype=float32)
+    """
+    fmt = get_format(fmt)
+    codes = jnp.asarray(codes)
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(codes.dtype, jnp.unsignedinteger):
+        raise TypeError(f"decode: `codes` must be unsigned integers, got {codes.dtype}.")
+    if 8 * codes.dtype.itemsize < fmt.bits:
+        raise ValueError(
+            f"decode: {fmt.name} has codes of {fmt.bits} bits, got codes of {codes.dtype}."
+        )
+    if dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"decode: `dtype` must be float32 or float64, got {dtype}.")
+    return _decode(codes, fmt, jax.dtypes.canonicalize_dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
+def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
+    layout = Layout.of(dtype)
+    if fmt.bits < 8 * codes.dtype.itemsize:
+        codes = codes & codes.dtype.type(2**fmt.bits - 1)
+    if isinstance(fmt, IntFormat):
+        integers = codes.astype(layout.int_type)
+        if fmt.signed:
+            half = layout.int_type(2 ** (fmt.bits - 1))
+            integers = (integers ^ half) - half
+        scale = layout.float_type(2.0**-fmt.fraction_bits)
+        return integers.astype(layout.float_type) * scale
+    if isinstance(fmt, FloatFormat) and fmt.nan == "ieee" and fmt.inf:
+        if fmt.exponent_bits == 8 and fmt.bias == layout.bias:  # A float32, cut short.
+            shifted = codes.astype(jnp.uint32) << np.uint32(32 - fmt.bits)
+            return lax.bitcast_convert_type(shifted, jnp.float32)
+    if not (isinstance(fmt, FloatFormat) and is_narrow(BinaryGrid.of(fmt), layout)):
+        with np.errstate(over="ignore"):
+            table = _code_values(fmt).astype(layout.float_type)
+        return jnp.asarray(table)[codes]
+
+    integers = codes.astype(layout.int_type)
+    magnitude = integers & layout.int_type(2 ** (fmt.exponent_bits + fmt.mantissa_bits) - 1)
+    shift = layout.mantissa_bits - fmt.mantissa_bits
+    offset = layout.field(fmt.emin) - layout.shifted(int(fmt.zero))
+    values = layout.floats((magnitude << shift) + offset)
+    if fmt.zero:
+        unit = layout.float_type(math.ldexp(1.0, fmt.emin - fmt.mantissa_bits))
+        low = magnitude < layout.int_type(2**fmt.mantissa_bits)
+        small = magnitude.astype(layout.float_type) * unit
+        values = where(low, small if fmt.subnormals else layout.float_type(0), values)
+    if fmt.inf_code is not None:
+        values = where(magnitude == fmt.inf_code, layout.float_type(np.inf), values)
+    if fmt.nan is not None and fmt.nan != "negative_zero":
+        first_nan = fmt.max_code + 1 + int(fmt.inf)
+        values = where(magnitude >= first_nan, layout.float_type(np.nan), values)
+    if not fmt.signed:
+        return values
+    sign = (integers >> (fmt.bits - 1)) << (8 * np.dtype(layout.int_type).itemsize - 1)
+    values = layout.floats(layout.bits(values) | sign)
+    if fmt.nan == "negative_zero":
+        values = where(integers == fmt.nan_code, layout.float_type(np.nan), values)
+    return values
+
+
+def _groups(bits: int) -> tuple[int, int]:
+    """How many codes fill how many whole bytes."""
+    shared = math.gcd(bits, 8)
+    return 8 // shared, bits // shared
+
+
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """Packs codes into bytes without waste, low bits first, along the last axis.
+
+    The codes form one string of bits, the first code's lowest bit first; byte i holds bits 8 i to
+    8 i + 7, its lowest bit first. So two 4-bit codes share a byte with the first in the low
+    nibble, as in ml_dtypes' int4, GGUF and most storage.
+
+    Args:
+      codes: `[..., n]`, unsigned integers below 2^bits (higher bits are dropped).
+      bits: 1 to 16.
+
+    Returns:
+      uint8 `[..., ceil(n bits / 8)]`; the unused high bits of the last byte are zero.
+
+    Raises:
+      TypeError: the codes are not unsigned integers.
+      ValueError: `bits` is out of range or the codes have no axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pack(jnp.uint8([0x1, 0x2, 0x3]), bits=4).tolist()
+      [33, 3]
+    """
+    codes = jnp.asarray(codes)
+    _check_packing("pack", codes, bits)
+    *leading, n = codes.shape
+    per_group, group_bytes = _groups(bits)
+    groups = -(-n // per_group)
+    padding = [(0, 0, 0)] * len(leading) + [(0, groups * per_group - n, 0)]
+    wide = (codes & codes.dtype.type(2 ** min(bits, 8 * codes.dtype.itemsize) - 1)).astype(
+        jnp.uint32
+    )
+    wide = lax.pad(wide, np.uint32(0), padding).reshape(*leading, groups, per_group)
+    rows = []
+    for byte in range(group_bytes):
+        value = jnp.zeros((*leading, groups), jnp.uint32)
+        for i in range(per_group):
+            shift = i * bits - 8 * byte  # Where code i begins, seen from this byte.
+            if -bits < shift < 8:
+                code = wide[..., i]
+                shifted = code << np.uint32(shift) if shift >= 0 else code >> np.uint32(-shift)
+                value = value | shifted
+        rows.append((value & np.uint32(255)).astype(jnp.uint8))
+    packed = jnp.stack(rows, axis=-1).reshape(*leading, groups * group_bytes)
+    return packed[..., : -(-n * bits // 8)]
+
+
+def unpack(packed: jax.Array, bits: int, n: int) -> jax.Array:
+    """The codes that `pack` put into bytes.
+
+    Args:
+      packed: uint8 `[..., ceil(n bits / 8)]`.
+      bits: the width of a code, 1 to 16.
+      n: how many codes the last axis held.
+
+    Returns:
+      `[..., n]`, uint8 for up to 8 bits, else uint16.
+
+    Raises:
+      TypeError: `packed` is not uint8.
+      ValueError: `bits` is out of range, or the last axis has another length.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> unpack(jnp.uint8([33, 3]), bits=4, n=3).tolist()
+      [1, 2, 3]
+    """
+    packed = jnp.asarray(packed)
+    _check_packing("unpack", packed, bits)
+    *leading, size = packed.shape
+    if packed.dtype != jnp.uint8:
+        raise TypeError(f"unpack: `packed` must be uint8, got {packed.dtype}.")
+    if size != -(-n * bits // 8):
+        raise ValueError(
+            f"unpack: {n} codes of {bits} bits fill {-(-n * bits // 8)} bytes, got {size} bytes."
+        )
+    per_group, group_bytes = _groups(bits)
+    groups = -(-n // per_group)
+    padding = [(0, 0, 0)] * len(leading) + [(0, groups * group_bytes - size, 0)]
+    wide = lax.pad(packed, np.uint8(0), padding).astype(jnp.uint32)
+    wide = wide.reshape(*leading, groups, group_bytes)
+    dtype = jnp.uint8 if bits <= 8 else jnp.uint16
+    columns = []
+    for i in range(per_group):
+        value = jnp.zeros((*leading, groups), jnp.uint32)
+        for byte in range(group_bytes):
+            shift = 8 * byte - i * bits
+            if -8 < shift < bits:
+                part = wide[..., byte]
+                shifted = part << np.uint32(shift) if shift >= 0 else part >> np.uint32(-shift)
+                value = value | shifted
+        columns.append((value & np.uint32(2**bits - 1)).astype(dtype))
+    return jnp.stack(columns, axis=-1).reshape(*leading, groups * per_group)[..., :n]
+
+
+def _check_packing(name: str, array: jax.Array, bits: int) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.unsignedinteger):
+        raise TypeError(f"{name}: codes must be unsigned integers, got {array.dtype}.")
+    if not 1 <= bits <= 16:
+        raise ValueError(f"{name}: `bits` must be 1 to 16, got {bits}.")
+    if array.ndim == 0:
+        raise ValueError(f"{name}: the array must have an axis to pack along, got a scalar.")

@@ -1,11 +1,47 @@
 """jaxq: low-precision number formats and quantizers for JAX, bit-exact and differentiable."""
 
-from jaxq import catalog, gradients, rounding
+from jaxq import catalog, gradients, presets, rounding
 from jaxq.casting import cast, encode
 from jaxq.catalog import fixed_point, formats_table, get_format, p3109
 from jaxq.codecs import decode, pack, unpack
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat
 from jaxq.grids import BinaryGrid, float_grid, int_grid
+from jaxq.presets import get_quantizer
+from jaxq.quantizers import Quantized, dequantize, fake_quant, quantize
+from jaxq.recipes import Quantizer
 from jaxq.rounding import Stochastic
+from jaxq.scaling import PerChannel, PerTensor
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BinaryGrid",
+    "CodebookFormat",
+    "FloatFormat",
+    "Format",
+    "IntFormat",
+    "PerChannel",
+    "PerTensor",
+    "Quantized",
+    "Quantizer",
+    "Stochastic",
+    "cast",
+    "catalog",
+    "decode",
+    "dequantize",
+    "encode",
+    "fake_quant",
+    "fixed_point",
+    "float_grid",
+    "formats_table",
+    "get_format",
+    "get_quantizer",
+    "gradients",
+    "int_grid",
+    "p3109",
+    "pack",
+    "presets",
+    "quantize",
+    "rounding",
+    "unpack",
+]

@@ -16,7 +16,7 @@ from jaxq.grids import BinaryGrid, Layout, Overflow, snap
 from jaxq.rounding import ALL as ROUNDINGS
 from jaxq.rounding import Rounding, Stochastic, get_rounding, nearest_even
 
-__all__ = ["as_dtype", "cast", "encode", "widen"]
+__all__ = ["as_dtype", "cast", "encode", "floats", "widen"]
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -78,7 +78,7 @@ def cast(
     """
     grid = fmt if isinstance(fmt, BinaryGrid) else None
     static = None if grid is not None else get_format(fmt)  # type: ignore[arg-type]
-    x = _floats("cast", x)
+    x = floats("cast", x)
     if grid is not None and x.dtype == jnp.float64:
         raise TypeError("cast: a BinaryGrid takes float16, bfloat16 or float32, got float64.")
     mode = _mode("cast", rounding, overflow)
@@ -124,7 +124,7 @@ def encode(
       Array([ 56, 254, 127], dtype=uint8)
     """
     fmt = get_format(fmt)
-    x = _floats("encode", x)
+    x = floats("encode", x)
     mode = _mode("encode", rounding, overflow)
     random = _random("encode", x, mode, key, random_bits)
     return _encode(lax.stop_gradient(x), random, fmt, mode, overflow)
@@ -200,7 +200,7 @@ def _holds(dtype: np.dtype, value: float) -> bool:
         return float(np.float64(value).astype(dtype)) == value
 
 
-def _floats(name: str, x: jax.typing.ArrayLike) -> jax.Array:
+def floats(name: str, x: jax.typing.ArrayLike) -> jax.Array:
     """The argument as an array of a floating dtype that the kernels take."""
     dtype = getattr(x, "dtype", None) or np.asarray(x).dtype
     if str(dtype) not in _FLOATS:

@@ -320,7 +320,10 @@ def _unit_exponents(extended: jax.Array, grid: BinaryGrid, layout: Layout) -> ja
     if grid.static and emin == emax and grid.subnormals:
         return jnp.asarray(layout.field(emin - grid.mantissa_bits))
     field = extended & layout.shifted(-1)
-    unit = lax.clamp(layout.field(emin), field, layout.field(emax))
+    if grid.static:
+        unit = lax.clamp(layout.field(emin), field, layout.field(emax))
+    else:  # `lax.clamp` does not batch over scalar bounds.
+        unit = jnp.clip(field, layout.field(emin), layout.field(emax))
     unit = unit - layout.shifted(grid.mantissa_bits)
     if grid.subnormals:
         return unit

@@ -1,0 +1,45 @@
+# The two commands that a newcomer needs are `make demo` and `make test`; both set up what they use.
+#
+#   PYTHON=python3.12   the interpreter to build the environment with
+#   VENV=.venv-3.12     where the environment lives
+#   JAX='jax==0.10.*'   a JAX to hold to, instead of the newest that jaxq supports
+
+PYTHON ?= python3
+VENV ?= .venv
+JAX ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test verify bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxq needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	@echo "Setting up $(VENV): a few minutes the first time, for the downloads."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --editable '.[examples]' --group dev $(if $(JAX),'$(JAX)')
+	@touch $@
+
+demo: $(READY)  ## trains a network on real data in a dozen formats; prints a table, draws a picture
+	@$(BIN)/python examples/digits.py
+
+test: $(READY)  ## every check: format, lint, types, layers, unit tests, doctests, examples
+	@$(BIN)/python -c 'import jax, platform; print("Python", platform.python_version(), "with JAX", jax.__version__)'
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest -n 2
+
+verify: $(READY)  ## all 2^32 float32 inputs against ml_dtypes, for every format it has (long)
+	@$(BIN)/python tools/verify.py
+
+bench: $(READY)  ## speed beside a plain pass and beside other libraries
+	@$(BIN)/python benchmarks/casts.py
+
+clean:  ## removes the environments and caches
+	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis

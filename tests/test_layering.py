@@ -1,0 +1,61 @@
+"""The order of the modules, as data, and checked: each imports only from those above it."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "jaxq"
+LAYERS = [
+    "formats",
+    "catalog",
+    "rounding",
+    "grids",
+    "codebooks",
+    "codecs",
+    "gradients",
+    "casting",
+    "scaling",
+    "recipes",
+    "presets",
+    "quantizers",
+    "__init__",
+]
+OPTIONAL = {"matplotlib", "rich", "sklearn", "safetensors", "gfloat", "gmpy2", "hypothesis"}
+
+
+def imports(path: pathlib.Path) -> tuple[set[str], set[str]]:
+    """jaxq's modules and the top-level packages that a file imports, wherever it does."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            package, _, module = (node.module or "").partition(".")
+            if package == "jaxq":
+                ours |= {module.split(".")[0]} if module else {a.name for a in node.names}
+            else:
+                others.add(package)
+        elif isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+    return ours, others
+
+
+def test_every_module_has_its_layer():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(LAYERS)
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_imports_point_up(module: str):
+    ours, others = imports(PACKAGE / f"{module}.py")
+    above = set(LAYERS[: LAYERS.index(module)])
+    assert ours <= above, f"{module} imports {sorted(ours - above)}, which are not above it"
+    assert not others & OPTIONAL
+
+
+def test_import_brings_no_optional_package():
+    names = sorted(OPTIONAL | {"torch", "optax", "chex"})
+    code = f"import sys, jaxq; print([n for n in {names} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -83,9 +83,12 @@ def cast(
         raise TypeError("cast: a BinaryGrid takes float16, bfloat16 or float32, got float64.")
     mode = _mode("cast", rounding, overflow)
     random = _random("cast", x, mode, key, random_bits)
+    if grid is not None and grid.static:
+        grid, static = None, grid
     y = _cast(lax.stop_gradient(x), random, grid, static, mode, overflow)
-    low, high = (-grid.lowest, grid.max) if grid is not None else (static.min, static.max)
-    low, high = (lax.convert_element_type(v, x.dtype) for v in (low, high))
+    low, high = (-fmt.lowest, fmt.max) if isinstance(fmt, BinaryGrid) else (static.min, static.max)
+    with np.errstate(over="ignore"):
+        low, high = (lax.convert_element_type(end, x.dtype) for end in (low, high))
     return gradients.attach(get_gradient(gradient), y, x, low, high)
 
 
@@ -135,7 +138,7 @@ def _cast(
     x: jax.Array,
     random: jax.Array | None,
     grid: BinaryGrid | None,
-    fmt: Format | None,
+    fmt: Format | BinaryGrid | None,
     rounding: Rounding,
     overflow: Overflow,
 ) -> jax.Array:
@@ -145,7 +148,7 @@ def _cast(
         y = codebooks.choose(wide, fmt, rounding, random, levels)
         return as_dtype(y, x.dtype)
     if fmt is not None:
-        grid = BinaryGrid.of(fmt)
+        grid = fmt if isinstance(fmt, BinaryGrid) else BinaryGrid.of(fmt)
     assert grid is not None
     y = snap(wide, grid, rounding, overflow, random)
     # A coarser grid needs no more bits than x has, save at its ends.

@@ -7,6 +7,7 @@ where a search or a gather does not.
 
 import fractions
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -34,7 +35,9 @@ def _below(threshold: fractions.Fraction, layout: Layout) -> int:
     while fractions.Fraction(float(np.nextafter(near, layout.float_type(np.inf)))) < threshold:
         near = np.nextafter(near, layout.float_type(np.inf))
     # + 0.0: -0 counts as 0, and so its ordered integer is that of 0 here.
-    return int(_ordered(np.atleast_1d(near + layout.float_type(0)).view(layout.int_type), layout)[0])
+    return int(
+        _ordered(np.atleast_1d(near + layout.float_type(0)).view(layout.int_type), layout)[0]
+    )
 
 
 @functools.cache
@@ -42,7 +45,7 @@ def _midpoints(fmt: CodebookFormat, layout: Layout) -> tuple[int, ...]:
     """For each pair of neighbours, the ordered integer that a value must exceed to go up."""
     levels = [fractions.Fraction(float(v)) for v in fmt.values]
     result = []
-    for low, high in zip(levels, levels[1:], strict=False):
+    for low, high in itertools.pairwise(levels):
         middle = (low + high) / 2
         below = _below(middle, layout)
         on_grid = fractions.Fraction(float(layout.float_type(float(middle)))) == middle
@@ -68,7 +71,8 @@ def choose(
     """
     layout = Layout.of(x.dtype)
     bits = layout.bits(x)
-    bits = where((bits & layout.magnitude_mask) > layout.inf, layout.int_type(0), bits)
+    magnitude = bits & layout.magnitude_mask
+    bits = where(magnitude > layout.inf, layout.int_type(0), bits)
     key = _ordered(bits, layout)
 
     def chain(thresholds: tuple[int, ...], items: list) -> jax.Array:
@@ -92,9 +96,13 @@ def choose(
     near = lax.select(negative, high, low)
     far = lax.select(negative, low, high)
     odd = lax.select(negative, 1.0 - odd, odd)
-    largest_fraction = layout.float_type(1 - 2.0**-layout.mantissa_bits)
-    inside = lax.min(jnp.abs((x - near) / (far - near)), largest_fraction)
-    fraction = lax.select(x == far, lax.full_like(x, 1), inside)
+    # A number between two levels stays between them, however close: also a subnormal.
+    least = layout.float_type(2.0**-layout.mantissa_bits)
+    inside = lax.clamp(least, jnp.abs((x - near) / (far - near)), 1 - least)
+    is_zero = magnitude == 0  # Of either sign; levels have no -0.
+    on_near = (bits == layout.bits(near)) | (is_zero & (near == 0.0))
+    on_far = (x == far) | (is_zero & (far == 0.0))
+    fraction = where(on_near, layout.float_type(0), where(on_far, layout.float_type(1), inside))
     goes_far = rounding(odd + fraction, negative, random) > odd
     low_out, high_out = chain(on_or_above, outputs[:-1]), chain(on_or_above, outputs[1:])
     return lax.select(goes_far ^ negative, high_out, low_out)

@@ -2,8 +2,8 @@
 
 The value is written as units * 2^k, where 2^k is the spacing of the grid where the value lies and
 `units` is exact; a rounding mode makes `units` whole; the product goes back. Integers and fixed
-point are the case of one spacing for all. Everything that says which grid it is comes as numbers in
-a `BinaryGrid`, Python's for a named format (they fold into constants) or traced ones to `vmap` over.
+point are the case of one spacing for all. Everything that says which grid it is comes as numbers
+in a `BinaryGrid`, Python's for a named format (they fold into constants) or traced to `vmap` over.
 
 The work is done on float32, or on float64 for a float64 input: `Layout` holds what differs.
 
@@ -90,7 +90,7 @@ class Layout(NamedTuple):
 
     def constant(self, value: Any) -> jax.Array:
         """A number in the working dtype; infinite where it lies beyond."""
-        if isinstance(value, float) and abs(value) > np.finfo(self.float_type).max:
+        if isinstance(value, float) and abs(value) > float(np.finfo(self.float_type).max):
             value = np.copysign(np.inf, value)
         return jnp.asarray(value, self.float_type)
 
@@ -108,13 +108,13 @@ class Layout(NamedTuple):
 class BinaryGrid:
     """A grid of floats or integers as numbers, each Python's or a traced scalar.
 
-    Made by `float_grid` and `int_grid`; `jaxq.cast` accepts it in the place of a format. A pytree, so
-    that `jax.vmap` over its leaves evaluates many formats in one compiled call.
+    Made by `float_grid` and `int_grid`; `jaxq.cast` accepts it in the place of a format. A pytree,
+    so that `jax.vmap` over its leaves evaluates many formats in one compiled call.
 
     Attributes:
       mantissa_bits: the spacing at exponent e is 2^(e - mantissa_bits).
       emin: below this exponent the spacing no longer shrinks.
-      emax: above this exponent it no longer grows.
+      emax: above this exponent it no longer grows; every value is below 2^(emax + 1).
       max: the largest value.
       lowest: the largest magnitude of the negative values; 0 when there are none.
       inf: overflow gives an infinity.
@@ -143,8 +143,9 @@ class BinaryGrid:
     def of(cls, fmt: FloatFormat | IntFormat) -> "BinaryGrid":
         """The grid of a format, all Python numbers."""
         if isinstance(fmt, IntFormat):
+            top = fmt.bits - fmt.fraction_bits  # No value is beyond 2^top.
             lowest = abs(fmt.min)
-            return cls(fmt.fraction_bits, 0, 0, fmt.max, lowest, False, False, False, fmt.signed)
+            return cls(fmt.bits, top, top, fmt.max, lowest, False, False, False, fmt.signed)
         return cls(
             fmt.mantissa_bits,
             fmt.emin,
@@ -236,20 +237,19 @@ def int_grid(bits: Any, *, signed: bool = True, narrow: bool = False) -> BinaryG
     magnitude = jnp.int32(1) << (b - int(signed))
     largest = (magnitude - 1).astype(jnp.float32)
     lowest = (magnitude - int(narrow)).astype(jnp.float32) if signed else jnp.zeros_like(largest)
-    zero = jnp.zeros_like(b)
-    return BinaryGrid(zero, zero, zero, largest, lowest, False, False, False, signed)
+    return BinaryGrid(b, b, b, largest, lowest, False, False, False, signed)
 
 
 def is_narrow(grid: BinaryGrid, layout: Layout) -> bool:
-    """Whether every spacing, and what stochastic rounding sees below it, is a normal number.
+    """Whether units and spacings are normal numbers for every input.
 
-    The margin of 26 is one more than the bits that any rounding mode reads behind the unit, so
-    that a smaller magnitude counts the same as the smallest normal number.
+    The margin of 26 is more than the bits that any rounding mode reads behind the unit, so that a
+    smaller magnitude counts the same as the smallest normal number.
     """
     if not grid.static:
         return False
     lowest_unit = grid.emin - grid.mantissa_bits
-    return lowest_unit >= 1 - layout.bias + 26 and grid.emax < layout.bias
+    return 1 - layout.bias + 26 <= lowest_unit <= 0 and grid.emax < layout.bias
 
 
 def where(condition: jax.Array, a: Any, b: Any) -> jax.Array:
@@ -291,6 +291,8 @@ def snap(
         units = layout.floats(extended) * layout.floats(layout.field(layout.bias) - unit)
     else:
         extended = extended_bits(magnitude, layout)
+        # Beyond the grid all numbers are alike; the units of the largest have no exponent.
+        extended = jnp.minimum(extended, layout.field(_emax(grid, layout) + 1))
         unit = _unit_exponents(extended, grid, layout)
         units = layout.floats(lax.max(extended - (unit - layout.field(0)), least))
 
@@ -314,9 +316,9 @@ def extended_bits(magnitude: jax.Array, layout: Layout) -> jax.Array:
 
 def _unit_exponents(extended: jax.Array, grid: BinaryGrid, layout: Layout) -> jax.Array:
     """The exponent of the grid's spacing at each element, as a biased field in place."""
-    emin, emax = grid.emin, grid.emax
-    if grid.static:  # Clamped to the exponents that values of the working dtype have.
-        emin, emax = max(emin, layout.least_exponent - 1), min(emax, layout.bias)
+    emin, emax = grid.emin, _emax(grid, layout)
+    if grid.static:
+        emin = max(emin, layout.least_exponent - 1)
     if grid.static and emin == emax and grid.subnormals:
         return jnp.asarray(layout.field(emin - grid.mantissa_bits))
     field = extended & layout.shifted(-1)
@@ -328,6 +330,11 @@ def _unit_exponents(extended: jax.Array, grid: BinaryGrid, layout: Layout) -> ja
     if grid.subnormals:
         return unit
     return where(field < layout.field(emin), layout.field(emin), unit)
+
+
+def _emax(grid: BinaryGrid, layout: Layout) -> Any:
+    """The largest exponent that values of the grid and of the working dtype have."""
+    return min(grid.emax, layout.bias) if grid.static else grid.emax
 
 
 def _rounded(

@@ -192,7 +192,7 @@ def _snapped(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> _Snapped
 
 
 # All whole numbers that float32 has without gaps.
-_WHOLE = BinaryGrid(0, 0, 0, 2.0**24, 2.0**24, inf=False, nan=False, negative_zero=False)
+_WHOLE = BinaryGrid(24, 24, 24, 2.0**24, 2.0**24, inf=False, nan=False, negative_zero=False)
 
 
 def _checked(

@@ -83,7 +83,7 @@ def absmax(x: jax.Array, granularity: Granularity) -> jax.Array:
 
 
 def symmetric_scale(amax: jax.Array, fmt: Format) -> jax.Array:
-    """amax / max of the format, at least the smallest normal float32; NaN where amax is.
+    """Ratio of amax to the format's max, at least the smallest normal float32; NaN where amax is.
 
     The floor makes an all-zero group a group of zeros, with no case of its own.
     """

@@ -1,0 +1,339 @@
+"""What does a number format cost? Handwritten digits in a dozen formats, rounded and retrained.
+
+A small network learns scikit-learn's handwritten digits in float32. Then, for each format of weights
+and activations: its test accuracy after plain rounding, and after quantization-aware training from
+the float32 weights, in which every product's operands pass through the quantizer and gradients go
+straight through it. All seeds of a format train in one compiled, vmapped program.
+
+    python examples/digits.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax import numpy as jnp
+
+import jaxq
+
+try:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    sys.exit(f"This example needs {error.name}: pip install 'jaxq[examples]'")
+
+Recipe = str | jaxq.Quantizer | None
+
+SIZES = (64, 48, 32, 10)
+BATCH = 64
+PER_CHANNEL = jaxq.PerChannel((-1,))
+FORMATS: dict[str, Recipe] = {  # The recipe of the weights; None is float32.
+    "float32": None,
+    "bfloat16": "bfloat16",
+    "int8 per channel": "int8_channel",
+    "int8 per tensor": "int8_tensor",
+    "float8 e4m3": "fp8_e4m3_tensor",
+    "float8 e5m2": "fp8_e5m2_tensor",
+    "float6 e2m3": "float6_e2m3fn",
+    "float6 e3m2": "float6_e3m2fn",
+    "int5 per tensor": "int5",
+    "int4 per tensor": "int4_tensor",
+    "int4 per channel": "int4_channel",
+    "float4 e2m1": "float4_e2m1fn",
+    "int3 per channel": jaxq.Quantizer("int3", PER_CHANNEL),
+    "int2 per channel": jaxq.Quantizer("int2", PER_CHANNEL),
+}
+SHORT = ("float32", "int8 per tensor", "int3 per channel", "int2 per channel")
+
+Params = list[dict[str, jax.Array]]
+Quantize = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one format cost. Accuracies are test shares, one a seed."""
+
+    label: str
+    bits_per_weight: float
+    sqnr_db: float
+    rounded: np.ndarray
+    trained: np.ndarray
+
+
+def quantizers(recipe: Recipe) -> tuple[Quantize, Quantize]:
+    """How weights and activations pass through a recipe.
+
+    Activations have one scale a tensor, as hardware that multiplies the codes needs it; those of an
+    integer recipe are unsigned with a zero point, as most are never negative.
+    """
+    if recipe is None:
+        return lambda w: w, lambda a: a
+    if recipe == "bfloat16":  # Wide enough to need no scale.
+        return (lambda w: jaxq.cast(w, "bfloat16"),) * 2
+    weights = jaxq.get_quantizer(recipe)
+    if isinstance(weights.element, jaxq.IntFormat):
+        activations = jaxq.Quantizer(f"uint{weights.element.bits}", symmetric=False)
+    else:
+        activations = weights
+    return (
+        lambda w: jaxq.fake_quant(w, weights),
+        lambda a: jaxq.fake_quant(a, activations),
+    )
+
+
+def init(key: jax.Array) -> Params:
+    """He-initialised weights."""
+    keys = jax.random.split(key, len(SIZES) - 1)
+    return [
+        {"w": jax.random.normal(k, (n, m)) * (2 / n) ** 0.5, "b": jnp.zeros(m)}
+        for k, n, m in zip(keys, SIZES[:-1], SIZES[1:], strict=True)
+    ]
+
+
+def apply(params: Params, x: jax.Array, recipe: Recipe) -> jax.Array:
+    """Logits `[batch, 10]` for images `[batch, 64]`, every product's operands quantized."""
+    weight, activation = quantizers(recipe)
+    for i, layer in enumerate(params):
+        x = activation(x) @ weight(layer["w"]) + layer["b"][None, :]
+        if i < len(params) - 1:
+            x = jax.nn.relu(x)
+    return x
+
+
+def accuracy(params: Params, x: jax.Array, y: jax.Array, recipe: Recipe) -> jax.Array:
+    """Share of images whose largest logit is right."""
+    return (apply(params, x, recipe).argmax(-1) == y).astype(jnp.float32).mean()
+
+
+def sqnr(params: Params, recipe: Recipe) -> jax.Array:
+    """Signal to quantization noise of all weights together, in dB."""
+    weight, _ = quantizers(recipe)
+    signal = sum((layer["w"] ** 2).sum() for layer in params)
+    noise = sum(((layer["w"] - weight(layer["w"])) ** 2).sum() for layer in params)
+    return 10 * jnp.log10(jnp.asarray(signal) / jnp.asarray(noise))
+
+
+def train(
+    params: Params,
+    key: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    recipe: Recipe,
+    epochs: int,
+    rate: float,
+) -> Params:
+    """Adam with a cosine schedule on the cross-entropy of the quantized network."""
+    steps_per_epoch = len(x) // BATCH
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, epochs * steps_per_epoch))
+
+    def loss(params: Params, rows: jax.Array) -> jax.Array:
+        logits = apply(params, x[rows], recipe)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
+
+    def step(state: Any, rows: jax.Array) -> tuple[Any, None]:
+        params, moments = state
+        updates, moments = optimizer.update(jax.grad(loss)(params, rows), moments)
+        return (optax.apply_updates(params, updates), moments), None
+
+    def epoch(state: Any, key: jax.Array) -> tuple[Any, None]:
+        order = jax.random.permutation(key, len(x))[: steps_per_epoch * BATCH]
+        return jax.lax.scan(step, state, order.reshape(steps_per_epoch, BATCH))
+
+    state = (params, optimizer.init(params))
+    return jax.lax.scan(epoch, state, jax.random.split(key, epochs))[0][0]
+
+
+def load() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Training and test images `[n, 64]` in [0, 1] and labels, split 3 to 1, always the same."""
+    digits: Any = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    x = jnp.asarray(digits.data[order] / 16, jnp.float32)
+    y = jnp.asarray(digits.target[order], jnp.int32)
+    split = len(order) * 3 // 4
+    return x[:split], y[:split], x[split:], y[split:]
+
+
+def run(
+    labels: Sequence[str], seeds: int, epochs: int, report: Callable[[str], None]
+) -> list[Result]:
+    """Trains the float32 networks, then rounds and retrains them in every format."""
+    x, y, x_test, y_test = load()
+    keys = jax.random.split(jax.random.key(0), seeds)
+    learn = functools.partial(train, x=x, y=y, epochs=epochs)
+    base = jax.jit(jax.vmap(lambda k: learn(init(k), k, recipe=None, rate=4e-3)))(keys)
+
+    results = []
+    for label in labels:
+        recipe = FORMATS[label]
+        measure = jax.vmap(functools.partial(accuracy, x=x_test, y=y_test, recipe=recipe))
+
+        @jax.jit
+        def study(base, keys, recipe=recipe, measure=measure):
+            tuned = jax.vmap(lambda p, k: learn(p, k, recipe=recipe, rate=2e-3))(base, keys)
+            db = jax.vmap(functools.partial(sqnr, recipe=recipe))(base)
+            return measure(base), measure(tuned), db
+
+        rounded, trained, db = study(base, keys)
+        shapes = list(itertools.pairwise(SIZES))
+        counts = [n * m for n, m in shapes]
+        bits = [bits_per_weight(recipe, shape) for shape in shapes]
+        results.append(
+            Result(
+                label,
+                float(np.average(bits, weights=counts)),
+                float(np.mean(np.asarray(db))),
+                np.asarray(rounded),
+                np.asarray(trained),
+            )
+        )
+        report(label)
+    return results
+
+
+def bits_per_weight(recipe: Recipe, shape: tuple[int, ...]) -> float:
+    """Bits a weight takes, scales included; an unscaled format takes its own width."""
+    if recipe is None or recipe == "bfloat16":
+        return 32.0 if recipe is None else 16.0
+    return jaxq.get_quantizer(recipe).bits_per_weight(shape)
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    return f"{100 * values.mean():5.1f} ± {100 * values.std():.1f}"
+
+
+def table(results: Sequence[Result]) -> Table:
+    """The results, one format a row."""
+    grid = Table(title="Handwritten digits: test accuracy in %, mean ± std over seeds")
+    grid.add_column("format", no_wrap=True)
+    for head in ("bits", "SQNR, dB", "rounded", "trained", "repaired"):
+        grid.add_column(head, justify="right", no_wrap=True)
+    for r in results:
+        gain = 100 * (r.trained.mean() - r.rounded.mean())
+        grid.add_row(
+            r.label,
+            f"{r.bits_per_weight:.2f}",
+            "exact" if np.isinf(r.sqnr_db) else f"{r.sqnr_db:.1f}",
+            spread(r.rounded),
+            spread(r.trained),
+            f"[bold green]{gain:+.1f}[/]" if gain >= 2 else f"{gain:+.1f}",
+        )
+    return grid
+
+
+def picture(results: Sequence[Result], path: pathlib.Path) -> None:
+    """A dumbbell a format: accuracy after rounding, and after training through the quantizer."""
+    blue, orange, grey = "#0072B2", "#D55E00", "#8a8a8a"  # Okabe and Ito's palette.
+    rows = list(reversed(results))
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 1.9), layout="constrained")
+    heights = np.arange(len(rows))
+    for height, r in zip(heights, rows, strict=True):
+        ends = [100 * r.rounded.mean(), 100 * r.trained.mean()]
+        axes.plot(ends, [height, height], color="#cccccc", linewidth=3, zorder=1)
+        axes.text(
+            1.015,
+            height,
+            f"{r.bits_per_weight:5.1f}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            ha="left",
+        )
+        axes.text(
+            1.115,
+            height,
+            "exact" if np.isinf(r.sqnr_db) else f"{r.sqnr_db:.0f} dB",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            ha="left",
+        )
+    for name, colour, marker in (("rounded", orange, "o"), ("trained", blue, "D")):
+        values = [100 * getattr(r, name) for r in rows]
+        means = np.array([v.mean() for v in values])
+        ends = np.array([[m - v.min(), v.max() - m] for m, v in zip(means, values, strict=True)]).T
+        legend = {"rounded": "float32 weights, rounded", "trained": "trained through the quantizer"}
+        axes.errorbar(
+            means,
+            heights,
+            xerr=np.maximum(ends, 0),
+            fmt=marker,
+            color=colour,
+            markersize=8,
+            capsize=3,
+            linewidth=1.2,
+            label=legend[name],
+            zorder=2 if name == "rounded" else 3,
+        )
+    baseline = next((100 * r.rounded.mean() for r in results if r.label == "float32"), None)
+    if baseline is not None:
+        axes.axvline(baseline, color=grey, linestyle="--", linewidth=1, zorder=0)
+    axes.set_yticks(heights, [r.label for r in rows])
+    axes.set_xlim(0, 102)
+    axes.set_xlabel(
+        f"test accuracy, %   (bars: lowest to highest of {len(results[0].rounded)} seeds)"
+    )
+    top = len(rows) - 0.35
+    for place, head in ((1.015, "bits per\nweight"), (1.115, "weights'\nSQNR")):
+        axes.text(
+            place,
+            top,
+            head,
+            transform=axes.get_yaxis_transform(),
+            va="bottom",
+            fontsize=9,
+            color=grey,
+        )
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.legend(loc="upper left", frameon=True, framealpha=1, edgecolor="white")
+    axes.set_title("Handwritten digits: weights and activations in few bits", loc="left", pad=28)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Result]:
+    """Runs the study, prints the table, draws the picture and returns the results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--seeds", type=int, default=5, help="networks a format (default 5)")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the data (default 30)")
+    parser.add_argument("--short", action="store_true", help="few formats, two seeds, few epochs")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path("docs/images/digits.png")
+    )
+    args = parser.parse_args(argv)
+    labels = SHORT if args.short else tuple(FORMATS)
+    seeds, epochs = (2, 15) if args.short else (args.seeds, args.epochs)
+
+    console = Console()
+    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("training in float32", total=len(labels))
+        results = run(
+            labels, seeds, epochs, lambda label: progress.update(task, advance=1, description=label)
+        )
+    console.print(table(results))
+    picture(results, args.output)
+    console.print(f"Picture: {args.output}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""A slow oracle: enumerate the grid, take the two neighbours, decide. It shares no code with jaxq.
+
+It reads the stored fields of a format's record (widths, bias, which specials exist) and nothing
+that jaxq derives from them. Numbers are float64, which holds the values of the formats used here,
+their midpoints and every float32 exactly.
+"""
+
+import math
+
+import numpy as np
+
+import jaxq
+
+
+def magnitudes(fmt: jaxq.FloatFormat) -> tuple[list[float], float]:
+    """The finite magnitudes in code order, and the value that the next code would have."""
+    codes = 2 ** (fmt.exponent_bits + fmt.mantissa_bits)
+    if fmt.nan == "ieee":
+        codes -= 2**fmt.mantissa_bits
+    else:
+        codes -= (fmt.nan == "all_ones") + fmt.inf
+    assert fmt.bias is not None
+
+    def value(code: int) -> float:
+        exponent, mantissa = code >> fmt.mantissa_bits, code % 2**fmt.mantissa_bits
+        fraction = mantissa / 2**fmt.mantissa_bits
+        if exponent == 0 and fmt.zero:
+            return 2.0 ** (1 - fmt.bias) * fraction if fmt.subnormals else 0.0
+        return 2.0 ** (exponent - fmt.bias) * (1 + fraction)
+
+    return [value(code) for code in range(codes)], value(codes)
+
+
+def decode_all(fmt: jaxq.FloatFormat) -> np.ndarray:
+    """The value of every code."""
+    finite, _ = magnitudes(fmt)
+    size = 2 ** (fmt.exponent_bits + fmt.mantissa_bits)
+    half = np.full(size, np.nan)
+    half[: len(finite)] = finite
+    if fmt.inf:
+        half[len(finite)] = np.inf
+    if not fmt.signed:
+        return half
+    table = np.concatenate([half, -half])
+    if fmt.nan == "negative_zero":
+        table[size] = np.nan
+    return table
+
+
+def cast(
+    x: np.ndarray, fmt: jaxq.FloatFormat, mode: str = "nearest_even", overflow: str | None = None
+) -> np.ndarray:
+    """Float64 values of a format for float values x. No zero=False, no parity='significand'."""
+    grid, beyond = magnitudes(fmt)
+    # Codes whose values repeat (a format without subnormals) are one grid point: keep its code.
+    kept = [0] + [i for i in range(1, len(grid)) if grid[i] > grid[i - 1]]
+    points = np.array([grid[i] for i in kept] + [beyond])
+    parity = np.array([i % 2 for i in kept] + [len(grid) % 2])
+    largest = grid[-1]
+    result = np.empty(x.shape, np.float64)
+    for where, number in np.ndenumerate(np.asarray(x, np.float64)):
+        result[where] = _cast_one(float(number), fmt, points, parity, largest, mode, overflow)
+    return result
+
+
+def _cast_one(x, fmt, points, parity, largest, mode, overflow):
+    if math.isnan(x):
+        return math.nan if fmt.nan else (0.0 if not fmt.signed else -math.copysign(0.0, x))
+    negative = math.copysign(1, x) < 0
+    a = abs(x)
+    inside = {"toward_zero": True, "up": negative, "down": not negative}.get(mode, False)
+    if a >= points[-1]:
+        y = points[-1]
+    else:
+        i = int(np.searchsorted(points, a, side="right")) - 1
+        low, high = points[i], points[i + 1]
+        if a == low:
+            y = low
+        elif mode == "nearest_even":
+            middle = (low + high) / 2
+            y = low if a < middle or (a == middle and parity[i] == 0) else high
+        elif mode == "nearest_away":
+            y = low if a < (low + high) / 2 else high
+        elif mode == "to_odd":
+            y = low if parity[i] == 1 else high
+        else:
+            y = low if inside else high
+    if y > largest:
+        special = math.inf if fmt.inf else math.nan
+        if overflow == "saturate" or not (fmt.inf or fmt.nan):
+            y = largest
+        elif math.isfinite(x) and (inside or overflow == "propagate"):
+            y = largest
+        else:
+            y = special
+    if negative and not fmt.signed:
+        if y == 0:
+            return 0.0
+        if not fmt.nan or overflow == "saturate":
+            return 0.0
+        if overflow == "propagate":
+            return math.nan if math.isinf(x) else 0.0
+        return math.nan
+    if y == 0 and fmt.nan == "negative_zero":
+        return 0.0
+    return -y if negative else y
+
+
+def cast_integer(x: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """Integers: half to even, then saturated; NaN gives 0."""
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    wide = np.nan_to_num(np.asarray(x, np.float64), nan=0.0, posinf=1e9, neginf=-1e9)
+    return np.clip(np.rint(wide), low, high) + 0.0
+
+
+def nearest_level(x: np.ndarray, levels: list[float], ties: str) -> np.ndarray:
+    """Codebooks: the nearest level, a tie to the lower or the upper one."""
+    ordered = sorted(set(levels))
+    x = np.nan_to_num(np.asarray(x, np.float64), nan=0.0)[..., None]
+    # Within float64's reach of the levels: infinities, and numbers too small to move a distance.
+    x = np.clip(np.where((x != 0) & (np.abs(x) < 1e-12), np.copysign(1e-12, x), x), -1e6, 1e6)
+    distance = np.abs(x - np.array(ordered))
+    if ties == "down":
+        return np.array(ordered)[np.argmin(distance, -1)]
+    return np.array(ordered)[len(ordered) - 1 - np.argmin(distance[..., ::-1], -1)]
+
+
+def same(a, b) -> np.ndarray:
+    """Whether two float arrays agree to the bit, any NaN counting as any other."""
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.dtype == b.dtype, (a.dtype, b.dtype)
+    unsigned = np.dtype(f"u{a.dtype.itemsize}")
+    with np.errstate(invalid="ignore"):
+        nan = np.isnan(a.astype(np.float64)) & np.isnan(b.astype(np.float64))
+    return (a.view(unsigned) == b.view(unsigned)) | nan
+
+
+def assert_same(a, b, x=None) -> None:
+    """Asserts `same` everywhere, showing the first differences."""
+    wrong = np.flatnonzero(~same(a, b))
+    shown = [
+        (None if x is None else np.ravel(x)[i], np.ravel(a)[i], np.ravel(b)[i]) for i in wrong[:4]
+    ]
+    assert len(wrong) == 0, f"{len(wrong)} differ; (input, first, second): {shown}"

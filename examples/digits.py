@@ -1,9 +1,9 @@
 """What does a number format cost? Handwritten digits in a dozen formats, rounded and retrained.
 
-A small network learns scikit-learn's handwritten digits in float32. Then, for each format of weights
-and activations: its test accuracy after plain rounding, and after quantization-aware training from
-the float32 weights, in which every product's operands pass through the quantizer and gradients go
-straight through it. All seeds of a format train in one compiled, vmapped program.
+A small network learns scikit-learn's handwritten digits in float32. Then, for each format of
+weights and activations: its test accuracy after plain rounding, and after quantization-aware
+training from the float32 weights, in which every product's operands pass through the quantizer and
+gradients go straight through it. All seeds of a format train in one compiled, vmapped program.
 
     python examples/digits.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
 """
@@ -237,73 +237,58 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def picture(results: Sequence[Result], path: pathlib.Path) -> None:
-    """A dumbbell a format: accuracy after rounding, and after training through the quantizer."""
-    blue, orange, grey = "#0072B2", "#D55E00", "#8a8a8a"  # Okabe and Ito's palette.
+    """A dumbbell a format: test error after rounding, and after training through the quantizer."""
+    blue, orange, grey = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito's palette.
     rows = list(reversed(results))
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 1.9), layout="constrained")
     heights = np.arange(len(rows))
-    for height, r in zip(heights, rows, strict=True):
-        ends = [100 * r.rounded.mean(), 100 * r.trained.mean()]
-        axes.plot(ends, [height, height], color="#cccccc", linewidth=3, zorder=1)
-        axes.text(
-            1.015,
-            height,
-            f"{r.bits_per_weight:5.1f}",
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            ha="left",
-        )
-        axes.text(
-            1.115,
-            height,
-            "exact" if np.isinf(r.sqnr_db) else f"{r.sqnr_db:.0f} dB",
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            ha="left",
-        )
-    for name, colour, marker in (("rounded", orange, "o"), ("trained", blue, "D")):
-        values = [100 * getattr(r, name) for r in rows]
-        means = np.array([v.mean() for v in values])
-        ends = np.array([[m - v.min(), v.max() - m] for m, v in zip(means, values, strict=True)]).T
-        legend = {"rounded": "float32 weights, rounded", "trained": "trained through the quantizer"}
+    figure, axes = plt.subplots(figsize=(9, 0.36 * len(rows) + 1.8), layout="constrained")
+    beside = axes.get_yaxis_transform()  # x in shares of the axes' width, y a row.
+    errors = {
+        "float32 weights, rounded": [100 * (1 - r.rounded) for r in rows],
+        "trained through the quantizer": [100 * (1 - r.trained) for r in rows],
+    }
+    means = {name: np.array([v.mean() for v in values]) for name, values in errors.items()}
+    axes.hlines(heights, *means.values(), color="#cccccc", linewidth=3, zorder=1)
+    for (name, values), colour, marker in zip(errors.items(), (orange, blue), "oD", strict=True):
+        mean = means[name]
+        low = [m - v.min() for m, v in zip(mean, values, strict=True)]
+        high = [v.max() - m for m, v in zip(mean, values, strict=True)]
         axes.errorbar(
-            means,
+            mean,
             heights,
-            xerr=np.maximum(ends, 0),
+            xerr=[low, high],
             fmt=marker,
             color=colour,
-            markersize=8,
+            markersize=7,
             capsize=3,
-            linewidth=1.2,
-            label=legend[name],
-            zorder=2 if name == "rounded" else 3,
+            linewidth=1,
+            label=name,
         )
-    baseline = next((100 * r.rounded.mean() for r in results if r.label == "float32"), None)
-    if baseline is not None:
-        axes.axvline(baseline, color=grey, linestyle="--", linewidth=1, zorder=0)
-    axes.set_yticks(heights, [r.label for r in rows])
-    axes.set_xlim(0, 102)
-    axes.set_xlabel(
-        f"test accuracy, %   (bars: lowest to highest of {len(results[0].rounded)} seeds)"
-    )
-    top = len(rows) - 0.35
-    for place, head in ((1.015, "bits per\nweight"), (1.115, "weights'\nSQNR")):
+    for height, r in zip(heights, rows, strict=True):
+        sqnr = "exact" if np.isinf(r.sqnr_db) else f"{r.sqnr_db:.0f} dB"
         axes.text(
-            place,
-            top,
-            head,
-            transform=axes.get_yaxis_transform(),
-            va="bottom",
-            fontsize=9,
-            color=grey,
+            1.07, height, f"{r.bits_per_weight:.1f}", transform=beside, va="center", ha="right"
         )
+        axes.text(1.17, height, sqnr, transform=beside, va="center", ha="right")
+    for place, head in ((1.07, "bits per\nweight"), (1.17, "weights'\nSQNR")):
+        top = len(rows) - 0.4
+        axes.text(place, top, head, transform=beside, ha="right", fontsize=8.5, color=grey)
+    axes.axvline(means["float32 weights, rounded"][-1], color=grey, linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    ticks = [0.5, 1, 2, 5, 10, 20, 50]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(
+        f"test error, %, logarithmic: left is better (bars: all {len(rows[0].rounded)} seeds)"
+    )
+    axes.set_yticks(heights, [r.label for r in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(axis="x", color="#eeeeee")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
-    axes.legend(loc="upper left", frameon=True, framealpha=1, edgecolor="white")
-    axes.set_title("Handwritten digits: weights and activations in few bits", loc="left", pad=28)
+    axes.legend(loc="upper right", framealpha=1, edgecolor="white")
+    axes.set_title("Handwritten digits, weights and activations in few bits", loc="left", pad=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -1,0 +1,181 @@
+"""What holds for everything in a registry: being listed is being tested."""
+
+import functools
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import jaxq
+from jaxq import catalog, gradients, presets, rounding
+from tests import data
+from tests.oracle import assert_same
+
+FORMATS = pytest.mark.parametrize("fmt", catalog.ALL.values(), ids=lambda fmt: fmt.name)
+RECIPES = pytest.mark.parametrize("name", presets.ALL)
+
+
+def inputs() -> np.ndarray:
+    wide = data.random_float32(2000)
+    normal = np.random.default_rng(1).standard_normal(2000).astype(np.float32) * 3
+    return np.concatenate([data.specials(), wide, normal])[:4016].reshape(8, -1)
+
+
+def random_argument(mode: str, shape: tuple[int, ...]) -> dict:
+    if mode != "stochastic":
+        return {}
+    bits = np.random.default_rng(2).integers(0, 2**23, shape, dtype=np.uint32)
+    return {"random_bits": jnp.asarray(bits)}
+
+
+@FORMATS
+class TestFormats:
+    def test_values_are_distinct_finite_sorted_and_counted(self, fmt):
+        if fmt.bits > 16:
+            with pytest.raises(ValueError, match="at most 16 bits"):
+                _ = fmt.values
+            return
+        values = fmt.values
+        assert np.isfinite(values).all()
+        assert (np.diff(values) > 0).all()
+        assert len(values) == fmt.num_values
+        assert (values[0], values[-1]) == (fmt.min, fmt.max)
+        assert (values[values > 0].min(initial=fmt.tiny)) == fmt.tiny
+
+    def test_is_static_data(self, fmt):
+        assert hash(fmt) == hash(jaxq.get_format(fmt.name))
+        assert eval(repr(fmt), vars(jaxq)) == fmt
+
+    def test_every_value_is_a_fixed_point_with_a_code(self, fmt):
+        if fmt.bits > 16:
+            return
+        values = fmt.values.astype(np.float32)
+        assert_same(jaxq.cast(values, fmt), values)
+        codes = np.asarray(jaxq.encode(values, fmt))
+        assert len(np.unique(codes)) == len(values)
+        assert_same(jaxq.decode(codes, fmt), values)
+
+    def test_all_modes_agree_with_the_codes_and_stay_on_the_grid(self, fmt):
+        x = inputs()
+        for mode in rounding.ALL:
+            random = random_argument(mode, x.shape)
+            y = np.asarray(jaxq.cast(x, fmt, rounding=mode, **random))
+            codes = jaxq.encode(x, fmt, rounding=mode, **random)
+            assert_same(jaxq.decode(codes, fmt), y, x)
+            assert_same(jaxq.cast(y, fmt), y, x)
+
+    def test_eager_jit_vmap_and_sharded_agree(self, fmt):
+        x = inputs()
+        f = functools.partial(jaxq.cast, fmt=fmt)
+        y = np.asarray(f(x))
+        assert_same(jax.jit(f)(x), y, x)
+        assert_same(jax.vmap(f)(x), y, x)
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        sharded = jax.jit(f)(jax.device_put(x, sharding))
+        assert sharded.sharding.is_equivalent_to(sharding, 2)
+        assert_same(sharded, y, x)
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+    def test_keeps_shape_and_dtype(self, fmt, dtype):
+        for shape in ((), (0,), (3, 0, 2), (2, 3)):
+            y = jaxq.cast(jnp.ones(shape, dtype), fmt)
+            chex.assert_shape(y, shape)
+            assert y.dtype == dtype
+
+    def test_gradients(self, fmt):
+        x = jnp.asarray([[0.3, -0.7, 1e9]])
+        f = lambda x: (jaxq.cast(x, fmt) * 2).sum()  # noqa: E731
+        assert_same(jax.grad(f)(x), np.full((1, 3), 2, np.float32))
+        assert_same(jax.jvp(f, (x,), (jnp.ones_like(x),))[1], np.float32(6))
+        chex.assert_tree_all_finite(jax.hessian(f)(x))
+
+
+@pytest.mark.parametrize("name", gradients.ALL)
+def test_gradient_estimators(name: str):
+    x = jnp.asarray([0.3, -2.0, 500.0, -1e9, 448.0])
+    tangent = jnp.asarray([1.0, 2.0, 3.0, 4.0, 5.0])
+    f = functools.partial(jaxq.cast, fmt="float8_e4m3fn", overflow="saturate", gradient=name)
+    want = {
+        "straight_through": [1.0, 2, 3, 4, 5],
+        "clipped": [1.0, 2, 0, 0, 5],
+        "zero": [0.0] * 5,
+    }[name]
+    assert_same(jax.jvp(f, (x,), (tangent,))[1], np.float32(want))
+    assert_same(jax.vjp(f, x)[1](tangent)[0], np.float32(want))
+
+
+def test_cotangents_are_not_quantized():
+    """Differentiating through a pair of conversions quantizes the cotangent; jaxq does not."""
+    cotangent = jnp.asarray([1.03, 1e-4, 1000.0])
+    x = jnp.ones(3)
+    _, pull = jax.vjp(lambda x: x.astype(jnp.float8_e4m3fn).astype(jnp.float32), x)
+    assert np.isnan(pull(cotangent)[0][2])
+    _, pull = jax.vjp(lambda x: jaxq.cast(x, "float8_e4m3fn"), x)
+    assert_same(pull(cotangent)[0], np.asarray(cotangent))
+
+
+@RECIPES
+class TestRecipes:
+    def test_stored_equals_simulated(self, name):
+        rng = np.random.default_rng(0)
+        ordinary = rng.standard_normal((24, 16)).astype(np.float32)
+        bad = ordinary.copy()
+        bad[3, 4], bad[5, 6] = np.nan, np.inf
+        cases = [ordinary, bad, ordinary * 1e-40, ordinary * 1e37, np.zeros((3, 4), np.float32)]
+        cases += [np.full((3, 4), -2.5, np.float32), np.zeros((0, 4), np.float32)]
+        for case in cases:
+            for dtype in ("float32", "bfloat16", "float16"):
+                with np.errstate(over="ignore"):
+                    x = jnp.asarray(case.astype(jnp.dtype(dtype)))
+                q = jaxq.quantize(x, name)
+                y = jaxq.fake_quant(x, name)
+                chex.assert_equal_shape([x, y])
+                assert y.dtype == x.dtype
+                assert_same(y, q.dequantize())
+                assert_same(y, jax.jit(lambda x: jaxq.fake_quant(x, name))(x))
+                assert q.scale.dtype == jnp.float32
+
+    def test_inside_a_larger_computation(self, name):
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((32, 32)), jnp.float32)
+        y = jaxq.fake_quant(x, name)
+
+        @jax.jit
+        def inside(x):
+            before = jax.nn.standardize(x @ x)
+            y = jaxq.fake_quant(x, name)
+            return y, jnp.tanh(y @ before)
+
+        assert_same(inside(x)[0], y)
+        last, all_ = jax.lax.scan(lambda c, row: (c, jaxq.fake_quant(row, name)), 0, x[None])
+        del last
+        assert_same(all_[0], y)
+
+    def test_a_bad_group_harms_no_other(self, name):
+        x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+        clean = np.asarray(jaxq.fake_quant(x, name))
+        for bad in (np.nan, np.inf, -np.inf):
+            dirty = x.copy()
+            dirty[2, 1] = bad
+            y = np.asarray(jaxq.fake_quant(dirty, name))
+            if "channel" in name:
+                assert np.isnan(y[:, 1]).all()
+                others = np.arange(4) != 1
+                assert_same(y[:, others], clean[:, others])
+            else:
+                assert np.isnan(y).all()
+
+    def test_gradient_is_straight_through(self, name):
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
+        assert_same(jax.grad(lambda x: jaxq.fake_quant(x, name).sum())(x), np.ones((6, 4), "f4"))
+
+    def test_quantized_is_a_pytree(self, name):
+        x = jnp.ones((6, 4))
+        q = jaxq.quantize(x, name)
+        again = jax.jit(lambda q: jax.tree.map(lambda leaf: leaf, q))(q)
+        assert_same(again.dequantize(), q.dequantize())
+        shaped = jax.eval_shape(lambda x: jaxq.quantize(x, name), x)
+        assert shaped.shape == (6, 4)
+        assert q.nbytes == q.codes.nbytes + q.scale.nbytes * (1 + (q.zero_point is not None))

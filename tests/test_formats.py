@@ -1,0 +1,146 @@
+"""Formats: derived properties against published figures and ml_dtypes.finfo, look-up, errors."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import jaxq
+
+# OCP 8-bit Floating Point 1.0, table 1; OCP Microscaling 1.0, tables 1 to 5; IEEE 754; P3109.
+PUBLISHED = {
+    "float8_e4m3fn": (448.0, 2.0**-6, 2.0**-9, 253),
+    "float8_e5m2": (57344.0, 2.0**-14, 2.0**-16, 247),
+    "float6_e2m3fn": (7.5, 1.0, 0.125, 63),
+    "float6_e3m2fn": (28.0, 0.25, 0.0625, 63),
+    "float4_e2m1fn": (6.0, 1.0, 0.5, 15),
+    "float16": (65504.0, 2.0**-14, 2.0**-24, 63487),
+    "bfloat16": (3.3895313892515355e38, 2.0**-126, 2.0**-133, 65279),
+    "tf32": (3.4011621342146535e38, 2.0**-126, 2.0**-136, 522239),
+    "float32": (3.4028234663852886e38, 2.0**-126, 2.0**-149, 4278190079),
+    "binary8p3se": (49152.0, 2.0**-15, 2.0**-17, 253),
+    "binary8p4se": (224.0, 2.0**-7, 2.0**-10, 253),
+    "mxint8": (1 + 63 / 64, 1 / 64, 1 / 64, 256),
+    "int4": (7.0, 1.0, 1.0, 16),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_figures(name: str):
+    fmt = jaxq.get_format(name)
+    assert (fmt.max, fmt.smallest_normal, fmt.tiny, fmt.num_values) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", [n for n in ml_dtypes.__all__ if "float" in n])
+def test_against_finfo(name: str):
+    fmt, info = jaxq.get_format(name), ml_dtypes.finfo(name)
+    assert fmt.bits == info.bits
+    assert (fmt.max, fmt.smallest_normal) == (float(info.max), float(info.smallest_normal))
+    assert fmt.eps == float(info.eps)
+    assert fmt.dtype == np.dtype(getattr(ml_dtypes, name))
+
+
+def test_the_table_is_right_where_textbooks_are_not():
+    rows = {row.name: row for row in jaxq.formats_table().rows}
+    assert rows["float8_e4m3fn"].max == 448.0, "not 240: only one magnitude is NaN"
+    assert rows["float8_e5m2"].distinct_values == 247, "NaN, inf and -0 are no values"
+    assert rows["int8"].dynamic_range_db == pytest.approx(42.144, abs=1e-3)
+    assert rows["float16"].decimal_digits == pytest.approx(3.0103, abs=1e-4)
+    assert "float8_e4m3fn" in str(jaxq.formats_table(["float8_e4m3fn"]))
+
+
+def test_look_up():
+    e4m3 = jaxq.get_format("float8_e4m3fn")
+    assert jaxq.get_format(jnp.float8_e4m3fn) is e4m3
+    assert jaxq.get_format(np.dtype(ml_dtypes.float8_e4m3fn)) is e4m3
+    assert jaxq.get_format(e4m3) is e4m3
+    with pytest.raises(ValueError, match="Did you mean float8_e4m3fn"):
+        jaxq.get_format("float8_e4m3f")
+    with pytest.raises(ValueError, match="No number format is named 'complex64'"):
+        jaxq.get_format(np.dtype("complex64"))
+    with pytest.raises(TypeError, match="a name, a dtype or a jaxq format"):
+        jaxq.get_format(3.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: jaxq.FloatFormat("x", 0, 3), "`exponent_bits` must be at least 1"),
+        (lambda: jaxq.FloatFormat("x", 4, -1), "`mantissa_bits` must be at least 0"),
+        (lambda: jaxq.FloatFormat("x", 4, 24), "`mantissa_bits` must be at most 23"),
+        (lambda: jaxq.FloatFormat("x", 9, 10), "at most 16 bits"),
+        (lambda: jaxq.FloatFormat("x", 4, 3, nan="fnuz"), "`nan` must be"),  # type: ignore[arg-type]
+        (lambda: jaxq.FloatFormat("x", 4, 3, signed=False, nan="negative_zero"), "signed"),
+        (lambda: jaxq.IntFormat("x", 17), "`bits` must be 1 to 16"),
+        (lambda: jaxq.IntFormat("x", 1, narrow=True), "2 signed bits"),
+        (lambda: jaxq.CodebookFormat("x", (1.0, 1.0)), "must differ"),
+        (lambda: jaxq.CodebookFormat("x", (1.0, math.inf)), "finite"),
+        (lambda: jaxq.p3109(16, 3), "`bits` must be 3 to 15"),
+        (lambda: jaxq.p3109(8, 8), "`precision` 1 to bits - 1"),
+        (lambda: jaxq.Quantizer("float8_e4m3fn", symmetric=False), "needs an integer format"),
+        (lambda: jaxq.Stochastic(24), "`bits` must be 1 to 23"),
+        (lambda: jaxq.float_grid(4, 3, inf=True, nan=False), "needs nan=True"),
+    ],
+)
+def test_impossible_records(make, text: str):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_pack_and_unpack(bits: int):
+    rng = np.random.default_rng(bits)
+    for n in (0, 1, 7, 8, 13, 64):
+        dtype = np.uint8 if bits <= 8 else np.uint16
+        codes = rng.integers(0, 2**bits, (3, n)).astype(dtype)
+        packed = np.asarray(jaxq.pack(codes, bits))
+        assert packed.shape == (3, -(-n * bits // 8))
+        # NumPy's own bit order is the oracle: one string of bits, the low bit first.
+        spread = (codes[..., None] >> np.arange(bits, dtype=dtype)) & 1
+        want = np.packbits(spread.reshape(3, -1).astype(np.uint8), axis=-1, bitorder="little")
+        np.testing.assert_array_equal(packed, want.reshape(packed.shape))
+        np.testing.assert_array_equal(np.asarray(jaxq.unpack(packed, bits, n)), codes)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("x", [np.int32(3), 1j, "three", np.array([object()]), True])
+    def test_dtypes(self, x):
+        with pytest.raises(TypeError, match="`x` must be of dtype"):
+            jaxq.cast(x, "int8")
+
+    def test_keys(self):
+        key = np.asarray([0, 1], np.uint32)
+        with pytest.raises(ValueError, match="got neither"):
+            jaxq.cast(1.0, "int8", rounding="stochastic")
+        with pytest.raises(ValueError, match="draws no random bits"):
+            jaxq.cast(1.0, "int8", key=key)
+        with pytest.raises(ValueError, match="of shape"):
+            jaxq.cast(1.0, "int8", rounding="stochastic", random_bits=key)
+        with pytest.raises(ValueError, match="at least as wide"):
+            jaxq.cast(1.0, "int8", rounding="stochastic", random_bits=np.uint8(3))
+
+    def test_names(self):
+        with pytest.raises(ValueError, match="No rounding mode"):
+            jaxq.cast(1.0, "int8", rounding="nearest")
+        with pytest.raises(ValueError, match="No gradient estimator"):
+            jaxq.cast(1.0, "int8", gradient="ste")
+        with pytest.raises(ValueError, match="`overflow` must be"):
+            jaxq.cast(1.0, "int8", overflow="wrap")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="Did you mean int8_tensor"):
+            jaxq.fake_quant(1.0, "int8_tensr")
+
+    def test_axes(self):
+        with pytest.raises(ValueError, match="axis 2 needs a tensor of at least 3 axes"):
+            jaxq.fake_quant(jnp.ones((2, 2)), jaxq.Quantizer("int8", jaxq.PerChannel((2,))))
+        with pytest.raises(ValueError, match="must be distinct"):
+            jaxq.fake_quant(jnp.ones((2, 2)), jaxq.Quantizer("int8", jaxq.PerChannel((1, -1))))
+
+    def test_codes(self):
+        with pytest.raises(TypeError, match="unsigned integers"):
+            jaxq.decode(jnp.ones(3), "int8")
+        with pytest.raises(ValueError, match="codes of 16 bits"):
+            jaxq.decode(jnp.uint8(3), "bfloat16")
+        with pytest.raises(ValueError, match="fill 2 bytes, got 1"):
+            jaxq.unpack(jnp.zeros(1, jnp.uint8), 4, 3)

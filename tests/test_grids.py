@@ -1,0 +1,58 @@
+"""Formats as data: traced widths give what named formats give, in one compilation."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import jaxq
+from tests import data
+from tests.oracle import assert_same
+
+PAIRS = [(e, m) for e in range(2, 9) for m in range(1, 15)]
+
+
+@pytest.mark.parametrize(("inf", "nan"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("rounding", ["nearest_even", "up", "to_odd"])
+def test_a_hundred_float_formats_in_one_call(inf: bool, nan: bool, rounding: str):
+    x = np.concatenate([data.specials(), data.random_float32(3000)])
+    compiled = jax.jit(
+        jax.vmap(
+            lambda e, m: jaxq.cast(x, jaxq.float_grid(e, m, inf=inf, nan=nan), rounding=rounding)
+        )
+    )
+    widths = jnp.asarray(PAIRS, jnp.int32)
+    results = np.asarray(compiled(widths[:, 0], widths[:, 1]))
+    assert compiled._cache_size() == 1
+    rule = "ieee" if inf else "all_ones" if nan else None
+    for (e, m), got in list(zip(PAIRS, results, strict=True))[::3]:
+        fmt = jaxq.FloatFormat("traced", e, m, inf=inf, nan=rule)
+        assert_same(got, jaxq.cast(x, fmt, rounding=rounding), x)
+
+
+def test_formats_without_mantissa():
+    x = np.concatenate([data.specials(), data.random_float32(3000)])
+    got = jax.vmap(lambda e: jaxq.cast(x, jaxq.float_grid(e, 0, inf=False, nan=False)))(
+        jnp.arange(2, 9)
+    )
+    for e, row in zip(range(2, 9), got, strict=True):
+        assert_same(row, jaxq.cast(x, jaxq.FloatFormat("traced", e, 0)), x)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_integer_width_in_one_call(signed: bool):
+    x = np.concatenate([data.specials(), data.random_float32(3000)])
+    x = np.concatenate([x, np.random.default_rng(0).uniform(-70000, 70000, 3000).astype("f4")])
+    widths = jnp.arange(2, 17)
+    compiled = jax.jit(jax.vmap(lambda b: jaxq.cast(x, jaxq.int_grid(b, signed=signed))))
+    for bits, row in zip(range(2, 17), compiled(widths), strict=True):
+        assert_same(row, jaxq.cast(x, jaxq.IntFormat("traced", bits, signed=signed)), x)
+    assert compiled._cache_size() == 1
+
+
+def test_a_width_can_be_swept_inside_jit_and_scan():
+    x = jnp.linspace(-2, 2, 50)
+    errors = jax.lax.map(
+        lambda m: ((jaxq.cast(x, jaxq.float_grid(5, m)) - x) ** 2).mean(), jnp.arange(1, 10)
+    )
+    assert (np.diff(errors) < 0).all()

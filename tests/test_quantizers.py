@@ -1,0 +1,99 @@
+"""Scales and integers of the quantizers against plain NumPy."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import jaxq
+from tests.oracle import assert_same
+
+
+def weights(shape=(12, 8, 5)) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+@pytest.mark.parametrize("axes", [None, (0,), (-1,), (1, -3)])
+def test_absmax_of_any_width_and_axis(bits: int, axes):
+    x = weights()
+    granularity = jaxq.PerTensor() if axes is None else jaxq.PerChannel(axes)
+    fmt = jaxq.get_format("int8") if bits == 8 else jaxq.IntFormat(f"int{bits}", bits)
+    q = jaxq.quantize(x, jaxq.Quantizer(fmt, granularity))
+    kept = {a % 3 for a in axes or ()}
+    reduced = tuple(a for a in range(3) if a not in kept)
+    qmax = np.float32(2 ** (bits - 1) - 1)
+    scale = np.abs(x).max(axis=reduced, keepdims=True) / qmax
+    assert_same(q.scale, scale)
+    integers = np.rint(x / scale)
+    codes = integers.astype(np.int32) & (2**bits - 1)
+    np.testing.assert_array_equal(np.asarray(q.codes), codes)
+    assert_same(q.dequantize(), (integers + 0.0).astype(np.float32) * scale)
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+@pytest.mark.parametrize("signed", [True, False])
+def test_zero_point_of_any_width(bits: int, signed: bool):
+    x = weights((6, 40)) + np.float32(0.7)
+    fmt = jaxq.IntFormat("custom", bits, signed=signed)
+    q = jaxq.quantize(x, jaxq.Quantizer(fmt, jaxq.PerChannel((0,)), symmetric=False))
+    low = np.minimum(x.min(1, keepdims=True), 0)
+    high = np.maximum(x.max(1, keepdims=True), 0)
+    scale = (high - low) / np.float32(2**bits - 1)
+    np.testing.assert_allclose(q.scale, scale, rtol=3e-7)
+    scale = np.asarray(q.scale)
+    zero_point = np.clip(fmt.min_int - np.rint(low / scale), fmt.min_int, fmt.max_int)
+    np.testing.assert_array_equal(q.zero_point, zero_point)
+    integers = np.clip(np.rint(x / scale) + zero_point, fmt.min_int, fmt.max_int)
+    np.testing.assert_array_equal(q.codes, integers.astype(np.int32) & (2**bits - 1))
+    assert (np.abs(q.dequantize() - x) <= scale * 1.0001).all()
+
+
+def test_zero_is_exact_with_a_zero_point():
+    x = np.float32([0.0, 0.31, 2.9, -1.7])
+    assert jaxq.fake_quant(x, "uint8_tensor")[0] == 0
+
+
+def test_float_formats_use_their_whole_range():
+    x = weights((64, 64))
+    q = jaxq.quantize(x, "fp8_e4m3_tensor")
+    assert float(jnp.abs(jaxq.decode(q.codes, "float8_e4m3fn")).max()) == 448.0
+
+
+def test_defined_for_every_kind_of_input():
+    assert_same(
+        jaxq.fake_quant(np.zeros((2, 2), np.float32), "int8_tensor"), np.zeros((2, 2), "f4")
+    )
+    assert_same(jaxq.fake_quant(np.float32(-3.0), "int8_tensor"), np.float32(-3.0))
+    constant = np.full((3,), 2.5, np.float32)
+    np.testing.assert_allclose(jaxq.fake_quant(constant, "uint8_tensor"), constant, rtol=1e-6)
+    assert jaxq.fake_quant(np.zeros((0, 3), np.float32), "int8_channel").shape == (0, 3)
+    # A half-precision scale would be zero here, and the tensor with it.
+    tiny = jnp.asarray([6e-8, -6e-8, 1.2e-7], jnp.float16)
+    assert_same(jaxq.fake_quant(tiny, "int8_tensor"), np.asarray(tiny))
+    # The largest NaN-free maximum of a long array is not lost, nor a NaN in one.
+    x = np.zeros(5000, np.float32)
+    x[4321] = np.nan
+    assert np.isnan(jaxq.fake_quant(x, "int8_tensor")).all()
+    # A range wider than the largest float32.
+    x = np.float32([-3e38, 3e38])
+    np.testing.assert_allclose(jaxq.fake_quant(x, "uint8_tensor"), x, rtol=0.01)
+
+
+def test_bits_per_weight_counts_scales():
+    assert jaxq.get_quantizer("int4_channel").bits_per_weight((64, 32)) == 4 + 32 / 64
+    assert jaxq.get_quantizer("uint8_channel").bits_per_weight((64, 32)) == 8 + 40 / 64
+    assert jaxq.get_quantizer("int8_tensor").bits_per_weight((10, 10)) == 8.32
+
+
+def test_stochastic_recipe_takes_a_key_and_is_unbiased():
+    recipe = jaxq.Quantizer("int4", rounding="stochastic")
+    x = weights((50,))
+    with pytest.raises(ValueError, match="needs either `key`"):
+        jaxq.fake_quant(x, recipe)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    y = jax.vmap(lambda k: jaxq.fake_quant(x, recipe, key=k))(keys)
+    step = np.abs(x).max() / 7
+    assert np.abs(y.mean(0) - x).max() < 5 * step / 2 / 4000**0.5
+    q = jaxq.quantize(x, recipe, key=keys[0])
+    assert_same(q.dequantize(), y[0])

@@ -8,8 +8,12 @@ in a `BinaryGrid`, Python's for a named format (they fold into constants) or tra
 The work is done on float32, or on float64 for a float64 input: `Layout` holds what differs.
 
 Subnormals are never left to the backend: XLA on CPU flushes them in arithmetic and in comparisons.
-A grid whose spacings all are normal numbers takes a short way (two multiplications by powers of
-two); any other grid goes through integers. `is_narrow` decides.
+So there are three ways to take the units and to put them back:
+
+- narrow: every spacing is a normal number, and two multiplications by powers of two do it;
+- aligned: the grid has the exponents of the working dtype (bfloat16, tf32, float8_e8m0fnu), and the
+  units are the low bits;
+- wide: any other grid, traced ones included, through integers.
 """
 
 import dataclasses
@@ -88,18 +92,23 @@ class Layout(NamedTuple):
             return self.int_type(exponent << self.mantissa_bits)
         return exponent.astype(self.int_type) << self.mantissa_bits
 
-    def constant(self, value: Any) -> jax.Array:
+    def constant(self, value: Any) -> Any:
         """A number in the working dtype; infinite where it lies beyond."""
-        if isinstance(value, float) and abs(value) > float(np.finfo(self.float_type).max):
-            value = np.copysign(np.inf, value)
-        return jnp.asarray(value, self.float_type)
+        if isinstance(value, jax.Array):
+            return value.astype(self.float_type)
+        with np.errstate(over="ignore"):
+            return self.float_type(value)
 
-    def bits(self, x: jax.Array) -> jax.Array:
+    def bits(self, x: Any) -> Any:
         """The bits of floats."""
+        if isinstance(x, np.floating):
+            return x.view(self.int_type)
         return lax.bitcast_convert_type(x, self.int_type)
 
-    def floats(self, bits: jax.Array) -> jax.Array:
+    def floats(self, bits: Any) -> Any:
         """The floats of bits."""
+        if isinstance(bits, np.integer):
+            return bits.view(self.float_type)
         return lax.bitcast_convert_type(bits, self.float_type)
 
 
@@ -212,6 +221,7 @@ def float_grid(
     layout = Layout.of(np.dtype(np.float32))
     emax = jnp.maximum(exponent - offset, emin)
     normal = layout.floats(layout.field(emax) | (mantissa << (23 - m)))
+    normal = jnp.where(emax > layout.bias, jnp.inf, normal)
     scale = layout.floats(layout.field(emin - m))
     largest = jnp.where(exponent > 0, normal, mantissa.astype(jnp.float32) * scale)
     return BinaryGrid(m, emin, emax, largest, largest, inf, nan, True, odd_codes=True)
@@ -252,6 +262,18 @@ def is_narrow(grid: BinaryGrid, layout: Layout) -> bool:
     return 1 - layout.bias + 26 <= lowest_unit <= 0 and grid.emax < layout.bias
 
 
+def is_aligned(grid: BinaryGrid, layout: Layout) -> bool:
+    """Whether the grid's numbers are those of the working dtype with low bits zero."""
+    if not grid.static or grid.mantissa_bits > layout.mantissa_bits:
+        return False
+    least_normal = 1 - layout.bias
+    if not grid.zero:
+        return grid.mantissa_bits == 0 and grid.emin == least_normal - 1
+    return (
+        grid.subnormals and grid.emin == least_normal and (grid.mantissa_bits > 0 or grid.odd_codes)
+    )
+
+
 def where(condition: jax.Array, a: Any, b: Any) -> jax.Array:
     """`jnp.where` for operands of one dtype, as one equation where the shapes agree."""
     shape = jnp.shape(condition)
@@ -282,28 +304,81 @@ def snap(
     bits = layout.bits(x)
     magnitude = bits & layout.magnitude_mask
     negative = bits < layout.int_type(0)
-    # The smallest normal number, for every magnitude but zero.
-    least = lax.min(magnitude, layout.int_type(1)) << layout.int_type(layout.mantissa_bits)
-    narrow = is_narrow(grid, layout)
-    if narrow:
-        extended = lax.max(magnitude, least)
-        unit = _unit_exponents(extended, grid, layout)
-        units = layout.floats(extended) * layout.floats(layout.field(layout.bias) - unit)
-    else:
-        extended = extended_bits(magnitude, layout)
-        # Beyond the grid all numbers are alike; the units of the largest have no exponent.
-        extended = jnp.minimum(extended, layout.field(_emax(grid, layout) + 1))
-        unit = _unit_exponents(extended, grid, layout)
-        units = layout.floats(lax.max(extended - (unit - layout.field(0)), least))
-
-    rounded = _rounded(units, negative, unit, grid, layout, rounding, random)
-
-    if narrow:
-        y = rounded * layout.floats(unit)
-    else:
-        y = layout.floats(_ldexp_bits(rounded, unit, layout))
+    way = _aligned if is_aligned(grid, layout) else _narrow if is_narrow(grid, layout) else _wide
+    y = way(magnitude, negative, grid, layout, rounding, random)
+    if not (grid.inf or grid.nan or grid.negative_zero) and _all_normal(grid, layout):
+        return _integer(y, magnitude, negative, grid, layout)
     y = _limited(y, magnitude, negative, grid, layout, pins(rounding), overflow)
-    return layout.floats(_signed(y, bits, magnitude, negative, grid, layout, overflow))
+    if grid.signed and not grid.negative_zero and _all_normal(grid, layout):
+        return where(negative, layout.float_type(0) - y, y)
+    return layout.floats(_signed(layout.bits(y), bits, magnitude, negative, grid, layout, overflow))
+
+
+def _narrow(
+    magnitude: jax.Array,
+    negative: jax.Array,
+    grid: BinaryGrid,
+    layout: Layout,
+    rounding: Rounding,
+    random: jax.Array | None,
+) -> jax.Array:
+    """Magnitudes on the grid, through two multiplications by powers of two."""
+    extended = lax.max(magnitude, _least_normal(magnitude, layout))
+    unit = _unit_exponents(extended, grid, layout)
+    units = layout.floats(extended) * layout.floats(layout.field(layout.bias) - unit)
+    rounded = _rounded(units, negative, unit, grid, layout, rounding, random)
+    return rounded * layout.floats(unit)
+
+
+def _aligned(
+    magnitude: jax.Array,
+    negative: jax.Array,
+    grid: BinaryGrid,
+    layout: Layout,
+    rounding: Rounding,
+    random: jax.Array | None,
+) -> jax.Array:
+    """Magnitudes on the grid, through the bits behind the last one that it keeps.
+
+    A carry out of them goes up to the next binade, and past the largest number to infinity.
+    """
+    last = layout.int_type(1 << (layout.mantissa_bits - grid.mantissa_bits))
+    if not grid.zero and rounding is not nearest_even:
+        # Code 0 is half the smallest normal number. (`nearest_even` takes it for 0, which sends all
+        # above it to code 1: so do ml_dtypes and XLA.)
+        from_half = lax.max(magnitude, last >> layout.int_type(1)) * layout.int_type(2) - last
+        magnitude = lax.select(magnitude < last, from_half, magnitude)
+    low = magnitude & (last * layout.int_type(2) - layout.int_type(1))
+    if grid.mantissa_bits == 0 and not grid.odd_codes:  # Every normal significand is odd.
+        low = magnitude & (last - layout.int_type(1)) | lax.min(magnitude & -last, last)
+    units = low.astype(layout.float_type) * layout.float_type(1 / last)
+    rounded = rounding(units, negative, random).astype(layout.int_type)
+    result = (magnitude - low) + rounded * last
+    return layout.floats(result if grid.zero else lax.max(result, last >> layout.int_type(1)))
+
+
+def _wide(
+    magnitude: jax.Array,
+    negative: jax.Array,
+    grid: BinaryGrid,
+    layout: Layout,
+    rounding: Rounding,
+    random: jax.Array | None,
+) -> jax.Array:
+    """Magnitudes on the grid, through integers whose exponent field may be below 0."""
+    extended = extended_bits(magnitude, layout)
+    # Beyond the grid all numbers are alike; the units of the largest have no exponent.
+    extended = jnp.minimum(extended, layout.field(_emax(grid, layout) + 1))
+    unit = _unit_exponents(extended, grid, layout)
+    least = _least_normal(magnitude, layout)
+    units = layout.floats(lax.max(extended - (unit - layout.field(0)), least))
+    rounded = _rounded(units, negative, unit, grid, layout, rounding, random)
+    return layout.floats(_ldexp_bits(rounded, unit, layout))
+
+
+def _least_normal(magnitude: jax.Array, layout: Layout) -> jax.Array:
+    """Bits of the smallest normal number, or of 0 where the magnitude is 0."""
+    return lax.min(magnitude, layout.int_type(1)) << layout.int_type(layout.mantissa_bits)
 
 
 def extended_bits(magnitude: jax.Array, layout: Layout) -> jax.Array:
@@ -320,7 +395,7 @@ def _unit_exponents(extended: jax.Array, grid: BinaryGrid, layout: Layout) -> ja
     if grid.static:
         emin = max(emin, layout.least_exponent - 1)
     if grid.static and emin == emax and grid.subnormals:
-        return jnp.asarray(layout.field(emin - grid.mantissa_bits))
+        return layout.field(emin - grid.mantissa_bits)
     field = extended & layout.shifted(-1)
     if grid.static:
         unit = lax.clamp(layout.field(emin), field, layout.field(emax))
@@ -334,7 +409,7 @@ def _unit_exponents(extended: jax.Array, grid: BinaryGrid, layout: Layout) -> ja
 
 def _emax(grid: BinaryGrid, layout: Layout) -> Any:
     """The largest exponent that values of the grid and of the working dtype have."""
-    return min(grid.emax, layout.bias) if grid.static else grid.emax
+    return (min if grid.static else jnp.minimum)(grid.emax, layout.bias)
 
 
 def _rounded(
@@ -357,10 +432,11 @@ def _rounded(
     else:
         # Without mantissa bits units are in [1, 2) for every code above 0: they go to [0, 1) where
         # the code is even.
-        distance = (unit >> layout.mantissa_bits) - (grid.emin + layout.bias)
-        even = ((distance & layout.int_type(1)) == layout.int_type(1)) & (units >= 1.0)
+        # (The least of them is odd, so numbers below it are not moved.)
+        distance = (unit >> layout.int_type(layout.mantissa_bits)) - (grid.emin + layout.bias)
+        even = distance & layout.int_type(1)
         if not grid.static:
-            even = even & (grid.mantissa_bits == 0)
+            even = lax.select(jnp.broadcast_to(grid.mantissa_bits == 0, even.shape), even, even * 0)
         base = even.astype(layout.float_type)
         rounded = rounding(units - base, negative, random) + base
     return rounded if grid.zero else lax.max(rounded, layout.float_type(1))
@@ -375,6 +451,21 @@ def _ldexp_bits(whole: jax.Array, unit: jax.Array, layout: Layout) -> jax.Array:
     return where(whole == 0, layout.int_type(0), bits)
 
 
+def _all_normal(grid: BinaryGrid, layout: Layout) -> bool:
+    """Whether no value of a grid without -0 is subnormal: traced ones of those hold integers."""
+    return is_narrow(grid, layout) or not grid.static
+
+
+def _integer(
+    y: jax.Array, magnitude: jax.Array, negative: jax.Array, grid: BinaryGrid, layout: Layout
+) -> jax.Array:
+    """The result for a grid without inf, NaN and -0: NaN becomes 0, all else the nearest end."""
+    y = where(magnitude > layout.inf, layout.float_type(0), y)
+    y = where(negative, layout.float_type(0) - y, y)
+    low, high = 0 - layout.constant(grid.lowest), layout.constant(grid.max)  # Not -0.
+    return lax.clamp(low, y, high) if grid.static else jnp.clip(y, low, high)
+
+
 def _limited(
     y: jax.Array,
     magnitude: jax.Array,
@@ -386,16 +477,16 @@ def _limited(
 ) -> jax.Array:
     """Magnitudes with those beyond the largest replaced as `overflow` says; NaN stays."""
     limit = layout.constant(grid.max)
-    if grid.signed and not (grid.static and grid.lowest == grid.max):
-        limit = where(negative, layout.constant(grid.lowest), limit)
-    beyond = layout.constant(np.inf if grid.inf else np.nan)
-    if not (grid.inf or grid.nan):
-        return lax.min(y, limit)  # May lose a NaN, which `_signed` sees in the input.
+    if not (grid.inf or grid.nan):  # `_signed` sees a NaN in the input.
+        return layout.floats(lax.min(layout.bits(y), layout.bits(limit)))
     too_large = y > limit
+    if not grid.static or np.isinf(limit):
+        too_large = too_large | (magnitude == layout.inf)
     if overflow == "saturate":
         return where(too_large, limit, y)
     if overflow == "propagate":
         pinned = (True, True)
+    beyond = layout.constant(np.inf if grid.inf else np.nan)
     if any(pinned):
         stays = magnitude < layout.inf
         if not all(pinned):
@@ -405,7 +496,7 @@ def _limited(
 
 
 def _signed(
-    y: jax.Array,
+    result: jax.Array,
     bits: jax.Array,
     magnitude: jax.Array,
     negative: jax.Array,
@@ -414,26 +505,26 @@ def _signed(
     overflow: Overflow,
 ) -> jax.Array:
     """Bits of the signed result, with what NaN, -0 and unsigned formats need."""
+    if not is_narrow(grid, layout) or not (grid.nan or grid.negative_zero):
+        # Integers know nothing of NaN, and a comparison with the limit lets it pass.
+        nan = layout.nan if grid.nan else layout.int_type(0)
+        result = where(magnitude > layout.inf, nan, result)
     zero = layout.int_type(0)
-    result = layout.bits(y)
-    if grid.nan and not is_narrow(grid, layout):
-        result = where(magnitude > layout.inf, layout.nan, result)
-    if not grid.nan and not grid.negative_zero:
-        result = where(magnitude > layout.inf, zero, result)
     if grid.signed:
         sign = bits & layout.sign
         if not grid.negative_zero:
-            return result | where(result == zero, zero, sign)
+            return lax.select(result == zero, result, result | sign)
         if grid.nan:
             return result | sign
         # As ml_dtypes does it: a NaN becomes the zero of the other sign.
         return lax.select(magnitude > layout.inf, sign ^ layout.sign, result | sign)
     # Unsigned: what lies below zero, and zero where there is none, is no value of the format.
-    outside = negative & (result != zero)
-    floor = zero
-    if not grid.zero:
-        outside = outside | (magnitude == zero)
-        floor = _ldexp_bits(layout.constant(1.0), jnp.asarray(layout.field(grid.emin)), layout)
+    if grid.zero:
+        floor = zero
+        outside = negative & (result != zero)
+    else:
+        floor = layout.bits(layout.constant(2.0**grid.emin))
+        outside = bits <= zero
     if grid.nan and overflow is None:
         return where(outside, layout.nan, result)
     if grid.nan and overflow == "propagate":

@@ -22,7 +22,7 @@ from jaxq.gradients import get_gradient
 from jaxq.grids import BinaryGrid
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
-from jaxq.scaling import absmax, affine_scale, extrema, symmetric_scale
+from jaxq.scaling import absmax, affine_scale, divide, extrema, symmetric_scale
 
 __all__ = ["Quantized", "dequantize", "fake_quant", "quantize"]
 
@@ -178,14 +178,18 @@ def _snapped(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> _Snapped
     if recipe.symmetric:
         amax = absmax(wide, recipe.granularity)
         scale = symmetric_scale(amax, fmt)
-        values = cast(wide / scale, fmt, rounding=recipe.rounding, overflow="saturate", key=key)
+        values = cast(
+            divide(wide, scale), fmt, rounding=recipe.rounding, overflow="saturate", key=key
+        )
         low = -amax if fmt.min < 0 else jnp.zeros_like(amax)
         return _Snapped(values, scale, None, low, amax)
     assert isinstance(fmt, IntFormat)  # The recipe has checked it.
     low, high = extrema(wide, recipe.granularity)
     scale, zero_point = affine_scale(low, high, fmt)
     # Rounded first and the zero point added after: the other order rounds half to another side.
-    inside = lax.max(wide / scale, jnp.broadcast_to(np.float32(fmt.min_int) - zero_point, x.shape))
+    inside = lax.max(
+        divide(wide, scale), jnp.broadcast_to(np.float32(fmt.min_int) - zero_point, x.shape)
+    )
     inside = lax.min(inside, jnp.broadcast_to(np.float32(fmt.max_int) - zero_point, x.shape))
     values = cast(inside, _WHOLE, rounding=recipe.rounding, key=key)
     return _Snapped(values, scale, zero_point, low, high)

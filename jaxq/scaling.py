@@ -5,6 +5,7 @@ ranges to scales.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -15,7 +16,7 @@ from jax import numpy as jnp
 from jaxq.formats import Format, IntFormat
 from jaxq.grids import Layout, where
 
-__all__ = ["Granularity", "PerChannel", "PerTensor"]
+__all__ = ["Granularity", "PerChannel", "PerTensor", "divide"]
 
 # The least scale: dividing by anything smaller would meet float32 subnormals, which XLA flushes.
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
@@ -87,7 +88,7 @@ def symmetric_scale(amax: jax.Array, fmt: Format) -> jax.Array:
 
     The floor makes an all-zero group a group of zeros, with no case of its own.
     """
-    return _floored(amax / np.float32(fmt.max))
+    return _floored(divide(amax, jnp.float32(fmt.max)))
 
 
 def extrema(x: jax.Array, granularity: Granularity) -> tuple[jax.Array, jax.Array]:
@@ -111,10 +112,50 @@ def affine_scale(low: jax.Array, high: jax.Array, fmt: IntFormat) -> tuple[jax.A
     """
     lowest, highest = np.float32(fmt.min_int), np.float32(fmt.max_int)
     # By halves, as a range may be wider than the largest float32.
-    scale = _floored((high * 0.5 - low * 0.5) / (highest - lowest) * 2.0)
-    zero_point = lowest - lax.round(low / scale, lax.RoundingMethod.TO_NEAREST_EVEN)
+    scale = _floored(divide(high * 0.5 - low * 0.5, highest - lowest) * 2.0)
+    zero_point = lowest - lax.round(divide(low, scale), lax.RoundingMethod.TO_NEAREST_EVEN)
     zero_point = lax.clamp(lowest, zero_point, highest)
     return scale, where(scale > 0, zero_point, np.float32(0))
+
+
+def divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Correctly rounded quotients of finite (or NaN) float32 by positive ones, on every backend.
+
+    XLA does not give them. It multiplies by the reciprocal when the divisor is a constant or a
+    broadcast, and its division on GPU is up to two ulps off
+    (https://github.com/openxla/xla/issues/37181). Subnormal operands and quotients count as zero.
+    """
+    b = jnp.broadcast_to(b, a.shape)
+    return lax.platform_dependent(a, b, cpu=_divide_by_array, default=_divide_in_integers)
+
+
+def _divide_by_array(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`divide` where division itself is correctly rounded, once XLA sees no broadcast."""
+    return a / (b + a * np.float32(0))
+
+
+def _divide_in_integers(a: jax.Array, b: jax.Array, quotient: Callable = lax.div) -> jax.Array:
+    """`divide` from any quotient of significands that is off by at most 3 ulps."""
+    layout = Layout.of(np.dtype(np.float32))
+    low, one = np.int32(2**23 - 1), layout.field(0)
+    a_bits, b_bits = layout.bits(a) & layout.magnitude_mask, layout.bits(b)
+    a_significand, b_significand = (bits & low | np.int32(2**23) for bits in (a_bits, b_bits))
+    below = (a_significand < b_significand).astype(jnp.int32)
+    near = quotient(layout.floats(a_bits & low | one), layout.floats(b_bits & low | one))
+    # 24 bits of quotient, too low by 0 to 6, and what then remains: products wrap, their
+    # difference does not.
+    whole = (near * (1 + below).astype(jnp.float32) * np.float32(2**23)).astype(jnp.int32) - 3
+    rest = (a_significand << (23 + below)) - whole * b_significand
+    for step in (4, 2, 1):
+        more = (rest >= b_significand * step).astype(jnp.int32) * step
+        whole, rest = whole + more, rest - b_significand * more
+    whole = whole + (2 * rest > b_significand).astype(jnp.int32)  # A quotient is never half way.
+    exponent = (a_bits >> 23) - (b_bits >> 23) - below + (whole >> 24) + layout.bias
+    magnitude = (exponent << 23) + (whole & low)
+    magnitude = where(exponent > 2 * layout.bias, layout.inf, magnitude)
+    magnitude = where((exponent < 1) | (a_bits <= low), np.int32(0), magnitude)
+    magnitude = where((a_bits < layout.inf) & (b_bits < layout.inf), magnitude, layout.nan)
+    return layout.floats(magnitude | (layout.bits(a) & layout.sign))
 
 
 def _floored(scale: jax.Array) -> jax.Array:

@@ -6,6 +6,8 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
+from jaxq.scaling import _divide_in_integers, divide
+from tests import data
 from tests.oracle import assert_same
 
 
@@ -97,3 +99,31 @@ def test_stochastic_recipe_takes_a_key_and_is_unbiased():
     assert np.abs(y.mean(0) - x).max() < 5 * step / 2 / 4000**0.5
     q = jaxq.quantize(x, recipe, key=keys[0])
     assert_same(q.dequantize(), y[0])
+
+
+@pytest.mark.parametrize("error", [-3, -1, 0, 1, 3])
+def test_division_is_correctly_rounded_from_any_near_quotient(error: int):
+    """As on a backend whose own division is a few ulps off."""
+
+    def off(a: jax.Array, b: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(a / b, jnp.int32) + error
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    a = data.random_float32(100_000)
+    b = np.abs(data.random_float32(100_000)[::-1])
+    b = np.where(b >= np.finfo(np.float32).tiny, b, np.float32(127))
+    a = np.where(np.isinf(a), np.float32(np.nan), np.where(np.abs(a) < 2.0**-126, 0, a))
+    with np.errstate(all="ignore"):
+        want = (a / b).astype(np.float32)
+    want = np.where((np.abs(want) < 2.0**-126) & (want == want), np.copysign(0, a), want)
+    want = want.astype(np.float32)
+    assert_same(jax.jit(lambda a, b: _divide_in_integers(a, b, off))(a, b), want, a)
+    assert_same(jax.jit(divide)(a, b), want, a)
+
+
+@pytest.mark.parametrize("divisor", [127.0, 3.0, 448.0])
+def test_division_by_a_scalar_or_a_constant_is_a_division(divisor: float):
+    a = weights((64, 64))
+    want = a / np.float32(divisor)
+    assert_same(jax.jit(divide)(a, jnp.float32(divisor)), want, a)
+    assert_same(jax.jit(lambda a: divide(a, jnp.float32(divisor)))(a), want, a)

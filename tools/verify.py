@@ -1,0 +1,246 @@
+"""The long check: all 2^32 float32 inputs, jaxq's codes and values against those of others.
+
+- Rounding to nearest even, for every float type of ml_dtypes: against its own conversion.
+- The other deterministic modes, for four formats: against an oracle of integer thresholds, made
+  with exact fractions from ml_dtypes' table of the format's values.
+
+It works in chunks, keeps what is done in a state file and goes on from there when started again,
+and at the end writes the table. A state made by other sources of jaxq is not used.
+
+    python tools/verify.py [--only FORMAT ...] [--state FILE] [--output FILE]
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import pathlib
+import platform
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax import numpy as jnp
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import jaxq
+
+ROOT = pathlib.Path(__file__).parent.parent
+CHUNK = 2**24
+CHUNKS = 2**32 // CHUNK
+FLOATS = [
+    name
+    for name, fmt in jaxq.catalog.ALL.items()
+    if isinstance(fmt, jaxq.FloatFormat) and fmt.dtype is not None and fmt.bits <= 16
+]
+MODES = ("nearest_away", "toward_zero", "up", "down", "to_odd")
+MODE_FORMATS = (
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float4_e2m1fn",
+)
+JOBS = [(name, "nearest_even") for name in FLOATS]
+JOBS += [(name, mode) for name in MODE_FORMATS for mode in MODES]
+
+Reference = Callable[[int], np.ndarray]  # The codes of a chunk, by its number.
+
+
+def dtype_of(name: str) -> np.dtype:
+    """The type of ml_dtypes or NumPy, found without jaxq."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def inputs(chunk: int) -> np.ndarray:
+    """The float32 numbers of a chunk, by their bits."""
+    start = chunk * CHUNK
+    return np.arange(start, start + CHUNK, dtype=np.uint32).view(np.float32)
+
+
+def converted(name: str, chunk: int) -> np.ndarray:
+    """Codes by ml_dtypes' own conversion."""
+    dtype = dtype_of(name)
+    with np.errstate(all="ignore"):
+        return inputs(chunk).astype(dtype).view(f"u{dtype.itemsize}")
+
+
+def oracle(name: str, mode: str, negative: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of all magnitudes: where each run of equal codes starts, as float32 bits, and its code.
+
+    Every value, and every middle of two neighbours, of these formats is a float32 number; so the
+    numbers between two neighbours are two open intervals and the middle.
+    """
+    dtype = dtype_of(name)
+    codes = np.arange(2 ** (jaxq.get_format(name).bits - 1), dtype=np.uint8)
+    table = codes.view(dtype).astype(np.float32)
+    values = [Fraction(float(v)) for v in table[np.isfinite(table)]]
+    last = len(values) - 1
+    values.append(2 * values[-1] - values[-2])  # What the next code would stand for.
+
+    def code_of(x: float) -> int:
+        with np.errstate(invalid="ignore"):
+            return int(np.float32([x]).astype(dtype).view(np.uint8)[0])
+
+    sign = -1.0 if negative else 1.0
+    inward = {"toward_zero": True, "up": negative, "down": not negative}.get(mode, False)
+    beyond = code_of(sign * np.inf)
+
+    def signed(index: int) -> int:
+        if index > last:
+            return signed(last) if inward else beyond
+        return code_of(sign * float(values[index]))
+
+    runs: list[tuple[int, int]] = []
+    for i in range(last + 1):
+        at, middle, after = (
+            int(np.float32(float(v)).view(np.uint32))
+            for v in (values[i], (values[i] + values[i + 1]) / 2, values[i + 1])
+        )
+        if mode == "nearest_away":
+            lower, tie, upper = i, i + 1, i + 1
+        elif mode == "to_odd":
+            lower = tie = upper = i if i % 2 else i + 1
+        else:
+            lower = tie = upper = i if inward else i + 1
+        runs += [(at, signed(i)), (at + 1, signed(lower))]
+        runs += [(middle, signed(tie)), (middle + 1, signed(upper))]
+        if i == last:
+            runs.append((after, signed(i + 1)))
+    infinity = 0x7F800000
+    runs += [(infinity, code_of(sign * np.inf)), (infinity + 1, code_of(np.copysign(np.nan, sign)))]
+    starts, found = zip(*runs, strict=True)
+    return np.array(starts, np.int64), np.array(found, np.uint8)
+
+
+def thresholds(name: str, mode: str) -> Reference:
+    """Codes by the oracle."""
+    sides = [oracle(name, mode, negative) for negative in (False, True)]
+
+    def codes(chunk: int) -> np.ndarray:
+        starts, found = sides[chunk >= CHUNKS // 2]
+        first = chunk % (CHUNKS // 2) * CHUNK
+        edges = np.clip(np.append(starts, 2**31), first, first + CHUNK)
+        return np.repeat(found, np.diff(edges))
+
+    return codes
+
+
+def check(name: str, mode: str, chunk: int, reference: Reference) -> tuple[int, int, int, str]:
+    """How many inputs differ, become zero, become NaN; and the hash of jaxq's codes."""
+    codes, values = kernels(name, mode)
+    x = jnp.asarray(inputs(chunk))
+    got, y = np.asarray(codes(x)), np.asarray(values(x))
+    want = reference(chunk)
+    with np.errstate(invalid="ignore"):
+        decoded = want.view(dtype_of(name)).astype(np.float32)
+    not_a_number = np.isnan(decoded)
+    wrong = y.view(np.uint32) != decoded.view(np.uint32)
+    wrong &= ~(not_a_number & np.isnan(y))
+    # Of a 16-bit format's NaN jaxq keeps the sign and no payload: there any NaN code will do.
+    payload = not_a_number & (want.itemsize == 2)
+    wrong |= np.where(payload, ~np.isnan(got.view(dtype_of(name)).astype(np.float32)), got != want)
+    digest = hashlib.sha256(got.astype(got.dtype.newbyteorder("<")).tobytes()).hexdigest()
+    return int(wrong.sum()), int((decoded == 0).sum()), int(not_a_number.sum()), digest
+
+
+@functools.cache
+def kernels(name: str, mode: str) -> tuple[Callable, Callable]:
+    """Compiled `encode` and `cast`."""
+    return (
+        jax.jit(lambda x: jaxq.encode(x, name, rounding=mode)),
+        jax.jit(lambda x: jaxq.cast(x, name, rounding=mode)),
+    )
+
+
+def sources() -> str:
+    """A hash of what is being checked."""
+    files = sorted((ROOT / "jaxq").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def run(jobs: list[tuple[str, str]], state_file: pathlib.Path) -> dict[str, list]:
+    """Checks every chunk of every job that the state does not hold yet."""
+    state = {"sources": sources(), "chunks": {}}
+    if state_file.exists():
+        found = json.loads(state_file.read_text())
+        if found["sources"] == state["sources"]:
+            state = found
+    columns = [
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+    ]
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        total = progress.add_task("all", total=len(jobs) * CHUNKS)
+        for name, mode in jobs:
+            done = state["chunks"].setdefault(f"{name} {mode}", [])
+            if mode == "nearest_even":
+                reference: Reference = functools.partial(converted, name)
+            else:
+                reference = thresholds(name, mode)
+            task = progress.add_task(f"{name} {mode}", total=CHUNKS, completed=len(done))
+            progress.advance(total, len(done))
+            for chunk in range(len(done), CHUNKS):
+                done.append(check(name, mode, chunk, reference))
+                progress.advance(task)
+                progress.advance(total)
+                if chunk % 16 == 15:
+                    state_file.parent.mkdir(parents=True, exist_ok=True)
+                    state_file.write_text(json.dumps(state))
+            progress.remove_task(task)
+    return state["chunks"]
+
+
+def report(jobs: list[tuple[str, str]], chunks: dict[str, list]) -> str:
+    """The table, as a page of the documentation."""
+    rows = []
+    for name, mode in jobs:
+        wrong, zeros, nans = (sum(chunk[i] for chunk in chunks[f"{name} {mode}"]) for i in range(3))
+        digests = "".join(chunk[3] for chunk in chunks[f"{name} {mode}"])
+        root = hashlib.sha256(digests.encode()).hexdigest()[:16]
+        rows.append(f"| {name} | {mode} | {wrong} | {zeros} | {nans} | `{root}` |")
+    versions = (
+        f"Python {platform.python_version()}, jax {jax.__version__}, "
+        f"ml_dtypes {ml_dtypes.__version__}, NumPy {np.__version__}, on {jax.default_backend()}"
+    )
+    table = "\n".join(rows)
+    return f"""# Verification
+
+`make verify` writes this page. Each row is all 2^32 float32 inputs, NaNs and subnormals included,
+through `jaxq.encode` and `jaxq.cast`, compared one by one: with ml_dtypes' own conversion for
+`nearest_even`, and with an oracle of exact integer thresholds for the other modes. *Differ* counts
+inputs whose code or value is not the same to the bit (of NaNs in float16 and bfloat16 the payload
+is not compared). The hash is the SHA-256 of the concatenated hexadecimal SHA-256 digests of the
+codes of each 2^24 inputs in the order of their bits, shortened.
+
+Made with {versions}.
+
+| format | rounding | differ | become zero | become NaN | hash of the codes |
+|---|---|---:|---:|---:|---|
+{table}
+"""
+
+
+def main() -> int:
+    """Runs the check; 1 when anything differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="FORMAT", help="these formats, and no page")
+    parser.add_argument("--state", type=pathlib.Path, default=ROOT / "build" / "verify.json")
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "verification.md")
+    arguments = parser.parse_args()
+    jobs = [job for job in JOBS if arguments.only is None or job[0] in arguments.only]
+    chunks = run(jobs, arguments.state)
+    page = report(jobs, chunks)
+    if arguments.only is None:
+        arguments.output.write_text(page)
+    print(page[page.index("| format") :])
+    differ = sum(chunk[0] for name, mode in jobs for chunk in chunks[f"{name} {mode}"])
+    print("Every input agrees." if differ == 0 else f"{differ} inputs differ.")
+    return int(differ > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

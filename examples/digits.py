@@ -248,14 +248,15 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
         "trained through the quantizer": [100 * (1 - r.trained) for r in rows],
     }
     means = {name: np.array([v.mean() for v in values]) for name, values in errors.items()}
-    axes.hlines(heights, *means.values(), color="#cccccc", linewidth=3, zorder=1)
-    for (name, values), colour, marker in zip(errors.items(), (orange, blue), "oD", strict=True):
+    axes.hlines(heights, *means.values(), color="#dddddd", linewidth=10, zorder=1)
+    styles = ((orange, "o", 0.12), (blue, "D", -0.12))  # The last: bars side by side, not on top.
+    for (name, values), (colour, marker, shift) in zip(errors.items(), styles, strict=True):
         mean = means[name]
         low = [m - v.min() for m, v in zip(mean, values, strict=True)]
         high = [v.max() - m for m, v in zip(mean, values, strict=True)]
         axes.errorbar(
             mean,
-            heights,
+            heights + shift,
             xerr=[low, high],
             fmt=marker,
             color=colour,

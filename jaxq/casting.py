@@ -162,7 +162,8 @@ def _encode(
 ) -> jax.Array:
     wide = widen(x)
     if isinstance(fmt, CodebookFormat):
-        return codebooks.choose(wide, fmt, rounding, random, level_codes(fmt))
+        codes = codebooks.choose(wide, fmt, rounding, random, level_codes(fmt))
+        return codes.astype(code_dtype(fmt))
     y = snap(wide, BinaryGrid.of(fmt), rounding, overflow, random)
     return codes_of(y, fmt).astype(code_dtype(fmt))
 

@@ -55,8 +55,13 @@ def ours(x: jax.Array) -> Cases:
         draw = compiled(lambda k, d=dtype: jax.random.bits(k, x.shape, d), key)
         cases[f"jaxq.cast to {E4M3}", f"stochastic, {bits} bits"] = run
         cases[f"jaxq.cast to {E4M3}", f"only drawing the {bits} bits"] = draw
-    gradient = jax.value_and_grad(lambda x: jaxq.cast(x, E4M3).sum())
-    cases[f"jaxq.cast to {E4M3}", "value and gradient of its sum"] = compiled(gradient, x)
+
+    def value_and_pullback(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, pull_back = jax.vjp(lambda x: jaxq.cast(x, E4M3), x)
+        return y, pull_back(cotangent)[0]
+
+    run = compiled(value_and_pullback, x, x + 1)
+    cases[f"jaxq.cast to {E4M3}", "nearest even, and pulling a cotangent back"] = run
     for name in (E4M3, "float4_e2m1fn", "int8", "nf4"):
         codes = jaxq.encode(x, name)
         encode = compiled(lambda x, n=name: jaxq.encode(x, n), x)
@@ -172,7 +177,11 @@ def page(columns: dict[str, dict[tuple[str, str], float]]) -> str:
         group, label = case
         ratios = " | ".join(f"{times[case] / times[base]:.2f}" for times in columns.values())
         rows.append(f"| {group} | {label} | {ratios} |")
-    bases = ", ".join(f"{1e3 * times[base]:.2f} ms for {name}" for name, times in columns.items())
+    sizes = {name: 8 * np.prod([int(n) for n in name.split("x")]) for name in columns}
+    bases = ", ".join(
+        f"{name}: {1e3 * times[base]:.2f} ms, {1e-9 * sizes[name] / times[base]:.0f} GB/s"
+        for name, times in columns.items()
+    )
     versions = (
         f"Python {platform.python_version()}, jax {jax.__version__}, on "
         f"{jax.devices()[0].device_kind} with {os.cpu_count()} cores"
@@ -180,8 +189,12 @@ def page(columns: dict[str, dict[tuple[str, str], float]]) -> str:
     return f"""# Speed
 
 `make bench` writes this page: what a whole pass costs, as its ratio to `x * 1.0001` over the same
-float32 array of normal random numbers, both jitted, in the same run ({bases}). The fastest of
-many interleaved rounds counts. Made with {versions}.
+float32 array of normal random numbers, both jitted, in the same run. The fastest of many
+interleaved rounds counts.
+
+The plain pass, reads and writes together: {bases}.
+
+Made with {versions}.
 
 | what | which | {" | ".join(columns)} |
 |---|---|{"---:|" * len(columns)}

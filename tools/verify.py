@@ -4,27 +4,39 @@
 - The other deterministic modes, for four formats: against an oracle of integer thresholds, made
   with exact fractions from ml_dtypes' table of the format's values.
 
-It works in chunks, keeps what is done in a state file and goes on from there when started again,
-and at the end writes the table. A state made by other sources of jaxq is not used.
+It works in chunks and in several processes, keeps what is done in a folder and goes on from there
+when started again, and at the end writes the table. What other sources of jaxq did is not used.
 
-    python tools/verify.py [--only FORMAT ...] [--state FILE] [--output FILE]
+    python tools/verify.py [--only FORMAT ...] [--workers N] [--state FOLDER] [--output FILE]
 """
 
 import argparse
 import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import pathlib
 import platform
+import queue
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 from jax import numpy as jnp
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 import jaxq
 
@@ -161,50 +173,72 @@ def sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def run(jobs: list[tuple[str, str]], state_file: pathlib.Path) -> dict[str, list]:
-    """Checks every chunk of every job that the state does not hold yet."""
-    state = {"sources": sources(), "chunks": {}}
+def run(job: tuple[str, str], folder: pathlib.Path, sources: str, news: Any) -> list:
+    """Checks every chunk of a job that its state does not hold yet; tells of each by `news`."""
+    name, mode = job
+    state_file = folder / f"{name}-{mode}.json"
+    done = []
     if state_file.exists():
         found = json.loads(state_file.read_text())
-        if found["sources"] == state["sources"]:
-            state = found
+        done = found["chunks"] if found["sources"] == sources else []
+    news.put((job, len(done)))
+    if len(done) < CHUNKS:
+        nearest = mode == "nearest_even"
+        reference = functools.partial(converted, name) if nearest else thresholds(name, mode)
+        for chunk in range(len(done), CHUNKS):
+            done.append(check(name, mode, chunk, reference))
+            news.put((job, 1))
+            if chunk % 16 == 15:
+                state_file.write_text(json.dumps({"sources": sources, "chunks": done}))
+    return done
+
+
+def run_all(jobs: list[tuple[str, str]], folder: pathlib.Path, workers: int) -> dict:
+    """Checks all jobs, showing how far they are; chunks by job."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not a fork: JAX has threads.
+    context = multiprocessing.get_context("spawn")
     columns = [
         TextColumn("{task.description:32}"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f}%"),
     ]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress,
+    ):
+        news = manager.Queue()
+        futures = {job: pool.submit(run, job, folder, sources(), news) for job in jobs}
         total = progress.add_task("all", total=len(jobs) * CHUNKS)
-        for name, mode in jobs:
-            done = state["chunks"].setdefault(f"{name} {mode}", [])
-            if mode == "nearest_even":
-                reference: Reference = functools.partial(converted, name)
-            else:
-                reference = thresholds(name, mode)
-            task = progress.add_task(f"{name} {mode}", total=CHUNKS, completed=len(done))
-            progress.advance(total, len(done))
-            for chunk in range(len(done), CHUNKS):
-                done.append(check(name, mode, chunk, reference))
-                progress.advance(task)
-                progress.advance(total)
-                if chunk % 16 == 15:
-                    state_file.parent.mkdir(parents=True, exist_ok=True)
-                    state_file.write_text(json.dumps(state))
-            progress.remove_task(task)
-    return state["chunks"]
+        tasks: dict[tuple[str, str], TaskID] = {}
+        while not progress.finished:
+            try:
+                job, count = news.get(timeout=1)
+            except queue.Empty:
+                broken = [f for f in futures.values() if f.done() and f.exception()]
+                for future in broken:
+                    future.result()
+                continue
+            if job not in tasks:
+                tasks[job] = progress.add_task(" ".join(job), total=CHUNKS)
+            progress.advance(tasks[job], count)
+            progress.advance(total, count)
+            progress.update(tasks[job], visible=not progress.tasks[tasks[job]].finished)
+        return {job: future.result() for job, future in futures.items()}
 
 
-def report(jobs: list[tuple[str, str]], chunks: dict[str, list]) -> str:
+def report(jobs: list[tuple[str, str]], chunks: dict) -> str:
     """The table, as a page of the documentation."""
     rows = []
     for name, mode in jobs:
-        wrong, zeros, nans = (sum(chunk[i] for chunk in chunks[f"{name} {mode}"]) for i in range(3))
-        digests = "".join(chunk[3] for chunk in chunks[f"{name} {mode}"])
+        wrong, zeros, nans = (sum(chunk[i] for chunk in chunks[name, mode]) for i in range(3))
+        digests = "".join(chunk[3] for chunk in chunks[name, mode])
         root = hashlib.sha256(digests.encode()).hexdigest()[:16]
         rows.append(f"| {name} | {mode} | {wrong} | {zeros} | {nans} | `{root}` |")
     versions = (
         f"Python {platform.python_version()}, jax {jax.__version__}, "
-        f"ml_dtypes {ml_dtypes.__version__}, NumPy {np.__version__}, on {jax.default_backend()}"
+        f"ml_dtypes {ml_dtypes.__version__}, NumPy {np.__version__}, on {jax.devices()[0].device_kind}"
     )
     table = "\n".join(rows)
     return f"""# Verification
@@ -228,16 +262,17 @@ def main() -> int:
     """Runs the check; 1 when anything differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="FORMAT", help="these formats, and no page")
-    parser.add_argument("--state", type=pathlib.Path, default=ROOT / "build" / "verify.json")
+    parser.add_argument("--state", type=pathlib.Path, default=ROOT / "build" / "verify")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "verification.md")
     arguments = parser.parse_args()
     jobs = [job for job in JOBS if arguments.only is None or job[0] in arguments.only]
-    chunks = run(jobs, arguments.state)
+    chunks = run_all(jobs, arguments.state, arguments.workers)
     page = report(jobs, chunks)
     if arguments.only is None:
         arguments.output.write_text(page)
     print(page[page.index("| format") :])
-    differ = sum(chunk[0] for name, mode in jobs for chunk in chunks[f"{name} {mode}"])
+    differ = sum(chunk[0] for job in jobs for chunk in chunks[job])
     print("Every input agrees." if differ == 0 else f"{differ} inputs differ.")
     return int(differ > 0)
 

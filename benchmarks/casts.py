@@ -36,7 +36,7 @@ def compiled(function: Callable, *arguments: jax.Array) -> Callable[[], object]:
 
 
 def ours(x: jax.Array) -> Cases:
-    """jaxq's cases."""
+    """The cases of jaxq."""
     cases: Cases = {("base", "x * 1.0001"): compiled(lambda x: x * 1.0001, x)}
     for name, fmt in jaxq.catalog.ALL.items():
         if fmt.bits <= 8 or name in ("float16", "bfloat16", "tf32"):
@@ -106,11 +106,13 @@ def numpy_peers(x: jax.Array) -> Cases:
 
 
 def gfloat_peers(x: jax.Array) -> Cases:
-    """gfloat on JAX arrays, jitted."""
+    """The same cast by gfloat on JAX arrays, jitted."""
     from gfloat import round_ndarray
     from gfloat.formats import format_info_ocp_e4m3
 
-    function: Callable = lambda x: round_ndarray(format_info_ocp_e4m3, x)
+    def function(x: jax.Array) -> jax.Array:
+        return round_ndarray(format_info_ocp_e4m3, x)  # type: ignore[arg-type]
+
     return {("gfloat, jitted", E4M3): compiled(function, x)}
 
 
@@ -129,7 +131,7 @@ def torch_peers(x: jax.Array) -> Cases:
 
 
 def pychop_peers(x: jax.Array) -> Cases:
-    """pychop on its JAX backend, as it jits itself."""
+    """The same widths by pychop on its JAX backend, as it jits itself."""
     import pychop  # type: ignore[import-not-found]
 
     pychop.backend("jax")

@@ -238,7 +238,8 @@ def report(jobs: list[tuple[str, str]], chunks: dict) -> str:
         rows.append(f"| {name} | {mode} | {wrong} | {zeros} | {nans} | `{root}` |")
     versions = (
         f"Python {platform.python_version()}, jax {jax.__version__}, "
-        f"ml_dtypes {ml_dtypes.__version__}, NumPy {np.__version__}, on {jax.devices()[0].device_kind}"
+        f"ml_dtypes {ml_dtypes.__version__}, NumPy {np.__version__}, "
+        f"on {jax.devices()[0].device_kind}"
     )
     table = "\n".join(rows)
     return f"""# Verification

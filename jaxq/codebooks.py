@@ -49,7 +49,9 @@ def _midpoints(fmt: CodebookFormat, layout: Layout) -> tuple[int, ...]:
         middle = (low + high) / 2
         below = _below(middle, layout)
         on_grid = fractions.Fraction(float(layout.float_type(float(middle)))) == middle
-        result.append(below + 1 if fmt.ties == "down" and on_grid else below)
+        # From the middle itself nothing goes up, and of both zeros 0 is the higher one.
+        at = 0 if middle == 0 else below + 1
+        result.append(at if fmt.ties == "down" and on_grid else below)
     return tuple(result)
 
 
@@ -85,21 +87,24 @@ def choose(
     if rounding in (nearest_even, nearest_away):
         return chain(_midpoints(fmt, layout), outputs)
 
-    # Any other mode sees the fraction between the two neighbours, in the direction of magnitude.
+    # Any other mode sees the fraction between the two neighbours, in the direction of magnitude; of
+    # neighbours on both sides of zero the lower one counts as the nearer to it.
     levels = [layout.float_type(v) for v in fmt.values]
     on_or_above = tuple(_below(fractions.Fraction(float(v)), layout) for v in levels[1:-1])
     low = chain(on_or_above, levels[:-1])
     high = chain(on_or_above, levels[1:])
     odd = chain(on_or_above, [layout.float_type(i % 2) for i in range(len(levels) - 1)])
-    negative = bits < layout.int_type(0)
-    x = lax.clamp(levels[0], layout.floats(bits), levels[-1])
+    negative = high <= layout.float_type(0)
+    lowest, highest = (_ordered(layout.bits(end + 0), layout) for end in (levels[0], levels[-1]))
+    bits = _ordered(lax.clamp(lowest, key, highest), layout)  # Its own inverse.
+    x = layout.floats(bits)
     near = lax.select(negative, high, low)
     far = lax.select(negative, low, high)
     odd = lax.select(negative, 1.0 - odd, odd)
     # A number between two levels stays between them, however close: also a subnormal.
     least = layout.float_type(2.0**-layout.mantissa_bits)
     inside = lax.clamp(least, jnp.abs((x - near) / (far - near)), 1 - least)
-    is_zero = magnitude == 0  # Of either sign; levels have no -0.
+    is_zero = bits & layout.magnitude_mask == 0  # Of either sign; levels have no -0.
     on_near = (bits == layout.bits(near)) | (is_zero & (near == 0.0))
     on_far = (x == far) | (is_zero & (far == 0.0))
     fraction = where(on_near, layout.float_type(0), where(on_far, layout.float_type(1), inside))

@@ -138,7 +138,8 @@ def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
         scale = layout.float_type(2.0**-fmt.fraction_bits)
         return integers.astype(layout.float_type) * scale
     if isinstance(fmt, FloatFormat) and fmt.nan == "ieee" and fmt.inf:
-        if fmt.exponent_bits == 8 and fmt.bias == layout.bias:  # A float32, cut short.
+        cut_short = fmt.exponent_bits == 8 and fmt.bias == layout.bias
+        if cut_short and fmt.signed and fmt.subnormals:  # The upper bits of a float32.
             shifted = codes.astype(jnp.uint32) << np.uint32(32 - fmt.bits)
             return lax.bitcast_convert_type(shifted, jnp.float32)
     if not (isinstance(fmt, FloatFormat) and is_narrow(BinaryGrid.of(fmt), layout)):

@@ -369,7 +369,7 @@ def _wide(
     extended = extended_bits(magnitude, layout)
     # Beyond the grid all numbers are alike; the units of the largest have no exponent.
     extended = jnp.minimum(extended, layout.field(_emax(grid, layout) + 1))
-    unit = _unit_exponents(extended, grid, layout)
+    unit = jnp.asarray(_unit_exponents(extended, grid, layout))  # Sums of NumPy's would warn.
     least = _least_normal(magnitude, layout)
     units = layout.floats(lax.max(extended - (unit - layout.field(0)), least))
     rounded = _rounded(units, negative, unit, grid, layout, rounding, random)
@@ -475,11 +475,14 @@ def _limited(
     pinned: tuple[bool, bool],
     overflow: Overflow,
 ) -> jax.Array:
-    """Magnitudes with those beyond the largest replaced as `overflow` says; NaN stays."""
+    """Magnitudes with those beyond the largest replaced as `overflow` says."""
     limit = layout.constant(grid.max)
     if not (grid.inf or grid.nan):  # `_signed` sees a NaN in the input.
         return layout.floats(lax.min(layout.bits(y), layout.bits(limit)))
-    too_large = y > limit
+    if is_narrow(grid, layout):
+        too_large = y > limit
+    else:  # Both may be subnormal. A NaN counts as too large here; `_signed` puts it back.
+        too_large = layout.bits(y) > layout.bits(limit)
     if not grid.static or np.isinf(limit):
         too_large = too_large | (magnitude == layout.inf)
     if overflow == "saturate":

@@ -177,7 +177,7 @@ def test_codebooks_in_every_mode(name: str, mode: str):
     clean = np.nan_to_num(x.astype(np.float64), nan=0.0)
     i = np.clip(np.searchsorted(levels, clean, side="right") - 1, 0, len(levels) - 2)
     low, high = levels[i], levels[i + 1]
-    negative = np.signbit(clean)
+    negative = high <= 0
     near, far = np.where(negative, high, low), np.where(negative, low, high)
     near_odd = np.where(negative, i + 1, i) % 2 == 1
     chosen = {

@@ -1,0 +1,127 @@
+"""The same bits wherever a cast stands: in a larger fused program, in a scan, on many devices."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import jaxq
+from tests import data
+from tests.oracle import assert_same
+
+NAMES = ["bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn", "int8", "nf4"]
+
+
+def normal(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), shape)
+
+
+def alone(x: jax.Array, name: str) -> np.ndarray:
+    """The cast of a finished array."""
+    return np.asarray(jaxq.cast(np.asarray(x), name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_between_two_products(name: str):
+    a, b = normal(64, 32), normal(32, 48)
+
+    @jax.jit
+    def program(a, b):
+        product = a @ b
+        snapped = jaxq.cast(product, name)
+        return product, snapped, snapped @ b.T
+
+    product, snapped, after = program(a, b)
+    assert_same(snapped, alone(product, name), product)
+    assert_same(after, jax.jit(jnp.matmul)(snapped, b.T))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_a_layer_norm(name: str):
+    x, gain = normal(64, 32), 1 + normal(32) / 8
+
+    @jax.jit
+    def program(x, gain):
+        scaled = jax.nn.standardize(x) * gain[None, :]
+        return scaled, jaxq.cast(jaxq.cast(scaled, name) * 1.0, name)
+
+    scaled, y = program(x, gain)
+    assert_same(y, alone(scaled, name), scaled)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_a_scan(name: str):
+    x = normal(16, 32)
+
+    def step(state, row):
+        state = jaxq.cast(state * 0.75 + row, name)
+        return state, state
+
+    _, states = jax.jit(lambda x: jax.lax.scan(step, jnp.zeros(32), x))(x)
+    state = jnp.zeros(32)
+    update = jax.jit(lambda s, r: s * 0.75 + r)
+    for row, want in zip(x, states, strict=True):
+        state = jaxq.cast(update(state, row), name)
+        assert_same(state, want)
+
+
+def test_a_bfloat16_pair_is_not_dropped():
+    """XLA may take a conversion there and back for excess precision; a cast is none."""
+    x = data.random_float32(10_000)
+    text = jax.jit(lambda x: jaxq.cast(x, "bfloat16")).lower(x).as_text()
+    assert "bf16" not in text
+    y = jax.jit(lambda x: jaxq.cast(x.astype(jnp.bfloat16), "float8_e4m3fn"))(x)
+    assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", jaxq.catalog.ALL)
+def test_float32_subnormals_are_never_flushed(name: str):
+    """Also when the array is a result that XLA fuses the cast into."""
+    fmt = jaxq.get_format(name)
+    least = np.float32(2.0**-149)
+    bits = np.arange(1, 1000, dtype=np.int32)
+    y = jax.jit(
+        lambda bits: jaxq.cast(jax.lax.bitcast_convert_type(bits, jnp.float32), fmt, rounding="up")
+    )(bits)
+    want = fmt.values[fmt.values > 0].min(initial=fmt.tiny) if fmt.bits <= 16 else None
+    if name == "int1":  # It has -1 and 0.
+        want = 0.0
+    if name == "float32":
+        assert_same(y, bits.view(np.float32))
+    elif want is not None:
+        assert (np.asarray(y).view(np.int32) == np.float32(want).view(np.int32)).all()
+    else:
+        assert (np.asarray(y) >= least).all()
+
+
+@pytest.mark.parametrize("name", jaxq.presets.ALL)
+def test_sharded_quantizers_agree(name: str):
+    x = normal(64, 32)
+    want = np.asarray(jaxq.fake_quant(x, name))
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    for spec in (("a", "b"), (None, ("a", "b")), ("b", None)):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        got = jax.jit(lambda x: jaxq.fake_quant(x, name))(jax.device_put(x, sharding))
+        assert_same(got, want)
+
+
+def test_stochastic_rounding_under_vmap_uses_each_key():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = normal(64)
+    f = lambda k: jaxq.cast(x, "int4", rounding="stochastic", key=k)  # noqa: E731
+    rows = jax.vmap(f)(keys)
+    for key, row in zip(keys, rows, strict=True):
+        assert_same(row, f(key))
+    assert len({row.tobytes() for row in np.asarray(rows)}) == 4
+
+
+def test_importing_jaxq_imports_nothing_optional():
+    code = "import sys, jax; had = set(sys.modules); import jaxq; print(*(set(sys.modules) - had))"
+    new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    roots = {name.split(".")[0] for name in new.stdout.split()}
+    optional = {"matplotlib", "rich", "sklearn", "chex", "optax", "gfloat", "torch", "hypothesis"}
+    assert "jaxq" in roots
+    assert not roots & optional

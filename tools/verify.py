@@ -5,7 +5,8 @@
   with exact fractions from ml_dtypes' table of the format's values.
 
 It works in chunks and in several processes, keeps what is done in a folder and goes on from there
-when started again, and at the end writes the table. What other sources of jaxq did is not used.
+when started again, unless the programs that jaxq lowers to have changed; at the end it writes the
+table.
 
     python tools/verify.py [--only FORMAT ...] [--workers N] [--state FOLDER] [--output FILE]
 """
@@ -159,7 +160,7 @@ def check(name: str, mode: str, chunk: int, reference: Reference) -> tuple[int, 
 
 
 @functools.cache
-def kernels(name: str, mode: str) -> tuple[Callable, Callable]:
+def kernels(name: str, mode: str) -> tuple[Any, Any]:
     """Compiled `encode` and `cast`."""
     return (
         jax.jit(lambda x: jaxq.encode(x, name, rounding=mode)),
@@ -167,20 +168,21 @@ def kernels(name: str, mode: str) -> tuple[Callable, Callable]:
     )
 
 
-def sources() -> str:
-    """A hash of what is being checked."""
-    files = sorted((ROOT / "jaxq").glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def programs(name: str, mode: str) -> str:
+    """A hash of what is being checked: the programs as JAX hands them to the compiler."""
+    x = jax.ShapeDtypeStruct((CHUNK,), jnp.float32)
+    texts = "".join(kernel.lower(x).as_text() for kernel in kernels(name, mode))
+    return hashlib.sha256(f"{jax.__version__} {texts}".encode()).hexdigest()
 
 
-def run(job: tuple[str, str], folder: pathlib.Path, sources: str, news: Any) -> list:
+def run(job: tuple[str, str], folder: pathlib.Path, news: Any) -> list:
     """Checks every chunk of a job that its state does not hold yet; tells of each by `news`."""
     name, mode = job
     state_file = folder / f"{name}-{mode}.json"
-    done = []
+    done, checked = [], programs(name, mode)
     if state_file.exists():
         found = json.loads(state_file.read_text())
-        done = found["chunks"] if found["sources"] == sources else []
+        done = found["chunks"] if found["programs"] == checked else []
     news.put((job, len(done)))
     if len(done) < CHUNKS:
         nearest = mode == "nearest_even"
@@ -189,7 +191,7 @@ def run(job: tuple[str, str], folder: pathlib.Path, sources: str, news: Any) -> 
             done.append(check(name, mode, chunk, reference))
             news.put((job, 1))
             if chunk % 16 == 15:
-                state_file.write_text(json.dumps({"sources": sources, "chunks": done}))
+                state_file.write_text(json.dumps({"programs": checked, "chunks": done}))
     return done
 
 
@@ -209,7 +211,7 @@ def run_all(jobs: list[tuple[str, str]], folder: pathlib.Path, workers: int) -> 
         Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress,
     ):
         news = manager.Queue()
-        futures = {job: pool.submit(run, job, folder, sources(), news) for job in jobs}
+        futures = {job: pool.submit(run, job, folder, news) for job in jobs}
         total = progress.add_task("all", total=len(jobs) * CHUNKS)
         tasks: dict[tuple[str, str], TaskID] = {}
         while not progress.finished:

@@ -206,7 +206,7 @@ Made with {versions}.
 
 def main() -> None:
     """Measures and writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--shapes", nargs="+", default=["1024x4096", "8192x4096"])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks.md"))

@@ -83,7 +83,8 @@ def quantizers(recipe: Recipe) -> tuple[Quantize, Quantize]:
     if recipe is None:
         return lambda w: w, lambda a: a
     if recipe == "bfloat16":  # Wide enough to need no scale.
-        return (lambda w: jaxq.cast(w, "bfloat16"),) * 2
+        bfloat16 = functools.partial(jaxq.cast, fmt="bfloat16")
+        return bfloat16, bfloat16
     weights = jaxq.get_quantizer(recipe)
     if isinstance(weights.element, jaxq.IntFormat):
         activations = jaxq.Quantizer(f"uint{weights.element.bits}", symmetric=False)
@@ -248,7 +249,8 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
         "trained through the quantizer": [100 * (1 - r.trained) for r in rows],
     }
     means = {name: np.array([v.mean() for v in values]) for name, values in errors.items()}
-    axes.hlines(heights, *means.values(), color="#dddddd", linewidth=10, zorder=1)
+    left, right = means.values()
+    axes.hlines(heights, left, right, color="#dddddd", linewidth=10, zorder=1)
     styles = ((orange, "o", 0.12), (blue, "D", -0.12))  # The last: bars side by side, not on top.
     for (name, values), (colour, marker, shift) in zip(errors.items(), styles, strict=True):
         mean = means[name]
@@ -265,7 +267,7 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
             linewidth=1,
             label=name,
         )
-    for height, r in zip(heights, rows, strict=True):
+    for height, r in enumerate(rows):
         sqnr = "exact" if np.isinf(r.sqnr_db) else f"{r.sqnr_db:.0f} dB"
         axes.text(
             1.07, height, f"{r.bits_per_weight:.1f}", transform=beside, va="center", ha="right"
@@ -297,7 +299,7 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="networks a format (default 5)")
     parser.add_argument("--epochs", type=int, default=30, help="passes over the data (default 30)")
     parser.add_argument("--short", action="store_true", help="few formats, two seeds, few epochs")

@@ -4,7 +4,7 @@ from jaxq import catalog, gradients, presets, rounding
 from jaxq.casting import cast, encode
 from jaxq.catalog import fixed_point, formats_table, get_format, p3109
 from jaxq.codecs import decode, pack, unpack
-from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
 from jaxq.grids import BinaryGrid, float_grid, int_grid
 from jaxq.presets import get_quantizer
 from jaxq.quantizers import Quantized, dequantize, fake_quant, quantize
@@ -25,6 +25,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "Stochastic",
+    "TaperedFormat",
     "cast",
     "catalog",
     "decode",

@@ -10,11 +10,12 @@ from jax import numpy as jnp
 from jaxq import codebooks, gradients
 from jaxq.catalog import get_format
 from jaxq.codecs import code_dtype, codes_of, level_codes
-from jaxq.formats import CodebookFormat, Format
+from jaxq.formats import CodebookFormat, Format, TaperedFormat
 from jaxq.gradients import Gradient, get_gradient
 from jaxq.grids import BinaryGrid, Layout, Overflow, snap
 from jaxq.rounding import ALL as ROUNDINGS
 from jaxq.rounding import Rounding, Stochastic, get_rounding, nearest_even
+from jaxq.tapered import decode_tapered, encode_tapered
 
 __all__ = ["as_dtype", "cast", "encode", "floats", "widen"]
 
@@ -28,8 +29,8 @@ def cast(
     rounding: str | Rounding = "nearest_even",
     overflow: Overflow = None,
     gradient: str | Gradient = "straight_through",
-    key: jax.Array | None = None,
-    random_bits: jax.Array | None = None,
+    key: jax.typing.ArrayLike | None = None,
+    random_bits: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """Snaps values to the grid of a number format.
 
@@ -76,17 +77,17 @@ def cast(
     References:
       OCP 8-bit Floating Point Specification 1.0; IEEE 754-2019; IEEE SA P3109, interim report 3.
     """
-    grid = fmt if isinstance(fmt, BinaryGrid) else None
-    static = None if grid is not None else get_format(fmt)  # type: ignore[arg-type]
+    kind = fmt if isinstance(fmt, BinaryGrid) else get_format(fmt)
     x = floats("cast", x)
-    if grid is not None and x.dtype == jnp.float64:
+    if isinstance(kind, BinaryGrid) and x.dtype == jnp.float64:
         raise TypeError("cast: a BinaryGrid takes float16, bfloat16 or float32, got float64.")
     mode = _mode("cast", rounding, overflow)
     random = _random("cast", x, mode, key, random_bits)
-    if grid is not None and grid.static:
-        grid, static = None, grid
-    y = _cast(lax.stop_gradient(x), random, grid, static, mode, overflow)
-    low, high = (-fmt.lowest, fmt.max) if isinstance(fmt, BinaryGrid) else (static.min, static.max)
+    traced, static = None, kind
+    low, high = kind.min, kind.max
+    if isinstance(kind, BinaryGrid) and not kind.static:
+        traced, static = kind, None
+    y = _cast(lax.stop_gradient(x), random, traced, static, mode, overflow)
     with np.errstate(over="ignore"):
         low, high = (lax.convert_element_type(end, x.dtype) for end in (low, high))
     return gradients.attach(get_gradient(gradient), y, x, low, high)
@@ -98,8 +99,8 @@ def encode(
     *,
     rounding: str | Rounding = "nearest_even",
     overflow: Overflow = None,
-    key: jax.Array | None = None,
-    random_bits: jax.Array | None = None,
+    key: jax.typing.ArrayLike | None = None,
+    random_bits: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """The codes of the values that `cast` would give.
 
@@ -147,6 +148,9 @@ def _cast(
         levels = [Layout.of(wide.dtype).float_type(v) for v in fmt.values]
         y = codebooks.choose(wide, fmt, rounding, random, levels)
         return as_dtype(y, x.dtype)
+    if isinstance(fmt, TaperedFormat):
+        codes = encode_tapered(wide, fmt, rounding, overflow, random)
+        return as_dtype(decode_tapered(codes, fmt, Layout.of(wide.dtype)), x.dtype)
     if fmt is not None:
         grid = fmt if isinstance(fmt, BinaryGrid) else BinaryGrid.of(fmt)
     assert grid is not None
@@ -164,6 +168,8 @@ def _encode(
     if isinstance(fmt, CodebookFormat):
         codes = codebooks.choose(wide, fmt, rounding, random, level_codes(fmt))
         return codes.astype(code_dtype(fmt))
+    if isinstance(fmt, TaperedFormat):
+        return encode_tapered(wide, fmt, rounding, overflow, random).astype(code_dtype(fmt))
     y = snap(wide, BinaryGrid.of(fmt), rounding, overflow, random)
     return codes_of(y, fmt).astype(code_dtype(fmt))
 
@@ -191,7 +197,7 @@ def as_dtype(y: jax.Array, dtype: np.dtype, *, exact: bool = False) -> jax.Array
     if y.dtype == dtype:
         return y
     if not exact and dtype in (jnp.float16, jnp.bfloat16):
-        y = snap(y, BinaryGrid.of(get_format(dtype)), nearest_even)  # type: ignore[arg-type]
+        y = snap(y, BinaryGrid.of(get_format(dtype)), nearest_even)
     if dtype == jnp.bfloat16:
         bits = lax.bitcast_convert_type(y, jnp.uint32) >> np.uint32(16)
         return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
@@ -227,16 +233,17 @@ def _random(
     name: str,
     x: jax.Array,
     mode: Rounding,
-    key: jax.Array | None,
-    random_bits: jax.Array | None,
+    key: jax.typing.ArrayLike | None,
+    random_bits: jax.typing.ArrayLike | None,
 ) -> jax.Array | None:
     """The random bits that a mode will use, drawn or checked."""
     given = key is not None or random_bits is not None
     if not isinstance(mode, Stochastic):
-        if given and mode in ROUNDINGS.values():
+        known = [label for label, function in ROUNDINGS.items() if function == mode]
+        if given and known:
             raise ValueError(
-                f"{name}: rounding {mode.__name__!r} draws no random bits, got a key or random "  # type: ignore[attr-defined]
-                "bits. Leave them out, or use rounding='stochastic'."
+                f"{name}: rounding {known[0]!r} draws no random bits, got a key or random bits. "
+                "Leave them out, or use rounding='stochastic'."
             )
         if not given:
             return None

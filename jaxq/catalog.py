@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
 
 __all__ = ["ALL", "fixed_point", "formats_table", "get_format", "p3109"]
 
@@ -148,6 +148,14 @@ _FORMATS: tuple[Format, ...] = (
     *(IntFormat(f"int{bits}", bits) for bits in (*range(1, 9), 16)),
     *(IntFormat(f"uint{bits}", bits, signed=False) for bits in (*range(1, 9), 16)),
     IntFormat("mxint8", 8, fraction_bits=6),
+    # Posits of the 2022 standard (es = 2), those of other es, and takums.
+    TaperedFormat("posit8", 8),
+    TaperedFormat("posit16", 16),
+    TaperedFormat("posit8_es0", 8, 0),
+    TaperedFormat("posit8_es1", 8, 1),
+    TaperedFormat("posit16_es1", 16, 1),
+    TaperedFormat("takum8", 8, None),
+    TaperedFormat("takum16", 16, None),
     # Codebooks.
     CodebookFormat("nf4", _NF4_LEVELS),
     CodebookFormat("fp4_bnb", _BNB_FP4_LEVELS),
@@ -178,8 +186,9 @@ def get_format(spec: "str | Format | np.dtype | type") -> Format:
     """
     if isinstance(spec, Format):
         return spec
-    name = spec
-    if not isinstance(spec, str):
+    if isinstance(spec, str):
+        name = str(spec)
+    else:
         try:
             name = np.dtype(spec).name
         except TypeError as error:
@@ -188,7 +197,7 @@ def get_format(spec: "str | Format | np.dtype | type") -> Format:
             ) from error
     if name in ALL:
         return ALL[name]
-    near = difflib.get_close_matches(str(name), ALL, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, ALL, n=3, cutoff=0.5)
     hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(ALL)}."
     raise ValueError(f"No number format is named {name!r}. {hint}")
 

@@ -12,8 +12,9 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.catalog import get_format
-from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
 from jaxq.grids import BinaryGrid, Layout, extended_bits, is_narrow, where
+from jaxq.tapered import decode_tapered
 
 __all__ = ["code_dtype", "codes_of", "decode", "pack", "unpack"]
 
@@ -88,7 +89,12 @@ def _code_values(fmt: Format) -> np.ndarray:
     return table
 
 
-def decode(codes: jax.Array, fmt: "str | Format", *, dtype: jax.typing.DTypeLike = jnp.float32):
+def decode(
+    codes: jax.typing.ArrayLike,
+    fmt: "str | Format | np.dtype | type",
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
     """The values that codes stand for.
 
     Args:
@@ -130,6 +136,8 @@ def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
     layout = Layout.of(dtype)
     if fmt.bits < 8 * codes.dtype.itemsize:
         codes = codes & codes.dtype.type(2**fmt.bits - 1)
+    if isinstance(fmt, TaperedFormat):
+        return decode_tapered(codes, fmt, layout)
     if isinstance(fmt, IntFormat):
         integers = codes.astype(layout.int_type)
         if fmt.signed:
@@ -177,7 +185,7 @@ def _groups(bits: int) -> tuple[int, int]:
     return 8 // shared, bits // shared
 
 
-def pack(codes: jax.Array, bits: int) -> jax.Array:
+def pack(codes: jax.typing.ArrayLike, bits: int) -> jax.Array:
     """Packs codes into bytes without waste, low bits first, along the last axis.
 
     The codes form one string of bits, the first code's lowest bit first; byte i holds bits 8 i to
@@ -224,7 +232,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     return packed[..., : -(-n * bits // 8)]
 
 
-def unpack(packed: jax.Array, bits: int, n: int) -> jax.Array:
+def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
     """The codes that `pack` put into bytes.
 
     Args:

@@ -171,6 +171,11 @@ class BinaryGrid:
         )
 
     @property
+    def min(self) -> Any:
+        """The lowest value."""
+        return 0 - self.lowest
+
+    @property
     def static(self) -> bool:
         """Whether every number is Python's."""
         return all(isinstance(leaf, int | float) for leaf in jax.tree.leaves(self))
@@ -206,8 +211,8 @@ def float_grid(
     Example:
       >>> import jax, jaxq, jax.numpy as jnp
       >>> widths = jnp.arange(1, 4)
-      >>> jax.vmap(lambda m: jaxq.cast(jnp.float32(1.3), float_grid(4, m)))(widths)
-      Array([1.5  , 1.25 , 1.25 ], dtype=float32)
+      >>> jax.vmap(lambda m: jaxq.cast(jnp.float32(1.3), float_grid(4, m)))(widths).tolist()
+      [1.5, 1.25, 1.25]
     """
     if inf and not nan:
         raise ValueError("float_grid: inf=True needs nan=True, as in IEEE 754, got nan=False.")
@@ -306,10 +311,10 @@ def snap(
     negative = bits < layout.int_type(0)
     way = _aligned if is_aligned(grid, layout) else _narrow if is_narrow(grid, layout) else _wide
     y = way(magnitude, negative, grid, layout, rounding, random)
-    if not (grid.inf or grid.nan or grid.negative_zero) and _all_normal(grid, layout):
+    if not (grid.inf or grid.nan or grid.negative_zero) and _is_normal(grid, layout):
         return _integer(y, magnitude, negative, grid, layout)
     y = _limited(y, magnitude, negative, grid, layout, pins(rounding), overflow)
-    if grid.signed and not grid.negative_zero and _all_normal(grid, layout):
+    if grid.signed and not grid.negative_zero and is_narrow(grid, layout):
         return where(negative, layout.float_type(0) - y, y)
     return layout.floats(_signed(layout.bits(y), bits, magnitude, negative, grid, layout, overflow))
 
@@ -451,9 +456,9 @@ def _ldexp_bits(whole: jax.Array, unit: jax.Array, layout: Layout) -> jax.Array:
     return where(whole == 0, layout.int_type(0), bits)
 
 
-def _all_normal(grid: BinaryGrid, layout: Layout) -> bool:
+def _is_normal(grid: BinaryGrid, layout: Layout) -> bool:
     """Whether no value of a grid without -0 is subnormal: traced ones of those hold integers."""
-    return is_narrow(grid, layout) or not grid.static
+    return not grid.static or grid.emin - grid.mantissa_bits >= 1 - layout.bias
 
 
 def _integer(
@@ -462,7 +467,7 @@ def _integer(
     """The result for a grid without inf, NaN and -0: NaN becomes 0, all else the nearest end."""
     y = where(magnitude > layout.inf, layout.float_type(0), y)
     y = where(negative, layout.float_type(0) - y, y)
-    low, high = 0 - layout.constant(grid.lowest), layout.constant(grid.max)  # Not -0.
+    low, high = layout.constant(grid.min), layout.constant(grid.max)
     return lax.clamp(low, y, high) if grid.static else jnp.clip(y, low, high)
 
 

@@ -7,7 +7,7 @@ import difflib
 from types import MappingProxyType
 
 from jaxq import catalog
-from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat
+from jaxq.formats import Format
 from jaxq.recipes import Quantizer
 from jaxq.scaling import PerChannel
 
@@ -51,7 +51,7 @@ def get_quantizer(spec: str | Format | Quantizer) -> Quantizer:
     """
     if isinstance(spec, Quantizer):
         return spec
-    if isinstance(spec, FloatFormat | IntFormat | CodebookFormat):
+    if isinstance(spec, Format):
         return Quantizer(spec)
     if not isinstance(spec, str):
         raise TypeError(

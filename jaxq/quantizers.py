@@ -89,7 +89,7 @@ def fake_quant(
       >>> w = jnp.array([[0.11, -0.52], [0.7, 0.25]])
       >>> jaxq.fake_quant(w, "int4_channel")
       Array([[ 0.1       , -0.52      ],
-             [ 0.7       ,  0.22285715]], dtype=float32)
+             [ 0.7       ,  0.22285712]], dtype=float32)
       >>> jax.grad(lambda w: jaxq.fake_quant(w, "int4_channel").sum())(w)
       Array([[1., 1.],
              [1., 1.]], dtype=float32)

@@ -112,7 +112,7 @@ def affine_scale(low: jax.Array, high: jax.Array, fmt: IntFormat) -> tuple[jax.A
     """
     lowest, highest = np.float32(fmt.min_int), np.float32(fmt.max_int)
     # By halves, as a range may be wider than the largest float32.
-    scale = _floored(divide(high * 0.5 - low * 0.5, highest - lowest) * 2.0)
+    scale = _floored(divide(high * 0.5 - low * 0.5, jnp.float32(highest - lowest)) * 2.0)
     zero_point = lowest - lax.round(divide(low, scale), lax.RoundingMethod.TO_NEAREST_EVEN)
     zero_point = lax.clamp(lowest, zero_point, highest)
     return scale, where(scale > 0, zero_point, np.float32(0))

@@ -46,12 +46,14 @@ class TestFormats:
 
     def test_is_static_data(self, fmt):
         assert hash(fmt) == hash(jaxq.get_format(fmt.name))
-        assert eval(repr(fmt), vars(jaxq)) == fmt
+        assert eval(repr(fmt), dict(vars(jaxq))) == fmt
 
     def test_every_value_is_a_fixed_point_with_a_code(self, fmt):
         if fmt.bits > 16:
             return
-        values = fmt.values.astype(np.float32)
+        with np.errstate(over="ignore"):  # A takum has values beyond float32.
+            values = fmt.values.astype(np.float32)
+        values = values[values == fmt.values]
         assert_same(jaxq.cast(values, fmt), values)
         codes = np.asarray(jaxq.encode(values, fmt))
         assert len(np.unique(codes)) == len(values)
@@ -64,7 +66,9 @@ class TestFormats:
             y = np.asarray(jaxq.cast(x, fmt, rounding=mode, **random))
             codes = jaxq.encode(x, fmt, rounding=mode, **random)
             assert_same(jaxq.decode(codes, fmt), y, x)
-            assert_same(jaxq.cast(y, fmt), y, x)
+            # A value beyond float32, which takums have, is infinite in it and so no fixed point.
+            held = np.isinf(x) | ~np.isinf(y)
+            assert_same(jaxq.cast(y, fmt)[held], y[held], x[held])
 
     def test_eager_jit_vmap_and_sharded_agree(self, fmt):
         x = inputs()

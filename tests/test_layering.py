@@ -14,6 +14,7 @@ LAYERS = [
     "rounding",
     "grids",
     "codebooks",
+    "tapered",
     "codecs",
     "gradients",
     "casting",

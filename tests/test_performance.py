@@ -21,7 +21,9 @@ def equations(jaxpr) -> int:
 
 
 BINARY = [
-    name for name, fmt in jaxq.catalog.ALL.items() if not isinstance(fmt, jaxq.CodebookFormat)
+    name
+    for name, fmt in jaxq.catalog.ALL.items()
+    if isinstance(fmt, jaxq.FloatFormat | jaxq.IntFormat)
 ]
 # Without mantissa bits a tie asks for the parity of the exponent.
 POWERS_OF_TWO = ("float8_e8m0fnu", "binary8p1se", "float4_e3m0")

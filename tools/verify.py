@@ -95,7 +95,7 @@ def oracle(name: str, mode: str, negative: bool) -> tuple[np.ndarray, np.ndarray
 
     def code_of(x: float) -> int:
         with np.errstate(invalid="ignore"):
-            return int(np.float32([x]).astype(dtype).view(np.uint8)[0])
+            return int(np.array([x], np.float32).astype(dtype).view(np.uint8)[0])
 
     sign = -1.0 if negative else 1.0
     inward = {"toward_zero": True, "up": negative, "down": not negative}.get(mode, False)
@@ -263,7 +263,7 @@ Made with {versions}.
 
 def main() -> int:
     """Runs the check; 1 when anything differs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="FORMAT", help="these formats, and no page")
     parser.add_argument("--state", type=pathlib.Path, default=ROOT / "build" / "verify")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2))

@@ -1,0 +1,102 @@
+"""Posits and takums against the formulas of their definitions, which jaxq does not use."""
+
+import fractions
+
+import jax
+import numpy as np
+import pytest
+
+import jaxq
+from tests import data
+from tests.oracle import assert_same
+
+F = fractions.Fraction
+NAMED = [f for f in jaxq.catalog.ALL.values() if isinstance(f, jaxq.TaperedFormat)]
+OTHERS = [jaxq.TaperedFormat(f"posit{n}_es{es}", n, es) for n, es in ((5, 0), (6, 3), (11, 1))]
+OTHERS += [jaxq.TaperedFormat(f"takum{n}", n, None) for n in (5, 7, 12)]
+
+
+def value(code: int, bits: int, es: int | None) -> F:
+    """The value of any code but 0 and NaR, negative ones read as they stand, without negating.
+
+    Posit standard (2022), section 3.2, with es in the place of 2; linear takums likewise.
+    """
+    string = [(code >> i) & 1 for i in reversed(range(bits))] + [0] * 40
+    sign, rest = string[0], string[1:]
+    number = lambda digits: int("".join(map(str, digits)) or "0", 2)  # noqa: E731
+    if es is None:
+        regime = number(rest[1:4])
+        size = regime if rest[0] else 7 - regime
+        exponent = number(rest[4 : 4 + size])
+        exponent += 2**size - 1 if rest[0] else 1 - 2 ** (size + 1)
+        fraction = rest[4 + size :]
+        exponent = (1 - 2 * sign) * (exponent + sign)
+    else:
+        run = next(i for i, bit in enumerate([*rest, 1 - rest[0]]) if bit != rest[0])
+        run = min(run, bits - 1)
+        r = run - 1 if rest[0] else -run
+        body = rest[run + 1 :]
+        exponent = (1 - 2 * sign) * (2**es * r + number(body[:es]) + sign)
+        fraction = body[es:]
+    f = F(number(fraction), 2 ** len(fraction))
+    return ((1 - 3 * sign) + f) * (F(2) ** exponent)
+
+
+@pytest.mark.parametrize("fmt", [*NAMED, *OTHERS], ids=lambda fmt: fmt.name)
+def test_values_of_all_codes(fmt: jaxq.TaperedFormat):
+    codes = np.arange(2**fmt.bits)
+    if fmt.bits > 12:
+        codes = codes[::7]
+    narrow = codes.astype(np.uint8 if fmt.bits <= 8 else np.uint16)
+    nar = 2 ** (fmt.bits - 1)
+    exact = [F(0) if c in (0, nar) else value(int(c), fmt.bits, fmt.exponent_bits) for c in codes]
+    wide = np.array([float(v) for v in exact])
+    wide[codes == nar] = np.nan
+    with np.errstate(over="ignore"):
+        assert_same(jaxq.decode(narrow, fmt), wide.astype(np.float32) + np.float32(0), codes)
+    with jax.enable_x64(True):
+        assert_same(jaxq.decode(narrow, fmt, dtype="float64"), wide, codes)
+    assert set(wide[np.isfinite(wide)]) <= set(fmt.values)
+
+
+@pytest.mark.parametrize("fmt", [*NAMED, *OTHERS], ids=lambda fmt: fmt.name)
+def test_rounding_is_by_the_string(fmt: jaxq.TaperedFormat):
+    """Between two codes lies the code with one more bit: there it turns, half way to even."""
+    top = 2 ** (fmt.bits - 1) - 1
+    codes = range(1, top) if fmt.bits <= 12 else [*range(1, top, 97), top - 1]
+    float32 = np.finfo(np.float32)
+    for c in codes:
+        turn = float(value(2 * c + 1, fmt.bits + 1, fmt.exponent_bits))
+        if not float(float32.tiny) < turn < float(float32.max) or np.float32(turn) != turn:
+            continue
+        near = np.float32(turn)
+        x = np.array([np.nextafter(near, np.float32(0)), near, np.nextafter(near, float32.max)])
+        want = np.array([c, c + c % 2, c + 1])
+        np.testing.assert_array_equal(jaxq.encode(x, fmt), want)
+        np.testing.assert_array_equal(jaxq.encode(-x, fmt), 2**fmt.bits - want)
+        down = jaxq.encode(x, fmt, rounding="toward_zero")
+        np.testing.assert_array_equal(down, [c, c, c])
+
+
+@pytest.mark.parametrize("fmt", NAMED, ids=lambda fmt: fmt.name)
+def test_nothing_becomes_zero_or_nar(fmt: jaxq.TaperedFormat):
+    x = data.random_float32(5000)
+    x = x[np.isfinite(x) & (x != 0)]
+    nar = 2 ** (fmt.bits - 1)
+    for mode in jaxq.rounding.ALL:
+        key = {"key": jax.random.key(0)} if mode == "stochastic" else {}
+        codes = np.asarray(jaxq.encode(x, fmt, rounding=mode, **key))
+        assert not np.isin(codes, [0, nar]).any()
+    specials = np.float32([0, -0.0, np.inf, -np.inf, np.nan])
+    np.testing.assert_array_equal(jaxq.encode(specials, fmt), [0, 0, nar, nar, nar])
+    saturated = jaxq.encode(specials, fmt, overflow="saturate")
+    np.testing.assert_array_equal(saturated, [0, 0, nar - 1, nar + 1, nar])
+
+
+def test_published_figures():
+    """Posit standard (2022), table 1; maxpos of the earlier posit<8, 0> and posit<16, 1>."""
+    figures = {"posit8": 2.0**24, "posit16": 2.0**56, "posit8_es0": 64.0, "posit16_es1": 2.0**28}
+    for name, largest in figures.items():
+        fmt = jaxq.get_format(name)
+        assert (fmt.max, fmt.tiny) == (largest, 1 / largest)
+    assert jaxq.get_format("posit8").values[-2:].tolist() == [2.0**20, 2.0**24]

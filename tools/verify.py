@@ -1,7 +1,7 @@
 """The long check: all 2^32 float32 inputs, jaxq's codes and values against those of others.
 
 - Rounding to nearest even, for every float type of ml_dtypes: against its own conversion.
-- The other deterministic modes, for four formats: against an oracle of integer thresholds, made
+- The other deterministic modes, for three formats: against an oracle of integer thresholds, made
   with exact fractions from ml_dtypes' table of the format's values.
 
 It works in chunks and in several processes, keeps what is done in a folder and goes on from there
@@ -42,7 +42,7 @@ from rich.progress import (
 import jaxq
 
 ROOT = pathlib.Path(__file__).parent.parent
-CHUNK = 2**24
+CHUNK = 2**21  # Small enough for a cache.
 CHUNKS = 2**32 // CHUNK
 FLOATS = [
     name
@@ -54,7 +54,6 @@ MODE_FORMATS = (
     "float8_e4m3fn",
     "float8_e5m2",
     "float8_e4m3fnuz",
-    "float4_e2m1fn",
 )
 JOBS = [(name, "nearest_even") for name in FLOATS]
 JOBS += [(name, mode) for name in MODE_FORMATS for mode in MODES]
@@ -190,7 +189,7 @@ def run(job: tuple[str, str], folder: pathlib.Path, news: Any) -> list:
         for chunk in range(len(done), CHUNKS):
             done.append(check(name, mode, chunk, reference))
             news.put((job, 1))
-            if chunk % 16 == 15:
+            if chunk % 128 == 127:
                 state_file.write_text(json.dumps({"programs": checked, "chunks": done}))
     return done
 
@@ -251,7 +250,7 @@ through `jaxq.encode` and `jaxq.cast`, compared one by one: with ml_dtypes' own 
 `nearest_even`, and with an oracle of exact integer thresholds for the other modes. *Differ* counts
 inputs whose code or value is not the same to the bit (of NaNs in float16 and bfloat16 the payload
 is not compared). The hash is the SHA-256 of the concatenated hexadecimal SHA-256 digests of the
-codes of each 2^24 inputs in the order of their bits, shortened.
+codes of each 2^21 inputs in the order of their bits, shortened.
 
 Made with {versions}.
 

@@ -77,7 +77,8 @@ def test_a_bfloat16_pair_is_not_dropped():
     assert y.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("name", jaxq.catalog.ALL)
+# A takum's least values are beyond float32.
+@pytest.mark.parametrize("name", [name for name in jaxq.catalog.ALL if "takum" not in name])
 def test_float32_subnormals_are_never_flushed(name: str):
     """Also when the array is a result that XLA fuses the cast into."""
     fmt = jaxq.get_format(name)

@@ -74,10 +74,13 @@ def near(fmt: jaxq.Format, seed: int) -> np.ndarray:
         spread = np.float32(rng.standard_normal(50)) * np.float32(min(fmt.max, 1e38))
         beside = [np.nextafter(exact, np.float32(end)) for end in (np.inf, -np.inf)]
         x = np.concatenate([exact, *beside, bits, spread]).astype(np.float32)
-    return np.sort(x[np.isfinite(x)])
+    # Always as many, so that no operation is compiled again.
+    return np.sort(np.resize(x[np.isfinite(x)], 400))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=tuple(HealthCheck))
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=tuple(HealthCheck)
+)
 @given(fmt=FORMATS, mode=st.sampled_from(MODES), seed=st.integers(0, 2**32 - 1))
 def test_a_cast_is_a_projection_in_order(fmt: jaxq.Format, mode: str, seed: int):
     x = near(fmt, seed)
@@ -89,7 +92,7 @@ def test_a_cast_is_a_projection_in_order(fmt: jaxq.Format, mode: str, seed: int)
         mirrored = np.asarray(jaxq.cast(-x, fmt, rounding=mode, overflow="saturate"))
 
     assert_same(again, y, x)  # Idempotent.
-    assert (np.diff(y.astype(np.float64)) >= 0).all()  # Monotone.
+    assert (y[1:] >= y[:-1]).all()  # Monotone.
     finite = np.isfinite(y)
     assert same(decoded, y)[finite].all()  # Agrees with its codes.
 

@@ -35,9 +35,11 @@ UNUSUAL = [
 
 def few(fmt: jaxq.FloatFormat) -> np.ndarray:
     x = np.concatenate([data.specials(), data.critical(fmt), data.random_float32(500)])
-    return x.astype(np.float32)
+    # Few lengths, so that few operations are compiled again.
+    return np.resize(x, -(-len(x) // 1024) * 1024).astype(np.float32)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("fmt", [*FLOATS, *UNUSUAL], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("mode", DETERMINISTIC)
 def test_modes_against_enumeration(fmt: jaxq.FloatFormat, mode: str):

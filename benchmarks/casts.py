@@ -25,6 +25,7 @@ import jaxq
 
 Cases = dict[tuple[str, str], Callable[[], object]]  # (group, label): one whole run.
 
+BASE = ("plain pass", "x * 1.0001")
 DETERMINISTIC = ("nearest_away", "toward_zero", "up", "down", "to_odd")
 E4M3 = "float8_e4m3fn"
 
@@ -37,7 +38,7 @@ def compiled(function: Callable, *arguments: jax.Array) -> Callable[[], object]:
 
 def ours(x: jax.Array) -> Cases:
     """The cases of jaxq."""
-    cases: Cases = {("base", "x * 1.0001"): compiled(lambda x: x * 1.0001, x)}
+    cases: Cases = {BASE: compiled(lambda x: x * 1.0001, x)}
     for name, fmt in jaxq.catalog.ALL.items():
         if fmt.bits <= 8 or name in ("float16", "bfloat16", "tf32"):
             cast = compiled(lambda x, name=name: jaxq.cast(x, name), x)
@@ -164,24 +165,25 @@ def measure(cases: Cases, rounds: int, label: str) -> dict[tuple[str, str], floa
         for run in cases.values():
             run()  # Compiles.
         for _ in track(range(rounds), description=label):
-            for case, run in cases.items():
-                start = time.perf_counter()
-                run()
-                best[case] = min(best[case], time.perf_counter() - start)
+            for i, case in enumerate(cases):
+                # The plain pass again and again: it shall not only come after the heaviest case.
+                for timed in (BASE, case) if i % 8 == 0 else (case,):
+                    start = time.perf_counter()
+                    cases[timed]()
+                    best[timed] = min(best[timed], time.perf_counter() - start)
     return best
 
 
 def page(columns: dict[str, dict[tuple[str, str], float]]) -> str:
     """The ratios as a page of the documentation."""
-    base = ("base", "x * 1.0001")
     rows = []
     for case in next(iter(columns.values())):
         group, label = case
-        ratios = " | ".join(f"{times[case] / times[base]:.2f}" for times in columns.values())
+        ratios = " | ".join(f"{times[case] / times[BASE]:.2f}" for times in columns.values())
         rows.append(f"| {group} | {label} | {ratios} |")
     sizes = {name: 8 * np.prod([int(n) for n in name.split("x")]) for name in columns}
     bases = ", ".join(
-        f"{name}: {1e3 * times[base]:.2f} ms, {1e-9 * sizes[name] / times[base]:.0f} GB/s"
+        f"{name}: {1e3 * times[BASE]:.2f} ms, {1e-9 * sizes[name] / times[BASE]:.0f} GB/s"
         for name, times in columns.items()
     )
     versions = (

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from jaxq import codebooks, gradients
 from jaxq.catalog import get_format
 from jaxq.codecs import code_dtype, codes_of, level_codes
-from jaxq.formats import CodebookFormat, Format, TaperedFormat
+from jaxq.formats import CodebookFormat, FloatFormat, Format, TaperedFormat
 from jaxq.gradients import Gradient, get_gradient
 from jaxq.grids import BinaryGrid, Layout, Overflow, snap
 from jaxq.rounding import ALL as ROUNDINGS
@@ -197,7 +197,9 @@ def as_dtype(y: jax.Array, dtype: np.dtype, *, exact: bool = False) -> jax.Array
     if y.dtype == dtype:
         return y
     if not exact and dtype in (jnp.float16, jnp.bfloat16):
-        y = snap(y, BinaryGrid.of(get_format(dtype)), nearest_even)
+        target = get_format(dtype)
+        assert isinstance(target, FloatFormat)
+        y = snap(y, BinaryGrid.of(target), nearest_even)
     if dtype == jnp.bfloat16:
         bits = lax.bitcast_convert_type(y, jnp.uint32) >> np.uint32(16)
         return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)

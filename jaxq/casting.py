@@ -15,7 +15,7 @@ from jaxq.gradients import Gradient, get_gradient
 from jaxq.grids import BinaryGrid, Layout, Overflow, snap
 from jaxq.rounding import ALL as ROUNDINGS
 from jaxq.rounding import Rounding, Stochastic, get_rounding, nearest_even
-from jaxq.tapered import decode_tapered, encode_tapered
+from jaxq.tapered import encode_tapered, snap_tapered
 
 __all__ = ["as_dtype", "cast", "encode", "floats", "widen"]
 
@@ -149,8 +149,7 @@ def _cast(
         y = codebooks.choose(wide, fmt, rounding, random, levels)
         return as_dtype(y, x.dtype)
     if isinstance(fmt, TaperedFormat):
-        codes = encode_tapered(wide, fmt, rounding, overflow, random)
-        return as_dtype(decode_tapered(codes, fmt, Layout.of(wide.dtype)), x.dtype)
+        return as_dtype(snap_tapered(wide, fmt, rounding, overflow, random), x.dtype)
     if fmt is not None:
         grid = fmt if isinstance(fmt, BinaryGrid) else BinaryGrid.of(fmt)
     assert grid is not None

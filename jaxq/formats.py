@@ -423,7 +423,7 @@ class TaperedFormat(_Derived):
 
     Attributes:
       name: as in `FloatFormat`.
-      bits: width, 5 to 16.
+      bits: width, 5 to 16 of a posit, 6 to 16 of a takum.
       exponent_bits: of a posit, es, 0 to 3: a run of k + 1 ones or -k zeros, its end, es bits of
         exponent, the fraction. None makes it a takum: a direction bit, three bits that say how many
         bits the exponent takes, the exponent, the fraction.
@@ -447,7 +447,8 @@ class TaperedFormat(_Derived):
 
     def __post_init__(self) -> None:
         check = functools.partial(_check, "TaperedFormat", self.name)
-        check(5 <= self.bits <= 16, "`bits` must be 5 to 16", self.bits)
+        least = 6 if self.exponent_bits is None else 5
+        check(least <= self.bits <= 16, f"`bits` must be {least} to 16", self.bits)
         possible = self.exponent_bits is None or 0 <= self.exponent_bits <= 3
         check(possible, "`exponent_bits` must be 0 to 3, or None for a takum", self.exponent_bits)
 

@@ -1,10 +1,13 @@
 """The kernel of tapered formats, posits and takums: floats to codes and back, by bits.
 
-The code of a magnitude is a string of bits cut off: first a prefix that tells how long the exponent
-is, then exponent and fraction. Rounding happens on the string: `units` are the code and the bits
-behind it, which is how the posit standard defines rounding. A number that is not zero never becomes
-zero or NaR.
+The code of a magnitude is a string of bits cut off: a prefix that tells how long the exponent is,
+then the rest of the exponent and the fraction. These stand in a float's own bits, one after the
+other, so the string is cut where the float is: `units` are the bits behind the cut and the last one
+before it, which is how the posit standard defines rounding, and a carry goes up to the next code by
+itself. A number that is not zero never becomes zero or NaR.
 """
+
+import math
 
 import jax
 import numpy as np
@@ -15,9 +18,42 @@ from jaxq.formats import TaperedFormat
 from jaxq.grids import Layout, Overflow, extended_bits, where
 from jaxq.rounding import Rounding
 
-__all__ = ["decode_tapered", "encode_tapered"]
+__all__ = ["decode_tapered", "encode_tapered", "snap_tapered"]
 
-_KEPT = 22  # Bits behind the code that a rounding mode sees; the last one stands for all further.
+
+def snap_tapered(
+    x: jax.Array,
+    fmt: TaperedFormat,
+    rounding: Rounding,
+    overflow: Overflow = None,
+    random: jax.Array | None = None,
+) -> jax.Array:
+    """Snaps floats to a tapered format.
+
+    Args:
+      x: float32 or float64, any shape.
+      fmt: the format.
+      rounding: a rounding mode.
+      overflow: `"saturate"` takes infinities to the ends; else they are NaN. Finite values always
+        saturate.
+      random: random bits for the mode.
+
+    Returns:
+      Values of the format, NaN for NaR, shape and dtype of x. A takum may lie beyond float32: it is
+      infinite there, or rounded to a subnormal.
+    """
+    layout = Layout.of(x.dtype)
+    bits = layout.bits(x)
+    magnitude = bits & layout.magnitude_mask
+    y = _snapped(bits, magnitude, fmt, layout, rounding, random)
+    is_zero = magnitude == layout.int_type(0)
+    if _is_narrow(fmt, layout):
+        y = y + layout.field(0)
+    else:
+        y = _collapsed(y, layout)
+        is_zero = is_zero | (y == layout.int_type(0))
+    y = where(is_zero, layout.int_type(0), y | (bits & layout.sign))
+    return layout.floats(where(magnitude > _last_number(overflow, layout), layout.nan, y))
 
 
 def encode_tapered(
@@ -27,15 +63,14 @@ def encode_tapered(
     overflow: Overflow = None,
     random: jax.Array | None = None,
 ) -> jax.Array:
-    """Codes of float32 or float64 values.
+    """Codes of the values that `snap_tapered` would give.
 
     Args:
-      x: any shape.
-      fmt: the format.
-      rounding: a rounding mode.
-      overflow: `"saturate"` takes infinities to the ends; else they are NaR, as NaN is. Finite
-        values always saturate.
-      random: random bits for the mode.
+      x: as in `snap_tapered`.
+      fmt: as in `snap_tapered`.
+      rounding: as in `snap_tapered`.
+      overflow: as in `snap_tapered`.
+      random: as in `snap_tapered`.
 
     Returns:
       Codes as signed integers of x's width, not negative.
@@ -44,65 +79,116 @@ def encode_tapered(
     integer = layout.int_type
     bits = layout.bits(x)
     magnitude = bits & layout.magnitude_mask
-    negative = bits < integer(0)
-    extended = extended_bits(magnitude, layout)
-    exponent = (extended >> integer(layout.mantissa_bits)) - integer(layout.bias)
-    fraction = extended & integer((1 << layout.mantissa_bits) - 1)
-    below = exponent < integer(fmt.emin)
-    above = (exponent > integer(fmt.emax)) | (magnitude == layout.inf)
-    exponent = lax.clamp(integer(fmt.emin), exponent, integer(fmt.emax))
-
-    prefix, length, rest, rest_bits = _split(exponent, fmt, integer)
-    tail = (rest << integer(layout.mantissa_bits)) | fraction
-    kept = integer(fmt.bits - 1) - length
-    dropped = rest_bits + integer(layout.mantissa_bits) - kept
-    code = (prefix << kept) | (tail >> dropped)
-    behind = tail & ((integer(1) << dropped) - integer(1))
-    too_many = lax.max(dropped - integer(_KEPT), integer(0))
-    seen = behind >> too_many
-    sticky = ((seen << too_many) != behind).astype(integer)
-    seen = (seen | sticky) << lax.max(integer(_KEPT) - dropped, integer(0))
-
-    odd = code & integer(1)
-    units = ((odd << integer(_KEPT)) | seen).astype(layout.float_type)
-    rounded = rounding(units * layout.float_type(2.0**-_KEPT), negative, random)
-    code = code - odd + rounded.astype(integer)
+    y = _snapped(bits, magnitude, fmt, layout, rounding, random)
+    string, size, dropped = _split(y, fmt, layout)
+    if fmt.exponent_bits is None:
+        width = size - integer(layout.mantissa_bits)
+        prefix = where(y < integer(0), integer(7) - width, width + integer(8))
+    else:  # k + 1 ones and a zero, or -k zeros and a one.
+        k = y >> size
+        ones = (integer(4) << lax.max(k, integer(0))) - integer(2)
+        prefix = where(k < integer(0), integer(1), ones)
+    tail = string & ((integer(1) << size) - integer(1))
     top = integer(2 ** (fmt.bits - 1) - 1)
-    code = lax.clamp(integer(1), code, top)
-    code = where(below, integer(1), where(above, top, code))
+    code = lax.min((prefix << (size - dropped)) | (tail >> dropped), top)
+    code = where(bits < integer(0), -code & integer(2**fmt.bits - 1), code)
     code = where(magnitude == integer(0), integer(0), code)
-    code = where(negative, -code & integer(2**fmt.bits - 1), code)
-    last = layout.inf if overflow == "saturate" else layout.inf - integer(1)
-    return where(magnitude > last, top + integer(1), code)
+    return where(magnitude > _last_number(overflow, layout), top + integer(1), code)
+
+
+def _last_number(overflow: Overflow, layout: Layout) -> np.signedinteger:
+    """Bits of the largest magnitude that is not NaR."""
+    return layout.inf if overflow == "saturate" else layout.inf - layout.int_type(1)
+
+
+def _is_narrow(fmt: TaperedFormat, layout: Layout) -> bool:
+    """Whether every value of a format is a normal number."""
+    return -layout.bias < fmt.emin and fmt.emax < layout.bias
+
+
+def _snapped(
+    bits: jax.Array,
+    magnitude: jax.Array,
+    fmt: TaperedFormat,
+    layout: Layout,
+    rounding: Rounding,
+    random: jax.Array | None,
+) -> jax.Array:
+    """Logarithms of the magnitudes on the grid, as `_logarithm` has them; the least for 0."""
+    integer, m = layout.int_type, layout.mantissa_bits
+    least, most = (_logarithm(end, layout) for end in (fmt.tiny, fmt.max))
+    extended = magnitude if _is_narrow(fmt, layout) else extended_bits(magnitude, layout)
+    exact = lax.clamp(least, extended - layout.field(0), most)
+    if not _is_narrow(fmt, layout):  # Values lie beyond the float's infinity.
+        exact = where(magnitude == layout.inf, most, exact)
+    string, _, dropped = _split(exact, fmt, layout)
+    low = string & ((integer(2) << dropped) - integer(1))
+    seen = low
+    if fmt.exponent_bits != 0:  # More bits than a float holds: the last one stands for the further.
+        too_many = lax.max(dropped - integer(m), integer(0))
+        further = low & ((integer(1) << too_many) - integer(1))
+        seen = (low ^ further) | (lax.min(further, integer(1)) << too_many)
+    scale = layout.floats(layout.field(0) - (dropped << integer(m)))
+    rounded = rounding(seen.astype(layout.float_type) * scale, bits < integer(0), random)
+    return lax.clamp(least, exact - low + (rounded.astype(integer) << dropped), most)
 
 
 def _split(
-    exponent: jax.Array, fmt: TaperedFormat, integer: type[np.signedinteger]
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """An exponent as prefix and rest: (prefix, its length, rest, its length)."""
+    y: jax.Array, fmt: TaperedFormat, layout: Layout
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where a code ends in the bits of a magnitude.
+
+    Args:
+      y: magnitudes, as `_logarithm` has them.
+      fmt: the format.
+      layout: of the floats.
+
+    Returns:
+      The string, whose low bits stand behind the prefix; how many do; and how many of those the
+      code has no room for. The bit before these is 1 where the code is odd.
+    """
+    integer, m = layout.int_type, layout.mantissa_bits
     if fmt.exponent_bits is None:
-        up = exponent >= integer(0)
-        counted = lax.select(up, exponent + integer(1), -exponent)
+        # The prefix counts the bits of c + 1 or of -c behind its leading one.
+        sign = y >> integer(8 * np.dtype(integer).itemsize - 1)
+        counted = ((y >> integer(m)) ^ sign) + integer(1)
         width = integer(8 * np.dtype(integer).itemsize - 1) - lax.clz(counted)
-        regime = lax.select(up, width + integer(8), integer(7) - width)
-        first = integer(1) << width
-        rest = lax.select(up, counted - first, exponent + first * integer(2) - integer(1))
-        return regime, lax.full_like(exponent, 4), rest, width
-    k = exponent >> integer(fmt.exponent_bits)
-    rest = exponent & integer(2**fmt.exponent_bits - 1)
-    run = lax.max(k, integer(-1)) + integer(1)  # Ones: k + 1 of them and a zero.
-    ones = (integer(2) << run) - integer(2)
-    up = k >= integer(0)
-    prefix = lax.select(up, ones, lax.full_like(k, 1))
-    length = lax.select(up, k + integer(2), integer(1) - k)
-    return prefix, length, rest, lax.full_like(k, fmt.exponent_bits)
+        string = y + ((sign | integer(1)) << integer(m))
+        return string, width + integer(m), width + integer(m + 5 - fmt.bits)
+    size = m + fmt.exponent_bits
+    k = y >> integer(size)
+    length = lax.max(k + integer(2), integer(1) - k)
+    dropped = lax.min(length + integer(size + 1 - fmt.bits), integer(size))
+    # Where the prefix fills the code, its last bit tells odd from even: k's own, or the other one.
+    string = y + integer((fmt.bits + 1) % 2 << size)
+    return string, lax.full_like(k, size), dropped
+
+
+def _logarithm(value: float, layout: Layout) -> np.signedinteger:
+    """A positive number's exponent and fraction as one integer: a float's bits without the bias.
+
+    There is room for every exponent of a format, also where the floats have none.
+    """
+    significand, exponent = math.frexp(value)
+    fraction = int(math.ldexp(2 * significand - 1, layout.mantissa_bits))
+    return layout.shifted(exponent - 1) + layout.int_type(fraction)
+
+
+def _collapsed(y: jax.Array, layout: Layout) -> jax.Array:
+    """Bits of floats from logarithms: subnormal or infinite where there are no others."""
+    integer, m = layout.int_type, layout.mantissa_bits
+    first, low = layout.shifted(1 - layout.bias), integer((1 << m) - 1)
+    # The significand in units of the least subnormal.
+    scale = (lax.clamp(layout.shifted(-m - 2), y - first, integer(0)) & ~low) + layout.field(0)
+    significand = ((y & low) | (low + integer(1))).astype(layout.float_type)
+    subnormal = significand * layout.floats(scale)
+    subnormal = lax.round(subnormal, lax.RoundingMethod.TO_NEAREST_EVEN).astype(integer)
+    normal = lax.min(y, layout.shifted(layout.bias + 1)) + layout.field(0)
+    return lax.select(y < first, subnormal, normal)
 
 
 def decode_tapered(codes: jax.Array, fmt: TaperedFormat, layout: Layout) -> jax.Array:
-    """Values of codes, in the float type of a layout; NaN for NaR.
-
-    A takum may lie beyond float32: it is infinite there, or rounded to a subnormal.
-    """
+    """Values of codes, in the float type of a layout; NaN for NaR; beyond it as `snap_tapered`."""
     width = np.uint32(32)
     codes = codes.astype(jnp.uint32)
     negative = (codes >> np.uint32(fmt.bits - 1)) == np.uint32(1)
@@ -125,20 +211,10 @@ def decode_tapered(codes: jax.Array, fmt: TaperedFormat, layout: Layout) -> jax.
     else:
         k = where(up, run.astype(jnp.int32) - np.int32(1), -run.astype(jnp.int32))
         exponent = (k << np.int32(fmt.exponent_bits)) + rest
-
-    integer = layout.int_type
     # 16 bits are enough: no fraction of a format is longer.
-    significand = (fraction >> np.uint32(16)).astype(integer) | integer(2**16)
-    field = exponent.astype(integer) + integer(layout.bias)
-    shifted = (significand - integer(2**16)) << integer(layout.mantissa_bits - 16)
-    normal = (field << integer(layout.mantissa_bits)) | shifted
-    # In units of the least subnormal.
-    scale = field + integer(layout.bias + layout.mantissa_bits - 17)
-    scale = lax.clamp(integer(1), scale, integer(2 * layout.bias)) << integer(layout.mantissa_bits)
-    subnormal = significand.astype(layout.float_type) * layout.floats(scale)
-    subnormal = lax.round(subnormal, lax.RoundingMethod.TO_NEAREST_EVEN).astype(integer)
-    bits = lax.select(field < integer(1), subnormal, normal)
-    bits = where(field > integer(2 * layout.bias), layout.inf, bits)
-    bits = where(magnitude == np.uint32(0), integer(0), bits)
-    bits = bits | where(negative & (bits != integer(0)), layout.sign, integer(0))
+    fraction = (fraction >> np.uint32(16)).astype(layout.int_type)
+    y = layout.shifted(exponent) + (fraction << layout.int_type(layout.mantissa_bits - 16))
+    bits = y + layout.field(0) if _is_narrow(fmt, layout) else _collapsed(y, layout)
+    bits = where(magnitude == np.uint32(0), layout.int_type(0), bits)
+    bits = bits | where(negative & (bits != layout.int_type(0)), layout.sign, layout.int_type(0))
     return layout.floats(where(codes == np.uint32(2 ** (fmt.bits - 1)), layout.nan, bits))

@@ -13,7 +13,7 @@ from tests.oracle import assert_same
 F = fractions.Fraction
 NAMED = [f for f in jaxq.catalog.ALL.values() if isinstance(f, jaxq.TaperedFormat)]
 OTHERS = [jaxq.TaperedFormat(f"posit{n}_es{es}", n, es) for n, es in ((5, 0), (6, 3), (11, 1))]
-OTHERS += [jaxq.TaperedFormat(f"takum{n}", n, None) for n in (5, 7, 12)]
+OTHERS += [jaxq.TaperedFormat(f"takum{n}", n, None) for n in (6, 7, 12)]
 
 
 def value(code: int, bits: int, es: int | None) -> F:

@@ -313,10 +313,14 @@ def snap(
     y = way(magnitude, negative, grid, layout, rounding, random)
     if not (grid.inf or grid.nan or grid.negative_zero) and _is_normal(grid, layout):
         return _integer(y, magnitude, negative, grid, layout)
-    y = _limited(y, magnitude, negative, grid, layout, pins(rounding), overflow)
-    if grid.signed and not grid.negative_zero and is_narrow(grid, layout):
-        return where(negative, layout.float_type(0) - y, y)
-    return layout.floats(_signed(layout.bits(y), bits, magnitude, negative, grid, layout, overflow))
+    if grid.inf or grid.nan:
+        y = _limited(y, magnitude, negative, grid, layout, pins(rounding), overflow)
+        if grid.signed and not grid.negative_zero and is_narrow(grid, layout):
+            return where(negative, layout.float_type(0) - y, y)
+        result = layout.bits(y)
+    else:  # `_signed` sees a NaN in the input.
+        result = lax.min(layout.bits(y), layout.bits(layout.constant(grid.max)))
+    return layout.floats(_signed(result, bits, magnitude, negative, grid, layout, overflow))
 
 
 def _narrow(
@@ -482,8 +486,6 @@ def _limited(
 ) -> jax.Array:
     """Magnitudes with those beyond the largest replaced as `overflow` says."""
     limit = layout.constant(grid.max)
-    if not (grid.inf or grid.nan):  # `_signed` sees a NaN in the input.
-        return layout.floats(lax.min(layout.bits(y), layout.bits(limit)))
     if is_narrow(grid, layout):
         too_large = y > limit
     else:  # Both may be subnormal. A NaN counts as too large here; `_signed` puts it back.

@@ -28,6 +28,10 @@ Cases = dict[tuple[str, str], Callable[[], object]]  # (group, label): one whole
 BASE = ("plain pass", "x * 1.0001")
 DETERMINISTIC = ("nearest_away", "toward_zero", "up", "down", "to_odd")
 E4M3 = "float8_e4m3fn"
+RECIPES = (
+    *("int8_tensor", "int8_channel", "int8_token", "uint8_channel", "int4_g128"),
+    *("fp8_e4m3_tensor", "fp8_e4m3_tile128", "nf4", "mxfp8_e4m3", "mxfp4"),
+)
 
 
 def compiled(function: Callable, *arguments: jax.Array) -> Callable[[], object]:
@@ -70,7 +74,7 @@ def ours(x: jax.Array) -> Cases:
         cases["jaxq.encode", name], cases["jaxq.decode", name] = encode, decode
     codes = jaxq.encode(x, "float6_e2m3fn")
     cases["jaxq.pack", "6-bit codes"] = compiled(lambda c: jaxq.pack(c, 6), codes)
-    for recipe in ("int8_tensor", "int8_channel", "uint8_channel", "fp8_e4m3_tensor"):
+    for recipe in RECIPES:
         run = compiled(lambda x, r=recipe: jaxq.fake_quant(x, r), x)
         cases["jaxq.fake_quant", recipe] = run
     return cases

@@ -1,6 +1,7 @@
 """jaxq: low-precision number formats and quantizers for JAX, bit-exact and differentiable."""
 
 from jaxq import catalog, gradients, presets, rounding
+from jaxq.blocks import PerBlock, PerChannel, PerTensor, PerToken
 from jaxq.casting import cast, encode
 from jaxq.catalog import fixed_point, formats_table, get_format, p3109
 from jaxq.codecs import decode, pack, unpack
@@ -10,7 +11,6 @@ from jaxq.presets import get_quantizer
 from jaxq.quantizers import Quantized, dequantize, fake_quant, quantize
 from jaxq.recipes import Quantizer
 from jaxq.rounding import Stochastic
-from jaxq.scaling import PerChannel, PerTensor
 
 __version__ = "0.1.0"
 
@@ -20,8 +20,10 @@ __all__ = [
     "FloatFormat",
     "Format",
     "IntFormat",
+    "PerBlock",
     "PerChannel",
     "PerTensor",
+    "PerToken",
     "Quantized",
     "Quantizer",
     "Stochastic",

@@ -148,6 +148,7 @@ _FORMATS: tuple[Format, ...] = (
     *(IntFormat(f"int{bits}", bits) for bits in (*range(1, 9), 16)),
     *(IntFormat(f"uint{bits}", bits, signed=False) for bits in (*range(1, 9), 16)),
     IntFormat("mxint8", 8, fraction_bits=6),
+    IntFormat("ternary", 2, narrow=True),
     # Posits of the 2022 standard (es = 2), those of other es, and takums.
     TaperedFormat("posit8", 8),
     TaperedFormat("posit16", 16),
@@ -159,7 +160,6 @@ _FORMATS: tuple[Format, ...] = (
     # Codebooks.
     CodebookFormat("nf4", _NF4_LEVELS),
     CodebookFormat("fp4_bnb", _BNB_FP4_LEVELS),
-    CodebookFormat("ternary", (-1.0, 0.0, 1.0)),
     CodebookFormat("binary", (-1.0, 1.0), ties="up"),
 )
 

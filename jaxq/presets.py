@@ -3,30 +3,56 @@
 To add one: a line in `ALL`. The contract tests then include it.
 """
 
+import dataclasses
 import difflib
 from types import MappingProxyType
 
 from jaxq import catalog
+from jaxq.blocks import PerBlock, PerChannel, PerToken
 from jaxq.formats import Format
 from jaxq.recipes import Quantizer
-from jaxq.scaling import PerChannel
 
 __all__ = ["ALL", "get_quantizer"]
 
 _CHANNEL = PerChannel((-1,))
 
+
+def _mx(element: str | Format) -> Quantizer:
+    """OCP Microscaling Formats (MX) 1.0: blocks of 32 along the last axis, power-of-two scales."""
+    return Quantizer(element, PerBlock(32), scale="floor", scale_format="float8_e8m0fnu")
+
+
 ALL = MappingProxyType(
     {
         "int8_tensor": Quantizer("int8"),
         "int8_channel": Quantizer("int8", _CHANNEL),
+        "int8_token": Quantizer("int8", PerToken()),
         "uint8_tensor": Quantizer("uint8", symmetric=False),
         "uint8_channel": Quantizer("uint8", _CHANNEL, symmetric=False),
         "int4_tensor": Quantizer("int4"),
         "int4_channel": Quantizer("int4", _CHANNEL),
+        "int4_g32": Quantizer("int4", PerBlock(32)),
+        "int4_g64": Quantizer("int4", PerBlock(64)),
+        "int4_g128": Quantizer("int4", PerBlock(128)),
         "uint4_channel": Quantizer("uint4", _CHANNEL, symmetric=False),
+        "uint4_g128": Quantizer("uint4", PerBlock(128), symmetric=False),
+        "int3_g128": Quantizer("int3", PerBlock(128)),
+        "int2_g64": Quantizer("int2", PerBlock(64)),
         "fp8_e4m3_tensor": Quantizer("float8_e4m3fn"),
         "fp8_e4m3_channel": Quantizer("float8_e4m3fn", _CHANNEL),
+        "fp8_e4m3_tile128": Quantizer("float8_e4m3fn", PerBlock((128, 128))),
         "fp8_e5m2_tensor": Quantizer("float8_e5m2"),
+        "nf4": Quantizer("nf4", PerBlock(64)),
+        "fp4_bnb": Quantizer("fp4_bnb", PerBlock(64)),
+        "mxfp8_e4m3": _mx("float8_e4m3fn"),
+        "mxfp8_e5m2": _mx("float8_e5m2"),
+        "mxfp6_e2m3": _mx("float6_e2m3fn"),
+        "mxfp6_e3m2": _mx("float6_e3m2fn"),
+        "mxfp4": _mx("float4_e2m1fn"),
+        "mxint8": _mx(dataclasses.replace(catalog.ALL["mxint8"], narrow=True)),
+        # BitNet b1.58 (2024), XNOR-Net (2016).
+        "ternary": Quantizer("ternary", range="absmean"),
+        "binary": Quantizer("binary", range="absmean"),
     }
 )
 

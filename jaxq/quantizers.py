@@ -1,12 +1,13 @@
 """Quantizers: a frozen recipe, the tensor it stores, and the same arithmetic without storing.
 
-    x -> range -> scale -> x / scale -> snap to the grid -> (codes ->) value * scale
+    x -> blocks -> range -> scale -> x / scale -> snap to the grid -> (codes ->) value * scale
 
 `quantize` keeps codes and scales; `fake_quant` goes through without codes, bit for bit the same.
 """
 
 import dataclasses
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -15,33 +16,45 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq import gradients
+from jaxq.blocks import Cut
 from jaxq.casting import as_dtype, cast, encode, floats, widen
-from jaxq.codecs import decode
+from jaxq.catalog import get_format
+from jaxq.codecs import decode, pack, unpack
 from jaxq.formats import Format, IntFormat
 from jaxq.gradients import get_gradient
 from jaxq.grids import BinaryGrid
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
-from jaxq.scaling import absmax, affine_scale, divide, extrema, symmetric_scale
+from jaxq.scaling import RANGES, SCALES, affine_scale, extrema, in_units, kept, times
 
 __all__ = ["Quantized", "dequantize", "fake_quant", "quantize"]
+
+_FLOAT32 = get_format("float32")
+_WHOLE_BYTES = (8, 16)  # Widths of codes that need no packing.
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scale", "zero_point"],
-    meta_fields=["recipe", "dtype"],
+    meta_fields=["recipe", "dtype", "block", "length"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Quantized:
-    """A quantized tensor: a pytree of codes and scales.
+    """A quantized tensor: a pytree of packed codes and scales.
+
+    Its arrays may have more leading axes than what was quantized, as `jax.vmap` gives them, or
+    fewer of those, as `jax.lax.scan` takes them off again.
 
     Attributes:
-      codes: the elements' codes, uint8 or uint16, in the tensor's shape.
-      scale: float32, the tensor's shape with 1 in the place of every reduced axis.
-      zero_point: float32 whole numbers of the scale's shape, or None for a symmetric recipe.
+      codes: the elements' codes, packed along the last axis as `jaxq.pack` does it; uint8, or
+        uint16 for formats of 16 bits.
+      scale: one a block, in the shape of the blocks: float32, or codes of the recipe's
+        `scale_format` where that is another. `scales` has the values.
+      zero_point: integers of the scale's shape, or None for a symmetric recipe.
       recipe: the recipe.
       dtype: the dtype of the tensor that was quantized.
+      block: the length of a block on each axis.
+      length: the length of the last axis; None for a scalar.
     """
 
     codes: jax.Array
@@ -49,20 +62,86 @@ class Quantized:
     zero_point: jax.Array | None
     recipe: Quantizer
     dtype: np.dtype
+    block: tuple[int, ...]
+    length: int | None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
-        return self.codes.shape
+        leading = self.codes.shape[:-1]
+        return leading if self.length is None else (*leading, self.length)
+
+    @property
+    def ndim(self) -> int:
+        """Number of the tensor's axes."""
+        return len(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points as held here (codes are not packed)."""
+        """Bytes of codes, scales and zero points, as held."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def scales(self) -> jax.Array:
+        """The scales' values, float32."""
+        held = self.recipe.held
+        return self.scale if held == _FLOAT32 else decode(self.scale, held)
+
+    @property
+    def cut(self) -> Cut:
+        """The blocks of the tensor."""
+        more = self.ndim - len(self.block)
+        return Cut(self.shape, (1,) * more + self.block[max(-more, 0) :])
+
+    def unpack(self) -> jax.Array:
+        """The codes, one an element, in the tensor's shape."""
+        bits = self.recipe.element.bits
+        if bits in _WHOLE_BYTES:
+            return self.codes.reshape(self.shape)
+        length = 1 if self.length is None else self.length
+        return unpack(self.codes, bits, length).reshape(self.shape)
 
     def dequantize(self) -> jax.Array:
         """The tensor that the codes stand for: see `jaxq.dequantize`."""
         return dequantize(self)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a Quantized scalar.")
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice) -> "Quantized":
+        """The rows of an index or slice of the leading axis, still quantized.
+
+        Raises:
+          IndexError: the index is out of range, or the tensor has no leading axis beside the one
+            along which it is packed.
+          ValueError: a slice that cuts through blocks.
+        """
+        if self.ndim < 2:
+            raise IndexError("Quantized: indexing needs at least two axes. Dequantize it first.")
+        n, block, rest = self.shape[0], self.cut.block[0], self.cut.block[1:]
+        if not isinstance(index, slice):
+            at = operator.index(index)
+            if not -n <= at < n:
+                raise IndexError(f"Quantized: index {at} is out of range for {n} rows.")
+            return self._rows(at % n, at % n // block, rest)
+        start, stop, step = index.indices(n)
+        if block == n:
+            return self._rows(index, slice(None), (len(range(start, stop, step)), *rest))
+        if block > 1 and (step != 1 or start % block or (stop % block and stop != n)):
+            raise ValueError(
+                f"Quantized: a slice must take whole blocks of {block} rows, got {index}."
+            )
+        blocks = index if block == 1 else slice(start // block, -(-stop // block))
+        return self._rows(index, blocks, (block, *rest))
+
+    def _rows(self, index: int | slice, blocks: int | slice, block: tuple[int, ...]) -> "Quantized":
+        zero_point = None if self.zero_point is None else self.zero_point[blocks]
+        codes, scale = self.codes[index], self.scale[blocks]
+        return dataclasses.replace(
+            self, codes=codes, scale=scale, zero_point=zero_point, block=block
+        )
 
 
 def fake_quant(
@@ -95,8 +174,7 @@ def fake_quant(
              [1., 1.]], dtype=float32)
     """
     array, recipe = _checked("fake_quant", x, recipe)
-    y, low, high = _fake_quant(lax.stop_gradient(array), key, recipe)
-    return gradients.attach(get_gradient(recipe.gradient), y, array, low, high)
+    return _fake_quant(array, key, recipe)
 
 
 def quantize(
@@ -141,30 +219,43 @@ def dequantize(q: Quantized) -> jax.Array:
       >>> jaxq.dequantize(jaxq.quantize(jnp.array([0.5, -1.0, 2.54]), "int8_tensor"))
       Array([ 0.5 , -1.  ,  2.54], dtype=float32)
     """
-    values = decode(q.codes, q.recipe.element)
+    fmt, cut = q.recipe.element, q.cut
+    values = cut.split(decode(q.unpack(), fmt))
     if q.zero_point is not None:
-        values = values - q.zero_point
-    return as_dtype(values * q.scale, q.dtype)
+        values = values - cut.spread(q.zero_point).astype(jnp.float32)
+    y = times(values, cut.spread(q.scales), q.recipe.held)
+    return cut.merge(as_dtype(y, q.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
-def _fake_quant(
-    x: jax.Array, key: jax.Array | None, recipe: Quantizer
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    snapped = _snapped(x, key, recipe)
-    y = as_dtype(snapped.values * snapped.scale, x.dtype)
-    return y, as_dtype(snapped.low, x.dtype), as_dtype(snapped.high, x.dtype)
+def _fake_quant(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
+    cut = recipe.cut(x.shape)
+    split = cut.split(x)
+    values, scale, _, low, high = _snapped(lax.stop_gradient(split), key, recipe, cut)
+    y = as_dtype(times(values, scale, recipe.held), x.dtype)
+    low, high = as_dtype(low, x.dtype), as_dtype(high, x.dtype)
+    return cut.merge(gradients.attach(get_gradient(recipe.gradient), y, split, low, high))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _quantize(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> Quantized:
-    values, scale, zero_point, *_ = _snapped(x, key, recipe)
-    codes = encode(values if zero_point is None else values + zero_point, recipe.element)
-    return Quantized(codes, scale, zero_point, recipe, x.dtype)
+    cut, fmt = recipe.cut(x.shape), recipe.element
+    values, scale, zero_point, *_ = _snapped(cut.split(x), key, recipe, cut)
+    codes = cut.merge(encode(values if zero_point is None else values + zero_point, fmt))
+    codes = codes if x.ndim else codes[None]
+    if fmt.bits not in _WHOLE_BYTES:
+        codes = pack(codes, fmt.bits)
+    scale = scale.reshape(cut.counts)
+    if recipe.held != _FLOAT32:
+        scale = encode(scale, recipe.held)
+    if zero_point is not None:
+        zero_point = zero_point.reshape(cut.counts).astype(_integer_dtype(fmt))
+    length = x.shape[-1] if x.ndim else None
+    return Quantized(codes, scale, zero_point, recipe, x.dtype, cut.block, length)
 
 
 class _Snapped(NamedTuple):
-    """A tensor in units of its scales, on the grid: what both ways share."""
+    """A split tensor in units of its scales, on the grid: what both ways share."""
 
     values: jax.Array  # The zero point is taken away.
     scale: jax.Array
@@ -173,26 +264,30 @@ class _Snapped(NamedTuple):
     high: jax.Array
 
 
-def _snapped(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> _Snapped:
-    wide, fmt = widen(x), recipe.element
+def _snapped(x: jax.Array, key: jax.Array | None, recipe: Quantizer, cut: Cut) -> _Snapped:
+    wide, fmt, held = widen(x), recipe.element, recipe.held
+    units = functools.partial(in_units, scale_format=held, reciprocal=recipe.reciprocal)
     if recipe.symmetric:
-        amax = absmax(wide, recipe.granularity)
-        scale = symmetric_scale(amax, fmt)
+        high = RANGES[recipe.range](wide, cut)
+        scale = kept(SCALES[recipe.scale](high, fmt, held))
         values = cast(
-            divide(wide, scale), fmt, rounding=recipe.rounding, overflow="saturate", key=key
+            units(wide, scale), fmt, rounding=recipe.rounding, overflow="saturate", key=key
         )
-        low = -amax if fmt.min < 0 else jnp.zeros_like(amax)
-        return _Snapped(values, scale, None, low, amax)
+        return _Snapped(values, scale, None, -high if fmt.min < 0 else jnp.zeros_like(high), high)
     assert isinstance(fmt, IntFormat)  # The recipe has checked it.
-    low, high = extrema(wide, recipe.granularity)
-    scale, zero_point = affine_scale(low, high, fmt)
+    low, high = extrema(wide, cut)
+    scale, zero_point = affine_scale(low, high, fmt, held)
     # Rounded first and the zero point added after: the other order rounds half to another side.
-    inside = lax.max(
-        divide(wide, scale), jnp.broadcast_to(np.float32(fmt.min_int) - zero_point, x.shape)
-    )
-    inside = lax.min(inside, jnp.broadcast_to(np.float32(fmt.max_int) - zero_point, x.shape))
+    lowest, highest = (np.float32(end) - zero_point for end in (fmt.min_int, fmt.max_int))
+    inside = lax.max(units(wide, scale), jnp.broadcast_to(lowest, wide.shape))
+    inside = lax.min(inside, jnp.broadcast_to(highest, wide.shape))
     values = cast(inside, _WHOLE, rounding=recipe.rounding, key=key)
     return _Snapped(values, scale, zero_point, low, high)
+
+
+def _integer_dtype(fmt: Format) -> np.dtype:
+    """The smallest integer dtype that holds the integers of a format."""
+    return np.dtype(f"{'int' if fmt.min < 0 else 'uint'}{8 if fmt.bits <= 8 else 16}")
 
 
 # All whole numbers that float32 has without gaps.

@@ -1,107 +1,192 @@
-"""Granularity, ranges and scales: from a tensor to the numbers that map it onto a format's grid.
+"""Ranges and scales: from a tensor to the numbers that map it onto a format's grid.
 
-To add a granularity: a frozen dataclass with `reduced_axes`. To add a scale rule: a function from
-ranges to scales.
+A range says how much of the numbers of a block the grid shall cover: a function from a split tensor
+to a magnitude a block. A scale rule turns a magnitude into a number of the scale's own format. To
+add one: a function like those below, listed in `RANGES` or `SCALES`.
 """
 
-import dataclasses
+import math
 from collections.abc import Callable
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.formats import Format, IntFormat
-from jaxq.grids import Layout, where
+from jaxq.blocks import Cut
+from jaxq.casting import cast
+from jaxq.catalog import get_format
+from jaxq.formats import FloatFormat, Format, IntFormat
+from jaxq.grids import Layout, extended_bits, where
 
-__all__ = ["Granularity", "PerChannel", "PerTensor", "divide"]
+__all__ = [
+    "E8M0",
+    "POWERS_OF_TWO",
+    "RANGES",
+    "SCALES",
+    "Range",
+    "Scale",
+    "affine_scale",
+    "divide",
+    "extrema",
+    "in_units",
+    "kept",
+    "times",
+]
 
-# The least scale: dividing by anything smaller would meet float32 subnormals, which XLA flushes.
+E8M0 = get_format("float8_e8m0fnu")
+
+Range: TypeAlias = Callable[[jax.Array, Cut], jax.Array]
+Scale: TypeAlias = Callable[[jax.Array, Format, Format], jax.Array]
+
+_FLOAT32 = Layout.of(np.dtype(np.float32))
+# Dividing by anything smaller would meet float32 subnormals, which XLA flushes.
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 
 
-@dataclasses.dataclass(frozen=True)
-class PerTensor:
-    """One scale for the whole tensor."""
-
-    def reduced_axes(self, ndim: int) -> tuple[int, ...]:
-        """The axes that share a scale."""
-        return tuple(range(ndim))
-
-
-@dataclasses.dataclass(frozen=True)
-class PerChannel:
-    """One scale for every index along the given axes.
-
-    Attributes:
-      axes: the axes that keep scales of their own, negative ones counted from the end. For a
-        weight `[inputs, outputs]`, `(-1,)` gives one scale an output.
-
-    Raises:
-      ValueError: when used: an axis that the tensor lacks, or one named twice.
-    """
-
-    axes: tuple[int, ...] = (-1,)
-
-    def __post_init__(self) -> None:
-        axes = (self.axes,) if isinstance(self.axes, int) else tuple(self.axes)
-        object.__setattr__(self, "axes", axes)
-
-    def reduced_axes(self, ndim: int) -> tuple[int, ...]:
-        """The axes that share a scale."""
-        for axis in self.axes:
-            if not -ndim <= axis < ndim:
-                raise ValueError(
-                    f"PerChannel(axes={self.axes}): axis {axis} needs a tensor of at least "
-                    f"{axis + 1 if axis >= 0 else -axis} axes, got {ndim}. Use PerTensor() for "
-                    "tensors without channels."
-                )
-        kept = {axis % ndim for axis in self.axes}
-        if len(kept) != len(self.axes):
-            raise ValueError(
-                f"PerChannel(axes={self.axes}): the axes must be distinct in a tensor of {ndim} "
-                "axes. Name each once."
-            )
-        return tuple(axis for axis in range(ndim) if axis not in kept)
-
-
-Granularity: TypeAlias = PerTensor | PerChannel
-
-
-def absmax(x: jax.Array, granularity: Granularity) -> jax.Array:
-    """Largest magnitudes, the reduced axes kept at length 1; NaN where a NaN or inf is.
+def extremes(x: jax.Array, cut: Cut) -> jax.Array:
+    """The largest magnitude; NaN where a NaN or an infinity is.
 
     Taken as integers in the order of the magnitudes: a maximum of floats may lose a NaN, and sees
-    float32 subnormals as zero, on CPU. An empty tensor has 0.
+    float32 subnormals as zero, on CPU. An empty block has 0.
     """
-    layout = Layout.of(x.dtype)
-    magnitude = layout.bits(x) & layout.magnitude_mask
-    axes = granularity.reduced_axes(x.ndim)
-    top = jnp.max(magnitude, axis=axes, keepdims=True, initial=0)
-    return layout.floats(where(top < layout.inf, top, layout.nan))
+    top = _reduced(jnp.max, _FLOAT32.bits(x) & _FLOAT32.magnitude_mask, cut)
+    return _FLOAT32.floats(where(top < _FLOAT32.inf, top, _FLOAT32.nan))
 
 
-def symmetric_scale(amax: jax.Array, fmt: Format) -> jax.Array:
-    """Ratio of amax to the format's max, at least the smallest normal float32; NaN where amax is.
+def absmean(x: jax.Array, cut: Cut) -> jax.Array:
+    """The mean magnitude: BitNet b1.58 (2024), XNOR-Net (2016)."""
+    total = jnp.sum(jnp.abs(x), axis=cut.axes, keepdims=True)
+    mean = divide(total, jnp.asarray(np.maximum(cut.sizes, 1)))
+    return where(extremes(x, cut) >= 0, mean, np.float32(np.nan))
 
-    The floor makes an all-zero group a group of zeros, with no case of its own.
+
+RANGES: MappingProxyType[str, Range] = MappingProxyType({"extremes": extremes, "absmean": absmean})
+
+
+def extrema(x: jax.Array, cut: Cut) -> tuple[jax.Array, jax.Array]:
+    """Lowest and largest values, widened to hold 0; both NaN where a NaN or an infinity is.
+
+    As integers, like `extremes`.
     """
-    return _floored(divide(amax, jnp.float32(fmt.max)))
+    ordered = _flipped(_FLOAT32.bits(x))
+    low, high = (_reduced(reduce, ordered, cut) for reduce in (jnp.min, jnp.max))
+    finite = (low > _flipped(_FLOAT32.inf | _FLOAT32.sign)) & (high < _FLOAT32.inf)
+    low, high = (where(finite, _flipped(end), _FLOAT32.nan) for end in (low, high))
+    return _FLOAT32.floats(low), _FLOAT32.floats(high)
 
 
-def extrema(x: jax.Array, granularity: Granularity) -> tuple[jax.Array, jax.Array]:
-    """Lowest and largest values, widened to hold 0; both NaN where a NaN or inf is."""
-    axes = granularity.reduced_axes(x.ndim)
-    low = jnp.min(x, axis=axes, keepdims=True, initial=0)
-    high = jnp.max(x, axis=axes, keepdims=True, initial=0)
-    finite = absmax(x, granularity) >= 0  # Else NaN, which `min` and `max` may lose.
-    nan = np.float32(np.nan)
-    return where(finite, low, nan), where(finite, high, nan)
+def _flipped(bits: Any) -> Any:
+    """Bits of floats as integers that compare as the floats do; its own inverse."""
+    return bits ^ (bits >> np.int32(31) & _FLOAT32.magnitude_mask)
 
 
-def affine_scale(low: jax.Array, high: jax.Array, fmt: IntFormat) -> tuple[jax.Array, jax.Array]:
+def _reduced(reduce: Callable, x: jax.Array, cut: Cut) -> jax.Array:
+    """The least or largest in each block of a split array, and 0; the blocks' axes kept at 1.
+
+    In two steps where the last axis has more than 32: XLA makes vectors of short reductions on CPU,
+    not of long ones, and would make one of two without the barrier.
+    """
+    last = cut.block[-1] if cut.block else 1
+    step = next((d for d in range(32, 7, -1) if last % d == 0), 1)
+    if last > 32 and step > 1:
+        parts = reduce(x.reshape(*x.shape[:-1], last // step, step), axis=-1)
+        x = lax.optimization_barrier(parts)
+    return reduce(x, axis=cut.axes, keepdims=True, initial=0)
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """One number a block as it is, but computed once.
+
+    XLA on CPU computes such a number anew for every element that needs it, unless an operation
+    comes last that it holds to be expensive: a remainder, by what no bits here exceed.
+    """
+    bits = lax.rem(lax.bitcast_convert_type(x, jnp.uint32), np.uint32(2**32 - 1))
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def to_max(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+    """The quotient amax / max: the largest magnitude becomes the format's largest value."""
+    return _held(divide(amax, jnp.float32(fmt.max)), amax, scale_format)
+
+
+def half(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+    """The quotient amax / (max + 1/2), for integers: torchao's, half a step beyond the largest."""
+    assert isinstance(fmt, IntFormat)  # The recipe has checked it.
+    half_step = math.ldexp(0.5, -fmt.fraction_bits)
+    return _held(divide(amax, jnp.float32(fmt.max + half_step)), amax, scale_format)
+
+
+def floor(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+    """2^(floor(log2 amax) - emax), the rule of OCP's Microscaling Formats (MX) 1.0."""
+    del scale_format
+    return _power_of_two(amax, _emax(fmt), 0)
+
+
+def ceil(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+    """2^(ceil(log2 amax) - emax)."""
+    del scale_format
+    return _power_of_two(amax, _emax(fmt), 2**23 - 1)
+
+
+def even(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+    """As `floor`, after amax is rounded to the element's own precision, half up."""
+    del scale_format
+    assert isinstance(fmt, FloatFormat | IntFormat)  # The recipe has checked it.
+    floating = isinstance(fmt, FloatFormat)
+    digits = fmt.mantissa_bits if floating else fmt.max_int.bit_length() - 1
+    return _power_of_two(amax, _emax(fmt), 1 << (23 - digits) >> 1)
+
+
+def rceil(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+    """The power of two at or above amax * fl(1 / max), as NVIDIA's conversions have it."""
+    del scale_format
+    # A small product is lifted out of the subnormals.
+    lift = where(amax < np.float32(2.0**-60), np.int32(60), np.int32(0))
+    product = amax * _FLOAT32.floats(_FLOAT32.field(lift)) * np.float32(1 / fmt.max)
+    return _power_of_two(product, lift, 2**23 - 1)
+
+
+SCALES: MappingProxyType[str, Scale] = MappingProxyType(
+    {"max": to_max, "half": half, "floor": floor, "ceil": ceil, "even": even, "rceil": rceil}
+)
+# Those that give powers of two, whatever the format that holds them.
+POWERS_OF_TWO = (floor, ceil, even, rceil)
+
+
+def _emax(fmt: Format) -> int:
+    """The exponent of the largest value."""
+    return math.frexp(fmt.max)[1] - 1
+
+
+def _power_of_two(amax: jax.Array, emax: int | jax.Array, carry: int) -> jax.Array:
+    """2^(e - emax) from the bits of amax with a carry added, within float8_e8m0fnu."""
+    magnitude = _FLOAT32.bits(amax)
+    exponent = (extended_bits(magnitude, _FLOAT32) + np.int32(carry)) >> np.int32(23)
+    exponent = lax.clamp(np.int32(0), exponent - emax, np.int32(254))
+    bits = where(exponent == 0, np.int32(1 << 22), exponent << np.int32(23))
+    return _FLOAT32.floats(where(magnitude > _FLOAT32.inf, _FLOAT32.nan, bits))
+
+
+def _held(scale: jax.Array, amax: jax.Array, scale_format: Format) -> jax.Array:
+    """A scale as its format holds it: 0 for a block of zeros, else at least the least normal one.
+
+    The floor keeps a block of tiny numbers from becoming zeros.
+    """
+    if scale_format.name != "float32":
+        scale = cast(scale, scale_format, overflow="saturate")
+    if scale_format == E8M0:  # It has no zero, and its least value is exact.
+        return scale
+    least = np.float32(max(scale_format.tiny, _LEAST_SCALE))
+    scale = where(scale < least, least, scale)
+    return where(_FLOAT32.bits(amax) == 0, np.float32(0), scale)
+
+
+def affine_scale(
+    low: jax.Array, high: jax.Array, fmt: IntFormat, scale_format: Format
+) -> tuple[jax.Array, jax.Array]:
     """Scale and zero point that map [low, high], which holds 0, onto all integers of a format.
 
     s = (high - low) / (qmax - qmin) and z = qmin - rne(low / s), clamped to [qmin, qmax]. The zero
@@ -112,10 +197,40 @@ def affine_scale(low: jax.Array, high: jax.Array, fmt: IntFormat) -> tuple[jax.A
     """
     lowest, highest = np.float32(fmt.min_int), np.float32(fmt.max_int)
     # By halves, as a range may be wider than the largest float32.
-    scale = _floored(divide(high * 0.5 - low * 0.5, jnp.float32(highest - lowest)) * 2.0)
-    zero_point = lowest - lax.round(divide(low, scale), lax.RoundingMethod.TO_NEAREST_EVEN)
+    span = divide(high * 0.5 - low * 0.5, jnp.float32(highest - lowest)) * 2.0
+    scale = _held(span, lax.max(high, -low), scale_format)
+    zero_point = lowest - lax.round(
+        in_units(low, scale, scale_format), lax.RoundingMethod.TO_NEAREST_EVEN
+    )
     zero_point = lax.clamp(lowest, zero_point, highest)
-    return scale, where(scale > 0, zero_point, np.float32(0))
+    return kept(scale), kept(where(scale >= 0, zero_point, np.float32(0)))
+
+
+def in_units(
+    x: jax.Array, scale: jax.Array, scale_format: Format, *, reciprocal: bool = False
+) -> jax.Array:
+    """The quotient, correctly rounded, or x times the rounded reciprocal; x for a scale of 0."""
+    if scale_format == E8M0:
+        return _times_power(x, scale, -1)
+    divisor = where(scale == 0, np.float32(1), scale)
+    if reciprocal:
+        return x * divide(jnp.ones_like(divisor), divisor)
+    return divide(x, divisor)
+
+
+def times(values: jax.Array, scale: jax.Array, scale_format: Format) -> jax.Array:
+    """Values * scale, rounded once."""
+    return _times_power(values, scale, 1) if scale_format == E8M0 else values * scale
+
+
+def _times_power(x: jax.Array, scale: jax.Array, sign: int) -> jax.Array:
+    """X times a power of two, or its inverse, in two steps: it may be subnormal itself."""
+    bits = _FLOAT32.bits(scale)
+    exponent = ((bits >> np.int32(23)) - np.int32(127)) * np.int32(sign)
+    first = exponent >> np.int32(1)
+    nan = bits > _FLOAT32.inf
+    near = where(nan, _FLOAT32.nan, _FLOAT32.field(first))
+    return x * _FLOAT32.floats(near) * _FLOAT32.floats(_FLOAT32.field(exponent - first))
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -156,8 +271,3 @@ def _divide_in_integers(a: jax.Array, b: jax.Array, quotient: Callable = lax.div
     magnitude = where((exponent < 1) | (a_bits <= low), np.int32(0), magnitude)
     magnitude = where((a_bits < layout.inf) & (b_bits < layout.inf), magnitude, layout.nan)
     return layout.floats(magnitude | (layout.bits(a) & layout.sign))
-
-
-def _floored(scale: jax.Array) -> jax.Array:
-    """At least the least scale; NaN stays."""
-    return where(scale < np.float32(_LEAST_SCALE), np.float32(_LEAST_SCALE), scale)

@@ -18,6 +18,7 @@ LAYERS = [
     "codecs",
     "gradients",
     "casting",
+    "blocks",
     "scaling",
     "recipes",
     "presets",

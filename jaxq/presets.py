@@ -50,6 +50,14 @@ ALL = MappingProxyType(
         "mxfp6_e3m2": _mx("float6_e3m2fn"),
         "mxfp4": _mx("float4_e2m1fn"),
         "mxint8": _mx(dataclasses.replace(catalog.ALL["mxint8"], narrow=True)),
+        # TransformerEngine's: blocks of 16, whose scales are relative to one for the tensor.
+        "nvfp4": Quantizer(
+            "float4_e2m1fn",
+            PerBlock(16),
+            scale_format="float8_e4m3fn",
+            tensor_scale=True,
+            reciprocal=True,
+        ),
         # BitNet b1.58 (2024), XNOR-Net (2016).
         "ternary": Quantizer("ternary", range="absmean"),
         "binary": Quantizer("binary", range="absmean"),

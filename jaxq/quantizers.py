@@ -25,7 +25,16 @@ from jaxq.gradients import get_gradient
 from jaxq.grids import BinaryGrid
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
-from jaxq.scaling import RANGES, SCALES, affine_scale, extrema, in_units, kept, times
+from jaxq.scaling import (
+    RANGES,
+    SCALES,
+    affine_scale,
+    extrema,
+    in_units,
+    kept,
+    times,
+    two_level,
+)
 
 __all__ = ["Quantized", "dequantize", "fake_quant", "quantize"]
 
@@ -35,7 +44,7 @@ _WHOLE_BYTES = (8, 16)  # Widths of codes that need no packing.
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "zero_point"],
+    data_fields=["codes", "scale", "tensor_scale", "zero_point"],
     meta_fields=["recipe", "dtype", "block", "length"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +59,7 @@ class Quantized:
         uint16 for formats of 16 bits.
       scale: one a block, in the shape of the blocks: float32, or codes of the recipe's
         `scale_format` where that is another. `scales` has the values.
+      tensor_scale: the float32 number that the scales are relative to, or None.
       zero_point: integers of the scale's shape, or None for a symmetric recipe.
       recipe: the recipe.
       dtype: the dtype of the tensor that was quantized.
@@ -59,6 +69,7 @@ class Quantized:
 
     codes: jax.Array
     scale: jax.Array
+    tensor_scale: jax.Array | None
     zero_point: jax.Array | None
     recipe: Quantizer
     dtype: np.dtype
@@ -83,9 +94,13 @@ class Quantized:
 
     @property
     def scales(self) -> jax.Array:
-        """The scales' values, float32."""
+        """What the elements are multiplied by: the scales' values, float32."""
         held = self.recipe.held
-        return self.scale if held == _FLOAT32 else decode(self.scale, held)
+        scales = self.scale if held == _FLOAT32 else decode(self.scale, held)
+        if self.tensor_scale is None:
+            return scales
+        more = scales.ndim - self.tensor_scale.ndim
+        return scales * self.tensor_scale.reshape(self.tensor_scale.shape + (1,) * more)
 
     @property
     def cut(self) -> Cut:
@@ -138,9 +153,12 @@ class Quantized:
 
     def _rows(self, index: int | slice, blocks: int | slice, block: tuple[int, ...]) -> "Quantized":
         zero_point = None if self.zero_point is None else self.zero_point[blocks]
+        tensor_scale = self.tensor_scale
+        if tensor_scale is not None and tensor_scale.ndim:  # One for each of what vmap stacked.
+            tensor_scale = tensor_scale[index]
         codes, scale = self.codes[index], self.scale[blocks]
-        return dataclasses.replace(
-            self, codes=codes, scale=scale, zero_point=zero_point, block=block
+        return Quantized(
+            codes, scale, tensor_scale, zero_point, self.recipe, self.dtype, block, self.length
         )
 
 
@@ -231,16 +249,16 @@ def dequantize(q: Quantized) -> jax.Array:
 def _fake_quant(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
     cut = recipe.cut(x.shape)
     split = cut.split(x)
-    values, scale, _, low, high = _snapped(lax.stop_gradient(split), key, recipe, cut)
-    y = as_dtype(times(values, scale, recipe.held), x.dtype)
-    low, high = as_dtype(low, x.dtype), as_dtype(high, x.dtype)
+    snapped = _snapped(lax.stop_gradient(split), key, recipe, cut)
+    y = as_dtype(times(snapped.values, snapped.step, recipe.held), x.dtype)
+    low, high = (as_dtype(end, x.dtype) for end in (snapped.low, snapped.high))
     return cut.merge(gradients.attach(get_gradient(recipe.gradient), y, split, low, high))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _quantize(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> Quantized:
     cut, fmt = recipe.cut(x.shape), recipe.element
-    values, scale, zero_point, *_ = _snapped(cut.split(x), key, recipe, cut)
+    values, scale, tensor_scale, zero_point, *_ = _snapped(cut.split(x), key, recipe, cut)
     codes = cut.merge(encode(values if zero_point is None else values + zero_point, fmt))
     codes = codes if x.ndim else codes[None]
     if fmt.bits not in _WHOLE_BYTES:
@@ -251,7 +269,7 @@ def _quantize(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> Quantiz
     if zero_point is not None:
         zero_point = zero_point.reshape(cut.counts).astype(_integer_dtype(fmt))
     length = x.shape[-1] if x.ndim else None
-    return Quantized(codes, scale, zero_point, recipe, x.dtype, cut.block, length)
+    return Quantized(codes, scale, tensor_scale, zero_point, recipe, x.dtype, cut.block, length)
 
 
 class _Snapped(NamedTuple):
@@ -259,9 +277,15 @@ class _Snapped(NamedTuple):
 
     values: jax.Array  # The zero point is taken away.
     scale: jax.Array
+    tensor_scale: jax.Array | None
     zero_point: jax.Array | None
     low: jax.Array  # The range that the scales cover.
     high: jax.Array
+
+    @property
+    def step(self) -> jax.Array:
+        """What the values are multiplied by."""
+        return self.scale if self.tensor_scale is None else kept(self.scale * self.tensor_scale)
 
 
 def _snapped(x: jax.Array, key: jax.Array | None, recipe: Quantizer, cut: Cut) -> _Snapped:
@@ -269,11 +293,15 @@ def _snapped(x: jax.Array, key: jax.Array | None, recipe: Quantizer, cut: Cut) -
     units = functools.partial(in_units, scale_format=held, reciprocal=recipe.reciprocal)
     if recipe.symmetric:
         high = RANGES[recipe.range](wide, cut)
-        scale = kept(SCALES[recipe.scale](high, fmt, held))
-        values = cast(
-            units(wide, scale), fmt, rounding=recipe.rounding, overflow="saturate", key=key
-        )
-        return _Snapped(values, scale, None, -high if fmt.min < 0 else jnp.zeros_like(high), high)
+        low = -high if fmt.min < 0 else jnp.zeros_like(high)
+        if recipe.tensor_scale:
+            scale, tensor_scale = two_level(high, fmt, held)
+        else:
+            scale, tensor_scale = kept(SCALES[recipe.scale](high, fmt, held)), None
+        snapped = _Snapped(wide, scale, tensor_scale, None, low, high)
+        values = units(wide, snapped.step)
+        values = cast(values, fmt, rounding=recipe.rounding, overflow="saturate", key=key)
+        return snapped._replace(values=values)
     assert isinstance(fmt, IntFormat)  # The recipe has checked it.
     low, high = extrema(wide, cut)
     scale, zero_point = affine_scale(low, high, fmt, held)
@@ -282,7 +310,7 @@ def _snapped(x: jax.Array, key: jax.Array | None, recipe: Quantizer, cut: Cut) -
     inside = lax.max(units(wide, scale), jnp.broadcast_to(lowest, wide.shape))
     inside = lax.min(inside, jnp.broadcast_to(highest, wide.shape))
     values = cast(inside, _WHOLE, rounding=recipe.rounding, key=key)
-    return _Snapped(values, scale, zero_point, low, high)
+    return _Snapped(values, scale, None, zero_point, low, high)
 
 
 def _integer_dtype(fmt: Format) -> np.dtype:

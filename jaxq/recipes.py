@@ -32,6 +32,8 @@ class Quantizer:
         `"rceil"`: powers of two, as the MX formats have them, for `scale_format`
         float8_e8m0fnu. (With that format `"max"` is the rule that some call RNE.)
       scale_format: the format that holds the scales, a float with a NaN.
+      tensor_scale: True makes the scales relative to one float32 number for the whole tensor, so
+        that a narrow `scale_format` covers its range, as NVFP4 does.
       reciprocal: True multiplies by the rounded reciprocal of the scale; False divides.
       rounding: a mode of `jaxq.rounding`. `"stochastic"` makes the functions take a key.
       gradient: an estimator of `jaxq.gradients`.
@@ -62,6 +64,7 @@ class Quantizer:
     symmetric: bool = True
     scale: str = "max"
     scale_format: str | Format = "float32"
+    tensor_scale: bool = False
     reciprocal: bool = False
     rounding: str | Rounding = "nearest_even"
     gradient: str | Gradient = "straight_through"
@@ -103,6 +106,12 @@ class Quantizer:
                 "Quantizer: `scale_format` must be a float format with a NaN within float32's "
                 f"range, got {held.name!r}."
             )
+        narrow = held != E8M0 and held.bits < 32 and self.scale == "max" and self.symmetric
+        if self.tensor_scale and not narrow:
+            raise ValueError(
+                "Quantizer: tensor_scale=True needs symmetric=True, scale='max' and a scale format "
+                f"such as 'float8_e4m3fn', got scale={self.scale!r} in {held.name!r}."
+            )
         kinds = {"half": IntFormat, "even": FloatFormat | IntFormat}.get(self.scale, Format)
         if not isinstance(fmt, kinds):
             raise ValueError(
@@ -134,7 +143,8 @@ class Quantizer:
         size, counts = math.prod(shape), self.cut(shape).counts
         zero_point_bits = 0 if self.symmetric else 8 if self.element.bits <= 8 else 16
         block_bits = self.held.bits + zero_point_bits
-        return self.element.bits + block_bits * math.prod(counts) / size if size else math.nan
+        more = block_bits * math.prod(counts) + 32 * self.tensor_scale
+        return self.element.bits + more / size if size else math.nan
 
     def to_json(self) -> str:
         """The recipe as text, from which `from_json` makes an equal one.

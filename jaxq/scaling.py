@@ -34,6 +34,7 @@ __all__ = [
     "in_units",
     "kept",
     "times",
+    "two_level",
 ]
 
 E8M0 = get_format("float8_e8m0fnu")
@@ -171,7 +172,7 @@ def _power_of_two(amax: jax.Array, emax: int | jax.Array, carry: int) -> jax.Arr
 
 
 def _held(scale: jax.Array, amax: jax.Array, scale_format: Format) -> jax.Array:
-    """A scale as its format holds it: 0 for a block of zeros, else at least the least normal one.
+    """A scale as its format holds it: 0 for a block of zeros, else at least the least positive one.
 
     The floor keeps a block of tiny numbers from becoming zeros.
     """
@@ -182,6 +183,26 @@ def _held(scale: jax.Array, amax: jax.Array, scale_format: Format) -> jax.Array:
     least = np.float32(max(scale_format.tiny, _LEAST_SCALE))
     scale = where(scale < least, least, scale)
     return where(_FLOAT32.bits(amax) == 0, np.float32(0), scale)
+
+
+def two_level(amax: jax.Array, fmt: Format, scale_format: Format) -> tuple[jax.Array, jax.Array]:
+    """Block scales relative to one for the tensor, as TransformerEngine has them for NVFP4.
+
+    e = min(smax * max / tensor amax, 2^126), or 1 for a tensor of zeros; the block scales are
+    amax * (e * fl(1 / max)) in their format, its 0 included; the tensor's is 1 / e. (The bound is
+    FLT_MAX there, whose inverse is subnormal.) A block that is NaN counts for no other.
+
+    Returns:
+      The block scales, and the tensor's, of shape ().
+    """
+    finite = where(amax >= 0, amax, np.float32(0))
+    top = _FLOAT32.floats(jnp.max(_FLOAT32.bits(finite), initial=0))
+    highest = np.float32(fmt.max * scale_format.max)
+    enlarge = lax.min(divide(jnp.full_like(top, highest), top), np.float32(2.0**126))
+    enlarge = where(top == 0, np.float32(1), enlarge)
+    relative = amax * (enlarge * np.float32(1 / fmt.max))
+    scale = cast(relative, scale_format, overflow="saturate")
+    return kept(scale), kept(divide(jnp.ones_like(enlarge), enlarge))
 
 
 def affine_scale(
@@ -209,13 +230,18 @@ def affine_scale(
 def in_units(
     x: jax.Array, scale: jax.Array, scale_format: Format, *, reciprocal: bool = False
 ) -> jax.Array:
-    """The quotient, correctly rounded, or x times the rounded reciprocal; x for a scale of 0."""
+    """The quotient, correctly rounded, or x times the rounded reciprocal.
+
+    A scale of 0 has the reciprocal FLT_MAX, as in TransformerEngine; and x divided by it is x.
+    """
     if scale_format == E8M0:
         return _times_power(x, scale, -1)
     divisor = where(scale == 0, np.float32(1), scale)
-    if reciprocal:
-        return x * divide(jnp.ones_like(divisor), divisor)
-    return divide(x, divisor)
+    if not reciprocal:
+        return divide(x, divisor)
+    largest = np.finfo(np.float32).max
+    inverse = lax.min(divide(jnp.ones_like(divisor), divisor), largest)
+    return x * kept(where(scale == 0, largest, inverse))
 
 
 def times(values: jax.Array, scale: jax.Array, scale_format: Format) -> jax.Array:

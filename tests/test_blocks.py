@@ -4,6 +4,7 @@ import fractions
 import math
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from jax import numpy as jnp
@@ -77,6 +78,7 @@ def test_padding_counts_for_nothing():
         (lambda: jaxq.Quantizer("int4", scale_format="int8"), "float format with a NaN"),
         (lambda: jaxq.Quantizer("nf4", scale="half"), "needs an integer format"),
         (lambda: jaxq.Quantizer("uint4", symmetric=False, range="absmean"), "range='extremes'"),
+        (lambda: jaxq.Quantizer("int4", tensor_scale=True), "tensor_scale=True needs"),
         (lambda: jaxq.Quantizer.from_json("[]"), "must be a recipe's"),
         (lambda: jaxq.Quantizer.from_json('{"type": "Nothing"}'), "no record is called"),
     ],
@@ -200,6 +202,38 @@ def test_by_the_reciprocal():
     inverse = np.float32(1) / (np.abs(x).max(1, keepdims=True) / np.float32(127))
     units = np.rint(x * inverse)
     np.testing.assert_array_equal(np.asarray(q.codes).view(np.int8), units)
+
+
+def nvfp4(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """TransformerEngine's arithmetic in NumPy: codes, block scales, the tensor's scale."""
+    largest = np.finfo(np.float32).max
+    f = np.float32
+    with np.errstate(divide="ignore", over="ignore"):
+        amax = np.abs(x).max()
+        enlarge = min(f(448 * 6) / amax, largest) if amax else f(1)
+        block = np.abs(x.reshape(-1, 16)).max(1, keepdims=True)
+        scale = np.minimum(block * (enlarge * f(1 / 6)), f(448)).astype(ml_dtypes.float8_e4m3fn)
+        inverse = np.minimum(f(1) / (scale.astype(f) * (f(1) / enlarge)), largest)
+        units = np.clip(x.reshape(-1, 16) * inverse, f(-6), f(6)).astype(ml_dtypes.float4_e2m1fn)
+    codes = units.view(np.uint8).reshape(x.shape)
+    return codes, scale.view(np.uint8), np.float32(f(1) / enlarge)
+
+
+@pytest.mark.parametrize("spread", [0, 8, 30])
+def test_nvfp4_is_transformer_engines(spread: int):
+    rng = np.random.default_rng(spread)
+    x = rng.standard_normal((64, 128)) * np.exp2(rng.integers(-spread, 1, (64, 128)))
+    x = (x * np.exp2(rng.integers(-spread, 1, (64, 1)))).astype(np.float32)
+    x[5, :40] = 0
+    for array in (x, x * np.float32(1e-15), x * np.float32(1e30), x * 0):
+        q = jaxq.quantize(array, "nvfp4")
+        codes, scale, tensor_scale = nvfp4(array)
+        np.testing.assert_array_equal(q.unpack(), codes)
+        np.testing.assert_array_equal(np.asarray(q.scale).ravel(), scale.ravel())
+        assert_same(q.tensor_scale, tensor_scale)
+        values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32).reshape(-1, 16)
+        step = scale.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * tensor_scale
+        assert_same(q.dequantize(), (values * step).reshape(x.shape))
 
 
 class TestIndexing:

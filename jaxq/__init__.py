@@ -11,6 +11,8 @@ from jaxq.presets import get_quantizer
 from jaxq.quantizers import Quantized, dequantize, fake_quant, quantize
 from jaxq.recipes import Quantizer
 from jaxq.rounding import Stochastic
+from jaxq.tables import Table
+from jaxq.trees import dequantize_tree, quantize_tree, tree_report
 
 __version__ = "0.1.0"
 
@@ -27,11 +29,13 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "Stochastic",
+    "Table",
     "TaperedFormat",
     "cast",
     "catalog",
     "decode",
     "dequantize",
+    "dequantize_tree",
     "encode",
     "fake_quant",
     "fixed_point",
@@ -45,6 +49,8 @@ __all__ = [
     "pack",
     "presets",
     "quantize",
+    "quantize_tree",
     "rounding",
+    "tree_report",
     "unpack",
 ]

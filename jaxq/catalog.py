@@ -6,7 +6,6 @@ and the benchmarks then include it without another line.
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
+from jaxq.tables import Table
 
 __all__ = ["ALL", "fixed_point", "formats_table", "get_format", "p3109"]
 
@@ -217,33 +217,7 @@ class FormatRow:
     decimal_digits: float
 
 
-@dataclasses.dataclass(frozen=True)
-class FormatsTable:
-    """Rows of format properties; `str` sets them as plain text."""
-
-    rows: tuple[FormatRow, ...]
-
-    def __str__(self) -> str:
-        heads = [field.name for field in dataclasses.fields(FormatRow)]
-        cells = [[_cell(getattr(row, head)) for head in heads] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-        lines = [
-            "  ".join(
-                text.ljust(width) if i == 0 else text.rjust(width)
-                for i, (text, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in (heads, *cells)
-        ]
-        return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.6g}"
-    return str(value)
-
-
-def formats_table(formats: "Iterable[str | Format] | None" = None) -> FormatsTable:
+def formats_table(formats: "Iterable[str | Format] | None" = None) -> Table:
     """The properties that a comparison of number formats shows, derived and not looked up.
 
     Args:
@@ -259,7 +233,7 @@ def formats_table(formats: "Iterable[str | Format] | None" = None) -> FormatsTab
       int4              4    7                1             1               1               16 ...
     """
     chosen = [get_format(spec) for spec in (ALL.values() if formats is None else formats)]
-    return FormatsTable(
+    return Table(
         tuple(
             FormatRow(
                 name=fmt.name,

@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "jaxq"
 LAYERS = [
+    "tables",
     "formats",
     "catalog",
     "rounding",
@@ -23,6 +24,7 @@ LAYERS = [
     "recipes",
     "presets",
     "quantizers",
+    "trees",
     "__init__",
 ]
 OPTIONAL = {"matplotlib", "rich", "sklearn", "safetensors", "gfloat", "gmpy2", "hypothesis"}

@@ -57,7 +57,7 @@ FORMATS: dict[str, Recipe] = {  # The recipe of the weights; None is float32.
     "int3 per channel": jaxq.Quantizer("int3", PER_CHANNEL),
     "int2 per channel": jaxq.Quantizer("int2", PER_CHANNEL),
 }
-SHORT = ("float32", "int8 per tensor", "int3 per channel", "int2 per channel")
+SHORT = ("float32", "int8 per tensor", "int2 per channel")
 
 Params = list[dict[str, jax.Array]]
 Quantize = Callable[[jax.Array], jax.Array]

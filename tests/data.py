@@ -9,6 +9,15 @@ import numpy as np
 import jaxq
 
 
+def structures() -> list[str]:
+    """One preset of each structure: those that differ in widths or block sizes compile alike."""
+    found: dict[tuple, str] = {}
+    for name, recipe in jaxq.presets.ALL.items():
+        kind = (type(recipe.element), type(recipe.granularity), recipe.symmetric, recipe.range)
+        found.setdefault((*kind, recipe.scale, recipe.held, recipe.tensor_scale), name)
+    return list(found.values())
+
+
 def all_float16() -> np.ndarray:
     return np.arange(2**16, dtype=np.uint16).view(np.float16)
 

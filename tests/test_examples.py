@@ -30,7 +30,6 @@ def test_digits(tmp_path: pathlib.Path, capsys):
     worst = by_label["int2 per channel"]
     assert worst.rounded.mean() < base - 0.3, "rounding alone breaks the network"
     assert worst.trained.mean() > worst.rounded.mean() + 0.2, "training repairs it"
-    assert by_label["int3 per channel"].trained.mean() > base - 0.05
     assert 2 < worst.bits_per_weight < 3
     assert by_label["int8 per tensor"].sqnr_db > 35
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -98,12 +98,12 @@ def test_float32_subnormals_are_never_flushed(name: str):
         assert (np.asarray(y) >= least).all()
 
 
-@pytest.mark.parametrize("name", jaxq.presets.ALL)
+@pytest.mark.parametrize("name", data.structures())
 def test_sharded_quantizers_agree(name: str):
     x = np.rint(normal(128, 256) * 64) / 64  # Sums are exact: a mean's order does not matter.
     want = np.asarray(jaxq.fake_quant(x, name))
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    for spec in (("a", "b"), (None, ("a", "b")), ("b", None)):
+    for spec in (("a", "b"), (None, ("a", "b"))):
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
         got = jax.jit(lambda x: jaxq.fake_quant(x, name))(jax.device_put(x, sharding))
         assert_same(got, want)

@@ -6,6 +6,7 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
+from tests import data
 
 
 def equations(jaxpr) -> int:
@@ -56,7 +57,7 @@ def test_calls_of_one_shape_compile_once():
     assert f._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", jaxq.presets.ALL)
+@pytest.mark.parametrize("name", data.structures())
 def test_temporaries_of_a_quantizer_hold_scales_and_no_tensor(name: str):
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
 

@@ -129,12 +129,12 @@ class Quantized:
         """The rows of an index or slice of the leading axis, still quantized.
 
         Raises:
-          IndexError: the index is out of range, or the tensor has no leading axis beside the one
-            along which it is packed.
+          IndexError: the index is out of range.
+          TypeError: the tensor has no leading axis beside the one along which it is packed.
           ValueError: a slice that cuts through blocks.
         """
         if self.ndim < 2:
-            raise IndexError("Quantized: indexing needs at least two axes. Dequantize it first.")
+            raise TypeError("Quantized: indexing needs at least two axes. Dequantize it first.")
         n, block, rest = self.shape[0], self.cut.block[0], self.cut.block[1:]
         if not isinstance(index, slice):
             at = operator.index(index)
@@ -168,18 +168,19 @@ def fake_quant(
     """Quantizes and dequantizes, differentiably: what `dequantize(quantize(x))` gives, to the bit.
 
     Args:
-      x: float16, bfloat16 or float32 of any shape. Scales are float32 whatever the dtype.
+      x: float16, bfloat16 or float32 of any shape. Scales are computed in float32 from each.
       recipe: a `Quantizer`, a preset's name, or a format or its name, which means absmax scaling
         per tensor.
       key: a key of `jax.random` for a stochastic recipe, and only then.
 
     Returns:
-      An array of x's shape and dtype. A group (the elements of one scale) that holds a NaN or an
-      infinity is all NaN, and no other is; an all-zero group is zeros; an empty tensor is empty.
+      An array of x's shape and dtype. A block (the elements of one scale) that holds a NaN or an
+      infinity is all NaN, and no other is; an all-zero block is zeros; an empty tensor is empty.
 
     Raises:
       TypeError: x is of another dtype.
-      ValueError: an unknown recipe, an axis that x lacks, or a key missing or not needed.
+      ValueError: an unknown recipe, an axis that x lacks, a block's length that does not divide
+        one, or a key missing or not needed.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp

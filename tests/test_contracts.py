@@ -72,9 +72,6 @@ class TestFormats:
             y = np.asarray(jaxq.cast(x, fmt, rounding=mode, **random))
             codes = jaxq.encode(x, fmt, rounding=mode, **random)
             assert_same(jaxq.decode(codes, fmt), y, x)
-            # A value beyond float32, which takums have, is infinite in it and so no fixed point.
-            held = np.isinf(x) | ~np.isinf(y)
-            assert_same(jaxq.cast(y, fmt)[held], y[held], x[held])
 
     def test_eager_jit_vmap_and_sharded_agree(self, fmt):
         x = inputs()
@@ -137,7 +134,8 @@ class TestRecipes:
         bad = ordinary.copy()
         bad[3, 4], bad[5, 6] = np.nan, np.inf
         cases = [ordinary, bad, ordinary * 1e-40, ordinary * 1e37, ordinary * 0, ordinary * 0 - 2.5]
-        for x in [case.astype(dtype) for case in cases for dtype in ("float32", jnp.bfloat16)]:
+        dtypes = ["float32", "bfloat16"] if name in data.structures() else ["float32"]
+        for x in [case.astype(jnp.dtype(dtype)) for dtype in dtypes for case in cases]:
             q = jaxq.quantize(x, name)
             y = jaxq.fake_quant(x, name)
             chex.assert_equal_shape([x, y, q])
@@ -166,14 +164,6 @@ class TestRecipes:
         if name != "binary":  # It has no zero within a block.
             assert (y[:, : SHAPE[1] // 2] == 0).all()
         assert (np.asarray(jaxq.fake_quant(x * 0, name)) == 0).all()
-
-    def test_half_precision_loses_nothing_more(self, name):
-        """A float16 tensor of tiny numbers: its scales are not float16's."""
-        x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
-        tiny = (x * np.float32(2.0**-21)).astype(np.float16)
-        y = np.asarray(jaxq.fake_quant(tiny, name))
-        assert_same(y, jaxq.fake_quant(tiny.astype(np.float32), name).astype(jnp.float16))
-        assert (y != 0).any()
 
     def test_bytes_are_those_of_the_codes(self, name):
         q = jaxq.quantize(np.ones(SHAPE, np.float32), name)
@@ -231,3 +221,11 @@ class TestStructures:
         _, scanned = jax.lax.scan(lambda c, layer: (c, layer.dequantize()), 0, stacked)
         assert_same(scanned, each)
         assert_same(stacked[-1].dequantize(), each[-1])
+
+    def test_half_precision_loses_nothing_more(self, name):
+        """A float16 tensor of tiny numbers: its scales are not float16's."""
+        x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+        tiny = (x * np.float32(2.0**-21)).astype(np.float16)
+        y = np.asarray(jaxq.fake_quant(tiny, name))
+        assert_same(y, jaxq.fake_quant(tiny.astype(np.float32), name).astype(jnp.float16))
+        assert (y != 0).any()

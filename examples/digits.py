@@ -87,7 +87,7 @@ def quantizers(recipe: Recipe) -> tuple[Quantize, Quantize]:
         return bfloat16, bfloat16
     weights = jaxq.get_quantizer(recipe)
     if isinstance(weights.element, jaxq.IntFormat):
-        activations = jaxq.Quantizer(f"uint{weights.element.bits}", symmetric=False)
+        activations = jaxq.Quantizer(f"uint{weights.element.bits}", zero_point="integer")
     else:
         activations = weights
     return (

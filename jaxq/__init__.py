@@ -1,6 +1,6 @@
 """jaxq: low-precision number formats and quantizers for JAX, bit-exact and differentiable."""
 
-from jaxq import catalog, gradients, presets, rounding
+from jaxq import calibrators, catalog, gradients, presets, rounding
 from jaxq.blocks import PerBlock, PerChannel, PerTensor, PerToken
 from jaxq.casting import cast, encode
 from jaxq.catalog import fixed_point, formats_table, get_format, p3109
@@ -10,7 +10,8 @@ from jaxq.grids import BinaryGrid, float_grid, int_grid
 from jaxq.presets import get_quantizer
 from jaxq.quantizers import Quantized, dequantize, fake_quant, quantize
 from jaxq.recipes import Quantizer
-from jaxq.rounding import Stochastic
+from jaxq.rounding import HalfUp, Stochastic
+from jaxq.second_level import DoubleScale, TensorScale
 from jaxq.tables import Table
 from jaxq.trees import dequantize_tree, quantize_tree, tree_report
 
@@ -19,8 +20,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BinaryGrid",
     "CodebookFormat",
+    "DoubleScale",
     "FloatFormat",
     "Format",
+    "HalfUp",
     "IntFormat",
     "PerBlock",
     "PerChannel",
@@ -31,6 +34,8 @@ __all__ = [
     "Stochastic",
     "Table",
     "TaperedFormat",
+    "TensorScale",
+    "calibrators",
     "cast",
     "catalog",
     "decode",

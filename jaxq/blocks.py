@@ -164,6 +164,16 @@ class Cut:
             sizes = sizes[..., None, None] * lengths[:, None]
         return sizes
 
+    @property
+    def inside(self) -> np.ndarray | None:
+        """Which of a split tensor's elements are the tensor's own, to broadcast; None for all."""
+        inside, whole = np.ones((), bool), True
+        for n, b, count in zip(self.shape, self.block, self.counts, strict=True):
+            own = (np.arange(count * b) < n).reshape(count, b)
+            inside = inside[..., None, None] & (own if count * b > n else np.ones((1, 1), bool))
+            whole = whole and count * b == n
+        return None if whole else inside
+
     def split(self, x: jax.Array) -> jax.Array:
         """The tensor as `[n0 / b0, b0, n1 / b1, b1, …]`, the last block of an axis filled up."""
         pairs = list(zip(self.counts, self.block, strict=True))

@@ -6,11 +6,14 @@ To add one: a line in `ALL`. The contract tests then include it.
 import dataclasses
 import difflib
 from types import MappingProxyType
+from typing import Any
 
 from jaxq import catalog
 from jaxq.blocks import PerBlock, PerChannel, PerToken
 from jaxq.formats import Format
 from jaxq.recipes import Quantizer
+from jaxq.rounding import HalfUp
+from jaxq.second_level import TensorScale
 
 __all__ = ["ALL", "get_quantizer"]
 
@@ -22,20 +25,32 @@ def _mx(element: str | Format) -> Quantizer:
     return Quantizer(element, PerBlock(32), scale="floor", scale_format="float8_e8m0fnu")
 
 
+def _gguf(element: str, **fields: Any) -> Quantizer:
+    """GGUF's blocks: 32 along the last axis, codes from a float32 scale of which a copy is kept."""
+    return Quantizer(
+        element,
+        PerBlock(32),
+        scale_format="float16",
+        stored_scale=False,
+        reciprocal=True,
+        **fields,
+    )
+
+
 ALL = MappingProxyType(
     {
         "int8_tensor": Quantizer("int8"),
         "int8_channel": Quantizer("int8", _CHANNEL),
         "int8_token": Quantizer("int8", PerToken()),
-        "uint8_tensor": Quantizer("uint8", symmetric=False),
-        "uint8_channel": Quantizer("uint8", _CHANNEL, symmetric=False),
+        "uint8_tensor": Quantizer("uint8", zero_point="integer"),
+        "uint8_channel": Quantizer("uint8", _CHANNEL, zero_point="integer"),
         "int4_tensor": Quantizer("int4"),
         "int4_channel": Quantizer("int4", _CHANNEL),
         "int4_g32": Quantizer("int4", PerBlock(32)),
         "int4_g64": Quantizer("int4", PerBlock(64)),
         "int4_g128": Quantizer("int4", PerBlock(128)),
-        "uint4_channel": Quantizer("uint4", _CHANNEL, symmetric=False),
-        "uint4_g128": Quantizer("uint4", PerBlock(128), symmetric=False),
+        "uint4_channel": Quantizer("uint4", _CHANNEL, zero_point="integer"),
+        "uint4_g128": Quantizer("uint4", PerBlock(128), zero_point="integer"),
         "int3_g128": Quantizer("int3", PerBlock(128)),
         "int2_g64": Quantizer("int2", PerBlock(64)),
         "fp8_e4m3_tensor": Quantizer("float8_e4m3fn"),
@@ -55,9 +70,23 @@ ALL = MappingProxyType(
             "float4_e2m1fn",
             PerBlock(16),
             scale_format="float8_e4m3fn",
-            tensor_scale=True,
+            second_level=TensorScale(),
             reciprocal=True,
         ),
+        # Four over six: a block may fill the grid up to 4 only. 256 leaves its scale the room.
+        "nvfp4_4over6": Quantizer(
+            "float4_e2m1fn",
+            PerBlock(16),
+            scale_format="float8_e4m3fn",
+            second_level=TensorScale(256.0),
+            reciprocal=True,
+            search=(1.0, 1.5),
+        ),
+        "q8_0": _gguf("int8", rounding="nearest_away"),
+        "q4_0": _gguf("int4", range="extremum", scale="min", rounding=HalfUp(8)),
+        "q5_0": _gguf("int5", range="extremum", scale="min", rounding=HalfUp(16)),
+        "q4_1": _gguf("uint4", zero_point="minimum", rounding=HalfUp()),
+        "q5_1": _gguf("uint5", zero_point="minimum", rounding=HalfUp()),
         # BitNet b1.58 (2024), XNOR-Net (2016).
         "ternary": Quantizer("ternary", range="absmean"),
         "binary": Quantizer("binary", range="absmean"),

@@ -8,7 +8,6 @@
 import dataclasses
 import functools
 import operator
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,34 +16,26 @@ from jax import numpy as jnp
 
 from jaxq import gradients
 from jaxq.blocks import Cut
-from jaxq.casting import as_dtype, cast, encode, floats, widen
+from jaxq.casting import as_dtype, encode, floats, widen
 from jaxq.catalog import get_format
 from jaxq.codecs import decode, pack, unpack
-from jaxq.formats import Format, IntFormat
+from jaxq.formats import Format
 from jaxq.gradients import get_gradient
-from jaxq.grids import BinaryGrid
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
-from jaxq.scaling import (
-    RANGES,
-    SCALES,
-    affine_scale,
-    extrema,
-    in_units,
-    kept,
-    times,
-    two_level,
-)
+from jaxq.snapping import Scales, given_scales, restored, snapped
 
 __all__ = ["Quantized", "dequantize", "fake_quant", "quantize"]
 
 _FLOAT32 = get_format("float32")
 _WHOLE_BYTES = (8, 16)  # Widths of codes that need no packing.
 
+_Given = tuple[jax.Array | None, jax.Array | None] | None  # Scales and zero points.
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "tensor_scale", "zero_point"],
+    data_fields=["codes", "scale", "second", "zero_point"],
     meta_fields=["recipe", "dtype", "block", "length"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,8 +50,9 @@ class Quantized:
         uint16 for formats of 16 bits.
       scale: one a block, in the shape of the blocks: float32, or codes of the recipe's
         `scale_format` where that is another. `scales` has the values.
-      tensor_scale: the float32 number that the scales are relative to, or None.
-      zero_point: integers of the scale's shape, or None for a symmetric recipe.
+      second: what leads back to the scales, the arrays of the recipe's second level; () without.
+      zero_point: one a block: integers, or minima held as the scales are; None for a symmetric
+        recipe.
       recipe: the recipe.
       dtype: the dtype of the tensor that was quantized.
       block: the length of a block on each axis.
@@ -69,7 +61,7 @@ class Quantized:
 
     codes: jax.Array
     scale: jax.Array
-    tensor_scale: jax.Array | None
+    second: tuple[jax.Array, ...]
     zero_point: jax.Array | None
     recipe: Quantizer
     dtype: np.dtype
@@ -95,12 +87,8 @@ class Quantized:
     @property
     def scales(self) -> jax.Array:
         """What the elements are multiplied by: the scales' values, float32."""
-        held = self.recipe.held
-        scales = self.scale if held == _FLOAT32 else decode(self.scale, held)
-        if self.tensor_scale is None:
-            return scales
-        more = scales.ndim - self.tensor_scale.ndim
-        return scales * self.tensor_scale.reshape(self.tensor_scale.shape + (1,) * more)
+        scales, level = _decoded(self.scale, self.recipe), self.recipe.second_level
+        return scales if level is None else level.join(scales, self.second)
 
     @property
     def cut(self) -> Cut:
@@ -153,17 +141,27 @@ class Quantized:
 
     def _rows(self, index: int | slice, blocks: int | slice, block: tuple[int, ...]) -> "Quantized":
         zero_point = None if self.zero_point is None else self.zero_point[blocks]
-        tensor_scale = self.tensor_scale
-        if tensor_scale is not None and tensor_scale.ndim:  # One for each of what vmap stacked.
-            tensor_scale = tensor_scale[index]
         codes, scale = self.codes[index], self.scale[blocks]
+        level, second = self.recipe.second_level, self.second
+        if level is not None:
+            if second[-1].ndim:  # One for each of what vmap stacked.
+                second = tuple(array[index] for array in second)
+            else:
+                second = level.take(
+                    second, np.arange(self.scale.size).reshape(self.scale.shape)[blocks]
+                )
         return Quantized(
-            codes, scale, tensor_scale, zero_point, self.recipe, self.dtype, block, self.length
+            codes, scale, second, zero_point, self.recipe, self.dtype, block, self.length
         )
 
 
 def fake_quant(
-    x: jax.typing.ArrayLike, recipe: "str | Format | Quantizer", *, key: jax.Array | None = None
+    x: jax.typing.ArrayLike,
+    recipe: "str | Format | Quantizer",
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    zero_point: jax.typing.ArrayLike | None = None,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """Quantizes and dequantizes, differentiably: what `dequantize(quantize(x))` gives, to the bit.
 
@@ -171,16 +169,22 @@ def fake_quant(
       x: float16, bfloat16 or float32 of any shape. Scales are computed in float32 from each.
       recipe: a `Quantizer`, a preset's name, or a format or its name, which means absmax scaling
         per tensor.
+      scale: float32 scales to use instead of those that x itself would get, as
+        `jaxq.calibration.finalize` gives them: one a block, or an array that broadcasts to that.
+        They are rounded to the recipe's `scale_format`.
+      zero_point: the zero points beside them, where the recipe has any.
       key: a key of `jax.random` for a stochastic recipe, and only then.
 
     Returns:
       An array of x's shape and dtype. A block (the elements of one scale) that holds a NaN or an
-      infinity is all NaN, and no other is; an all-zero block is zeros; an empty tensor is empty.
+      infinity is all NaN, and no other is (with `DoubleScale`, all that share a second scale); an
+      all-zero block is zeros; an empty tensor is empty. With scales that are given, infinities
+      saturate, and a NaN becomes what `jaxq.cast` makes of it.
 
     Raises:
       TypeError: x is of another dtype.
       ValueError: an unknown recipe, an axis that x lacks, a block's length that does not divide
-        one, or a key missing or not needed.
+        one, scales that do not fit, or a key missing or not needed.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp
@@ -193,17 +197,25 @@ def fake_quant(
              [1., 1.]], dtype=float32)
     """
     array, recipe = _checked("fake_quant", x, recipe)
-    return _fake_quant(array, key, recipe)
+    given = _given("fake_quant", array.shape, recipe, scale, zero_point)
+    return _fake_quant(array, given, key, recipe)
 
 
 def quantize(
-    x: jax.typing.ArrayLike, recipe: "str | Format | Quantizer", *, key: jax.Array | None = None
+    x: jax.typing.ArrayLike,
+    recipe: "str | Format | Quantizer",
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    zero_point: jax.typing.ArrayLike | None = None,
+    key: jax.Array | None = None,
 ) -> Quantized:
     """Quantizes a tensor to codes and scales.
 
     Args:
       x: as in `fake_quant`.
       recipe: as in `fake_quant`.
+      scale: as in `fake_quant`.
+      zero_point: as in `fake_quant`.
       key: as in `fake_quant`.
 
     Returns:
@@ -220,7 +232,8 @@ def quantize(
       (Array([ 25, 206, 127], dtype=uint8), 0.019999999552965164)
     """
     array, recipe = _checked("quantize", x, recipe)
-    return _quantize(lax.stop_gradient(array), key, recipe)
+    given = _given("quantize", array.shape, recipe, scale, zero_point)
+    return _quantize(lax.stop_gradient(array), lax.stop_gradient(given), key, recipe)
 
 
 @jax.jit
@@ -238,80 +251,72 @@ def dequantize(q: Quantized) -> jax.Array:
       >>> jaxq.dequantize(jaxq.quantize(jnp.array([0.5, -1.0, 2.54]), "int8_tensor"))
       Array([ 0.5 , -1.  ,  2.54], dtype=float32)
     """
-    fmt, cut = q.recipe.element, q.cut
-    values = cut.split(decode(q.unpack(), fmt))
-    if q.zero_point is not None:
-        values = values - cut.spread(q.zero_point).astype(jnp.float32)
-    y = times(values, cut.spread(q.scales), q.recipe.held)
+    recipe, cut = q.recipe, q.cut
+    values = cut.split(decode(q.unpack(), recipe.element))
+    zero_point = None if q.zero_point is None else cut.spread(q.zero_point)
+    if recipe.zero_point == "integer":
+        assert zero_point is not None
+        values = values - zero_point.astype(jnp.float32)
+    elif zero_point is not None:
+        zero_point = _decoded(zero_point, recipe)
+    y = restored(values, cut.spread(q.scales), zero_point, recipe)
     return cut.merge(as_dtype(y, q.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
-def _fake_quant(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
+def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
     cut = recipe.cut(x.shape)
     split = cut.split(x)
-    snapped = _snapped(lax.stop_gradient(split), key, recipe, cut)
-    y = as_dtype(times(snapped.values, snapped.step, recipe.held), x.dtype)
-    low, high = (as_dtype(end, x.dtype) for end in (snapped.low, snapped.high))
+    scales = _spread(given, recipe, cut)
+    values, scales = snapped(widen(lax.stop_gradient(split)), scales, key, recipe, cut)
+    y = as_dtype(restored(values, scales.step, scales.zero_point, recipe), x.dtype)
+    low, high = (as_dtype(end, x.dtype) for end in (scales.low, scales.high))
     return cut.merge(gradients.attach(get_gradient(recipe.gradient), y, split, low, high))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
-def _quantize(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> Quantized:
+def _quantize(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer) -> Quantized:
     cut, fmt = recipe.cut(x.shape), recipe.element
-    values, scale, tensor_scale, zero_point, *_ = _snapped(cut.split(x), key, recipe, cut)
-    codes = cut.merge(encode(values if zero_point is None else values + zero_point, fmt))
+    scales = _spread(given, recipe, cut)
+    values, scales = snapped(widen(cut.split(x)), scales, key, recipe, cut)
+    zero_point = scales.zero_point
+    if recipe.zero_point == "integer":
+        assert zero_point is not None
+        values = values + zero_point
+    codes = cut.merge(encode(values, fmt))
     codes = codes if x.ndim else codes[None]
     if fmt.bits not in _WHOLE_BYTES:
         codes = pack(codes, fmt.bits)
-    scale = scale.reshape(cut.counts)
-    if recipe.held != _FLOAT32:
-        scale = encode(scale, recipe.held)
+    scale = _encoded(scales.stored.reshape(cut.counts), recipe)
     if zero_point is not None:
-        zero_point = zero_point.reshape(cut.counts).astype(_integer_dtype(fmt))
+        zero_point = zero_point.reshape(cut.counts)
+        whole = recipe.zero_point == "integer"
+        zero_point = (
+            zero_point.astype(_integer_dtype(fmt)) if whole else _encoded(zero_point, recipe)
+        )
     length = x.shape[-1] if x.ndim else None
-    return Quantized(codes, scale, tensor_scale, zero_point, recipe, x.dtype, cut.block, length)
+    return Quantized(codes, scale, scales.second, zero_point, recipe, x.dtype, cut.block, length)
 
 
-class _Snapped(NamedTuple):
-    """A split tensor in units of its scales, on the grid: what both ways share."""
-
-    values: jax.Array  # The zero point is taken away.
-    scale: jax.Array
-    tensor_scale: jax.Array | None
-    zero_point: jax.Array | None
-    low: jax.Array  # The range that the scales cover.
-    high: jax.Array
-
-    @property
-    def step(self) -> jax.Array:
-        """What the values are multiplied by."""
-        return self.scale if self.tensor_scale is None else kept(self.scale * self.tensor_scale)
+def _spread(given: _Given, recipe: Quantizer, cut: Cut) -> Scales | None:
+    """Given scales, which broadcast over blocks, in the form that a split tensor has."""
+    if given is None:
+        return None
+    scale, zero_point = (
+        None if a is None else cut.spread(jnp.broadcast_to(a, cut.counts)) for a in given
+    )
+    assert scale is not None
+    return given_scales(scale, zero_point, recipe)
 
 
-def _snapped(x: jax.Array, key: jax.Array | None, recipe: Quantizer, cut: Cut) -> _Snapped:
-    wide, fmt, held = widen(x), recipe.element, recipe.held
-    units = functools.partial(in_units, scale_format=held, reciprocal=recipe.reciprocal)
-    if recipe.symmetric:
-        high = RANGES[recipe.range](wide, cut)
-        low = -high if fmt.min < 0 else jnp.zeros_like(high)
-        if recipe.tensor_scale:
-            scale, tensor_scale = two_level(high, fmt, held)
-        else:
-            scale, tensor_scale = kept(SCALES[recipe.scale](high, fmt, held)), None
-        snapped = _Snapped(wide, scale, tensor_scale, None, low, high)
-        values = units(wide, snapped.step)
-        values = cast(values, fmt, rounding=recipe.rounding, overflow="saturate", key=key)
-        return snapped._replace(values=values)
-    assert isinstance(fmt, IntFormat)  # The recipe has checked it.
-    low, high = extrema(wide, cut)
-    scale, zero_point = affine_scale(low, high, fmt, held)
-    # Rounded first and the zero point added after: the other order rounds half to another side.
-    lowest, highest = (np.float32(end) - zero_point for end in (fmt.min_int, fmt.max_int))
-    inside = lax.max(units(wide, scale), jnp.broadcast_to(lowest, wide.shape))
-    inside = lax.min(inside, jnp.broadcast_to(highest, wide.shape))
-    values = cast(inside, _WHOLE, rounding=recipe.rounding, key=key)
-    return _Snapped(values, scale, None, zero_point, low, high)
+def _encoded(scales: jax.Array, recipe: Quantizer) -> jax.Array:
+    """Scales on the grid of their format as it holds them: float32 as it is, others as codes."""
+    return scales if recipe.held == _FLOAT32 else encode(scales, recipe.held)
+
+
+def _decoded(scales: jax.Array, recipe: Quantizer) -> jax.Array:
+    """What `_encoded` was given."""
+    return scales if recipe.held == _FLOAT32 else decode(scales, recipe.held)
 
 
 def _integer_dtype(fmt: Format) -> np.dtype:
@@ -319,8 +324,46 @@ def _integer_dtype(fmt: Format) -> np.dtype:
     return np.dtype(f"{'int' if fmt.min < 0 else 'uint'}{8 if fmt.bits <= 8 else 16}")
 
 
-# All whole numbers that float32 has without gaps.
-_WHOLE = BinaryGrid(24, 24, 24, 2.0**24, 2.0**24, inf=False, nan=False, negative_zero=False)
+def _given(
+    name: str,
+    shape: tuple[int, ...],
+    recipe: Quantizer,
+    scale: jax.typing.ArrayLike | None,
+    zero_point: jax.typing.ArrayLike | None,
+) -> _Given:
+    """Scales and zero points that were given, checked."""
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError(f"{name}: `zero_point` needs `scale` beside it, got none.")
+        return None
+    if recipe.second_level is not None or recipe.search or not recipe.stored_scale:
+        raise ValueError(
+            f"{name}: `scale` needs a recipe whose scales are plain numbers, got one with a second "
+            "level, a search, or stored_scale=False. Leave `scale` out."
+        )
+    if (zero_point is None) != (recipe.zero_point is None):
+        raise ValueError(
+            f"{name}: a recipe with zero_point={recipe.zero_point!r} needs `zero_point` "
+            f"{'left out' if recipe.zero_point is None else 'beside `scale`'}."
+        )
+    counts = recipe.cut(shape).counts
+    result = []
+    for label, value in (("scale", scale), ("zero_point", zero_point)):
+        if value is None:
+            result.append(None)
+            continue
+        array = jnp.asarray(value, jnp.float32)
+        missing = len(counts) - array.ndim
+        fits = missing >= 0 and all(
+            n in (1, m) for n, m in zip(array.shape, counts[missing:], strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"{name}: `{label}` must broadcast to one number a block, shape {counts}, got "
+                f"{array.shape}."
+            )
+        result.append(array.reshape((1,) * missing + array.shape))
+    return result[0], result[1]
 
 
 def _checked(

@@ -3,15 +3,19 @@
 import dataclasses
 import json
 import math
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from jaxq import rounding
 from jaxq.blocks import Cut, Granularity, PerTensor
+from jaxq.calibrators import ALL as CALIBRATORS
+from jaxq.calibrators import get_calibrator
 from jaxq.catalog import get_format
 from jaxq.formats import FloatFormat, Format, IntFormat
 from jaxq.gradients import Gradient, get_gradient
+from jaxq.ranges import Calibrator, Extremum
 from jaxq.rounding import Rounding, get_rounding
-from jaxq.scaling import E8M0, POWERS_OF_TWO, RANGES, SCALES
+from jaxq.scaling import E8M0, POWERS_OF_TWO, SCALES
+from jaxq.second_level import DoubleScale, SecondLevel, TensorScale
 
 __all__ = ["Quantizer"]
 
@@ -23,18 +27,25 @@ class Quantizer:
     Attributes:
       format: the element format, as `jaxq.get_format` takes it; held as a record.
       granularity: which elements share a scale.
-      range: what the grid covers, a name in `jaxq.scaling.RANGES`. `"extremes"`: every number of a
-        block. `"absmean"`: the mean magnitude, beyond which numbers are clipped.
-      symmetric: True scales by the largest magnitude of the range. False maps the range to all
-        integers of the format with a zero point; integers only.
+      range: what of a block's numbers the grid covers: a name in `jaxq.calibrators.ALL` or a
+        calibrator. `"absmax"`: all of them.
+      zero_point: None scales by a magnitude: the recipe is symmetric. `"integer"` maps the range,
+        widened to hold 0, to all integers of the format, y = s (q - z), and 0 to 0. `"minimum"`
+        keeps the low end of the range in the format of the scales, y = s q + m, as GGUF's Q4_1.
       scale: how a magnitude becomes a scale, a name in `jaxq.scaling.SCALES`. `"max"`: it goes to
-        the format's largest value. `"half"`: half a step beyond it. `"floor"`, `"ceil"`, `"even"`,
+        the format's largest value. `"min"`: a signed one, of `range="extremum"`, goes to the lowest
+        value. `"half"`: to half a step beyond the largest. `"floor"`, `"ceil"`, `"even"`,
         `"rceil"`: powers of two, as the MX formats have them, for `scale_format`
         float8_e8m0fnu. (With that format `"max"` is the rule that some call RNE.)
-      scale_format: the format that holds the scales, a float with a NaN.
-      tensor_scale: True makes the scales relative to one float32 number for the whole tensor, so
-        that a narrow `scale_format` covers its range, as NVFP4 does.
+      scale_format: the format that holds the scales: a float with a NaN, or any with `DoubleScale`.
+      second_level: how the scales are scaled in their turn, so that a narrow `scale_format` covers
+        their range: None, `TensorScale` (NVFP4) or `DoubleScale` (QLoRA).
+      stored_scale: True divides the elements by the scale as stored, which is never below its
+        format's least positive value. False divides them by the float32 number before that
+        rounding, as GGUF and bitsandbytes do; stored is a copy, which may be 0 or infinite.
       reciprocal: True multiplies by the rounded reciprocal of the scale; False divides.
+      search: factors of the range that each block tries, the one of least squared error kept (of
+        equals the first): `(1.0, 1.5)` makes NVFP4 "four over six".
       rounding: a mode of `jaxq.rounding`. `"stochastic"` makes the functions take a key.
       gradient: an estimator of `jaxq.gradients`.
 
@@ -42,9 +53,10 @@ class Quantizer:
     to 127, so that the grid is symmetric, as absmax quantization is usually defined and most int8
     checkpoints have it.
 
-    Quantizing once more what a recipe gave changes nothing where the range is the extremes and
-    there is no zero point. A zero point's scale is rounded from a difference, which moves in the
-    last bits; a mean is another one after rounding.
+    Quantizing once more what a recipe gave changes nothing where the range is the absmax, there is
+    no zero point, the scale is the stored one, and there is one factor. A zero point's scale is
+    rounded from a difference, which moves in the last bits; a mean is another one after rounding;
+    a scale that is not the stored one leaves the largest number beside the grid.
 
     Raises:
       ValueError: an unknown name, or fields that do not go together; the text says which.
@@ -60,69 +72,116 @@ class Quantizer:
 
     format: str | Format
     granularity: Granularity = PerTensor()
-    range: str = "extremes"
-    symmetric: bool = True
+    range: str | Calibrator = "absmax"
+    zero_point: Literal["integer", "minimum"] | None = None
     scale: str = "max"
     scale_format: str | Format = "float32"
-    tensor_scale: bool = False
+    second_level: SecondLevel | None = None
+    stored_scale: bool = True
     reciprocal: bool = False
+    search: tuple[float, ...] = ()
     rounding: str | Rounding = "nearest_even"
     gradient: str | Gradient = "straight_through"
 
     def __post_init__(self) -> None:
-        fmt = get_format(self.format)
+        fmt, scales = get_format(self.format), get_format(self.scale_format)
+        calibrator = get_calibrator(self.range)
         object.__setattr__(self, "format", fmt)
+        object.__setattr__(self, "scale_format", scales)
+        object.__setattr__(self, "search", tuple(self.search))
         get_rounding(self.rounding)
         get_gradient(self.gradient)
-        if not isinstance(self.granularity, Granularity):
-            raise ValueError(
-                "Quantizer: `granularity` must be one of those in jaxq.blocks, such as "
-                f"PerTensor() or PerChannel(axes), got {self.granularity!r}."
+        _check(
+            isinstance(self.granularity, Granularity),
+            "`granularity` must be one of those in jaxq.blocks, such as PerTensor() or "
+            "PerChannel(axes)",
+            self.granularity,
+        )
+        _check(self.scale in SCALES, f"`scale` must be one of {', '.join(SCALES)}", self.scale)
+        _check(
+            0 < fmt.max < math.inf,
+            f"scaling needs a format with a finite, positive `max`, not {fmt.name!r}",
+            fmt.max,
+        )
+        _check(
+            isinstance(fmt, calibrator.formats),
+            f"range={self.range!r} needs an element format with evenly spaced levels",
+            fmt.name,
+        )
+        _check(all(f > 0 for f in self.search), "`search` must hold positive factors", self.search)
+        self._check_zero_point(fmt, scales, calibrator)
+        self._check_scale(fmt, scales)
+
+    def _check_zero_point(self, fmt: Format, scales: Format, calibrator: Calibrator) -> None:
+        _check(
+            self.zero_point in (None, "integer", "minimum"),
+            "`zero_point` must be None, 'integer' or 'minimum'",
+            self.zero_point,
+        )
+        if self.zero_point is None:
+            return
+        name = f"zero_point={self.zero_point!r}"
+        whole = isinstance(fmt, IntFormat) and fmt.fraction_bits == 0
+        _check(
+            whole and (self.zero_point == "integer" or not fmt.signed),
+            f"{name} needs an integer format such as 'uint8' (else leave it out)",
+            fmt.name,
+        )
+        _check(calibrator.two_sided, f"{name} needs a range of two sides", self.range)
+        _check(self.scale == "max", f"{name} needs scale='max'", self.scale)
+        _check(self.second_level is None, f"{name} has no second level", self.second_level)
+        if self.zero_point == "integer":
+            _check(self.stored_scale, f"{name} needs stored_scale=True", self.stored_scale)
+            return
+        digits = getattr(scales, "mantissa_bits", 23) + 1
+        _check(
+            digits + fmt.bits <= 24 and scales != E8M0,
+            f"{name} needs a `scale_format`, such as 'float16', whose products with the elements "
+            "are float32 numbers",
+            scales.name,
+        )
+
+    def _check_scale(self, fmt: Format, scales: Format) -> None:
+        level, name = self.second_level, f"scale={self.scale!r}"
+        if isinstance(level, DoubleScale):
+            fits = 0 < scales.max <= 2.0**128
+            _check(fits, "`scale_format` needs a positive `max` within float32", scales.name)
+        else:
+            within = isinstance(scales, FloatFormat) and scales.nan is not None
+            _check(
+                within and scales.max <= 2.0**128,
+                "`scale_format` must be a float format with a NaN within float32's range",
+                scales.name,
             )
-        for name, value, known in (("range", self.range, RANGES), ("scale", self.scale, SCALES)):
-            if value not in known:
-                raise ValueError(
-                    f"Quantizer: `{name}` must be one of {', '.join(known)}, got {value!r}."
-                )
-        if not self.symmetric and not (isinstance(fmt, IntFormat) and fmt.fraction_bits == 0):
-            raise ValueError(
-                f"Quantizer: symmetric=False needs an integer format, got {fmt.name!r}. "
-                "Use symmetric=True, or a format such as 'uint8'."
-            )
-        if not self.symmetric and (self.scale, self.range) != ("max", "extremes"):
-            raise ValueError(
-                "Quantizer: symmetric=False needs scale='max' and range='extremes', got "
-                f"scale={self.scale!r} and range={self.range!r}."
-            )
-        if not 0 < fmt.max < math.inf:
-            raise ValueError(
-                f"Quantizer: absmax scaling needs a finite, positive `max`, got {fmt.max} of "
-                f"{fmt.name!r}."
-            )
-        held = get_format(self.scale_format)
-        object.__setattr__(self, "scale_format", held)
-        if not isinstance(held, FloatFormat) or held.nan is None or held.max > 2.0**128:
-            raise ValueError(
-                "Quantizer: `scale_format` must be a float format with a NaN within float32's "
-                f"range, got {held.name!r}."
-            )
-        narrow = held != E8M0 and held.bits < 32 and self.scale == "max" and self.symmetric
-        if self.tensor_scale and not narrow:
-            raise ValueError(
-                "Quantizer: tensor_scale=True needs symmetric=True, scale='max' and a scale format "
-                f"such as 'float8_e4m3fn', got scale={self.scale!r} in {held.name!r}."
+        narrow = scales != E8M0 and scales.bits < 32
+        _check(
+            level is None or (narrow and self.scale == "max"),
+            f"a second level needs scale='max', a narrow scale format; with {name}",
+            scales.name,
+        )
+        if isinstance(level, TensorScale):
+            _check(
+                level.largest <= scales.max,
+                f"TensorScale needs `largest` within {scales.name!r}",
+                level.largest,
             )
         kinds = {"half": IntFormat, "even": FloatFormat | IntFormat}.get(self.scale, Format)
-        if not isinstance(fmt, kinds):
-            raise ValueError(
-                f"Quantizer: scale={self.scale!r} needs an integer format"
-                f"{' or a float' if self.scale == 'even' else ''}, got {fmt.name!r}."
-            )
-        if SCALES[self.scale] in POWERS_OF_TWO and held != E8M0:
-            raise ValueError(
-                f"Quantizer: scale={self.scale!r} gives powers of two and needs "
-                f"scale_format='float8_e8m0fnu', got {held.name!r}."
-            )
+        _check(
+            isinstance(fmt, kinds),
+            f"{name} needs an integer format{' or a float' if self.scale == 'even' else ''}",
+            fmt.name,
+        )
+        _check(
+            SCALES[self.scale] not in POWERS_OF_TWO or scales == E8M0,
+            f"{name} gives powers of two and needs scale_format='float8_e8m0fnu'",
+            scales.name,
+        )
+        signed = isinstance(get_calibrator(self.range), Extremum)
+        _check(
+            (self.scale == "min") == signed and (not signed or (fmt.min < 0 and self.reciprocal)),
+            "scale='min' and range='extremum' need each other, a signed format and reciprocal=True",
+            f"{name}, range={self.range!r}, {fmt.name}, reciprocal={self.reciprocal}",
+        )
 
     @property
     def element(self) -> Format:
@@ -141,9 +200,15 @@ class Quantizer:
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """Bits that a tensor of a shape takes, scales and zero points included, an element."""
         size, counts = math.prod(shape), self.cut(shape).counts
-        zero_point_bits = 0 if self.symmetric else 8 if self.element.bits <= 8 else 16
-        block_bits = self.held.bits + zero_point_bits
-        more = block_bits * math.prod(counts) + 32 * self.tensor_scale
+        blocks = math.prod(counts)
+        zero_point_bits = {
+            None: 0,
+            "integer": 8 if self.element.bits <= 8 else 16,
+            "minimum": self.held.bits,
+        }[self.zero_point]
+        more = (self.held.bits + zero_point_bits) * blocks
+        if self.second_level is not None:
+            more += self.second_level.bits(blocks)
         return self.element.bits + more / size if size else math.nan
 
     def to_json(self) -> str:
@@ -167,9 +232,17 @@ class Quantizer:
         return recipe
 
 
+def _check(ok: bool, requirement: str, got: object) -> None:
+    """Raises the one error text of a recipe: what must hold, what was got."""
+    if not ok:
+        raise ValueError(f"Quantizer: {requirement}, got {got!r}.")
+
+
 def _records() -> dict[str, type]:
     """Every frozen record that a recipe may hold."""
-    kinds = [*get_args(Granularity), *get_args(Format), rounding.Stochastic, Quantizer]
+    kinds = [*get_args(Granularity), *get_args(Format), *get_args(SecondLevel)]
+    kinds += [type(calibrator) for calibrator in CALIBRATORS.values()]
+    kinds += [rounding.Stochastic, rounding.HalfUp, Quantizer]
     return {kind.__name__: kind for kind in kinds}
 
 

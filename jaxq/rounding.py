@@ -19,7 +19,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-__all__ = ["ALL", "Rounding", "Stochastic", "get_rounding"]
+__all__ = ["ALL", "HalfUp", "Rounding", "Stochastic", "get_rounding"]
 
 
 class Rounding(Protocol):
@@ -130,6 +130,35 @@ class Stochastic:
             to_even = lax.round(fraction, lax.RoundingMethod.TO_NEAREST_EVEN)
             up_by_one = to_even + r >= 2.0**self.bits
         return whole + up_by_one.astype(units.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfUp:
+    """To the nearest; half way, up: floor(v + offset + 1/2) - offset, as GGUF has it.
+
+    The sum is rounded to the working precision, as theirs is, so that a number just below the
+    middle may go up too.
+
+    Attributes:
+      offset: what makes the numbers positive there, 0 or more: 8 for Q4_0, 16 for Q5_0.
+
+    Raises:
+      ValueError: `offset` is negative.
+    """
+
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.offset < 0:
+            raise ValueError(f"HalfUp: `offset` must be at least 0, got {self.offset}.")
+
+    def __call__(
+        self, units: jax.Array, negative: jax.Array, random: jax.Array | None
+    ) -> jax.Array:
+        """Rounds as if with the sign."""
+        del random
+        value = lax.select(negative, -units, units)
+        return jnp.abs(lax.floor(value + (self.offset + 0.5)) - float(self.offset))
 
 
 ALL: MappingProxyType[str, Rounding] = MappingProxyType(

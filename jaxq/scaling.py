@@ -1,8 +1,7 @@
-"""Ranges and scales: from a tensor to the numbers that map it onto a format's grid.
+"""Scales: from the range of a block to the number that maps it onto a format's grid, and back.
 
-A range says how much of the numbers of a block the grid shall cover: a function from a split tensor
-to a magnitude a block. A scale rule turns a magnitude into a number of the scale's own format. To
-add one: a function like those below, listed in `RANGES` or `SCALES`.
+A scale rule is a function from the largest magnitude of a block, and the element format, to a
+float32 number. To add one: a function like those below, listed in `SCALES`.
 """
 
 import math
@@ -24,30 +23,30 @@ from jaxq.grids import Layout, extended_bits, where
 __all__ = [
     "E8M0",
     "POWERS_OF_TWO",
-    "RANGES",
     "SCALES",
-    "Range",
     "Scale",
-    "affine_scale",
+    "absmax",
     "divide",
     "extrema",
+    "extremum",
+    "held",
     "in_units",
     "kept",
+    "span",
     "times",
-    "two_level",
+    "zero_point_of",
 ]
 
 E8M0 = get_format("float8_e8m0fnu")
 
-Range: TypeAlias = Callable[[jax.Array, Cut], jax.Array]
-Scale: TypeAlias = Callable[[jax.Array, Format, Format], jax.Array]
+Scale: TypeAlias = Callable[[jax.Array, Format], jax.Array]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 # Dividing by anything smaller would meet float32 subnormals, which XLA flushes.
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 
 
-def extremes(x: jax.Array, cut: Cut) -> jax.Array:
+def absmax(x: jax.Array, cut: Cut) -> jax.Array:
     """The largest magnitude; NaN where a NaN or an infinity is.
 
     Taken as integers in the order of the magnitudes: a maximum of floats may lose a NaN, and sees
@@ -57,26 +56,39 @@ def extremes(x: jax.Array, cut: Cut) -> jax.Array:
     return _FLOAT32.floats(where(top < _FLOAT32.inf, top, _FLOAT32.nan))
 
 
-def absmean(x: jax.Array, cut: Cut) -> jax.Array:
-    """The mean magnitude: BitNet b1.58 (2024), XNOR-Net (2016)."""
-    total = jnp.sum(jnp.abs(x), axis=cut.axes, keepdims=True)
-    mean = divide(total, jnp.asarray(np.maximum(cut.sizes, 1)))
-    return where(extremes(x, cut) >= 0, mean, np.float32(np.nan))
-
-
-RANGES: MappingProxyType[str, Range] = MappingProxyType({"extremes": extremes, "absmean": absmean})
-
-
 def extrema(x: jax.Array, cut: Cut) -> tuple[jax.Array, jax.Array]:
-    """Lowest and largest values, widened to hold 0; both NaN where a NaN or an infinity is.
+    """Lowest and largest values; both NaN where a NaN or an infinity is, both 0 of an empty block.
 
-    As integers, like `extremes`.
+    As integers, like `absmax`.
     """
-    ordered = _flipped(_FLOAT32.bits(x))
-    low, high = (_reduced(reduce, ordered, cut) for reduce in (jnp.min, jnp.max))
+    ordered, inside = _flipped(_FLOAT32.bits(x)), cut.inside
+    low, high = (
+        _reduced(
+            reduce,
+            ordered if inside is None else where(jnp.broadcast_to(inside, x.shape), ordered, none),
+            cut,
+            none,
+        )
+        for reduce, none in ((jnp.min, np.int32(2**31 - 1)), (jnp.max, np.int32(-(2**31))))
+    )
     finite = (low > _flipped(_FLOAT32.inf | _FLOAT32.sign)) & (high < _FLOAT32.inf)
     low, high = (where(finite, _flipped(end), _FLOAT32.nan) for end in (low, high))
+    empty = np.asarray(cut.sizes == 0)
+    low, high = (where(jnp.broadcast_to(empty, low.shape), np.int32(0), e) for e in (low, high))
     return _FLOAT32.floats(low), _FLOAT32.floats(high)
+
+
+def extremum(x: jax.Array, cut: Cut) -> jax.Array:
+    """The number of largest magnitude, with its sign; of several the first in the block's order."""
+    top = absmax(x, cut)
+    bits = _FLOAT32.bits(x)
+    order = np.arange(math.prod(cut.block), dtype=np.int32).reshape(cut.block)
+    order = np.expand_dims(order, tuple(range(0, 2 * len(cut.block), 2)))
+    signed = order * np.int32(2) + lax.shift_right_logical(bits, np.int32(31))
+    largest = (bits & _FLOAT32.magnitude_mask) == _FLOAT32.bits(top)
+    none = np.int32(2**31 - 1)
+    first = _reduced(jnp.min, where(largest, signed, none), cut, none)
+    return _FLOAT32.floats(_FLOAT32.bits(top) | first << np.int32(31))
 
 
 def _flipped(bits: Any) -> Any:
@@ -84,8 +96,8 @@ def _flipped(bits: Any) -> Any:
     return bits ^ (bits >> np.int32(31) & _FLOAT32.magnitude_mask)
 
 
-def _reduced(reduce: Callable, x: jax.Array, cut: Cut) -> jax.Array:
-    """The least or largest in each block of a split array, and 0; the blocks' axes kept at 1.
+def _reduced(reduce: Callable, x: jax.Array, cut: Cut, initial: Any = 0) -> jax.Array:
+    """The least or largest in each block of a split array; the blocks' axes kept at 1.
 
     In two steps where the last axis has more than 32: XLA makes vectors of short reductions on CPU,
     not of long ones, and would make one of two without the barrier.
@@ -95,7 +107,7 @@ def _reduced(reduce: Callable, x: jax.Array, cut: Cut) -> jax.Array:
     if last > 32 and step > 1:
         parts = reduce(x.reshape(*x.shape[:-1], last // step, step), axis=-1)
         x = lax.optimization_barrier(parts)
-    return reduce(x, axis=cut.axes, keepdims=True, initial=0)
+    return reduce(x, axis=cut.axes, keepdims=True, initial=initial)
 
 
 def kept(x: jax.Array) -> jax.Array:
@@ -108,42 +120,42 @@ def kept(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def to_max(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+def to_max(amax: jax.Array, fmt: Format) -> jax.Array:
     """The quotient amax / max: the largest magnitude becomes the format's largest value."""
-    return _held(divide(amax, jnp.float32(fmt.max)), amax, scale_format)
+    return divide(amax, jnp.float32(fmt.max))
 
 
-def half(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+def to_min(amax: jax.Array, fmt: Format) -> jax.Array:
+    """The quotient amax / min of a signed extremum, which becomes the format's lowest value."""
+    return _signed_as(divide(jnp.abs(amax), jnp.float32(-fmt.min)), -amax)
+
+
+def half(amax: jax.Array, fmt: Format) -> jax.Array:
     """The quotient amax / (max + 1/2), for integers: torchao's, half a step beyond the largest."""
     assert isinstance(fmt, IntFormat)  # The recipe has checked it.
-    half_step = math.ldexp(0.5, -fmt.fraction_bits)
-    return _held(divide(amax, jnp.float32(fmt.max + half_step)), amax, scale_format)
+    return divide(amax, jnp.float32(fmt.max + math.ldexp(0.5, -fmt.fraction_bits)))
 
 
-def floor(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+def floor(amax: jax.Array, fmt: Format) -> jax.Array:
     """2^(floor(log2 amax) - emax), the rule of OCP's Microscaling Formats (MX) 1.0."""
-    del scale_format
     return _power_of_two(amax, _emax(fmt), 0)
 
 
-def ceil(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+def ceil(amax: jax.Array, fmt: Format) -> jax.Array:
     """2^(ceil(log2 amax) - emax)."""
-    del scale_format
     return _power_of_two(amax, _emax(fmt), 2**23 - 1)
 
 
-def even(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+def even(amax: jax.Array, fmt: Format) -> jax.Array:
     """As `floor`, after amax is rounded to the element's own precision, half up."""
-    del scale_format
     assert isinstance(fmt, FloatFormat | IntFormat)  # The recipe has checked it.
     floating = isinstance(fmt, FloatFormat)
     digits = fmt.mantissa_bits if floating else fmt.max_int.bit_length() - 1
     return _power_of_two(amax, _emax(fmt), 1 << (23 - digits) >> 1)
 
 
-def rceil(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
+def rceil(amax: jax.Array, fmt: Format) -> jax.Array:
     """The power of two at or above amax * fl(1 / max), as NVIDIA's conversions have it."""
-    del scale_format
     # A small product is lifted out of the subnormals.
     lift = where(amax < np.float32(2.0**-60), np.int32(60), np.int32(0))
     product = amax * _FLOAT32.floats(_FLOAT32.field(lift)) * np.float32(1 / fmt.max)
@@ -151,7 +163,15 @@ def rceil(amax: jax.Array, fmt: Format, scale_format: Format) -> jax.Array:
 
 
 SCALES: MappingProxyType[str, Scale] = MappingProxyType(
-    {"max": to_max, "half": half, "floor": floor, "ceil": ceil, "even": even, "rceil": rceil}
+    {
+        "max": to_max,
+        "min": to_min,
+        "half": half,
+        "floor": floor,
+        "ceil": ceil,
+        "even": even,
+        "rceil": rceil,
+    }
 )
 # Those that give powers of two, whatever the format that holds them.
 POWERS_OF_TWO = (floor, ceil, even, rceil)
@@ -171,60 +191,43 @@ def _power_of_two(amax: jax.Array, emax: int | jax.Array, carry: int) -> jax.Arr
     return _FLOAT32.floats(where(magnitude > _FLOAT32.inf, _FLOAT32.nan, bits))
 
 
-def _held(scale: jax.Array, amax: jax.Array, scale_format: Format) -> jax.Array:
+def held(scale: jax.Array, amax: jax.Array, scale_format: Format) -> jax.Array:
     """A scale as its format holds it: 0 for a block of zeros, else at least the least positive one.
 
     The floor keeps a block of tiny numbers from becoming zeros.
     """
+    magnitude = jnp.abs(scale)
     if scale_format.name != "float32":
-        scale = cast(scale, scale_format, overflow="saturate")
+        magnitude = cast(magnitude, scale_format, overflow="saturate")
     if scale_format == E8M0:  # It has no zero, and its least value is exact.
-        return scale
+        return magnitude
     least = np.float32(max(scale_format.tiny, _LEAST_SCALE))
-    scale = where(scale < least, least, scale)
-    return where(_FLOAT32.bits(amax) == 0, np.float32(0), scale)
+    magnitude = where(magnitude < least, least, magnitude)
+    zero = (_FLOAT32.bits(amax) & _FLOAT32.magnitude_mask) == 0
+    return _signed_as(where(zero, np.float32(0), magnitude), scale)
 
 
-def two_level(amax: jax.Array, fmt: Format, scale_format: Format) -> tuple[jax.Array, jax.Array]:
-    """Block scales relative to one for the tensor, as TransformerEngine has them for NVFP4.
-
-    e = min(smax * max / tensor amax, 2^126), or 1 for a tensor of zeros; the block scales are
-    amax * (e * fl(1 / max)) in their format, its 0 included; the tensor's is 1 / e. (The bound is
-    FLT_MAX there, whose inverse is subnormal.) A block that is NaN counts for no other.
-
-    Returns:
-      The block scales, and the tensor's, of shape ().
-    """
-    finite = where(amax >= 0, amax, np.float32(0))
-    top = _FLOAT32.floats(jnp.max(_FLOAT32.bits(finite), initial=0))
-    highest = np.float32(fmt.max * scale_format.max)
-    enlarge = lax.min(divide(jnp.full_like(top, highest), top), np.float32(2.0**126))
-    enlarge = where(top == 0, np.float32(1), enlarge)
-    relative = amax * (enlarge * np.float32(1 / fmt.max))
-    scale = cast(relative, scale_format, overflow="saturate")
-    return kept(scale), kept(divide(jnp.ones_like(enlarge), enlarge))
+def _signed_as(magnitude: jax.Array, of: jax.Array) -> jax.Array:
+    """A magnitude with the sign of another number."""
+    return _FLOAT32.floats(_FLOAT32.bits(magnitude) | (_FLOAT32.bits(of) & _FLOAT32.sign))
 
 
-def affine_scale(
-    low: jax.Array, high: jax.Array, fmt: IntFormat, scale_format: Format
-) -> tuple[jax.Array, jax.Array]:
-    """Scale and zero point that map [low, high], which holds 0, onto all integers of a format.
-
-    s = (high - low) / (qmax - qmin) and z = qmin - rne(low / s), clamped to [qmin, qmax]. The zero
-    point is whole: 0 maps to it and back exactly.
-
-    Returns:
-      Scales and zero points, float32; scale NaN and zero point 0 where the range is NaN.
-    """
-    lowest, highest = np.float32(fmt.min_int), np.float32(fmt.max_int)
+def span(low: jax.Array, high: jax.Array, fmt: IntFormat) -> jax.Array:
+    """The scale (high - low) / (qmax - qmin): all integers of a format over a range."""
+    steps = jnp.float32(fmt.max_int - fmt.min_int)
     # By halves, as a range may be wider than the largest float32.
-    span = divide(high * 0.5 - low * 0.5, jnp.float32(highest - lowest)) * 2.0
-    scale = _held(span, lax.max(high, -low), scale_format)
-    zero_point = lowest - lax.round(
-        in_units(low, scale, scale_format), lax.RoundingMethod.TO_NEAREST_EVEN
-    )
+    return divide(high * 0.5 - low * 0.5, steps) * 2.0
+
+
+def zero_point_of(
+    low: jax.Array, scale: jax.Array, fmt: IntFormat, scale_format: Format
+) -> jax.Array:
+    """The integer qmin - rne(low / s), within [qmin, qmax], that 0 maps to exactly; 0 for NaN."""
+    lowest, highest = np.float32(fmt.min_int), np.float32(fmt.max_int)
+    units = in_units(low, scale, scale_format)
+    zero_point = lowest - lax.round(units, lax.RoundingMethod.TO_NEAREST_EVEN)
     zero_point = lax.clamp(lowest, zero_point, highest)
-    return kept(scale), kept(where(scale >= 0, zero_point, np.float32(0)))
+    return where(scale >= 0, zero_point, np.float32(0))
 
 
 def in_units(
@@ -240,8 +243,8 @@ def in_units(
     if not reciprocal:
         return divide(x, divisor)
     largest = np.finfo(np.float32).max
-    inverse = lax.min(divide(jnp.ones_like(divisor), divisor), largest)
-    return x * kept(where(scale == 0, largest, inverse))
+    inverse = lax.min(divide(jnp.ones_like(divisor), jnp.abs(divisor)), largest)
+    return x * kept(_signed_as(where(scale == 0, largest, inverse), scale))
 
 
 def times(values: jax.Array, scale: jax.Array, scale_format: Format) -> jax.Array:

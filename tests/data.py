@@ -13,8 +13,9 @@ def structures() -> list[str]:
     """One preset of each structure: those that differ in widths or block sizes compile alike."""
     found: dict[tuple, str] = {}
     for name, recipe in jaxq.presets.ALL.items():
-        kind = (type(recipe.element), type(recipe.granularity), recipe.symmetric, recipe.range)
-        found.setdefault((*kind, recipe.scale, recipe.held, recipe.tensor_scale), name)
+        kind = (type(recipe.element), type(recipe.granularity), recipe.zero_point, recipe.range)
+        kind += (recipe.scale, recipe.held, type(recipe.second_level), recipe.stored_scale)
+        found.setdefault((*kind, len(recipe.search)), name)
     return list(found.values())
 
 

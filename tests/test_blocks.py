@@ -61,7 +61,7 @@ def test_padding_counts_for_nothing():
     mean = jaxq.Quantizer("ternary", jaxq.PerBlock(8, pad=True), range="absmean")
     want = [x[:8].mean(), x[8:].mean()]
     np.testing.assert_allclose(jaxq.quantize(x, mean).scale, want, rtol=1e-6)
-    lowest = jaxq.Quantizer("uint8", jaxq.PerBlock(8, pad=True), symmetric=False)
+    lowest = jaxq.Quantizer("uint8", jaxq.PerBlock(8, pad=True), zero_point="integer")
     assert_same(jaxq.fake_quant(x, lowest)[8:], jaxq.fake_quant(x[8:], lowest))
 
 
@@ -73,12 +73,17 @@ def test_padding_counts_for_nothing():
         (lambda: jaxq.fake_quant(jnp.ones((2, 9)), "int4_g32"), "does not divide axis 1"),
         (lambda: jaxq.fake_quant(jnp.ones(()), "int8_token"), "at least 1 axes, got 0"),
         (lambda: jaxq.Quantizer("int4", jaxq.PerBlock(2), scale="floor"), "float8_e8m0fnu"),
-        (lambda: jaxq.Quantizer("int4", scale="no"), "must be one of max, half"),
-        (lambda: jaxq.Quantizer("int4", range="no"), "must be one of extremes"),
+        (lambda: jaxq.Quantizer("int4", scale="no"), "must be one of max, min, half"),
+        (lambda: jaxq.Quantizer("int4", range="no"), "No calibrator is named"),
         (lambda: jaxq.Quantizer("int4", scale_format="int8"), "float format with a NaN"),
         (lambda: jaxq.Quantizer("nf4", scale="half"), "needs an integer format"),
-        (lambda: jaxq.Quantizer("uint4", symmetric=False, range="absmean"), "range='extremes'"),
-        (lambda: jaxq.Quantizer("int4", tensor_scale=True), "tensor_scale=True needs"),
+        (lambda: jaxq.Quantizer("uint4", zero_point="integer", range="absmean"), "two sides"),
+        (lambda: jaxq.Quantizer("uint4", zero_point="minimum"), "needs a `scale_format`, such as"),
+        (lambda: jaxq.Quantizer("int4", zero_point="minimum"), "such as 'uint8'"),
+        (lambda: jaxq.Quantizer("int4", second_level=jaxq.TensorScale()), "narrow scale format"),
+        (lambda: jaxq.Quantizer("int4", range="extremum"), "need each other"),
+        (lambda: jaxq.Quantizer("nf4", range="laplace"), "evenly spaced levels"),
+        (lambda: jaxq.Quantizer("int4", search=(0.0,)), "positive factors"),
         (lambda: jaxq.Quantizer.from_json("[]"), "must be a recipe's"),
         (lambda: jaxq.Quantizer.from_json('{"type": "Nothing"}'), "no record is called"),
     ],
@@ -230,7 +235,7 @@ def test_nvfp4_is_transformer_engines(spread: int):
         codes, scale, tensor_scale = nvfp4(array)
         np.testing.assert_array_equal(q.unpack(), codes)
         np.testing.assert_array_equal(np.asarray(q.scale).ravel(), scale.ravel())
-        assert_same(q.tensor_scale, tensor_scale)
+        assert_same(q.second[0], tensor_scale)
         values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32).reshape(-1, 16)
         step = scale.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * tensor_scale
         assert_same(q.dequantize(), (values * step).reshape(x.shape))

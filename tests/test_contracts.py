@@ -179,7 +179,8 @@ class TestRecipes:
     def test_once_more_changes_nothing(self, name):
         """Not so with a zero point or a mean, as the recipe's documentation says."""
         recipe = jaxq.get_quantizer(name)
-        if not recipe.symmetric or recipe.range != "extremes":
+        plain = recipe.zero_point is None and recipe.range == "absmax" and not recipe.search
+        if not plain or not recipe.stored_scale:
             return
         x = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
         y = jaxq.fake_quant(x, name)
@@ -228,4 +229,5 @@ class TestStructures:
         tiny = (x * np.float32(2.0**-21)).astype(np.float16)
         y = np.asarray(jaxq.fake_quant(tiny, name))
         assert_same(y, jaxq.fake_quant(tiny.astype(np.float32), name).astype(jnp.float16))
-        assert (y != 0).any()
+        if jaxq.get_quantizer(name).stored_scale:  # GGUF's copy of a tiny scale may be 0.
+            assert (y != 0).any()

@@ -42,7 +42,7 @@ def test_absmax_of_any_width_and_axis(bits: int, axes):
 def test_zero_point_of_any_width(bits: int, signed: bool):
     x = weights((6, 40)) + np.float32(0.7)
     fmt = jaxq.IntFormat("custom", bits, signed=signed)
-    q = jaxq.quantize(x, jaxq.Quantizer(fmt, jaxq.PerChannel((0,)), symmetric=False))
+    q = jaxq.quantize(x, jaxq.Quantizer(fmt, jaxq.PerChannel((0,)), zero_point="integer"))
     low = np.minimum(x.min(1, keepdims=True), 0)
     high = np.maximum(x.max(1, keepdims=True), 0)
     scale = (high - low) / np.float32(2**bits - 1)

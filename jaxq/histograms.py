@@ -1,0 +1,280 @@
+"""Calibrators by histogram: percentiles, and searches for the clip of least error or divergence.
+
+The bins are those of a float itself: the exponent and the first bits of the mantissa of a number,
+so that they need no range beforehand, fit data of any size, and add up exactly. The count of a bin
+stops at the largest int32.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.blocks import Cut
+from jaxq.casting import cast, encode
+from jaxq.catalog import get_format
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
+from jaxq.grids import Layout, where
+from jaxq.ranges import AbsMax, Range, filled
+from jaxq.scaling import divide, in_units, span, zero_point_of
+
+__all__ = ["Entropy", "MeanSquaredError", "Percentile"]
+
+_FLOAT32 = Layout.of(np.dtype(np.float32))
+_HELD = get_format("float32")
+_MOST = np.int32(2**31 - 1)
+
+
+class Histogram(NamedTuple):
+    """Counts of each block, the bins in ascending order along the last axis; and the extremes."""
+
+    counts: jax.Array
+    range: Range
+
+
+def edges(digits: int, two_sided: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper edges of all bins, float32; the bins of infinities and NaN are empty."""
+    first = np.arange((255 << digits) + 1, dtype=np.int64) << (23 - digits)
+    values = first.astype(np.uint32).view(np.float32)
+    values[-1] = np.finfo(np.float32).max
+    low, high = values[:-1], values[1:]
+    if two_sided:
+        low, high = np.concatenate([-high[::-1], low]), np.concatenate([-low[::-1], high])
+    return low, high
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfHistogram:
+    """What the calibrators by histogram share.
+
+    Attributes:
+      digits: how many bits of the mantissa tell bins apart: a bin is 2^-digits of its numbers wide,
+        and a block has 255 · 2^digits of them, twice as many on two sides.
+
+    Raises:
+      ValueError: `digits` is not 1 to 12.
+    """
+
+    digits: int = dataclasses.field(default=7, kw_only=True)
+
+    formats: ClassVar = (CodebookFormat, FloatFormat, IntFormat, TaperedFormat)
+    two_sided: ClassVar = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.digits <= 12:
+            name = type(self).__name__
+            raise ValueError(f"{name}: `digits` must be 1 to 12, got {self.digits}.")
+
+    def measure(self, x: jax.Array, cut: Cut, two_sided: bool) -> Histogram:
+        """Counts of a tensor. NaN and infinities are in no bin; the extremes tell of them."""
+        bins = 255 << self.digits
+        bits = _FLOAT32.bits(x)
+        magnitude = bits & _FLOAT32.magnitude_mask
+        place = magnitude >> np.int32(23 - self.digits)
+        width = bins * (1 + two_sided)
+        if two_sided:
+            place = where(bits < 0, np.int32(bins - 1) - place, place + np.int32(bins))
+        blocks = math.prod(cut.counts)
+        if blocks * width > _MOST:
+            raise ValueError(
+                f"{self}: {blocks} blocks of {width} bins are too many. Use a coarser granularity "
+                "or fewer digits."
+            )
+        number = cut.spread(jnp.arange(blocks, dtype=jnp.int32).reshape(cut.counts))
+        place = jnp.broadcast_to(number, x.shape) * np.int32(width) + place
+        counted = magnitude < _FLOAT32.inf
+        if cut.inside is not None:
+            counted = counted & jnp.broadcast_to(cut.inside, x.shape)
+        place = where(counted, place, np.int32(-1)).reshape(-1)
+        counts = jnp.zeros(blocks * width, jnp.int32)
+        counts = counts.at[place].add(1, mode="drop", wrap_negative_indices=False)
+        shape = filled(cut, np.float32(0)).shape
+        return Histogram(counts.reshape(*shape, width), AbsMax().measure(x, cut, two_sided))
+
+    def nothing(self, cut: Cut, two_sided: bool) -> Histogram:
+        """Counts of 0."""
+        counts = filled(cut, np.int32(0), (255 << self.digits) * (1 + two_sided))
+        return Histogram(counts, AbsMax().nothing(cut, two_sided))
+
+    def merge(self, first: Histogram, second: Histogram) -> Histogram:
+        """The sums, up to the largest int32."""
+        counts = first.counts + lax.min(second.counts, _MOST - first.counts)
+        return Histogram(counts, AbsMax().merge(first.range, second.range))
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile(_OfHistogram):
+    """The range that holds a share of all numbers; of two sides each leaves out the rest.
+
+    Within a bin numbers count as evenly spread, so the range is right to a bin's width, 2^-digits
+    of it. No range goes beyond the extremes.
+
+    Attributes:
+      percent: the share of magnitudes below the upper end (of two sides: of numbers below it, and
+        of numbers above the lower one), in (0, 100].
+
+    Raises:
+      ValueError: another percentage.
+    """
+
+    percent: float = 99.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.percent <= 100:
+            raise ValueError(f"Percentile: `percent` must be in (0, 100], got {self.percent}.")
+
+    def finalize(self, state: Histogram, fmt: Format, two_sided: bool) -> Range:
+        """The percentiles."""
+        low, high = AbsMax().finalize(state.range, fmt, two_sided)
+        lower, upper = edges(self.digits, two_sided)
+        above = self._end(state.counts[..., ::-1], upper[::-1], lower[::-1])
+        high = where(above < high, above, high)
+        if not two_sided:
+            return -high, high
+        below = self._end(state.counts, lower, upper)
+        return where(below > low, below, low), high
+
+    def _end(self, counts: jax.Array, outer: np.ndarray, inner: np.ndarray) -> jax.Array:
+        """Where the share ends, counted from outside: the bins come in that order."""
+        beyond = jnp.cumsum(counts, axis=-1)
+        outside = beyond[..., -1:].astype(jnp.float32) * np.float32(1 - self.percent / 100)
+        at = jnp.argmax(beyond.astype(jnp.float32) > outside, axis=-1, keepdims=True)
+        inside = jnp.take_along_axis(counts, at, -1)
+        before = jnp.take_along_axis(beyond, at, -1) - inside
+        share = (outside - before.astype(jnp.float32)) / lax.max(inside, np.int32(1)).astype(
+            jnp.float32
+        )
+        first, last = jnp.asarray(outer)[at], jnp.asarray(inner)[at]
+        return (first + (last - first) * share)[..., 0]
+
+
+class _Seen(NamedTuple):
+    """Bins quantized over a range, all `[..., bins]`, the range's ends `[..., 1]`."""
+
+    counts: jax.Array
+    x: jax.Array  # The middles of the bins.
+    low: jax.Array
+    high: jax.Array
+    y: jax.Array  # What the middles become.
+    codes: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Searched(_OfHistogram):
+    """What the searches share: ranges of 1, 2^(-1/16), 2^(-2/16), … times the extremes are tried.
+
+    Attributes:
+      tries: how many ranges.
+
+    Raises:
+      ValueError: `tries` is below 1.
+    """
+
+    tries: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tries < 1:
+            raise ValueError(
+                f"{type(self).__name__}: `tries` must be at least 1, got {self.tries}."
+            )
+
+    def loss(self, seen: "_Seen", fmt: Format) -> jax.Array:
+        """How bad a range is, one number a block."""
+        raise NotImplementedError
+
+    def finalize(self, state: Histogram, fmt: Format, two_sided: bool) -> Range:
+        """The range of the least loss; of equal ones the widest."""
+        low, high = AbsMax().finalize(state.range, fmt, two_sided)
+        lower, upper = (jnp.asarray(edge) for edge in edges(self.digits, two_sided))
+        middles = jnp.broadcast_to(lower * 0.5 + upper * 0.5, state.counts.shape)
+
+        def tried(factor: jax.Array) -> jax.Array:
+            ends = (low * factor)[..., None], (high * factor)[..., None]
+            y, codes = _quantized(middles, *ends, fmt, two_sided)
+            return self.loss(_Seen(state.counts, middles, *ends, y, codes), fmt)
+
+        factors = jnp.exp2(-jnp.arange(self.tries, dtype=jnp.float32) / 16)
+        losses = lax.map(tried, factors)
+        best = factors[jnp.argmin(losses, axis=0)]
+        return low * best, high * best
+
+
+def _quantized(
+    x: jax.Array, low: jax.Array, high: jax.Array, fmt: Format, two_sided: bool
+) -> tuple[jax.Array, jax.Array]:
+    """What numbers become, and their codes, by float32 scales that spread a format over a range."""
+    if not two_sided:
+        scale = divide(high, jnp.float32(fmt.max))
+        units = in_units(x, jnp.broadcast_to(scale, x.shape), _HELD)
+        return cast(units, fmt, overflow="saturate") * scale, encode(
+            units, fmt, overflow="saturate"
+        )
+    assert isinstance(fmt, IntFormat)  # The recipe has checked it.
+    low, high = lax.min(low, np.float32(0)), lax.max(high, np.float32(0))
+    scale = span(low, high, fmt)
+    zero_point = zero_point_of(low, scale, fmt, _HELD)
+    units = in_units(x, jnp.broadcast_to(scale, x.shape), _HELD)
+    whole = lax.round(units, lax.RoundingMethod.TO_NEAREST_EVEN) + zero_point
+    codes = lax.clamp(np.float32(fmt.min_int), whole, np.float32(fmt.max_int))
+    return (codes - zero_point) * scale, (codes - np.float32(fmt.min_int)).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanSquaredError(_Searched):
+    """The range of the least mean squared error."""
+
+    def loss(self, seen: _Seen, fmt: Format) -> jax.Array:
+        """The sum of squared errors."""
+        del fmt
+        return jnp.sum(seen.counts.astype(jnp.float32) * jnp.square(seen.y - seen.x), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropy(_Searched):
+    """The range of the least Kullback-Leibler divergence, as TensorRT's calibration has it.
+
+    P is the histogram with all that lies beyond the range added to the outermost bin within; Q has
+    the mass that P's bins within the range have for each code, spread evenly over those of them
+    that are not empty. The bins must be finer than the format's steps.
+
+    References:
+      Migacz, "8-bit Inference with TensorRT" (GPU Technology Conference, 2017).
+    """
+
+    digits: int = dataclasses.field(default=10, kw_only=True)
+
+    def loss(self, seen: _Seen, fmt: Format) -> jax.Array:
+        """KL(P || Q)."""
+        bins = seen.counts.shape[-1]
+        inside = (seen.x >= seen.low) & (seen.x <= seen.high)
+        counts = seen.counts.astype(jnp.float32)
+        within = where(inside, counts, np.float32(0))
+        number = np.arange(bins, dtype=np.int32).reshape((1,) * (counts.ndim - 1) + (bins,))
+        first, last = (
+            jnp.expand_dims(
+                reduce(where(inside, jnp.broadcast_to(number, counts.shape), none), -1), -1
+            )
+            for reduce, none in ((jnp.min, _MOST), (jnp.max, np.int32(-1)))
+        )
+        p = within
+        for edge, beyond in ((first, seen.x < seen.low), (last, seen.x > seen.high)):
+            mass = jnp.sum(where(beyond, counts, np.float32(0)), axis=-1, keepdims=True)
+            p = p + where(number == edge, jnp.broadcast_to(mass, p.shape), np.float32(0))
+
+        def per_code(values: jax.Array) -> jax.Array:
+            flat = values.reshape(-1, bins), seen.codes.astype(jnp.int32).reshape(-1, bins)
+            add = lambda v, c: jnp.zeros(2**fmt.bits, jnp.float32).at[c].add(v)[c]  # noqa: E731
+            return jax.vmap(add)(*flat).reshape(values.shape)
+
+        full = where(within > 0, np.float32(1), np.float32(0))
+        q = per_code(within) / lax.max(per_code(full), np.float32(1)) * full
+        p, q = (m / lax.max(jnp.sum(m, axis=-1, keepdims=True), np.float32(1)) for m in (p, q))
+        ratio = p / lax.max(q, np.float32(1e-9))
+        terms = where(p > 0, p * jnp.log(lax.max(ratio, np.float32(1e-30))), np.float32(0))
+        return jnp.sum(terms, axis=-1)

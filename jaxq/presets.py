@@ -13,7 +13,7 @@ from jaxq.blocks import PerBlock, PerChannel, PerToken
 from jaxq.formats import Format
 from jaxq.recipes import Quantizer
 from jaxq.rounding import HalfUp
-from jaxq.second_level import TensorScale
+from jaxq.second_level import DoubleScale, TensorScale
 
 __all__ = ["ALL", "get_quantizer"]
 
@@ -58,6 +58,13 @@ ALL = MappingProxyType(
         "fp8_e4m3_tile128": Quantizer("float8_e4m3fn", PerBlock((128, 128))),
         "fp8_e5m2_tensor": Quantizer("float8_e5m2"),
         "nf4": Quantizer("nf4", PerBlock(64)),
+        "nf4_dq": Quantizer(
+            "nf4",
+            PerBlock(64),
+            scale_format="dynamic8",
+            second_level=DoubleScale(256),
+            stored_scale=False,
+        ),
         "fp4_bnb": Quantizer("fp4_bnb", PerBlock(64)),
         "mxfp8_e4m3": _mx("float8_e4m3fn"),
         "mxfp8_e5m2": _mx("float8_e5m2"),

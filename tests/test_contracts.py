@@ -143,6 +143,8 @@ class TestRecipes:
             assert_same(y, q.dequantize())
 
     def test_a_bad_block_harms_no_other(self, name):
+        if isinstance(jaxq.get_quantizer(name).second_level, jaxq.DoubleScale):
+            return  # There it does: see its documentation and test_blocks.py.
         x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
         clean = np.asarray(jaxq.fake_quant(x, name))
         rows, columns = (

@@ -232,7 +232,9 @@ class MeanSquaredError(_Searched):
     def loss(self, seen: _Seen, fmt: Format) -> jax.Array:
         """The sum of squared errors."""
         del fmt
-        return jnp.sum(seen.counts.astype(jnp.float32) * jnp.square(seen.y - seen.x), axis=-1)
+        # The outermost bins, empty for any sane data, have infinite squares.
+        squares = where(seen.counts > 0, jnp.square(seen.y - seen.x), np.float32(0))
+        return jnp.sum(seen.counts.astype(jnp.float32) * squares, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
 from jaxq.snapping import Scales, given_scales, restored, snapped
 
-__all__ = ["Quantized", "dequantize", "fake_quant", "quantize"]
+__all__ = ["Quantized", "check_plain_scales", "dequantize", "fake_quant", "quantize"]
 
 _FLOAT32 = get_format("float32")
 _WHOLE_BYTES = (8, 16)  # Widths of codes that need no packing.
@@ -324,6 +324,16 @@ def _integer_dtype(fmt: Format) -> np.dtype:
     return np.dtype(f"{'int' if fmt.min < 0 else 'uint'}{8 if fmt.bits <= 8 else 16}")
 
 
+def check_plain_scales(name: str, recipe: Quantizer) -> None:
+    """Raises ValueError where scales from outside cannot stand for those of a recipe."""
+    if recipe.second_level is not None or recipe.search or not recipe.stored_scale:
+        raise ValueError(
+            f"{name}: scales that are given must be plain numbers, one a block; a recipe with a "
+            "second level, a search or stored_scale=False makes its own from the tensor, got "
+            f"{recipe}. Leave them out, or use a recipe without these."
+        )
+
+
 def _given(
     name: str,
     shape: tuple[int, ...],
@@ -336,11 +346,7 @@ def _given(
         if zero_point is not None:
             raise ValueError(f"{name}: `zero_point` needs `scale` beside it, got none.")
         return None
-    if recipe.second_level is not None or recipe.search or not recipe.stored_scale:
-        raise ValueError(
-            f"{name}: `scale` needs a recipe whose scales are plain numbers, got one with a second "
-            "level, a search, or stored_scale=False. Leave `scale` out."
-        )
+    check_plain_scales(name, recipe)
     if (zero_point is None) != (recipe.zero_point is None):
         raise ValueError(
             f"{name}: a recipe with zero_point={recipe.zero_point!r} needs `zero_point` "

@@ -128,7 +128,8 @@ def numbers(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Quantiz
     if recipe.zero_point != "integer":
         return cast(units, fmt, rounding=recipe.rounding, overflow="saturate", key=key)
     # Rounded first and the zero point added after: the other order rounds half to another side.
-    assert isinstance(fmt, IntFormat) and scales.zero_point is not None
+    assert isinstance(fmt, IntFormat)
+    assert scales.zero_point is not None
     lowest, highest = (np.float32(end) - scales.zero_point for end in (fmt.min_int, fmt.max_int))
     inside = lax.max(units, jnp.broadcast_to(lowest, units.shape))
     inside = lax.min(inside, jnp.broadcast_to(highest, units.shape))

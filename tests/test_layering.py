@@ -29,6 +29,7 @@ LAYERS = [
     "presets",
     "snapping",
     "quantizers",
+    "calibration",
     "trees",
     "__init__",
 ]

@@ -1,6 +1,6 @@
 """jaxq: low-precision number formats and quantizers for JAX, bit-exact and differentiable."""
 
-from jaxq import calibration, calibrators, catalog, gradients, presets, rounding
+from jaxq import calibration, calibrators, catalog, gguf, gradients, presets, rounding
 from jaxq.blocks import PerBlock, PerChannel, PerTensor, PerToken
 from jaxq.casting import cast, encode
 from jaxq.catalog import fixed_point, formats_table, get_format, p3109
@@ -49,6 +49,7 @@ __all__ = [
     "formats_table",
     "get_format",
     "get_quantizer",
+    "gguf",
     "gradients",
     "int_grid",
     "p3109",

@@ -30,10 +30,11 @@ LAYERS = [
     "snapping",
     "quantizers",
     "calibration",
+    "gguf",
     "trees",
     "__init__",
 ]
-OPTIONAL = {"matplotlib", "rich", "sklearn", "safetensors", "gfloat", "gmpy2", "hypothesis"}
+OPTIONAL = {"matplotlib", "rich", "sklearn", "safetensors", "gfloat", "gguf", "gmpy2", "hypothesis"}
 
 
 def imports(path: pathlib.Path) -> tuple[set[str], set[str]]:

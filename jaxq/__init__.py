@@ -4,14 +4,17 @@ from jaxq import calibration, calibrators, catalog, gguf, gradients, presets, ro
 from jaxq.blocks import PerBlock, PerChannel, PerTensor, PerToken
 from jaxq.casting import cast, encode
 from jaxq.catalog import fixed_point, formats_table, get_format, p3109
+from jaxq.chains import chain, chain_table
 from jaxq.codecs import decode, pack, unpack
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
 from jaxq.grids import BinaryGrid, float_grid, int_grid
+from jaxq.outliers import Outliers
 from jaxq.presets import get_quantizer
 from jaxq.quantizers import Quantized, dequantize, fake_quant, quantize
 from jaxq.recipes import Quantizer
 from jaxq.rounding import HalfUp, Stochastic
 from jaxq.second_level import DoubleScale, TensorScale
+from jaxq.sharding import quantized_sharding
 from jaxq.tables import Table
 from jaxq.trees import dequantize_tree, quantize_tree, tree_report
 
@@ -25,6 +28,7 @@ __all__ = [
     "Format",
     "HalfUp",
     "IntFormat",
+    "Outliers",
     "PerBlock",
     "PerChannel",
     "PerTensor",
@@ -39,6 +43,8 @@ __all__ = [
     "calibrators",
     "cast",
     "catalog",
+    "chain",
+    "chain_table",
     "decode",
     "dequantize",
     "dequantize_tree",
@@ -57,6 +63,7 @@ __all__ = [
     "presets",
     "quantize",
     "quantize_tree",
+    "quantized_sharding",
     "rounding",
     "tree_report",
     "unpack",

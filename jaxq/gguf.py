@@ -105,7 +105,8 @@ def unpack(
     if bits < 8:
         codes = pack_bits(codes, bits)
     block = (1,) * (len(shape) - 1) + (min(_BLOCK, max(shape[-1], 1)),)
-    return Quantized(codes, scale, (), zero_point, recipe, jnp.dtype(dtype), block, shape[-1])
+    arrays = (codes, scale, (), zero_point, ())
+    return Quantized(*arrays, recipe, jnp.dtype(dtype), block, shape[-1])
 
 
 def _checked(name: str, recipe: Quantizer) -> tuple[Quantizer, int]:

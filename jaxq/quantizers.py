@@ -21,6 +21,7 @@ from jaxq.catalog import get_format
 from jaxq.codecs import decode, pack, unpack
 from jaxq.formats import Format
 from jaxq.gradients import get_gradient
+from jaxq.grids import where
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
 from jaxq.snapping import Scales, given_scales, restored, snapped
@@ -35,7 +36,7 @@ _Given = tuple[jax.Array | None, jax.Array | None] | None  # Scales and zero poi
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "second", "zero_point"],
+    data_fields=["codes", "scale", "second", "zero_point", "outliers"],
     meta_fields=["recipe", "dtype", "block", "length"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +54,8 @@ class Quantized:
       second: what leads back to the scales, the arrays of the recipe's second level; () without.
       zero_point: one a block: integers, or minima held as the scales are; None for a symmetric
         recipe.
+      outliers: codes of the numbers that are kept apart, and their places in the flattened
+        tensor; () without.
       recipe: the recipe.
       dtype: the dtype of the tensor that was quantized.
       block: the length of a block on each axis.
@@ -63,6 +66,7 @@ class Quantized:
     scale: jax.Array
     second: tuple[jax.Array, ...]
     zero_point: jax.Array | None
+    outliers: tuple[jax.Array, ...]
     recipe: Quantizer
     dtype: np.dtype
     block: tuple[int, ...]
@@ -141,7 +145,13 @@ class Quantized:
 
     def _rows(self, index: int | slice, blocks: int | slice, block: tuple[int, ...]) -> "Quantized":
         zero_point = None if self.zero_point is None else self.zero_point[blocks]
-        codes, scale = self.codes[index], self.scale[blocks]
+        codes, scale, outliers = self.codes[index], self.scale[blocks], self.outliers
+        if outliers and outliers[0].ndim == 1:
+            raise ValueError(
+                "Quantized: numbers that are kept apart have their places in the whole tensor, so "
+                "rows cannot be taken. Dequantize it first."
+            )
+        outliers = tuple(array[index] for array in outliers)
         level, second = self.recipe.second_level, self.second
         if level is not None:
             if second[-1].ndim:  # One for each of what vmap stacked.
@@ -150,9 +160,8 @@ class Quantized:
                 second = level.take(
                     second, np.arange(self.scale.size).reshape(self.scale.shape)[blocks]
                 )
-        return Quantized(
-            codes, scale, second, zero_point, self.recipe, self.dtype, block, self.length
-        )
+        arrays = (codes, scale, second, zero_point, outliers)
+        return Quantized(*arrays, self.recipe, self.dtype, block, self.length)
 
 
 def fake_quant(
@@ -259,24 +268,38 @@ def dequantize(q: Quantized) -> jax.Array:
         values = values - zero_point.astype(jnp.float32)
     elif zero_point is not None:
         zero_point = _decoded(zero_point, recipe)
-    y = restored(values, cut.spread(q.scales), zero_point, recipe)
-    return cut.merge(as_dtype(y, q.dtype))
+    y = cut.merge(restored(values, cut.spread(q.scales), zero_point, recipe))
+    if recipe.outliers is not None:
+        y = recipe.outliers.put(y, q.outliers)
+    return as_dtype(y, q.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
-    cut = recipe.cut(x.shape)
-    split = cut.split(x)
+    cut, held = recipe.cut(x.shape), lax.stop_gradient(x)
+    outliers = ()
+    if recipe.outliers is not None:
+        held, outliers = recipe.outliers.take(held)
     scales = _spread(given, recipe, cut)
-    values, scales = snapped(widen(lax.stop_gradient(split)), scales, key, recipe, cut)
-    y = as_dtype(restored(values, scales.step, scales.zero_point, recipe), x.dtype)
-    low, high = (as_dtype(end, x.dtype) for end in (scales.low, scales.high))
+    values, scales = snapped(widen(cut.split(held)), scales, key, recipe, cut)
+    y = restored(values, scales.step, scales.zero_point, recipe)
+    low, high, split = scales.low, scales.high, cut.split(x)
+    if recipe.outliers is not None:  # Whatever is kept apart is not clipped.
+        y = cut.split(recipe.outliers.put(cut.merge(y), outliers))
+        apart = cut.split(recipe.outliers.mask(x.shape, outliers))
+        low, high = (
+            where(apart, np.float32(none), jnp.broadcast_to(end, apart.shape))
+            for none, end in ((-np.inf, low), (np.inf, high))
+        )
+    y, low, high = (as_dtype(a, x.dtype) for a in (y, low, high))
     return cut.merge(gradients.attach(get_gradient(recipe.gradient), y, split, low, high))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _quantize(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer) -> Quantized:
-    cut, fmt = recipe.cut(x.shape), recipe.element
+    cut, fmt, outliers = recipe.cut(x.shape), recipe.element, ()
+    if recipe.outliers is not None:
+        x, outliers = recipe.outliers.take(x)
     scales = _spread(given, recipe, cut)
     values, scales = snapped(widen(cut.split(x)), scales, key, recipe, cut)
     zero_point = scales.zero_point
@@ -295,7 +318,8 @@ def _quantize(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quanti
             zero_point.astype(_integer_dtype(fmt)) if whole else _encoded(zero_point, recipe)
         )
     length = x.shape[-1] if x.ndim else None
-    return Quantized(codes, scale, scales.second, zero_point, recipe, x.dtype, cut.block, length)
+    arrays = (codes, scale, scales.second, zero_point, outliers)
+    return Quantized(*arrays, recipe, x.dtype, cut.block, length)
 
 
 def _spread(given: _Given, recipe: Quantizer, cut: Cut) -> Scales | None:

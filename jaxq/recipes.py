@@ -12,6 +12,7 @@ from jaxq.calibrators import get_calibrator
 from jaxq.catalog import get_format
 from jaxq.formats import FloatFormat, Format, IntFormat
 from jaxq.gradients import Gradient, get_gradient
+from jaxq.outliers import Outliers
 from jaxq.ranges import Calibrator, Extremum
 from jaxq.rounding import Rounding, get_rounding
 from jaxq.scaling import E8M0, POWERS_OF_TWO, SCALES
@@ -46,6 +47,7 @@ class Quantizer:
       reciprocal: True multiplies by the rounded reciprocal of the scale; False divides.
       search: factors of the range that each block tries, the one of least squared error kept (of
         equals the first): `(1.0, 1.5)` makes NVFP4 "four over six".
+      outliers: which numbers are kept apart in a wider format, or None.
       rounding: a mode of `jaxq.rounding`. `"stochastic"` makes the functions take a key.
       gradient: an estimator of `jaxq.gradients`.
 
@@ -80,6 +82,7 @@ class Quantizer:
     stored_scale: bool = True
     reciprocal: bool = False
     search: tuple[float, ...] = ()
+    outliers: Outliers | None = None
     rounding: str | Rounding = "nearest_even"
     gradient: str | Gradient = "straight_through"
 
@@ -209,6 +212,8 @@ class Quantizer:
         more = (self.held.bits + zero_point_bits) * blocks
         if self.second_level is not None:
             more += self.second_level.bits(blocks)
+        if self.outliers is not None:
+            more += self.outliers.bits(size)
         return self.element.bits + more / size if size else math.nan
 
     def to_json(self) -> str:
@@ -242,7 +247,7 @@ def _records() -> dict[str, type]:
     """Every frozen record that a recipe may hold."""
     kinds = [*get_args(Granularity), *get_args(Format), *get_args(SecondLevel)]
     kinds += [type(calibrator) for calibrator in CALIBRATORS.values()]
-    kinds += [rounding.Stochastic, rounding.HalfUp, Quantizer]
+    kinds += [rounding.Stochastic, rounding.HalfUp, Outliers, Quantizer]
     return {kind.__name__: kind for kind in kinds}
 
 

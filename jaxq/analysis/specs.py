@@ -1,0 +1,130 @@
+"""What every function here takes for a quantizer, and where the grid of a format ends.
+
+A format, or its name, is a cast without a scale here, as in `jaxq.chain`; a preset's name or a
+`Quantizer` is `jaxq.fake_quant`.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq import catalog, presets
+from jaxq.casting import floats
+from jaxq.catalog import get_format
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
+from jaxq.grids import Layout
+from jaxq.presets import get_quantizer
+from jaxq.recipes import Quantizer
+
+__all__ = ["Ends", "Spec", "checked", "ends", "meaning", "spacing_exponent"]
+
+Spec: TypeAlias = str | Format | Quantizer
+
+_FLOAT32 = Layout.of(np.dtype(np.float32))
+
+
+def meaning(spec: Spec) -> Format | Quantizer:
+    """The format that a plain cast is to, or the recipe."""
+    if isinstance(spec, Quantizer | Format):
+        return spec
+    if isinstance(spec, str) and spec in catalog.ALL and spec not in presets.ALL:
+        return get_format(spec)
+    return get_quantizer(spec)
+
+
+def checked(name: str, x: jax.typing.ArrayLike, spec: Spec) -> tuple[jax.Array, Any]:
+    """The two arguments that every function begins with: an array, and what `meaning` gives."""
+    x = floats(name, x)
+    if x.dtype == jnp.float64:
+        raise TypeError(
+            f"{name}: `x` must be float16, bfloat16 or float32, got float64. "
+            "Convert it first: x.astype(jnp.float32)."
+        )
+    return x, meaning(spec)
+
+
+class Ends(NamedTuple):
+    """Where rounding to nearest leaves a grid, and where it gives 0.
+
+    Numbers above `high` and below `low` are clipped. Of the others those from -`negative` to
+    `positive` become 0; both are -1 where no number but 0 itself does.
+    """
+
+    low: np.float32
+    high: np.float32
+    negative: np.float32
+    positive: np.float32
+
+
+@functools.cache
+def ends(fmt: Format) -> Ends:
+    """The ends of a format's grid: half a step beyond its lowest and its largest value.
+
+    A number at that very place is clipped if its tie goes outwards. Negative numbers are all
+    clipped if the format has none.
+    """
+    listed = fmt.bits <= 16
+    outward = False
+    if isinstance(fmt, FloatFormat):
+        odd = fmt.max_code % 2 if fmt.mantissa_bits or fmt.parity == "code" else 1
+        outward = odd == 1
+    if listed:
+        values = fmt.values
+        steps = values[1] - values[0], values[-1] - values[-2]
+    else:
+        assert isinstance(fmt, FloatFormat)
+        steps = (math.ldexp(1.0, fmt.emax - fmt.mantissa_bits),) * 2
+    low = fmt.min - steps[0] / 2 if fmt.min < 0 else 0.0
+    high = fmt.max + steps[1] / 2
+    bounds = [_within(end, outward) for end in (low, high)]
+    flush = (-1.0, -1.0)
+    if not isinstance(fmt, TaperedFormat) and listed and (values == 0).any():
+        zero = int(np.flatnonzero(values == 0)[0])
+        near = [
+            -values[zero - 1] if zero else 0.0,
+            values[zero + 1] if zero + 1 < len(values) else 0.0,
+        ]
+        flush = (near[0] / 2, near[1] / 2)
+        if isinstance(fmt, CodebookFormat):  # A tie goes one way, whatever the sign.
+            out = 0 if fmt.ties == "down" else 1
+            flush = tuple(
+                float(np.nextafter(np.float32(v), np.float32(0))) if i == out else v
+                for i, v in enumerate(flush)
+            )
+    elif not listed:
+        flush = (fmt.tiny / 2,) * 2
+    return Ends(bounds[0], bounds[1], np.float32(flush[0]), np.float32(flush[1]))
+
+
+def _within(end: float, outward: bool) -> np.float32:
+    """The last float32 that is not clipped: the end, or its neighbour if ties go outwards."""
+    largest = float(np.finfo(np.float32).max)
+    near = np.float32(min(max(end, -largest), largest))
+    clips = outward and float(near) == end and end != 0
+    return np.nextafter(near, np.float32(0)) if clips else near
+
+
+def spacing_exponent(x: jax.Array, fmt: Format) -> jax.Array:
+    """The k of the spacing 2^k between a format's values around each number; int32.
+
+    For floats and integers exact; of codebooks, posits and takums the power of two at or below the
+    distance between the two values around it.
+    """
+    if isinstance(fmt, IntFormat):
+        return jnp.full(x.shape, -fmt.fraction_bits, jnp.int32)
+    if isinstance(fmt, FloatFormat):
+        magnitude = _FLOAT32.bits(x) & _FLOAT32.magnitude_mask
+        exponent = (magnitude >> np.int32(23)) - np.int32(127)
+        low, high = (np.int32(max(min(e, 127), -127)) for e in (fmt.emin, fmt.emax))
+        return lax.clamp(low, exponent, high) - np.int32(fmt.mantissa_bits)
+    values = fmt.values
+    steps = np.frexp(np.diff(values))[1].astype(np.int32) - 1
+    steps = np.clip(steps, -126, 127).astype(np.int32)
+    with np.errstate(over="ignore"):
+        inner = np.clip(values, -3e38, 3e38).astype(np.float32)[1:-1]
+    return jnp.asarray(steps)[jnp.searchsorted(jnp.asarray(inner), x, side="right")]

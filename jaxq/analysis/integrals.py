@@ -120,6 +120,15 @@ def _around(fmt: Format, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values[at], values[at + 1]
 
 
+def _between(chance: Chance) -> tuple[float, float]:
+    """Means of the error's powers over the places between two neighbours at a distance of one."""
+    nodes, weights = legendre(4)
+    place = np.concatenate([nodes / 2, (nodes + 1) / 2])  # Rounding to nearest has a step at 1/2.
+    up = chance(place, np.ones_like(place))
+    terms = [(1 - up) * place**k + up * (1 - place) ** k for k in (2, 4)]
+    return tuple(float(np.tile(weights / 2, 2) @ term) for term in terms)
+
+
 def squares(grid: Grid, maps: Maps, x: np.ndarray) -> Moments:
     """The expected second and fourth power of the error of given numbers; maps that broadcast."""
     units = (x - maps.origin) / maps.divisor + maps.shift
@@ -131,10 +140,7 @@ def squares(grid: Grid, maps: Maps, x: np.ndarray) -> Moments:
         return Moments(*((1 - chance) * down**k + chance * up**k for k in (2, 4)))
     # A mean over the places between neighbours, which are many and close.
     outside = (place <= 0) | (place >= 1)
-    nodes, weights = legendre(16)
-    chance = [grid.chance(np.array(p), np.array(1.0)) for p in nodes]
-    terms = list(zip(nodes, weights, chance, strict=True))
-    inner = [sum(w * ((1 - c) * p**k + c * (1 - p) ** k) for p, w, c in terms) for k in (2, 4)]
+    inner = _between(grid.chance)
     width = np.abs((high - low) * maps.step)
     end = np.where(place <= 0, down, up)
     return Moments(

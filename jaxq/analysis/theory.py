@@ -161,31 +161,42 @@ def _one_sided(recipe: Quantizer, grid: Grid, n: int, blocks: int, d: Distributi
         # Scales as a tensor has them, in random order: they are quantized with each other.
         count = min(blocks, _SCALES)
         chance = np.random.default_rng(0).permutation((np.arange(count) + 0.5) / count)
-        nodes = [(_largest(chance, n, d), np.full(count, 1 / count))]
+        coarse = fine = _largest(chance, n, d), np.full(count, 1 / count)
     else:
-        nodes = [_magnitudes(n, d, octaves=True)]
+        # The error of the largest itself goes up and down with every value of the grid.
+        coarse, fine = _magnitudes(n, d, 8), _magnitudes(n, d, 512)
     tops: list[np.ndarray | None] = [None]
     if isinstance(recipe.second_level, TensorScale):
+        # The scales are relative to the tensor's largest magnitude.
         tops = list(_largest((np.arange(8) + 0.5) / 8, n * blocks, d)[:, None])
     means, parts = [], []
     for top in tops:
-        (a, weight), *_ = nodes
-        if top is not None:  # The block scales are relative to the tensor's largest magnitude.
-            a, weight = np.append(np.minimum(a, top), top), np.append(weight, 0)
+        a, weight = _up_to(top, *coarse)
         maps = _maps(recipe, -a, a)
-        others = partial(grid, maps, -a, a, d)
-        inside = 1 - 2 * d.tail(a).mass
-        ends = [a] if recipe.scale == "min" else [a, -a]  # Signed, it is at the end that it sets.
-        own = [squares(grid, Maps(*(m[:, None] for m in maps)), end[:, None]) for end in ends]
-        block = [
-            ((n - 1) * cut / inside + sum(o[k][:, 0] for o in own) / len(own)) / n
-            for k, cut in enumerate(others)
-        ]
-        mean, deviation = _mean(Moments(*block), weight, n, blocks)
-        means.append(mean)
-        parts.append(deviation)
+        others = Moments(*(m / (1 - 2 * d.tail(a).mass) for m in partial(grid, maps, -a, a, d)))
+        own = _own(recipe, grid, maps, a)
+        block = Moments(*(((n - 1) * o + e) / n for o, e in zip(others, own, strict=True)))
+        parts.append(_mean(block, weight, n, blocks)[1])
+        b, share = _up_to(top, *fine)
+        largest = _own(recipe, grid, _maps(recipe, -b, b), b).second
+        means.append(((n - 1) * (weight @ others.second) + share @ largest) / n)
     between = np.var(means) if len(means) > 1 else 0.0
     return Expected(float(np.mean(means)), math.sqrt(np.mean(np.square(parts)) + between))
+
+
+def _up_to(
+    top: np.ndarray | None, a: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Magnitudes of blocks of a tensor whose largest is known, that one last and of no weight."""
+    return (a, weight) if top is None else (np.append(np.minimum(a, top), top), np.append(weight, 0))
+
+
+def _own(recipe: Quantizer, grid: Grid, maps: Maps, a: np.ndarray) -> Moments:
+    """The error's powers of the number that has the largest magnitude."""
+    ends = [a] if recipe.scale == "min" else [a, -a]  # A signed scale knows on which side it is.
+    columns = Maps(*(m[:, None] for m in maps))
+    found = [squares(grid, columns, end[:, None]) for end in ends]
+    return Moments(*(sum(f[k][:, 0] for f in found) / len(found) for k in range(2)))
 
 
 def _two_sided(recipe: Quantizer, grid: Grid, n: int, blocks: int, d: Distribution) -> Expected:
@@ -242,15 +253,14 @@ def _far(d: Distribution) -> float:
     return max(10.0 ** (-16 if share == 1.0 else -5 * share), 1e-200)
 
 
-def _magnitudes(n: int, d: Distribution, octaves: bool) -> tuple[np.ndarray, np.ndarray]:
+def _magnitudes(n: int, d: Distribution, panels: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights for a mean over the largest magnitude of n numbers.
 
     Panels divide octaves, as the scales of MX formats jump there.
     """
-    del octaves
     low = math.log2(float(_largest(np.array(_LEAST), n, d)))
     high = math.log2(float(d.beyond(np.array(_far(d) / (2 * n)))))
-    edges = np.arange(math.floor(low * 8), math.ceil(high * 8) + 1) / 8
+    edges = np.arange(math.floor(low * panels), math.ceil(high * panels) + 1) / panels
     a, weight = _panels(np.clip(edges, low, high))
     a, weight = np.exp2(a), weight * np.exp2(a)
     with np.errstate(divide="ignore"):

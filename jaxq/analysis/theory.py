@@ -19,18 +19,21 @@ from jaxq.analysis.integrals import CHANCES, Grid, Maps, Moments, legendre, part
 from jaxq.analysis.specs import Spec, meaning
 from jaxq.blocks import Cut
 from jaxq.calibrators import get_calibrator
-from jaxq.formats import Format
 from jaxq.ranges import AbsMax, Extremum
 from jaxq.recipes import Quantizer
 from jaxq.rounding import HalfUp, Rounding, Stochastic
 from jaxq.second_level import DoubleScale, TensorScale
 from jaxq.snapping import scales_of
 
-__all__ = ["Expected", "expected_error"]
+__all__ = ["Expected", "NoTheoryError", "expected_error"]
 
 _SCALES = 2048  # Of a doubly quantized tensor's, how many are looked at.
 _QUANTILES = 2**16  # That stand for a distribution where a calibrator measures it.
 _LEAST = 1e-13  # Chances below this are left out.
+
+
+class NoTheoryError(ValueError):
+    """The recipe has no formula for its expected error."""
 
 
 class Expected(NamedTuple):
@@ -66,15 +69,17 @@ def expected_error(
       distribution: a name in `jaxq.analysis.distributions.ALL` or a `Distribution`.
 
     Returns:
-      An `Expected`. What is computed is a real-valued input's error, to about six digits; ranges
-      other than the absmax, the extremum and the two extremes are taken to be those of the
+      An `Expected`. What is computed is the error of real-valued input, to about six digits; three
+      where scales or zero points are rounded finely, as in float16 or float8_e4m3fn. Ranges other
+      than the absmax, the extremum and the two extremes are taken to be those of the
       distribution itself, as in large blocks. Formats of more than 12 bits have their error
       averaged between neighbouring values. Of a double quantization 2048 random scales are looked
       at.
 
     Raises:
-      ValueError: the recipe has no theory here: outliers kept apart, a search, another rounding
-        than nearest, stochastic and directed ones, or a zero point with blocks of one.
+      NoTheoryError: a ValueError: there is no formula for outliers kept apart, a search, another
+        rounding than nearest, stochastic and directed ones, or a zero point with blocks of one.
+      ValueError: an unknown name; a recipe that does not fit the shape.
 
     Example:
       >>> round(expected_error("int8_tensor", (1024,)).sqnr_db, 1)
@@ -114,7 +119,7 @@ def _rounding_name(recipe: Quantizer) -> str:
     ]
     for bad, wanted in reasons:
         if bad:
-            raise ValueError(
+            raise NoTheoryError(
                 f"expected_error: there is a theory for recipes {wanted}, got {recipe}. Measure "
                 "it: jaxq.analysis.quantization_error."
             )
@@ -188,7 +193,9 @@ def _up_to(
     top: np.ndarray | None, a: np.ndarray, weight: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Magnitudes of blocks of a tensor whose largest is known, that one last and of no weight."""
-    return (a, weight) if top is None else (np.append(np.minimum(a, top), top), np.append(weight, 0))
+    return (
+        (a, weight) if top is None else (np.append(np.minimum(a, top), top), np.append(weight, 0))
+    )
 
 
 def _own(recipe: Quantizer, grid: Grid, maps: Maps, a: np.ndarray) -> Moments:
@@ -202,7 +209,7 @@ def _own(recipe: Quantizer, grid: Grid, maps: Maps, a: np.ndarray) -> Moments:
 def _two_sided(recipe: Quantizer, grid: Grid, n: int, blocks: int, d: Distribution) -> Expected:
     """A mean over the lowest and the largest number of a block."""
     if n < 2:
-        raise ValueError(
+        raise NoTheoryError(
             f"expected_error: a zero point needs blocks of 2 numbers or more for a theory, got {n}."
         )
     high, weight = _highest(n, d)

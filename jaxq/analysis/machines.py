@@ -1,0 +1,136 @@
+"""Real models and real accelerators, as far as memory is concerned: data, with their sources.
+
+To add one: a line in `MODELS` or `DEVICES`.
+"""
+
+import dataclasses
+from types import MappingProxyType
+
+__all__ = ["DEVICES", "MODELS", "Device", "Model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The shape of a decoder with gated feed-forward layers, as its `config.json` has it.
+
+    Attributes:
+      name: what tables call it.
+      layers: how many.
+      hidden: width of the residual stream.
+      intermediate: width of the feed-forward layer (of one expert).
+      heads: query heads.
+      kv_heads: heads whose keys and values are cached.
+      head_dim: width of a head.
+      vocabulary: number of tokens.
+      tied: whether the output layer is the embedding.
+      bias: whether query, key and value have a bias.
+      experts: how many feed-forward layers a layer has; with more than one there is a router.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False
+    bias: bool = False
+    experts: int = 1
+
+    @property
+    def matrices(self) -> tuple[tuple[tuple[int, int], int], ...]:
+        """Shapes [inputs, outputs] of the layers' matrices, and how many there are of each."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        feed = self.layers * self.experts
+        return (
+            ((self.hidden, q), self.layers),
+            ((self.hidden, kv), 2 * self.layers),
+            ((q, self.hidden), self.layers),
+            ((self.hidden, self.intermediate), 2 * feed),
+            ((self.intermediate, self.hidden), feed),
+        )
+
+    @property
+    def embeddings(self) -> int:
+        """Parameters of the embedding and of the output layer."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def others(self) -> int:
+        """Parameters of norms, biases and routers."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer = 2 * self.hidden + (q + 2 * kv) * self.bias
+        layer += self.hidden * self.experts * (self.experts > 1)
+        return self.layers * layer + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        inner = sum(rows * columns * count for (rows, columns), count in self.matrices)
+        return inner + self.embeddings + self.others
+
+
+# Sources: the `config.json` of each model's repository on the Hugging Face hub: meta-llama/
+# Llama-2-7b-hf, Llama-3.2-1B, Llama-3.1-8B, -70B and -405B; mistralai/Mistral-7B-v0.1 and
+# Mixtral-8x7B-v0.1; Qwen/Qwen2.5-7B. The sums are the published numbers of parameters.
+MODELS = MappingProxyType(
+    {
+        model.name: model
+        for model in (
+            Model("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128256, tied=True),
+            Model("llama-2-7b", 32, 4096, 11008, 32, 32, 128, 32000),
+            Model("mistral-7b", 32, 4096, 14336, 32, 8, 128, 32000),
+            Model("qwen2.5-7b", 28, 3584, 18944, 28, 4, 128, 152064, bias=True),
+            Model("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256),
+            Model("mixtral-8x7b", 32, 4096, 14336, 32, 8, 128, 32000, experts=8),
+            Model("llama-3.1-70b", 80, 8192, 28672, 64, 8, 128, 128256),
+            Model("llama-3.1-405b", 126, 16384, 53248, 128, 8, 128, 128256),
+        )
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """An accelerator.
+
+    Attributes:
+      name: what tables call it.
+      gib: its memory. Vendors print GB and mean 2^30 bytes, of which driver and error correction
+        keep a few in a hundred.
+    """
+
+    name: str
+    gib: float
+
+    @property
+    def memory(self) -> int:
+        """In bytes."""
+        return int(self.gib * 2**30)
+
+
+# Sources: NVIDIA's product pages and data sheets (GeForce RTX 4090 and 5090, L4, L40S, A100, H100
+# SXM, H200; DGX B200: 1,440 GB in eight); AMD's of the Instinct MI300X; Google Cloud's pages "TPU
+# v5e", "TPU v5p" and "TPU v6e" (HBM capacity per chip).
+DEVICES = MappingProxyType(
+    {
+        device.name: device
+        for device in (
+            Device("tpu-v5e", 16),
+            Device("rtx-4090", 24),
+            Device("l4", 24),
+            Device("tpu-v6e", 32),
+            Device("rtx-5090", 32),
+            Device("a100-40gb", 40),
+            Device("l40s", 48),
+            Device("a100-80gb", 80),
+            Device("h100", 80),
+            Device("tpu-v5p", 95),
+            Device("h200", 141),
+            Device("b200", 180),
+            Device("mi300x", 192),
+        )
+    }
+)

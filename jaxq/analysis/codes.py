@@ -49,8 +49,8 @@ def ulp_error(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> ulp_error(jnp.array([1.03, 2.5]), jnp.array([1.0, 2.0]), "float8_e4m3fn").tolist()
-      [0.2399997711181640625, 2.0]
+      >>> ulp_error(jnp.array([1.25, 2.5]), jnp.array([1.0, 2.0]), "float8_e4m3fn").tolist()
+      [2.0, 2.0]
     """
     x, y = (widen(checked("ulp_error", a, "float32")[0]) for a in (x, y))
     if x.shape != y.shape:

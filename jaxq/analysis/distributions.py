@@ -7,7 +7,7 @@ one: a frozen dataclass with the methods of `Distribution`, listed in `ALL`.
 import dataclasses
 import math
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -75,9 +75,20 @@ class Distribution(Protocol):
 class Gaussian:
     """Normally distributed: most weights, roughly."""
 
-    name: ClassVar[str] = "gaussian"
-    support: ClassVar[float] = math.inf
-    entropy: ClassVar[float] = 0.5 * math.log2(2 * math.pi * math.e)
+    @property
+    def name(self) -> str:
+        """Of Distribution."""
+        return "gaussian"
+
+    @property
+    def support(self) -> float:
+        """Of Distribution."""
+        return math.inf
+
+    @property
+    def entropy(self) -> float:
+        """Of Distribution."""
+        return 0.5 * math.log2(2 * math.pi * math.e)
 
     def density(self, x: np.ndarray) -> np.ndarray:
         """Of Distribution."""
@@ -105,9 +116,20 @@ class Gaussian:
 class Laplace:
     """Two exponentials back to back: many activations and gradients, roughly."""
 
-    name: ClassVar[str] = "laplace"
-    support: ClassVar[float] = math.inf
-    entropy: ClassVar[float] = math.log2(math.sqrt(2) * math.e)
+    @property
+    def name(self) -> str:
+        """Of Distribution."""
+        return "laplace"
+
+    @property
+    def support(self) -> float:
+        """Of Distribution."""
+        return math.inf
+
+    @property
+    def entropy(self) -> float:
+        """Of Distribution."""
+        return math.log2(math.sqrt(2) * math.e)
 
     def density(self, x: np.ndarray) -> np.ndarray:
         """Of Distribution."""
@@ -131,9 +153,20 @@ class Laplace:
 class Uniform:
     """Evenly between -√3 and √3: what integers are made for."""
 
-    name: ClassVar[str] = "uniform"
-    support: ClassVar[float] = math.sqrt(3)
-    entropy: ClassVar[float] = math.log2(2 * math.sqrt(3))
+    @property
+    def name(self) -> str:
+        """Of Distribution."""
+        return "uniform"
+
+    @property
+    def support(self) -> float:
+        """Of Distribution."""
+        return math.sqrt(3)
+
+    @property
+    def entropy(self) -> float:
+        """Of Distribution."""
+        return math.log2(2 * math.sqrt(3))
 
     def density(self, x: np.ndarray) -> np.ndarray:
         """Of Distribution."""
@@ -169,7 +202,10 @@ class StudentT:
 
     df: float = 5.0
 
-    support: ClassVar[float] = math.inf
+    @property
+    def support(self) -> float:
+        """Of Distribution."""
+        return math.inf
 
     def __post_init__(self) -> None:
         if not 2 < self.df < math.inf:

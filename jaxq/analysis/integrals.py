@@ -23,8 +23,10 @@ Chance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Maps(NamedTuple):
-    """Affine maps to a grid and back, one a row: round (x - origin) / divisor + shift to v, then
-    y = (v - shift) step + back.
+    """Affine maps to a grid and back, one a row.
+
+    A number x is rounded as (x - origin) / divisor + shift to a value v, and becomes
+    (v - shift) step + back.
     """
 
     divisor: np.ndarray
@@ -57,14 +59,33 @@ def _nearest(place: np.ndarray, units: np.ndarray) -> np.ndarray:
     return (place > 0.5).astype(np.float64)
 
 
+def _stochastic(place: np.ndarray, units: np.ndarray) -> np.ndarray:
+    del units
+    return place
+
+
+def _toward_zero(place: np.ndarray, units: np.ndarray) -> np.ndarray:
+    return ((units < 0) & (place > 0)).astype(np.float64)
+
+
+def _up(place: np.ndarray, units: np.ndarray) -> np.ndarray:
+    del units
+    return (place > 0).astype(np.float64)
+
+
+def _down(place: np.ndarray, units: np.ndarray) -> np.ndarray:
+    del units
+    return (place >= 1).astype(np.float64)
+
+
 # The chance to go up from a place between two neighbours, 0 to 1, by the name of the rounding mode.
 CHANCES: dict[str, Chance] = {
     "nearest_even": _nearest,
     "nearest_away": _nearest,
-    "stochastic": lambda place, units: place,
-    "toward_zero": lambda place, units: ((units < 0) & (place > 0)).astype(np.float64),
-    "up": lambda place, units: (place > 0).astype(np.float64),
-    "down": lambda place, units: (place >= 1).astype(np.float64),
+    "stochastic": _stochastic,
+    "toward_zero": _toward_zero,
+    "up": _up,
+    "down": _down,
 }
 
 
@@ -126,7 +147,8 @@ def _between(chance: Chance) -> tuple[float, float]:
     place = np.concatenate([nodes / 2, (nodes + 1) / 2])  # Rounding to nearest has a step at 1/2.
     up = chance(place, np.ones_like(place))
     terms = [(1 - up) * place**k + up * (1 - place) ** k for k in (2, 4)]
-    return tuple(float(np.tile(weights / 2, 2) @ term) for term in terms)
+    second, fourth = (float(np.tile(weights / 2, 2) @ term) for term in terms)
+    return second, fourth
 
 
 def squares(grid: Grid, maps: Maps, x: np.ndarray) -> Moments:

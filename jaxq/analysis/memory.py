@@ -17,15 +17,7 @@ __all__ = ["FitRow", "Memory", "MemoryRow", "fits_table", "memory", "memory_tabl
 _Record = TypeVar("_Record", Model, Device)
 
 _SHAPE = (4096, 4096)  # Of a matrix, where only the number of parameters is known.
-_RECIPES = (
-    "float32",
-    "bfloat16",
-    "fp8_e4m3_channel",
-    "int8_channel",
-    "nvfp4",
-    "mxfp4",
-    "int4_g128",
-)
+_RECIPES = ("float32", "bfloat16", "fp8_e4m3_channel", "int8_channel", "nvfp4", "mxfp4", "nf4_dq")
 
 
 class Memory(NamedTuple):
@@ -81,7 +73,7 @@ def memory(
     Example:
       >>> m = memory("llama-3.1-8b", "int4_g128", context=8192)
       >>> [round(part / 2**30, 2) for part in m]
-      [5.4, 1.0, 0.64]
+      [5.41, 1.0, 0.64]
     """
     for name, value, least in (("context", context, 0), ("batch", batch, 0)):
         _check(value >= least, f"`{name}` must not be negative", value)
@@ -167,9 +159,9 @@ def memory_table(
 
     Example:
       >>> print(memory_table(params=7e9, recipes=["bfloat16", "int4_g128"]))
-      model  recipe     bits  weights_gib  kv_gib  overhead_gib  total_gib    device
-      7e+09  bfloat16     16      13.0385       0       1.30385    14.3424   tpu-v5e
-      7e+09  int4_g128  4.25      3.46335       0      0.346335    3.80969   tpu-v5e
+      model     recipe  bits  weights_gib  kv_gib  overhead_gib  total_gib   device
+      7e+09   bfloat16    16      13.0385       0       1.30385    14.3424  tpu-v5e
+      7e+09  int4_g128  4.25      3.46336       0      0.346336    3.80969  tpu-v5e
     """
     if (model is None) == (params is None):
         raise ValueError(
@@ -192,9 +184,19 @@ def memory_table(
         count = known if not isinstance(known, str | Model) else _parameters(known)
         holding = [d for d in DEVICES.values() if d.memory >= m.total]
         smallest = min(holding, key=lambda d: d.gib).name if holding else "none alone"
-        gib = [part / 2**30 for part in (*m, m.total)]
         bits = 8 * m.weights / count if count else math.nan
-        rows.append(MemoryRow(_title(known), label(recipe), bits, *gib, smallest))
+        rows.append(
+            MemoryRow(
+                model=_title(known),
+                recipe=label(recipe),
+                bits=bits,
+                weights_gib=m.weights / 2**30,
+                kv_gib=m.kv_cache / 2**30,
+                overhead_gib=m.overhead / 2**30,
+                total_gib=m.total / 2**30,
+                device=smallest,
+            )
+        )
     return Table(tuple(rows))
 
 
@@ -265,9 +267,9 @@ def fits_table(
 
     Example:
       >>> print(fits_table(["llama-3.1-8b"], ["bfloat16", "int4_g128"], ["rtx-4090"]))
-      model         recipe       device  total_gib     share   fits  devices  tokens
-      llama-3.1-8b  bfloat16   rtx-4090    17.5534  0.731392   True        1   56194
-      llama-3.1-8b  int4_g128  rtx-4090    7.03...  0.293...   True        1  134...
+      model            recipe    device  total_gib     share  fits  devices  tokens
+      llama-3.1-8b   bfloat16  rtx-4090    17.5533  0.731387  True        1   56202
+      llama-3.1-8b  int4_g128  rtx-4090    7.05172  0.293822  True        1  134410
     """
     recipes, places = tuple(recipes), [_named("device", d, DEVICES) for d in devices]
     rows = []

@@ -97,7 +97,8 @@ def _quantization_error(
 ) -> QuantizationError:
     wide = widen(x)
     if isinstance(kind, Quantizer):
-        y, units, snap, fmt, apart, shift = _in_units(x, key, kind)
+        y, units, snap, apart, shift = _in_units(x, key, kind)
+        fmt = kind.element
     else:
         y, fmt, apart = cast(wide, kind), kind, np.zeros((), bool)
         units, snap, shift = wide, cast(wide, kind, overflow="saturate"), np.float32(0)
@@ -120,12 +121,19 @@ def _quantization_error(
     inside = compare(wide, where(clipped, wide, y), per=per)
     outside = compare(wide, where(clipped, y, wide), per=per)
     return QuantizationError(
-        errors, *(s / n for s in sums[1:4]), outside.mse, inside.mse, sums[4] / n, sums[5]
+        errors=errors,
+        clipped=sums[1] / n,
+        flushed=sums[2] / n,
+        rounded=sums[3] / n,
+        clip_mse=outside.mse,
+        rounding_mse=inside.mse,
+        mean_ulp=sums[4] / n,
+        max_ulp=sums[5],
     )
 
 
 def _in_units(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> tuple:
-    """Result, numbers in units of their scales, the same snapped, format, kept apart, zero point.
+    """Result, numbers in units of their scales, the same snapped, which are kept apart, zero point.
 
     As `jaxq.fake_quant` has them, in float32; the zero point is taken away from the units.
     """
@@ -140,6 +148,7 @@ def _in_units(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> tuple:
     units = in_units(split, scales.divisor, recipe.held, reciprocal=recipe.reciprocal)
     shift = _ZERO
     if recipe.zero_point == "integer":
+        assert scales.zero_point is not None
         shift = cut.merge(jnp.broadcast_to(scales.zero_point, units.shape))
     apart = np.zeros((), bool)
     if recipe.outliers is not None:
@@ -147,4 +156,4 @@ def _in_units(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> tuple:
         y, apart = recipe.outliers.put(y, kept), recipe.outliers.mask(x.shape, kept)
     # As the tensor's own dtype holds the result.
     y = widen(y if x.dtype == jnp.float32 else cast(y, get_format(x.dtype)))
-    return y, cut.merge(units), cut.merge(values), recipe.element, apart, shift
+    return y, cut.merge(units), cut.merge(values), apart, shift

@@ -69,7 +69,7 @@ def ends(fmt: Format) -> Ends:
     clipped if the format has none.
     """
     listed = fmt.bits <= 16
-    outward = False
+    outward, values = False, np.zeros(0)
     if isinstance(fmt, FloatFormat):
         odd = fmt.max_code % 2 if fmt.mantissa_bits or fmt.parity == "code" else 1
         outward = odd == 1
@@ -83,7 +83,7 @@ def ends(fmt: Format) -> Ends:
     high = fmt.max + steps[1] / 2
     bounds = [_within(end, outward) for end in (low, high)]
     flush = (-1.0, -1.0)
-    if not isinstance(fmt, TaperedFormat) and listed and (values == 0).any():
+    if not isinstance(fmt, TaperedFormat) and listed and bool(np.any(values == 0)):
         zero = int(np.flatnonzero(values == 0)[0])
         near = [
             -values[zero - 1] if zero else 0.0,

@@ -10,13 +10,13 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.analysis.reductions import blocks_of, largest_magnitude, over_blocks
-from jaxq.analysis.specs import Spec, checked, ends
+from jaxq.analysis.specs import Ends, Spec, checked, ends
+from jaxq.blocks import Cut
 from jaxq.casting import widen
 from jaxq.formats import Format
-from jaxq.grids import Layout, where
+from jaxq.grids import Layout
 from jaxq.quantizers import check_plain_scales
 from jaxq.recipes import Quantizer
-from jaxq.scaling import in_units
 from jaxq.snapping import given_scales, snapped
 
 __all__ = ["Diagnostics", "diagnostics"]
@@ -45,7 +45,8 @@ def diagnostics(
 ) -> Diagnostics:
     """How well a tensor fits a format: one pass over it, no rounding.
 
-    Rounding to nearest is assumed, whatever the recipe's own. With a recipe that makes its scales
+    Rounding to nearest is assumed, whatever the recipe's own, and the ends of a scaled grid are
+    themselves rounded. With a recipe that makes its scales
     from the tensor there is a pass more, for these; with scales that are given there is none.
 
     Args:
@@ -96,22 +97,18 @@ def diagnostics(
 @functools.partial(jax.jit, static_argnames="kind")
 def _diagnostics(x: jax.Array, scale: jax.Array | None, kind: Format | Quantizer) -> Diagnostics:
     wide = widen(x)
-    units, fmt, shift, flushes = wide, kind, np.float32(0), True
-    if isinstance(kind, Quantizer):
-        units, shift = _in_units(x, scale, kind)
-        fmt, flushes = kind.element, kind.zero_point != "minimum"
-    end = ends(fmt)
+    bounds = _in_a_recipe(x, scale, kind) if isinstance(kind, Quantizer) else ends(kind)
     top = largest_magnitude(wide, _FLOAT32)
-    nonfinite = (_FLOAT32.bits(wide) & _FLOAT32.magnitude_mask) >= _FLOAT32.inf
-    overflow = (units > end.high - shift) | (units < end.low - shift)
-    overflow = overflow & ~nonfinite
-    bits = _FLOAT32.bits(units)
+    bits = _FLOAT32.bits(wide)
     magnitude = bits & _FLOAT32.magnitude_mask
-    # As integers: a comparison of floats takes subnormals for 0.
-    flush = where(bits < 0, _FLOAT32.bits(end.negative), _FLOAT32.bits(end.positive))
+    nonfinite = magnitude >= _FLOAT32.inf
+    overflow = ((wide > bounds.high) | (wide < bounds.low)) & ~nonfinite
+    # As integers: a comparison of floats takes subnormals for 0, and -1 is below every magnitude.
+    negative, positive = (
+        jnp.broadcast_to(_FLOAT32.bits(end), x.shape) for end in (bounds.negative, bounds.positive)
+    )
+    flush = lax.select(bits < 0, negative, positive)
     underflow = (magnitude > 0) & (magnitude <= flush) & ~overflow & ~nonfinite
-    if not flushes:
-        underflow = jnp.zeros_like(underflow)
     cut = blocks_of(x.shape, None)
     counts = [v.astype(jnp.int32) for v in (overflow, underflow, nonfinite)]
     top, *counts = over_blocks([top, *counts], cut, None, [lax.max] + [lax.add] * 3)
@@ -119,25 +116,35 @@ def _diagnostics(x: jax.Array, scale: jax.Array | None, kind: Format | Quantizer
     return Diagnostics(_FLOAT32.floats(top), *rates)
 
 
-def _in_units(
-    x: jax.Array, scale: jax.Array | None, recipe: Quantizer
-) -> tuple[jax.Array, jax.Array | np.float32]:
-    """Numbers in units of their scales, and the zero point."""
-    cut, shift = recipe.cut(x.shape), np.float32(0)
+def _in_a_recipe(x: jax.Array, scale: jax.Array | None, recipe: Quantizer) -> Ends:
+    """The ends of the grid where its scales put it, for every element."""
+    cut, end = recipe.cut(x.shape), ends(recipe.element)
     if recipe.outliers is not None:
         x, _ = recipe.outliers.take(x)
-    split = widen(cut.split(x))
     if scale is None:
-        scales = snapped(split, None, None, _to_nearest(recipe), cut)[1]
+        scales = snapped(widen(cut.split(x)), None, None, _to_nearest(recipe), cut)[1]
     else:
         scales = given_scales(cut.spread(jnp.broadcast_to(scale, cut.counts)), None, recipe)
-    if scales.minimum is not None:
-        split = split - scales.minimum
-    units = in_units(split, scales.divisor, recipe.held, reciprocal=recipe.reciprocal)
+    unit, shift, origin = scales.divisor, np.float32(0), np.float32(0)
     if recipe.zero_point == "integer":
         assert scales.zero_point is not None
-        shift = cut.merge(jnp.broadcast_to(scales.zero_point, units.shape))
-    return cut.merge(units), shift
+        shift = scales.zero_point
+    if scales.minimum is not None:
+        origin = scales.minimum
+    low, high = ((bound - shift) * unit + origin for bound in (end.low, end.high))
+    flushes = recipe.zero_point != "minimum" and end.positive >= 0
+    size = jnp.abs(unit)
+    parts = [lax.min(low, high), lax.max(low, high)]
+    parts += [
+        size * f if flushes else jnp.full_like(unit, -1) for f in (end.negative, end.positive)
+    ]
+    return Ends(*(_everywhere(part, cut) for part in parts))
+
+
+def _everywhere(part: jax.Array, cut: Cut) -> jax.Array:
+    """One number a block, for every element."""
+    shape = tuple(n for pair in zip(cut.counts, cut.block, strict=True) for n in pair)
+    return cut.merge(jnp.broadcast_to(part, shape))
 
 
 def _to_nearest(recipe: Quantizer) -> Quantizer:

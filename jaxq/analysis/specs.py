@@ -65,29 +65,30 @@ class Ends(NamedTuple):
 def ends(fmt: Format) -> Ends:
     """The ends of a format's grid: half a step beyond its lowest and its largest value.
 
-    A number at that very place is clipped if its tie goes outwards. Negative numbers are all
-    clipped if the format has none.
+    A number at that very place is clipped if its tie goes outwards. In an unsigned float format
+    with a NaN, which negative numbers become, all of these are clipped.
     """
     listed = fmt.bits <= 16
-    outward, values = False, np.zeros(0)
+    outward, values, steps = False, np.zeros(2), (0.0, 0.0)
     if isinstance(fmt, FloatFormat):
         odd = fmt.max_code % 2 if fmt.mantissa_bits or fmt.parity == "code" else 1
         outward = odd == 1
     if listed:
         values = fmt.values
         steps = values[1] - values[0], values[-1] - values[-2]
-    else:
-        assert isinstance(fmt, FloatFormat)
-        steps = (math.ldexp(1.0, fmt.emax - fmt.mantissa_bits),) * 2
-    low = fmt.min - steps[0] / 2 if fmt.min < 0 else 0.0
+    if isinstance(fmt, FloatFormat):  # Above a power of two the next step is wider.
+        wide = math.ldexp(1.0, fmt.emax - fmt.mantissa_bits)
+        steps = wide if fmt.signed else values[1] - values[0], wide
+    lost = isinstance(fmt, FloatFormat) and not fmt.signed and fmt.nan is not None
+    low = 0.0 if lost else fmt.min - steps[0] / 2
     high = fmt.max + steps[1] / 2
     bounds = [_within(end, outward) for end in (low, high)]
     flush = (-1.0, -1.0)
     if not isinstance(fmt, TaperedFormat) and listed and bool(np.any(values == 0)):
         zero = int(np.flatnonzero(values == 0)[0])
         near = [
-            -values[zero - 1] if zero else 0.0,
-            values[zero + 1] if zero + 1 < len(values) else 0.0,
+            -values[zero - 1] if zero else -2 * low,
+            values[zero + 1] if zero + 1 < len(values) else 2 * high,
         ]
         flush = (near[0] / 2, near[1] / 2)
         if isinstance(fmt, CodebookFormat):  # A tie goes one way, whatever the sign.

@@ -3,8 +3,8 @@
 Numbers are independent and of variance one. Of a block of n the largest magnitude a has a known
 density; given a, one of the numbers is it and the others are cut off at ±a. So the expected error
 is an integral over a of what a fixed grid makes of numbers between -a and a; with a zero point,
-over the lowest and the largest. The scales for a are the recipe's own, from `jaxq.snapping`, with all
-their rounding; everything else is float64 on NumPy.
+over the lowest and the largest. The scales for a are the recipe's own, from `jaxq.snapping`, with
+all their rounding; everything else is float64 on NumPy.
 """
 
 import math
@@ -85,7 +85,7 @@ def expected_error(
       >>> round(expected_error("int8_tensor", (1024,)).sqnr_db, 1)
       42.1
       >>> round(expected_error("mxfp4", (64, 64), "laplace").sqnr_db, 1)
-      17.0
+      18.0
     """
     kind, d = meaning(spec), get_distribution(distribution)
     size = math.prod(shape)

@@ -316,7 +316,8 @@ class TestCodes:
 
 class TestDiagnostics:
     @pytest.mark.usefixtures("eager")
-    @pytest.mark.parametrize("fmt", catalog.ALL.values(), ids=lambda fmt: fmt.name)
+    # A takum's ends are beyond float32.
+    @pytest.mark.parametrize("fmt", [f for f in catalog.ALL.values() if "takum" not in f.name])
     def test_is_what_a_cast_does_at_every_end(self, fmt):
         edge = np.array([v for v in ends(fmt) if v > 0 or v < -1], np.float32)
         edge = np.concatenate([edge, -edge, [0.0, 0.6, -0.6, 1e-45, 3e38, -3e38]])
@@ -335,10 +336,15 @@ class TestDiagnostics:
         if lost.any():
             np.testing.assert_array_equal(over, lost)
         elif fmt.bits <= 16:
-            step = np.diff(fmt.values) * (1 + 1e-6)
+            step = np.diff(fmt.values)
+            if isinstance(fmt, jaxq.FloatFormat):  # Above a power of two it is wider.
+                step[-1] = 2.0 ** (fmt.emax - fmt.mantissa_bits)
             error = np.abs(y.astype(np.float64) - x)
-            beyond = (x > fmt.max) & (error > step[-1] / 2)
-            beyond |= (x < fmt.min) & (error > step[0] / 2)
+            if fmt.min < 0 and isinstance(fmt, jaxq.FloatFormat):
+                step[0] = step[-1]
+            slack = 1e-7 * fmt.max  # The ends are float32 numbers.
+            beyond = (x > fmt.max) & (error > step[-1] / 2 + slack)
+            beyond |= (x < fmt.min) & (error > step[0] / 2 + slack)
             assert (over[beyond]).all()
             assert (error[over] >= np.minimum(step[0], step[-1]) * 0.499).all()
         flushed = (y == 0) & (x.view(np.int32) & 0x7FFFFFFF != 0) & ~over

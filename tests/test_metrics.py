@@ -16,6 +16,7 @@ from jaxq.analysis.metrics import _compare
 from jaxq.analysis.specs import ends
 from jaxq.blocks import PerBlock, PerChannel
 
+FORMATS = [fmt for name, fmt in catalog.ALL.items() if "takum" not in name]
 SEED = np.random.default_rng(0)
 
 
@@ -317,7 +318,7 @@ class TestCodes:
 class TestDiagnostics:
     @pytest.mark.usefixtures("eager")
     # A takum's ends are beyond float32.
-    @pytest.mark.parametrize("fmt", [f for f in catalog.ALL.values() if "takum" not in f.name])
+    @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
     def test_is_what_a_cast_does_at_every_end(self, fmt):
         edge = np.array([v for v in ends(fmt) if v > 0 or v < -1], np.float32)
         edge = np.concatenate([edge, -edge, [0.0, 0.6, -0.6, 1e-45, 3e38, -3e38]])

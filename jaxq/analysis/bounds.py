@@ -66,20 +66,27 @@ def lloyd_max(count: int, distribution: "str | Distribution" = "gaussian") -> Ll
     if count == 1:
         return LloydMax(np.zeros(1), np.zeros(0), 1.0)
     odd = count % 2 == 1
-    half, error = _dense(count, d), math.inf  # The positive levels; the others mirror them.
-    for _ in range(200):
-        step, size = _newton(half, odd, d), 1.0
-        # No further than the levels keep their order, and the equations come nearer to hold.
-        while size > 1e-6:
-            tried = half - size * step
+    half = _dense(count, d)  # The positive levels; the others mirror them.
+    for _ in range(1000):
+        mass, first, second = _cells(half, odd, d)
+        away = first / mass
+        if np.abs(away).max() <= 1e-13 * half[-1]:
+            break
+        tried, size = half, 1.0
+        while size > 1e-3:  # No further than the levels keep their order and the error falls.
+            tried = half - size * _newton(half, odd, mass, first, d)
             if tried[0] > 0 and (np.diff(tried) > 0).all() and tried[-1] <= d.support:
-                now = float(np.abs(_cells(tried, odd, d)[1]).max())
-                if now < error:
+                now = _cells(tried, odd, d)
+                closer = np.abs(now[1]).max() < np.abs(first).max()
+                if closer or now[2].sum() < second.sum() * (1 - 1e-9):
                     break
             size /= 2
         else:
-            break
-        half, error = tried, now
+            # Lloyd's own step always lowers the error, until there are no digits left to gain.
+            if np.abs(away).max() <= 1e-9 * half[-1]:
+                break
+            tried = half + away
+        half = tried
     levels = np.concatenate([-half[::-1], np.zeros(int(odd)), half])
     mse = 2 * float(_cells(half, odd, d)[2].sum())
     if odd:  # The cell of 0 itself.
@@ -124,11 +131,12 @@ def _moments(
     return moments
 
 
-def _newton(half: np.ndarray, odd: bool, d: Distribution) -> np.ndarray:
+def _newton(
+    half: np.ndarray, odd: bool, mass: np.ndarray, first: np.ndarray, d: Distribution
+) -> np.ndarray:
     """Newton's step: each level less the mean of its cell, times the cell's mass, shall be 0."""
     from scipy import linalg
 
-    mass, first, _ = _cells(half, odd, d)
     # What a threshold that moves with a level by half takes from the cells on both sides.
     pull = d.density((half[1:] + half[:-1]) / 2) * np.diff(half) / 4
     bands = np.zeros((3, len(half)))

@@ -138,7 +138,8 @@ def _in_a_recipe(x: jax.Array, scale: jax.Array | None, recipe: Quantizer) -> En
     parts += [
         size * f if flushes else jnp.full_like(unit, -1) for f in (end.negative, end.positive)
     ]
-    return Ends(*(_everywhere(part, cut) for part in parts))
+    below, above, negative, positive = (_everywhere(part, cut) for part in parts)
+    return Ends(low=below, high=above, negative=negative, positive=positive)
 
 
 def _everywhere(part: jax.Array, cut: Cut) -> jax.Array:

@@ -55,10 +55,10 @@ class Ends(NamedTuple):
     `positive` become 0; both are -1 where no number but 0 itself does.
     """
 
-    low: np.float32
-    high: np.float32
-    negative: np.float32
-    positive: np.float32
+    low: np.float32 | jax.Array
+    high: np.float32 | jax.Array
+    negative: np.float32 | jax.Array
+    positive: np.float32 | jax.Array
 
 
 @functools.cache
@@ -93,10 +93,9 @@ def ends(fmt: Format) -> Ends:
         flush = (near[0] / 2, near[1] / 2)
         if isinstance(fmt, CodebookFormat):  # A tie goes one way, whatever the sign.
             out = 0 if fmt.ties == "down" else 1
-            flush = tuple(
-                float(np.nextafter(np.float32(v), np.float32(0))) if i == out else v
-                for i, v in enumerate(flush)
-            )
+            if (zero > 0, zero + 1 < len(values))[out]:  # Nothing ties beyond the ends.
+                inner = float(np.nextafter(np.float32(flush[out]), np.float32(0)))
+                flush = (inner, flush[1]) if out == 0 else (flush[0], inner)
     elif not listed:
         flush = (fmt.tiny / 2,) * 2
     return Ends(bounds[0], bounds[1], np.float32(flush[0]), np.float32(flush[1]))

@@ -147,8 +147,8 @@ def _measured(recipe: Quantizer, d: Distribution) -> tuple[np.ndarray, np.ndarra
 def _maps(recipe: Quantizer, low: np.ndarray, high: np.ndarray) -> Maps:
     """What the recipe's scales for ranges do to numbers."""
     with jax.ensure_compile_time_eval():
-        ends = (jnp.asarray(np.asarray(end, np.float32)) for end in (low, high))
-        scales = scales_of(*ends, recipe)
+        below, above = (jnp.asarray(end, jnp.float32) for end in (low, high))
+        scales = scales_of(below, above, recipe)
     zero = np.zeros(len(low))
     divisor, step = (np.asarray(a, np.float64) for a in (scales.divisor, scales.step))
     # A block whose scale is 0 is zeros: the step is, and any divisor will do.

@@ -15,6 +15,7 @@ from jaxq.analysis.diagnostics import _diagnostics
 from jaxq.analysis.metrics import _compare
 from jaxq.analysis.specs import ends
 from jaxq.blocks import PerBlock, PerChannel
+from jaxq.ranges import Sigmas
 
 FORMATS = [fmt for name, fmt in catalog.ALL.items() if "takum" not in name]
 SEED = np.random.default_rng(0)
@@ -235,6 +236,19 @@ class TestQuantizationError:
         assert got.clipped[1, 1] == one.clipped
         assert float(got.errors.mse[1, 1]) == pytest.approx(float(one.errors.mse), rel=1e-6)
 
+    def test_clipping_around_a_zero_point(self):
+        x = (SEED.standard_normal((16, 32)) + 0.5).astype(np.float32)
+        recipe = jaxq.Quantizer("uint4", zero_point="integer", range=Sigmas(1.0))
+        q = jaxq.quantize(x, recipe)
+        units = x / np.float64(q.scale[0, 0]) + int(q.zero_point[0, 0])
+        clipped = (units > 15.5) | (units < -0.5)
+        assert 0.2 < clipped.mean() < 0.5
+        square = (np.asarray(q.dequantize(), np.float64) - x) ** 2
+        got = quantization_error(x, recipe)
+        assert float(got.clipped) == clipped.mean() == diagnostics(x, recipe).overflow
+        assert float(got.clip_mse) == pytest.approx((square * clipped).mean(), rel=1e-5)
+        assert float(got.rounding_mse) == pytest.approx((square * ~clipped).mean(), rel=1e-5)
+
     def test_parts_add_up_for_every_structure(self):
         x = SEED.standard_normal((128, 256)).astype(np.float32)
         recipes = ["uint4_channel", "q4_1", "nvfp4"]
@@ -405,7 +419,7 @@ class TestTrees:
     def test_total_is_that_of_all_numbers(self):
         params = {
             "a": {"w": SEED.standard_normal((8, 64)).astype(np.float32)},
-            "b": {"w": 3 * SEED.standard_normal((16, 32)).astype(np.float32)},
+            "b": {"w": 3 * SEED.standard_normal((16, 96)).astype(np.float32)},
             "bias": np.ones(3, np.float32),
             "step": np.int32(3),
         }

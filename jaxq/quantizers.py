@@ -20,18 +20,18 @@ from jaxq.casting import as_dtype, encode, floats, widen
 from jaxq.catalog import get_format
 from jaxq.codecs import decode, pack, unpack
 from jaxq.formats import Format
-from jaxq.gradients import get_gradient
+from jaxq.gradients import Gradient, Scaling, Snap, get_gradient, wants_neighbours
 from jaxq.grids import where
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
-from jaxq.snapping import Scales, given_scales, restored, snapped
+from jaxq.snapping import Scales, given_scales, neighbours, restored, snapped
 
 __all__ = ["Quantized", "check_plain_scales", "dequantize", "fake_quant", "quantize"]
 
 _FLOAT32 = get_format("float32")
 _WHOLE_BYTES = (8, 16)  # Widths of codes that need no packing.
 
-_Given = tuple[jax.Array | None, jax.Array | None] | None  # Scales and zero points.
+_Given = tuple[jax.Array, jax.Array | None] | None  # Scales and zero points.
 
 
 @functools.partial(
@@ -180,8 +180,10 @@ def fake_quant(
         per tensor.
       scale: float32 scales to use instead of those that x itself would get, as
         `jaxq.calibration.finalize` gives them: one a block, or an array that broadcasts to that.
-        They are rounded to the recipe's `scale_format`.
-      zero_point: the zero points beside them, where the recipe has any.
+        They are rounded to the recipe's `scale_format`, and differentiate as `jaxq.gradients` says,
+        so that they can be learned; `jax.lax.stop_gradient` makes them constants.
+      zero_point: the zero points beside them, where the recipe has any; integer ones are rounded to
+        the integers of the format.
       key: a key of `jax.random` for a stochastic recipe, and only then.
 
     Returns:
@@ -277,11 +279,12 @@ def dequantize(q: Quantized) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="recipe")
 def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
     cut, held = recipe.cut(x.shape), lax.stop_gradient(x)
-    outliers = ()
+    outliers, apart = (), None
     if recipe.outliers is not None:
         held, outliers = recipe.outliers.take(held)
-    scales = _spread(given, recipe, cut)
-    values, scales = snapped(widen(cut.split(held)), scales, key, recipe, cut)
+    scales = _spread(lax.stop_gradient(given), recipe, cut)
+    held = widen(cut.split(held))
+    values, scales = snapped(held, scales, key, recipe, cut)
     y = restored(values, scales.step, scales.zero_point, recipe)
     low, high, split = scales.low, scales.high, cut.split(x)
     if recipe.outliers is not None:  # Whatever is kept apart is not clipped.
@@ -291,8 +294,49 @@ def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quan
             where(apart, np.float32(none), jnp.broadcast_to(end, apart.shape))
             for none, end in ((-np.inf, low), (np.inf, high))
         )
-    y, low, high = (as_dtype(a, x.dtype) for a in (y, low, high))
-    return cut.merge(gradients.attach(get_gradient(recipe.gradient), y, split, low, high))
+    estimator = get_gradient(recipe.gradient)
+    others = (y, low, high, *_neighbours(held, y, apart, scales, recipe, estimator))
+    snap = Snap(split, *(as_dtype(a, x.dtype) for a in others))
+    scaling = None if given is None else _scaling(given, values, apart, scales, recipe, cut)
+    return cut.merge(gradients.attach(estimator, snap, scaling))
+
+
+def _neighbours(
+    x: jax.Array,
+    y: jax.Array,
+    apart: jax.Array | None,
+    scales: Scales,
+    recipe: Quantizer,
+    estimator: Gradient,
+) -> tuple[jax.Array, ...]:
+    """The neighbours of a split tensor, where an estimator asks for them."""
+    if not wants_neighbours(estimator):
+        return ()
+    below, above = neighbours(x, scales, recipe)
+    return (below, above) if apart is None else (where(apart, y, below), where(apart, y, above))
+
+
+def _scaling(
+    given: tuple[jax.Array, jax.Array | None],
+    values: jax.Array,
+    apart: jax.Array | None,
+    scales: Scales,
+    recipe: Quantizer,
+    cut: Cut,
+) -> Scaling:
+    """Scales that were given, rounded as they are used, and differentiable."""
+
+    def through(used: jax.Array, source: jax.Array) -> jax.Array:
+        return gradients.passed(used, cut.spread(jnp.broadcast_to(source, cut.counts)))
+
+    zero_point = None
+    if scales.zero_point is not None and given[1] is not None:
+        zero_point = through(scales.zero_point, given[1])
+    pair = (zero_point, None) if recipe.zero_point == "integer" else (None, zero_point)
+    largest = np.float32(recipe.element.max)
+    scaling = Scaling(through(scales.step, given[0]), *pair, values, cut.sizes, largest)
+    # What is kept apart does not depend on them.
+    return scaling if apart is None else scaling.constant_where(apart)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")

@@ -13,14 +13,15 @@ from jax import numpy as jnp
 
 from jaxq.blocks import Cut
 from jaxq.calibrators import get_calibrator
-from jaxq.casting import cast
+from jaxq.casting import cast, enclosing
 from jaxq.formats import IntFormat
 from jaxq.grids import BinaryGrid, Layout, where
 from jaxq.ranges import Range
 from jaxq.recipes import Quantizer
+from jaxq.rounding import Rounding
 from jaxq.scaling import SCALES, held, in_units, kept, span, times, zero_point_of
 
-__all__ = ["Scales", "given_scales", "numbers", "restored", "scales_of", "snapped"]
+__all__ = ["Scales", "given_scales", "neighbours", "numbers", "restored", "scales_of", "snapped"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -107,7 +108,8 @@ def given_scales(scale: jax.Array, zero_point: jax.Array | None, recipe: Quantiz
     step = kept(held(scale, scale, scale_format))
     minimum, low, high = None, np.float32(fmt.min), np.float32(fmt.max)
     if zero_point is not None and recipe.zero_point == "integer":
-        assert isinstance(fmt, IntFormat)
+        zero_point = lax.round(zero_point, lax.RoundingMethod.TO_NEAREST_EVEN)
+        zero_point = kept(lax.clamp(low, zero_point, high))
         low, high = low - zero_point, high - zero_point
     elif zero_point is not None:
         minimum = zero_point = kept(cast(zero_point, scale_format))
@@ -121,19 +123,51 @@ def given_scales(scale: jax.Array, zero_point: jax.Array | None, recipe: Quantiz
 
 def numbers(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
     """A split float32 tensor in units of its scales, on the grid, the zero point taken away."""
-    fmt = recipe.element
+    return _on_grid(_in_units(x, scales, recipe), scales, recipe.rounding, key, recipe)
+
+
+def neighbours(x: jax.Array, scales: Scales, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
+    """The two values between which each number of a split float32 tensor lies: below, above."""
+
+    def snap(units: jax.Array, mode: Rounding) -> jax.Array:
+        return _on_grid(units, scales, mode, None, recipe)
+
+    pair = enclosing(_in_units(x, scales, recipe), *_ends(scales, recipe), snap)
+    one, other = (restored(v, scales.step, scales.zero_point, recipe) for v in pair)
+    return lax.min(one, other), lax.max(one, other)  # A scale may be negative.
+
+
+def _in_units(x: jax.Array, scales: Scales, recipe: Quantizer) -> jax.Array:
+    """A tensor less its minimum, in units of its scales."""
     if scales.minimum is not None:
         x = x - scales.minimum
-    units = in_units(x, scales.divisor, recipe.held, reciprocal=recipe.reciprocal)
+    return in_units(x, scales.divisor, recipe.held, reciprocal=recipe.reciprocal)
+
+
+def _ends(scales: Scales, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
+    """The ends of the grid, the zero point taken away."""
+    low, high = jnp.float32(recipe.element.min), jnp.float32(recipe.element.max)
     if recipe.zero_point != "integer":
-        return cast(units, fmt, rounding=recipe.rounding, overflow="saturate", key=key)
-    # Rounded first and the zero point added after: the other order rounds half to another side.
-    assert isinstance(fmt, IntFormat)
+        return low, high
     assert scales.zero_point is not None
-    lowest, highest = (np.float32(end) - scales.zero_point for end in (fmt.min_int, fmt.max_int))
+    return low - scales.zero_point, high - scales.zero_point
+
+
+def _on_grid(
+    units: jax.Array,
+    scales: Scales,
+    rounding: str | Rounding,
+    key: jax.Array | None,
+    recipe: Quantizer,
+) -> jax.Array:
+    """Units rounded to the grid, the zero point taken away."""
+    if recipe.zero_point != "integer":
+        return cast(units, recipe.element, rounding=rounding, overflow="saturate", key=key)
+    # Rounded first and the zero point added after: the other order rounds half to another side.
+    lowest, highest = _ends(scales, recipe)
     inside = lax.max(units, jnp.broadcast_to(lowest, units.shape))
     inside = lax.min(inside, jnp.broadcast_to(highest, units.shape))
-    return cast(inside, _WHOLE, rounding=recipe.rounding, key=key)
+    return cast(inside, _WHOLE, rounding=rounding, key=key)
 
 
 def restored(

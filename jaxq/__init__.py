@@ -1,6 +1,6 @@
 """jaxq: low-precision number formats and quantizers for JAX, bit-exact and differentiable."""
 
-from jaxq import calibration, calibrators, catalog, gguf, gradients, presets, rounding
+from jaxq import calibration, calibrators, catalog, gguf, gradients, presets, qat, rounding
 from jaxq.blocks import PerBlock, PerChannel, PerTensor, PerToken
 from jaxq.casting import cast, encode
 from jaxq.catalog import fixed_point, formats_table, get_format, p3109
@@ -10,7 +10,7 @@ from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, Tapered
 from jaxq.grids import BinaryGrid, float_grid, int_grid
 from jaxq.outliers import Outliers
 from jaxq.presets import get_quantizer
-from jaxq.quantizers import Quantized, dequantize, fake_quant, quantize
+from jaxq.quantizers import Quantized, dequantize, fake_quant, neighbours, quantize
 from jaxq.recipes import Quantizer
 from jaxq.rounding import HalfUp, Stochastic
 from jaxq.second_level import DoubleScale, TensorScale
@@ -58,9 +58,11 @@ __all__ = [
     "gguf",
     "gradients",
     "int_grid",
+    "neighbours",
     "p3109",
     "pack",
     "presets",
+    "qat",
     "quantize",
     "quantize_tree",
     "quantized_sharding",

@@ -20,13 +20,13 @@ from jaxq.casting import as_dtype, encode, floats, widen
 from jaxq.catalog import get_format
 from jaxq.codecs import decode, pack, unpack
 from jaxq.formats import Format
-from jaxq.gradients import Gradient, Scaling, Snap, get_gradient, wants_neighbours
+from jaxq.gradients import Scaling, Snap, get_gradient, wants_neighbours
 from jaxq.grids import where
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
-from jaxq.snapping import Scales, given_scales, neighbours, restored, snapped
+from jaxq.snapping import Scales, given_scales, interval, restored, snapped
 
-__all__ = ["Quantized", "check_plain_scales", "dequantize", "fake_quant", "quantize"]
+__all__ = ["Quantized", "check_plain_scales", "dequantize", "fake_quant", "neighbours", "quantize"]
 
 _FLOAT32 = get_format("float32")
 _WHOLE_BYTES = (8, 16)  # Widths of codes that need no packing.
@@ -212,6 +212,42 @@ def fake_quant(
     return _fake_quant(array, given, key, recipe)
 
 
+def neighbours(
+    x: jax.typing.ArrayLike,
+    recipe: "str | Format | Quantizer",
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    zero_point: jax.typing.ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The two values between which each number lies, of those that `fake_quant` could give it.
+
+    Args:
+      x: as in `fake_quant`.
+      recipe: as in `fake_quant`. Whatever its rounding.
+      scale: as in `fake_quant`; `scale=1.0` makes it the grid of the format itself.
+      zero_point: as in `fake_quant`.
+
+    Returns:
+      `below` and `above`, arrays of x's shape and dtype, without a gradient; below <= x < above up
+      to a scale's rounding, and for a number beyond the ends of the grid the last two. A number
+      that is kept apart has itself twice, and so do the zeros of a block of zeros.
+
+    Raises:
+      TypeError: as in `fake_quant`.
+      ValueError: as in `fake_quant`.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp
+      >>> below, above = jaxq.neighbours(jnp.array([0.3, -1.0, 7.0]), "float4_e2m1fn", scale=1.0)
+      >>> below.tolist(), above.tolist()
+      ([0.0, -1.0, 4.0], [0.5, -0.5, 6.0])
+    """
+    array, recipe = _checked("neighbours", x, recipe)
+    given = _given("neighbours", array.shape, recipe, scale, zero_point)
+    recipe = dataclasses.replace(recipe, rounding="nearest_even")  # It needs no key.
+    return _neighbours(lax.stop_gradient(array), lax.stop_gradient(given), recipe)
+
+
 def quantize(
     x: jax.typing.ArrayLike,
     recipe: "str | Format | Quantizer",
@@ -278,15 +314,34 @@ def dequantize(q: Quantized) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
+    estimator = get_gradient(recipe.gradient)
+    snap, scaling = _snapped(x, given, key, recipe, wants_neighbours(estimator))
+    return recipe.cut(x.shape).merge(gradients.attach(estimator, snap, scaling))
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _neighbours(x: jax.Array, given: _Given, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
+    cut = recipe.cut(x.shape)
+    snap, _ = _snapped(x, given, None, recipe, True)
+    return cut.merge(snap.below), cut.merge(snap.above)
+
+
+def _snapped(
+    x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer, around: bool
+) -> tuple[Snap, Scaling | None]:
+    """A split tensor and what it is snapped to, with its neighbours if they are asked for.
+
+    Only the tensor itself, and the scales that were given, are differentiable.
+    """
     cut, held = recipe.cut(x.shape), lax.stop_gradient(x)
     outliers, apart = (), None
     if recipe.outliers is not None:
         held, outliers = recipe.outliers.take(held)
-    scales = _spread(lax.stop_gradient(given), recipe, cut)
-    held = widen(cut.split(held))
+    held, scales = widen(cut.split(held)), _spread(lax.stop_gradient(given), recipe, cut)
     values, scales = snapped(held, scales, key, recipe, cut)
     y = restored(values, scales.step, scales.zero_point, recipe)
-    low, high, split = scales.low, scales.high, cut.split(x)
+    pair = interval(held, scales, recipe) if around else ()
+    low, high = scales.low, scales.high
     if recipe.outliers is not None:  # Whatever is kept apart is not clipped.
         y = cut.split(recipe.outliers.put(cut.merge(y), outliers))
         apart = cut.split(recipe.outliers.mask(x.shape, outliers))
@@ -294,26 +349,10 @@ def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quan
             where(apart, np.float32(none), jnp.broadcast_to(end, apart.shape))
             for none, end in ((-np.inf, low), (np.inf, high))
         )
-    estimator = get_gradient(recipe.gradient)
-    others = (y, low, high, *_neighbours(held, y, apart, scales, recipe, estimator))
-    snap = Snap(split, *(as_dtype(a, x.dtype) for a in others))
+        pair = tuple(where(apart, y, v) for v in pair)
+    snap = Snap(cut.split(x), *(as_dtype(a, x.dtype) for a in (y, low, high, *pair)))
     scaling = None if given is None else _scaling(given, values, apart, scales, recipe, cut)
-    return cut.merge(gradients.attach(estimator, snap, scaling))
-
-
-def _neighbours(
-    x: jax.Array,
-    y: jax.Array,
-    apart: jax.Array | None,
-    scales: Scales,
-    recipe: Quantizer,
-    estimator: Gradient,
-) -> tuple[jax.Array, ...]:
-    """The neighbours of a split tensor, where an estimator asks for them."""
-    if not wants_neighbours(estimator):
-        return ()
-    below, above = neighbours(x, scales, recipe)
-    return (below, above) if apart is None else (where(apart, y, below), where(apart, y, above))
+    return snap, scaling
 
 
 def _scaling(

@@ -21,7 +21,7 @@ from jaxq.recipes import Quantizer
 from jaxq.rounding import Rounding
 from jaxq.scaling import SCALES, held, in_units, kept, span, times, zero_point_of
 
-__all__ = ["Scales", "given_scales", "neighbours", "numbers", "restored", "scales_of", "snapped"]
+__all__ = ["Scales", "given_scales", "interval", "numbers", "restored", "scales_of", "snapped"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -126,7 +126,7 @@ def numbers(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Quantiz
     return _on_grid(_in_units(x, scales, recipe), scales, recipe.rounding, key, recipe)
 
 
-def neighbours(x: jax.Array, scales: Scales, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
+def interval(x: jax.Array, scales: Scales, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
     """The two values between which each number of a split float32 tensor lies: below, above."""
 
     def snap(units: jax.Array, mode: Rounding) -> jax.Array:

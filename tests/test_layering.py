@@ -30,6 +30,7 @@ LAYERS = [
     "presets",
     "snapping",
     "quantizers",
+    "qat",
     "calibration",
     "gguf",
     "sharding",

@@ -92,6 +92,15 @@ class Scaling(NamedTuple):
             minimum=None if self.minimum is None else change(self.minimum),
         )
 
+    def moved(self, v: jax.Array) -> jax.Array:
+        """A value of the grid, that moves with scale and zero point as the grid does."""
+        some, m = self.scale != 0, 0 if self.minimum is None else self.minimum
+        level = (v.astype(jnp.float32) - m) / jnp.where(some, self.scale, 1)
+        units = lax.stop_gradient(jnp.where(some, level, 0))
+        if self.zero_point is not None:
+            units = units - (self.zero_point - lax.stop_gradient(self.zero_point))
+        return passed(v, (units * self.scale + m).astype(v.dtype))
+
     def constant_where(self, mask: jax.Array) -> "Scaling":
         """The same numbers, without a derivative where a mask is true."""
         return self.differing(lambda v: jnp.where(mask, lax.stop_gradient(v), v))
@@ -250,11 +259,11 @@ class Dsq:
 
     def __call__(self, tangent: jax.Array, snap: Snap) -> jax.Array:
         """The tangent times the slope."""
-        below, above = _interval(snap)
+        x, below, above = (v.astype(jnp.float32) for v in (snap.x, *_interval(snap)))
         inside = (snap.low <= snap.x) & (snap.x <= snap.high)
         width = above - below
         flat = ~(inside & (width > 0))  # Nothing is divided by 0, in a second derivative neither.
-        t = jnp.where(flat, 0, snap.x - below) / jnp.where(flat, 1, width) - 0.5
+        t = jnp.where(flat, 0, x - below) / jnp.where(flat, 1, width) - 0.5
         k = math.log(2 / self.alpha - 1)
         slope = (1 - jnp.tanh(k * t) ** 2) * (k / 2 / math.tanh(k / 2))
         slope = jnp.where(width > 0, slope, 1)

@@ -350,9 +350,12 @@ def _snapped(
             for none, end in ((-np.inf, low), (np.inf, high))
         )
         pair = tuple(where(apart, y, v) for v in pair)
-    snap = Snap(cut.split(x), *(as_dtype(a, x.dtype) for a in (y, low, high, *pair)))
-    scaling = None if given is None else _scaling(given, values, apart, scales, recipe, cut)
-    return snap, scaling
+    y, low, high, *pair = (as_dtype(a, x.dtype) for a in (y, low, high, *pair))
+    scaling = None
+    if given is not None:
+        scaling = _scaling(given, values, apart, scales, recipe, cut)
+        pair = map(scaling.moved, pair)
+    return Snap(cut.split(x), y, low, high, *pair), scaling
 
 
 def _scaling(

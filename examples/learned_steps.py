@@ -39,6 +39,12 @@ Layer = dict[str, jax.Array]
 Quantize = Callable[[Layer, str], Callable[[jax.Array], jax.Array]]
 Data = tuple[jax.Array, jax.Array]
 
+COLUMNS = (
+    TextColumn("{task.description:40}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+)
 WIDTHS = (4, 3, 2)
 METHODS = ("rounding alone", "straight through, absmax scales", "learned steps (LSQ)")
 RATE, LEARNING_RATE = 4e-3, 8e-3  # Adam's, for float32 and for all that follows.
@@ -270,8 +276,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     seeds, epochs = (2, 30) if args.short else (args.seeds, args.epochs)
 
     console = Console()
-    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with Progress(*COLUMNS, console=console) as progress:
         total = 1 + len(METHODS) * len(widths)
         task = progress.add_task("training in float32", total=total)
         results = run(

@@ -110,7 +110,11 @@ Gradient: TypeAlias = Callable[[jax.Array, Snap], jax.Array]
 
 
 def straight_through(tangent: jax.Array, snap: Snap) -> jax.Array:
-    """The tangent as it is: the snap counts as the identity (Bengio et al., 2013)."""
+    """The tangent as it is: the snap counts as the identity (Bengio et al., 2013).
+
+    So it does beyond the ends of the grid, which draws a learned scale the wrong way there: learn
+    scales with another.
+    """
     del snap
     return tangent
 

@@ -5,6 +5,9 @@ import pathlib
 import sys
 
 import jax
+import numpy as np
+
+import jaxq
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -34,3 +37,36 @@ def test_digits(tmp_path: pathlib.Path, capsys):
     assert by_label["int8 per tensor"].sqnr_db > 35
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Handwritten digits" in capsys.readouterr().out
+
+
+def test_learned_steps(tmp_path: pathlib.Path, capsys):
+    picture = tmp_path / "learned_steps.png"
+    load("digits")
+    with jax.numpy_dtype_promotion("standard"):
+        results = load("learned_steps").main(["--short", "--output", str(picture)])
+    base, rounded, straight, lsq = (r.accuracy.mean() for r in results)
+    assert base > 0.95
+    assert rounded < base - 0.3, "rounding alone collapses"
+    assert lsq > straight + 0.03
+    assert lsq > base - 0.05
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "learned steps" in capsys.readouterr().out
+
+
+def test_estimators(tmp_path: pathlib.Path, capsys):
+    picture = tmp_path / "estimators.png"
+    load("digits")
+    load("learned_steps")
+    with jax.numpy_dtype_promotion("standard"):
+        results = load("estimators").main(["--short", "--output", str(picture)])
+    quality = results.quality
+    np.testing.assert_allclose(quality["zero"].bias, 1)
+    np.testing.assert_allclose(quality["zero"].deviation, 0)
+    # With noise beyond a step the staircase is a clip, whose derivative these have.
+    assert quality["clipped"].bias[-1] < 0.02 < quality["straight_through"].bias[-1]
+    assert quality["dsq"].bias[0] < quality["clipped"].bias[0] < quality["zero"].bias[0]
+    accuracy = {name: a.mean() for (name, _), a in results.accuracy.items()}
+    assert set(accuracy) == set(jaxq.gradients.ALL)
+    assert accuracy["lsq"] > accuracy["zero"] + 0.05
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "trust_region" in capsys.readouterr().out

@@ -168,10 +168,9 @@ def picture(results: Results, path: pathlib.Path) -> None:
             if line:
                 style = {"color": colour, "linestyle": line, "linewidth": 1.8, "markersize": 6}
                 at = slice(None, None, 4)
-                axes.plot(NOISES, getattr(quality, what), **style)
-                axes.plot(
-                    NOISES[at], getattr(quality, what)[at], marker, color=colour, linestyle=""
-                )
+                values = getattr(quality, what)
+                axes.plot(NOISES, values, **style)
+                axes.plot(NOISES[at], values[at], marker, color=colour, linestyle="")
                 handles[label] = Line2D([], [], marker=marker, **style)
             else:
                 handles[label] = Line2D([], [], marker=marker, color=colour, linestyle="")

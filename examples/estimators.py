@@ -170,7 +170,7 @@ def picture(results: Results, path: pathlib.Path) -> None:
                 at = slice(None, None, 4)
                 values = getattr(quality, what)
                 axes.plot(NOISES, values, **style)
-                axes.plot(NOISES[at], values[at], marker, color=colour, linestyle="")
+                axes.plot(NOISES[at], values[at], marker=marker, color=colour, linestyle="")
                 handles[label] = Line2D([], [], marker=marker, **style)
             else:
                 handles[label] = Line2D([], [], marker=marker, color=colour, linestyle="")

@@ -23,6 +23,7 @@ from jaxq.recipes import Quantizer
 
 __all__ = [
     "adaround",
+    "adaround_init",
     "adaround_penalty",
     "dorefa",
     "fractional_bits",
@@ -162,7 +163,7 @@ def soft_round(
     a, low, high = (v.astype(jnp.float32) for v in (x, below, above))
     width = high - low
     some, inside = width > 0, (low <= a) & (a <= high)
-    t = (jnp.where(inside, a, low) - low) / jnp.where(some, width, 1) - 0.5
+    t = (jnp.where(inside, a, low) - low) / _some(width) - 0.5
     k = jnp.log(2 / jnp.asarray(alpha, jnp.float32) - 1)
     y = low + width * (0.5 + 0.5 * jnp.tanh(k * t) / jnp.tanh(k / 2))
     y = jnp.where(inside, y, jnp.clip(lax.stop_gradient(a), low, high))
@@ -217,7 +218,7 @@ def rectified_sigmoid(v: jax.Array) -> jax.Array:
 
 
 def rectified_sigmoid_inverse(h: jax.Array) -> jax.Array:
-    """The v for which `rectified_sigmoid(v)` is h, in [0, 1].
+    """The v for which `rectified_sigmoid(v)` is h, clipped to [0, 1].
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -225,15 +226,33 @@ def rectified_sigmoid_inverse(h: jax.Array) -> jax.Array:
       >>> print(np.array(rectified_sigmoid(v)).round(5))
       [0.  0.3 1. ]
     """
-    return -jnp.log((_ZETA - _GAMMA) / (h - _GAMMA) - 1)
+    return -jnp.log((_ZETA - _GAMMA) / (jnp.clip(h, 0, 1) - _GAMMA) - 1)
+
+
+def adaround_init(w: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
+    """The variables that AdaRound begins with: `adaround` makes w itself of them.
+
+    Args:
+      w: the weights.
+      below: as in `soft_round`.
+      above: as in `soft_round`.
+
+    Returns:
+      An array like w. What lies beyond the grid begins at its end; of an interval without width, at
+      0.
+
+    References:
+      As for `rectified_sigmoid`.
+    """
+    width = above - below
+    return rectified_sigmoid_inverse(jnp.where(width > 0, w - below, 0.5) / _some(width))
 
 
 def adaround(v: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
     """AdaRound's soft weights: below + (above - below) h(v), h being `rectified_sigmoid`.
 
     Args:
-      v: the variables that are learned, in the weights' shape. Begin with
-        `rectified_sigmoid_inverse((w - below) / (above - below))`, which gives w itself.
+      v: the variables that are learned, in the weights' shape; `adaround_init` begins them.
       below: as in `soft_round`.
       above: as in `soft_round`.
 
@@ -244,7 +263,7 @@ def adaround(v: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
       >>> import jaxq, jax.numpy as jnp, numpy as np
       >>> w = jnp.array([0.3, -1.2])
       >>> below, above = jaxq.neighbours(w, "int4", scale=1.0)
-      >>> v = rectified_sigmoid_inverse((w - below) / (above - below))
+      >>> v = adaround_init(w, below, above)
       >>> print(np.array(adaround(v, below, above)).round(4))
       [ 0.3 -1.2]
 
@@ -306,3 +325,8 @@ def fractional_bits(at: Callable[[jax.Array], jax.Array], bits: jax.Array) -> ja
     n = whole.astype(jnp.int32)
     lower, upper = at(n), at(n + 1)
     return lower + (bits - whole).astype(lower.dtype) * (upper - lower)
+
+
+def _some(width: jax.Array) -> jax.Array:
+    """A width to divide by, 1 where there is none."""
+    return jnp.where(width > 0, width, 1)

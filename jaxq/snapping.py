@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from jaxq.blocks import Cut
 from jaxq.calibrators import get_calibrator
 from jaxq.casting import cast, enclosing
-from jaxq.formats import IntFormat
+from jaxq.formats import Format, IntFormat
 from jaxq.grids import BinaryGrid, Layout, where
 from jaxq.ranges import Range
 from jaxq.recipes import Quantizer
@@ -106,7 +106,7 @@ def given_scales(scale: jax.Array, zero_point: jax.Array | None, recipe: Quantiz
     """Scales that are given, as their format holds them, and the range that they cover."""
     fmt, scale_format = recipe.element, recipe.held
     step = kept(held(scale, scale, scale_format))
-    minimum, low, high = None, np.float32(fmt.min), np.float32(fmt.max)
+    minimum, (low, high) = None, _limits(fmt)
     if zero_point is not None and recipe.zero_point == "integer":
         zero_point = lax.round(zero_point, lax.RoundingMethod.TO_NEAREST_EVEN)
         zero_point = kept(lax.clamp(low, zero_point, high))
@@ -146,11 +146,17 @@ def _in_units(x: jax.Array, scales: Scales, recipe: Quantizer) -> jax.Array:
 
 def _ends(scales: Scales, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
     """The ends of the grid, the zero point taken away."""
-    low, high = jnp.float32(recipe.element.min), jnp.float32(recipe.element.max)
+    low, high = _limits(recipe.element)
     if recipe.zero_point != "integer":
-        return low, high
+        return jnp.asarray(low), jnp.asarray(high)
     assert scales.zero_point is not None
     return low - scales.zero_point, high - scales.zero_point
+
+
+def _limits(fmt: Format) -> tuple[np.float32, np.float32]:
+    """The lowest and largest values of a format; infinite where they lie beyond float32."""
+    with np.errstate(over="ignore"):
+        return np.float32(fmt.min), np.float32(fmt.max)
 
 
 def _on_grid(

@@ -24,7 +24,7 @@ from jaxq.gradients import Scaling, Snap, get_gradient, wants_neighbours
 from jaxq.grids import where
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
-from jaxq.snapping import Scales, given_scales, interval, restored, snapped
+from jaxq.snapping import Scales, given_scales, interval, limits, restored, snapped
 
 __all__ = ["Quantized", "check_plain_scales", "dequantize", "fake_quant", "neighbours", "quantize"]
 
@@ -230,7 +230,8 @@ def neighbours(
     Returns:
       `below` and `above`, arrays of x's shape and dtype, without a gradient; below <= x < above up
       to a scale's rounding, and for a number beyond the ends of the grid the last two. A number
-      that is kept apart has itself twice, and so do the zeros of a block of zeros.
+      that is kept apart has itself twice, and so do the zeros of a block of zeros. (Posits and
+      takums round nothing but 0 to 0: between 0 and the least positive one there is no interval.)
 
     Raises:
       TypeError: as in `fake_quant`.
@@ -375,7 +376,7 @@ def _scaling(
     if scales.zero_point is not None and given[1] is not None:
         zero_point = through(scales.zero_point, given[1])
     pair = (zero_point, None) if recipe.zero_point == "integer" else (None, zero_point)
-    largest = np.float32(recipe.element.max)
+    largest = limits(recipe.element)[1]
     scaling = Scaling(through(scales.step, given[0]), *pair, values, cut.sizes, largest)
     # What is kept apart does not depend on them.
     return scaling if apart is None else scaling.constant_where(apart)

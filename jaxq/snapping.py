@@ -21,7 +21,16 @@ from jaxq.recipes import Quantizer
 from jaxq.rounding import Rounding
 from jaxq.scaling import SCALES, held, in_units, kept, span, times, zero_point_of
 
-__all__ = ["Scales", "given_scales", "interval", "numbers", "restored", "scales_of", "snapped"]
+__all__ = [
+    "Scales",
+    "given_scales",
+    "interval",
+    "limits",
+    "numbers",
+    "restored",
+    "scales_of",
+    "snapped",
+]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -106,7 +115,7 @@ def given_scales(scale: jax.Array, zero_point: jax.Array | None, recipe: Quantiz
     """Scales that are given, as their format holds them, and the range that they cover."""
     fmt, scale_format = recipe.element, recipe.held
     step = kept(held(scale, scale, scale_format))
-    minimum, (low, high) = None, _limits(fmt)
+    minimum, (low, high) = None, limits(fmt)
     if zero_point is not None and recipe.zero_point == "integer":
         zero_point = lax.round(zero_point, lax.RoundingMethod.TO_NEAREST_EVEN)
         zero_point = kept(lax.clamp(low, zero_point, high))
@@ -146,14 +155,14 @@ def _in_units(x: jax.Array, scales: Scales, recipe: Quantizer) -> jax.Array:
 
 def _ends(scales: Scales, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
     """The ends of the grid, the zero point taken away."""
-    low, high = _limits(recipe.element)
+    low, high = limits(recipe.element)
     if recipe.zero_point != "integer":
         return jnp.asarray(low), jnp.asarray(high)
     assert scales.zero_point is not None
     return low - scales.zero_point, high - scales.zero_point
 
 
-def _limits(fmt: Format) -> tuple[np.float32, np.float32]:
+def limits(fmt: Format) -> tuple[np.float32, np.float32]:
     """The lowest and largest values of a format; infinite where they lie beyond float32."""
     with np.errstate(over="ignore"):
         return np.float32(fmt.min), np.float32(fmt.max)

@@ -66,7 +66,7 @@ def test_estimators(tmp_path: pathlib.Path, capsys):
     assert quality["clipped"].bias[-1] < 0.02 < quality["straight_through"].bias[-1]
     assert quality["dsq"].bias[0] < quality["clipped"].bias[0] < quality["zero"].bias[0]
     accuracy = {name: a.mean() for (name, _), a in results.accuracy.items()}
-    assert set(accuracy) == set(jaxq.gradients.ALL)
+    assert set(quality) > set(jaxq.gradients.ALL)
     assert accuracy["lsq"] > accuracy["zero"] + 0.05
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "trust_region" in capsys.readouterr().out

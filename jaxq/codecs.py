@@ -264,6 +264,10 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
             f"unpack: {n} codes of {bits} bits fill {-(-n * bits // 8)} bytes, got {size} bytes."
         )
     per_group, group_bytes = _groups(bits)
+    if group_bytes == 1:  # No code lies in two bytes: one operation for all, made of vectors.
+        shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape((1,) * packed.ndim + (-1,))
+        codes = packed[..., None] >> shifts & np.uint8(2**bits - 1)
+        return codes.reshape(*leading, size * per_group)[..., :n]
     groups = -(-n // per_group)
     padding = [(0, 0, 0)] * len(leading) + [(0, groups * group_bytes - size, 0)]
     wide = lax.pad(packed, np.uint8(0), padding).astype(jnp.uint32)

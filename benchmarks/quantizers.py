@@ -65,8 +65,8 @@ def torchao_peers(x: jax.Array) -> Cases:
         return mx_tensor.to_dtype(values, scale, kind, 32, torch.float32)
 
     return {
-        ("torchao, there and back", "mxfp8_e4m3"): lambda: there_and_back(torch.float8_e4m3fn),
-        ("torchao, there and back", "mxfp4"): lambda: there_and_back(torch.float4_e2m1fn_x2),
+        ("torchao, not compiled", "mxfp8_e4m3"): lambda: there_and_back(torch.float8_e4m3fn),
+        ("torchao, not compiled", "mxfp4"): lambda: there_and_back(torch.float4_e2m1fn_x2),
     }
 
 

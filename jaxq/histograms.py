@@ -27,6 +27,7 @@ __all__ = ["Entropy", "MeanSquaredError", "Percentile"]
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 _HELD = get_format("float32")
 _MOST = np.int32(2**31 - 1)
+_OCTAVES = 16  # Below the largest number, that a search looks at one by one.
 
 
 class Histogram(NamedTuple):
@@ -191,18 +192,46 @@ class _Searched(_OfHistogram):
     def finalize(self, state: Histogram, fmt: Format, two_sided: bool) -> Range:
         """The range of the least loss; of equal ones the widest."""
         low, high = AbsMax().finalize(state.range, fmt, two_sided)
-        lower, upper = (jnp.asarray(edge) for edge in edges(self.digits, two_sided))
-        middles = jnp.broadcast_to(lower * 0.5 + upper * 0.5, state.counts.shape)
+        x, counts = self._window(state.counts, lax.max(-low, high), two_sided)
 
         def tried(factor: jax.Array) -> jax.Array:
             ends = (low * factor)[..., None], (high * factor)[..., None]
-            y, codes = _quantized(middles, *ends, fmt, two_sided)
-            return self.loss(_Seen(state.counts, middles, *ends, y, codes), fmt)
+            y, codes = _quantized(x, *ends, fmt, two_sided)
+            return self.loss(_Seen(counts, x, *ends, y, codes), fmt)
 
         factors = jnp.exp2(-jnp.arange(self.tries, dtype=jnp.float32) / 16)
-        losses = lax.map(tried, factors)
-        best = factors[jnp.argmin(losses, axis=0)]
+        best = factors[jnp.argmin(lax.map(tried, factors), axis=0)]
         return low * best, high * best
+
+    def _window(
+        self, counts: jax.Array, amax: jax.Array, two_sided: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Middles and counts of the bins of the octaves below amax, ascending.
+
+        All that is smaller is counted in the bin nearest to 0.
+        """
+        shift = np.int32(23 - self.digits)
+        size = _OCTAVES << self.digits
+        behind = np.arange(1 - size, 1, dtype=np.int32).reshape((1,) * amax.ndim + (size,))
+        top = (_FLOAT32.bits(amax) >> shift)[..., None]
+        place = lax.max(jnp.broadcast_to(top, (*amax.shape, size)) + behind, np.int32(0))
+        middles = _FLOAT32.floats((place << shift) | (np.int32(1) << shift >> 1))
+        sides = jnp.split(counts, 1 + two_sided, axis=-1)
+        if two_sided:
+            sides[0] = sides[0][..., ::-1]
+        seen = []
+        for side in sides:
+            first = lax.max(top - np.int32(size - 1), np.int32(0))
+            fresh = (behind == 1 - size) | (place > first)  # Near 0 a place comes more than once.
+            taken = where(fresh, jnp.take_along_axis(side, place, -1), np.int32(0))
+            rest = jnp.sum(side, -1, keepdims=True) - jnp.sum(taken, -1, keepdims=True)
+            seen.append(taken + rest * (behind == 1 - size).astype(np.int32))
+        if not two_sided:
+            return middles, seen[0]
+        return (
+            jnp.concatenate([-middles[..., ::-1], middles], axis=-1),
+            jnp.concatenate([seen[0][..., ::-1], seen[1]], axis=-1),
+        )
 
 
 def _quantized(
@@ -249,7 +278,7 @@ class Entropy(_Searched):
       Migacz, "8-bit Inference with TensorRT" (GPU Technology Conference, 2017).
     """
 
-    digits: int = dataclasses.field(default=10, kw_only=True)
+    digits: int = dataclasses.field(default=9, kw_only=True)
 
     def loss(self, seen: _Seen, fmt: Format) -> jax.Array:
         """KL(P || Q)."""

@@ -94,8 +94,7 @@ class Outliers:
             distance = flat - flat.mean()
         # In the order of the bits, in which a NaN is the largest.
         key = _FLOAT32.bits(distance) & _FLOAT32.magnitude_mask
-        _, places = lax.top_k(key, self.count(flat.size))
-        places = places.astype(jnp.int32)
+        places = _largest(key, self.count(flat.size))
         if self.sigma is not None:
             beyond = jnp.abs(distance[places]) > np.float32(self.sigma) * jnp.std(flat)
             places = where(beyond, places, np.int32(flat.size))
@@ -116,3 +115,23 @@ class Outliers:
             return jax.vmap(self.put)(y, kept)
         values = decode(codes, self.element)
         return y.reshape(-1).at[places].set(values, mode="drop").reshape(y.shape)
+
+
+def _largest(key: jax.Array, count: int) -> jax.Array:
+    """The places of the largest of non-negative integers, ascending; of equals the first.
+
+    By the bits of the least that belongs to them, one count each: a sort takes seven times as long.
+    """
+
+    def step(i: jax.Array, least: jax.Array) -> jax.Array:
+        more = least | (np.int32(1) << (np.int32(30) - i))
+        enough = jnp.sum(key >= more, dtype=jnp.int32) >= count
+        return jnp.where(enough, more, least)
+
+    least = lax.fori_loop(np.int32(0), np.int32(31), step, np.int32(0))
+    above, equal = key > least, key == least
+    missing = count - jnp.sum(above, dtype=jnp.int32)
+    chosen = above | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= missing))
+    rank = where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, np.int32(count))
+    places = jnp.arange(key.size, dtype=jnp.int32)
+    return jnp.zeros(count, jnp.int32).at[rank].set(places, mode="drop", unique_indices=True)

@@ -80,6 +80,13 @@ ALL = MappingProxyType(
             second_level=TensorScale(),
             reciprocal=True,
         ),
+        "nvfp4_tile16": Quantizer(  # As its recipe for training has weights.
+            "float4_e2m1fn",
+            PerBlock((16, 16)),
+            scale_format="float8_e4m3fn",
+            second_level=TensorScale(),
+            reciprocal=True,
+        ),
         # Four over six: a block may fill the grid up to 4 only. 256 leaves its scale the room.
         "nvfp4_4over6": Quantizer(
             "float4_e2m1fn",

@@ -6,6 +6,7 @@ listed in `SecondLevel`.
 """
 
 import dataclasses
+import math
 from typing import TypeAlias
 
 import jax
@@ -90,8 +91,10 @@ class TensorScale:
 class DoubleScale:
     """Double quantization: the scales less their mean, quantized by absmax in blocks of their own.
 
-    The blocks run over the scales in their flattened order. A scale that is NaN makes NaN of all in
-    its block, as the format of the scales need not have a code for it, and counts for no mean.
+    The mean is taken to 2^-22 of the largest scale, in integers, so that it does not depend on an
+    order. The blocks run over the scales in their flattened order. A scale that is NaN makes NaN of
+    all in its block, as the format of the scales need not have a code for it, and counts for no
+    mean.
 
     Attributes:
       block: how many scales share a second scale.
@@ -123,10 +126,7 @@ class DoubleScale:
         """
         del amax, tried, fmt
         flat = scale.reshape(-1)
-        finite = flat >= 0
-        count = jnp.sum(finite, dtype=jnp.float32)
-        total = jnp.sum(where(finite, flat, np.float32(0)))
-        mean = kept(divide(total, lax.max(count, np.float32(1))))
+        mean = kept(_mean(flat))
         centred = flat - mean
         rows = -(-flat.size // self.block)
         padded = lax.pad(centred, np.float32(0), [(0, rows * self.block - flat.size, 0)])
@@ -171,6 +171,25 @@ class DoubleScale:
     def _spread(self, second: jax.Array, size: int) -> jax.Array:
         """A second scale for each scale."""
         return jnp.repeat(second, self.block, total_repeat_length=second.size * self.block)[:size]
+
+
+def _mean(scales: jax.Array) -> jax.Array:
+    """The mean of the finite ones, none negative, by sums of integers."""
+    finite = scales < np.float32(np.inf)
+    scales = where(finite, scales, np.float32(0))
+    exponent = jnp.max(_FLOAT32.bits(scales), initial=0) & _FLOAT32.inf
+    exponent = lax.clamp(_FLOAT32.field(-100), exponent, _FLOAT32.field(_FLOAT32.bias))
+    width = 256
+    rows = -(-scales.size // width)
+    digits = 22 - max(0, math.ceil(math.log2(max(rows, 1))) - 16)
+    enlarge = _FLOAT32.floats(_FLOAT32.field(digits - 1) + (_FLOAT32.field(0) - exponent))
+    whole = lax.round(scales * enlarge, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.uint32)
+    whole = lax.pad(whole, np.uint32(0), [(0, rows * width - scales.size, 0)])
+    sums = jnp.sum(whole.reshape(rows, width), axis=1)
+    high, low = (jnp.sum(part) for part in (sums >> np.uint32(15), sums & np.uint32(2**15 - 1)))
+    total = high.astype(jnp.float32) * np.float32(2.0**15) + low.astype(jnp.float32)
+    count = jnp.sum(finite, dtype=jnp.int32).astype(jnp.float32)
+    return divide(total, lax.max(count, np.float32(1))) / enlarge
 
 
 SecondLevel: TypeAlias = TensorScale | DoubleScale

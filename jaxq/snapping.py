@@ -18,6 +18,7 @@ from jaxq.formats import Format, IntFormat
 from jaxq.grids import BinaryGrid, Layout, where
 from jaxq.ranges import Range
 from jaxq.recipes import Quantizer
+from jaxq.reductions import summed
 from jaxq.rounding import Rounding
 from jaxq.scaling import SCALES, held, in_units, kept, span, times, zero_point_of
 
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
+
+_UNROLLED = 4  # XLA on CPU runs the body of a loop on one core.
 
 # All whole numbers that float32 has without gaps.
 _WHOLE = BinaryGrid(24, 24, 24, 2.0**24, 2.0**24, inf=False, nan=False, negative_zero=False)
@@ -214,7 +217,7 @@ def _searched(
 
     factors = jnp.asarray(recipe.search, jnp.float32)
     start = jnp.full_like(amax, np.inf), jnp.full_like(amax, recipe.search[0])
-    return kept(lax.scan(step, start, factors)[0][1])
+    return kept(lax.scan(step, start, factors, unroll=len(factors) <= _UNROLLED)[0][1])
 
 
 def _squared_error(x: jax.Array, y: jax.Array, amax: jax.Array, cut: Cut) -> jax.Array:
@@ -236,7 +239,7 @@ def _squared_error(x: jax.Array, y: jax.Array, amax: jax.Array, cut: Cut) -> jax
     room = 30 - math.ceil(math.log2(step))  # Bits that a square may have.
     squares = _whole(distance * distance * np.float32(2.0 ** (room - 44)))
     parts = squares.reshape(*squares.shape[:-1], last // step, step)
-    sums = jnp.sum(parts, axis=-1).astype(jnp.float32)
+    sums = summed(parts).astype(jnp.float32)
     return jnp.sum(sums, axis=cut.axes, keepdims=True)
 
 

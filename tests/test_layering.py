@@ -20,6 +20,7 @@ LAYERS = [
     "gradients",
     "casting",
     "blocks",
+    "reductions",
     "scaling",
     "second_level",
     "ranges",

@@ -1,0 +1,364 @@
+"""Ranges from data: every calibrator against NumPy, and the laws that its states obey."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+
+import jaxq
+from jaxq import calibration, calibrators
+from jaxq.calibrators import get_calibrator
+from tests.oracle import assert_same
+
+SHAPE = (16, 3)
+# Not moved by the grouping of a merge in any bit: no sums of floats.
+EXACT = ("absmax", "extremum", "percentile", "mse", "entropy")
+
+
+def batches(seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_t(4, (5, *SHAPE)).astype(np.float32)
+    return x * np.linspace(0.5, 2, 3, dtype=np.float32) + np.float32(0.25)
+
+
+def small(name: str):
+    """A calibrator with few bins and tries, for laws that do not depend on them."""
+    calibrator = calibrators.ALL[name]
+    fields = {field.name for field in dataclasses.fields(calibrator)}
+    fewer = {"digits": 4, "tries": 8}
+    return dataclasses.replace(calibrator, **{k: v for k, v in fewer.items() if k in fields})
+
+
+def recipe(name, *, two_sided: bool = False, channels: bool = True, bits: int = 4, **more):
+    granularity = jaxq.PerChannel(-1) if channels else jaxq.PerTensor()
+    if two_sided:
+        fmt, more = f"uint{bits}", {"zero_point": "integer", **more}
+    else:
+        fmt = f"int{bits}"
+    if name == "extremum":
+        more = {"scale": "min", "reciprocal": True, **more}
+    return jaxq.Quantizer(fmt, granularity, range=name, **more)
+
+
+CASES = pytest.mark.parametrize(
+    ("name", "two_sided"),
+    [
+        (name, two_sided)
+        for name, calibrator in calibrators.ALL.items()
+        for two_sided in (False, True)[: 1 + calibrator.two_sided]
+    ],
+)
+
+
+def laws_recipe(name: str, two_sided: bool) -> jaxq.Quantizer:
+    more = {"scale": "min", "reciprocal": True} if name == "extremum" else {}
+    return recipe(small(name), two_sided=two_sided, **more)
+
+
+def run(xs, r, state=None):
+    state = calibration.init(SHAPE, r) if state is None else state
+    for x in xs:
+        state = calibration.update(state, x, r)
+    return state
+
+
+def range_of(scale: calibration.Calibrated, r: jaxq.Quantizer) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the range that scales cover."""
+    fmt, s = r.element, np.asarray(scale.scale)
+    if r.scale == "min":
+        return s * fmt.min, s * fmt.min
+    if scale.zero_point is None:
+        return -s * fmt.max, s * fmt.max
+    z = np.asarray(scale.zero_point)
+    return s * (fmt.min - z), s * (fmt.max - z)
+
+
+@CASES
+class TestLaws:
+    def test_a_merge_is_associative_and_nothing_adds_nothing(self, name, two_sided):
+        r, xs = laws_recipe(name, two_sided), batches()
+        a, b, c = (run(xs[i : i + 1], r) for i in range(3))
+        merge = functools.partial(calibration.merge, recipe=r)
+        left, right = merge(merge(a, b), c), merge(a, merge(b, c))
+        none = calibration.init(SHAPE, r)
+        close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5)
+        same = assert_same if name in EXACT else close
+        for pair in ((left, right), (merge(none, a), a), (merge(a, none), a)):
+            states = [jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), s) for s in pair]
+            jax.tree.map(same, *states)
+        got, want = (calibration.finalize(s, r).scale for s in (left, run(xs[:3], r)))
+        same(got, want)
+
+    def test_scanned_and_gathered(self, name, two_sided):
+        r, xs = laws_recipe(name, two_sided), jnp.asarray(batches()[:4])
+        want = calibration.finalize(run(xs, r), r)
+        step = lambda s, x: (calibration.update(s, x, r), None)  # noqa: E731
+        state, _ = jax.lax.scan(step, calibration.init(SHAPE, r), xs)
+        np.testing.assert_allclose(calibration.finalize(state, r).scale, want.scale, rtol=2e-5)
+        mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+
+        @jax.jit
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=PartitionSpec("batch"),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        def everywhere(x):
+            state = calibration.update(calibration.init(SHAPE, r), x[0], r)
+            return calibration.finalize(calibration.gather(state, r, "batch"), r).scale
+
+        np.testing.assert_allclose(everywhere(xs), want.scale, rtol=2e-5)
+
+    def test_bad_data_and_none(self, name, two_sided):
+        r, xs = laws_recipe(name, two_sided), batches()[:2]
+        clean = np.asarray(calibration.finalize(run(xs, r), r).scale)
+        for bad in (np.nan, np.inf, -np.inf):
+            dirty = xs.copy()
+            dirty[0, 3, 1] = bad
+            scale = np.array(calibration.finalize(run(dirty, r), r).scale)
+            assert np.isnan(scale[0, 1])
+            scale[0, 1] = clean[0, 1]
+            assert_same(scale, clean)
+        for nothing in (calibration.init(SHAPE, r), run(xs * 0, r)):
+            assert (np.asarray(calibration.finalize(nothing, r).scale) == 0).all()
+        empty = calibration.update(calibration.init((0, 3), r), np.zeros((0, 3), np.float32), r)
+        assert (np.asarray(calibration.finalize(empty, r).scale) == 0).all()
+
+    def test_without_scales_a_tensor_calibrates_itself(self, name, two_sided):
+        r, x = laws_recipe(name, two_sided), batches()[0]
+        y = jaxq.fake_quant(x, r)
+        assert_same(jaxq.quantize(x, r).dequantize(), y)
+        if name not in ("ema", "extremum"):  # A mean of one is that one, but for the last bit.
+            given = calibration.finalize(run([x], r), r)
+            static = jaxq.Quantizer(r.format, r.granularity, zero_point=r.zero_point)
+            kw = given._asdict()
+            if name in EXACT:
+                assert_same(jaxq.fake_quant(x, static, **kw), y)
+            q = jaxq.quantize(x, static, **kw)
+            assert_same(q.dequantize(), jaxq.fake_quant(x, static, **kw))
+        again = jaxq.Quantizer.from_json(r.to_json())
+        assert again == r
+
+
+def test_extremes():
+    xs = batches()
+    for two_sided in (False, True):
+        r = recipe("absmax", two_sided=two_sided, bits=8)
+        scale = calibration.finalize(run(xs, r), r)
+        flat = xs.reshape(-1, 3)
+        if two_sided:
+            want = (np.maximum(flat.max(0), 0) - np.minimum(flat.min(0), 0)) / np.float32(255)
+            np.testing.assert_allclose(scale.scale[0], want, rtol=3e-7)
+        else:
+            assert_same(scale.scale[0], np.abs(flat).max(0) / np.float32(127))
+    r = recipe("extremum")
+    top = flat[np.abs(flat).argmax(0), np.arange(3)]
+    assert_same(calibration.finalize(run(xs, r), r).scale[0], top / np.float32(-8))
+
+
+def test_a_moving_average():
+    xs, decay = batches(), 0.9
+    r = recipe(calibrators.ALL["ema"].__class__(decay))
+    average = 0.0
+    for i, x in enumerate(xs):
+        average = decay * average + (1 - decay) * np.abs(x).max(0).astype(np.float64)
+        scale = calibration.finalize(run(xs[: i + 1], r), r).scale[0]
+        np.testing.assert_allclose(scale, average / (1 - decay ** (i + 1)) / 7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_deviations(two_sided: bool):
+    xs = batches()
+    r = recipe(calibrators.ALL["sigmas"].__class__(2.0), two_sided=two_sided, bits=8)
+    flat = xs.reshape(-1, 3).astype(np.float64)
+    mean, sigma = flat.mean(0), flat.std(0)
+    low, high = range_of(calibration.finalize(run(xs, r), r), r)
+    step = np.asarray(calibration.finalize(run(xs, r), r).scale)[0]
+    if two_sided:
+        assert (np.abs(low[0] - np.maximum(mean - 2 * sigma, flat.min(0))) <= step).all()
+        want = np.minimum(mean + 2 * sigma, flat.max(0))
+        assert (np.abs(high[0] - want) <= step).all()
+    else:
+        want = np.minimum(np.abs(mean) + 2 * sigma, np.abs(flat).max(0))
+        np.testing.assert_allclose(high[0], want, rtol=1e-5)
+
+
+def test_mean_magnitude():
+    xs = batches()
+    r = recipe("absmean")
+    want = np.abs(xs.reshape(-1, 3)).mean(0) / np.float32(7)
+    np.testing.assert_allclose(calibration.finalize(run(xs, r), r).scale[0], want, rtol=1e-5)
+
+
+# Banner et al. (2019): the optimal clips for 2 to 8 bits, in units of sigma and of b.
+PUBLISHED = {
+    "gaussian": (1.71, 2.15, 2.55, 2.93, 3.28, 3.61, 3.92),
+    "laplace": (2.83, 3.89, 5.03, 6.20, 7.41, 8.64, 9.89),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_aciq_gives_the_published_clips(name: str):
+    rng = np.random.default_rng(0)
+    draw = rng.standard_normal if name == "gaussian" else rng.laplace
+    x = (draw(size=100_000) if name == "laplace" else draw(100_000)).astype(np.float32)
+    x[:2] = -50, 50  # No range goes beyond the data.
+    unit = x.std() if name == "gaussian" else np.abs(x).mean()
+    offset = abs(x.mean())
+    calibrator, cut = calibrators.ALL[name], jaxq.Quantizer("int8").cut(x.shape)
+    state = calibrator.measure(cut.split(jnp.asarray(x)), cut, False)
+    for bits, clip in zip(range(2, 9), PUBLISHED[name], strict=True):
+        _, high = calibrator.finalize(state, jaxq.get_format(f"int{bits}"), False)
+        assert abs((float(high.ravel()[0]) - offset) / unit - clip) < 0.011
+
+
+@pytest.mark.parametrize("percent", [100.0, 99.0, 50.0])
+def test_percentiles(percent: float):
+    xs = batches()
+    flat = xs.reshape(-1, 3)
+    calibrator = calibrators.ALL["percentile"].__class__(percent)
+    r = recipe(calibrator)
+    high = range_of(calibration.finalize(run(xs, r), r), r)[1][0]
+    want = np.quantile(np.abs(flat), percent / 100, axis=0, method="inverted_cdf")
+    np.testing.assert_allclose(high, want, rtol=2**-6)
+    cut = r.cut(SHAPE)
+    state = functools.reduce(
+        calibrator.merge, (calibrator.measure(cut.split(jnp.asarray(x)), cut, True) for x in xs)
+    )
+    low, high = calibrator.finalize(state, r.element, True)
+    for end, sign in ((low, -1), (high, 1)):
+        want = sign * np.quantile(sign * flat, percent / 100, axis=0, method="inverted_cdf")
+        np.testing.assert_allclose(end.ravel(), want, rtol=2**-6)
+
+
+def test_the_least_squared_error():
+    """Beside the best of the same ranges, by brute force over the data."""
+    x = np.random.default_rng(0).standard_t(3, 20_000).astype(np.float32)
+    for fmt in ("int8", "int4", "float4_e2m1fn"):
+        r = jaxq.Quantizer(fmt, range="mse")
+        static = jaxq.Quantizer(fmt)
+
+        def error(scale, static=static):
+            return float(((np.asarray(jaxq.fake_quant(x, static, scale=scale)) - x) ** 2).mean())
+
+        top = np.abs(x).max() / jaxq.get_format(fmt).max
+        errors = [error(np.float32(top * 2 ** (-k / 16))) for k in range(64)]
+        got = error(
+            calibration.finalize(calibration.update(calibration.init((1,), r), x, r), r).scale
+        )
+        assert errors[0] > 2 * min(errors) or fmt == "int8"
+        assert got <= 1.02 * min(errors)
+    assert error(np.float32(top)) > got
+
+
+def divergence(counts: np.ndarray, middles: np.ndarray, high: float, levels: int) -> float:
+    """KL of TensorRT's P and Q for symmetric integers, over bins of magnitudes."""
+    inside = middles <= high
+    p = np.where(inside, counts, 0).astype(np.float64)
+    codes = np.rint(middles / (high / levels))
+    q = np.zeros_like(p)
+    for code in np.unique(codes[inside]):
+        members = inside & (codes == code)
+        full = members & (counts > 0)
+        if full.any():
+            q[full] = p[members].sum() / full.sum()
+    p[np.flatnonzero(inside)[-1]] += counts[~inside].sum()
+    p, q = p / p.sum(), q / max(q.sum(), 1)
+    some = p > 0
+    return float((p[some] * np.log(p[some] / np.maximum(q[some], 1e-9))).sum())
+
+
+def test_the_least_divergence():
+    x = np.random.default_rng(0).laplace(size=20_000).astype(np.float32)
+    x[0] = 60
+    r = jaxq.Quantizer("int6", range="entropy")
+    calibrator = get_calibrator("entropy")
+    digits = calibrator.digits  # type: ignore[attr-defined]
+    key = np.abs(x).view(np.int32) >> (23 - digits)
+    counts = np.bincount(key, minlength=255 << digits)
+    edges = (np.arange((255 << digits) + 1, dtype=np.int64) << (23 - digits)).astype(np.uint32)
+    edges = edges.view(np.float32).astype(np.float64)
+    some = slice(64 << digits, 140 << digits)  # All that is not empty.
+    middles = ((edges[:-1] + edges[1:]) / 2)[some]
+    factors = np.exp2(-np.arange(64) / 16)
+    losses = [divergence(counts[some], middles, 60 * f, 31) for f in factors]
+    state = calibration.update(calibration.init((1,), r), x, r)
+    got = float(calibration.finalize(state, r).scale[0]) * 31 / 60
+    near = losses[int(np.argmin(np.abs(factors - got)))]
+    assert near <= min(losses) * 1.02
+    assert got < 0.5  # The outlier is cut off.
+
+
+@CASES
+def test_padding_counts_for_nothing(name: str, two_sided: bool):
+    x = jnp.abs(jnp.asarray(batches()[0][:2].reshape(1, 6))) + 1
+    padded, alone = (
+        jaxq.Quantizer("int4", jaxq.PerBlock(4, pad=True)).cut(shape) for shape in ((1, 6), (1, 2))
+    )
+    calibrator = small(name)
+    state = calibrator.measure(padded.split(x), padded, two_sided)
+    want = calibrator.measure(alone.split(x[:, 4:]), alone, two_sided)
+    last = jax.tree.map(lambda leaf: leaf[:, :, 1:], state)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), last, want)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="No calibrator is named 'maxabs'"):
+        jaxq.Quantizer("int8", range="maxabs")
+    with pytest.raises(TypeError, match="a name or a calibrator"):
+        jaxq.Quantizer("int8", range=calibrators.ALL["ema"].__class__)
+    with pytest.raises(ValueError, match="must be plain numbers"):
+        calibration.init((4, 32), "nvfp4")
+    with pytest.raises(ValueError, match="the state is for"):
+        calibration.update(
+            calibration.init((4, 3), "int8_channel"), np.ones((4, 2), "f4"), "int8_channel"
+        )
+    with pytest.raises(TypeError, match="got int32"):
+        calibration.update(calibration.init((4,), "int8"), np.ones(4, np.int32), "int8")
+    for make, text in (
+        (lambda: calibrators.ALL["ema"].__class__(1.0), "decay"),
+        (lambda: calibrators.ALL["sigmas"].__class__(0.0), "positive"),
+        (lambda: calibrators.ALL["percentile"].__class__(0.0), "percent"),
+        (lambda: calibrators.ALL["percentile"].__class__(digits=20), "digits"),
+        (lambda: calibrators.ALL["mse"].__class__(0), "tries"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make()
+
+
+class TestGivenScales:
+    def test_are_used_as_they_are(self):
+        x = batches()[0]
+        scale = np.float32([0.1, 0.3, 0.5])
+        y = jaxq.fake_quant(x, "int4_channel", scale=scale)
+        units = np.clip(np.rint(x / scale), -8, 7) + 0.0
+        assert_same(y, (units * scale).astype(np.float32))
+        assert_same(jaxq.quantize(x, "int4_channel", scale=scale).dequantize(), y)
+        y = jaxq.fake_quant(x, "uint8_tensor", scale=0.05, zero_point=100.0)
+        units = np.clip(np.rint(x / np.float32(0.05)) + 100, 0, 255) - 100
+        assert_same(y, ((units + 0.0) * np.float32(0.05)).astype(np.float32))
+
+    def test_that_do_not_fit(self):
+        x = batches()[0]
+        for kw, name, text in (
+            ({"scale": np.ones(5)}, "int4_channel", "must broadcast to one number a block"),
+            ({"scale": np.ones((1, 1, 1))}, "int4_channel", "must broadcast"),
+            ({"zero_point": 1.0}, "uint8_tensor", "needs `scale` beside it"),
+            ({"scale": 1.0}, "uint8_tensor", "beside `scale`"),
+            ({"scale": 1.0, "zero_point": 1.0}, "int8_tensor", "left out"),
+            ({"scale": 1.0}, "nf4_dq", "must be plain numbers"),
+        ):
+            shaped = np.resize(x, (16, 64)) if name == "nf4_dq" else x
+            with pytest.raises(ValueError, match=text):
+                jaxq.fake_quant(shaped, name, **kw)
+
+    def test_a_clipped_gradient_knows_their_range(self):
+        r = jaxq.Quantizer("uint4", zero_point="integer", gradient="clipped")
+        x = jnp.asarray([-1.1, -0.9, 0.0, 0.4, 0.6])
+        g = jax.grad(lambda x: jaxq.fake_quant(x, r, scale=0.1, zero_point=10.0).sum())(x)
+        assert g.tolist() == [0, 1, 1, 1, 0]

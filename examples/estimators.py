@@ -199,7 +199,8 @@ def picture(results: Results, path: pathlib.Path) -> None:
             axes.plot(at, error.mean(), marker, color=colour, markersize=6.5)
     base = 100 * (1 - results.float32.mean())
     axes.axhline(base, color="#767676", linestyle="--", linewidth=1)
-    axes.text(-0.48, base * 0.97, "float32", color="#767676", va="top", fontsize=9)
+    right = {"ha": "right", "va": "top", "color": "#767676", "fontsize": 9}
+    axes.text(len(widths) - 0.52, base * 0.97, "float32", **right)
     axes.set_yscale("log")
     ticks = [0.5, 1, 2, 5, 10, 20, 50]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -208,7 +209,7 @@ def picture(results: Results, path: pathlib.Path) -> None:
     axes.set_xlim(-0.5, len(widths) - 0.5)
     axes.set_title("Test error on digits, %, logarithmic", loc="left", fontsize=11)
     seeds = len(results.float32)
-    axes.set_xlabel(f"width; steps are learned, too (marks: mean; bars: all {seeds} seeds)")
+    axes.set_xlabel(f"steps are learned, too (bars: all {seeds} seeds)")
     for axes in panels:
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)

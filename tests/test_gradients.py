@@ -385,12 +385,11 @@ def test_trust_region_beyond_the_ends():
         assert_same(jax.grad(f)(x, rule), np.float32(want))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_trust_region_keeps_all_that_rounds_to_nearest(dtype: str):
-    """In half precision y itself is rounded, by more than a part of the step."""
-    x = jnp.asarray(numbers((4, 64)) * 40, dtype)
+def test_trust_region_keeps_all_that_rounds_to_nearest():
+    """In half precision y and the interval are rounded, so that y may seem the farther end."""
+    x = jnp.asarray(numbers((100_000,)) * 13, jnp.float16)
     recipe = jaxq.Quantizer("int8", gradient="trust_region")
-    got = jax.grad(lambda x: jaxq.fake_quant(x, recipe).astype(jnp.float32).sum())(x)
+    got = jax.vjp(lambda x: jaxq.fake_quant(x, recipe), x)[1](jnp.ones_like(x))[0]
     assert (got == 1).all()
 
 

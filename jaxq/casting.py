@@ -8,11 +8,12 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq import codebooks, gradients
+from jaxq import codebooks
+from jaxq.attaching import Snap, attach, wants_neighbours
 from jaxq.catalog import get_format
 from jaxq.codecs import code_dtype, codes_of, level_codes
 from jaxq.formats import CodebookFormat, FloatFormat, Format, TaperedFormat
-from jaxq.gradients import Gradient, Snap, get_gradient, wants_neighbours
+from jaxq.gradients import Gradient, get_gradient
 from jaxq.grids import BinaryGrid, Layout, Overflow, snap, where
 from jaxq.rounding import ALL as ROUNDINGS
 from jaxq.rounding import Rounding, Stochastic, down, get_rounding, nearest_even, up
@@ -95,7 +96,7 @@ def cast(
     snap = Snap(x, y, low, high)
     if wants_neighbours(estimator):
         snap = Snap(*snap[:4], *_neighbours(held, traced, static))
-    return gradients.attach(estimator, snap)
+    return attach(estimator, snap)
 
 
 def encode(

@@ -14,13 +14,13 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq import gradients
+from jaxq.attaching import Scaling, Snap, attach, passed, wants_neighbours
 from jaxq.blocks import Cut
 from jaxq.casting import as_dtype, encode, floats, widen
 from jaxq.catalog import get_format
 from jaxq.codecs import decode, pack, unpack
 from jaxq.formats import Format
-from jaxq.gradients import Scaling, Snap, get_gradient, wants_neighbours
+from jaxq.gradients import get_gradient
 from jaxq.grids import where
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
@@ -317,7 +317,7 @@ def dequantize(q: Quantized) -> jax.Array:
 def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
     estimator = get_gradient(recipe.gradient)
     snap, scaling = _snapped(x, given, key, recipe, wants_neighbours(estimator))
-    return recipe.cut(x.shape).merge(gradients.attach(estimator, snap, scaling))
+    return recipe.cut(x.shape).merge(attach(estimator, snap, scaling))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
@@ -370,7 +370,7 @@ def _scaling(
     """Scales that were given, rounded as they are used, and differentiable."""
 
     def through(used: jax.Array, source: jax.Array) -> jax.Array:
-        return gradients.passed(used, cut.spread(jnp.broadcast_to(source, cut.counts)))
+        return passed(used, cut.spread(jnp.broadcast_to(source, cut.counts)))
 
     zero_point = None
     if scales.zero_point is not None and given[1] is not None:

@@ -17,6 +17,7 @@ LAYERS = [
     "codebooks",
     "tapered",
     "codecs",
+    "attaching",
     "gradients",
     "casting",
     "blocks",

@@ -115,6 +115,28 @@ _NF4_LEVELS = (
 _BNB_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _BNB_FP4_LEVELS = tuple(sign * level / 12 for sign in (1, -1) for level in _BNB_FP4_TWELFTHS)
 
+
+def _dynamic_levels(*, signed: bool) -> tuple[float, ...]:
+    """The 8-bit dynamic tree of Dettmers (2015), in the order of its codes.
+
+    Decade k of seven, from 10^k / 10 to 10^k, is cut into 2^(k + 6) equal parts, or twice as many
+    when unsigned, whose middles are levels; 0 and 1 are added. The bits are those that bitsandbytes
+    has on x86: float32 steps, each boundary rounded once (a fused product and sum), counted from
+    the nearer end.
+    """
+    start, middles = np.float32(0.1), []
+    for k in range(-6, 1):
+        parts = 2 ** (k + 6 + int(not signed))
+        step = np.float64((np.float32(1) - start) / np.float32(parts))
+        i = np.arange(parts + 1)  # Products and sums of these are exact in float64.
+        ends = np.where(2 * i < parts + 1, start + step * i, 1 - step * (parts - i))
+        ends = ends.astype(np.float32)
+        middles.append(np.float32(10.0**k) * ((ends[:-1] + ends[1:]) / np.float32(2)))
+    positive = np.concatenate([*middles, [np.float32(1)]])
+    negative = -np.concatenate(middles)[::-1] if signed else positive[:0]
+    return tuple(np.concatenate([negative, [np.float32(0)], positive]).tolist())
+
+
 _FORMATS: tuple[Format, ...] = (
     # IEEE 754 and its truncations.
     FloatFormat("float32", 8, 23, **_IEEE),
@@ -160,6 +182,8 @@ _FORMATS: tuple[Format, ...] = (
     # Codebooks.
     CodebookFormat("nf4", _NF4_LEVELS),
     CodebookFormat("fp4_bnb", _BNB_FP4_LEVELS),
+    CodebookFormat("dynamic8", _dynamic_levels(signed=True)),
+    CodebookFormat("udynamic8", _dynamic_levels(signed=False)),
     CodebookFormat("binary", (-1.0, 1.0), ties="up"),
 )
 

@@ -1,13 +1,15 @@
 """Codebook formats: which level a value goes to.
 
 Values are compared as integers in the order of the floats, so that a float32 subnormal is never
-taken for zero; a chain of one comparison and one select per level runs at the speed of memory,
-where a search or a gather does not.
+taken for zero. A chain of one comparison and one select per level runs at the speed of memory for
+few levels; for many, a table indexed by the leading bits leaves one or a few comparisons to do.
 """
 
 import fractions
 import functools
 import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,8 +22,11 @@ from jaxq.rounding import Rounding, nearest_away, nearest_even
 
 __all__ = ["choose"]
 
+_CHAINED = 32  # From this many thresholds on a table is faster than a chain.
+_BUCKETS = 8192  # A table of this size stays in the nearest cache.
 
-def _ordered(bits: np.ndarray | jax.Array, layout: Layout) -> np.ndarray | jax.Array:
+
+def _ordered(bits: Any, layout: Layout) -> Any:
     """Float bits as integers that compare as the floats do (-0 just below 0)."""
     shift = 8 * np.dtype(layout.int_type).itemsize - 1
     return bits ^ ((bits >> layout.int_type(shift)) & layout.magnitude_mask)
@@ -55,6 +60,85 @@ def _midpoints(fmt: CodebookFormat, layout: Layout) -> tuple[int, ...]:
     return tuple(result)
 
 
+def _picker(
+    key: jax.Array, thresholds: tuple[int, ...], layout: Layout
+) -> Callable[[list], jax.Array]:
+    """A function that gives, of n + 1 items, each key the one behind the thresholds it exceeds.
+
+    Args:
+      key: ordered integers.
+      thresholds: n of them, ascending.
+      layout: of the floats.
+    """
+    if len(thresholds) >= _CHAINED:
+        index = _count(key, thresholds, layout)
+        return lambda items: _take(np.asarray(items), index)
+
+    def chain(items: list) -> jax.Array:
+        found = lax.full(key.shape, items[0])
+        for threshold, item in zip(thresholds, items[1:], strict=True):
+            above = lax.gt(key, lax.full(key.shape, layout.int_type(threshold)))
+            found = lax.select(above, lax.full(key.shape, item), found)
+        return found
+
+    return chain
+
+
+def _take(table: np.ndarray, index: jax.Array) -> jax.Array:
+    return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
+
+
+def _count(key: jax.Array, thresholds: tuple[int, ...], layout: Layout) -> jax.Array:
+    """How many of many thresholds each key exceeds: a look-up, then a search among what is left."""
+    table = _table(thresholds, layout)
+    sign = layout.int_type(8 * key.dtype.itemsize - 1)
+    magnitude = lax.clamp(table.low, key ^ (key >> sign), table.high)
+    bucket = ((magnitude - table.low) >> table.shift).astype(jnp.int32)
+    bucket = where(key < 0, bucket + np.int32(len(table.starts) // 2), bucket)
+    count = _take(table.starts, bucket).astype(jnp.int32)
+    for step in table.steps:
+        above = key > _take(table.thresholds, count + (step - np.int32(1)))
+        count = where(above, count + step, count)
+    return count
+
+
+class _Table(NamedTuple):
+    """Where to look among thresholds, by a key's sign and the leading bits of its magnitude."""
+
+    low: np.signedinteger  # Magnitudes below it and above `high` are in the buckets of those.
+    high: np.signedinteger
+    shift: np.signedinteger
+    starts: np.ndarray  # How many thresholds lie below a bucket; the buckets below 0 come last.
+    thresholds: np.ndarray  # With as many at the end that no key exceeds as a step goes beyond.
+    steps: tuple[np.int32, ...]  # Of a binary search within a bucket.
+
+
+@functools.cache
+def _table(thresholds: tuple[int, ...], layout: Layout) -> _Table:
+    """The smallest table with one threshold a bucket, or that of `_BUCKETS` at most."""
+    integer, ends = layout.int_type, np.iinfo(layout.int_type)
+    t = np.array(thresholds, integer)
+    magnitudes = np.where(t < 0, ~t, t)
+    low, high = magnitudes.min(), magnitudes.max()
+    best = None
+    for shift in range(ends.bits - 2, -1, -1):
+        buckets = (int(high - low) >> shift) + 1
+        if best and buckets > _BUCKETS // 2:
+            break
+        first = low + (np.arange(buckets, dtype=integer) << integer(shift))
+        first[0] = 0
+        last = np.append(first[1:] - integer(1), ends.max)
+        starts = np.searchsorted(t, np.concatenate([first, ~last]))
+        most = int((np.searchsorted(t, np.concatenate([last, ~first])) - starts).max())
+        steps = tuple(np.int32(1 << bit) for bit in reversed(range(most.bit_length())))
+        filled = np.append(t, np.full(steps[0], ends.max, integer))
+        best = _Table(low, high, integer(shift), starts.astype(np.uint8), filled, steps)
+        if most == 1:
+            break
+    assert best is not None
+    return best
+
+
 def choose(
     x: jax.Array, fmt: CodebookFormat, rounding: Rounding, random: jax.Array | None, outputs: list
 ) -> jax.Array:
@@ -76,24 +160,16 @@ def choose(
     magnitude = bits & layout.magnitude_mask
     bits = where(magnitude > layout.inf, layout.int_type(0), bits)
     key = _ordered(bits, layout)
-
-    def chain(thresholds: tuple[int, ...], items: list) -> jax.Array:
-        found = lax.full(x.shape, items[0])
-        for threshold, item in zip(thresholds, items[1:], strict=True):
-            above = lax.gt(key, lax.full(x.shape, layout.int_type(threshold)))
-            found = lax.select(above, lax.full(x.shape, item), found)
-        return found
-
     if rounding in (nearest_even, nearest_away):
-        return chain(_midpoints(fmt, layout), outputs)
+        return _picker(key, _midpoints(fmt, layout), layout)(outputs)
 
     # Any other mode sees the fraction between the two neighbours, in the direction of magnitude; of
     # neighbours on both sides of zero the lower one counts as the nearer to it.
     levels = [layout.float_type(v) for v in fmt.values]
     on_or_above = tuple(_below(fractions.Fraction(float(v)), layout) for v in levels[1:-1])
-    low = chain(on_or_above, levels[:-1])
-    high = chain(on_or_above, levels[1:])
-    odd = chain(on_or_above, [layout.float_type(i % 2) for i in range(len(levels) - 1)])
+    pick = _picker(key, on_or_above, layout)
+    low, high = pick(levels[:-1]), pick(levels[1:])
+    odd = pick([layout.float_type(i % 2) for i in range(len(levels) - 1)])
     negative = high <= layout.float_type(0)
     lowest, highest = (_ordered(layout.bits(end + 0), layout) for end in (levels[0], levels[-1]))
     bits = _ordered(lax.clamp(lowest, key, highest), layout)  # Its own inverse.
@@ -109,5 +185,5 @@ def choose(
     on_far = (x == far) | (is_zero & (far == 0.0))
     fraction = where(on_near, layout.float_type(0), where(on_far, layout.float_type(1), inside))
     goes_far = rounding(odd + fraction, negative, random) > odd
-    low_out, high_out = chain(on_or_above, outputs[:-1]), chain(on_or_above, outputs[1:])
+    low_out, high_out = pick(outputs[:-1]), pick(outputs[1:])
     return lax.select(goes_far ^ negative, high_out, low_out)

@@ -1,5 +1,8 @@
 """Formats: derived properties against published figures and ml_dtypes.finfo, look-up, errors."""
 
+import fractions
+import hashlib
+import itertools
 import math
 
 import jax
@@ -50,6 +53,54 @@ def test_the_table_is_right_where_textbooks_are_not():
     assert rows["int8"].dynamic_range_db == pytest.approx(42.144, abs=1e-3)
     assert rows["float16"].decimal_digits == pytest.approx(3.0103, abs=1e-4)
     assert "float8_e4m3fn" in str(jaxq.formats_table(["float8_e4m3fn"]))
+
+
+def nearest_float32(exact: fractions.Fraction) -> np.float32:
+    near = np.float32(float(exact))
+    around = (near, np.nextafter(near, np.float32(-9)), np.nextafter(near, np.float32(9)))
+    return min(around, key=lambda v: abs(fractions.Fraction(float(v)) - exact))
+
+
+@pytest.mark.parametrize(("name", "signed"), [("dynamic8", True), ("udynamic8", False)])
+def test_dynamic_trees_in_exact_arithmetic(name: str, signed: bool):
+    """A float32 linspace as PyTorch's on x86, its middles, and a float32 power of ten."""
+    k = fractions.Fraction
+    start = k(float(np.float32(0.1)))
+    whole = k(float(nearest_float32(1 - start)))
+    levels = {0.0, 1.0}
+    for decade in range(7):
+        n = 2 ** (decade + (not signed))
+        step = whole / n
+        up = [nearest_float32(start + step * i) for i in range(n + 1)]
+        down = [nearest_float32(1 - step * (n - i)) for i in range(n + 1)]
+        ends = [up[i] if i < (n + 1) // 2 else down[i] for i in range(n + 1)]
+        scale = k(float(np.float32(10.0 ** (decade - 6))))
+        for low, high in itertools.pairwise(ends):
+            middle = nearest_float32(k(float(low)) + k(float(high))) / np.float32(2)
+            level = float(nearest_float32(scale * k(float(middle))))
+            levels |= {level, -level} if signed else {level}
+    assert len(levels) == 256
+    np.testing.assert_array_equal(jaxq.get_format(name).levels, sorted(levels))
+
+
+def test_the_dynamic_tree_is_the_published_one():
+    """As bitsandbytes prints it, and as several projects carry it along."""
+    levels = np.asarray(jaxq.get_format("dynamic8").levels, np.float32)
+    published = {
+        0: -0.992968738079071,
+        28: -0.5992187261581421,
+        126: -5.500000384017767e-07,
+        127: 0.0,
+        143: 0.001281249918974936,
+        191: 0.10703125596046448,
+        192: 0.12109375,
+        228: 0.6273437738418579,
+        255: 1.0,
+    }
+    for code, level in published.items():
+        assert levels[code] == np.float32(level), code
+    digest = hashlib.sha256(levels.astype("<f4").tobytes()).hexdigest()
+    assert digest[:16] == "e732639a65f497b4"
 
 
 def test_look_up():

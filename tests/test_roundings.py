@@ -160,11 +160,18 @@ def test_a_users_rounding_function():
     assert_same(jaxq.cast(x, "int8", rounding=half_down), np.float32([0, 1, 2, 3]))
 
 
+CODEBOOKS = [
+    *(jaxq.get_format(name) for name in ("nf4", "fp4_bnb", "binary", "dynamic8", "udynamic8")),
+    # Many levels between neighbouring powers of two, and some far off.
+    jaxq.CodebookFormat("crowded", (*(1 + i * 2.0**-20 for i in range(60)), -1e3, -1e-3, 0, 1e3)),
+    jaxq.CodebookFormat("below_zero", tuple(-1.5 - i / 64 for i in range(50)), ties="up"),
+]
+
+
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("mode", DETERMINISTIC)
-@pytest.mark.parametrize("name", ["nf4", "fp4_bnb", "binary"])
-def test_codebooks_in_every_mode(name: str, mode: str):
-    fmt = jaxq.get_format(name)
-    assert isinstance(fmt, jaxq.CodebookFormat)
+@pytest.mark.parametrize("fmt", CODEBOOKS, ids=lambda fmt: fmt.name)
+def test_codebooks_in_every_mode(fmt: jaxq.CodebookFormat, mode: str):
     levels = fmt.values
     middles = (levels[:-1] + levels[1:]) / 2
     exact = np.concatenate([levels, middles, [0.0, -0.0, 2, -2]]).astype(np.float32)
@@ -192,3 +199,13 @@ def test_codebooks_in_every_mode(name: str, mode: str):
     want = np.clip(np.where(on, clean, chosen), levels[0], levels[-1])
     want = np.where(clean >= levels[-1], levels[-1], np.where(clean <= levels[0], levels[0], want))
     assert_same(got, (want + 0.0).astype(np.float32), x)
+
+
+@pytest.mark.parametrize("fmt", CODEBOOKS, ids=lambda fmt: fmt.name)
+def test_codebooks_in_float64(fmt: jaxq.CodebookFormat):
+    middles = (fmt.values[:-1] + fmt.values[1:]) / 2
+    exact = np.concatenate([fmt.values, middles])
+    x = np.concatenate([exact, np.nextafter(exact, 9), np.nextafter(exact, -9), [np.nan, 1e300]])
+    with jax.enable_x64(True):
+        got = jaxq.cast(x, fmt)
+    assert_same(got, oracle.nearest_level(x, list(fmt.levels), fmt.ties) + 0.0, x)

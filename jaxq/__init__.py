@@ -1,5 +1,8 @@
 """jaxq: low-precision number formats and quantizers for JAX, bit-exact and differentiable."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxq import catalog, gradients, presets, rounding
 from jaxq.blocks import PerBlock, PerChannel, PerTensor, PerToken
 from jaxq.casting import cast, encode
@@ -13,6 +16,9 @@ from jaxq.recipes import Quantizer
 from jaxq.rounding import Stochastic
 from jaxq.tables import Table
 from jaxq.trees import dequantize_tree, quantize_tree, tree_report
+
+if TYPE_CHECKING:
+    from jaxq import optim
 
 __version__ = "0.1.0"
 
@@ -45,6 +51,7 @@ __all__ = [
     "get_quantizer",
     "gradients",
     "int_grid",
+    "optim",
     "p3109",
     "pack",
     "presets",
@@ -54,3 +61,9 @@ __all__ = [
     "tree_report",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "optim":  # At its first use, as it imports optax.
+        return importlib.import_module("jaxq.optim")
+    raise AttributeError(f"module 'jaxq' has no attribute {name!r}")

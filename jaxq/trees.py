@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -16,7 +16,15 @@ from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import Quantizer
 from jaxq.tables import Table
 
-__all__ = ["Rules", "dequantize_tree", "quantize_tree", "tree_report"]
+__all__ = [
+    "Rules",
+    "assign",
+    "dequantize_tree",
+    "is_floating",
+    "path_name",
+    "quantize_tree",
+    "tree_report",
+]
 
 Rules: TypeAlias = "Sequence[tuple[str, str | Format | Quantizer | None]]"
 
@@ -45,15 +53,9 @@ def quantize_tree(params: Any, rules: Rules, *, key: jax.Array | None = None) ->
       (1152, 128)
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    recipes = [None if recipe is None else get_quantizer(recipe) for _, recipe in rules]
-    patterns = [re.compile(pattern) for pattern, _ in rules]
-    paths = [_path(path) for path, _ in leaves]
-    result, used = [], set()
-    for i, (name, (_, leaf)) in enumerate(zip(paths, leaves, strict=True)):
-        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-        rule = next((n for n, p in enumerate(patterns) if floating and p.search(name)), None)
-        used.add(rule)
-        recipe = None if rule is None else recipes[rule]
+    recipes = assign("quantize_tree", params, rules)
+    result = []
+    for i, ((path, leaf), recipe) in enumerate(zip(leaves, recipes, strict=True)):
         if recipe is None:
             result.append(leaf)
             continue
@@ -61,13 +63,55 @@ def quantize_tree(params: Any, rules: Rules, *, key: jax.Array | None = None) ->
             own = None if key is None else jax.random.fold_in(key, i)
             result.append(quantize(leaf, recipe, key=own))
         except ValueError as error:
-            raise ValueError(f"quantize_tree: leaf {name!r}: {error}") from error
-    for n, (pattern, _) in enumerate(rules):
-        if n not in used:
-            raise ValueError(
-                _unused(pattern, [name for name in paths if patterns[n].search(name)], paths)
-            )
+            raise ValueError(f"quantize_tree: leaf {path_name(path)!r}: {error}") from error
     return jax.tree_util.tree_unflatten(structure, result)
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf is an array of a floating dtype."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def assign(
+    owner: str,
+    tree: Any,
+    rules: Sequence[tuple[str, Any]],
+    *,
+    look_up: Callable[[Any], Any] = get_quantizer,
+    takes: Callable[[Any], bool] = is_floating,
+    others: str = "of no floating dtype",
+    strict: bool = True,
+) -> list[Any]:
+    """What the first rule that matches a leaf's path says, or None: for each leaf of a tree.
+
+    Args:
+      owner: the function that an error names.
+      tree: any pytree.
+      rules: pairs of a regular expression and what `look_up` takes, or None.
+      look_up: what a rule's second part stands for.
+      takes: which leaves rules may hold for.
+      others: what the leaves are that `takes` refuses, in the words of an error.
+      strict: whether a rule that holds for no leaf is an error.
+
+    Returns:
+      A list in the order of the leaves.
+
+    Raises:
+      ValueError: a rule holds for no leaf; or what `look_up` raises.
+    """
+    found = [None if said is None else look_up(said) for _, said in rules]
+    patterns = [re.compile(pattern) for pattern, _ in rules]
+    leaves = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    chosen = [
+        next((n for n, p in enumerate(patterns) if takes(leaf) and p.search(path)), None)
+        for path, leaf in leaves
+    ]
+    paths = [path for path, _ in leaves]
+    for n in range(len(rules)):
+        if strict and n not in chosen:
+            matched = [path for path in paths if patterns[n].search(path)]
+            raise ValueError(_unused(owner, rules[n][0], matched, paths, others))
+    return [None if n is None else found[n] for n in chosen]
 
 
 def dequantize_tree(params: Any) -> Any:
@@ -127,7 +171,7 @@ def tree_report(params: Any) -> Table:
         label = leaf.recipe.element.name if _is_quantized(leaf) else "-"
         shape = "x".join(map(str, leaf.shape)) or "scalar"
         bits = 8 * after / size if size else math.nan
-        rows.append(LeafRow(_path(path), shape, str(leaf.dtype), label, before, after, bits))
+        rows.append(LeafRow(path_name(path), shape, str(leaf.dtype), label, before, after, bits))
         elements += size
     before, after = (
         sum(getattr(row, f"bytes_{when}") for row in rows) for when in ("before", "after")
@@ -145,19 +189,20 @@ def _nbytes(leaf: Any) -> int:
     return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(leaf))
 
 
-def _path(path: tuple) -> str:
+def path_name(path: tuple) -> str:
+    """A leaf's path as rules see it: its keys joined by slashes."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _unused(pattern: str, taken: list[str], paths: list[str]) -> str:
+def _unused(owner: str, pattern: str, matched: list[str], paths: list[str], others: str) -> str:
     """The error text for a rule that holds for no leaf."""
-    if taken:
+    if matched:
         return (
-            f"quantize_tree: rule {pattern!r} holds for no leaf: {', '.join(taken[:3])} are of no "
-            "floating dtype or belong to an earlier rule. Move it up, or leave it out."
+            f"{owner}: rule {pattern!r} holds for no leaf: {', '.join(matched[:3])} are {others} "
+            "or belong to an earlier rule. Move it up, or leave it out."
         )
     near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
     return (
-        f"quantize_tree: rule {pattern!r} matches no path. The nearest are "
+        f"{owner}: rule {pattern!r} matches no path. The nearest are "
         f"{', '.join(near) or 'none: the tree is empty'}."
     )

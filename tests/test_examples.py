@@ -5,8 +5,17 @@ import pathlib
 import sys
 
 import jax
+import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script(monkeypatch: pytest.MonkeyPatch):
+    """A script finds its neighbours, and optax multiplies floats by integers."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def load(name: str):
@@ -21,8 +30,7 @@ def load(name: str):
 
 def test_digits(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "digits.png"
-    with jax.numpy_dtype_promotion("standard"):  # optax's schedules multiply float by int.
-        results = load("digits").main(["--short", "--output", str(picture)])
+    results = load("digits").main(["--short", "--output", str(picture)])
     by_label = {r.label: r for r in results}
     base = by_label["float32"].rounded.mean()
     assert base > 0.93

@@ -200,6 +200,13 @@ class TestQuantizedState:
         state.hyperparams["learning_rate"] = jnp.asarray(0.0)
         assert (np.asarray(rate.update(gradients(0), state)[0]["w"]) == 0).all()
 
+    def test_other_arrays_stay(self):
+        """Of any size: a learning rate is no moment, and a count is no float."""
+        tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+        state = optim.quantize_state(tx, "int8", min_size=0).init(parameters())
+        assert len(state.shapes) == 4
+        assert isinstance(state.inner.hyperparams["learning_rate"], jax.Array)
+
     def test_rules(self):
         params = {"nu": jnp.ones((64, 64)), "w": jnp.ones((64, 64)), "x": jnp.ones((64, 64))}
         state = optim.quantize_state(optax.chain(optax.adam(1e-3))).init(params)

@@ -13,6 +13,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import optim
+from jaxq.optim.state import Flattened
 from tests.oracle import assert_same
 
 BLOCK = 256
@@ -41,6 +42,13 @@ def gradients(step: int, params: dict | None = None) -> dict:
         lambda p: jnp.asarray(rng.standard_normal(p.shape).astype(np.float32) ** 3 * scale),
         parameters() if params is None else params,
     )
+
+
+def held(state) -> list:
+    """The arrays of a state that are quantized."""
+    kinds = jaxq.Quantized | Flattened
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
 
 
 def leaves_equal(a, b) -> None:
@@ -78,9 +86,9 @@ class TestQuantizedState:
             m_hat, v_hat = m / f(1 - 0.9**t), v / f(1 - 0.999**t)
             want = -1e-2 * m_hat / (np.sqrt(v_hat) + 1e-8)
             np.testing.assert_allclose(updates["w"], want, rtol=2e-5)
-            for held, name in ((m, "dynamic8"), (v, "udynamic8")):
-                q = state.inner[0].mu["w"] if held is m else state.inner[0].nu["w"]
-                codes, scale, _ = self.quantized(held, name)
+            for field, exact, name in (("mu", m, "dynamic8"), ("nu", v, "udynamic8")):
+                q = getattr(state.inner[0], field)["w"].row
+                codes, scale, _ = self.quantized(exact, name)
                 np.testing.assert_array_equal(q.codes, codes)
                 np.testing.assert_array_equal(q.scale, scale)
             m, v = self.quantized(m, "dynamic8")[2], self.quantized(v, "udynamic8")[2]
@@ -102,10 +110,10 @@ class TestQuantizedState:
             plain, small = step(gradients(i), plain, small)
             for name, decay, h in (("mu", 0.9, 0.00703126), ("nu", 0.999, 0.00351563)):
                 q = getattr(small.inner[0], name)["w"]
-                largest = np.repeat(np.asarray(q.scale), BLOCK)[: 70 * 77].reshape(70, 77)
+                largest = np.repeat(np.asarray(q.row.scale), BLOCK)[: 70 * 77].reshape(70, 77)
                 bound[name] = decay * bound[name] + (h + 1e-6) * largest
                 exact = np.asarray(getattr(plain[0], name)["w"])
-                error = np.abs(np.asarray(q.dequantize()).reshape(70, 77) - exact)
+                error = np.abs(np.asarray(q.dequantize()) - exact)
                 assert (error <= bound[name]).all()
                 if i == 0:
                     assert (error / bound[name]).max() > 0.9, "the bound is not idle"
@@ -139,7 +147,7 @@ class TestQuantizedState:
         moment = n + 4 * math.ceil(n / BLOCK)
         assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 4 + 2 * moment + 2 * 4 * 77
         report = {row.path: row for row in jaxq.tree_report(state).rows}
-        assert report["inner/0/nu/w"].bytes_after == moment
+        assert report["inner/0/nu/w/row"].bytes_after == moment
         big = jax.eval_shape(optim.quantize_state(optax.adam(1e-3)).init, jnp.zeros((4096, 4096)))
         row = jaxq.tree_report(big).rows[-1]
         assert row.bytes_after / row.bytes_before == pytest.approx((1 + 4 / 256) / 4, rel=1e-6)
@@ -173,7 +181,7 @@ class TestQuantizedState:
         recipe = jaxq.Quantizer("float16", jaxq.PerBlock(32))
         small = optim.quantize_state(tx, recipe)
         state, plain = small.init(params), tx.init(params)
-        assert len(state.shapes) == arrays
+        assert len(held(state)) == arrays
         later = jax.eval_shape(lambda s: small.update(params, s, params)[1], state)
         assert jax.tree.structure(later) == jax.tree.structure(state)
         for i in range(2):
@@ -189,7 +197,7 @@ class TestQuantizedState:
         state = masked.init(params)
         updates, state = jax.jit(masked.update)(gradients(0), state, params)
         assert_same(updates["b"], jnp.clip(gradients(0)["b"], -1, 1))
-        assert len(state[1].inner_state.shapes) == 2
+        assert len(held(state)) == 2
         parts = optax.partition({"a": inner, "b": optax.sgd(1.0)}, {"w": "a", "b": "b"})
         updates, _ = parts.update(gradients(0), parts.init(params), params)
         assert_same(updates["b"], -gradients(0)["b"])
@@ -204,7 +212,7 @@ class TestQuantizedState:
         """Of any size: a learning rate is no moment, and a count is no float."""
         tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
         state = optim.quantize_state(tx, "int8", min_size=0).init(parameters())
-        assert len(state.shapes) == 4
+        assert len(held(state)) == 4
         assert isinstance(state.inner.hyperparams["learning_rate"], jax.Array)
 
     def test_rules(self):
@@ -221,7 +229,7 @@ class TestQuantizedState:
         assert state.inner[0].mu["w"].shape == (64, 64)
         assert state.inner[0].mu["x"].scale.shape == (64, 1), "its own shape"
         assert state.inner[0].nu["x"].scale.shape == (1, 1)
-        assert state.shapes == ((64, 64),) * 4
+        assert len(held(state)) == 4
 
     def test_stochastic_rounding_carries_a_key(self):
         params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
@@ -237,7 +245,7 @@ class TestQuantizedState:
             optax.sgd(1.0, momentum=0.9), STOCHASTIC, key=jax.random.PRNGKey(3)
         )
         leaves_equal(first, jax.jit(raw.update)(g, raw.init(params))[1])
-        mean = np.asarray(a.dequantize()).reshape(64, 64).mean(0)
+        mean = np.asarray(a.dequantize()).mean(0)
         np.testing.assert_allclose(mean, g["a"][0], atol=5 * 0.5 / 127 / 8)
 
     def test_vmap_over_seeds_and_scan_over_steps(self):
@@ -303,6 +311,23 @@ class TestQuantizedState:
         _, state = tx.update(g, tx.init(params))
         bad = np.isnan(state.inner[0].trace["w"].dequantize())
         np.testing.assert_array_equal(np.flatnonzero(bad), np.arange(BLOCK, 2 * BLOCK))
+
+    def test_optax_finds_the_parameters_in_it(self):
+        tx = optim.quantize_state(optax.adam(1e-3))
+        state = tx.init(parameters())
+        assert optax.tree_utils.tree_get(state, "count") == 0
+        shapes = optax.tree_utils.tree_map_params(tx, jnp.shape, state)
+        assert shapes.inner[0].mu["b"] == (77,)
+        assert shapes.inner[0].mu["w"].row.codes == (70 * 77,)
+
+    def test_rows_that_hold_whole_blocks_keep_their_shape(self):
+        w = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2048)), jnp.float32)
+        update = optim.quantize_state(optax.sgd(1.0, momentum=0.9))
+        state = update.update(w, update.init(w))[1].inner[0].trace
+        assert state.shape == (4, 2048)
+        codes, scale, _ = self.quantized(np.asarray(w), "dynamic8")
+        np.testing.assert_array_equal(state.codes.ravel(), codes)
+        np.testing.assert_array_equal(state.scale.ravel(), scale)
 
     @pytest.mark.parametrize(
         ("recipe", "key", "text"),

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax import numpy as jnp
 
@@ -27,22 +29,40 @@ ADAM8BIT: Rules = (
 """The rules of `quantize_state` by default: dynamic 8-bit codes, unsigned for second moments."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["inner", "key"], meta_fields=["shapes"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["row"], meta_fields=["shape"])
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedState:
+class Flattened:
+    """An array that is quantized as one row, as its last axis does not hold whole blocks.
+
+    Attributes:
+      row: the array, flattened.
+      shape: its shape.
+    """
+
+    row: Quantized
+    shape: tuple[int, ...]
+
+    @property
+    def recipe(self) -> Quantizer:
+        """The recipe of the row."""
+        return self.row.recipe
+
+    def dequantize(self) -> jax.Array:
+        """The array."""
+        return self.row.dequantize().reshape(self.shape)
+
+
+class QuantizedState(NamedTuple):
     """What `quantize_state` keeps between steps; a pytree of arrays.
 
     Attributes:
-      inner: the optimizer's own state, with `jaxq.Quantized` in the place of its large arrays.
+      inner: the optimizer's own state, with `jaxq.Quantized` in the place of its large arrays, or
+        `Flattened` ones.
       key: the numbers of a `jax.random` key, or None.
-      shapes: the shape of each array that is quantized.
     """
 
     inner: Any
     key: jax.Array | None
-    shapes: tuple[tuple[int, ...], ...]
 
 
 def quantize_state(
@@ -59,9 +79,10 @@ def quantize_state(
     and the state is small between steps, not within one.
 
     Quantized are the floating arrays that have some parameter's shape and `min_size` elements or
-    more; all else stays as it is. `jaxq.tree_report(state)` says what became what. A `PerBlock`
-    along the last axis alone runs through the array as one row, so that it suits any shape and its
-    last block is shorter; every other granularity sees the array in its own shape.
+    more; all else stays as it is. `jaxq.tree_report(state)` says what became what. Blocks along the
+    last axis, as `PerBlock(256)` has them, run on through the array as one row where they do not
+    divide that axis, and the last one is shorter; so they suit any shape. Every other granularity
+    sees the array in its own shape.
 
     The default is that of 8-bit Adam: in blocks of 256, a byte an element and a float32 scale,
     2.03 bytes a parameter where Adam has 8. It has traits that bitsandbytes' has too. A second
@@ -87,16 +108,16 @@ def quantize_state(
 
     Example:
       >>> import jax, jaxq, optax, jax.numpy as jnp
-      >>> params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+      >>> params = {"w": jnp.ones((64, 256)), "b": jnp.ones(256)}
       >>> tx = jaxq.optim.quantize_state(optax.adam(1e-3))
       >>> print(jaxq.tree_report(tx.init(params).inner))  # doctest: +NORMALIZE_WHITESPACE
       path      shape    dtype     format  bytes_before  bytes_after     bits
       0/count  scalar    int32          -             4            4       32
-      0/mu/b       64  float32          -           256          256       32
-      0/mu/w     4096  float32   dynamic8         16384         4160    8.125
-      0/nu/b       64  float32          -           256          256       32
-      0/nu/w     4096  float32  udynamic8         16384         4160    8.125
-      total                                       33284         8836  8.49513
+      0/mu/b      256  float32          -          1024         1024       32
+      0/mu/w   64x256  float32   dynamic8         65536        16640    8.125
+      0/nu/b      256  float32          -          1024         1024       32
+      0/nu/w   64x256  float32  udynamic8         65536        16640    8.125
+      total                                      133124        35332  8.49301
 
     References:
       Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022).
@@ -114,9 +135,8 @@ def quantize_state(
         inner = tx.init(params)
         others = f"not floating, of no parameter's shape, of fewer than {min_size} elements"
         recipes = assign("quantize_state", inner, rules, takes=takes, others=others, strict=strict)
-        leaves, structure = jax.tree.flatten(inner)
         later, now = random.split(random.data)
-        return _held(leaves, structure, recipes, now, later)
+        return QuantizedState(_held(inner, recipes, now), later)
 
     def update(
         updates: optax.Updates,
@@ -124,44 +144,38 @@ def quantize_state(
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
-        held, structure = jax.tree.flatten(state.inner, is_leaf=_is_quantized)
-        shapes = iter(state.shapes)
-        leaves = [
-            leaf.dequantize().reshape(next(shapes)) if _is_quantized(leaf) else leaf
-            for leaf in held
-        ]
+        held, structure = jax.tree.flatten(state.inner, is_leaf=_is_held)
+        leaves = [leaf.dequantize() if _is_held(leaf) else leaf for leaf in held]
         updates, inner = tx.update(updates, structure.unflatten(leaves), params, **extra)
-        recipes = [leaf.recipe if _is_quantized(leaf) else None for leaf in held]
+        recipes = [leaf.recipe if _is_held(leaf) else None for leaf in held]
         later, now = random.split(state.key)
-        return updates, _held(structure.flatten_up_to(inner), structure, recipes, now, later)
+        return updates, QuantizedState(_held(inner, recipes, now), later)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, Quantized)
+def _is_held(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized | Flattened)
 
 
-def _held(
-    leaves: list[Any],
-    structure: Any,
-    recipes: list[Quantizer | None],
-    now: jax.Array | None,
-    later: jax.Array | None,
-) -> QuantizedState:
+def _held(inner: Any, recipes: list[Quantizer | None], key: jax.Array | None) -> Any:
     """A state with the leaves quantized that have a recipe."""
-    held = list(leaves)
-    for i, (leaf, recipe) in enumerate(zip(leaves, recipes, strict=True)):
-        if recipe is None:
-            continue
-        blocks = recipe.granularity
-        if isinstance(blocks, PerBlock) and blocks.axes == (-1,):
-            recipe = dataclasses.replace(recipe, granularity=dataclasses.replace(blocks, pad=True))
-            leaf = leaf.reshape(-1)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(inner)
+    held = []
+    for i, ((path, leaf), recipe) in enumerate(zip(leaves, recipes, strict=True)):
         try:
-            held[i] = quantize(leaf, recipe, key=own_key(recipe, now, i))
+            own = None if recipe is None else own_key(recipe, key, i)
+            held.append(leaf if recipe is None else _quantized(leaf, recipe, own))
         except (TypeError, ValueError) as error:
-            path, _ = jax.tree_util.tree_leaves_with_path(structure.unflatten(leaves))[i]
             raise type(error)(f"quantize_state: leaf {path_name(path)!r}: {error}") from error
-    shapes = tuple(leaf.shape for leaf, r in zip(leaves, recipes, strict=True) if r is not None)
-    return QuantizedState(structure.unflatten(held), later, shapes)
+    return structure.unflatten(held)
+
+
+def _quantized(leaf: jax.Array, recipe: Quantizer, key: jax.Array | None) -> Quantized | Flattened:
+    """An array in the blocks of a recipe, flattened where it says."""
+    blocks = recipe.granularity
+    if isinstance(blocks, PerBlock) and blocks.axes == (-1,):
+        recipe = dataclasses.replace(recipe, granularity=dataclasses.replace(blocks, pad=True))
+        if leaf.ndim != 1 and math.prod(leaf.shape[-1:]) % np.prod(blocks.sizes):
+            return Flattened(quantize(leaf.reshape(-1), recipe, key=key), leaf.shape)
+    return quantize(leaf, recipe, key=key)

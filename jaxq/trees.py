@@ -1,10 +1,11 @@
 """Whole trees of parameters: which leaf gets which recipe, by patterns of paths."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -21,7 +22,7 @@ __all__ = [
     "assign",
     "dequantize_tree",
     "is_floating",
-    "path_name",
+    "naming",
     "quantize_tree",
     "tree_report",
 ]
@@ -59,12 +60,20 @@ def quantize_tree(params: Any, rules: Rules, *, key: jax.Array | None = None) ->
         if recipe is None:
             result.append(leaf)
             continue
-        try:
-            own = None if key is None else jax.random.fold_in(key, i)
+        own = None if key is None else jax.random.fold_in(key, i)
+        with naming("quantize_tree", path):
             result.append(quantize(leaf, recipe, key=own))
-        except ValueError as error:
-            raise ValueError(f"quantize_tree: leaf {path_name(path)!r}: {error}") from error
     return jax.tree_util.tree_unflatten(structure, result)
+
+
+@contextlib.contextmanager
+def naming(owner: str, path: tuple) -> Iterator[None]:
+    """Errors within it name a function and the leaf that it is at."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{owner}: leaf {_path(path)!r}: {error}") from error
 
 
 def is_floating(leaf: Any) -> bool:
@@ -101,7 +110,7 @@ def assign(
     """
     found = [None if said is None else look_up(said) for _, said in rules]
     patterns = [re.compile(pattern) for pattern, _ in rules]
-    leaves = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    leaves = [(_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     chosen = [
         next((n for n, p in enumerate(patterns) if takes(leaf) and p.search(path)), None)
         for path, leaf in leaves
@@ -171,7 +180,7 @@ def tree_report(params: Any) -> Table:
         label = leaf.recipe.element.name if _is_quantized(leaf) else "-"
         shape = "x".join(map(str, leaf.shape)) or "scalar"
         bits = 8 * after / size if size else math.nan
-        rows.append(LeafRow(path_name(path), shape, str(leaf.dtype), label, before, after, bits))
+        rows.append(LeafRow(_path(path), shape, str(leaf.dtype), label, before, after, bits))
         elements += size
     before, after = (
         sum(getattr(row, f"bytes_{when}") for row in rows) for when in ("before", "after")
@@ -189,8 +198,7 @@ def _nbytes(leaf: Any) -> int:
     return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(leaf))
 
 
-def path_name(path: tuple) -> str:
-    """A leaf's path as rules see it: its keys joined by slashes."""
+def _path(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

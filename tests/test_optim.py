@@ -362,7 +362,7 @@ class TestQuantizedGradients:
             want = (np.rint(total / scale) * scale).astype(dtype)
             residual = total - want.astype(f)
             np.testing.assert_array_equal(q, want)
-            np.testing.assert_array_equal(state.residual[0], residual)
+            np.testing.assert_array_equal(state.residual, residual)
 
     def test_nothing_is_lost_in_the_long_run(self):
         """What was given is the sum of the gradients less the residual, to float32's rounding."""
@@ -376,8 +376,8 @@ class TestQuantizedGradients:
 
         exact = n * np.asarray(g, np.float64)
         given, state = total()
-        largest = np.abs(given).max() / n + np.abs(state.residual[0]).max()
-        assert np.abs(given + state.residual[0] - exact).max() <= n * 2 * 2.0**-24 * largest
+        largest = np.abs(given).max() / n + np.abs(state.residual).max()
+        assert np.abs(given + state.residual - exact).max() <= n * 2 * 2.0**-24 * largest
         assert np.abs(given - exact).max() < 2 * np.abs(g).max()
         forgotten, state = total(error_feedback=False)
         assert np.abs(forgotten - exact).max() > 0.2 * n * np.abs(g).max()
@@ -388,8 +388,8 @@ class TestQuantizedGradients:
         g = jnp.asarray([1.0, np.nan, 0.3, 0.2, 1.0, 0.31, 0.2, np.inf, 1.0, 0.31, 0.2, 0.0])
         q, state = tx.update(g, tx.init(g))
         assert np.isnan(q[:8]).all()
-        assert (np.asarray(state.residual[0])[:8] == 0).all()
-        assert (np.asarray(state.residual[0])[8:] != 0).any()
+        assert (np.asarray(state.residual)[:8] == 0).all()
+        assert (np.asarray(state.residual)[8:] != 0).any()
 
     def test_rules_keys_and_chains(self):
         params = {**parameters(), "n": jnp.zeros((), jnp.int32)}
@@ -411,6 +411,9 @@ class TestQuantizedGradients:
             optim.quantize_gradients([("v", "int8")]).init(params)
         with pytest.raises(ValueError, match="needs `key`"):
             optim.quantize_gradients(STOCHASTIC)
+        tx = optim.quantize_gradients([("w", jaxq.Quantizer("int8", jaxq.PerBlock(64)))])
+        with pytest.raises(ValueError, match=r"quantize_gradients: leaf 'w': .*64 does not divide"):
+            tx.update(gradients(0), tx.init(parameters()))
 
 
 class TestUpdates:
@@ -484,9 +487,9 @@ class TestUpdates:
             optim.apply_updates(w, w, rounding="nearest_even", key=key)
         with pytest.raises(ValueError, match="apply_updates: rule 'v' matches no path"):
             optim.apply_updates({"w": w}, {"w": w}, fmt=[("v", "int8")], key=key)
-        narrow = w.astype(jnp.float4_e2m1fn)
-        with pytest.raises(ValueError, match="float32 with fmt='float4_e2m1fn'"):
-            optim.apply_updates(narrow, w, key=key)
+        narrow = {"w": w.astype(jnp.float4_e2m1fn)}
+        with pytest.raises(ValueError, match=r"leaf 'w': .*float32 with fmt='float4_e2m1fn'"):
+            optim.apply_updates(narrow, {"w": w}, key=key)
 
 
 class TestSchedules:

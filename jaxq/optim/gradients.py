@@ -7,10 +7,10 @@ import jax
 import optax
 from jax import numpy as jnp
 
-from jaxq.casting import as_dtype
+from jaxq.casting import as_dtype, widen
 from jaxq.optim.common import RandomState, Recipe, as_rules, own_key
 from jaxq.quantizers import fake_quant
-from jaxq.trees import Rules, assign
+from jaxq.trees import Rules, assign, naming
 
 __all__ = ["QuantizedGradients", "quantize_gradients"]
 
@@ -19,11 +19,12 @@ class QuantizedGradients(NamedTuple):
     """What `quantize_gradients` keeps between steps.
 
     Attributes:
-      residual: what rounding has left of each gradient, float32; None where there is none.
+      residual: what rounding has left of each gradient, float32, in the tree of the gradients; None
+        where nothing is kept.
       key: the numbers of a `jax.random` key, or None.
     """
 
-    residual: tuple[jax.Array | None, ...]
+    residual: Any
     key: jax.Array | None
 
 
@@ -74,30 +75,30 @@ def quantize_gradients(
     recipes_of = functools.partial(assign, "quantize_gradients", rules=rules, strict=strict)
 
     def init(params: optax.Params) -> Any:
-        chosen = zip(jax.tree.leaves(params), recipes_of(params), strict=True)
-        residual = tuple(
+        leaves, structure = jax.tree.flatten(params)
+        residual = [
             jnp.zeros(leaf.shape, jnp.float32) if error_feedback and recipe is not None else None
-            for leaf, recipe in chosen
-        )
-        return QuantizedGradients(residual, random.data)
+            for leaf, recipe in zip(leaves, recipes_of(params), strict=True)
+        ]
+        return QuantizedGradients(structure.unflatten(residual), random.data)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[Any, Any]:
         del params
-        leaves, structure = jax.tree.flatten(updates)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
         later, now = random.split(state.key)
-        given, left = list(leaves), list(state.residual)
-        for i, (leaf, recipe) in enumerate(zip(leaves, recipes_of(updates), strict=True)):
+        given, left = [leaf for _, leaf in leaves], structure.flatten_up_to(state.residual)
+        for i, ((path, leaf), recipe) in enumerate(zip(leaves, recipes_of(updates), strict=True)):
             if recipe is None:
                 continue
-            residual = left[i]
-            total = leaf if residual is None else leaf.astype(jnp.float32) + residual
-            rounded = fake_quant(total, recipe, key=own_key(recipe, now, i))
+            total = leaf if left[i] is None else widen(leaf) + left[i]
+            with naming("quantize_gradients", path):
+                rounded = fake_quant(total, recipe, key=own_key(recipe, now, i))
             given[i] = as_dtype(rounded, leaf.dtype)
-            if residual is not None:
-                rest = total - given[i].astype(jnp.float32)
+            if left[i] is not None:
+                rest = total - widen(given[i])
                 left[i] = jnp.where(jnp.isfinite(rest), rest, jnp.zeros_like(rest))
-        return structure.unflatten(given), QuantizedGradients(tuple(left), later)
+        return structure.unflatten(given), QuantizedGradients(structure.unflatten(left), later)
 
     return optax.GradientTransformation(init, update)

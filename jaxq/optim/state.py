@@ -14,7 +14,7 @@ from jaxq.blocks import PerBlock
 from jaxq.optim.common import RandomState, Recipe, as_rules, own_key
 from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import Quantizer
-from jaxq.trees import Rules, assign, is_floating, path_name
+from jaxq.trees import Rules, assign, is_floating, naming
 
 __all__ = ["ADAM8BIT", "QuantizedState", "quantize_state"]
 
@@ -163,11 +163,11 @@ def _held(inner: Any, recipes: list[Quantizer | None], key: jax.Array | None) ->
     leaves, structure = jax.tree_util.tree_flatten_with_path(inner)
     held = []
     for i, ((path, leaf), recipe) in enumerate(zip(leaves, recipes, strict=True)):
-        try:
-            own = None if recipe is None else own_key(recipe, key, i)
-            held.append(leaf if recipe is None else _quantized(leaf, recipe, own))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"quantize_state: leaf {path_name(path)!r}: {error}") from error
+        if recipe is None:
+            held.append(leaf)
+            continue
+        with naming("quantize_state", path):
+            held.append(_quantized(leaf, recipe, own_key(recipe, key, i)))
     return structure.unflatten(held)
 
 

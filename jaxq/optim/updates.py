@@ -13,7 +13,7 @@ from jaxq.catalog import get_format
 from jaxq.codecs import code_dtype, decode
 from jaxq.formats import Format
 from jaxq.rounding import Rounding, Stochastic, get_rounding
-from jaxq.trees import Rules, assign, is_floating
+from jaxq.trees import Rules, assign, is_floating, naming
 
 __all__ = ["apply_updates"]
 
@@ -75,11 +75,12 @@ def apply_updates(
     ruled = isinstance(fmt, list | tuple)
     rules: Any = fmt if ruled else [("", fmt)]
     formats = assign("apply_updates", params, rules, look_up=get_format, strict=ruled)
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     result = []
-    for i, (p, u) in enumerate(zip(leaves, structure.flatten_up_to(updates), strict=True)):
+    for i, ((path, p), u) in enumerate(zip(leaves, structure.flatten_up_to(updates), strict=True)):
         own = None if key is None else jax.random.fold_in(key, i)
-        result.append(_moved(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, own))
+        with naming("apply_updates", path):
+            result.append(_moved(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, own))
     return structure.unflatten(result)
 
 
@@ -106,7 +107,7 @@ def _wide(x: jax.Array) -> jax.Array:
     fmt = get_format(x.dtype)
     if fmt.bits != 8 * x.dtype.itemsize or fmt.bits not in (8, 16):
         raise ValueError(
-            f"apply_updates: a dtype must fill one or two bytes, got {x.dtype}. Hold such weights "
+            f"its dtype must fill one or two bytes, got {x.dtype}. Hold such weights "
             f"as float32 with fmt={fmt.name!r}."
         )
     return decode(lax.bitcast_convert_type(x, code_dtype(fmt)), fmt)

@@ -1,5 +1,8 @@
 """jaxq: low-precision number formats and quantizers for JAX, bit-exact and differentiable."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxq import calibration, calibrators, catalog, gguf, gradients, presets, rounding
 from jaxq.blocks import PerBlock, PerChannel, PerTensor, PerToken
 from jaxq.casting import cast, encode
@@ -17,6 +20,9 @@ from jaxq.second_level import DoubleScale, TensorScale
 from jaxq.sharding import quantized_sharding
 from jaxq.tables import Table
 from jaxq.trees import dequantize_tree, quantize_tree, tree_report
+
+if TYPE_CHECKING:
+    from jaxq import optim
 
 __version__ = "0.1.0"
 
@@ -58,6 +64,7 @@ __all__ = [
     "gguf",
     "gradients",
     "int_grid",
+    "optim",
     "p3109",
     "pack",
     "presets",
@@ -68,3 +75,9 @@ __all__ = [
     "tree_report",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "optim":  # At its first use, as it imports optax.
+        return importlib.import_module("jaxq.optim")
+    raise AttributeError(f"module 'jaxq' has no attribute {name!r}")

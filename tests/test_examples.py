@@ -5,8 +5,18 @@ import pathlib
 import sys
 
 import jax
+import numpy as np
+import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script(monkeypatch: pytest.MonkeyPatch):
+    """A script finds its neighbours, and optax multiplies floats by integers."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def load(name: str):
@@ -21,8 +31,7 @@ def load(name: str):
 
 def test_digits(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "digits.png"
-    with jax.numpy_dtype_promotion("standard"):  # optax's schedules multiply float by int.
-        results = load("digits").main(["--short", "--output", str(picture)])
+    results = load("digits").main(["--short", "--output", str(picture)])
     by_label = {r.label: r for r in results}
     base = by_label["float32"].rounded.mean()
     assert base > 0.93
@@ -34,3 +43,31 @@ def test_digits(tmp_path: pathlib.Path, capsys):
     assert by_label["int8 per tensor"].sqnr_db > 35
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Handwritten digits" in capsys.readouterr().out
+
+
+def test_adam8bit(tmp_path: pathlib.Path, capsys):
+    picture = tmp_path / "adam8bit.png"
+    results = load("adam8bit").main(["--short", "--output", str(picture)])
+    full, dynamic, linear = results
+    assert abs(dynamic.losses[:, -1].mean() / full.losses[:, -1].mean() - 1) < 0.1
+    assert not linear.losses[:, -1].mean() < 10 * full.losses[:, -1].mean()
+    large = 64 * 256 + 256 * 256
+    assert full.bytes["first moment"] == 4 * large
+    assert dynamic.bytes["first moment"] == large + 4 * large // 256
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Adam's state" in capsys.readouterr().out
+
+
+def test_bfloat16_updates(tmp_path: pathlib.Path, capsys):
+    picture = tmp_path / "bfloat16_updates.png"
+    results = load("bfloat16_updates").main(["--short", "--output", str(picture)])
+    full, nearest, stochastic = results
+    learnt = full.losses[:, 0].mean() - full.losses[:, -1].mean()
+    assert learnt > 0.5
+    assert nearest.losses[:, 0].mean() - nearest.losses[:, -1].mean() < 0.3 * learnt
+    np.testing.assert_allclose(stochastic.losses[:, -1], full.losses[:, -1], rtol=0.05)
+    assert nearest.still.mean() > 0.9
+    assert nearest.moved.mean() < 0.2
+    assert abs(stochastic.moved.mean() - 1) < 0.02
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Adam at a rate of" in capsys.readouterr().out

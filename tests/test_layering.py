@@ -36,6 +36,13 @@ LAYERS = [
     "sharding",
     "chains",
     "trees",
+    "cotangents",
+    "hadamard",
+    "accumulation",
+    "dot_recipes",
+    "contractions",
+    "execution",
+    "dots",
     "__init__",
 ]
 OPTIONAL = {"matplotlib", "rich", "sklearn", "safetensors", "gfloat", "gguf", "gmpy2", "hypothesis"}

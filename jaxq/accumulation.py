@@ -35,11 +35,11 @@ class Accumulation:
 
     Example:
       >>> import jaxq, jax.numpy as jnp
-      >>> ones = jnp.ones((1, 4096))
-      >>> half = jaxq.DotRecipe("float16", "float16", execution=jaxq.Accumulation("bfloat16"))
-      >>> numbers = (((1,), (1,)), ((), ()))
-      >>> jaxq.dot_general(ones, ones, numbers, recipe=half).tolist()
-      [[256.0]]
+      >>> ones, numbers = jnp.ones((1, 4096), jnp.bfloat16), (((1,), (1,)), ((), ()))
+      >>> narrow = jaxq.DotRecipe(execution=jaxq.Accumulation("bfloat16"))
+      >>> chunks = jaxq.DotRecipe(execution=jaxq.Accumulation("bfloat16", 64, "pairwise"))
+      >>> [jaxq.dot_general(ones, ones, numbers, recipe=r).item() for r in (narrow, chunks)]
+      [256.0, 4096.0]
 
     References:
       DeepSeek-AI (2024), "DeepSeek-V3 Technical Report", section 3.3.2: sums of 128 terms in about

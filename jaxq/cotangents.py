@@ -53,7 +53,7 @@ def grad_cast(
       >>> import jax, jaxq, jax.numpy as jnp
       >>> f = lambda x: (jaxq.grad_cast(x, "int4") * jnp.array([7.0, 2.2, -0.4])).sum()
       >>> jax.grad(f)(jnp.ones(3)).tolist()
-      [7.0, 2.0, -0.0]
+      [7.0, 2.0, 0.0]
     """
     recipe = get_quantizer(recipe)
     keys = () if key is None else (key,)

@@ -37,7 +37,7 @@ class ProductRecipe:
       execution: `"emulated"` multiplies what the quantizers give, in the operands' own dtype.
         `"native"` multiplies codes, integers to int32 and float8 to float32, and scales the result;
         blocks of an MX format go to `jax.nn.scaled_matmul`. It is an error where that cannot be.
-        An `Accumulation` emulates the sum of a narrower accumulator, of the elements without
+        A `jaxq.Accumulation` emulates a narrower accumulator, which sums the elements without
         their scales where those do not lie along the contraction.
 
     Raises:
@@ -75,7 +75,8 @@ class ProductRecipe:
     @property
     def operands(self) -> tuple[Quantizer | None, Quantizer | None]:
         """Both quantizers as records."""
-        return tuple(None if q is None else get_quantizer(q) for q in (self.lhs, self.rhs))
+        lhs, rhs = (None if q is None else get_quantizer(q) for q in (self.lhs, self.rhs))
+        return lhs, rhs
 
     @property
     def plain(self) -> bool:

@@ -78,12 +78,11 @@ def check(how: Any, name: str, contraction: Contraction, codes: Codes | None) ->
         raise ValueError(
             f"{name}: {what} is not to be had for this product. Use execution='emulated'."
         )
-    if isinstance(codes, DotOfCodes) and len({*map(len, contraction.shared)}) == 1:
-        left, right = contraction.axes
-        if not len(left.contract) == len(right.contract) == len(contraction.shared[0]):
-            raise ValueError(
-                f"{name}: {what} cannot sum over an axis that one operand alone has. Sum first."
-            )
+    both = len(contraction.shared[0])
+    if isinstance(codes, DotOfCodes) and any(len(a.contract) != both for a in contraction.axes):
+        raise ValueError(
+            f"{name}: {what} cannot sum over an axis that one operand alone has. Sum first."
+        )
 
 
 def run(
@@ -91,8 +90,8 @@ def run(
     how: Any,
     contraction: Contraction,
     codes: Codes | None,
-    lhs: tuple[Any, ...],
-    rhs: tuple[Any, ...],
+    lhs: Operand,
+    rhs: Operand,
 ) -> jax.Array:
     """The product of two operands, float32.
 
@@ -101,14 +100,14 @@ def run(
       how: `"native"` or an `Accumulation`.
       contraction: the labels.
       codes: the product for arrays of codes.
-      lhs: what an `Operand` holds.
-      rhs: likewise.
+      lhs: the first operand.
+      rhs: the second operand.
 
     Raises:
       ValueError: the operands cannot be multiplied that way.
     """
     assert codes is not None, "checked"
-    operands = (Operand(*lhs), Operand(*rhs))
+    operands = (lhs, rhs)
     if isinstance(how, Accumulation):
         assert isinstance(codes, DotOfCodes), "checked"
         return _accumulated(name, how, codes, operands)
@@ -135,9 +134,9 @@ def run(
             f"{name}: execution='native' multiplies integers by integers and floats by floats, got "
             f"{' and '.join(q.recipe.element.name for q in quantized)}."
         )
-    arrays = [_narrow(name, o, q) for o, q in zip(operands, quantized, strict=True)]
+    left, right = (_narrow(name, o, q) for o, q in zip(operands, quantized, strict=True))
     preferred = jnp.int32 if kinds == {True} else jnp.float32
-    y = codes(*arrays, preferred).astype(jnp.float32)
+    y = codes(left, right, preferred).astype(jnp.float32)
     return _rescaled(y, contraction, [q.scales for q in quantized], quantized)
 
 
@@ -243,7 +242,7 @@ def _accumulated(
             f"{name}: an Accumulation needs operands whose products float32 holds exactly, got "
             f"{digits[0]} and {digits[1]} significant bits for {operands[0].name} and "
             f"{operands[1].name}, more than {_EXACT} together. Quantize both, for instance to "
-            "'bfloat16', with block scales in float8_e8m0fnu."
+            "'int8_token', or convert them to bfloat16."
         )
     y = how.matmul(*arrays)
     y = dot.ordered(y.reshape(_shape(dot.contraction, operands)))
@@ -259,7 +258,8 @@ def _terms(operand: Operand, axes: Axes) -> tuple[jax.Array, Any, Any, int]:
     values, precision = decode(q.unpack(), q.recipe.element), _precision(q.recipe.element)
     if q.zero_point is not None:
         split = q.cut.split(values) - q.cut.spread(q.zero_point).astype(jnp.float32)
-        values, precision = q.cut.merge(split), precision + 1
+        whole = jnp.issubdtype(q.zero_point.dtype, jnp.integer)
+        values, precision = q.cut.merge(split), precision + 1 if whole else _EXACT
     if not _lies_along(q, axes):
         return values, q.scales, q, precision
     held = q.recipe.held
@@ -273,6 +273,5 @@ def _precision(fmt: Format) -> int:
     """How many significant bits the values of a format have."""
     if isinstance(fmt, FloatFormat):
         return fmt.mantissa_bits + 1
-    significands = np.abs(np.frexp(fmt.values)[0]) * 2.0**53
-    lowest = [int(s) & -int(s) for s in significands if s]
-    return max(54 - low.bit_length() for low in lowest)
+    significands = np.abs(np.frexp(fmt.values.astype(np.float32))[0]) * 2.0**_EXACT
+    return max(_EXACT + 1 - (int(s) & -int(s)).bit_length() for s in significands if s)

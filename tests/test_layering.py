@@ -42,6 +42,7 @@ LAYERS = [
     "dot_recipes",
     "contractions",
     "execution",
+    "products",
     "dots",
     "__init__",
 ]

@@ -21,6 +21,7 @@ from jaxq.contractions import Axes, Contraction
 from jaxq.formats import FloatFormat, Format, IntFormat
 from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import Quantizer
+from jaxq.second_level import TensorScale
 
 __all__ = ["Codes", "DotOfCodes", "Operand", "check", "run"]
 
@@ -111,7 +112,7 @@ def run(
     if isinstance(how, Accumulation):
         assert isinstance(codes, DotOfCodes), "checked"
         return _accumulated(name, how, codes, operands)
-    quantized = [quantize(o.x, o.quantizer, key=o.key) for o in operands if o.quantizer is not None]
+    quantized = [_quantized(name, operand) for operand in operands]
     for operand, q in zip(operands, quantized, strict=True):
         if q.zero_point is not None:
             raise ValueError(
@@ -138,6 +139,24 @@ def run(
     preferred = jnp.int32 if kinds == {True} else jnp.float32
     y = codes(left, right, preferred).astype(jnp.float32)
     return _rescaled(y, contraction, [q.scales for q in quantized], quantized)
+
+
+def _quantized(name: str, operand: Operand) -> Quantized:
+    """The codes of an operand whose values are multiples of its scales."""
+    recipe = operand.quantizer
+    assert recipe is not None, "the recipe has checked it"
+    if recipe.outliers is not None or recipe.zero_point == "minimum":
+        what = "outliers" if recipe.outliers is not None else "minima"
+        raise ValueError(
+            f"{name}: {operand.name}: only execution='emulated' multiplies a tensor with {what}, "
+            "which is more than codes times scales."
+        )
+    return quantize(operand.x, recipe, key=operand.key)
+
+
+def _outermost(q: Quantized) -> jax.Array | None:
+    """The number that the scales of all blocks are relative to, or None."""
+    return q.second[0] if isinstance(q.recipe.second_level, TensorScale) else None
 
 
 def _lies_along(q: Quantized, axes: Axes) -> bool:
@@ -196,7 +215,8 @@ def _scaled_matmul(
     arguments = []
     for operand, q, axes in zip(operands, quantized, dot.contraction.axes, strict=True):
         element, held = q.recipe.element, q.recipe.held
-        if element.dtype is None or held.dtype is None or held.bits != 8:
+        plain = isinstance(q.recipe.second_level, TensorScale | None)
+        if element.dtype is None or held.dtype is None or held.bits != 8 or not plain:
             raise ValueError(
                 f"{name}: {operand.name}: execution='native' takes blocks of an MX format or "
                 f"NVFP4, got {element.name!r} with scales in {held.name!r}."
@@ -216,7 +236,7 @@ def _scaled_matmul(
     (lhs, lhs_scales), (rhs, rhs_scales) = arguments
     y = jax.nn.scaled_matmul(lhs, rhs, lhs_scales, rhs_scales, preferred_element_type=jnp.float32)
     y = dot.ordered(y.reshape(_shape(dot.contraction, operands)))
-    return _rescaled(y, dot.contraction, [q.tensor_scale for q in quantized], quantized)
+    return _rescaled(y, dot.contraction, [_outermost(q) for q in quantized], quantized)
 
 
 def _shape(contraction: Contraction, operands: tuple[Operand, Operand]) -> list[int]:
@@ -232,7 +252,7 @@ def _accumulated(
     """The product in narrow sums, of elements without their scales where those can wait."""
     arrays, scales, quantized, digits = [], [], [], []
     for operand, axes in zip(operands, dot.contraction.axes, strict=True):
-        values, scale, q, precision = _terms(operand, axes)
+        values, scale, q, precision = _terms(name, operand, axes)
         arrays.append(dot.matrices(values, axes))
         scales.append(scale)
         quantized.append(q)
@@ -249,24 +269,25 @@ def _accumulated(
     return _rescaled(y, dot.contraction, scales, quantized)
 
 
-def _terms(operand: Operand, axes: Axes) -> tuple[jax.Array, Any, Any, int]:
+def _terms(name: str, operand: Operand, axes: Axes) -> tuple[jax.Array, Any, Any, int]:
     """What is multiplied, the scale that waits, and the significant bits of the former."""
     if operand.quantizer is None:
         precision = _precision(get_format(operand.x.dtype))
         return operand.x.astype(jnp.float32), None, None, precision
-    q = quantize(operand.x, operand.quantizer, key=operand.key)
+    q = _quantized(name, operand)
     values, precision = decode(q.unpack(), q.recipe.element), _precision(q.recipe.element)
     if q.zero_point is not None:
         split = q.cut.split(values) - q.cut.spread(q.zero_point).astype(jnp.float32)
-        whole = jnp.issubdtype(q.zero_point.dtype, jnp.integer)
-        values, precision = q.cut.merge(split), precision + 1 if whole else _EXACT
+        values, precision = q.cut.merge(split), precision + 1
     if not _lies_along(q, axes):
         return values, q.scales, q, precision
-    held = q.recipe.held
-    scale = q.scale if held.name == "float32" else decode(q.scale, held)
+    scale, outermost, digits = q.scales, _outermost(q), _EXACT
+    if q.recipe.held.bits < 32 and (outermost is not None or q.recipe.second_level is None):
+        # A power of two has one significant bit, and adds none.
+        scale, digits = decode(q.scale, q.recipe.held), _precision(q.recipe.held) - 1
+        digits += digits > 0
     values = q.cut.merge(q.cut.split(values) * q.cut.spread(scale))
-    # A power of two has one significant bit, and adds none.
-    return values, q.tensor_scale, q, precision + (_precision(held) if _precision(held) > 1 else 0)
+    return values, outermost, q, precision + digits
 
 
 def _precision(fmt: Format) -> int:

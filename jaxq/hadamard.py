@@ -57,8 +57,8 @@ class Hadamard:
     def apply(self, x: jax.Array, sizes: dict[int, int], signs: jax.Array) -> jax.Array:
         """Transforms the blocks of a float32 tensor.
 
-        Sums are taken in the order of the fast transform, so that every way to run it agrees to the
-        last bit. A NaN or an infinity makes its whole block NaN.
+        Sums are taken in the order of the fast transform, neighbours first, so that every way to run
+        it agrees to the last bit. A NaN or an infinity makes its whole block NaN.
 
         Args:
           x: any shape.
@@ -73,7 +73,7 @@ class Hadamard:
         by_axis = signs.reshape(tuple(sizes.values())).transpose(np.argsort([*sizes]))
         within = [n for axis in range(x.ndim) for n in (1, sizes.get(axis, 1))]
         y = cut.split(x) * by_axis.reshape(within)
-        for axis, length in sizes.items():
+        for axis, length in reversed(sizes.items()):
             y = _butterflies(y, 2 * axis + 1, length)
         return cut.merge(y * np.float32(1 / math.sqrt(self.size)))
 

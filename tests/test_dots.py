@@ -95,7 +95,7 @@ def test_no_recipe_is_jax_itself():
 def along(quantizer, contracted: int):
     """A quantizer of a matrix, its granularity written out for the axis that is contracted."""
     if quantizer is None:
-        return lambda x, key: x
+        return lambda x, _: x
     granularity, stochastic = quantizer.granularity, quantizer.rounding == "stochastic"
     if isinstance(granularity, jaxq.PerToken | jaxq.PerChannel):
         granularity = jaxq.PerChannel(1 - contracted)
@@ -234,7 +234,7 @@ class TestKeys:
             jax.grad(lambda x: dot(x, w, "int8").sum())(x)
         jax.grad(lambda w: dot(x, w, "int8").sum())(w)  # Its product draws nothing.
         forward = jaxq.DotRecipe(jaxq.Quantizer("int8", rounding="stochastic"))
-        with pytest.raises(ValueError, match="dot_general: the recipe draws .* for lhs"):
+        with pytest.raises(ValueError, match=r"dot_general: the recipe draws .* for lhs"):
             dot(x, w, forward)
         with pytest.raises(ValueError, match="draws no random numbers, got a key"):
             dot(x, w, "w8a8", KEY)
@@ -376,10 +376,10 @@ def test_temporaries_are_the_quantized_operands(name: str):
             ValueError,
             "exactly two operands, got 3",
         ),
-        (lambda x, w: jaxq.einsum("ii,ij->j", w, w, recipe="w8"), ValueError, "`lhs` once"),
+        (lambda _, w: jaxq.einsum("ii,ij->j", w, w, recipe="w8"), ValueError, "`lhs` once"),
         (lambda x, w: jaxq.einsum("ij,jk", x, w[0], recipe="w8"), ValueError, "`rhs` once"),
         (
-            lambda x, w: jaxq.conv_general_dilated(
+            lambda *_: jaxq.conv_general_dilated(
                 jnp.ones((1, 16, 4, 4)),
                 jnp.ones((16, 8, 3, 3)),
                 (1, 1),
@@ -390,12 +390,12 @@ def test_temporaries_are_the_quantized_operands(name: str):
             ValueError,
             "a grouped product keeps apart",
         ),
-        (lambda x, w: jaxq.DotRecipe("no such"), ValueError, "No recipe is named 'no such'"),
-        (lambda x, w: jaxq.DotRecipe(residuals="none"), ValueError, "`residuals` must be"),
-        (lambda x, w: jaxq.DotRecipe(dlhs="w8"), ValueError, "`dlhs` must be a jaxq.ProductRecipe"),
-        (lambda x, w: ProductRecipe(execution="fast"), ValueError, "`execution` must be"),
+        (lambda *_: jaxq.DotRecipe("no such"), ValueError, "No recipe is named 'no such'"),
+        (lambda *_: jaxq.DotRecipe(residuals="none"), ValueError, "`residuals` must be"),
+        (lambda *_: jaxq.DotRecipe(dlhs="w8"), ValueError, "`dlhs` must be a jaxq.ProductRecipe"),
+        (lambda *_: ProductRecipe(execution="fast"), ValueError, "`execution` must be"),
         (
-            lambda x, w: ProductRecipe("int8", execution="native"),
+            lambda *_: ProductRecipe("int8", execution="native"),
             ValueError,
             "needs both operands quantized",
         ),

@@ -176,7 +176,7 @@ _E5M2 = get_quantizer("fp8_e5m2_tensor")
 # TransformerEngine rounds the scales of MXFP8 up, so that nothing is clipped.
 _MXFP8 = dataclasses.replace(get_quantizer("mxfp8_e4m3"), scale="rceil")
 _NVFP4 = get_quantizer("nvfp4")
-_NVFP4_TILE = dataclasses.replace(_NVFP4, granularity=PerBlock((16, 16)))
+_NVFP4_TILE = get_quantizer("nvfp4_tile16")
 _NVFP4_GRADIENT = _stochastic(_NVFP4)
 # The one vector of signs that TransformerEngine holds fixed through training.
 _SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)

@@ -57,7 +57,7 @@ class Hadamard:
     def apply(self, x: jax.Array, sizes: dict[int, int], signs: jax.Array) -> jax.Array:
         """Transforms the blocks of a float32 tensor.
 
-        Sums are taken in the order of the fast transform, neighbours first, so that every way to run
+        Sums are taken in the order of the fast transform, neighbours first, so that all ways to run
         it agrees to the last bit. A NaN or an infinity makes its whole block NaN.
 
         Args:

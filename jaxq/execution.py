@@ -283,9 +283,8 @@ def _terms(name: str, operand: Operand, axes: Axes) -> tuple[jax.Array, Any, Any
         return values, q.scales, q, precision
     scale, outermost, digits = q.scales, _outermost(q), _EXACT
     if q.recipe.held.bits < 32 and (outermost is not None or q.recipe.second_level is None):
-        # A power of two has one significant bit, and adds none.
-        scale, digits = decode(q.scale, q.recipe.held), _precision(q.recipe.held) - 1
-        digits += digits > 0
+        scale, digits = decode(q.scale, q.recipe.held), _precision(q.recipe.held)
+    digits = 0 if digits == 1 else digits  # Powers of two add none.
     values = q.cut.merge(q.cut.split(values) * q.cut.spread(scale))
     return values, outermost, q, precision + digits
 

@@ -141,13 +141,11 @@ def _product(
     def tangent(primals: tuple, tangents: tuple) -> tuple:
         operands, originals, keys = primals
         residuals = operands if recipe.residuals == "quantized" else originals
-        parts = [
-            _linear(operation, how, of, moved, residuals[1 - of], out, keys[1 + of])
-            for of, (moved, how) in enumerate(
-                zip(tangents[0], (recipe.dlhs, recipe.drhs), strict=True)
-            )
-            if not isinstance(moved, SymbolicZero)
-        ]
+        parts = []
+        for of, how in enumerate((recipe.dlhs, recipe.drhs)):
+            moved, residual = tangents[0][of], residuals[1 - of]
+            if not isinstance(moved, SymbolicZero):
+                parts.append(_linear(operation, how, of, moved, residual, out, keys[1 + of]))
         y = multiply(*primals)
         return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
 
@@ -248,9 +246,7 @@ def _on_axes(quantizer: Quantizer | None, shape: tuple[int, ...], axes: Axes) ->
     """A quantizer whose granularity is on the tensor's own axes."""
     if quantizer is None:
         return None
-    granularity = placed(quantizer.granularity, shape, axes)
-    granularity.block(shape)  # Whether it fits is said here.
-    return dataclasses.replace(quantizer, granularity=granularity)
+    return dataclasses.replace(quantizer, granularity=placed(quantizer.granularity, shape, axes))
 
 
 def _along(hadamard: Hadamard, axes: tuple[int, ...], shape: tuple[int, ...]) -> dict[int, int]:

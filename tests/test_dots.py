@@ -147,6 +147,78 @@ def test_gradients_are_the_formula(name: str):
         assert_same(got, want)
 
 
+class TestPublishedRecipes:
+    """What the publications say, field by field."""
+
+    @staticmethod
+    def of(quantizer):
+        """Format, granularity, rounding, and how the scales are made and held."""
+        rule = (quantizer.scale, quantizer.held.name, quantizer.rounding)
+        return quantizer.element.name, quantizer.granularity, *rule
+
+    def test_nvfp4(self):
+        """Blocks of 16 and tiles for weights; cotangents stochastic; a transform of 16 points."""
+        recipe = jaxq.get_dot_recipe("nvfp4")
+        block, tile = jaxq.PerBlock(16), jaxq.PerBlock((16, 16))
+        nearest, stochastic = (
+            ("max", "float8_e4m3fn", rounding) for rounding in ("nearest_even", "stochastic")
+        )
+        operands = [*recipe.operands, *recipe.dlhs.operands, *recipe.drhs.operands]
+        assert [self.of(quantizer) for quantizer in operands] == [
+            ("float4_e2m1fn", block, *nearest),
+            ("float4_e2m1fn", tile, *nearest),
+            ("float4_e2m1fn", block, *stochastic),
+            ("float4_e2m1fn", tile, *nearest),
+            ("float4_e2m1fn", block, *stochastic),
+            ("float4_e2m1fn", block, *nearest),
+        ]
+        assert all(quantizer.second_level.largest == 448 for quantizer in operands)
+        assert recipe.residuals == "original"
+        assert (recipe.hadamard, recipe.dlhs.hadamard) == (None, None)
+        assert recipe.drhs.hadamard.size == 16
+
+    def test_fp8(self):
+        """E4M3 forward and E5M2 backward, one scale a tensor; the narrow tensors are kept."""
+        recipe = jaxq.get_dot_recipe("fp8")
+        e4m3, e5m2 = (
+            (name, jaxq.PerTensor(), "max", "float32", "nearest_even")
+            for name in ("float8_e4m3fn", "float8_e5m2")
+        )
+        assert [self.of(quantizer) for quantizer in recipe.operands] == [e4m3, e4m3]
+        for how in (recipe.dlhs, recipe.drhs):
+            assert self.of(how.operands[0]) == e5m2
+            assert how.operands[1] is None
+        assert recipe.residuals == "quantized"
+
+    @pytest.mark.parametrize(
+        ("name", "element", "scale"),
+        [
+            ("mxfp8", "float8_e4m3fn", "rceil"),
+            ("mxfp6", "float6_e3m2fn", "floor"),
+            ("mxfp4", "float4_e2m1fn", "floor"),
+        ],
+    )
+    def test_mx(self, name, element, scale):
+        """Everything in blocks of 32, quantized anew for every product."""
+        recipe = jaxq.get_dot_recipe(name)
+        want = (element, jaxq.PerBlock(32), scale, "float8_e8m0fnu", "nearest_even")
+        operands = [*recipe.operands, *recipe.dlhs.operands, *recipe.drhs.operands]
+        assert [self.of(quantizer) for quantizer in operands] == [want] * 6
+        assert recipe.residuals == "original"
+
+    def test_int8(self):
+        """The weight's gradient in float, the input's cotangent stochastic."""
+        recipe = jaxq.get_dot_recipe("int8")
+        plain, stochastic = (
+            ("int8", jaxq.PerToken(), "max", "float32", rounding)
+            for rounding in ("nearest_even", "stochastic")
+        )
+        operands = [*recipe.operands, *recipe.dlhs.operands]
+        assert [self.of(quantizer) for quantizer in operands] == [plain, plain, stochastic, plain]
+        assert recipe.drhs.plain
+        assert recipe.residuals == "original"
+
+
 def test_residuals_are_chosen():
     x, w, g = normal((8, 16)), normal((16, 4), 1), normal((8, 4), 2)
     qx, qw = jaxq.fake_quant(x, "int8_token"), jaxq.fake_quant(w, "int4_channel")
@@ -253,17 +325,27 @@ class TestKeys:
         seen += jax.vjp(lambda a, b: dot(a, b, recipe, KEY), eye, eye)[1](x)
         assert all((a != b).any() for a, b in itertools.combinations(seen, 2))
 
-    @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(7)], ids=["new", "old"])
-    def test_under_jit_vmap_scan_and_remat(self, key):
+    def test_under_jit_vmap_scan_and_remat(self):
         x, w = normal((4, 8)), normal((8, 3), 1)
         f = lambda x, key: (dot(x, w, "int8", key) ** 2).sum()  # noqa: E731
-        keys = jax.random.split(key, 3)
-        each = [jax.jit(jax.grad(f))(x, key) for key in keys]
-        assert not np.array_equal(each[0], each[1])
-        close = functools.partial(np.testing.assert_allclose, desired=each, rtol=1e-5, atol=1e-4)
-        close(jax.jit(jax.vmap(jax.grad(f), (None, 0)))(x, keys))
-        close(jax.jit(lambda: jax.lax.map(lambda key: jax.grad(f)(x, key), keys))())
-        close([jax.jit(jax.grad(jax.checkpoint(f)))(x, key) for key in keys])
+        keys = jax.random.split(KEY, 2)
+
+        @jax.jit
+        def every_way(x):
+            one = jnp.stack([jax.grad(f)(x, keys[i]) for i in range(2)])
+            remat = jnp.stack([jax.grad(jax.checkpoint(f))(x, keys[i]) for i in range(2)])
+            mapped = jax.lax.map(lambda key: jax.grad(f)(x, key), keys)
+            return one, remat, mapped, jax.vmap(jax.grad(f), (None, 0))(x, keys)
+
+        one, *others = every_way(x)
+        assert (one[0] != one[1]).any()
+        for other in others:
+            np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+
+    def test_old_keys_are_keys(self):
+        x, w, old = normal((4, 8)), normal((8, 3), 1), jax.random.PRNGKey(7)
+        f = jax.jit(jax.grad(lambda x, key: dot(x, w, "int8", key).sum()))
+        assert_same(f(x, old), f(x, jax.random.wrap_key_data(old)))
 
 
 def test_vmap_gives_every_element_scales_of_its_own():
@@ -277,22 +359,22 @@ def test_vmap_gives_every_element_scales_of_its_own():
             np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_keeps_its_dtypes(dtype):
-    x, w = normal((16, 32)).astype(dtype), normal((32, 16), 1).astype(dtype)
-    f = lambda x, w: jaxq.dot_general(  # noqa: E731
-        x, w, MATMUL, preferred_element_type=jnp.float32, recipe="nvfp4", key=KEY
-    )
-    y, dx, dw = both_gradients(f, x, w)
-    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.dtype(dtype), jnp.dtype(dtype))
+def test_half_precision_keeps_its_dtypes():
+    x, w = normal((16, 32)).astype(jnp.bfloat16), normal((32, 16), 1).astype(jnp.bfloat16)
+    options = {"preferred_element_type": jnp.float32}
+
+    @jax.jit
+    def f(x, w):
+        ours = functools.partial(
+            jaxq.dot_general, dimension_numbers=MATMUL, **options, recipe="nvfp4", key=KEY
+        )
+        return both_gradients(ours, x, w)
+
+    y, dx, dw = f(x, w)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
     tile = dataclasses.replace(jaxq.get_quantizer("nvfp4"), granularity=jaxq.PerBlock((16, 16)))
-    want = lax.dot_general(
-        jaxq.fake_quant(x, "nvfp4"),
-        jaxq.fake_quant(w, tile),
-        MATMUL,
-        preferred_element_type=jnp.float32,
-    )
-    assert_same(y, want)
+    left, right = jaxq.fake_quant(x, "nvfp4"), jaxq.fake_quant(w, tile)
+    assert_same(y, lax.dot_general(left, right, MATMUL, **options))
 
 
 def test_a_convolution_is_the_formula():

@@ -22,6 +22,9 @@ HALF_EPS = float(np.finfo(np.float32).eps) / 2
 # jaxlib for CPU has it since then.
 SCALED_MATMUL = jax.__version_info__ >= (0, 11)
 TWELVE = jaxq.IntFormat("int12", 12)
+# Scales along the contraction: powers of two, and others, which add their own bits.
+WIDE = jaxq.Quantizer("float16", jaxq.PerBlock(32), scale="floor", scale_format="float8_e8m0fnu")
+NARROW = jaxq.Quantizer("float16", jaxq.PerBlock(32), scale_format="float8_e4m3fn")
 TILES = jaxq.Quantizer("int4", jaxq.PerBlock((2, 32)))
 
 
@@ -156,7 +159,8 @@ ACCUMULATION = jaxq.Accumulation("float16", chunk=4)
         ("int8", TWELVE, "native", "rhs: .* at most 8 bits, .* got 'int12'"),
         (None, "int8", ACCUMULATION, "24 and 7 significant bits for lhs and rhs"),
         ("int4_g32", "int4_g32", ACCUMULATION, "27 and 27 significant bits"),
-        ("nf4", "nf4", ACCUMULATION, "significant bits"),
+        ("nf4", "nf4", ACCUMULATION, "24 and 24 significant bits"),
+        (WIDE, NARROW, ACCUMULATION, "11 and 15 significant bits"),
         ("int8", "int8", jaxq.Accumulation(chunk=5), "chunks of 5 must divide .* 64 terms"),
     ],
 )

@@ -27,7 +27,8 @@ class ProductRecipe:
     `PerBlock(32)` are blocks along the contraction, `PerToken()` is one scale for each vector along
     it, `PerBlock((16, 16))` are tiles, `PerChannel(-1)` is one scale for each index of the last
     free axis, and `PerTensor()` one for all. Only the last one shares scales between the indices of
-    batch axes.
+    batch axes. A quantizer that rounds stochastically draws from the product's key; a rounding
+    function of the user's gets none.
 
     Attributes:
       lhs: the first operand's quantizer, as `jaxq.get_quantizer` takes it; None leaves it alone.

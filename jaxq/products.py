@@ -57,7 +57,12 @@ class Operation:
     grouped: bool = False
 
     def gradient(self, of: int, aval: Any) -> "Operation":
-        """The product of the cotangent and the other operand that gives an operand's gradient."""
+        """The product of the cotangent and the other operand that gives an operand's gradient.
+
+        Args:
+          of: 0 for the gradient of `lhs`, 1 for that of `rhs`.
+          aval: that operand's shape and dtype.
+        """
 
         def function(cotangent: jax.Array, residual: jax.Array) -> jax.Array:
             def linear(x: jax.Array) -> jax.Array:
@@ -80,7 +85,7 @@ class Operation:
 def product(
     operation: Operation, lhs: jax.Array, rhs: jax.Array, recipe: DotRecipe, key: Key = None
 ) -> jax.Array:
-    """A bilinear operation by a recipe: what all the functions above come to.
+    """A bilinear operation by a recipe: what every quantized product comes to.
 
     Args:
       operation: what is done, and the labels of its axes.
@@ -93,8 +98,8 @@ def product(
       What the operation gives, its gradient as `DotRecipe` defines it.
 
     Raises:
-      TypeError: as in `dot_general`.
-      ValueError: as in `dot_general`.
+      TypeError: as in `jaxq.dot_general`.
+      ValueError: as in `jaxq.dot_general`.
     """
     if key is not None and not recipe.draws:
         raise ValueError(

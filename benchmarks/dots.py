@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from casts import compiled
 from jax import numpy as jnp
 from rich.progress import track
+from timing import compiled
 
 import jaxq
 
@@ -104,7 +104,7 @@ def page(size: int, columns: dict[str, dict[str, float]]) -> str:
     ]
     return f"""# Speed of quantized products
 
-`python benchmarks/dots.py` writes this page: what `jaxq.dot_general` costs with a recipe, as its
+`make bench` writes this page: what `jaxq.dot_general` costs with a recipe, as its
 ratio to the same in float32 in the same run. *Run* is a product of {size}³ with both its gradients,
 the fastest of many interleaved rounds. *Compile* is tracing and compiling, of that product alone
 and of a training step with eight products, four normalizations and Adam.

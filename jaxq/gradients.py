@@ -84,4 +84,5 @@ def attach(estimator: Gradient, y: jax.Array, x: jax.Array, low: Any, high: Any)
 @attach.defjvp
 def _attach_jvp(estimator: Gradient, primals: tuple, tangents: tuple) -> tuple:
     y, x, low, high = primals
-    return y, estimator(tangents[1], x, y, low, high).astype(y.dtype)
+    # Attached once more, as the derivative may be differentiated again.
+    return attach(estimator, *primals), estimator(tangents[1], x, y, low, high).astype(y.dtype)

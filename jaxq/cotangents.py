@@ -6,11 +6,11 @@ them: forward mode sees the function, reverse mode the transpose, and second der
 transpose itself has.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxq.formats import Format
@@ -83,19 +83,29 @@ def with_transpose(function: Function, transpose: Function, x: Any, *rest: Any) 
       `function(x, *rest)`. In forward mode it differentiates as itself, in `rest` too. Reverse
       mode calls `transpose` and no more: `rest` gets no cotangent but through it.
     """
-    return _primitive.bind(x, *rest, function=function, transpose=transpose)
+    return _primitive().bind(x, *rest, function=function, transpose=transpose)
 
 
-_primitive = Primitive("jaxq_with_transpose")
+@functools.cache
+def _primitive() -> Any:
+    """The primitive and its rules. Made at its first use: `jax.extend` brings Pallas with it."""
+    from jax.extend.core import Primitive
+
+    primitive = Primitive("jaxq_with_transpose")
+    primitive.def_impl(_apply)
+    primitive.def_abstract_eval(_shape)
+    ad.primitive_jvps[primitive] = _jvp
+    ad.primitive_transposes[primitive] = _transpose
+    batching.primitive_batchers[primitive] = _batch
+    mlir.register_lowering(primitive, mlir.lower_fun(_apply, multiple_results=False))
+    return primitive
 
 
-@_primitive.def_impl
 def _apply(*operands: Any, function: Function, transpose: Function) -> jax.Array:
     del transpose
     return function(*operands)
 
 
-@_primitive.def_abstract_eval
 def _shape(*operands: Any, function: Function, transpose: Function) -> Any:
     del transpose
     return jax.make_jaxpr(function)(*operands).out_avals[0]
@@ -143,9 +153,3 @@ def _batch(
     inside = (0, *axes[1:])
     function, transpose = (jax.vmap(f, in_axes=inside) for f in (function, transpose))
     return with_transpose(function, transpose, x, *operands[1:]), 0
-
-
-ad.primitive_jvps[_primitive] = _jvp
-ad.primitive_transposes[_primitive] = _transpose
-batching.primitive_batchers[_primitive] = _batch
-mlir.register_lowering(_primitive, mlir.lower_fun(_apply, multiple_results=False))

@@ -12,17 +12,16 @@ Then the same estimators train the network of `learned_steps.py` on handwritten 
     python examples/estimators.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
 """
 
-import argparse
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
+import common
 import jax
 import learned_steps
 import numpy as np
-from digits import load, spread
+from common import Table, plt, spread
 from jax import numpy as jnp
-from learned_steps import Console, Progress, Table, plt
 from matplotlib.lines import Line2D
 
 import jaxq
@@ -101,13 +100,13 @@ def run(
     """Both studies."""
     quality = qualities([*jaxq.gradients.ALL, *VALUES])
     report("bias and variance")
-    x, y, x_test, y_test = load()
+    x, y, x_test, y_test = common.load()
     keys = jax.random.split(jax.random.key(0), seeds)
     base = learned_steps.pretrained(keys, (x, y), min(epochs, 30))
     report("training in float32")
 
     def measure(quantize: learned_steps.Quantize, bits: int | None) -> np.ndarray:
-        def one(params: learned_steps.Params, key: jax.Array) -> jax.Array:
+        def one(params: common.Params, key: jax.Array) -> jax.Array:
             if bits is not None:
                 params = learned_steps.with_steps(params, x, bits)
             rate = learned_steps.LEARNING_RATE
@@ -217,27 +216,18 @@ def picture(results: Results, path: pathlib.Path) -> None:
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Runs the studies, prints the table, draws the picture and returns the results."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="networks an estimator (default 3)")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the data (default 30)")
-    parser.add_argument("--short", action="store_true", help="2 bits, three estimators, one seed")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("docs/images/estimators.png")
-    )
-    args = parser.parse_args(argv)
+    args = common.arguments(__doc__, argv, "estimators.png", seeds=3, epochs=30)
     widths = WIDTHS[-1:] if args.short else WIDTHS
     names = SHORT if args.short else tuple(jaxq.gradients.ALL)
     seeds, epochs = (1, 8) if args.short else (args.seeds, args.epochs)
 
-    console = Console()
-    with Progress(*learned_steps.COLUMNS, console=console) as progress:
+    console = common.Console()
+    with common.progress(console) as progress:
         total = 2 + len(names) * len(widths)
         task = progress.add_task("bias and variance", total=total)
         results = run(

@@ -10,41 +10,25 @@ long, with the same optimizer. All seeds train in one compiled, vmapped program.
     python examples/learned_steps.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
 """
 
-import argparse
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import common
 import jax
 import numpy as np
 import optax
-from digits import BATCH, Params, init, load, spread
+from common import BLUE, GREEN, GREY, ORANGE, Params, Table, plt, spread
+from digits import SIZES
 from jax import numpy as jnp
 
 import jaxq
-
-try:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-except ImportError as error:
-    raise SystemExit(f"This example needs {error.name}: pip install 'jaxq[examples]'") from error
 
 Layer = dict[str, jax.Array]
 Quantize = Callable[[Layer, str], Callable[[jax.Array], jax.Array]]
 Data = tuple[jax.Array, jax.Array]
 
-COLUMNS = (
-    TextColumn("{task.description:40}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-)
 WIDTHS = (4, 3, 2)
 METHODS = ("rounding alone", "straight through, absmax scales", "learned steps (LSQ)")
 RATE, LEARNING_RATE = 4e-3, 8e-3  # Adam's, for float32 and for all that follows.
@@ -131,7 +115,7 @@ def train(
 ) -> Params:
     """Adam with a cosine schedule on the cross-entropy of the quantized network."""
     x, y = data
-    steps = len(x) // BATCH
+    steps = len(x) // common.BATCH
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, epochs * steps))
 
     def loss(params: Params, rows: jax.Array) -> jax.Array:
@@ -143,17 +127,13 @@ def train(
         updates, moments = optimizer.update(jax.grad(loss)(params, rows), moments)
         return (optax.apply_updates(params, updates), moments), None
 
-    def epoch(state: Any, key: jax.Array) -> tuple[Any, None]:
-        order = jax.random.permutation(key, len(x))[: steps * BATCH]
-        return jax.lax.scan(step, state, order.reshape(steps, BATCH))
-
     state = (params, optimizer.init(params))
-    return jax.lax.scan(epoch, state, jax.random.split(key, epochs))[0][0]
+    return common.over_batches(step, state, key, len(x), epochs)[0][0]
 
 
 def pretrained(keys: jax.Array, data: Data, epochs: int) -> Params:
     """The float32 networks that everything starts from, one a key."""
-    learn = lambda key: train(init(key), key, data, float32, epochs, RATE)  # noqa: E731
+    learn = lambda key: train(common.init(key, SIZES), key, data, float32, epochs, RATE)  # noqa: E731
     return jax.jit(jax.vmap(learn))(keys)
 
 
@@ -161,7 +141,7 @@ def run(
     widths: Sequence[int], seeds: int, epochs: int, report: Callable[[str], None]
 ) -> list[Result]:
     """Every width by every method; float32 stands as 32 bits."""
-    x, y, x_test, y_test = load()
+    x, y, x_test, y_test = common.load()
     data, test = (x, y), (x_test, y_test)
     keys = jax.random.split(jax.random.key(0), seeds)
     base = pretrained(keys, data, min(epochs, 30))
@@ -208,21 +188,20 @@ def table(results: Sequence[Result]) -> Table:
 
 def picture(results: Sequence[Result], path: pathlib.Path) -> None:
     """Test error of every method at every width, all seeds, beside the band of one point."""
-    orange, green, blue, grey = "#D55E00", "#009E73", "#0072B2", "#767676"  # Okabe and Ito's.
     base = 100 * (1 - results[0].accuracy)
     widths = sorted({r.bits for r in results[1:]})
     figure, axes = plt.subplots(figsize=(9, 1.0 * len(widths) + 1.9), layout="constrained")
     axes.axvspan(base.mean(), base.mean() + 1, color="#e8e8e8", linewidth=0, zorder=0)
-    axes.axvline(base.mean(), color=grey, linestyle="--", linewidth=1)
+    axes.axvline(base.mean(), color=GREY, linestyle="--", linewidth=1)
     axes.text(
         base.mean() + 0.06,
         len(widths) - 0.3,
         "float32 and up to one point more",
-        color=grey,
+        color=GREY,
         fontsize=8.5,
         va="top",
     )
-    styles = ((orange, "o", 0.2), (green, "s", 0.0), (blue, "D", -0.2))
+    styles = ((ORANGE, "o", 0.2), (GREEN, "s", 0.0), (BLUE, "D", -0.2))
     for method, (colour, marker, shift) in zip(METHODS, styles, strict=True):
         rows = [r for r in results if r.method == method]
         for r in rows:
@@ -257,26 +236,17 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
     axes.tick_params(left=False)
     axes.legend(loc="upper right", framealpha=1, edgecolor="white")
     axes.set_title("Learned steps: handwritten digits down to 2 bits", loc="left", pad=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="networks a method (default 5)")
-    parser.add_argument("--epochs", type=int, default=120, help="passes over data (default 120)")
-    parser.add_argument("--short", action="store_true", help="2 bits only, two seeds, few epochs")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("docs/images/learned_steps.png")
-    )
-    args = parser.parse_args(argv)
+    args = common.arguments(__doc__, argv, "learned_steps.png", seeds=5, epochs=120)
     widths = WIDTHS[-1:] if args.short else WIDTHS
     seeds, epochs = (2, 30) if args.short else (args.seeds, args.epochs)
 
-    console = Console()
-    with Progress(*COLUMNS, console=console) as progress:
+    console = common.Console()
+    with common.progress(console) as progress:
         total = 1 + len(METHODS) * len(widths)
         task = progress.add_task("training in float32", total=total)
         results = run(

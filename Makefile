@@ -40,6 +40,8 @@ verify: $(READY)  ## all 2^32 float32 inputs against ml_dtypes, for every format
 
 bench: $(READY)  ## speed beside a plain pass and beside other libraries
 	@$(BIN)/python benchmarks/casts.py
+	@$(BIN)/python benchmarks/quantizers.py
+	@$(BIN)/python benchmarks/dots.py
 
 clean:  ## removes the environments and caches
 	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis

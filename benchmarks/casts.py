@@ -1,48 +1,23 @@
 """How long a cast takes, beside a plain pass over the same array and beside other libraries.
 
-Every case runs once a round, round after round, so that a busy machine slows all alike; a case's
-time is its fastest round. The figure is its ratio to `x * 1.0001`, jitted, over the same float32
-array, timed in the same rounds. Peers that are not installed are left out.
-
-    python benchmarks/casts.py [--rounds N] [--shapes RxC ...] [--output PAGE]
+python benchmarks/casts.py [--rounds N] [--shapes RxC ...] [--output PAGE]
 """
-
-import argparse
-import os
-import pathlib
-import platform
-import time
-import warnings
-from collections.abc import Callable
 
 import jax
 import ml_dtypes
 import numpy as np
 from jax import numpy as jnp
-from rich.progress import track
+from timing import Cases, compiled, main
 
 import jaxq
 
-Cases = dict[tuple[str, str], Callable[[], object]]  # (group, label): one whole run.
-
-BASE = ("plain pass", "x * 1.0001")
 DETERMINISTIC = ("nearest_away", "toward_zero", "up", "down", "to_odd")
 E4M3 = "float8_e4m3fn"
-RECIPES = (
-    *("int8_tensor", "int8_channel", "int8_token", "uint8_channel", "int4_g128"),
-    *("fp8_e4m3_tensor", "fp8_e4m3_tile128", "nf4", "mxfp8_e4m3", "mxfp4", "nvfp4"),
-)
-
-
-def compiled(function: Callable, *arguments: jax.Array) -> Callable[[], object]:
-    """A run of a jitted function, until its result is there."""
-    jitted = jax.jit(function)
-    return lambda: jax.block_until_ready(jitted(*arguments))
 
 
 def ours(x: jax.Array) -> Cases:
-    """The cases of jaxq."""
-    cases: Cases = {BASE: compiled(lambda x: x * 1.0001, x)}
+    """The cases of jaxq, and of what JAX and NumPy themselves offer."""
+    cases: Cases = {}
     for name, fmt in jaxq.catalog.ALL.items():
         if fmt.bits <= 8 or name in ("float16", "bfloat16", "tf32"):
             cast = compiled(lambda x, name=name: jaxq.cast(x, name), x)
@@ -74,10 +49,7 @@ def ours(x: jax.Array) -> Cases:
         cases["jaxq.encode", name], cases["jaxq.decode", name] = encode, decode
     codes = jaxq.encode(x, "float6_e2m3fn")
     cases["jaxq.pack", "6-bit codes"] = compiled(lambda c: jaxq.pack(c, 6), codes)
-    for recipe in RECIPES:
-        run = compiled(lambda x, r=recipe: jaxq.fake_quant(x, r), x)
-        cases["jaxq.fake_quant", recipe] = run
-    return cases
+    return cases | jax_peers(x) | numpy_peers(x)
 
 
 def jax_peers(x: jax.Array) -> Cases:
@@ -144,89 +116,11 @@ def pychop_peers(x: jax.Array) -> Cases:
     return {("pychop on JAX", "4 and 3 bits"): lambda: jax.block_until_ready(chop(x))}
 
 
-def collect(x: jax.Array) -> Cases:
-    """All cases that can run here; whatever warns or fails while being set up is said."""
-    cases = ours(x) | jax_peers(x) | numpy_peers(x)
-    for peers in (gfloat_peers, torch_peers, pychop_peers):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = peers(x)
-                for run in found.values():
-                    run()
-        except ImportError as error:
-            print(f"Left out, not installed: {error.name}")
-        else:
-            cases |= found
-    return cases
-
-
-def measure(cases: Cases, rounds: int, label: str) -> dict[tuple[str, str], float]:
-    """Seconds of the fastest round."""
-    best = dict.fromkeys(cases, np.inf)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for run in cases.values():
-            run()  # Compiles.
-        for _ in track(range(rounds), description=label):
-            for i, case in enumerate(cases):
-                # The plain pass again and again: it shall not only come after the heaviest case.
-                for timed in (BASE, case) if i % 8 == 0 else (case,):
-                    start = time.perf_counter()
-                    cases[timed]()
-                    best[timed] = min(best[timed], time.perf_counter() - start)
-    return best
-
-
-def page(columns: dict[str, dict[tuple[str, str], float]]) -> str:
-    """The ratios as a page of the documentation."""
-    rows = []
-    for case in next(iter(columns.values())):
-        group, label = case
-        ratios = " | ".join(f"{times[case] / times[BASE]:.2f}" for times in columns.values())
-        rows.append(f"| {group} | {label} | {ratios} |")
-    sizes = {name: 8 * np.prod([int(n) for n in name.split("x")]) for name in columns}
-    bases = ", ".join(
-        f"{name}: {1e3 * times[BASE]:.2f} ms, {1e-9 * sizes[name] / times[BASE]:.0f} GB/s"
-        for name, times in columns.items()
-    )
-    versions = (
-        f"Python {platform.python_version()}, jax {jax.__version__}, on "
-        f"{jax.devices()[0].device_kind} with {os.cpu_count()} cores"
-    )
-    return f"""# Speed
-
-`make bench` writes this page: what a whole pass costs, as its ratio to `x * 1.0001` over the same
-float32 array of normal random numbers, both jitted, in the same run. The fastest of many
-interleaved rounds counts.
-
-The plain pass, reads and writes together: {bases}.
-
-Made with {versions}.
-
-| what | which | {" | ".join(columns)} |
-|---|---|{"---:|" * len(columns)}
-{chr(10).join(rows)}
-"""
-
-
-def main() -> None:
-    """Measures and writes the page."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--shapes", nargs="+", default=["1024x4096", "8192x4096"])
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks.md"))
-    arguments = parser.parse_args()
-    columns = {}
-    for shape in arguments.shapes:
-        height, width = map(int, shape.split("x"))
-        x = jax.random.normal(jax.random.key(0), (height, width))
-        rounds = max(5, arguments.rounds * 1024 * 4096 // x.size)
-        columns[shape] = measure(collect(x), rounds, shape)
-    text = page(columns)
-    arguments.output.write_text(text)
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        "Speed of casts",
+        "what a whole pass costs",
+        "docs/benchmarks.md",
+        ours,
+        (gfloat_peers, torch_peers, pychop_peers),
+    )

@@ -8,38 +8,25 @@ gradients go straight through it. All seeds of a format train in one compiled, v
     python examples/digits.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import common
 import jax
 import numpy as np
 import optax
+from common import BLUE, GREY, ORANGE, Params, plt, spread
 from jax import numpy as jnp
 
 import jaxq
 
-try:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-    from sklearn.datasets import load_digits
-except ImportError as error:
-    sys.exit(f"This example needs {error.name}: pip install 'jaxq[examples]'")
-
 Recipe = str | jaxq.Quantizer | None
 
 SIZES = (64, 48, 32, 10)
-BATCH = 64
 PER_CHANNEL = jaxq.PerChannel((-1,))
 FORMATS: dict[str, Recipe] = {  # The recipe of the weights; None is float32.
     "float32": None,
@@ -59,7 +46,6 @@ FORMATS: dict[str, Recipe] = {  # The recipe of the weights; None is float32.
 }
 SHORT = ("float32", "int8 per tensor", "int2 per channel")
 
-Params = list[dict[str, jax.Array]]
 Quantize = Callable[[jax.Array], jax.Array]
 
 
@@ -96,23 +82,9 @@ def quantizers(recipe: Recipe) -> tuple[Quantize, Quantize]:
     )
 
 
-def init(key: jax.Array) -> Params:
-    """He-initialised weights."""
-    keys = jax.random.split(key, len(SIZES) - 1)
-    return [
-        {"w": jax.random.normal(k, (n, m)) * (2 / n) ** 0.5, "b": jnp.zeros(m)}
-        for k, n, m in zip(keys, SIZES[:-1], SIZES[1:], strict=True)
-    ]
-
-
 def apply(params: Params, x: jax.Array, recipe: Recipe) -> jax.Array:
-    """Logits `[batch, 10]` for images `[batch, 64]`, every product's operands quantized."""
-    weight, activation = quantizers(recipe)
-    for i, layer in enumerate(params):
-        x = activation(x) @ weight(layer["w"]) + layer["b"][None, :]
-        if i < len(params) - 1:
-            x = jax.nn.relu(x)
-    return x
+    """Logits, every product's operands quantized."""
+    return common.logits(params, x, *quantizers(recipe))
 
 
 def accuracy(params: Params, x: jax.Array, y: jax.Array, recipe: Recipe) -> jax.Array:
@@ -139,8 +111,8 @@ def train(
     rate: float,
 ) -> Params:
     """Adam with a cosine schedule on the cross-entropy of the quantized network."""
-    steps_per_epoch = len(x) // BATCH
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, epochs * steps_per_epoch))
+    steps = epochs * (len(x) // common.BATCH)
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     def loss(params: Params, rows: jax.Array) -> jax.Array:
         logits = apply(params, x[rows], recipe)
@@ -151,32 +123,20 @@ def train(
         updates, moments = optimizer.update(jax.grad(loss)(params, rows), moments)
         return (optax.apply_updates(params, updates), moments), None
 
-    def epoch(state: Any, key: jax.Array) -> tuple[Any, None]:
-        order = jax.random.permutation(key, len(x))[: steps_per_epoch * BATCH]
-        return jax.lax.scan(step, state, order.reshape(steps_per_epoch, BATCH))
-
     state = (params, optimizer.init(params))
-    return jax.lax.scan(epoch, state, jax.random.split(key, epochs))[0][0]
-
-
-def load() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Training and test images `[n, 64]` in [0, 1] and labels, split 3 to 1, always the same."""
-    digits: Any = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    x = jnp.asarray(digits.data[order] / 16, jnp.float32)
-    y = jnp.asarray(digits.target[order], jnp.int32)
-    split = len(order) * 3 // 4
-    return x[:split], y[:split], x[split:], y[split:]
+    return common.over_batches(step, state, key, len(x), epochs)[0][0]
 
 
 def run(
     labels: Sequence[str], seeds: int, epochs: int, report: Callable[[str], None]
 ) -> list[Result]:
     """Trains the float32 networks, then rounds and retrains them in every format."""
-    x, y, x_test, y_test = load()
+    x, y, x_test, y_test = common.load()
     keys = jax.random.split(jax.random.key(0), seeds)
     learn = functools.partial(train, x=x, y=y, epochs=epochs)
-    base = jax.jit(jax.vmap(lambda k: learn(init(k), k, recipe=None, rate=4e-3)))(keys)
+    base = jax.jit(jax.vmap(lambda k: learn(common.init(k, SIZES), k, recipe=None, rate=4e-3)))(
+        keys
+    )
 
     results = []
     for label in labels:
@@ -213,14 +173,9 @@ def bits_per_weight(recipe: Recipe, shape: tuple[int, ...]) -> float:
     return jaxq.get_quantizer(recipe).bits_per_weight(shape)
 
 
-def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation over seeds, in percent."""
-    return f"{100 * values.mean():5.1f} ± {100 * values.std():.1f}"
-
-
-def table(results: Sequence[Result]) -> Table:
+def table(results: Sequence[Result]) -> common.Table:
     """The results, one format a row."""
-    grid = Table(title="Handwritten digits: test accuracy in %, mean ± std over seeds")
+    grid = common.Table(title="Handwritten digits: test accuracy in %, mean ± std over seeds")
     grid.add_column("format", no_wrap=True)
     for head in ("bits", "SQNR, dB", "rounded", "trained", "repaired"):
         grid.add_column(head, justify="right", no_wrap=True)
@@ -239,7 +194,6 @@ def table(results: Sequence[Result]) -> Table:
 
 def picture(results: Sequence[Result], path: pathlib.Path) -> None:
     """A dumbbell a format: test error after rounding, and after training through the quantizer."""
-    blue, orange, grey = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito's palette.
     rows = list(reversed(results))
     heights = np.arange(len(rows))
     figure, axes = plt.subplots(figsize=(9, 0.36 * len(rows) + 1.8), layout="constrained")
@@ -251,7 +205,7 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
     means = {name: np.array([v.mean() for v in values]) for name, values in errors.items()}
     left, right = means.values()
     axes.hlines(heights, left, right, color="#dddddd", linewidth=10, zorder=1)
-    styles = ((orange, "o", 0.12), (blue, "D", -0.12))  # The last: bars side by side, not on top.
+    styles = ((ORANGE, "o", 0.12), (BLUE, "D", -0.12))  # The last: bars side by side, not on top.
     for (name, values), (colour, marker, shift) in zip(errors.items(), styles, strict=True):
         mean = means[name]
         low = [m - v.min() for m, v in zip(mean, values, strict=True)]
@@ -275,8 +229,8 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
         axes.text(1.17, height, sqnr, transform=beside, va="center", ha="right")
     for place, head in ((1.07, "bits per\nweight"), (1.17, "weights'\nSQNR")):
         top = len(rows) - 0.4
-        axes.text(place, top, head, transform=beside, ha="right", fontsize=8.5, color=grey)
-    axes.axvline(means["float32 weights, rounded"][-1], color=grey, linestyle="--", linewidth=1)
+        axes.text(place, top, head, transform=beside, ha="right", fontsize=8.5, color=GREY)
+    axes.axvline(means["float32 weights, rounded"][-1], color=GREY, linestyle="--", linewidth=1)
     axes.set_xscale("log")
     ticks = [0.5, 1, 2, 5, 10, 20, 50]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -292,27 +246,17 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
     axes.tick_params(left=False)
     axes.legend(loc="upper right", framealpha=1, edgecolor="white")
     axes.set_title("Handwritten digits, weights and activations in few bits", loc="left", pad=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    common.save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="networks a format (default 5)")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the data (default 30)")
-    parser.add_argument("--short", action="store_true", help="few formats, two seeds, few epochs")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("docs/images/digits.png")
-    )
-    args = parser.parse_args(argv)
+    args = common.arguments(__doc__, argv, "digits.png", seeds=5, epochs=30)
     labels = SHORT if args.short else tuple(FORMATS)
     seeds, epochs = (2, 15) if args.short else (args.seeds, args.epochs)
 
-    console = Console()
-    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    console = common.Console()
+    with common.progress(console) as progress:
         task = progress.add_task("training in float32", total=len(labels))
         results = run(
             labels, seeds, epochs, lambda label: progress.update(task, advance=1, description=label)

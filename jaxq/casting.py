@@ -1,23 +1,25 @@
 """`cast` and `encode`: values to a format's grid, in the value's own dtype or as codes."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq import codebooks, gradients
+from jaxq import codebooks
+from jaxq.attaching import Snap, attach, wants_neighbours
 from jaxq.catalog import get_format
 from jaxq.codecs import code_dtype, codes_of, level_codes
 from jaxq.formats import CodebookFormat, FloatFormat, Format, TaperedFormat
 from jaxq.gradients import Gradient, get_gradient
-from jaxq.grids import BinaryGrid, Layout, Overflow, snap
+from jaxq.grids import BinaryGrid, Layout, Overflow, snap, where
 from jaxq.rounding import ALL as ROUNDINGS
-from jaxq.rounding import Rounding, Stochastic, get_rounding, nearest_even
+from jaxq.rounding import Rounding, Stochastic, down, get_rounding, nearest_even, up
 from jaxq.tapered import encode_tapered, snap_tapered
 
-__all__ = ["as_dtype", "cast", "encode", "floats", "widen"]
+__all__ = ["as_dtype", "cast", "enclosing", "encode", "floats", "widen"]
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -87,10 +89,14 @@ def cast(
     low, high = kind.min, kind.max
     if isinstance(kind, BinaryGrid) and not kind.static:
         traced, static = kind, None
-    y = _cast(lax.stop_gradient(x), random, traced, static, mode, overflow)
+    held, estimator = lax.stop_gradient(x), get_gradient(gradient)
+    y = _cast(held, random, traced, static, mode, overflow)
     with np.errstate(over="ignore"):
         low, high = (lax.convert_element_type(end, x.dtype) for end in (low, high))
-    return gradients.attach(get_gradient(gradient), y, x, low, high)
+    snap = Snap(x, y, low, high)
+    if wants_neighbours(estimator):
+        snap = Snap(*snap[:4], *_neighbours(held, traced, static))
+    return attach(estimator, snap)
 
 
 def encode(
@@ -171,6 +177,43 @@ def _encode(
         return encode_tapered(wide, fmt, rounding, overflow, random).astype(code_dtype(fmt))
     y = snap(wide, BinaryGrid.of(fmt), rounding, overflow, random)
     return codes_of(y, fmt).astype(code_dtype(fmt))
+
+
+@functools.partial(jax.jit, static_argnames="fmt")
+def _neighbours(
+    x: jax.Array, grid: BinaryGrid | None, fmt: Format | BinaryGrid | None
+) -> tuple[jax.Array, jax.Array]:
+    """The two values of a format between which each number lies."""
+    kind, wide = grid if fmt is None else fmt, widen(x)
+    assert kind is not None
+    with np.errstate(over="ignore"):
+        low, high = (lax.convert_element_type(end, wide.dtype) for end in (kind.min, kind.max))
+    pair = enclosing(wide, low, high, lambda a, mode: _cast(a, None, grid, fmt, mode, "saturate"))
+    return as_dtype(pair[0], x.dtype), as_dtype(pair[1], x.dtype)
+
+
+def enclosing(
+    x: jax.Array, low: jax.Array, high: jax.Array, snap: Callable[[jax.Array, Rounding], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Neighbours (below, above) on a grid, below <= x < above; beyond the ends the last two.
+
+    Args:
+      x: float32 or float64.
+      low: the grid's lowest value.
+      high: its largest.
+      snap: rounds to the grid by a mode.
+    """
+    inside = jnp.clip(x, low, high)
+    inside = where(inside < high, inside, -_next_up(-inside))
+    return snap(inside, down), snap(_next_up(inside), up)
+
+
+def _next_up(x: jax.Array) -> jax.Array:
+    """The next larger float, by its bits: a subnormal is one too."""
+    layout = Layout.of(x.dtype)
+    bits, minus_zero = layout.bits(x), layout.sign
+    bits = where(bits == minus_zero, layout.int_type(0), bits)
+    return layout.floats(where(bits < 0, bits - layout.int_type(1), bits + layout.int_type(1)))
 
 
 def widen(x: jax.Array) -> jax.Array:

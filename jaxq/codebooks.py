@@ -1,8 +1,8 @@
 """Codebook formats: which level a value goes to.
 
 Values are compared as integers in the order of the floats, so that a float32 subnormal is never
-taken for zero. A chain of one comparison and one select per level runs at the speed of memory for
-few levels; for many, a table indexed by the leading bits leaves one or a few comparisons to do.
+taken for zero. A chain of one comparison for every two levels takes less than two plain passes for
+16 levels; for many, a table indexed by the leading bits leaves one or a few comparisons to do.
 """
 
 import fractions
@@ -74,11 +74,23 @@ def _picker(
         index = _count(key, thresholds, layout)
         return lambda items: _take(np.asarray(items), index)
 
+    limits = [layout.int_type(t) for t in thresholds]
+    if len(limits) % 2 == 0:  # One more, which nothing exceeds.
+        limits.append(layout.magnitude_mask)
+    half = len(limits) // 2
+    upper = lax.gt(key, lax.full(key.shape, limits[half]))
+
+    def at(high: Any, low: Any) -> jax.Array:
+        """What stands at one place of the upper half and of the lower one."""
+        return lax.select(upper, lax.full(key.shape, high), lax.full(key.shape, low))
+
     def chain(items: list) -> jax.Array:
-        found = lax.full(key.shape, items[0])
-        for threshold, item in zip(thresholds, items[1:], strict=True):
-            above = lax.gt(key, lax.full(key.shape, layout.int_type(threshold)))
-            found = lax.select(above, lax.full(key.shape, item), found)
+        """Both halves at once: comparisons cost more than selections."""
+        items = [*items, *items[-1:] * (len(limits) - len(thresholds))]
+        found = at(items[half + 1], items[0])
+        for i in range(half):
+            above = lax.gt(key, at(limits[half + 1 + i], limits[i]))
+            found = lax.select(above, at(items[half + 2 + i], items[i + 1]), found)
         return found
 
     return chain

@@ -214,19 +214,21 @@ def pack(codes: jax.typing.ArrayLike, bits: int) -> jax.Array:
     per_group, group_bytes = _groups(bits)
     groups = -(-n // per_group)
     padding = [(0, 0, 0)] * len(leading) + [(0, groups * per_group - n, 0)]
-    wide = (codes & codes.dtype.type(2 ** min(bits, 8 * codes.dtype.itemsize) - 1)).astype(
-        jnp.uint32
-    )
-    wide = lax.pad(wide, np.uint32(0), padding).reshape(*leading, groups, per_group)
+    mask = 2 ** min(bits, 8 * codes.dtype.itemsize) - 1
+    masked = jnp.bitwise_and(codes, codes.dtype.type(mask))
+    if group_bytes > 1:  # XLA would compute codes anew for each byte that has a part of them.
+        masked = lax.optimization_barrier(masked)
+    wide = lax.pad(masked.astype(jnp.uint32), np.uint32(0), padding)
+    wide = wide.reshape(*leading, groups, per_group)
     rows = []
     for byte in range(group_bytes):
-        value = jnp.zeros((*leading, groups), jnp.uint32)
-        for i in range(per_group):
-            shift = i * bits - 8 * byte  # Where code i begins, seen from this byte.
-            if -bits < shift < 8:
-                code = wide[..., i]
-                shifted = code << np.uint32(shift) if shift >= 0 else code >> np.uint32(-shift)
-                value = value | shifted
+        shifts = np.arange(per_group) * bits - 8 * byte  # Where codes begin, seen from this byte.
+        (here,) = np.nonzero((-bits < shifts) & (shifts < 8))
+        shifts = shifts[here].reshape((1,) * len(leading) + (1, -1))
+        left, right = (np.maximum(shift, 0).astype(np.uint32) for shift in (shifts, -shifts))
+        placed = wide[..., here[0] : here[-1] + 1] << left >> right
+        # A sum, as XLA on CPU makes vectors of that, and not of codes taken one by one.
+        value = jnp.sum(placed, axis=-1, dtype=jnp.uint32)
         rows.append((value & np.uint32(255)).astype(jnp.uint8))
     packed = jnp.stack(rows, axis=-1).reshape(*leading, groups * group_bytes)
     return packed[..., : -(-n * bits // 8)]
@@ -262,6 +264,10 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
             f"unpack: {n} codes of {bits} bits fill {-(-n * bits // 8)} bytes, got {size} bytes."
         )
     per_group, group_bytes = _groups(bits)
+    if group_bytes == 1:  # No code lies in two bytes: one operation for all, made of vectors.
+        shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape((1,) * packed.ndim + (-1,))
+        codes = packed[..., None] >> shifts & np.uint8(2**bits - 1)
+        return codes.reshape(*leading, size * per_group)[..., :n]
     groups = -(-n // per_group)
     padding = [(0, 0, 0)] * len(leading) + [(0, groups * group_bytes - size, 0)]
     wide = lax.pad(packed, np.uint8(0), padding).astype(jnp.uint32)

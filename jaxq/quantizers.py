@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq import gradients
+from jaxq.attaching import Scaling, Snap, attach, passed, wants_neighbours
 from jaxq.blocks import Cut
 from jaxq.casting import as_dtype, encode, floats, widen
 from jaxq.catalog import get_format
@@ -24,14 +24,14 @@ from jaxq.gradients import get_gradient
 from jaxq.grids import where
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
-from jaxq.snapping import Scales, given_scales, restored, snapped
+from jaxq.snapping import Scales, given_scales, interval, limits, restored, snapped
 
-__all__ = ["Quantized", "check_plain_scales", "dequantize", "fake_quant", "quantize"]
+__all__ = ["Quantized", "check_plain_scales", "dequantize", "fake_quant", "neighbours", "quantize"]
 
 _FLOAT32 = get_format("float32")
 _WHOLE_BYTES = (8, 16)  # Widths of codes that need no packing.
 
-_Given = tuple[jax.Array | None, jax.Array | None] | None  # Scales and zero points.
+_Given = tuple[jax.Array, jax.Array | None] | None  # Scales and zero points.
 
 
 @functools.partial(
@@ -180,8 +180,10 @@ def fake_quant(
         per tensor.
       scale: float32 scales to use instead of those that x itself would get, as
         `jaxq.calibration.finalize` gives them: one a block, or an array that broadcasts to that.
-        They are rounded to the recipe's `scale_format`.
-      zero_point: the zero points beside them, where the recipe has any.
+        They are rounded to the recipe's `scale_format`, and differentiate as `jaxq.gradients` says,
+        so that they can be learned; `jax.lax.stop_gradient` makes them constants.
+      zero_point: the zero points beside them, where the recipe has any; integer ones are rounded to
+        the integers of the format.
       key: a key of `jax.random` for a stochastic recipe, and only then.
 
     Returns:
@@ -208,6 +210,43 @@ def fake_quant(
     array, recipe = _checked("fake_quant", x, recipe)
     given = _given("fake_quant", array.shape, recipe, scale, zero_point)
     return _fake_quant(array, given, key, recipe)
+
+
+def neighbours(
+    x: jax.typing.ArrayLike,
+    recipe: "str | Format | Quantizer",
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    zero_point: jax.typing.ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The two values between which each number lies, of those that `fake_quant` could give it.
+
+    Args:
+      x: as in `fake_quant`.
+      recipe: as in `fake_quant`. Whatever its rounding.
+      scale: as in `fake_quant`; `scale=1.0` makes it the grid of the format itself.
+      zero_point: as in `fake_quant`.
+
+    Returns:
+      `below` and `above`, arrays of x's shape and dtype, without a gradient; below <= x < above up
+      to a scale's rounding, and for a number beyond the ends of the grid the last two. A number
+      that is kept apart has itself twice, and so do the zeros of a block of zeros. (Posits and
+      takums round nothing but 0 to 0: between 0 and the least positive one there is no interval.)
+
+    Raises:
+      TypeError: as in `fake_quant`.
+      ValueError: as in `fake_quant`.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp
+      >>> below, above = jaxq.neighbours(jnp.array([0.3, -1.0, 7.0]), "float4_e2m1fn", scale=1.0)
+      >>> below.tolist(), above.tolist()
+      ([0.0, -1.0, 4.0], [0.5, -0.5, 6.0])
+    """
+    array, recipe = _checked("neighbours", x, recipe)
+    given = _given("neighbours", array.shape, recipe, scale, zero_point)
+    recipe = dataclasses.replace(recipe, rounding="nearest_even")  # It needs no key.
+    return _neighbours(lax.stop_gradient(array), lax.stop_gradient(given), recipe)
 
 
 def quantize(
@@ -276,14 +315,34 @@ def dequantize(q: Quantized) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
+    estimator = get_gradient(recipe.gradient)
+    snap, scaling = _snapped(x, given, key, recipe, wants_neighbours(estimator))
+    return recipe.cut(x.shape).merge(attach(estimator, snap, scaling))
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _neighbours(x: jax.Array, given: _Given, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
+    cut = recipe.cut(x.shape)
+    snap, _ = _snapped(x, given, None, recipe, True)
+    return cut.merge(snap.below), cut.merge(snap.above)
+
+
+def _snapped(
+    x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer, around: bool
+) -> tuple[Snap, Scaling | None]:
+    """A split tensor and what it is snapped to, with its neighbours if they are asked for.
+
+    Only the tensor itself, and the scales that were given, are differentiable.
+    """
     cut, held = recipe.cut(x.shape), lax.stop_gradient(x)
-    outliers = ()
+    outliers, apart = (), None
     if recipe.outliers is not None:
         held, outliers = recipe.outliers.take(held)
-    scales = _spread(given, recipe, cut)
-    values, scales = snapped(widen(cut.split(held)), scales, key, recipe, cut)
+    held, scales = widen(cut.split(held)), _spread(lax.stop_gradient(given), recipe, cut)
+    values, scales = snapped(held, scales, key, recipe, cut)
     y = restored(values, scales.step, scales.zero_point, recipe)
-    low, high, split = scales.low, scales.high, cut.split(x)
+    pair = interval(held, scales, recipe) if around else ()
+    low, high = scales.low, scales.high
     if recipe.outliers is not None:  # Whatever is kept apart is not clipped.
         y = cut.split(recipe.outliers.put(cut.merge(y), outliers))
         apart = cut.split(recipe.outliers.mask(x.shape, outliers))
@@ -291,8 +350,36 @@ def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quan
             where(apart, np.float32(none), jnp.broadcast_to(end, apart.shape))
             for none, end in ((-np.inf, low), (np.inf, high))
         )
-    y, low, high = (as_dtype(a, x.dtype) for a in (y, low, high))
-    return cut.merge(gradients.attach(get_gradient(recipe.gradient), y, split, low, high))
+        pair = tuple(where(apart, y, v) for v in pair)
+    y, low, high, *pair = (as_dtype(a, x.dtype) for a in (y, low, high, *pair))
+    scaling = None
+    if given is not None:
+        scaling = _scaling(given, values, apart, scales, recipe, cut)
+        pair = map(scaling.moved, pair)
+    return Snap(cut.split(x), y, low, high, *pair), scaling
+
+
+def _scaling(
+    given: tuple[jax.Array, jax.Array | None],
+    values: jax.Array,
+    apart: jax.Array | None,
+    scales: Scales,
+    recipe: Quantizer,
+    cut: Cut,
+) -> Scaling:
+    """Scales that were given, rounded as they are used, and differentiable."""
+
+    def through(used: jax.Array, source: jax.Array) -> jax.Array:
+        return passed(used, cut.spread(jnp.broadcast_to(source, cut.counts)))
+
+    zero_point = None
+    if scales.zero_point is not None and given[1] is not None:
+        zero_point = through(scales.zero_point, given[1])
+    pair = (zero_point, None) if recipe.zero_point == "integer" else (None, zero_point)
+    largest = limits(recipe.element)[1]
+    scaling = Scaling(through(scales.step, given[0]), *pair, values, cut.sizes, largest)
+    # What is kept apart does not depend on them.
+    return scaling if apart is None else scaling.constant_where(apart)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")

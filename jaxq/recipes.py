@@ -11,6 +11,7 @@ from jaxq.calibrators import ALL as CALIBRATORS
 from jaxq.calibrators import get_calibrator
 from jaxq.catalog import get_format
 from jaxq.formats import FloatFormat, Format, IntFormat
+from jaxq.gradients import ALL as GRADIENTS
 from jaxq.gradients import Gradient, get_gradient
 from jaxq.outliers import Outliers
 from jaxq.ranges import Calibrator, Extremum
@@ -247,6 +248,7 @@ def _records() -> dict[str, type]:
     """Every frozen record that a recipe may hold."""
     kinds = [*get_args(Granularity), *get_args(Format), *get_args(SecondLevel)]
     kinds += [type(calibrator) for calibrator in CALIBRATORS.values()]
+    kinds += [type(g) for g in GRADIENTS.values() if dataclasses.is_dataclass(g)]
     kinds += [rounding.Stochastic, rounding.HalfUp, Outliers, Quantizer]
     return {kind.__name__: kind for kind in kinds}
 

@@ -19,6 +19,7 @@ from jaxq.casting import cast
 from jaxq.catalog import get_format
 from jaxq.formats import FloatFormat, Format, IntFormat
 from jaxq.grids import Layout, extended_bits, where
+from jaxq.reductions import reduced
 
 __all__ = [
     "E8M0",
@@ -44,6 +45,8 @@ Scale: TypeAlias = Callable[[jax.Array, Format], jax.Array]
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 # Dividing by anything smaller would meet float32 subnormals, which XLA flushes.
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
+# What counts for no minimum: a NaN's bits, and no place in a block.
+_HIGHEST = np.int32(2**31 - 3)
 
 
 def absmax(x: jax.Array, cut: Cut) -> jax.Array:
@@ -52,7 +55,7 @@ def absmax(x: jax.Array, cut: Cut) -> jax.Array:
     Taken as integers in the order of the magnitudes: a maximum of floats may lose a NaN, and sees
     float32 subnormals as zero, on CPU. An empty block has 0.
     """
-    top = _reduced(jnp.max, _FLOAT32.bits(x) & _FLOAT32.magnitude_mask, cut)
+    top = reduced(lax.max, _FLOAT32.bits(x) & _FLOAT32.magnitude_mask, cut, np.int32(0))
     return _FLOAT32.floats(where(top < _FLOAT32.inf, top, _FLOAT32.nan))
 
 
@@ -62,15 +65,14 @@ def extrema(x: jax.Array, cut: Cut) -> tuple[jax.Array, jax.Array]:
     As integers, like `absmax`.
     """
     ordered, inside = _flipped(_FLOAT32.bits(x)), cut.inside
-    low, high = (
-        _reduced(
-            reduce,
-            ordered if inside is None else where(jnp.broadcast_to(inside, x.shape), ordered, none),
-            cut,
-            none,
-        )
-        for reduce, none in ((jnp.min, np.int32(2**31 - 1)), (jnp.max, np.int32(-(2**31))))
-    )
+
+    def outermost(combine: Callable, none: np.int32) -> jax.Array:
+        known = ordered
+        if inside is not None:
+            known = where(jnp.broadcast_to(inside, x.shape), ordered, none)
+        return reduced(combine, known, cut, none)
+
+    low, high = outermost(lax.min, _HIGHEST), outermost(lax.max, -_HIGHEST)
     finite = (low > _flipped(_FLOAT32.inf | _FLOAT32.sign)) & (high < _FLOAT32.inf)
     low, high = (where(finite, _flipped(end), _FLOAT32.nan) for end in (low, high))
     empty = np.asarray(cut.sizes == 0)
@@ -86,28 +88,13 @@ def extremum(x: jax.Array, cut: Cut) -> jax.Array:
     order = np.expand_dims(order, tuple(range(0, 2 * len(cut.block), 2)))
     signed = order * np.int32(2) + lax.shift_right_logical(bits, np.int32(31))
     largest = (bits & _FLOAT32.magnitude_mask) == _FLOAT32.bits(top)
-    none = np.int32(2**31 - 1)
-    first = _reduced(jnp.min, where(largest, signed, none), cut, none)
+    first = reduced(lax.min, where(largest, signed, _HIGHEST), cut, _HIGHEST)
     return _FLOAT32.floats(_FLOAT32.bits(top) | first << np.int32(31))
 
 
 def _flipped(bits: Any) -> Any:
     """Bits of floats as integers that compare as the floats do; its own inverse."""
     return bits ^ (bits >> np.int32(31) & _FLOAT32.magnitude_mask)
-
-
-def _reduced(reduce: Callable, x: jax.Array, cut: Cut, initial: Any = 0) -> jax.Array:
-    """The least or largest in each block of a split array; the blocks' axes kept at 1.
-
-    In two steps where the last axis has more than 32: XLA makes vectors of short reductions on CPU,
-    not of long ones, and would make one of two without the barrier.
-    """
-    last = cut.block[-1] if cut.block else 1
-    step = next((d for d in range(32, 7, -1) if last % d == 0), 1)
-    if last > 32 and step > 1:
-        parts = reduce(x.reshape(*x.shape[:-1], last // step, step), axis=-1)
-        x = lax.optimization_barrier(parts)
-    return reduce(x, axis=cut.axes, keepdims=True, initial=initial)
 
 
 def kept(x: jax.Array) -> jax.Array:
@@ -253,13 +240,18 @@ def times(values: jax.Array, scale: jax.Array, scale_format: Format) -> jax.Arra
 
 
 def _times_power(x: jax.Array, scale: jax.Array, sign: int) -> jax.Array:
-    """X times a power of two, or its inverse, in two steps: it may be subnormal itself."""
+    """X times a power of two, or its inverse, in two steps: it may be subnormal itself.
+
+    Each step has half of the exponent, halved where it stands: few operations, as XLA on CPU does
+    them anew for every few elements of a block.
+    """
     bits = _FLOAT32.bits(scale)
-    exponent = ((bits >> np.int32(23)) - np.int32(127)) * np.int32(sign)
-    first = exponent >> np.int32(1)
-    nan = bits > _FLOAT32.inf
-    near = where(nan, _FLOAT32.nan, _FLOAT32.field(first))
-    return x * _FLOAT32.floats(near) * _FLOAT32.floats(_FLOAT32.field(exponent - first))
+    near = (bits >> np.int32(1) & _FLOAT32.inf) + _FLOAT32.shifted(64)
+    far = (bits & _FLOAT32.inf) - near + _FLOAT32.field(0)
+    if sign < 0:
+        near, far = (np.int32(2) * _FLOAT32.field(0) - half for half in (near, far))
+    near = where(bits > _FLOAT32.inf, _FLOAT32.nan, near)
+    return x * _FLOAT32.floats(near) * _FLOAT32.floats(far)
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -13,16 +13,29 @@ from jax import numpy as jnp
 
 from jaxq.blocks import Cut
 from jaxq.calibrators import get_calibrator
-from jaxq.casting import cast
-from jaxq.formats import IntFormat
+from jaxq.casting import cast, enclosing
+from jaxq.formats import Format, IntFormat
 from jaxq.grids import BinaryGrid, Layout, where
 from jaxq.ranges import Range
 from jaxq.recipes import Quantizer
+from jaxq.reductions import summed
+from jaxq.rounding import Rounding
 from jaxq.scaling import SCALES, held, in_units, kept, span, times, zero_point_of
 
-__all__ = ["Scales", "given_scales", "numbers", "restored", "scales_of", "snapped"]
+__all__ = [
+    "Scales",
+    "given_scales",
+    "interval",
+    "limits",
+    "numbers",
+    "restored",
+    "scales_of",
+    "snapped",
+]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
+
+_UNROLLED = 4  # XLA on CPU runs the body of a loop on one core.
 
 # All whole numbers that float32 has without gaps.
 _WHOLE = BinaryGrid(24, 24, 24, 2.0**24, 2.0**24, inf=False, nan=False, negative_zero=False)
@@ -105,9 +118,10 @@ def given_scales(scale: jax.Array, zero_point: jax.Array | None, recipe: Quantiz
     """Scales that are given, as their format holds them, and the range that they cover."""
     fmt, scale_format = recipe.element, recipe.held
     step = kept(held(scale, scale, scale_format))
-    minimum, low, high = None, np.float32(fmt.min), np.float32(fmt.max)
+    minimum, (low, high) = None, limits(fmt)
     if zero_point is not None and recipe.zero_point == "integer":
-        assert isinstance(fmt, IntFormat)
+        zero_point = lax.round(zero_point, lax.RoundingMethod.TO_NEAREST_EVEN)
+        zero_point = kept(lax.clamp(low, zero_point, high))
         low, high = low - zero_point, high - zero_point
     elif zero_point is not None:
         minimum = zero_point = kept(cast(zero_point, scale_format))
@@ -121,19 +135,57 @@ def given_scales(scale: jax.Array, zero_point: jax.Array | None, recipe: Quantiz
 
 def numbers(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
     """A split float32 tensor in units of its scales, on the grid, the zero point taken away."""
-    fmt = recipe.element
+    return _on_grid(_in_units(x, scales, recipe), scales, recipe.rounding, key, recipe)
+
+
+def interval(x: jax.Array, scales: Scales, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
+    """The two values between which each number of a split float32 tensor lies: below, above."""
+
+    def snap(units: jax.Array, mode: Rounding) -> jax.Array:
+        return _on_grid(units, scales, mode, None, recipe)
+
+    pair = enclosing(_in_units(x, scales, recipe), *_ends(scales, recipe), snap)
+    one, other = (restored(v, scales.step, scales.zero_point, recipe) for v in pair)
+    return lax.min(one, other), lax.max(one, other)  # A scale may be negative.
+
+
+def _in_units(x: jax.Array, scales: Scales, recipe: Quantizer) -> jax.Array:
+    """A tensor less its minimum, in units of its scales."""
     if scales.minimum is not None:
         x = x - scales.minimum
-    units = in_units(x, scales.divisor, recipe.held, reciprocal=recipe.reciprocal)
+    return in_units(x, scales.divisor, recipe.held, reciprocal=recipe.reciprocal)
+
+
+def _ends(scales: Scales, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
+    """The ends of the grid, the zero point taken away."""
+    low, high = limits(recipe.element)
     if recipe.zero_point != "integer":
-        return cast(units, fmt, rounding=recipe.rounding, overflow="saturate", key=key)
-    # Rounded first and the zero point added after: the other order rounds half to another side.
-    assert isinstance(fmt, IntFormat)
+        return jnp.asarray(low), jnp.asarray(high)
     assert scales.zero_point is not None
-    lowest, highest = (np.float32(end) - scales.zero_point for end in (fmt.min_int, fmt.max_int))
+    return low - scales.zero_point, high - scales.zero_point
+
+
+def limits(fmt: Format) -> tuple[np.float32, np.float32]:
+    """The lowest and largest values of a format; infinite where they lie beyond float32."""
+    with np.errstate(over="ignore"):
+        return np.float32(fmt.min), np.float32(fmt.max)
+
+
+def _on_grid(
+    units: jax.Array,
+    scales: Scales,
+    rounding: str | Rounding,
+    key: jax.Array | None,
+    recipe: Quantizer,
+) -> jax.Array:
+    """Units rounded to the grid, the zero point taken away."""
+    if recipe.zero_point != "integer":
+        return cast(units, recipe.element, rounding=rounding, overflow="saturate", key=key)
+    # Rounded first and the zero point added after: the other order rounds half to another side.
+    lowest, highest = _ends(scales, recipe)
     inside = lax.max(units, jnp.broadcast_to(lowest, units.shape))
     inside = lax.min(inside, jnp.broadcast_to(highest, units.shape))
-    return cast(inside, _WHOLE, rounding=recipe.rounding, key=key)
+    return cast(inside, _WHOLE, rounding=rounding, key=key)
 
 
 def restored(
@@ -165,7 +217,7 @@ def _searched(
 
     factors = jnp.asarray(recipe.search, jnp.float32)
     start = jnp.full_like(amax, np.inf), jnp.full_like(amax, recipe.search[0])
-    return kept(lax.scan(step, start, factors)[0][1])
+    return kept(lax.scan(step, start, factors, unroll=len(factors) <= _UNROLLED)[0][1])
 
 
 def _squared_error(x: jax.Array, y: jax.Array, amax: jax.Array, cut: Cut) -> jax.Array:
@@ -187,7 +239,7 @@ def _squared_error(x: jax.Array, y: jax.Array, amax: jax.Array, cut: Cut) -> jax
     room = 30 - math.ceil(math.log2(step))  # Bits that a square may have.
     squares = _whole(distance * distance * np.float32(2.0 ** (room - 44)))
     parts = squares.reshape(*squares.shape[:-1], last // step, step)
-    sums = jnp.sum(parts, axis=-1).astype(jnp.float32)
+    sums = summed(parts).astype(jnp.float32)
     return jnp.sum(sums, axis=cut.axes, keepdims=True)
 
 

@@ -1,10 +1,11 @@
 """Whole trees of parameters: which leaf gets which recipe, by patterns of paths."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -16,7 +17,15 @@ from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import Quantizer
 from jaxq.tables import Table
 
-__all__ = ["Rules", "dequantize_tree", "quantize_tree", "tree_report"]
+__all__ = [
+    "Rules",
+    "assign",
+    "dequantize_tree",
+    "is_floating",
+    "naming",
+    "quantize_tree",
+    "tree_report",
+]
 
 Rules: TypeAlias = "Sequence[tuple[str, str | Format | Quantizer | None]]"
 
@@ -45,29 +54,73 @@ def quantize_tree(params: Any, rules: Rules, *, key: jax.Array | None = None) ->
       (1152, 128)
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    recipes = [None if recipe is None else get_quantizer(recipe) for _, recipe in rules]
-    patterns = [re.compile(pattern) for pattern, _ in rules]
-    paths = [_path(path) for path, _ in leaves]
-    result, used = [], set()
-    for i, (name, (_, leaf)) in enumerate(zip(paths, leaves, strict=True)):
-        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-        rule = next((n for n, p in enumerate(patterns) if floating and p.search(name)), None)
-        used.add(rule)
-        recipe = None if rule is None else recipes[rule]
+    recipes = assign("quantize_tree", params, rules)
+    result = []
+    for i, ((path, leaf), recipe) in enumerate(zip(leaves, recipes, strict=True)):
         if recipe is None:
             result.append(leaf)
             continue
-        try:
-            own = None if key is None else jax.random.fold_in(key, i)
+        own = None if key is None else jax.random.fold_in(key, i)
+        with naming("quantize_tree", path):
             result.append(quantize(leaf, recipe, key=own))
-        except ValueError as error:
-            raise ValueError(f"quantize_tree: leaf {name!r}: {error}") from error
-    for n, (pattern, _) in enumerate(rules):
-        if n not in used:
-            raise ValueError(
-                _unused(pattern, [name for name in paths if patterns[n].search(name)], paths)
-            )
     return jax.tree_util.tree_unflatten(structure, result)
+
+
+@contextlib.contextmanager
+def naming(owner: str, path: tuple) -> Iterator[None]:
+    """Errors within it name a function and the leaf that it is at."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{owner}: leaf {_path(path)!r}: {error}") from error
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf is an array of a floating dtype."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def assign(
+    owner: str,
+    tree: Any,
+    rules: Sequence[tuple[str, Any]],
+    *,
+    look_up: Callable[[Any], Any] = get_quantizer,
+    takes: Callable[[Any], bool] = is_floating,
+    others: str = "of no floating dtype",
+    strict: bool = True,
+) -> list[Any]:
+    """What the first rule that matches a leaf's path says, or None: for each leaf of a tree.
+
+    Args:
+      owner: the function that an error names.
+      tree: any pytree.
+      rules: pairs of a regular expression and what `look_up` takes, or None.
+      look_up: what a rule's second part stands for.
+      takes: which leaves rules may hold for.
+      others: what the leaves are that `takes` refuses, in the words of an error.
+      strict: whether a rule that holds for no leaf is an error.
+
+    Returns:
+      A list in the order of the leaves.
+
+    Raises:
+      ValueError: a rule holds for no leaf; or what `look_up` raises.
+    """
+    found = [None if said is None else look_up(said) for _, said in rules]
+    patterns = [re.compile(pattern) for pattern, _ in rules]
+    leaves = [(_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    chosen = [
+        next((n for n, p in enumerate(patterns) if takes(leaf) and p.search(path)), None)
+        for path, leaf in leaves
+    ]
+    paths = [path for path, _ in leaves]
+    for n in range(len(rules)):
+        if strict and n not in chosen:
+            matched = [path for path in paths if patterns[n].search(path)]
+            raise ValueError(_unused(owner, rules[n][0], matched, paths, others))
+    return [None if n is None else found[n] for n in chosen]
 
 
 def dequantize_tree(params: Any) -> Any:
@@ -149,15 +202,15 @@ def _path(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _unused(pattern: str, taken: list[str], paths: list[str]) -> str:
+def _unused(owner: str, pattern: str, matched: list[str], paths: list[str], others: str) -> str:
     """The error text for a rule that holds for no leaf."""
-    if taken:
+    if matched:
         return (
-            f"quantize_tree: rule {pattern!r} holds for no leaf: {', '.join(taken[:3])} are of no "
-            "floating dtype or belong to an earlier rule. Move it up, or leave it out."
+            f"{owner}: rule {pattern!r} holds for no leaf: {', '.join(matched[:3])} are {others} "
+            "or belong to an earlier rule. Move it up, or leave it out."
         )
     near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
     return (
-        f"quantize_tree: rule {pattern!r} matches no path. The nearest are "
+        f"{owner}: rule {pattern!r} matches no path. The nearest are "
         f"{', '.join(near) or 'none: the tree is empty'}."
     )

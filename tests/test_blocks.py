@@ -142,6 +142,15 @@ def test_powers_of_two_by_every_rule(fmt: str, rule: str):
     np.testing.assert_array_equal(np.asarray(q.scale)[:, 0].astype(int) - 127, want)
 
 
+@pytest.mark.parametrize("fmt", ["float8_e4m3fn", "float4_e2m1fn"])
+def test_the_rule_called_rne_is_a_cast_of_the_quotient(fmt: str):
+    amax = np.exp2(np.random.default_rng(0).uniform(-100, 100, 200)).astype(np.float32)
+    recipe = jaxq.Quantizer(fmt, jaxq.PerToken(), scale_format=E8M0)
+    largest = np.float32(jaxq.get_format(fmt).max)
+    want = (amax / largest).astype(ml_dtypes.float8_e8m0fnu).view(np.uint8)
+    np.testing.assert_array_equal(jaxq.quantize(amax[:, None], recipe).scale[:, 0], want)
+
+
 def test_the_published_example_of_rceil():
     x = np.float32([[150.0, 1.0]])
     for rule, byte in (("rceil", 126), ("ceil", 127), ("floor", 126)):

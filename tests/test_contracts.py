@@ -1,6 +1,7 @@
 """What holds for everything in a registry: being listed is being tested."""
 
 import functools
+from dataclasses import fields
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
-from jaxq import catalog, gradients, presets, rounding
+from jaxq import catalog, dot_recipes, presets, rounding
 from tests import data
 from tests.oracle import assert_same
 
@@ -100,20 +101,6 @@ class TestFormats:
         assert_same(jax.grad(f)(x), np.full((1, 3), 2, np.float32))
         assert_same(jax.jvp(f, (x,), (jnp.ones_like(x),))[1], np.float32(6))
         chex.assert_tree_all_finite(jax.hessian(f)(x))
-
-
-@pytest.mark.parametrize("name", gradients.ALL)
-def test_gradient_estimators(name: str):
-    x = jnp.asarray([0.3, -2.0, 500.0, -1e9, 448.0])
-    tangent = jnp.asarray([1.0, 2.0, 3.0, 4.0, 5.0])
-    f = functools.partial(jaxq.cast, fmt="float8_e4m3fn", overflow="saturate", gradient=name)
-    want = {
-        "straight_through": [1.0, 2, 3, 4, 5],
-        "clipped": [1.0, 2, 0, 0, 5],
-        "zero": [0.0] * 5,
-    }[name]
-    assert_same(jax.jvp(f, (x,), (tangent,))[1], np.float32(want))
-    assert_same(jax.vjp(f, x)[1](tangent)[0], np.float32(want))
 
 
 def test_cotangents_are_not_quantized():
@@ -233,3 +220,48 @@ class TestStructures:
         assert_same(y, jaxq.fake_quant(tiny.astype(np.float32), name).astype(jnp.float16))
         if jaxq.get_quantizer(name).stored_scale:  # GGUF's copy of a tiny scale may be 0.
             assert (y != 0).any()
+
+
+@pytest.mark.parametrize("name", dot_recipes.ALL)
+class TestDotRecipes:
+    """That the gradient is the formula, to the bit, `test_dots.py` says of each."""
+
+    SIZE = 128  # Every recipe's blocks divide it.
+
+    def operands(self):
+        rng = np.random.default_rng(0)
+        return tuple(jnp.asarray(rng.standard_normal((2, self.SIZE, self.SIZE)), jnp.float32))
+
+    def dot(self, name, x, w):
+        key = jax.random.key(0) if dot_recipes.ALL[name].draws else None
+        return jaxq.einsum("mk,kn->mn", x, w, recipe=name, key=key)
+
+    def test_is_static_data(self, name):
+        recipe = jaxq.get_dot_recipe(name)
+        assert jaxq.get_dot_recipe(recipe) is recipe
+        again = jaxq.DotRecipe(**{f.name: getattr(recipe, f.name) for f in fields(recipe)})
+        assert again == recipe
+        assert hash(again) == hash(recipe)
+        assert eval(repr(recipe), vars(jaxq) | vars(jaxq.second_level)) == recipe
+
+    def test_inference_needs_no_key_and_one_token(self, name):
+        x, w = self.operands()
+        y = jaxq.einsum("k,kn->n", x[0], w, recipe=name)
+        assert y.shape == (self.SIZE,)
+        error = jnp.linalg.norm(y - x[0] @ w) / jnp.linalg.norm(x[0] @ w)
+        assert 0 < float(error) < 0.25
+
+    def test_gradients_are_near_and_of_every_kind(self, name):
+        x, w = self.operands()
+        f = lambda x, w: (self.dot(name, x, w) ** 2).sum()  # noqa: E731
+        exact = lambda x, w: ((x @ w) ** 2).sum()  # noqa: E731
+
+        @jax.jit
+        def of(x, w):
+            return jax.grad(f, (0, 1))(x, w), jax.jvp(f, (x, w), (x, w))[1]
+
+        gradients, tangent = of(x, w)
+        wanted = jax.grad(exact, (0, 1))(x, w)
+        for got, want in zip(gradients, wanted, strict=True):
+            assert 0 < float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.25
+        np.testing.assert_allclose(tangent, 4 * exact(x, w), rtol=0.1)

@@ -131,7 +131,7 @@ def test_look_up():
         (lambda: jaxq.CodebookFormat("x", (1.0, math.inf)), "finite"),
         (lambda: jaxq.p3109(16, 3), "`bits` must be 3 to 15"),
         (lambda: jaxq.p3109(8, 8), "`precision` 1 to bits - 1"),
-        (lambda: jaxq.Quantizer("float8_e4m3fn", symmetric=False), "needs an integer format"),
+        (lambda: jaxq.Quantizer("float8_e4m3fn", zero_point="integer"), "needs an integer format"),
         (lambda: jaxq.Stochastic(24), "`bits` must be 1 to 23"),
         (lambda: jaxq.float_grid(4, 3, inf=True, nan=False), "needs nan=True"),
     ],

@@ -1,0 +1,188 @@
+"""Can weights live in bfloat16 without a float32 copy? Handwritten digits at a small learning rate.
+
+The same network learns with float32 weights, with bfloat16 weights whose updates are rounded to
+nearest, and with bfloat16 weights whose updates are rounded stochastically. Adam, its state and the
+products are float32 in all three, so only how a weight is held differs. Rounding to nearest stalls:
+an update below half the spacing at a weight changes nothing, however often it comes. Stochastic
+rounding changes as few weights in a step, but these by enough that all of the movement happens.
+
+    python examples/bfloat16_updates.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import common
+import jax
+import numpy as np
+import optax
+from common import BLUE, GREY, ORANGE, Params, plt, spread
+from jax import numpy as jnp
+
+from jaxq.optim import apply_updates
+
+SIZES = (64, 48, 32, 10)
+RATE = 1e-4
+# label: (dtype of the weights, rounding, colour, line)
+WEIGHTS: dict[str, tuple[str, str, str, Any]] = {
+    "float32": ("float32", "nearest_even", GREY, "-"),
+    "bfloat16 to nearest": ("bfloat16", "nearest_even", ORANGE, "-"),
+    "bfloat16 stochastic": ("bfloat16", "stochastic", BLUE, (0, (5, 2))),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How one kind of weights fared: one number for each seed and epoch, and test accuracies.
+
+    Attributes:
+      label: the kind.
+      losses: mean training loss.
+      still: share of the updates other than 0 that left their weight as it was.
+      moved: the movement that happened along the updates, as a share of what they asked for.
+      accuracy: one for each seed.
+    """
+
+    label: str
+    losses: np.ndarray
+    still: np.ndarray
+    moved: np.ndarray
+    accuracy: np.ndarray
+
+
+def as_dtype(params: Params, dtype: str) -> Params:
+    """Parameters in a dtype."""
+    return jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+def flat(params: Any) -> jax.Array:
+    """All parameters as one float32 vector."""
+    return jnp.concatenate([p.astype(jnp.float32).ravel() for p in jax.tree.leaves(params)])
+
+
+def train(
+    key: jax.Array, dtype: str, rounding: str, data: tuple, epochs: int
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Loss, share of idle updates and of movement for each epoch, and the test accuracy."""
+    x, y, x_test, y_test = data
+    optimizer = optax.adam(RATE)
+
+    def loss(params: Params, rows: jax.Array) -> jax.Array:
+        logits = common.logits(params, x[rows])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
+
+    def step(state: Any, rows: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
+        params, moments, key = state
+        key, now = jax.random.split(key)
+        value, gradients = jax.value_and_grad(loss)(as_dtype(params, "float32"), rows)
+        updates, moments = optimizer.update(gradients, moments)
+        draw = now if rounding == "stochastic" else None
+        new = apply_updates(params, updates, rounding=rounding, key=draw)
+        change, asked = flat(new) - flat(params), flat(updates)
+        still = ((change == 0) & (asked != 0)).sum() / (asked != 0).sum()
+        moved = jnp.vdot(change, asked) / jnp.vdot(asked, asked)
+        return (new, moments, key), (value, still, moved)
+
+    params = as_dtype(common.init(key, SIZES), dtype)
+    state = (params, optimizer.init(as_dtype(params, "float32")), key)
+    (params, *_), measured = common.over_batches(step, state, key, len(x), epochs)
+    right = common.logits(as_dtype(params, "float32"), x_test).argmax(-1) == y_test
+    return tuple(m.mean(-1) for m in measured), right.astype(jnp.float32).mean()
+
+
+def run(seeds: int, epochs: int, report: Callable[[str], None]) -> list[Result]:
+    """Trains with every kind of weights, all seeds in one compiled program."""
+    data = common.load()
+    keys = jax.random.split(jax.random.key(0), seeds)
+    results = []
+    for label, (dtype, rounding, *_) in WEIGHTS.items():
+
+        @jax.jit
+        @jax.vmap
+        def study(key, dtype=dtype, rounding=rounding):
+            return train(key, dtype, rounding, data, epochs)
+
+        measured, accuracy = study(keys)
+        losses, still, moved = map(np.asarray, measured)
+        results.append(Result(label, losses, still, moved, np.asarray(accuracy)))
+        report(label)
+    return results
+
+
+def table(results: Sequence[Result]) -> common.Table:
+    """The results, one kind of weights a row."""
+    grid = common.Table(title=f"Adam at a rate of {RATE:g}: mean ± std over seeds, shares in %")
+    grid.add_column("weights", no_wrap=True)
+    for head in ("bytes", "last loss", "idle", "moved", "accuracy"):
+        grid.add_column(head, justify="right", no_wrap=True)
+    for r in results:
+        last = r.losses[:, -1]
+        grid.add_row(
+            r.label,
+            str(jnp.dtype(WEIGHTS[r.label][0]).itemsize),
+            f"{last.mean():.3f} ± {last.std():.3f}",
+            f"{100 * r.still.mean():.1f}",
+            f"{100 * r.moved.mean():.1f}",
+            spread(r.accuracy),
+        )
+    return grid
+
+
+def picture(results: Sequence[Result], path: pathlib.Path) -> None:
+    """Loss, idle updates and movement over epochs."""
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    epochs = np.arange(1, results[0].losses.shape[1] + 1)
+    shown = (
+        ("Training loss", "losses", 1.0),
+        ("Updates that changed nothing, %", "still", 100.0),
+        ("Movement that happened, % of what was asked", "moved", 100.0),
+    )
+    for axes, (title, name, scale) in zip(panels, shown, strict=True):
+        for r in results:
+            *_, colour, line = WEIGHTS[r.label]
+            values = scale * getattr(r, name)
+            width = 4 if r.label == "float32" else 2
+            axes.plot(
+                epochs, values.mean(0), color=colour, linestyle=line, linewidth=width, label=r.label
+            )
+            axes.fill_between(
+                epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
+            )
+        axes.set_title(title, loc="left", fontsize=10.5)
+        axes.set_xlabel("epoch")
+        axes.set_ylim(bottom=0 if name == "losses" else -4)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#eeeeee")
+        axes.set_axisbelow(True)
+    panels[1].set_ylim(top=104)
+    panels[2].set_ylim(top=115)
+    panels[0].legend(loc="lower left", frameon=False)
+    figure.suptitle(
+        f"Handwritten digits, Adam at a rate of {RATE:g} (bands: all {len(results[0].losses)} "
+        "seeds)",
+        x=0.01,
+        ha="left",
+    )
+    common.save(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Result]:
+    """Runs the study, prints the table, draws the picture and returns the results."""
+    args = common.arguments(__doc__, argv, "bfloat16_updates.png", seeds=5, epochs=100)
+    seeds, epochs = (2, 20) if args.short else (args.seeds, args.epochs)
+    console = common.Console()
+    with common.progress(console) as progress:
+        task = progress.add_task("training", total=len(WEIGHTS))
+        results = run(
+            seeds, epochs, lambda label: progress.update(task, advance=1, description=label)
+        )
+    console.print(table(results))
+    picture(results, args.output)
+    console.print(f"Picture: {args.output}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

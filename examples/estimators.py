@@ -1,0 +1,247 @@
+"""Which gradient estimator? Bias and variance against a true gradient, and accuracy on digits.
+
+A staircase has no useful derivative, but its mean over noisy inputs has one:
+F(theta) = E[loss(Q(theta + sigma z))] with z normal. An estimator g says what the derivative is at
+each noisy input; its bias is E[g] - F', its variance that of g. Both, and F' itself, are integrals
+that are computed here by quadrature, for the 3-bit integers, inputs theta all over their range, and
+noise from a twentieth of a step to two steps.
+
+Then the same estimators train the network of `learned_steps.py` on handwritten digits, in 4, 3 and
+2 bits, from the same weights and steps; each estimator gives the steps their gradients, too.
+
+    python examples/estimators.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+import common
+import jax
+import learned_steps
+import numpy as np
+from common import Table, plt, spread
+from jax import numpy as jnp
+from matplotlib.lines import Line2D
+
+import jaxq
+
+GRID, TARGET = "int3", 0.3
+NOISES = np.geomspace(0.05, 2, 17)  # In steps of the grid.
+QUARTER = 0.25
+VALUES = ("uniform noise", "soft rounding")  # Those that change the value itself.
+WIDTHS = (4, 3, 2)
+SHORT = ("zero", "lsq", "dsq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """Root mean squares over inputs, in units of the true gradient's, one a noise level."""
+
+    bias: np.ndarray
+    deviation: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Quality by estimator, and test accuracies by estimator and bits, one a seed."""
+
+    quality: dict[str, Quality]
+    accuracy: dict[tuple[str, int], np.ndarray]
+    float32: np.ndarray
+
+
+def loss(y: jax.Array) -> jax.Array:
+    """Half the squared distance to a target between two values of the grid."""
+    return (y - TARGET) ** 2 / 2
+
+
+def slopes(name: str, v: jax.Array) -> jax.Array:
+    """What an estimator takes for the derivative of the loss at each input, `[draws, inputs]`."""
+    if name == "uniform noise":  # Its own randomness by quadrature, too.
+        shifts = (np.arange(16, dtype=np.float32) + 0.5) / 16 - 0.5
+        return jax.vmap(lambda shift: jax.grad(lambda v: loss(v + shift).sum())(v))(shifts)
+    if name == "soft rounding":
+        pair = jaxq.neighbours(v, GRID, scale=1.0)
+        return jax.grad(lambda v: loss(jaxq.qat.soft_round(v, *pair)).sum())(v)[None]
+    return jax.grad(lambda v: loss(jaxq.cast(v, GRID, gradient=name)).sum())(v)[None]
+
+
+def qualities(names: Sequence[str]) -> dict[str, Quality]:
+    """Bias and deviation of every estimator at every noise level."""
+    fmt = jaxq.get_format(GRID)
+    width = 1 / 128  # Cells between which all jumps lie, so the midpoint rule is exact there.
+    v = (np.arange(fmt.min - 12, fmt.max + 12, width) + width / 2).astype(np.float32)
+    theta = np.linspace(fmt.min, fmt.max, 141)[:, None]
+    values = np.float64(loss(jaxq.cast(v, GRID)))
+    g = {name: np.float64(slopes(name, jnp.asarray(v))) for name in names}
+    bias = {name: [] for name in names}
+    deviation = {name: [] for name in names}
+    for sigma in NOISES:
+        z = (v - theta) / sigma
+        weights = np.exp(-(z**2) / 2) * (width / sigma / np.sqrt(2 * np.pi))
+        truth = (weights * z / sigma) @ values  # Differentiated under the integral.
+        size = np.sqrt((truth**2).mean())
+        for name in names:
+            mean = weights @ g[name].mean(0)
+            variance = weights @ (g[name] ** 2).mean(0) - mean**2
+            bias[name].append(np.sqrt(((mean - truth) ** 2).mean()) / size)
+            deviation[name].append(np.sqrt(variance.clip(0).mean()) / size)
+    return {n: Quality(np.array(bias[n]), np.array(deviation[n])) for n in names}
+
+
+def run(
+    names: Sequence[str],
+    widths: Sequence[int],
+    seeds: int,
+    epochs: int,
+    report: Callable[[str], None],
+) -> Results:
+    """Both studies."""
+    quality = qualities([*jaxq.gradients.ALL, *VALUES])
+    report("bias and variance")
+    x, y, x_test, y_test = common.load()
+    keys = jax.random.split(jax.random.key(0), seeds)
+    base = learned_steps.pretrained(keys, (x, y), min(epochs, 30))
+    report("training in float32")
+
+    def measure(quantize: learned_steps.Quantize, bits: int | None) -> np.ndarray:
+        def one(params: common.Params, key: jax.Array) -> jax.Array:
+            if bits is not None:
+                params = learned_steps.with_steps(params, x, bits)
+            rate = learned_steps.LEARNING_RATE
+            params = learned_steps.train(params, key, (x, y), quantize, epochs, rate)
+            return learned_steps.accuracy(params, (x_test, y_test), quantize)
+
+        return np.asarray(jax.jit(jax.vmap(one))(base, keys))
+
+    float32 = measure(learned_steps.float32, None)
+    accuracy = {}
+    for bits in widths:
+        for name in names:
+            accuracy[name, bits] = measure(learned_steps.learned(bits, name), bits)
+            report(f"{bits} bits, {name}")
+    return Results(quality, accuracy, float32)
+
+
+def table(results: Results) -> Table:
+    """The results, one estimator a row."""
+    widths = sorted({bits for _, bits in results.accuracy}, reverse=True)
+    near = int(np.abs(NOISES - QUARTER).argmin())
+    grid = Table(
+        title="Bias and standard deviation at noise of a quarter step,\n"
+        "in units of the true gradient; test accuracy in %, mean ± std over seeds",
+        caption=f"float32, trained as long: {spread(results.float32)}",
+    )
+    grid.add_column("estimator", no_wrap=True)
+    for head in ("bias", "std", *(f"{bits} bits" for bits in widths)):
+        grid.add_column(head, justify="right", no_wrap=True)
+    for name, quality in results.quality.items():
+        row = [results.accuracy.get((name, bits)) for bits in widths]
+        grid.add_row(
+            name,
+            f"{quality.bias[near]:.2f}",
+            f"{quality.deviation[near]:.2f}",
+            *("" if a is None else spread(a) for a in row),
+        )
+    return grid
+
+
+# Okabe and Ito's palette. Three estimators are the same where no scale is learned.
+STYLES = {
+    "straight_through": ("#0072B2", "o", "-", "straight_through"),
+    "clipped": ("#D55E00", "s", "-", "clipped; as x's gradient, lsq and pact too"),
+    "zero": ("#000000", "X", "-", "zero"),
+    "lsq": ("#D55E00", "D", "", "lsq"),
+    "pact": ("#D55E00", "^", "", "pact"),
+    "trust_region": ("#009E73", "v", "--", "trust_region"),
+    "dsq": ("#CC79A7", "P", "-", "dsq"),
+    "uniform noise": ("#56B4E9", "", ":", "uniform noise in place of rounding"),
+    "soft rounding": ("#E69F00", "", "-.", "soft rounding in place of rounding"),
+}
+
+
+def picture(results: Results, path: pathlib.Path) -> None:
+    """Bias and deviation by noise; test error by bits; one legend."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 5.4), layout="constrained")
+    handles = {}
+    for axes, what, title in (
+        (panels[0], "bias", "Bias"),
+        (panels[1], "deviation", "Standard deviation"),
+    ):
+        for name, quality in results.quality.items():
+            colour, marker, line, label = STYLES.get(name, ("#767676", "o", "-", name))
+            if line:
+                style = {"color": colour, "linestyle": line, "linewidth": 1.8, "markersize": 6}
+                at = slice(None, None, 4)
+                values = getattr(quality, what)
+                axes.plot(NOISES, values, **style)
+                axes.plot(NOISES[at], values[at], marker=marker, color=colour, linestyle="")
+                handles[label] = Line2D([], [], marker=marker, **style)
+            else:
+                handles[label] = Line2D([], [], marker=marker, color=colour, linestyle="")
+        axes.set_xscale("log")
+        ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("noise of the input, in steps of the grid")
+        axes.set_title(f"{title}, in units of the true gradient", loc="left", fontsize=11)
+        axes.set_ylim(0, None)
+    axes, widths = panels[2], sorted({bits for _, bits in results.accuracy}, reverse=True)
+    names = list(dict.fromkeys(name for name, _ in results.accuracy))
+    for place, name in enumerate(names):
+        colour, marker, _, _ = STYLES.get(name, ("#767676", "o", "-", name))
+        for column, bits in enumerate(widths):
+            error = 100 * (1 - results.accuracy[name, bits])
+            at = column + 0.11 * (place - (len(names) - 1) / 2)
+            axes.vlines(at, error.min(), error.max(), color=colour, linewidth=1)
+            axes.plot(at, error.mean(), marker, color=colour, markersize=6.5)
+    base = 100 * (1 - results.float32.mean())
+    axes.axhline(base, color="#767676", linestyle="--", linewidth=1)
+    right = {"ha": "right", "va": "top", "color": "#767676", "fontsize": 9}
+    axes.text(len(widths) - 0.52, base * 0.97, "float32", **right)
+    axes.set_yscale("log")
+    ticks = [0.5, 1, 2, 5, 10, 20, 50]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xticks(range(len(widths)), [f"{bits} bits" for bits in widths])
+    axes.set_xlim(-0.5, len(widths) - 0.5)
+    axes.set_title("Test error on digits, %, logarithmic", loc="left", fontsize=11)
+    seeds = len(results.float32)
+    axes.set_xlabel(f"steps are learned, too (bars: all {seeds} seeds)")
+    for axes in panels:
+        axes.grid(axis="y", color="#eeeeee")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False
+    )
+    common.save(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> Results:
+    """Runs the studies, prints the table, draws the picture and returns the results."""
+    args = common.arguments(__doc__, argv, "estimators.png", seeds=3, epochs=30)
+    widths = WIDTHS[-1:] if args.short else WIDTHS
+    names = SHORT if args.short else tuple(jaxq.gradients.ALL)
+    seeds, epochs = (1, 8) if args.short else (args.seeds, args.epochs)
+
+    console = common.Console()
+    with common.progress(console) as progress:
+        total = 2 + len(names) * len(widths)
+        task = progress.add_task("bias and variance", total=total)
+        results = run(
+            names,
+            widths,
+            seeds,
+            epochs,
+            lambda label: progress.update(task, advance=1, description=label),
+        )
+    console.print(table(results))
+    picture(results, args.output)
+    console.print(f"Picture: {args.output}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

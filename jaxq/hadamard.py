@@ -1,0 +1,90 @@
+"""The random Hadamard transform, which spreads outliers over a block before it is quantized."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.blocks import Cut
+
+__all__ = ["Hadamard"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hadamard:
+    """An orthogonal transform of blocks of vectors: x -> H D x / sqrt(size).
+
+    H is the Hadamard matrix in Sylvester's order and D a diagonal of random signs, the same for
+    every block. Both operands of a product are transformed along the contraction, and as
+    (H D x) . (H D y) = size (x . y), the product stays what it was, but for rounding.
+
+    Attributes:
+      size: the length of a block, a power of two.
+      signs: D, one 1 or -1 for each of `size`; None draws them from the key.
+
+    Raises:
+      ValueError: the size is no power of two, or the signs are not that many ones.
+
+    References:
+      Tseng, Yu, Park (2025), "Training LLMs with MXFP4"; NVIDIA (2025), "Pretraining Large Language
+      Models with NVFP4".
+    """
+
+    size: int = 16
+    signs: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 2 or self.size & (self.size - 1):
+            raise ValueError(f"Hadamard: `size` must be a power of two from 2, got {self.size}.")
+        if self.signs is not None:
+            object.__setattr__(self, "signs", tuple(self.signs))
+            if len(self.signs) != self.size or not {*self.signs} <= {-1, 1}:
+                raise ValueError(
+                    f"Hadamard: `signs` must be {self.size} numbers 1 or -1, got {self.signs}. "
+                    "Leave them out to draw them from the key."
+                )
+
+    def draw(self, key: jax.Array | None) -> jax.Array:
+        """The signs, float32 `[size]`."""
+        if self.signs is not None:
+            return jnp.asarray(self.signs, jnp.float32)
+        assert key is not None, "the caller has checked it"
+        return jax.random.rademacher(key, (self.size,), jnp.float32)
+
+    def apply(self, x: jax.Array, sizes: dict[int, int], signs: jax.Array) -> jax.Array:
+        """Transforms the blocks of a float32 tensor.
+
+        Sums are taken in the order of the fast transform, neighbours first, so that all ways to run
+        it agrees to the last bit. A NaN or an infinity makes its whole block NaN.
+
+        Args:
+          x: any shape.
+          sizes: the block's length on each of its axes, whose product is `size`; the last of them
+            runs fastest in the order of the signs.
+          signs: float32 `[size]`.
+
+        Returns:
+          The transformed tensor, of x's shape.
+        """
+        cut = Cut(x.shape, tuple(sizes.get(axis, 1) for axis in range(x.ndim)))
+        by_axis = signs.reshape(tuple(sizes.values())).transpose(np.argsort([*sizes]))
+        within = [n for axis in range(x.ndim) for n in (1, sizes.get(axis, 1))]
+        y = cut.split(x) * by_axis.reshape(within)
+        for axis, length in reversed(sizes.items()):
+            y = _butterflies(y, 2 * axis + 1, length)
+        return cut.merge(y * np.float32(1 / math.sqrt(self.size)))
+
+
+def _butterflies(y: jax.Array, axis: int, length: int) -> jax.Array:
+    """The unscaled transform along a whole axis."""
+    before, after = y.shape[:axis], y.shape[axis + 1 :]
+    half = 1
+    while half < length:
+        pairs = y.reshape(*before, length // (2 * half), 2, half, *after)
+        a, b = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+        y = jnp.stack([a + b, a - b], axis=axis + 1).reshape(*before, length, *after)
+        half *= 2
+    return y

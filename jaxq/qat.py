@@ -1,0 +1,332 @@
+"""What quantization-aware training puts around a quantizer: functions of the value.
+
+A gradient rule leaves the value of a quantized tensor as it is, and is an argument: see
+`jaxq.gradients`. What changes the value stands here, as pure functions that JAX differentiates:
+transforms of weights (DoReFa), values between two neighbours of the grid (soft rounding, noise,
+AdaRound), a fractional number of bits, and where a learned scale begins (LSQ).
+
+`jaxq.neighbours(x, recipe)` gives the two neighbours, for every format and granularity.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.casting import cast, floats
+from jaxq.formats import Format, IntFormat
+from jaxq.presets import get_quantizer
+from jaxq.recipes import Quantizer
+
+__all__ = [
+    "adaround",
+    "adaround_init",
+    "adaround_penalty",
+    "dorefa",
+    "fractional_bits",
+    "lsq_scale",
+    "rectified_sigmoid",
+    "rectified_sigmoid_inverse",
+    "soft_round",
+    "uniform_noise",
+    "unit_tanh",
+]
+
+# The ends that AdaRound stretches a sigmoid to, before it is clipped to [0, 1].
+_ZETA, _GAMMA = 1.1, -0.1
+
+
+def lsq_scale(x: jax.typing.ArrayLike, recipe: "str | Format | Quantizer") -> jax.Array:
+    """The scales that LSQ begins with: 2 mean|x| / sqrt(Qp) of each block.
+
+    Args:
+      x: the tensor: weights, or a first batch of activations.
+      recipe: the recipe, whose format has the largest value Qp.
+
+    Returns:
+      Float32 scales, one a block, for `jaxq.fake_quant(x, recipe, scale=...)`. A block of zeros
+      has 0, from which nothing is learned.
+
+    Raises:
+      TypeError: x is not of a floating dtype.
+      ValueError: as in `jaxq.fake_quant`.
+
+    Example:
+      >>> import jax, jaxq, jax.numpy as jnp, numpy as np
+      >>> w = jnp.array([[0.5, -1.0], [0.25, 0.0]])
+      >>> recipe = jaxq.Quantizer("int2", jaxq.PerChannel((0,)), gradient="lsq")
+      >>> scale = lsq_scale(w, recipe)
+      >>> scale.tolist()
+      [[1.5], [0.25]]
+      >>> jax.grad(lambda s: jaxq.fake_quant(w, recipe, scale=s).sum())(scale).shape
+      (2, 1)
+
+    References:
+      Esser et al., "Learned Step Size Quantization" (2020), section 2.1.
+    """
+    recipe, x = get_quantizer(recipe), floats("lsq_scale", x)
+    cut = recipe.cut(x.shape)
+    total = jnp.abs(cut.split(x.astype(jnp.float32))).sum(cut.axes, keepdims=True)
+    mean = total / np.maximum(cut.sizes, 1)
+    return (mean * np.float32(2 / math.sqrt(recipe.element.max))).reshape(cut.counts)
+
+
+def unit_tanh(w: jax.Array) -> jax.Array:
+    """DoReFa's transform of weights: tanh(w) / max|tanh(w)|, within [-1, 1].
+
+    Quantize it by any recipe. It differentiates as it stands, its maximum included.
+
+    Args:
+      w: the weights, of a floating dtype, any shape.
+
+    Returns:
+      An array like w; zeros where all are zero.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp, numpy as np
+      >>> t = unit_tanh(jnp.array([0.1, -2.0, 0.7]))
+      >>> print(np.array(jaxq.fake_quant(t, "int4", scale=1 / 7)).round(3))
+      [ 0.143 -1.     0.571]
+
+    References:
+      Zhou et al., "DoReFa-Net" (2016), section 2.3.
+    """
+    bounded = jnp.tanh(floats("unit_tanh", w))
+    largest = jnp.max(jnp.abs(bounded), initial=0)
+    return bounded / jnp.where(largest == 0, 1, largest)
+
+
+def dorefa(w: jax.Array, bits: int) -> jax.Array:
+    """DoReFa's weights: 2 q(t / 2 + 1/2) - 1, with t = `unit_tanh(w)`.
+
+    q rounds to multiples of 1 / (2^bits - 1) and is straight-through; so there are 2^bits levels,
+    -1 and 1 among them and 0 not.
+
+    Args:
+      w: the weights, float16, bfloat16 or float32, any shape.
+      bits: 2 to 16.
+
+    Returns:
+      An array like w.
+
+    Raises:
+      ValueError: `bits` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> print(np.array(dorefa(jnp.array([0.1, -2.0, 0.7]), 2)).round(3))
+      [ 0.333 -1.     0.333]
+
+    References:
+      Zhou et al., "DoReFa-Net" (2016), equations 9 and 10.
+    """
+    if not 2 <= bits <= 16:
+        raise ValueError(f"dorefa: `bits` must be 2 to 16, got {bits}. For 1 see `binary`.")
+    steps = 2**bits - 1
+    units = (unit_tanh(w).astype(jnp.float32) * 0.5 + 0.5) * steps
+    return (cast(units, IntFormat("dorefa", bits, signed=False)) * (2 / steps) - 1).astype(w.dtype)
+
+
+def soft_round(
+    x: jax.Array, below: jax.Array, above: jax.Array, *, alpha: jax.typing.ArrayLike = 0.2
+) -> jax.Array:
+    """Soft rounding: a staircase of tanh, that becomes the true one as alpha goes to 0.
+
+    In the interval of width w around its middle c, t = (x - c) / w,
+
+        y = c + w/2 tanh(k t) / tanh(k/2),   k = ln(2 / alpha - 1)
+
+    and the ends of the grid beyond it. Its derivative is the estimator `jaxq.gradients.Dsq`.
+
+    Args:
+      x: the numbers, of a floating dtype, any shape.
+      below: the grid's value below each, from `jaxq.neighbours`.
+      above: the one above.
+      alpha: in (0, 1), a number or a traced scalar, so that it can be learned or annealed.
+
+    Returns:
+      An array like x.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp, numpy as np
+      >>> x = jnp.array([0.4, 0.5, 0.6, 9.0])
+      >>> print(np.array(soft_round(x, *jaxq.neighbours(x, "int4", scale=1.0))).round(3))
+      [0.365 0.5   0.635 7.   ]
+
+    References:
+      Gong et al., "Differentiable Soft Quantization" (2019), section 3.1; Agustsson and Theis,
+      "Universally Quantized Neural Compression" (2020), section 4.
+    """
+    a, low, high = (v.astype(jnp.float32) for v in (x, below, above))
+    width = high - low
+    some, inside = width > 0, (low <= a) & (a <= high)
+    t = (jnp.where(inside, a, low) - low) / _some(width) - 0.5
+    k = jnp.log(2 / jnp.asarray(alpha, jnp.float32) - 1)
+    y = low + width * (0.5 + 0.5 * jnp.tanh(k * t) / jnp.tanh(k / 2))
+    y = jnp.where(inside, y, jnp.clip(lax.stop_gradient(a), low, high))
+    return jnp.where(some, y, a).astype(x.dtype)
+
+
+def uniform_noise(x: jax.Array, below: jax.Array, above: jax.Array, key: jax.Array) -> jax.Array:
+    """Additive uniform noise in the place of rounding: x + (above - below) (U - 1/2), U in [0, 1).
+
+    On an even grid the noise has the mean and the variance of a rounding error, and the derivative
+    is the identity, truly.
+
+    Args:
+      x: as in `soft_round`.
+      below: as in `soft_round`.
+      above: as in `soft_round`.
+      key: a key of `jax.random`.
+
+    Returns:
+      An array like x. Numbers beyond the grid are not clipped.
+
+    Example:
+      >>> import jax, jaxq, jax.numpy as jnp
+      >>> x = jnp.zeros(1000)
+      >>> y = uniform_noise(x, *jaxq.neighbours(x, "int4", scale=0.5), jax.random.key(0))
+      >>> bool(jnp.abs(y).max() <= 0.25)
+      True
+
+    References:
+      Balle et al., "End-to-end Optimized Image Compression" (2017), section 3; Baskin et al.,
+      "UNIQ" (2018).
+    """
+    share = jax.random.uniform(key, x.shape, jnp.float32) - 0.5
+    noise = (above - below).astype(jnp.float32) * share
+    return (x.astype(jnp.float32) + lax.stop_gradient(noise)).astype(x.dtype)
+
+
+def rectified_sigmoid(v: jax.Array) -> jax.Array:
+    """AdaRound's rectified sigmoid: clip(1.2 sigmoid(v) - 0.1, 0, 1).
+
+    Args:
+      v: the variables that are learned, any shape.
+
+    Returns:
+      How far each number is rounded up, from 0 to 1.
+
+    References:
+      Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020),
+      equation 23.
+    """
+    return jnp.clip(jax.nn.sigmoid(v) * (_ZETA - _GAMMA) + _GAMMA, 0, 1)
+
+
+def rectified_sigmoid_inverse(h: jax.Array) -> jax.Array:
+    """The v for which `rectified_sigmoid(v)` is h, clipped to [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> v = rectified_sigmoid_inverse(jnp.array([0.0, 0.3, 1.0]))
+      >>> print(np.array(rectified_sigmoid(v)).round(5))
+      [0.  0.3 1. ]
+    """
+    return -jnp.log((_ZETA - _GAMMA) / (jnp.clip(h, 0, 1) - _GAMMA) - 1)
+
+
+def adaround_init(w: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
+    """The variables that AdaRound begins with: `adaround` makes w itself of them.
+
+    Args:
+      w: the weights.
+      below: as in `soft_round`.
+      above: as in `soft_round`.
+
+    Returns:
+      An array like w. What lies beyond the grid begins at its end; of an interval without width, at
+      0.
+
+    References:
+      As for `rectified_sigmoid`.
+    """
+    width = above - below
+    return rectified_sigmoid_inverse(jnp.where(width > 0, w - below, 0.5) / _some(width))
+
+
+def adaround(v: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
+    """AdaRound's soft weights: below + (above - below) h(v), h being `rectified_sigmoid`.
+
+    Args:
+      v: the variables that are learned, in the weights' shape; `adaround_init` begins them.
+      below: as in `soft_round`.
+      above: as in `soft_round`.
+
+    Returns:
+      The soft weights. In the end `jnp.where(v >= 0, above, below)` is on the grid.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp, numpy as np
+      >>> w = jnp.array([0.3, -1.2])
+      >>> below, above = jaxq.neighbours(w, "int4", scale=1.0)
+      >>> v = adaround_init(w, below, above)
+      >>> print(np.array(adaround(v, below, above)).round(4))
+      [ 0.3 -1.2]
+
+    References:
+      As for `rectified_sigmoid`, equation 22.
+    """
+    return below + (above - below) * rectified_sigmoid(v)
+
+
+def adaround_penalty(v: jax.Array, beta: jax.typing.ArrayLike) -> jax.Array:
+    """What drives AdaRound's variables to a side: the sum of 1 - |2 h(v) - 1|^beta.
+
+    Args:
+      v: as in `adaround`.
+      beta: annealed from 20 to 2 in the paper, which weighs the sum by 0.01.
+
+    Returns:
+      A scalar; 0 where every number has chosen its side.
+
+    References:
+      As for `rectified_sigmoid`, equation 24.
+    """
+    return jnp.sum(1 - jnp.abs(2 * rectified_sigmoid(v) - 1) ** beta)
+
+
+def fractional_bits(at: Callable[[jax.Array], jax.Array], bits: jax.Array) -> jax.Array:
+    """A function of a whole number of bits, made linear between them, so that bits can be learned.
+
+        y = (1 - f) at(n) + f at(n + 1),   n = floor(bits), f = bits - n
+
+    Its derivative with respect to the bits is at(n + 1) - at(n), from the right at whole numbers,
+    where y is at(n) exactly.
+
+    Args:
+      at: a function of an int32 scalar, such as a cast to `jaxq.int_grid(n)`, or to
+        `jaxq.float_grid(e, n)`. Traced widths make it one compilation.
+      bits: a float32 scalar. n and n + 1 must be widths that the grid takes: clip it to them.
+
+    Returns:
+      What `at` returns.
+
+    Example:
+      >>> import jax, jaxq, jax.numpy as jnp, numpy as np
+      >>> x = jnp.array([0.3, -1.0, 0.62])
+      >>> def at(n):
+      ...     grid = jaxq.int_grid(n, narrow=True)
+      ...     scale = jnp.abs(x).max() / grid.max
+      ...     return jaxq.cast(x / scale, grid) * scale
+      >>> print(np.array(fractional_bits(at, jnp.float32(2.5))).round(3))
+      [ 0.167 -1.     0.833]
+      >>> error = lambda b: ((fractional_bits(at, b) - x) ** 2).sum()
+      >>> bool(jax.grad(error)(jnp.float32(2.5)) < 0)  # More bits, less error.
+      True
+
+    References:
+      Yang and Jin, "FracBits: Mixed Precision Quantization via Fractional Bit-Widths" (2020).
+    """
+    whole = lax.stop_gradient(jnp.floor(bits))
+    n = whole.astype(jnp.int32)
+    lower, upper = at(n), at(n + 1)
+    return lower + (bits - whole).astype(lower.dtype) * (upper - lower)
+
+
+def _some(width: jax.Array) -> jax.Array:
+    """A width to divide by, 1 where there is none."""
+    return jnp.where(width > 0, width, 1)

@@ -1,0 +1,152 @@
+"""Narrow sums, bitwise against loops in NumPy."""
+
+import functools
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import jaxq
+from tests.oracle import assert_same
+from tests.test_dots import MATMUL, dot, normal
+
+# The 22-bit accumulator of Hopper's float8 products, about.
+E8M13 = jaxq.FloatFormat("e8m13", 8, 13, inf=True, nan="ieee")
+
+
+def e8m13(x: np.ndarray) -> np.ndarray:
+    """The nearest number of 13 bits behind the leading one, half to even."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x1FF + (bits >> 10 & 1)) & 0xFFFFFC00).view(np.float32)
+
+
+ROUNDED = {
+    "float32": lambda x: x,
+    "bfloat16": lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32),
+    "float16": lambda x: x.astype(np.float16).astype(np.float32),
+    E8M13: e8m13,
+}
+
+
+def loop(a, b, fmt, chunk, order, outer):
+    """The sums of a [M, K] and b [N, K], one term after the other."""
+    narrow, wide = ROUNDED[fmt], ROUNDED[outer]
+    sums = []
+    for start in range(0, a.shape[1], chunk):
+        total = np.zeros((len(a), len(b)), np.float32)
+        for k in range(start, start + chunk):
+            total = narrow(total + a[:, k, None] * b[None, :, k])
+        sums.append(total)
+    if order == "sequential":
+        return functools.reduce(lambda s, more: wide(s + more), sums, np.zeros_like(sums[0]))
+    while len(sums) > 1:
+        pairs = [wide(x + y) for x, y in zip(sums[::2], sums[1::2], strict=False)]
+        sums = pairs + sums[2 * len(pairs) :]
+    return sums[0]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "chunk", "order", "outer"),
+    [
+        ("bfloat16", 40, "sequential", "bfloat16"),
+        ("float16", 8, "sequential", "float16"),
+        (E8M13, 8, "sequential", "float32"),
+        ("bfloat16", 8, "pairwise", "float32"),
+        ("float32", 4, "pairwise", "float16"),
+    ],
+)
+def test_is_the_loop(fmt, chunk, order, outer):
+    a, b = (np.asarray(normal((n, 40), n)).astype(ml_dtypes.bfloat16) for n in (3, 4))
+    how = jaxq.Accumulation(fmt, chunk, order, outer)
+    recipe = jaxq.DotRecipe(execution=how)
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    f = lambda a, b: jaxq.dot_general(  # noqa: E731
+        a, b.T, MATMUL, preferred_element_type=jnp.float32, recipe=recipe
+    )
+    wide = (np.asarray(x).astype(np.float32) for x in (a, b))
+    want = loop(*wide, fmt, chunk, order, outer)
+    assert_same(f(a, b), want)
+    assert_same(jax.jit(f)(a, b), want)
+    assert_same(jax.vmap(f, (0, None))(jnp.stack([a, a]), b)[1], want)
+    plain = np.asarray(a, np.float32) @ np.asarray(b, np.float32).T
+    assert (want != plain).any()
+
+
+def test_codes_are_summed_where_their_scales_can_wait():
+    """The sum of int8 codes in float16 overflows, that of the scaled numbers would not."""
+    x, w = normal((3, 64)), normal((64, 4), 1)
+    recipe = jaxq.DotRecipe("int8_token", "int8_channel", execution=jaxq.Accumulation("float16"))
+    (a, left), (b, right) = (
+        (np.asarray(jaxq.decode(q.codes, "int8")), np.asarray(q.scales))
+        for q in (jaxq.quantize(x, "int8_token"), jaxq.quantize(w, "int8_channel"))
+    )
+    sums = loop(a, b.T, "float16", 64, "sequential", "float16")
+    assert_same(dot(x, w, recipe), sums * left * right)
+    ones = jnp.ones((1, 64))
+    assert np.isinf(dot(ones, ones.T, recipe)).all()
+
+
+def test_scales_along_the_contraction_come_first():
+    """Those of blocks, not that of the tensor: NVFP4's product is exact in float32 without it."""
+    x, w = normal((3, 32)), normal((32, 4), 1)
+    nvfp4 = jaxq.get_quantizer("nvfp4")
+    recipe = jaxq.DotRecipe(nvfp4, nvfp4, execution=jaxq.Accumulation("bfloat16", 16))
+    arrays, tensors = [], []
+    for q in (jaxq.quantize(x, nvfp4), jaxq.quantize(w.T, nvfp4)):
+        scales = np.asarray(jaxq.decode(q.scale, "float8_e4m3fn")).repeat(16, 1)
+        arrays.append(np.asarray(jaxq.decode(q.unpack(), "float4_e2m1fn")) * scales)
+        tensors.append(np.float32(q.second[0]))
+    sums = loop(*arrays, "bfloat16", 16, "sequential", "bfloat16")
+    assert_same(dot(x, w, recipe), sums * tensors[0] * tensors[1])
+
+
+def test_zero_points_are_taken_away_first():
+    x, w = normal((3, 16)) + 1, normal((16, 4), 1)
+    recipe = jaxq.DotRecipe("uint8_tensor", "int8_tensor", execution=jaxq.Accumulation("float32"))
+    q, p = jaxq.quantize(x, "uint8_tensor"), jaxq.quantize(w, "int8_tensor")
+    whole = np.asarray(q.codes).astype(np.int64) - np.asarray(q.zero_point).astype(np.int64)
+    sums = (whole @ np.asarray(jaxq.decode(p.codes, "int8")).astype(np.int64)).astype(np.float32)
+    assert_same(dot(x, w, recipe), sums * np.asarray(q.scales) * np.asarray(p.scales))
+
+
+def test_in_the_gradients_products_and_their_derivatives():
+    """Straight through: sums that are exact anyway have JAX's gradients."""
+    x, w = jnp.round(normal((4, 8)) * 4), jnp.round(normal((8, 2), 1) * 4)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    narrow = jaxq.ProductRecipe(execution=jaxq.Accumulation("float32", 2))
+    recipe = jaxq.DotRecipe(execution=narrow.execution, dlhs=narrow, drhs=narrow)
+    ours = lambda x, w: (dot(x, w, recipe).astype(jnp.float32) ** 2).sum()  # noqa: E731
+    theirs = lambda x, w: ((x @ w).astype(jnp.float32) ** 2).sum()  # noqa: E731
+    for got, want in zip(jax.grad(ours, (0, 1))(x, w), jax.grad(theirs, (0, 1))(x, w), strict=True):
+        assert_same(got, want)
+    second = [jax.jvp(jax.grad(f), (x, w), (x, w))[1] for f in (ours, theirs)]
+    np.testing.assert_allclose(*(s.astype(jnp.float32) for s in second), rtol=0.02)
+
+
+def test_an_empty_contraction_is_zero():
+    a = jnp.zeros((2, 3, 0))
+    for order in ("sequential", "pairwise"):
+        assert_same(jaxq.Accumulation("float16", 4, order).matmul(a, a), np.zeros((2, 3, 3), "f4"))
+
+
+def test_the_memory_is_that_of_one_result():
+    n = 256
+    a = jax.ShapeDtypeStruct((1, n, n), jnp.float32)
+    compiled = jax.jit(jaxq.Accumulation("bfloat16", 32).matmul).lower(a, a).compile()
+    # Both operands with the contraction in front, the sum of a chunk and that of all.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 5 * 4 * n * n
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: jaxq.Accumulation("no such"), "No number format is named"),
+        (lambda: jaxq.Accumulation(chunk=0), "`chunk` must be at least 1, got 0"),
+        (lambda: jaxq.Accumulation(order="random"), "`order` must be 'sequential' or 'pairwise'"),
+    ],
+)
+def test_wrong_arguments_say_what_is_wrong(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

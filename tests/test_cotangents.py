@@ -1,0 +1,131 @@
+"""`grad_cast` against `fake_quant` of the cotangent, under every transformation."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import jaxq
+from jaxq.cotangents import with_transpose
+from tests.oracle import assert_same
+
+STOCHASTIC = jaxq.Quantizer("int4", rounding="stochastic")
+COTANGENT = jnp.asarray([7.0, 2.2, -0.4, 3.3])
+KEYS = {"new": jax.random.key(3), "old": jax.random.PRNGKey(3)}
+
+
+def pulled(recipe, x, cotangent, key=None):
+    y, pull = jax.vjp(lambda x: jaxq.grad_cast(x, recipe, key), x)
+    assert_same(y, x)
+    return pull(cotangent)[0]
+
+
+# One of each kind of kernel.
+FORMATS = ["float8_e4m3fn", "bfloat16", "int8", "nf4", "posit8"]
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_kind_of_format_stochastic_too(fmt: str):
+    x = jnp.ones(4)
+    for rounding, key in (("nearest_even", None), ("stochastic", KEYS["new"])):
+        recipe = jaxq.Quantizer(fmt, rounding=rounding)
+        want = jaxq.fake_quant(COTANGENT, recipe, key=key)
+        assert_same(pulled(recipe, x, COTANGENT, key), want)
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_under_transformations(key: jax.Array):
+    def f(x, key):
+        return (jaxq.grad_cast(x**3, STOCHASTIC, key) * COTANGENT).sum()
+
+    x = jnp.asarray([1.0, -0.5, 2.0, 3.0])
+    quantized = jaxq.fake_quant(COTANGENT, STOCHASTIC, key=key)
+    want = quantized * (3 * x**2)
+    assert_same(jax.grad(f)(x, key), want)
+    assert_same(jax.jit(jax.grad(f))(x, key), want)
+    assert_same(jax.grad(jax.checkpoint(f))(x, key), want)
+    assert_same(jax.grad(lambda x: jax.vmap(f, (0, None))(x, key).sum())(x[None]), want[None])
+    keys = jax.random.split(key, 3)
+    each = np.stack([jax.grad(f)(x, k) for k in keys])
+    assert len(np.unique(each, axis=0)) > 1
+    assert_same(jax.vmap(jax.grad(f), (None, 0))(x, keys), each)
+    assert_same(jax.vmap(jax.grad(f), (0, 0))(jnp.stack([x] * 3), keys), each)
+    # Forward mode leaves tangents alone; a second derivative goes straight through.
+    moved = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    tangent = jax.jvp(lambda x: f(x, key), (x,), (moved,))[1]
+    np.testing.assert_allclose(tangent, (COTANGENT * 3 * x**2 * moved).sum(), rtol=1e-6)
+    second = jnp.diag(quantized * (6 * x))
+    np.testing.assert_array_equal(jax.jacfwd(jax.grad(f))(x, key), second)
+    np.testing.assert_array_equal(jax.jacrev(jax.grad(f))(x, key), second)
+
+
+def test_in_a_scan_every_step_quantizes():
+    key = jax.random.key(0)
+    keys = jax.random.split(key, 3)
+
+    def f(x):
+        step = lambda c, k: (jaxq.grad_cast(c, STOCHASTIC, k) * 1.5, None)  # noqa: E731
+        return jax.lax.scan(step, x, keys)[0] @ COTANGENT
+
+    want = COTANGENT
+    for k in keys[::-1]:
+        want = jaxq.fake_quant(want * 1.5, STOCHASTIC, key=k)
+    assert_same(jax.jit(jax.grad(f))(jnp.ones(4)), want)
+
+
+def test_on_a_mesh():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    recipe = jaxq.Quantizer("int4", jaxq.PerBlock(2))
+    cotangent = jnp.arange(8.0)
+    x = jax.device_put(jnp.ones(8), jax.sharding.NamedSharding(mesh, spec))
+    f = lambda x: jaxq.grad_cast(x, recipe)  # noqa: E731
+    whole = jax.jit(lambda x: jax.vjp(f, x)[1](cotangent)[0])(x)
+    assert_same(whole, jaxq.fake_quant(cotangent, recipe))
+    parts = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert_same(jax.jit(lambda x: jax.vjp(parts, x)[1](cotangent)[0])(x), whole)
+
+
+def test_a_bfloat16_cotangent_stays_one():
+    x = jnp.ones(4, jnp.bfloat16)
+    got = pulled("int4", x, COTANGENT.astype(jnp.bfloat16))
+    assert got.dtype == jnp.bfloat16
+    assert_same(got, jaxq.fake_quant(COTANGENT.astype(jnp.bfloat16), "int4"))
+
+
+def test_wrong_arguments_are_seen_in_the_forward_pass():
+    with pytest.raises(ValueError, match="needs either `key`"):
+        jaxq.grad_cast(jnp.ones(4), STOCHASTIC)
+    with pytest.raises(ValueError, match="draws no random bits"):
+        jaxq.grad_cast(jnp.ones(4), "int4", jax.random.key(0))
+    with pytest.raises(ValueError, match="does not divide axis 0"):
+        jaxq.grad_cast(jnp.ones(4), "mxfp4")
+    with pytest.raises(TypeError, match="got int32"):
+        jaxq.grad_cast(jnp.ones(4, jnp.int32), "int4")
+
+
+def test_a_transpose_of_ones_own_with_residuals():
+    """Bilinear in x and the residual; a transpose that is not the function's own."""
+
+    def f(x, scale):
+        return with_transpose(
+            lambda x, scale: x * scale, lambda g, scale: g * scale + 1, jnp.sin(x), scale
+        )
+
+    x, scale = jnp.asarray([0.5, 1.0]), jnp.asarray([2.0, 3.0])
+    one = jnp.ones(2)
+    want = (np.sin(x), np.cos(x))
+    value, tangent = jax.jvp(f, (x, scale), (one, one))
+    np.testing.assert_allclose(value, want[0] * scale, rtol=1e-6)
+    np.testing.assert_allclose(tangent, want[1] * scale + want[0], rtol=1e-6)
+    pull = jax.jit(lambda x, scale: jax.vjp(lambda x: f(x, scale), x)[1](one)[0])
+    np.testing.assert_allclose(pull(x, scale), want[1] * (scale + 1), rtol=1e-6)
+    # What is not batched in x is made so: each element has a cotangent of its own.
+    many = jnp.stack([scale, scale + 1])
+    got = jax.vmap(functools.partial(jax.vjp, f), (None, 0))(x, many)[0]
+    np.testing.assert_allclose(got, want[0][None] * many, rtol=1e-6)
+    total = jax.grad(lambda x: jax.vmap(f, (None, 0))(x, many).sum())(x)
+    np.testing.assert_allclose(total, (want[1][None] * (many + 1)).sum(0), rtol=1e-6)

@@ -1,0 +1,531 @@
+"""Optimizers in low precision, against NumPy written from the formulas, and inside optax."""
+
+import fractions
+import io
+import math
+
+import jax
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+import jaxq
+from jaxq import optim
+from jaxq.optim.state import Flattened
+from tests.oracle import assert_same
+
+BLOCK = 256
+STOCHASTIC = jaxq.Quantizer("int8", jaxq.PerBlock(64), rounding="stochastic")
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    """Optax multiplies floats by integers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def parameters() -> dict:
+    rng = np.random.default_rng(0)
+    return {
+        "w": jnp.asarray(rng.standard_normal((70, 77)), jnp.float32),
+        "b": jnp.asarray(rng.standard_normal(77), jnp.float32),
+    }
+
+
+def gradients(step: int, params: dict | None = None) -> dict:
+    rng = np.random.default_rng(step + 1)
+    scale = np.float32(10.0 ** rng.integers(-3, 1))
+    return jax.tree.map(
+        lambda p: jnp.asarray(rng.standard_normal(p.shape).astype(np.float32) ** 3 * scale),
+        parameters() if params is None else params,
+    )
+
+
+def held(state) -> list:
+    """The arrays of a state that are quantized."""
+    kinds = jaxq.Quantized | Flattened
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
+
+
+def leaves_equal(a, b) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+class TestQuantizedState:
+    @staticmethod
+    def quantized(x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes, scales and values by the definition: nearest level of x / absmax in float64."""
+        levels = np.array(jaxq.get_format(name).levels)
+        blocks = np.pad(x.ravel(), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+        scale = np.abs(blocks).max(1)
+        units = blocks / np.where(scale == 0, np.float32(1), scale)[:, None]
+        distance = np.abs(units.astype(np.float64)[..., None] - levels)
+        codes = distance.argmin(-1).astype(np.uint8)  # The lower one of a tie.
+        values = levels.astype(np.float32)[codes] * scale[:, None]
+        return codes.ravel()[: x.size], scale, values.ravel()[: x.size].reshape(x.shape)
+
+    @pytest.mark.usefixtures("eager")
+    def test_adam_in_numpy(self):
+        """Codes and scales to the bit over several steps; updates to float32's rounding."""
+        params = parameters()
+        tx = optim.quantize_state(optax.adam(1e-2, b1=0.9, b2=0.999))
+        state = tx.init(params)
+        f = np.float32
+        m = v = np.zeros((70, 77), f)
+        for step in range(4):
+            g = gradients(step)
+            updates, state = tx.update(g, state)
+            g = np.asarray(g["w"])
+            m, v = f(1 - 0.9) * g + f(0.9) * m, f(1 - 0.999) * (g * g) + f(0.999) * v
+            t = step + 1
+            m_hat, v_hat = m / f(1 - 0.9**t), v / f(1 - 0.999**t)
+            want = -1e-2 * m_hat / (np.sqrt(v_hat) + 1e-8)
+            np.testing.assert_allclose(updates["w"], want, rtol=2e-5)
+            for field, exact, name in (("mu", m, "dynamic8"), ("nu", v, "udynamic8")):
+                q = getattr(state.inner[0], field)["w"].row
+                codes, scale, _ = self.quantized(exact, name)
+                np.testing.assert_array_equal(q.codes, codes)
+                np.testing.assert_array_equal(q.scale, scale)
+            m, v = self.quantized(m, "dynamic8")[2], self.quantized(v, "udynamic8")[2]
+        assert isinstance(state.inner[0].mu["b"], jax.Array)
+
+    def test_distance_from_float32_adam(self):
+        """The moments stay within what half a level a step adds up to.
+
+        No value is further from its level than h = 0.0140625 / 2 of its block's largest for
+        `dynamic8`, and half of that for `udynamic8`. So an error e becomes at most b e + h A, with
+        the decay b and the block's largest value A.
+        """
+        params = parameters()
+        adam, tx = optax.adam(1e-3), optim.quantize_state(optax.adam(1e-3))
+        plain, small = adam.init(params), tx.init(params)
+        step = jax.jit(lambda g, plain, small: (adam.update(g, plain)[1], tx.update(g, small)[1]))
+        bound = {"mu": 0.0, "nu": 0.0}
+        for i in range(25):
+            plain, small = step(gradients(i), plain, small)
+            for name, decay, h in (("mu", 0.9, 0.00703126), ("nu", 0.999, 0.00351563)):
+                q = getattr(small.inner[0], name)["w"]
+                largest = np.repeat(np.asarray(q.row.scale), BLOCK)[: 70 * 77].reshape(70, 77)
+                bound[name] = decay * bound[name] + (h + 1e-6) * largest
+                exact = np.asarray(getattr(plain[0], name)["w"])
+                error = np.abs(np.asarray(q.dequantize()) - exact)
+                assert (error <= bound[name]).all()
+                if i == 0:
+                    assert (error / bound[name]).max() > 0.9, "the bound is not idle"
+
+    def test_learns_as_float32_adam_does_and_linear_codes_do_not(self):
+        """Linear codes make 0 of small second moments, and steps explode."""
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.standard_normal((128, 64)) * 10.0 ** -rng.uniform(0, 1, 64), "f4")
+        y = x @ jnp.asarray(rng.standard_normal((64, 64)), "f4")
+
+        def final(tx) -> float:
+            def step(carry, _):
+                w, state = carry
+                loss, g = jax.value_and_grad(lambda w: ((x @ w - y) ** 2).mean())(w)
+                updates, state = tx.update(g, state)
+                return (optax.apply_updates(w, updates), state), loss
+
+            w = jnp.zeros((64, 64))
+            return float(jax.lax.scan(step, (w, tx.init(w)), length=100)[1][-1])
+
+        adam = optax.adam(2e-2)
+        base = final(adam)
+        assert base < 0.05 * float((y**2).mean())
+        assert final(optim.quantize_state(adam)) < 1.1 * base
+        linear = jaxq.Quantizer("int8", jaxq.PerBlock(BLOCK))
+        assert not final(optim.quantize_state(adam, linear)) < 10 * base
+
+    def test_bytes_are_exact(self):
+        state = optim.quantize_state(optax.adam(1e-3)).init(parameters())
+        n = 70 * 77
+        moment = n + 4 * math.ceil(n / BLOCK)
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 4 + 2 * moment + 2 * 4 * 77
+        report = {row.path: row for row in jaxq.tree_report(state).rows}
+        assert report["inner/0/nu/w/row"].bytes_after == moment
+        big = jax.eval_shape(optim.quantize_state(optax.adam(1e-3)).init, jnp.zeros((4096, 4096)))
+        row = jaxq.tree_report(big).rows[-1]
+        assert row.bytes_after / row.bytes_before == pytest.approx((1 + 4 / 256) / 4, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("tx", "arrays"),
+        [
+            (optax.sgd(1e-2, momentum=0.9), 1),
+            (optax.lion(1e-3), 1),
+            (optax.rmsprop(1e-3), 1),
+            (optax.adagrad(1e-3), 1),
+            (optax.adamax(1e-3), 2),
+            (optax.amsgrad(1e-3), 3),
+            (optax.adabelief(1e-3), 2),
+            (optax.lamb(1e-3, weight_decay=0.1), 2),
+            (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), 2),
+            (optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), 2),
+            (optax.masked(optax.adam(1e-3), {"w": True, "b": False}), 2),
+            (optax.apply_if_finite(optax.adam(1e-3), 3), 2),
+            (optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation(), 3),
+            (
+                optax.partition({"a": optax.adam(1e-3), "b": optax.sgd(1.0)}, {"w": "a", "b": "b"}),
+                2,
+            ),
+            (optax.sgd(1e-2), 0),
+        ],
+    )
+    def test_around_any_optimizer(self, tx, arrays: int):
+        """16 bits an element change updates by little; the state keeps its form, so it scans."""
+        params = parameters()
+        recipe = jaxq.Quantizer("float16", jaxq.PerBlock(32))
+        small = optim.quantize_state(tx, recipe)
+        state, plain = small.init(params), tx.init(params)
+        assert len(held(state)) == arrays
+        later = jax.eval_shape(lambda s: small.update(params, s, params)[1], state)
+        assert jax.tree.structure(later) == jax.tree.structure(state)
+        for i in range(2):
+            updates, state = small.update(gradients(i), state, params)
+            want, plain = tx.update(gradients(i), plain, params)
+            for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(want), strict=True):
+                assert jnp.abs(a - b).mean() <= 2e-3 * jnp.abs(b).mean()
+
+    def test_inside_optax(self):
+        params = parameters()
+        inner = optim.quantize_state(optax.adam(1e-3), min_size=0)
+        masked = optax.chain(optax.clip(1.0), optax.masked(inner, {"w": True, "b": False}))
+        state = masked.init(params)
+        updates, state = jax.jit(masked.update)(gradients(0), state, params)
+        assert_same(updates["b"], jnp.clip(gradients(0)["b"], -1, 1))
+        assert len(held(state)) == 2
+        parts = optax.partition({"a": inner, "b": optax.sgd(1.0)}, {"w": "a", "b": "b"})
+        updates, _ = parts.update(gradients(0), parts.init(params), params)
+        assert_same(updates["b"], -gradients(0)["b"])
+        rate = optax.inject_hyperparams(
+            lambda learning_rate: optim.quantize_state(optax.adam(learning_rate))
+        )(learning_rate=1e-3)
+        state = rate.init(params)
+        state.hyperparams["learning_rate"] = jnp.asarray(0.0)
+        assert (np.asarray(rate.update(gradients(0), state)[0]["w"]) == 0).all()
+
+    def test_other_arrays_stay(self):
+        """Of any size: a learning rate is no moment, and a count is no float."""
+        tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+        state = optim.quantize_state(tx, "int8", min_size=0).init(parameters())
+        assert len(held(state)) == 4
+        assert isinstance(state.inner.hyperparams["learning_rate"], jax.Array)
+
+    def test_rules(self):
+        params = {"nu": jnp.ones((64, 64)), "w": jnp.ones((64, 64)), "x": jnp.ones((64, 64))}
+        state = optim.quantize_state(optax.chain(optax.adam(1e-3))).init(params)
+        adam = state.inner[0][0]
+        assert adam.mu["nu"].recipe.element.name == "dynamic8", "a parameter that is called nu"
+        assert adam.nu["nu"].recipe.element.name == "udynamic8"
+        bare = optim.quantize_state(optax.adam(1e-3)).init(params["w"]).inner[0]
+        assert bare.nu.recipe.element.name == "udynamic8"
+        token = jaxq.Quantizer("int8", jaxq.PerToken())
+        rules = [("/w", None), ("nu/", "udynamic8"), ("mu/", token)]
+        state = optim.quantize_state(optax.adam(1e-3), rules).init(params)
+        assert state.inner[0].mu["w"].shape == (64, 64)
+        assert state.inner[0].mu["x"].scale.shape == (64, 1), "its own shape"
+        assert state.inner[0].nu["x"].scale.shape == (1, 1)
+        assert len(held(state)) == 4
+
+    def test_stochastic_rounding_carries_a_key(self):
+        params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
+        g = jax.tree.map(lambda p: p * jnp.linspace(0.1, 1, 64)[None, :], params)
+        tx = optim.quantize_state(optax.sgd(1.0, momentum=0.9), STOCHASTIC, key=jax.random.key(3))
+        update = jax.jit(tx.update)
+        first = update(g, tx.init(params))[1]
+        a, b = (first.inner[0].trace[name] for name in "ab")
+        assert (np.asarray(a.codes) != np.asarray(b.codes)).any()
+        assert (np.asarray(first.key) != np.asarray(tx.init(params).key)).any()
+        leaves_equal(first, update(g, tx.init(params))[1])
+        raw = optim.quantize_state(
+            optax.sgd(1.0, momentum=0.9), STOCHASTIC, key=jax.random.PRNGKey(3)
+        )
+        leaves_equal(first, jax.jit(raw.update)(g, raw.init(params))[1])
+        mean = np.asarray(a.dequantize()).mean(0)
+        np.testing.assert_allclose(mean, g["a"][0], atol=5 * 0.5 / 127 / 8)
+
+    def test_vmap_over_seeds_and_scan_over_steps(self):
+        params = {"w": jnp.ones((64, 64))}
+
+        def run(key):
+            tx = optim.quantize_state(optax.sgd(1.0, momentum=0.9), STOCHASTIC, key=key)
+
+            def step(state, i):
+                g = {"w": params["w"] * jnp.cos(i) / jnp.arange(1.0, 65.0)[None, :]}
+                updates, state = tx.update(g, state)
+                return state, updates["w"][0]
+
+            return jax.lax.scan(step, tx.init(params), jnp.arange(3.0))
+
+        keys = jax.random.split(jax.random.key(0), 2)
+        states, updates = jax.jit(jax.vmap(run))(keys)
+        one = jax.jit(run)
+        for i, key in enumerate(keys):
+            state, want = one(key)
+            leaves_equal(jax.tree.map(lambda leaf, i=i: leaf[i], states), state)
+            assert_same(updates[i], want)
+        assert (np.asarray(updates[0]) != np.asarray(updates[1])).any()
+
+    def test_a_checkpoint_goes_on_to_the_bit(self):
+        params = parameters()
+        rules = [("mu/w", STOCHASTIC), ("nu/w", "udynamic8")]
+        tx = optim.quantize_state(optax.adam(1e-3), rules, key=jax.random.key(1))
+        update = jax.jit(tx.update)
+        _, state = update(gradients(0), tx.init(params))
+        leaves, structure = jax.tree.flatten(state)
+        file = io.BytesIO()
+        np.savez(file, *leaves)
+        file.seek(0)
+        with np.load(file) as stored:
+            restored = structure.unflatten([stored[f"arr_{i}"] for i in range(len(leaves))])
+        assert jax.tree.structure(restored) == jax.tree.structure(tx.init(params))
+        leaves_equal(update(gradients(1), restored), update(gradients(1), state))
+
+    def test_compiles_once_and_donates_its_state(self):
+        params = parameters()
+        tx = optim.quantize_state(optax.adam(1e-3))
+
+        def step(params, state, g):
+            updates, state = tx.update(g, state, params)
+            return optax.apply_updates(params, updates), state
+
+        step = jax.jit(step, donate_argnums=(0, 1))
+        state = tx.init(params)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
+        memory = step.lower(params, state, gradients(0)).compile().memory_analysis()
+        assert memory.alias_size_in_bytes == size
+        for i in range(5):
+            old = state
+            params, state = step(params, state, gradients(i))
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+        assert step._cache_size() == 1
+
+    def test_a_bad_gradient_harms_its_block_only(self):
+        params = {"w": jnp.ones((64, 64))}
+        g = {"w": jnp.ones((64, 64)).at[4, 0].set(jnp.nan)}
+        tx = optim.quantize_state(optax.sgd(1.0, momentum=0.9))
+        _, state = tx.update(g, tx.init(params))
+        bad = np.isnan(state.inner[0].trace["w"].dequantize())
+        np.testing.assert_array_equal(np.flatnonzero(bad), np.arange(BLOCK, 2 * BLOCK))
+
+    def test_optax_finds_the_parameters_in_it(self):
+        tx = optim.quantize_state(optax.adam(1e-3))
+        state = tx.init(parameters())
+        assert optax.tree_utils.tree_get(state, "count") == 0
+        shapes = optax.tree_utils.tree_map_params(tx, jnp.shape, state)
+        assert shapes.inner[0].mu["b"] == (77,)
+        assert shapes.inner[0].mu["w"].row.codes == (70 * 77,)
+
+    def test_rows_that_hold_whole_blocks_keep_their_shape(self):
+        w = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2048)), jnp.float32)
+        update = optim.quantize_state(optax.sgd(1.0, momentum=0.9))
+        state = update.update(w, update.init(w))[1].inner[0].trace
+        assert state.shape == (4, 2048)
+        codes, scale, _ = self.quantized(np.asarray(w), "dynamic8")
+        np.testing.assert_array_equal(state.codes.ravel(), codes)
+        np.testing.assert_array_equal(state.scale.ravel(), scale)
+
+    @pytest.mark.parametrize(
+        ("recipe", "key", "text"),
+        [
+            (STOCHASTIC, None, "needs `key`, got None"),
+            ("int8", jax.random.PRNGKey(0), "no recipe draws random bits, got a key"),
+            ([("kernel", "int8")], None, "rule 'kernel' matches no path"),
+            ([("mu/b", "int8")], None, "0/mu/b are not floating.* of fewer than 4096 elements"),
+            ([("mu/w", jaxq.PerTensor())], None, "A recipe must be"),
+            (jaxq.Quantizer("int8", jaxq.PerChannel(2)), None, "leaf '0/mu/w': PerChannel.*axis 2"),
+        ],
+    )
+    def test_bad_input(self, recipe, key, text: str):
+        with pytest.raises((ValueError, TypeError), match=text):
+            optim.quantize_state(optax.adam(1e-3), recipe, key=key).init(parameters())
+
+
+class TestQuantizedGradients:
+    @pytest.mark.usefixtures("eager")
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_error_feedback_in_numpy(self, dtype: str):
+        tx = optim.quantize_gradients("int4")
+        state = tx.init(jnp.zeros((8, 16), dtype))
+        f = np.float32
+        residual = np.zeros((8, 16), f)
+        for step in range(5):
+            g = jnp.asarray(gradients(step)["w"][:8, :16], dtype)
+            q, state = tx.update(g, state)
+            assert q.dtype == g.dtype
+            total = np.asarray(g, f) + residual
+            scale = np.abs(total).max() / f(7)
+            want = (np.rint(total / scale) * scale).astype(dtype)
+            residual = total - want.astype(f)
+            np.testing.assert_array_equal(q, want)
+            np.testing.assert_array_equal(state.residual, residual)
+
+    def test_nothing_is_lost_in_the_long_run(self):
+        """What was given is the sum of the gradients less the residual, to float32's rounding."""
+        n, g = 200, jnp.asarray(np.random.default_rng(0).standard_normal((3, 5)), jnp.float32)
+
+        def total(**options):
+            tx = optim.quantize_gradients(jaxq.Quantizer("ternary"), **options)
+            step = lambda s, _: tx.update(g, s)[::-1]  # noqa: E731
+            state, given = jax.lax.scan(step, tx.init(g), length=n)
+            return np.asarray(given, np.float64).sum(0), state
+
+        exact = n * np.asarray(g, np.float64)
+        given, state = total()
+        largest = np.abs(given).max() / n + np.abs(state.residual).max()
+        assert np.abs(given + state.residual - exact).max() <= n * 2 * 2.0**-24 * largest
+        assert np.abs(given - exact).max() < 2 * np.abs(g).max()
+        forgotten, state = total(error_feedback=False)
+        assert np.abs(forgotten - exact).max() > 0.2 * n * np.abs(g).max()
+        assert jax.tree.leaves(state) == []
+
+    def test_bad_gradients_leave_no_residual(self):
+        tx = optim.quantize_gradients(jaxq.Quantizer("int4", jaxq.PerBlock(4)))
+        g = jnp.asarray([1.0, np.nan, 0.3, 0.2, 1.0, 0.31, 0.2, np.inf, 1.0, 0.31, 0.2, 0.0])
+        q, state = tx.update(g, tx.init(g))
+        assert np.isnan(q[:8]).all()
+        assert (np.asarray(state.residual)[:8] == 0).all()
+        assert (np.asarray(state.residual)[8:] != 0).any()
+
+    def test_rules_keys_and_chains(self):
+        params = {**parameters(), "n": jnp.zeros((), jnp.int32)}
+        rules = [("w", jaxq.Quantizer("int4", rounding="stochastic"))]
+        tx = optim.quantize_gradients(rules, key=jax.random.key(0))
+        g = {**gradients(0), "n": jnp.ones((), jnp.int32)}
+        update = jax.jit(tx.update)
+        q, state = update(g, tx.init(params))
+        assert_same(q["b"], g["b"])
+        assert q["n"] == 1
+        assert len(np.unique(q["w"])) <= 15
+        again, _ = update(g, state)
+        assert (np.asarray(again["w"]) != np.asarray(q["w"])).any()
+        chain = optax.chain(tx, optax.sgd(1.0))
+        q, _ = update(gradients(0), tx.init(parameters()))
+        updates, _ = jax.jit(chain.update)(gradients(0), chain.init(parameters()))
+        assert_same(updates["w"], -q["w"])
+        with pytest.raises(ValueError, match="quantize_gradients: rule 'v' matches no path"):
+            optim.quantize_gradients([("v", "int8")]).init(params)
+        with pytest.raises(ValueError, match="needs `key`"):
+            optim.quantize_gradients(STOCHASTIC)
+        tx = optim.quantize_gradients([("w", jaxq.Quantizer("int8", jaxq.PerBlock(64)))])
+        with pytest.raises(ValueError, match=r"quantize_gradients: leaf 'w': .*64 does not divide"):
+            tx.update(gradients(0), tx.init(parameters()))
+
+
+class TestUpdates:
+    @pytest.mark.usefixtures("eager")
+    @pytest.mark.parametrize(
+        ("name", "held"),
+        [(n, n) for n in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")]
+        + [("bfloat16", "float32"), ("float6_e2m3fn", "float32")],
+    )
+    def test_unbiased_by_enumerating_all_random_bits(self, name: str, held: str):
+        """The mean over all values of the random bits is the float32 sum, exactly."""
+        n, k = 256, fractions.Fraction
+        mode = jaxq.Stochastic(8)
+        w = np.float32([1.0, -1.75, 0.5, -0.25, 1.0])
+        spacing = float(np.spacing(np.ones((), ml_dtypes.finfo(name).dtype)).astype(np.float64))
+        u = np.float32([1, 3, -37, 10, -127]) * np.float32(spacing / n)
+        r = np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None], (n, 5))
+        rounding = lambda units, negative, _: mode(units, negative, jnp.asarray(r))  # noqa: E731
+        many = [jnp.asarray(np.broadcast_to(a, (n, 5))) for a in (w, u)]
+        options = {} if held == name else {"fmt": name}
+        new = optim.apply_updates(many[0].astype(held), many[1], rounding=rounding, **options)
+        assert new.dtype == held
+        assert_same(jaxq.cast(new.astype(jnp.float32), name), new.astype(jnp.float32))
+        new = np.asarray(new).astype(np.float64)
+        assert (new != w).any(0).all(), "every update reaches some"
+        for j in range(5):
+            mean = sum(k(float(v)) for v in new[:, j]) / n
+            exact = k(float(w[j])) + k(float(u[j]))
+            assert mean == exact
+
+    def test_nearest_is_ml_dtypes_sum(self):
+        rng = np.random.default_rng(0)
+        for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz"):
+            w = rng.standard_normal(500).astype(name)
+            u = rng.standard_normal(500).astype(np.float32) / 50
+            got = optim.apply_updates(jnp.asarray(w), jnp.asarray(u), rounding="nearest_even")
+            assert_same(got, (w.astype(np.float32) + u).astype(name))
+
+    def test_keys_leaves_and_dtypes(self):
+        w = jnp.ones((64,), jnp.bfloat16)
+        params = {"a": w, "b": w, "c": jnp.ones(3), "n": jnp.asarray(2), "none": None}
+        u = {"a": jnp.full(64, 2.0**-9), "b": jnp.full(64, 2.0**-9), "c": jnp.full(3, 1e-6)}
+        u |= {"n": jnp.asarray(3), "none": None}
+        key = jax.random.key(0)
+        apply = jax.jit(optim.apply_updates)
+        new = apply(params, u, key=key)
+        assert new["n"] == 5
+        assert_same(new["c"], params["c"] + u["c"])
+        assert (np.asarray(new["a"]) != np.asarray(new["b"])).any()
+        own = jax.random.fold_in(key, 0)
+        want = jaxq.cast(jnp.full(64, 1 + 2.0**-9), "bfloat16", rounding="stochastic", key=own)
+        assert_same(new["a"], want.astype(jnp.bfloat16))
+        rules = [("a", "float8_e4m3fn"), ("c", None)]
+        new = optim.apply_updates(params, u, fmt=rules, key=key)
+        assert_same(new["a"], jaxq.cast(new["a"], "float8_e4m3fn"))
+        keys = jax.random.split(key, 3)
+        rows = jax.jit(jax.vmap(lambda k: optim.apply_updates(w, u["a"], key=k)))(keys)
+        assert_same(rows[1], optim.apply_updates(w, u["a"], key=keys[1]))
+
+    def test_ends(self):
+        w = jnp.asarray([448.0, -448, 448, np.nan], jnp.float8_e4m3fn)
+        u = jnp.asarray([100.0, -1e30, np.inf, 1.0])
+        new = optim.apply_updates(w, u, key=jax.random.key(0)).astype(jnp.float32)
+        np.testing.assert_array_equal(new, [448, -448, np.nan, np.nan])
+
+    def test_bad_input(self):
+        w, key = jnp.ones(3, jnp.bfloat16), jax.random.key(0)
+        with pytest.raises(ValueError, match="apply_updates: stochastic rounding needs `key`"):
+            optim.apply_updates(w, w)
+        with pytest.raises(ValueError, match="draws no random bits"):
+            optim.apply_updates(w, w, rounding="nearest_even", key=key)
+        with pytest.raises(ValueError, match="apply_updates: rule 'v' matches no path"):
+            optim.apply_updates({"w": w}, {"w": w}, fmt=[("v", "int8")], key=key)
+        narrow = {"w": w.astype(jnp.float4_e2m1fn)}
+        with pytest.raises(ValueError, match=r"leaf 'w': .*float32 with fmt='float4_e2m1fn'"):
+            optim.apply_updates(narrow, {"w": w}, key=key)
+
+
+class TestSchedules:
+    def test_bits(self):
+        down, up = optim.bits_schedule(8, 4, steps=10, begin=3), optim.bits_schedule(2, 4, steps=4)
+        steps = jnp.arange(16)
+        want = [8] * 6 + [7, 7] + [6, 6, 6] + [5, 5] + [4] * 3
+        np.testing.assert_array_equal(jax.jit(jax.vmap(down))(steps), want)
+        np.testing.assert_array_equal(jax.vmap(up)(steps)[:6], [2, 2, 3, 3, 4, 4])
+        assert down(0).dtype == jnp.int32
+
+        @jax.jit
+        def snapped(step):
+            return jaxq.cast(jnp.float32(100.0), jaxq.int_grid(down(step)))
+
+        assert [float(snapped(s)) for s in (0, 7, 15)] == [100, 63, 7]
+        assert snapped._cache_size() == 1
+        for wrong in ((0, 4, 3), (8, 4, 0), (8, 2, 2**30)):
+            with pytest.raises(ValueError, match="bits_schedule: widths"):
+                optim.bits_schedule(wrong[0], wrong[1], steps=wrong[2])
+
+    def test_after(self):
+        late = optim.quantize_after(lambda x: jax.tree.map(lambda v: jaxq.cast(v, "int4"), x), 5)
+        x = {"a": jnp.asarray([0.3, np.nan, -0.0, 1e9]), "b": jnp.ones(())}
+        f = jax.jit(late)
+        leaves_equal(f(x, 4), x)
+        assert np.signbit(f(x, 4)["a"][2])
+        assert_same(f(x, 5)["a"], jaxq.cast(x["a"], "int4"))
+        assert f._cache_size() == 1
+        clipped = optim.quantize_after(lambda x: jaxq.cast(x, "int4", gradient="clipped"), 5)
+        slope = jax.grad(lambda x, step: clipped(x, step).sum())
+        assert_same(slope(jnp.asarray([1.0, 99.0]), 4), np.float32([1, 1]))
+        assert_same(slope(jnp.asarray([1.0, 99.0]), 5), np.float32([1, 0]))
+
+
+def test_jaxq_loads_it_on_demand():
+    assert jaxq.optim is optim
+    with pytest.raises(AttributeError, match="has no attribute 'optimizers'"):
+        _ = jaxq.optimizers

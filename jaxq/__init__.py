@@ -28,7 +28,8 @@ from jaxq.grids import BinaryGrid, float_grid, int_grid
 from jaxq.hadamard import Hadamard
 from jaxq.outliers import Outliers
 from jaxq.presets import get_quantizer
-from jaxq.quantizers import Quantized, dequantize, fake_quant, neighbours, quantize
+from jaxq.quantized import Quantized, dequantize
+from jaxq.quantizers import fake_quant, neighbours, quantize
 from jaxq.recipes import Quantizer
 from jaxq.rounding import HalfUp, Stochastic
 from jaxq.second_level import DoubleScale, TensorScale

@@ -19,7 +19,8 @@ from jaxq.catalog import get_format
 from jaxq.codecs import decode
 from jaxq.contractions import Axes, Contraction
 from jaxq.formats import FloatFormat, Format, IntFormat
-from jaxq.quantizers import Quantized, quantize
+from jaxq.quantized import Quantized
+from jaxq.quantizers import quantize
 from jaxq.recipes import Quantizer
 from jaxq.second_level import TensorScale
 

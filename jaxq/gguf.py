@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from jaxq.codecs import pack as pack_bits
 from jaxq.codecs import unpack as unpack_bits
 from jaxq.presets import get_quantizer
-from jaxq.quantizers import Quantized
+from jaxq.quantized import Quantized
 from jaxq.recipes import Quantizer
 
 __all__ = ["pack", "unpack"]

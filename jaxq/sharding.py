@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxq.quantizers import Quantized
+from jaxq.quantized import Quantized
 
 __all__ = ["quantized_sharding"]
 

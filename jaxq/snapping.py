@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 from jaxq.blocks import Cut
 from jaxq.calibrators import get_calibrator
-from jaxq.casting import cast, enclosing
+from jaxq.casting import cast, enclosing, encode
 from jaxq.formats import Format, IntFormat
 from jaxq.grids import BinaryGrid, Layout, where
 from jaxq.ranges import Range
@@ -24,13 +24,14 @@ from jaxq.scaling import SCALES, held, in_units, kept, span, times, zero_point_o
 
 __all__ = [
     "Scales",
+    "codes",
     "given_scales",
     "interval",
     "limits",
+    "measured",
     "numbers",
     "restored",
     "scales_of",
-    "snapped",
 ]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
@@ -54,21 +55,14 @@ class Scales(NamedTuple):
     high: jax.Array
 
 
-def snapped(
-    x: jax.Array, scales: Scales | None, key: jax.Array | None, recipe: Quantizer, cut: Cut
-) -> tuple[jax.Array, Scales]:
-    """A split float32 tensor in units of its scales, on the grid, and the scales.
-
-    The zero point is taken away from the numbers. Scales that are None are made for the tensor.
-    """
-    if scales is None:
-        calibrator = get_calibrator(recipe.range)
-        two_sided = recipe.zero_point is not None
-        state = calibrator.measure(x, cut, two_sided)
-        low, high = calibrator.finalize(state, recipe.element, two_sided)
-        factor = _searched(x, (low, high), key, recipe, cut) if recipe.search else None
-        scales = scales_of(low, high, recipe, factor)
-    return numbers(x, scales, key, recipe), scales
+def measured(x: jax.Array, key: jax.Array | None, recipe: Quantizer, cut: Cut) -> Scales:
+    """The scales that a split float32 tensor gets from its own numbers."""
+    calibrator = get_calibrator(recipe.range)
+    two_sided = recipe.zero_point is not None
+    state = calibrator.measure(x, cut, two_sided)
+    low, high = calibrator.finalize(state, recipe.element, two_sided)
+    factor = _searched(x, (low, high), key, recipe, cut) if recipe.search else None
+    return scales_of(low, high, recipe, factor)
 
 
 def scales_of(
@@ -136,6 +130,15 @@ def given_scales(scale: jax.Array, zero_point: jax.Array | None, recipe: Quantiz
 def numbers(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
     """A split float32 tensor in units of its scales, on the grid, the zero point taken away."""
     return _on_grid(_in_units(x, scales, recipe), scales, recipe.rounding, key, recipe)
+
+
+def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
+    """The codes of a split float32 tensor, those of `numbers` with the zero point added."""
+    if recipe.zero_point == "integer":
+        assert scales.zero_point is not None
+        return encode(numbers(x, scales, key, recipe) + scales.zero_point, recipe.element)
+    units = _in_units(x, scales, recipe)
+    return encode(units, recipe.element, rounding=recipe.rounding, overflow="saturate", key=key)
 
 
 def interval(x: jax.Array, scales: Scales, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,8 @@ from jax import numpy as jnp
 
 from jaxq.formats import Format
 from jaxq.presets import get_quantizer
-from jaxq.quantizers import Quantized, quantize
+from jaxq.quantized import Quantized
+from jaxq.quantizers import quantize
 from jaxq.recipes import Quantizer
 from jaxq.tables import Table
 

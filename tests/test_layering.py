@@ -31,6 +31,7 @@ LAYERS = [
     "recipes",
     "presets",
     "snapping",
+    "quantized",
     "quantizers",
     "qat",
     "calibration",

@@ -12,7 +12,8 @@ from jax import numpy as jnp
 
 from jaxq.blocks import PerBlock
 from jaxq.optim.common import RandomState, Recipe, as_rules, own_key
-from jaxq.quantizers import Quantized, quantize
+from jaxq.quantized import Quantized
+from jaxq.quantizers import quantize
 from jaxq.recipes import Quantizer
 from jaxq.trees import Rules, assign, is_floating, naming
 

@@ -16,7 +16,8 @@ from jaxq.casting import encode, widen
 from jaxq.catalog import get_format
 from jaxq.formats import Format
 from jaxq.grids import Layout, where
-from jaxq.quantizers import Quantized, quantize
+from jaxq.quantized import Quantized
+from jaxq.quantizers import quantize
 from jaxq.recipes import Quantizer
 
 __all__ = ["CodeUsage", "code_usage", "ulp_error"]

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from jaxq.analysis.codes import code_usage
 from jaxq.analysis.metrics import compare
-from jaxq.quantizers import Quantized
+from jaxq.quantized import Quantized
 from jaxq.tables import Table
 from jaxq.trees import quantize_tree
 

@@ -17,7 +17,7 @@ from jaxq.formats import Format
 from jaxq.grids import Layout
 from jaxq.quantizers import check_plain_scales
 from jaxq.recipes import Quantizer
-from jaxq.snapping import given_scales, snapped
+from jaxq.snapping import given_scales, measured
 
 __all__ = ["Diagnostics", "diagnostics"]
 
@@ -122,7 +122,7 @@ def _in_a_recipe(x: jax.Array, scale: jax.Array | None, recipe: Quantizer) -> En
     if recipe.outliers is not None:
         x, _ = recipe.outliers.take(x)
     if scale is None:
-        scales = snapped(widen(cut.split(x)), None, None, _to_nearest(recipe), cut)[1]
+        scales = measured(widen(cut.split(x)), None, _to_nearest(recipe), cut)
     else:
         scales = given_scales(cut.spread(jnp.broadcast_to(scale, cut.counts)), None, recipe)
     unit, shift, origin = scales.divisor, np.float32(0), np.float32(0)

@@ -18,7 +18,7 @@ from jaxq.formats import Format
 from jaxq.grids import Layout, where
 from jaxq.recipes import Quantizer
 from jaxq.scaling import in_units
-from jaxq.snapping import restored, snapped
+from jaxq.snapping import measured, numbers, restored
 
 __all__ = ["QuantizationError", "quantization_error"]
 
@@ -141,7 +141,8 @@ def _in_units(x: jax.Array, key: jax.Array | None, recipe: Quantizer) -> tuple:
     if recipe.outliers is not None:
         held, kept = recipe.outliers.take(x)
     split = widen(cut.split(held))
-    values, scales = snapped(split, None, key, recipe, cut)
+    scales = measured(split, key, recipe, cut)
+    values = numbers(split, scales, key, recipe)
     y = cut.merge(restored(values, scales.step, scales.zero_point, recipe))
     if scales.minimum is not None:
         split = split - scales.minimum

@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.analysis.reductions import blocks_of, power_of_two
 from jaxq.analysis.specs import Spec, checked, spacing_exponent
+from jaxq.analysis.sums import blocks_of, power_of_two
 from jaxq.blocks import Granularity
 from jaxq.casting import encode, widen
 from jaxq.catalog import get_format

@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.analysis.reductions import blocks_of, largest_magnitude, over_blocks
 from jaxq.analysis.specs import Ends, Spec, checked, ends
+from jaxq.analysis.sums import blocks_of, largest_magnitude, over_blocks
 from jaxq.blocks import Cut
 from jaxq.casting import widen
 from jaxq.formats import Format

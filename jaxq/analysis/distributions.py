@@ -2,6 +2,8 @@
 
 SciPy, which JAX itself needs, has the special functions; it is imported when they are used. To add
 one: a frozen dataclass with the methods of `Distribution`, listed in `ALL`.
+
+SciPy, which JAX itself brings, is imported where it is used.
 """
 
 import dataclasses

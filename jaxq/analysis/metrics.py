@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.analysis.reductions import blocks_of, largest_magnitude, over_blocks, power_of_two
+from jaxq.analysis.sums import blocks_of, largest_magnitude, over_blocks, power_of_two
 from jaxq.blocks import Cut, Granularity
 from jaxq.casting import floats, widen
 from jaxq.grids import Layout, where

@@ -9,8 +9,8 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.analysis.metrics import Comparison, compare
-from jaxq.analysis.reductions import blocks_of, over_blocks, power_of_two
 from jaxq.analysis.specs import Spec, checked, ends, spacing_exponent
+from jaxq.analysis.sums import blocks_of, over_blocks, power_of_two
 from jaxq.blocks import Granularity
 from jaxq.casting import cast, widen
 from jaxq.catalog import get_format

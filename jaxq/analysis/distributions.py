@@ -1,9 +1,7 @@
-"""Distributions of numbers that the theory knows: symmetric around 0, of variance one. NumPy alone.
+"""Distributions of numbers that the theory knows: symmetric around 0, of variance one.
 
 SciPy, which JAX itself needs, has the special functions; it is imported when they are used. To add
 one: a frozen dataclass with the methods of `Distribution`, listed in `ALL`.
-
-SciPy, which JAX itself brings, is imported where it is used.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ field of `Comparison`, and the sum that it needs in `_compare`.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -125,7 +126,8 @@ def _compare(x: jax.Array, y: jax.Array, per: Granularity | None) -> Comparison:
     def errors(value: jax.Array) -> jax.Array:
         return where(lost > 0, layout.float_type(np.inf), value)
 
-    sqnr = layout.float_type(10) * (jnp.log10(signal) - jnp.log10(squares))
+    sqnr = _decibels(signal, squares, layout)
+    sqnr = where(signal == 0, layout.float_type(-np.inf), sqnr)
     sqnr = where(squares == 0, layout.float_type(np.inf), sqnr)
     norms = jnp.sqrt(signal) * jnp.sqrt(other)
     cosine = lax.clamp(-one, inner / where(norms == 0, one, norms), one)
@@ -144,6 +146,19 @@ def _compare(x: jax.Array, y: jax.Array, per: Granularity | None) -> Comparison:
         lost=lost / n,
         skipped=(size - count) / lax.max(size, one),
     )
+
+
+def _decibels(a: jax.Array, b: jax.Array, layout: Layout) -> jax.Array:
+    """10 log10(a / b) of normal numbers, from their exponents and the ratio of their significands.
+
+    The logarithms themselves would lose digits, as each is large where their difference is not.
+    """
+    digits, m = layout.int_type((1 << layout.mantissa_bits) - 1), layout.mantissa_bits
+    a_bits, b_bits = layout.bits(a), layout.bits(b)
+    octaves = ((a_bits >> m) - (b_bits >> m)).astype(layout.float_type)
+    top, bottom = (layout.floats(bits & digits | layout.field(0)) for bits in (a_bits, b_bits))
+    octave = layout.float_type(10 * math.log10(2))
+    return octaves * octave + layout.float_type(10) * jnp.log10(top / bottom)
 
 
 def _spread(values: jax.Array, x: jax.Array, cut: Cut) -> jax.Array:

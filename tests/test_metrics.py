@@ -46,7 +46,7 @@ def reference(x: np.ndarray, y: np.ndarray) -> list[float]:
 
 def assert_close(got, want) -> None:
     for name, a, b in zip(got._fields, got, want, strict=True):
-        # A sum is right to 5e-7. A cosine has one and half of two others, and roundings; an SQNR two
+        # A sum is right to 5e-7. A cosine has one, half of two others, and roundings; an SQNR two
         # (2e-6 dB each) and what rounds a number of up to 180 dB.
         special = {"sqnr_db": 2e-5, "cosine": 1.2e-6 * max(abs(b), 1e-30)}
         bound = special.get(name, 5e-7 * max(abs(b), 1e-30))

@@ -57,6 +57,7 @@ ALL = MappingProxyType(
         "fp8_e4m3_channel": Quantizer("float8_e4m3fn", _CHANNEL),
         "fp8_e4m3_tile128": Quantizer("float8_e4m3fn", PerBlock((128, 128))),
         "fp8_e5m2_tensor": Quantizer("float8_e5m2"),
+        # bitsandbytes' blocks run over the flattened tensor: the same where 64 divides a row.
         "nf4": Quantizer("nf4", PerBlock(64)),
         "nf4_dq": Quantizer(
             "nf4",

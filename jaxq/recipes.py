@@ -56,10 +56,12 @@ class Quantizer:
     to 127, so that the grid is symmetric, as absmax quantization is usually defined and most int8
     checkpoints have it.
 
-    Quantizing once more what a recipe gave changes nothing where the range is the absmax, there is
-    no zero point, the scale is the stored one, and there is one factor. A zero point's scale is
-    rounded from a difference, which moves in the last bits; a mean is another one after rounding;
-    a scale that is not the stored one leaves the largest number beside the grid.
+    Quantizing once more what a recipe gave changes nothing where the range is the absmax, the grid
+    reaches as far down as up, there is no zero point, the scale is the stored one, there is one
+    factor, and nothing is kept apart. A zero point's scale is rounded from a difference, which
+    moves in the last bits; a mean is another one after rounding; a scale that is not the stored one
+    leaves the largest number beside the grid, and so does a grid without its negative (dynamic8,
+    or an unsigned format given negative numbers).
 
     Raises:
       ValueError: an unknown name, or fields that do not go together; the text says which.

@@ -35,6 +35,7 @@ from jaxq.rounding import HalfUp, Stochastic
 from jaxq.second_level import DoubleScale, TensorScale
 from jaxq.sharding import quantized_sharding
 from jaxq.tables import Table
+from jaxq.transforms import Rule, explain, freeze, observe, quantize_fn, quantize_weights
 from jaxq.trees import dequantize_tree, quantize_tree, tree_report
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ __all__ = [
     "ProductRecipe",
     "Quantized",
     "Quantizer",
+    "Rule",
     "Stochastic",
     "Table",
     "TaperedFormat",
@@ -79,10 +81,12 @@ __all__ = [
     "dot_recipes",
     "einsum",
     "encode",
+    "explain",
     "fake_quant",
     "fixed_point",
     "float_grid",
     "formats_table",
+    "freeze",
     "get_dot_recipe",
     "get_format",
     "get_quantizer",
@@ -91,13 +95,16 @@ __all__ = [
     "gradients",
     "int_grid",
     "neighbours",
+    "observe",
     "optim",
     "p3109",
     "pack",
     "presets",
     "qat",
     "quantize",
+    "quantize_fn",
     "quantize_tree",
+    "quantize_weights",
     "quantized_sharding",
     "rounding",
     "tree_report",

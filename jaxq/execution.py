@@ -15,6 +15,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.accumulation import Accumulation
+from jaxq.calibration import Calibrated
 from jaxq.catalog import get_format
 from jaxq.codecs import decode
 from jaxq.contractions import Axes, Contraction
@@ -38,6 +39,7 @@ class Operand(NamedTuple):
     x: jax.Array
     quantizer: Quantizer | None
     key: jax.Array | None
+    scales: Calibrated | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,8 @@ def _quantized(name: str, operand: Operand) -> Quantized:
             f"{name}: {operand.name}: only execution='emulated' multiplies a tensor with {what}, "
             "which is more than codes times scales."
         )
-    return quantize(operand.x, recipe, key=operand.key)
+    given = {} if operand.scales is None else operand.scales._asdict()
+    return quantize(operand.x, recipe, key=operand.key, **given)
 
 
 def _outermost(q: Quantized) -> jax.Array | None:

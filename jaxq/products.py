@@ -18,6 +18,7 @@ from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxq import execution
+from jaxq.calibration import Calibrated
 from jaxq.casting import as_dtype, cast
 from jaxq.contractions import Axes, Contraction, block_along, placed
 from jaxq.cotangents import with_transpose
@@ -31,6 +32,7 @@ __all__ = ["Operation", "product"]
 
 Key = jax.Array | None
 Keys = tuple[Key, ...]
+Scales = tuple[Calibrated | None, Calibrated | None]
 
 _QUANTIZED = ("float16", "bfloat16", "float32")
 
@@ -83,7 +85,12 @@ class Operation:
 
 
 def product(
-    operation: Operation, lhs: jax.Array, rhs: jax.Array, recipe: DotRecipe, key: Key = None
+    operation: Operation,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    recipe: DotRecipe,
+    key: Key = None,
+    scales: Scales = (None, None),
 ) -> jax.Array:
     """A bilinear operation by a recipe: what every quantized product comes to.
 
@@ -93,6 +100,8 @@ def product(
       rhs: its second operand.
       recipe: how it is quantized.
       key: a key, if the recipe draws.
+      scales: what `jaxq.calibration.finalize` gave for the operands in the forward product, or None
+        for those that have scales of their own.
 
     Returns:
       What the operation gives, its gradient as `DotRecipe` defines it.
@@ -107,7 +116,7 @@ def product(
         )
     _check_key(operation.name, recipe.forward, key)
     keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-    return _product(operation, lhs, rhs, recipe, keys)
+    return _product(operation, lhs, rhs, recipe, keys, scales)
 
 
 def _check_key(name: str, recipe: ProductRecipe, key: Key) -> None:
@@ -119,12 +128,17 @@ def _check_key(name: str, recipe: ProductRecipe, key: Key) -> None:
 
 
 def _product(
-    operation: Operation, lhs: jax.Array, rhs: jax.Array, recipe: DotRecipe, keys: Keys
+    operation: Operation,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    recipe: DotRecipe,
+    keys: Keys,
+    scales: Scales = (None, None),
 ) -> jax.Array:
     plan = _Plan.of(recipe, operation, lhs, rhs)
     own = (None,) * 3 if keys[0] is None else tuple(jax.random.split(keys[0], 3))
     lhs, rhs = plan.rotated(lhs, rhs, own[2])
-    quantized = plan.quantized(lhs, rhs, own)
+    quantized = plan.quantized(lhs, rhs, own, scales)
     emulated = recipe.execution == "emulated"
     if emulated and recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized":
         return operation.function(*quantized)
@@ -139,7 +153,9 @@ def _product(
             recipe.execution,
             operation.contraction,
             operation.codes,
-            *map(Operand, operation.operands, originals, plan.quantizers, plan.keys(keys[0])),
+            *map(
+                Operand, operation.operands, originals, plan.quantizers, plan.keys(keys[0]), scales
+            ),
         )
         return as_dtype(result, out.dtype)
 
@@ -238,11 +254,17 @@ class _Plan(NamedTuple):
             rotated.append(y if x.dtype == y.dtype else cast(y, x.dtype).astype(x.dtype))
         return rotated[0], rotated[1]
 
-    def quantized(self, lhs: jax.Array, rhs: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array]:
+    def quantized(
+        self, lhs: jax.Array, rhs: jax.Array, keys: Keys, scales: Scales
+    ) -> tuple[jax.Array, jax.Array]:
         """The operands after their quantizers."""
         left, right = (
-            x if quantizer is None else fake_quant(x, quantizer, key=key)
-            for x, quantizer, key in zip((lhs, rhs), self.quantizers, self.keys(keys), strict=True)
+            x
+            if quantizer is None
+            else fake_quant(x, quantizer, key=key, **({} if given is None else given._asdict()))
+            for x, quantizer, key, given in zip(
+                (lhs, rhs), self.quantizers, self.keys(keys), scales, strict=True
+            )
         )
         return left, right
 

@@ -35,7 +35,13 @@ from jaxq.snapping import (
     restored,
 )
 
-__all__ = ["check_plain_scales", "fake_quant", "neighbours", "quantize"]
+__all__ = [
+    "check_plain_scales",
+    "fake_quant",
+    "has_plain_scales",
+    "neighbours",
+    "quantize",
+]
 
 _FLOAT32 = get_format("float32")
 
@@ -279,9 +285,14 @@ def _integer_dtype(fmt: Format) -> np.dtype:
     return np.dtype(f"{'int' if fmt.min < 0 else 'uint'}{8 if fmt.bits <= 8 else 16}")
 
 
+def has_plain_scales(recipe: Quantizer) -> bool:
+    """Whether scales from outside can stand for those that a recipe makes."""
+    return recipe.second_level is None and not recipe.search and recipe.stored_scale
+
+
 def check_plain_scales(name: str, recipe: Quantizer) -> None:
     """Raises ValueError where scales from outside cannot stand for those of a recipe."""
-    if recipe.second_level is not None or recipe.search or not recipe.stored_scale:
+    if not has_plain_scales(recipe):
         raise ValueError(
             f"{name}: scales that are given must be plain numbers, one a block; a recipe with a "
             "second level, a search or stored_scale=False makes its own from the tensor, got "

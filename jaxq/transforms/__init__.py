@@ -1,0 +1,18 @@
+"""Models as functions: any JAX function with its products quantized by rules."""
+
+from jaxq.transforms.functions import quantize_fn, quantize_weights
+from jaxq.transforms.observing import Observed, freeze, observe
+from jaxq.transforms.reports import ProductRow, explain
+from jaxq.transforms.rules import Frozen, Rule
+
+__all__ = [
+    "Frozen",
+    "Observed",
+    "ProductRow",
+    "Rule",
+    "explain",
+    "freeze",
+    "observe",
+    "quantize_fn",
+    "quantize_weights",
+]

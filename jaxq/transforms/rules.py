@@ -1,0 +1,355 @@
+"""Rules: which product of a model gets which recipe. The first that matches a product holds."""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+
+from jaxq import dot_recipes
+from jaxq.blocks import PerTensor
+from jaxq.calibration import Calibrated
+from jaxq.contractions import Axes, Contraction, of_conv, of_dot, placed
+from jaxq.dot_recipes import DotRecipe, get_dot_recipe, is_stochastic
+from jaxq.formats import Format
+from jaxq.presets import get_quantizer
+from jaxq.quantizers import has_plain_scales
+from jaxq.recipes import Quantizer
+from jaxq.transforms.reading import LOOK_UP, Product, table_axes
+
+__all__ = [
+    "Assigned",
+    "Frozen",
+    "Rule",
+    "Rules",
+    "as_rules",
+    "assign",
+    "axes_of",
+    "contraction_of",
+    "naming",
+    "on_axes",
+    "unassigned",
+]
+
+OPERATIONS = ("dot_general", "conv_general_dilated", LOOK_UP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What products with some weights, operations or scopes get. Frozen, hashable.
+
+    Attributes:
+      weight: a regular expression, searched for anywhere in the path of the weight, the keys of its
+        leaf joined by slashes; None asks for no weight, and so also matches products of activations.
+      recipe: of the product. A `DotRecipe` or a name in `jaxq.dot_recipes.ALL` says everything,
+        the weight being its `rhs` wherever it stands in the product; else a `Quantizer`, a format,
+        or a name of one, which quantizes the weight alone. None leaves the product as it is.
+      operation: `"dot_general"`, `"conv_general_dilated"` or `"gather"`, a look-up in a table;
+        None is any, but look-ups only by the table's path.
+      scope: a regular expression, searched for in the `jax.named_scope`s of the product.
+      output: a quantizer of the result, on the result's own axes.
+
+    Raises:
+      ValueError: an unknown name, a broken expression, or a rule that is about nothing.
+
+    Example:
+      >>> Rule("attention", "w8a8").recipe.lhs.element.name
+      'int8'
+    """
+
+    weight: str | None = None
+    recipe: str | DotRecipe | Format | Quantizer | None = None
+    _: dataclasses.KW_ONLY
+    operation: str | None = None
+    scope: str | None = None
+    output: str | Format | Quantizer | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "scope"):
+            pattern = getattr(self, name)
+            try:
+                if pattern is not None:
+                    re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"Rule: `{name}` must be a regular expression, got {pattern!r}: {error}."
+                ) from error
+        if self.operation not in (None, *OPERATIONS):
+            raise ValueError(
+                f"Rule: `operation` must be one of {', '.join(OPERATIONS)}, got {self.operation!r}."
+            )
+        if self.weight is None and self.operation is None and self.scope is None:
+            raise ValueError(
+                "Rule: needs at least one of `weight`, `operation` and `scope`. Rule('') matches "
+                "every weight, Rule(operation='dot_general') every matrix product."
+            )
+        object.__setattr__(self, "recipe", _recipe(self.recipe))
+        if self.output is not None:
+            object.__setattr__(self, "output", get_quantizer(self.output))
+
+    def __str__(self) -> str:
+        parts = {"operation": self.operation, "scope": self.scope}
+        named = [f"{name}={value!r}" for name, value in parts.items() if value is not None]
+        weight = [] if self.weight is None else [repr(self.weight)]
+        return f"Rule({', '.join(weight + named)})"
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["scales"], meta_fields=["rules"])
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Rules with scales from calibration, as `jaxq.freeze` makes them: a pytree.
+
+    Attributes:
+      rules: the rules.
+      scales: by the products' names, what `jaxq.calibration.finalize` gave for both operands.
+    """
+
+    rules: tuple[Rule, ...]
+    scales: Mapping[str, tuple[Calibrated | None, ...]]
+
+
+Rules: TypeAlias = (
+    "Frozen | Sequence[Rule | tuple[str, str | DotRecipe | Format | Quantizer | None]]"
+)
+
+
+def _recipe(spec: Any) -> DotRecipe | None:
+    if spec is None or isinstance(spec, DotRecipe):
+        return spec
+    if isinstance(spec, str) and spec in dot_recipes.ALL:
+        return get_dot_recipe(spec)
+    return DotRecipe(None, get_quantizer(spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """What a product gets.
+
+    Attributes:
+      recipe: with the weight as `rhs`; None leaves it as it is.
+      output: the quantizer of the result, or None.
+      swapped: whether the weight is the product's first operand, and so the recipe's second.
+      name: of the product, for states of calibration.
+      where: what errors call it.
+      number: of the product, for its key.
+      stacked: the scans, by depth, every turn of which has a weight of its own.
+      table: the quantizer of a look-up's table, on the table's own axes.
+      calibrated: for both operands, in the recipe's order, the shape and the quantizer of those
+        whose range may come from calibration: activations with one scale a tensor.
+    """
+
+    recipe: DotRecipe | None
+    output: Quantizer | None
+    swapped: bool
+    name: str
+    where: str
+    number: int
+    stacked: frozenset[int]
+    table: Quantizer | None
+    calibrated: tuple[tuple[tuple[int, ...], Quantizer] | None, ...]
+
+    @property
+    def draws(self) -> bool:
+        """Whether it needs a key."""
+        return self.output_draws or (self.recipe is not None and bool(self.recipe.draws))
+
+    @property
+    def output_draws(self) -> bool:
+        """Whether the quantizer of the result needs a key."""
+        return self.output is not None and is_stochastic(self.output)
+
+    def order(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+        """Operands in the recipe's order, or back in the product's."""
+        return tuple(reversed(operands)) if self.swapped else tuple(operands)
+
+
+def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
+    """Rules as records.
+
+    Raises:
+      TypeError: something is neither a rule nor a pair.
+    """
+    if isinstance(rules, (str, Rule)):
+        raise TypeError(f"{owner}: `rules` must be a sequence of rules, got {rules!r}.")
+    found = []
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            if not isinstance(rule, tuple) or len(rule) != 2:
+                raise TypeError(
+                    f"{owner}: a rule must be a jaxq.Rule or a pair (pattern, recipe), got {rule!r}."
+                )
+            rule = Rule(*rule)
+        found.append(rule)
+    return tuple(found)
+
+
+def assign(owner: str, rules: Sequence[Rule], products: Sequence[Product]) -> list[Assigned | None]:
+    """What every product gets; None where no rule matches.
+
+    Raises:
+      ValueError: a rule holds for no product; one weight is quantized in two ways; a recipe does not
+        fit its product.
+    """
+    matches = [_first_match(rules, product) for product in products]
+    used = {n for (n, _), p in zip(matches, products, strict=True) if not p.barred}
+    for n, rule in enumerate(rules):
+        if n not in used:
+            raise ValueError(_unused(owner, rule, rules, products))
+    chosen = [
+        None if n is None or product.barred else _assigned(owner, product, rules[n], swapped)
+        for product, (n, swapped) in zip(products, matches, strict=True)
+    ]
+    _check_one_way(owner, products, chosen)
+    return chosen
+
+
+def unassigned(product: Product) -> Assigned:
+    """What leaves a product as it is."""
+    p = product
+    return Assigned(None, None, False, p.name, p.where, p.number, p.stacked, None, (None, None))
+
+
+def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assigned:
+    recipe, output, table = rule.recipe, rule.output, None
+    assert recipe is None or isinstance(recipe, DotRecipe)
+    assert output is None or isinstance(output, Quantizer)
+    calibrated: tuple = (None, None)
+    with naming(owner, product):
+        if product.operation == LOOK_UP and recipe is not None:
+            # A look-up multiplies nothing: only its table is quantized.
+            table = on_axes(recipe.operands[1], product, 0)
+            recipe = None if table is None else DotRecipe(None, recipe.operands[1])
+        elif recipe is not None:
+            order = (1, 0) if swapped else (0, 1)
+            axes = [on_axes(recipe.operands[i], product, order[i]) for i in (0, 1)]
+            calibrated = tuple(
+                (product.operands[of].shape, quantizer)
+                if quantizer is not None
+                and isinstance(quantizer.granularity, PerTensor)
+                and product.origins[of] is None
+                and has_plain_scales(quantizer)
+                else None
+                for of, quantizer in zip(order, axes, strict=True)
+            )
+    return Assigned(
+        None if recipe is None or recipe.plain else recipe,
+        output,
+        swapped,
+        product.name,
+        product.where,
+        product.number,
+        product.stacked,
+        table,
+        calibrated,
+    )
+
+
+@contextlib.contextmanager
+def naming(owner: str, product: Product) -> Iterator[None]:
+    """Errors within it name a function and the product that it is at."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{owner}: {product.where}: {error}") from error
+
+
+def on_axes(quantizer: Quantizer | None, product: Product, i: int) -> Quantizer | None:
+    """An operand's quantizer on the operand's own axes."""
+    if quantizer is None:
+        return None
+    shape = product.operands[i].shape
+    axes = axes_of(product)[i]
+    quantizer = dataclasses.replace(
+        quantizer, granularity=placed(quantizer.granularity, shape, axes)
+    )
+    quantizer.cut(shape)  # Blocks that do not divide are found here.
+    return quantizer
+
+
+def _first_match(rules: Sequence[Rule], product: Product) -> tuple[int | None, bool]:
+    """The first rule that matches, and whether by the weight in the first operand."""
+    for n, rule in enumerate(rules):
+        if rule.operation not in (None, product.operation):
+            continue
+        if rule.scope is not None and not re.search(rule.scope, product.scope):
+            continue
+        if rule.weight is None:
+            if product.operation == LOOK_UP and rule.operation is None:
+                continue
+            weights = [i for i, o in enumerate(product.origins) if o is not None]
+            return n, product.operation != LOOK_UP and weights == [0]
+        for i in reversed(range(len(product.origins))):
+            origin = product.origins[i]
+            if origin is not None and re.search(rule.weight, origin.path):
+                return n, i == 0 and len(product.origins) == 2
+    return None, False
+
+
+def _unused(owner: str, rule: Rule, rules: Sequence[Rule], products: Sequence[Product]) -> str:
+    matched = [p for p in products if _first_match((rule,), p)[0] is not None]
+    barred = [p for p in matched if p.barred]
+    if barred:
+        p = barred[0]
+        return f"{owner}: {rule} matches only what cannot be quantized: {p.where} is {p.barred}."
+    if matched:
+        earlier = rules[_first_match(rules, matched[0])[0] or 0]
+        return (
+            f"{owner}: {rule} holds for no product: {matched[0].where} belongs to the earlier "
+            f"{earlier}. Move the narrower rule up, or leave it out."
+        )
+    paths = sorted({o.path for p in products for o in p.origins if o is not None})
+    if rule.weight is None:
+        scopes = sorted({p.scope for p in products if p.scope})
+        return (
+            f"{owner}: {rule} matches no product. Operations are "
+            f"{', '.join(sorted({p.operation for p in products})) or 'none'}; scopes are "
+            f"{', '.join(scopes[:5]) or 'none'}."
+        )
+    near = difflib.get_close_matches(rule.weight, paths, n=3, cutoff=0.0)
+    return (
+        f"{owner}: {rule} matches the weight of no product. The nearest are "
+        f"{', '.join(near) or 'none: no product has a weight among the parameters'}. "
+        "jaxq.explain(fn, [])(*args) lists all."
+    )
+
+
+def _check_one_way(
+    owner: str, products: Sequence[Product], chosen: Sequence[Assigned | None]
+) -> None:
+    """A weight has one quantizer, or none, wherever it is multiplied."""
+    ways: dict[str, tuple[Product, Quantizer]] = {}
+    for product, assigned in zip(products, chosen, strict=True):
+        if assigned is None or assigned.recipe is None:
+            continue
+        operands = assigned.order(product.operands), assigned.order(product.origins)
+        quantizer, origin = assigned.recipe.operands[1], operands[1][-1]
+        if quantizer is None or origin is None:
+            continue
+        other, known = ways.setdefault(origin.path, (product, quantizer))
+        if known != quantizer:
+            raise ValueError(
+                f"{owner}: weight {origin.path!r} is quantized in two ways: {known.element.name} "
+                f"by {known.granularity} in {other.where}, {quantizer.element.name} by "
+                f"{quantizer.granularity} in {product.where}. Give both products one quantizer for "
+                "it, or leave one of them out by a rule with the recipe None before."
+            )
+
+
+def axes_of(product: Product) -> tuple[Axes, ...]:
+    """The axes of a product's operands by the part that they play."""
+    if product.operation == LOOK_UP:
+        return (table_axes(product),)
+    return contraction_of(product).axes
+
+
+def contraction_of(product: Product) -> Contraction:
+    """The labels of the axes of a matrix product or a convolution."""
+    numbers = product.params["dimension_numbers"]
+    if product.operation == "dot_general":
+        return of_dot(numbers, *(len(operand.shape) for operand in product.operands))
+    return of_conv(numbers)

@@ -1,0 +1,410 @@
+"""A traced function run once more, its products by their recipes.
+
+Every equation is run as it is, but for products with a recipe and for what contains them. `jit`,
+`checkpoint`, `scan`, `while`, `cond` and `shard_map` stay what they are: a scan over layers is one
+scan, and its body is read once.
+
+A function with derivatives of its own (`jax.custom_jvp`, `jax.custom_vjp`) is quantized within and
+keeps its rule: its value is that of the quantized products, its derivative what the rule gives for
+the operands as they were.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq import calibration
+from jaxq.contractions import Contraction, of_conv, of_dot
+from jaxq.execution import DotOfCodes
+from jaxq.products import Operation, product
+from jaxq.quantized import Quantized, dequantize
+from jaxq.quantizers import fake_quant
+from jaxq.transforms import compat
+from jaxq.transforms.reading import LOOK_UP, Node
+from jaxq.transforms.rules import Assigned
+
+__all__ = ["Extra", "Program", "program", "run"]
+
+States = dict[str, tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jaxpr, which of its equations are products to quantize, and which contain some."""
+
+    jaxpr: Any
+    products: tuple[tuple[int, Assigned], ...]
+    inner: tuple[tuple[int, tuple["Program", ...]], ...]
+
+    def all(self) -> Iterator[Assigned]:
+        """All products, in the order in which they run."""
+        for _, assigned in self.products:
+            yield assigned
+        for _, programs in self.inner:
+            for inside in programs:
+                yield from inside.all()
+
+    @property
+    def draws(self) -> bool:
+        """Whether any product needs a key."""
+        return any(assigned.draws for assigned in self.all())
+
+
+class Extra(NamedTuple):
+    """What products need beside their operands: a key, and scales by the products' names."""
+
+    key: jax.Array | None
+    scales: Mapping[str, tuple[calibration.Calibrated | None, ...]]
+
+
+def program(node: Node, chosen: Sequence[Assigned | None]) -> Program:
+    """The program of a node by what its products were assigned."""
+    products = [(i, chosen[product.number]) for i, product in node.products.items()]
+    inner = [(i, tuple(program(n, chosen) for n in nodes)) for i, nodes in node.inner.items()]
+    return Program(
+        node.jaxpr,
+        tuple((i, assigned) for i, assigned in products if assigned is not None),
+        tuple((i, programs) for i, programs in inner if any(any(p.all()) for p in programs)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inside:
+    """A program as a function; equal ones are compiled once."""
+
+    program: Program
+    depth: int
+    observing: bool
+
+    def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
+        return run(self.program, extra, operands, self.depth, self.observing)
+
+
+def run(
+    program: Program,
+    extra: Extra,
+    arguments: Sequence[Any],
+    depth: int = 0,
+    observing: bool = False,
+) -> tuple[list[Any], States]:
+    """Runs a program.
+
+    Args:
+      program: what to run.
+      extra: key and scales.
+      arguments: arrays, and `Quantized` in the place of stored weights.
+      depth: how many scans it stands in.
+      observing: whether states of calibration are gathered.
+
+    Returns:
+      The results, and the states by the products' names.
+    """
+    body = compat.body(program.jaxpr)
+    products, inner = dict(program.products), dict(program.inner)
+    values: dict[Any, Any] = dict(zip(body.constvars, body.consts, strict=True))
+    values.update(zip(body.invars, arguments, strict=True))
+    seen: States = {}
+
+    def value(variable: Any) -> Any:
+        return variable.val if compat.is_literal(variable) else values[variable]
+
+    for i, eqn in enumerate(body.eqns):
+        operands = [value(variable) for variable in eqn.invars]
+        if i in products:
+            results, more = _product(eqn, products[i], extra, operands, observing)
+            seen |= more
+        elif i in inner:
+            handler = _INSIDE[eqn.primitive.name]
+            with compat.within(eqn):
+                results, more = handler(eqn, inner[i], extra, operands, depth, observing)
+            seen |= more
+        else:
+            results = compat.bind(eqn, [_array(operand) for operand in operands])
+        values.update(zip(eqn.outvars, results, strict=True))
+    return [_array(value(variable)) for variable in body.outvars], seen
+
+
+def _array(x: Any) -> Any:
+    """A stored weight as an array, each of its stacked layers by itself."""
+    if not isinstance(x, Quantized):
+        return x
+    function = dequantize
+    for _ in range(x.ndim - len(x.block)):
+        function = jax.vmap(function)
+    return function(x)
+
+
+def _product(
+    eqn: Any, assigned: Assigned, extra: Extra, operands: list[Any], observing: bool
+) -> tuple[list[Any], States]:
+    arrays = [_array(operand) for operand in operands]
+    seen: States = {}
+    key = of_output = None
+    if assigned.draws:
+        assert extra.key is not None, "checked"
+        key = jax.random.fold_in(extra.key, assigned.number)
+        of_output = jax.random.fold_in(key, 0) if assigned.output_draws else None
+        key = key if assigned.recipe is not None and assigned.recipe.draws else None
+    with _naming(assigned), compat.within(eqn):
+        if assigned.table is not None:
+            table = fake_quant(arrays[0], assigned.table, key=key)
+            y = compat.bind(eqn, [table, *arrays[1:]])[0]
+        elif eqn.primitive.name == LOOK_UP or assigned.recipe is None:
+            y = compat.bind(eqn, arrays)[0]
+        else:
+            ordered = assigned.order(arrays)
+            if observing and any(assigned.calibrated):
+                seen[assigned.name] = tuple(
+                    None
+                    if known is None
+                    else calibration.update(calibration.init(*known), x, known[1])
+                    for x, known in zip(ordered, assigned.calibrated, strict=True)
+                )
+            scales = extra.scales.get(assigned.name, (None, None))
+            operation = _operation(eqn, assigned)
+            recipe = assigned.recipe
+            y = product(operation, *ordered, recipe, key, (scales[0], scales[1]))
+        if assigned.output is not None:
+            y = fake_quant(y, assigned.output, key=of_output)
+    return [y], seen
+
+
+def _operation(eqn: Any, assigned: Assigned) -> Operation:
+    """A product's bilinear function, its operands in the recipe's order."""
+    params, name = eqn.params, eqn.primitive.name
+    names = ("lhs", "rhs")
+
+    def function(*operands: jax.Array) -> jax.Array:
+        return compat.bind(eqn, assigned.order(operands))[0]
+
+    if name == "dot_general":
+        ndims = (len(variable.aval.shape) for variable in eqn.invars)
+        labels = of_dot(params["dimension_numbers"], *ndims)
+        contraction = Contraction(*assigned.order((labels.lhs, labels.rhs)), labels.out)
+        codes: Any = DotOfCodes(contraction)
+        return Operation(name, assigned.order(names), function, contraction, codes)
+    labels = of_conv(params["dimension_numbers"])
+    contraction = Contraction(*assigned.order((labels.lhs, labels.rhs)), labels.out)
+    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+
+    def codes(lhs: jax.Array, rhs: jax.Array, preferred_element_type: Any) -> jax.Array:
+        options = {**params, "preferred_element_type": preferred_element_type}
+        return lax.conv_general_dilated(*assigned.order((lhs, rhs)), **options)
+
+    plain = None if grouped else codes
+    return Operation(name, assigned.order(names), function, contraction, plain, grouped)
+
+
+@contextlib.contextmanager
+def _naming(assigned: Assigned) -> Iterator[None]:
+    """Errors within it name the product, and the user's line."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{assigned.where}: {error}") from error
+
+
+def _around(
+    eqn: Any,
+    programs: tuple[Program, ...],
+    extra: Extra,
+    operands: list[Any],
+    depth: int,
+    observing: bool,
+) -> tuple[list[Any], States]:
+    """A `jit`, `checkpoint` or `shard_map`."""
+    if eqn.primitive.name == "shard_map":
+        operands = [_array(operand) for operand in operands]
+        if observing and any(any(a.calibrated) for a in programs[0].all()):
+            raise ValueError(
+                "observe: cannot look into a shard_map, whose devices have states of their own. "
+                "Observe the function within it, and merge by `gather`."
+            )
+    return compat.call_inside(eqn, _Inside(programs[0], depth, observing))(extra, *operands)
+
+
+def _scan(
+    eqn: Any,
+    programs: tuple[Program, ...],
+    extra: Extra,
+    operands: list[Any],
+    depth: int,
+    observing: bool,
+) -> tuple[list[Any], States]:
+    inside, params = programs[0], eqn.params
+    consts, count = compat.loop_counts(eqn)
+    fixed, carried = operands[:consts], operands[consts : consts + count]
+    slices = [x if _has_rows(x) else _array(x) for x in operands[consts + count :]]
+    by_turn = {a.name for a in inside.all() if depth in a.stacked}
+    scales = {name: s for name, s in extra.scales.items() if name not in by_turn}
+    own = {name: s for name, s in extra.scales.items() if name in by_turn}
+    numbers = jnp.arange(params["length"]) if inside.draws else None
+
+    def turn(carry: list[Any], xs: Any) -> Any:
+        number, rows, given = xs
+        key = None if number is None else jax.random.fold_in(extra.key, number)
+        results, seen = run(
+            inside,
+            Extra(key, {**scales, **given}),
+            [*fixed, *carry, *rows],
+            depth + 1,
+            observing,
+        )
+        return results[:count], (results[count:], seen)
+
+    carry, (rows, seen) = lax.scan(
+        turn,
+        [_array(x) for x in carried],
+        (numbers, slices, own),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    recipes = {a.name: a.calibrated for a in inside.all()}
+    seen = {
+        name: states if name in by_turn else _merged(states, recipes[name])
+        for name, states in seen.items()
+    }
+    return [*carry, *rows], seen
+
+
+def _has_rows(x: Any) -> bool:
+    """Whether a stored weight can be taken apart along its leading axis."""
+    return isinstance(x, Quantized) and x.ndim > len(x.block)
+
+
+def _merged(states: Any, recipes: Sequence[Any]) -> Any:
+    """States of all turns of a loop as one."""
+
+    def of_operand(state: Any, known: Any) -> Any:
+        if known is None:
+            return None
+        first = jax.tree.map(lambda leaf: leaf[0], state)
+        rest = jax.tree.map(lambda leaf: leaf[1:], state)
+        return lax.scan(
+            lambda all, one: (calibration.merge(all, one, known[1]), None), first, rest
+        )[0]
+
+    return tuple(of_operand(state, known) for state, known in zip(states, recipes, strict=True))
+
+
+def _nothing(programs: Sequence[Program], observing: bool) -> States:
+    """States that have seen nothing, for the products of some programs."""
+    return {
+        a.name: tuple(None if known is None else calibration.init(*known) for known in a.calibrated)
+        for inside in programs
+        for a in inside.all()
+        if observing and a.recipe is not None and any(a.calibrated)
+    }
+
+
+def _while(
+    eqn: Any,
+    programs: tuple[Program, ...],
+    extra: Extra,
+    operands: list[Any],
+    depth: int,
+    observing: bool,
+) -> tuple[list[Any], States]:
+    test, inside = programs
+    conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    of_test, of_turn = operands[:conds], operands[conds : conds + bodies]
+    recipes = {a.name: a.calibrated for a in inside.all()}
+
+    def going(state: Any) -> jax.Array:
+        return run(test, extra, [*of_test, *state[1]], depth, False)[0][0]
+
+    def turn(state: Any) -> Any:
+        number, carry, before = state
+        key = jax.random.fold_in(extra.key, number) if inside.draws else None
+        arguments = [*of_turn, *carry]
+        results, seen = run(inside, Extra(key, extra.scales), arguments, depth, observing)
+        merged = {
+            name: tuple(
+                None if known is None else calibration.merge(old, new, known[1])
+                for old, new, known in zip(before[name], states, recipes[name], strict=True)
+            )
+            for name, states in seen.items()
+        }
+        return number + 1, results, merged
+
+    start = [_array(x) for x in operands[conds + bodies :]]
+    state = (jnp.int32(0), start, _nothing([inside], observing))
+    _, results, seen = lax.while_loop(going, turn, state)
+    return results, seen
+
+
+def _cond(
+    eqn: Any,
+    programs: tuple[Program, ...],
+    extra: Extra,
+    operands: list[Any],
+    depth: int,
+    observing: bool,
+) -> tuple[list[Any], States]:
+    del eqn
+
+    def branch(inside: Program) -> Callable[..., Any]:
+        def call(*operands: Any) -> Any:
+            results, seen = run(inside, extra, operands, depth, observing)
+            return results, {**_nothing(programs, observing), **seen}
+
+        return call
+
+    index, *rest = operands
+    return lax.switch(index, [branch(inside) for inside in programs], *rest)
+
+
+def _custom(
+    eqn: Any,
+    programs: tuple[Program, ...],
+    extra: Extra,
+    operands: list[Any],
+    depth: int,
+    observing: bool,
+) -> tuple[list[Any], States]:
+    """A function with a derivative of its own: the value is quantized, the derivative its own."""
+    arrays = [_array(operand) for operand in operands]
+    seen: States = {}
+    if observing:
+        seen = run(programs[0], extra, [lax.stop_gradient(x) for x in arrays], depth, True)[1]
+
+    def original(*arrays: Any) -> list[Any]:
+        return compat.bind(eqn, arrays)
+
+    def quantized(extra: Extra, *arrays: Any) -> list[Any]:
+        return run(programs[0], extra, arrays, depth)[0]
+
+    if eqn.primitive.name == "custom_jvp_call":
+        function: Any = jax.custom_jvp(quantized)
+
+        @function.defjvp
+        def _(primals: Any, tangents: Any) -> Any:
+            return function(*primals), jax.jvp(original, primals[1:], tangents[1:])[1]
+    else:
+        function = jax.custom_vjp(quantized)
+
+        def forward(extra: Extra, *arrays: Any) -> Any:
+            return quantized(extra, *arrays), jax.vjp(original, *arrays)[1]
+
+        function.defvjp(forward, lambda pull, cotangents: (None, *pull(cotangents)))
+    return function(extra, *arrays), seen
+
+
+_INSIDE: MappingProxyType[str, Callable[..., tuple[list[Any], States]]] = MappingProxyType(
+    {
+        **dict.fromkeys(compat.AROUND, _around),
+        "scan": _scan,
+        "while": _while,
+        "cond": _cond,
+        "custom_jvp_call": _custom,
+        "custom_vjp_call": _custom,
+    }
+)

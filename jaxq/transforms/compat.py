@@ -61,7 +61,7 @@ def body(jaxpr: Any) -> Body:
 
 def is_array(x: Any) -> bool:
     """Whether a leaf of a function's arguments is an array; all else is static."""
-    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+    return isinstance(x, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic))
 
 
 def is_literal(variable: Any) -> bool:

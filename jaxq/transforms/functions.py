@@ -36,14 +36,15 @@ def quantize_fn(
     conversions, slices, and layers stacked for a scan.
 
     Args:
-      fn: any function of arrays. If it is a pytree itself, such as an Equinox module, its own leaves
-        are the parameters. Leaves of its arguments that are no arrays are static.
+      fn: any function of arrays. If it is a pytree itself, such as an Equinox module, its own
+        leaves are the parameters. Leaves of its arguments that are no arrays are static.
       rules: which product gets which recipe: `jaxq.Rule`s, or pairs of a regular expression for the
         weight's path and a recipe. The first that matches a product holds; a product that none
         matches is left as it is.
       argnums: which positional arguments hold the parameters. A weight's path is its keys within
         its argument joined by slashes, as in `"params/Dense_0/kernel"`.
-      key: a key of `jax.random` if recipes draw anything, a new one for every step. The product
+      key: a key of `jax.random` if recipes draw anything, a new one for every step; if only their
+        gradients do, it may be left out where none is taken. The product
         number n, as `jaxq.explain` counts them from 0, draws from `fold_in(key, n)`; within a loop
         the turn is folded in first.
 
@@ -88,9 +89,10 @@ def run_planned(
     """The results of a planned function, and the states that were gathered."""
     what = program(planned.node, planned.chosen)
     drawing = [a for a in what.all() if a.draws]
-    if drawing and key is None:
+    needing = [a for a in drawing if a.needs_key]
+    if needing and key is None:
         raise ValueError(
-            f"{owner}: the recipe of {drawing[0].where} draws random numbers, and needs `key`, "
+            f"{owner}: the recipe of {needing[0].where} draws random numbers, and needs `key`, "
             "such as jax.random.key(step)."
         )
     if key is not None and not drawing:

@@ -151,6 +151,4 @@ def freeze(rules: Rules, state: Observed) -> Frozen:
     Returns:
       Rules for `jaxq.quantize_fn`: a pytree, so that they can be arguments of a jitted function.
     """
-    if isinstance(rules, Frozen):
-        rules = rules.rules
     return Frozen(as_rules("freeze", rules), state.finalize())

@@ -50,10 +50,9 @@ def plan(
       ValueError: as in `jaxq.quantize_fn`.
     """
     scales = rules.scales if isinstance(rules, Frozen) else {}
-    own = rules.rules if isinstance(rules, Frozen) else as_rules(owner, rules)
     traced = trace(owner, fn, argnums, args, kwargs)
     node, products = read(traced.jaxpr, traced.origins)
-    chosen = assign(owner, own, products)
+    chosen = assign(owner, as_rules(owner, rules), products)
     stored = {i: x for i, x in enumerate(traced.arrays) if isinstance(x, Quantized)}
     storing = owner == "quantize_weights"
     wanted = {}

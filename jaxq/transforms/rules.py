@@ -13,7 +13,7 @@ import jax
 from jaxq import dot_recipes
 from jaxq.blocks import PerTensor
 from jaxq.calibration import Calibrated
-from jaxq.contractions import Axes, Contraction, of_conv, of_dot, placed
+from jaxq.contractions import Axes, of_conv, of_dot, placed
 from jaxq.dot_recipes import DotRecipe, get_dot_recipe, is_stochastic
 from jaxq.formats import Format
 from jaxq.presets import get_quantizer
@@ -29,7 +29,6 @@ __all__ = [
     "as_rules",
     "assign",
     "axes_of",
-    "contraction_of",
     "naming",
     "on_axes",
     "unassigned",
@@ -43,8 +42,9 @@ class Rule:
     """What products with some weights, operations or scopes get. Frozen, hashable.
 
     Attributes:
-      weight: a regular expression, searched for anywhere in the path of the weight, the keys of its
-        leaf joined by slashes; None asks for no weight, and so also matches products of activations.
+      weight: a regular expression, searched for anywhere in the path of the weight, the keys of
+        its leaf joined by slashes; None asks for no weight, and so also matches products of
+        activations.
       recipe: of the product. A `DotRecipe` or a name in `jaxq.dot_recipes.ALL` says everything,
         the weight being its `rhs` wherever it stands in the product; else a `Quantizer`, a format,
         or a name of one, which quantizes the weight alone. None leaves the product as it is.
@@ -154,7 +154,7 @@ class Assigned:
 
     @property
     def draws(self) -> bool:
-        """Whether it needs a key."""
+        """Whether it draws from a key, forward or backward."""
         return self.output_draws or (self.recipe is not None and bool(self.recipe.draws))
 
     @property
@@ -162,7 +162,13 @@ class Assigned:
         """Whether the quantizer of the result needs a key."""
         return self.output is not None and is_stochastic(self.output)
 
-    def order(self, operands: Sequence[Any]) -> tuple[Any, ...]:
+    @property
+    def needs_key(self) -> bool:
+        """Whether it draws in the forward product already."""
+        forward = self.recipe is not None and bool(self.recipe.forward.draws)
+        return self.output_draws or forward
+
+    def order(self, operands: Sequence[Any]) -> Any:
         """Operands in the recipe's order, or back in the product's."""
         return tuple(reversed(operands)) if self.swapped else tuple(operands)
 
@@ -173,6 +179,8 @@ def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
     Raises:
       TypeError: something is neither a rule nor a pair.
     """
+    if isinstance(rules, Frozen):
+        return rules.rules
     if isinstance(rules, (str, Rule)):
         raise TypeError(f"{owner}: `rules` must be a sequence of rules, got {rules!r}.")
     found = []
@@ -180,7 +188,8 @@ def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
         if not isinstance(rule, Rule):
             if not isinstance(rule, tuple) or len(rule) != 2:
                 raise TypeError(
-                    f"{owner}: a rule must be a jaxq.Rule or a pair (pattern, recipe), got {rule!r}."
+                    f"{owner}: a rule must be a jaxq.Rule or a pair (pattern, recipe), got "
+                    f"{rule!r}."
                 )
             rule = Rule(*rule)
         found.append(rule)
@@ -191,8 +200,8 @@ def assign(owner: str, rules: Sequence[Rule], products: Sequence[Product]) -> li
     """What every product gets; None where no rule matches.
 
     Raises:
-      ValueError: a rule holds for no product; one weight is quantized in two ways; a recipe does not
-        fit its product.
+      ValueError: a rule holds for no product; one weight is quantized in two ways; a recipe does
+        not fit its product.
     """
     matches = [_first_match(rules, product) for product in products]
     used = {n for (n, _), p in zip(matches, products, strict=True) if not p.barred}
@@ -344,12 +353,7 @@ def axes_of(product: Product) -> tuple[Axes, ...]:
     """The axes of a product's operands by the part that they play."""
     if product.operation == LOOK_UP:
         return (table_axes(product),)
-    return contraction_of(product).axes
-
-
-def contraction_of(product: Product) -> Contraction:
-    """The labels of the axes of a matrix product or a convolution."""
     numbers = product.params["dimension_numbers"]
     if product.operation == "dot_general":
-        return of_dot(numbers, *(len(operand.shape) for operand in product.operands))
-    return of_conv(numbers)
+        return of_dot(numbers, *(len(operand.shape) for operand in product.operands)).axes
+    return of_conv(numbers).axes

@@ -62,6 +62,11 @@ class Extra(NamedTuple):
     key: jax.Array | None
     scales: Mapping[str, tuple[calibration.Calibrated | None, ...]]
 
+    def folded(self, number: Any) -> jax.Array:
+        """The key for a product, or a turn of a loop."""
+        assert self.key is not None, "checked before anything runs"
+        return jax.random.fold_in(self.key, number)
+
 
 def program(node: Node, chosen: Sequence[Assigned | None]) -> Program:
     """The program of a node by what its products were assigned."""
@@ -146,9 +151,8 @@ def _product(
     arrays = [_array(operand) for operand in operands]
     seen: States = {}
     key = of_output = None
-    if assigned.draws:
-        assert extra.key is not None, "checked"
-        key = jax.random.fold_in(extra.key, assigned.number)
+    if assigned.draws and extra.key is not None:
+        key = extra.folded(assigned.number)
         of_output = jax.random.fold_in(key, 0) if assigned.output_draws else None
         key = key if assigned.recipe is not None and assigned.recipe.draws else None
     with _naming(assigned), compat.within(eqn):
@@ -187,8 +191,9 @@ def _operation(eqn: Any, assigned: Assigned) -> Operation:
         ndims = (len(variable.aval.shape) for variable in eqn.invars)
         labels = of_dot(params["dimension_numbers"], *ndims)
         contraction = Contraction(*assigned.order((labels.lhs, labels.rhs)), labels.out)
-        codes: Any = DotOfCodes(contraction)
-        return Operation(name, assigned.order(names), function, contraction, codes)
+        return Operation(
+            name, assigned.order(names), function, contraction, DotOfCodes(contraction)
+        )
     labels = of_conv(params["dimension_numbers"])
     contraction = Contraction(*assigned.order((labels.lhs, labels.rhs)), labels.out)
     grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
@@ -245,11 +250,11 @@ def _scan(
     by_turn = {a.name for a in inside.all() if depth in a.stacked}
     scales = {name: s for name, s in extra.scales.items() if name not in by_turn}
     own = {name: s for name, s in extra.scales.items() if name in by_turn}
-    numbers = jnp.arange(params["length"]) if inside.draws else None
+    numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
 
     def turn(carry: list[Any], xs: Any) -> Any:
         number, rows, given = xs
-        key = None if number is None else jax.random.fold_in(extra.key, number)
+        key = None if number is None else extra.folded(number)
         results, seen = run(
             inside,
             Extra(key, {**scales, **given}),
@@ -323,7 +328,7 @@ def _while(
 
     def turn(state: Any) -> Any:
         number, carry, before = state
-        key = jax.random.fold_in(extra.key, number) if inside.draws else None
+        key = None if extra.key is None else extra.folded(number)
         arguments = [*of_turn, *carry]
         results, seen = run(inside, Extra(key, extra.scales), arguments, depth, observing)
         merged = {

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxq.calibrators import get_calibrator
 from jaxq.casting import floats, widen
 from jaxq.formats import Format
+from jaxq.meshes import automatic, fitting, spec_of
 from jaxq.presets import get_quantizer
 from jaxq.quantizers import check_plain_scales
 from jaxq.recipes import Quantizer
@@ -97,7 +99,22 @@ def update(state: Any, x: jax.typing.ArrayLike, recipe: "str | Format | Quantize
     return _update(state, x, recipe)
 
 
+def _of_state(mesh: Any, result: Any, state: Any, *others: Any) -> Any:
+    """The layout of an updated state on a mesh with explicit axes: that which it had."""
+    del mesh, result, others
+    return jax.tree.map(spec_of, state)
+
+
+def _of_blocks(mesh: Any, result: Any, state: Any, *others: Any) -> Any:
+    """The layout of what `finalize` gives: a state's, without the axes within blocks."""
+    del others
+    entries = tuple(spec_of(jax.tree.leaves(state)[0]))
+    spec = PartitionSpec(*entries[::2])
+    return jax.tree.map(lambda leaf: fitting(mesh, spec, leaf.shape), result)
+
+
 @functools.partial(jax.jit, static_argnames="recipe")
+@automatic(_of_state)
 def _update(state: Any, x: jax.Array, recipe: Quantizer) -> Any:
     calibrator, cut = get_calibrator(recipe.range), recipe.cut(x.shape)
     wide = cut.split(widen(lax.stop_gradient(x)))
@@ -153,6 +170,7 @@ def finalize(state: Any, recipe: "str | Format | Quantizer") -> Calibrated:
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
+@automatic(_of_blocks)
 def _finalize(state: Any, recipe: Quantizer) -> Calibrated:
     two_sided = recipe.zero_point is not None
     low, high = get_calibrator(recipe.range).finalize(state, recipe.element, two_sided)

@@ -15,6 +15,7 @@ from jaxq.codecs import code_dtype, codes_of, level_codes
 from jaxq.formats import CodebookFormat, FloatFormat, Format, TaperedFormat
 from jaxq.gradients import Gradient, get_gradient
 from jaxq.grids import BinaryGrid, Layout, Overflow, snap, where
+from jaxq.meshes import as_first, automatic
 from jaxq.rounding import ALL as ROUNDINGS
 from jaxq.rounding import Rounding, Stochastic, down, get_rounding, nearest_even, up
 from jaxq.tapered import encode_tapered, snap_tapered
@@ -141,6 +142,7 @@ def encode(
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "rounding", "overflow"))
+@automatic(as_first)
 def _cast(
     x: jax.Array,
     random: jax.Array | None,
@@ -166,6 +168,7 @@ def _cast(
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "rounding", "overflow"))
+@automatic(as_first)
 def _encode(
     x: jax.Array, random: jax.Array | None, fmt: Format, rounding: Rounding, overflow: Overflow
 ) -> jax.Array:
@@ -180,6 +183,7 @@ def _encode(
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
+@automatic(as_first)
 def _neighbours(
     x: jax.Array, grid: BinaryGrid | None, fmt: Format | BinaryGrid | None
 ) -> tuple[jax.Array, jax.Array]:

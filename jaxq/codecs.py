@@ -14,6 +14,7 @@ from jax import numpy as jnp
 from jaxq.catalog import get_format
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
 from jaxq.grids import BinaryGrid, Layout, extended_bits, is_narrow, where
+from jaxq.meshes import as_first, automatic
 from jaxq.tapered import decode_tapered
 
 __all__ = ["code_dtype", "codes_of", "decode", "pack", "unpack"]
@@ -132,6 +133,7 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
+@automatic(as_first)
 def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
     layout = Layout.of(dtype)
     if fmt.bits < 8 * codes.dtype.itemsize:

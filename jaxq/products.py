@@ -191,7 +191,10 @@ def _linear(
 
     if how.plain:
         return forward(moved, residual)
-    gradient = operation.gradient(of, jax.ShapeDtypeStruct(moved.shape, moved.dtype))
+    aval = jax.typeof(moved)
+    explicit = aval.sharding if aval.sharding.mesh.explicit_axes else None
+    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=explicit)
+    gradient = operation.gradient(of, like)
     _check_key(gradient.name, how, key)
     _Plan.of(how, gradient, out, residual)  # What does not fit is said in the forward pass.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from jaxq.blocks import Cut
 from jaxq.casting import as_dtype
 from jaxq.catalog import get_format
 from jaxq.codecs import decode, unpack
+from jaxq.meshes import automatic, fitting, spec_of
 from jaxq.recipes import Quantizer
 from jaxq.snapping import restored
 
@@ -152,7 +154,13 @@ class Quantized:
         return Quantized(*arrays, self.recipe, self.dtype, block, self.length)
 
 
+def _of_codes(mesh: Any, result: jax.Array, q: Quantized) -> Any:
+    """The layout of what `dequantize` gives on a mesh with explicit axes."""
+    return fitting(mesh, spec_of(q.codes), result.shape)
+
+
 @jax.jit
+@automatic(_of_codes)
 def dequantize(q: Quantized) -> jax.Array:
     """The tensor that a `Quantized` stands for.
 

@@ -7,11 +7,13 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxq.attaching import Scaling, Snap, attach, passed, wants_neighbours
 from jaxq.blocks import Cut
@@ -21,9 +23,11 @@ from jaxq.codecs import pack
 from jaxq.formats import Format
 from jaxq.gradients import get_gradient
 from jaxq.grids import where
+from jaxq.meshes import as_first, automatic, spec_of
 from jaxq.presets import get_quantizer
 from jaxq.quantized import WHOLE_BYTES, Quantized
 from jaxq.recipes import Quantizer
+from jaxq.sharding import quantized_sharding
 from jaxq.snapping import (
     Scales,
     codes,
@@ -169,6 +173,7 @@ def quantize(
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
+@automatic(as_first)
 def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer) -> jax.Array:
     estimator = get_gradient(recipe.gradient)
     snap, scaling = _snapped(x, given, key, recipe, wants_neighbours(estimator))
@@ -176,6 +181,7 @@ def _fake_quant(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quan
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
+@automatic(as_first)
 def _neighbours(x: jax.Array, given: _Given, recipe: Quantizer) -> tuple[jax.Array, jax.Array]:
     cut = recipe.cut(x.shape)
     snap, _ = _snapped(x, given, None, recipe, True)
@@ -238,7 +244,14 @@ def _scaling(
     return scaling if apart is None else scaling.constant_where(apart)
 
 
+def _of_parts(mesh: Any, result: Quantized, x: jax.Array, *others: Any) -> Any:
+    """The layout of what `quantize` gives on a mesh with explicit axes."""
+    del others
+    return quantized_sharding(result, NamedSharding(mesh, spec_of(x)))
+
+
 @functools.partial(jax.jit, static_argnames="recipe")
+@automatic(_of_parts)
 def _quantize(x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer) -> Quantized:
     cut, fmt, outliers = recipe.cut(x.shape), recipe.element, ()
     if recipe.outliers is not None:

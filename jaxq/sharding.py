@@ -6,6 +6,7 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxq.meshes import axes_of
 from jaxq.quantized import Quantized
 
 __all__ = ["quantized_sharding"]
@@ -43,7 +44,7 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
             f"quantized_sharding: a spec of at most {q.ndim} axes is needed, got {sharding.spec}."
         )
     names = names + (None,) * (q.ndim - len(names))
-    parts = [math.prod(mesh.shape[name] for name in _tuple(entry)) for entry in names]
+    parts = [math.prod(mesh.shape[name] for name in axes_of(entry)) for entry in names]
     bits = q.recipe.element.bits
     for axis, (n, count) in enumerate(zip(q.shape, parts, strict=True)):
         packed = axis == q.ndim - 1 and bits not in (8, 16)
@@ -69,10 +70,3 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
         zero_point=None if q.zero_point is None else NamedSharding(mesh, scale),  # type: ignore[arg-type]
         outliers=tuple(everywhere for _ in q.outliers),  # type: ignore[arg-type]
     )
-
-
-def _tuple(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that an entry of a spec names."""
-    if entry is None:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)

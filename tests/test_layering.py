@@ -10,6 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "jaxq"
 LAYERS = [
     "tables",
+    "meshes",
     "formats",
     "catalog",
     "rounding",
@@ -32,11 +33,11 @@ LAYERS = [
     "presets",
     "snapping",
     "quantized",
+    "sharding",
     "quantizers",
     "qat",
     "calibration",
     "gguf",
-    "sharding",
     "chains",
     "trees",
     "cotangents",

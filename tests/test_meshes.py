@@ -1,0 +1,70 @@
+"""Meshes with explicit axes, and the collectives that a compiled quantizer has."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxq
+from tests.oracle import assert_same
+
+X = np.random.default_rng(0).standard_normal((128, 256)).astype(np.float32)
+
+
+def sharded(x, spec: tuple, kind: AxisType = AxisType.Explicit) -> jax.Array:
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def collectives(function, x: jax.Array) -> list[tuple[str, str]]:
+    """Kind and result of every collective in a compiled function."""
+    text = jax.jit(function).lower(x).compile().as_text()
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    return re.findall(rf"= (\S+\[[\d,]*\])\S* ({kinds})(?:-start)?\(", text)
+
+
+@pytest.mark.parametrize("name", ["int8_tensor", "int4_g128", "nvfp4", "nf4_dq"])
+def test_explicit_axes(name: str):
+    x = sharded(X, ("a", "b"))
+    want = jaxq.fake_quant(X, name)
+    y = jax.jit(lambda x: jaxq.fake_quant(x, name))(x)
+    assert_same(y, want)
+    assert jax.typeof(y).sharding.spec == PartitionSpec("a", "b")
+    q = jaxq.quantize(x, name)
+    assert jax.typeof(q.codes).sharding.spec == PartitionSpec("a", "b")
+    assert_same(q.dequantize(), want)
+
+
+@pytest.mark.parametrize("name", ["dynamic8", "float8_e8m0fnu"])
+def test_explicit_casts_and_codes(name: str):
+    x = sharded(X, ("a", None))
+    assert_same(jax.jit(lambda x: jaxq.cast(x, name))(x), jaxq.cast(X, name))
+    assert_same(jaxq.decode(jaxq.encode(x, name), name), jaxq.cast(X, name))
+
+
+@pytest.mark.parametrize("recipe", ["mxfp8", "fp8"])
+def test_explicit_products(recipe: str):
+    x, w = sharded(X, ("a", None)), sharded(X.T, (None, "b"))
+
+    def both(x, w, **more):
+        def dot(x, w):
+            return jaxq.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=recipe, **more)
+
+        y, pull = jax.vjp(dot, x, w)
+        return pull(jnp.ones_like(y))
+
+    with jax.set_mesh(x.sharding.mesh):
+        got = both(x, w, out_sharding=PartitionSpec("a", "b"))
+    # Two orders of 128 terms, each at most the largest magnitude and half a step of its grid.
+    bound = 128 * 2.0**-23 * 128 * np.abs(X).max() * (1 + 2.0**-4)
+    for a, b in zip(got, both(jnp.asarray(X), jnp.asarray(X.T)), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() <= bound
+
+
+@pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp4", "int4_g128"])
+def test_blocks_need_no_collective(name: str):
+    x = sharded(X, ("a", "b"), AxisType.Auto)
+    assert not collectives(lambda x: jaxq.fake_quant(x, name), x)

@@ -24,6 +24,7 @@ from jaxq.catalog import get_format
 from jaxq.chains import chain_table
 from jaxq.formats import Format
 from jaxq.hadamard import Hadamard
+from jaxq.histograms import Percentile
 from jaxq.outliers import Outliers
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Quantizer
@@ -84,6 +85,8 @@ def outliers(
       >>> [text.get_text() for text in figure.axes[1].get_yticklabels()][:2]
       ['without outliers', 'with outliers']
     """
+    from matplotlib.patches import Patch
+
     data, element = array("outliers", x, ndim=1), get_format(fmt)
     spoiled, places = _spoil(data, count, magnitude, seed)
     others = np.ones(data.size, bool)
@@ -111,8 +114,10 @@ def outliers(
         part = compare(source.ravel()[others], result.ravel()[others])
         parts.append(float(part.mse) ** 0.5 / unit)
         wholes.append(float(compare(source, result).mse) ** 0.5 / unit)
-    right.barh(rows, parts, color=colours, height=0.62, alpha=0.75, label="ordinary numbers")
-    right.plot(wholes, rows, "D", color="#000000", markersize=4.5, label="all numbers")
+    right.barh(rows, parts, color=colours, height=0.62, alpha=0.75)
+    right.plot(wholes, rows, "D", color="#000000", markersize=4.5, label="error of all numbers")
+    bar = Patch(color=BLUE, alpha=0.75, linewidth=0, label="of the ordinary numbers")
+    diamond = right.get_lines()[0]
     right.set_yticks(rows, [r.name for r in found])
     right.invert_yaxis()
     right.set_xlim(0, 1.06 * max(*parts, *wholes))
@@ -122,7 +127,7 @@ def outliers(
         right.text(1.09, row, f"{remedy.bits:.2f}", transform=beside, va="center", ha="right")
     right.text(1.09, -0.9, "bits", transform=beside, ha="right", va="bottom", color=GREY)
     right.set_xlabel("root mean squared error, in standard deviations")
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    right.legend(handles=[bar, diamond], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 
@@ -154,12 +159,13 @@ def _remedies(data: np.ndarray, spoiled: np.ndarray, element: Format, count: int
             f"outliers: the last axis must be a multiple of 32, got the shape {data.shape}."
         )
     plain = Quantizer(element)
+    share = Percentile(100 * (1 - 1.2 * count / data.size))  # So that it leaves all of them out.
     recipes = {
         "with outliers": plain,
         "a scale a channel": dataclasses.replace(plain, granularity=PerChannel((-1,))),
         "blocks of 32": dataclasses.replace(plain, granularity=PerBlock(32)),
         "kept apart in float16": dataclasses.replace(plain, outliers=Outliers(count / data.size)),
-        "clipped, percentile": dataclasses.replace(plain, range="percentile"),
+        "clipped, percentile": dataclasses.replace(plain, range=share),
         "clipped, least MSE": dataclasses.replace(plain, range="mse"),
     }
     found = [
@@ -245,9 +251,9 @@ def chain_errors(
         axes.annotate(
             text,
             (place, max(value, floor)),
-            (0, 7),
+            (-5, 5),
             textcoords="offset points",
-            ha="center",
+            ha="right",
             fontsize=8.5,
             color=ORANGE,
         )

@@ -130,7 +130,7 @@ def bit_layouts(
 
     chosen = [get_format(spec) for spec in listed("bit_layouts", "formats", formats)]
     widest = max(fmt.bits for fmt in chosen)
-    figure = new(4.4 + 0.21 * max(widest, 12), 0.62 * len(chosen) + 0.7, size, title)
+    figure = new(3.8 + 0.21 * max(widest, 12), 0.62 * len(chosen) + 0.7, size, title)
     axes = blank(figure.add_subplot())
     seen: dict[str, None] = {}
     for row, fmt in enumerate(chosen):
@@ -152,7 +152,7 @@ def bit_layouts(
                 )
             left += bits
         axes.text(fmt.bits + 0.6, row, _notes(fmt), va="center", fontsize=8, color=GREY)
-    axes.set_xlim(-0.2, max(widest, 12) + 14)
+    axes.set_xlim(-0.2, max(widest, 12) + 11)
     axes.set_ylim(len(chosen) - 0.45, -0.6)
     axes.set_yticks(range(len(chosen)), [fmt.name for fmt in chosen])
     axes.set_xticks([])

@@ -80,6 +80,18 @@ def sqnr_by_bits(
         ("absmax integers, theory", [r.expected_db for r in measured], BLUE, "-", ""),
         ("absmax integers, measured", [r.measured_db for r in measured], ORANGE, "", "o"),
     )
+    expected, deviation = (
+        np.array([getattr(r, name) for r in measured]) for name in ("expected_db", "deviation_db")
+    )
+    axes.fill_between(
+        widths,
+        expected - 2 * deviation,
+        expected + 2 * deviation,
+        color=BLUE,
+        alpha=0.18,
+        linewidth=0,
+        label="its spread: two standard deviations",
+    )
     for name, db, colour, dash, marker in lines:
         axes.plot(widths, db, color=colour, linestyle=dash, marker=marker, label=name)
     line = [20 * np.log10(2) * b for b in widths]
@@ -170,7 +182,10 @@ def compression(
         note = "Blocks do not fit: " + ", ".join(missing)
         figure.supxlabel(note, fontsize=7.5, color=GREY, wrap=True)
     colours = [ORANGE if i in front else BLUE for i in range(len(chosen))]
-    annotate(axes, points, [label(spec) for spec in chosen], colours=colours)
+    steps = np.repeat(points[front], 2, axis=0)[:-1]
+    steps[1::2, 0] = points[front][1:, 0]
+    names = [label(spec) for spec in chosen]
+    annotate(axes, points, names, colours=colours, line=steps)
     return figure
 
 

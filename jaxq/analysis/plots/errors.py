@@ -77,7 +77,7 @@ def outliers(
     Raises:
       TypeError: another dtype.
       ValueError: numbers that are not finite, all equal, or a last axis that 32 does not divide; a
-        count that leaves no others.
+        count that is no small part.
 
     Example:
       >>> x = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
@@ -136,10 +136,10 @@ def _spoil(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tensor with outliers, and where they are in the flattened one."""
     number = max(1, data.size // 1000) if count is None else count
-    if not 0 < number < data.size:
+    if not 0 < number <= data.size // 4:
         raise ValueError(
-            f"outliers: `count` must be 1 to {data.size - 1}, as x has {data.size} numbers, got "
-            f"{number}."
+            f"outliers: `count` must be at least 1 and at most a quarter of x's {data.size} "
+            f"numbers, got {number}."
         )
     deviation = np.std(data)
     if deviation == 0:

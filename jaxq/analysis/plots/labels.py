@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["annotate", "heads", "place"]
 
+_SWEEPS = 3  # The first places labels, the others move them when all are there.
 _ANGLES = (0.25, 0.0, -0.25, 1.0, 0.75, -0.75, 0.5, -0.5, 0.125, -0.125, 0.875, -0.875)
 
 
@@ -56,21 +57,22 @@ def place(
     if line is not None:
         beads = _beads(np.asarray(line, float))
         marks = np.concatenate([marks, np.concatenate([beads - 2, beads + 2], axis=1)])
-    taken = np.zeros((0, 4)) if obstacles is None else np.asarray(obstacles, float).reshape(-1, 4)
-    centres = np.zeros((n, 2))
+    fixed = np.zeros((0, 4)) if obstacles is None else np.asarray(obstacles, float).reshape(-1, 4)
+    left, bottom, right, top = bounds
     distance = np.hypot(*(points[:, None] - points[None]).transpose(2, 0, 1))
     crowd = (distance < 120).sum(1)
-    for i in sorted(range(n), key=lambda i: (-crowd[i], *points[i])):
+    order = sorted(range(n), key=lambda i: (-crowd[i], *points[i]))
+    centres, taken = np.zeros((n, 2)), np.full((n, 4), np.inf)  # Nothing reaches into these.
+    for i in order * _SWEEPS:
         tried = _candidates(points[i], sizes[i], radius)
         boxes = np.concatenate([tried - sizes[i] / 2 - 1, tried + sizes[i] / 2 + 1], axis=1)
-        left, bottom, right, top = bounds
         outside = np.maximum(0, left - boxes[:, 0]) + np.maximum(0, boxes[:, 2] - right)
         outside += np.maximum(0, bottom - boxes[:, 1]) + np.maximum(0, boxes[:, 3] - top)
-        cost = 1000 * outside + 40 * _shared(boxes, taken) + 3 * _shared(boxes, marks)
+        others = np.concatenate([fixed, np.delete(taken, i, axis=0)])
+        cost = 1000 * outside + 40 * _shared(boxes, others) + 3 * _shared(boxes, marks)
         cost += 0.02 * np.hypot(*(tried - points[i]).T) ** 2
         best = int(np.argmin(cost))
-        centres[i] = tried[best]
-        taken = np.concatenate([taken, boxes[best : best + 1]])
+        centres[i], taken[i] = tried[best], boxes[best]
     return centres
 
 
@@ -183,7 +185,7 @@ def _size(note: "Annotation") -> tuple[float, float]:
 
 
 def heads(
-    axes: "Axes", places: Sequence[float], names: Sequence[str], *, colour: str, gap: float = 13
+    axes: "Axes", places: Sequence[float], names: Sequence[str], *, colour: str, gap: float = 18
 ) -> "list[Text]":
     """Names above axes, slanted, each joined to its place on the axis below.
 

@@ -194,7 +194,7 @@ def memory_by_size(
         axes.text(1.01, gib, name, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
     for count in counts:
         axes.axvline(count, color=SKY, linewidth=0.7, zorder=0)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     order = np.argsort(counts, kind="stable")
     heads(axes, counts[order].tolist(), [records[i].name for i in order], colour=BLUE)
     return figure

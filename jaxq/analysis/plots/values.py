@@ -69,7 +69,7 @@ def number_line(
         rows.append(values)
         nonzero = np.abs(values[values != 0])
         least = min(least, float(nonzero.min()))
-        width = 1.3 if len(values) < 300 else 0.6
+        width = 1.4 if len(values) < 40 else 0.8
         styles = ((~small, BLUE, 0.62), (small, ORANGE, 0.36))
         for which, colour, length in styles:
             if which.any():

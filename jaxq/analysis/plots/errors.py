@@ -248,15 +248,11 @@ def chain_errors(
     axes.set_ylim(floor, max(positive, default=1.0) * 6)
     for place, row, value in zip(places, rows, total, strict=True):
         text = "exact" if row.mse == 0 else f"{row.sqnr_db:.1f} dB"
-        axes.annotate(
-            text,
-            (place, max(value, floor)),
-            (-5, 5),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8.5,
-            color=ORANGE,
-        )
+        shown, beside = max(value, floor), (-5, 5)
+        if not np.isfinite(value):
+            text, shown, beside = "not finite", floor, (20, 5)
+        note = {"textcoords": "offset points", "ha": "right", "fontsize": 8.5, "color": ORANGE}
+        axes.annotate(text, (place, shown), beside, **note)
         if row.added_mse == 0 and row.mse:
             axes.annotate(
                 "adds nothing",

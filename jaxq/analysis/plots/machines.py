@@ -82,6 +82,7 @@ def memory(
         ("kv_gib", f"cache of {context * batch:,} tokens", ORANGE, "///"),
         ("overhead_gib", "overhead", LIGHT, "..."),
     )
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     for axes, model in zip(grid.flat, chosen, strict=False):
         frame(axes, grid="x")
         table = memory_table(model, specs, context=context, batch=batch).rows
@@ -94,7 +95,9 @@ def memory(
             left += width
         reach = float(left.max()) * 1.13
         for place, total in zip(places, left, strict=True):
-            axes.text(total + 0.01 * reach, place, f"{total:.3g}", va="center", fontsize=8)
+            axes.text(
+                total + 0.01 * reach, place, f"{total:.3g}", va="center", fontsize=8, bbox=clear
+            )
         axes.set_yticks(places, [row.recipe for row in table])
         axes.invert_yaxis()
         axes.set_xlim(0, reach)
@@ -241,7 +244,7 @@ def fits(
     chosen, specs, places = (listed("fits", name, items) for name, items in arguments)
     table = fits_table(chosen, specs, places, context=context, batch=batch).rows
     columns, rows = len(places), len(chosen) * len(specs)
-    figure = new(3.2 + 0.72 * columns, 1.6 + 0.27 * rows, size, title)
+    figure = new(max(6.0, 3.2 + 0.72 * columns), 1.6 + 0.27 * rows, size, title)
     axes = blank_table(figure)
     for i, cell in enumerate(table):
         row, column = divmod(i, columns)
@@ -273,8 +276,9 @@ def fits(
     for label in axes.get_xticklabels():
         label.set_horizontalalignment("left")
         label.set_rotation_mode("anchor")
-    # Left of the recipes' names, in shares of the table's width.
-    beside = axes.secondary_yaxis(-(0.25 + 0.075 * max(map(len, names))) / (0.72 * columns))
+    beside = axes.secondary_yaxis("left")
+    # Left of the recipes' names, in points.
+    beside.spines["left"].set_position(("outward", 8 + 5.2 * max(map(len, names))))
     middles = (np.arange(len(chosen)) + 0.5) * len(specs)
     beside.set_yticks(middles, [table[i * columns * len(specs)].model for i in range(len(chosen))])
     beside.spines[:].set_visible(False)

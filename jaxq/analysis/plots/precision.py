@@ -181,7 +181,7 @@ def relative_error(
             f"{limits}."
         )
     # As many bins an octave as are seen; bins that cut octaves unevenly would look like noise.
-    fine = max(1, int(400 / math.log2(high / low)))
+    fine = min(4, max(1, int(400 / math.log2(high / low))))
     first, last = (round(math.log2(end) * fine) for end in (low, high))
     edges = np.arange(first, last + 1) / fine
     share = np.random.default_rng(0).random((len(edges) - 1, 200))
@@ -190,7 +190,7 @@ def relative_error(
     middle = np.exp2((edges[:-1] + edges[1:]) / 2)
     figure = new(10, 5, size, title)
     axes = frame(figure.add_subplot())
-    finest = min(2.0 ** -significant_bits(fmt) for fmt in chosen)
+    worst_of_all, finest = 1.0, min(2.0 ** -significant_bits(fmt) for fmt in chosen)
     axes.axhline(1, color=GREY, linewidth=0.8)
     for i, fmt in enumerate(chosen):
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
@@ -199,6 +199,7 @@ def relative_error(
         worst = np.max(np.where(np.isfinite(error) & (x <= fmt.max), error, 0), axis=1)
         worst = np.where((x <= fmt.max).all(1), worst, np.nan)
         worst = np.where(worst > finest / 16, worst, np.nan)
+        worst_of_all = float(np.nanmax(worst, initial=worst_of_all))
         axes.plot(middle, worst, color=colour, linestyle=dash, linewidth=1.4, label=fmt.name)
         top = fmt.max
         if low <= top <= high:
@@ -211,9 +212,9 @@ def relative_error(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xlim(low, high * (high / low) ** 0.01)
-    axes.set_ylim(finest / 4, 6)
+    axes.set_ylim(finest / 4, 4 * worst_of_all)
     _powers(axes.xaxis, math.log2(low), math.log2(high), 12)
-    _powers(axes.yaxis, math.log2(finest / 4), 1, 9)
+    _powers(axes.yaxis, math.log2(finest / 4), math.log2(worst_of_all), 9)
     axes.set_xlabel("magnitude")
     axes.set_ylabel("relative error of rounding")
     _legend(axes, chosen)

@@ -105,15 +105,20 @@ def number_line(
 
 def _logarithmic(axes: "Axes", least: float, ends: tuple[float, float]) -> None:
     """Powers of two to both sides of 0, with ticks at some of them."""
-    options: dict[str, Any] = {"base": 2, "linthresh": least, "linscale": 1.0}
-    axes.set_xscale("symlog", **options)
     low = int(np.floor(np.log2(least)))
     high = int(np.ceil(np.log2(max(abs(end) for end in ends))))
-    sides = sum((ends[0] < 0, ends[1] > 0))
-    step = max(1, round((high - low) * sides / 16))
-    powers = np.exp2(np.arange(low, high + 1)[::step])
-    ticks = [0.0]
+    sides = (ends[0] < 0) + (ends[1] > 0)
+    most = 14 if max(high, -low) < 100 else 7  # Long exponents are wide.
+    step = max(1, -(-(high - low) * sides // most))
+    # 0 stands half a step beyond the least magnitude, and its label needs the room.
+    options: dict[str, Any] = {"base": 2, "linthresh": least, "linscale": max(1, step / 2)}
+    axes.set_xscale("symlog", **options)
+    powers = [
+        2.0**k for k in range(-(-low // step) * step, high + 1, step) if 2 * (k - low) >= step
+    ]
+    ticks = [0.0] if ends[0] <= 0 else []
     ticks += [p for p in powers if p <= ends[1]] + [-p for p in powers if -p >= ends[0]]
     axes.set_xticks(sorted(ticks), [power(t) for t in sorted(ticks)])
     axes.minorticks_off()
-    axes.set_xlim(ends[0] * 1.2 if ends[0] < 0 else ends[0], ends[1] * 1.2)
+    left = ends[0] * 1.2 if ends[0] < 0 else (ends[0] / 1.2 or -least / 2)
+    axes.set_xlim(left, ends[1] * 1.2)

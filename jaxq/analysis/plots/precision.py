@@ -49,13 +49,13 @@ def significant_bits(fmt: Format) -> float:
 
     Example:
       >>> significant_bits(get_format("bfloat16")), significant_bits(get_format("nf4"))
-      (8.0, 2.3...)
+      (8.0, 2.2...)
     """
     if isinstance(fmt, FloatFormat):
         return fmt.mantissa_bits + 1.0
-    values = np.unique(np.abs(fmt.values))
-    values = values[values > 0]
-    return float(np.log2(1 + np.max(values[:-1] / np.diff(values), initial=0)))
+    sides = (values[values > 0] for values in (fmt.values, -fmt.values[::-1]))
+    ratios = [np.max(side[:-1] / np.diff(side), initial=0) for side in sides]
+    return float(np.log2(1 + max(ratios)))
 
 
 @picture

@@ -61,7 +61,7 @@ def sqnr_by_bits(
       ValueError: an unknown distribution, or bits out of range.
 
     Example:
-      >>> figure = sqnr_by_bits([3, 4], shape=(64,))
+      >>> figure = sqnr_by_bits([4], shape=(64,))
       >>> figure.axes[0].get_ylabel()
       'SQNR, dB'
     """

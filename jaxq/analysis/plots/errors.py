@@ -240,10 +240,17 @@ def chain_errors(
     axes = frame(figure.add_subplot(), grid="y")
     positive = [v for v in (*total, *added) if 0 < v < np.inf]
     floor = min(positive, default=1e-6) / 4
+    # What is 0 stands on the axis; what is not finite is no point and no bar.
+    line, bars = (np.where(np.isfinite(v), np.maximum(v, floor), np.nan) for v in (total, added))
     axes.bar(
-        places, np.maximum(added, floor), 0.5, color=BLUE, alpha=0.55, label="added by the step"
+        places,
+        np.nan_to_num(bars, nan=floor),
+        0.5,
+        color=BLUE,
+        alpha=0.55,
+        label="added by the step",
     )
-    axes.plot(places, np.maximum(total, floor), "D-", color=ORANGE, label="since the beginning")
+    axes.plot(places, line, "D-", color=ORANGE, label="since the beginning")
     axes.set_yscale("log")
     axes.set_ylim(floor, max(positive, default=1.0) * 6)
     for place, row, value in zip(places, rows, total, strict=True):

@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify bench clean
+.PHONY: help demo test verify bench pictures clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench: $(READY)  ## speed beside a plain pass and beside other libraries
 	@$(BIN)/python benchmarks/casts.py
 	@$(BIN)/python benchmarks/quantizers.py
 	@$(BIN)/python benchmarks/dots.py
+
+pictures: $(READY)  ## draws the gallery of docs/pictures.md anew
+	@$(BIN)/python tools/pictures.py
 
 clean:  ## removes the environments and caches
 	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis

@@ -152,22 +152,20 @@ def opened(path: str | pathlib.Path) -> Iterator[TensorFile]:
         file = path.open("rb")
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}.") from error
-    with file:
+    with contextlib.ExitStack() as stack:
+        source: IO[bytes] | zipfile.ZipFile = stack.enter_context(file)
         size = path.stat().st_size
         try:
             if kind == ".npz":
-                with _archive(file) as archive:
-                    yield TensorFile(path, _members(archive), archive)
-                return
-            if kind == ".npy":
+                source = stack.enter_context(_archive(file))
+                entries = _members(source)
+            elif kind == ".npy":
                 entries = (read_npy_header(file, size, path.stem),)
             else:
                 entries = tuple(read_header(file, size))
         except FileError as error:
-            if str(error).startswith(str(path)):
-                raise
             raise FileError(f"{path}: {error}") from error
-        yield TensorFile(path, entries, file)
+        yield TensorFile(path, entries, source)
 
 
 def _archive(file: IO[bytes]) -> zipfile.ZipFile:

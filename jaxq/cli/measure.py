@@ -137,21 +137,38 @@ def measure(x: np.ndarray, entry: Entry, recipe: str) -> Row:
       recipe: a preset's name, or a format's, which is a cast without a scale.
     """
     kind, note = meaning(recipe), _unfit(x)
-    errors, taken = None, entry.nbytes
-    if not note:
-        try:
-            taken = _bytes(x.shape, kind)
-            errors = jax.device_get(_measured(x, kind))
-        except ValueError as error:  # Blocks that do not divide, axes that are not there.
-            note = one_line(error)
-    known = (
-        (math.nan,) * 4
-        if errors is None
-        else [float(v) for v in (errors.sqnr_db, errors.mse, errors.max_error, errors.power)]
+    if note:
+        return _row(entry, recipe, note)
+    try:
+        taken = _bytes(x.shape, kind)
+        errors = jax.device_get(_measured(x, kind))
+    except ValueError as error:  # Blocks that do not divide, axes that are not there.
+        return _row(entry, recipe, one_line(error))
+    return _row(entry, recipe, "", taken, errors)
+
+
+def _row(
+    entry: Entry,
+    recipe: str,
+    note: str,
+    taken: int | None = None,
+    errors: Comparison | None = None,
+) -> Row:
+    """A row of numbers, or of a note only."""
+    names = ("sqnr_db", "mse", "max_error", "power")
+    numbers = {n: math.nan if errors is None else float(getattr(errors, n)) for n in names}
+    taken = entry.nbytes if taken is None else taken
+    return Row(
+        tensor=entry.name,
+        shape="x".join(map(str, entry.shape)) or "scalar",
+        dtype=entry.dtype,
+        recipe=recipe,
+        **numbers,
+        elements=entry.size,
+        bytes=taken,
+        bits=8 * taken / entry.size if entry.size else math.nan,
+        note=note,
     )
-    shape = "x".join(map(str, entry.shape)) or "scalar"
-    bits = 8 * taken / x.size if x.size else math.nan
-    return Row(entry.name, shape, entry.dtype, recipe, *known, x.size, taken, bits, note)
 
 
 def _unfit(x: np.ndarray) -> str:
@@ -171,23 +188,8 @@ def rows_of(
     """The rows of each tensor in turn, a recipe each."""
     for entry in entries:
         if len(entry.shape) < least_axes:
-            note = f"kept: fewer than {least_axes} axes"
-            shape = "x".join(map(str, entry.shape)) or "scalar"
-            bits = 8 * entry.nbytes / entry.size if entry.size else math.nan
-            yield [
-                Row(
-                    entry.name,
-                    shape,
-                    entry.dtype,
-                    recipe,
-                    *(math.nan,) * 4,
-                    entry.size,
-                    entry.nbytes,
-                    bits,
-                    note,
-                )
-                for recipe in recipes
-            ]
+            note = f"fewer than {least_axes} axes"
+            yield [_row(entry, recipe, note) for recipe in recipes]
             continue
         x = file.read(entry)
         yield [measure(x, entry, recipe) for recipe in recipes]

@@ -6,7 +6,7 @@ To add a command: a function here that adds its parser, listed in `_COMMANDS`, a
 import argparse
 import importlib.metadata
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from jaxq import catalog, presets, rounding
@@ -44,7 +44,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _option(parser: argparse.ArgumentParser, *names: str, words: Sequence[str] = (), **kw: Any):
+def _option(parser: argparse.ArgumentParser, *names: str, words: Iterable[str] = (), **kw: Any):
     """An option, with the words that completion offers for its value."""
     action = parser.add_argument(*names, **kw)
     action.words = list(words)  # pyright: ignore[reportAttributeAccessIssue]
@@ -61,7 +61,7 @@ def build() -> argparse.ArgumentParser:
     )
     version = importlib.metadata.version("jaxq")
     parser.add_argument("--version", action="version", version=f"jaxq {version}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "--debug", action="store_true", help="show where an error comes from: a traceback"
     )

@@ -21,6 +21,7 @@ from jaxq import analysis, catalog
 from jaxq.cli import compare as comparing
 from jaxq.cli import main, measure, output
 from jaxq.cli.formats import fields
+from tools import cli_document
 
 RECIPES = "int8_token,int4_g32,bfloat16"
 BAD_NAME = "<b>[red]\x1b[31m\n\u2028"
@@ -305,7 +306,7 @@ def test_show_of_options(capsys):
     _, out, _ = run(capsys, "show", "1e30", "--in", "float8_e5m2", "--overflow", "saturate")
     assert "value    57344" in out
     _, out, _ = run(capsys, "show", "--bits", "0b0111_1111", "127", "--in", "float8_e4m3fn")
-    assert out.count("value    -") == 2
+    assert out.count("value    nan") == 2
 
 
 def test_memory(capsys):
@@ -372,3 +373,43 @@ def test_rich_tables(monkeypatch, capsys):
     assert out.count("n") >= 200
     assert "1.5" in out
     assert "…" not in out
+
+
+def test_the_page_shows_what_commands_print():
+    shown = cli_document.blocks(cli_document.PAGE.read_text())
+    cheap = [pair for pair in shown if not cli_document.needs_a_file(pair[0])]
+    assert len(cheap) >= 6
+    for arguments, out in cheap:
+        assert cli_document.output_of(arguments) == out
+    assert all(out for arguments, out in shown if " -o " not in arguments)
+
+
+def test_the_page_knows_every_command(capsys):
+    text = cli_document.PAGE.read_text()
+    _, out, _ = run(capsys, "--help")
+    for name in re.findall(r"^    (\w+)  ", out, re.MULTILINE):
+        assert f"jaxq {name}" in text
+
+
+def test_a_broken_file_reads_as_the_page_says(capsys, tmp_path: pathlib.Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("broken.safetensors").write_bytes((1000).to_bytes(8, "little") + b"{}")
+    _, _, err = run(capsys, "compare", "broken.safetensors")
+    assert err in cli_document.PAGE.read_text()
+
+
+def test_pictures(capsys, tmp_path: pathlib.Path):
+    pytest.importorskip("matplotlib")
+    plots = pytest.importorskip("jaxq.analysis.plots")
+    code, out, _ = run(capsys, "plot")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(plots.ALL)
+    path = tmp_path / "a.svg"
+    arguments = ("plot", "number_line", "--formats", "int4,float4_e2m1fn")
+    assert run(capsys, *arguments, "-o", str(path))[0] == 0
+    assert b"<svg" in path.read_bytes()
+    for wrong in (("--recipes", "nf4"), ("--file", "a.npy")):
+        code, _, err = run(capsys, *arguments, *wrong, "-o", str(path))
+        assert (code, err.count("\n")) == (2, 1)
+    assert run(capsys, *arguments)[0] == 2
+    assert run(capsys, *arguments, "-o", "a.gif")[0] == 2

@@ -122,7 +122,7 @@ _ZLIB = _zlib_errors()
 
 def _fill(file: IO[bytes], data: np.ndarray) -> bool:
     """Reads as many bytes as an array has, in pieces; whether there were as many."""
-    view, done = memoryview(data), 0
+    view, done = data.data, 0
     while done < len(view):
         got = file.readinto(view[done : done + 2**24])  # pyright: ignore[reportAttributeAccessIssue]
         if not got:

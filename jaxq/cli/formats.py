@@ -196,7 +196,7 @@ def _print(row: dict[str, Any]) -> None:
         ("bits", " ".join(part["bits"] for part in row["fields"])),
         ("", " | ".join(f"{part['field']} {len(part['bits'])}" for part in row["fields"])),
         ("code", row["code"]),
-        ("value", number(row["value"], 12)),
+        ("value", f"{row['value']:.12g}"),
         ("below", number(row["below"], 12)),
         ("above", number(row["above"], 12)),
         ("ulp", number(row["ulp"], 12)),

@@ -99,11 +99,11 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in result if names.count(name) > 1)
-        _refuse(f"its header has {twice!r} twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            _refuse(f"its header has {name!r} twice")
+        result[name] = value
     return result
 
 

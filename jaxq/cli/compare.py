@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -121,17 +120,17 @@ def _some(names: Sequence[str]) -> str:
 @contextlib.contextmanager
 def _progress(count: int) -> Iterator[Callable[[str], None]]:
     """A function to call after each tensor; a bar if there is a terminal to draw it on."""
-    if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from rich.console import Console
-            from rich.markup import escape
-            from rich.progress import Progress
-
-            with Progress(console=Console(stderr=True), transient=True) as bar:
-                task = bar.add_task("comparing", total=count)
-                yield lambda name: bar.update(task, advance=1, description=escape(safe(name)))
-            return
-    yield lambda _: None
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda _: None
+        return
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("comparing", total=count)
+        yield lambda name: bar.update(task, advance=1, description=escape(safe(name)))
 
 
 def _pictures(file: TensorFile, rows: Sequence[Row]) -> list[tuple[str, bytes]]:

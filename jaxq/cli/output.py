@@ -56,7 +56,7 @@ def number(value: object, digits: int = 6) -> str:
 def print_table(
     rows: Sequence[Mapping[str, Any]], title: str = "", left: Sequence[str] = ()
 ) -> None:
-    """Prints records: with rich on a terminal, else as aligned text of its full width.
+    """Prints records: with rich on a terminal that is wide enough, else as aligned text.
 
     Args:
       rows: records with the same keys, which are the heads.
@@ -68,9 +68,9 @@ def print_table(
     heads = list(rows[0])
     cells = [[number(row[head]) for head in heads] for row in rows]
     to_left = [i == 0 or head in left for i, head in enumerate(heads)]
-    if sys.stdout.isatty() and _rich_table(title, heads, cells, to_left):
-        return
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    if sys.stdout.isatty() and _rich_table(title, heads, cells, to_left, widths):
+        return
     if title:
         print(title)
     for line in (heads, *cells):
@@ -78,20 +78,25 @@ def print_table(
         print("  ".join(t.ljust(w) if to else t.rjust(w) for t, w, to in texts).rstrip())
 
 
-def _rich_table(title: str, heads: list[str], cells: list[list[str]], to_left: list[bool]) -> bool:
-    """Whether rich is there, and then the table is printed."""
+def _rich_table(
+    title: str, heads: list[str], cells: list[list[str]], to_left: list[bool], widths: list[int]
+) -> bool:
+    """Whether rich is there and has the room, and then the table is printed."""
     try:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:  # Plain text says the same.
         return False
+    console = Console()
+    if sum(widths) + 3 * len(widths) + 1 > console.width:  # It would cut columns down to nothing.
+        return False
     table = Table(title=title or None, title_justify="left")
     for head, to in zip(heads, to_left, strict=True):
-        table.add_column(head, justify="left" if to else "right", overflow="fold", no_wrap=not to)
+        table.add_column(head, justify="left" if to else "right", no_wrap=True)
     for line in cells:
         table.add_row(*map(Text, line))  # Text: names are no markup.
-    Console().print(table)
+    console.print(table)
     return True
 
 

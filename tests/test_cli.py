@@ -135,7 +135,11 @@ def test_tables_and_csv(capsys, checkpoint: pathlib.Path):
     assert "\x1b" not in out
     assert "not compared: ids: dtype I64" in out
     assert "kept by int4_g32: narrow: PerBlock" in out
+    narrow = ("--include", "narrow", "--recipes", "int8_token,int4_g32")
+    _, out, _ = run(capsys, "compare", str(checkpoint), *narrow)
+    assert re.search(r"int4_g32 +0 +1 +- +- +8448 +1.00 +-", out)
     code, out, _ = run(capsys, "compare", str(checkpoint), "--recipes", RECIPES, "--worst", "1")
+    assert "nan" not in out
     first = out.split("\n\n")[0].splitlines()
     assert [line.split()[0] for line in first[2:]] == RECIPES.split(",")
     code, out, _ = run(capsys, "compare", str(checkpoint), "--recipes", RECIPES, "--csv")

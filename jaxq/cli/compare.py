@@ -11,7 +11,16 @@ from typing import Any
 from jaxq.analysis.specs import meaning
 from jaxq.cli.files import TensorFile, opened
 from jaxq.cli.measure import DEFAULT, Row, Selection, Total, rows_of, totals
-from jaxq.cli.output import UsageError, atomic, bad_input, print_csv, print_json, print_table, safe
+from jaxq.cli.output import (
+    UsageError,
+    atomic,
+    bad_input,
+    number,
+    print_csv,
+    print_json,
+    print_table,
+    safe,
+)
 from jaxq.cli.report import html
 
 __all__ = ["run"]
@@ -62,8 +71,8 @@ def _print(
         for row in rows:
             line = table.setdefault(row.tensor, {"tensor": row.tensor, "shape": row.shape})
             line[row.recipe] = "-" if row.note else f"{row.sqnr_db:.2f}"
-        noted = {row.tensor for row in rows if not row.note}
-        print_table([v for k, v in table.items() if k in noted], "SQNR in dB")
+        done = {row.tensor for row in rows if not row.note}
+        print_table([line for name, line in table.items() if name in done], "SQNR in dB")
     else:
         chosen = []
         for total in sums:
@@ -87,11 +96,11 @@ def _print(
             "recipe": t.recipe,
             "tensors": t.tensors,
             "kept": t.kept,
-            "SQNR dB": f"{t.sqnr_db:.2f}",
-            "bits": f"{t.bits:.4g}",
+            "SQNR dB": _fixed(t.sqnr_db),
+            "bits": number(t.bits, 4),
             "bytes": t.bytes,
-            "smaller by": "-" if math.isnan(t.ratio) else f"{t.ratio:.2f}",
-            "worst dB": f"{t.worst_db:.2f}",
+            "smaller by": _fixed(t.ratio),
+            "worst dB": _fixed(t.worst_db),
             "worst tensor": t.worst,
         }
         for t in sums
@@ -109,6 +118,10 @@ def _print(
         print(f"kept by {by}: {_some(tensors)}: {note}")
     for reason, names in left.items():
         print(f"not compared: {_some(names)}: {reason}")
+
+
+def _fixed(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -51,10 +51,12 @@ LAYERS = [
     "optim",
     "analysis",
     "__init__",
+    "cli",
+    "__main__",
 ]
 # Packages that only some modules may import, and only inside functions or for types.
 OPTIONAL = {"matplotlib", "rich", "sklearn", "safetensors", "gfloat", "gguf", "gmpy2", "hypothesis"}
-ALLOWED = {"analysis/plots": {"matplotlib"}}
+ALLOWED = {"analysis/plots": {"matplotlib"}, "cli": {"rich"}}
 
 
 def files(module: str) -> list[pathlib.Path]:

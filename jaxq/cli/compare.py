@@ -1,0 +1,167 @@
+"""`jaxq compare`: what recipes would do to the tensors of a checkpoint."""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxq.analysis.specs import meaning
+from jaxq.cli.files import TensorFile, opened
+from jaxq.cli.measure import DEFAULT, Row, Selection, Total, rows_of, totals
+from jaxq.cli.output import (
+    UsageError,
+    atomic,
+    bad_input,
+    number,
+    print_csv,
+    print_json,
+    print_table,
+    safe,
+)
+from jaxq.cli.report import html
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compares, and prints or writes what is asked for."""
+    recipes = list(dict.fromkeys(args.recipes or DEFAULT))
+    for recipe in recipes:
+        with bad_input():
+            meaning(recipe)
+    if args.worst is not None and args.worst < 1:
+        raise UsageError(f"--worst must be at least 1, got {args.worst}")
+    with opened(args.file) as file, contextlib.ExitStack() as stack:
+        selection = Selection.of(file, args.include, args.exclude)
+        if not selection.chosen:
+            raise UsageError(f"{args.file}: no floating tensor is left to compare")
+        # Opened first: a place that cannot be written to is known before the work.
+        page = stack.enter_context(atomic(args.html)) if args.html else None
+        rows: list[Row] = []
+        with _progress(len(selection.chosen)) as advance:
+            for some in rows_of(file, selection.chosen, recipes, args.min_axes):
+                rows += some
+                advance(some[0].tensor)
+        before = sum(entry.nbytes for entry in selection.chosen)
+        sums = totals(rows, recipes, before)
+        if page is not None:
+            name = pathlib.Path(args.file).name
+            page.write(html(name, rows, sums, selection.left, _pictures(file, rows)))
+    records = [dataclasses.asdict(row) for row in rows]
+    if args.json:
+        left = selection.left
+        print_json(
+            {"tensors": records, "totals": list(map(dataclasses.asdict, sums)), "left": left}
+        )
+    elif args.csv:
+        print_csv(records)
+    else:
+        _print(rows, sums, selection.left, args.worst)
+
+
+def _print(
+    rows: Sequence[Row], sums: Sequence[Total], left: dict[str, list[str]], worst: int | None
+) -> None:
+    """Tables: the tensors, or the worst of each recipe; the totals; what is not in them."""
+    if worst is None:
+        table: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            line = table.setdefault(row.tensor, {"tensor": row.tensor, "shape": row.shape})
+            line[row.recipe] = "-" if row.note else f"{row.sqnr_db:.2f}"
+        done = {row.tensor for row in rows if not row.note}
+        print_table([line for name, line in table.items() if name in done], "SQNR in dB")
+    else:
+        chosen = []
+        for total in sums:
+            mine = [row for row in rows if row.recipe == total.recipe and not row.note]
+            chosen += sorted(mine, key=lambda row: row.sqnr_db)[:worst]
+        lines = [
+            {
+                "recipe": row.recipe,
+                "tensor": row.tensor,
+                "shape": row.shape,
+                "SQNR dB": f"{row.sqnr_db:.2f}",
+                "max error": f"{row.max_error:.3g}",
+                "bits": f"{row.bits:.4g}",
+            }
+            for row in chosen
+        ]
+        print_table(lines, f"The {worst} worst of each recipe", left=["tensor"])
+    print()
+    shown = [
+        {
+            "recipe": t.recipe,
+            "tensors": t.tensors,
+            "kept": t.kept,
+            "SQNR dB": _fixed(t.sqnr_db),
+            "bits": number(t.bits, 4),
+            "bytes": t.bytes,
+            "smaller by": _fixed(t.ratio),
+            "worst dB": _fixed(t.worst_db),
+            "worst tensor": t.worst,
+        }
+        for t in sums
+    ]
+    print_table(
+        shown, "All tensors; those that a recipe does not apply to are kept", ["worst tensor"]
+    )
+    reasons: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        if row.note:
+            reasons.setdefault(row.note, []).append((row.recipe, row.tensor))
+    for note, cases in reasons.items():
+        recipes, tensors = (list(dict.fromkeys(c[i] for c in cases)) for i in (0, 1))
+        by = "all recipes" if len(recipes) == len(sums) else ", ".join(recipes)
+        print(f"kept by {by}: {_some(tensors)}: {note}")
+    for reason, names in left.items():
+        print(f"not compared: {_some(names)}: {reason}")
+
+
+def _fixed(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many, and the first of them."""
+    few = ", ".join(safe(name) for name in names[:2])
+    return few if len(names) <= 2 else f"{few} and {len(names) - 2} more"
+
+
+@contextlib.contextmanager
+def _progress(count: int) -> Iterator[Callable[[str], None]]:
+    """A function to call after each tensor; a bar if there is a terminal to draw it on."""
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda _: None
+        return
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("comparing", total=count)
+        yield lambda name: bar.update(task, advance=1, description=escape(safe(name)))
+
+
+def _pictures(file: TensorFile, rows: Sequence[Row]) -> list[tuple[str, bytes]]:
+    """Captions and SVG pictures for the report; none without matplotlib."""
+    largest = max((r for r in rows if not r.note), key=lambda r: r.elements, default=None)
+    try:
+        from jaxq.analysis import plots  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError:
+        return []
+    if largest is None:
+        return []
+    from jaxq.cli.plot import image
+
+    entry = next(e for e in file.entries if e.name == largest.tensor)
+    names = [r.recipe for r in rows if r.tensor == largest.tensor and not r.note]
+    try:
+        figure = plots.ALL["compression"](file.read(entry), names)
+    except ImportError:  # No matplotlib.
+        return []
+    caption = f"Bits and SQNR of the largest tensor, {safe(largest.tensor)}"
+    return [(caption, image(figure, "svg"))]

@@ -1,0 +1,421 @@
+"""The command line: what it prints, what it refuses, and how it ends."""
+
+import csv
+import io
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jaxq
+from jaxq import analysis, catalog
+from jaxq.cli import compare as comparing
+from jaxq.cli import main, measure, output
+from jaxq.cli.formats import fields
+from tools import cli_document
+
+RECIPES = "int8_token,int4_g32,bfloat16"
+BAD_NAME = "<b>[red]\x1b[31m\n\u2028"
+
+
+def run(capsys: pytest.CaptureFixture, *argv: str) -> tuple[int, str, str]:
+    """The exit code and both outputs of a call."""
+    code = main(argv)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(64, 64)).astype(np.float32)
+    arrays = {
+        "a.weight": w,
+        "b.weight": (3 * w).astype(ml_dtypes.bfloat16),
+        "c.weight": w.astype(np.float16),
+        "narrow": w[:, :33].copy(),
+        "bad": np.where(w > 2.5, np.float32(np.inf), w),
+        "bias": w[0],
+        "scalar": np.array(2, np.float32),
+        "empty": np.zeros((0, 64), np.float32),
+        "ids": np.arange(3),
+        BAD_NAME: w + 1,
+    }
+    path = tmp_path_factory.mktemp("files") / "model.safetensors"
+    safetensors.numpy.save_file(arrays, path)
+    return path
+
+
+def compared(capsys: pytest.CaptureFixture, *argv: str) -> dict:
+    code, out, err = run(capsys, "compare", *argv, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def test_rows_are_what_numpy_gives(capsys, checkpoint: pathlib.Path):
+    """Against arithmetic written out here: scales, levels, errors, bytes."""
+    result = compared(capsys, str(checkpoint), "--recipes", RECIPES)
+    rows = {(r["tensor"], r["recipe"]): r for r in result["tensors"]}
+    w = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    for name, x in (("a.weight", w), ("b.weight", (3 * w).astype(ml_dtypes.bfloat16))):
+        x = x.astype(np.float32)
+        scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+        blocks = x.reshape(64, 2, 32)
+        small = np.abs(blocks).max(2, keepdims=True) / np.float32(7)
+        expected = {
+            "int8_token": (np.rint(x / scale) * scale, 64 * 64 + 4 * 64),
+            "int4_g32": ((np.rint(blocks / small) * small).reshape(x.shape), 64 * 32 + 4 * 128),
+            "bfloat16": (x.astype(ml_dtypes.bfloat16).astype(np.float32), 64 * 64 * 2),
+        }
+        for recipe, (y, size) in expected.items():
+            row = rows[name, recipe]
+            noise = np.mean((y.astype(np.float64) - x) ** 2)
+            signal_power = np.mean(x.astype(np.float64) ** 2)
+            assert row["mse"] == pytest.approx(noise, rel=1e-6)
+            assert row["power"] == pytest.approx(signal_power, rel=1e-6)
+            assert row["max_error"] == pytest.approx(np.abs(y - x).max(), rel=1e-5)
+            db = 10 * math.log10(signal_power / noise) if noise else math.inf
+            assert float(row["sqnr_db"]) == pytest.approx(db, abs=1e-4)
+            assert (row["bytes"], row["bits"]) == (size, 8 * size / 4096)
+    assert rows["b.weight", "bfloat16"]["sqnr_db"] == "inf"
+
+
+def test_what_has_no_numbers_says_why(capsys, checkpoint: pathlib.Path):
+    result = compared(capsys, str(checkpoint), "--recipes", RECIPES)
+    notes = {(r["tensor"], r["recipe"]): r["note"] for r in result["tensors"]}
+    assert re.search("32 does not divide axis 1", notes["narrow", "int4_g32"])
+    assert notes["narrow", "int8_token"] == ""
+    assert re.fullmatch(r"not finite: 0 NaN, \d+ infinite in float32", notes["bad", "bfloat16"])
+    assert notes["bias", "int8_token"] == notes["scalar", "bfloat16"] == "fewer than 2 axes"
+    assert notes["empty", "int4_g32"] == "empty"
+    assert result["left"] == {"dtype I64": ["ids"]}
+    assert len(notes) == 9 * 3
+    every = compared(capsys, str(checkpoint), "--recipes", "int8_token", "--min-axes", "0")
+    notes = {r["tensor"]: r["note"] for r in every["tensors"]}
+    assert "needs a tensor of at least 1 axes" in notes["scalar"]
+    assert notes["bias"] == ""
+
+
+def test_totals(capsys, checkpoint: pathlib.Path):
+    result = compared(capsys, str(checkpoint), "--recipes", RECIPES, "--exclude", "bad|empty")
+    sizes = {"a.weight": 4, "b.weight": 2, "c.weight": 2, "narrow": 4 * 33 / 64, BAD_NAME: 4}
+    before = sum(64 * 64 * n for n in sizes.values()) + 4 * 64 + 4
+    for total in result["totals"]:
+        mine = [r for r in result["tensors"] if r["recipe"] == total["recipe"]]
+        done = [r for r in mine if not r["note"]]
+        assert total["bytes"] == sum(r["bytes"] for r in mine)
+        assert total["ratio"] == pytest.approx(before / total["bytes"])
+        assert (total["tensors"], total["kept"]) == (len(done), len(mine) - len(done))
+        noise = sum(r["mse"] * r["elements"] for r in done)
+        power = sum(r["power"] * r["elements"] for r in done)
+        assert total["sqnr_db"] == pytest.approx(10 * math.log10(power / noise))
+        assert total["worst_db"] == min(float(r["sqnr_db"]) for r in done)
+    assert result["left"]["excluded"] == ["bad", "empty"]
+
+
+def test_one_program_for_each_shape_and_recipe(tmp_path: pathlib.Path, capsys):
+    arrays = {f"w{i}": np.full((4, 8 + i % 2), i, np.float32) for i in range(20)}
+    safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
+    before = measure._measured._cache_size()
+    compared(capsys, str(tmp_path / "a.safetensors"), "--recipes", "int8_tensor")
+    assert measure._measured._cache_size() - before == 2
+
+
+def test_tables_and_csv(capsys, checkpoint: pathlib.Path):
+    code, out, err = run(capsys, "compare", str(checkpoint), "--recipes", RECIPES)
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    assert "not compared: ids: dtype I64" in out
+    assert "kept by int4_g32: narrow: PerBlock" in out
+    narrow = ("--include", "narrow", "--recipes", "int8_token,int4_g32")
+    _, out, _ = run(capsys, "compare", str(checkpoint), *narrow)
+    assert re.search(r"int4_g32 +0 +1 +- +- +8448 +1.00 +-", out)
+    code, out, _ = run(capsys, "compare", str(checkpoint), "--recipes", RECIPES, "--worst", "1")
+    assert "nan" not in out
+    first = out.split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in first[2:]] == RECIPES.split(",")
+    code, out, _ = run(capsys, "compare", str(checkpoint), "--recipes", RECIPES, "--csv")
+    assert len(list(csv.DictReader(io.StringIO(out)))) == 27
+
+
+def test_the_report(capsys, checkpoint: pathlib.Path, tmp_path: pathlib.Path):
+    page = tmp_path / "r.html"
+    arguments = ("compare", str(checkpoint), "--recipes", RECIPES, "--html", str(page))
+    assert run(capsys, *arguments)[0] == 0
+    text = page.read_text()
+    assert "<b>[red]" not in text
+    assert "&lt;b&gt;[red]\\x1b" in text
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_no_half_report(capsys, checkpoint: pathlib.Path, tmp_path: pathlib.Path, monkeypatch):
+    page = tmp_path / "r.html"
+    page.write_text("old")
+    for error, code in ((OSError(28, "No space left"), 1), (KeyboardInterrupt(), 130)):
+        # Half of the work is done, or half of the page is written.
+        for owner, name in ((comparing, "html"), (comparing, "totals")):
+            with monkeypatch.context() as patch:
+
+                def fails(*_, error=error):
+                    raise error
+
+                patch.setattr(owner, name, fails)
+                arguments = ("compare", str(checkpoint), "--recipes", "bfloat16")
+                got, _, err = run(capsys, *arguments, "--html", str(page))
+            assert got == code
+            assert err.count("\n") == 1
+            assert list(tmp_path.iterdir()) == [page]
+            assert page.read_text() == "old"
+
+
+def test_a_kill_leaves_what_was_there(tmp_path: pathlib.Path):
+    page = tmp_path / "r.html"
+    page.write_text("old")
+    code = (
+        "import os, signal, sys; from jaxq.cli.output import atomic\n"
+        "with atomic(sys.argv[1]) as f:\n"
+        "    f.write('half' * 100000); f.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(page)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert page.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["formats", "float8_e4m3f"], "Did you mean float8_e4m3fn"),
+        (["formats", "--values"], "needs the names"),
+        (["formats", "--values", "float16"], "at most 8 bits"),
+        (["show", "x", "--in", "int4"], "is no number"),
+        (["show", "0x3f", "--in", "int4"], "--bits 0x3f"),
+        (["show", "--bits", "0x1f", "--in", "int4"], "codes of 4 bits"),
+        (["show", "--bits", "1.5", "--in", "int4"], "a bit pattern is"),
+        (["show", "1"], "--in"),
+        (["show", "1", "--in", ","], "separated by commas"),
+        (["compare", "none.safetensors"], "No such file"),
+        (["compare", "none.txt"], "must be a .safetensors"),
+        (["compare", "x.npy", "--recipes", "int9"], "No recipe is named"),
+        (["compare", "x.npy", "--worst", "0"], "at least 1"),
+        (["compare", "x.npy", "--json", "--csv"], "not allowed with"),
+        (["memory"], "which model"),
+        (["memory", "llama"], "Did you mean llama-2-7b"),
+        (["memory", "--params", "-7e9"], "0 or more"),
+        (["fits", "--devices", "abacus"], "no device is named"),
+        (["dance"], "invalid choice"),
+        (["plot", "nothing-of-the-kind", "-o", "a.png"], "pictur"),
+    ],
+)
+def test_wrong_arguments(capsys, argv: list[str], text: str):
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert text in err
+    assert err.startswith("jaxq: ")
+    assert err.count("\n") == 1
+
+
+def test_bad_files_and_patterns(capsys, checkpoint: pathlib.Path, tmp_path: pathlib.Path):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(checkpoint.read_bytes()[:-5])
+    cases = {
+        (str(cut),): "bytes",
+        (str(checkpoint), "--include", "["): "regular expression",
+        (str(checkpoint), "--include", "nothing"): "no floating tensor",
+        (str(checkpoint), "--html", str(tmp_path)): "folder",
+        (str(checkpoint), "--html", str(tmp_path / "no" / "r.html")): "No such file",
+    }
+    for arguments, text in cases.items():
+        code, out, err = run(capsys, "compare", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert text in err
+
+
+def test_failures_are_one_line_and_debug_shows_more(capsys, monkeypatch):
+    def fails(_):
+        raise RuntimeError("it\nbroke")
+
+    monkeypatch.setattr(output, "print_json", fails)
+    monkeypatch.setattr("jaxq.cli.formats.print_json", fails)
+    code, _, err = run(capsys, "formats", "int4", "--json")
+    assert (code, err) == (1, "jaxq: RuntimeError: it broke (--debug shows where)\n")
+    with pytest.raises(RuntimeError):
+        main(["formats", "int4", "--json", "--debug"])
+
+
+def test_formats(capsys):
+    _, out, _ = run(capsys, "formats", "--json")
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == list(catalog.ALL)
+    _, out, _ = run(capsys, "formats", "--values", "float4_e2m1fn", "--json")
+    values = json.loads(out)["float4_e2m1fn"]
+    got = np.array([v["value"] for v in values])
+    np.testing.assert_array_equal(
+        got, np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(float)
+    )
+    assert values[9] == {"hex": "0x9", "binary": "1 00 1", "value": -0.5}
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "bfloat16", "float8_e5m2"])
+def test_show_is_what_ml_dtypes_does(capsys, name: str):
+    dtype = np.dtype(name)
+    numbers = ["0.1", "-0.3", "1e-3", "-1e-3", "1000", "-0", "inf", "-inf", "nan"]
+    _, out, _ = run(capsys, "show", *numbers, "--in", name, "--json")
+    for text, row in zip(numbers, json.loads(out), strict=True):
+        x = np.float64(text)
+        value = x.astype(dtype)
+        bits = int(value.view(f"u{dtype.itemsize}"))
+        if not np.isnan(value):
+            assert int(row["code"], 16) == bits
+            np.testing.assert_equal(float(row["value"]), float(value))
+        text = "".join(part["bits"] for part in row["fields"])
+        assert text == f"{int(row['code'], 16):0{8 * dtype.itemsize}b}"
+        if np.isfinite(value):
+            info = ml_dtypes.finfo(dtype)
+            for side, end in (("below", info.min), ("above", info.max)):
+                near = np.nextafter(value, dtype.type(end))
+                expected = math.nan if value == end else float(near)
+                np.testing.assert_array_equal(float(row[side]), expected)
+            assert row["error"] == float(value) - x
+
+
+def test_show_of_codes_is_the_way_back(capsys):
+    for name in ("float32", "tf32", "int4", "nf4", "posit8", "mxint8"):
+        _, out, _ = run(capsys, "show", "0.625", "--in", name, "--json")
+        (there,) = json.loads(out)
+        _, out, _ = run(capsys, "show", "--bits", there["code"], "--in", name, "--json")
+        (back,) = json.loads(out)
+        assert back == {key: there[key] for key in back}
+        assert there["below"] < there["value"] < there["above"]
+        fmt = jaxq.get_format(name)
+        assert sum(width for _, width in fields(fmt)) == fmt.bits
+
+
+def test_show_of_options(capsys):
+    for options, value in (
+        (["--rounding", "up"], "0.109375"),
+        (["--rounding", "toward_zero"], "0.1015625"),
+        (["--rounding", "stochastic", "--seed", "3"], "0.1"),
+    ):
+        _, out, _ = run(capsys, "show", "0.102", "--in", "float8_e4m3fn", *options)
+        assert f"value    {value}" in out
+    _, out, _ = run(capsys, "show", "1e30", "--in", "float8_e5m2", "--overflow", "saturate")
+    assert "value    57344" in out
+    _, out, _ = run(capsys, "show", "--bits", "0b0111_1111", "127", "--in", "float8_e4m3fn")
+    assert out.count("value    nan") == 2
+
+
+def test_memory(capsys):
+    _, out, _ = run(capsys, "memory", "--params", "7e9", "--recipes", "int4_g128", "--json")
+    (row,) = json.loads(out)
+    assert row["weights_gib"] == 7e9 * 4.25 / 8 / 2**30
+    arguments = ["--recipes", "int4_g128", "--devices", "l4", "--context", "1000", "--json"]
+    _, out, _ = run(capsys, "fits", "llama-3.1-8b", *arguments)
+    (row,) = json.loads(out)
+    expected = analysis.memory("llama-3.1-8b", "int4_g128", context=1000).total
+    assert row["total_gib"] == expected / 2**30
+
+
+def shell(*argv: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(argv, capture_output=True, text=True, check=False, **options)
+
+
+def test_as_a_process():
+    """The module runs, a closed pipe is quiet, and names that ASCII lacks are no error."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "NO_COLOR": "1"}
+    done = shell(sys.executable, "-m", "jaxq", "--version", env=environment)
+    assert (done.returncode, done.stdout) == (0, "jaxq 0.1.0\n")
+    line = f"{sys.executable} -m jaxq formats | true; echo ${{PIPESTATUS[0]}}"
+    done = shell("bash", "-c", line, env=environment)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["jaxq", "com"], ["compare", "completion"]),
+        (["jaxq", "formats", "float8_e4m3fn"], ["float8_e4m3fn", "float8_e4m3fnuz"]),
+        (["jaxq", "show", "1", "--in", "int4,bfl"], ["int4,bfloat16"]),
+        (["jaxq", "compare", "--js"], ["--json"]),
+        (["jaxq", "show", "--rounding", "nearest_"], ["nearest_even", "nearest_away"]),
+        (["jaxq", "compare", "--html", "x"], []),
+    ],
+)
+def test_completion_in_bash(capsys, words: list[str], expected: list[str]):
+    code, script, _ = run(capsys, "completion", "bash")
+    assert code == 0
+    quoted = " ".join(f"'{word}'" for word in words)
+    ask = f"\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _jaxq; echo ${{COMPREPLY[@]}}"
+    done = shell("bash", "-c", script + ask)
+    assert done.stderr == ""
+    assert done.stdout.split() == expected
+
+
+def test_completion_of_other_shells(capsys):
+    for kind in ("zsh", "fish"):
+        code, script, _ = run(capsys, "completion", kind)
+        assert code == 0
+        assert "complete" in script
+
+
+def test_rich_tables(monkeypatch, capsys):
+    """On a terminal: rich where there is room, text in full where not; names are no markup."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    output.print_table([{"name": "[red]n", "value": 1.5}], "title")
+    out = capsys.readouterr().out
+    assert "[red]n" in out
+    assert "│" in out
+    output.print_table([{"name": "[red]" + "n" * 200, "value": 1.5}], "title")
+    out = capsys.readouterr().out
+    assert "[red]" + "n" * 200 + "    1.5" in out
+    assert "│" not in out
+
+
+def test_the_page_shows_what_commands_print():
+    shown = cli_document.blocks(cli_document.PAGE.read_text())
+    cheap = [pair for pair in shown if not cli_document.needs_a_file(pair[0])]
+    assert len(cheap) >= 6
+    for arguments, out in cheap:
+        assert cli_document.output_of(arguments) == out
+    assert all(out for arguments, out in shown if " -o " not in arguments)
+
+
+def test_the_page_knows_every_command(capsys):
+    text = cli_document.PAGE.read_text()
+    _, out, _ = run(capsys, "--help")
+    for name in re.findall(r"^    (\w+)  ", out, re.MULTILINE):
+        assert f"jaxq {name}" in text
+
+
+def test_a_broken_file_reads_as_the_page_says(capsys, tmp_path: pathlib.Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("broken.safetensors").write_bytes((1000).to_bytes(8, "little") + b"{}")
+    _, _, err = run(capsys, "compare", "broken.safetensors")
+    assert err in cli_document.PAGE.read_text()
+
+
+def test_pictures(capsys, tmp_path: pathlib.Path):
+    pytest.importorskip("matplotlib")
+    plots = pytest.importorskip("jaxq.analysis.plots")
+    code, out, _ = run(capsys, "plot")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(plots.ALL)
+    path = tmp_path / "a.svg"
+    arguments = ("plot", "number_line", "--formats", "int4,float4_e2m1fn")
+    assert run(capsys, *arguments, "-o", str(path))[0] == 0
+    assert b"<svg" in path.read_bytes()
+    for wrong in (("--recipes", "nf4"), ("--file", "a.npy")):
+        code, _, err = run(capsys, *arguments, *wrong, "-o", str(path))
+        assert (code, err.count("\n")) == (2, 1)
+    assert run(capsys, *arguments)[0] == 2
+    assert run(capsys, *arguments, "-o", "a.gif")[0] == 2

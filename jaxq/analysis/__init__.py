@@ -1,9 +1,9 @@
-"""Seeing what number formats do: errors of tensors and trees, theory, bounds, memory.
+"""Seeing what number formats do: errors of tensors and trees, theory, bounds, memory, pictures.
 
 `from jaxq import analysis`: importing jaxq does not import this.
 """
 
-from jaxq.analysis import distributions, machines
+from jaxq.analysis import distributions, machines, plots
 from jaxq.analysis.bounds import Clip, LloydMax, lloyd_max, optimal_clip, shannon_sqnr_db
 from jaxq.analysis.codes import CodeUsage, code_usage, ulp_error
 from jaxq.analysis.diagnostics import Diagnostics, diagnostics
@@ -46,6 +46,7 @@ __all__ = [
     "memory",
     "memory_table",
     "optimal_clip",
+    "plots",
     "quantization_error",
     "shannon_sqnr_db",
     "sqnr_table",

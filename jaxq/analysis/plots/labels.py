@@ -1,0 +1,164 @@
+"""Labels that do not overlap: a small greedy placer.
+
+Each label tries places around its point, near ones first, and takes the one with the least in its
+way: other labels, points, lines to the points, the edge of the axes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
+
+__all__ = ["annotate", "place"]
+
+_ANGLES = (0.25, 0.0, -0.25, 1.0, 0.75, -0.75, 0.5, -0.5, 0.125, -0.125, 0.875, -0.875)
+
+
+def place(
+    points: np.ndarray,
+    sizes: np.ndarray,
+    bounds: Sequence[float] | np.ndarray,
+    *,
+    obstacles: np.ndarray | None = None,
+    radius: float = 6.0,
+) -> np.ndarray:
+    """Where labels go so that they lie on neither each other nor on points.
+
+    Crowded points choose first. A place costs the area that it shares with what is there already,
+    far more where that is a label or outside the bounds, and a little for its distance.
+
+    Args:
+      points: `[n, 2]`, in pixels.
+      sizes: `[n, 2]`, widths and heights of the labels.
+      bounds: left, bottom, right and top of where labels may be.
+      obstacles: boxes `[m, 4]` (left, bottom, right, top) to keep clear of.
+      radius: of a point's mark.
+
+    Returns:
+      `[n, 2]`: the centres of the labels.
+
+    Example:
+      >>> centres = place(np.zeros((2, 2)), np.full((2, 2), 10.0), (-50, -50, 50, 50))
+      >>> bool(np.abs(centres[0] - centres[1]).max() >= 10)
+      True
+    """
+    points, sizes = np.asarray(points, float), np.asarray(sizes, float)
+    n = len(points)
+    marks = np.concatenate([points - radius, points + radius], axis=1)
+    taken = np.zeros((0, 4)) if obstacles is None else np.asarray(obstacles, float).reshape(-1, 4)
+    centres = np.zeros((n, 2))
+    distance = np.hypot(*(points[:, None] - points[None]).transpose(2, 0, 1))
+    crowd = (distance < 120).sum(1)
+    for i in sorted(range(n), key=lambda i: (-crowd[i], *points[i])):
+        tried = _candidates(points[i], sizes[i], radius)
+        boxes = np.concatenate([tried - sizes[i] / 2 - 1, tried + sizes[i] / 2 + 1], axis=1)
+        left, bottom, right, top = bounds
+        outside = np.maximum(0, left - boxes[:, 0]) + np.maximum(0, boxes[:, 2] - right)
+        outside += np.maximum(0, bottom - boxes[:, 1]) + np.maximum(0, boxes[:, 3] - top)
+        cost = 1000 * outside + 40 * _shared(boxes, taken) + 3 * _shared(boxes, marks)
+        cost += 0.02 * np.hypot(*(tried - points[i]).T) ** 2
+        best = int(np.argmin(cost))
+        centres[i] = tried[best]
+        taken = np.concatenate([taken, boxes[best : best + 1]])
+    return centres
+
+
+def _candidates(point: np.ndarray, size: np.ndarray, radius: float) -> np.ndarray:
+    """Centres of a label around a point, in rings ever farther out."""
+    found = []
+    for ring in range(12):
+        gap = radius + 2 + 9 * ring
+        for turn in _ANGLES:
+            x, y = math.cos(math.pi * turn), math.sin(math.pi * turn)
+            found.append(point + np.array([x, y]) * (gap + size / 2))
+    return np.array(found)
+
+
+def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The area that each box shares with all others together."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return np.prod(np.maximum(high - low, 0), axis=2).sum(1)
+
+
+def annotate(
+    axes: "Axes",
+    points: np.ndarray,
+    labels: Sequence[str],
+    *,
+    colours: Sequence[str] | str = "#333333",
+    fontsize: float = 8,
+    **text: Any,
+) -> "list[Annotation]":
+    """Labels points of axes that are otherwise done, without overlap.
+
+    The layout is settled first and then kept, as the places depend on it. A label that lands away
+    from its point has a thin line to it.
+
+    Args:
+      axes: where; limits and scales as they are to stay.
+      points: `[n, 2]`, in data.
+      labels: one a point; an empty one is left out.
+      colours: one for all or one a label.
+      fontsize: in points.
+      **text: for `Axes.annotate`.
+    """
+    figure = axes.figure.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    pixels = axes.transData.transform(np.asarray(points, float))
+    chosen = [i for i, label in enumerate(labels) if label]
+    colours = [colours] * len(labels) if isinstance(colours, str) else colours
+    found, sizes = [], []
+    for i in chosen:
+        note = axes.annotate(
+            labels[i],
+            points[i],
+            (0, 0),
+            textcoords="offset points",
+            fontsize=fontsize,
+            color=colours[i],
+            ha="center",
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6},
+            **text,
+        )
+        found.append(note)
+        sizes.append(_size(note))
+    if not found:
+        return found
+    legend = axes.get_legend()
+    boxes = [] if legend is None else [legend.get_window_extent().extents]
+    boxes += [other.get_window_extent().extents for other in axes.texts if other not in found]
+    others = np.delete(pixels, chosen, axis=0)
+    boxes += [[x - 3, y - 3, x + 3, y + 3] for x, y in others]
+    centres = place(
+        pixels[chosen],
+        np.array(sizes),
+        axes.get_window_extent().extents,
+        obstacles=np.array(boxes).reshape(-1, 4),
+    )
+    for note, centre, point, (width, height) in zip(
+        found, centres, pixels[chosen], sizes, strict=True
+    ):
+        offset = (centre - point) * 72 / figure.dpi
+        note.set_position(tuple(offset))
+        away = np.maximum(np.abs(centre - point) - (width / 2, height / 2), 0)
+        if note.arrow_patch is not None:
+            note.arrow_patch.set_visible(bool(np.hypot(*away) > 16))
+    return found
+
+
+def _size(note: "Annotation") -> tuple[float, float]:
+    """Width and height of a label's text alone, in pixels."""
+    from matplotlib.text import Text
+
+    box = Text.get_window_extent(note)
+    return box.width, box.height

@@ -1,0 +1,164 @@
+"""Which bits of a code mean what."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxq.analysis.plots.look import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    YELLOW,
+    blank,
+    listed,
+    new,
+    picture,
+    power,
+)
+from jaxq.catalog import get_format
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Field", "bit_layouts", "fields"]
+
+_FORMATS = (
+    "float32",
+    "tf32",
+    "bfloat16",
+    "float16",
+    "float8_e5m2",
+    "float8_e4m3fn",
+    "float8_e8m0fnu",
+    "int8",
+    "float4_e2m1fn",
+    "int4",
+)
+
+
+class Field(NamedTuple):
+    """Bits of a code that belong together, from the highest down."""
+
+    kind: str
+    bits: int
+
+
+_KINDS = {  # Colour, and the letter in each of the bits.
+    "sign": (ORANGE, "S"),
+    "exponent": (BLUE, "E"),
+    "mantissa": (GREEN, "M"),
+    "integer": (SKY, "I"),
+    "fraction": (GREEN, "F"),
+    "index of a level": (PURPLE, "L"),
+    "direction": (YELLOW, "D"),
+    "regime": (PURPLE, "R"),
+}
+
+
+def fields(fmt: Format) -> tuple[Field, ...]:
+    """The fields of a format's codes.
+
+    Those of posits and takums have no fixed widths: they are given as they are in the code of 1.
+
+    Example:
+      >>> [tuple(field) for field in fields(get_format("float8_e4m3fn"))]
+      [('sign', 1), ('exponent', 4), ('mantissa', 3)]
+    """
+    if isinstance(fmt, CodebookFormat):
+        found = [Field("index of a level", fmt.bits)]
+    elif isinstance(fmt, IntFormat):
+        sign, fraction = int(fmt.signed), min(max(fmt.fraction_bits, 0), fmt.bits)
+        whole = fmt.bits - sign - fraction
+        found = [Field("sign", sign), Field("integer", whole), Field("fraction", fraction)]
+    elif isinstance(fmt, TaperedFormat) and fmt.exponent_bits is None:
+        rest = fmt.bits - 5
+        found = [Field("sign", 1), Field("direction", 1), Field("regime", 3)]
+        found += [Field("fraction", rest)]
+    elif isinstance(fmt, TaperedFormat):
+        exponent = min(fmt.exponent_bits or 0, fmt.bits - 3)
+        found = [Field("sign", 1), Field("regime", 2), Field("exponent", exponent)]
+        found += [Field("fraction", fmt.bits - 3 - exponent)]
+    else:
+        found = [Field("sign", int(fmt.signed)), Field("exponent", fmt.exponent_bits)]
+        found += [Field("mantissa", fmt.mantissa_bits)]
+    return tuple(field for field in found if field.bits > 0)
+
+
+def _notes(fmt: Format) -> str:
+    """What stands behind a row."""
+    text = f"{fmt.bits} bits, max {power(fmt.max)}"
+    if isinstance(fmt, FloatFormat):
+        text += f", bias {fmt.bias}"
+    if isinstance(fmt, TaperedFormat):
+        text += ", fields as in the code of 1"
+    return text
+
+
+@picture
+def bit_layouts(
+    formats: Sequence[str | Format] = _FORMATS,
+    *,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """Which bits are sign, exponent and mantissa: a row of boxes for each format.
+
+    A box is a bit and has the same width in all rows, the highest on the left. Above a field stands
+    its width, below the numbers of its first and last bit.
+
+    Args:
+      formats: as `jaxq.get_format` takes them. The fields of posits and takums move with the value;
+        they are drawn as in the code of 1.
+      title: above the picture.
+      size: width and height in inches.
+
+    Returns:
+      A figure.
+
+    Raises:
+      ValueError: an unknown format, or none.
+
+    Example:
+      >>> figure = bit_layouts(["float16", "bfloat16"])
+      >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+      ['float16', 'bfloat16']
+    """
+    from matplotlib.patches import Patch, Rectangle
+
+    chosen = [get_format(spec) for spec in listed("bit_layouts", "formats", formats)]
+    widest = max(fmt.bits for fmt in chosen)
+    figure = new(4.4 + 0.21 * max(widest, 12), 0.62 * len(chosen) + 0.7, size, title)
+    axes = blank(figure.add_subplot())
+    seen: dict[str, None] = {}
+    for row, fmt in enumerate(chosen):
+        left = 0
+        for kind, bits in fields(fmt):
+            seen[kind] = None
+            colour, letter = _KINDS[kind]
+            for bit in range(left, left + bits):
+                box = (bit + 0.03, row - 0.24), 0.94, 0.48
+                axes.add_patch(Rectangle(*box, facecolor=colour, alpha=0.28, linewidth=0))
+                axes.text(bit + 0.5, row, letter, ha="center", va="center", fontsize=7.5)
+            line = [left + 0.03, left + bits - 0.03]
+            axes.plot(line, [row - 0.27] * 2, color=colour, linewidth=2, solid_capstyle="butt")
+            axes.text(left + bits / 2, row - 0.31, str(bits), ha="center", va="bottom", fontsize=8)
+            for bit in {left, left + bits - 1}:
+                number = str(fmt.bits - 1 - bit)
+                axes.text(
+                    bit + 0.5, row + 0.26, number, ha="center", va="top", fontsize=6, color=GREY
+                )
+            left += bits
+        axes.text(fmt.bits + 0.6, row, _notes(fmt), va="center", fontsize=8, color=GREY)
+    axes.set_xlim(-0.2, max(widest, 12) + 14)
+    axes.set_ylim(len(chosen) - 0.45, -0.6)
+    axes.set_yticks(range(len(chosen)), [fmt.name for fmt in chosen])
+    axes.set_xticks([])
+    handles = [
+        Patch(color=_KINDS[kind][0], alpha=0.5, linewidth=0, label=f"{_KINDS[kind][1]}: {kind}")
+        for kind in seen
+    ]
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
+    return figure

@@ -1,0 +1,314 @@
+"""What models take in memory, and which accelerators hold them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxq.analysis.machines import DEVICES, MODELS, Device, Model
+from jaxq.analysis.memory import fits_table, memory_table
+from jaxq.analysis.plots.labels import annotate
+from jaxq.analysis.plots.look import (
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREEN,
+    GREY,
+    LIGHT,
+    MARKERS,
+    ORANGE,
+    SKY,
+    frame,
+    listed,
+    new,
+    picture,
+)
+from jaxq.analysis.specs import Spec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["fits", "memory", "memory_by_size"]
+
+_RECIPES = ("float32", "bfloat16", "int8_channel", "int4_g128")
+_DEVICES = ("rtx-4090", "rtx-5090", "l40s", "h100", "h200", "mi300x")
+
+
+@picture
+def memory(
+    models: "Sequence[str | Model | float]" = ("llama-3.1-8b", "llama-3.1-70b"),
+    recipes: Sequence[Spec] = _RECIPES,
+    devices: "Sequence[str | Device]" = _DEVICES,
+    *,
+    context: int = 8192,
+    batch: int = 1,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """What models take in several formats: weights, cache of keys and values, and overhead.
+
+    Dashed lines are the memories of accelerators: a bar that ends left of one fits.
+
+    Args:
+      models: as `jaxq.analysis.memory` takes them; each gets axes of its own.
+      recipes: as there, several.
+      devices: names in `jaxq.analysis.machines.DEVICES`, or `Device`s.
+      context: tokens in the cache of each sequence.
+      batch: sequences.
+      title: above the picture.
+      size: width and height in inches.
+
+    Returns:
+      A figure.
+
+    Raises:
+      ValueError: an unknown name, or none.
+
+    Example:
+      >>> figure = memory(["llama-3.1-8b"], ["bfloat16", "int4_g128"], ["rtx-4090"])
+      >>> figure.axes[0].get_xlabel()
+      'GiB'
+    """
+    chosen, specs = listed("memory", "models", models), listed("memory", "recipes", recipes)
+    limits = _limits(listed("memory", "devices", devices, least=0))
+    columns = min(len(chosen), 2)
+    rows = -(-len(chosen) // columns)
+    height = rows * (0.33 * len(specs) + 1.9)
+    figure = new(6.2 * columns if columns > 1 else 8, height, size, title)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    parts = (
+        ("weights_gib", "weights", BLUE, ""),
+        ("kv_gib", f"cache of {context * batch:,} tokens", ORANGE, "///"),
+        ("overhead_gib", "overhead", LIGHT, "..."),
+    )
+    for axes, model in zip(grid.flat, chosen, strict=False):
+        frame(axes, grid="x")
+        table = memory_table(model, specs, context=context, batch=batch).rows
+        places, left = np.arange(len(table)), np.zeros(len(table))
+        for field, name, colour, hatch in parts:
+            width = np.array([getattr(row, field) for row in table])
+            axes.barh(
+                places, width, 0.66, left, color=colour, hatch=hatch, edgecolor="white", label=name
+            )
+            left += width
+        reach = float(left.max()) * 1.13
+        for place, total in zip(places, left, strict=True):
+            axes.text(total + 0.01 * reach, place, f"{total:.3g}", va="center", fontsize=8)
+        axes.set_yticks(places, [row.recipe for row in table])
+        axes.invert_yaxis()
+        axes.set_xlim(0, reach)
+        axes.set_xlabel("GiB")
+        axes.tick_params(axis="y", length=0)
+        _draw_limits(axes, limits, reach)
+        axes.set_title(table[0].model, pad=6, y=1.0, loc="left", fontweight="bold", x=-0.02)
+    for axes in grid.flat[len(chosen) :]:
+        axes.remove()
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _limits(devices: "Sequence[str | Device]") -> dict[float, str]:
+    """Memories in GiB and the names of the devices that have so much."""
+    found: dict[float, list[str]] = {}
+    for spec in devices:
+        if isinstance(spec, str) and spec not in DEVICES:
+            raise ValueError(f"No device is named {spec!r}. There are {', '.join(DEVICES)}.")
+        device = DEVICES[spec] if isinstance(spec, str) else spec
+        found.setdefault(device.gib, []).append(device.name)
+    return {gib: ", ".join(names) for gib, names in sorted(found.items())}
+
+
+def _draw_limits(axes: "Axes", limits: dict[float, str], reach: float) -> None:
+    """A line a device, its name along it where there is room."""
+    last = -np.inf
+    for gib, name in limits.items():
+        if gib > reach:
+            continue
+        axes.axvline(gib, color=GREEN, linewidth=1.1, linestyle="--", zorder=0.5)
+        if gib - last < 0.035 * reach:
+            continue
+        last = gib
+        axes.text(
+            gib,
+            1.01,
+            f"{name}",
+            transform=axes.get_xaxis_transform(),
+            rotation=35,
+            fontsize=7.5,
+            color=GREEN,
+            va="bottom",
+            ha="left",
+            rotation_mode="anchor",
+        )
+
+
+@picture
+def memory_by_size(
+    recipes: Sequence[Spec] = _RECIPES,
+    models: "Sequence[str | Model]" = tuple(MODELS),
+    devices: "Sequence[str | Device]" = _DEVICES,
+    *,
+    context: int = 8192,
+    batch: int = 1,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """Memory against the number of parameters, a line for each format, and the limits of devices.
+
+    Args:
+      recipes: as `jaxq.analysis.memory` takes them.
+      models: as there, several; points are models with their cache, lines weights and overhead.
+      devices: names in `jaxq.analysis.machines.DEVICES`, or `Device`s.
+      context: tokens in the cache of each sequence.
+      batch: sequences.
+      title: above the picture.
+      size: width and height in inches.
+
+    Returns:
+      A figure.
+
+    Raises:
+      ValueError: an unknown name, or none.
+
+    Example:
+      >>> figure = memory_by_size(["bfloat16"], ["llama-3.1-8b"], ["h100"])
+      >>> figure.axes[0].get_ylabel()
+      'memory, GiB'
+    """
+    specs = listed("memory_by_size", "recipes", recipes)
+    chosen = listed("memory_by_size", "models", models)
+    limits = _limits(listed("memory_by_size", "devices", devices, least=0))
+    tables = [memory_table(m, specs, context=context, batch=batch).rows for m in chosen]
+    records = [MODELS[m] if isinstance(m, str) else m for m in chosen]
+    counts = np.array([m.parameters for m in records], float)
+    ends = np.geomspace(counts.min() / 1.6, counts.max() * 1.6, 2)
+    figure = new(9.5, 6, size, title)
+    axes = frame(figure.add_subplot())
+    for i, spec in enumerate(specs):
+        colour = COLOURS[i % len(COLOURS)]
+        line = [memory_table(params=float(n), recipes=[spec]).rows[0] for n in ends]
+        axes.plot(
+            ends, [r.total_gib for r in line], color=colour, linestyle=DASHES[i % len(DASHES)]
+        )
+        axes.plot(
+            counts,
+            [table[i].total_gib for table in tables],
+            MARKERS[i % len(MARKERS)],
+            color=colour,
+            label=line[0].recipe,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log", base=2)
+    axes.set_xlim(*ends)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("memory, GiB")
+    for gib, name in limits.items():
+        axes.axhline(gib, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
+        axes.text(1.01, gib, name, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
+    for count in counts:
+        axes.axvline(count, color=SKY, linewidth=0.5, zorder=0)
+    axes.legend(loc="upper left")
+    points = np.array(
+        [[n, min(r.total_gib for r in t)] for n, t in zip(counts, tables, strict=True)]
+    )
+    annotate(axes, points, [m.name for m in records])
+    return figure
+
+
+@picture
+def fits(
+    models: "Sequence[str | Model | float]" = tuple(MODELS),
+    recipes: Sequence[Spec] = ("bfloat16", "int8_channel", "int4_g128"),
+    devices: "Sequence[str | Device]" = tuple(DEVICES),
+    *,
+    context: int = 8192,
+    batch: int = 1,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """Which model in which format fits which accelerator: a table in colours.
+
+    A cell holds the share of one device's memory that is used, or how many devices are needed.
+
+    Args:
+      models: as `jaxq.analysis.memory` takes them.
+      recipes: as there, several.
+      devices: names in `jaxq.analysis.machines.DEVICES`, or `Device`s.
+      context: tokens in the cache of each sequence.
+      batch: sequences.
+      title: above the picture.
+      size: width and height in inches.
+
+    Returns:
+      A figure.
+
+    Raises:
+      ValueError: an unknown name, or none.
+
+    Example:
+      >>> figure = fits(["llama-3.1-8b"], ["bfloat16", "int4_g128"], ["rtx-4090"])
+      >>> [text.get_text() for text in figure.axes[0].texts]
+      ['73 %', '29 %']
+    """
+    from matplotlib.patches import Patch, Rectangle
+
+    arguments = zip(("models", "recipes", "devices"), (models, recipes, devices), strict=True)
+    chosen, specs, places = (listed("fits", name, items) for name, items in arguments)
+    table = fits_table(chosen, specs, places, context=context, batch=batch).rows
+    columns, rows = len(places), len(chosen) * len(specs)
+    figure = new(3.2 + 0.72 * columns, 1.6 + 0.27 * rows, size, title)
+    axes = blank_table(figure)
+    for i, cell in enumerate(table):
+        row, column = divmod(i, columns)
+        colour, alpha = (BLUE, 0.12 + 0.4 * cell.share) if cell.fits else (ORANGE, 0.0)
+        if not cell.fits and cell.devices <= 8:
+            alpha = 0.16
+        box = Rectangle((column, row), 0.96, 0.92, facecolor=colour, alpha=alpha, linewidth=0)
+        axes.add_patch(box)
+        text = (
+            f"{100 * cell.share:.0f} %" if cell.fits else f"{cell.devices} \N{MULTIPLICATION SIGN}"
+        )
+        grey = not cell.fits and cell.devices > 8
+        axes.text(
+            column + 0.48,
+            row + 0.47,
+            text,
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=GREY if grey else "#222222",
+        )
+    for i in range(1, len(chosen)):
+        axes.axhline(i * len(specs) - 0.04, color=GREY, linewidth=0.7)
+    axes.set_xlim(0, columns)
+    axes.set_ylim(rows, 0)
+    names = [cell.recipe for cell in table[::columns]]
+    axes.set_yticks(np.arange(rows) + 0.47, names)
+    axes.set_xticks(np.arange(columns) + 0.48, [c.device for c in table[:columns]], rotation=40)
+    for label in axes.get_xticklabels():
+        label.set_horizontalalignment("left")
+        label.set_rotation_mode("anchor")
+    beside = axes.secondary_yaxis(-0.16)
+    middles = (np.arange(len(chosen)) + 0.5) * len(specs)
+    beside.set_yticks(middles, [table[i * columns * len(specs)].model for i in range(len(chosen))])
+    beside.spines[:].set_visible(False)
+    beside.tick_params(length=0, labelsize=9)
+    handles = [
+        Patch(facecolor=BLUE, alpha=0.4, label="fits; share of the memory"),
+        Patch(facecolor=ORANGE, alpha=0.16, label="needs 2 to 8 devices"),
+        Patch(facecolor="white", edgecolor=LIGHT, label="needs more"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+def blank_table(figure: "Figure") -> "Axes":
+    """Axes for a table, its heads above."""
+    axes = figure.add_subplot()
+    axes.spines[:].set_visible(False)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=8.5)
+    return axes

@@ -1,0 +1,241 @@
+"""Range against precision, and where in its range a format is precise."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq.analysis.plots.labels import annotate
+from jaxq.analysis.plots.look import (
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    frame,
+    listed,
+    new,
+    picture,
+    power,
+)
+from jaxq.casting import cast
+from jaxq.catalog import ALL, get_format
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+__all__ = ["range_and_precision", "relative_error", "significant_bits"]
+
+_FAMILIES = (
+    (FloatFormat, "floats", BLUE, "o"),
+    (IntFormat, "integers, fixed point", ORANGE, "s"),
+    (TaperedFormat, "posits, takums", GREEN, "^"),
+    (CodebookFormat, "codebooks", PURPLE, "D"),
+)
+
+
+def significant_bits(fmt: Format) -> float:
+    """How precise a format is where it is most precise: log2(1 + max v / (v' - v)).
+
+    Here v' is the value that follows v > 0. A float with m bits of mantissa has m + 1, an integer
+    nearly as many as bits.
+
+    Example:
+      >>> significant_bits(get_format("bfloat16")), significant_bits(get_format("nf4"))
+      (8.0, 2.3...)
+    """
+    if isinstance(fmt, FloatFormat):
+        return fmt.mantissa_bits + 1.0
+    values = np.unique(np.abs(fmt.values))
+    values = values[values > 0]
+    return float(np.log2(1 + np.max(values[:-1] / np.diff(values), initial=0)))
+
+
+@picture
+def range_and_precision(
+    formats: Sequence[str | Format] | None = None,
+    *,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """How far formats reach, and how finely they divide: all of them on one plane.
+
+    To the right lies the range, from the least positive number to the largest; upwards the
+    precision where the format is most precise. Formats at one place share a label.
+
+    Args:
+      formats: as `jaxq.get_format` takes them; None means the whole catalogue.
+      title: above the picture.
+      size: width and height in inches.
+
+    Returns:
+      A figure.
+
+    Raises:
+      ValueError: an unknown format, or none.
+
+    Example:
+      >>> figure = range_and_precision(["float16", "bfloat16", "int8"])
+      >>> figure.axes[0].get_xlabel()
+      'range: powers of two from the least positive number to the largest'
+    """
+    specs = ALL.values() if formats is None else formats
+    chosen = [get_format(spec) for spec in listed("range_and_precision", "formats", specs)]
+    many = len(chosen) > 16
+    figure = new(*((11, 8) if many else (8, 5.5)), size, title)
+    axes = frame(figure.add_subplot())
+    places: dict[tuple[float, float], list[Format]] = {}
+    for fmt in chosen:
+        octaves = fmt.dynamic_range_db / (20 * math.log10(2))
+        # Near enough to look like one point.
+        place = round(octaves, 1 if octaves < 100 else 0), round(significant_bits(fmt), 1)
+        places.setdefault(place, []).append(fmt)
+    points = np.array(list(places))
+    labels = ["\n".join(_pairs([fmt.name for fmt in group])) for group in places.values()]
+    colours = []
+    for kind, label, colour, marker in _FAMILIES:
+        mine = [p for p, group in places.items() if isinstance(group[0], kind)]
+        if mine:
+            x, y = np.array(mine).T
+            axes.scatter(
+                x, y, s=30, color=colour, marker=marker, label=label, clip_on=False, zorder=3
+            )
+    for group in places.values():
+        colours += [c for kind, _, c, _ in _FAMILIES if isinstance(group[0], kind)]
+    axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.6)
+    axes.set_yscale("symlog", base=2, linthresh=1, linscale=0.6)
+    top = points.max(0)
+    axes.set_xlim(-0.15, max(top[0] * 1.5, 8))
+    axes.set_ylim(-0.15, max(top[1] * 1.3, 4))
+    ticks = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    axes.set_xticks([t for t in ticks if t <= axes.get_xlim()[1]])
+    ticks = [0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 24]
+    axes.set_yticks([t for t in ticks if t <= axes.get_ylim()[1]])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.set_xlabel("range: powers of two from the least positive number to the largest")
+    axes.set_ylabel("precision: significant bits, where there are most")
+    axes.legend(loc="upper left")
+    annotate(axes, points, labels, colours=colours, fontsize=7 if many else 8.5, linespacing=1.0)
+    return figure
+
+
+def _pairs(names: list[str]) -> list[str]:
+    """Names in lines that are not too long."""
+    lines: list[str] = []
+    for name in names:
+        if lines and len(lines[-1]) + len(name) < 24:
+            lines[-1] += f", {name}"
+        else:
+            lines.append(name)
+    return lines
+
+
+@picture
+def relative_error(
+    formats: Sequence[str | Format] = ("float16", "bfloat16"),
+    *,
+    limits: tuple[float, float] | None = None,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """The relative error of a cast against the magnitude of the number, for several formats.
+
+    Lines are the largest error among random numbers of nearly that magnitude. A cross marks where a
+    format overflows, an open circle where its numbers become subnormal and precision falls off.
+
+    Args:
+      formats: as `jaxq.get_format` takes them; casts round to nearest.
+      limits: the least and the largest magnitude; None chooses them by the formats.
+      title: above the picture.
+      size: width and height in inches.
+
+    Returns:
+      A figure.
+
+    Raises:
+      ValueError: an unknown format, none, or limits that are not ascending positive numbers.
+
+    Example:
+      >>> figure = relative_error(["float8_e4m3fn", "float8_e5m2"])
+      >>> figure.axes[0].get_ylabel()
+      'relative error of rounding'
+    """
+    chosen = [get_format(spec) for spec in listed("relative_error", "formats", formats)]
+    largest = float(np.finfo(np.float32).max)
+    if limits is None:
+        low = min(max(fmt.tiny, 2.0**-140) for fmt in chosen) / 8
+        high = min(max(fmt.max for fmt in chosen) * 8, largest)
+    else:
+        low, high = limits
+    if not 0 < low < high <= largest:
+        raise ValueError(
+            "relative_error: `limits` must be two positive float32 numbers, the lower first, got "
+            f"{limits}."
+        )
+    edges = np.linspace(math.log2(low), math.log2(high), 601)
+    share = np.random.default_rng(0).random((600, 24))
+    x = np.exp2(edges[:-1, None] + np.diff(edges)[:, None] * share)
+    x = np.minimum(x, largest).astype(np.float32)
+    middle = np.exp2((edges[:-1] + edges[1:]) / 2)
+    figure = new(10, 5, size, title)
+    axes = frame(figure.add_subplot())
+    finest = min(2.0 ** -significant_bits(fmt) for fmt in chosen)
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    for i, fmt in enumerate(chosen):
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+        y = np.asarray(cast(jnp.asarray(x), fmt)).astype(np.float64)
+        error = np.abs(y - x) / x
+        worst = np.max(np.where(np.isfinite(error) & (x <= fmt.max), error, 0), axis=1)
+        worst = np.where((x <= fmt.max).all(1), worst, np.nan)
+        worst = np.where(worst > finest / 16, worst, np.nan)
+        axes.plot(middle, worst, color=colour, linestyle=dash, linewidth=1.4, label=fmt.name)
+        top = fmt.max
+        if low <= top <= high:
+            axes.plot([top] * 2, [finest / 4, 1], color=colour, linewidth=0.9, linestyle=":")
+            axes.plot([top], [1], "X", color=colour, markersize=8, zorder=4)
+        normal = fmt.smallest_normal
+        if isinstance(fmt, FloatFormat) and fmt.tiny < normal and low <= normal <= high:
+            half = 2.0 ** -significant_bits(fmt)
+            axes.plot([normal], [half], "o", color=colour, markerfacecolor="white", zorder=4)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlim(low, high)
+    axes.set_ylim(finest / 4, 6)
+    _powers(axes.xaxis, math.log2(low), math.log2(high), 12)
+    _powers(axes.yaxis, math.log2(finest / 4), 1, 9)
+    axes.set_xlabel("magnitude")
+    axes.set_ylabel("relative error of rounding")
+    _legend(axes, chosen)
+    return figure
+
+
+def _powers(axis: "Axis", low: float, high: float, most: int) -> None:
+    """Ticks at whole powers of two, so many at the most, written as such."""
+    step = max(1, math.ceil((high - low) / most))
+    first = math.ceil(low / step) * step
+    ticks = [2.0**k for k in range(first, math.floor(high) + 1, step)]
+    axis.set_ticks(ticks, labels=[power(tick) for tick in ticks])
+    axis.set_ticks([], minor=True)
+
+
+def _legend(axes: "Axes", formats: Sequence[Format]) -> None:
+    """Lines with what they reach, and what the marks mean."""
+    from matplotlib.lines import Line2D
+
+    handles, _ = axes.get_legend_handles_labels()
+    labels = [f"{fmt.name}: to {power(fmt.max)}" for fmt in formats]
+    marks = (("X", GREY, "overflow beyond"), ("o", "white", "subnormal below"))
+    for marker, face, label in marks:
+        handle = Line2D([], [], linestyle="", marker=marker, color=GREY, markerfacecolor=face)
+        handles.append(handle)
+        labels.append(label)
+    axes.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)

@@ -1,0 +1,114 @@
+"""Which numbers a format has: the number line."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from jaxq.analysis.plots.look import BLUE, GREY, ORANGE, frame, listed, new, picture, power
+from jaxq.catalog import get_format
+from jaxq.formats import FloatFormat, Format
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["number_line"]
+
+_FORMATS = ("int4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e4m3fn")
+
+
+@picture
+def number_line(
+    formats: Sequence[str | Format] = _FORMATS,
+    *,
+    scale: Literal["linear", "log"] = "linear",
+    normalized: bool = False,
+    limits: tuple[float, float] | None = None,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """The values of formats as ticks on one number line, a row for each.
+
+    Subnormal numbers, which are evenly spaced around 0, have short orange ticks.
+
+    Args:
+      formats: of at most 16 bits, as `jaxq.get_format` takes them.
+      scale: `"linear"`, or `"log"`: powers of two at equal distances to both sides of 0.
+      normalized: divides each format by its largest magnitude, as a scale would before use.
+      limits: the ends of the line; None shows all values.
+      title: above the picture.
+      size: width and height in inches.
+
+    Returns:
+      A figure.
+
+    Raises:
+      ValueError: an unknown format or scale, none, or a format of more than 16 bits.
+
+    Example:
+      >>> figure = number_line(["float4_e2m1fn"])
+      >>> sum(len(c.get_positions()) for c in figure.axes[0].collections)
+      15
+    """
+    chosen = [get_format(spec) for spec in listed("number_line", "formats", formats)]
+    if scale not in ("linear", "log"):
+        raise ValueError(f"number_line: `scale` must be 'linear' or 'log', got {scale!r}.")
+    figure = new(10, 0.55 * len(chosen) + 1.2, size, title)
+    axes = frame(figure.add_subplot(), grid="x")
+    least, rows = np.inf, []
+    for row, fmt in enumerate(chosen):
+        values = fmt.values
+        unit = float(np.abs(values).max()) if normalized else 1.0
+        small = np.zeros(len(values), bool)
+        if isinstance(fmt, FloatFormat):
+            small = (values != 0) & (np.abs(values) < fmt.smallest_normal)
+        values = values / unit
+        rows.append(values)
+        nonzero = np.abs(values[values != 0])
+        least = min(least, float(nonzero.min()))
+        width = 1.3 if len(values) < 300 else 0.6
+        styles = ((~small, BLUE, 0.62), (small, ORANGE, 0.36))
+        for which, colour, length in styles:
+            if which.any():
+                axes.eventplot(
+                    values[which],
+                    lineoffsets=row,
+                    linelengths=length,
+                    linewidths=width,
+                    colors=colour,
+                )
+    ends = limits or (min(v[0] for v in rows), max(v[-1] for v in rows))
+    if scale == "log":
+        _logarithmic(axes, least, ends)
+    else:
+        room = 0.02 * (ends[1] - ends[0])
+        axes.set_xlim(ends[0] - room, ends[1] + room)
+    axes.axhline(-0.6, color=GREY, linewidth=0)
+    axes.set_yticks(range(len(chosen)), [fmt.name for fmt in chosen])
+    axes.set_ylim(len(chosen) - 0.4, -0.6)
+    beside = axes.get_yaxis_transform()
+    for row, values in enumerate(rows):
+        text = f"{len(values)} values"
+        axes.text(1.01, row, text, transform=beside, va="center", fontsize=8, color=GREY)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    label = "value, in units of the largest magnitude" if normalized else "value"
+    axes.set_xlabel(label + (", logarithmic to both sides of 0" if scale == "log" else ""))
+    return figure
+
+
+def _logarithmic(axes: "Axes", least: float, ends: tuple[float, float]) -> None:
+    """Powers of two to both sides of 0, with ticks at some of them."""
+    options: dict[str, Any] = {"base": 2, "linthresh": least, "linscale": 1.0}
+    axes.set_xscale("symlog", **options)
+    low = int(np.floor(np.log2(least)))
+    high = int(np.ceil(np.log2(max(abs(end) for end in ends))))
+    sides = sum((ends[0] < 0, ends[1] > 0))
+    step = max(1, round((high - low) * sides / 16))
+    powers = np.exp2(np.arange(low, high + 1)[::step])
+    ticks = [0.0]
+    ticks += [p for p in powers if p <= ends[1]] + [-p for p in powers if -p >= ends[0]]
+    axes.set_xticks(sorted(ticks), [power(t) for t in sorted(ticks)])
+    axes.minorticks_off()
+    axes.set_xlim(ends[0] * 1.2 if ends[0] < 0 else ends[0], ends[1] * 1.2)

@@ -58,6 +58,7 @@ python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 copybutton_prompt_text = ">>> "
 
 nitpicky = True
@@ -100,8 +101,15 @@ def _plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
             lines[i] = "".join(parts)
 
 
+def _no_aliases(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> Any:
+    """The fields of a NamedTuple are in its docstring; Python's own text says nothing of them."""
+    del app, what, name, skip, options
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def setup(app: Sphinx) -> None:
     """What this file adds to Sphinx."""
     app.add_role("smart", Smart())
     app.connect("missing-reference", _no_such_name)
+    app.connect("autodoc-skip-member", _no_aliases)
     app.connect("autodoc-process-docstring", _plain_text, priority=400)

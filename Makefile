@@ -14,7 +14,7 @@ DOCS_READY := $(VENV)/.docs-ready
 SPHINX := $(BIN)/python -m sphinx -W --keep-going -n
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs linkcheck verify bench clean
+.PHONY: help demo test docs linkcheck verify bench pictures clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: $(READY)  ## speed beside a plain pass and beside other libraries
 	@$(BIN)/python benchmarks/casts.py
 	@$(BIN)/python benchmarks/quantizers.py
 	@$(BIN)/python benchmarks/dots.py
+
+pictures: $(READY)  ## draws the gallery of docs/pictures.md anew
+	@$(BIN)/python tools/pictures.py
 
 clean:  ## removes the environments and caches
 	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis docs/_build

@@ -67,6 +67,17 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|np|numpy|optax|ml_dtypes|collections|collections\.abc|typing)\..*"),
 ]
+nitpick_ignore = [
+    ("py:class", "Figure"),  # matplotlib's
+    ("py:class", "ArrayTree"),  # chex's
+    ("py:class", "Rules"),
+    ("py:class", "Recipe"),
+    ("py:class", "jaxq.blocks.Cut"),
+    ("py:class", "jaxq.ranges.Averages"),
+    ("py:class", "jaxq.ranges.Moments"),
+    ("py:class", "jaxq.histograms.Histogram"),
+    ("py:class", "jaxq.histograms._Seen"),
+]
 linkcheck_anchors = False
 
 default_role = "smart"
@@ -93,11 +104,15 @@ def _no_such_name(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
 
 def _plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list) -> None:
     """Docstrings are text: what reStructuredText would make of | and * there is not meant."""
-    del app, what, name, obj, options
+    del app, name, obj, options
+    if what in ("attribute", "property") and lines:
+        lines[0] = lines[0].replace(": ", "; ", 1)  # Else what stands before it counts as a type.
     for i, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...")):
             parts = re.split(r"(`[^`]*`)", line)
             parts[::2] = [re.sub(r"([|*]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
+            # A plural: nothing may stand right behind the code, so an escaped space does.
+            parts[2::2] = [re.sub(r"^(?=\w)", r"\\ ", part) for part in parts[2::2]]
             lines[i] = "".join(parts)
 
 

@@ -22,7 +22,8 @@ __all__ = ["chain", "chain_table"]
 class ChainRow:
     """One step of a `chain_table`: errors of the result against the input of the whole chain.
 
-    `added_mse` is against the step's own input. A conversion that is exact has an SQNR of infinity.
+    `added_mse` is against the step's own input. A conversion that is exact has an SQNR of infinity,
+    one that overflows to infinity minus infinity; an error added to an infinite number is NaN.
     """
 
     step: str
@@ -93,18 +94,18 @@ def chain_table(x: jax.typing.ArrayLike, steps: Sequence[str | Format | Quantize
     rows, before = [], first
     for step, y in zip(steps, chain(x, steps), strict=True):
         after = np.asarray(y).astype(np.float64)
-        error = after - first
+        error, power = after - first, float(np.mean(first**2))
         mse = float(np.mean(error**2))
-        power = float(np.mean(first**2))
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # Exact, or no longer finite.
             sqnr = float(10 * np.log10(np.float64(power) / mse))
+            added = float(np.mean((after - before) ** 2))
         rows.append(
             ChainRow(
                 step=_label(step),
                 mse=mse,
                 max_error=float(np.max(np.abs(error), initial=0)),
                 sqnr_db=sqnr,
-                added_mse=float(np.mean((after - before) ** 2)),
+                added_mse=added,
             )
         )
         before = after

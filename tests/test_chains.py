@@ -42,6 +42,14 @@ def test_records_and_what_is_exact():
     assert jaxq.chain(x, []) == []
 
 
+def test_a_chain_may_overflow():
+    x = np.float32([1.0, 1e6])
+    first, second = jaxq.chain_table(x, ["float16", "float32"]).rows
+    assert first.mse == first.added_mse == second.mse == np.inf
+    assert first.sqnr_db == second.sqnr_db == -np.inf
+    assert np.isnan(second.added_mse)
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="Did you mean float16"):
         jaxq.chain(np.ones(2, np.float32), ["flaot16"])

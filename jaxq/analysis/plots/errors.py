@@ -24,6 +24,7 @@ from jaxq.catalog import get_format
 from jaxq.chains import chain_table
 from jaxq.formats import Format
 from jaxq.hadamard import Hadamard
+from jaxq.histograms import Percentile
 from jaxq.outliers import Outliers
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Quantizer
@@ -76,7 +77,7 @@ def outliers(
     Raises:
       TypeError: another dtype.
       ValueError: numbers that are not finite, all equal, or a last axis that 32 does not divide; a
-        count that leaves no others.
+        count that is no small part.
 
     Example:
       >>> x = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
@@ -84,6 +85,8 @@ def outliers(
       >>> [text.get_text() for text in figure.axes[1].get_yticklabels()][:2]
       ['without outliers', 'with outliers']
     """
+    from matplotlib.patches import Patch
+
     data, element = array("outliers", x, ndim=1), get_format(fmt)
     spoiled, places = _spoil(data, count, magnitude, seed)
     others = np.ones(data.size, bool)
@@ -111,8 +114,10 @@ def outliers(
         part = compare(source.ravel()[others], result.ravel()[others])
         parts.append(float(part.mse) ** 0.5 / unit)
         wholes.append(float(compare(source, result).mse) ** 0.5 / unit)
-    right.barh(rows, parts, color=colours, height=0.62, alpha=0.75, label="ordinary numbers")
-    right.plot(wholes, rows, "D", color="#000000", markersize=4.5, label="all numbers")
+    right.barh(rows, parts, color=colours, height=0.62, alpha=0.75)
+    right.plot(wholes, rows, "D", color="#000000", markersize=4.5, label="error of all numbers")
+    bar = Patch(color=BLUE, alpha=0.75, linewidth=0, label="of the ordinary numbers")
+    diamond = right.get_lines()[0]
     right.set_yticks(rows, [r.name for r in found])
     right.invert_yaxis()
     right.set_xlim(0, 1.06 * max(*parts, *wholes))
@@ -122,7 +127,7 @@ def outliers(
         right.text(1.09, row, f"{remedy.bits:.2f}", transform=beside, va="center", ha="right")
     right.text(1.09, -0.9, "bits", transform=beside, ha="right", va="bottom", color=GREY)
     right.set_xlabel("root mean squared error, in standard deviations")
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    right.legend(handles=[bar, diamond], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 
@@ -131,10 +136,10 @@ def _spoil(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tensor with outliers, and where they are in the flattened one."""
     number = max(1, data.size // 1000) if count is None else count
-    if not 0 < number < data.size:
+    if not 0 < number <= data.size // 4:
         raise ValueError(
-            f"outliers: `count` must be 1 to {data.size - 1}, as x has {data.size} numbers, got "
-            f"{number}."
+            f"outliers: `count` must be at least 1 and at most a quarter of x's {data.size} "
+            f"numbers, got {number}."
         )
     deviation = np.std(data)
     if deviation == 0:
@@ -154,12 +159,13 @@ def _remedies(data: np.ndarray, spoiled: np.ndarray, element: Format, count: int
             f"outliers: the last axis must be a multiple of 32, got the shape {data.shape}."
         )
     plain = Quantizer(element)
+    share = Percentile(100 * (1 - 1.2 * count / data.size))  # So that it leaves all of them out.
     recipes = {
         "with outliers": plain,
         "a scale a channel": dataclasses.replace(plain, granularity=PerChannel((-1,))),
         "blocks of 32": dataclasses.replace(plain, granularity=PerBlock(32)),
         "kept apart in float16": dataclasses.replace(plain, outliers=Outliers(count / data.size)),
-        "clipped, percentile": dataclasses.replace(plain, range="percentile"),
+        "clipped, percentile": dataclasses.replace(plain, range=share),
         "clipped, least MSE": dataclasses.replace(plain, range="mse"),
     }
     found = [
@@ -234,23 +240,26 @@ def chain_errors(
     axes = frame(figure.add_subplot(), grid="y")
     positive = [v for v in (*total, *added) if 0 < v < np.inf]
     floor = min(positive, default=1e-6) / 4
+    # What is 0 stands on the axis; what is not finite is no point and no bar.
+    line, bars = (np.where(np.isfinite(v), np.maximum(v, floor), np.nan) for v in (total, added))
     axes.bar(
-        places, np.maximum(added, floor), 0.5, color=BLUE, alpha=0.55, label="added by the step"
+        places,
+        np.nan_to_num(bars, nan=floor),
+        0.5,
+        color=BLUE,
+        alpha=0.55,
+        label="added by the step",
     )
-    axes.plot(places, np.maximum(total, floor), "D-", color=ORANGE, label="since the beginning")
+    axes.plot(places, line, "D-", color=ORANGE, label="since the beginning")
     axes.set_yscale("log")
     axes.set_ylim(floor, max(positive, default=1.0) * 6)
     for place, row, value in zip(places, rows, total, strict=True):
         text = "exact" if row.mse == 0 else f"{row.sqnr_db:.1f} dB"
-        axes.annotate(
-            text,
-            (place, max(value, floor)),
-            (0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8.5,
-            color=ORANGE,
-        )
+        shown, beside = max(value, floor), (-5, 5)
+        if not np.isfinite(value):
+            text, shown, beside = "not finite", floor, (20, 5)
+        note = {"textcoords": "offset points", "ha": "right", "fontsize": 8.5, "color": ORANGE}
+        axes.annotate(text, (place, shown), beside, **note)
         if row.added_mse == 0 and row.mse:
             axes.annotate(
                 "adds nothing",

@@ -4,6 +4,7 @@ Each label tries places around its point, near ones first, and takes the one wit
 way: other labels, points, lines to the points, the edge of the axes.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.text import Annotation
+    from matplotlib.text import Annotation, Text
 
-__all__ = ["annotate", "place"]
+__all__ = ["annotate", "heads", "place"]
 
+_SWEEPS = 3  # The first places labels, the others move them when all are there.
 _ANGLES = (0.25, 0.0, -0.25, 1.0, 0.75, -0.75, 0.5, -0.5, 0.125, -0.125, 0.875, -0.875)
 
 
@@ -25,6 +27,7 @@ def place(
     bounds: Sequence[float] | np.ndarray,
     *,
     obstacles: np.ndarray | None = None,
+    line: np.ndarray | None = None,
     radius: float = 6.0,
 ) -> np.ndarray:
     """Where labels go so that they lie on neither each other nor on points.
@@ -37,6 +40,7 @@ def place(
       sizes: `[n, 2]`, widths and heights of the labels.
       bounds: left, bottom, right and top of where labels may be.
       obstacles: boxes `[m, 4]` (left, bottom, right, top) to keep clear of.
+      line: `[m, 2]`, the corners of a line that labels had better not cross.
       radius: of a point's mark.
 
     Returns:
@@ -50,22 +54,35 @@ def place(
     points, sizes = np.asarray(points, float), np.asarray(sizes, float)
     n = len(points)
     marks = np.concatenate([points - radius, points + radius], axis=1)
-    taken = np.zeros((0, 4)) if obstacles is None else np.asarray(obstacles, float).reshape(-1, 4)
-    centres = np.zeros((n, 2))
+    if line is not None:
+        beads = _beads(np.asarray(line, float))
+        marks = np.concatenate([marks, np.concatenate([beads - 2, beads + 2], axis=1)])
+    fixed = np.zeros((0, 4)) if obstacles is None else np.asarray(obstacles, float).reshape(-1, 4)
+    left, bottom, right, top = bounds
     distance = np.hypot(*(points[:, None] - points[None]).transpose(2, 0, 1))
     crowd = (distance < 120).sum(1)
-    for i in sorted(range(n), key=lambda i: (-crowd[i], *points[i])):
+    order = sorted(range(n), key=lambda i: (-crowd[i], *points[i]))
+    centres, taken = np.zeros((n, 2)), np.full((n, 4), np.inf)  # Nothing reaches into these.
+    for i in order * _SWEEPS:
         tried = _candidates(points[i], sizes[i], radius)
         boxes = np.concatenate([tried - sizes[i] / 2 - 1, tried + sizes[i] / 2 + 1], axis=1)
-        left, bottom, right, top = bounds
         outside = np.maximum(0, left - boxes[:, 0]) + np.maximum(0, boxes[:, 2] - right)
         outside += np.maximum(0, bottom - boxes[:, 1]) + np.maximum(0, boxes[:, 3] - top)
-        cost = 1000 * outside + 40 * _shared(boxes, taken) + 3 * _shared(boxes, marks)
+        others = np.concatenate([fixed, np.delete(taken, i, axis=0)])
+        cost = 1000 * outside + 40 * _shared(boxes, others) + 3 * _shared(boxes, marks)
         cost += 0.02 * np.hypot(*(tried - points[i]).T) ** 2
         best = int(np.argmin(cost))
-        centres[i] = tried[best]
-        taken = np.concatenate([taken, boxes[best : best + 1]])
+        centres[i], taken[i] = tried[best], boxes[best]
     return centres
+
+
+def _beads(line: np.ndarray) -> np.ndarray:
+    """Points along a line, not far apart."""
+    parts = [
+        a + np.linspace(0, 1, max(2, int(np.abs(b - a).max() / 5)))[:, None] * (b - a)
+        for a, b in itertools.pairwise(line)
+    ]
+    return np.concatenate([*parts, line])
 
 
 def _candidates(point: np.ndarray, size: np.ndarray, radius: float) -> np.ndarray:
@@ -93,6 +110,7 @@ def annotate(
     *,
     colours: Sequence[str] | str = "#333333",
     fontsize: float = 8,
+    line: np.ndarray | None = None,
     **text: Any,
 ) -> "list[Annotation]":
     """Labels points of axes that are otherwise done, without overlap.
@@ -106,6 +124,7 @@ def annotate(
       labels: one a point; an empty one is left out.
       colours: one for all or one a label.
       fontsize: in points.
+      line: `[m, 2]`, in data: a line that labels had better not cross.
       **text: for `Axes.annotate`.
     """
     figure = axes.figure.get_figure(root=True)
@@ -144,6 +163,7 @@ def annotate(
         np.array(sizes),
         axes.get_window_extent().extents,
         obstacles=np.array(boxes).reshape(-1, 4),
+        line=None if line is None else axes.transData.transform(line),
     )
     for note, centre, point, (width, height) in zip(
         found, centres, pixels[chosen], sizes, strict=True
@@ -152,7 +172,7 @@ def annotate(
         note.set_position(tuple(offset))
         away = np.maximum(np.abs(centre - point) - (width / 2, height / 2), 0)
         if note.arrow_patch is not None:
-            note.arrow_patch.set_visible(bool(np.hypot(*away) > 16))
+            note.arrow_patch.set_visible(bool(np.hypot(*away) > 14))
     return found
 
 
@@ -162,3 +182,49 @@ def _size(note: "Annotation") -> tuple[float, float]:
 
     box = Text.get_window_extent(note)
     return box.width, box.height
+
+
+def heads(
+    axes: "Axes", places: Sequence[float], names: Sequence[str], *, colour: str, gap: float = 18
+) -> "list[Text]":
+    """Names above axes, slanted, each joined to its place on the axis below.
+
+    Where places are close the names move to the right, so that they keep a distance.
+
+    Args:
+      axes: where; limits and scale as they are to stay.
+      places: ascending, in data.
+      names: one a place.
+      colour: of the names and lines.
+      gap: the least distance of two names, in pixels at the figure's resolution.
+    """
+    figure = axes.figure.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    points = np.array([[place, 0.0] for place in places]).reshape(-1, 2)
+    shares = axes.transAxes.inverted().transform(axes.get_xaxis_transform().transform(points))[:, 0]
+    least, last, found = gap / axes.get_window_extent().width, -np.inf, []
+    for share, name in zip(shares, names, strict=True):
+        last = max(float(share), last + least)
+        axes.plot(
+            [share, last],
+            [1, 1.04],
+            color=colour,
+            linewidth=0.8,
+            transform=axes.transAxes,
+            clip_on=False,
+        )
+        text = axes.text(
+            last,
+            1.05,
+            name,
+            transform=axes.transAxes,
+            rotation=40,
+            rotation_mode="anchor",
+            fontsize=8,
+            color=colour,
+            ha="left",
+            va="center",
+        )
+        found.append(text)
+    return found

@@ -129,8 +129,10 @@ def bit_layouts(
     from matplotlib.patches import Patch, Rectangle
 
     chosen = [get_format(spec) for spec in listed("bit_layouts", "formats", formats)]
-    widest = max(fmt.bits for fmt in chosen)
-    figure = new(4.4 + 0.21 * max(widest, 12), 0.62 * len(chosen) + 0.7, size, title)
+    # In widths of a box: a row and what stands behind it, whose letters are narrower.
+    reach = max(fmt.bits + 1.2 + 0.3 * len(_notes(fmt)) for fmt in chosen)
+    width = max(6.0, 0.4 + 0.085 * max(len(fmt.name) for fmt in chosen) + 0.21 * reach)
+    figure = new(width, 0.62 * len(chosen) + 1.0, size, title)
     axes = blank(figure.add_subplot())
     seen: dict[str, None] = {}
     for row, fmt in enumerate(chosen):
@@ -152,7 +154,7 @@ def bit_layouts(
                 )
             left += bits
         axes.text(fmt.bits + 0.6, row, _notes(fmt), va="center", fontsize=8, color=GREY)
-    axes.set_xlim(-0.2, max(widest, 12) + 14)
+    axes.set_xlim(-0.2, reach)
     axes.set_ylim(len(chosen) - 0.45, -0.6)
     axes.set_yticks(range(len(chosen)), [fmt.name for fmt in chosen])
     axes.set_xticks([])
@@ -160,5 +162,5 @@ def bit_layouts(
         Patch(color=_KINDS[kind][0], alpha=0.5, linewidth=0, label=f"{_KINDS[kind][1]}: {kind}")
         for kind in seen
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside lower left", ncols=int(width / 1.2))
     return figure

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxq.analysis.machines import DEVICES, MODELS, Device, Model
 from jaxq.analysis.memory import fits_table, memory_table
-from jaxq.analysis.plots.labels import annotate
+from jaxq.analysis.plots.labels import heads
 from jaxq.analysis.plots.look import (
     BLUE,
     COLOURS,
@@ -82,6 +82,7 @@ def memory(
         ("kv_gib", f"cache of {context * batch:,} tokens", ORANGE, "///"),
         ("overhead_gib", "overhead", LIGHT, "..."),
     )
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     for axes, model in zip(grid.flat, chosen, strict=False):
         frame(axes, grid="x")
         table = memory_table(model, specs, context=context, batch=batch).rows
@@ -94,14 +95,16 @@ def memory(
             left += width
         reach = float(left.max()) * 1.13
         for place, total in zip(places, left, strict=True):
-            axes.text(total + 0.01 * reach, place, f"{total:.3g}", va="center", fontsize=8)
+            axes.text(
+                total + 0.01 * reach, place, f"{total:.3g}", va="center", fontsize=8, bbox=clear
+            )
         axes.set_yticks(places, [row.recipe for row in table])
         axes.invert_yaxis()
         axes.set_xlim(0, reach)
         axes.set_xlabel("GiB")
         axes.tick_params(axis="y", length=0)
         _draw_limits(axes, limits, reach)
-        axes.set_title(table[0].model, pad=6, y=1.0, loc="left", fontweight="bold", x=-0.02)
+        axes.set_ylabel(table[0].model, fontweight="bold")
     for axes in grid.flat[len(chosen) :]:
         axes.remove()
     handles, labels = grid.flat[0].get_legend_handles_labels()
@@ -121,27 +124,11 @@ def _limits(devices: "Sequence[str | Device]") -> dict[float, str]:
 
 
 def _draw_limits(axes: "Axes", limits: dict[float, str], reach: float) -> None:
-    """A line a device, its name along it where there is room."""
-    last = -np.inf
-    for gib, name in limits.items():
-        if gib > reach:
-            continue
+    """A line and a name for each device whose memory is within the axes."""
+    within = {gib: name for gib, name in limits.items() if gib <= reach}
+    for gib in within:
         axes.axvline(gib, color=GREEN, linewidth=1.1, linestyle="--", zorder=0.5)
-        if gib - last < 0.035 * reach:
-            continue
-        last = gib
-        axes.text(
-            gib,
-            1.01,
-            f"{name}",
-            transform=axes.get_xaxis_transform(),
-            rotation=35,
-            fontsize=7.5,
-            color=GREEN,
-            va="bottom",
-            ha="left",
-            rotation_mode="anchor",
-        )
+    heads(axes, list(within), list(within.values()), colour=GREEN)
 
 
 @picture
@@ -209,12 +196,10 @@ def memory_by_size(
         axes.axhline(gib, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
         axes.text(1.01, gib, name, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
     for count in counts:
-        axes.axvline(count, color=SKY, linewidth=0.5, zorder=0)
-    axes.legend(loc="upper left")
-    points = np.array(
-        [[n, min(r.total_gib for r in t)] for n, t in zip(counts, tables, strict=True)]
-    )
-    annotate(axes, points, [m.name for m in records])
+        axes.axvline(count, color=SKY, linewidth=0.7, zorder=0)
+    axes.legend(loc="lower right")
+    order = np.argsort(counts, kind="stable")
+    heads(axes, counts[order].tolist(), [records[i].name for i in order], colour=BLUE)
     return figure
 
 
@@ -259,7 +244,7 @@ def fits(
     chosen, specs, places = (listed("fits", name, items) for name, items in arguments)
     table = fits_table(chosen, specs, places, context=context, batch=batch).rows
     columns, rows = len(places), len(chosen) * len(specs)
-    figure = new(3.2 + 0.72 * columns, 1.6 + 0.27 * rows, size, title)
+    figure = new(max(6.0, 3.2 + 0.72 * columns), 1.6 + 0.27 * rows, size, title)
     axes = blank_table(figure)
     for i, cell in enumerate(table):
         row, column = divmod(i, columns)
@@ -291,7 +276,9 @@ def fits(
     for label in axes.get_xticklabels():
         label.set_horizontalalignment("left")
         label.set_rotation_mode("anchor")
-    beside = axes.secondary_yaxis(-0.16)
+    beside = axes.secondary_yaxis("left")
+    # Left of the recipes' names, in points.
+    beside.spines["left"].set_position(("outward", 8 + 5.2 * max(map(len, names))))
     middles = (np.arange(len(chosen)) + 0.5) * len(specs)
     beside.set_yticks(middles, [table[i * columns * len(specs)].model for i in range(len(chosen))])
     beside.spines[:].set_visible(False)

@@ -49,13 +49,13 @@ def significant_bits(fmt: Format) -> float:
 
     Example:
       >>> significant_bits(get_format("bfloat16")), significant_bits(get_format("nf4"))
-      (8.0, 2.3...)
+      (8.0, 2.2...)
     """
     if isinstance(fmt, FloatFormat):
         return fmt.mantissa_bits + 1.0
-    values = np.unique(np.abs(fmt.values))
-    values = values[values > 0]
-    return float(np.log2(1 + np.max(values[:-1] / np.diff(values), initial=0)))
+    sides = (values[values > 0] for values in (fmt.values, -fmt.values[::-1]))
+    ratios = [np.max(side[:-1] / np.diff(side), initial=0) for side in sides]
+    return float(np.log2(1 + max(ratios)))
 
 
 @picture
@@ -91,24 +91,23 @@ def range_and_precision(
     many = len(chosen) > 16
     figure = new(*((11, 8) if many else (8, 5.5)), size, title)
     axes = frame(figure.add_subplot())
-    places: dict[tuple[float, float], list[Format]] = {}
+    places: dict[tuple[float, float, str], list[Format]] = {}
     for fmt in chosen:
         octaves = fmt.dynamic_range_db / (20 * math.log10(2))
         # Near enough to look like one point.
         place = round(octaves, 1 if octaves < 100 else 0), round(significant_bits(fmt), 1)
-        places.setdefault(place, []).append(fmt)
-    points = np.array(list(places))
+        places.setdefault((*place, type(fmt).__name__), []).append(fmt)
+    points = np.array([place[:2] for place in places])
     labels = ["\n".join(_pairs([fmt.name for fmt in group])) for group in places.values()]
-    colours = []
     for kind, label, colour, marker in _FAMILIES:
-        mine = [p for p, group in places.items() if isinstance(group[0], kind)]
+        mine = [place[:2] for place in places if place[2] == kind.__name__]
         if mine:
             x, y = np.array(mine).T
             axes.scatter(
                 x, y, s=30, color=colour, marker=marker, label=label, clip_on=False, zorder=3
             )
-    for group in places.values():
-        colours += [c for kind, _, c, _ in _FAMILIES if isinstance(group[0], kind)]
+    palette = {kind.__name__: colour for kind, _, colour, _ in _FAMILIES}
+    colours = [palette[place[2]] for place in places]
     axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.6)
     axes.set_yscale("symlog", base=2, linthresh=1, linscale=0.6)
     top = points.max(0)
@@ -181,14 +180,17 @@ def relative_error(
             "relative_error: `limits` must be two positive float32 numbers, the lower first, got "
             f"{limits}."
         )
-    edges = np.linspace(math.log2(low), math.log2(high), 601)
-    share = np.random.default_rng(0).random((600, 24))
+    # As many bins an octave as are seen; bins that cut octaves unevenly would look like noise.
+    fine = min(4, max(1, int(400 / math.log2(high / low))))
+    first, last = (round(math.log2(end) * fine) for end in (low, high))
+    edges = np.arange(first, last + 1) / fine
+    share = np.random.default_rng(0).random((len(edges) - 1, 200))
     x = np.exp2(edges[:-1, None] + np.diff(edges)[:, None] * share)
     x = np.minimum(x, largest).astype(np.float32)
     middle = np.exp2((edges[:-1] + edges[1:]) / 2)
     figure = new(10, 5, size, title)
     axes = frame(figure.add_subplot())
-    finest = min(2.0 ** -significant_bits(fmt) for fmt in chosen)
+    worst_of_all, finest = 1.0, min(2.0 ** -significant_bits(fmt) for fmt in chosen)
     axes.axhline(1, color=GREY, linewidth=0.8)
     for i, fmt in enumerate(chosen):
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
@@ -197,6 +199,7 @@ def relative_error(
         worst = np.max(np.where(np.isfinite(error) & (x <= fmt.max), error, 0), axis=1)
         worst = np.where((x <= fmt.max).all(1), worst, np.nan)
         worst = np.where(worst > finest / 16, worst, np.nan)
+        worst_of_all = float(np.nanmax(worst, initial=worst_of_all))
         axes.plot(middle, worst, color=colour, linestyle=dash, linewidth=1.4, label=fmt.name)
         top = fmt.max
         if low <= top <= high:
@@ -208,10 +211,10 @@ def relative_error(
             axes.plot([normal], [half], "o", color=colour, markerfacecolor="white", zorder=4)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set_xlim(low, high)
-    axes.set_ylim(finest / 4, 6)
+    axes.set_xlim(low, high * (high / low) ** 0.01)
+    axes.set_ylim(finest / 4, 4 * worst_of_all)
     _powers(axes.xaxis, math.log2(low), math.log2(high), 12)
-    _powers(axes.yaxis, math.log2(finest / 4), 1, 9)
+    _powers(axes.yaxis, math.log2(finest / 4), math.log2(worst_of_all), 9)
     axes.set_xlabel("magnitude")
     axes.set_ylabel("relative error of rounding")
     _legend(axes, chosen)
@@ -223,7 +226,7 @@ def _powers(axis: "Axis", low: float, high: float, most: int) -> None:
     step = max(1, math.ceil((high - low) / most))
     first = math.ceil(low / step) * step
     ticks = [2.0**k for k in range(first, math.floor(high) + 1, step)]
-    axis.set_ticks(ticks, labels=[power(tick) for tick in ticks])
+    axis.set_ticks(ticks, labels=[f"$2^{{{round(math.log2(tick))}}}$" for tick in ticks])
     axis.set_ticks([], minor=True)
 
 

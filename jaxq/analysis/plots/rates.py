@@ -61,7 +61,7 @@ def sqnr_by_bits(
       ValueError: an unknown distribution, or bits out of range.
 
     Example:
-      >>> figure = sqnr_by_bits([3, 4], shape=(64,))
+      >>> figure = sqnr_by_bits([4], shape=(64,))
       >>> figure.axes[0].get_ylabel()
       'SQNR, dB'
     """
@@ -79,6 +79,18 @@ def sqnr_by_bits(
         ("best evenly spaced levels", [r.uniform_db for r in bounds], PURPLE, "-.", "^"),
         ("absmax integers, theory", [r.expected_db for r in measured], BLUE, "-", ""),
         ("absmax integers, measured", [r.measured_db for r in measured], ORANGE, "", "o"),
+    )
+    expected, deviation = (
+        np.array([getattr(r, name) for r in measured]) for name in ("expected_db", "deviation_db")
+    )
+    axes.fill_between(
+        widths,
+        expected - 2 * deviation,
+        expected + 2 * deviation,
+        color=BLUE,
+        alpha=0.18,
+        linewidth=0,
+        label="spread of absmax integers: two deviations",
     )
     for name, db, colour, dash, marker in lines:
         axes.plot(widths, db, color=colour, linestyle=dash, marker=marker, label=name)
@@ -129,7 +141,8 @@ def compression(
     Args:
       x: finite float16, bfloat16 or float32.
       recipes: as the steps of `jaxq.chain`; None means every preset whose
-        blocks fit x, and names those left out below the picture.
+        blocks fit x. What is left out, as it does not fit, is exact or goes beyond its range, is
+        named below the picture.
       title: above the picture.
       size: width and height in inches.
 
@@ -154,7 +167,17 @@ def compression(
         whole = isinstance(kind, Quantizer)
         bits.append(kind.bits_per_weight(data.shape) if whole else float(kind.bits))
         db.append(float(compare(data, chain(data, [spec])[0]).sqnr_db))
-    points = np.stack([bits, db], axis=1)
+    sound = [i for i, ratio in enumerate(db) if np.isfinite(ratio)]
+    notes = {
+        "Blocks do not fit": missing,
+        "Exact": [label(spec) for spec, ratio in zip(chosen, db, strict=True) if ratio == np.inf],
+        "Beyond the range": [
+            label(spec) for spec, ratio in zip(chosen, db, strict=True) if ratio == -np.inf
+        ],
+    }
+    if not sound:
+        raise ValueError(f"compression: nothing to draw, as no ratio is finite: {notes}.")
+    chosen, points = [chosen[i] for i in sound], np.stack([bits, db], axis=1)[sound]
     front = pareto(points[:, 0], points[:, 1])
     figure = new(*((10.5, 7) if len(chosen) > 14 else (8, 5)), size, title)
     axes = frame(figure.add_subplot())
@@ -166,11 +189,14 @@ def compression(
     axes.set_ylabel("SQNR, dB")
     axes.margins(0.1, 0.08)
     axes.legend(loc="upper left")
-    if missing:
-        note = "Blocks do not fit: " + ", ".join(missing)
+    note = ". ".join(f"{why}: {', '.join(names)}" for why, names in notes.items() if names)
+    if note:
         figure.supxlabel(note, fontsize=7.5, color=GREY, wrap=True)
     colours = [ORANGE if i in front else BLUE for i in range(len(chosen))]
-    annotate(axes, points, [label(spec) for spec in chosen], colours=colours)
+    steps = np.repeat(points[front], 2, axis=0)[:-1]
+    steps[1::2, 0] = points[front][1:, 0]
+    names = [label(spec) for spec in chosen]
+    annotate(axes, points, names, colours=colours, line=steps)
     return figure
 
 

@@ -116,6 +116,7 @@ def _levels(axes: "Axes", data: np.ndarray, stored: "Quantized", y: np.ndarray) 
     axes.hist(units.ravel(), bins=61, color=BLUE, alpha=0.45, label="numbers / scale")
     axes.set_xlabel("value, in units of its scale")
     axes.set_ylabel("numbers")
+    axes.locator_params(axis="x", nbins=6)
     values = fmt.values if fmt.bits <= 8 else np.zeros(0)
     top = axes.get_ylim()[1]
     if len(values):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["number_line"]
 
-_FORMATS = ("int4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e4m3fn")
+_FORMATS = ("int4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn")
 
 
 @picture
@@ -51,23 +51,25 @@ def number_line(
       >>> sum(len(c.get_positions()) for c in figure.axes[0].collections)
       15
     """
+    from matplotlib.lines import Line2D
+
     chosen = [get_format(spec) for spec in listed("number_line", "formats", formats)]
     if scale not in ("linear", "log"):
         raise ValueError(f"number_line: `scale` must be 'linear' or 'log', got {scale!r}.")
     figure = new(10, 0.55 * len(chosen) + 1.2, size, title)
     axes = frame(figure.add_subplot(), grid="x")
-    least, rows = np.inf, []
+    least, rows, any_small = np.inf, [], False
     for row, fmt in enumerate(chosen):
         values = fmt.values
         unit = float(np.abs(values).max()) if normalized else 1.0
         small = np.zeros(len(values), bool)
         if isinstance(fmt, FloatFormat):
             small = (values != 0) & (np.abs(values) < fmt.smallest_normal)
-        values = values / unit
+        values, any_small = values / unit, any_small or bool(small.any())
         rows.append(values)
         nonzero = np.abs(values[values != 0])
         least = min(least, float(nonzero.min()))
-        width = 1.3 if len(values) < 300 else 0.6
+        width = 1.4 if len(values) < 40 else 0.8
         styles = ((~small, BLUE, 0.62), (small, ORANGE, 0.36))
         for which, colour, length in styles:
             if which.any():
@@ -84,7 +86,6 @@ def number_line(
     else:
         room = 0.02 * (ends[1] - ends[0])
         axes.set_xlim(ends[0] - room, ends[1] + room)
-    axes.axhline(-0.6, color=GREY, linewidth=0)
     axes.set_yticks(range(len(chosen)), [fmt.name for fmt in chosen])
     axes.set_ylim(len(chosen) - 0.4, -0.6)
     beside = axes.get_yaxis_transform()
@@ -95,20 +96,29 @@ def number_line(
     axes.tick_params(axis="y", length=0)
     label = "value, in units of the largest magnitude" if normalized else "value"
     axes.set_xlabel(label + (", logarithmic to both sides of 0" if scale == "log" else ""))
+    handles = [Line2D([], [], color=BLUE, linewidth=2, label="normal numbers, and 0")]
+    if any_small:
+        handles.append(Line2D([], [], color=ORANGE, linewidth=2, label="subnormal numbers"))
+        axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
     return figure
 
 
 def _logarithmic(axes: "Axes", least: float, ends: tuple[float, float]) -> None:
     """Powers of two to both sides of 0, with ticks at some of them."""
-    options: dict[str, Any] = {"base": 2, "linthresh": least, "linscale": 1.0}
-    axes.set_xscale("symlog", **options)
     low = int(np.floor(np.log2(least)))
     high = int(np.ceil(np.log2(max(abs(end) for end in ends))))
-    sides = sum((ends[0] < 0, ends[1] > 0))
-    step = max(1, round((high - low) * sides / 16))
-    powers = np.exp2(np.arange(low, high + 1)[::step])
-    ticks = [0.0]
+    sides = (ends[0] < 0) + (ends[1] > 0)
+    most = 14 if max(high, -low) < 100 else 7  # Long exponents are wide.
+    step = max(1, -(-(high - low) * sides // most))
+    # 0 stands half a step beyond the least magnitude, and its label needs the room.
+    options: dict[str, Any] = {"base": 2, "linthresh": least, "linscale": max(1, step / 2)}
+    axes.set_xscale("symlog", **options)
+    powers = [
+        2.0**k for k in range(-(-low // step) * step, high + 1, step) if 2 * (k - low) >= step
+    ]
+    ticks = [0.0] if ends[0] <= 0 else []
     ticks += [p for p in powers if p <= ends[1]] + [-p for p in powers if -p >= ends[0]]
     axes.set_xticks(sorted(ticks), [power(t) for t in sorted(ticks)])
     axes.minorticks_off()
-    axes.set_xlim(ends[0] * 1.2 if ends[0] < 0 else ends[0], ends[1] * 1.2)
+    left = ends[0] * 1.2 if ends[0] < 0 else (ends[0] / 1.2 or -least / 2)
+    axes.set_xlim(left, ends[1] * 1.2)

@@ -68,7 +68,9 @@ def test_every_public_name_is_documented(name: str):
     module = importlib.import_module(name)
     assert module.__doc__
     reference = "\n".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
-    described = set(re.findall(r"^(?:\.\. auto\w+::|```\{py:\w+\}) (\S+)$", reference, re.MULTILINE))
+    described = set(
+        re.findall(r"^(?:\.\. auto\w+::|```\{py:\w+\}) (\S+)$", reference, re.MULTILINE)
+    )
     objects = {id(_find(path)) for path in described}
     for public in module.__all__:
         thing = getattr(module, public)

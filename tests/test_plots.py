@@ -249,6 +249,7 @@ def test_remedies_recover():
     figure = plots.outliers(X, count=2)
     left, right = figure.axes
     rows = [label.get_text() for label in right.get_yticklabels()]
+    assert rows[:2] == ["without outliers", "with outliers"]
     error = dict(zip(rows, (patch.get_width() for patch in right.patches), strict=True))
     assert error["with outliers"] > 2 * error["without outliers"]
     for name in rows[2:]:

@@ -78,12 +78,6 @@ def outliers(
       TypeError: another dtype.
       ValueError: numbers that are not finite, all equal, or a last axis that 32 does not divide; a
         count that is no small part.
-
-    Example:
-      >>> x = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-      >>> figure = outliers(x, count=1)
-      >>> [text.get_text() for text in figure.axes[1].get_yticklabels()][:2]
-      ['without outliers', 'with outliers']
     """
     from matplotlib.patches import Patch
 

@@ -69,8 +69,9 @@ def place(
         outside = np.maximum(0, left - boxes[:, 0]) + np.maximum(0, boxes[:, 2] - right)
         outside += np.maximum(0, bottom - boxes[:, 1]) + np.maximum(0, boxes[:, 3] - top)
         others = np.concatenate([fixed, np.delete(taken, i, axis=0)])
-        cost = 1000 * outside + 40 * _shared(boxes, others) + 3 * _shared(boxes, marks)
-        cost += 0.02 * np.hypot(*(tried - points[i]).T) ** 2
+        cost = 1000 * outside + 40 * _shared(boxes, others) + 8 * _shared(boxes, marks)
+        away = np.maximum(np.abs(tried - points[i]) - sizes[i] / 2, 0)
+        cost += 0.05 * np.hypot(*away.T) ** 2 + 0.002 * np.hypot(*(tried - points[i]).T) ** 2
         best = int(np.argmin(cost))
         centres[i], taken[i] = tried[best], boxes[best]
     return centres

@@ -107,8 +107,8 @@ def _logarithmic(axes: "Axes", least: float, ends: tuple[float, float]) -> None:
     """Powers of two to both sides of 0, with ticks at some of them."""
     low = int(np.floor(np.log2(least)))
     high = int(np.ceil(np.log2(max(abs(end) for end in ends))))
-    sides = (ends[0] < 0) + (ends[1] > 0)
-    most = 14 if max(high, -low) < 100 else 7  # Long exponents are wide.
+    sides = int(ends[0] < 0) + int(ends[1] > 0)
+    most = 14 if max(high, -low) < 100 else 12  # Long exponents are wide.
     step = max(1, -(-(high - low) * sides // most))
     # 0 stands half a step beyond the least magnitude, and its label needs the room.
     options: dict[str, Any] = {"base": 2, "linthresh": least, "linscale": max(1, step / 2)}

@@ -116,6 +116,26 @@ def _plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
             lines[i] = "".join(parts)
 
 
+# What unions are called: autodoc spells them out.
+_UNIONS = {
+    "~jax.Array | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex": (
+        "~jax.typing.ArrayLike"
+    ),
+    "~jaxq.formats.FloatFormat | ~jaxq.formats.IntFormat | ~jaxq.formats.CodebookFormat"
+    " | ~jaxq.formats.TaperedFormat": "~jaxq.Format",
+}
+
+
+def _short_types(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str]:
+    """Signatures that name unions."""
+    del app, what, name, obj, options
+    for union, short in _UNIONS.items():
+        signature = signature and signature.replace(union, short)
+    return signature, returns
+
+
 def _no_aliases(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> Any:
     """The fields of a NamedTuple are in its docstring; Python's own text says nothing of them."""
     del app, what, name, skip, options
@@ -127,4 +147,5 @@ def setup(app: Sphinx) -> None:
     app.add_role("smart", Smart())
     app.connect("missing-reference", _no_such_name)
     app.connect("autodoc-skip-member", _no_aliases)
+    app.connect("autodoc-process-signature", _short_types)
     app.connect("autodoc-process-docstring", _plain_text, priority=400)

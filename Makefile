@@ -10,9 +10,11 @@ JAX ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
+SPHINX := $(BIN)/python -m sphinx -W --keep-going -n
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify bench pictures clean
+.PHONY: help demo test docs linkcheck verify bench pictures clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -35,6 +37,16 @@ test: $(READY)  ## every check: format, lint, types, layers, unit tests, doctest
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n 2
 
+$(DOCS_READY): $(READY)
+	@$(BIN)/python -m pip install --quiet --editable '.[docs]' $(if $(JAX),'$(JAX)')
+	@touch $@
+
+docs: $(DOCS_READY)  ## the site, its course run, into docs/_build/html; strict
+	$(SPHINX) -j 2 -b html docs docs/_build/html
+
+linkcheck: $(DOCS_READY)  ## whether the site's links to elsewhere still lead somewhere
+	$(SPHINX) -D nb_execution_mode=off -b linkcheck docs docs/_build/linkcheck
+
 verify: $(READY)  ## all 2^32 float32 inputs against ml_dtypes, for every format it has (long)
 	@$(BIN)/python tools/verify.py
 
@@ -47,4 +59,4 @@ pictures: $(READY)  ## draws the gallery of docs/pictures.md anew
 	@$(BIN)/python tools/pictures.py
 
 clean:  ## removes the environments and caches
-	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis docs/_build

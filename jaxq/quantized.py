@@ -80,7 +80,7 @@ class Quantized:
 
     @property
     def scales(self) -> jax.Array:
-        """What the elements are multiplied by: the scales' values, float32."""
+        """The values of the scales, by which the elements are multiplied; float32."""
         scales, level = _decoded(self.scale, self.recipe), self.recipe.second_level
         return scales if level is None else level.join(scales, self.second)
 

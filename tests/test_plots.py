@@ -347,3 +347,8 @@ def test_the_look_is_the_same_in_any_style():
         figure = plots.bit_layouts(["int4"])
     assert "red" not in {text.get_color() for text in figure.axes[0].texts}
     assert rcParams["text.color"] == rcParamsDefault["text.color"]
+
+
+def test_notebooks_show_a_picture():
+    figure = plots.number_line(["int2"])
+    assert figure._repr_png_().startswith(b"\x89PNG")

@@ -6,6 +6,7 @@ window, no backend, nothing to close.
 """
 
 import functools
+import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -99,13 +100,25 @@ def picture(draw: "Callable[_P, Figure]") -> "Callable[_P, Figure]":
     return drawn
 
 
+@functools.cache
+def _figure_type() -> "type[Figure]":
+    """Figures that notebooks show: those which pyplot does not know have no picture there."""
+    from matplotlib.figure import Figure as Base
+
+    class Figure(Base):
+        def _repr_png_(self) -> bytes:
+            data = io.BytesIO()
+            self.savefig(data, format="png", dpi=150)
+            return data.getvalue()
+
+    return Figure
+
+
 def new(
     width: float, height: float, size: tuple[float, float] | None, title: str | None
 ) -> "Figure":
     """An empty figure, of the caller's size in inches if there is one."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size or (width, height), dpi=100, layout="constrained")
+    figure = _figure_type()(figsize=size or (width, height), dpi=100, layout="constrained")
     if title is not None:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure

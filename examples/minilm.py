@@ -23,18 +23,16 @@ import common
 import encoder
 import jax
 import numpy as np
-from common import BLUE, GREEN, GREY, ORANGE, plt
+from common import BLUE, GREY, ORANGE, plt
+from matplotlib import ticker
 from scipy import stats
 
 import jaxq
 
 SHORT = ("int8_channel", "int4_g32", "int2_g64", "fp8_e4m3_tile128")
-# Which colour a recipe has in the picture: the first part of a name that fits.
-FAMILIES = {
-    "integers": (BLUE, "o", ("int", "uint")),
-    "MX, NVFP4, FP8": (ORANGE, "D", ("mx", "nvfp4", "fp8")),
-    "GGUF": (GREEN, "s", ("q",)),
-    "codebooks": (GREY, "^", ("nf4", "fp4", "ternary", "binary")),
+PARTS = {  # A field of `Result`: what the picture calls it, and how it shows it.
+    "weights": ("weights", BLUE, "D"),
+    "activations": ("weights and activations", ORANGE, "o"),
 }
 
 
@@ -42,8 +40,8 @@ FAMILIES = {
 class Quality:
     """How near to float32 embeddings are: mean cosine, and Spearman's correlation of pairs."""
 
-    cosine: float
-    rank: float
+    cosine: float = np.nan
+    rank: float = np.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +51,8 @@ class Result:
     name: str
     bits: float = np.nan
     megabytes: float = np.nan
-    weights: Quality | None = None
-    activations: Quality | None = None
+    weights: Quality = Quality()
+    activations: Quality = Quality()
     reason: str = ""
 
 
@@ -124,9 +122,9 @@ def table(results: Sequence[Result]) -> common.Table:
     heads = ("bits", "MB", "weights: cosine", "rank", "with activations: cosine", "rank")
     for head in heads:
         grid.add_column(head, justify="right")
-    for r in sorted(results, key=lambda r: -r.bits):
+    for r in sorted(results, key=lambda r: (r.reason, -r.bits)):
         cells = ["-"] * 6
-        if r.weights is not None and r.activations is not None:
+        if not r.reason:
             qualities = (r.weights, r.activations)
             numbers = [f"{v:.5f}" for q in qualities for v in (q.cosine, q.rank)]
             cells = [f"{r.bits:.2f}", f"{r.megabytes:.1f}", *numbers]
@@ -134,51 +132,67 @@ def table(results: Sequence[Result]) -> common.Table:
     return grid
 
 
-def family(name: str) -> str:
-    """The family of a preset."""
-    return next(f for f, (_, _, starts) in FAMILIES.items() if name.startswith(starts))
-
-
 def picture(results: Sequence[Result], path: pathlib.Path) -> None:
-    """Cosine against bits, weights alone and with activations; a line along the best."""
-    figure, both = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
-    for axes, part in zip(both, ("weights", "activations"), strict=True):
-        points = [(r.bits, 1 - getattr(r, part).cosine, r.name) for r in results if not r.reason]
-        points.sort(key=lambda point: (point[0], point[1]))
-        front: list[tuple[float, float, str]] = []
-        for point in points:
-            if not front or point[1] < front[-1][1]:
-                front.append(point)
-        axes.step(*zip(*((b, e) for b, e, _ in front), strict=True), where="post", color="#cccccc")
-        for label, (colour, marker, _) in FAMILIES.items():
-            own = [(b, e) for b, e, name in points if family(name) == label]
-            if own:
-                axes.plot(*zip(*own, strict=True), marker, color=colour, label=label, alpha=0.8)
-        for bits, error, name in points:
-            best = any(name == other for *_, other in front)
-            axes.annotate(
-                name,
-                (bits, error),
-                (5, -3),
-                textcoords="offset points",
-                fontsize=8 if best else 6.5,
-                color="black" if best else GREY,
+    """Left a dumbbell a recipe, right what is the best for its bits."""
+    by_bits = sorted((r for r in results if not r.reason), key=lambda r: (r.bits, r.weights.cosine))
+    rows = [*(r for r in results if r.reason), *by_bits]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(13, 0.21 * len(rows) + 1.8), layout="constrained"
+    )
+    for part, (label, colour, marker) in PARTS.items():
+        errors = {r.name: 1 - getattr(r, part).cosine for r in by_bits}
+        for height, r in enumerate(rows):
+            if r.name in errors:
+                left.plot(errors[r.name], height, marker, color=colour, markersize=5)
+        points = sorted((r.bits, errors[r.name], r.name) for r in by_bits)
+        # Better by more than a hundredth than all that take fewer bits.
+        front = [p for i, p in enumerate(points) if all(p[1] < 0.99 * q[1] for q in points[:i])]
+        right.plot(
+            *zip(*((bits, error) for bits, error, _ in points), strict=True),
+            marker,
+            color=colour,
+            markersize=5,
+            label=label,
+        )
+        bits, best, _ = zip(*front, strict=True)
+        right.step((*bits, 10), (*best, best[-1]), where="post", color=colour, alpha=0.4)
+        if part == "weights":
+            for place in front:
+                right.annotate(
+                    place[2], place[:2], (-6, 2), textcoords="offset points", ha="right", fontsize=8
+                )
+    beside = left.get_yaxis_transform()  # x in shares of the axes' width, y a row.
+    for height, r in enumerate(rows):
+        if r.reason:
+            left.text(
+                0.02, height, "its blocks do not fit", transform=beside, va="center", color=GREY
             )
-        axes.set_yscale("log")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([1, 2, 3, 4, 5, 6, 8], ["1", "2", "3", "4", "5", "6", "8"])
-        axes.set_xlim(0.9, 11)
-        axes.set_xlabel("bits a weight, scales included")
+            continue
+        ends = [1 - r.weights.cosine, 1 - r.activations.cosine]
+        left.plot(ends, [height] * 2, color="#dddddd", linewidth=5, zorder=1)
+        left.text(1.08, height, f"{r.bits:.2f}", transform=beside, va="center", ha="right")
+    left.text(1.08, len(rows), "bits", transform=beside, ha="right", color=GREY)
+    left.set_yticks(range(len(rows)), [r.name for r in rows], fontsize=8)
+    left.set_ylim(-0.7, len(rows) - 0.3)
+    left.tick_params(left=False)
+    right.set_xscale("log", base=2)
+    right.set_xticks([1, 2, 3, 4, 5, 6, 8], ["1", "2", "3", "4", "5", "6", "8"])
+    right.set_xlim(0.8, 10)
+    right.set_xlabel("bits a weight, scales included")
+    right.set_title("The best for its bits", loc="left")
+    right.legend(loc="upper left", frameon=False)
+    left.set_xlabel("mean cosine to the float32 embeddings")
+    left.set_title("all-MiniLM-L6-v2 in every preset", loc="left")
+    left.set_xscale("log")
+    right.set_yscale("log")
+    ticks = [1e-4, 1e-3, 1e-2, 1e-1, 1]
+    for axes, axis in ((left, left.xaxis), (right, right.yaxis)):
+        axis.set_ticks(ticks, [f"{1 - tick:.6g}" for tick in ticks])
+        axis.set_minor_locator(ticker.NullLocator())
+        axis.set_inverted(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#eeeeee")
         axes.set_axisbelow(True)
-    both[0].invert_yaxis()
-    ticks = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1]
-    both[0].set_yticks(ticks, [f"{1 - tick:.7g}" for tick in ticks])
-    both[0].set_ylabel("mean cosine to the float32 embeddings, up is better")
-    both[0].set_title("Weights in the format", loc="left")
-    both[1].set_title("Weights and activations", loc="left")
-    both[0].legend(loc="upper left", frameon=False)
     common.save(figure, path)
 
 

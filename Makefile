@@ -43,6 +43,7 @@ bench: $(READY)  ## speed beside a plain pass and beside other libraries
 	@$(BIN)/python benchmarks/casts.py
 	@$(BIN)/python benchmarks/quantizers.py
 	@$(BIN)/python benchmarks/dots.py
+	@$(BIN)/python benchmarks/models.py
 
 clean:  ## removes the environments and caches
 	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis

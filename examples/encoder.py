@@ -183,7 +183,7 @@ def _pieces(word: str, vocabulary: dict[str, int]) -> list[int]:
 
 def sentences() -> list[str]:
     """Real English: the first sentence of prose in each topic of Python's own documentation."""
-    found = []
+    found: list[str] = []
     for text in pydoc_data.topics.topics.values():
         paragraphs = (p for p in text.split("\n\n") if re.match("[A-Z]", p) and "\n***" not in p)
         prose = re.sub("[*_`]", "", " ".join(paragraphs).replace("\n", " "))

@@ -88,8 +88,8 @@ def study(name: str, params: Any, base: np.ndarray, tokens: jax.Array, mask: jax
     def quality(rules: Sequence[Any]) -> Quality:
         embed = jax.jit(jaxq.quantize_fn(encoder.encode, rules))
         embeddings = np.asarray(embed(packed, tokens, mask))
-        rank = stats.spearmanr(similarities(base), similarities(embeddings))
-        return Quality(float((embeddings * base).sum(1).mean()), float(rank.statistic))
+        ranks = [stats.rankdata(similarities(x)) for x in (base, embeddings)]
+        return Quality(float((embeddings * base).sum(1).mean()), float(np.corrcoef(*ranks)[0, 1]))
 
     try:
         packed = jaxq.quantize_weights(encoder.encode, weights)(params, tokens, mask)

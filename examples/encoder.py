@@ -153,7 +153,7 @@ def tokenize(texts: Sequence[str], longest: int = 256) -> tuple[jax.Array, jax.A
 
 def _words(text: str) -> list[str]:
     """Words and single marks of punctuation, in lower case and without accents."""
-    letters = []
+    letters: list[str] = []
     for letter in unicodedata.normalize("NFD", text.lower()):
         kind = unicodedata.category(letter)
         if kind == "Mn" or letter == "\ufffd" or (kind[0] == "C" and letter not in "\t\n\r"):

@@ -32,7 +32,7 @@ except ImportError as error:
     sys.exit(f"This example needs {error.name}: pip install 'jaxq[examples]'")
 
 RECIPES = ("w8a8", "fp8", "mxfp4", "nvfp4", "w4_g128")
-SHORT = ("mxfp4",)
+SHORT = ("fp8",)
 PRODUCTS = ("query", "key", "value", "output", "up", "down")
 
 
@@ -60,7 +60,7 @@ class NnxModel(nnx.Module):
     def __init__(self, params: Any) -> None:
         rngs = nnx.Rngs(0)
         self.embedding = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
-        self.layers = nnx.vmap(NnxLayer)(rngs.fork(split=LAYERS))
+        self.layers = nnx.vmap(NnxLayer)(rngs.split(LAYERS))
         self.norm = nnx.Param(params["norm"])
         self.head = nnx.Linear(WIDTH, VOCABULARY, use_bias=False, rngs=rngs)
         self.embedding.embedding[...] = params["embedding"]

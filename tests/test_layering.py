@@ -48,6 +48,7 @@ LAYERS = [
     "execution",
     "products",
     "dots",
+    "transforms",
     "optim",
     "analysis",
     "__init__",

@@ -171,9 +171,10 @@ def _product(
                     for x, known in zip(ordered, assigned.calibrated, strict=True)
                 )
             scales = extra.scales.get(assigned.name, (None, None))
+            first, second = ordered
             operation = _operation(eqn, assigned)
             recipe = assigned.recipe
-            y = product(operation, *ordered, recipe, key, (scales[0], scales[1]))
+            y = product(operation, first, second, recipe, key, (scales[0], scales[1]))
         if assigned.output is not None:
             y = fake_quant(y, assigned.output, key=of_output)
     return [y], seen
@@ -190,17 +191,19 @@ def _operation(eqn: Any, assigned: Assigned) -> Operation:
     if name == "dot_general":
         ndims = (len(variable.aval.shape) for variable in eqn.invars)
         labels = of_dot(params["dimension_numbers"], *ndims)
-        contraction = Contraction(*assigned.order((labels.lhs, labels.rhs)), labels.out)
-        return Operation(
-            name, assigned.order(names), function, contraction, DotOfCodes(contraction)
-        )
+        lhs, rhs = assigned.order((labels.lhs, labels.rhs))
+        contraction = Contraction(lhs, rhs, labels.out)
+        plain: Any = DotOfCodes(contraction)
+        return Operation(name, assigned.order(names), function, contraction, plain)
     labels = of_conv(params["dimension_numbers"])
-    contraction = Contraction(*assigned.order((labels.lhs, labels.rhs)), labels.out)
+    lhs, rhs = assigned.order((labels.lhs, labels.rhs))
+    contraction = Contraction(lhs, rhs, labels.out)
     grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
 
     def codes(lhs: jax.Array, rhs: jax.Array, preferred_element_type: Any) -> jax.Array:
         options = {**params, "preferred_element_type": preferred_element_type}
-        return lax.conv_general_dilated(*assigned.order((lhs, rhs)), **options)
+        first, second = assigned.order((lhs, rhs))
+        return lax.conv_general_dilated(first, second, **options)
 
     plain = None if grouped else codes
     return Operation(name, assigned.order(names), function, contraction, plain, grouped)

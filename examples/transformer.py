@@ -1,0 +1,224 @@
+"""Does a transformer train in 8 bits, or in 4? A small language model, in nine ways.
+
+One model (`language_model.py`) learns Python's own documentation from the same weights, on the same
+batches, by AdamW; only the numbers in which the products of its layers are computed differ, in the
+forward pass and in the gradient. The model knows nothing of it: `jaxq.quantize_fn` takes its
+function. Embedding and head stay in float32, and so do the weights that the optimizer updates.
+Shown is the cross-entropy on held-out text, computed as in training, and the time of a step. It is
+one seed and a short run: how far bfloat16 is from float32 says what small differences mean.
+
+    python examples/transformer.py [--steps N] [--short] [--output PICTURE]
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import common
+import jax
+import language_model
+import numpy as np
+import optax
+from common import BLUE, GREEN, GREY, ORANGE, plt
+from jax import numpy as jnp
+
+import jaxq
+
+BATCH, RATE = 8, 6e-3
+LAYERS = "^layers/"
+# NVFP4 without what was made for training in it: all rounded to nearest, nothing transformed.
+NVFP4_NEAREST = jaxq.DotRecipe(
+    "nvfp4",
+    "nvfp4_tile16",
+    dlhs=jaxq.ProductRecipe("nvfp4", "nvfp4_tile16"),
+    drhs=jaxq.ProductRecipe("nvfp4", "nvfp4"),
+    residuals="original",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to train: the recipe of the layers' products, or the dtype of the whole model."""
+
+    label: str
+    recipe: str | jaxq.DotRecipe | None
+    colour: str
+    line: Any = "-"
+    dtype: Any = jnp.float32
+
+
+DASHED, DOTTED = (0, (5, 2)), (0, (1, 1.5))
+WAYS = (
+    Way("float32", None, GREY),
+    Way("bfloat16", None, GREY, DASHED, jnp.bfloat16),
+    Way("int8 weights and activations", "w8a8", BLUE, DOTTED),
+    Way("FP8, current scaling", "fp8", BLUE),
+    Way("MXFP8", "mxfp8", BLUE, DASHED),
+    Way("int4 weights", "w4_g128", GREEN),
+    Way("NVFP4, stochastic and Hadamard", "nvfp4", ORANGE),
+    Way("NVFP4, to nearest", NVFP4_NEAREST, ORANGE, DASHED),
+    Way("MXFP4", "mxfp4", ORANGE, DOTTED),
+)
+SHORT = ("float32", "FP8, current scaling")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How one way fared: held-out bits a byte at some steps, and the speed of training."""
+
+    way: Way
+    steps: np.ndarray
+    held_out: np.ndarray
+    tokens_per_second: float
+
+
+def quantized_loss(way: Way, params: Any, rows: jax.Array, key: jax.Array | None) -> jax.Array:
+    """The loss in the numbers of a way."""
+    params = jax.tree.map(lambda x: x.astype(way.dtype), params)
+    if way.recipe is None:
+        return language_model.loss(params, rows)
+    rules = [(LAYERS, way.recipe)]
+    drawn = key if jaxq.get_dot_recipe(way.recipe).draws else None
+    return jaxq.quantize_fn(language_model.loss, rules, key=drawn)(params, rows)
+
+
+def training(way: Way, data: jax.Array, steps: int) -> tuple[Callable, Callable, Any]:
+    """A step of training, the loss on given text, and the state to start from, weights first."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, RATE, steps // 10, steps)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1)
+    )
+    loss = functools.partial(quantized_loss, way)
+
+    @jax.jit
+    def step(state: Any, key: jax.Array) -> Any:
+        params, moments = state
+        of_batch, of_rounding = jax.random.split(key)
+        last = data.size - language_model.CONTEXT
+        rows = language_model.windows(data, jax.random.randint(of_batch, (BATCH,), 0, last))
+        gradients = jax.grad(loss)(params, rows, of_rounding)
+        updates, moments = optimizer.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments
+
+    params = language_model.init(jax.random.key(0))
+    return step, jax.jit(loss), (params, optimizer.init(params))
+
+
+def run(
+    ways: Sequence[Way], steps: int, looks: int, windows: int, report: Callable[[str], None]
+) -> list[Result]:
+    """Trains in all ways, a step of each in turn, so that a busy machine slows all alike."""
+    data, held = language_model.text()
+    starts = np.linspace(0, held.size - language_model.CONTEXT - 1, windows).astype(np.int32)
+    rows = language_model.windows(held, jnp.asarray(starts))
+    trainings = [training(way, data, steps) for way in ways]
+    states = [state for *_, state in trainings]
+    keys = jax.random.split(jax.random.key(1), steps)
+    marks = np.unique(np.linspace(0, steps, looks + 1).astype(int))
+    losses, seconds = np.zeros((len(ways), len(marks))), np.zeros((len(ways), steps))
+    for i in range(steps + 1):
+        for n, (way, (step, loss, _)) in enumerate(zip(ways, trainings, strict=True)):
+            if i == 0:
+                report(f"compiling {way.label}")
+                jax.block_until_ready(step(states[n], keys[0]))
+            if i in marks:
+                losses[n, np.searchsorted(marks, i)] = loss(states[n][0], rows, keys[0])
+            if i < steps:
+                start = time.perf_counter()
+                states[n] = jax.block_until_ready(step(states[n], keys[i]))
+                seconds[n, i] = time.perf_counter() - start
+        report("")
+    speeds = BATCH * language_model.CONTEXT / np.median(seconds, axis=1)
+    return [
+        Result(way, marks, own, float(speed))
+        for way, own, speed in zip(ways, losses, speeds, strict=True)
+    ]
+
+
+def table(results: Sequence[Result]) -> common.Table:
+    """The results, one way a row."""
+    base = results[0]
+    grid = common.Table(title="A language model on held-out text, bits a byte")
+    grid.add_column("products in the layers", no_wrap=True)
+    for head in ("loss", "beside float32", "tokens/s", "time"):
+        grid.add_column(head, justify="right", no_wrap=True)
+    for r in results:
+        grid.add_row(
+            r.way.label,
+            f"{r.held_out[-1]:.3f}",
+            f"{r.held_out[-1] - base.held_out[-1]:+.3f}",
+            f"{r.tokens_per_second:,.0f}",
+            f"{base.tokens_per_second / r.tokens_per_second:.2f} x",
+        )
+    return grid
+
+
+def picture(results: Sequence[Result], path: pathlib.Path) -> None:
+    """Left the losses over steps, right what each way ends with beside float32."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 4.8), layout="constrained", width_ratios=(1.1, 1)
+    )
+    for r in results:
+        left.plot(r.steps, r.held_out, color=r.way.colour, linestyle=r.way.line, linewidth=1.6)
+    left.set_ylim(top=5.2)
+    left.set_xlim(0, results[0].steps[-1])
+    left.set_xlabel("step")
+    left.set_title("Held-out bits a byte", loc="left")
+
+    rows = list(reversed(results))
+    base = results[0].held_out[-1]
+    heights = np.arange(len(rows))
+    gaps = np.array([r.held_out[-1] - base for r in rows])
+    for height, gap, r in zip(heights, gaps, rows, strict=True):
+        right.plot([0, gap], [height, height], color=r.way.colour, linestyle=r.way.line)
+        right.plot(gap, height, "o", color=r.way.colour)
+        right.annotate(
+            f"{gap:+.3f}", (max(gap, 0), height), (8, 0), textcoords="offset points", va="center"
+        )
+    right.axvline(0, color=GREY, linewidth=1)
+    right.set_xlim(right=max(0.02, gaps.max()) * 1.25)
+    right.set_ylim(-0.6, len(rows) - 0.4)
+    right.set_yticks(heights, [r.way.label for r in rows])
+    right.tick_params(left=False)
+    right.set_xlabel("bits a byte more than float32")
+    right.set_title(f"At the end ({base:.2f} in float32)", loc="left")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y" if axes is left else "x", color="#eeeeee")
+        axes.set_axisbelow(True)
+    right.spines["left"].set_visible(False)
+    common.save(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Result]:
+    """Runs the study, prints the table, draws the picture and returns the results."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300, help="of training (default 300)")
+    parser.add_argument("--short", action="store_true", help="a quick run with fewer of everything")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path("docs/images/transformer.png")
+    )
+    args = parser.parse_args(argv)
+    ways = [way for way in WAYS if way.label in SHORT] if args.short else list(WAYS)
+    amounts = (8, 1, 4) if args.short else (args.steps, 20, 32)
+
+    console = common.Console()
+    with common.progress(console) as progress:
+        task = progress.add_task("", total=amounts[0] + 1)
+
+        def report(label: str) -> None:
+            progress.update(task, advance=not label, description=label or "training")
+
+        results = run(ways, *amounts, report)
+    console.print(table(results))
+    picture(results, args.output)
+    console.print(f"Picture: {args.output}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Whole functions with their products quantized, beside the same functions written by hand."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+from jax import numpy as jnp
+
+import jaxq
+from tests.oracle import assert_same
+
+NUMBERS = (((2,), (0,)), ((), ()))
+TABLE = jaxq.Quantizer("int8", jaxq.PerChannel(0))
+OUT = jaxq.DotRecipe(None, "int4_g32")
+RULES = [("embedding", "int8_channel"), ("layers", "w8a8"), ("out", OUT)]
+
+
+@jax.jit
+def helper(x, w):
+    return x @ w
+
+
+def model(params, ids):
+    """A look-up, a scan over layers with jit, checkpoint and a scope, an output, a tied one."""
+    x = params["embedding"][ids]
+
+    def layer(x, p):
+        with jax.named_scope("mlp"):
+            h = jax.nn.gelu(helper(x, p["up"]))
+            return x + jax.checkpoint(lambda h: h @ p["down"])(h), None
+
+    x, _ = lax.scan(layer, x, params["layers"])
+    return x @ params["out"], x @ params["embedding"].T
+
+
+def by_hand(params, ids):
+    dot = functools.partial(jaxq.dot_general, dimension_numbers=NUMBERS)
+    x = jaxq.fake_quant(params["embedding"], TABLE)[ids]
+
+    def layer(x, p):
+        h = jax.nn.gelu(dot(x, p["up"], recipe="w8a8"))
+        return x + dot(h, p["down"], recipe="w8a8"), None
+
+    x, _ = lax.scan(layer, x, params["layers"])
+    tied = dot(x, params["embedding"].T, recipe=jaxq.DotRecipe(None, "int8_channel"))
+    return dot(x, params["out"], recipe=OUT), tied
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    shapes = {
+        "embedding": (40, 32),
+        "layers": {"up": (3, 32, 64), "down": (3, 64, 32)},
+        "out": (32, 40),
+    }
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.standard_normal(shape) / 4, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+IDS = jnp.arange(32).reshape(4, 8)
+
+
+def loss(fn):
+    return lambda params: sum((y**2).mean() for y in fn(params, IDS))
+
+
+def same(got, want):
+    jax.tree.map(assert_same, got, want)
+
+
+def test_equals_the_model_written_by_hand(params):
+    quantized = jaxq.quantize_fn(model, RULES)
+    got = jax.jit(jax.value_and_grad(loss(quantized)))(params)
+    same(got, jax.jit(jax.value_and_grad(loss(by_hand)))(params))
+    float32 = jax.jit(model)(params, IDS)
+    assert not np.array_equal(jax.jit(quantized)(params, IDS)[0], float32[0])
+    # In the other order, and with the function compiled before: neither touches the other.
+    same(jax.jit(model)(params, IDS), float32)
+    inside = jaxq.quantize_fn(jax.jit(model), RULES)
+    same(jax.jit(inside)(params, IDS), jax.jit(by_hand)(params, IDS))
+
+
+def test_a_scan_stays_a_scan_and_is_compiled_once(params):
+    count = []
+
+    def counted(params, ids):
+        count.append(1)
+        return model(params, ids)
+
+    quantized = jax.jit(jaxq.quantize_fn(counted, RULES))
+    quantized(params, IDS)
+    quantized(params, IDS + 1)
+    assert len(count) == 1
+    jaxpr = jax.make_jaxpr(jaxq.quantize_fn(model, RULES))(params, IDS)
+    assert [e.primitive.name for e in jaxpr.eqns].count("scan") == 1
+
+
+def test_stored_weights_give_the_same_bits(params):
+    quantized = jax.jit(jaxq.quantize_fn(model, RULES))
+    stored = jaxq.quantize_weights(model, RULES)(params, IDS)
+    same(quantized(stored, IDS), quantized(params, IDS))
+    report = jaxq.explain(model, RULES)(params, IDS)
+    by_weight = {row.product: row.bytes for row in report.rows}
+    assert by_weight["layers/up"] == stored["layers"]["up"].nbytes == 3 * (32 * 64 + 4 * 64)
+    assert sum(x.nbytes for x in jax.tree.leaves(stored)) == sum(
+        by_weight[name] for name in ("embedding", "layers/up", "layers/down", "out")
+    )
+    other = [("embedding", "int4_channel"), *RULES[1:]]
+    with pytest.raises(ValueError, match="'embedding' is stored as"):
+        jaxq.quantize_fn(model, other)(stored, IDS)
+
+
+def test_explain(params):
+    table = jaxq.explain(model, RULES)(params, IDS)
+    rows = {row.product: row for row in table.rows}
+    assert list(rows) == ["embedding", "layers/up", "layers/down", "out", "embedding#2"]
+    up = rows["layers/up"]
+    assert (up.operation, up.scope, up.times) == ("dot_general", "mlp", 3)
+    assert up.flops == 3 * 2 * 32 * 32 * 64
+    assert up.recipe == "int8 int8"
+    assert "test_transforms.py" in up.source
+    assert rows["out"].bits == 4 + 32 / 32
+    shapes = jax.eval_shape(lambda: params)
+    assert jaxq.explain(model, RULES)(shapes, IDS) == table
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda p, x: x @ p["w"],
+        lambda p, x: jnp.dot(x, p["w"]),
+        lambda p, x: jax.jit(lambda x: x @ p["w"])(x),
+        lambda p, x: jax.checkpoint(lambda x: x @ p["w"])(x),
+        lambda p, x: jnp.einsum("bi,io->bo", x, p["w"]),
+        lambda p, x: (p["w"].T @ x.T).T,
+        lambda p, x: jax.vmap(lambda x: x @ p["w"])(x),
+        lambda p, x: lax.cond(x[0, 0] > 9, lambda x: x, lambda x: x @ p["w"], x),
+        lambda p, x: lax.fori_loop(0, 1, lambda i, c: x @ p["w"], x),  # noqa: ARG005
+        lambda p, x: lax.while_loop(lambda c: c[1] < 1, lambda c: (c[0] @ p["w"], c[1] + 1), (x, 0))[0],
+        lambda p, x: jax.custom_jvp(lambda x, w: x @ w)(x, p["w"]),
+    ],
+)  # fmt: skip
+def test_wherever_the_product_stands(operation):
+    """Qwix, which patches functions at run time, leaves several of these in float."""
+    rng = np.random.default_rng(1)
+    p, x = {"w": rng.standard_normal((16, 16))}, rng.standard_normal((4, 16))
+    p, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (p, x))
+    want = jaxq.dot_general(x, p["w"], (((1,), (0,)), ((), ())), recipe="w4")
+    got = jaxq.quantize_fn(operation, [("w", "w4")])(p, x)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert not np.allclose(want, x @ p["w"], rtol=1e-3)
+
+
+def test_functions_with_derivatives_of_their_own_keep_them():
+    w, x = jnp.full((2, 2), 0.3), jnp.ones((1, 2))
+
+    @jax.custom_vjp
+    def f(x, w):
+        return x @ w
+
+    f.defvjp(lambda x, w: (f(x, w), x), lambda x, g: (7 * g, x.T @ g * 5))
+    quantized = jaxq.quantize_fn(lambda p, x: f(x, p["w"]).sum(), [("w", "int2_channel")])
+    assert jax.grad(quantized)({"w": w}, x)["w"].tolist() == [[5.0, 5.0]] * 2
+    assert_same(quantized({"w": w}, x), jaxq.fake_quant(w, "int2_channel").sum())
+
+
+def test_transforms_around_it():
+    w = jnp.asarray(np.random.default_rng(2).standard_normal((8, 4)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((5, 8)), jnp.float32)
+    f = jaxq.quantize_fn(lambda p, x: x @ p["w"], [("w", "w4")])
+    want = jnp.dot(x, jaxq.fake_quant(w, "int4_channel"))
+    np.testing.assert_allclose(jax.vmap(lambda x: f({"w": w}, x))(x), want, rtol=1e-6)
+    _, moved = jax.jvp(lambda x: f({"w": w}, x), (x,), (jnp.ones_like(x),))
+    want = jnp.dot(jnp.ones_like(x), jaxq.fake_quant(w, "int4_channel"))
+    np.testing.assert_allclose(moved, want, rtol=1e-6)
+
+
+def test_convolutions_outputs_and_scopes():
+    x, w = jnp.ones((1, 3, 6, 6)), {"k": jnp.full((4, 3, 3, 3), 0.37)}
+
+    def conv(p, x):
+        with jax.named_scope("stem"):
+            return lax.conv_general_dilated(x, p["k"], (1, 1), "SAME")
+
+    want = jaxq.conv_general_dilated(x, w["k"], (1, 1), "SAME", recipe="w8a8")
+    assert_same(jaxq.quantize_fn(conv, [("k", "w8a8")])(w, x), want)
+    rules = [jaxq.Rule(scope="stem", operation="conv_general_dilated", output="int8_tensor")]
+    want = jaxq.fake_quant(conv(w, x), "int8_tensor")
+    assert_same(jaxq.quantize_fn(conv, rules)(w, x), want)
+
+
+def test_keys_are_new_in_every_turn():
+    w = jnp.full((2, 8, 8), 0.3)
+
+    def f(p, x):
+        return lax.scan(lambda x, w: (x, x @ w), x, p)[1]
+
+    recipe = jaxq.DotRecipe(None, jaxq.Quantizer("int4", rounding="stochastic", scale="max"))
+    with pytest.raises(ValueError, match="draws random numbers, and needs `key`"):
+        jaxq.quantize_fn(f, [("", recipe)])(w, jnp.eye(8))
+    got = jaxq.quantize_fn(f, [("", recipe)], key=jax.random.key(0))(
+        w.at[:, 0, 0].set(1.0), jnp.eye(8)
+    )
+    assert not np.array_equal(got[0], got[1])
+    with pytest.raises(ValueError, match="no recipe draws"):
+        jaxq.quantize_fn(f, [("", "w4")], key=jax.random.key(0))(w, jnp.eye(8))
+
+
+def test_observe_and_freeze(params):
+    rules = [("layers", jaxq.DotRecipe("int8_tensor", "int8_channel"))]
+    observe = jax.jit(jaxq.observe(model, rules))
+    (out, one), (_, two) = observe(params, IDS), observe(params, IDS[::-1] + 3)
+    same(out, jax.jit(jaxq.quantize_fn(model, rules))(params, IDS))
+    frozen = jaxq.freeze(rules, one)
+    static = jax.jit(lambda params, rules, ids: jaxq.quantize_fn(model, rules)(params, ids))
+    same(static(params, frozen, IDS), out)
+    merged = jaxq.freeze(rules, one.merge(two)).scales["layers/up"][0].scale
+    each = [jaxq.freeze(rules, state).scales["layers/up"][0].scale for state in (one, two)]
+    assert merged.shape[0] == 3, "one a layer"
+    assert_same(merged, np.maximum(*each))
+    with pytest.raises(ValueError, match="nothing to calibrate"):
+        jaxq.observe(model, [("out", "w8a8")])(params, IDS)
+
+
+@pytest.mark.parametrize(
+    ("rules", "text"),
+    [
+        ([("layer/up", "w8a8")], "matches the weight of no product. The nearest are layers/up"),
+        ([("", "w8a8"), ("out", "w4")], "belongs to the earlier Rule"),
+        ([(r"^out", jaxq.DotRecipe(None, jaxq.Quantizer("int4", jaxq.PerBlock(24))))], "'out'.*24"),
+        (
+            [jaxq.Rule("emb", "int8_channel", operation="gather"), ("emb", "int4_channel")],
+            "quantized in two ways",
+        ),
+        ([("out", "w8b8")], "No preset or format|is named"),
+        ([jaxq.Rule(scope="nowhere")], "scopes are mlp"),
+    ],
+)
+def test_rules_that_are_wrong(params, rules, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        jaxq.quantize_fn(model, rules)(params, IDS)
+
+
+def test_a_function_that_cannot_be_traced():
+    with pytest.raises(TypeError, match="`fn` cannot be traced"):
+        jaxq.quantize_fn(lambda p, x: x if x.sum() > 0 else p, [])(jnp.ones(2), jnp.ones(2))
+    with pytest.raises(ValueError, match="`argnums` names argument 3"):
+        jaxq.quantize_fn(lambda p: p, [], argnums=3)(jnp.ones(2))
+    static = jaxq.quantize_fn(lambda p, n: (p["w"] @ p["w"], p["f"](n)), [("w", "w4")])
+    assert static({"w": jnp.eye(2), "f": len}, "abc")[1] == 3

@@ -50,8 +50,8 @@ def quantize_fn(
 
     Returns:
       `fn`, quantized, of the same arguments. Parameters may be `jaxq.Quantized`, as
-      `jaxq.quantize_weights` makes them: then weights are not rounded again, and the result is the
-      same to the bit.
+      `jaxq.quantize_weights` makes them: then weights are not rounded again, and are the same
+      to the bit, and so is the result but for the order of XLA's sums.
 
     Raises:
       TypeError: when called: a function that cannot be traced.
@@ -108,7 +108,7 @@ def quantize_weights(
     Where a recipe's scales lie depends on which axes of a weight are contracted, which only the
     model knows. So this traces the model, on arguments of which only shapes and dtypes count, and
     stores each weight as its products want it. `jaxq.quantize_fn` with the same rules runs the
-    model on the result, and gives what it gives on the parameters themselves, to the bit.
+    model on the result, with weights that are the same to the bit.
 
     Args:
       fn: as in `jaxq.quantize_fn`.

@@ -150,7 +150,7 @@ def test_explain(params):
         lambda p, x: jax.vmap(lambda x: x @ p["w"])(x),
         lambda p, x: lax.cond(x[0, 0] > 9, lambda x: x, lambda x: x @ p["w"], x),
         lambda p, x: lax.fori_loop(0, 1, lambda i, c: x @ p["w"], x),  # noqa: ARG005
-        lambda p, x: lax.while_loop(lambda c: c[1] < 1, lambda c: (x @ p["w"], 1), (x, 0))[0],
+        lambda p, x: lax.while_loop(lambda c: c[1] < 1, lambda c: (x @ p["w"], c[1] + 1), (x, 0))[0],  # noqa: E501
     ],
 )  # fmt: skip
 def test_wherever_the_product_stands(operation):

@@ -67,7 +67,7 @@ def quantize_fn(
       >>> small = jaxq.quantize_fn(model, [("out", "w8a8"), ("", "int4_channel")])
       >>> jax.jit(small)(params, jnp.ones((1, 4))).shape
       (1, 2)
-      >>> jax.jit(jaxq.quantize_fn(model, [("hiden", "w8a8")]))(params, jnp.ones((1, 4)))
+      >>> jaxq.quantize_fn(model, [("hiden", "w8a8")])(params, jnp.ones((1, 4)))
       Traceback (most recent call last):
       ...
       ValueError: quantize_fn: Rule('hiden') matches the weight of no product. The nearest are \

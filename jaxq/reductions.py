@@ -6,6 +6,7 @@ tensor first. So blocks are reduced by such steps, one axis after the other.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -36,8 +37,10 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
       An int32 array, the blocks' axes kept at 1.
     """
     reduce = functools.partial(_WHOLE[combine], initial=none)
+    shape = tuple(1 if axis in cut.axes else n for axis, n in enumerate(x.shape))
+    x, parts, axes = _in_parts(x, cut)
     begun = False
-    for axis in reversed(cut.axes):
+    for axis in reversed(axes):
         if x.shape[axis] == 1:
             continue
         if begun:
@@ -45,6 +48,9 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
         along = _along_last if axis == x.ndim - 1 else _along
         x = along(combine, reduce, x, axis)
         begun = True
+    if parts:
+        # The bound between them keeps XLA from making one reduction of all.
+        x = reduce(combine(x, none), axis=parts).reshape(shape)
     return combine(x, none)
 
 
@@ -58,6 +64,30 @@ def summed(x: jax.Array) -> jax.Array:
     for axis in (-2, -1, -1):  # The bound between them keeps XLA from making one sum of three.
         x = lax.max(jnp.sum(x, axis=axis), np.int32(0))
     return x
+
+
+def _in_parts(x: jax.Array, cut: Cut) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
+    """An array in which an axis that is one block, and may lie on several devices, is two axes.
+
+    Which devices it lies on is not known while it is traced, except that their number divides both
+    the axis and the number of all devices. The steps over the second axis then stay on a device,
+    and what they leave of all devices is reduced at once. On a single device nothing changes.
+
+    Returns:
+      The array, the new first axes, and all axes that lie within a block and a part.
+    """
+    shape: list[int] = []
+    parts, axes = [], []
+    for axis, n in enumerate(x.shape):
+        if axis in cut.axes:
+            count = math.gcd(n, jax.device_count()) if x.shape[axis - 1] == 1 else 1
+            if count > 1:
+                parts.append(len(shape))
+                shape.append(count)
+                n //= count
+            axes.append(len(shape))
+        shape.append(n)
+    return x.reshape(shape), tuple(parts), tuple(axes)
 
 
 def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.Array:

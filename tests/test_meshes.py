@@ -1,5 +1,6 @@
 """Meshes with explicit axes, and the collectives that a compiled quantizer has."""
 
+import math
 import re
 
 import jax
@@ -68,3 +69,33 @@ def test_explicit_products(recipe: str):
 def test_blocks_need_no_collective(name: str):
     x = sharded(X, ("a", "b"), AxisType.Auto)
     assert not collectives(lambda x: jaxq.fake_quant(x, name), x)
+
+
+@pytest.mark.parametrize(
+    "spec", [("a", None), (None, "b"), (("a", "b"), None), ("a", "b")], ids=str
+)
+@pytest.mark.parametrize("name", ["int8_tensor", "nvfp4"])
+def test_a_scale_of_a_tensor_needs_one_number_of_every_device(name: str, spec: tuple):
+    """Once for every axis of the tensor that is cut."""
+    x = sharded(X, spec, AxisType.Auto)
+    found = collectives(lambda x: jaxq.fake_quant(x, name), x)
+    assert {kind for _, kind in found} == {"all-reduce"}
+    assert len(found) == sum(entry is not None for entry in spec)
+    assert {math.prod(map(int, re.findall(r"(?<=[\[,])\d+", size))) for size, _ in found} == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "sizes"),
+    [
+        ("int8_channel", (None, "b"), []),
+        ("int8_channel", ("a", "b"), ["s32[1,1,128,1]"]),
+        ("int8_token", ("a", None), []),
+        ("int8_token", ("a", "b"), ["s32[32,1,1,1]"]),
+        ("uint8_channel", ("a", None), ["s32[1,1,256,1]"] * 2),
+    ],
+)
+def test_scales_of_channels_need_one_maximum_where_their_axis_is_cut(name, spec, sizes):
+    """And one minimum, for both ends of a range."""
+    x = sharded(X, spec, AxisType.Auto)
+    found = collectives(lambda x: jaxq.quantize(x, name).codes, x)
+    assert found == [(size, "all-reduce") for size in sizes]

@@ -86,7 +86,7 @@ def _stored(
     origin, recipe = found[0], assigned.recipe
     assert recipe is not None, "it has a quantizer for the weight"
     q, storage = stored[origin.leaf], wanted[origin.leaf]
-    with naming(owner, product):
+    with naming(owner, product.where):
         if (q.recipe, q.ndim - len(q.block)) != (storage.recipe, storage.leading):
             raise ValueError(
                 f"weight {origin.path!r} is stored as {q.recipe}, and the rule wants "

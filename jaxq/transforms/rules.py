@@ -227,7 +227,7 @@ def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assign
     assert recipe is None or isinstance(recipe, DotRecipe)
     assert output is None or isinstance(output, Quantizer)
     calibrated: tuple = (None, None)
-    with naming(owner, product):
+    with naming(owner, product.where):
         if product.operation == LOOK_UP and recipe is not None:
             # A look-up multiplies nothing: only its table is quantized.
             table = on_axes(recipe.operands[1], product, 0)
@@ -258,13 +258,13 @@ def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assign
 
 
 @contextlib.contextmanager
-def naming(owner: str, product: Product) -> Iterator[None]:
-    """Errors within it name a function and the product that it is at."""
+def naming(*where: str) -> Iterator[None]:
+    """Errors within it begin with where they are: a function, a product and its line."""
     try:
         yield
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{owner}: {product.where}: {error}") from error
+        raise kind(": ".join([*where, str(error)])) from error
 
 
 def on_axes(quantizer: Quantizer | None, product: Product, i: int) -> Quantizer | None:

@@ -9,7 +9,6 @@ keeps its rule: its value is that of the quantized products, its derivative what
 the operands as they were.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -27,7 +26,7 @@ from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
 from jaxq.transforms import compat
 from jaxq.transforms.reading import LOOK_UP, Node
-from jaxq.transforms.rules import Assigned
+from jaxq.transforms.rules import Assigned, naming
 
 __all__ = ["Extra", "Program", "program", "run"]
 
@@ -127,7 +126,7 @@ def run(
         elif i in inner:
             handler = _INSIDE[eqn.primitive.name]
             with compat.within(eqn):
-                results, more = handler(eqn, inner[i], extra, operands, depth, observing)
+                results, more = handler(_Call(eqn, inner[i], extra, operands, depth, observing))
             seen |= more
         else:
             results = compat.bind(eqn, [_array(operand) for operand in operands])
@@ -155,7 +154,7 @@ def _product(
         key = extra.folded(assigned.number)
         of_output = jax.random.fold_in(key, 0) if assigned.output_draws else None
         key = key if assigned.recipe is not None and assigned.recipe.draws else None
-    with _naming(assigned), compat.within(eqn):
+    with naming(assigned.where), compat.within(eqn):
         if assigned.table is not None:
             table = fake_quant(arrays[0], assigned.table, key=key)
             y = compat.bind(eqn, [table, *arrays[1:]])[0]
@@ -209,25 +208,20 @@ def _operation(eqn: Any, assigned: Assigned) -> Operation:
     return Operation(name, assigned.order(names), function, contraction, plain, grouped)
 
 
-@contextlib.contextmanager
-def _naming(assigned: Assigned) -> Iterator[None]:
-    """Errors within it name the product, and the user's line."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{assigned.where}: {error}") from error
+class _Call(NamedTuple):
+    """An equation with programs of its own, and what it is run on."""
+
+    eqn: Any
+    programs: tuple[Program, ...]
+    extra: Extra
+    operands: list[Any]
+    depth: int
+    observing: bool
 
 
-def _around(
-    eqn: Any,
-    programs: tuple[Program, ...],
-    extra: Extra,
-    operands: list[Any],
-    depth: int,
-    observing: bool,
-) -> tuple[list[Any], States]:
+def _around(call: _Call) -> tuple[list[Any], States]:
     """A `jit`, `checkpoint` or `shard_map`."""
+    eqn, programs, extra, operands, depth, observing = call
     if eqn.primitive.name == "shard_map":
         operands = [_array(operand) for operand in operands]
         if observing and any(any(a.calibrated) for a in programs[0].all()):
@@ -238,14 +232,8 @@ def _around(
     return compat.call_inside(eqn, _Inside(programs[0], depth, observing))(extra, *operands)
 
 
-def _scan(
-    eqn: Any,
-    programs: tuple[Program, ...],
-    extra: Extra,
-    operands: list[Any],
-    depth: int,
-    observing: bool,
-) -> tuple[list[Any], States]:
+def _scan(call: _Call) -> tuple[list[Any], States]:
+    eqn, programs, extra, operands, depth, observing = call
     inside, params = programs[0], eqn.params
     consts, count = compat.loop_counts(eqn)
     fixed, carried = operands[:consts], operands[consts : consts + count]
@@ -313,14 +301,8 @@ def _nothing(programs: Sequence[Program], observing: bool) -> States:
     }
 
 
-def _while(
-    eqn: Any,
-    programs: tuple[Program, ...],
-    extra: Extra,
-    operands: list[Any],
-    depth: int,
-    observing: bool,
-) -> tuple[list[Any], States]:
+def _while(call: _Call) -> tuple[list[Any], States]:
+    eqn, programs, extra, operands, depth, observing = call
     test, inside = programs
     conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     of_test, of_turn = operands[:conds], operands[conds : conds + bodies]
@@ -349,15 +331,8 @@ def _while(
     return results, seen
 
 
-def _cond(
-    eqn: Any,
-    programs: tuple[Program, ...],
-    extra: Extra,
-    operands: list[Any],
-    depth: int,
-    observing: bool,
-) -> tuple[list[Any], States]:
-    del eqn
+def _cond(call: _Call) -> tuple[list[Any], States]:
+    _, programs, extra, operands, depth, observing = call
 
     def branch(inside: Program) -> Callable[..., Any]:
         def call(*operands: Any) -> Any:
@@ -370,15 +345,9 @@ def _cond(
     return lax.switch(index, [branch(inside) for inside in programs], *rest)
 
 
-def _custom(
-    eqn: Any,
-    programs: tuple[Program, ...],
-    extra: Extra,
-    operands: list[Any],
-    depth: int,
-    observing: bool,
-) -> tuple[list[Any], States]:
+def _custom(call: _Call) -> tuple[list[Any], States]:
     """A function with a derivative of its own: the value is quantized, the derivative its own."""
+    eqn, programs, extra, operands, depth, observing = call
     arrays = [_array(operand) for operand in operands]
     seen: States = {}
     if observing:

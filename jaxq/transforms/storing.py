@@ -81,7 +81,7 @@ def storages(
         if weight is None or not (leaves is None or weight[0].leaf in leaves):
             continue
         origin, quantizer, i = weight
-        with naming(owner, product):
+        with naming(owner, product.where):
             storage = _storage(product, i, origin, quantizer)
             known, other = found.setdefault(origin.leaf, (storage, product))
             if known != storage:

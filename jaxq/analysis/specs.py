@@ -14,10 +14,10 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq import catalog, presets
+from jaxq.bits import Layout
 from jaxq.casting import floats
 from jaxq.catalog import get_format
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
-from jaxq.grids import Layout
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
 

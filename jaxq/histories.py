@@ -95,9 +95,15 @@ def _amax(x: jax.Array, quantizer: Quantizer) -> jax.Array:
     return state[1].reshape(())
 
 
-def _row(amax: jax.Array, length: int) -> jax.Array:
-    """What a history's cotangent is: the largest magnitude in its first place."""
+def _varying(x: jax.Array) -> frozenset:
+    """The axes of a `shard_map` along which devices have different arrays."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _row(amax: jax.Array, length: int, apart: tuple) -> jax.Array:
+    """What a history's cotangent is: the largest magnitude in its first place, of all devices."""
     seen = jnp.where(jnp.isfinite(amax), amax, 0)
+    seen = lax.pmax(seen, apart) if apart else seen
     return jnp.zeros(length, jnp.float32).at[0].set(seen)
 
 
@@ -123,6 +129,8 @@ def record(
     if y.size == 0:
         return y
     (length,) = history.amax.shape
+    devices = tuple(_varying(y))
+    apart = tuple(_varying(y) - _varying(history.amax))
 
     @jax.custom_jvp
     def recorded(y: jax.Array, history: jax.Array, operand: Any) -> jax.Array:
@@ -131,18 +139,18 @@ def record(
 
     def zeros(history: jax.Array, *rest: jax.Array) -> jax.Array:
         del history, rest
-        return jnp.zeros(y.shape, y.dtype)
+        return lax.pcast(jnp.zeros(y.shape, y.dtype), devices, to="varying")
 
     def seen(cotangent: jax.Array, amax: jax.Array) -> jax.Array:
         del cotangent
-        return _row(amax, length)
+        return _row(amax, length, apart)
 
     def seen_backward(cotangent: jax.Array, some: jax.Array) -> jax.Array:
         del some
-        return _row(_amax(cotangent, quantizer), length)
+        return _row(_amax(cotangent, quantizer), length, apart)
 
     def tangent(primals: tuple, tangents: tuple) -> tuple:
-        y, history, operand = primals
+        y, _, operand = primals
         moved, moved_history, _ = tangents
         parts = [] if isinstance(moved, SymbolicZero) else [moved]
         if isinstance(moved_history, SymbolicZero):

@@ -53,6 +53,7 @@ class Scales(NamedTuple):
     drhs: Pair = (None, None)
 
 
+_OWN = Scales()
 _QUANTIZED = ("float16", "bfloat16", "float32")
 
 
@@ -109,7 +110,7 @@ def product(
     rhs: jax.Array,
     recipe: DotRecipe,
     key: Key = None,
-    scales: Scales = Scales(),
+    scales: Scales = _OWN,
 ) -> jax.Array:
     """A bilinear operation by a recipe: what every quantized product comes to.
 
@@ -211,7 +212,6 @@ def _linear(
     scales: Pair,
 ) -> jax.Array:
     """The operation on one operand's tangent, whose transpose is the gradient's product."""
-
     drawn = (key,) if how.draws and key is not None else ()
     more, structure = jax.tree.flatten((drawn, scales))
 
@@ -222,8 +222,11 @@ def _linear(
     if how.plain:
         return forward(moved, residual)
     aval = jax.typeof(moved)
-    explicit = aval.sharding if aval.sharding.mesh.explicit_axes else None
-    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=explicit)
+    mesh = aval.sharding.mesh
+    known = aval.sharding if mesh.explicit_axes or mesh.manual_axes else None
+    like = jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, sharding=known, manual_axis_type=aval.manual_axis_type
+    )
     gradient = operation.gradient(of, like)
     _check_key(gradient.name, how, key)
     _Plan.of(how, gradient, out, residual)  # What does not fit is said in the forward pass.
@@ -287,18 +290,17 @@ class _Plan(NamedTuple):
             rotated.append(y if x.dtype == y.dtype else cast(y, x.dtype).astype(x.dtype))
         return rotated[0], rotated[1]
 
-    def given(self, lhs: jax.Array, rhs: jax.Array, scales: Pair) -> Pair:
-        """Scales that are given, those of largest magnitudes among them."""
-        left, right = (
-            given.scale(x, quantizer)
-            if isinstance(given, Amax) and quantizer is not None
-            else given
-            for x, quantizer, given in zip((lhs, rhs), self.quantizers, scales, strict=True)
-        )
-        return left, right
+    def given(self, lhs: jax.Array, rhs: jax.Array, scales: Pair) -> tuple[Calibrated | None, ...]:
+        """Scales that are given, those for largest magnitudes among them."""
+        found = []
+        for x, quantizer, scale in zip((lhs, rhs), self.quantizers, scales, strict=True):
+            if isinstance(scale, Amax):
+                scale = None if quantizer is None else scale.scale(x, quantizer)
+            found.append(scale)
+        return tuple(found)
 
     def quantized(
-        self, lhs: jax.Array, rhs: jax.Array, keys: Keys, scales: Pair
+        self, lhs: jax.Array, rhs: jax.Array, keys: Keys, scales: tuple[Calibrated | None, ...]
     ) -> tuple[jax.Array, jax.Array]:
         """The operands after their quantizers."""
         left, right = (

@@ -47,7 +47,8 @@ def test_steps_beside_flax():
     dtypes = (jnp.float8_e4m3fn, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
     def theirs(x, w, metas, g):
-        q = [fp8_ops.in_qdq(jnp.float32, d, a, *m) for d, a, m in zip(dtypes, (x, w), metas[:2])]
+        each = zip(dtypes[:2], (x, w), metas[:2], strict=True)
+        q = [fp8_ops.in_qdq(jnp.float32, d, a, *m) for d, a, m in each]
         return (fp8_ops.out_qdq(jnp.float32, dtypes[2], q[0] @ q[1], *metas[2]) * g).sum()
 
     @jax.jit
@@ -56,7 +57,12 @@ def test_steps_beside_flax():
             lambda p, s: jaxq.quantize_fn(weighted, s)(p[0], p[1], g), (0, 1)
         )((params, x), state)
         want = jax.value_and_grad(theirs, (0, 1, 2))(x, params["w"], metas, g)
-        return (value, (of_x, gradients["w"])), state.update(seen), (want[0], want[1][:2]), want[1][2]
+        return (
+            (value, (of_x, gradients["w"])),
+            state.update(seen),
+            (want[0], want[1][:2]),
+            want[1][2],
+        )
 
     params, shape = {"w": powers(0, (8, 4), 0.5)}, ((4, 8), (4, 4))
     state = jaxq.delayed_scaling(weighted, FP8, history=3)(params, *map(jnp.zeros, shape))
@@ -69,8 +75,8 @@ def test_steps_beside_flax():
         x, g = powers(n, shape[0], of_x), powers(9 - n, shape[1], of_g)
         got, state, want, metas = step(params, state, metas, x, g)
         jax.tree.map(assert_same, got, want)
-    for history, (_, theirs) in zip(state.histories["w"], metas, strict=True):
-        assert sorted(history.amax.tolist()) == sorted(theirs[:, 0].tolist())
+    for history, (_, amax) in zip(state.histories["w"], metas, strict=True):
+        assert sorted(history.amax.tolist()) == sorted(amax[:, 0].tolist())
     assert state.histories["w"][0].amax.tolist() == [0.5, 64.0, 0.25], "newest first"
 
 
@@ -126,7 +132,9 @@ def test_vmap_sees_the_largest():
     assert amaxes(seen_by(many, state, params, x, x / 4)[1][1]) == [8.0, 1.0, 2.0]
     each = jax.vmap(lambda x: seen_by(weighted, state, params, x, x / 4)[1][1])(x)
     assert amaxes(each) == [[1.0, 8.0, 2.0], [1.0] * 3, [0.25, 2.0, 0.5]]
-    over = jax.vmap(lambda x: seen_by(weighted, state, params, x, x)[1][1].gather("i"), axis_name="i")
+    over = jax.vmap(
+        lambda x: seen_by(weighted, state, params, x, x)[1][1].gather("i"), axis_name="i"
+    )
     assert amaxes(over(x))[0] == [8.0] * 3
 
 
@@ -136,14 +144,29 @@ def test_shard_map_sees_the_largest(check):
     params, x = {"w": jnp.eye(4)}, powers(3, (8, 4), 4)
 
     @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=check
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+        check_vma=check,
     )
     def total(params, x, g):
         return lax.psum(weighted(params, x, g), "data")
 
     state = jaxq.delayed_scaling(total, FP8)(params, x, x)
-    _, (_, seen) = jax.jit(functools.partial(seen_by, total))(state, params, x, x / 2)
+    _, (gradients, seen) = jax.jit(functools.partial(seen_by, total))(state, params, x, x / 2)
     assert amaxes(seen) == [4.0, 1.0, 2.0]
+    # And a shard_map around it, where the gradient of what all devices share is a sum.
+    if check:
+        step = jax.shard_map(
+            lambda *args: seen_by(weighted, *args)[1],
+            mesh=mesh,
+            in_specs=(P(), P(), P("data"), P("data")),
+            out_specs=P(),
+        )
+        own, around = jax.jit(step)(state, params, x, x / 2)
+        assert amaxes(around) == [4.0, 1.0, 2.0]
+        jax.tree.map(assert_same, own, gradients)
 
 
 def test_other_transformations_leave_the_value_as_it_is():
@@ -178,6 +201,38 @@ def test_what_is_not_seen():
     with pytest.raises(ValueError, match="nothing to delay"):
         jaxq.delayed_scaling(loop, FP8)(params, x)
     with pytest.raises(ValueError, match="nothing to delay"):
-        jaxq.delayed_scaling(weighted, [("w", "mxfp8")])({"w": jnp.ones((32, 32))}, *[jnp.ones((32, 32))] * 2)
+        jaxq.delayed_scaling(weighted, [("w", "mxfp8")])(
+            {"w": jnp.ones((32, 32))}, *[jnp.ones((32, 32))] * 2
+        )
     with pytest.raises(ValueError, match="`history` must be at least 1"):
         jaxq.delayed_scaling(weighted, FP8, history=0)
+
+
+def test_a_state_of_another_function():
+    params, x = {"w": jnp.eye(4), "v": jnp.eye(4)}, jnp.ones((4, 4))
+    rules = [("", jaxq.DotRecipe("int8_tensor", "int8_tensor"))]
+    one, two = lambda p, x: x @ p["w"], lambda p, x: x @ p["w"] @ p["v"]
+    delayed = jaxq.delayed_scaling(one, rules)(params, x)
+    frozen = jaxq.freeze(rules, jaxq.observe(one, rules)(params, x)[1])
+    for state in (delayed, frozen):
+        with pytest.raises(
+            ValueError, match=r"dot_general 'v' .* has no scales in the state, which"
+        ):
+            jaxq.quantize_fn(two, state)(params, x)
+    more = jaxq.delayed_scaling(two, rules)(params, x)
+    assert_same(jaxq.quantize_fn(one, more)(params, x), jaxq.quantize_fn(one, rules)(params, x))
+
+
+def test_scales_are_for_tensors_as_they_are():
+    """What a Hadamard transform spreads keeps scales of its own, seen or frozen."""
+    recipe = jaxq.DotRecipe(
+        "int8_tensor",
+        "int8_tensor",
+        hadamard=jaxq.Hadamard(4, (1, -1, 1, 1)),
+        dlhs=jaxq.ProductRecipe("fp8_e5m2_tensor"),
+    )
+    params, x = {"w": jnp.eye(4)}, jnp.ones((4, 4))
+    state = jaxq.delayed_scaling(weighted, [("w", recipe)])(params, x, x)
+    assert [h is None for h in state.histories["w"]] == [True, True, False]
+    with pytest.raises(ValueError, match="nothing to calibrate"):
+        jaxq.observe(weighted, [("w", recipe)])(params, x, x)

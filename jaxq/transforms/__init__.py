@@ -1,5 +1,6 @@
 """Models as functions: any JAX function with its products quantized by rules."""
 
+from jaxq.histories import History
 from jaxq.transforms.delaying import delayed_scaling
 from jaxq.transforms.functions import quantize_fn, quantize_weights
 from jaxq.transforms.observing import Observed, freeze, observe
@@ -9,6 +10,7 @@ from jaxq.transforms.rules import Delayed, Frozen, Rule
 __all__ = [
     "Delayed",
     "Frozen",
+    "History",
     "Observed",
     "ProductRow",
     "Rule",

@@ -7,7 +7,16 @@ from typing import Any
 from jaxq.dot_recipes import DotRecipe
 from jaxq.quantized import Quantized
 from jaxq.transforms.reading import Node, Product, read
-from jaxq.transforms.rules import Assigned, Delayed, Frozen, Rules, as_rules, assign, naming, unassigned
+from jaxq.transforms.rules import (
+    Assigned,
+    Delayed,
+    Frozen,
+    Rules,
+    as_rules,
+    assign,
+    naming,
+    unassigned,
+)
 from jaxq.transforms.storing import Storage, storages, weight_of
 from jaxq.transforms.tracing import Traced, trace
 
@@ -56,6 +65,7 @@ def plan(
     traced = trace(owner, fn, argnums, args, kwargs)
     node, products = read(traced.jaxpr, traced.origins)
     chosen = assign(owner, as_rules(owner, rules), products)
+    _check_state(owner, rules, chosen)
     stored = {i: x for i, x in enumerate(traced.arrays) if isinstance(x, Quantized)}
     storing = owner == "quantize_weights"
     wanted = {}
@@ -68,6 +78,23 @@ def plan(
             for product, assigned in zip(products, chosen, strict=True)
         ]
     return Planned(traced, node, products, chosen, wanted, scales, histories)
+
+
+def _check_state(owner: str, rules: Rules, chosen: Sequence[Assigned | None]) -> None:
+    """A state has something for every product that takes scales from it; it may have more."""
+    if isinstance(rules, Frozen):
+        wanted, known = [a for a in chosen if a is not None and any(a.calibrated)], rules.scales
+    elif isinstance(rules, Delayed):
+        wanted, known = [a for a in chosen if a is not None and any(a.delayed)], rules.histories
+    else:
+        return
+    for assigned in wanted:
+        if assigned.name not in known:
+            raise ValueError(
+                f"{owner}: {assigned.where} has no scales in the state, which is for "
+                f"{', '.join(known)}. Make the state from this function, or from one that has the "
+                "same products."
+            )
 
 
 def _stored(

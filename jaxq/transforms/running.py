@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax import lax
@@ -73,10 +73,8 @@ class Extra(NamedTuple):
     def within(self, programs: Sequence[Program]) -> "Extra":
         """What the products of some programs need."""
         names = {a.name for inside in programs for a in inside.all()}
-        scales, histories = (
-            {name: value for name, value in known.items() if name in names}
-            for known in (self.scales, self.histories)
-        )
+        scales = {name: value for name, value in self.scales.items() if name in names}
+        histories = {name: value for name, value in self.histories.items() if name in names}
         return Extra(self.key, scales, histories)
 
 
@@ -197,9 +195,7 @@ def _product(
     return [y], seen
 
 
-def _scales(
-    assigned: Assigned, given: Any, histories: Sequence[History | None]
-) -> Scales:
+def _scales(assigned: Assigned, given: Any, histories: Sequence[History | None]) -> Scales:
     """The scales of a product's operands that calibration or histories give."""
     if given is not None:
         return Scales((given[0], given[1]))
@@ -283,7 +279,7 @@ def _shard_map(call: _Call) -> tuple[list[Any], States]:
     devices = compat.devices_of(eqn)
     count = math.prod(devices.values())
     histories = {name: _spread(each, count) for name, each in extra.histories.items()}
-    everywhere, one_each = PartitionSpec(), PartitionSpec(tuple(devices))
+    everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
     specs = Extra(everywhere, everywhere, one_each)
     inside = compat.call_inside(eqn, _OnDevice(programs[0], depth, False), specs)
     return inside(extra._replace(histories=histories), *map(_array, operands))

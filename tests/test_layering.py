@@ -46,6 +46,7 @@ LAYERS = [
     "dot_recipes",
     "contractions",
     "execution",
+    "histories",
     "products",
     "dots",
     "transforms",

@@ -68,7 +68,7 @@ WAYS = (
     Way("NVFP4, to nearest", NVFP4_NEAREST, ORANGE, DASHED),
     Way("MXFP4", "mxfp4", ORANGE, DOTTED),
 )
-SHORT = ("float32", "FP8, current scaling", "FP8, delayed scaling")
+SHORT = ("float32", "FP8, delayed scaling")
 
 
 @dataclasses.dataclass(frozen=True)

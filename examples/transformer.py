@@ -10,10 +10,8 @@ one seed and a short run: how far bfloat16 is from float32 says what small diffe
     python examples/transformer.py [--steps N] [--short] [--output PICTURE]
 """
 
-import argparse
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -145,7 +143,7 @@ def run(
                 start = time.perf_counter()
                 states[n] = jax.block_until_ready(step(states[n], keys[i]))
                 seconds[n, i] = time.perf_counter() - start
-        report("")
+        report("training")
     speeds = BATCH * language_model.CONTEXT / np.median(seconds, axis=1)
     return [
         Result(way, marks, own, float(speed))
@@ -171,7 +169,7 @@ def table(results: Sequence[Result]) -> common.Table:
     return grid
 
 
-def picture(results: Sequence[Result], path: pathlib.Path) -> None:
+def picture(results: Sequence[Result]) -> common.Figure:
     """Left the losses over steps, right what each way ends with beside float32."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.8), layout="constrained", width_ratios=(1.1, 1)
@@ -205,32 +203,17 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
         axes.grid(axis="y" if axes is left else "x", color="#eeeeee")
         axes.set_axisbelow(True)
     right.spines["left"].set_visible(False)
-    common.save(figure, path)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="of training (default 300)")
-    parser.add_argument("--short", action="store_true", help="a quick run with fewer of everything")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("docs/images/transformer.png")
-    )
-    args = parser.parse_args(argv)
+    args = common.arguments(__doc__, argv, "transformer.png", steps=(300, "of training"))
     ways = [way for way in WAYS if way.label in SHORT] if args.short else list(WAYS)
     amounts = (8, 1, 4) if args.short else (args.steps, 20, 32)
-
-    console = common.Console()
-    with common.progress(console) as progress:
-        task = progress.add_task("", total=amounts[0] + 1)
-
-        def report(label: str) -> None:
-            progress.update(task, advance=not label, description=label or "training")
-
+    with common.progress(len(ways) + amounts[0] + 1) as report:
         results = run(ways, *amounts, report)
-    console.print(table(results))
-    picture(results, args.output)
-    console.print(f"Picture: {args.output}")
+    common.show(table(results), picture(results), args.output)
     return results
 
 

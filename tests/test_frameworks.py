@@ -270,6 +270,7 @@ def test_not_float_after_init_and_right_under_grad_jvp_and_vmap(make: Callable[[
     same(jax.jit(case.apply)(params, case.x), before)
     table = jaxq.explain(case.apply, rules)(params, case.x)
     assert tuple(row.product for row in table.rows) == case.products
+    assert all("test_frameworks.py" in row.source for row in table.rows)
 
 
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)

@@ -68,7 +68,11 @@ IDS = jnp.arange(32).reshape(4, 8)
 
 
 def loss(fn):
-    return lambda params: sum((y**2).mean() for y in fn(params, IDS))
+    return loss_of(fn, IDS)
+
+
+def loss_of(fn, ids):
+    return lambda params: sum((y**2).mean() for y in fn(params, ids))
 
 
 def same(got, want):
@@ -247,16 +251,59 @@ def test_observe_and_freeze(params):
         ),
         ([("out", "w8b8")], "No preset or format|is named"),
         ([jaxq.Rule(scope="nowhere")], "scopes are mlp"),
+        ([jaxq.Rule("up", "w8a8", scope="mpl")], "'layers/up' .* stands in the scope 'mlp'"),
+        ([("gain", "w8a8")], "'gain' is no array but a float"),
+        ([("count", "w8a8")], "'count' is of int32, and only products of floats"),
+        ([("bias", "w8a8")], "'bias' is in no product as it is"),
+        ({"out": "w8a8"}, "must be a sequence of rules"),
+        ([("out", "w8a8", "w4")], r"a pair \(pattern, recipe\)"),
     ],
 )
 def test_rules_that_are_wrong(params, rules, text):
+    more = {"gain": 2.0, "count": jnp.int32([3]), "bias": jnp.ones(4)}
     with pytest.raises((ValueError, TypeError), match=text):
-        jaxq.quantize_fn(model, rules)(params, IDS)
+        jaxq.quantize_fn(model, rules)({**params, **more}, IDS)
+
+
+def test_patterns_and_recipes_that_are_none():
+    for pattern in ("(", 3):
+        with pytest.raises(ValueError, match="`weight` must be a regular expression"):
+            jaxq.Rule(pattern, "w8a8")
+    with pytest.raises(ValueError, match=r"Rule: No recipe is named 'w8b8'.*products: w8a8"):
+        jaxq.Rule("out", "w8b8")
+
+
+def test_errors_name_product_path_and_line(params):
+    """Also where JAX finds the error later, when it differentiates what is compiled."""
+    quantized = jaxq.quantize_fn(model, [("up", "mxfp8")])
+    text = (
+        r"^dot_general 'layers/up' \(.*test_transforms.py:\d+ \(helper\)\), gradient of `rhs`.* 32 "
+    )
+    for f in (quantized, jax.jit(quantized)):
+        with pytest.raises(ValueError, match=text):
+            jax.grad(loss_of(f, IDS[:1, :5]))(params)
+
+    def twice(p, x):
+        with jax.named_scope("one"):
+            x = x @ p["w"]
+        return x @ p["w"]
+
+    rules = [jaxq.Rule("w", "w4", scope="one"), ("w", "w8")]
+    ways = r"'w' is quantized in two ways.*'w' \(.*\(.*twice\)\), int8.*'w#2' \(.*\(.*twice\)\)"
+    with pytest.raises(ValueError, match=ways):
+        jaxq.quantize_fn(twice, rules)({"w": jnp.eye(2)}, jnp.eye(2))
 
 
 def test_a_function_that_cannot_be_traced():
-    with pytest.raises(TypeError, match="`fn` cannot be traced"):
-        jaxq.quantize_fn(lambda p, x: x if x.sum() > 0 else p, [])(jnp.ones(2), jnp.ones(2))
+    def inner(x):
+        return np.asarray(x)
+
+    for fn in (lambda p, x: x if x.sum() > 0 else p, lambda p, x: p + inner(x)):
+        line = (
+            rf"values of arrays in .*test_transforms.py:\d+ \(.*({fn.__name__}|inner)\): .*\. Give"
+        )
+        with pytest.raises(TypeError, match=line):
+            jaxq.quantize_fn(fn, [])(jnp.ones(2), jnp.ones(2))
     with pytest.raises(ValueError, match="`argnums` names argument 3"):
         jaxq.quantize_fn(lambda p: p, [], argnums=3)(jnp.ones(2))
     static = jaxq.quantize_fn(lambda p, n: (p["w"] @ p["w"], p["f"](n)), [("w", "w4")])

@@ -166,9 +166,10 @@ def _product(
         key = extra.folded(assigned.number)
         of_output = jax.random.fold_in(key, 0) if assigned.output_draws else None
         key = key if assigned.recipe is not None and assigned.recipe.draws else None
-    with naming(assigned.where), compat.within(eqn):
+    with compat.within(eqn):
         if assigned.table is not None:
-            table = fake_quant(arrays[0], assigned.table, key=key)
+            with naming(assigned.where):
+                table = fake_quant(arrays[0], assigned.table, key=key)
             y = compat.bind(eqn, [table, *arrays[1:]])[0]
         elif eqn.primitive.name == LOOK_UP or assigned.recipe is None:
             y = compat.bind(eqn, arrays)[0]
@@ -191,7 +192,8 @@ def _product(
                 if history is not None and quantizer is not None:
                     y = record(y, history, quantizer, x)
         if assigned.output is not None:
-            y = fake_quant(y, assigned.output, key=of_output)
+            with naming(assigned.where):
+                y = fake_quant(y, assigned.output, key=of_output)
     return [y], seen
 
 
@@ -216,13 +218,13 @@ def _scales(assigned: Assigned, given: Any, histories: Sequence[History | None])
 
 def _operation(eqn: Any, assigned: Assigned) -> Operation:
     """A product's bilinear function, its operands in the recipe's order."""
-    params, name = eqn.params, eqn.primitive.name
+    params, name = eqn.params, assigned.where
     names = ("lhs", "rhs")
 
     def function(*operands: jax.Array) -> jax.Array:
         return compat.bind(eqn, assigned.order(operands))[0]
 
-    if name == "dot_general":
+    if eqn.primitive.name == "dot_general":
         ndims = (len(variable.aval.shape) for variable in eqn.invars)
         labels = of_dot(params["dimension_numbers"], *ndims)
         lhs, rhs = assigned.order((labels.lhs, labels.rhs))

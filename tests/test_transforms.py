@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 import jaxq
 from tests.oracle import assert_same
@@ -237,6 +238,70 @@ def test_observe_and_freeze(params):
     assert_same(merged, np.maximum(*each))
     with pytest.raises(ValueError, match="nothing to calibrate"):
         jaxq.observe(model, [("out", "w8a8")])(params, IDS)
+
+
+STATIC = jaxq.DotRecipe("int8_tensor", "int8_channel")
+W = jnp.broadcast_to(jnp.eye(4) / 2, (3, 4, 4))  # Sums of one term have no order.
+X = jax.random.normal(jax.random.key(1), (8, 4))
+
+
+def layers(w, x):
+    return lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+
+def scales(fn):
+    _, state = jax.jit(jaxq.observe(fn, [("", STATIC)]))(W, X)
+    return state.finalize()[""][0].scale.ravel()
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda f, w, x: lax.cond(x[0, 0] > 9, lambda x: x, lambda x: f(w, x), x),
+        lambda f, w, x: lax.while_loop(
+            lambda c: c[1] < 1, lambda c: (f(w, c[0]), c[1] + 1), (x, 0)
+        )[0],
+        lambda f, w, x: lax.scan(lambda x, _: (f(w, x), None), x, None, length=2)[0],
+    ],
+    ids=["cond", "while", "scan"],
+)
+def test_layers_in_other_control_flow_keep_their_own_states(around):
+    """Activations become smaller, so that a second turn adds nothing."""
+    want = scales(layers)
+    assert len(np.unique(want)) == 3
+    assert_same(scales(functools.partial(around, layers)), want)
+
+
+def mapped(fn, check):
+    """A function over two by two devices, rows over the first axis."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
+    return jax.shard_map(fn, mesh=mesh, check_vma=check, **specs)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_observe_sees_all_devices_of_a_shard_map(check):
+    def inside(w, x):
+        return lax.cond(x.sum() < 99, lambda x: layers(w, x), lambda x: x, x)
+
+    assert_same(scales(mapped(inside, check)), scales(layers))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_devices_of_a_shard_map_draw_their_own(check):
+    recipe = jaxq.DotRecipe(jaxq.Quantizer("int4", jaxq.PerToken(), rounding="stochastic"), None)
+    rows, eye = jnp.broadcast_to(jnp.arange(1.0, 17)[None], (4, 16)), jnp.eye(16)
+    f = mapped(lambda w, x: (x @ w)[None], check)
+    key = jax.random.key(7)
+    got = jaxq.quantize_fn(f, [("", recipe)], key=key)(eye, rows)
+    own = jax.random.fold_in(key, 0)  # The first product.
+    for device, y in enumerate(got):
+        drawn = jax.random.fold_in(own, device)
+        if not check:  # Nothing says that "model" changes nothing.
+            drawn = jax.random.fold_in(drawn, 0)
+        numbers = (((1,), (0,)), ((), ()))
+        assert_same(y, jaxq.dot_general(rows[:2], eye, numbers, recipe=recipe, key=drawn))
+    assert not np.array_equal(*got)
 
 
 @pytest.mark.parametrize(

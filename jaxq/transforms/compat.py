@@ -99,12 +99,15 @@ def scope_of(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def source_of(eqn: Any) -> str:
-    """The line of the user's code that an equation comes from."""
-    return _line(
-        (frame.file_name, frame.start_line, frame.function_name)
-        for frame in source_info_util.user_frames(eqn.source_info.traceback)
-    )
+def source_of(eqn: Any, around: str = "") -> str:
+    """The line of the user's code that an equation comes from.
+
+    Args:
+      eqn: the equation.
+      around: that of the equation whose program it is in, if any.
+    """
+    frames = source_info_util.user_frames(eqn.source_info.traceback)
+    return _line(((f.file_name, f.start_line, f.function_name) for f in frames), around)
 
 
 def source_of_error(error: BaseException) -> str:
@@ -113,10 +116,11 @@ def source_of_error(error: BaseException) -> str:
     return _line((frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames))
 
 
-def _line(frames: Iterable[tuple[str, int, str]]) -> str:
+def _line(frames: Iterable[tuple[str, int, str]], around: str = "") -> str:
     """Of a traced function's lines, innermost first, the first that is in no installed package.
 
-    A layer of Flax multiplies in Flax's code, but the user's is what calls it.
+    A layer of Flax multiplies in Flax's code, but the user's is what calls it; a program that JAX
+    keeps, such as that of `jnp.take`, has no lines but its own.
     """
     packages = []
     for file, line, function in frames:
@@ -128,7 +132,7 @@ def _line(frames: Iterable[tuple[str, int, str]]) -> str:
         if "-packages" not in file and not file.startswith(_JAXQ):
             return text
         packages.append(text)
-    return packages[0] if packages else "unknown line"
+    return around or (packages or ["unknown line"])[0]
 
 
 @contextlib.contextmanager
@@ -153,7 +157,7 @@ def call_inside(eqn: Any, function: Callable[..., Any], specs: Any = None) -> Ca
     Args:
       eqn: a `jit`, a `checkpoint`, or a `shard_map`.
       function: hashable; `(extra, *operands) -> (results, more)`, the new body. `extra` and `more`
-        are pytrees; `more` is empty within a `shard_map`.
+        are pytrees; in a `shard_map`, `more` is the same on all its devices.
       specs: for a `shard_map`, how `extra` lies on its devices.
 
     Returns:

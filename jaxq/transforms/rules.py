@@ -187,7 +187,8 @@ class Assigned:
       name: of the product, for states of calibration.
       where: what errors call it.
       number: of the product, for its key.
-      stacked: the scans, by depth, every turn of which has a weight of its own.
+      loops: the lengths of the scans around it, outermost first.
+      stacked: those, by depth, every turn of which has a weight of its own.
       table: the quantizer of a look-up's table, on the table's own axes.
       calibrated: for both operands, in the recipe's order, the shape and the quantizer of those
         whose range may come from calibration: activations with one scale a tensor.
@@ -200,6 +201,7 @@ class Assigned:
     name: str
     where: str
     number: int
+    loops: tuple[int, ...]
     stacked: frozenset[int]
     table: Quantizer | None
     calibrated: tuple[tuple[tuple[int, ...], Quantizer] | None, ...]
@@ -297,10 +299,8 @@ def assign(
 def unassigned(product: Product) -> Assigned:
     """What leaves a product as it is."""
     p = product
-    number, name, where = p.number, p.name, p.where
-    return Assigned(
-        None, None, False, name, where, number, p.stacked, None, (None, None), p.reverse
-    )
+    place = p.name, p.where, p.number, p.loops, p.stacked
+    return Assigned(None, None, False, *place, None, (None, None), p.reverse)
 
 
 def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assigned:
@@ -333,6 +333,7 @@ def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assign
         product.name,
         product.where,
         product.number,
+        product.loops,
         product.stacked,
         table,
         calibrated,

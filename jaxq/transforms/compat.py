@@ -6,7 +6,10 @@ differs between versions; all that jaxq knows of it stands here.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+import pathlib
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -28,8 +31,11 @@ __all__ = [
     "loop_counts",
     "scope_of",
     "source_of",
+    "source_of_error",
     "within",
 ]
+
+_HERE, _JAXQ = (str(folder) + os.sep for folder in pathlib.Path(__file__).parents[:2])
 
 
 class Body(NamedTuple):
@@ -93,9 +99,40 @@ def scope_of(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def source_of(eqn: Any) -> str:
-    """The line of the user's code that an equation comes from."""
-    return source_info_util.summarize(eqn.source_info)
+def source_of(eqn: Any, around: str = "") -> str:
+    """The line of the user's code that an equation comes from.
+
+    Args:
+      eqn: the equation.
+      around: that of the equation whose program it is in, if any.
+    """
+    frames = source_info_util.user_frames(eqn.source_info.traceback)
+    return _line(((f.file_name, f.start_line, f.function_name) for f in frames), around)
+
+
+def source_of_error(error: BaseException) -> str:
+    """The line of the user's code at which a function could not be traced."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return _line((frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames))
+
+
+def _line(frames: Iterable[tuple[str, int, str]], around: str = "") -> str:
+    """Of a traced function's lines, innermost first, the first that is in no installed package.
+
+    A layer of Flax multiplies in Flax's code, but the user's is what calls it; a program that JAX
+    keeps, such as that of `jnp.take`, has no lines but its own.
+    """
+    packages = []
+    for file, line, function in frames:
+        if file.startswith(_HERE):  # What traces the function; around that is none of it.
+            break
+        if not source_info_util.is_user_filename(file):
+            continue
+        text = f"{file}:{line} ({function})"
+        if "-packages" not in file and not file.startswith(_JAXQ):
+            return text
+        packages.append(text)
+    return around or (packages or ["unknown line"])[0]
 
 
 @contextlib.contextmanager
@@ -120,7 +157,7 @@ def call_inside(eqn: Any, function: Callable[..., Any], specs: Any = None) -> Ca
     Args:
       eqn: a `jit`, a `checkpoint`, or a `shard_map`.
       function: hashable; `(extra, *operands) -> (results, more)`, the new body. `extra` and `more`
-        are pytrees; `more` is empty within a `shard_map`.
+        are pytrees; in a `shard_map`, `more` is the same on all its devices.
       specs: for a `shard_map`, how `extra` lies on its devices.
 
     Returns:

@@ -9,6 +9,7 @@ keeps its rule: its value is that of the quantized products, its derivative what
 the operands as they were.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from jaxq.execution import DotOfCodes
 from jaxq.products import Operation, product
 from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
+from jaxq.sharding import quantized_sharding
 from jaxq.transforms import compat
 from jaxq.transforms.reading import LOOK_UP, Node
 from jaxq.transforms.rules import Assigned, naming
@@ -128,6 +130,8 @@ def run(
             with compat.within(eqn):
                 results, more = handler(_Call(eqn, inner[i], extra, operands, depth, observing))
             seen |= more
+        elif eqn.primitive.name == "sharding_constraint":
+            results = [_laid_out(eqn, operands[0])]
         else:
             results = compat.bind(eqn, [_array(operand) for operand in operands])
         values.update(zip(eqn.outvars, results, strict=True))
@@ -142,6 +146,19 @@ def _array(x: Any) -> Any:
     for _ in range(x.ndim - len(x.block)):
         function = jax.vmap(function)
     return function(x)
+
+
+def _laid_out(eqn: Any, x: Any) -> Any:
+    """An array with its layout constrained; a stored weight stays packed where its bytes divide.
+
+    So a weight that is sharded to be gathered for its product is gathered before it is unpacked.
+    """
+    if isinstance(x, Quantized) and not eqn.params["unconstrained_dims"]:
+        with contextlib.suppress(ValueError):
+            shardings = quantized_sharding(x, eqn.params["sharding"])
+            with compat.within(eqn):
+                return lax.with_sharding_constraint(x, shardings)
+    return compat.bind(eqn, [_array(x)])[0]
 
 
 def _product(

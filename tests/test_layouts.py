@@ -1,0 +1,141 @@
+"""A step of training over eight devices in every layout: the same bits, and what it sends.
+
+The model, its layouts and the reading of XLA's programs are those of `tools/collectives.py`.
+
+Float sums have no order to rely on, so steps are compared on data whose sums are exact in any:
+small integers, elements of 4 bits, powers of two for scales, and cotangents quantized likewise. Then
+every value of a step is the same to the bit, or something beside the sums depends on the layout.
+"""
+
+import collections
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import jaxq
+from tests.oracle import assert_same
+from tools.collectives import LAYOUTS, Collective, Layout, found, step
+
+TOKENS, MODEL, HIDDEN, LAYERS, TURNS = 256, 64, 64, 4, 7
+
+
+def everywhere(granularity) -> jaxq.DotRecipe:
+    """All operands of all three products in 4-bit integers with powers of two for scales."""
+    one = jaxq.Quantizer("int4", granularity, scale="ceil", scale_format="float8_e8m0fnu")
+    both = jaxq.ProductRecipe(one, one)
+    return jaxq.DotRecipe(one, one, dlhs=both, drhs=both, residuals="original")
+
+
+RECIPES = {
+    "block": everywhere(jaxq.PerBlock(8)),
+    "tensor": everywhere(jaxq.PerTensor()),
+    "token": everywhere(jaxq.PerToken()),
+}
+
+
+def integers(seed: int, largest: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-largest, largest + 1, shape).astype(np.float32)
+
+
+X = integers(0, 30, TOKENS, MODEL)
+PARAMS = {
+    "up": integers(1, 30, LAYERS, MODEL, HIDDEN),
+    "down": integers(2, 30, LAYERS, HIDDEN, MODEL),
+}
+WEIGHTS = integers(3, 3, TOKENS, MODEL)
+
+
+def loss(y, weights):
+    """Of 8-bit integers, so that its sum is exact too."""
+    return (jaxq.cast(y * 2.0**-12, "int8", overflow="saturate") * weights).sum()
+
+
+@functools.cache
+def on_one_device(recipe: str, pipelined: bool):
+    layout = LAYOUTS["pipeline" if pipelined else "data"]
+    return step(layout, RECIPES[recipe], loss, sharded=False)(PARAMS, X, WEIGHTS)
+
+
+@functools.cache
+def compiled(recipe: str | None, name: str):
+    """A compiled step, its arguments, and its collectives."""
+    layout = LAYOUTS[name]
+    of_params, of_data = layout.shardings
+    arguments = jax.device_put((PARAMS, X, WEIGHTS), (of_params, of_data, of_data))
+    program = step(layout, recipe and RECIPES[recipe], loss).lower(*arguments).compile()
+    return program, arguments, found(program.as_text())
+
+
+def maxima(layout: Layout, by_tensor: bool) -> collections.Counter:
+    """The numbers of every maximum over devices that scales take, one a tensor or one a vector.
+
+    There is one for every axis that lies within a scale and is cut. All turns of a loop count.
+    """
+    shards = {None: 1, **layout.axes}
+    # A pipeline cuts its layers apart, and no scale has two of them.
+    up, down = (
+        [shards[axis] for axis in (*spec, None, None, None)[1:3]]
+        for spec in (layout.up, layout.down)
+    )
+    batches = 4 if layout.pipelined else 1
+    tokens, hidden = (TOKENS // batches, shards[(*layout.x, None)[0]]), (HIDDEN, up[1])
+    model, of_up, of_down = (MODEL, 1), (MODEL, up[0]), (MODEL, down[1])
+    operands = [  # Of the six products: what is free, what is contracted.
+        *[(tokens, model), (hidden, of_up)],
+        *[(tokens, hidden), (of_up, hidden)],
+        *[(hidden, tokens), (model, tokens)],
+        *[(tokens, hidden), (of_down, hidden)],
+        *[(tokens, model), (hidden, of_down)],
+        *[(model, tokens), (hidden, tokens)],
+    ]
+    count: collections.Counter = collections.Counter()
+    for (length, free), (_, contract) in operands:
+        cuts = (free > 1) + (contract > 1) if by_tensor else contract > 1
+        count[1 if by_tensor else length // free] += cuts * (TURNS if layout.pipelined else LAYERS)
+    return +count
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_has_the_same_bits_and_sends_only_maxima_more(recipe: str, name: str):
+    """Blocks send nothing of their own, where shards and blocks begin together."""
+    program, arguments, sent = compiled(recipe, name)
+    layout, of_floats = LAYOUTS[name], compiled(None, name)[2]
+    more, sizes = sent - of_floats, collections.Counter()
+    assert sent == of_floats + more
+    for collective, times in more.items():
+        assert collective[:2] == ("all-reduce maximum", "s32")
+        sizes[math.prod(collective.shape)] += times
+    assert sizes == ({} if recipe == "block" else maxima(layout, recipe == "tensor"))
+    got, want = program(*arguments), on_one_device(recipe, layout.pipelined)
+    jax.tree.map(assert_same, got, want)
+    assert all(np.any(part) for part in jax.tree.leaves(want))
+
+
+def test_collectives_are_found_in_loops_and_in_company():
+    """XLA may send several tensors at once, and a loop's body stands in its program once."""
+    text = """HloModule m
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add.1 = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %both = (f32[8,2]{1,0}, bf16[3]{0}) all-reduce(%x, %y), replica_groups={}, to_apply=%sum
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %g = u8[4,6]{1,0} all-gather(%q), dimensions={0}
+}
+"""
+    both = {
+        Collective("all-reduce add", "f32", (8, 2)): 5,
+        Collective("all-reduce add", "bf16", (3,)): 5,
+    }
+    gather = Collective("all-gather", "u8", (4, 6))
+    assert found(text) == {**both, gather: 1}
+    assert [c.nbytes for c in (*both, gather)] == [64, 6, 24]

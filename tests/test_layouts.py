@@ -3,8 +3,8 @@
 The model, its layouts and the reading of XLA's programs are those of `tools/collectives.py`.
 
 Float sums have no order to rely on, so steps are compared on data whose sums are exact in any:
-small integers, elements of 4 bits, powers of two for scales, and cotangents quantized likewise. Then
-every value of a step is the same to the bit, or something beside the sums depends on the layout.
+small integers, elements of 4 bits, powers of two for scales, and cotangents quantized likewise.
+Every value of a step then has the same bits, or something beside the sums depends on the layout.
 """
 
 import collections
@@ -14,10 +14,12 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxq
 from tests.oracle import assert_same
-from tools.collectives import LAYOUTS, Collective, Layout, found, step
+from tools.collectives import LAYOUTS, Collective, Layout, found, stack, step
 
 TOKENS, MODEL, HIDDEN, LAYERS, TURNS = 256, 64, 64, 4, 7
 
@@ -113,6 +115,48 @@ def test_a_step_has_the_same_bits_and_sends_only_maxima_more(recipe: str, name: 
     got, want = program(*arguments), on_one_device(recipe, layout.pipelined)
     jax.tree.map(assert_same, got, want)
     assert all(np.any(part) for part in jax.tree.leaves(want))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_stored_weights_are_gathered_packed(recipe: str, kind: AxisType):
+    """Where the model gathers a layer's weights for its turn; the floats are made of them there."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    layout, rules = LAYOUTS["FSDP"], [("", RECIPES[recipe])]
+    whole, of_data, of_down, of_up = (
+        NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((), layout.x, layout.down, layout.up)
+    )
+    store = jaxq.quantize_weights(stack, rules)
+    shapes = jax.eval_shape(store, PARAMS, X)
+    shardings = {
+        "down": jaxq.quantized_sharding(shapes["down"], of_down),
+        "up": jaxq.quantized_sharding(shapes["up"], of_up),
+    }
+    packed, x = jax.jit(store, out_shardings=shardings)(PARAMS, X), jax.device_put(X, of_data)
+    leaves = jax.tree.leaves(packed)
+    assert [leaf.sharding for leaf in leaves] == jax.tree.leaves(shardings)
+    model = jaxq.quantize_fn(functools.partial(stack, gathered=whole), rules)
+    program = jax.jit(model).lower(packed, x).compile()
+    sent = [c for c in found(program.as_text()).elements() if c.kind == "all-gather"]
+    assert {c.dtype for c in sent} == {"u8"}
+    cut = [leaf.nbytes for leaf in leaves if not leaf.is_fully_replicated]
+    assert sum(c.nbytes for c in sent) == sum(cut)
+    assert_same(program(packed, x), jax.jit(jaxq.quantize_fn(stack, rules))(PARAMS, X))
+
+
+def test_a_layout_that_cuts_through_bytes_unpacks():
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, "model")
+    of = NamedSharding(mesh, spec)
+
+    def model(params, x):
+        return x @ lax.with_sharding_constraint(params["w"], of)
+
+    params, x = {"w": integers(4, 7, 8, 24)}, integers(5, 7, 4, 8)
+    rules = [("w", RECIPES["tensor"])]
+    packed = jaxq.quantize_weights(model, rules)(params, x)
+    want = jaxq.quantize_fn(model, rules)(params, x)
+    assert_same(jax.jit(jaxq.quantize_fn(model, rules))(packed, x), want)
 
 
 def test_collectives_are_found_in_loops_and_in_company():

@@ -167,7 +167,9 @@ def stack(
 
     def turn(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
         if gathered is not None:
-            params = lax.with_sharding_constraint(params, gathered)
+            explicit = gathered.mesh.axis_types[0] == AxisType.Explicit
+            lay_out = jax.sharding.reshard if explicit else lax.with_sharding_constraint
+            params = lay_out(params, gathered)
         return layer(params, x), None
 
     return lax.scan(turn, x, params)[0]

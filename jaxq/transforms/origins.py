@@ -121,6 +121,7 @@ _VIEWS: MappingProxyType[str, Callable[..., Sequence[int | None] | None]] = Mapp
         "gather": _gather,
         "reduce_precision": _same,
         "reshape": _reshape,
+        "reshard": _same,
         "rev": _same,
         "sharding_constraint": _same,
         "slice": _slice,

@@ -130,7 +130,7 @@ def run(
             with compat.within(eqn):
                 results, more = handler(_Call(eqn, inner[i], extra, operands, depth, observing))
             seen |= more
-        elif eqn.primitive.name == "sharding_constraint":
+        elif eqn.primitive.name in compat.LAYOUTS and isinstance(operands[0], Quantized):
             results = [_laid_out(eqn, operands[0])]
         else:
             results = compat.bind(eqn, [_array(operand) for operand in operands])
@@ -148,17 +148,15 @@ def _array(x: Any) -> Any:
     return function(x)
 
 
-def _laid_out(eqn: Any, x: Any) -> Any:
-    """An array with its layout constrained; a stored weight stays packed where its bytes divide.
+def _laid_out(eqn: Any, q: Quantized) -> Any:
+    """A stored weight laid out over devices: packed, if its bytes divide, else as an array.
 
-    So a weight that is sharded to be gathered for its product is gathered before it is unpacked.
+    So a weight that lies in parts and is gathered for its product moves in few bytes.
     """
-    if isinstance(x, Quantized) and not eqn.params["unconstrained_dims"]:
-        with contextlib.suppress(ValueError):
-            shardings = quantized_sharding(x, eqn.params["sharding"])
-            with compat.within(eqn):
-                return lax.with_sharding_constraint(x, shardings)
-    return compat.bind(eqn, [_array(x)])[0]
+    function, sharding = compat.layout_of(eqn)
+    with contextlib.suppress(ValueError), compat.within(eqn):
+        return function(q, quantized_sharding(q, sharding))
+    return compat.bind(eqn, [_array(q)])[0]
 
 
 def _product(

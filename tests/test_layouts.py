@@ -10,6 +10,11 @@ Every value of a step then has the same bits, or something beside the sums depen
 import collections
 import functools
 import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -48,6 +53,9 @@ PARAMS = {
     "down": integers(2, 30, LAYERS, HIDDEN, MODEL),
 }
 WEIGHTS = integers(3, 3, TOKENS, MODEL)
+NORMAL = np.random.default_rng(6).standard_normal((64, 64)).astype(np.float32)
+PRESETS = ("int8_tensor", "uint8_channel", "mxfp4", "nvfp4")
+CALIBRATED = [("", jaxq.DotRecipe(RECIPES["tensor"].lhs, RECIPES["tensor"].rhs))]
 
 
 def loss(y, weights):
@@ -183,3 +191,38 @@ ENTRY %main (a: f32[8]) -> f32[8] {
     gather = Collective("all-gather", "u8", (4, 6))
     assert found(text) == {**both, gather: 1}
     assert [c.nbytes for c in (*both, gather)] == [64, 6, 24]
+
+
+def test_two_processes_have_the_bits_of_one(tmp_path):
+    """Two devices each, over the network's loopback; and calibration over hosts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    path = tmp_path / "results.npz"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    root = str(pathlib.Path(__file__).parent.parent)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.one_of_two", str(number), port, str(path)],
+            **{"cwd": root, "env": os.environ | flags, "text": True},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    states = jax.jit(jaxq.observe(stack, CALIBRATED))(PARAMS, X)[1].states
+    want = {
+        "step": on_one_device("tensor", False),
+        "fake_quant": [jaxq.fake_quant(NORMAL, name) for name in PRESETS],
+        "whole": states,
+        "hosts": states,
+    }
+    got = np.load(path)
+    for one, other in zip(got.files, jax.tree.leaves(want), strict=True):
+        assert_same(got[one], other)

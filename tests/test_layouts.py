@@ -7,7 +7,6 @@ small integers, elements of 4 bits, powers of two for scales, and cotangents qua
 Every value of a step then has the same bits, or something beside the sums depends on the layout.
 """
 
-import collections
 import functools
 import math
 import os
@@ -15,6 +14,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxq
 from tests.oracle import assert_same
+from tools import collectives
 from tools.collectives import LAYOUTS, Collective, Layout, found, stack, step
 
 TOKENS, MODEL, HIDDEN, LAYERS, TURNS = 256, 64, 64, 4, 7
@@ -79,7 +80,7 @@ def compiled(recipe: str | None, name: str):
     return program, arguments, found(program.as_text())
 
 
-def maxima(layout: Layout, by_tensor: bool) -> collections.Counter:
+def maxima(layout: Layout, by_tensor: bool) -> Counter:
     """The numbers of every maximum over devices that scales take, one a tensor or one a vector.
 
     There is one for every axis that lies within a scale and is cut. All turns of a loop count.
@@ -101,7 +102,7 @@ def maxima(layout: Layout, by_tensor: bool) -> collections.Counter:
         *[(tokens, model), (hidden, of_down)],
         *[(model, tokens), (hidden, tokens)],
     ]
-    count: collections.Counter = collections.Counter()
+    count: Counter = Counter()
     for (length, free), (_, contract) in operands:
         cuts = (free > 1) + (contract > 1) if by_tensor else contract > 1
         count[1 if by_tensor else length // free] += cuts * (TURNS if layout.pipelined else LAYERS)
@@ -114,7 +115,7 @@ def test_a_step_has_the_same_bits_and_sends_only_maxima_more(recipe: str, name: 
     """Blocks send nothing of their own, where shards and blocks begin together."""
     program, arguments, sent = compiled(recipe, name)
     layout, of_floats = LAYOUTS[name], compiled(None, name)[2]
-    more, sizes = sent - of_floats, collections.Counter()
+    more, sizes = sent - of_floats, Counter()
     assert sent == of_floats + more
     for collective, times in more.items():
         assert collective[:2] == ("all-reduce maximum", "s32")
@@ -165,6 +166,30 @@ def test_a_layout_that_cuts_through_bytes_unpacks():
     packed = jaxq.quantize_weights(model, rules)(params, x)
     want = jaxq.quantize_fn(model, rules)(params, x)
     assert_same(jax.jit(jaxq.quantize_fn(model, rules))(packed, x), want)
+
+
+def test_what_the_guide_says_stays_the_same():
+    """Sums of integers, and draws; of numbers whose float sums are not exact."""
+    layout = LAYOUTS["FSDP and tensor"]
+    params = jax.tree.map(lambda w: np.random.default_rng(7).standard_normal(w.shape), PARAMS)
+    params, x = jax.tree.map(np.float32, (params, NORMAL))
+    sharded = jax.device_put((params, x), layout.shardings)
+    native = jaxq.DotRecipe("int8_token", "int8_channel", execution="native")
+    model = jax.jit(jaxq.quantize_fn(stack, [("", native)]))
+    assert_same(model(*sharded), model(params, x))
+    recipe, key = jaxq.Quantizer("int4", rounding="stochastic"), jax.random.key(0)
+    got = jaxq.fake_quant(sharded[0]["up"], recipe, key=key)
+    assert_same(got, jaxq.fake_quant(params["up"], recipe, key=key))
+
+
+def test_the_guide_has_the_tables():
+    page = collectives.PAGE.read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| tensor | 8 all-reduce add"))
+    names = ["layout", "float32", *(f"{recipe} adds" for recipe in collectives.RECIPES)]
+    assert f"| {' | '.join(names)} |" in page
+    cells = row.strip("| ").split(" | ")
+    assert cells[1] == collectives.summary(collectives.of_step("tensor", None))
+    assert cells[names.index("fp8 adds")] == collectives.beyond("tensor", "fp8")
 
 
 def test_collectives_are_found_in_loops_and_in_company():

@@ -1,13 +1,14 @@
-"""What a step of a small model sends between devices, by layout and recipe: counted, not assumed.
+"""What a small model sends between devices, by layout and recipe: read from XLA's programs.
 
     python tools/collectives.py           prints the tables
-    python tools/collectives.py --write   puts them into docs/scale_out.md
+    python tools/collectives.py --write   puts them into docs/guides/scale_out.md
 
-Everything is compiled for eight virtual CPU devices and read from XLA's program. Collectives within
-a loop count once a turn. Bytes are those of the result on one device: what it holds after the
-collective, whichever way the network takes. `tests/test_layouts.py` uses the layouts and `found`.
+Everything is compiled for eight virtual CPU devices, and nothing is run. A collective in a loop
+counts once a turn. Bytes are those of the result on one device, what it holds afterwards, whichever
+way the network takes. `tests/test_layouts.py` uses the layouts, the model and `found`.
 """
 
+import argparse
 import collections
 import dataclasses
 import functools
@@ -30,7 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxq
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "scale_out.md"
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "guides" / "scale_out.md"
 
 
 class Collective(NamedTuple):
@@ -150,9 +151,11 @@ LAYOUTS: MappingProxyType[str, Layout] = MappingProxyType(
         "pipeline": Layout({"stage": 4, "data": 2}, ("data",), ("stage",), ("stage",), True),
     }
 )
-RECIPES = (None, "w8a8", "mxfp8", "fp8", "nvfp4")
-LAYERS, TOKENS, MODEL, HIDDEN = 4, 512, 256, 512
 MICROBATCHES = 4
+# Of the model in the tables.
+LAYERS, TOKENS, MODEL, HIDDEN = 4, 1024, 512, 1024
+RECIPES = ("w8a8", "mxfp8", "fp8", "nvfp4")
+STORED = (None, "int8_channel", "mxfp8_e4m3", "int4_g128", "nvfp4")
 
 
 def layer(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -212,7 +215,10 @@ def step(layout: Layout, recipe: Any, loss: Callable[..., jax.Array], sharded: b
     """
 
     def quantized(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return function if recipe is None else jaxq.quantize_fn(function, [("", recipe)])
+        if recipe is None:
+            return function
+        key = jax.random.key(0) if jaxq.get_dot_recipe(recipe).draws else None
+        return jaxq.quantize_fn(function, [("", recipe)], key=key)
 
     def function(params: Any, x: jax.Array, *more: Any) -> tuple[jax.Array, jax.Array]:
         if layout.pipelined:
@@ -227,3 +233,107 @@ def step(layout: Layout, recipe: Any, loss: Callable[..., jax.Array], sharded: b
     of_params, of_data = layout.shardings
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     return jax.jit(both, out_shardings=((everywhere, of_data), (of_params, of_data)))
+
+
+def _arguments(layout: Layout) -> tuple[dict[str, Any], Any]:
+    """Parameters and data of the tables: shapes that know how they lie."""
+    of_params, of_data = layout.shardings
+    shapes = {"up": (LAYERS, MODEL, HIDDEN), "down": (LAYERS, HIDDEN, MODEL)}
+
+    def floats(shape: tuple[int, ...], sharding: NamedSharding) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    params = {name: floats(shape, of_params[name]) for name, shape in shapes.items()}
+    return params, floats((TOKENS, MODEL), of_data)
+
+
+@functools.cache
+def of_step(name: str, recipe: str | None) -> collections.Counter[Collective]:
+    """The collectives of a step of training."""
+    layout = LAYOUTS[name]
+    jitted = step(layout, recipe, lambda y: (y * y).mean())
+    return found(jitted.lower(*_arguments(layout)).compile().as_text())
+
+
+def of_stored(weight: str | None) -> collections.Counter[Collective]:
+    """Those of the forward pass under FSDP, of weights that are stored by a recipe."""
+    layout = LAYOUTS["FSDP"]
+    params, x = _arguments(layout)
+    model: Any = functools.partial(stack, gathered=NamedSharding(layout.mesh, PartitionSpec()))
+    if weight is not None:
+        rules = [("", jaxq.DotRecipe(None, weight))]
+        packed = jax.eval_shape(jaxq.quantize_weights(model, rules), params, x)
+        model = jaxq.quantize_fn(model, rules)
+        params = {
+            name: jax.tree.map(
+                lambda leaf, of: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of),
+                q,
+                jaxq.quantized_sharding(q, layout.shardings[0][name]),
+            )
+            for name, q in packed.items()
+        }
+    return found(jax.jit(model).lower(params, x).compile().as_text())
+
+
+def summary(sent: collections.Counter[Collective]) -> str:
+    """Collectives by their kinds: how many, and the bytes of all."""
+    kinds: dict[str, list[int]] = {}
+    for collective, times in sorted(sent.items()):
+        count = kinds.setdefault(collective.kind, [0, 0])
+        count[0] += times
+        count[1] += times * collective.nbytes
+    parts = (f"{count} {kind}: {_bytes(size)}" for kind, (count, size) in kinds.items())
+    return "; ".join(parts) or "nothing"
+
+
+def _bytes(size: int) -> str:
+    return f"{size} B" if size < 1024 else f"{size / 1024:,.0f} KiB"
+
+
+def beyond(name: str, recipe: str) -> str:
+    """What a quantized step sends that the float one does not, and the other way round."""
+    quantized, floats = of_step(name, recipe), of_step(name, None)
+    less = floats - quantized
+    return summary(quantized - floats) + (f" (without {summary(less)})" if less else "")
+
+
+def table_of_steps() -> str:
+    """What the float model sends in a step, and what quantizers add."""
+    heads = ["layout", "float32", *(f"{recipe} adds" for recipe in RECIPES)]
+    rows = [
+        [name, summary(of_step(name, None)), *(beyond(name, recipe) for recipe in RECIPES)]
+        for name in LAYOUTS
+    ]
+    return _table(heads, rows)
+
+
+def table_of_stored() -> str:
+    """What stored weights cost to gather."""
+    rows, floats = [], 0
+    for weight in STORED:
+        sent = of_stored(weight)
+        size = sum(c.nbytes * times for c, times in sent.items())
+        floats = floats or size
+        dtypes = ", ".join(sorted({c.dtype for c in sent}))
+        rows.append([weight or "float32", dtypes, summary(sent), f"{size / floats:.1%}"])
+    return _table(["weights", "sent as", "in a forward pass", "of float32"], rows)
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into the page")
+    write, text = parser.parse_args().write, PAGE.read_text()
+    for name, table in (("steps", table_of_steps()), ("stored", table_of_stored())):
+        print(table, end="\n\n")
+        place = rf"(<!-- {name}: .*? -->\n\n).*?(<!-- end -->)"
+        text = re.sub(place, rf"\g<1>{table}\n\n\g<2>", text, count=1, flags=re.DOTALL)
+    if write:
+        PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    _main()

@@ -272,7 +272,8 @@ def of_stored(weight: str | None) -> collections.Counter[Collective]:
             )
             for name, q in packed.items()
         }
-    return found(jax.jit(model).lower(params, x).compile().as_text())
+    program = jax.jit(model).lower(params, x).compile().as_text()
+    return found(program or "")
 
 
 def summary(sent: collections.Counter[Collective]) -> str:

@@ -9,6 +9,7 @@ keeps its rule: its value is that of the quantized products, its derivative what
 the operands as they were.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -29,6 +30,7 @@ from jaxq.meshes import varying
 from jaxq.products import Operation, Scales, product
 from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
+from jaxq.sharding import quantized_sharding
 from jaxq.transforms import compat
 from jaxq.transforms.reading import LOOK_UP, Node
 from jaxq.transforms.rules import Assigned, naming
@@ -170,6 +172,8 @@ def run(
                 own = extra.within(inner[i])
                 results, more = handler(_Call(eqn, inner[i], own, operands, depth, observing))
             seen |= more
+        elif eqn.primitive.name in compat.LAYOUTS and isinstance(operands[0], Quantized):
+            results = [_laid_out(eqn, operands[0])]
         else:
             results = compat.bind(eqn, [_array(operand) for operand in operands])
         values.update(zip(eqn.outvars, results, strict=True))
@@ -184,6 +188,17 @@ def _array(x: Any) -> Any:
     for _ in range(x.ndim - len(x.block)):
         function = jax.vmap(function)
     return function(x)
+
+
+def _laid_out(eqn: Any, q: Quantized) -> Any:
+    """A stored weight laid out over devices: packed, if its bytes divide, else as an array.
+
+    So a weight that lies in parts and is gathered for its product moves in few bytes.
+    """
+    function, sharding = compat.layout_of(eqn)
+    with contextlib.suppress(ValueError), compat.within(eqn):
+        return function(q, quantized_sharding(q, sharding))
+    return compat.bind(eqn, [_array(q)])[0]
 
 
 def _product(

@@ -23,6 +23,7 @@ from jaxq.casting import as_dtype, cast
 from jaxq.contractions import Axes, Contraction, block_along, placed
 from jaxq.cotangents import with_transpose
 from jaxq.dot_recipes import DotRecipe, ProductRecipe, is_stochastic
+from jaxq.draws import split
 from jaxq.execution import DotOfCodes, Operand
 from jaxq.hadamard import Hadamard
 from jaxq.quantizers import fake_quant
@@ -115,7 +116,7 @@ def product(
             f"{operation.name}: the recipe draws no random numbers, got a key. Leave it out."
         )
     _check_key(operation.name, recipe.forward, key)
-    keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+    keys = (None,) * 3 if key is None else split(key, 3)
     return _product(operation, lhs, rhs, recipe, keys, scales)
 
 
@@ -136,7 +137,7 @@ def _product(
     scales: Scales = (None, None),
 ) -> jax.Array:
     plan = _Plan.of(recipe, operation, lhs, rhs)
-    own = (None,) * 3 if keys[0] is None else tuple(jax.random.split(keys[0], 3))
+    own = (None,) * 3 if keys[0] is None else split(keys[0], 3)
     lhs, rhs = plan.rotated(lhs, rhs, own[2])
     quantized = plan.quantized(lhs, rhs, own, scales)
     emulated = recipe.execution == "emulated"

@@ -14,6 +14,7 @@ LAYERS = [
     "formats",
     "catalog",
     "rounding",
+    "draws",
     "grids",
     "codebooks",
     "tapered",

@@ -20,6 +20,7 @@ from jax import numpy as jnp
 
 from jaxq import calibration
 from jaxq.contractions import Contraction, of_conv, of_dot
+from jaxq.draws import fold_in
 from jaxq.execution import DotOfCodes
 from jaxq.products import Operation, product
 from jaxq.quantized import Quantized, dequantize
@@ -64,7 +65,7 @@ class Extra(NamedTuple):
     def folded(self, number: Any) -> jax.Array:
         """The key for a product, or a turn of a loop."""
         assert self.key is not None, "checked before anything runs"
-        return jax.random.fold_in(self.key, number)
+        return fold_in(self.key, number)
 
 
 def program(node: Node, chosen: Sequence[Assigned | None]) -> Program:
@@ -152,7 +153,7 @@ def _product(
     key = of_output = None
     if assigned.draws and extra.key is not None:
         key = extra.folded(assigned.number)
-        of_output = jax.random.fold_in(key, 0) if assigned.output_draws else None
+        of_output = fold_in(key, 0) if assigned.output_draws else None
         key = key if assigned.recipe is not None and assigned.recipe.draws else None
     with naming(assigned.where), compat.within(eqn):
         if assigned.table is not None:

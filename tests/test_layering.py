@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "jaxq"
 LAYERS = [
     "tables",
     "meshes",
+    "sealed",
     "formats",
     "catalog",
     "rounding",

@@ -1,4 +1,4 @@
-"""Does a transformer train in 8 bits, or in 4? A small language model, in nine ways.
+"""Does a transformer train in 8 bits, or in 4? A small language model, in ten ways.
 
 One model (`language_model.py`) learns Python's own documentation from the same weights, on the same
 batches, by AdamW; only the numbers in which the products of its layers are computed differ, in the
@@ -42,28 +42,33 @@ NVFP4_NEAREST = jaxq.DotRecipe(
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A way to train: the recipe of the layers' products, or the dtype of the whole model."""
+    """A way to train: the recipe of the layers' products, or the dtype of the whole model.
+
+    With `delayed` scales are those of the steps before.
+    """
 
     label: str
     recipe: str | jaxq.DotRecipe | None
     colour: str
     line: Any = "-"
     dtype: Any = jnp.float32
+    delayed: bool = False
 
 
-DASHED, DOTTED = (0, (5, 2)), (0, (1, 1.5))
+DASHED, DOTTED, DASHDOTTED = (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))
 WAYS = (
     Way("float32", None, GREY),
     Way("bfloat16", None, GREY, DASHED, jnp.bfloat16),
     Way("int8 weights and activations", "w8a8", BLUE, DOTTED),
     Way("FP8, current scaling", "fp8", BLUE),
+    Way("FP8, delayed scaling", "fp8", BLUE, DASHDOTTED, delayed=True),
     Way("MXFP8", "mxfp8", BLUE, DASHED),
     Way("int4 weights", "w4_g128", GREEN),
     Way("NVFP4, stochastic and Hadamard", "nvfp4", ORANGE),
     Way("NVFP4, to nearest", NVFP4_NEAREST, ORANGE, DASHED),
     Way("MXFP4", "mxfp4", ORANGE, DOTTED),
 )
-SHORT = ("float32", "FP8, current scaling")
+SHORT = ("float32", "FP8, delayed scaling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +81,23 @@ class Result:
     tokens_per_second: float
 
 
-def quantized_loss(way: Way, params: Any, rows: jax.Array, key: jax.Array | None) -> jax.Array:
-    """The loss in the numbers of a way."""
+def quantized_loss(
+    way: Way, params: Any, scaling: Any, rows: jax.Array, key: jax.Array | None
+) -> jax.Array:
+    """The loss in the numbers of a way, `scaling` the state of delayed scaling or ()."""
     params = jax.tree.map(lambda x: x.astype(way.dtype), params)
     if way.recipe is None:
         return language_model.loss(params, rows)
-    rules = [(LAYERS, way.recipe)]
+    rules = scaling or [(LAYERS, way.recipe)]
     drawn = key if jaxq.get_dot_recipe(way.recipe).draws else None
     return jaxq.quantize_fn(language_model.loss, rules, key=drawn)(params, rows)
 
 
 def training(way: Way, data: jax.Array, steps: int) -> tuple[Callable, Callable, Any]:
-    """A step of training, the loss on given text, and the state to start from, weights first."""
+    """A step of training, the loss on given text, and the state to start from.
+
+    The state is the weights, the state of delayed scaling, and the optimizer's.
+    """
     rate = optax.warmup_cosine_decay_schedule(0.0, RATE, steps // 10, steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1)
@@ -96,16 +106,20 @@ def training(way: Way, data: jax.Array, steps: int) -> tuple[Callable, Callable,
 
     @jax.jit
     def step(state: Any, key: jax.Array) -> Any:
-        params, moments = state
+        params, scaling, moments = state
         of_batch, of_rounding = jax.random.split(key)
         last = data.size - language_model.CONTEXT
         rows = language_model.windows(data, jax.random.randint(of_batch, (BATCH,), 0, last))
-        gradients = jax.grad(loss)(params, rows, of_rounding)
+        gradients, seen = jax.grad(loss, (0, 1))(params, scaling, rows, of_rounding)
         updates, moments = optimizer.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments
+        scaling = scaling.update(seen) if way.delayed else ()
+        return optax.apply_updates(params, updates), scaling, moments
 
-    params = language_model.init(jax.random.key(0))
-    return step, jax.jit(loss), (params, optimizer.init(params))
+    params, scaling = language_model.init(jax.random.key(0)), ()
+    if way.delayed:
+        rows = jnp.zeros((BATCH, language_model.CONTEXT + 1), jnp.int32)
+        scaling = jaxq.delayed_scaling(language_model.loss, [(LAYERS, way.recipe)])(params, rows)
+    return step, jax.jit(loss), (params, scaling, optimizer.init(params))
 
 
 def run(
@@ -126,7 +140,7 @@ def run(
                 report(f"compiling {way.label}")
                 jax.block_until_ready(step(states[n], keys[0]))
             if i in marks:
-                losses[n, np.searchsorted(marks, i)] = loss(states[n][0], rows, keys[0])
+                losses[n, np.searchsorted(marks, i)] = loss(*states[n][:2], rows, keys[0])
             if i < steps:
                 start = time.perf_counter()
                 states[n] = jax.block_until_ready(step(states[n], keys[i]))

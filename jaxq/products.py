@@ -26,15 +26,35 @@ from jaxq.dot_recipes import DotRecipe, ProductRecipe, is_stochastic
 from jaxq.draws import split
 from jaxq.execution import DotOfCodes, Operand
 from jaxq.hadamard import Hadamard
+from jaxq.histories import Amax
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Quantizer
 
-__all__ = ["Operation", "product"]
+__all__ = ["Operation", "Scales", "product"]
 
 Key = jax.Array | None
 Keys = tuple[Key, ...]
-Scales = tuple[Calibrated | None, Calibrated | None]
+Given = Calibrated | Amax | None
+Pair = tuple[Given, Given]
 
+
+class Scales(NamedTuple):
+    """Scales that are given, for both operands of each product; None where they have their own.
+
+    A given scale is for a tensor as it is, so an operand under a Hadamard transform takes none.
+
+    Attributes:
+      forward: of the two operands.
+      dlhs: of the cotangent, and of the residual, in the product of the first operand's gradient.
+      drhs: likewise for the second.
+    """
+
+    forward: Pair = (None, None)
+    dlhs: Pair = (None, None)
+    drhs: Pair = (None, None)
+
+
+_OWN = Scales()
 _QUANTIZED = ("float16", "bfloat16", "float32")
 
 
@@ -91,7 +111,7 @@ def product(
     rhs: jax.Array,
     recipe: DotRecipe,
     key: Key = None,
-    scales: Scales = (None, None),
+    scales: Scales = _OWN,
 ) -> jax.Array:
     """A bilinear operation by a recipe: what every quantized product comes to.
 
@@ -101,8 +121,8 @@ def product(
       rhs: its second operand.
       recipe: how it is quantized.
       key: a key, if the recipe draws.
-      scales: what `jaxq.calibration.finalize` gave for the operands in the forward product, or None
-        for those that have scales of their own.
+      scales: what `jaxq.calibration.finalize` gave, or largest magnitudes, for operands that do not
+        have scales of their own.
 
     Returns:
       What the operation gives, its gradient as `DotRecipe` defines it.
@@ -134,19 +154,20 @@ def _product(
     rhs: jax.Array,
     recipe: DotRecipe,
     keys: Keys,
-    scales: Scales = (None, None),
+    scales: Scales,
 ) -> jax.Array:
     plan = _Plan.of(recipe, operation, lhs, rhs)
     own = (None,) * 3 if keys[0] is None else split(keys[0], 3)
     lhs, rhs = plan.rotated(lhs, rhs, own[2])
-    quantized = plan.quantized(lhs, rhs, own, scales)
+    given = plan.given(lhs, rhs, scales.forward)
+    quantized = plan.quantized(lhs, rhs, own, given)
     emulated = recipe.execution == "emulated"
     if emulated and recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized":
         return operation.function(*quantized)
     out = jax.eval_shape(operation.function, lhs, rhs)
 
     @jax.custom_jvp
-    def multiply(operands: tuple, originals: tuple, keys: tuple) -> jax.Array:
+    def multiply(operands: tuple, originals: tuple, keys: tuple, scales: tuple) -> jax.Array:
         if emulated:
             return operation.function(*operands)
         result = execution.run(
@@ -155,24 +176,30 @@ def _product(
             operation.contraction,
             operation.codes,
             *map(
-                Operand, operation.operands, originals, plan.quantizers, plan.keys(keys[0]), scales
+                Operand,
+                operation.operands,
+                originals,
+                plan.quantizers,
+                plan.keys(keys[0]),
+                scales[0],
             ),
         )
         return as_dtype(result, out.dtype)
 
     def tangent(primals: tuple, tangents: tuple) -> tuple:
-        operands, originals, keys = primals
+        operands, originals, keys, scales = primals
         residuals = operands if recipe.residuals == "quantized" else originals
         parts = []
         for of, how in enumerate((recipe.dlhs, recipe.drhs)):
             moved, residual = tangents[0][of], residuals[1 - of]
             if not isinstance(moved, SymbolicZero):
-                parts.append(_linear(operation, how, of, moved, residual, out, keys[1 + of]))
+                given = scales[1 + of]
+                parts.append(_linear(operation, how, of, moved, residual, out, keys[1 + of], given))
         y = multiply(*primals)
         return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
 
     multiply.defjvp(tangent, symbolic_zeros=True)
-    return multiply(quantized, (lhs, rhs), (own[:2], *keys[1:]))
+    return multiply(quantized, (lhs, rhs), (own[:2], *keys[1:]), (given, *scales[1:]))
 
 
 def _linear(
@@ -183,29 +210,35 @@ def _linear(
     residual: jax.Array,
     out: Any,
     key: Key,
+    scales: Pair,
 ) -> jax.Array:
     """The operation on one operand's tangent, whose transpose is the gradient's product."""
+    drawn = (key,) if how.draws and key is not None else ()
+    more, structure = jax.tree.flatten((drawn, scales))
 
-    def forward(moved: jax.Array, residual: jax.Array, *key: jax.Array) -> jax.Array:
-        del key
+    def forward(moved: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
+        del more
         return operation.function(*((moved, residual) if of == 0 else (residual, moved)))
 
     if how.plain:
         return forward(moved, residual)
     aval = jax.typeof(moved)
-    explicit = aval.sharding if aval.sharding.mesh.explicit_axes else None
-    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=explicit)
+    mesh = aval.sharding.mesh
+    known = aval.sharding if mesh.explicit_axes or mesh.manual_axes else None
+    like = jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, sharding=known, manual_axis_type=aval.manual_axis_type
+    )
     gradient = operation.gradient(of, like)
     _check_key(gradient.name, how, key)
     _Plan.of(how, gradient, out, residual)  # What does not fit is said in the forward pass.
 
-    def backward(cotangent: jax.Array, residual: jax.Array, *key: jax.Array) -> jax.Array:
+    def backward(cotangent: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
         recipe = DotRecipe(how.lhs, how.rhs, how.hadamard, how.execution)
+        key, scales = jax.tree.unflatten(structure, more)
         keys = (key[0] if key else None, None, None)
-        return _product(gradient, cotangent, residual, recipe, keys)
+        return _product(gradient, cotangent, residual, recipe, keys, Scales(scales))
 
-    drawn = (key,) if how.draws and key is not None else ()
-    return with_transpose(forward, backward, moved, residual, *drawn)
+    return with_transpose(forward, backward, moved, residual, *more)
 
 
 class _Plan(NamedTuple):
@@ -258,8 +291,17 @@ class _Plan(NamedTuple):
             rotated.append(y if x.dtype == y.dtype else cast(y, x.dtype).astype(x.dtype))
         return rotated[0], rotated[1]
 
+    def given(self, lhs: jax.Array, rhs: jax.Array, scales: Pair) -> tuple[Calibrated | None, ...]:
+        """Scales that are given, those for largest magnitudes among them."""
+        found = []
+        for x, quantizer, scale in zip((lhs, rhs), self.quantizers, scales, strict=True):
+            if isinstance(scale, Amax):
+                scale = None if quantizer is None else scale.scale(x, quantizer)
+            found.append(scale)
+        return tuple(found)
+
     def quantized(
-        self, lhs: jax.Array, rhs: jax.Array, keys: Keys, scales: Scales
+        self, lhs: jax.Array, rhs: jax.Array, keys: Keys, scales: tuple[Calibrated | None, ...]
     ) -> tuple[jax.Array, jax.Array]:
         """The operands after their quantizers."""
         left, right = (

@@ -48,6 +48,7 @@ LAYERS = [
     "dot_recipes",
     "contractions",
     "execution",
+    "histories",
     "products",
     "dots",
     "transforms",

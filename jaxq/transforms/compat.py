@@ -22,6 +22,7 @@ __all__ = [
     "bodies",
     "body",
     "call_inside",
+    "devices_of",
     "is_array",
     "is_literal",
     "loop_counts",
@@ -113,18 +114,26 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(result) if eqn.primitive.multiple_results else [result]
 
 
-def call_inside(eqn: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def call_inside(eqn: Any, function: Callable[..., Any], specs: Any = None) -> Callable[..., Any]:
     """A function of an equation's operands under what the equation puts around its body.
 
     Args:
       eqn: a `jit`, a `checkpoint`, or a `shard_map`.
       function: hashable; `(extra, *operands) -> (results, more)`, the new body. `extra` and `more`
         are pytrees; `more` is empty within a `shard_map`.
+      specs: for a `shard_map`, how `extra` lies on its devices.
 
     Returns:
       The function with that around it.
     """
-    return AROUND[eqn.primitive.name](eqn.params, function)
+    around = AROUND[eqn.primitive.name]
+    return around(eqn.params, function) if specs is None else around(eqn.params, function, specs)
+
+
+def devices_of(eqn: Any) -> dict[str, int]:
+    """The axes of the mesh over which a `shard_map` maps, and their sizes."""
+    names = eqn.params["newly_manual_axes"]
+    return {name: n for name, n in eqn.params["mesh"].shape.items() if name in names}
 
 
 def _jit(params: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,11 +166,11 @@ def _checkpoint(params: Any, function: Callable[..., Any]) -> Callable[..., Any]
     return jax.checkpoint(function, prevent_cse=params["prevent_cse"], policy=params["policy"])
 
 
-def _shard_map(params: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def _shard_map(params: Any, function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
     return jax.shard_map(
         function,
         mesh=params["mesh"],
-        in_specs=(PartitionSpec(), *params["in_specs"]),
+        in_specs=(specs, *params["in_specs"]),
         out_specs=(list(params["out_specs"]), PartitionSpec()),
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],

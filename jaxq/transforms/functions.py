@@ -97,7 +97,12 @@ def run_planned(
         )
     if key is not None and not drawing:
         raise ValueError(f"{owner}: no recipe draws random numbers, got a key. Leave it out.")
-    return run(what, Extra(key, planned.scales), planned.traced.arrays, observing=observing)
+    return run(
+        what,
+        Extra(key, planned.scales, planned.histories),
+        planned.traced.arrays,
+        observing=observing,
+    )
 
 
 def quantize_weights(

@@ -37,6 +37,8 @@ class Product:
       times: how often one call runs it; None in a `while` loop.
       loops: the lengths of the scans around it, outermost first.
       barred: why it cannot be quantized, or "".
+      reverse: whether reverse mode goes through it: not in a function with derivatives of its own,
+        nor in a `while` loop.
       name: what reports and states call it; `read` makes them distinct.
       number: its place among all products.
     """
@@ -51,6 +53,7 @@ class Product:
     times: int | None
     loops: tuple[int, ...]
     barred: str = ""
+    reverse: bool = True
     name: str = ""
     number: int = -1
 
@@ -82,6 +85,7 @@ class _Frame:
     times: int | None = 1
     loops: tuple[int, ...] = ()
     barred: str = ""
+    reverse: bool = True
 
 
 def read(jaxpr: Any, origins: Sequence[Origin | None]) -> tuple[Node, list[Product]]:
@@ -160,6 +164,7 @@ def _product(eqn: Any, origins: Sequence[Origin | None], frame: _Frame) -> Produ
         frame.times,
         frame.loops,
         frame.barred,
+        frame.reverse,
     )
 
 
@@ -183,7 +188,7 @@ def _inside(
         node, results = run(inner[0], origins)
         return (node,), nothing if name == "shard_map" else results
     if name in ("custom_jvp_call", "custom_vjp_call"):
-        node, results = run(inner[0], origins)
+        node, results = run(inner[0], origins, reverse=False)
         return (node,), results
     if name == "scan":
         consts, carry = compat.loop_counts(eqn)
@@ -201,7 +206,7 @@ def _inside(
         moved = origins[conds:]  # The body's constants, then what is carried.
         kept = _kept(compat.body(turn), moved, bodies, len(moved) - bodies)
         first, _ = run(test, of_test + kept, times=None, barred="the condition of a while loop")
-        second, _ = run(turn, of_turn + kept, times=None)
+        second, _ = run(turn, of_turn + kept, times=None, reverse=False)
         return (first, second), kept
     if name == "cond":
         found = [run(branch, origins[1:]) for branch in eqn.params["branches"]]

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+from jax import lax
+from jax import numpy as jnp
 
 from jaxq import dot_recipes
 from jaxq.blocks import PerTensor
@@ -16,6 +18,7 @@ from jaxq.calibration import Calibrated
 from jaxq.contractions import Axes, of_conv, of_dot, placed
 from jaxq.dot_recipes import DotRecipe, get_dot_recipe, is_stochastic
 from jaxq.formats import Format
+from jaxq.histories import History, can_delay
 from jaxq.presets import get_quantizer
 from jaxq.quantizers import has_plain_scales
 from jaxq.recipes import Quantizer
@@ -23,6 +26,7 @@ from jaxq.transforms.reading import LOOK_UP, Product, table_axes
 
 __all__ = [
     "Assigned",
+    "Delayed",
     "Frozen",
     "Rule",
     "Rules",
@@ -112,8 +116,50 @@ class Frozen:
     scales: Mapping[str, tuple[Calibrated | None, ...]]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["histories"], meta_fields=["rules"]
+)
+@dataclasses.dataclass(frozen=True)
+class Delayed:
+    """Rules with delayed scaling, as `jaxq.delayed_scaling` makes them: a pytree.
+
+    Attributes:
+      rules: the rules.
+      histories: by the products' names, those of both operands and of the cotangent; None where no
+        quantizer has one scale a tensor. Products in a scan over layers have a leading axis, one
+        history a layer.
+    """
+
+    rules: tuple[Rule, ...]
+    histories: Mapping[str, tuple[History | None, ...]]
+
+    def update(self, seen: "Delayed") -> "Delayed":
+        """The state for the next step.
+
+        Args:
+          seen: the gradient for this state: what was seen in this step.
+        """
+
+        def moved(history: jax.Array, seen: jax.Array) -> jax.Array:
+            return jnp.concatenate([seen[..., :1], history[..., :-1]], -1)
+
+        return jax.tree.map(moved, self, seen)
+
+    def merge(self, other: "Delayed") -> "Delayed":
+        """What two micro-batches of one step have seen: the larger of each, never the sum.
+
+        Args:
+          other: the gradient for the same state, of another micro-batch.
+        """
+        return jax.tree.map(jnp.maximum, self, other)
+
+    def gather(self, axis_name: str) -> "Delayed":
+        """What all devices along an axis of `jax.shard_map` or `jax.vmap` have seen."""
+        return jax.tree.map(lambda seen: lax.pmax(seen, axis_name), self)
+
+
 Rules: TypeAlias = (
-    "Frozen | Sequence[Rule | tuple[str, str | DotRecipe | Format | Quantizer | None]]"
+    "Frozen | Delayed | Sequence[Rule | tuple[str, str | DotRecipe | Format | Quantizer | None]]"
 )
 
 
@@ -140,6 +186,7 @@ class Assigned:
       table: the quantizer of a look-up's table, on the table's own axes.
       calibrated: for both operands, in the recipe's order, the shape and the quantizer of those
         whose range may come from calibration: activations with one scale a tensor.
+      reverse: whether reverse mode goes through the product.
     """
 
     recipe: DotRecipe | None
@@ -151,6 +198,24 @@ class Assigned:
     stacked: frozenset[int]
     table: Quantizer | None
     calibrated: tuple[tuple[tuple[int, ...], Quantizer] | None, ...]
+    reverse: bool
+
+    @property
+    def delayed(self) -> tuple[Quantizer | None, ...]:
+        """For both operands and the cotangent, the quantizer whose scale a history can give."""
+        recipe = self.recipe
+        if recipe is None or self.table is not None or not self.reverse:
+            return None, None, None
+        uses = (
+            [(recipe, 0), (recipe.drhs, 1)],
+            [(recipe, 1), (recipe.dlhs, 1)],
+            [(recipe.dlhs, 0), (recipe.drhs, 0)],
+        )
+        found = []
+        for places in uses:
+            quantizers = [how.operands[i] for how, i in places if how.hadamard is None]
+            found.append(next(filter(can_delay, quantizers), None))
+        return tuple(found)
 
     @property
     def draws(self) -> bool:
@@ -179,7 +244,7 @@ def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
     Raises:
       TypeError: something is neither a rule nor a pair.
     """
-    if isinstance(rules, Frozen):
+    if isinstance(rules, (Frozen, Delayed)):
         return rules.rules
     if isinstance(rules, (str, Rule)):
         raise TypeError(f"{owner}: `rules` must be a sequence of rules, got {rules!r}.")
@@ -219,7 +284,10 @@ def assign(owner: str, rules: Sequence[Rule], products: Sequence[Product]) -> li
 def unassigned(product: Product) -> Assigned:
     """What leaves a product as it is."""
     p = product
-    return Assigned(None, None, False, p.name, p.where, p.number, p.stacked, None, (None, None))
+    number, name, where = p.number, p.name, p.where
+    return Assigned(
+        None, None, False, name, where, number, p.stacked, None, (None, None), p.reverse
+    )
 
 
 def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assigned:
@@ -238,6 +306,7 @@ def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assign
             calibrated = tuple(
                 (product.operands[of].shape, quantizer)
                 if quantizer is not None
+                and recipe.hadamard is None
                 and isinstance(quantizer.granularity, PerTensor)
                 and product.origins[of] is None
                 and has_plain_scales(quantizer)
@@ -254,6 +323,7 @@ def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assign
         product.stacked,
         table,
         calibrated,
+        product.reverse,
     )
 
 

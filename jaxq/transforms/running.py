@@ -10,19 +10,22 @@ the operands as they were.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxq import calibration
 from jaxq.contractions import Contraction, of_conv, of_dot
 from jaxq.draws import fold_in
 from jaxq.execution import DotOfCodes
-from jaxq.products import Operation, product
+from jaxq.histories import History, can_delay, record
+from jaxq.products import Operation, Scales, product
 from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
 from jaxq.transforms import compat
@@ -57,15 +60,23 @@ class Program:
 
 
 class Extra(NamedTuple):
-    """What products need beside their operands: a key, and scales by the products' names."""
+    """What products need beside their operands: a key, and scales or histories by their names."""
 
     key: jax.Array | None
     scales: Mapping[str, tuple[calibration.Calibrated | None, ...]]
+    histories: Mapping[str, tuple[History | None, ...]]
 
     def folded(self, number: Any) -> jax.Array:
         """The key for a product, or a turn of a loop."""
         assert self.key is not None, "checked before anything runs"
         return fold_in(self.key, number)
+
+    def within(self, programs: Sequence[Program]) -> "Extra":
+        """What the products of some programs need."""
+        names = {a.name for inside in programs for a in inside.all()}
+        scales = {name: value for name, value in self.scales.items() if name in names}
+        histories = {name: value for name, value in self.histories.items() if name in names}
+        return Extra(self.key, scales, histories)
 
 
 def program(node: Node, chosen: Sequence[Assigned | None]) -> Program:
@@ -127,7 +138,8 @@ def run(
         elif i in inner:
             handler = _INSIDE[eqn.primitive.name]
             with compat.within(eqn):
-                results, more = handler(_Call(eqn, inner[i], extra, operands, depth, observing))
+                own = extra.within(inner[i])
+                results, more = handler(_Call(eqn, inner[i], own, operands, depth, observing))
             seen |= more
         else:
             results = compat.bind(eqn, [_array(operand) for operand in operands])
@@ -170,14 +182,37 @@ def _product(
                     else calibration.update(calibration.init(*known), x, known[1])
                     for x, known in zip(ordered, assigned.calibrated, strict=True)
                 )
-            scales = extra.scales.get(assigned.name, (None, None))
             first, second = ordered
-            operation = _operation(eqn, assigned)
-            recipe = assigned.recipe
-            y = product(operation, first, second, recipe, key, (scales[0], scales[1]))
+            histories = extra.histories.get(assigned.name, (None, None, None))
+            scales = _scales(assigned, extra.scales.get(assigned.name), histories)
+            y = product(_operation(eqn, assigned), first, second, assigned.recipe, key, scales)
+            for history, quantizer, x in zip(
+                histories, assigned.delayed, (first, second, None), strict=True
+            ):
+                if history is not None and quantizer is not None:
+                    y = record(y, history, quantizer, x)
         if assigned.output is not None:
             y = fake_quant(y, assigned.output, key=of_output)
     return [y], seen
+
+
+def _scales(assigned: Assigned, given: Any, histories: Sequence[History | None]) -> Scales:
+    """The scales of a product's operands that calibration or histories give."""
+    if given is not None:
+        return Scales((given[0], given[1]))
+    recipe = assigned.recipe
+    assert recipe is not None, "the caller has checked it"
+    lhs, rhs, cotangent = (None if h is None else h.largest() for h in histories)
+    pairs = []
+    for how, amaxes in zip(
+        (recipe.forward, recipe.dlhs, recipe.drhs),
+        ((lhs, rhs), (cotangent, rhs), (cotangent, lhs)),
+        strict=True,
+    ):
+        own = [can_delay(q) and how.hadamard is None for q in how.operands]
+        first, second = (a if known else None for a, known in zip(amaxes, own, strict=True))
+        pairs.append((first, second))
+    return Scales(*pairs)
 
 
 def _operation(eqn: Any, assigned: Assigned) -> Operation:
@@ -221,16 +256,34 @@ class _Call(NamedTuple):
 
 
 def _around(call: _Call) -> tuple[list[Any], States]:
-    """A `jit`, `checkpoint` or `shard_map`."""
+    """A `jit` or `checkpoint`."""
     eqn, programs, extra, operands, depth, observing = call
-    if eqn.primitive.name == "shard_map":
-        operands = [_array(operand) for operand in operands]
-        if observing and any(any(a.calibrated) for a in programs[0].all()):
-            raise ValueError(
-                "observe: cannot look into a shard_map, whose devices have states of their own. "
-                "Observe the function within it, and merge by `gather`."
-            )
     return compat.call_inside(eqn, _Inside(programs[0], depth, observing))(extra, *operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnDevice(_Inside):
+    """A program on one of the devices of a `shard_map`."""
+
+    def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
+        own = extra._replace(histories=jax.tree.map(lambda x: x[0], extra.histories))
+        return super().__call__(own, *operands)
+
+
+def _shard_map(call: _Call) -> tuple[list[Any], States]:
+    eqn, programs, extra, operands, depth, observing = call
+    if observing and any(any(a.calibrated) for a in programs[0].all()):
+        raise ValueError(
+            "observe: cannot look into a shard_map, whose devices have states of their own. "
+            "Observe the function within it, and merge by `gather`."
+        )
+    devices = compat.devices_of(eqn)
+    count = math.prod(devices.values())
+    histories = {name: _spread(each, count) for name, each in extra.histories.items()}
+    everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
+    specs = Extra(everywhere, everywhere, one_each)
+    inside = compat.call_inside(eqn, _OnDevice(programs[0], depth, False), specs)
+    return inside(extra._replace(histories=histories), *map(_array, operands))
 
 
 def _scan(call: _Call) -> tuple[list[Any], States]:
@@ -242,14 +295,18 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     by_turn = {a.name for a in inside.all() if depth in a.stacked}
     scales = {name: s for name, s in extra.scales.items() if name not in by_turn}
     own = {name: s for name, s in extra.scales.items() if name in by_turn}
+    histories = {
+        name: each if name in by_turn else _spread(each, params["length"])
+        for name, each in extra.histories.items()
+    }
     numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
 
     def turn(carry: list[Any], xs: Any) -> Any:
-        number, rows, given = xs
+        number, rows, given, histories = xs
         key = None if number is None else extra.folded(number)
         results, seen = run(
             inside,
-            Extra(key, {**scales, **given}),
+            Extra(key, {**scales, **given}, histories),
             [*fixed, *carry, *rows],
             depth + 1,
             observing,
@@ -259,7 +316,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     carry, (rows, seen) = lax.scan(
         turn,
         [_array(x) for x in carried],
-        (numbers, slices, own),
+        (numbers, slices, own, histories),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -270,6 +327,10 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
         for name, states in seen.items()
     }
     return [*carry, *rows], seen
+
+
+def _spread(histories: Sequence[History | None], count: int) -> tuple[History | None, ...]:
+    return tuple(None if history is None else history.spread(count) for history in histories)
 
 
 def _has_rows(x: Any) -> bool:
@@ -316,7 +377,7 @@ def _while(call: _Call) -> tuple[list[Any], States]:
         number, carry, before = state
         key = None if extra.key is None else extra.folded(number)
         arguments = [*of_turn, *carry]
-        results, seen = run(inside, Extra(key, extra.scales), arguments, depth, observing)
+        results, seen = run(inside, Extra(key, extra.scales, {}), arguments, depth, observing)
         merged = {
             name: tuple(
                 None if known is None else calibration.merge(old, new, known[1])
@@ -349,6 +410,7 @@ def _cond(call: _Call) -> tuple[list[Any], States]:
 def _custom(call: _Call) -> tuple[list[Any], States]:
     """A function with a derivative of its own: the value is quantized, the derivative its own."""
     eqn, programs, extra, operands, depth, observing = call
+    extra = extra._replace(histories={})  # They would see nothing.
     arrays = [_array(operand) for operand in operands]
     seen: States = {}
     if observing:
@@ -379,6 +441,7 @@ def _custom(call: _Call) -> tuple[list[Any], States]:
 _INSIDE: MappingProxyType[str, Callable[..., tuple[list[Any], States]]] = MappingProxyType(
     {
         **dict.fromkeys(compat.AROUND, _around),
+        "shard_map": _shard_map,
         "scan": _scan,
         "while": _while,
         "cond": _cond,

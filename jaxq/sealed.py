@@ -1,9 +1,9 @@
 """Functions that stay one equation of a traced program, whatever it is transformed to.
 
-JAX takes a differentiated function apart, and moves what depends on no input of a loop out of it: in
-the gradient of a scan every `where` with a constant becomes an array of the tensor's size that is
-read from memory in each turn. What no derivative goes through need not be looked into: it is traced
-once, and neither copied nor split.
+JAX takes a function apart that is differentiated, and moves what depends on no input of a loop out
+of it: in the gradient of a scan every `where` with a constant becomes an array of the tensor's size
+that is read from memory in each turn. What no derivative goes through need not be looked into: it
+is traced once, and neither copied nor split.
 """
 
 import functools

@@ -16,16 +16,17 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxq import calibration
 from jaxq.contractions import Contraction, of_conv, of_dot
-from jaxq.draws import fold_in
+from jaxq.draws import fold_in, one_of
 from jaxq.execution import DotOfCodes
 from jaxq.histories import History, can_delay, record
-from jaxq.products import Operation, Scales, product
+from jaxq.products import Operation, Scales, keys_of, product
 from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
 from jaxq.transforms import compat
@@ -67,7 +68,7 @@ class Extra(NamedTuple):
     histories: Mapping[str, tuple[History | None, ...]]
 
     def folded(self, number: Any) -> jax.Array:
-        """The key for a product, or a turn of a loop."""
+        """The key for a turn of a loop."""
         assert self.key is not None, "checked before anything runs"
         return fold_in(self.key, number)
 
@@ -130,10 +131,13 @@ def run(
     def value(variable: Any) -> Any:
         return variable.val if compat.is_literal(variable) else values[variable]
 
+    keys = _keys(extra.key, products)
     for i, eqn in enumerate(body.eqns):
         operands = [value(variable) for variable in eqn.invars]
         if i in products:
-            results, more = _product(eqn, products[i], extra, operands, observing)
+            results, more = _product(
+                eqn, products[i], extra, keys.get(i, _Keys()), operands, observing
+            )
             seen |= more
         elif i in inner:
             handler = _INSIDE[eqn.primitive.name]
@@ -157,19 +161,46 @@ def _array(x: Any) -> Any:
     return function(x)
 
 
+class _Keys(NamedTuple):
+    """The keys of one product."""
+
+    product: jax.Array | None = None
+    table: jax.Array | None = None
+    output: jax.Array | None = None
+
+
+def _keys(key: jax.Array | None, products: Mapping[int, Assigned]) -> dict[int, _Keys]:
+    """The keys of products by their equations, all made at once: to draw is much to compile."""
+    drawing = {i: assigned for i, assigned in products.items() if assigned.draws}
+    if key is None or not drawing:
+        return {}
+    own = fold_in(key, np.array([assigned.number for assigned in drawing.values()]))
+    nine = keys_of(own)
+    found = {}
+    for place, (i, assigned) in enumerate(drawing.items()):
+        first = one_of(own, place)
+        recipe_draws = assigned.recipe is not None and bool(assigned.recipe.draws)
+        found[i] = _Keys(
+            one_of(nine, place) if recipe_draws and assigned.table is None else None,
+            first if recipe_draws and assigned.table is not None else None,
+            fold_in(first, 0) if assigned.output_draws else None,
+        )
+    return found
+
+
 def _product(
-    eqn: Any, assigned: Assigned, extra: Extra, operands: list[Any], observing: bool
+    eqn: Any,
+    assigned: Assigned,
+    extra: Extra,
+    keys: _Keys,
+    operands: list[Any],
+    observing: bool,
 ) -> tuple[list[Any], States]:
     arrays = [_array(operand) for operand in operands]
     seen: States = {}
-    key = of_output = None
-    if assigned.draws and extra.key is not None:
-        key = extra.folded(assigned.number)
-        of_output = fold_in(key, 0) if assigned.output_draws else None
-        key = key if assigned.recipe is not None and assigned.recipe.draws else None
     with naming(assigned.where), compat.within(eqn):
         if assigned.table is not None:
-            table = fake_quant(arrays[0], assigned.table, key=key)
+            table = fake_quant(arrays[0], assigned.table, key=keys.table)
             y = compat.bind(eqn, [table, *arrays[1:]])[0]
         elif eqn.primitive.name == LOOK_UP or assigned.recipe is None:
             y = compat.bind(eqn, arrays)[0]
@@ -185,14 +216,16 @@ def _product(
             first, second = ordered
             histories = extra.histories.get(assigned.name, (None, None, None))
             scales = _scales(assigned, extra.scales.get(assigned.name), histories)
-            y = product(_operation(eqn, assigned), first, second, assigned.recipe, key, scales)
+            y = product(
+                _operation(eqn, assigned), first, second, assigned.recipe, keys.product, scales
+            )
             for history, quantizer, x in zip(
                 histories, assigned.delayed, (first, second, None), strict=True
             ):
                 if history is not None and quantizer is not None:
                     y = record(y, history, quantizer, x)
         if assigned.output is not None:
-            y = fake_quant(y, assigned.output, key=of_output)
+            y = fake_quant(y, assigned.output, key=keys.output)
     return [y], seen
 
 

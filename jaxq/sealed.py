@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.interpreters import batching, mlir
+from jax import lax
+from jax.interpreters import ad, batching, mlir
 
-__all__ = ["sealed"]
+__all__ = ["by_platform", "sealed"]
+
+Function = Callable[..., jax.Array]
 
 
 def sealed(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -24,12 +27,25 @@ def sealed(function: Callable[..., Any], *arguments: Any) -> Any:
       arguments: its arguments, `jax.lax.stop_gradient` around those that are differentiated.
     """
     jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    results = _primitive().bind(*jax.tree.leaves(arguments), jaxpr=jaxpr)
+    results = _sealed().bind(*jax.tree.leaves(arguments), jaxpr=jaxpr)
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
 
+def by_platform(cpu: Function, default: Function, *operands: jax.Array) -> jax.Array:
+    """One function on CPU and another elsewhere, as `jax.lax.platform_dependent` has it.
+
+    That one traces both functions wherever it is met, and leaves XLA two branches to choose from.
+
+    Args:
+      cpu: one of arrays of one shape, number by number.
+      default: its equal.
+      operands: the arrays.
+    """
+    return _by_platform().bind(*operands, cpu=cpu, default=default)
+
+
 @functools.cache
-def _primitive() -> Any:
+def _sealed() -> Any:
     """The primitive and its rules. Made at its first use: `jax.extend` brings Pallas with it."""
     from jax.extend.core import Primitive
 
@@ -52,3 +68,31 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], *, jaxpr: Any) -> tuple
     function = jax.vmap(functools.partial(_apply, jaxpr=jaxpr), in_axes=tuple(axes))
     results = sealed(function, *operands)
     return results, [0] * len(results)
+
+
+@functools.cache
+def _by_platform() -> Any:
+    """The primitive and its rules."""
+    from jax.extend.core import Primitive
+
+    primitive = Primitive("jaxq_by_platform")
+    primitive.def_impl(_either)
+    primitive.def_abstract_eval(
+        lambda *avals, cpu, default: jax.make_jaxpr(cpu)(*avals).out_avals[0]
+    )
+    batching.defbroadcasting(primitive)
+    ad.primitive_jvps[primitive] = lambda primals, tangents, **functions: jax.jvp(
+        functools.partial(_either, **functions), primals, [*map(ad.instantiate_zeros, tangents)]
+    )
+    for platform in (None, "cpu"):
+        rule = mlir.lower_fun(functools.partial(_only, platform or "default"), False)
+        mlir.register_lowering(primitive, rule, platform=platform)
+    return primitive
+
+
+def _either(*operands: jax.Array, cpu: Function, default: Function) -> jax.Array:
+    return lax.platform_dependent(*operands, cpu=cpu, default=default)
+
+
+def _only(platform: str, *operands: jax.Array, **functions: Function) -> jax.Array:
+    return functions[platform](*operands)

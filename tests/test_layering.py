@@ -11,10 +11,12 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "jaxq"
 LAYERS = [
     "tables",
     "meshes",
+    "sealed",
     "formats",
     "catalog",
     "rounding",
     "bits",
+    "draws",
     "grids",
     "binary",
     "codebooks",

@@ -35,6 +35,7 @@ __all__ = [
     "scope_of",
     "source_of",
     "source_of_error",
+    "varying_of",
     "within",
 ]
 
@@ -152,6 +153,11 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     with within(eqn):
         result = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(result) if eqn.primitive.multiple_results else [result]
+
+
+def varying_of(eqn: Any) -> frozenset:
+    """The axes of a `shard_map` along which an equation's operands differ, as far as it checks."""
+    return frozenset().union(*(v.aval.manual_axis_type.varying for v in eqn.invars))
 
 
 def layout_of(eqn: Any) -> tuple[Callable[..., Any], Any]:

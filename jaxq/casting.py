@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq import codebooks
+from jaxq import codebooks, draws
 from jaxq.attaching import Snap, attach, wants_neighbours
 from jaxq.binary import snap
 from jaxq.bits import Layout, where
@@ -304,7 +304,7 @@ def _random(
         )
     dtype = mode.random_dtype if isinstance(mode, Stochastic) else jnp.dtype(jnp.uint32)
     if key is not None:
-        return jax.random.bits(key, x.shape, dtype)
+        return draws.bits(jnp.asarray(key), x.shape, dtype)
     bits = jnp.asarray(random_bits)
     if not jnp.issubdtype(bits.dtype, jnp.unsignedinteger) or bits.shape != x.shape:
         raise ValueError(

@@ -35,7 +35,15 @@ from jaxq.rounding import HalfUp, Stochastic
 from jaxq.second_level import DoubleScale, TensorScale
 from jaxq.sharding import quantized_sharding
 from jaxq.tables import Table
-from jaxq.transforms import Rule, explain, freeze, observe, quantize_fn, quantize_weights
+from jaxq.transforms import (
+    Rule,
+    delayed_scaling,
+    explain,
+    freeze,
+    observe,
+    quantize_fn,
+    quantize_weights,
+)
 from jaxq.trees import dequantize_tree, quantize_tree, tree_report
 
 if TYPE_CHECKING:
@@ -75,6 +83,7 @@ __all__ = [
     "chain_table",
     "conv_general_dilated",
     "decode",
+    "delayed_scaling",
     "dequantize",
     "dequantize_tree",
     "dot_general",

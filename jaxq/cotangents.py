@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 from jaxq.formats import Format
@@ -70,7 +71,13 @@ def _first(x: jax.Array, *keys: jax.Array) -> jax.Array:
     return x
 
 
-def with_transpose(function: Function, transpose: Function, x: Any, *rest: Any) -> jax.Array:
+def _total(cotangents: jax.Array) -> jax.Array:
+    return cotangents.sum(0)
+
+
+def with_transpose(
+    function: Function, transpose: Function, x: Any, *rest: Any, join: Function = _total
+) -> jax.Array:
     """A function that is linear in its first argument, with a transpose that is given.
 
     Args:
@@ -78,12 +85,14 @@ def with_transpose(function: Function, transpose: Function, x: Any, *rest: Any) 
       transpose: `(cotangent of y, *rest) -> cotangent of x`. It need not be linear.
       x: an array.
       rest: arrays that both take; keys too.
+      join: the cotangent of an x that all elements of a `vmap` share, from those that each of them
+        has for it, along a leading axis.
 
     Returns:
       `function(x, *rest)`. In forward mode it differentiates as itself, in `rest` too. Reverse
       mode calls `transpose` and no more: `rest` gets no cotangent but through it.
     """
-    return _primitive().bind(x, *rest, function=function, transpose=transpose)
+    return _primitive().bind(x, *rest, function=function, transpose=transpose, join=join)
 
 
 @functools.cache
@@ -101,24 +110,29 @@ def _primitive() -> Any:
     return primitive
 
 
-def _apply(*operands: Any, function: Function, transpose: Function) -> jax.Array:
-    del transpose
+def _apply(*operands: Any, function: Function, transpose: Function, join: Function) -> jax.Array:
+    del transpose, join
     return function(*operands)
 
 
-def _shape(*operands: Any, function: Function, transpose: Function) -> Any:
-    del transpose
+def _shape(*operands: Any, function: Function, transpose: Function, join: Function) -> Any:
+    del transpose, join
     return jax.make_jaxpr(function)(*operands).out_avals[0]
 
 
 def _jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, function: Function, transpose: Function
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    function: Function,
+    transpose: Function,
+    join: Function,
 ) -> tuple:
     (x, *rest), (moved, *others) = primals, tangents
-    y = with_transpose(function, transpose, x, *rest)
+    y = with_transpose(function, transpose, x, *rest, join=join)
     parts = []
     if type(moved) is not ad.Zero:
-        parts.append(with_transpose(function, transpose, moved, *rest))
+        parts.append(with_transpose(function, transpose, moved, *rest, join=join))
     moving = [i for i, other in enumerate(others) if type(other) is not ad.Zero]
     if moving:
 
@@ -132,24 +146,29 @@ def _jvp(
 
 
 def _transpose(
-    cotangent: Any, x: Any, *rest: Any, function: Function, transpose: Function
+    cotangent: Any, x: Any, *rest: Any, function: Function, transpose: Function, join: Function
 ) -> list[Any]:
-    del function
+    del function, join
     if type(cotangent) is ad.Zero:
         return [ad.Zero(x.aval), *(None for _ in rest)]
     return [transpose(cotangent, *rest), *(None for _ in rest)]
 
 
 def _batch(
-    operands: Sequence[Any], axes: Sequence[Any], *, function: Function, transpose: Function
+    operands: Sequence[Any],
+    axes: Sequence[Any],
+    *,
+    function: Function,
+    transpose: Function,
+    join: Function,
 ) -> tuple[jax.Array, int]:
-    size = next(
-        operand.shape[axis]
-        for operand, axis in zip(operands, axes, strict=True)
-        if axis is not None
-    )
-    # The linear operand is always batched, so that a transpose has nothing to sum.
-    x = batching.bdim_at_front(operands[0], axes[0], size)
-    inside = (0, *axes[1:])
-    function, transpose = (jax.vmap(f, in_axes=inside) for f in (function, transpose))
-    return with_transpose(function, transpose, x, *operands[1:]), 0
+    each = jax.vmap(transpose, in_axes=(0, *axes[1:]))
+    x, axis = operands[0], axes[0]
+    if axis is not None:
+        x, axis = jnp.moveaxis(x, axis, 0), 0
+
+    def joined(*operands: jax.Array) -> jax.Array:
+        return join(each(*operands))
+
+    function, transpose = jax.vmap(function, (axis, *axes[1:])), joined if axis is None else each
+    return with_transpose(function, transpose, x, *operands[1:], join=join), 0

@@ -23,17 +23,38 @@ from jaxq.casting import as_dtype, cast
 from jaxq.contractions import Axes, Contraction, block_along, placed
 from jaxq.cotangents import with_transpose
 from jaxq.dot_recipes import DotRecipe, ProductRecipe, is_stochastic
+from jaxq.draws import one_of, split
 from jaxq.execution import DotOfCodes, Operand
 from jaxq.hadamard import Hadamard
+from jaxq.histories import Amax
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Quantizer
 
-__all__ = ["Operation", "product"]
+__all__ = ["Operation", "Scales", "keys_of", "product"]
 
 Key = jax.Array | None
 Keys = tuple[Key, ...]
-Scales = tuple[Calibrated | None, Calibrated | None]
+Given = Calibrated | Amax | None
+Pair = tuple[Given, Given]
 
+
+class Scales(NamedTuple):
+    """Scales that are given, for both operands of each product; None where they have their own.
+
+    A given scale is for a tensor as it is, so an operand under a Hadamard transform takes none.
+
+    Attributes:
+      forward: of the two operands.
+      dlhs: of the cotangent, and of the residual, in the product of the first operand's gradient.
+      drhs: likewise for the second.
+    """
+
+    forward: Pair = (None, None)
+    dlhs: Pair = (None, None)
+    drhs: Pair = (None, None)
+
+
+_OWN = Scales()
 _QUANTIZED = ("float16", "bfloat16", "float32")
 
 
@@ -89,8 +110,8 @@ def product(
     lhs: jax.Array,
     rhs: jax.Array,
     recipe: DotRecipe,
-    key: Key = None,
-    scales: Scales = (None, None),
+    keys: Key = None,
+    scales: Scales = _OWN,
 ) -> jax.Array:
     """A bilinear operation by a recipe: what every quantized product comes to.
 
@@ -99,9 +120,9 @@ def product(
       lhs: its first operand.
       rhs: its second operand.
       recipe: how it is quantized.
-      key: a key, if the recipe draws.
-      scales: what `jaxq.calibration.finalize` gave for the operands in the forward product, or None
-        for those that have scales of their own.
+      keys: those that `keys_of` makes of a key, if the recipe draws.
+      scales: what `jaxq.calibration.finalize` gave, or largest magnitudes, for operands that do not
+        have scales of their own.
 
     Returns:
       What the operation gives, its gradient as `DotRecipe` defines it.
@@ -110,13 +131,28 @@ def product(
       TypeError: as in `jaxq.dot_general`.
       ValueError: as in `jaxq.dot_general`.
     """
-    if key is not None and not recipe.draws:
+    if keys is not None and not recipe.draws:
         raise ValueError(
             f"{operation.name}: the recipe draws no random numbers, got a key. Leave it out."
         )
-    _check_key(operation.name, recipe.forward, key)
-    keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-    return _product(operation, lhs, rhs, recipe, keys, scales)
+    _check_key(operation.name, recipe.forward, keys)
+    own = tuple(
+        one_of(keys, i) if keys is not None and how.draws else None
+        for i, how in enumerate((recipe.forward, recipe.dlhs, recipe.drhs))
+    )
+    return _product(operation, lhs, rhs, recipe, own, scales)
+
+
+def keys_of(key: Key) -> Key:
+    """All keys of a product: for each of the three products, of both operands and the transform.
+
+    Args:
+      key: a key, or an array of them; None has none.
+
+    Returns:
+      Keys `[..., product, place]`.
+    """
+    return None if key is None else split(split(key, 3), 3)
 
 
 def _check_key(name: str, recipe: ProductRecipe, key: Key) -> None:
@@ -133,19 +169,19 @@ def _product(
     rhs: jax.Array,
     recipe: DotRecipe,
     keys: Keys,
-    scales: Scales = (None, None),
+    scales: Scales,
 ) -> jax.Array:
     plan = _Plan.of(recipe, operation, lhs, rhs)
-    own = (None,) * 3 if keys[0] is None else tuple(jax.random.split(keys[0], 3))
-    lhs, rhs = plan.rotated(lhs, rhs, own[2])
-    quantized = plan.quantized(lhs, rhs, own, scales)
+    lhs, rhs = plan.rotated(lhs, rhs, keys[0])
+    given = plan.given(lhs, rhs, scales.forward)
+    quantized = plan.quantized(lhs, rhs, keys[0], given)
     emulated = recipe.execution == "emulated"
     if emulated and recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized":
         return operation.function(*quantized)
     out = jax.eval_shape(operation.function, lhs, rhs)
 
     @jax.custom_jvp
-    def multiply(operands: tuple, originals: tuple, keys: tuple) -> jax.Array:
+    def multiply(operands: tuple, originals: tuple, keys: tuple, scales: tuple) -> jax.Array:
         if emulated:
             return operation.function(*operands)
         result = execution.run(
@@ -154,24 +190,30 @@ def _product(
             operation.contraction,
             operation.codes,
             *map(
-                Operand, operation.operands, originals, plan.quantizers, plan.keys(keys[0]), scales
+                Operand,
+                operation.operands,
+                originals,
+                plan.quantizers,
+                plan.keys(keys[0]),
+                scales[0],
             ),
         )
         return as_dtype(result, out.dtype)
 
     def tangent(primals: tuple, tangents: tuple) -> tuple:
-        operands, originals, keys = primals
+        operands, originals, keys, scales = primals
         residuals = operands if recipe.residuals == "quantized" else originals
         parts = []
         for of, how in enumerate((recipe.dlhs, recipe.drhs)):
             moved, residual = tangents[0][of], residuals[1 - of]
             if not isinstance(moved, SymbolicZero):
-                parts.append(_linear(operation, how, of, moved, residual, out, keys[1 + of]))
+                given = scales[1 + of]
+                parts.append(_linear(operation, how, of, moved, residual, out, keys[1 + of], given))
         y = multiply(*primals)
         return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
 
     multiply.defjvp(tangent, symbolic_zeros=True)
-    return multiply(quantized, (lhs, rhs), (own[:2], *keys[1:]))
+    return multiply(quantized, (lhs, rhs), keys, (given, *scales[1:]))
 
 
 def _linear(
@@ -182,29 +224,35 @@ def _linear(
     residual: jax.Array,
     out: Any,
     key: Key,
+    scales: Pair,
 ) -> jax.Array:
     """The operation on one operand's tangent, whose transpose is the gradient's product."""
+    drawn = (key,) if how.draws and key is not None else ()
+    more, structure = jax.tree.flatten((drawn, scales))
 
-    def forward(moved: jax.Array, residual: jax.Array, *key: jax.Array) -> jax.Array:
-        del key
+    def forward(moved: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
+        del more
         return operation.function(*((moved, residual) if of == 0 else (residual, moved)))
 
     if how.plain:
         return forward(moved, residual)
     aval = jax.typeof(moved)
-    explicit = aval.sharding if aval.sharding.mesh.explicit_axes else None
-    like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=explicit)
+    mesh = aval.sharding.mesh
+    known = aval.sharding if mesh.explicit_axes or mesh.manual_axes else None
+    like = jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, sharding=known, manual_axis_type=aval.manual_axis_type
+    )
     gradient = operation.gradient(of, like)
     _check_key(gradient.name, how, key)
     _Plan.of(how, gradient, out, residual)  # What does not fit is said in the forward pass.
 
-    def backward(cotangent: jax.Array, residual: jax.Array, *key: jax.Array) -> jax.Array:
+    def backward(cotangent: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
         recipe = DotRecipe(how.lhs, how.rhs, how.hadamard, how.execution)
+        key, scales = jax.tree.unflatten(structure, more)
         keys = (key[0] if key else None, None, None)
-        return _product(gradient, cotangent, residual, recipe, keys)
+        return _product(gradient, cotangent, residual, recipe, keys, Scales(scales))
 
-    drawn = (key,) if how.draws and key is not None else ()
-    return with_transpose(forward, backward, moved, residual, *drawn)
+    return with_transpose(forward, backward, moved, residual, *more)
 
 
 class _Plan(NamedTuple):
@@ -239,26 +287,36 @@ class _Plan(NamedTuple):
                 sizes.append(size)
         return cls((quantizers[0], quantizers[1]), hadamard, (sizes[0], sizes[1]))
 
-    def keys(self, keys: Keys) -> Keys:
+    def keys(self, keys: Key) -> tuple[Key, Key]:
         """The keys of the quantizers that draw."""
-        return tuple(
-            key if quantizer is not None and is_stochastic(quantizer) else None
-            for key, quantizer in zip(keys, self.quantizers, strict=False)
+        left, right = (
+            one_of(keys, i) if keys is not None and quantizer and is_stochastic(quantizer) else None
+            for i, quantizer in enumerate(self.quantizers)
         )
+        return left, right
 
-    def rotated(self, lhs: jax.Array, rhs: jax.Array, key: Key) -> tuple[jax.Array, jax.Array]:
+    def rotated(self, lhs: jax.Array, rhs: jax.Array, keys: Key) -> tuple[jax.Array, jax.Array]:
         """The operands after the Hadamard transform."""
         if self.hadamard is None:
             return lhs, rhs
-        signs = self.hadamard.draw(key)
+        signs = self.hadamard.draw(None if keys is None else one_of(keys, 2))
         rotated = []
         for x, sizes in zip((lhs, rhs), self.sizes, strict=True):
             y = self.hadamard.apply(x.astype(jnp.float32), sizes, signs)
             rotated.append(y if x.dtype == y.dtype else cast(y, x.dtype).astype(x.dtype))
         return rotated[0], rotated[1]
 
+    def given(self, lhs: jax.Array, rhs: jax.Array, scales: Pair) -> tuple[Calibrated | None, ...]:
+        """Scales that are given, those for largest magnitudes among them."""
+        found = []
+        for x, quantizer, scale in zip((lhs, rhs), self.quantizers, scales, strict=True):
+            if isinstance(scale, Amax):
+                scale = None if quantizer is None else scale.scale(x, quantizer)
+            found.append(scale)
+        return tuple(found)
+
     def quantized(
-        self, lhs: jax.Array, rhs: jax.Array, keys: Keys, scales: Scales
+        self, lhs: jax.Array, rhs: jax.Array, keys: Key, scales: tuple[Calibrated | None, ...]
     ) -> tuple[jax.Array, jax.Array]:
         """The operands after their quantizers."""
         left, right = (

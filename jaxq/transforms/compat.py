@@ -6,7 +6,10 @@ differs between versions; all that jaxq knows of it stands here.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+import pathlib
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,14 +27,19 @@ __all__ = [
     "bodies",
     "body",
     "call_inside",
+    "devices_of",
     "is_array",
     "is_literal",
     "layout_of",
     "loop_counts",
     "scope_of",
     "source_of",
+    "source_of_error",
+    "varying_of",
     "within",
 ]
+
+_HERE, _JAXQ = (str(folder) + os.sep for folder in pathlib.Path(__file__).parents[:2])
 
 
 class Body(NamedTuple):
@@ -95,9 +103,40 @@ def scope_of(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def source_of(eqn: Any) -> str:
-    """The line of the user's code that an equation comes from."""
-    return source_info_util.summarize(eqn.source_info)
+def source_of(eqn: Any, around: str = "") -> str:
+    """The line of the user's code that an equation comes from.
+
+    Args:
+      eqn: the equation.
+      around: that of the equation whose program it is in, if any.
+    """
+    frames = source_info_util.user_frames(eqn.source_info.traceback)
+    return _line(((f.file_name, f.start_line, f.function_name) for f in frames), around)
+
+
+def source_of_error(error: BaseException) -> str:
+    """The line of the user's code at which a function could not be traced."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return _line((frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames))
+
+
+def _line(frames: Iterable[tuple[str, int, str]], around: str = "") -> str:
+    """Of a traced function's lines, innermost first, the first that is in no installed package.
+
+    A layer of Flax multiplies in Flax's code, but the user's is what calls it; a program that JAX
+    keeps, such as that of `jnp.take`, has no lines but its own.
+    """
+    packages = []
+    for file, line, function in frames:
+        if file.startswith(_HERE):  # What traces the function; around that is none of it.
+            break
+        if not source_info_util.is_user_filename(file):
+            continue
+        text = f"{file}:{line} ({function})"
+        if "-packages" not in file and not file.startswith(_JAXQ):
+            return text
+        packages.append(text)
+    return around or (packages or ["unknown line"])[0]
 
 
 @contextlib.contextmanager
@@ -116,24 +155,37 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(result) if eqn.primitive.multiple_results else [result]
 
 
+def varying_of(eqn: Any) -> frozenset:
+    """The axes of a `shard_map` along which an equation's operands differ, as far as it checks."""
+    return frozenset().union(*(v.aval.manual_axis_type.varying for v in eqn.invars))
+
+
 def layout_of(eqn: Any) -> tuple[Callable[..., Any], Any]:
     """What lays a tree of arrays out as an equation of `LAYOUTS` does, and its sharding."""
     function, name = LAYOUTS[eqn.primitive.name]
     return function, eqn.params[name]
 
 
-def call_inside(eqn: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def call_inside(eqn: Any, function: Callable[..., Any], specs: Any = None) -> Callable[..., Any]:
     """A function of an equation's operands under what the equation puts around its body.
 
     Args:
       eqn: a `jit`, a `checkpoint`, or a `shard_map`.
       function: hashable; `(extra, *operands) -> (results, more)`, the new body. `extra` and `more`
-        are pytrees; `more` is empty within a `shard_map`.
+        are pytrees; in a `shard_map`, `more` is the same on all its devices.
+      specs: for a `shard_map`, how `extra` lies on its devices.
 
     Returns:
       The function with that around it.
     """
-    return AROUND[eqn.primitive.name](eqn.params, function)
+    around = AROUND[eqn.primitive.name]
+    return around(eqn.params, function) if specs is None else around(eqn.params, function, specs)
+
+
+def devices_of(eqn: Any) -> dict[str, int]:
+    """The axes of the mesh over which a `shard_map` maps, and their sizes."""
+    names = eqn.params["newly_manual_axes"]
+    return {name: n for name, n in eqn.params["mesh"].shape.items() if name in names}
 
 
 def _jit(params: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,11 +218,11 @@ def _checkpoint(params: Any, function: Callable[..., Any]) -> Callable[..., Any]
     return jax.checkpoint(function, prevent_cse=params["prevent_cse"], policy=params["policy"])
 
 
-def _shard_map(params: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def _shard_map(params: Any, function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
     return jax.shard_map(
         function,
         mesh=params["mesh"],
-        in_specs=(PartitionSpec(), *params["in_specs"]),
+        in_specs=(specs, *params["in_specs"]),
         out_specs=(list(params["out_specs"]), PartitionSpec()),
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],

@@ -119,6 +119,7 @@ _VIEWS: MappingProxyType[str, Callable[..., Sequence[int | None] | None]] = Mapp
         "copy": _same,
         "dynamic_slice": _slice,
         "gather": _gather,
+        "pvary": _same,
         "reduce_precision": _same,
         "reshape": _reshape,
         "reshard": _same,

@@ -7,7 +7,16 @@ from typing import Any
 from jaxq.dot_recipes import DotRecipe
 from jaxq.quantized import Quantized
 from jaxq.transforms.reading import Node, Product, read
-from jaxq.transforms.rules import Assigned, Frozen, Rules, as_rules, assign, naming, unassigned
+from jaxq.transforms.rules import (
+    Assigned,
+    Delayed,
+    Frozen,
+    Rules,
+    as_rules,
+    assign,
+    naming,
+    unassigned,
+)
 from jaxq.transforms.storing import Storage, storages, weight_of
 from jaxq.transforms.tracing import Traced, trace
 
@@ -25,6 +34,7 @@ class Planned:
       chosen: what each gets; a stored weight's quantizer is left out.
       storages: how the weights that rules quantize are stored, by their places.
       scales: from calibration, by the products' names.
+      histories: of delayed scaling, likewise.
     """
 
     traced: Traced
@@ -33,6 +43,7 @@ class Planned:
     chosen: list[Assigned | None]
     storages: Mapping[int, Storage]
     scales: Mapping[str, Any]
+    histories: Mapping[str, Any]
 
 
 def plan(
@@ -50,9 +61,11 @@ def plan(
       ValueError: as in `jaxq.quantize_fn`.
     """
     scales = rules.scales if isinstance(rules, Frozen) else {}
+    histories = rules.histories if isinstance(rules, Delayed) else {}
     traced = trace(owner, fn, argnums, args, kwargs)
     node, products = read(traced.jaxpr, traced.origins)
-    chosen = assign(owner, as_rules(owner, rules), products)
+    chosen = assign(owner, as_rules(owner, rules), products, traced.paths)
+    _check_state(owner, rules, chosen)
     stored = {i: x for i, x in enumerate(traced.arrays) if isinstance(x, Quantized)}
     storing = owner == "quantize_weights"
     wanted = {}
@@ -64,7 +77,24 @@ def plan(
             _stored(owner, product, assigned, stored, wanted)
             for product, assigned in zip(products, chosen, strict=True)
         ]
-    return Planned(traced, node, products, chosen, wanted, scales)
+    return Planned(traced, node, products, chosen, wanted, scales, histories)
+
+
+def _check_state(owner: str, rules: Rules, chosen: Sequence[Assigned | None]) -> None:
+    """A state has something for every product that takes scales from it; it may have more."""
+    if isinstance(rules, Frozen):
+        wanted, known = [a for a in chosen if a is not None and any(a.calibrated)], rules.scales
+    elif isinstance(rules, Delayed):
+        wanted, known = [a for a in chosen if a is not None and any(a.delayed)], rules.histories
+    else:
+        return
+    for assigned in wanted:
+        if assigned.name not in known:
+            raise ValueError(
+                f"{owner}: {assigned.where} has no scales in the state, which is for "
+                f"{', '.join(known)}. Make the state from this function, or from one that has the "
+                "same products."
+            )
 
 
 def _stored(

@@ -37,6 +37,8 @@ class Product:
       times: how often one call runs it; None in a `while` loop.
       loops: the lengths of the scans around it, outermost first.
       barred: why it cannot be quantized, or "".
+      reverse: whether reverse mode goes through it: not in a function with derivatives of its own,
+        nor in a `while` loop.
       name: what reports and states call it; `read` makes them distinct.
       number: its place among all products.
     """
@@ -51,6 +53,7 @@ class Product:
     times: int | None
     loops: tuple[int, ...]
     barred: str = ""
+    reverse: bool = True
     name: str = ""
     number: int = -1
 
@@ -79,9 +82,11 @@ class _Frame:
     """What surrounds a program."""
 
     scope: str = ""
+    source: str = ""
     times: int | None = 1
     loops: tuple[int, ...] = ()
     barred: str = ""
+    reverse: bool = True
 
 
 def read(jaxpr: Any, origins: Sequence[Origin | None]) -> tuple[Node, list[Product]]:
@@ -122,7 +127,11 @@ def _read(
             node.products[i] = _product(eqn, operands, frame)
             products.append(node.products[i])
         elif compat.bodies(eqn):
-            own = dataclasses.replace(frame, scope=_joined(frame.scope, compat.scope_of(eqn)))
+            own = dataclasses.replace(
+                frame,
+                scope=_joined(frame.scope, compat.scope_of(eqn)),
+                source=compat.source_of(eqn, frame.source),
+            )
             nodes, results = _inside(eqn, operands, own, products)
             if any(inner.products or inner.inner for inner in nodes):
                 node.inner[i] = nodes
@@ -156,10 +165,11 @@ def _product(eqn: Any, origins: Sequence[Origin | None], frame: _Frame) -> Produ
         _shape(eqn.outvars[0].aval),
         eqn.params,
         _joined(frame.scope, compat.scope_of(eqn)),
-        compat.source_of(eqn),
+        compat.source_of(eqn, frame.source),
         frame.times,
         frame.loops,
         frame.barred,
+        frame.reverse,
     )
 
 
@@ -183,7 +193,7 @@ def _inside(
         node, results = run(inner[0], origins)
         return (node,), nothing if name == "shard_map" else results
     if name in ("custom_jvp_call", "custom_vjp_call"):
-        node, results = run(inner[0], origins)
+        node, results = run(inner[0], origins, reverse=False)
         return (node,), results
     if name == "scan":
         consts, carry = compat.loop_counts(eqn)
@@ -201,7 +211,7 @@ def _inside(
         moved = origins[conds:]  # The body's constants, then what is carried.
         kept = _kept(compat.body(turn), moved, bodies, len(moved) - bodies)
         first, _ = run(test, of_test + kept, times=None, barred="the condition of a while loop")
-        second, _ = run(turn, of_turn + kept, times=None)
+        second, _ = run(turn, of_turn + kept, times=None, reverse=False)
         return (first, second), kept
     if name == "cond":
         found = [run(branch, origins[1:]) for branch in eqn.params["branches"]]

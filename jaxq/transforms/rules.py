@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+from jax import lax
+from jax import numpy as jnp
 
 from jaxq import dot_recipes
 from jaxq.blocks import PerTensor
@@ -16,6 +18,7 @@ from jaxq.calibration import Calibrated
 from jaxq.contractions import Axes, of_conv, of_dot, placed
 from jaxq.dot_recipes import DotRecipe, get_dot_recipe, is_stochastic
 from jaxq.formats import Format
+from jaxq.histories import History, can_delay
 from jaxq.presets import get_quantizer
 from jaxq.quantizers import has_plain_scales
 from jaxq.recipes import Quantizer
@@ -23,6 +26,7 @@ from jaxq.transforms.reading import LOOK_UP, Product, table_axes
 
 __all__ = [
     "Assigned",
+    "Delayed",
     "Frozen",
     "Rule",
     "Rules",
@@ -74,7 +78,7 @@ class Rule:
             try:
                 if pattern is not None:
                     re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(
                     f"Rule: `{name}` must be a regular expression, got {pattern!r}: {error}."
                 ) from error
@@ -112,8 +116,50 @@ class Frozen:
     scales: Mapping[str, tuple[Calibrated | None, ...]]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["histories"], meta_fields=["rules"]
+)
+@dataclasses.dataclass(frozen=True)
+class Delayed:
+    """Rules with delayed scaling, as `jaxq.delayed_scaling` makes them: a pytree.
+
+    Attributes:
+      rules: the rules.
+      histories: by the products' names, those of both operands and of the cotangent; None where no
+        quantizer has one scale a tensor. Products in a scan over layers have a leading axis, one
+        history a layer.
+    """
+
+    rules: tuple[Rule, ...]
+    histories: Mapping[str, tuple[History | None, ...]]
+
+    def update(self, seen: "Delayed") -> "Delayed":
+        """The state for the next step.
+
+        Args:
+          seen: the gradient for this state: what was seen in this step.
+        """
+
+        def moved(history: jax.Array, seen: jax.Array) -> jax.Array:
+            return jnp.concatenate([seen[..., :1], history[..., :-1]], -1)
+
+        return jax.tree.map(moved, self, seen)
+
+    def merge(self, other: "Delayed") -> "Delayed":
+        """What two micro-batches of one step have seen: the larger of each, never the sum.
+
+        Args:
+          other: the gradient for the same state, of another micro-batch.
+        """
+        return jax.tree.map(jnp.maximum, self, other)
+
+    def gather(self, axis_name: str) -> "Delayed":
+        """What all devices along an axis of `jax.shard_map` or `jax.vmap` have seen."""
+        return jax.tree.map(lambda seen: lax.pmax(seen, axis_name), self)
+
+
 Rules: TypeAlias = (
-    "Frozen | Sequence[Rule | tuple[str, str | DotRecipe | Format | Quantizer | None]]"
+    "Frozen | Delayed | Sequence[Rule | tuple[str, str | DotRecipe | Format | Quantizer | None]]"
 )
 
 
@@ -122,7 +168,12 @@ def _recipe(spec: Any) -> DotRecipe | None:
         return spec
     if isinstance(spec, str) and spec in dot_recipes.ALL:
         return get_dot_recipe(spec)
-    return DotRecipe(None, get_quantizer(spec))
+    try:
+        return DotRecipe(None, get_quantizer(spec))
+    except ValueError as error:
+        raise ValueError(
+            f"Rule: {error} Recipes for products: {', '.join(dot_recipes.ALL)}."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +187,12 @@ class Assigned:
       name: of the product, for states of calibration.
       where: what errors call it.
       number: of the product, for its key.
-      stacked: the scans, by depth, every turn of which has a weight of its own.
+      loops: the lengths of the scans around it, outermost first.
+      stacked: those, by depth, every turn of which has a weight of its own.
       table: the quantizer of a look-up's table, on the table's own axes.
       calibrated: for both operands, in the recipe's order, the shape and the quantizer of those
         whose range may come from calibration: activations with one scale a tensor.
+      reverse: whether reverse mode goes through the product.
     """
 
     recipe: DotRecipe | None
@@ -148,9 +201,28 @@ class Assigned:
     name: str
     where: str
     number: int
+    loops: tuple[int, ...]
     stacked: frozenset[int]
     table: Quantizer | None
     calibrated: tuple[tuple[tuple[int, ...], Quantizer] | None, ...]
+    reverse: bool
+
+    @property
+    def delayed(self) -> tuple[Quantizer | None, ...]:
+        """For both operands and the cotangent, the quantizer whose scale a history can give."""
+        recipe = self.recipe
+        if recipe is None or self.table is not None or not self.reverse:
+            return None, None, None
+        uses = (
+            [(recipe, 0), (recipe.drhs, 1)],
+            [(recipe, 1), (recipe.dlhs, 1)],
+            [(recipe.dlhs, 0), (recipe.drhs, 0)],
+        )
+        found = []
+        for places in uses:
+            quantizers = [how.operands[i] for how, i in places if how.hadamard is None]
+            found.append(next(filter(can_delay, quantizers), None))
+        return tuple(found)
 
     @property
     def draws(self) -> bool:
@@ -179,9 +251,9 @@ def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
     Raises:
       TypeError: something is neither a rule nor a pair.
     """
-    if isinstance(rules, Frozen):
+    if isinstance(rules, (Frozen, Delayed)):
         return rules.rules
-    if isinstance(rules, (str, Rule)):
+    if isinstance(rules, (str, Rule, Mapping)):
         raise TypeError(f"{owner}: `rules` must be a sequence of rules, got {rules!r}.")
     found = []
     for rule in rules:
@@ -196,8 +268,16 @@ def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
     return tuple(found)
 
 
-def assign(owner: str, rules: Sequence[Rule], products: Sequence[Product]) -> list[Assigned | None]:
+def assign(
+    owner: str, rules: Sequence[Rule], products: Sequence[Product], leaves: Mapping[str, Any]
+) -> list[Assigned | None]:
     """What every product gets; None where no rule matches.
+
+    Args:
+      owner: what errors call the caller.
+      rules: the rules.
+      products: the products.
+      leaves: of the parameters, by their paths.
 
     Raises:
       ValueError: a rule holds for no product; one weight is quantized in two ways; a recipe does
@@ -207,7 +287,7 @@ def assign(owner: str, rules: Sequence[Rule], products: Sequence[Product]) -> li
     used = {n for (n, _), p in zip(matches, products, strict=True) if not p.barred}
     for n, rule in enumerate(rules):
         if n not in used:
-            raise ValueError(_unused(owner, rule, rules, products))
+            raise ValueError(f"{owner}: {_unused(rule, rules, products, leaves)}")
     chosen = [
         None if n is None or product.barred else _assigned(owner, product, rules[n], swapped)
         for product, (n, swapped) in zip(products, matches, strict=True)
@@ -219,7 +299,8 @@ def assign(owner: str, rules: Sequence[Rule], products: Sequence[Product]) -> li
 def unassigned(product: Product) -> Assigned:
     """What leaves a product as it is."""
     p = product
-    return Assigned(None, None, False, p.name, p.where, p.number, p.stacked, None, (None, None))
+    place = p.name, p.where, p.number, p.loops, p.stacked
+    return Assigned(None, None, False, *place, None, (None, None), p.reverse)
 
 
 def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assigned:
@@ -238,6 +319,7 @@ def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assign
             calibrated = tuple(
                 (product.operands[of].shape, quantizer)
                 if quantizer is not None
+                and recipe.hadamard is None
                 and isinstance(quantizer.granularity, PerTensor)
                 and product.origins[of] is None
                 and has_plain_scales(quantizer)
@@ -251,9 +333,11 @@ def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assign
         product.name,
         product.where,
         product.number,
+        product.loops,
         product.stacked,
         table,
         calibrated,
+        product.reverse,
     )
 
 
@@ -299,31 +383,56 @@ def _first_match(rules: Sequence[Rule], product: Product) -> tuple[int | None, b
     return None, False
 
 
-def _unused(owner: str, rule: Rule, rules: Sequence[Rule], products: Sequence[Product]) -> str:
+def _unused(
+    rule: Rule, rules: Sequence[Rule], products: Sequence[Product], leaves: Mapping[str, Any]
+) -> str:
+    """Why a rule holds for no product."""
     matched = [p for p in products if _first_match((rule,), p)[0] is not None]
     barred = [p for p in matched if p.barred]
     if barred:
         p = barred[0]
-        return f"{owner}: {rule} matches only what cannot be quantized: {p.where} is {p.barred}."
+        return f"{rule} matches only what cannot be quantized: {p.where} is {p.barred}."
     if matched:
         earlier = rules[_first_match(rules, matched[0])[0] or 0]
         return (
-            f"{owner}: {rule} holds for no product: {matched[0].where} belongs to the earlier "
-            f"{earlier}. Move the narrower rule up, or leave it out."
+            f"{rule} holds for no product: {matched[0].where} belongs to the earlier {earlier}. "
+            "Move the narrower rule up, or leave it out."
         )
-    paths = sorted({o.path for p in products for o in p.origins if o is not None})
-    if rule.weight is None:
-        scopes = sorted({p.scope for p in products if p.scope})
+    if rule.weight is not None:
+        weights = {o.path: p for p in products for o in p.origins if o is not None}
+        for path, product in weights.items():
+            if re.search(rule.weight, path):
+                return (
+                    f"{rule} holds for no product: {product.where} has such a weight, and stands "
+                    f"in the scope {product.scope!r}."
+                )
+        for path, leaf in leaves.items():
+            if re.search(rule.weight, path):
+                return f"{rule} matches the weight of no product: {path!r} {_no_weight(leaf)}."
+        near = difflib.get_close_matches(rule.weight, sorted(weights), n=3, cutoff=0.0)
         return (
-            f"{owner}: {rule} matches no product. Operations are "
-            f"{', '.join(sorted({p.operation for p in products})) or 'none'}; scopes are "
-            f"{', '.join(scopes[:5]) or 'none'}."
+            f"{rule} matches the weight of no product. The nearest are "
+            f"{', '.join(near) or 'none: no product has a weight among the parameters'}. "
+            "jaxq.explain(fn, [])(*args) lists all."
         )
-    near = difflib.get_close_matches(rule.weight, paths, n=3, cutoff=0.0)
+    scopes = sorted({p.scope for p in products if p.scope})
     return (
-        f"{owner}: {rule} matches the weight of no product. The nearest are "
-        f"{', '.join(near) or 'none: no product has a weight among the parameters'}. "
-        "jaxq.explain(fn, [])(*args) lists all."
+        f"{rule} matches no product. Operations are "
+        f"{', '.join(sorted({p.operation for p in products})) or 'none'}; scopes are "
+        f"{', '.join(scopes[:5]) or 'none'}."
+    )
+
+
+def _no_weight(leaf: Any) -> str:
+    """Why a leaf of the parameters is no product's weight."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return f"is no array but a {type(leaf).__name__}, which is static. Make it an array"
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return f"is of {dtype}, and only products of floats are quantized"
+    return (
+        "is in no product as it is, and what is computed from a parameter is none. Name its "
+        "product by `operation` and `scope`, if there is one"
     )
 
 

@@ -11,18 +11,25 @@ the operands as they were.
 
 import contextlib
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxq import calibration
 from jaxq.contractions import Contraction, of_conv, of_dot
+from jaxq.draws import fold_in, one_of
 from jaxq.execution import DotOfCodes
-from jaxq.products import Operation, product
+from jaxq.histories import History, can_delay, record
+from jaxq.meshes import varying
+from jaxq.products import Operation, Scales, keys_of, product
 from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
 from jaxq.sharding import quantized_sharding
@@ -58,15 +65,52 @@ class Program:
 
 
 class Extra(NamedTuple):
-    """What products need beside their operands: a key, and scales by the products' names."""
+    """What products need beside their operands.
+
+    Attributes:
+      key: for random numbers, or None.
+      scales: from calibration, by the products' names.
+      histories: of delayed scaling, likewise.
+      places: by the axes of the `shard_map`s around, where on them the device is.
+    """
 
     key: jax.Array | None
     scales: Mapping[str, tuple[calibration.Calibrated | None, ...]]
+    histories: Mapping[str, tuple[History | None, ...]]
+    places: Mapping[str, jax.Array]
 
     def folded(self, number: Any) -> jax.Array:
-        """The key for a product, or a turn of a loop."""
+        """The keys for products or turns of a loop."""
         assert self.key is not None, "checked before anything runs"
-        return jax.random.fold_in(self.key, number)
+        return fold_in(self.key, number)
+
+    def apart(self, eqn: Any) -> tuple[str, ...]:
+        """The axes of devices that draw their own numbers for a product: they multiply other ones.
+
+        Where a `shard_map` does not check what differs, all its devices do.
+        """
+        differing = compat.varying_of(eqn)
+        return tuple(
+            axis
+            for axis, place in sorted(self.places.items())
+            if axis in differing or axis not in varying(place)
+        )
+
+    def everywhere(self, states: Any) -> Any:
+        """States as ones that may differ on all devices, whatever they were made of."""
+        axes = frozenset().union(*map(varying, self.places.values()))
+
+        def moved(x: jax.Array) -> jax.Array:
+            return lax.pcast(x, tuple(axes - varying(x)), to="varying")
+
+        return jax.tree.map(moved, states)
+
+    def within(self, programs: Sequence[Program]) -> "Extra":
+        """What the products of some programs need."""
+        names = {a.name for inside in programs for a in inside.all()}
+        scales = {name: value for name, value in self.scales.items() if name in names}
+        histories = {name: value for name, value in self.histories.items() if name in names}
+        return self._replace(scales=scales, histories=histories)
 
 
 def program(node: Node, chosen: Sequence[Assigned | None]) -> Program:
@@ -120,15 +164,19 @@ def run(
     def value(variable: Any) -> Any:
         return variable.val if compat.is_literal(variable) else values[variable]
 
+    keys = _keys(extra, body.eqns, products)
     for i, eqn in enumerate(body.eqns):
         operands = [value(variable) for variable in eqn.invars]
         if i in products:
-            results, more = _product(eqn, products[i], extra, operands, observing)
+            results, more = _product(
+                eqn, products[i], extra, keys.get(i, _Keys()), operands, observing
+            )
             seen |= more
         elif i in inner:
             handler = _INSIDE[eqn.primitive.name]
             with compat.within(eqn):
-                results, more = handler(_Call(eqn, inner[i], extra, operands, depth, observing))
+                own = extra.within(inner[i])
+                results, more = handler(_Call(eqn, inner[i], own, operands, depth, observing))
             seen |= more
         elif eqn.primitive.name in compat.LAYOUTS and isinstance(operands[0], Quantized):
             results = [_laid_out(eqn, operands[0])]
@@ -159,50 +207,110 @@ def _laid_out(eqn: Any, q: Quantized) -> Any:
     return compat.bind(eqn, [_array(q)])[0]
 
 
+class _Keys(NamedTuple):
+    """The keys of one product."""
+
+    product: jax.Array | None = None
+    table: jax.Array | None = None
+    output: jax.Array | None = None
+
+
+def _keys(extra: Extra, eqns: Sequence[Any], products: Mapping[int, Assigned]) -> dict[int, _Keys]:
+    """The keys of products by their equations, many made at once: to draw is much to compile."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, assigned in products.items():
+        if extra.key is not None and assigned.draws:
+            groups.setdefault(extra.apart(eqns[i]), []).append(i)
+    found = {}
+    for axes, members in groups.items():
+        own = extra.folded(np.array([products[i].number for i in members]))
+        for axis in axes:
+            own = fold_in(own, extra.places[axis])
+        nine: Any = keys_of(own)
+        for at, i in enumerate(members):
+            assigned, first = products[i], one_of(own, at)
+            recipe_draws = assigned.recipe is not None and bool(assigned.recipe.draws)
+            found[i] = _Keys(
+                one_of(nine, at) if recipe_draws and assigned.table is None else None,
+                first if recipe_draws and assigned.table is not None else None,
+                fold_in(first, 0) if assigned.output_draws else None,
+            )
+    return found
+
+
 def _product(
-    eqn: Any, assigned: Assigned, extra: Extra, operands: list[Any], observing: bool
+    eqn: Any,
+    assigned: Assigned,
+    extra: Extra,
+    keys: _Keys,
+    operands: list[Any],
+    observing: bool,
 ) -> tuple[list[Any], States]:
     arrays = [_array(operand) for operand in operands]
     seen: States = {}
-    key = of_output = None
-    if assigned.draws and extra.key is not None:
-        key = extra.folded(assigned.number)
-        of_output = jax.random.fold_in(key, 0) if assigned.output_draws else None
-        key = key if assigned.recipe is not None and assigned.recipe.draws else None
-    with naming(assigned.where), compat.within(eqn):
+    with compat.within(eqn):
         if assigned.table is not None:
-            table = fake_quant(arrays[0], assigned.table, key=key)
+            with naming(assigned.where):
+                table = fake_quant(arrays[0], assigned.table, key=keys.table)
             y = compat.bind(eqn, [table, *arrays[1:]])[0]
         elif eqn.primitive.name == LOOK_UP or assigned.recipe is None:
             y = compat.bind(eqn, arrays)[0]
         else:
             ordered = assigned.order(arrays)
             if observing and any(assigned.calibrated):
-                seen[assigned.name] = tuple(
-                    None
-                    if known is None
-                    else calibration.update(calibration.init(*known), x, known[1])
-                    for x, known in zip(ordered, assigned.calibrated, strict=True)
+                seen[assigned.name] = extra.everywhere(
+                    tuple(
+                        None
+                        if known is None
+                        else calibration.update(calibration.init(*known), x, known[1])
+                        for x, known in zip(ordered, assigned.calibrated, strict=True)
+                    )
                 )
-            scales = extra.scales.get(assigned.name, (None, None))
             first, second = ordered
-            operation = _operation(eqn, assigned)
-            recipe = assigned.recipe
-            y = product(operation, first, second, recipe, key, (scales[0], scales[1]))
+            histories = extra.histories.get(assigned.name, (None, None, None))
+            scales = _scales(assigned, extra.scales.get(assigned.name), histories)
+            y = product(
+                _operation(eqn, assigned), first, second, assigned.recipe, keys.product, scales
+            )
+            for history, quantizer, x in zip(
+                histories, assigned.delayed, (first, second, None), strict=True
+            ):
+                if history is not None and quantizer is not None:
+                    y = record(y, history, quantizer, x)
         if assigned.output is not None:
-            y = fake_quant(y, assigned.output, key=of_output)
+            with naming(assigned.where):
+                y = fake_quant(y, assigned.output, key=keys.output)
     return [y], seen
+
+
+def _scales(assigned: Assigned, given: Any, histories: Sequence[History | None]) -> Scales:
+    """The scales of a product's operands that calibration or histories give."""
+    if given is not None:
+        return Scales((given[0], given[1]))
+    recipe = assigned.recipe
+    assert recipe is not None, "the caller has checked it"
+    lhs, rhs, cotangent = (None if h is None else h.largest() for h in histories)
+    pairs = []
+    for how, amaxes in zip(
+        (recipe.forward, recipe.dlhs, recipe.drhs),
+        ((lhs, rhs), (cotangent, rhs), (cotangent, lhs)),
+        strict=True,
+    ):
+        own = [can_delay(q) and how.hadamard is None for q in how.operands]
+        first, second = (a if known else None for a, known in zip(amaxes, own, strict=True))
+        pairs.append((first, second))
+    return Scales(*pairs)
 
 
 def _operation(eqn: Any, assigned: Assigned) -> Operation:
     """A product's bilinear function, its operands in the recipe's order."""
-    params, name = eqn.params, eqn.primitive.name
+    params, name = eqn.params, assigned.where
     names = ("lhs", "rhs")
 
     def function(*operands: jax.Array) -> jax.Array:
         return compat.bind(eqn, assigned.order(operands))[0]
 
-    if name == "dot_general":
+    if eqn.primitive.name == "dot_general":
         ndims = (len(variable.aval.shape) for variable in eqn.invars)
         labels = of_dot(params["dimension_numbers"], *ndims)
         lhs, rhs = assigned.order((labels.lhs, labels.rhs))
@@ -235,16 +343,40 @@ class _Call(NamedTuple):
 
 
 def _around(call: _Call) -> tuple[list[Any], States]:
-    """A `jit`, `checkpoint` or `shard_map`."""
+    """A `jit` or `checkpoint`."""
     eqn, programs, extra, operands, depth, observing = call
-    if eqn.primitive.name == "shard_map":
-        operands = [_array(operand) for operand in operands]
-        if observing and any(any(a.calibrated) for a in programs[0].all()):
-            raise ValueError(
-                "observe: cannot look into a shard_map, whose devices have states of their own. "
-                "Observe the function within it, and merge by `gather`."
-            )
     return compat.call_inside(eqn, _Inside(programs[0], depth, observing))(extra, *operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnDevice(_Inside):
+    """A program on one of the devices of a `shard_map`, over the axes of its mesh."""
+
+    axes: tuple[str, ...]
+
+    def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
+        places = {**extra.places, **{axis: lax.axis_index(axis) for axis in self.axes}}
+        histories = jax.tree.map(lambda x: x[0], extra.histories)
+        own = extra._replace(histories=histories, places=places)
+        results, seen = super().__call__(own, *operands)
+        return results, _of_all(self.program, self.depth, jax.tree.map(self._gathered, seen))
+
+    def _gathered(self, x: jax.Array) -> jax.Array:
+        """What all devices have, along a leading axis: a sum, which all of them know."""
+        place, count = lax.axis_index(self.axes), lax.axis_size(self.axes)
+        return lax.psum(jnp.zeros((count, *x.shape), x.dtype).at[place].set(x), self.axes)
+
+
+def _shard_map(call: _Call) -> tuple[list[Any], States]:
+    eqn, programs, extra, operands, depth, observing = call
+    devices = compat.devices_of(eqn)
+    count = math.prod(devices.values())
+    histories = {name: _spread(each, count) for name, each in extra.histories.items()}
+    everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
+    specs = Extra(everywhere, everywhere, one_each, everywhere)
+    on_device = _OnDevice(programs[0], depth, observing, tuple(devices))
+    inside = compat.call_inside(eqn, on_device, specs)
+    return inside(extra._replace(histories=histories), *map(_array, operands))
 
 
 def _scan(call: _Call) -> tuple[list[Any], States]:
@@ -256,14 +388,18 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     by_turn = {a.name for a in inside.all() if depth in a.stacked}
     scales = {name: s for name, s in extra.scales.items() if name not in by_turn}
     own = {name: s for name, s in extra.scales.items() if name in by_turn}
+    histories = {
+        name: each if name in by_turn else _spread(each, params["length"])
+        for name, each in extra.histories.items()
+    }
     numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
 
     def turn(carry: list[Any], xs: Any) -> Any:
-        number, rows, given = xs
+        number, rows, given, histories = xs
         key = None if number is None else extra.folded(number)
         results, seen = run(
             inside,
-            Extra(key, {**scales, **given}),
+            Extra(key, {**scales, **given}, histories, extra.places),
             [*fixed, *carry, *rows],
             depth + 1,
             observing,
@@ -273,17 +409,17 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     carry, (rows, seen) = lax.scan(
         turn,
         [_array(x) for x in carried],
-        (numbers, slices, own),
+        (numbers, slices, own, histories),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    recipes = {a.name: a.calibrated for a in inside.all()}
-    seen = {
-        name: states if name in by_turn else _merged(states, recipes[name])
-        for name, states in seen.items()
-    }
-    return [*carry, *rows], seen
+    shared = {name: states for name, states in seen.items() if name not in by_turn}
+    return [*carry, *rows], {**seen, **_of_all(inside, depth + 1, shared)}
+
+
+def _spread(histories: Sequence[History | None], count: int) -> tuple[History | None, ...]:
+    return tuple(None if history is None else history.spread(count) for history in histories)
 
 
 def _has_rows(x: Any) -> bool:
@@ -291,29 +427,56 @@ def _has_rows(x: Any) -> bool:
     return isinstance(x, Quantized) and x.ndim > len(x.block)
 
 
-def _merged(states: Any, recipes: Sequence[Any]) -> Any:
-    """States of all turns of a loop as one."""
+def _merged(program: Program, depth: int, earlier: States, later: States) -> States:
+    """States that a program at a depth of scans has seen, with those that it sees later."""
+    products = {a.name: a for a in program.all()}
 
-    def of_operand(state: Any, known: Any) -> Any:
+    def of_operand(known: Any, stacks: int, *states: Any) -> Any:
         if known is None:
             return None
-        first = jax.tree.map(lambda leaf: leaf[0], state)
-        rest = jax.tree.map(lambda leaf: leaf[1:], state)
-        return lax.scan(
-            lambda all, one: (calibration.merge(all, one, known[1]), None), first, rest
-        )[0]
+        merge = functools.partial(calibration.merge, recipe=known[1])
+        for _ in range(stacks):
+            merge = jax.vmap(merge)
+        return merge(*states)
 
-    return tuple(of_operand(state, known) for state, known in zip(states, recipes, strict=True))
+    result = {}
+    for name, states in later.items():
+        calibrated, stacks = products[name].calibrated, len(_stacks(products[name], depth))
+        operands = zip(calibrated, earlier[name], states, strict=True)
+        result[name] = tuple(of_operand(known, stacks, a, b) for known, a, b in operands)
+    return result
 
 
-def _nothing(programs: Sequence[Program], observing: bool) -> States:
-    """States that have seen nothing, for the products of some programs."""
-    return {
-        a.name: tuple(None if known is None else calibration.init(*known) for known in a.calibrated)
+def _of_all(program: Program, depth: int, states: States) -> States:
+    """States of all turns of a loop, or of all devices, along a leading axis, as one."""
+    first, rest = (jax.tree.map(lambda x, at=at: x[at], states) for at in (0, slice(1, None)))
+    if not states:
+        return states
+    return lax.scan(lambda a, b: (_merged(program, depth, a, b), None), first, rest)[0]
+
+
+def _stacks(assigned: Assigned, depth: int) -> list[int]:
+    """The lengths of the scans inside a program at a depth that have a state for every turn."""
+    return [assigned.loops[turn] for turn in sorted(assigned.stacked) if turn >= depth]
+
+
+def _nothing(programs: Sequence[Program], extra: Extra, depth: int) -> States:
+    """States that have seen nothing, for the products of some programs at a depth of scans."""
+
+    def of_operand(known: Any, stacks: list[int]) -> Any:
+        if known is None:
+            return None
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (*stacks, *x.shape)), calibration.init(*known)
+        )
+
+    states = {
+        a.name: tuple(of_operand(known, _stacks(a, depth)) for known in a.calibrated)
         for inside in programs
         for a in inside.all()
-        if observing and a.recipe is not None and any(a.calibrated)
+        if a.recipe is not None and any(a.calibrated)
     }
+    return extra.everywhere(states)
 
 
 def _while(call: _Call) -> tuple[list[Any], States]:
@@ -321,7 +484,7 @@ def _while(call: _Call) -> tuple[list[Any], States]:
     test, inside = programs
     conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     of_test, of_turn = operands[:conds], operands[conds : conds + bodies]
-    recipes = {a.name: a.calibrated for a in inside.all()}
+    extra = extra._replace(histories={})  # They would see nothing.
 
     def going(state: Any) -> jax.Array:
         return run(test, extra, [*of_test, *state[1]], depth, False)[0][0]
@@ -330,18 +493,11 @@ def _while(call: _Call) -> tuple[list[Any], States]:
         number, carry, before = state
         key = None if extra.key is None else extra.folded(number)
         arguments = [*of_turn, *carry]
-        results, seen = run(inside, Extra(key, extra.scales), arguments, depth, observing)
-        merged = {
-            name: tuple(
-                None if known is None else calibration.merge(old, new, known[1])
-                for old, new, known in zip(before[name], states, recipes[name], strict=True)
-            )
-            for name, states in seen.items()
-        }
-        return number + 1, results, merged
+        results, seen = run(inside, extra._replace(key=key), arguments, depth, observing)
+        return number + 1, results, _merged(inside, depth, before, seen)
 
     start = [_array(x) for x in operands[conds + bodies :]]
-    state = (jnp.int32(0), start, _nothing([inside], observing))
+    state = (jnp.int32(0), start, _nothing([inside], extra, depth) if observing else {})
     _, results, seen = lax.while_loop(going, turn, state)
     return results, seen
 
@@ -352,7 +508,8 @@ def _cond(call: _Call) -> tuple[list[Any], States]:
     def branch(inside: Program) -> Callable[..., Any]:
         def call(*operands: Any) -> Any:
             results, seen = run(inside, extra, operands, depth, observing)
-            return results, {**_nothing(programs, observing), **seen}
+            unseen = _nothing(programs, extra, depth) if observing else {}
+            return results, {**unseen, **seen}
 
         return call
 
@@ -363,6 +520,7 @@ def _cond(call: _Call) -> tuple[list[Any], States]:
 def _custom(call: _Call) -> tuple[list[Any], States]:
     """A function with a derivative of its own: the value is quantized, the derivative its own."""
     eqn, programs, extra, operands, depth, observing = call
+    extra = extra._replace(histories={})  # They would see nothing.
     arrays = [_array(operand) for operand in operands]
     seen: States = {}
     if observing:
@@ -393,6 +551,7 @@ def _custom(call: _Call) -> tuple[list[Any], States]:
 _INSIDE: MappingProxyType[str, Callable[..., tuple[list[Any], States]]] = MappingProxyType(
     {
         **dict.fromkeys(compat.AROUND, _around),
+        "shard_map": _shard_map,
         "scan": _scan,
         "while": _while,
         "cond": _cond,

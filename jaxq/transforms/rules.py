@@ -159,7 +159,7 @@ class Delayed:
 
 
 Rules: TypeAlias = (
-    "Frozen | Delayed | Sequence[Rule | tuple[str, str | DotRecipe | Format | Quantizer | None]]"
+    Frozen | Delayed | Sequence[Rule | tuple[str, str | DotRecipe | Format | Quantizer | None]]
 )
 
 

@@ -8,16 +8,18 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq import codebooks
+from jaxq import codebooks, draws
 from jaxq.attaching import Snap, attach, wants_neighbours
+from jaxq.binary import snap
+from jaxq.bits import Layout, where
 from jaxq.catalog import get_format
 from jaxq.codecs import code_dtype, codes_of, level_codes
 from jaxq.formats import CodebookFormat, FloatFormat, Format, TaperedFormat
 from jaxq.gradients import Gradient, get_gradient
-from jaxq.grids import BinaryGrid, Layout, Overflow, snap, where
+from jaxq.grids import BinaryGrid
 from jaxq.meshes import as_first, automatic
 from jaxq.rounding import ALL as ROUNDINGS
-from jaxq.rounding import Rounding, Stochastic, down, get_rounding, nearest_even, up
+from jaxq.rounding import Overflow, Rounding, Stochastic, down, get_rounding, nearest_even, up
 from jaxq.tapered import encode_tapered, snap_tapered
 
 __all__ = ["as_dtype", "cast", "enclosing", "encode", "floats", "widen"]
@@ -302,7 +304,7 @@ def _random(
         )
     dtype = mode.random_dtype if isinstance(mode, Stochastic) else jnp.dtype(jnp.uint32)
     if key is not None:
-        return jax.random.bits(key, x.shape, dtype)
+        return draws.bits(jnp.asarray(key), x.shape, dtype)
     bits = jnp.asarray(random_bits)
     if not jnp.issubdtype(bits.dtype, jnp.unsignedinteger) or bits.shape != x.shape:
         raise ValueError(

@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from jaxq.contractions import of_conv, of_dot, of_einsum
 from jaxq.dot_recipes import DotRecipe, get_dot_recipe
 from jaxq.execution import DotOfCodes
-from jaxq.products import Operation, product
+from jaxq.products import Operation, keys_of, product
 
 __all__ = ["conv_general_dilated", "dot_general", "einsum"]
 
@@ -87,7 +87,7 @@ def dot_general(
     contraction = of_dot(dimension_numbers, lhs.ndim, rhs.ndim)
     codes = DotOfCodes(contraction)
     operation = Operation("dot_general", ("lhs", "rhs"), function, contraction, codes)
-    return product(operation, lhs, rhs, get_dot_recipe(recipe), key)
+    return product(operation, lhs, rhs, get_dot_recipe(recipe), keys_of(key))
 
 
 def einsum(
@@ -146,7 +146,7 @@ def einsum(
     contraction = of_einsum(subscripts, lhs.ndim, rhs.ndim)
     codes = DotOfCodes(contraction)
     operation = Operation(f"einsum {subscripts!r}", ("lhs", "rhs"), function, contraction, codes)
-    return product(operation, lhs, rhs, get_dot_recipe(recipe), key)
+    return product(operation, lhs, rhs, get_dot_recipe(recipe), keys_of(key))
 
 
 def conv_general_dilated(
@@ -232,4 +232,4 @@ def conv_general_dilated(
         None if grouped else codes,
         grouped,
     )
-    return product(operation, lhs, rhs, get_dot_recipe(recipe), key)
+    return product(operation, lhs, rhs, get_dot_recipe(recipe), keys_of(key))

@@ -81,7 +81,7 @@ def spec_of(x: Any) -> PartitionSpec:
 
 def axes_of(entry: Any) -> tuple[str, ...]:
     """The mesh axes that an entry of a spec names."""
-    if entry is None:
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
 

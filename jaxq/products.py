@@ -23,13 +23,14 @@ from jaxq.casting import as_dtype, cast
 from jaxq.contractions import Axes, Contraction, block_along, placed
 from jaxq.cotangents import with_transpose
 from jaxq.dot_recipes import DotRecipe, ProductRecipe, is_stochastic
+from jaxq.draws import one_of, split
 from jaxq.execution import DotOfCodes, Operand
 from jaxq.hadamard import Hadamard
 from jaxq.histories import Amax
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Quantizer
 
-__all__ = ["Operation", "Scales", "product"]
+__all__ = ["Operation", "Scales", "keys_of", "product"]
 
 Key = jax.Array | None
 Keys = tuple[Key, ...]
@@ -109,7 +110,7 @@ def product(
     lhs: jax.Array,
     rhs: jax.Array,
     recipe: DotRecipe,
-    key: Key = None,
+    keys: Key = None,
     scales: Scales = _OWN,
 ) -> jax.Array:
     """A bilinear operation by a recipe: what every quantized product comes to.
@@ -119,7 +120,7 @@ def product(
       lhs: its first operand.
       rhs: its second operand.
       recipe: how it is quantized.
-      key: a key, if the recipe draws.
+      keys: those that `keys_of` makes of a key, if the recipe draws.
       scales: what `jaxq.calibration.finalize` gave, or largest magnitudes, for operands that do not
         have scales of their own.
 
@@ -130,13 +131,28 @@ def product(
       TypeError: as in `jaxq.dot_general`.
       ValueError: as in `jaxq.dot_general`.
     """
-    if key is not None and not recipe.draws:
+    if keys is not None and not recipe.draws:
         raise ValueError(
             f"{operation.name}: the recipe draws no random numbers, got a key. Leave it out."
         )
-    _check_key(operation.name, recipe.forward, key)
-    keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-    return _product(operation, lhs, rhs, recipe, keys, scales)
+    _check_key(operation.name, recipe.forward, keys)
+    own = tuple(
+        one_of(keys, i) if keys is not None and how.draws else None
+        for i, how in enumerate((recipe.forward, recipe.dlhs, recipe.drhs))
+    )
+    return _product(operation, lhs, rhs, recipe, own, scales)
+
+
+def keys_of(key: Key) -> Key:
+    """All keys of a product: for each of the three products, of both operands and the transform.
+
+    Args:
+      key: a key, or an array of them; None has none.
+
+    Returns:
+      Keys `[..., product, place]`.
+    """
+    return None if key is None else split(split(key, 3), 3)
 
 
 def _check_key(name: str, recipe: ProductRecipe, key: Key) -> None:
@@ -156,10 +172,9 @@ def _product(
     scales: Scales,
 ) -> jax.Array:
     plan = _Plan.of(recipe, operation, lhs, rhs)
-    own = (None,) * 3 if keys[0] is None else tuple(jax.random.split(keys[0], 3))
-    lhs, rhs = plan.rotated(lhs, rhs, own[2])
+    lhs, rhs = plan.rotated(lhs, rhs, keys[0])
     given = plan.given(lhs, rhs, scales.forward)
-    quantized = plan.quantized(lhs, rhs, own, given)
+    quantized = plan.quantized(lhs, rhs, keys[0], given)
     emulated = recipe.execution == "emulated"
     if emulated and recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized":
         return operation.function(*quantized)
@@ -198,7 +213,7 @@ def _product(
         return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
 
     multiply.defjvp(tangent, symbolic_zeros=True)
-    return multiply(quantized, (lhs, rhs), (own[:2], *keys[1:]), (given, *scales[1:]))
+    return multiply(quantized, (lhs, rhs), keys, (given, *scales[1:]))
 
 
 def _linear(
@@ -272,18 +287,19 @@ class _Plan(NamedTuple):
                 sizes.append(size)
         return cls((quantizers[0], quantizers[1]), hadamard, (sizes[0], sizes[1]))
 
-    def keys(self, keys: Keys) -> Keys:
+    def keys(self, keys: Key) -> tuple[Key, Key]:
         """The keys of the quantizers that draw."""
-        return tuple(
-            key if quantizer is not None and is_stochastic(quantizer) else None
-            for key, quantizer in zip(keys, self.quantizers, strict=False)
+        left, right = (
+            one_of(keys, i) if keys is not None and quantizer and is_stochastic(quantizer) else None
+            for i, quantizer in enumerate(self.quantizers)
         )
+        return left, right
 
-    def rotated(self, lhs: jax.Array, rhs: jax.Array, key: Key) -> tuple[jax.Array, jax.Array]:
+    def rotated(self, lhs: jax.Array, rhs: jax.Array, keys: Key) -> tuple[jax.Array, jax.Array]:
         """The operands after the Hadamard transform."""
         if self.hadamard is None:
             return lhs, rhs
-        signs = self.hadamard.draw(key)
+        signs = self.hadamard.draw(None if keys is None else one_of(keys, 2))
         rotated = []
         for x, sizes in zip((lhs, rhs), self.sizes, strict=True):
             y = self.hadamard.apply(x.astype(jnp.float32), sizes, signs)
@@ -300,7 +316,7 @@ class _Plan(NamedTuple):
         return tuple(found)
 
     def quantized(
-        self, lhs: jax.Array, rhs: jax.Array, keys: Keys, scales: tuple[Calibrated | None, ...]
+        self, lhs: jax.Array, rhs: jax.Array, keys: Key, scales: tuple[Calibrated | None, ...]
     ) -> tuple[jax.Array, jax.Array]:
         """The operands after their quantizers."""
         left, right = (

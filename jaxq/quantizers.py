@@ -16,17 +16,18 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxq.attaching import Scaling, Snap, attach, passed, wants_neighbours
+from jaxq.bits import where
 from jaxq.blocks import Cut
 from jaxq.casting import as_dtype, encode, floats, widen
 from jaxq.catalog import get_format
 from jaxq.codecs import pack
 from jaxq.formats import Format
 from jaxq.gradients import get_gradient
-from jaxq.grids import where
 from jaxq.meshes import as_first, automatic, spec_of
 from jaxq.presets import get_quantizer
 from jaxq.quantized import WHOLE_BYTES, Quantized
 from jaxq.recipes import Quantizer
+from jaxq.sealed import sealed
 from jaxq.sharding import quantized_sharding
 from jaxq.snapping import (
     Scales,
@@ -195,12 +196,26 @@ def _snapped(
 
     Only the tensor itself, and the scales that were given, are differentiable.
     """
-    cut, held = recipe.cut(x.shape), lax.stop_gradient(x)
+    cut = recipe.cut(x.shape)
+    function = functools.partial(_values, recipe=recipe, around=around)
+    ends, pair, values, scales, apart = sealed(function, *lax.stop_gradient((x, given)), key)
+    scaling = None
+    if given is not None:
+        scaling = _scaling(given, values, apart, scales, recipe, cut)
+        pair = map(scaling.moved, pair)
+    return Snap(cut.split(x), *ends, *pair), scaling
+
+
+def _values(
+    x: jax.Array, given: _Given, key: jax.Array | None, recipe: Quantizer, around: bool
+) -> tuple:
+    """A split tensor's values, low and high; neighbours; what they are made of."""
+    cut, held = recipe.cut(x.shape), x
     outliers, apart = (), None
     if recipe.outliers is not None:
         held, outliers = recipe.outliers.take(held)
     held = widen(cut.split(held))
-    scales = _scales(held, lax.stop_gradient(given), key, recipe, cut)
+    scales = _scales(held, given, key, recipe, cut)
     values = numbers(held, scales, key, recipe)
     y = restored(values, scales.step, scales.zero_point, recipe)
     pair = interval(held, scales, recipe) if around else ()
@@ -214,11 +229,7 @@ def _snapped(
         )
         pair = tuple(where(apart, y, v) for v in pair)
     y, low, high, *pair = (as_dtype(a, x.dtype) for a in (y, low, high, *pair))
-    scaling = None
-    if given is not None:
-        scaling = _scaling(given, values, apart, scales, recipe, cut)
-        pair = map(scaling.moved, pair)
-    return Snap(cut.split(x), y, low, high, *pair), scaling
+    return (y, low, high), pair, values, scales, apart
 
 
 def _scaling(

@@ -14,12 +14,13 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, extended_bits, where
 from jaxq.blocks import Cut
 from jaxq.casting import cast
 from jaxq.catalog import get_format
 from jaxq.formats import FloatFormat, Format, IntFormat
-from jaxq.grids import Layout, extended_bits, where
 from jaxq.reductions import reduced
+from jaxq.sealed import by_platform
 
 __all__ = [
     "E8M0",
@@ -262,7 +263,7 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     (https://github.com/openxla/xla/issues/37181). Subnormal operands and quotients count as zero.
     """
     b = jnp.broadcast_to(b, a.shape)
-    return lax.platform_dependent(a, b, cpu=_divide_by_array, default=_divide_in_integers)
+    return by_platform(_divide_by_array, _divide_in_integers, a, b)
 
 
 def _divide_by_array(a: jax.Array, b: jax.Array) -> jax.Array:

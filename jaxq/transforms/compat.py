@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 from jax._src import source_info_util  # The name stack and the user's line have no public name.
 from jax.sharding import PartitionSpec
 
 __all__ = [
     "AROUND",
+    "LAYOUTS",
     "Body",
     "bind",
     "bodies",
@@ -28,10 +30,12 @@ __all__ = [
     "devices_of",
     "is_array",
     "is_literal",
+    "layout_of",
     "loop_counts",
     "scope_of",
     "source_of",
     "source_of_error",
+    "varying_of",
     "within",
 ]
 
@@ -151,6 +155,17 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(result) if eqn.primitive.multiple_results else [result]
 
 
+def varying_of(eqn: Any) -> frozenset:
+    """The axes of a `shard_map` along which an equation's operands differ, as far as it checks."""
+    return frozenset().union(*(v.aval.manual_axis_type.varying for v in eqn.invars))
+
+
+def layout_of(eqn: Any) -> tuple[Callable[..., Any], Any]:
+    """What lays a tree of arrays out as an equation of `LAYOUTS` does, and its sharding."""
+    function, name = LAYOUTS[eqn.primitive.name]
+    return function, eqn.params[name]
+
+
 def call_inside(eqn: Any, function: Callable[..., Any], specs: Any = None) -> Callable[..., Any]:
     """A function of an equation's operands under what the equation puts around its body.
 
@@ -220,5 +235,13 @@ AROUND: MappingProxyType[str, Callable[..., Callable[..., Any]]] = MappingProxyT
         "checkpoint": _checkpoint,
         "remat2": _checkpoint,
         "shard_map": _shard_map,
+    }
+)
+
+# The function behind an equation that lays an array out, and the parameter with the sharding.
+LAYOUTS: MappingProxyType[str, tuple[Callable[..., Any], str]] = MappingProxyType(
+    {
+        "reshard": (jax.sharding.reshard, "dst_sharding"),
+        "sharding_constraint": (lax.with_sharding_constraint, "sharding"),
     }
 )

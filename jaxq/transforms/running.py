@@ -9,6 +9,7 @@ keeps its rule: its value is that of the quantized products, its derivative what
 the operands as they were.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -17,18 +18,21 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxq import calibration
 from jaxq.contractions import Contraction, of_conv, of_dot
+from jaxq.draws import fold_in, one_of
 from jaxq.execution import DotOfCodes
 from jaxq.histories import History, can_delay, record
 from jaxq.meshes import varying
-from jaxq.products import Operation, Scales, product
+from jaxq.products import Operation, Scales, keys_of, product
 from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
+from jaxq.sharding import quantized_sharding
 from jaxq.transforms import compat
 from jaxq.transforms.reading import LOOK_UP, Node
 from jaxq.transforms.rules import Assigned, naming
@@ -76,20 +80,21 @@ class Extra(NamedTuple):
     places: Mapping[str, jax.Array]
 
     def folded(self, number: Any) -> jax.Array:
-        """The key for a product, or a turn of a loop."""
+        """The keys for products or turns of a loop."""
         assert self.key is not None, "checked before anything runs"
-        return jax.random.fold_in(self.key, number)
+        return fold_in(self.key, number)
 
-    def drawn(self, number: int, operands: Sequence[jax.Array]) -> jax.Array:
-        """The key for a product: another one on devices that multiply something else.
+    def apart(self, eqn: Any) -> tuple[str, ...]:
+        """The axes of devices that draw their own numbers for a product: they multiply other ones.
 
-        Where a `shard_map` does not check what differs, all its devices count as such.
+        Where a `shard_map` does not check what differs, all its devices do.
         """
-        key, differing = self.folded(number), frozenset().union(*map(varying, operands))
-        for axis, place in sorted(self.places.items()):
-            if axis in differing or axis not in varying(place):
-                key = jax.random.fold_in(key, place)
-        return key
+        differing = compat.varying_of(eqn)
+        return tuple(
+            axis
+            for axis, place in sorted(self.places.items())
+            if axis in differing or axis not in varying(place)
+        )
 
     def everywhere(self, states: Any) -> Any:
         """States as ones that may differ on all devices, whatever they were made of."""
@@ -159,10 +164,13 @@ def run(
     def value(variable: Any) -> Any:
         return variable.val if compat.is_literal(variable) else values[variable]
 
+    keys = _keys(extra, body.eqns, products)
     for i, eqn in enumerate(body.eqns):
         operands = [value(variable) for variable in eqn.invars]
         if i in products:
-            results, more = _product(eqn, products[i], extra, operands, observing)
+            results, more = _product(
+                eqn, products[i], extra, keys.get(i, _Keys()), operands, observing
+            )
             seen |= more
         elif i in inner:
             handler = _INSIDE[eqn.primitive.name]
@@ -170,6 +178,8 @@ def run(
                 own = extra.within(inner[i])
                 results, more = handler(_Call(eqn, inner[i], own, operands, depth, observing))
             seen |= more
+        elif eqn.primitive.name in compat.LAYOUTS and isinstance(operands[0], Quantized):
+            results = [_laid_out(eqn, operands[0])]
         else:
             results = compat.bind(eqn, [_array(operand) for operand in operands])
         values.update(zip(eqn.outvars, results, strict=True))
@@ -186,20 +196,62 @@ def _array(x: Any) -> Any:
     return function(x)
 
 
+def _laid_out(eqn: Any, q: Quantized) -> Any:
+    """A stored weight laid out over devices: packed, if its bytes divide, else as an array.
+
+    So a weight that lies in parts and is gathered for its product moves in few bytes.
+    """
+    function, sharding = compat.layout_of(eqn)
+    with contextlib.suppress(ValueError), compat.within(eqn):
+        return function(q, quantized_sharding(q, sharding))
+    return compat.bind(eqn, [_array(q)])[0]
+
+
+class _Keys(NamedTuple):
+    """The keys of one product."""
+
+    product: jax.Array | None = None
+    table: jax.Array | None = None
+    output: jax.Array | None = None
+
+
+def _keys(extra: Extra, eqns: Sequence[Any], products: Mapping[int, Assigned]) -> dict[int, _Keys]:
+    """The keys of products by their equations, many made at once: to draw is much to compile."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, assigned in products.items():
+        if extra.key is not None and assigned.draws:
+            groups.setdefault(extra.apart(eqns[i]), []).append(i)
+    found = {}
+    for axes, members in groups.items():
+        own = extra.folded(np.array([products[i].number for i in members]))
+        for axis in axes:
+            own = fold_in(own, extra.places[axis])
+        nine: Any = keys_of(own)
+        for at, i in enumerate(members):
+            assigned, first = products[i], one_of(own, at)
+            recipe_draws = assigned.recipe is not None and bool(assigned.recipe.draws)
+            found[i] = _Keys(
+                one_of(nine, at) if recipe_draws and assigned.table is None else None,
+                first if recipe_draws and assigned.table is not None else None,
+                fold_in(first, 0) if assigned.output_draws else None,
+            )
+    return found
+
+
 def _product(
-    eqn: Any, assigned: Assigned, extra: Extra, operands: list[Any], observing: bool
+    eqn: Any,
+    assigned: Assigned,
+    extra: Extra,
+    keys: _Keys,
+    operands: list[Any],
+    observing: bool,
 ) -> tuple[list[Any], States]:
     arrays = [_array(operand) for operand in operands]
     seen: States = {}
-    key = of_output = None
-    if assigned.draws and extra.key is not None:
-        key = extra.drawn(assigned.number, arrays)
-        of_output = jax.random.fold_in(key, 0) if assigned.output_draws else None
-        key = key if assigned.recipe is not None and assigned.recipe.draws else None
     with compat.within(eqn):
         if assigned.table is not None:
             with naming(assigned.where):
-                table = fake_quant(arrays[0], assigned.table, key=key)
+                table = fake_quant(arrays[0], assigned.table, key=keys.table)
             y = compat.bind(eqn, [table, *arrays[1:]])[0]
         elif eqn.primitive.name == LOOK_UP or assigned.recipe is None:
             y = compat.bind(eqn, arrays)[0]
@@ -217,7 +269,9 @@ def _product(
             first, second = ordered
             histories = extra.histories.get(assigned.name, (None, None, None))
             scales = _scales(assigned, extra.scales.get(assigned.name), histories)
-            y = product(_operation(eqn, assigned), first, second, assigned.recipe, key, scales)
+            y = product(
+                _operation(eqn, assigned), first, second, assigned.recipe, keys.product, scales
+            )
             for history, quantizer, x in zip(
                 histories, assigned.delayed, (first, second, None), strict=True
             ):
@@ -225,7 +279,7 @@ def _product(
                     y = record(y, history, quantizer, x)
         if assigned.output is not None:
             with naming(assigned.where):
-                y = fake_quant(y, assigned.output, key=of_output)
+                y = fake_quant(y, assigned.output, key=keys.output)
     return [y], seen
 
 

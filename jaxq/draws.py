@@ -78,8 +78,8 @@ def _keys(data: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def _pairs(data: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Two results of the cipher, computed once: else XLA on CPU does it in each pass that draws."""
-    return lax.optimization_barrier(jnp.stack(_threefry(data, numbers), axis=-1))
+    """The data of those keys."""
+    return jnp.stack(_threefry(data, numbers), axis=-1)
 
 
 def _bits(shape: tuple[int, ...], data: jax.Array) -> jax.Array:

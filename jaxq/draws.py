@@ -60,7 +60,8 @@ def _typed(key: jax.Array) -> jax.Array:
 
 def _written_out(key: jax.Array) -> bool:
     """Whether a key is Threefry's, counted as JAX does unless it is told otherwise."""
-    return jax.config.jax_threefry_partitionable and jax.random.key_impl(key) == "threefry2x32"
+    config: Any = jax.config
+    return config.jax_threefry_partitionable and jax.random.key_impl(key) == "threefry2x32"
 
 
 def _each(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

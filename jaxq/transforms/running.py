@@ -30,6 +30,7 @@ from jaxq.products import Operation, Scales, keys_of, product
 from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
 from jaxq.transforms import compat
+from jaxq.transforms.looking_up import look_up
 from jaxq.transforms.reading import LOOK_UP, Node
 from jaxq.transforms.rules import Assigned, naming
 
@@ -176,6 +177,7 @@ def _keys(key: jax.Array | None, products: Mapping[int, Assigned]) -> dict[int, 
         return {}
     own = fold_in(key, np.array([assigned.number for assigned in drawing.values()]))
     nine = keys_of(own)
+    assert nine is not None, "there is a key"
     found = {}
     for place, (i, assigned) in enumerate(drawing.items()):
         first = one_of(own, place)
@@ -200,8 +202,12 @@ def _product(
     seen: States = {}
     with naming(assigned.where), compat.within(eqn):
         if assigned.table is not None:
-            table = fake_quant(arrays[0], assigned.table, key=keys.table)
-            y = compat.bind(eqn, [table, *arrays[1:]])[0]
+            table, *places = arrays
+
+            def gather(table: jax.Array) -> jax.Array:
+                return compat.bind(eqn, [table, *places])[0]
+
+            y = look_up(eqn, gather, table, assigned.table, keys.table)
         elif eqn.primitive.name == LOOK_UP or assigned.recipe is None:
             y = compat.bind(eqn, arrays)[0]
         else:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxq.blocks import PerBlock
 from jaxq.dot_recipes import is_stochastic
@@ -42,7 +43,8 @@ def look_up(
 def _of_rows(params: Any, shape: tuple[int, ...], quantizer: Quantizer) -> Quantizer | None:
     """A table's quantizer on the axes of what is read; None where that is not the same."""
     whole = quantizer.second_level is not None or quantizer.outliers is not None
-    if whole or is_stochastic(quantizer) or params["fill_value"] is not None:
+    fill = params["fill_value"]  # None is a NaN too.
+    if whole or is_stochastic(quantizer) or not (fill is None or np.isnan(fill)):
         return None
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)

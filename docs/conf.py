@@ -121,8 +121,10 @@ _UNIONS = {
     "~jax.Array | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex": (
         "~jax.typing.ArrayLike"
     ),
-    "~jaxq.formats.FloatFormat | ~jaxq.formats.IntFormat | ~jaxq.formats.CodebookFormat"
-    " | ~jaxq.formats.TaperedFormat": "~jaxq.Format",
+    "~jaxq.formats.floats.FloatFormat | ~jaxq.formats.integers.IntFormat"
+    " | ~jaxq.formats.codebooks.CodebookFormat | ~jaxq.formats.tapered.TaperedFormat": (
+        "~jaxq.Format"
+    ),
 }
 
 

@@ -11,7 +11,6 @@ make zeros, by which Adam then divides.
 
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,7 +129,7 @@ def table(results: Sequence[Result]) -> common.Table:
     return grid
 
 
-def picture(results: Sequence[Result], path: pathlib.Path) -> None:
+def picture(results: Sequence[Result]) -> common.Figure:
     """Left the training loss over epochs, right the bytes of state."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1.25, 1)
@@ -189,26 +188,19 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y" if axes is left else "x", color="#eeeeee")
         axes.set_axisbelow(True)
-    common.save(figure, path)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    args = common.arguments(__doc__, argv, "adam8bit.png", seeds=5, epochs=20)
+    args = common.arguments(
+        __doc__, argv, "adam8bit.png", seeds=(5, "networks"), epochs=(20, "passes over the data")
+    )
     labels = SHORT if args.short else tuple(OPTIMIZERS)
     seeds, epochs = (2, 3) if args.short else (args.seeds, args.epochs)
-    console = common.Console()
-    with common.progress(console) as progress:
-        task = progress.add_task("training", total=len(labels))
-        results = run(
-            labels,
-            seeds,
-            epochs,
-            lambda label: progress.update(task, advance=1, description=label),
-        )
-    console.print(table(results))
-    picture(results, args.output)
-    console.print(f"Picture: {args.output}")
+    with common.progress(len(labels)) as report:
+        results = run(labels, seeds, epochs, report)
+    common.show(table(results), picture(results), args.output)
     return results
 
 

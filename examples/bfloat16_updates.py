@@ -10,7 +10,6 @@ rounding changes as few weights in a step, but these by enough that all of the m
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,7 +129,7 @@ def table(results: Sequence[Result]) -> common.Table:
     return grid
 
 
-def picture(results: Sequence[Result], path: pathlib.Path) -> None:
+def picture(results: Sequence[Result]) -> common.Figure:
     """Loss, idle updates and movement over epochs."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     epochs = np.arange(1, results[0].losses.shape[1] + 1)
@@ -165,22 +164,22 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
         x=0.01,
         ha="left",
     )
-    common.save(figure, path)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    args = common.arguments(__doc__, argv, "bfloat16_updates.png", seeds=5, epochs=100)
+    args = common.arguments(
+        __doc__,
+        argv,
+        "bfloat16_updates.png",
+        seeds=(5, "networks"),
+        epochs=(100, "passes over the data"),
+    )
     seeds, epochs = (2, 20) if args.short else (args.seeds, args.epochs)
-    console = common.Console()
-    with common.progress(console) as progress:
-        task = progress.add_task("training", total=len(WEIGHTS))
-        results = run(
-            seeds, epochs, lambda label: progress.update(task, advance=1, description=label)
-        )
-    console.print(table(results))
-    picture(results, args.output)
-    console.print(f"Picture: {args.output}")
+    with common.progress(len(WEIGHTS)) as report:
+        results = run(seeds, epochs, report)
+    common.show(table(results), picture(results), args.output)
     return results
 
 

@@ -1,10 +1,11 @@
 """What the examples share: the data, a network, the loop over batches, and how results look."""
 
 import argparse
+import contextlib
 import itertools
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ try:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
@@ -30,6 +32,7 @@ __all__ = [
     "GREY",
     "ORANGE",
     "Console",
+    "Figure",
     "Params",
     "Table",
     "arguments",
@@ -39,11 +42,12 @@ __all__ = [
     "over_batches",
     "plt",
     "progress",
-    "save",
+    "show",
     "spread",
 ]
 
 BATCH = 64
+IMAGES = pathlib.Path("docs/images")
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"  # Okabe and Ito's palette.
 
 Params = list[dict[str, jax.Array]]
@@ -100,34 +104,42 @@ def over_batches(
 
 
 def arguments(
-    doc: str | None, argv: Sequence[str] | None, picture: str, *, seeds: int, epochs: int
+    doc: str | None,
+    argv: Sequence[str] | None,
+    picture: str | None = None,
+    **amounts: tuple[int, str],
 ) -> argparse.Namespace:
-    """The command line that every example has."""
+    """The command line that every example has, and amounts of its own: defaults and meanings."""
     parser = argparse.ArgumentParser(description=str(doc).splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=seeds, help=f"networks (default {seeds})")
-    parser.add_argument(
-        "--epochs", type=int, default=epochs, help=f"passes over the data (default {epochs})"
-    )
+    for name, (default, meaning) in amounts.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{meaning} (default {default})"
+        )
     parser.add_argument("--short", action="store_true", help="a quick run with fewer of everything")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("docs/images") / picture
-    )
+    if picture is not None:
+        parser.add_argument("--output", type=pathlib.Path, default=IMAGES / picture)
     return parser.parse_args(argv)
 
 
-def progress(console: Console) -> Progress:
-    """A progress bar that names what is running."""
+@contextlib.contextmanager
+def progress(total: int, first: str = "training") -> Iterator[Callable[[str], None]]:
+    """A progress bar that names what is running; one call of what it gives is one step."""
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console)
+    with Progress(*columns, TimeElapsedColumn()) as bar:
+        task = bar.add_task(first, total=total)
+        yield lambda label: bar.update(task, advance=1, description=label)
+
+
+def show(table: Table, figure: Figure, path: pathlib.Path) -> None:
+    """Prints a table, writes a picture and says where it is."""
+    console = Console()
+    console.print(table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    console.print(f"Picture: {path}")
 
 
 def spread(values: np.ndarray) -> str:
     """Mean and standard deviation over seeds, in percent."""
     return f"{100 * values.mean():5.1f} ± {100 * values.std():.1f}"
-
-
-def save(figure: Any, path: pathlib.Path) -> None:
-    """Writes a picture and forgets it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -11,7 +11,6 @@ gradients go straight through it. All seeds of a format train in one compiled, v
 import dataclasses
 import functools
 import itertools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -192,7 +191,7 @@ def table(results: Sequence[Result]) -> common.Table:
     return grid
 
 
-def picture(results: Sequence[Result], path: pathlib.Path) -> None:
+def picture(results: Sequence[Result]) -> common.Figure:
     """A dumbbell a format: test error after rounding, and after training through the quantizer."""
     rows = list(reversed(results))
     heights = np.arange(len(rows))
@@ -246,24 +245,19 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
     axes.tick_params(left=False)
     axes.legend(loc="upper right", framealpha=1, edgecolor="white")
     axes.set_title("Handwritten digits, weights and activations in few bits", loc="left", pad=12)
-    common.save(figure, path)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    args = common.arguments(__doc__, argv, "digits.png", seeds=5, epochs=30)
+    args = common.arguments(
+        __doc__, argv, "digits.png", seeds=(5, "networks"), epochs=(30, "passes over the data")
+    )
     labels = SHORT if args.short else tuple(FORMATS)
     seeds, epochs = (2, 15) if args.short else (args.seeds, args.epochs)
-
-    console = common.Console()
-    with common.progress(console) as progress:
-        task = progress.add_task("training in float32", total=len(labels))
-        results = run(
-            labels, seeds, epochs, lambda label: progress.update(task, advance=1, description=label)
-        )
-    console.print(table(results))
-    picture(results, args.output)
-    console.print(f"Picture: {args.output}")
+    with common.progress(len(labels), "training in float32") as report:
+        results = run(labels, seeds, epochs, report)
+    common.show(table(results), picture(results), args.output)
     return results
 
 

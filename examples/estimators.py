@@ -13,7 +13,6 @@ Then the same estimators train the network of `learned_steps.py` on handwritten 
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 
 import common
@@ -161,7 +160,7 @@ STYLES = {
 }
 
 
-def picture(results: Results, path: pathlib.Path) -> None:
+def picture(results: Results) -> common.Figure:
     """Bias and deviation by noise; test error by bits; one legend."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 5.4), layout="constrained")
     handles = {}
@@ -216,30 +215,20 @@ def picture(results: Results, path: pathlib.Path) -> None:
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False
     )
-    common.save(figure, path)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     """Runs the studies, prints the table, draws the picture and returns the results."""
-    args = common.arguments(__doc__, argv, "estimators.png", seeds=3, epochs=30)
+    args = common.arguments(
+        __doc__, argv, "estimators.png", seeds=(3, "networks"), epochs=(30, "passes over the data")
+    )
     widths = WIDTHS[-1:] if args.short else WIDTHS
     names = SHORT if args.short else tuple(jaxq.gradients.ALL)
     seeds, epochs = (1, 8) if args.short else (args.seeds, args.epochs)
-
-    console = common.Console()
-    with common.progress(console) as progress:
-        total = 2 + len(names) * len(widths)
-        task = progress.add_task("bias and variance", total=total)
-        results = run(
-            names,
-            widths,
-            seeds,
-            epochs,
-            lambda label: progress.update(task, advance=1, description=label),
-        )
-    console.print(table(results))
-    picture(results, args.output)
-    console.print(f"Picture: {args.output}")
+    with common.progress(2 + len(names) * len(widths), "bias and variance") as report:
+        results = run(names, widths, seeds, epochs, report)
+    common.show(table(results), picture(results), args.output)
     return results
 
 

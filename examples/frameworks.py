@@ -10,7 +10,6 @@ draws by place in the tensor, whose axes have another order too.
     python examples/frameworks.py [--short]
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -176,9 +175,7 @@ def _distance(x: jax.Array, y: jax.Array) -> float:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, tuple[jax.Array, jax.Array]]]:
     """Runs all three, prints a table and returns the results."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="a quick run with fewer of everything")
-    args = parser.parse_args(argv)
+    args = common.arguments(__doc__, argv)
     data, _ = language_model.text()
     rows = language_model.windows(data, jnp.arange(2) * 1000)
     results = {recipe: run(recipe, rows) for recipe in (SHORT if args.short else RECIPES)}

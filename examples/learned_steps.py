@@ -11,7 +11,6 @@ long, with the same optimizer. All seeds train in one compiled, vmapped program.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -186,7 +185,7 @@ def table(results: Sequence[Result]) -> Table:
     return grid
 
 
-def picture(results: Sequence[Result], path: pathlib.Path) -> None:
+def picture(results: Sequence[Result]) -> common.Figure:
     """Test error of every method at every width, all seeds, beside the band of one point."""
     base = 100 * (1 - results[0].accuracy)
     widths = sorted({r.bits for r in results[1:]})
@@ -236,25 +235,23 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
     axes.tick_params(left=False)
     axes.legend(loc="upper right", framealpha=1, edgecolor="white")
     axes.set_title("Learned steps: handwritten digits down to 2 bits", loc="left", pad=12)
-    common.save(figure, path)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    args = common.arguments(__doc__, argv, "learned_steps.png", seeds=5, epochs=120)
+    args = common.arguments(
+        __doc__,
+        argv,
+        "learned_steps.png",
+        seeds=(5, "networks"),
+        epochs=(120, "passes over the data"),
+    )
     widths = WIDTHS[-1:] if args.short else WIDTHS
     seeds, epochs = (2, 30) if args.short else (args.seeds, args.epochs)
-
-    console = common.Console()
-    with common.progress(console) as progress:
-        total = 1 + len(METHODS) * len(widths)
-        task = progress.add_task("training in float32", total=total)
-        results = run(
-            widths, seeds, epochs, lambda label: progress.update(task, advance=1, description=label)
-        )
-    console.print(table(results))
-    picture(results, args.output)
-    console.print(f"Picture: {args.output}")
+    with common.progress(1 + len(METHODS) * len(widths), "training in float32") as report:
+        results = run(widths, seeds, epochs, report)
+    common.show(table(results), picture(results), args.output)
     return results
 
 

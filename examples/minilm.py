@@ -12,9 +12,7 @@ is checked against published similarities.
     python examples/minilm.py [--short] [--output PICTURE]
 """
 
-import argparse
 import dataclasses
-import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -132,7 +130,7 @@ def table(results: Sequence[Result]) -> common.Table:
     return grid
 
 
-def picture(results: Sequence[Result], path: pathlib.Path) -> None:
+def picture(results: Sequence[Result]) -> common.Figure:
     """Left a dumbbell a recipe, right what is the best for its bits."""
     by_bits = sorted((r for r in results if not r.reason), key=lambda r: (r.bits, r.weights.cosine))
     rows = [*(r for r in results if r.reason), *by_bits]
@@ -193,37 +191,24 @@ def picture(results: Sequence[Result], path: pathlib.Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#eeeeee")
         axes.set_axisbelow(True)
-    common.save(figure, path)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="a quick run with fewer of everything")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("docs/images/minilm.png")
-    )
-    args = parser.parse_args(argv)
+    args = common.arguments(__doc__, argv, "minilm.png")
     names = SHORT if args.short else tuple(jaxq.presets.ALL)
     params = encoder.load()
 
     console = common.Console()
     off = check(params)
     console.print(f"Published similarities, which have four decimals, are met within {off:.6f}.")
-    with common.progress(console) as progress:
-        task = progress.add_task("embedding", total=len(names))
-        results = run(
-            names,
-            8 if args.short else 100,
-            params,
-            lambda name: progress.update(task, advance=1, description=name),
-        )
-    console.print(table(results))
+    with common.progress(len(names), "embedding") as report:
+        results = run(names, 8 if args.short else 100, params, report)
+    common.show(table(results), picture(results), args.output)
     for r in results:
         if r.reason:
             console.print(f"{r.name} cannot be: {r.reason}", highlight=False)
-    picture(results, args.output)
-    console.print(f"Picture: {args.output}")
     return results
 
 

@@ -4,19 +4,18 @@ One model (`language_model.py`) learns Python's own documentation from the same 
 batches, by AdamW; only the numbers in which the products of its layers are computed differ, in the
 forward pass and in the gradient. The model knows nothing of it: `jaxq.quantize_fn` takes its
 function. Embedding and head stay in float32, and so do the weights that the optimizer updates.
-Shown is the cross-entropy on held-out text, computed as in training, and the time of a step. It is
-one seed and a short run: how far bfloat16 is from float32 says what small differences mean.
+Shown is the cross-entropy on held-out text, computed as in training, and the time of a step. The
+runs are short, and any change of a last bit makes another run: how far bfloat16 is from float32,
+and the seeds of one way from each other, says what small differences mean.
 
-    python examples/transformer.py [--steps N] [--short] [--output PICTURE]
+    python examples/transformer.py [--steps N] [--seeds N] [--short] [--output PICTURE]
 """
 
-import argparse
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import jax
@@ -73,12 +72,16 @@ SHORT = ("float32", "FP8, delayed scaling")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How one way fared: held-out bits a byte at some steps, and the speed of training."""
+    """How one way fared: held-out bits a byte `[seed, step]`, and the speed of training."""
 
     way: Way
     steps: np.ndarray
     held_out: np.ndarray
     tokens_per_second: float
+
+    def beside(self, base: "Result") -> np.ndarray:
+        """How much worse it ends than another one does, for each seed."""
+        return self.held_out[:, -1] - base.held_out[:, -1]
 
 
 def quantized_loss(
@@ -93,11 +96,19 @@ def quantized_loss(
     return jaxq.quantize_fn(language_model.loss, rules, key=drawn)(params, rows)
 
 
-def training(way: Way, data: jax.Array, steps: int) -> tuple[Callable, Callable, Any]:
-    """A step of training, the loss on given text, and the state to start from.
+class Training(NamedTuple):
+    """A step of training, the loss on given text, and the state that a key starts from.
 
-    The state is the weights, the state of delayed scaling, and the optimizer's.
+    A state is the weights, the state of delayed scaling, and the optimizer's.
     """
+
+    step: Callable[[Any, jax.Array], Any]
+    loss: Callable[..., jax.Array]
+    init: Callable[[jax.Array], Any]
+
+
+def training(way: Way, data: jax.Array, steps: int) -> Training:
+    """How one way trains."""
     rate = optax.warmup_cosine_decay_schedule(0.0, RATE, steps // 10, steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1)
@@ -115,38 +126,54 @@ def training(way: Way, data: jax.Array, steps: int) -> tuple[Callable, Callable,
         scaling = scaling.update(seen) if way.delayed else ()
         return optax.apply_updates(params, updates), scaling, moments
 
-    params, scaling = language_model.init(jax.random.key(0)), ()
-    if way.delayed:
-        rows = jnp.zeros((BATCH, language_model.CONTEXT + 1), jnp.int32)
-        scaling = jaxq.delayed_scaling(language_model.loss, [(LAYERS, way.recipe)])(params, rows)
-    return step, jax.jit(loss), (params, scaling, optimizer.init(params))
+    def init(key: jax.Array) -> Any:
+        params, scaling = language_model.init(key), ()
+        if way.delayed:
+            rows, rules = (
+                jnp.zeros((BATCH, language_model.CONTEXT + 1), int),
+                [(LAYERS, way.recipe)],
+            )
+            scaling = jaxq.delayed_scaling(language_model.loss, rules)(params, rows)
+        return params, scaling, optimizer.init(params)
+
+    return Training(step, jax.jit(loss), init)
 
 
 def run(
-    ways: Sequence[Way], steps: int, looks: int, windows: int, report: Callable[[str], None]
+    ways: Sequence[Way],
+    seeds: int,
+    steps: int,
+    looks: int,
+    windows: int,
+    report: Callable[[str], None],
 ) -> list[Result]:
     """Trains in all ways, a step of each in turn, so that a busy machine slows all alike."""
     data, held = language_model.text()
     starts = np.linspace(0, held.size - language_model.CONTEXT - 1, windows).astype(np.int32)
     rows = language_model.windows(held, jnp.asarray(starts))
     trainings = [training(way, data, steps) for way in ways]
-    states = [state for *_, state in trainings]
-    keys = jax.random.split(jax.random.key(1), steps)
     marks = np.unique(np.linspace(0, steps, looks + 1).astype(int))
-    losses, seconds = np.zeros((len(ways), len(marks))), np.zeros((len(ways), steps))
-    for i in range(steps + 1):
-        for n, (way, (step, loss, _)) in enumerate(zip(ways, trainings, strict=True)):
-            if i == 0:
-                report(f"compiling {way.label}")
-                jax.block_until_ready(step(states[n], keys[0]))
-            if i in marks:
-                losses[n, np.searchsorted(marks, i)] = loss(*states[n][:2], rows, keys[0])
-            if i < steps:
-                start = time.perf_counter()
-                states[n] = jax.block_until_ready(step(states[n], keys[i]))
-                seconds[n, i] = time.perf_counter() - start
-        report("")
-    speeds = BATCH * language_model.CONTEXT / np.median(seconds, axis=1)
+    losses = np.zeros((len(ways), seeds, len(marks)))
+    seconds = np.zeros((len(ways), seeds, steps))
+    for way, train in zip(ways, trainings, strict=True):
+        report(f"compiling {way.label}")
+        key = jax.random.key(0)
+        jax.block_until_ready(train.step(train.init(key), key))
+    for seed in range(seeds):
+        key = jax.random.key(seed)
+        states = [train.init(key) for train in trainings]
+        keys = jax.random.split(jax.random.fold_in(key, 1), steps)
+        for i in range(steps + 1):
+            for n, train in enumerate(trainings):
+                if i in marks:
+                    loss = train.loss(*states[n][:2], rows, keys[0])
+                    losses[n, seed, np.searchsorted(marks, i)] = loss
+                if i < steps:
+                    start = time.perf_counter()
+                    states[n] = jax.block_until_ready(train.step(states[n], keys[i]))
+                    seconds[n, seed, i] = time.perf_counter() - start
+            report("training")
+    speeds = BATCH * language_model.CONTEXT / np.median(seconds, axis=(1, 2))
     return [
         Result(way, marks, own, float(speed))
         for way, own, speed in zip(ways, losses, speeds, strict=True)
@@ -154,7 +181,7 @@ def run(
 
 
 def table(results: Sequence[Result]) -> common.Table:
-    """The results, one way a row."""
+    """The results, one way a row: means over the seeds, and the deviation of a difference."""
     base = results[0]
     grid = common.Table(title="A language model on held-out text, bits a byte")
     grid.add_column("products in the layers", no_wrap=True)
@@ -163,74 +190,63 @@ def table(results: Sequence[Result]) -> common.Table:
     for r in results:
         grid.add_row(
             r.way.label,
-            f"{r.held_out[-1]:.3f}",
-            f"{r.held_out[-1] - base.held_out[-1]:+.3f}",
+            f"{r.held_out[:, -1].mean():.3f}",
+            f"{r.beside(base).mean():+.3f} ± {r.beside(base).std():.3f}",
             f"{r.tokens_per_second:,.0f}",
             f"{base.tokens_per_second / r.tokens_per_second:.2f} x",
         )
     return grid
 
 
-def picture(results: Sequence[Result], path: pathlib.Path) -> None:
+def picture(results: Sequence[Result]) -> common.Figure:
     """Left the losses over steps, right what each way ends with beside float32."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.8), layout="constrained", width_ratios=(1.1, 1)
     )
     for r in results:
-        left.plot(r.steps, r.held_out, color=r.way.colour, linestyle=r.way.line, linewidth=1.6)
+        mean = r.held_out.mean(0)
+        left.plot(r.steps, mean, color=r.way.colour, linestyle=r.way.line, linewidth=1.6)
     left.set_ylim(top=5.2)
     left.set_xlim(0, results[0].steps[-1])
     left.set_xlabel("step")
     left.set_title("Held-out bits a byte", loc="left")
 
     rows = list(reversed(results))
-    base = results[0].held_out[-1]
     heights = np.arange(len(rows))
-    gaps = np.array([r.held_out[-1] - base for r in rows])
-    for height, gap, r in zip(heights, gaps, rows, strict=True):
+    gaps = np.array([r.beside(results[0]) for r in rows])
+    for height, each, r in zip(heights, gaps, rows, strict=True):
+        gap, label = each.mean(), f"{each.mean():+.3f}"
         right.plot([0, gap], [height, height], color=r.way.colour, linestyle=r.way.line)
+        right.plot(each, np.full_like(each, height), "|", color=r.way.colour, markersize=9)
         right.plot(gap, height, "o", color=r.way.colour)
-        right.annotate(
-            f"{gap:+.3f}", (max(gap, 0), height), (8, 0), textcoords="offset points", va="center"
-        )
+        place = max(0, *each), height
+        right.annotate(label, place, (8, 0), textcoords="offset points", va="center")
     right.axvline(0, color=GREY, linewidth=1)
     right.set_xlim(right=max(0.02, gaps.max()) * 1.25)
     right.set_ylim(-0.6, len(rows) - 0.4)
     right.set_yticks(heights, [r.way.label for r in rows])
     right.tick_params(left=False)
     right.set_xlabel("bits a byte more than float32")
-    right.set_title(f"At the end ({base:.2f} in float32)", loc="left")
+    base = results[0].held_out[:, -1].mean()
+    right.set_title(f"At the end ({base:.2f} in float32), each seed a mark", loc="left")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y" if axes is left else "x", color="#eeeeee")
         axes.set_axisbelow(True)
     right.spines["left"].set_visible(False)
-    common.save(figure, path)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="of training (default 300)")
-    parser.add_argument("--short", action="store_true", help="a quick run with fewer of everything")
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=pathlib.Path("docs/images/transformer.png")
-    )
-    args = parser.parse_args(argv)
+    amounts = {"steps": (300, "of training"), "seeds": (3, "of weights and batches")}
+    args = common.arguments(__doc__, argv, "transformer.png", **amounts)
     ways = [way for way in WAYS if way.label in SHORT] if args.short else list(WAYS)
-    amounts = (8, 1, 4) if args.short else (args.steps, 20, 32)
-
-    console = common.Console()
-    with common.progress(console) as progress:
-        task = progress.add_task("", total=amounts[0] + 1)
-
-        def report(label: str) -> None:
-            progress.update(task, advance=not label, description=label or "training")
-
-        results = run(ways, *amounts, report)
-    console.print(table(results))
-    picture(results, args.output)
-    console.print(f"Picture: {args.output}")
+    whole = (args.seeds, args.steps, 20, 32)
+    seeds, steps, looks, windows = (1, 8, 1, 4) if args.short else whole
+    with common.progress(len(ways) + seeds * (steps + 1)) as report:
+        results = run(ways, seeds, steps, looks, windows, report)
+    common.show(table(results), picture(results), args.output)
     return results
 
 

@@ -10,14 +10,16 @@ from jax import numpy as jnp
 
 from jaxq import codebooks, draws
 from jaxq.attaching import Snap, attach, wants_neighbours
+from jaxq.binary import snap
+from jaxq.bits import Layout, where
 from jaxq.catalog import get_format
 from jaxq.codecs import code_dtype, codes_of, level_codes
 from jaxq.formats import CodebookFormat, FloatFormat, Format, TaperedFormat
 from jaxq.gradients import Gradient, get_gradient
-from jaxq.grids import BinaryGrid, Layout, Overflow, snap, where
+from jaxq.grids import BinaryGrid
 from jaxq.meshes import as_first, automatic
 from jaxq.rounding import ALL as ROUNDINGS
-from jaxq.rounding import Rounding, Stochastic, down, get_rounding, nearest_even, up
+from jaxq.rounding import Overflow, Rounding, Stochastic, down, get_rounding, nearest_even, up
 from jaxq.tapered import encode_tapered, snap_tapered
 
 __all__ = ["as_dtype", "cast", "enclosing", "encode", "floats", "widen"]

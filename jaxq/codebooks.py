@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, where
 from jaxq.formats import CodebookFormat
-from jaxq.grids import Layout, where
 from jaxq.rounding import Rounding, nearest_away, nearest_even
 
 __all__ = ["choose"]

@@ -1,6 +1,6 @@
 """Values of a format and their codes, both ways, and codes packed into bytes.
 
-These are exact bijections: all rounding happens before, in `grids` and `codebooks`.
+These are exact bijections: all rounding happens before, in `binary`, `codebooks` and `tapered`.
 """
 
 import functools
@@ -11,9 +11,10 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, extended_bits, where
 from jaxq.catalog import get_format
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
-from jaxq.grids import BinaryGrid, Layout, extended_bits, is_narrow, where
+from jaxq.grids import BinaryGrid, is_narrow
 from jaxq.meshes import as_first, automatic
 from jaxq.tapered import decode_tapered
 

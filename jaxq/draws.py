@@ -39,12 +39,12 @@ def split(keys: jax.Array, count: int) -> jax.Array:
     return _keys(jax.random.key_data(keys)[..., None, :], jnp.arange(count))
 
 
-def fold_in(key: jax.Array, numbers: Any) -> jax.Array:
-    """`jax.random.fold_in` of each number."""
-    key, numbers = _typed(key), jnp.asarray(numbers)
-    if not _written_out(key):
-        return _each(lambda number: jax.random.fold_in(key, number), numbers)
-    return _keys(jax.random.key_data(key), numbers)
+def fold_in(keys: jax.Array, numbers: Any) -> jax.Array:
+    """`jax.random.fold_in` of each number into one key, or of one number into each key."""
+    keys, numbers = _typed(keys), jnp.asarray(numbers)
+    if not _written_out(keys):
+        return _each(lambda key: _each(lambda n: jax.random.fold_in(key, n), numbers), keys)
+    return _keys(jax.random.key_data(keys), numbers)
 
 
 def one_of(keys: jax.Array, i: int) -> Any:

@@ -14,11 +14,11 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, where
 from jaxq.blocks import Cut
 from jaxq.casting import cast, encode
 from jaxq.catalog import get_format
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
-from jaxq.grids import Layout, where
 from jaxq.ranges import AbsMax, Range, filled
 from jaxq.scaling import divide, in_units, span, zero_point_of
 

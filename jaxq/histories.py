@@ -24,6 +24,7 @@ from jaxq.blocks import PerTensor
 from jaxq.calibration import Calibrated
 from jaxq.calibrators import get_calibrator
 from jaxq.cotangents import with_transpose
+from jaxq.meshes import varying
 from jaxq.quantizers import has_plain_scales
 from jaxq.ranges import AbsMax
 from jaxq.recipes import Quantizer
@@ -95,11 +96,6 @@ def _amax(x: jax.Array, quantizer: Quantizer) -> jax.Array:
     return state[1].reshape(())
 
 
-def _varying(x: jax.Array) -> frozenset:
-    """The axes of a `shard_map` along which devices have different arrays."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
 def _row(amax: jax.Array, length: int, apart: tuple) -> jax.Array:
     """What a history's cotangent is: the largest magnitude in its first place, of all devices."""
     seen = jnp.where(jnp.isfinite(amax), amax, 0)
@@ -129,8 +125,8 @@ def record(
     if y.size == 0:
         return y
     (length,) = history.amax.shape
-    devices = tuple(_varying(y))
-    apart = tuple(_varying(y) - _varying(history.amax))
+    devices = tuple(varying(y))
+    apart = tuple(varying(y) - varying(history.amax))
 
     @jax.custom_jvp
     def recorded(y: jax.Array, history: jax.Array, operand: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["Layout", "as_first", "automatic", "axes_of", "fitting", "spec_of"]
+__all__ = ["Layout", "as_first", "automatic", "axes_of", "fitting", "spec_of", "varying"]
 
 Layout: TypeAlias = Callable[..., Any]
 
@@ -81,7 +81,7 @@ def spec_of(x: Any) -> PartitionSpec:
 
 def axes_of(entry: Any) -> tuple[str, ...]:
     """The mesh axes that an entry of a spec names."""
-    if entry is None:
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
@@ -101,3 +101,8 @@ def _moved(x: Any, sharding: NamedSharding) -> Any:
     if not isinstance(x, jax.Array) or jax.typeof(x).sharding.mesh.empty:
         return x
     return jax.sharding.reshard(x, sharding)
+
+
+def varying(x: jax.Array) -> frozenset:
+    """The axes of a `shard_map` along which devices have different arrays, as far as it checks."""
+    return jax.typeof(x).manual_axis_type.varying

@@ -8,11 +8,11 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, where
 from jaxq.casting import encode, widen
 from jaxq.catalog import get_format
 from jaxq.codecs import decode
 from jaxq.formats import FloatFormat, Format
-from jaxq.grids import Layout, where
 
 __all__ = ["Outliers"]
 

@@ -16,13 +16,13 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxq.attaching import Scaling, Snap, attach, passed, wants_neighbours
+from jaxq.bits import where
 from jaxq.blocks import Cut
 from jaxq.casting import as_dtype, encode, floats, widen
 from jaxq.catalog import get_format
 from jaxq.codecs import pack
 from jaxq.formats import Format
 from jaxq.gradients import get_gradient
-from jaxq.grids import where
 from jaxq.meshes import as_first, automatic, spec_of
 from jaxq.presets import get_quantizer
 from jaxq.quantized import WHOLE_BYTES, Quantized

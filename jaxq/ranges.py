@@ -20,9 +20,9 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, where
 from jaxq.blocks import Cut
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
-from jaxq.grids import Layout, where
 from jaxq.scaling import absmax, divide, extrema, extremum
 
 __all__ = [

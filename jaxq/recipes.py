@@ -10,6 +10,7 @@ from jaxq.blocks import Cut, Granularity, PerTensor
 from jaxq.calibrators import ALL as CALIBRATORS
 from jaxq.calibrators import get_calibrator
 from jaxq.catalog import get_format
+from jaxq.codecs import code_dtype
 from jaxq.formats import FloatFormat, Format, IntFormat
 from jaxq.gradients import ALL as GRADIENTS
 from jaxq.gradients import Gradient, get_gradient
@@ -203,21 +204,29 @@ class Quantizer:
         """The blocks of a tensor."""
         return Cut(shape, self.granularity.block(shape))
 
-    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
-        """Bits that a tensor of a shape takes, scales and zero points included, an element."""
-        size, counts = math.prod(shape), self.cut(shape).counts
-        blocks = math.prod(counts)
-        zero_point_bits = {
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of a shape as `jaxq.quantize` stores it, scales and all."""
+        size, blocks = math.prod(shape), math.prod(self.cut(shape).counts)
+        row = shape[-1] if shape else 1
+        scale = code_dtype(self.held).itemsize
+        zero_point = {
             None: 0,
-            "integer": 8 if self.element.bits <= 8 else 16,
-            "minimum": self.held.bits,
+            "integer": code_dtype(self.element).itemsize,
+            "minimum": scale,
         }[self.zero_point]
-        more = (self.held.bits + zero_point_bits) * blocks
+        # Each row of codes is packed by itself.
+        total = math.prod(shape[:-1]) * -(-row * self.element.bits // 8)
+        total += (scale + zero_point) * blocks
         if self.second_level is not None:
-            more += self.second_level.bits(blocks)
+            total += self.second_level.bits(blocks) // 8
         if self.outliers is not None:
-            more += self.outliers.bits(size)
-        return self.element.bits + more / size if size else math.nan
+            total += self.outliers.bits(size) // 8
+        return total
+
+    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
+        """Bits that a tensor of a shape takes, an element: `nbytes` in another unit."""
+        size = math.prod(shape)
+        return 8 * self.nbytes(shape) / size if size else math.nan
 
     def to_json(self) -> str:
         """The recipe as text, from which `from_json` makes an equal one.

@@ -19,7 +19,9 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-__all__ = ["ALL", "HalfUp", "Rounding", "Stochastic", "get_rounding"]
+__all__ = ["ALL", "HalfUp", "Overflow", "Rounding", "Stochastic", "get_rounding"]
+
+Overflow = Literal["saturate", "propagate"] | None  # As `jaxq.cast` describes it.
 
 
 class Rounding(Protocol):

@@ -14,11 +14,11 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, extended_bits, where
 from jaxq.blocks import Cut
 from jaxq.casting import cast
 from jaxq.catalog import get_format
 from jaxq.formats import FloatFormat, Format, IntFormat
-from jaxq.grids import Layout, extended_bits, where
 from jaxq.reductions import reduced
 from jaxq.sealed import by_platform
 

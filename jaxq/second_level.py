@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, where
 from jaxq.casting import cast
 from jaxq.formats import Format
-from jaxq.grids import Layout, where
 from jaxq.scaling import divide, kept
 
 __all__ = ["DoubleScale", "SecondLevel", "TensorScale"]

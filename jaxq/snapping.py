@@ -11,11 +11,12 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, where
 from jaxq.blocks import Cut
 from jaxq.calibrators import get_calibrator
 from jaxq.casting import cast, enclosing, encode
 from jaxq.formats import Format, IntFormat
-from jaxq.grids import BinaryGrid, Layout, where
+from jaxq.grids import BinaryGrid
 from jaxq.ranges import Range
 from jaxq.recipes import Quantizer
 from jaxq.reductions import summed

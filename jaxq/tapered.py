@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, extended_bits, where
 from jaxq.formats import TaperedFormat
-from jaxq.grids import Layout, Overflow, extended_bits, where
-from jaxq.rounding import Rounding
+from jaxq.rounding import Overflow, Rounding
 
 __all__ = ["decode_tapered", "encode_tapered", "snap_tapered"]
 

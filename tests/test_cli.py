@@ -211,7 +211,7 @@ def test_a_kill_leaves_what_was_there(tmp_path: pathlib.Path):
         (["memory"], "which model"),
         (["memory", "llama"], "Did you mean llama-2-7b"),
         (["memory", "--params", "-7e9"], "0 or more"),
-        (["fits", "--devices", "abacus"], "no device is named"),
+        (["fits", "--devices", "abacus"], "No device is named"),
         (["dance"], "invalid choice"),
         (["plot", "nothing-of-the-kind", "-o", "a.png"], "pictur"),
     ],

@@ -84,7 +84,7 @@ def test_tokens_are_what_fits():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"Did you mean llama-3\.1-8b"):
         analysis.memory("llama-3.1-8")
-    with pytest.raises(ValueError, match="no device is named"):
+    with pytest.raises(ValueError, match="No device is named"):
         analysis.fits_table(["llama-2-7b"], ["bfloat16"], ["abacus"])
     with pytest.raises(ValueError, match="must not be negative"):
         analysis.memory("llama-2-7b", context=-1)

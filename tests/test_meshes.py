@@ -1,7 +1,6 @@
 """Meshes with explicit axes, and the collectives that a compiled quantizer has."""
 
 import math
-import re
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxq
 from tests.oracle import assert_same
+from tools.collectives import Collective, found
 
 X = np.random.default_rng(0).standard_normal((128, 256)).astype(np.float32)
 
@@ -20,11 +20,8 @@ def sharded(x, spec: tuple, kind: AxisType = AxisType.Explicit) -> jax.Array:
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def collectives(function, x: jax.Array) -> list[tuple[str, str]]:
-    """Kind and result of every collective in a compiled function."""
-    text = jax.jit(function).lower(x).compile().as_text()
-    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
-    return re.findall(rf"= (\S+\[[\d,]*\])\S* ({kinds})(?:-start)?\(", text)
+def collectives(function, x: jax.Array) -> list[Collective]:
+    return list(found(jax.jit(function).lower(x).compile().as_text()).elements())
 
 
 @pytest.mark.parametrize("name", ["int8_tensor", "int4_g128", "nvfp4", "nf4_dq"])
@@ -78,24 +75,24 @@ def test_blocks_need_no_collective(name: str):
 def test_a_scale_of_a_tensor_needs_one_number_of_every_device(name: str, spec: tuple):
     """Once for every axis of the tensor that is cut."""
     x = sharded(X, spec, AxisType.Auto)
-    found = collectives(lambda x: jaxq.fake_quant(x, name), x)
-    assert {kind for _, kind in found} == {"all-reduce"}
-    assert len(found) == sum(entry is not None for entry in spec)
-    assert {math.prod(map(int, re.findall(r"(?<=[\[,])\d+", size))) for size, _ in found} == {1}
+    sent = collectives(lambda x: jaxq.fake_quant(x, name), x)
+    assert {c.kind for c in sent} == {"all-reduce maximum"}
+    assert [math.prod(c.shape) for c in sent] == [1] * sum(entry is not None for entry in spec)
 
 
 @pytest.mark.parametrize(
     ("name", "spec", "sizes"),
     [
         ("int8_channel", (None, "b"), []),
-        ("int8_channel", ("a", "b"), ["s32[1,1,128,1]"]),
+        ("int8_channel", ("a", "b"), [("maximum", 128)]),
         ("int8_token", ("a", None), []),
-        ("int8_token", ("a", "b"), ["s32[32,1,1,1]"]),
-        ("uint8_channel", ("a", None), ["s32[1,1,256,1]"] * 2),
+        ("int8_token", ("a", "b"), [("maximum", 32)]),
+        ("uint8_channel", ("a", None), [("maximum", 256), ("minimum", 256)]),
     ],
 )
 def test_scales_of_channels_need_one_maximum_where_their_axis_is_cut(name, spec, sizes):
     """And one minimum, for both ends of a range."""
     x = sharded(X, spec, AxisType.Auto)
-    found = collectives(lambda x: jaxq.quantize(x, name).codes, x)
-    assert found == [(size, "all-reduce") for size in sizes]
+    sent = collectives(lambda x: jaxq.quantize(x, name).codes, x)
+    want = [(f"all-reduce {what}", size) for what, size in sizes]
+    assert sorted((c.kind, math.prod(c.shape)) for c in sent) == want

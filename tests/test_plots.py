@@ -17,8 +17,8 @@ import jaxq
 from jaxq.analysis import expected_error, plots
 from jaxq.analysis.plots.labels import annotate, heads, place
 from jaxq.analysis.plots.layouts import fields
-from jaxq.analysis.plots.precision import significant_bits
-from jaxq.analysis.plots.rates import pareto
+from jaxq.analysis.specs import significant_bits
+from jaxq.analysis.sqnr import pareto
 
 # Small data for every name, where the defaults are not enough or take long.
 X = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
@@ -323,7 +323,7 @@ def test_fits_has_a_cell_for_every_case():
         (lambda: plots.outliers(X, count=500), ValueError, "at most a quarter"),
         (lambda: plots.outliers(X[:, :20]), ValueError, "multiple of 32"),
         (lambda: plots.outliers(X * 0), ValueError, "different numbers"),
-        (lambda: plots.memory(["gpt"]), ValueError, "no model is named 'gpt'"),
+        (lambda: plots.memory(["gpt"]), ValueError, "No model is named 'gpt'"),
         (lambda: plots.memory(devices=["abacus"]), ValueError, "abacus"),
     ],
 )

@@ -1,5 +1,7 @@
 """Scales and integers of the quantizers against plain NumPy."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -90,6 +92,25 @@ def test_bits_per_weight_counts_scales():
     assert jaxq.get_quantizer("int4_channel").bits_per_weight((64, 32)) == 4 + 32 / 64
     assert jaxq.get_quantizer("uint8_channel").bits_per_weight((64, 32)) == 8 + 40 / 64
     assert jaxq.get_quantizer("int8_tensor").bits_per_weight((10, 10)) == 8.32
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape"),
+    [
+        ("int3", (2, 5, 7)),
+        ("int3", ()),
+        ("uint4_channel", (3, 5)),
+        ("nf4_dq", (3, 192)),
+        ("nvfp4", (0, 64)),
+        ("q4_1", (2, 5, 64)),
+        (jaxq.Quantizer("int4", outliers=jaxq.Outliers(0.1)), (3, 5)),
+    ],
+)
+def test_bytes_are_told_from_the_shape(recipe, shape):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    q = jax.eval_shape(lambda x: jaxq.quantize(x, recipe), x)
+    nbytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(q))
+    assert q.recipe.nbytes(shape) == nbytes
 
 
 def test_stochastic_recipe_takes_a_key_and_is_unbiased():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 import jaxq
 from tests.oracle import assert_same
@@ -68,7 +69,11 @@ IDS = jnp.arange(32).reshape(4, 8)
 
 
 def loss(fn):
-    return lambda params: sum((y**2).mean() for y in fn(params, IDS))
+    return loss_of(fn, IDS)
+
+
+def loss_of(fn, ids):
+    return lambda params: sum((y**2).mean() for y in fn(params, ids))
 
 
 def same(got, want):
@@ -235,6 +240,70 @@ def test_observe_and_freeze(params):
         jaxq.observe(model, [("out", "w8a8")])(params, IDS)
 
 
+STATIC = jaxq.DotRecipe("int8_tensor", "int8_channel")
+W = jnp.broadcast_to(jnp.eye(4) / 2, (3, 4, 4))  # Sums of one term have no order.
+X = jax.random.normal(jax.random.key(1), (8, 4))
+
+
+def layers(w, x):
+    return lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+
+def scales(fn):
+    _, state = jax.jit(jaxq.observe(fn, [("", STATIC)]))(W, X)
+    return state.finalize()[""][0].scale.ravel()
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda f, w, x: lax.cond(x[0, 0] > 9, lambda x: x, lambda x: f(w, x), x),
+        lambda f, w, x: lax.while_loop(
+            lambda c: c[1] < 1, lambda c: (f(w, c[0]), c[1] + 1), (x, 0)
+        )[0],
+        lambda f, w, x: lax.scan(lambda x, _: (f(w, x), None), x, None, length=2)[0],
+    ],
+    ids=["cond", "while", "scan"],
+)
+def test_layers_in_other_control_flow_keep_their_own_states(around):
+    """Activations become smaller, so that a second turn adds nothing."""
+    want = scales(layers)
+    assert len(np.unique(want)) == 3
+    assert_same(scales(functools.partial(around, layers)), want)
+
+
+def mapped(fn, check):
+    """A function over two by two devices, rows over the first axis."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
+    return jax.shard_map(fn, mesh=mesh, check_vma=check, **specs)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_observe_sees_all_devices_of_a_shard_map(check):
+    def inside(w, x):
+        return lax.cond(x.sum() < 99, lambda x: layers(w, x), lambda x: x, x)
+
+    assert_same(scales(mapped(inside, check)), scales(layers))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_devices_of_a_shard_map_draw_their_own(check):
+    recipe = jaxq.DotRecipe(jaxq.Quantizer("int4", jaxq.PerToken(), rounding="stochastic"), None)
+    rows, eye = jnp.broadcast_to(jnp.arange(1.0, 17)[None], (4, 16)), jnp.eye(16)
+    f = mapped(lambda w, x: (x @ w)[None], check)
+    key = jax.random.key(7)
+    got = jaxq.quantize_fn(f, [("", recipe)], key=key)(eye, rows)
+    own = jax.random.fold_in(key, 0)  # The first product.
+    for device, y in enumerate(got):
+        drawn = jax.random.fold_in(own, device)
+        if not check:  # Nothing says that "model" changes nothing.
+            drawn = jax.random.fold_in(drawn, 0)
+        numbers = (((1,), (0,)), ((), ()))
+        assert_same(y, jaxq.dot_general(rows[:2], eye, numbers, recipe=recipe, key=drawn))
+    assert not np.array_equal(*got)
+
+
 @pytest.mark.parametrize(
     ("rules", "text"),
     [
@@ -247,16 +316,59 @@ def test_observe_and_freeze(params):
         ),
         ([("out", "w8b8")], "No preset or format|is named"),
         ([jaxq.Rule(scope="nowhere")], "scopes are mlp"),
+        ([jaxq.Rule("up", "w8a8", scope="mpl")], "'layers/up' .* stands in the scope 'mlp'"),
+        ([("gain", "w8a8")], "'gain' is no array but a float"),
+        ([("count", "w8a8")], "'count' is of int32, and only products of floats"),
+        ([("bias", "w8a8")], "'bias' is in no product as it is"),
+        ({"out": "w8a8"}, "must be a sequence of rules"),
+        ([("out", "w8a8", "w4")], r"a pair \(pattern, recipe\)"),
     ],
 )
 def test_rules_that_are_wrong(params, rules, text):
+    more = {"gain": 2.0, "count": jnp.int32([3]), "bias": jnp.ones(4)}
     with pytest.raises((ValueError, TypeError), match=text):
-        jaxq.quantize_fn(model, rules)(params, IDS)
+        jaxq.quantize_fn(model, rules)({**params, **more}, IDS)
+
+
+def test_patterns_and_recipes_that_are_none():
+    for pattern in ("(", 3):
+        with pytest.raises(ValueError, match="`weight` must be a regular expression"):
+            jaxq.Rule(pattern, "w8a8")
+    with pytest.raises(ValueError, match=r"Rule: No recipe is named 'w8b8'.*products: w8a8"):
+        jaxq.Rule("out", "w8b8")
+
+
+def test_errors_name_product_path_and_line(params):
+    """Also where JAX finds the error later, when it differentiates what is compiled."""
+    quantized = jaxq.quantize_fn(model, [("up", "mxfp8")])
+    text = (
+        r"^dot_general 'layers/up' \(.*test_transforms.py:\d+ \(helper\)\), gradient of `rhs`.* 32 "
+    )
+    for f in (quantized, jax.jit(quantized)):
+        with pytest.raises(ValueError, match=text):
+            jax.grad(loss_of(f, IDS[:1, :5]))(params)
+
+    def twice(p, x):
+        with jax.named_scope("one"):
+            x = x @ p["w"]
+        return x @ p["w"]
+
+    rules = [jaxq.Rule("w", "w4", scope="one"), ("w", "w8")]
+    ways = r"'w' is quantized in two ways.*'w' \(.*\(.*twice\)\), int8.*'w#2' \(.*\(.*twice\)\)"
+    with pytest.raises(ValueError, match=ways):
+        jaxq.quantize_fn(twice, rules)({"w": jnp.eye(2)}, jnp.eye(2))
 
 
 def test_a_function_that_cannot_be_traced():
-    with pytest.raises(TypeError, match="`fn` cannot be traced"):
-        jaxq.quantize_fn(lambda p, x: x if x.sum() > 0 else p, [])(jnp.ones(2), jnp.ones(2))
+    def inner(x):
+        return np.asarray(x)
+
+    for fn in (lambda p, x: x if x.sum() > 0 else p, lambda p, x: p + inner(x)):
+        line = (
+            rf"values of arrays in .*test_transforms.py:\d+ \(.*({fn.__name__}|inner)\): .*\. Give"
+        )
+        with pytest.raises(TypeError, match=line):
+            jaxq.quantize_fn(fn, [])(jnp.ones(2), jnp.ones(2))
     with pytest.raises(ValueError, match="`argnums` names argument 3"):
         jaxq.quantize_fn(lambda p: p, [], argnums=3)(jnp.ones(2))
     static = jaxq.quantize_fn(lambda p, n: (p["w"] @ p["w"], p["f"](n)), [("w", "w4")])

@@ -11,11 +11,11 @@ from jax import numpy as jnp
 
 from jaxq.analysis.specs import Spec, checked, spacing_exponent
 from jaxq.analysis.sums import blocks_of, power_of_two
+from jaxq.bits import Layout, where
 from jaxq.blocks import Granularity
 from jaxq.casting import encode, widen
 from jaxq.catalog import get_format
 from jaxq.formats import Format
-from jaxq.grids import Layout, where
 from jaxq.quantized import Quantized
 from jaxq.quantizers import quantize
 from jaxq.recipes import Quantizer

@@ -11,10 +11,10 @@ from jax import numpy as jnp
 
 from jaxq.analysis.specs import Ends, Spec, checked, ends
 from jaxq.analysis.sums import blocks_of, largest_magnitude, over_blocks
+from jaxq.bits import Layout
 from jaxq.blocks import Cut
 from jaxq.casting import widen
 from jaxq.formats import Format
-from jaxq.grids import Layout
 from jaxq.quantizers import check_plain_scales
 from jaxq.recipes import Quantizer
 from jaxq.snapping import given_scales, measured

@@ -4,7 +4,10 @@ To add one: a line in `MODELS` or `DEVICES`.
 """
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TypeVar
 
 __all__ = ["DEVICES", "MODELS", "Device", "Model"]
 
@@ -134,3 +137,21 @@ DEVICES = MappingProxyType(
         )
     }
 )
+
+
+_Record = TypeVar("_Record", Model, Device)
+
+
+def named(kind: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Record:
+    """A record of `MODELS` or `DEVICES` by its name; a record itself stays.
+
+    Raises:
+      ValueError: an unknown name; the text has near ones.
+    """
+    if not isinstance(spec, str):
+        return spec
+    if spec not in known:
+        near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
+        hint = f"Did you mean {', '.join(near)}?" if near else f"There are {', '.join(known)}."
+        raise ValueError(f"No {kind} is named {spec!r}. {hint}")
+    return known[spec]

@@ -1,20 +1,17 @@
 """How many bytes a model takes in a recipe, scales included, and which accelerators hold it."""
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from jaxq.analysis.machines import DEVICES, MODELS, Device, Model
+from jaxq.analysis.machines import DEVICES, MODELS, Device, Model, named
 from jaxq.analysis.specs import Spec, meaning
 from jaxq.analysis.sqnr import label
 from jaxq.recipes import Quantizer
 from jaxq.tables import Table
 
 __all__ = ["FitRow", "Memory", "MemoryRow", "fits_table", "memory", "memory_table"]
-
-_Record = TypeVar("_Record", Model, Device)
 
 _SHAPE = (4096, 4096)  # Of a matrix, where only the number of parameters is known.
 _RECIPES = ("float32", "bfloat16", "fp8_e4m3_channel", "int8_channel", "nvfp4", "mxfp4", "nf4_dq")
@@ -82,7 +79,7 @@ def memory(
         _check(0 <= model < math.inf, "the number of parameters must be finite, 0 or more", model)
         weights, cache = model * _bits(recipe, _SHAPE) / 8, 0.0
         return Memory(weights, cache, overhead * weights)
-    model = _named("model", model, MODELS)
+    model = named("model", model, MODELS)
     bits = sum(math.prod(s) * count * _bits(recipe, s) for s, count in model.matrices)
     table = (model.vocabulary, model.hidden)
     bits += model.embeddings * _bits(embeddings, table) + 16 * model.others
@@ -101,17 +98,6 @@ def _bits(spec: Spec, shape: tuple[int, ...]) -> float:
 def _check(ok: bool, requirement: str, got: object) -> None:
     if not ok:
         raise ValueError(f"memory: {requirement}, got {got!r}.")
-
-
-def _named(kind: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Record:
-    """A record, by its name."""
-    if not isinstance(spec, str):
-        return spec
-    if spec not in known:
-        near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
-        hint = f"Did you mean {', '.join(near)}?" if near else f"There are {', '.join(known)}."
-        raise ValueError(f"memory: no {kind} is named {spec!r}. {hint}")
-    return known[spec]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +187,7 @@ def memory_table(
 
 
 def _parameters(model: "str | Model") -> int:
-    return _named("model", model, MODELS).parameters
+    return named("model", model, MODELS).parameters
 
 
 def _title(model: "str | Model | float") -> str:
@@ -271,7 +257,7 @@ def fits_table(
       llama-3.1-8b   bfloat16  rtx-4090    17.5533  0.731387  True        1   56202
       llama-3.1-8b  int4_g128  rtx-4090    7.05172  0.293822  True        1  134410
     """
-    recipes, places = tuple(recipes), [_named("device", d, DEVICES) for d in devices]
+    recipes, places = tuple(recipes), [named("device", d, DEVICES) for d in devices]
     rows = []
     for model in models:
         for recipe in recipes:

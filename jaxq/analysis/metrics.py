@@ -15,9 +15,9 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.analysis.sums import blocks_of, largest_magnitude, over_blocks, power_of_two
+from jaxq.bits import Layout, where
 from jaxq.blocks import Cut, Granularity
 from jaxq.casting import floats, widen
-from jaxq.grids import Layout, where
 
 __all__ = ["Comparison", "compare", "kl_of_logits", "kl_of_values", "pair"]
 

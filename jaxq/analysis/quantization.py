@@ -11,11 +11,11 @@ from jax import numpy as jnp
 from jaxq.analysis.metrics import Comparison, compare
 from jaxq.analysis.specs import Spec, checked, ends, spacing_exponent
 from jaxq.analysis.sums import blocks_of, over_blocks, power_of_two
+from jaxq.bits import Layout, where
 from jaxq.blocks import Granularity
 from jaxq.casting import cast, widen
 from jaxq.catalog import get_format
 from jaxq.formats import Format
-from jaxq.grids import Layout, where
 from jaxq.recipes import Quantizer
 from jaxq.scaling import in_units
 from jaxq.snapping import measured, numbers, restored

@@ -1,4 +1,4 @@
-"""What every function here takes for a quantizer, and where the grid of a format ends.
+"""What every function here takes for a quantizer; where a format's grid ends, and how fine it is.
 
 A format, or its name, is a cast without a scale here, as in `jaxq.chain`; a preset's name or a
 `Quantizer` is `jaxq.fake_quant`.
@@ -14,14 +14,14 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq import catalog, presets
+from jaxq.bits import Layout
 from jaxq.casting import floats
 from jaxq.catalog import get_format
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
-from jaxq.grids import Layout
 from jaxq.presets import get_quantizer
 from jaxq.recipes import Quantizer
 
-__all__ = ["Ends", "Spec", "checked", "ends", "meaning", "spacing_exponent"]
+__all__ = ["Ends", "Spec", "checked", "ends", "meaning", "significant_bits", "spacing_exponent"]
 
 Spec: TypeAlias = str | Format | Quantizer
 
@@ -128,3 +128,20 @@ def spacing_exponent(x: jax.Array, fmt: Format) -> jax.Array:
     with np.errstate(over="ignore"):
         inner = np.clip(values, -3e38, 3e38).astype(np.float32)[1:-1]
     return jnp.asarray(steps)[jnp.searchsorted(jnp.asarray(inner), x, side="right")]
+
+
+def significant_bits(fmt: Format) -> float:
+    """How precise a format is where it is most precise: log2(1 + max v / (v' - v)).
+
+    Here v' is the value that follows v > 0. A float with m bits of mantissa has m + 1, an integer
+    nearly as many as bits.
+
+    Example:
+      >>> significant_bits(get_format("bfloat16")), significant_bits(get_format("nf4"))
+      (8.0, 2.2...)
+    """
+    if isinstance(fmt, FloatFormat):
+        return fmt.mantissa_bits + 1.0
+    sides = (values[values > 0] for values in (fmt.values, -fmt.values[::-1]))
+    ratios = [np.max(side[:-1] / np.diff(side), initial=0) for side in sides]
+    return float(np.log2(1 + max(ratios)))

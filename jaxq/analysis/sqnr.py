@@ -1,4 +1,4 @@
-"""Measured signal-to-noise ratios beside theory, and the bounds of every bit width."""
+"""Signal-to-noise ratios: measured beside theory, bounds for every bit width, the best for it."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from jaxq.recipes import Quantizer
 from jaxq.rounding import Stochastic
 from jaxq.tables import Table
 
-__all__ = ["BoundRow", "SqnrRow", "bounds_table", "sqnr_table"]
+__all__ = ["BoundRow", "SqnrRow", "bounds_table", "label", "pareto", "sqnr_table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,3 +167,25 @@ def bounds_table(
         best, bound = lloyd_max(count, d).sqnr_db, shannon_sqnr_db(width, d)
         rows.append(BoundRow(width, optimal_clip(even, d).sqnr_db, best, bound, bound - best))
     return Table(tuple(rows))
+
+
+def pareto(bits: np.ndarray, db: np.ndarray) -> np.ndarray:
+    """Which of several recipes no other beats: fewer bits and no less signal to noise, or as many.
+
+    Args:
+      bits: `[n]`, less is better.
+      db: `[n]`, more is better.
+
+    Returns:
+      Indices, by bits ascending; of equal recipes the first.
+
+    Example:
+      >>> pareto(np.array([4, 4, 8, 9]), np.array([20, 18, 40, 40])).tolist()
+      [0, 2]
+    """
+    order, best, front = np.lexsort((-np.asarray(db), np.asarray(bits))), -np.inf, []
+    for i in order:
+        if db[i] > best:
+            front.append(i)
+            best = db[i]
+    return np.array(front, int)

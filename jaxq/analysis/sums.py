@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.bits import Layout, where
 from jaxq.blocks import Cut, Granularity
-from jaxq.grids import Layout, where
 
 __all__ = ["blocks_of", "largest_magnitude", "over_blocks", "power_of_two"]
 

@@ -6,17 +6,22 @@ differs between versions; all that jaxq knows of it stands here.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+import pathlib
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 from jax._src import source_info_util  # The name stack and the user's line have no public name.
 from jax.sharding import PartitionSpec
 
 __all__ = [
     "AROUND",
+    "LAYOUTS",
     "Body",
     "bind",
     "bodies",
@@ -25,11 +30,16 @@ __all__ = [
     "devices_of",
     "is_array",
     "is_literal",
+    "layout_of",
     "loop_counts",
     "scope_of",
     "source_of",
+    "source_of_error",
+    "varying_of",
     "within",
 ]
+
+_HERE, _JAXQ = (str(folder) + os.sep for folder in pathlib.Path(__file__).parents[:2])
 
 
 class Body(NamedTuple):
@@ -93,9 +103,40 @@ def scope_of(eqn: Any) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def source_of(eqn: Any) -> str:
-    """The line of the user's code that an equation comes from."""
-    return source_info_util.summarize(eqn.source_info)
+def source_of(eqn: Any, around: str = "") -> str:
+    """The line of the user's code that an equation comes from.
+
+    Args:
+      eqn: the equation.
+      around: that of the equation whose program it is in, if any.
+    """
+    frames = source_info_util.user_frames(eqn.source_info.traceback)
+    return _line(((f.file_name, f.start_line, f.function_name) for f in frames), around)
+
+
+def source_of_error(error: BaseException) -> str:
+    """The line of the user's code at which a function could not be traced."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return _line((frame.filename, frame.lineno or 0, frame.name) for frame in reversed(frames))
+
+
+def _line(frames: Iterable[tuple[str, int, str]], around: str = "") -> str:
+    """Of a traced function's lines, innermost first, the first that is in no installed package.
+
+    A layer of Flax multiplies in Flax's code, but the user's is what calls it; a program that JAX
+    keeps, such as that of `jnp.take`, has no lines but its own.
+    """
+    packages = []
+    for file, line, function in frames:
+        if file.startswith(_HERE):  # What traces the function; around that is none of it.
+            break
+        if not source_info_util.is_user_filename(file):
+            continue
+        text = f"{file}:{line} ({function})"
+        if "-packages" not in file and not file.startswith(_JAXQ):
+            return text
+        packages.append(text)
+    return around or (packages or ["unknown line"])[0]
 
 
 @contextlib.contextmanager
@@ -114,13 +155,24 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(result) if eqn.primitive.multiple_results else [result]
 
 
+def varying_of(eqn: Any) -> frozenset:
+    """The axes of a `shard_map` along which an equation's operands differ, as far as it checks."""
+    return frozenset().union(*(v.aval.manual_axis_type.varying for v in eqn.invars))
+
+
+def layout_of(eqn: Any) -> tuple[Callable[..., Any], Any]:
+    """What lays a tree of arrays out as an equation of `LAYOUTS` does, and its sharding."""
+    function, name = LAYOUTS[eqn.primitive.name]
+    return function, eqn.params[name]
+
+
 def call_inside(eqn: Any, function: Callable[..., Any], specs: Any = None) -> Callable[..., Any]:
     """A function of an equation's operands under what the equation puts around its body.
 
     Args:
       eqn: a `jit`, a `checkpoint`, or a `shard_map`.
       function: hashable; `(extra, *operands) -> (results, more)`, the new body. `extra` and `more`
-        are pytrees; `more` is empty within a `shard_map`.
+        are pytrees; in a `shard_map`, `more` is the same on all its devices.
       specs: for a `shard_map`, how `extra` lies on its devices.
 
     Returns:
@@ -183,5 +235,13 @@ AROUND: MappingProxyType[str, Callable[..., Callable[..., Any]]] = MappingProxyT
         "checkpoint": _checkpoint,
         "remat2": _checkpoint,
         "shard_map": _shard_map,
+    }
+)
+
+# The function behind an equation that lays an array out, and the parameter with the sharding.
+LAYOUTS: MappingProxyType[str, tuple[Callable[..., Any], str]] = MappingProxyType(
+    {
+        "reshard": (jax.sharding.reshard, "dst_sharding"),
+        "sharding_constraint": (lax.with_sharding_constraint, "sharding"),
     }
 )

@@ -46,7 +46,9 @@ def quantize_fn(
       key: a key of `jax.random` if recipes draw anything, a new one for every step; if only their
         gradients do, it may be left out where none is taken. The product
         number n, as `jaxq.explain` counts them from 0, draws from `fold_in(key, n)`; within a loop
-        the turn is folded in first.
+        the turn is folded in first. Within a `shard_map` each device's place is folded in last,
+        for each axis along which the operands vary, by name: devices that multiply the same draw
+        the same. With `check_vma=False` nothing says what varies, so every device draws its own.
 
     Returns:
       `fn`, quantized, of the same arguments. Parameters may be `jaxq.Quantized`, as
@@ -99,7 +101,7 @@ def run_planned(
         raise ValueError(f"{owner}: no recipe draws random numbers, got a key. Leave it out.")
     return run(
         what,
-        Extra(key, planned.scales, planned.histories),
+        Extra(key, planned.scales, planned.histories, {}),
         planned.traced.arrays,
         observing=observing,
     )

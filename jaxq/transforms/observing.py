@@ -105,7 +105,9 @@ def observe(
 
     Returns:
       `(*args) -> (what jaxq.quantize_fn gives, Observed)`. Products of layers that are stacked for
-      a scan have states of their own; the turns of any other loop share one.
+      a scan have states of their own. The turns of any other loop share one, so do layers that a
+      `fori_loop` picks from stacked weights by their number, and the devices of a `shard_map`,
+      each of which counts as a batch.
 
     Raises:
       TypeError: as in `jaxq.quantize_fn`.

@@ -122,6 +122,7 @@ _VIEWS: MappingProxyType[str, Callable[..., Sequence[int | None] | None]] = Mapp
         "pvary": _same,
         "reduce_precision": _same,
         "reshape": _reshape,
+        "reshard": _same,
         "rev": _same,
         "sharding_constraint": _same,
         "slice": _slice,

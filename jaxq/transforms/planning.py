@@ -64,7 +64,7 @@ def plan(
     histories = rules.histories if isinstance(rules, Delayed) else {}
     traced = trace(owner, fn, argnums, args, kwargs)
     node, products = read(traced.jaxpr, traced.origins)
-    chosen = assign(owner, as_rules(owner, rules), products)
+    chosen = assign(owner, as_rules(owner, rules), products, traced.paths)
     _check_state(owner, rules, chosen)
     stored = {i: x for i, x in enumerate(traced.arrays) if isinstance(x, Quantized)}
     storing = owner == "quantize_weights"

@@ -82,6 +82,7 @@ class _Frame:
     """What surrounds a program."""
 
     scope: str = ""
+    source: str = ""
     times: int | None = 1
     loops: tuple[int, ...] = ()
     barred: str = ""
@@ -126,7 +127,11 @@ def _read(
             node.products[i] = _product(eqn, operands, frame)
             products.append(node.products[i])
         elif compat.bodies(eqn):
-            own = dataclasses.replace(frame, scope=_joined(frame.scope, compat.scope_of(eqn)))
+            own = dataclasses.replace(
+                frame,
+                scope=_joined(frame.scope, compat.scope_of(eqn)),
+                source=compat.source_of(eqn, frame.source),
+            )
             nodes, results = _inside(eqn, operands, own, products)
             if any(inner.products or inner.inner for inner in nodes):
                 node.inner[i] = nodes
@@ -160,7 +165,7 @@ def _product(eqn: Any, origins: Sequence[Origin | None], frame: _Frame) -> Produ
         _shape(eqn.outvars[0].aval),
         eqn.params,
         _joined(frame.scope, compat.scope_of(eqn)),
-        compat.source_of(eqn),
+        compat.source_of(eqn, frame.source),
         frame.times,
         frame.loops,
         frame.barred,

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax import numpy as jnp
 
-from jaxq.dot_recipes import ProductRecipe, is_stochastic
+from jaxq.dot_recipes import ProductRecipe
 from jaxq.quantized import Quantized
-from jaxq.quantizers import quantize
 from jaxq.recipes import Quantizer
 from jaxq.tables import Table
 from jaxq.transforms.planning import Planned, plan
@@ -148,17 +146,8 @@ def _weight(planned: Planned, product: Product, assigned: Assigned | None) -> tu
         weight = None if assigned is None else weight_of(product, assigned)
         if weight is not None:
             shape = product.operands[weight[2]].shape
-            one = _nbytes(shape, on_axes(weight[1], product, weight[2]))
+            quantizer = on_axes(weight[1], product, weight[2])
+            assert quantizer is not None
+            one = quantizer.nbytes(shape)
             nbytes = one * size // max(math.prod(shape), 1)
     return (8 * nbytes / size if size else math.nan), nbytes
-
-
-@functools.lru_cache(maxsize=1024)
-def _nbytes(shape: tuple[int, ...], quantizer: Quantizer) -> int:
-    """Bytes of a quantized tensor."""
-    shapes = jax.eval_shape(
-        lambda x, key: quantize(x, quantizer, key=key if is_stochastic(quantizer) else None),
-        jax.ShapeDtypeStruct(shape, jnp.float32),
-        jax.eval_shape(lambda: jax.random.key(0)),
-    )
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))

@@ -78,7 +78,7 @@ class Rule:
             try:
                 if pattern is not None:
                     re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(
                     f"Rule: `{name}` must be a regular expression, got {pattern!r}: {error}."
                 ) from error
@@ -168,7 +168,12 @@ def _recipe(spec: Any) -> DotRecipe | None:
         return spec
     if isinstance(spec, str) and spec in dot_recipes.ALL:
         return get_dot_recipe(spec)
-    return DotRecipe(None, get_quantizer(spec))
+    try:
+        return DotRecipe(None, get_quantizer(spec))
+    except ValueError as error:
+        raise ValueError(
+            f"Rule: {error} Recipes for products: {', '.join(dot_recipes.ALL)}."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +187,8 @@ class Assigned:
       name: of the product, for states of calibration.
       where: what errors call it.
       number: of the product, for its key.
-      stacked: the scans, by depth, every turn of which has a weight of its own.
+      loops: the lengths of the scans around it, outermost first.
+      stacked: those, by depth, every turn of which has a weight of its own.
       table: the quantizer of a look-up's table, on the table's own axes.
       calibrated: for both operands, in the recipe's order, the shape and the quantizer of those
         whose range may come from calibration: activations with one scale a tensor.
@@ -195,6 +201,7 @@ class Assigned:
     name: str
     where: str
     number: int
+    loops: tuple[int, ...]
     stacked: frozenset[int]
     table: Quantizer | None
     calibrated: tuple[tuple[tuple[int, ...], Quantizer] | None, ...]
@@ -246,7 +253,7 @@ def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
     """
     if isinstance(rules, (Frozen, Delayed)):
         return rules.rules
-    if isinstance(rules, (str, Rule)):
+    if isinstance(rules, (str, Rule, Mapping)):
         raise TypeError(f"{owner}: `rules` must be a sequence of rules, got {rules!r}.")
     found = []
     for rule in rules:
@@ -261,8 +268,16 @@ def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
     return tuple(found)
 
 
-def assign(owner: str, rules: Sequence[Rule], products: Sequence[Product]) -> list[Assigned | None]:
+def assign(
+    owner: str, rules: Sequence[Rule], products: Sequence[Product], leaves: Mapping[str, Any]
+) -> list[Assigned | None]:
     """What every product gets; None where no rule matches.
+
+    Args:
+      owner: what errors call the caller.
+      rules: the rules.
+      products: the products.
+      leaves: of the parameters, by their paths.
 
     Raises:
       ValueError: a rule holds for no product; one weight is quantized in two ways; a recipe does
@@ -272,7 +287,7 @@ def assign(owner: str, rules: Sequence[Rule], products: Sequence[Product]) -> li
     used = {n for (n, _), p in zip(matches, products, strict=True) if not p.barred}
     for n, rule in enumerate(rules):
         if n not in used:
-            raise ValueError(_unused(owner, rule, rules, products))
+            raise ValueError(f"{owner}: {_unused(rule, rules, products, leaves)}")
     chosen = [
         None if n is None or product.barred else _assigned(owner, product, rules[n], swapped)
         for product, (n, swapped) in zip(products, matches, strict=True)
@@ -284,10 +299,8 @@ def assign(owner: str, rules: Sequence[Rule], products: Sequence[Product]) -> li
 def unassigned(product: Product) -> Assigned:
     """What leaves a product as it is."""
     p = product
-    number, name, where = p.number, p.name, p.where
-    return Assigned(
-        None, None, False, name, where, number, p.stacked, None, (None, None), p.reverse
-    )
+    place = p.name, p.where, p.number, p.loops, p.stacked
+    return Assigned(None, None, False, *place, None, (None, None), p.reverse)
 
 
 def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assigned:
@@ -320,6 +333,7 @@ def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assign
         product.name,
         product.where,
         product.number,
+        product.loops,
         product.stacked,
         table,
         calibrated,
@@ -369,31 +383,56 @@ def _first_match(rules: Sequence[Rule], product: Product) -> tuple[int | None, b
     return None, False
 
 
-def _unused(owner: str, rule: Rule, rules: Sequence[Rule], products: Sequence[Product]) -> str:
+def _unused(
+    rule: Rule, rules: Sequence[Rule], products: Sequence[Product], leaves: Mapping[str, Any]
+) -> str:
+    """Why a rule holds for no product."""
     matched = [p for p in products if _first_match((rule,), p)[0] is not None]
     barred = [p for p in matched if p.barred]
     if barred:
         p = barred[0]
-        return f"{owner}: {rule} matches only what cannot be quantized: {p.where} is {p.barred}."
+        return f"{rule} matches only what cannot be quantized: {p.where} is {p.barred}."
     if matched:
         earlier = rules[_first_match(rules, matched[0])[0] or 0]
         return (
-            f"{owner}: {rule} holds for no product: {matched[0].where} belongs to the earlier "
-            f"{earlier}. Move the narrower rule up, or leave it out."
+            f"{rule} holds for no product: {matched[0].where} belongs to the earlier {earlier}. "
+            "Move the narrower rule up, or leave it out."
         )
-    paths = sorted({o.path for p in products for o in p.origins if o is not None})
-    if rule.weight is None:
-        scopes = sorted({p.scope for p in products if p.scope})
+    if rule.weight is not None:
+        weights = {o.path: p for p in products for o in p.origins if o is not None}
+        for path, product in weights.items():
+            if re.search(rule.weight, path):
+                return (
+                    f"{rule} holds for no product: {product.where} has such a weight, and stands "
+                    f"in the scope {product.scope!r}."
+                )
+        for path, leaf in leaves.items():
+            if re.search(rule.weight, path):
+                return f"{rule} matches the weight of no product: {path!r} {_no_weight(leaf)}."
+        near = difflib.get_close_matches(rule.weight, sorted(weights), n=3, cutoff=0.0)
         return (
-            f"{owner}: {rule} matches no product. Operations are "
-            f"{', '.join(sorted({p.operation for p in products})) or 'none'}; scopes are "
-            f"{', '.join(scopes[:5]) or 'none'}."
+            f"{rule} matches the weight of no product. The nearest are "
+            f"{', '.join(near) or 'none: no product has a weight among the parameters'}. "
+            "jaxq.explain(fn, [])(*args) lists all."
         )
-    near = difflib.get_close_matches(rule.weight, paths, n=3, cutoff=0.0)
+    scopes = sorted({p.scope for p in products if p.scope})
     return (
-        f"{owner}: {rule} matches the weight of no product. The nearest are "
-        f"{', '.join(near) or 'none: no product has a weight among the parameters'}. "
-        "jaxq.explain(fn, [])(*args) lists all."
+        f"{rule} matches no product. Operations are "
+        f"{', '.join(sorted({p.operation for p in products})) or 'none'}; scopes are "
+        f"{', '.join(scopes[:5]) or 'none'}."
+    )
+
+
+def _no_weight(leaf: Any) -> str:
+    """Why a leaf of the parameters is no product's weight."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return f"is no array but a {type(leaf).__name__}, which is static. Make it an array"
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return f"is of {dtype}, and only products of floats are quantized"
+    return (
+        "is in no product as it is, and what is computed from a parameter is none. Name its "
+        "product by `operation` and `scope`, if there is one"
     )
 
 

@@ -9,7 +9,9 @@ keeps its rule: its value is that of the quantized products, its derivative what
 the operands as they were.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -26,9 +28,11 @@ from jaxq.contractions import Contraction, of_conv, of_dot
 from jaxq.draws import fold_in, one_of
 from jaxq.execution import DotOfCodes
 from jaxq.histories import History, can_delay, record
+from jaxq.meshes import varying
 from jaxq.products import Operation, Scales, keys_of, product
 from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
+from jaxq.sharding import quantized_sharding
 from jaxq.transforms import compat
 from jaxq.transforms.looking_up import look_up
 from jaxq.transforms.reading import LOOK_UP, Node
@@ -62,23 +66,52 @@ class Program:
 
 
 class Extra(NamedTuple):
-    """What products need beside their operands: a key, and scales or histories by their names."""
+    """What products need beside their operands.
+
+    Attributes:
+      key: for random numbers, or None.
+      scales: from calibration, by the products' names.
+      histories: of delayed scaling, likewise.
+      places: by the axes of the `shard_map`s around, where on them the device is.
+    """
 
     key: jax.Array | None
     scales: Mapping[str, tuple[calibration.Calibrated | None, ...]]
     histories: Mapping[str, tuple[History | None, ...]]
+    places: Mapping[str, jax.Array]
 
     def folded(self, number: Any) -> jax.Array:
-        """The key for a turn of a loop."""
+        """The keys for products or turns of a loop."""
         assert self.key is not None, "checked before anything runs"
         return fold_in(self.key, number)
+
+    def apart(self, eqn: Any) -> tuple[str, ...]:
+        """The axes of devices that draw their own numbers for a product: they multiply other ones.
+
+        Where a `shard_map` does not check what differs, all its devices do.
+        """
+        differing = compat.varying_of(eqn)
+        return tuple(
+            axis
+            for axis, place in sorted(self.places.items())
+            if axis in differing or axis not in varying(place)
+        )
+
+    def everywhere(self, states: Any) -> Any:
+        """States as ones that may differ on all devices, whatever they were made of."""
+        axes = frozenset().union(*map(varying, self.places.values()))
+
+        def moved(x: jax.Array) -> jax.Array:
+            return lax.pcast(x, tuple(axes - varying(x)), to="varying")
+
+        return jax.tree.map(moved, states)
 
     def within(self, programs: Sequence[Program]) -> "Extra":
         """What the products of some programs need."""
         names = {a.name for inside in programs for a in inside.all()}
         scales = {name: value for name, value in self.scales.items() if name in names}
         histories = {name: value for name, value in self.histories.items() if name in names}
-        return Extra(self.key, scales, histories)
+        return self._replace(scales=scales, histories=histories)
 
 
 def program(node: Node, chosen: Sequence[Assigned | None]) -> Program:
@@ -132,7 +165,7 @@ def run(
     def value(variable: Any) -> Any:
         return variable.val if compat.is_literal(variable) else values[variable]
 
-    keys = _keys(extra.key, products)
+    keys = _keys(extra, body.eqns, products)
     for i, eqn in enumerate(body.eqns):
         operands = [value(variable) for variable in eqn.invars]
         if i in products:
@@ -146,6 +179,8 @@ def run(
                 own = extra.within(inner[i])
                 results, more = handler(_Call(eqn, inner[i], own, operands, depth, observing))
             seen |= more
+        elif eqn.primitive.name in compat.LAYOUTS and isinstance(operands[0], Quantized):
+            results = [_laid_out(eqn, operands[0])]
         else:
             results = compat.bind(eqn, [_array(operand) for operand in operands])
         values.update(zip(eqn.outvars, results, strict=True))
@@ -162,6 +197,17 @@ def _array(x: Any) -> Any:
     return function(x)
 
 
+def _laid_out(eqn: Any, q: Quantized) -> Any:
+    """A stored weight laid out over devices: packed, if its bytes divide, else as an array.
+
+    So a weight that lies in parts and is gathered for its product moves in few bytes.
+    """
+    function, sharding = compat.layout_of(eqn)
+    with contextlib.suppress(ValueError), compat.within(eqn):
+        return function(q, quantized_sharding(q, sharding))
+    return compat.bind(eqn, [_array(q)])[0]
+
+
 class _Keys(NamedTuple):
     """The keys of one product."""
 
@@ -170,23 +216,26 @@ class _Keys(NamedTuple):
     output: jax.Array | None = None
 
 
-def _keys(key: jax.Array | None, products: Mapping[int, Assigned]) -> dict[int, _Keys]:
-    """The keys of products by their equations, all made at once: to draw is much to compile."""
-    drawing = {i: assigned for i, assigned in products.items() if assigned.draws}
-    if key is None or not drawing:
-        return {}
-    own = fold_in(key, np.array([assigned.number for assigned in drawing.values()]))
-    nine = keys_of(own)
-    assert nine is not None, "there is a key"
+def _keys(extra: Extra, eqns: Sequence[Any], products: Mapping[int, Assigned]) -> dict[int, _Keys]:
+    """The keys of products by their equations, many made at once: to draw is much to compile."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, assigned in products.items():
+        if extra.key is not None and assigned.draws:
+            groups.setdefault(extra.apart(eqns[i]), []).append(i)
     found = {}
-    for place, (i, assigned) in enumerate(drawing.items()):
-        first = one_of(own, place)
-        recipe_draws = assigned.recipe is not None and bool(assigned.recipe.draws)
-        found[i] = _Keys(
-            one_of(nine, place) if recipe_draws and assigned.table is None else None,
-            first if recipe_draws and assigned.table is not None else None,
-            fold_in(first, 0) if assigned.output_draws else None,
-        )
+    for axes, members in groups.items():
+        own = extra.folded(np.array([products[i].number for i in members]))
+        for axis in axes:
+            own = fold_in(own, extra.places[axis])
+        nine: Any = keys_of(own)
+        for at, i in enumerate(members):
+            assigned, first = products[i], one_of(own, at)
+            recipe_draws = assigned.recipe is not None and bool(assigned.recipe.draws)
+            found[i] = _Keys(
+                one_of(nine, at) if recipe_draws and assigned.table is None else None,
+                first if recipe_draws and assigned.table is not None else None,
+                fold_in(first, 0) if assigned.output_draws else None,
+            )
     return found
 
 
@@ -200,24 +249,27 @@ def _product(
 ) -> tuple[list[Any], States]:
     arrays = [_array(operand) for operand in operands]
     seen: States = {}
-    with naming(assigned.where), compat.within(eqn):
+    with compat.within(eqn):
         if assigned.table is not None:
             table, *places = arrays
 
             def gather(table: jax.Array) -> jax.Array:
                 return compat.bind(eqn, [table, *places])[0]
 
-            y = look_up(eqn, gather, table, assigned.table, keys.table)
+            with naming(assigned.where):
+                y = look_up(eqn, gather, table, assigned.table, keys.table)
         elif eqn.primitive.name == LOOK_UP or assigned.recipe is None:
             y = compat.bind(eqn, arrays)[0]
         else:
             ordered = assigned.order(arrays)
             if observing and any(assigned.calibrated):
-                seen[assigned.name] = tuple(
-                    None
-                    if known is None
-                    else calibration.update(calibration.init(*known), x, known[1])
-                    for x, known in zip(ordered, assigned.calibrated, strict=True)
+                seen[assigned.name] = extra.everywhere(
+                    tuple(
+                        None
+                        if known is None
+                        else calibration.update(calibration.init(*known), x, known[1])
+                        for x, known in zip(ordered, assigned.calibrated, strict=True)
+                    )
                 )
             first, second = ordered
             histories = extra.histories.get(assigned.name, (None, None, None))
@@ -231,7 +283,8 @@ def _product(
                 if history is not None and quantizer is not None:
                     y = record(y, history, quantizer, x)
         if assigned.output is not None:
-            y = fake_quant(y, assigned.output, key=keys.output)
+            with naming(assigned.where):
+                y = fake_quant(y, assigned.output, key=keys.output)
     return [y], seen
 
 
@@ -256,13 +309,13 @@ def _scales(assigned: Assigned, given: Any, histories: Sequence[History | None])
 
 def _operation(eqn: Any, assigned: Assigned) -> Operation:
     """A product's bilinear function, its operands in the recipe's order."""
-    params, name = eqn.params, eqn.primitive.name
+    params, name = eqn.params, assigned.where
     names = ("lhs", "rhs")
 
     def function(*operands: jax.Array) -> jax.Array:
         return compat.bind(eqn, assigned.order(operands))[0]
 
-    if name == "dot_general":
+    if eqn.primitive.name == "dot_general":
         ndims = (len(variable.aval.shape) for variable in eqn.invars)
         labels = of_dot(params["dimension_numbers"], *ndims)
         lhs, rhs = assigned.order((labels.lhs, labels.rhs))
@@ -302,26 +355,32 @@ def _around(call: _Call) -> tuple[list[Any], States]:
 
 @dataclasses.dataclass(frozen=True)
 class _OnDevice(_Inside):
-    """A program on one of the devices of a `shard_map`."""
+    """A program on one of the devices of a `shard_map`, over the axes of its mesh."""
+
+    axes: tuple[str, ...]
 
     def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
-        own = extra._replace(histories=jax.tree.map(lambda x: x[0], extra.histories))
-        return super().__call__(own, *operands)
+        places = {**extra.places, **{axis: lax.axis_index(axis) for axis in self.axes}}
+        histories = jax.tree.map(lambda x: x[0], extra.histories)
+        own = extra._replace(histories=histories, places=places)
+        results, seen = super().__call__(own, *operands)
+        return results, _of_all(self.program, self.depth, jax.tree.map(self._gathered, seen))
+
+    def _gathered(self, x: jax.Array) -> jax.Array:
+        """What all devices have, along a leading axis: a sum, which all of them know."""
+        place, count = lax.axis_index(self.axes), lax.axis_size(self.axes)
+        return lax.psum(jnp.zeros((count, *x.shape), x.dtype).at[place].set(x), self.axes)
 
 
 def _shard_map(call: _Call) -> tuple[list[Any], States]:
     eqn, programs, extra, operands, depth, observing = call
-    if observing and any(any(a.calibrated) for a in programs[0].all()):
-        raise ValueError(
-            "observe: cannot look into a shard_map, whose devices have states of their own. "
-            "Observe the function within it, and merge by `gather`."
-        )
     devices = compat.devices_of(eqn)
     count = math.prod(devices.values())
     histories = {name: _spread(each, count) for name, each in extra.histories.items()}
     everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
-    specs = Extra(everywhere, everywhere, one_each)
-    inside = compat.call_inside(eqn, _OnDevice(programs[0], depth, False), specs)
+    specs = Extra(everywhere, everywhere, one_each, everywhere)
+    on_device = _OnDevice(programs[0], depth, observing, tuple(devices))
+    inside = compat.call_inside(eqn, on_device, specs)
     return inside(extra._replace(histories=histories), *map(_array, operands))
 
 
@@ -345,7 +404,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
         key = None if number is None else extra.folded(number)
         results, seen = run(
             inside,
-            Extra(key, {**scales, **given}, histories),
+            Extra(key, {**scales, **given}, histories, extra.places),
             [*fixed, *carry, *rows],
             depth + 1,
             observing,
@@ -360,12 +419,8 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    recipes = {a.name: a.calibrated for a in inside.all()}
-    seen = {
-        name: states if name in by_turn else _merged(states, recipes[name])
-        for name, states in seen.items()
-    }
-    return [*carry, *rows], seen
+    shared = {name: states for name, states in seen.items() if name not in by_turn}
+    return [*carry, *rows], {**seen, **_of_all(inside, depth + 1, shared)}
 
 
 def _spread(histories: Sequence[History | None], count: int) -> tuple[History | None, ...]:
@@ -377,29 +432,56 @@ def _has_rows(x: Any) -> bool:
     return isinstance(x, Quantized) and x.ndim > len(x.block)
 
 
-def _merged(states: Any, recipes: Sequence[Any]) -> Any:
-    """States of all turns of a loop as one."""
+def _merged(program: Program, depth: int, earlier: States, later: States) -> States:
+    """States that a program at a depth of scans has seen, with those that it sees later."""
+    products = {a.name: a for a in program.all()}
 
-    def of_operand(state: Any, known: Any) -> Any:
+    def of_operand(known: Any, stacks: int, *states: Any) -> Any:
         if known is None:
             return None
-        first = jax.tree.map(lambda leaf: leaf[0], state)
-        rest = jax.tree.map(lambda leaf: leaf[1:], state)
-        return lax.scan(
-            lambda all, one: (calibration.merge(all, one, known[1]), None), first, rest
-        )[0]
+        merge = functools.partial(calibration.merge, recipe=known[1])
+        for _ in range(stacks):
+            merge = jax.vmap(merge)
+        return merge(*states)
 
-    return tuple(of_operand(state, known) for state, known in zip(states, recipes, strict=True))
+    result = {}
+    for name, states in later.items():
+        calibrated, stacks = products[name].calibrated, len(_stacks(products[name], depth))
+        operands = zip(calibrated, earlier[name], states, strict=True)
+        result[name] = tuple(of_operand(known, stacks, a, b) for known, a, b in operands)
+    return result
 
 
-def _nothing(programs: Sequence[Program], observing: bool) -> States:
-    """States that have seen nothing, for the products of some programs."""
-    return {
-        a.name: tuple(None if known is None else calibration.init(*known) for known in a.calibrated)
+def _of_all(program: Program, depth: int, states: States) -> States:
+    """States of all turns of a loop, or of all devices, along a leading axis, as one."""
+    first, rest = (jax.tree.map(lambda x, at=at: x[at], states) for at in (0, slice(1, None)))
+    if not states:
+        return states
+    return lax.scan(lambda a, b: (_merged(program, depth, a, b), None), first, rest)[0]
+
+
+def _stacks(assigned: Assigned, depth: int) -> list[int]:
+    """The lengths of the scans inside a program at a depth that have a state for every turn."""
+    return [assigned.loops[turn] for turn in sorted(assigned.stacked) if turn >= depth]
+
+
+def _nothing(programs: Sequence[Program], extra: Extra, depth: int) -> States:
+    """States that have seen nothing, for the products of some programs at a depth of scans."""
+
+    def of_operand(known: Any, stacks: list[int]) -> Any:
+        if known is None:
+            return None
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (*stacks, *x.shape)), calibration.init(*known)
+        )
+
+    states = {
+        a.name: tuple(of_operand(known, _stacks(a, depth)) for known in a.calibrated)
         for inside in programs
         for a in inside.all()
-        if observing and a.recipe is not None and any(a.calibrated)
+        if a.recipe is not None and any(a.calibrated)
     }
+    return extra.everywhere(states)
 
 
 def _while(call: _Call) -> tuple[list[Any], States]:
@@ -407,7 +489,7 @@ def _while(call: _Call) -> tuple[list[Any], States]:
     test, inside = programs
     conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     of_test, of_turn = operands[:conds], operands[conds : conds + bodies]
-    recipes = {a.name: a.calibrated for a in inside.all()}
+    extra = extra._replace(histories={})  # They would see nothing.
 
     def going(state: Any) -> jax.Array:
         return run(test, extra, [*of_test, *state[1]], depth, False)[0][0]
@@ -416,18 +498,11 @@ def _while(call: _Call) -> tuple[list[Any], States]:
         number, carry, before = state
         key = None if extra.key is None else extra.folded(number)
         arguments = [*of_turn, *carry]
-        results, seen = run(inside, Extra(key, extra.scales, {}), arguments, depth, observing)
-        merged = {
-            name: tuple(
-                None if known is None else calibration.merge(old, new, known[1])
-                for old, new, known in zip(before[name], states, recipes[name], strict=True)
-            )
-            for name, states in seen.items()
-        }
-        return number + 1, results, merged
+        results, seen = run(inside, extra._replace(key=key), arguments, depth, observing)
+        return number + 1, results, _merged(inside, depth, before, seen)
 
     start = [_array(x) for x in operands[conds + bodies :]]
-    state = (jnp.int32(0), start, _nothing([inside], observing))
+    state = (jnp.int32(0), start, _nothing([inside], extra, depth) if observing else {})
     _, results, seen = lax.while_loop(going, turn, state)
     return results, seen
 
@@ -438,7 +513,8 @@ def _cond(call: _Call) -> tuple[list[Any], States]:
     def branch(inside: Program) -> Callable[..., Any]:
         def call(*operands: Any) -> Any:
             results, seen = run(inside, extra, operands, depth, observing)
-            return results, {**_nothing(programs, observing), **seen}
+            unseen = _nothing(programs, extra, depth) if observing else {}
+            return results, {**unseen, **seen}
 
         return call
 

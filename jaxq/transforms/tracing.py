@@ -23,6 +23,7 @@ class Traced:
       origins: of each, None where it is no parameter.
       parameters: the tree of the parameters and, for each of its leaves, its place in `arrays` or
         None.
+      paths: the paths of these leaves, and the leaves.
       rebuild: from the results' arrays to the results.
     """
 
@@ -30,6 +31,7 @@ class Traced:
     arrays: list[Any]
     origins: list[Origin | None]
     parameters: tuple[Any, list[int | None]]
+    paths: dict[str, Any]
     rebuild: Callable[[Sequence[Any]], Any]
 
 
@@ -68,16 +70,17 @@ def trace(
     which = [n % len(args) for n in which]
     call = (fn if module else None, args, kwargs)
     leaves, structure = jax.tree_util.tree_flatten_with_path(call, is_leaf=_is_quantized)
-    places, arrays, origins, own = [], [], [], []
+    places, arrays, origins, own, paths = [], [], [], [], {}
     for i, (path, leaf) in enumerate(leaves):
         where = path[0].idx, getattr(path[1], "idx", None) if len(path) > 1 else None
         is_own = where[0] == 0 if module else where[0] == 1 and where[1] in which
         traced = compat.is_array(leaf) or _is_quantized(leaf)
+        name = jax.tree_util.keystr(path[1 if module else 2 :], simple=True, separator="/")
         if is_own:
             own.append(len(arrays) if traced else None)
+            paths[name] = leaf
         if not traced:
             continue
-        name = jax.tree_util.keystr(path[1 if module else 2 :], simple=True, separator="/")
         origin = Origin(name, len(arrays), leaf.shape, tuple(range(leaf.ndim))) if is_own else None
         origins.append(origin)
         places.append(i)
@@ -100,10 +103,11 @@ def trace(
     try:
         jaxpr = jax.make_jaxpr(flat)(*shapes)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
-        said = str(error).split("\n")[0]
+        said = str(error).split("\n")[0].rstrip(".")
         raise TypeError(
-            f"{owner}: `fn` cannot be traced, as what it does depends on the values of arrays: "
-            f"{said} Give what decides as a Python value, or use jax.lax.cond."
+            f"{owner}: `fn` cannot be traced, as it needs the values of arrays in "
+            f"{compat.source_of_error(error)}: {said}. Give what decides as a Python value, or use "
+            "jax.lax.cond and jax.numpy."
         ) from error
 
     def rebuild(arrays: Sequence[Any]) -> Any:
@@ -114,4 +118,4 @@ def trace(
         return jax.tree.unflatten(results["tree"], full)
 
     parameters = fn if module else [args[n] for n in which]
-    return Traced(jaxpr, arrays, origins, (parameters, own), rebuild)
+    return Traced(jaxpr, arrays, origins, (parameters, own), paths, rebuild)

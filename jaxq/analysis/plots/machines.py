@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxq.analysis.machines import DEVICES, MODELS, Device, Model
+from jaxq.analysis.machines import DEVICES, MODELS, Device, Model, named
 from jaxq.analysis.memory import fits_table, memory_table
 from jaxq.analysis.plots.labels import heads
 from jaxq.analysis.plots.look import (
@@ -116,9 +116,7 @@ def _limits(devices: "Sequence[str | Device]") -> dict[float, str]:
     """Memories in GiB and the names of the devices that have so much."""
     found: dict[float, list[str]] = {}
     for spec in devices:
-        if isinstance(spec, str) and spec not in DEVICES:
-            raise ValueError(f"No device is named {spec!r}. There are {', '.join(DEVICES)}.")
-        device = DEVICES[spec] if isinstance(spec, str) else spec
+        device = named("device", spec, DEVICES)
         found.setdefault(device.gib, []).append(device.name)
     return {gib: ", ".join(names) for gib, names in sorted(found.items())}
 
@@ -168,7 +166,7 @@ def memory_by_size(
     chosen = listed("memory_by_size", "models", models)
     limits = _limits(listed("memory_by_size", "devices", devices, least=0))
     tables = [memory_table(m, specs, context=context, batch=batch).rows for m in chosen]
-    records = [MODELS[m] if isinstance(m, str) else m for m in chosen]
+    records = [named("model", m, MODELS) for m in chosen]
     counts = np.array([m.parameters for m in records], float)
     ends = np.geomspace(counts.min() / 1.6, counts.max() * 1.6, 2)
     figure = new(9.5, 6, size, title)

@@ -22,6 +22,7 @@ from jaxq.analysis.plots.look import (
     picture,
     power,
 )
+from jaxq.analysis.specs import significant_bits
 from jaxq.casting import cast
 from jaxq.catalog import ALL, get_format
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["range_and_precision", "relative_error", "significant_bits"]
+__all__ = ["range_and_precision", "relative_error"]
 
 _FAMILIES = (
     (FloatFormat, "floats", BLUE, "o"),
@@ -39,23 +40,6 @@ _FAMILIES = (
     (TaperedFormat, "posits, takums", GREEN, "^"),
     (CodebookFormat, "codebooks", PURPLE, "D"),
 )
-
-
-def significant_bits(fmt: Format) -> float:
-    """How precise a format is where it is most precise: log2(1 + max v / (v' - v)).
-
-    Here v' is the value that follows v > 0. A float with m bits of mantissa has m + 1, an integer
-    nearly as many as bits.
-
-    Example:
-      >>> significant_bits(get_format("bfloat16")), significant_bits(get_format("nf4"))
-      (8.0, 2.2...)
-    """
-    if isinstance(fmt, FloatFormat):
-        return fmt.mantissa_bits + 1.0
-    sides = (values[values > 0] for values in (fmt.values, -fmt.values[::-1]))
-    ratios = [np.max(side[:-1] / np.diff(side), initial=0) for side in sides]
-    return float(np.log2(1 + max(ratios)))
 
 
 @picture

@@ -23,14 +23,14 @@ from jaxq.analysis.plots.look import (
     picture,
 )
 from jaxq.analysis.specs import Spec, meaning
-from jaxq.analysis.sqnr import bounds_table, label, sqnr_table
+from jaxq.analysis.sqnr import bounds_table, label, pareto, sqnr_table
 from jaxq.chains import chain
 from jaxq.recipes import Quantizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["compression", "pareto", "sqnr_by_bits"]
+__all__ = ["compression", "sqnr_by_bits"]
 
 
 @picture
@@ -102,28 +102,6 @@ def sqnr_by_bits(
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.legend(loc="upper left")
     return figure
-
-
-def pareto(bits: np.ndarray, db: np.ndarray) -> np.ndarray:
-    """Which of several recipes no other beats: fewer bits and no less signal to noise, or as many.
-
-    Args:
-      bits: `[n]`, less is better.
-      db: `[n]`, more is better.
-
-    Returns:
-      Indices, by bits ascending; of equal recipes the first.
-
-    Example:
-      >>> pareto(np.array([4, 4, 8, 9]), np.array([20, 18, 40, 40])).tolist()
-      [0, 2]
-    """
-    order, best, front = np.lexsort((-np.asarray(db), np.asarray(bits))), -np.inf, []
-    for i in order:
-        if db[i] > best:
-            front.append(i)
-            best = db[i]
-    return np.array(front, int)
 
 
 @picture

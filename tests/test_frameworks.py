@@ -1,0 +1,360 @@
+"""Models of Flax Linen, Flax NNX, Equinox and Haiku: quantized as they are, to the bit as by hand.
+
+What fails in Qwix, which patches JAX's functions at run time, has a test by name: it leaves in
+float, silently, what JAX compiled before (`x @ w`, `jnp.dot`, jitted helpers, `jax.checkpoint` and
+`Embed.attend` after a plain `init`), and quantizes the float model where its own ran first; jvp
+raises; negative axes are ignored; a typo in a pattern quantizes nothing.
+
+To add a case: a function that makes one, in `CASES`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import haiku as hk
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+from jax import numpy as jnp
+
+import jaxq
+from tests.oracle import assert_same
+
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (4, 8))
+IMAGES = jax.random.normal(jax.random.key(2), (2, 5, 5, 3))
+IDS = jnp.arange(6).reshape(2, 3)
+TABLE = jaxq.DotRecipe(None, "int8_channel")
+
+
+class Case(NamedTuple):
+    """A model, made anew at each call of what makes it, so that JAX knows nothing of it yet.
+
+    Attributes:
+      init: makes the parameters, as the framework does.
+      apply: `(params, x) -> y`.
+      by_hand: the same, its products written with jaxq's functions.
+      products: the names of all products.
+      x: the input.
+      recipe: for every product.
+    """
+
+    init: Callable[[], Any]
+    apply: Callable[[Any, jax.Array], jax.Array]
+    by_hand: Callable[[Any, jax.Array], jax.Array]
+    products: tuple[str, ...]
+    x: jax.Array = X
+    recipe: Any = "w8a8"
+
+
+def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """A quantized product of the last axis."""
+    return jaxq.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), recipe="w8a8")
+
+
+def conv(x: jax.Array, w: jax.Array) -> jax.Array:
+    """A quantized convolution."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jaxq.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers, recipe="w8a8")
+
+
+def linen(body: Callable, by_hand: Callable, *products: str, **more: Any) -> Case:
+    """A case of a Linen module by its body."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return body(self, x)
+
+    model, x = Model(), more.get("x", X)
+    names = tuple(f"params/{name}" for name in products)
+    return Case(lambda: model.init(KEY, x), model.apply, by_hand, names, **more)  # type: ignore
+
+
+def linen_dense() -> Case:
+    def by_hand(p: Any, x: jax.Array) -> jax.Array:
+        return dot(x, p["params"]["Dense_0"]["kernel"]) + p["params"]["Dense_0"]["bias"][None]
+
+    return linen(lambda _, x: nn.Dense(4)(x), by_hand, "Dense_0/kernel")
+
+
+def linen_conv() -> Case:
+    return linen(
+        lambda _, x: nn.Conv(4, (3, 3), use_bias=False)(x),
+        lambda p, x: conv(x, p["params"]["Conv_0"]["kernel"]),
+        "Conv_0/kernel",
+        x=IMAGES,
+    )
+
+
+def linen_attend() -> Case:
+    """A look-up and the same table as the last layer."""
+
+    def body(_: Any, ids: jax.Array) -> jax.Array:
+        embed = nn.Embed(10, 8)
+        return embed.attend(jnp.tanh(embed(ids)))
+
+    def by_hand(p: Any, ids: jax.Array) -> jax.Array:
+        table = p["params"]["Embed_0"]["embedding"]
+        numbers = (((2,), (0,)), ((), ()))
+        x = jaxq.fake_quant(table, jaxq.Quantizer("int8", jaxq.PerChannel(0)))[ids]
+        return jaxq.dot_general(jnp.tanh(x), table.T, numbers, recipe=TABLE)
+
+    names = "Embed_0/embedding", "Embed_0/embedding#2"
+    return linen(body, by_hand, *names, x=IDS, recipe=TABLE)
+
+
+def kernel(module: nn.Module) -> jax.Array:
+    """A weight of the module's own."""
+    return module.param("w", nn.initializers.lecun_normal(), (8, 8))
+
+
+def linen_own(product: Callable) -> Callable[[], Case]:
+    """A case of a product that the user wrote, of `x` and `w`."""
+
+    def case() -> Case:
+        return linen(
+            lambda self, x: product()(x, kernel(self)),
+            lambda p, x: dot(x, p["params"]["w"]),
+            "w",
+        )
+
+    return case
+
+
+def linen_layers(lift: Callable, by_hand_lift: Callable) -> Callable[[], Case]:
+    """A case of three layers, scanned, each in what `lift` puts around it."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
+            return jnp.tanh(nn.Dense(8, use_bias=False)(x)), None
+
+    def body(_: Any, x: jax.Array) -> jax.Array:
+        own = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        layers = nn.scan(lift(Layer), length=3, **own)
+        return layers(name="layers")(x, None)[0]
+
+    def by_hand(p: Any, x: jax.Array) -> jax.Array:
+        weights = p["params"]["layers"]["Dense_0"]["kernel"]
+        layer = by_hand_lift(lambda x, w: (jnp.tanh(dot(x, w)), None))
+        return lax.scan(layer, x, weights)[0]
+
+    return lambda: linen(body, by_hand, "layers/Dense_0/kernel")
+
+
+def nnx_layers() -> Case:
+    """Layers by `nnx.vmap` and `nnx.scan`, and a convolution."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.conv = nnx.Conv(3, 8, (3, 3), use_bias=False, rngs=rngs)
+            make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, use_bias=False, rngs=rngs))
+            self.layers = make(rngs.split(2))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            run = nnx.scan(lambda x, f: jnp.tanh(f(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            return run(self.conv(x), self.layers)
+
+    definition, _ = nnx.split(Model(nnx.Rngs(0)))
+
+    def by_hand(p: Any, x: jax.Array) -> jax.Array:
+        x = conv(x, p["conv"]["kernel"][...])
+        layers = p["layers"]["kernel"][...]
+        return lax.scan(lambda x, w: (jnp.tanh(dot(x, w)), None), x, layers)[0]
+
+    return Case(
+        lambda: nnx.split(Model(nnx.Rngs(0)))[1],
+        lambda state, x: nnx.merge(definition, state)(x),
+        by_hand,
+        ("conv/kernel/value", "layers/kernel/value"),
+        IMAGES,
+    )
+
+
+def equinox_layers() -> Case:
+    """`eqx.nn.Linear` multiplies from the left, one vector at a time."""
+
+    class Model(eqx.Module):
+        first: eqx.nn.Linear
+        last: jax.Array
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return eqx.filter_jit(eqx.filter_vmap(self.first))(x) @ self.last
+
+    w8a8 = jaxq.get_dot_recipe("w8a8")
+    left = jaxq.DotRecipe(w8a8.rhs, w8a8.lhs)
+
+    def by_hand(p: Any, x: jax.Array) -> jax.Array:
+        def first(x: jax.Array) -> jax.Array:
+            numbers = (((1,), (0,)), ((), ()))
+            return jaxq.dot_general(p.first.weight, x, numbers, recipe=left) + p.first.bias
+
+        return dot(jax.vmap(first)(x), p.last)
+
+    return Case(
+        lambda: Model(eqx.nn.Linear(8, 6, key=KEY), jnp.ones((6, 4)) / 3),
+        lambda model, x: model(x),
+        by_hand,
+        ("first/weight", "last"),
+    )
+
+
+def haiku_layers() -> Case:
+    """A convolution, a layer of its own under `hk.remat`."""
+
+    def body(x: jax.Array) -> jax.Array:
+        x = hk.Conv2D(4, 3, with_bias=False)(x)
+        return hk.remat(hk.Linear(3, with_bias=False))(x)
+
+    model = hk.transform(body)
+    return Case(
+        lambda: model.init(KEY, IMAGES),
+        lambda params, x: model.apply(params, None, x),
+        lambda p, x: dot(conv(x, p["conv2_d"]["w"]), p["linear"]["w"]),
+        ("conv2_d/w", "linear/w"),
+        IMAGES,
+    )
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "linen Dense": linen_dense,
+    "linen Conv": linen_conv,
+    "linen Embed.attend": linen_attend,
+    "linen x @ w": linen_own(lambda: lambda x, w: x @ w),
+    "linen jnp.dot": linen_own(lambda: jnp.dot),
+    "linen jitted helper": linen_own(lambda: jax.jit(lambda x, w: x @ w)),
+    "linen jax.checkpoint": linen_own(lambda: jax.checkpoint(lambda x, w: x @ w)),
+    "linen scan": linen_layers(lambda layer: layer, lambda layer: layer),
+    "linen remat": linen_layers(nn.remat, jax.checkpoint),
+    "nnx": nnx_layers,
+    "equinox": equinox_layers,
+    "haiku": haiku_layers,
+}
+
+
+def everything(fn: Callable, params: Any, x: jax.Array) -> Any:
+    """Value, gradient, tangent and a batch of values: what is asked of a model."""
+
+    def loss(params: Any) -> Any:
+        y = fn(params, x)
+        return (y**2).mean(), y
+
+    (_, y), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    _, tangent = jax.jvp(lambda params: fn(params, x), (params,), (params,))
+    batch = jax.vmap(fn, (None, 0))(params, jnp.stack([x, x[::-1]]))
+    return y, gradient, tangent, batch
+
+
+def same(got: Any, want: Any) -> None:
+    leaves, others = jax.tree.leaves(got), jax.tree.leaves(want)
+    for x, y in zip(leaves, others, strict=True):
+        assert_same(x, y)
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_not_float_after_init_and_right_under_grad_jvp_and_vmap(make: Callable[[], Case]):
+    case = make()
+    params = case.init()
+    before = jax.jit(case.apply)(params, case.x)
+    rules = [("", case.recipe)]
+    quantized = jaxq.quantize_fn(case.apply, rules)
+    got = jax.jit(everything, static_argnums=0)(quantized, params, case.x)
+    same(got, jax.jit(everything, static_argnums=0)(case.by_hand, params, case.x))
+    assert not np.array_equal(got[0], before)
+    same(jax.jit(case.apply)(params, case.x), before)
+    table = jaxq.explain(case.apply, rules)(params, case.x)
+    assert tuple(row.product for row in table.rows) == case.products
+    assert all("test_frameworks.py" in row.source for row in table.rows)
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_the_float_model_is_float_after_the_quantized_one(make: Callable[[], Case]):
+    params = make().init()
+    case = make()
+    quantized = jax.jit(jaxq.quantize_fn(case.apply, [("", case.recipe)]))(params, case.x)
+    after = jax.jit(case.apply)(params, case.x)
+    other = make()
+    same(after, jax.jit(other.apply)(params, other.x))
+    same(case.init(), params)
+    assert not np.array_equal(quantized, after)
+
+
+def test_a_module_is_a_function_of_its_own_leaves():
+    """Activations are leaves of an Equinox module that are no arrays."""
+    model = eqx.nn.MLP(8, 4, 8, 1, key=KEY)
+    rules = [("layers/1", "w4")]
+    got = jaxq.quantize_fn(model, rules)(X[0])
+    hidden = jax.nn.relu(model.layers[0](X[0]))
+    weight = jaxq.fake_quant(model.layers[1].weight, jaxq.Quantizer("int4", jaxq.PerChannel(0)))
+    assert_same(got, weight @ hidden + model.layers[1].bias)
+    gradient = eqx.filter_grad(lambda m: jaxq.quantize_fn(m, rules)(X[0]).sum())(model)
+    assert_same(gradient.layers[1].weight, jnp.broadcast_to(hidden, (4, 8)))
+    assert gradient.activation is None
+
+
+W = jax.random.normal(jax.random.key(3), (2, 4, 6))
+Y = jax.random.normal(jax.random.key(4), (3, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("negative", "positive"),
+    [
+        (
+            lambda w, y: jnp.tensordot(y, w, axes=((-1, -2), (-2, -3))),
+            lambda w, y: jnp.tensordot(y, w, axes=((2, 1), (1, 0))),
+        ),
+        (
+            lambda w, y: lax.conv_general_dilated(y, jnp.moveaxis(w, 0, -2), (1,), "SAME"),
+            lambda w, y: lax.conv_general_dilated(y, jnp.transpose(w, (1, 0, 2)), (1,), "SAME"),
+        ),
+        (
+            lambda w, y: jax.vmap(lambda w: jnp.tensordot(y, w), -1, -1)(w),
+            lambda w, y: jax.vmap(lambda w: jnp.tensordot(y, w), 2, 1)(w),
+        ),
+        (
+            lambda w, y: nn.DenseGeneral(6, axis=(-2, -1)).apply(dense(w), y),
+            lambda w, y: nn.DenseGeneral(6, axis=(1, 2)).apply(dense(w), y),
+        ),
+        (
+            lambda w, _: jnp.take(w, jnp.array([3, 0]), axis=-2),
+            lambda w, _: jnp.take(w, jnp.array([3, 0]), axis=1),
+        ),
+    ],
+    ids=["tensordot", "conv", "vmap", "DenseGeneral", "take"],
+)
+def test_negative_axes_are_the_positive_ones(negative, positive):
+    """`jax.lax.dot_general` itself refuses them."""
+    for recipe in ("w8a8", jaxq.DotRecipe(None, jaxq.Quantizer("int4", jaxq.PerBlock(2)))):
+        got, want = (jaxq.quantize_fn(f, [("", recipe)])(W, Y) for f in (negative, positive))
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)  # XLA's order of 8 terms.
+        assert np.abs(got - negative(W, Y)).max() > 1e-3
+    with pytest.raises(TypeError, match="nonnegative"):
+        jax.lax.dot_general(Y, W, (((-1,), (-2,)), ((), ())))
+
+
+def dense(w: jax.Array) -> Any:
+    return {"params": {"kernel": w, "bias": jnp.zeros(w.shape[-1])}}
+
+
+def test_negative_axes_of_recipes_are_the_positive_ones():
+    def f(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.einsum("nbi,bio->no", x, p["w"])
+
+    def run(axes: Any) -> jax.Array:
+        kind = jaxq.Quantizer("int4", jaxq.PerChannel(axes))
+        return jaxq.quantize_fn(f, [("w", jaxq.DotRecipe(None, kind))])({"w": W}, Y)
+
+    assert_same(run(-1), run(0))
+
+
+def test_a_typo_in_a_pattern_is_an_error_with_the_nearest():
+    case = linen_dense()
+    text = "matches the weight of no product. The nearest are params/Dense_0/kernel"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        jaxq.quantize_fn(case.apply, [("Dense_O/kernel", "w8a8")])(case.init(), X)

@@ -32,6 +32,8 @@ def test_bits_and_keys_are_those_of_jax(impl: str):
     each = jnp.stack([jax.random.fold_in(key, n) for n in numbers])
     assert_same(data(draws.fold_in(key, numbers)), data(each))
     assert_same(data(draws.fold_in(key, 7)), data(jax.random.fold_in(key, 7)))
+    each = jnp.stack([jax.random.fold_in(k, 7) for k in split])
+    assert_same(data(draws.fold_in(split, 7)), data(each))
 
 
 def test_bare_numbers_and_the_older_way_to_count_are_those_of_jax():

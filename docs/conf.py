@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jaxq  # noqa: E402
+import jaxq  # noqa: E402  It is on the path only now.
 
 project = "jaxq"
 copyright = "The jaxq authors"

@@ -77,9 +77,7 @@ def _by_platform() -> Any:
 
     primitive = Primitive("jaxq_by_platform")
     primitive.def_impl(_either)
-    primitive.def_abstract_eval(
-        lambda *avals, cpu, default: jax.make_jaxpr(cpu)(*avals).out_avals[0]
-    )
+    primitive.def_abstract_eval(lambda *x, cpu, **_: jax.make_jaxpr(cpu)(*x).out_avals[0])
     batching.defbroadcasting(primitive)
     ad.primitive_jvps[primitive] = lambda primals, tangents, **functions: jax.jvp(
         functools.partial(_either, **functions), primals, [*map(ad.instantiate_zeros, tangents)]

@@ -33,6 +33,7 @@ from jaxq.quantizers import fake_quant
 from jaxq.sharding import quantized_sharding
 from jaxq.transforms import compat
 from jaxq.transforms.assigning import Assigned, naming
+from jaxq.transforms.looking_up import look_up
 from jaxq.transforms.programs import Extra, Program, States, merged, of_all, unseen
 from jaxq.transforms.reading import LOOK_UP
 
@@ -165,9 +166,13 @@ def _product(
     seen: States = {}
     with compat.within(eqn):
         if assigned.table is not None:
+            table, *places = arrays
+
+            def gather(table: jax.Array) -> jax.Array:
+                return compat.bind(eqn, [table, *places])[0]
+
             with naming(assigned.where):
-                table = fake_quant(arrays[0], assigned.table, key=keys.table)
-            y = compat.bind(eqn, [table, *arrays[1:]])[0]
+                y = look_up(eqn, gather, table, assigned.table, keys.table)
         elif eqn.primitive.name == LOOK_UP or assigned.recipe is None:
             y = compat.bind(eqn, arrays)[0]
         else:

@@ -8,8 +8,9 @@ import jax
 
 from jaxq.quantized import Quantized
 from jaxq.transforms.planning import Planned, plan
+from jaxq.transforms.programs import Extra, program
 from jaxq.transforms.rules import Rules
-from jaxq.transforms.running import Extra, program, run
+from jaxq.transforms.running import run
 
 __all__ = ["quantize_fn", "quantize_weights"]
 

@@ -283,7 +283,7 @@ class TestDerivatives:
         np.testing.assert_allclose(gradient(x), first, rtol=1e-5, atol=1e-5)
         over = jax.jit(lambda x: jax.jvp(gradient, (x,), (v,))[1])
         np.testing.assert_allclose(over(x), v @ w @ seen.T, rtol=1e-5, atol=1e-5)
-        reverse = jax.grad(lambda x: (gradient(x) * v).sum())(x)
+        reverse = jax.jit(jax.grad(lambda x: (gradient(x) * v).sum()))(x)
         np.testing.assert_allclose(reverse, quantized(v @ seen) @ seen.T, rtol=1e-5, atol=1e-5)
 
     def test_of_plain_quantizers_are_those_of_the_composition(self):
@@ -293,8 +293,11 @@ class TestDerivatives:
             y = jaxq.fake_quant(x, "int8_token") @ jaxq.fake_quant(w, "int8_channel")
             return (y**3).sum()
 
-        product = jax.jvp(jax.grad(lambda x: (dot(x, w, "w8a8") ** 3).sum()), (x,), (v,))
-        for got, want in zip(product, jax.jvp(jax.grad(composed), (x,), (v,)), strict=True):
+        ours = lambda x: (dot(x, w, "w8a8") ** 3).sum()
+        both = [
+            jax.jit(lambda x, f=f: jax.jvp(jax.grad(f), (x,), (v,)))(x) for f in (ours, composed)
+        ]
+        for got, want in zip(*both, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -352,8 +355,8 @@ def test_vmap_gives_every_element_scales_of_its_own():
     x, w = normal((3, 4, 8)) * jnp.asarray([1.0, 9.0, 81.0])[:, None, None], normal((8, 5), 1)
     both = ProductRecipe("int8_tensor", "int8_tensor")
     recipe = jaxq.DotRecipe("int8_tensor", "int8_tensor", dlhs=both, drhs=both)
-    f = lambda x, w: both_gradients(lambda x, w: dot(x, w, recipe), x, w)
-    many = jax.vmap(f, (0, None))(x, w)
+    f = jax.jit(lambda x, w: both_gradients(lambda x, w: dot(x, w, recipe), x, w))
+    many = jax.jit(jax.vmap(f, (0, None)))(x, w)
     for i in range(3):
         for got, want in zip(many, f(x[i], w), strict=True):
             np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-4)

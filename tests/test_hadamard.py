@@ -50,7 +50,7 @@ def test_every_way_to_run_it_agrees():
     signs = transform.draw(jax.random.key(2))
     f = lambda x: transform.apply(x, {0: 16}, signs)
     assert_same(jax.jit(f)(x), f(x))
-    assert_same(jax.vmap(f, 1, 1)(x[:, :, None]), f(x)[:, :, None])
+    assert_same(jax.jit(jax.vmap(f, 1, 1))(x[:, :, None]), f(x)[:, :, None])
 
 
 def test_products_stay_what_they_were_but_for_rounding():

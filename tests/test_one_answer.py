@@ -1,8 +1,5 @@
 """The same bits wherever a cast stands: in a larger fused program, in a scan, on many devices."""
 
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -117,12 +114,3 @@ def test_stochastic_rounding_under_vmap_uses_each_key():
     for key, row in zip(keys, rows, strict=True):
         assert_same(row, f(key))
     assert len({row.tobytes() for row in np.asarray(rows)}) == 4
-
-
-def test_importing_jaxq_imports_nothing_optional():
-    code = "import sys, jax; had = set(sys.modules); import jaxq; print(*(set(sys.modules) - had))"
-    new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    roots = {name.split(".")[0] for name in new.stdout.split()}
-    optional = {"matplotlib", "rich", "sklearn", "chex", "optax", "gfloat", "torch", "hypothesis"}
-    assert "jaxq" in roots
-    assert not roots & optional

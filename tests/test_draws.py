@@ -9,6 +9,7 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import draws
 from jaxq.sealed import sealed
+from jaxq.transforms import compat
 from tests.oracle import assert_same
 
 IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
@@ -82,7 +83,7 @@ def test_the_gradient_of_a_scan_moves_nothing_of_a_quantizer_out_of_it():
     x, weights = jnp.ones((8, 32)), jnp.ones((3, 8, 32))
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, weights)
     loops = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
-    assert [eqn.params["num_consts"] for eqn in loops] == [0, 0]
+    assert [compat.loop_counts(eqn)[0] for eqn in loops] == [0, 0]
     outside = [eqn.primitive.name for eqn in jaxpr.eqns]
     assert "jaxq_sealed" not in outside
     assert primitives(loops[0].params["jaxpr"].jaxpr).count("jaxq_sealed") == 2

@@ -36,7 +36,7 @@ test: $(READY)  ## every check: format, lint, types, layers, unit tests, doctest
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 $(DOCS_READY): $(READY)
 	@$(BIN)/python -m pip install --quiet --editable '.[docs]' $(if $(JAX),'$(JAX)')

@@ -95,7 +95,7 @@ def gfloat_peers(x: jax.Array) -> Cases:
 
 def torch_peers(x: jax.Array) -> Cases:
     """PyTorch's casts, its own threads."""
-    import torch  # type: ignore[import-not-found]
+    import torch
 
     array = torch.from_numpy(np.array(x))
     return {
@@ -109,7 +109,7 @@ def torch_peers(x: jax.Array) -> Cases:
 
 def pychop_peers(x: jax.Array) -> Cases:
     """The same widths by pychop on its JAX backend, as it jits itself."""
-    import pychop  # type: ignore[import-not-found]
+    import pychop
 
     pychop.backend("jax")
     chop = pychop.Chop(exp_bits=4, sig_bits=3, rmode=1, subnormal=True)

@@ -40,7 +40,7 @@ def ours(x: jax.Array) -> Cases:
 
 def qwix_peers(x: jax.Array) -> Cases:
     """Qwix, quantized and dequantized in one jitted function."""
-    import qwix  # type: ignore[import-not-found]
+    import qwix
 
     def there_and_back(x: jax.Array, kind: str, tiles: dict[int, int]) -> jax.Array:
         return qwix.dequantize(qwix.quantize(x, kind, channelwise_axes=(0,), tiled_axes=tiles))
@@ -55,8 +55,8 @@ def qwix_peers(x: jax.Array) -> Cases:
 
 def torchao_peers(x: jax.Array) -> Cases:
     """Torchao's MX formats, not compiled."""
-    import torch  # type: ignore[import-not-found]
-    from torchao.prototype.mx_formats import mx_tensor  # type: ignore[import-not-found]
+    import torch
+    from torchao.prototype.mx_formats import mx_tensor
 
     array = torch.from_numpy(np.array(x))
 
@@ -72,8 +72,8 @@ def torchao_peers(x: jax.Array) -> Cases:
 
 def bitsandbytes_peers(x: jax.Array) -> Cases:
     """Bitsandbytes on CPU."""
-    import torch  # type: ignore[import-not-found]
-    from bitsandbytes import functional  # type: ignore[import-not-found]
+    import torch
+    from bitsandbytes import functional
 
     array = torch.from_numpy(np.array(x))
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jaxq  # noqa: E402
+import jaxq  # noqa: E402  It is on the path only now.
 
 project = "jaxq"
 copyright = "The jaxq authors"
@@ -77,6 +77,7 @@ nitpick_ignore = [
     ("py:class", "jaxq.ranges.Moments"),
     ("py:class", "jaxq.histograms.Histogram"),
     ("py:class", "jaxq.histograms._Seen"),
+    ("py:class", "jaxq.histories.Amax"),
 ]
 linkcheck_anchors = False
 

@@ -30,7 +30,7 @@ NOISES = np.geomspace(0.05, 2, 17)  # In steps of the grid.
 QUARTER = 0.25
 VALUES = ("uniform noise", "soft rounding")  # Those that change the value itself.
 WIDTHS = (4, 3, 2)
-SHORT = ("zero", "lsq", "dsq")
+SHORT = ("zero", "lsq")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,8 +132,13 @@ def train(
 
 def pretrained(keys: jax.Array, data: Data, epochs: int) -> Params:
     """The float32 networks that everything starts from, one a key."""
-    learn = lambda key: train(common.init(key, SIZES), key, data, float32, epochs, RATE)  # noqa: E731
-    return jax.jit(jax.vmap(learn))(keys)
+
+    @jax.jit
+    @jax.vmap
+    def learn(key: jax.Array) -> Params:
+        return train(common.init(key, SIZES), key, data, float32, epochs, RATE)
+
+    return learn(keys)
 
 
 def run(

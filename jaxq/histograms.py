@@ -300,8 +300,8 @@ class Entropy(_Searched):
 
         def per_code(values: jax.Array) -> jax.Array:
             flat = values.reshape(-1, bins), seen.codes.astype(jnp.int32).reshape(-1, bins)
-            add = lambda v, c: jnp.zeros(2**fmt.bits, jnp.float32).at[c].add(v)[c]  # noqa: E731
-            return jax.vmap(add)(*flat).reshape(values.shape)
+            sums = jax.vmap(lambda v, c: jnp.zeros(2**fmt.bits, jnp.float32).at[c].add(v)[c])
+            return sums(*flat).reshape(values.shape)
 
         full = where(within > 0, np.float32(1), np.float32(0))
         q = per_code(within) / lax.max(per_code(full), np.float32(1)) * full

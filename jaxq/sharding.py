@@ -64,9 +64,9 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
     everywhere = NamedSharding(mesh, PartitionSpec())
     return dataclasses.replace(
         q,
-        codes=NamedSharding(mesh, PartitionSpec(*names)),  # type: ignore[arg-type]
-        scale=NamedSharding(mesh, scale),  # type: ignore[arg-type]
-        second=tuple(everywhere for _ in q.second),  # type: ignore[arg-type]
-        zero_point=None if q.zero_point is None else NamedSharding(mesh, scale),  # type: ignore[arg-type]
-        outliers=tuple(everywhere for _ in q.outliers),  # type: ignore[arg-type]
+        codes=NamedSharding(mesh, PartitionSpec(*names)),
+        scale=NamedSharding(mesh, scale),
+        second=tuple(everywhere for _ in q.second),
+        zero_point=None if q.zero_point is None else NamedSharding(mesh, scale),
+        outliers=tuple(everywhere for _ in q.outliers),
     )

@@ -19,14 +19,15 @@ def magnitudes(fmt: jaxq.FloatFormat) -> tuple[list[float], float]:
         codes -= 2**fmt.mantissa_bits
     else:
         codes -= (fmt.nan == "all_ones") + fmt.inf
-    assert fmt.bias is not None
+    bias = fmt.bias
+    assert bias is not None
 
     def value(code: int) -> float:
         exponent, mantissa = code >> fmt.mantissa_bits, code % 2**fmt.mantissa_bits
         fraction = mantissa / 2**fmt.mantissa_bits
         if exponent == 0 and fmt.zero:
-            return 2.0 ** (1 - fmt.bias) * fraction if fmt.subnormals else 0.0
-        return 2.0 ** (exponent - fmt.bias) * (1 + fraction)
+            return 2.0 ** (1 - bias) * fraction if fmt.subnormals else 0.0
+        return 2.0 ** (exponent - bias) * (1 + fraction)
 
     return [value(code) for code in range(codes)], value(codes)
 

@@ -62,7 +62,7 @@ def test_is_the_loop(fmt, chunk, order, outer):
     how = jaxq.Accumulation(fmt, chunk, order, outer)
     recipe = jaxq.DotRecipe(execution=how)
     a, b = jnp.asarray(a), jnp.asarray(b)
-    f = lambda a, b: jaxq.dot_general(  # noqa: E731
+    f = lambda a, b: jaxq.dot_general(
         a, b.T, MATMUL, preferred_element_type=jnp.float32, recipe=recipe
     )
     wide = (np.asarray(x).astype(np.float32) for x in (a, b))
@@ -117,8 +117,8 @@ def test_in_the_gradients_products_and_their_derivatives():
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     narrow = jaxq.ProductRecipe(execution=jaxq.Accumulation("float32", 2))
     recipe = jaxq.DotRecipe(execution=narrow.execution, dlhs=narrow, drhs=narrow)
-    ours = lambda x, w: (dot(x, w, recipe).astype(jnp.float32) ** 2).sum()  # noqa: E731
-    theirs = lambda x, w: ((x @ w).astype(jnp.float32) ** 2).sum()  # noqa: E731
+    ours = lambda x, w: (dot(x, w, recipe).astype(jnp.float32) ** 2).sum()
+    theirs = lambda x, w: ((x @ w).astype(jnp.float32) ** 2).sum()
     for got, want in zip(jax.grad(ours, (0, 1))(x, w), jax.grad(theirs, (0, 1))(x, w), strict=True):
         assert_same(got, want)
     second = [jax.jvp(jax.grad(f), (x, w), (x, w))[1] for f in (ours, theirs)]

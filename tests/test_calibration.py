@@ -95,7 +95,7 @@ class TestLaws:
     def test_scanned_and_gathered(self, name, two_sided):
         r, xs = laws_recipe(name, two_sided), jnp.asarray(batches()[:4])
         want = calibration.finalize(run(xs, r), r)
-        step = lambda s, x: (calibration.update(s, x, r), None)  # noqa: E731
+        step = lambda s, x: (calibration.update(s, x, r), None)
         state, _ = jax.lax.scan(step, calibration.init(SHAPE, r), xs)
         np.testing.assert_allclose(calibration.finalize(state, r).scale, want.scale, rtol=2e-5)
         mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -278,7 +278,7 @@ def test_the_least_divergence():
     x[0] = 60
     r = jaxq.Quantizer("int6", range="entropy")
     calibrator = get_calibrator("entropy")
-    digits = calibrator.digits  # type: ignore[attr-defined]
+    digits = calibrator.digits
     key = np.abs(x).view(np.int32) >> (23 - digits)
     counts = np.bincount(key, minlength=255 << digits)
     edges = (np.arange((255 << digits) + 1, dtype=np.int64) << (23 - digits)).astype(np.uint32)

@@ -67,7 +67,7 @@ def test_in_a_scan_every_step_quantizes():
     keys = jax.random.split(key, 3)
 
     def f(x):
-        step = lambda c, k: (jaxq.grad_cast(c, STOCHASTIC, k) * 1.5, None)  # noqa: E731
+        step = lambda c, k: (jaxq.grad_cast(c, STOCHASTIC, k) * 1.5, None)
         return jax.lax.scan(step, x, keys)[0] @ COTANGENT
 
     want = COTANGENT
@@ -82,7 +82,7 @@ def test_on_a_mesh():
     recipe = jaxq.Quantizer("int4", jaxq.PerBlock(2))
     cotangent = jnp.arange(8.0)
     x = jax.device_put(jnp.ones(8), jax.sharding.NamedSharding(mesh, spec))
-    f = lambda x: jaxq.grad_cast(x, recipe)  # noqa: E731
+    f = lambda x: jaxq.grad_cast(x, recipe)
     whole = jax.jit(lambda x: jax.vjp(f, x)[1](cotangent)[0])(x)
     assert_same(whole, jaxq.fake_quant(cotangent, recipe))
     parts = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)

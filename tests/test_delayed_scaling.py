@@ -120,7 +120,7 @@ def test_loops_have_histories_by_layer_or_see_the_largest():
 def test_vmap_sees_the_largest():
     params = {"w": jnp.eye(4)}
     x = jnp.stack([powers(n, (4, 4), top) for n, top in enumerate((1, 8, 2))])
-    many = lambda params, x, g: jax.vmap(weighted, (None, 0, 0))(params, x, g).sum()  # noqa: E731
+    many = lambda params, x, g: jax.vmap(weighted, (None, 0, 0))(params, x, g).sum()
     state = jaxq.delayed_scaling(weighted, FP8)(params, x[0], x[0])
 
     def outside(params, state):
@@ -182,7 +182,7 @@ def test_other_transformations_leave_the_value_as_it_is():
     assert_same(value, want)
     np.testing.assert_allclose(moved, ((lhs @ params["w"]) * x).sum(), rtol=1e-6)
     # Moved along a history, nothing moves.
-    along = lambda s: jaxq.quantize_fn(weighted, s)(params, x, x)  # noqa: E731
+    along = lambda s: jaxq.quantize_fn(weighted, s)(params, x, x)
     assert jax.jvp(along, (state,), (state,))[1] == 0
 
 
@@ -197,7 +197,7 @@ def test_what_is_not_seen():
     assert kept.histories["w"][0].largest().margin == 1
     f = jax.custom_vjp(lambda x, w: x @ w)
     f.defvjp(lambda x, w: (x @ w, None), lambda _, g: (g, g))
-    loop = lambda p, x: lax.while_loop(lambda c: c[0, 0] > 9, lambda c: c @ p["w"], f(x, p["w"]))  # noqa: E731
+    loop = lambda p, x: lax.while_loop(lambda c: c[0, 0] > 9, lambda c: c @ p["w"], f(x, p["w"]))
     with pytest.raises(ValueError, match="nothing to delay"):
         jaxq.delayed_scaling(loop, FP8)(params, x)
     with pytest.raises(ValueError, match="nothing to delay"):

@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if DOCS / "_build" not in page.parents]
 DOCUMENTS = [ROOT / "README.md", *PAGES]
+PROJECT = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PUBLIC = (
     "jaxq",
     *(
@@ -55,12 +56,34 @@ def test_blocks_run(path: pathlib.Path):
         exec(compile(block, str(path), "exec"), namespace)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=identifier)
+@pytest.mark.parametrize("path", [*DOCUMENTS, *PROJECT], ids=identifier)
 def test_links_within_the_project_lead_somewhere(path: pathlib.Path):
-    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        if "://" not in target:
-            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+    for target in links(path):
+        page, _, heading = target.partition("#")
+        there = path.parent / page if page else path
+        assert there.exists(), f"{path.name} links to {target}"
+        assert not heading or heading in headings(there), f"{path.name} links to {target}"
+
+
+def links(path: pathlib.Path) -> list[str]:
+    """What a page links to within the project."""
+    found = re.findall(r"\]\(([^)\s]+)\)", without_code(path))
+    return [target for target in found if "://" not in target]
+
+
+def headings(path: pathlib.Path) -> set[str]:
+    """The headings of a page as GitHub and MyST name them in links."""
+    found = re.findall(r"^#+ (.*)$", without_code(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def without_code(path: pathlib.Path) -> str:
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_picture_is_shown():
+    shown = {(path.parent / target).resolve() for path in DOCUMENTS for target in links(path)}
+    assert set((DOCS / "images").rglob("*.png")) <= shown
 
 
 @pytest.mark.parametrize("name", PUBLIC)

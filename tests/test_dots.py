@@ -327,7 +327,7 @@ class TestKeys:
 
     def test_under_jit_vmap_scan_and_remat(self):
         x, w = normal((4, 8)), normal((8, 3), 1)
-        f = lambda x, key: (dot(x, w, "int8", key) ** 2).sum()  # noqa: E731
+        f = lambda x, key: (dot(x, w, "int8", key) ** 2).sum()
         keys = jax.random.split(KEY, 2)
 
         @jax.jit
@@ -352,7 +352,7 @@ def test_vmap_gives_every_element_scales_of_its_own():
     x, w = normal((3, 4, 8)) * jnp.asarray([1.0, 9.0, 81.0])[:, None, None], normal((8, 5), 1)
     both = ProductRecipe("int8_tensor", "int8_tensor")
     recipe = jaxq.DotRecipe("int8_tensor", "int8_tensor", dlhs=both, drhs=both)
-    f = lambda x, w: both_gradients(lambda x, w: dot(x, w, recipe), x, w)  # noqa: E731
+    f = lambda x, w: both_gradients(lambda x, w: dot(x, w, recipe), x, w)
     many = jax.vmap(f, (0, None))(x, w)
     for i in range(3):
         for got, want in zip(many, f(x[i], w), strict=True):

@@ -16,6 +16,11 @@ def matrix(size: int) -> np.ndarray:
     return np.array([[(-1.0) ** int(a & b).bit_count() for a in i] for b in i])
 
 
+def applied(transform: jaxq.Hadamard, x, axes: dict[int, int], signs) -> jax.Array:
+    """In one program, as `test_every_way_to_run_it_agrees`."""
+    return jax.jit(lambda x, signs: transform.apply(x, axes, signs))(x, signs)
+
+
 @pytest.mark.parametrize("size", [2, 16, 64])
 def test_is_the_matrix(size: int):
     """Small whole numbers, whose sums are exact."""
@@ -25,25 +30,25 @@ def test_is_the_matrix(size: int):
     assert set(np.asarray(signs)) <= {-1.0, 1.0}
     turned = matrix(size) @ np.diag(signs)
     want = np.einsum("ij,abjc->abic", turned, x.reshape(3, -1, size, 2)).reshape(x.shape)
-    got = transform.apply(jnp.asarray(x), {1: size}, signs)
+    got = applied(transform, jnp.asarray(x), {1: size}, signs)
     assert_same(got, want.astype(np.float32) * np.float32(1 / np.sqrt(size)))
 
 
 def test_a_block_over_several_axes_is_one_of_the_flattened_tensor():
     x, transform = normal((4, 3, 8)), jaxq.Hadamard(16)
     signs = transform.draw(jax.random.key(1))
-    got = transform.apply(x, {0: 2, 2: 8}, signs)
+    got = applied(transform, x, {0: 2, 2: 8}, signs)
     flat = jnp.moveaxis(x, 1, 2).reshape(32, 3)
-    want = transform.apply(flat, {0: 16}, signs).reshape(4, 8, 3)
+    want = applied(transform, flat, {0: 16}, signs).reshape(4, 8, 3)
     assert_same(jnp.moveaxis(got, 1, 2), want)
-    turned = transform.apply(jnp.moveaxis(x, 0, 2), {2: 2, 1: 8}, signs)
+    turned = applied(transform, jnp.moveaxis(x, 0, 2), {2: 2, 1: 8}, signs)
     assert_same(jnp.moveaxis(turned, 2, 0), got)
 
 
 def test_every_way_to_run_it_agrees():
     x, transform = normal((64, 32)), jaxq.Hadamard(16)
     signs = transform.draw(jax.random.key(2))
-    f = lambda x: transform.apply(x, {0: 16}, signs)  # noqa: E731
+    f = lambda x: transform.apply(x, {0: 16}, signs)
     assert_same(jax.jit(f)(x), f(x))
     assert_same(jax.vmap(f, 1, 1)(x[:, :, None]), f(x)[:, :, None])
 
@@ -70,7 +75,7 @@ def test_outliers_are_spread():
 
 def test_bad_data_stays_in_its_block():
     x = jnp.zeros((2, 32)).at[0, 3].set(jnp.nan).at[1, 20].set(jnp.inf)
-    y = np.asarray(jaxq.Hadamard(16, (1,) * 16).apply(x, {1: 16}, jnp.ones(16)))
+    y = np.asarray(applied(jaxq.Hadamard(16, (1,) * 16), x, {1: 16}, jnp.ones(16)))
     assert np.isnan(y[0, :16]).all()
     assert not np.isfinite(y[1, 16:]).any()
     assert (y[0, 16:] == 0).all()

@@ -112,7 +112,7 @@ def test_sharded_quantizers_agree(name: str):
 def test_stochastic_rounding_under_vmap_uses_each_key():
     keys = jax.random.split(jax.random.key(0), 4)
     x = normal(64)
-    f = lambda k: jaxq.cast(x, "int4", rounding="stochastic", key=k)  # noqa: E731
+    f = lambda k: jaxq.cast(x, "int4", rounding="stochastic", key=k)
     rows = jax.vmap(f)(keys)
     for key, row in zip(keys, rows, strict=True):
         assert_same(row, f(key))

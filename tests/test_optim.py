@@ -370,7 +370,7 @@ class TestQuantizedGradients:
 
         def total(**options):
             tx = optim.quantize_gradients(jaxq.Quantizer("ternary"), **options)
-            step = lambda s, _: tx.update(g, s)[::-1]  # noqa: E731
+            step = lambda s, _: tx.update(g, s)[::-1]
             state, given = jax.lax.scan(step, tx.init(g), length=n)
             return np.asarray(given, np.float64).sum(0), state
 
@@ -431,7 +431,7 @@ class TestUpdates:
         spacing = float(np.spacing(np.ones((), ml_dtypes.finfo(name).dtype)).astype(np.float64))
         u = np.float32([1, 3, -37, 10, -127]) * np.float32(spacing / n)
         r = np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None], (n, 5))
-        rounding = lambda units, negative, _: mode(units, negative, jnp.asarray(r))  # noqa: E731
+        rounding = lambda units, negative, _: mode(units, negative, jnp.asarray(r))
         many = [jnp.asarray(np.broadcast_to(a, (n, 5))) for a in (w, u)]
         options = {} if held == name else {"fmt": name}
         new = optim.apply_updates(many[0].astype(held), many[1], rounding=rounding, **options)

@@ -23,7 +23,7 @@ def value(code: int, bits: int, es: int | None) -> F:
     """
     string = [(code >> i) & 1 for i in reversed(range(bits))] + [0] * 40
     sign, rest = string[0], string[1:]
-    number = lambda digits: int("".join(map(str, digits)) or "0", 2)  # noqa: E731
+    number = lambda digits: int("".join(map(str, digits)) or "0", 2)
     if es is None:
         regime = number(rest[1:4])
         size = regime if rest[0] else 7 - regime
@@ -78,6 +78,7 @@ def test_rounding_is_by_the_string(fmt: jaxq.TaperedFormat):
         np.testing.assert_array_equal(down, [c, c, c])
 
 
+@pytest.mark.usefixtures("eager")  # Operations are compiled once for all.
 @pytest.mark.parametrize("fmt", NAMED, ids=lambda fmt: fmt.name)
 def test_nothing_becomes_zero_or_nar(fmt: jaxq.TaperedFormat):
     x = data.random_float32(5000)

@@ -1,4 +1,4 @@
-"""Every preset's error on a million normal numbers is the one that quadrature gives."""
+"""Every preset's error on a million normal numbers, by jaxq's theory, and by another quadrature."""
 
 import functools
 
@@ -8,6 +8,7 @@ import pytest
 
 import jaxq
 from jaxq import presets
+from jaxq.analysis import expected_error
 from tests.quadrature import Model, mean_squared_error
 
 ROWS, COLUMNS = 1024, 1024
@@ -145,13 +146,24 @@ def test_every_preset_is_here():
     assert set(presets.ALL) == set(MODELS) | set(BESIDE)
 
 
+# Scales that jump with a, which the oracle's evenly spaced nodes do not resolve, and rounding with
+# a scale that is not stored, which it leaves out.
+ROUGH = {"q8_0": 2e-3, "nvfp4": 2e-3, "nvfp4_tile16": 2e-3, "mxfp8_e4m3": 1e-2, "mxfp4": 5e-3}
+ROUGH |= dict.fromkeys(["mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxint8"], 5e-3)
+ROUGH |= dict.fromkeys(["uint8_channel", "uint4_g128", "q4_1", "q5_1"], 1e-3)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_measured_is_expected(name: str):
     error, deviation = measured(name)
-    model = MODELS[name]
+    model, expected = MODELS[name], expected_error(name, (ROWS, COLUMNS))
+    assert abs(error - expected.mse) <= 4 * expected.deviation
     # The one block of a tensor is taken as it is; of many the ends are averaged over.
     ends = (float(sample().min()), float(sample().max())) if model.block == SIZE else None
-    assert abs(error - mean_squared_error(model, ends)) <= 4 * deviation
+    want = mean_squared_error(model, ends)
+    assert abs(error - want) <= 4 * deviation
+    if ends is None:
+        assert expected.mse == pytest.approx(want, rel=ROUGH.get(name, 1e-4))
 
 
 @pytest.mark.parametrize("name", BESIDE)

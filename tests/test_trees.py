@@ -12,7 +12,7 @@ from tests.oracle import assert_same
 
 def parameters() -> dict:
     rng = np.random.default_rng(0)
-    layer = lambda: {  # noqa: E731
+    layer = lambda: {
         "kernel": jnp.asarray(rng.standard_normal((64, 32)), jnp.float32),
         "bias": jnp.asarray(rng.standard_normal(32), jnp.bfloat16),
     }

@@ -146,18 +146,24 @@ def _measured(recipe: Quantizer, d: Distribution) -> tuple[np.ndarray, np.ndarra
 
 def _maps(recipe: Quantizer, low: np.ndarray, high: np.ndarray) -> Maps:
     """What the recipe's scales for ranges do to numbers."""
+    count = len(low)
+    if not isinstance(recipe.second_level, DoubleScale):  # There every scale counts for all.
+        # To a power of four, so that few operations are compiled.
+        more = 4 ** -(-(count - 1).bit_length() // 2) - count
+        low, high = (np.pad(end, (0, more), mode="edge") for end in (low, high))
     with jax.ensure_compile_time_eval():
         below, above = (jnp.asarray(end, jnp.float32) for end in (low, high))
         scales = scales_of(below, above, recipe)
-    zero = np.zeros(len(low))
-    divisor, step = (np.asarray(a, np.float64) for a in (scales.divisor, scales.step))
+    divisor, step, point, minimum = (
+        np.zeros(count) if a is None else np.asarray(a, np.float64)[:count]
+        for a in (scales.divisor, scales.step, scales.zero_point, scales.minimum)
+    )
     # A block whose scale is 0 is zeros: the step is, and any divisor will do.
     divisor = np.where(divisor == 0, 1.0, divisor)
-    point = zero if scales.zero_point is None else np.asarray(scales.zero_point, np.float64)
+    zero = np.zeros(count)
     if recipe.zero_point == "integer":
         return Maps(divisor, step, zero, point, zero)
-    origin = zero if scales.minimum is None else np.asarray(scales.minimum, np.float64)
-    return Maps(divisor, step, origin, zero, point)
+    return Maps(divisor, step, minimum, zero, point)
 
 
 def _one_sided(recipe: Quantizer, grid: Grid, n: int, blocks: int, d: Distribution) -> Expected:

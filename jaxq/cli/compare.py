@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from jaxq.analysis import plots
 from jaxq.analysis.specs import meaning
 from jaxq.cli.files import TensorFile, opened
 from jaxq.cli.measure import DEFAULT, Row, Selection, Total, rows_of, totals
@@ -21,6 +22,7 @@ from jaxq.cli.output import (
     print_table,
     safe,
 )
+from jaxq.cli.plot import image
 from jaxq.cli.report import html
 
 __all__ = ["run"]
@@ -149,14 +151,8 @@ def _progress(count: int) -> Iterator[Callable[[str], None]]:
 def _pictures(file: TensorFile, rows: Sequence[Row]) -> list[tuple[str, bytes]]:
     """Captions and SVG pictures for the report; none without matplotlib."""
     largest = max((r for r in rows if not r.note), key=lambda r: r.elements, default=None)
-    try:
-        from jaxq.analysis import plots  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError:
-        return []
     if largest is None:
         return []
-    from jaxq.cli.plot import image
-
     entry = next(e for e in file.entries if e.name == largest.tensor)
     names = [r.recipe for r in rows if r.tensor == largest.tensor and not r.note]
     try:

@@ -124,6 +124,7 @@ def _fill(file: IO[bytes], data: np.ndarray) -> bool:
     """Reads as many bytes as an array has, in pieces; whether there were as many."""
     view, done = data.data, 0
     while done < len(view):
+        # Every binary file has it, but not their common type.
         got = file.readinto(view[done : done + 2**24])  # pyright: ignore[reportAttributeAccessIssue]
         if not got:
             return False

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return done.code if isinstance(done.code, int) else 0
     except BrokenPipeError:
         # The reader has what it wanted. Python would complain when it closes the stream.
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123
+        sys.stdout = pathlib.Path(os.devnull).open("w")
         return 0
     except KeyboardInterrupt:
         print("jaxq: interrupted", file=sys.stderr)

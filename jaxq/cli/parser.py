@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from jaxq import catalog, presets, rounding
+from jaxq.analysis import plots
 from jaxq.analysis.machines import DEVICES, MODELS
 from jaxq.cli import compare, formats, memory, plot
 from jaxq.cli.completion import completion
@@ -47,7 +48,7 @@ def _names(text: str) -> list[str]:
 def _option(parser: argparse.ArgumentParser, *names: str, words: Iterable[str] = (), **kw: Any):
     """An option, with the words that completion offers for its value."""
     action = parser.add_argument(*names, **kw)
-    action.words = list(words)  # pyright: ignore[reportAttributeAccessIssue]
+    vars(action)["words"] = list(words)
     return action
 
 
@@ -135,7 +136,7 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 
 def _plot(parser: argparse.ArgumentParser) -> None:
     _option(
-        parser, "name", nargs="?", metavar="NAME", words=plot.names(), help="all are listed without"
+        parser, "name", nargs="?", metavar="NAME", words=plots.ALL, help="all are listed without"
     )
     _option(parser, "-o", "--output", metavar="FILE", help="ends in .png, .svg or .pdf")
     for option, words in (

@@ -8,30 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from jaxq.analysis import plots
 from jaxq.cli.files import opened
 from jaxq.cli.output import UsageError, atomic, bad_input, print_table
 
-__all__ = ["image", "names", "run"]
+__all__ = ["image", "run"]
 
 _OPTIONS = ("formats", "recipes", "models", "devices", "context", "batch", "title")
 _ONE = {"fmt": "formats", "recipe": "recipes", "steps": "recipes"}
 
 
-def names() -> list[str]:
-    """What pictures there are."""
-    try:
-        from jaxq.analysis import plots  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError:
-        return []
-    return list(plots.ALL)
-
-
 def run(args: argparse.Namespace) -> None:
     """Draws a picture, or lists them."""
-    try:
-        from jaxq.analysis import plots  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError as error:
-        raise UsageError("this version of jaxq has no pictures") from error
     if args.name is None:
         lines = [{"name": name, "shows": plots.about(name)} for name in plots.ALL]
         return print_table(lines, left=["shows"])

@@ -1,5 +1,6 @@
 """What the transformations share: recipes as rules, and a key that the state carries."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -19,8 +20,8 @@ Recipe: TypeAlias = "str | Format | Quantizer"
 
 def as_rules(recipe: "Recipe | Rules", *, strict: bool = True) -> tuple[Rules, bool]:
     """Rules, and whether each must hold for some leaf: that of a single recipe need not."""
-    if not isinstance(recipe, list | tuple):
-        return [("", get_quantizer(recipe))], False  # type: ignore[arg-type]
+    if isinstance(recipe, str) or not isinstance(recipe, Sequence):
+        return [("", get_quantizer(recipe))], False
     rules = [(pattern, None if r is None else get_quantizer(r)) for pattern, r in recipe]
     return rules, strict
 

@@ -53,7 +53,8 @@ def quantize_fn(
     Returns:
       `fn`, quantized, of the same arguments. Parameters may be `jaxq.Quantized`, as
       `jaxq.quantize_weights` makes them: then weights are not rounded again, and are the same
-      to the bit, and so is the result but for the order of XLA's sums.
+      to the bit, and so is the result but for the order of XLA's sums. What lays one out over
+      devices (`jax.lax.with_sharding_constraint`, `jax.sharding.reshard`) moves it packed.
 
     Raises:
       TypeError: when called: a function that cannot be traced.

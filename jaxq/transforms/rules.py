@@ -159,7 +159,7 @@ class Delayed:
 
 
 Rules: TypeAlias = (
-    "Frozen | Delayed | Sequence[Rule | tuple[str, str | DotRecipe | Format | Quantizer | None]]"
+    Frozen | Delayed | Sequence[Rule | tuple[str, str | DotRecipe | Format | Quantizer | None]]
 )
 
 
@@ -309,6 +309,8 @@ def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assign
     assert output is None or isinstance(output, Quantizer)
     calibrated: tuple = (None, None)
     with naming(owner, product.where):
+        if output is not None:
+            output.cut(product.out.shape)  # Blocks that do not divide are found here.
         if product.operation == LOOK_UP and recipe is not None:
             # A look-up multiplies nothing: only its table is quantized.
             table = on_axes(recipe.operands[1], product, 0)

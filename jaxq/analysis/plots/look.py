@@ -8,7 +8,7 @@ window, no backend, nothing to close.
 import functools
 import io
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 import jax
 import numpy as np
@@ -124,11 +124,11 @@ def new(
     return figure
 
 
-def frame(axes: "Axes", *, grid: str = "both") -> "Axes":
-    """Axes without what distracts: two spines, a faint grid behind (`"x"`, `"y"` or `"both"`)."""
+def frame(axes: "Axes", *, grid: Literal["both", "x", "y"] = "both") -> "Axes":
+    """Axes without what distracts: two spines, a faint grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
-    axes.grid(True, axis=grid, color=LIGHT, linewidth=0.8)  # pyright: ignore[reportArgumentType]
+    axes.grid(True, axis=grid, color=LIGHT, linewidth=0.8)
     axes.tick_params(color=GREY, labelcolor="#333333", labelsize=8.5, width=0.8, length=3)
     axes.tick_params(which="minor", color=GREY, width=0.5, length=2)
     return axes

@@ -1,14 +1,12 @@
-"""Random bits and keys against `jax.random`, to the bit; functions that stay one equation."""
+"""Random bits and keys against `jax.random`, to the bit."""
 
 import jax
 import numpy as np
 import pytest
-from jax import lax
 from jax import numpy as jnp
 
 import jaxq
 from jaxq import draws
-from jaxq.sealed import sealed
 from tests.oracle import assert_same
 
 IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
@@ -56,44 +54,3 @@ def test_stochastic_rounding_is_one_pass_without_a_temporary():
     key = jax.eval_shape(lambda: jax.random.key(0))
     cast = jax.jit(lambda x, key: jaxq.cast(x, "bfloat16", rounding="stochastic", key=key))
     assert cast.lower(x, key).compile().memory_analysis().temp_size_in_bytes == 0
-
-
-def primitives(jaxpr) -> list[str]:
-    """The names of equations, those of inner programs in their place, but for sealed ones."""
-    names = []
-    for eqn in jaxpr.eqns:
-        inner = [v for v in eqn.params.values() if hasattr(v, "jaxpr") or hasattr(v, "eqns")]
-        if not inner or eqn.primitive.name == "jaxq_sealed":
-            names.append(eqn.primitive.name)
-        else:
-            names += [n for v in inner for n in primitives(getattr(v, "jaxpr", v))]
-    return names
-
-
-def test_the_gradient_of_a_scan_moves_nothing_of_a_quantizer_out_of_it():
-    """Else each constant of a `where` is an array of the tensor's size, read in every turn."""
-
-    def loss(x, weights):
-        def turn(x, w):
-            return jaxq.fake_quant(x, "nvfp4") * jaxq.fake_quant(w, "int8_channel"), None
-
-        return lax.scan(turn, x, weights)[0].sum()
-
-    x, weights = jnp.ones((8, 32)), jnp.ones((3, 8, 32))
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, weights)
-    loops = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
-    assert [eqn.params["num_consts"] for eqn in loops] == [0, 0]
-    outside = [eqn.primitive.name for eqn in jaxpr.eqns]
-    assert "jaxq_sealed" not in outside
-    assert primitives(loops[0].params["jaxpr"].jaxpr).count("jaxq_sealed") == 2
-
-
-def test_a_sealed_function_takes_and_gives_trees():
-    def function(tree, none):
-        assert none is None
-        return {"sum": tree["a"] + tree["b"]}, None, [tree["a"]]
-
-    tree = {"a": jnp.arange(3.0), "b": jnp.ones(3)}
-    jax.tree.map(assert_same, sealed(function, tree, None), function(tree, None))
-    got = jax.vmap(lambda a: sealed(function, {"a": a, "b": jnp.float32(1)}, None))(tree["a"])
-    jax.tree.map(assert_same, got, function(tree, None))

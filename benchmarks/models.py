@@ -120,6 +120,14 @@ def page(columns: dict[str, dict[str, float]], explained: float, scans: dict[str
     ]
     bases = ", ".join(f"{what} {1e3 * t[FLOAT32]:.0f} ms" for what, t in columns.items())
     limits = ", ".join(f"{what} {most:g} for {name}" for what, (most, name) in LIMITS.items())
+    over = "; ".join(
+        f"{what}: "
+        + (
+            ", ".join(n for n, t in columns[what].items() if t > most * columns[what][FLOAT32])
+            or "none"
+        )
+        for what, (most, _) in LIMITS.items()
+    )
     return f"""# Speed of quantized models
 
 `make bench` writes this page: a transformer of four layers (`examples/language_model.py`, 8 rows of
@@ -134,6 +142,11 @@ Made with Python {platform.python_version()}, jax {jax.__version__}, on \
 | recipe | {" | ".join(columns)} |
 |---|{"---:|" * len(columns)}
 {chr(10).join(rows)}
+
+Above these limits, which not all recipes are held to: {over}. A recipe that quantizes both operands
+of all three products (`mxfp8`, `nvfp4`) has six quantizers where `w8a8` has two, and XLA on CPU
+compiles each for every shape. What was done about that is in the
+[architecture](architecture.md#what-a-model-costs-to-compile).
 
 `jaxq.explain` on a model of {PRODUCTS:,} products: {explained:.2f} s (at most {EXPLAIN_SECONDS:g}).
 The model has {scans[FLOAT32][0]} scan over its layers and {scans[FLOAT32][1]} products in its text;

@@ -77,6 +77,7 @@ nitpick_ignore = [
     ("py:class", "jaxq.ranges.Moments"),
     ("py:class", "jaxq.histograms.Histogram"),
     ("py:class", "jaxq.histograms._Seen"),
+    ("py:class", "jaxq.histories.Amax"),
 ]
 linkcheck_anchors = False
 

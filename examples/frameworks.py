@@ -5,7 +5,8 @@ and the same parameters in all. `jaxq.quantize_fn` takes each as it is. What dif
 weight is: its path, and for Equinox its axes, as `eqx.nn.Linear` keeps `[out, in]` and multiplies
 from the left. Shown is the loss of one batch, and how far the gradient of the embedding is from
 that in plain JAX: some sums of Equinox's run in another order, and what is rounded stochastically
-draws by place in the tensor, whose axes have another order too.
+draws by place in the tensor, whose axes have another order too. (That moves the gradient of
+`nvfp4` as far as another key does; rounded to nearest, it is within 2e-8.)
 
     python examples/frameworks.py [--short]
 """

@@ -1,6 +1,7 @@
 """The random Hadamard transform, which spreads outliers over a block before it is quantized."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,6 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.blocks import Cut
+from jaxq.meshes import as_first, automatic
 
 __all__ = ["Hadamard"]
 
@@ -69,13 +71,20 @@ class Hadamard:
         Returns:
           The transformed tensor, of x's shape.
         """
-        cut = Cut(x.shape, tuple(sizes.get(axis, 1) for axis in range(x.ndim)))
-        by_axis = signs.reshape(tuple(sizes.values())).transpose(np.argsort([*sizes]))
-        within = [n for axis in range(x.ndim) for n in (1, sizes.get(axis, 1))]
-        y = cut.split(x) * by_axis.reshape(within)
-        for axis, length in reversed(sizes.items()):
-            y = _butterflies(y, 2 * axis + 1, length)
-        return cut.merge(y * np.float32(1 / math.sqrt(self.size)))
+        return _transformed(x, signs, tuple(sizes.items()))
+
+
+@functools.partial(jax.jit, static_argnames="lengths")
+@automatic(as_first)
+def _transformed(x: jax.Array, signs: jax.Array, lengths: tuple[tuple[int, int], ...]) -> jax.Array:
+    sizes = dict(lengths)
+    cut = Cut(x.shape, tuple(sizes.get(axis, 1) for axis in range(x.ndim)))
+    by_axis = signs.reshape(tuple(sizes.values())).transpose(np.argsort([*sizes]))
+    within = [n for axis in range(x.ndim) for n in (1, sizes.get(axis, 1))]
+    y = cut.split(x) * by_axis.reshape(within)
+    for axis, length in reversed(lengths):
+        y = _butterflies(y, 2 * axis + 1, length)
+    return cut.merge(y * np.float32(1 / math.sqrt(signs.size)))
 
 
 def _butterflies(y: jax.Array, axis: int, length: int) -> jax.Array:

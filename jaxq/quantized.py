@@ -81,8 +81,7 @@ class Quantized:
     @property
     def scales(self) -> jax.Array:
         """The values of the scales, by which the elements are multiplied; float32."""
-        scales, level = _decoded(self.scale, self.recipe), self.recipe.second_level
-        return scales if level is None else level.join(scales, self.second)
+        return _scales(self)
 
     @property
     def cut(self) -> Cut:
@@ -152,6 +151,18 @@ class Quantized:
                 )
         arrays = (codes, scale, second, zero_point, outliers)
         return Quantized(*arrays, self.recipe, self.dtype, block, self.length)
+
+
+def _of_scales(mesh: Any, result: jax.Array, q: Quantized) -> Any:
+    """The layout of the scales on a mesh with explicit axes: that of what is stored of them."""
+    return fitting(mesh, spec_of(q.scale), result.shape)
+
+
+@jax.jit
+@automatic(_of_scales)
+def _scales(q: Quantized) -> jax.Array:
+    scales, level = _decoded(q.scale, q.recipe), q.recipe.second_level
+    return scales if level is None else level.join(scales, q.second)
 
 
 def _of_codes(mesh: Any, result: jax.Array, q: Quantized) -> Any:

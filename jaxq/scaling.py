@@ -67,13 +67,13 @@ def extrema(x: jax.Array, cut: Cut) -> tuple[jax.Array, jax.Array]:
     """
     ordered, inside = _flipped(_FLOAT32.bits(x)), cut.inside
 
-    def outermost(combine: Callable, none: np.int32) -> jax.Array:
-        known = ordered
+    def largest(ordered: jax.Array) -> jax.Array:
         if inside is not None:
-            known = where(jnp.broadcast_to(inside, x.shape), ordered, none)
-        return reduced(combine, known, cut, none)
+            ordered = where(jnp.broadcast_to(inside, x.shape), ordered, -_HIGHEST)
+        return reduced(lax.max, ordered, cut, -_HIGHEST)
 
-    low, high = outermost(lax.min, _HIGHEST), outermost(lax.max, -_HIGHEST)
+    # Two maxima: over several devices XLA takes both at once, but not a maximum and a minimum.
+    low, high = ~largest(~ordered), largest(ordered)
     finite = (low > _flipped(_FLOAT32.inf | _FLOAT32.sign)) & (high < _FLOAT32.inf)
     low, high = (where(finite, _flipped(end), _FLOAT32.nan) for end in (low, high))
     empty = np.asarray(cut.sizes == 0)

@@ -77,15 +77,26 @@ def _by_platform() -> Any:
 
     primitive = Primitive("jaxq_by_platform")
     primitive.def_impl(_either)
-    primitive.def_abstract_eval(lambda *avals, cpu, **_: jax.make_jaxpr(cpu)(*avals).out_avals[0])
-    batching.defbroadcasting(primitive)
-    ad.primitive_jvps[primitive] = lambda primals, tangents, **functions: jax.jvp(
-        functools.partial(_either, **functions), primals, [*map(ad.instantiate_zeros, tangents)]
-    )
+    primitive.def_abstract_eval(lambda *x, cpu, **_: jax.make_jaxpr(cpu)(*x).out_avals[0])
+    batching.primitive_batchers[primitive] = _batch_each
+    ad.primitive_jvps[primitive] = _jvp
     for platform in (None, "cpu"):
         rule = mlir.lower_fun(functools.partial(_only, platform or "default"), False)
         mlir.register_lowering(primitive, rule, platform=platform)
     return primitive
+
+
+def _batch_each(
+    operands: Sequence[Any], axes: Sequence[Any], **functions: Function
+) -> tuple[jax.Array, int]:
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    spread = (batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True))
+    return _by_platform().bind(*spread, **functions), 0
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **functions: Function) -> Any:
+    moved = tuple(map(ad.instantiate_zeros, tangents))
+    return jax.jvp(functools.partial(_either, **functions), tuple(primals), moved)
 
 
 def _either(*operands: jax.Array, cpu: Function, default: Function) -> jax.Array:

@@ -182,6 +182,19 @@ def test_what_the_guide_says_stays_the_same():
     assert_same(got, jaxq.fake_quant(params["up"], recipe, key=key))
 
 
+def test_static_scales_send_nothing():
+    layout = LAYOUTS["data"]
+    arguments = jax.device_put((PARAMS, X), layout.shardings)
+
+    def sent(rules):
+        compiled = jax.jit(jaxq.quantize_fn(stack, rules)).lower(*arguments).compile()
+        return found(compiled.as_text())
+
+    _, state = jax.jit(jaxq.observe(stack, CALIBRATED))(*arguments)
+    assert sum(sent(CALIBRATED).values()) == 2 * LAYERS
+    assert not sent(jaxq.freeze(CALIBRATED, state))
+
+
 def test_the_guide_has_the_tables():
     page = collectives.PAGE.read_text()
     row = next(line for line in page.splitlines() if line.startswith("| tensor | 8 all-reduce add"))

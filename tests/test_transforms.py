@@ -315,6 +315,10 @@ def test_devices_of_a_shard_map_draw_their_own(check):
             "quantized in two ways",
         ),
         ([("out", "w8b8")], "No preset or format|is named"),
+        (
+            [jaxq.Rule("^out", output=jaxq.Quantizer("int4", jaxq.PerBlock(24)))],
+            "^quantize_fn: dot_general 'out'.*24",
+        ),
         ([jaxq.Rule(scope="nowhere")], "scopes are mlp"),
         ([jaxq.Rule("up", "w8a8", scope="mpl")], "'layers/up' .* stands in the scope 'mlp'"),
         ([("gain", "w8a8")], "'gain' is no array but a float"),
@@ -328,6 +332,21 @@ def test_rules_that_are_wrong(params, rules, text):
     more = {"gain": 2.0, "count": jnp.int32([3]), "bias": jnp.ones(4)}
     with pytest.raises((ValueError, TypeError), match=text):
         jaxq.quantize_fn(model, rules)({**params, **more}, IDS)
+
+
+@pytest.mark.parametrize(
+    ("fn", "recipe", "text"),
+    [
+        (lambda p, x: x @ p["w"][:, :3], "w4", r"of shape \(8, 8\) is multiplied as \(8, 3\)"),
+        (lambda p, x: x @ p["w"] @ p["w"].T, "w4", "is wanted by .* in dot_general 'w' "),
+        (lambda p, x: x @ p["w"], jaxq.Quantizer("int4", rounding="stochastic"), "rounded once"),
+    ],
+)
+def test_weights_that_cannot_be_stored(fn, recipe, text):
+    with pytest.raises(
+        ValueError, match=rf"^quantize_weights: dot_general 'w.*\(.*py:\d+ .*{text}"
+    ):
+        jaxq.quantize_weights(fn, [("w", recipe)])({"w": jnp.ones((8, 8))}, jnp.ones((2, 8)))
 
 
 def test_patterns_and_recipes_that_are_none():

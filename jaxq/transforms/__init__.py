@@ -5,7 +5,7 @@ from jaxq.transforms.delaying import delayed_scaling
 from jaxq.transforms.functions import quantize_fn, quantize_weights
 from jaxq.transforms.observing import Observed, freeze, observe
 from jaxq.transforms.reports import ProductRow, explain
-from jaxq.transforms.rules import Delayed, Frozen, Rule
+from jaxq.transforms.rules import Delayed, Frozen, Rule, Rules
 
 __all__ = [
     "Delayed",
@@ -14,6 +14,7 @@ __all__ = [
     "Observed",
     "ProductRow",
     "Rule",
+    "Rules",
     "delayed_scaling",
     "explain",
     "freeze",

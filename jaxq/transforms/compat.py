@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _HERE, _JAXQ = (str(folder) + os.sep for folder in pathlib.Path(__file__).parents[:2])
+_INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 
 
 class Body(NamedTuple):
@@ -133,7 +134,7 @@ def _line(frames: Iterable[tuple[str, int, str]], around: str = "") -> str:
         if not source_info_util.is_user_filename(file):
             continue
         text = f"{file}:{line} ({function})"
-        if "-packages" not in file and not file.startswith(_JAXQ):
+        if not (file.startswith(_JAXQ) or any(folder in file for folder in _INSTALLED)):
             return text
         packages.append(text)
     return around or (packages or ["unknown line"])[0]

@@ -8,8 +8,9 @@ import jax
 
 from jaxq.quantized import Quantized
 from jaxq.transforms.planning import Planned, plan
+from jaxq.transforms.programs import Extra, program
 from jaxq.transforms.rules import Rules
-from jaxq.transforms.running import Extra, program, run
+from jaxq.transforms.running import run
 
 __all__ = ["quantize_fn", "quantize_weights"]
 
@@ -53,7 +54,8 @@ def quantize_fn(
     Returns:
       `fn`, quantized, of the same arguments. Parameters may be `jaxq.Quantized`, as
       `jaxq.quantize_weights` makes them: then weights are not rounded again, and are the same
-      to the bit, and so is the result but for the order of XLA's sums.
+      to the bit, and so is the result but for the order of XLA's sums. What lays one out over
+      devices (`jax.lax.with_sharding_constraint`, `jax.sharding.reshard`) moves it packed.
 
     Raises:
       TypeError: when called: a function that cannot be traced.

@@ -6,17 +6,9 @@ from typing import Any
 
 from jaxq.dot_recipes import DotRecipe
 from jaxq.quantized import Quantized
+from jaxq.transforms.assigning import Assigned, assign, naming, unassigned
 from jaxq.transforms.reading import Node, Product, read
-from jaxq.transforms.rules import (
-    Assigned,
-    Delayed,
-    Frozen,
-    Rules,
-    as_rules,
-    assign,
-    naming,
-    unassigned,
-)
+from jaxq.transforms.rules import Delayed, Frozen, Rules, as_rules
 from jaxq.transforms.storing import Storage, storages, weight_of
 from jaxq.transforms.tracing import Traced, trace
 

@@ -12,9 +12,10 @@ from jaxq.dot_recipes import ProductRecipe
 from jaxq.quantized import Quantized
 from jaxq.recipes import Quantizer
 from jaxq.tables import Table
+from jaxq.transforms.assigning import Assigned, on_axes
 from jaxq.transforms.planning import Planned, plan
 from jaxq.transforms.reading import Product, flops
-from jaxq.transforms.rules import Assigned, Rules, on_axes
+from jaxq.transforms.rules import Rules
 from jaxq.transforms.storing import weight_of
 
 __all__ = ["ProductRow", "explain"]

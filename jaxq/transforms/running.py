@@ -11,9 +11,8 @@ the operands as they were.
 
 import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -28,100 +27,17 @@ from jaxq.contractions import Contraction, of_conv, of_dot
 from jaxq.draws import fold_in, one_of
 from jaxq.execution import DotOfCodes
 from jaxq.histories import History, can_delay, record
-from jaxq.meshes import varying
 from jaxq.products import Operation, Scales, keys_of, product
 from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
 from jaxq.sharding import quantized_sharding
 from jaxq.transforms import compat
-from jaxq.transforms.reading import LOOK_UP, Node
-from jaxq.transforms.rules import Assigned, naming
+from jaxq.transforms.assigning import Assigned, naming
+from jaxq.transforms.looking_up import look_up
+from jaxq.transforms.programs import Extra, Program, States, merged, of_all, unseen
+from jaxq.transforms.reading import LOOK_UP
 
-__all__ = ["Extra", "Program", "program", "run"]
-
-States = dict[str, tuple[Any, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A jaxpr, which of its equations are products to quantize, and which contain some."""
-
-    jaxpr: Any
-    products: tuple[tuple[int, Assigned], ...]
-    inner: tuple[tuple[int, tuple["Program", ...]], ...]
-
-    def all(self) -> Iterator[Assigned]:
-        """All products, in the order in which they run."""
-        for _, assigned in self.products:
-            yield assigned
-        for _, programs in self.inner:
-            for inside in programs:
-                yield from inside.all()
-
-    @property
-    def draws(self) -> bool:
-        """Whether any product needs a key."""
-        return any(assigned.draws for assigned in self.all())
-
-
-class Extra(NamedTuple):
-    """What products need beside their operands.
-
-    Attributes:
-      key: for random numbers, or None.
-      scales: from calibration, by the products' names.
-      histories: of delayed scaling, likewise.
-      places: by the axes of the `shard_map`s around, where on them the device is.
-    """
-
-    key: jax.Array | None
-    scales: Mapping[str, tuple[calibration.Calibrated | None, ...]]
-    histories: Mapping[str, tuple[History | None, ...]]
-    places: Mapping[str, jax.Array]
-
-    def folded(self, number: Any) -> jax.Array:
-        """The keys for products or turns of a loop."""
-        assert self.key is not None, "checked before anything runs"
-        return fold_in(self.key, number)
-
-    def apart(self, eqn: Any) -> tuple[str, ...]:
-        """The axes of devices that draw their own numbers for a product: they multiply other ones.
-
-        Where a `shard_map` does not check what differs, all its devices do.
-        """
-        differing = compat.varying_of(eqn)
-        return tuple(
-            axis
-            for axis, place in sorted(self.places.items())
-            if axis in differing or axis not in varying(place)
-        )
-
-    def everywhere(self, states: Any) -> Any:
-        """States as ones that may differ on all devices, whatever they were made of."""
-        axes = frozenset().union(*map(varying, self.places.values()))
-
-        def moved(x: jax.Array) -> jax.Array:
-            return lax.pcast(x, tuple(axes - varying(x)), to="varying")
-
-        return jax.tree.map(moved, states)
-
-    def within(self, programs: Sequence[Program]) -> "Extra":
-        """What the products of some programs need."""
-        names = {a.name for inside in programs for a in inside.all()}
-        scales = {name: value for name, value in self.scales.items() if name in names}
-        histories = {name: value for name, value in self.histories.items() if name in names}
-        return self._replace(scales=scales, histories=histories)
-
-
-def program(node: Node, chosen: Sequence[Assigned | None]) -> Program:
-    """The program of a node by what its products were assigned."""
-    products = [(i, chosen[product.number]) for i, product in node.products.items()]
-    inner = [(i, tuple(program(n, chosen) for n in nodes)) for i, nodes in node.inner.items()]
-    return Program(
-        node.jaxpr,
-        tuple((i, assigned) for i, assigned in products if assigned is not None),
-        tuple((i, programs) for i, programs in inner if any(any(p.all()) for p in programs)),
-    )
+__all__ = ["run"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,9 +166,13 @@ def _product(
     seen: States = {}
     with compat.within(eqn):
         if assigned.table is not None:
+            table, *places = arrays
+
+            def gather(table: jax.Array) -> jax.Array:
+                return compat.bind(eqn, [table, *places])[0]
+
             with naming(assigned.where):
-                table = fake_quant(arrays[0], assigned.table, key=keys.table)
-            y = compat.bind(eqn, [table, *arrays[1:]])[0]
+                y = look_up(eqn, gather, table, assigned.table, keys.table)
         elif eqn.primitive.name == LOOK_UP or assigned.recipe is None:
             y = compat.bind(eqn, arrays)[0]
         else:
@@ -359,7 +279,7 @@ class _OnDevice(_Inside):
         histories = jax.tree.map(lambda x: x[0], extra.histories)
         own = extra._replace(histories=histories, places=places)
         results, seen = super().__call__(own, *operands)
-        return results, _of_all(self.program, self.depth, jax.tree.map(self._gathered, seen))
+        return results, of_all(self.program, self.depth, jax.tree.map(self._gathered, seen))
 
     def _gathered(self, x: jax.Array) -> jax.Array:
         """What all devices have, along a leading axis: a sum, which all of them know."""
@@ -415,7 +335,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
         unroll=params["unroll"],
     )
     shared = {name: states for name, states in seen.items() if name not in by_turn}
-    return [*carry, *rows], {**seen, **_of_all(inside, depth + 1, shared)}
+    return [*carry, *rows], {**seen, **of_all(inside, depth + 1, shared)}
 
 
 def _spread(histories: Sequence[History | None], count: int) -> tuple[History | None, ...]:
@@ -425,58 +345,6 @@ def _spread(histories: Sequence[History | None], count: int) -> tuple[History | 
 def _has_rows(x: Any) -> bool:
     """Whether a stored weight can be taken apart along its leading axis."""
     return isinstance(x, Quantized) and x.ndim > len(x.block)
-
-
-def _merged(program: Program, depth: int, earlier: States, later: States) -> States:
-    """States that a program at a depth of scans has seen, with those that it sees later."""
-    products = {a.name: a for a in program.all()}
-
-    def of_operand(known: Any, stacks: int, *states: Any) -> Any:
-        if known is None:
-            return None
-        merge = functools.partial(calibration.merge, recipe=known[1])
-        for _ in range(stacks):
-            merge = jax.vmap(merge)
-        return merge(*states)
-
-    result = {}
-    for name, states in later.items():
-        calibrated, stacks = products[name].calibrated, len(_stacks(products[name], depth))
-        operands = zip(calibrated, earlier[name], states, strict=True)
-        result[name] = tuple(of_operand(known, stacks, a, b) for known, a, b in operands)
-    return result
-
-
-def _of_all(program: Program, depth: int, states: States) -> States:
-    """States of all turns of a loop, or of all devices, along a leading axis, as one."""
-    first, rest = (jax.tree.map(lambda x, at=at: x[at], states) for at in (0, slice(1, None)))
-    if not states:
-        return states
-    return lax.scan(lambda a, b: (_merged(program, depth, a, b), None), first, rest)[0]
-
-
-def _stacks(assigned: Assigned, depth: int) -> list[int]:
-    """The lengths of the scans inside a program at a depth that have a state for every turn."""
-    return [assigned.loops[turn] for turn in sorted(assigned.stacked) if turn >= depth]
-
-
-def _nothing(programs: Sequence[Program], extra: Extra, depth: int) -> States:
-    """States that have seen nothing, for the products of some programs at a depth of scans."""
-
-    def of_operand(known: Any, stacks: list[int]) -> Any:
-        if known is None:
-            return None
-        return jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (*stacks, *x.shape)), calibration.init(*known)
-        )
-
-    states = {
-        a.name: tuple(of_operand(known, _stacks(a, depth)) for known in a.calibrated)
-        for inside in programs
-        for a in inside.all()
-        if a.recipe is not None and any(a.calibrated)
-    }
-    return extra.everywhere(states)
 
 
 def _while(call: _Call) -> tuple[list[Any], States]:
@@ -494,10 +362,10 @@ def _while(call: _Call) -> tuple[list[Any], States]:
         key = None if extra.key is None else extra.folded(number)
         arguments = [*of_turn, *carry]
         results, seen = run(inside, extra._replace(key=key), arguments, depth, observing)
-        return number + 1, results, _merged(inside, depth, before, seen)
+        return number + 1, results, merged(inside, depth, before, seen)
 
     start = [_array(x) for x in operands[conds + bodies :]]
-    state = (jnp.int32(0), start, _nothing([inside], extra, depth) if observing else {})
+    state = (jnp.int32(0), start, unseen([inside], extra, depth) if observing else {})
     _, results, seen = lax.while_loop(going, turn, state)
     return results, seen
 
@@ -508,8 +376,8 @@ def _cond(call: _Call) -> tuple[list[Any], States]:
     def branch(inside: Program) -> Callable[..., Any]:
         def call(*operands: Any) -> Any:
             results, seen = run(inside, extra, operands, depth, observing)
-            unseen = _nothing(programs, extra, depth) if observing else {}
-            return results, {**unseen, **seen}
+            others = unseen(programs, extra, depth) if observing else {}
+            return results, {**others, **seen}
 
         return call
 

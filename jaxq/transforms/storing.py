@@ -18,9 +18,9 @@ from jaxq.quantized import Quantized
 from jaxq.quantizers import quantize
 from jaxq.recipes import Quantizer
 from jaxq.second_level import DoubleScale
+from jaxq.transforms.assigning import Assigned, axes_of, naming
 from jaxq.transforms.origins import Origin
 from jaxq.transforms.reading import LOOK_UP, Product
-from jaxq.transforms.rules import Assigned, axes_of, naming
 
 __all__ = ["Storage", "storages", "weight_of"]
 

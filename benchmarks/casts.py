@@ -88,6 +88,7 @@ def gfloat_peers(x: jax.Array) -> Cases:
     from gfloat.formats import format_info_ocp_e4m3
 
     def function(x: jax.Array) -> jax.Array:
+        # NumPy's by its annotation, but any array that NumPy's functions take will do.
         return round_ndarray(format_info_ocp_e4m3, x)  # type: ignore[arg-type]
 
     return {("gfloat, jitted", E4M3): compiled(function, x)}

@@ -61,7 +61,7 @@ class Result:
 
 
 def train(
-    key: jax.Array, tx: optax.GradientTransformation, data: tuple, epochs: int
+    params: Params, key: jax.Array, tx: optax.GradientTransformation, data: tuple, epochs: int
 ) -> tuple[jax.Array, jax.Array]:
     """Loss of each epoch and test accuracy of one seed."""
     x, y, x_test, y_test = data
@@ -76,7 +76,6 @@ def train(
         updates, moments = tx.update(gradients, moments, params)
         return (optax.apply_updates(params, updates), moments), value
 
-    params = common.init(key, SIZES)
     state = (params, tx.init(params))
     (params, _), losses = common.over_batches(step, state, key, len(x), epochs)
     right = common.logits(params, x_test).argmax(-1) == y_test
@@ -100,11 +99,12 @@ def run(
     """Trains with every optimizer, all seeds in one compiled program."""
     data = common.load()
     keys = jax.random.split(jax.random.key(0), seeds)
+    start = common.networks(keys, SIZES)
     results = []
     for label in labels:
         tx = OPTIMIZERS[label][0]
-        study = jax.jit(jax.vmap(lambda key, tx=tx: train(key, tx, data, epochs)))
-        losses, accuracy = map(np.asarray, study(keys))
+        study = jax.jit(jax.vmap(lambda params, key, tx=tx: train(params, key, tx, data, epochs)))
+        losses, accuracy = map(np.asarray, study(start, keys))
         results.append(Result(label, losses, accuracy, bytes_of_state(tx)))
         report(label)
     return results

@@ -62,7 +62,7 @@ def flat(params: Any) -> jax.Array:
 
 
 def train(
-    key: jax.Array, dtype: str, rounding: str, data: tuple, epochs: int
+    params: Params, key: jax.Array, dtype: str, rounding: str, data: tuple, epochs: int
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Loss, share of idle updates and of movement for each epoch, and the test accuracy."""
     x, y, x_test, y_test = data
@@ -84,7 +84,7 @@ def train(
         moved = jnp.vdot(change, asked) / jnp.vdot(asked, asked)
         return (new, moments, key), (value, still, moved)
 
-    params = as_dtype(common.init(key, SIZES), dtype)
+    params = as_dtype(params, dtype)
     state = (params, optimizer.init(as_dtype(params, "float32")), key)
     (params, *_), measured = common.over_batches(step, state, key, len(x), epochs)
     right = common.logits(as_dtype(params, "float32"), x_test).argmax(-1) == y_test
@@ -95,15 +95,16 @@ def run(seeds: int, epochs: int, report: Callable[[str], None]) -> list[Result]:
     """Trains with every kind of weights, all seeds in one compiled program."""
     data = common.load()
     keys = jax.random.split(jax.random.key(0), seeds)
+    start = common.networks(keys, SIZES)
     results = []
     for label, (dtype, rounding, *_) in WEIGHTS.items():
 
         @jax.jit
         @jax.vmap
-        def study(key, dtype=dtype, rounding=rounding):
-            return train(key, dtype, rounding, data, epochs)
+        def study(params, key, dtype=dtype, rounding=rounding):
+            return train(params, key, dtype, rounding, data, epochs)
 
-        measured, accuracy = study(keys)
+        measured, accuracy = study(start, keys)
         losses, still, moved = map(np.asarray, measured)
         results.append(Result(label, losses, still, moved, np.asarray(accuracy)))
         report(label)

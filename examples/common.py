@@ -39,6 +39,7 @@ __all__ = [
     "init",
     "load",
     "logits",
+    "networks",
     "over_batches",
     "plt",
     "progress",
@@ -70,6 +71,11 @@ def init(key: jax.Array, sizes: Sequence[int]) -> Params:
         {"w": jax.random.normal(k, (n, m)) * (2 / n) ** 0.5, "b": jnp.zeros(m)}
         for k, (n, m) in zip(keys, itertools.pairwise(sizes), strict=True)
     ]
+
+
+def networks(keys: jax.Array, sizes: Sequence[int]) -> Params:
+    """Initialised weights, a network for each key: one program for all that begin with them."""
+    return jax.jit(jax.vmap(lambda key: init(key, sizes)))(keys)
 
 
 def logits(

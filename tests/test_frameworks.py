@@ -73,7 +73,7 @@ def linen(body: Callable, by_hand: Callable, *products: str, **more: Any) -> Cas
 
     model, x = Model(), more.get("x", X)
     names = tuple(f"params/{name}" for name in products)
-    return Case(lambda: model.init(KEY, x), model.apply, by_hand, names, **more)  # type: ignore
+    return Case(lambda: model.init(KEY, x), model.apply, by_hand, names, **more)
 
 
 def linen_dense() -> Case:

@@ -84,7 +84,7 @@ def step_times(arguments: tuple, rounds: int) -> dict[str, float]:
 
 
 def explain_time() -> float:
-    """Processor seconds to explain a model of many products, no two of one shape: the faster run."""
+    """Processor seconds to explain a model of many products of different shapes, the faster run."""
     names = [f"layer{i}" for i in range(PRODUCTS)]
     params = {
         name: jax.ShapeDtypeStruct((64 + i, 65 + i), jnp.float32) for i, name in enumerate(names)

@@ -115,15 +115,16 @@ def test_stored_weights_are_the_same_to_the_bit(params):
     assert_same(stored["layers"]["up"].dequantize(), layer(params["layers"]["up"]))
     blocks = jaxq.Quantizer("int4", jaxq.PerBlock(32, axes=0))
     assert_same(stored["out"].dequantize(), jaxq.fake_quant(params["out"], blocks))
-    for got, want in zip(quantized(stored, IDS), quantized(params, IDS), strict=True):
+    compiled = quantized.lower(stored, IDS).compile()
+    for got, want in zip(compiled(stored, IDS), quantized(params, IDS), strict=True):
         # The order of a sum is XLA's, which lays the operands out as it likes.
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     report = jaxq.explain(model, RULES)(params, IDS)
     by_weight = {row.product: row.bytes for row in report.rows}
     assert by_weight["layers/up"] == stored["layers"]["up"].nbytes == 3 * (32 * 64 + 4 * 64)
-    assert sum(x.nbytes for x in jax.tree.leaves(stored)) == sum(
-        by_weight[name] for name in ("embedding", "layers/up", "layers/down", "out")
-    )
+    reported = sum(by_weight[name] for name in ("embedding", "layers/up", "layers/down", "out"))
+    assert sum(x.nbytes for x in jax.tree.leaves(stored)) == reported
+    assert compiled.memory_analysis().argument_size_in_bytes == reported + IDS.nbytes
     other = [("embedding", "int4_channel"), *RULES[1:]]
     with pytest.raises(ValueError, match="'embedding' is stored as"):
         jaxq.quantize_fn(model, other)(stored, IDS)

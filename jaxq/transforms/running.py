@@ -12,30 +12,21 @@ the operands as they were.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import jax
-import numpy as np
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxq import calibration
-from jaxq.contractions import Contraction, of_conv, of_dot
-from jaxq.draws import fold_in, one_of
-from jaxq.execution import DotOfCodes
-from jaxq.histories import History, can_delay, record
-from jaxq.products import Operation, Scales, keys_of, product
-from jaxq.quantized import Quantized, dequantize
-from jaxq.quantizers import fake_quant
+from jaxq.histories import History
+from jaxq.quantized import Quantized
 from jaxq.sharding import quantized_sharding
 from jaxq.transforms import compat
-from jaxq.transforms.assigning import Assigned, naming
-from jaxq.transforms.looking_up import look_up
+from jaxq.transforms.multiplying import keys_for, multiply, unpacked
 from jaxq.transforms.programs import Extra, Program, States, merged, of_all, unseen
-from jaxq.transforms.reading import LOOK_UP
 
 __all__ = ["run"]
 
@@ -80,13 +71,12 @@ def run(
     def value(variable: Any) -> Any:
         return variable.val if compat.is_literal(variable) else values[variable]
 
-    keys = _keys(extra, body.eqns, products)
+    keys = keys_for(extra, body.eqns, products)
     for i, eqn in enumerate(body.eqns):
         operands = [value(variable) for variable in eqn.invars]
         if i in products:
-            results, more = _product(
-                eqn, products[i], extra, keys.get(i, _Keys()), operands, observing
-            )
+            result, more = multiply(eqn, products[i], extra, keys[i], operands, observing)
+            results = [result]
             seen |= more
         elif i in inner:
             handler = _INSIDE[eqn.primitive.name]
@@ -97,19 +87,9 @@ def run(
         elif eqn.primitive.name in compat.LAYOUTS and isinstance(operands[0], Quantized):
             results = [_laid_out(eqn, operands[0])]
         else:
-            results = compat.bind(eqn, [_array(operand) for operand in operands])
+            results = compat.bind(eqn, [unpacked(operand) for operand in operands])
         values.update(zip(eqn.outvars, results, strict=True))
-    return [_array(value(variable)) for variable in body.outvars], seen
-
-
-def _array(x: Any) -> Any:
-    """A stored weight as an array, each of its stacked layers by itself."""
-    if not isinstance(x, Quantized):
-        return x
-    function = dequantize
-    for _ in range(x.ndim - len(x.block)):
-        function = jax.vmap(function)
-    return function(x)
+    return [unpacked(value(variable)) for variable in body.outvars], seen
 
 
 def _laid_out(eqn: Any, q: Quantized) -> Any:
@@ -120,135 +100,7 @@ def _laid_out(eqn: Any, q: Quantized) -> Any:
     function, sharding = compat.layout_of(eqn)
     with contextlib.suppress(ValueError), compat.within(eqn):
         return function(q, quantized_sharding(q, sharding))
-    return compat.bind(eqn, [_array(q)])[0]
-
-
-class _Keys(NamedTuple):
-    """The keys of one product."""
-
-    product: jax.Array | None = None
-    table: jax.Array | None = None
-    output: jax.Array | None = None
-
-
-def _keys(extra: Extra, eqns: Sequence[Any], products: Mapping[int, Assigned]) -> dict[int, _Keys]:
-    """The keys of products by their equations, many made at once: to draw is much to compile."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for i, assigned in products.items():
-        if extra.key is not None and assigned.draws:
-            groups.setdefault(extra.apart(eqns[i]), []).append(i)
-    found = {}
-    for axes, members in groups.items():
-        own = extra.folded(np.array([products[i].number for i in members]))
-        for axis in axes:
-            own = fold_in(own, extra.places[axis])
-        nine: Any = keys_of(own)
-        for at, i in enumerate(members):
-            assigned, first = products[i], one_of(own, at)
-            recipe_draws = assigned.recipe is not None and bool(assigned.recipe.draws)
-            found[i] = _Keys(
-                one_of(nine, at) if recipe_draws and assigned.table is None else None,
-                first if recipe_draws and assigned.table is not None else None,
-                fold_in(first, 0) if assigned.output_draws else None,
-            )
-    return found
-
-
-def _product(
-    eqn: Any,
-    assigned: Assigned,
-    extra: Extra,
-    keys: _Keys,
-    operands: list[Any],
-    observing: bool,
-) -> tuple[list[Any], States]:
-    arrays = [_array(operand) for operand in operands]
-    seen: States = {}
-    with compat.within(eqn):
-        if assigned.table is not None:
-            table, *places = arrays
-
-            def gather(table: jax.Array) -> jax.Array:
-                return compat.bind(eqn, [table, *places])[0]
-
-            with naming(assigned.where):
-                y = look_up(eqn, gather, table, assigned.table, keys.table)
-        elif eqn.primitive.name == LOOK_UP or assigned.recipe is None:
-            y = compat.bind(eqn, arrays)[0]
-        else:
-            ordered = assigned.order(arrays)
-            if observing and any(assigned.calibrated):
-                seen[assigned.name] = extra.everywhere(
-                    tuple(
-                        None
-                        if known is None
-                        else calibration.update(calibration.init(*known), x, known[1])
-                        for x, known in zip(ordered, assigned.calibrated, strict=True)
-                    )
-                )
-            first, second = ordered
-            histories = extra.histories.get(assigned.name, (None, None, None))
-            scales = _scales(assigned, extra.scales.get(assigned.name), histories)
-            y = product(
-                _operation(eqn, assigned), first, second, assigned.recipe, keys.product, scales
-            )
-            for history, quantizer, x in zip(
-                histories, assigned.delayed, (first, second, None), strict=True
-            ):
-                if history is not None and quantizer is not None:
-                    y = record(y, history, quantizer, x)
-        if assigned.output is not None:
-            with naming(assigned.where):
-                y = fake_quant(y, assigned.output, key=keys.output)
-    return [y], seen
-
-
-def _scales(assigned: Assigned, given: Any, histories: Sequence[History | None]) -> Scales:
-    """The scales of a product's operands that calibration or histories give."""
-    if given is not None:
-        return Scales((given[0], given[1]))
-    recipe = assigned.recipe
-    assert recipe is not None, "the caller has checked it"
-    lhs, rhs, cotangent = (None if h is None else h.largest() for h in histories)
-    pairs = []
-    for how, amaxes in zip(
-        (recipe.forward, recipe.dlhs, recipe.drhs),
-        ((lhs, rhs), (cotangent, rhs), (cotangent, lhs)),
-        strict=True,
-    ):
-        own = [can_delay(q) and how.hadamard is None for q in how.operands]
-        first, second = (a if known else None for a, known in zip(amaxes, own, strict=True))
-        pairs.append((first, second))
-    return Scales(*pairs)
-
-
-def _operation(eqn: Any, assigned: Assigned) -> Operation:
-    """A product's bilinear function, its operands in the recipe's order."""
-    params, name = eqn.params, assigned.where
-    names = ("lhs", "rhs")
-
-    def function(*operands: jax.Array) -> jax.Array:
-        return compat.bind(eqn, assigned.order(operands))[0]
-
-    if eqn.primitive.name == "dot_general":
-        ndims = (len(variable.aval.shape) for variable in eqn.invars)
-        labels = of_dot(params["dimension_numbers"], *ndims)
-        lhs, rhs = assigned.order((labels.lhs, labels.rhs))
-        contraction = Contraction(lhs, rhs, labels.out)
-        plain: Any = DotOfCodes(contraction)
-        return Operation(name, assigned.order(names), function, contraction, plain)
-    labels = of_conv(params["dimension_numbers"])
-    lhs, rhs = assigned.order((labels.lhs, labels.rhs))
-    contraction = Contraction(lhs, rhs, labels.out)
-    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
-
-    def codes(lhs: jax.Array, rhs: jax.Array, preferred_element_type: Any) -> jax.Array:
-        options = {**params, "preferred_element_type": preferred_element_type}
-        first, second = assigned.order((lhs, rhs))
-        return lax.conv_general_dilated(first, second, **options)
-
-    plain = None if grouped else codes
-    return Operation(name, assigned.order(names), function, contraction, plain, grouped)
+    return compat.bind(eqn, [unpacked(q)])[0]
 
 
 class _Call(NamedTuple):
@@ -296,7 +148,7 @@ def _shard_map(call: _Call) -> tuple[list[Any], States]:
     specs = Extra(everywhere, everywhere, one_each, everywhere)
     on_device = _OnDevice(programs[0], depth, observing, tuple(devices))
     inside = compat.call_inside(eqn, on_device, specs)
-    return inside(extra._replace(histories=histories), *map(_array, operands))
+    return inside(extra._replace(histories=histories), *map(unpacked, operands))
 
 
 def _scan(call: _Call) -> tuple[list[Any], States]:
@@ -304,7 +156,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     inside, params = programs[0], eqn.params
     consts, count = compat.loop_counts(eqn)
     fixed, carried = operands[:consts], operands[consts : consts + count]
-    slices = [x if _has_rows(x) else _array(x) for x in operands[consts + count :]]
+    slices = [x if _has_rows(x) else unpacked(x) for x in operands[consts + count :]]
     by_turn = {a.name for a in inside.all() if depth in a.stacked}
     scales = {name: s for name, s in extra.scales.items() if name not in by_turn}
     own = {name: s for name, s in extra.scales.items() if name in by_turn}
@@ -328,7 +180,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
 
     carry, (rows, seen) = lax.scan(
         turn,
-        [_array(x) for x in carried],
+        [unpacked(x) for x in carried],
         (numbers, slices, own, histories),
         length=params["length"],
         reverse=params["reverse"],
@@ -364,7 +216,7 @@ def _while(call: _Call) -> tuple[list[Any], States]:
         results, seen = run(inside, extra._replace(key=key), arguments, depth, observing)
         return number + 1, results, merged(inside, depth, before, seen)
 
-    start = [_array(x) for x in operands[conds + bodies :]]
+    start = [unpacked(x) for x in operands[conds + bodies :]]
     state = (jnp.int32(0), start, unseen([inside], extra, depth) if observing else {})
     _, results, seen = lax.while_loop(going, turn, state)
     return results, seen
@@ -389,7 +241,7 @@ def _custom(call: _Call) -> tuple[list[Any], States]:
     """A function with a derivative of its own: the value is quantized, the derivative its own."""
     eqn, programs, extra, operands, depth, observing = call
     extra = extra._replace(histories={})  # They would see nothing.
-    arrays = [_array(operand) for operand in operands]
+    arrays = [unpacked(operand) for operand in operands]
     seen: States = {}
     if observing:
         seen = run(programs[0], extra, [lax.stop_gradient(x) for x in arrays], depth, True)[1]

@@ -52,19 +52,21 @@ class Observed:
                 "Observed.merge: both must be of one function and one set of rules, got products "
                 f"{', '.join(self.states)} and {', '.join(later.states)}."
             )
-        return self._map(calibration.merge, self.states, later.states)
+        states = self._map(calibration.merge, self.states, later.states)
+        return Observed(states, self.quantizers)
 
     def gather(self, axis_name: str) -> "Observed":
         """The states of all devices along an axis of `jax.shard_map` or `jax.vmap`, merged."""
-        return self._map(
+        states = self._map(
             lambda state, recipe: calibration.gather(state, recipe, axis_name), self.states
         )
+        return Observed(states, self.quantizers)
 
     def finalize(self) -> dict[str, tuple[Calibrated | None, ...]]:
         """Scales, and zero points, of the operands that have states."""
-        return self._map(calibration.finalize, self.states).states  # type: ignore[return-value]
+        return self._map(calibration.finalize, self.states)
 
-    def _map(self, function: Callable[..., Any], *states: Mapping[str, Any]) -> "Observed":
+    def _map(self, function: Callable[..., Any], *states: Mapping[str, Any]) -> dict[str, Any]:
         result = {}
         for name, quantizers, leading in self.quantizers:
             parts = []
@@ -77,7 +79,7 @@ class Observed:
                     own = jax.vmap(own)
                 parts.append(own(*(one[name][i] for one in states)))
             result[name] = tuple(parts)
-        return Observed(result, self.quantizers)
+        return result
 
 
 def _called(function: Callable[..., Any], quantizer: Quantizer, *states: Any) -> Any:

@@ -6,7 +6,8 @@ forward pass and in the gradient. The model knows nothing of it: `jaxq.quantize_
 function. Embedding and head stay in float32, and so do the weights that the optimizer updates.
 Shown is the cross-entropy on held-out text, computed as in training, and the time of a step. The
 runs are short, and any change of a last bit makes another run: how far bfloat16 is from float32,
-and the seeds of one way from each other, says what small differences mean.
+and the seeds of one way from each other, says what small differences mean. For a model of this size
+in 300 steps, that is all of them: every way learns, and none is told from float32 by three seeds.
 
     python examples/transformer.py [--steps N] [--seeds N] [--short] [--output PICTURE]
 """

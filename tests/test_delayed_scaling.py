@@ -236,3 +236,23 @@ def test_scales_are_for_tensors_as_they_are():
     assert [h is None for h in state.histories["w"]] == [True, True, False]
     with pytest.raises(ValueError, match="nothing to calibrate"):
         jaxq.observe(weighted, [("w", recipe)])(params, x, x)
+
+
+def test_residuals_that_are_quantized_anew_have_the_scales_of_their_tensors():
+    """In integers with powers of two for scales, so that all sums are exact."""
+    one = jaxq.Quantizer("int4", scale="ceil", scale_format="float8_e8m0fnu")
+    both = jaxq.ProductRecipe(one, one)
+    recipe = jaxq.DotRecipe(one, one, dlhs=both, drhs=both, residuals="original")
+    w, x, g = powers(0, (8, 4), 4), powers(1, (4, 8), 2), powers(2, (4, 4), 1)
+    state = jaxq.delayed_scaling(weighted, [("w", recipe)], history=1)({"w": w}, x, g)
+    state = state.update(seen_by(weighted, state, {"w": w * 2}, x * 2, g * 2)[1][1])
+
+    def loss(x, w):
+        return jaxq.quantize_fn(weighted, state)({"w": w}, x, g)
+
+    got = jax.grad(loss, (0, 1))(x, w)
+    lhs, rhs, cotangent = (
+        jaxq.fake_quant(a, one, scale=scale) for a, scale in ((x, 1.0), (w, 2.0), (g, 0.5))
+    )
+    jax.tree.map(assert_same, got, (cotangent @ rhs.T, lhs.T @ cotangent))
+    assert not np.array_equal(lhs, jaxq.fake_quant(x, one))

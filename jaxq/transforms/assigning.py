@@ -18,7 +18,10 @@ from jaxq.recipes import Quantizer
 from jaxq.transforms.reading import LOOK_UP, Product, table_axes
 from jaxq.transforms.rules import Rule
 
-__all__ = ["Assigned", "assign", "axes_of", "naming", "on_axes", "unassigned"]
+__all__ = ["TENSORS", "Assigned", "assign", "axes_of", "naming", "on_axes", "unassigned"]
+
+# What the forward product and those of the two gradients multiply, of `lhs`, `rhs`, the cotangent.
+TENSORS = ((0, 1), (2, 1), (2, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +56,23 @@ class Assigned:
     reverse: bool
 
     @property
-    def delayed(self) -> tuple[Quantizer | None, ...]:
-        """For both operands and the cotangent, the quantizer whose scale a history can give."""
+    def delayable(self) -> tuple[tuple[Quantizer | None, ...], ...]:
+        """For both operands of the three products the quantizers that a history can serve."""
         recipe = self.recipe
         if recipe is None or self.table is not None or not self.reverse:
-            return None, None, None
-        uses = (
-            [(recipe, 0), (recipe.drhs, 1)],
-            [(recipe, 1), (recipe.dlhs, 1)],
-            [(recipe.dlhs, 0), (recipe.drhs, 0)],
+            return ((None, None),) * 3
+        return tuple(
+            tuple(q if how.hadamard is None and can_delay(q) else None for q in how.operands)
+            for how in (recipe.forward, recipe.dlhs, recipe.drhs)
         )
-        found = []
-        for places in uses:
-            quantizers = [how.operands[i] for how, i in places if how.hadamard is None]
-            found.append(next(filter(can_delay, quantizers), None))
+
+    @property
+    def delayed(self) -> tuple[Quantizer | None, ...]:
+        """For `lhs`, `rhs` and the cotangent, the first of these: what a history is for."""
+        found: list[Quantizer | None] = [None] * 3
+        for quantizers, tensors in zip(self.delayable, TENSORS, strict=True):
+            for quantizer, tensor in zip(quantizers, tensors, strict=True):
+                found[tensor] = found[tensor] or quantizer
         return tuple(found)
 
     @property

@@ -11,12 +11,12 @@ from jaxq import calibration
 from jaxq.contractions import Contraction, of_conv, of_dot
 from jaxq.draws import fold_in, one_of
 from jaxq.execution import DotOfCodes
-from jaxq.histories import History, can_delay, record
+from jaxq.histories import History, record
 from jaxq.products import Operation, Scales, keys_of, product
 from jaxq.quantized import Quantized, dequantize
 from jaxq.quantizers import fake_quant
 from jaxq.transforms import compat
-from jaxq.transforms.assigning import Assigned, naming
+from jaxq.transforms.assigning import TENSORS, Assigned, naming
 from jaxq.transforms.looking_up import look_up
 from jaxq.transforms.programs import Extra, States
 from jaxq.transforms.reading import LOOK_UP
@@ -130,17 +130,13 @@ def _scales(assigned: Assigned, given: Any, histories: Sequence[History | None])
     """The scales of a product's operands that calibration or histories give."""
     if given is not None:
         return Scales((given[0], given[1]))
-    recipe = assigned.recipe
-    assert recipe is not None, "the caller has checked it"
-    lhs, rhs, cotangent = (None if h is None else h.largest() for h in histories)
+    amaxes = [None if history is None else history.largest() for history in histories]
     pairs = []
-    for how, amaxes in zip(
-        (recipe.forward, recipe.dlhs, recipe.drhs),
-        ((lhs, rhs), (cotangent, rhs), (cotangent, lhs)),
-        strict=True,
-    ):
-        own = [can_delay(q) and how.hadamard is None for q in how.operands]
-        first, second = (a if known else None for a, known in zip(amaxes, own, strict=True))
+    for quantizers, tensors in zip(assigned.delayable, TENSORS, strict=True):
+        first, second = (
+            None if quantizer is None else amaxes[tensor]
+            for quantizer, tensor in zip(quantizers, tensors, strict=True)
+        )
         pairs.append((first, second))
     return Scales(*pairs)
 

@@ -3,60 +3,96 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxq import (
-    calibration,
-    calibrators,
-    catalog,
-    dot_recipes,
-    gguf,
-    gradients,
-    presets,
-    qat,
-    rounding,
+from jaxq import formats, gradients, interop, models, numerics, products, qat, quantizers, recipes
+from jaxq._base.tables import Table
+from jaxq._jax.serialization import LAZY
+from jaxq.formats import (
+    CodebookFormat,
+    FloatFormat,
+    Format,
+    IntFormat,
+    TaperedFormat,
+    fixed_point,
+    formats_table,
+    get_format,
+    p3109,
 )
-from jaxq.accumulation import Accumulation
-from jaxq.blocks import PerBlock, PerChannel, PerTensor, PerToken
-from jaxq.casting import cast, encode
-from jaxq.catalog import fixed_point, formats_table, get_format, p3109
-from jaxq.chains import chain, chain_table
-from jaxq.codecs import decode, pack, unpack
-from jaxq.cotangents import grad_cast
-from jaxq.dot_recipes import DotRecipe, ProductRecipe, get_dot_recipe
-from jaxq.dots import conv_general_dilated, dot_general, einsum
-from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
-from jaxq.grids import BinaryGrid, float_grid, int_grid
-from jaxq.hadamard import Hadamard
-from jaxq.outliers import Outliers
-from jaxq.presets import get_quantizer
-from jaxq.quantized import Quantized, dequantize
-from jaxq.quantizers import fake_quant, neighbours, quantize
-from jaxq.recipes import Quantizer
-from jaxq.rounding import HalfUp, Stochastic
-from jaxq.second_level import DoubleScale, TensorScale
-from jaxq.sharding import quantized_sharding
-from jaxq.tables import Table
-from jaxq.transforms import (
+from jaxq.interop import load, save
+from jaxq.models import (
     Rule,
     delayed_scaling,
+    dequantize_tree,
     explain,
     freeze,
     observe,
     quantize_fn,
+    quantize_tree,
     quantize_weights,
+    tree_report,
 )
-from jaxq.trees import dequantize_tree, quantize_tree, tree_report
+from jaxq.numerics import (
+    BinaryGrid,
+    HalfUp,
+    Stochastic,
+    cast,
+    decode,
+    encode,
+    float_grid,
+    int_grid,
+    pack,
+    unpack,
+)
+from jaxq.products import (
+    Accumulation,
+    Hadamard,
+    ProductRecipe,
+    SingleProduct,
+    conv_general_dilated,
+    dot_general,
+    einsum,
+    get_product_recipe,
+    grad_cast,
+    ragged_dot,
+    ragged_dot_general,
+)
+from jaxq.quantizers import (
+    Quantized,
+    calibration,
+    dequantize,
+    fake_quant,
+    neighbors,
+    quantize,
+    quantized_sharding,
+)
+from jaxq.recipes import (
+    MX,
+    Affine,
+    DoubleQuant,
+    Outliers,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    PerToken,
+    Recipe,
+    ScaleAndMin,
+    SignedScale,
+    Symmetric,
+    TwoLevel,
+    get_recipe,
+)
 
 if TYPE_CHECKING:
-    from jaxq import optim
+    from jaxq import analysis, optim, ptq
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MX",
     "Accumulation",
+    "Affine",
     "BinaryGrid",
     "CodebookFormat",
-    "DotRecipe",
-    "DoubleScale",
+    "DoubleQuant",
     "FloatFormat",
     "Format",
     "Hadamard",
@@ -69,59 +105,72 @@ __all__ = [
     "PerToken",
     "ProductRecipe",
     "Quantized",
-    "Quantizer",
+    "Recipe",
     "Rule",
+    "ScaleAndMin",
+    "SignedScale",
+    "SingleProduct",
     "Stochastic",
+    "Symmetric",
     "Table",
     "TaperedFormat",
-    "TensorScale",
+    "TwoLevel",
+    "analysis",
     "calibration",
-    "calibrators",
     "cast",
-    "catalog",
-    "chain",
-    "chain_table",
     "conv_general_dilated",
     "decode",
     "delayed_scaling",
     "dequantize",
     "dequantize_tree",
     "dot_general",
-    "dot_recipes",
     "einsum",
     "encode",
     "explain",
     "fake_quant",
     "fixed_point",
     "float_grid",
+    "formats",
     "formats_table",
     "freeze",
-    "get_dot_recipe",
     "get_format",
-    "get_quantizer",
-    "gguf",
+    "get_product_recipe",
+    "get_recipe",
     "grad_cast",
     "gradients",
     "int_grid",
-    "neighbours",
+    "interop",
+    "load",
+    "models",
+    "neighbors",
+    "numerics",
     "observe",
     "optim",
     "p3109",
     "pack",
-    "presets",
+    "products",
+    "ptq",
     "qat",
     "quantize",
     "quantize_fn",
     "quantize_tree",
     "quantize_weights",
     "quantized_sharding",
-    "rounding",
+    "quantizers",
+    "ragged_dot",
+    "ragged_dot_general",
+    "recipes",
+    "save",
     "tree_report",
     "unpack",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "optim":  # At its first use, as it imports optax.
-        return importlib.import_module("jaxq.optim")
+    if name in LAZY:
+        return importlib.import_module(f"jaxq.{name}")
     raise AttributeError(f"module 'jaxq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,11 +1,11 @@
-"""What quantization-aware training puts around a quantizer: functions of the value.
+"""Differentiable functions for quantization-aware training that change the quantized values.
 
-A gradient rule leaves the value of a quantized tensor as it is, and is an argument: see
-`jaxq.gradients`. What changes the value stands here, as pure functions that JAX differentiates:
-transforms of weights (DoReFa), values between two neighbours of the grid (soft rounding, noise,
-AdaRound), a fractional number of bits, and where a learned scale begins (LSQ).
+Gradient rules do not change the values and are arguments of a recipe: see `jaxq.gradients`. This
+module has pure functions that JAX differentiates: transforms of weights (DoReFa), values between
+two neighbors on the grid (soft rounding, noise, AdaRound), a fractional number of bits, and the
+initial value of a learned scale (LSQ).
 
-`jaxq.neighbours(x, recipe)` gives the two neighbours, for every format and granularity.
+`jaxq.neighbors(x, recipe)` returns the two neighbors, for every format and granularity.
 """
 
 import math
@@ -16,10 +16,9 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.casting import cast, floats
-from jaxq.formats import Format, IntFormat
-from jaxq.presets import get_quantizer
-from jaxq.recipes import Quantizer
+from jaxq.formats import IntFormat
+from jaxq.numerics import cast, floats
+from jaxq.recipes import AbsMean, Recipe, get_recipe
 
 __all__ = [
     "adaround",
@@ -35,29 +34,29 @@ __all__ = [
     "unit_tanh",
 ]
 
-# The ends that AdaRound stretches a sigmoid to, before it is clipped to [0, 1].
+# AdaRound stretches a sigmoid to [_GAMMA, _ZETA], and then clips it to [0, 1].
 _ZETA, _GAMMA = 1.1, -0.1
 
 
-def lsq_scale(x: jax.typing.ArrayLike, recipe: "str | Format | Quantizer") -> jax.Array:
-    """The scales that LSQ begins with: 2 mean|x| / sqrt(Qp) of each block.
+def lsq_scale(x: jax.typing.ArrayLike, recipe: "str | Recipe") -> jax.Array:
+    """Returns the initial scales of LSQ, 2 mean|x| / sqrt(Qp) of each block.
 
     Args:
       x: the tensor: weights, or a first batch of activations.
-      recipe: the recipe, whose format has the largest value Qp.
+      recipe: the recipe. Qp is the largest value of its format.
 
     Returns:
-      Float32 scales, one a block, for `jaxq.fake_quant(x, recipe, scale=...)`. A block of zeros
-      has 0, from which nothing is learned.
+      Float32 scales, one per block, for `jaxq.fake_quant(x, recipe, scale=...)`. A block of zeros
+      has scale 0, which is not learned.
 
     Raises:
-      TypeError: x is not of a floating dtype.
+      TypeError: x does not have a floating dtype.
       ValueError: as in `jaxq.fake_quant`.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp, numpy as np
       >>> w = jnp.array([[0.5, -1.0], [0.25, 0.0]])
-      >>> recipe = jaxq.Quantizer("int2", jaxq.PerChannel((0,)), gradient="lsq")
+      >>> recipe = jaxq.Recipe("int2", jaxq.PerChannel((0,)), gradient="lsq")
       >>> scale = lsq_scale(w, recipe)
       >>> scale.tolist()
       [[1.5], [0.25]]
@@ -67,28 +66,27 @@ def lsq_scale(x: jax.typing.ArrayLike, recipe: "str | Format | Quantizer") -> ja
     References:
       Esser et al., "Learned Step Size Quantization" (2020), section 2.1.
     """
-    recipe, x = get_quantizer(recipe), floats("lsq_scale", x)
+    recipe, x = get_recipe(recipe), floats("lsq_scale", x)
     cut = recipe.cut(x.shape)
-    total = jnp.abs(cut.split(x.astype(jnp.float32))).sum(cut.axes, keepdims=True)
-    mean = total / np.maximum(cut.sizes, 1)
-    return (mean * np.float32(2 / math.sqrt(recipe.element.max))).reshape(cut.counts)
+    mean = AbsMean().measure(cut.split(x.astype(jnp.float32)), cut, two_sided=False).magnitude
+    return (mean * np.float32(2 / math.sqrt(recipe.element.scaled_max))).reshape(cut.counts)
 
 
 def unit_tanh(w: jax.Array) -> jax.Array:
-    """DoReFa's transform of weights: tanh(w) / max|tanh(w)|, within [-1, 1].
+    """Returns DoReFa's transform of weights, tanh(w) / max|tanh(w)|, within [-1, 1].
 
-    Quantize it by any recipe. It differentiates as it stands, its maximum included.
+    Any recipe can quantize the result. The gradient includes that of the maximum.
 
     Args:
-      w: the weights, of a floating dtype, any shape.
+      w: the weights, of a floating dtype and any shape.
 
     Returns:
-      An array like w; zeros where all are zero.
+      An array like w; zeros if all weights are zero.
 
     Example:
       >>> import jaxq, jax.numpy as jnp, numpy as np
       >>> t = unit_tanh(jnp.array([0.1, -2.0, 0.7]))
-      >>> print(np.array(jaxq.fake_quant(t, "int4", scale=1 / 7)).round(3))
+      >>> print(np.array(jaxq.fake_quant(t, "int4_tensor", scale=1 / 7)).round(3))
       [ 0.143 -1.     0.571]
 
     References:
@@ -100,14 +98,14 @@ def unit_tanh(w: jax.Array) -> jax.Array:
 
 
 def dorefa(w: jax.Array, bits: int) -> jax.Array:
-    """DoReFa's weights: 2 q(t / 2 + 1/2) - 1, with t = `unit_tanh(w)`.
+    """Returns DoReFa's weights, 2 q(t / 2 + 1/2) - 1, with t = `unit_tanh(w)`.
 
-    q rounds to multiples of 1 / (2^bits - 1) and is straight-through; so there are 2^bits levels,
-    -1 and 1 among them and 0 not.
+    q rounds to multiples of 1 / (2^bits - 1) with a straight-through gradient. There are 2^bits
+    levels, which include -1 and 1 but not 0.
 
     Args:
-      w: the weights, float16, bfloat16 or float32, any shape.
-      bits: 2 to 16.
+      w: the weights, float16, bfloat16 or float32, of any shape.
+      bits: the number of bits, 2 to 16.
 
     Returns:
       An array like w.
@@ -124,7 +122,7 @@ def dorefa(w: jax.Array, bits: int) -> jax.Array:
       Zhou et al., "DoReFa-Net" (2016), equations 9 and 10.
     """
     if not 2 <= bits <= 16:
-        raise ValueError(f"dorefa: `bits` must be 2 to 16, got {bits}. For 1 see `binary`.")
+        raise ValueError(f"dorefa: `bits` must be 2 to 16, got {bits}. For 1, see `binary`.")
     steps = 2**bits - 1
     units = (unit_tanh(w).astype(jnp.float32) * 0.5 + 0.5) * steps
     return (cast(units, IntFormat("dorefa", bits, signed=False)) * (2 / steps) - 1).astype(w.dtype)
@@ -133,19 +131,20 @@ def dorefa(w: jax.Array, bits: int) -> jax.Array:
 def soft_round(
     x: jax.Array, below: jax.Array, above: jax.Array, *, alpha: jax.typing.ArrayLike = 0.2
 ) -> jax.Array:
-    """Soft rounding: a staircase of tanh, that becomes the true one as alpha goes to 0.
+    """Rounds softly, by a staircase of tanh that approaches true rounding as alpha goes to 0.
 
-    In the interval of width w around its middle c, t = (x - c) / w,
+    In the interval of width w around its center c, with t = (x - c) / w,
 
         y = c + w/2 tanh(k t) / tanh(k/2),   k = ln(2 / alpha - 1)
 
-    and the ends of the grid beyond it. Its derivative is the estimator `jaxq.gradients.Dsq`.
+    Beyond the grid, y is the end of the grid. Its derivative is the estimator `jaxq.gradients.DSQ`.
 
     Args:
-      x: the numbers, of a floating dtype, any shape.
-      below: the grid's value below each, from `jaxq.neighbours`.
-      above: the one above.
-      alpha: in (0, 1), a number or a traced scalar, so that it can be learned or annealed.
+      x: the values to round, of a floating dtype and any shape.
+      below: the grid value below each element, from `jaxq.neighbors`.
+      above: the grid value above each element.
+      alpha: the softness in (0, 1), a number or a traced scalar, so that it can be learned or
+        annealed.
 
     Returns:
       An array like x.
@@ -153,7 +152,7 @@ def soft_round(
     Example:
       >>> import jaxq, jax.numpy as jnp, numpy as np
       >>> x = jnp.array([0.4, 0.5, 0.6, 9.0])
-      >>> print(np.array(soft_round(x, *jaxq.neighbours(x, "int4", scale=1.0))).round(3))
+      >>> print(np.array(soft_round(x, *jaxq.neighbors(x, "int4_tensor", scale=1.0))).round(3))
       [0.365 0.5   0.635 7.   ]
 
     References:
@@ -171,24 +170,24 @@ def soft_round(
 
 
 def uniform_noise(x: jax.Array, below: jax.Array, above: jax.Array, key: jax.Array) -> jax.Array:
-    """Additive uniform noise in the place of rounding: x + (above - below) (U - 1/2), U in [0, 1).
+    """Adds uniform noise instead of rounding: x + (above - below) (U - 1/2), U in [0, 1).
 
-    On an even grid the noise has the mean and the variance of a rounding error, and the derivative
-    is the identity, truly.
+    On an evenly spaced grid the noise has the mean and the variance of a rounding error. The
+    derivative is exactly the identity.
 
     Args:
       x: as in `soft_round`.
       below: as in `soft_round`.
       above: as in `soft_round`.
-      key: a key of `jax.random`.
+      key: a `jax.random` key.
 
     Returns:
-      An array like x. Numbers beyond the grid are not clipped.
+      An array like x. Values beyond the grid are not clipped.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp
       >>> x = jnp.zeros(1000)
-      >>> y = uniform_noise(x, *jaxq.neighbours(x, "int4", scale=0.5), jax.random.key(0))
+      >>> y = uniform_noise(x, *jaxq.neighbors(x, "int4_tensor", scale=0.5), jax.random.key(0))
       >>> bool(jnp.abs(y).max() <= 0.25)
       True
 
@@ -202,13 +201,13 @@ def uniform_noise(x: jax.Array, below: jax.Array, above: jax.Array, key: jax.Arr
 
 
 def rectified_sigmoid(v: jax.Array) -> jax.Array:
-    """AdaRound's rectified sigmoid: clip(1.2 sigmoid(v) - 0.1, 0, 1).
+    """Returns AdaRound's rectified sigmoid, clip(1.2 sigmoid(v) - 0.1, 0, 1).
 
     Args:
-      v: the variables that are learned, any shape.
+      v: the learned variables, of any shape.
 
     Returns:
-      How far each number is rounded up, from 0 to 1.
+      The fraction of the interval by which each element is rounded up, from 0 to 1.
 
     References:
       Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020),
@@ -218,7 +217,7 @@ def rectified_sigmoid(v: jax.Array) -> jax.Array:
 
 
 def rectified_sigmoid_inverse(h: jax.Array) -> jax.Array:
-    """The v for which `rectified_sigmoid(v)` is h, clipped to [0, 1].
+    """Returns the v for which `rectified_sigmoid(v)` equals h, clipped to [0, 1].
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -230,7 +229,7 @@ def rectified_sigmoid_inverse(h: jax.Array) -> jax.Array:
 
 
 def adaround_init(w: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
-    """The variables that AdaRound begins with: `adaround` makes w itself of them.
+    """Returns the initial variables of AdaRound, for which `adaround` returns w itself.
 
     Args:
       w: the weights.
@@ -238,8 +237,8 @@ def adaround_init(w: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array
       above: as in `soft_round`.
 
     Returns:
-      An array like w. What lies beyond the grid begins at its end; of an interval without width, at
-      0.
+      An array like w. For weights beyond the grid, `adaround` initially returns the end of the
+      grid. Variables of intervals of width 0 start at 0.
 
     References:
       As for `rectified_sigmoid`.
@@ -249,20 +248,20 @@ def adaround_init(w: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array
 
 
 def adaround(v: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
-    """AdaRound's soft weights: below + (above - below) h(v), h being `rectified_sigmoid`.
+    """Returns AdaRound's soft weights, below + (above - below) h(v), with h = `rectified_sigmoid`.
 
     Args:
-      v: the variables that are learned, in the weights' shape; `adaround_init` begins them.
+      v: the learned variables, in the shape of the weights, initialized by `adaround_init`.
       below: as in `soft_round`.
       above: as in `soft_round`.
 
     Returns:
-      The soft weights. In the end `jnp.where(v >= 0, above, below)` is on the grid.
+      The soft weights. After training, `jnp.where(v >= 0, above, below)` gives weights on the grid.
 
     Example:
       >>> import jaxq, jax.numpy as jnp, numpy as np
       >>> w = jnp.array([0.3, -1.2])
-      >>> below, above = jaxq.neighbours(w, "int4", scale=1.0)
+      >>> below, above = jaxq.neighbors(w, "int4_tensor", scale=1.0)
       >>> v = adaround_init(w, below, above)
       >>> print(np.array(adaround(v, below, above)).round(4))
       [ 0.3 -1.2]
@@ -274,14 +273,14 @@ def adaround(v: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
 
 
 def adaround_penalty(v: jax.Array, beta: jax.typing.ArrayLike) -> jax.Array:
-    """What drives AdaRound's variables to a side: the sum of 1 - |2 h(v) - 1|^beta.
+    """Returns AdaRound's penalty, the sum of 1 - |2 h(v) - 1|^beta, which drives h(v) to 0 or 1.
 
     Args:
       v: as in `adaround`.
-      beta: annealed from 20 to 2 in the paper, which weighs the sum by 0.01.
+      beta: the exponent. The paper anneals it from 20 to 2 and weighs the sum by 0.01.
 
     Returns:
-      A scalar; 0 where every number has chosen its side.
+      A scalar; 0 if every h(v) is 0 or 1.
 
     References:
       As for `rectified_sigmoid`, equation 24.
@@ -290,20 +289,21 @@ def adaround_penalty(v: jax.Array, beta: jax.typing.ArrayLike) -> jax.Array:
 
 
 def fractional_bits(at: Callable[[jax.Array], jax.Array], bits: jax.Array) -> jax.Array:
-    """A function of a whole number of bits, made linear between them, so that bits can be learned.
+    """Interpolates a function of an integer number of bits linearly, so that bits can be learned.
 
         y = (1 - f) at(n) + f at(n + 1),   n = floor(bits), f = bits - n
 
-    Its derivative with respect to the bits is at(n + 1) - at(n), from the right at whole numbers,
-    where y is at(n) exactly.
+    The derivative with respect to the bits is at(n + 1) - at(n). At integers, y is exactly at(n)
+    and this is the derivative from the right.
 
     Args:
-      at: a function of an int32 scalar, such as a cast to `jaxq.int_grid(n)`, or to
-        `jaxq.float_grid(e, n)`. Traced widths make it one compilation.
-      bits: a float32 scalar. n and n + 1 must be widths that the grid takes: clip it to them.
+      at: a function of an int32 scalar, such as a cast to `jaxq.int_grid(n)` or to
+        `jaxq.float_grid(e, n)`. Because the width is traced, one compilation covers all widths.
+      bits: a float32 scalar. The grid must support the widths n and n + 1; clip `bits` to ensure
+        this.
 
     Returns:
-      What `at` returns.
+      An array like those that `at` returns.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp, numpy as np
@@ -328,5 +328,5 @@ def fractional_bits(at: Callable[[jax.Array], jax.Array], bits: jax.Array) -> ja
 
 
 def _some(width: jax.Array) -> jax.Array:
-    """A width to divide by, 1 where there is none."""
+    """Returns the width as a divisor, with 1 in place of 0."""
     return jnp.where(width > 0, width, 1)

@@ -1,20 +1,52 @@
-"""Settings of the whole suite: eight CPU devices, and JAX at its strictest."""
+"""Settings of the test suite: eight CPU devices, strict dtype and rank promotion."""
 
-import os
-
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-
+import chex
 import jax
 import pytest
 
+chex.set_n_cpu_devices(8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+class _Compilations:
+    """Clears JAX's caches after 600 compilations, because all programs together take gigabytes."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self.listen)
+
+    def listen(self, event: str, _: float, **__: object) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self) -> None:
+        if self.count > 600:
+            jax.clear_caches()
+            self.count = 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Registered as a plugin, because a hook in this file would not run for the doctests of `jaxq`.
+    config.pluginmanager.register(_Compilations())
+
+
 @pytest.fixture
 def eager():
-    """A test without jit."""
+    """Disables jit during a test."""
     with jax.disable_jit():
         yield
+
+
+@pytest.fixture(scope="module")
+def unoptimized():
+    """Disables most XLA optimizations in a file of large programs, which halves compile time.
+
+    Must not be used in bitwise tests of casts, quantizers or products: optimizations may affect
+    their bits.
+    """
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()

@@ -1,22 +1,128 @@
-"""Inputs that find mistakes in a rounding."""
+"""Inputs for rounding tests, and choices of formats and recipes that cover all features."""
 
 import functools
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import jaxq
+from jaxq.recipes import RECIPES
 
 
+def cover(features: Mapping[Any, set], initial: Iterable = ()) -> list:
+    """Returns `initial` and few other entries that together have every feature, chosen greedily."""
+    chosen = list(initial)
+    missing = set().union(*features.values()).difference(*(features[entry] for entry in chosen))
+    while missing:
+        chosen.append(max(features, key=lambda entry: len(features[entry] & missing)))
+        missing -= features[chosen[-1]]
+    return chosen
+
+
+def each(entries: Iterable, fast: Iterable) -> list:
+    """Returns test parameters for all entries, marked slow unless the entry is in `fast`."""
+    fast = set(fast)
+    return [
+        pytest.param(entry, marks=() if entry in fast else pytest.mark.slow) for entry in entries
+    ]
+
+
+def slow(*values: Any) -> Any:
+    """Returns one set of test parameters that is marked slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def each_format(formats: Iterable[jaxq.formats.Format]) -> list:
+    """Returns test parameters for all formats, marked slow unless chosen by `cover`."""
+    formats = list(formats)
+    return each(formats, cover({fmt: format_features(fmt) for fmt in formats}))
+
+
+def format_features(fmt: jaxq.formats.Format) -> set:
+    """Returns the features of a format that decide which code runs for it."""
+    kind, size = type(fmt), (fmt.bits > 8) + (fmt.bits > 16)
+    found: set = {("size", kind, size), ("sign", kind, fmt.min < 0)}
+    if isinstance(fmt, jaxq.FloatFormat):
+        found |= {(field, getattr(fmt, field)) for field in FLOAT_FEATURES}
+        found |= {("powers of two", fmt.mantissa_bits == 0), ("range", fmt.emin < -125, fmt.inf)}
+    elif isinstance(fmt, jaxq.IntFormat):
+        found |= {("narrow", fmt.narrow), ("fraction", fmt.fraction_bits > 0)}
+        found |= {("least", fmt.bits == 1), ("packed", 8 % fmt.bits == 0, fmt.signed)}
+    elif isinstance(fmt, jaxq.TaperedFormat):
+        found |= {("exponent", fmt.exponent_bits), ("takum", size, fmt.exponent_bits is None)}
+    else:
+        found |= {("ties", fmt.ties), ("levels", fmt.num_values > 16, fmt.num_values > 2)}
+    return found
+
+
+FLOAT_FEATURES = ("inf", "nan", "signed", "zero", "subnormals", "parity")
+
+
+def recipe_features(recipe: jaxq.Recipe) -> set:
+    """Returns the kind of each field of a recipe."""
+    return {
+        ("element", type(recipe.element)),
+        ("granularity", type(recipe.granularity)),
+        ("scaling", type(recipe.scaling)),
+        ("range", recipe.scaling.range),
+        ("stored", recipe.scaling.stored),
+        ("scale format", recipe.scale_format),
+        ("search", len(recipe.scaling.search)),
+    }
+
+
+@functools.cache
+def kinds() -> list[str]:
+    """Returns recipes that together have every kind of each field."""
+    return cover({name: recipe_features(recipe) for name, recipe in RECIPES.items()})
+
+
+@functools.cache
+def few() -> list[str]:
+    """Returns recipes that together have every kind of element and scaling."""
+    fields = ("element", "scaling")
+    return cover(
+        {
+            name: {feature for feature in recipe_features(recipe) if feature[0] in fields}
+            for name, recipe in RECIPES.items()
+        }
+    )
+
+
+@functools.cache
 def structures() -> list[str]:
-    """One preset of each structure: those that differ in widths or block sizes compile alike."""
-    found: dict[tuple, str] = {}
-    for name, recipe in jaxq.presets.ALL.items():
-        kind = (type(recipe.element), type(recipe.granularity), recipe.zero_point, recipe.range)
-        kind += (recipe.scale, recipe.held, type(recipe.second_level), recipe.stored_scale)
-        found.setdefault((*kind, len(recipe.search)), name)
-    return list(found.values())
+    """Returns recipes that together have every kind of each field and important pairs of kinds.
+
+    The pairs are every kind of element with every scale format, and every granularity with every
+    zero point. Recipes that differ only in widths or block sizes compile to similar programs.
+    """
+    pairs = {
+        name: {
+            ("element and scales", type(recipe.element), recipe.scale_format),
+            ("granularity and zero point", type(recipe.granularity), recipe.scaling.zero_point),
+        }
+        for name, recipe in RECIPES.items()
+    }
+    return cover(pairs, initial=kinds())
+
+
+@functools.cache
+def product_kinds() -> list[str]:
+    """Returns product recipes that together have every kind of each field."""
+    features: dict[str, set] = {}
+    for name, recipe in jaxq.products.PRODUCT_RECIPES.items():
+        features[name] = {("residuals", recipe.residuals), ("draws", recipe.draws)}
+        for product in ("dlhs", "drhs"):
+            features[name].add((product, getattr(recipe, product).hadamard is not None))
+        quantizers = (*recipe.operands, *recipe.dlhs.operands, *recipe.drhs.operands)
+        for place, quantizer in enumerate(quantizers):
+            of_one = {("none",)} if quantizer is None else recipe_features(quantizer)
+            features[name] |= {(place, feature) for feature in of_one}
+    return cover(features)
 
 
 def all_float16() -> np.ndarray:
@@ -28,13 +134,13 @@ def all_bfloat16() -> np.ndarray:
 
 
 def random_float32(count: int = 200_000, seed: int = 0) -> np.ndarray:
-    """Float32 bit patterns, all equally likely: every binade, subnormals, NaN."""
+    """Returns float32 numbers with uniformly random bit patterns, including subnormals and NaN."""
     bits = np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32)
     return bits.view(np.float32)
 
 
 def specials() -> np.ndarray:
-    """Zeros, infinities, NaN of both signs, the ends of float32's ranges."""
+    """Returns zeros, infinities, NaN and the limits of float32, of both signs."""
     f32 = np.finfo(np.float32)
     positive = [0.0, np.inf, np.nan, 1e-45, 1e-40, 1.1754942e-38, f32.tiny, f32.max, 1.0]
     positive += [2.0**-127, 1.5 * 2.0**-127, 1.5 * 2.0**127]
@@ -44,7 +150,7 @@ def specials() -> np.ndarray:
 
 @functools.cache
 def critical(fmt: jaxq.FloatFormat) -> np.ndarray:
-    """Every value of the grid and every midpoint, each with its two float32 neighbours."""
+    """Returns all values and midpoints of a format, each with its two float32 neighbors."""
     points = np.abs(fmt.values) if fmt.bits <= 8 else _few_values(fmt)
     points = np.unique(points)
     step = points[-1] - points[-2] if len(points) > 1 else points[-1]
@@ -60,8 +166,8 @@ def critical(fmt: jaxq.FloatFormat) -> np.ndarray:
 
 
 def _few_values(fmt: jaxq.FloatFormat) -> np.ndarray:
-    """Values at both ends of each binade, for formats too large to use whole."""
+    """Returns values at both ends of each binade, for formats with too many values."""
     exponents = range(max(fmt.emin, -126), fmt.emax + 1)
     edges = [math.ldexp(1 + k * fmt.eps, e) for e in exponents for k in (0, 1, 2)]
-    low = [fmt.tiny * k for k in range(4)]
+    low = [fmt.min_positive * k for k in range(4)]
     return np.array([*low, *edges, fmt.max])

@@ -1,19 +1,20 @@
-"""A slow oracle: enumerate the grid, take the two neighbours, decide. It shares no code with jaxq.
+"""A slow rounding oracle that chooses between the two enclosing values of the enumerated grid.
 
-It reads the stored fields of a format's record (widths, bias, which specials exist) and nothing
-that jaxq derives from them. Numbers are float64, which holds the values of the formats used here,
-their midpoints and every float32 exactly.
+The oracle shares no code with jaxq: it reads the stored fields of a format (widths, bias, special
+values) and nothing that jaxq derives from them. It computes in float64, which represents the values
+of the formats used here, their midpoints and every float32 number exactly.
 """
 
 import math
 
+import chex
 import numpy as np
 
 import jaxq
 
 
 def magnitudes(fmt: jaxq.FloatFormat) -> tuple[list[float], float]:
-    """The finite magnitudes in code order, and the value that the next code would have."""
+    """Returns the finite magnitudes in code order, and the value that the next code would have."""
     codes = 2 ** (fmt.exponent_bits + fmt.mantissa_bits)
     if fmt.nan == "ieee":
         codes -= 2**fmt.mantissa_bits
@@ -33,7 +34,7 @@ def magnitudes(fmt: jaxq.FloatFormat) -> tuple[list[float], float]:
 
 
 def decode_all(fmt: jaxq.FloatFormat) -> np.ndarray:
-    """The value of every code."""
+    """Returns the value of every code."""
     finite, _ = magnitudes(fmt)
     size = 2 ** (fmt.exponent_bits + fmt.mantissa_bits)
     half = np.full(size, np.nan)
@@ -51,12 +52,15 @@ def decode_all(fmt: jaxq.FloatFormat) -> np.ndarray:
 def cast(
     x: np.ndarray, fmt: jaxq.FloatFormat, mode: str = "nearest_even", overflow: str | None = None
 ) -> np.ndarray:
-    """Float64 values of a format for float values x. No zero=False, no parity='significand'."""
-    grid, beyond = magnitudes(fmt)
-    # Codes whose values repeat (a format without subnormals) are one grid point: keep its code.
-    kept = [0] + [i for i in range(1, len(grid)) if grid[i] > grid[i - 1]]
-    points = np.array([grid[i] for i in kept] + [beyond])
-    parity = np.array([i % 2 for i in kept] + [len(grid) % 2])
+    """Casts numbers to a format, in float64.
+
+    Formats with zero=False or parity='significand' are not supported.
+    """
+    grid, next_value = magnitudes(fmt)
+    # In a format without subnormals several codes are 0, which must be one grid point.
+    distinct = [0] + [i for i in range(1, len(grid)) if grid[i] > grid[i - 1]]
+    points = np.array([grid[i] for i in distinct] + [next_value])
+    parity = np.array([i % 2 for i in distinct] + [len(grid) % 2])
     largest = grid[-1]
     result = np.empty(x.shape, np.float64)
     for where, number in np.ndenumerate(np.asarray(x, np.float64)):
@@ -87,38 +91,39 @@ def _cast_one(x, fmt, points, parity, largest, mode, overflow):
         else:
             y = low if inside else high
     if y > largest:
-        special = math.inf if fmt.inf else math.nan
-        if overflow == "saturate" or not (fmt.inf or fmt.nan):
-            y = largest
-        elif math.isfinite(x) and (inside or overflow == "propagate"):
-            y = largest
-        else:
-            y = special
+        # Under to_odd a finite number becomes infinite if the code of infinity is the odd one.
+        stays = not fmt.inf or parity[-1] == 0 if mode == "to_odd" else inside
+        if overflow in ("propagate", "SatPropagate"):
+            stays = True
+        special = math.nan if fmt.nan and overflow in (None, "propagate") else largest
+        special = math.inf if fmt.inf else special
+        saturated = overflow in ("saturate", "SatFinite") or (stays and math.isfinite(x))
+        y = largest if saturated else special
     if negative and not fmt.signed:
-        if y == 0:
+        if y == 0 or not fmt.nan:
             return 0.0
-        if not fmt.nan or overflow == "saturate":
-            return 0.0
+        if overflow == "SatNone" and inside:
+            return math.nan if math.isinf(x) else 0.0
         if overflow == "propagate":
             return math.nan if math.isinf(x) else 0.0
-        return math.nan
+        return math.nan if overflow in (None, "SatNone") else 0.0
     if y == 0 and fmt.nan == "negative_zero":
         return 0.0
     return -y if negative else y
 
 
 def cast_integer(x: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """Integers: half to even, then saturated; NaN gives 0."""
+    """Rounds half to even to integers that saturate; NaN gives 0."""
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     wide = np.nan_to_num(np.asarray(x, np.float64), nan=0.0, posinf=1e9, neginf=-1e9)
     return np.clip(np.rint(wide), low, high) + 0.0
 
 
 def nearest_level(x: np.ndarray, levels: list[float], ties: str) -> np.ndarray:
-    """Codebooks: the nearest level, a tie to the lower or the upper one."""
+    """Returns the nearest level of a codebook; a tie gives the lower ("down") or the upper one."""
     ordered = sorted(set(levels))
     x = np.nan_to_num(np.asarray(x, np.float64), nan=0.0)[..., None]
-    # Within float64's reach of the levels: infinities, and numbers too small to move a distance.
+    # Infinite distances, and numbers too small to change a distance in float64, would tie.
     x = np.clip(np.where((x != 0) & (np.abs(x) < 1e-12), np.copysign(1e-12, x), x), -1e6, 1e6)
     distance = np.abs(x - np.array(ordered))
     if ties == "down":
@@ -127,7 +132,7 @@ def nearest_level(x: np.ndarray, levels: list[float], ties: str) -> np.ndarray:
 
 
 def same(a, b) -> np.ndarray:
-    """Whether two float arrays agree to the bit, any NaN counting as any other."""
+    """Returns where two float arrays have equal bits; all NaNs count as equal."""
     a, b = np.asarray(a), np.asarray(b)
     assert a.dtype == b.dtype, (a.dtype, b.dtype)
     unsigned = np.dtype(f"u{a.dtype.itemsize}")
@@ -137,9 +142,27 @@ def same(a, b) -> np.ndarray:
 
 
 def assert_same(a, b, x=None) -> None:
-    """Asserts `same` everywhere, showing the first differences."""
+    """Asserts that two float arrays have equal bits, and shows the first differences."""
     wrong = np.flatnonzero(~same(a, b))
     shown = [
         (None if x is None else np.ravel(x)[i], np.ravel(a)[i], np.ravel(b)[i]) for i in wrong[:4]
     ]
     assert len(wrong) == 0, f"{len(wrong)} differ; (input, first, second): {shown}"
+
+
+def assert_same_trees(*trees) -> None:
+    """Asserts that pytrees have the same structure and, in each leaf, the same shape and bits."""
+    chex.assert_trees_all_equal_comparator(_same_leaf, _difference, *trees)
+
+
+def _same_leaf(a, b) -> bool:
+    a, b = np.asarray(a), np.asarray(b)
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and bool(same(a, b).all())
+
+
+def _difference(a, b) -> str:
+    a, b = np.asarray(a), np.asarray(b)
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return f"{a.dtype}{a.shape} and {b.dtype}{b.shape}"
+    at = tuple(np.argwhere(~same(a, b))[0])
+    return f"first at {tuple(map(int, at))}: {a[at]} and {b[at]}"

@@ -1,9 +1,10 @@
-"""The squared error that a quantizer makes on normally distributed data, by quadrature.
+"""The mean squared error of a quantizer on normally distributed data, by quadrature.
 
-Of a block of n numbers the largest magnitude a has a known density; given a, it is one of the
-numbers, and the others are normal, cut off at ±a. For each a the levels are fixed, so the error is
-a sum of integrals of (x - level)² times the normal density between midpoints, which have closed
-forms. Ranges of two sides have the density of minimum and maximum together. NumPy and SciPy alone.
+The largest magnitude a of a block of n numbers has a known density. Given a, one number has this
+magnitude and the others have a normal distribution truncated to ±a. The levels are fixed for each
+a, so the error is a sum of integrals of (x - level)² times the normal density between midpoints,
+which have closed forms. Two-sided ranges use the joint density of minimum and maximum. The module
+uses only NumPy and SciPy.
 """
 
 import dataclasses
@@ -19,10 +20,16 @@ def density(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A quantizer as a formula: the levels at a scale of one, and the scale for a magnitude.
+    """A quantizer given by formulas.
 
-    With `zero_point`, the scale is for a span, and levels are counted from the lowest. With
-    `signed`, the largest magnitude goes to the lowest level, whatever its sign.
+    Attributes:
+      levels: the values at a scale of one; with `zero_point`, relative to the lowest one.
+      scale: a function from the largest magnitude of a block to its scale; with `zero_point`, from
+        the difference of maximum and minimum.
+      block: the block size.
+      zero_point: a function from minimum and scale to the offset of the levels. Default: no offset.
+      signed: True if the largest magnitude, of either sign, maps to the lowest level.
+      jumps: the scale is discontinuous at these numbers times powers of two.
     """
 
     levels: np.ndarray
@@ -30,10 +37,11 @@ class Model:
     block: int
     zero_point: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     signed: bool = False
+    jumps: tuple[float, ...] = ()
 
 
 def partial_error(levels: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The integral of (x - nearest level)² φ(x) from low to high, for rows of levels."""
+    """Integrates (x - nearest level)² φ(x) from low to high for each row of levels."""
     middles = (levels[:, 1:] + levels[:, :-1]) / 2
     edges = np.concatenate([np.full_like(middles[:, :1], -40), middles], 1)
     ends = np.concatenate([middles, np.full_like(middles[:, :1], 40)], 1)
@@ -49,31 +57,35 @@ def nearest_error(x: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return np.abs(x[:, None] - levels).min(1) ** 2
 
 
-def nodes(low: float, high: float, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Legendre nodes and weights on an interval, in 20 panels."""
+def nodes(
+    low: float, high: float, count: int, jumps: tuple[float, ...] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns Gauss-Legendre nodes and weights on 20 panels, subdivided at the jumps."""
     x, w = np.polynomial.legendre.leggauss(count // 20)
-    edges = np.linspace(low, high, 21)
+    places = np.outer(jumps, 2.0 ** np.arange(-10, 4)).ravel()
+    inside = places[(places > low) & (places < high)]
+    edges = np.unique(np.concatenate([np.linspace(low, high, 21), inside]))
     half = np.diff(edges)[:, None] / 2
     return (edges[:-1, None] + half * (x + 1)).ravel(), (half * w).ravel()
 
 
 def mean_squared_error(model: Model, ends: tuple[float, float] | None = None) -> float:
-    """The expected squared error of a number of variance one.
+    """Returns the expected squared error on standard normal numbers.
 
     Args:
       model: the quantizer.
-      ends: None, or the lowest and the highest number, if they are known: of a single block.
+      ends: the minimum and the maximum of a single block; None integrates over them.
     """
     if model.zero_point is not None:
         return _two_sided(model, ends)
     if ends is not None:
         a, weight = np.array([max(-ends[0], ends[1])]), np.ones(1)
     else:
-        a, weight = nodes(1e-6, 7.0, 1200)
+        a, weight = nodes(1e-6, 7.0, 1200, model.jumps)
         weight = weight * density(a) * (2 * cdf(a) - 1) ** (model.block - 1)
     levels = model.scale(a)[:, None] * np.sort(model.levels)
     others = partial_error(levels, -a, a) / (2 * cdf(a) - 1)
-    own = nearest_error(-a, levels)  # The largest lies at a or at -a.
+    own = nearest_error(-a, levels)  # The number of the largest magnitude is a or -a.
     if not model.signed:
         own = (own + nearest_error(a, levels)) / 2
     n = model.block

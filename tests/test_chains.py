@@ -8,8 +8,8 @@ import jaxq
 from tests.oracle import assert_same
 
 
-def test_the_chain_of_the_courses():
-    """float32 to float16 to float8 to int8 and back, step by step."""
+def test_chain_of_four_formats():
+    """Converts float32 to float16, float8 and int8 and back, and checks every step."""
     x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     steps = ["float16", "float8_e4m3fn", "int8_tensor", "float32"]
     half = x.astype(np.float16).astype(np.float32)
@@ -17,9 +17,9 @@ def test_the_chain_of_the_courses():
     scale = np.abs(quarter).max() / np.float32(127)
     integers = (np.rint(quarter / scale) + 0.0).astype(np.float32) * scale
     want = [half, quarter, integers, integers]
-    for y, w in zip(jaxq.chain(x, steps), want, strict=True):
+    for y, w in zip(jaxq.analysis.chain(x, steps), want, strict=True):
         assert_same(y, w)
-    rows = jaxq.chain_table(x, steps).rows
+    rows = jaxq.analysis.chain_table(x, steps).rows
     before = x.astype(np.float64)
     for row, step, w in zip(rows, steps, want, strict=True):
         error = w - x.astype(np.float64)
@@ -34,24 +34,26 @@ def test_the_chain_of_the_courses():
     assert rows[0].mse < rows[1].mse < rows[2].mse * 1.01
 
 
-def test_records_and_what_is_exact():
+def test_records_and_exactness():
     x = np.float32([1.0, 2.0])
-    rows = jaxq.chain_table(x, [jaxq.get_format("float16"), jaxq.Quantizer("int8")]).rows
+    rows = jaxq.analysis.chain_table(x, [jaxq.get_format("float16"), jaxq.Recipe("int8")]).rows
     assert [row.step for row in rows] == ["float16", "int8"]
     assert rows[0].sqnr_db == np.inf
-    assert jaxq.chain(x, []) == []
+    assert jaxq.analysis.chain(x, []) == []
 
 
-def test_a_chain_may_overflow():
+def test_overflow_in_chain():
     x = np.float32([1.0, 1e6])
-    first, second = jaxq.chain_table(x, ["float16", "float32"]).rows
+    first, second = jaxq.analysis.chain_table(x, ["float16", "float32"]).rows
     assert first.mse == first.added_mse == second.mse == np.inf
     assert first.sqnr_db == second.sqnr_db == -np.inf
     assert np.isnan(second.added_mse)
 
 
-def test_wrong_arguments():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="Did you mean float16"):
-        jaxq.chain(np.ones(2, np.float32), ["flaot16"])
+        jaxq.analysis.chain(np.ones(2, np.float32), ["flaot16"])
+    with pytest.raises(TypeError, match=r"A recipe or format must be a name.*got list"):
+        jaxq.analysis.chain(np.ones(2, np.float32), [["float16"]])
     with pytest.raises(TypeError, match="got int32"):
-        jaxq.chain(np.ones(2, np.int32), ["float16"])
+        jaxq.analysis.chain(np.ones(2, np.int32), ["float16"])

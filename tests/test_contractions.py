@@ -1,4 +1,4 @@
-"""Where scales lie, against operands brought to the order `[batch, free, contract]` in NumPy."""
+"""Blocks of operands, compared with operands transposed to `[batch, free, contract]` in NumPy."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ from jax import lax
 from jax import numpy as jnp
 
 import jaxq
-from jaxq.contractions import of_conv, of_dot, of_einsum, placed
+from jaxq.products import of_conv, of_dot, of_einsum, placed
 from tests.oracle import assert_same
 
 GRANULARITIES = {
@@ -32,7 +32,7 @@ def data(labels: str, seed: int) -> np.ndarray:
 
 
 def members(granularity, shape: tuple[int, ...]) -> np.ndarray:
-    """The number of the block that each element is in."""
+    """Returns the number of each element's block."""
     blocks = [np.arange(n) // b for n, b in zip(shape, granularity.block(shape), strict=True)]
     numbers = np.zeros(shape, int)
     for axis, block in enumerate(blocks):
@@ -43,7 +43,7 @@ def members(granularity, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def in_normal_form(granularity, own: str, other: str, out: str, order: str) -> np.ndarray:
-    """The same for an operand as a batch of matrices, whose last axis has the contraction."""
+    """Returns each element's block number in the operand as matrices `[batch, free, contract]`."""
     batch = [c for c in order if c in own and c in other and c in out]
     free = [c for c in order if c in own and c in out and c not in other]
     contract = [c for c in order if c in own and c not in out]
@@ -61,7 +61,7 @@ def in_normal_form(granularity, own: str, other: str, out: str, order: str) -> n
 
 @pytest.mark.parametrize("subscripts", EINSUMS)
 @pytest.mark.parametrize("name", GRANULARITIES)
-def test_blocks_lie_along_what_each_of_the_three_products_contracts(subscripts: str, name: str):
+def test_blocks_of_all_three_products_follow_contraction(subscripts: str, name: str):
     inputs, out = subscripts.split("->")
     lhs, rhs = inputs.split(",")
     order = "".join(dict.fromkeys(lhs + rhs))
@@ -80,16 +80,14 @@ def test_blocks_lie_along_what_each_of_the_three_products_contracts(subscripts: 
 
 
 @pytest.mark.parametrize("subscripts", ["km,nk->nm", "abk,ckd->bcad"])
-def test_the_quantizers_follow(subscripts: str):
-    """MXFP4 in blocks of 4: all products and sums here are exact, in any order."""
+def test_quantized_einsum_and_gradients_match_numpy(subscripts: str):
+    """Uses MXFP4 in blocks of 4, for which all products and sums are exact in any order."""
     inputs, out = subscripts.split("->")
     lhs, rhs = inputs.split(",")
     x, w, g = data(lhs, 0), data(rhs, 1), data(out, 2)
-    last = jaxq.Quantizer(
-        "float4_e2m1fn", jaxq.PerBlock(4), scale="floor", scale_format="float8_e8m0fnu"
-    )
-    both = jaxq.ProductRecipe(last, last)
-    recipe = jaxq.DotRecipe(last, last, dlhs=both, drhs=both, residuals="original")
+    last = jaxq.Recipe("float4_e2m1fn", jaxq.PerBlock(4), jaxq.MX())
+    both = jaxq.SingleProduct(last, last)
+    recipe = jaxq.ProductRecipe(last, last, dlhs=both, drhs=both, residuals="original")
 
     def contracted(a, own, b, other, to):
         return np.einsum(f"{own},{other}->{to}", along(a, own, to), along(b, other, to))
@@ -108,7 +106,7 @@ def test_the_quantizers_follow(subscripts: str):
     np.testing.assert_array_equal(dw, contracted(g, out, x, lhs, rhs))
 
 
-def test_padding_is_that_of_the_last_axis():
+def test_padding_of_last_contracted_axis():
     axes = of_einsum("xym,xyn->mn", 3, 3).axes[0]
     with pytest.raises(ValueError, match="which is 4 x 6 of"):
         placed(jaxq.PerBlock(5), (4, 6, 8), axes)
@@ -116,8 +114,8 @@ def test_padding_is_that_of_the_last_axis():
     assert padded.block((4, 6, 8)) == (1, 5, 1)
 
 
-def test_dimension_numbers_give_the_labels_of_an_einsum():
-    """Batch axes first, then free ones, then what is contracted, in the order it is named in."""
+def test_dimension_numbers_order_axes():
+    """Checks that axes are ordered as batch, free and contracted, the latter in the given order."""
     contraction = of_dot((((3, 1), (0, 2)), ((0,), (1,))), 4, 4)
     assert contraction.axes[0] == ((0,), (2,), (3, 1))
     assert contraction.axes[1] == ((1,), (3,), (0, 2))
@@ -142,7 +140,7 @@ def test_dimension_numbers_give_the_labels_of_an_einsum():
         ("i,->i", (3,), (), "i"),
     ],
 )
-def test_einsum_reads_subscripts_as_jax_does(subscripts, lhs, rhs, out):
+def test_einsum_parses_subscripts_like_jax(subscripts, lhs, rhs, out):
     del out
     contraction = of_einsum(subscripts, len(lhs), len(rhs))
     sizes = dict(zip(contraction.lhs, lhs, strict=True)) | dict(
@@ -151,11 +149,11 @@ def test_einsum_reads_subscripts_as_jax_does(subscripts, lhs, rhs, out):
     want = jax.eval_shape(lambda a, b: jnp.einsum(subscripts, a, b), jnp.ones(lhs), jnp.ones(rhs))
     assert tuple(sizes[label] for label in contraction.out) == want.shape
     x, w = (np.random.default_rng(0).standard_normal(s).astype(np.float32) for s in (lhs, rhs))
-    plain = jaxq.einsum(subscripts, x, w, recipe=jaxq.DotRecipe())
+    plain = jaxq.einsum(subscripts, x, w, recipe=jaxq.ProductRecipe())
     assert_same(plain, jnp.einsum(subscripts, x, w))
 
 
-def test_a_convolution_contracts_channels_fastest_and_in_the_kernels_gradient_the_batch():
+def test_contracted_axes_of_convolution_and_gradients():
     numbers = lax.conv_dimension_numbers((2, 8, 8, 3), (3, 3, 3, 4), ("NHWC", "HWIO", "NHWC"))
     contraction = of_conv(numbers)
     assert contraction.axes[0] == ((), (0,), (1, 2, 3))
@@ -176,13 +174,13 @@ def test_a_convolution_contracts_channels_fastest_and_in_the_kernels_gradient_th
         (jaxq.PerBlock(4), "m,n->mn", "no axis of a tensor of shape"),
         (jaxq.PerBlock(4, axes=2), "mk,kn->mn", "an operand counts as a matrix"),
         (jaxq.PerBlock((2, 4)), "k,kn->n", "which is no axis of a tensor"),
-        (jaxq.PerChannel(-1), "k,kn->n", "counts the free axes, .* has 0 here"),
-        (jaxq.PerChannel(1), "mk,kn->mn", "counts the free axes, .* has 1 here"),
+        (jaxq.PerChannel(-1), "k,kn->n", "index the free axes; .* has 0 here"),
+        (jaxq.PerChannel(1), "mk,kn->mn", "index the free axes; .* has 1 here"),
     ],
 )
-def test_what_does_not_fit_is_named(granularity, subscripts, text):
+def test_mismatched_blocks_raise(granularity, subscripts, text):
     lhs, rhs = subscripts.split("->")[0].split(",")
-    recipe = jaxq.DotRecipe(jaxq.Quantizer("int4", granularity))
+    recipe = jaxq.ProductRecipe(jaxq.Recipe("int4", granularity))
     with pytest.raises(ValueError, match=f"einsum {subscripts!r}: lhs: ") as caught:
         jaxq.einsum(subscripts, data(lhs, 0), data(rhs, 1), recipe=recipe)
     caught.match(text)

@@ -1,16 +1,18 @@
-"""Every Python block of the README and the docs runs; notebooks run when the site is built.
+"""Runs the Python blocks of the README and the docs, and checks links and public names.
 
-A page of the docs with a kernel in its header is a notebook, and has no plain Python block.
+Pages with a kernel in their header are notebooks, which run when the site is built.
 """
 
 import importlib
 import pathlib
 import re
+import types
 from typing import get_origin
 
 import pytest
 
 import jaxq
+from tests import data
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -20,11 +22,11 @@ PROJECT = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PUBLIC = (
     "jaxq",
     *(
-        f"jaxq.{name}"
+        getattr(jaxq, name).__name__
         for name in jaxq.__all__
-        if hasattr(getattr(jaxq, name), "__path__") or hasattr(getattr(jaxq, name), "__spec__")
+        if isinstance(getattr(jaxq, name), types.ModuleType)
     ),
-    "jaxq.analysis",
+    "jaxq.interop.gguf",
     "jaxq.analysis.distributions",
     "jaxq.analysis.machines",
     "jaxq.analysis.plots",
@@ -43,36 +45,58 @@ def identifier(path: pathlib.Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def cells(path: pathlib.Path) -> list[str]:
+    """Returns the code of a page, which readers see in a column of 80 characters."""
+    found = re.findall(
+        r"^```(?:python|py|\{code-cell\}.*)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL
+    )
+    return [re.sub(r"\A---\n.*?\n---\n", "", code, flags=re.DOTALL) for code in found]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=identifier)
+def test_code_fits_into_column_of_page(path: pathlib.Path):
+    long = [line for code in cells(path) for line in code.splitlines() if len(line) > 80]
+    assert not long, f"{path.name}: `ruff format --line-length 80` formats code of documents"
+
+
 def test_readme_has_code():
     assert blocks(ROOT / "README.md")
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=identifier)
+# Slow, because doctests draw the same pictures, and other tests compile such programs.
+SLOW = {DOCS / "pictures.md", DOCS / "guides" / "diverged.md"}
+
+
+@pytest.mark.parametrize("path", data.each(DOCUMENTS, {*DOCUMENTS} - SLOW), ids=identifier)
 def test_blocks_run(path: pathlib.Path):
-    assert not (is_notebook(path) and blocks(path)), "a notebook's code stands in {code-cell}s"
-    assert is_notebook(path) or "{code-cell}" not in path.read_text(), "cells need a kernel"
+    assert not (is_notebook(path) and blocks(path)), (
+        "the code of a notebook must be in {code-cell} blocks"
+    )
+    assert is_notebook(path) or "{code-cell}" not in path.read_text(), (
+        "a page with cells needs a kernel in its header"
+    )
     namespace: dict[str, object] = {}
     for block in blocks(path):
         exec(compile(block, str(path), "exec"), namespace)
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *PROJECT], ids=identifier)
-def test_links_within_the_project_lead_somewhere(path: pathlib.Path):
+def test_links_within_project_resolve(path: pathlib.Path):
     for target in links(path):
         page, _, heading = target.partition("#")
-        there = path.parent / page if page else path
-        assert there.exists(), f"{path.name} links to {target}"
-        assert not heading or heading in headings(there), f"{path.name} links to {target}"
+        linked = path.parent / page if page else path
+        assert linked.exists(), f"{path.name} links to {target}"
+        assert not heading or heading in headings(linked), f"{path.name} links to {target}"
 
 
 def links(path: pathlib.Path) -> list[str]:
-    """What a page links to within the project."""
+    """Returns the targets of a page's links within the project."""
     found = re.findall(r"\]\(([^)\s]+)\)", without_code(path))
     return [target for target in found if "://" not in target]
 
 
 def headings(path: pathlib.Path) -> set[str]:
-    """The headings of a page as GitHub and MyST name them in links."""
+    """Returns the anchors that GitHub and MyST give to a page's headings."""
     found = re.findall(r"^#+ (.*)$", without_code(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
 
@@ -83,7 +107,8 @@ def without_code(path: pathlib.Path) -> str:
 
 def test_every_picture_is_shown():
     shown = {(path.parent / target).resolve() for path in DOCUMENTS for target in links(path)}
-    assert set((DOCS / "images").rglob("*.png")) <= shown
+    drawn = {p for p in (DOCS / "images").rglob("*") if p.suffix in (".png", ".svg")}
+    assert drawn <= shown
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -104,7 +129,7 @@ def test_every_public_name_is_documented(name: str):
 
 
 def _find(path: str) -> object:
-    """What a dotted name stands for; it must exist."""
+    """Returns the object with a dotted name."""
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -115,3 +140,12 @@ def _find(path: str) -> object:
             found = getattr(found, part)
         return found
     raise ModuleNotFoundError(path)
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", DOCS / "architecture.md"], ids=identifier
+)
+def test_named_files_exist(path: pathlib.Path):
+    folders = "jaxq|tests|docs|tools|examples|benchmarks"
+    named = re.findall(rf"`((?:{folders})/[\w./]+)`", path.read_text())
+    assert not [name for name in named if not (ROOT / name).exists()]

@@ -1,10 +1,11 @@
-"""Formats: derived properties against published figures and ml_dtypes.finfo, look-up, errors."""
+"""Properties of formats against published figures and ml_dtypes.finfo, look-up and errors."""
 
 import fractions
 import hashlib
 import itertools
 import math
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
+from tests import data
 
 # OCP 8-bit Floating Point 1.0, table 1; OCP Microscaling 1.0, tables 1 to 5; IEEE 754; P3109.
 PUBLISHED = {
@@ -26,7 +28,7 @@ PUBLISHED = {
     "float32": (3.4028234663852886e38, 2.0**-126, 2.0**-149, 4278190079),
     "binary8p3se": (49152.0, 2.0**-15, 2.0**-17, 253),
     "binary8p4se": (224.0, 2.0**-7, 2.0**-10, 253),
-    "mxint8": (1 + 63 / 64, 1 / 64, 1 / 64, 256),
+    "ocp_int8": (1 + 63 / 64, 1 / 64, 1 / 64, 256),
     "int4": (7.0, 1.0, 1.0, 16),
 }
 
@@ -34,22 +36,30 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_figures(name: str):
     fmt = jaxq.get_format(name)
-    assert (fmt.max, fmt.smallest_normal, fmt.tiny, fmt.num_values) == PUBLISHED[name]
+    assert (fmt.max, fmt.smallest_normal, fmt.min_positive, fmt.num_values) == PUBLISHED[name]
+
+
+def test_values_are_a_copy():
+    fmt = jaxq.get_format("posit8")
+    fmt.values[:] = 0
+    assert fmt.max == 2.0**24
 
 
 @pytest.mark.parametrize("name", [n for n in ml_dtypes.__all__ if "float" in n])
 def test_against_finfo(name: str):
     fmt, info = jaxq.get_format(name), ml_dtypes.finfo(name)
     assert fmt.bits == info.bits
-    assert (fmt.max, fmt.smallest_normal) == (float(info.max), float(info.smallest_normal))
+    assert (fmt.min, fmt.max) == (float(info.min), float(info.max))
+    assert fmt.smallest_normal == float(info.smallest_normal) == float(info.tiny)
+    assert fmt.min_positive == float(info.smallest_subnormal)
     assert fmt.eps == float(info.eps)
     assert fmt.dtype == np.dtype(getattr(ml_dtypes, name))
 
 
-def test_the_table_is_right_where_textbooks_are_not():
+def test_table_of_common_formats():
     rows = {row.name: row for row in jaxq.formats_table().rows}
     assert rows["float8_e4m3fn"].max == 448.0, "not 240: only one magnitude is NaN"
-    assert rows["float8_e5m2"].distinct_values == 247, "NaN, inf and -0 are no values"
+    assert rows["float8_e5m2"].distinct_values == 247, "NaN, infinities and -0 are not counted"
     assert rows["int8"].dynamic_range_db == pytest.approx(42.144, abs=1e-3)
     assert rows["float16"].decimal_digits == pytest.approx(3.0103, abs=1e-4)
     assert "float8_e4m3fn" in str(jaxq.formats_table(["float8_e4m3fn"]))
@@ -62,8 +72,8 @@ def nearest_float32(exact: fractions.Fraction) -> np.float32:
 
 
 @pytest.mark.parametrize(("name", "signed"), [("dynamic8", True), ("udynamic8", False)])
-def test_dynamic_trees_in_exact_arithmetic(name: str, signed: bool):
-    """A float32 linspace as PyTorch's on x86, its middles, and a float32 power of ten."""
+def test_dynamic_levels_match_exact_arithmetic(name: str, signed: bool):
+    """Recomputes the levels: midpoints of PyTorch's float32 linspace times powers of ten."""
     k = fractions.Fraction
     start = k(float(np.float32(0.1)))
     whole = k(float(nearest_float32(1 - start)))
@@ -83,8 +93,8 @@ def test_dynamic_trees_in_exact_arithmetic(name: str, signed: bool):
     np.testing.assert_array_equal(jaxq.get_format(name).levels, sorted(levels))
 
 
-def test_the_dynamic_tree_is_the_published_one():
-    """As bitsandbytes prints it, and as several projects carry it along."""
+def test_dynamic_levels_match_bitsandbytes():
+    """Compares with the levels printed by bitsandbytes."""
     levels = np.asarray(jaxq.get_format("dynamic8").levels, np.float32)
     published = {
         0: -0.992968738079071,
@@ -131,17 +141,17 @@ def test_look_up():
         (lambda: jaxq.CodebookFormat("x", (1.0, math.inf)), "finite"),
         (lambda: jaxq.p3109(16, 3), "`bits` must be 3 to 15"),
         (lambda: jaxq.p3109(8, 8), "`precision` 1 to bits - 1"),
-        (lambda: jaxq.Quantizer("float8_e4m3fn", zero_point="integer"), "needs an integer format"),
+        (lambda: jaxq.Recipe("float8_e4m3fn", scaling=jaxq.Affine()), "needs an integer format"),
         (lambda: jaxq.Stochastic(24), "`bits` must be 1 to 23"),
         (lambda: jaxq.float_grid(4, 3, inf=True, nan=False), "needs nan=True"),
     ],
 )
-def test_impossible_records(make, text: str):
+def test_invalid_records_raise(make, text: str):
     with pytest.raises(ValueError, match=text):
         make()
 
 
-@pytest.mark.parametrize("bits", range(1, 17))
+@pytest.mark.parametrize("bits", data.each(range(1, 17), (1, 3, 4, 8, 13)))
 def test_pack_and_unpack(bits: int):
     rng, lengths = np.random.default_rng(bits), (0, 13, 64)
     dtype = np.uint8 if bits <= 8 else np.uint16
@@ -155,7 +165,7 @@ def test_pack_and_unpack(bits: int):
 
     for codes, packed, unpacked in zip(rows, *both(rows), strict=True):
         n = codes.shape[-1]
-        assert packed.shape == (3, -(-n * bits // 8))
+        chex.assert_shape(packed, (3, -(-n * bits // 8)))
         # NumPy's own bit order is the oracle: one string of bits, the low bit first.
         spread = (codes[..., None] >> np.arange(bits, dtype=dtype)) & 1
         want = np.packbits(spread.reshape(3, -1).astype(np.uint8), axis=-1, bitorder="little")
@@ -192,9 +202,9 @@ class TestBadInput:
 
     def test_axes(self):
         with pytest.raises(ValueError, match="axis 2 needs a tensor of at least 3 axes"):
-            jaxq.fake_quant(jnp.ones((2, 2)), jaxq.Quantizer("int8", jaxq.PerChannel((2,))))
+            jaxq.fake_quant(jnp.ones((2, 2)), jaxq.Recipe("int8", jaxq.PerChannel((2,))))
         with pytest.raises(ValueError, match="must be distinct"):
-            jaxq.fake_quant(jnp.ones((2, 2)), jaxq.Quantizer("int8", jaxq.PerChannel((1, -1))))
+            jaxq.fake_quant(jnp.ones((2, 2)), jaxq.Recipe("int8", jaxq.PerChannel((1, -1))))
 
     def test_codes(self):
         with pytest.raises(TypeError, match="unsigned integers"):

@@ -1,11 +1,12 @@
-"""Models of Flax Linen, Flax NNX, Equinox and Haiku: quantized as they are, to the bit as by hand.
+"""Models of Flax Linen, Flax NNX, Equinox and Haiku, bitwise against models quantized by hand.
 
-What fails in Qwix, which patches JAX's functions at run time, has a test by name: it leaves in
-float, silently, what JAX compiled before (`x @ w`, `jnp.dot`, jitted helpers, `jax.checkpoint` and
-`Embed.attend` after a plain `init`), and quantizes the float model where its own ran first; jvp
-raises; negative axes are ignored; a typo in a pattern quantizes nothing.
+The tests include cases that fail in Qwix, which patches JAX's functions at run time. After a plain
+`init` it silently leaves functions in float that JAX has already compiled (`x @ w`, `jnp.dot`,
+jitted helpers, `jax.checkpoint` and `Embed.attend`). If the quantized model runs first, it also
+quantizes the float model. Forward mode raises, negative axes are ignored, and a misspelled pattern
+quantizes nothing.
 
-To add a case: a function that makes one, in `CASES`.
+To add a case, add a function that returns it to `CASES`.
 """
 
 import re
@@ -23,25 +24,27 @@ from jax import lax
 from jax import numpy as jnp
 
 import jaxq
-from tests.oracle import assert_same
+from tests import data
+from tests.oracle import assert_same, assert_same_trees
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (4, 8))
 IMAGES = jax.random.normal(jax.random.key(2), (2, 5, 5, 3))
 IDS = jnp.arange(6).reshape(2, 3)
-TABLE = jaxq.DotRecipe(None, "int8_channel")
+TABLE = jaxq.ProductRecipe(None, "int8_channel")
 
 
 class Case(NamedTuple):
-    """A model, made anew at each call of what makes it, so that JAX knows nothing of it yet.
+    """A model that is built again for each test, so that JAX has not cached it.
 
     Attributes:
-      init: makes the parameters, as the framework does.
-      apply: `(params, x) -> y`.
-      by_hand: the same, its products written with jaxq's functions.
+      init: a function that returns the parameters as the framework initializes them.
+      apply: the model, `(params, x) -> y`.
+      by_hand: the same model with products written as calls of jaxq.
       products: the names of all products.
       x: the input.
-      recipe: for every product.
+      recipe: the product recipe of every product.
     """
 
     init: Callable[[], Any]
@@ -53,18 +56,18 @@ class Case(NamedTuple):
 
 
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A quantized product of the last axis."""
+    """Multiplies along the last axis of x by a quantized product."""
     return jaxq.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), recipe="w8a8")
 
 
 def conv(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A quantized convolution."""
+    """Applies a quantized convolution."""
     numbers = ("NHWC", "HWIO", "NHWC")
     return jaxq.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers, recipe="w8a8")
 
 
 def linen(body: Callable, by_hand: Callable, *products: str, **more: Any) -> Case:
-    """A case of a Linen module by its body."""
+    """Returns a case of a Linen module with a given body."""
 
     class Model(nn.Module):
         @nn.compact
@@ -93,7 +96,7 @@ def linen_conv() -> Case:
 
 
 def linen_attend() -> Case:
-    """A look-up and the same table as the last layer."""
+    """Returns a case whose embedding table is also the output layer."""
 
     def body(_: Any, ids: jax.Array) -> jax.Array:
         embed = nn.Embed(10, 8)
@@ -102,7 +105,7 @@ def linen_attend() -> Case:
     def by_hand(p: Any, ids: jax.Array) -> jax.Array:
         table = p["params"]["Embed_0"]["embedding"]
         numbers = (((2,), (0,)), ((), ()))
-        x = jaxq.fake_quant(table, jaxq.Quantizer("int8", jaxq.PerChannel(0)))[ids]
+        x = jaxq.fake_quant(table, jaxq.Recipe("int8", jaxq.PerChannel(0)))[ids]
         return jaxq.dot_general(jnp.tanh(x), table.T, numbers, recipe=TABLE)
 
     names = "Embed_0/embedding", "Embed_0/embedding#2"
@@ -110,12 +113,12 @@ def linen_attend() -> Case:
 
 
 def kernel(module: nn.Module) -> jax.Array:
-    """A weight of the module's own."""
+    """Returns a weight of the module."""
     return module.param("w", nn.initializers.lecun_normal(), (8, 8))
 
 
 def linen_own(product: Callable) -> Callable[[], Case]:
-    """A case of a product that the user wrote, of `x` and `w`."""
+    """Returns a factory of a case with a product written by the user."""
 
     def case() -> Case:
         return linen(
@@ -128,7 +131,7 @@ def linen_own(product: Callable) -> Callable[[], Case]:
 
 
 def linen_layers(lift: Callable, by_hand_lift: Callable) -> Callable[[], Case]:
-    """A case of three layers, scanned, each in what `lift` puts around it."""
+    """Returns a factory of a case with three scanned layers, each transformed by `lift`."""
 
     class Layer(nn.Module):
         @nn.compact
@@ -149,7 +152,7 @@ def linen_layers(lift: Callable, by_hand_lift: Callable) -> Callable[[], Case]:
 
 
 def nnx_layers() -> Case:
-    """Layers by `nnx.vmap` and `nnx.scan`, and a convolution."""
+    """Returns a case with a convolution and layers under `nnx.vmap` and `nnx.scan`."""
 
     class Model(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
@@ -178,7 +181,7 @@ def nnx_layers() -> Case:
 
 
 def equinox_layers() -> Case:
-    """`eqx.nn.Linear` multiplies from the left, one vector at a time."""
+    """Returns a case of `eqx.nn.Linear`, which multiplies single vectors from the left."""
 
     class Model(eqx.Module):
         first: eqx.nn.Linear
@@ -187,8 +190,8 @@ def equinox_layers() -> Case:
         def __call__(self, x: jax.Array) -> jax.Array:
             return eqx.filter_jit(eqx.filter_vmap(self.first))(x) @ self.last
 
-    w8a8 = jaxq.get_dot_recipe("w8a8")
-    left = jaxq.DotRecipe(w8a8.rhs, w8a8.lhs)
+    w8a8 = jaxq.get_product_recipe("w8a8")
+    left = jaxq.ProductRecipe(w8a8.rhs, w8a8.lhs)
 
     def by_hand(p: Any, x: jax.Array) -> jax.Array:
         def first(x: jax.Array) -> jax.Array:
@@ -206,7 +209,7 @@ def equinox_layers() -> Case:
 
 
 def haiku_layers() -> Case:
-    """A convolution, a layer of its own under `hk.remat`."""
+    """Returns a case with a convolution and a layer under `hk.remat`."""
 
     def body(x: jax.Array) -> jax.Array:
         x = hk.Conv2D(4, 3, with_bias=False)(x)
@@ -238,8 +241,12 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+# The most complex case of every framework.
+FAST = ("linen Embed.attend", "linen scan", "nnx", "equinox", "haiku")
+
+
 def everything(fn: Callable, params: Any, x: jax.Array) -> Any:
-    """Value, gradient, tangent and a batch of values: what is asked of a model."""
+    """Returns the value, gradient, tangent and vmapped values of a model."""
 
     def loss(params: Any) -> Any:
         y = fn(params, x)
@@ -251,47 +258,42 @@ def everything(fn: Callable, params: Any, x: jax.Array) -> Any:
     return y, gradient, tangent, batch
 
 
-def same(got: Any, want: Any) -> None:
-    leaves, others = jax.tree.leaves(got), jax.tree.leaves(want)
-    for x, y in zip(leaves, others, strict=True):
-        assert_same(x, y)
-
-
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-def test_not_float_after_init_and_right_under_grad_jvp_and_vmap(make: Callable[[], Case]):
-    case = make()
+@pytest.mark.parametrize("name", data.each(CASES, FAST))
+def test_model_quantized_after_init_matches_model_by_hand(name: str):
+    case = CASES[name]()
     params = case.init()
     before = jax.jit(case.apply)(params, case.x)
     rules = [("", case.recipe)]
     quantized = jaxq.quantize_fn(case.apply, rules)
     got = jax.jit(everything, static_argnums=0)(quantized, params, case.x)
-    same(got, jax.jit(everything, static_argnums=0)(case.by_hand, params, case.x))
+    assert_same_trees(got, jax.jit(everything, static_argnums=0)(case.by_hand, params, case.x))
     assert not np.array_equal(got[0], before)
-    same(jax.jit(case.apply)(params, case.x), before)
+    assert_same_trees(jax.jit(case.apply)(params, case.x), before)
     table = jaxq.explain(case.apply, rules)(params, case.x)
     assert tuple(row.product for row in table.rows) == case.products
     assert all("test_frameworks.py" in row.source for row in table.rows)
 
 
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-def test_the_float_model_is_float_after_the_quantized_one(make: Callable[[], Case]):
+@pytest.mark.parametrize("name", data.each(CASES, ["linen jitted helper", "nnx"]))
+def test_float_model_is_unchanged_after_quantized_one(name: str):
+    make = CASES[name]
     params = make().init()
     case = make()
     quantized = jax.jit(jaxq.quantize_fn(case.apply, [("", case.recipe)]))(params, case.x)
     after = jax.jit(case.apply)(params, case.x)
     other = make()
-    same(after, jax.jit(other.apply)(params, other.x))
-    same(case.init(), params)
+    assert_same_trees(after, jax.jit(other.apply)(params, other.x))
+    assert_same_trees(case.init(), params)
     assert not np.array_equal(quantized, after)
 
 
-def test_a_module_is_a_function_of_its_own_leaves():
-    """Activations are leaves of an Equinox module that are no arrays."""
+def test_callable_module_is_quantized():
+    """Uses an Equinox module with leaves that are not arrays, such as activation functions."""
     model = eqx.nn.MLP(8, 4, 8, 1, key=KEY)
-    rules = [("layers/1", "w4")]
+    rules = [("layers/1", "w4a16")]
     got = jaxq.quantize_fn(model, rules)(X[0])
     hidden = jax.nn.relu(model.layers[0](X[0]))
-    weight = jaxq.fake_quant(model.layers[1].weight, jaxq.Quantizer("int4", jaxq.PerChannel(0)))
+    weight = jaxq.fake_quant(model.layers[1].weight, jaxq.Recipe("int4", jaxq.PerChannel(0)))
     assert_same(got, weight @ hidden + model.layers[1].bias)
     gradient = eqx.filter_grad(lambda m: jaxq.quantize_fn(m, rules)(X[0]).sum())(model)
     assert_same(gradient.layers[1].weight, jnp.broadcast_to(hidden, (4, 8)))
@@ -328,11 +330,12 @@ Y = jax.random.normal(jax.random.key(4), (3, 2, 4))
     ],
     ids=["tensordot", "conv", "vmap", "DenseGeneral", "take"],
 )
-def test_negative_axes_are_the_positive_ones(negative, positive):
-    """`jax.lax.dot_general` itself refuses them."""
-    for recipe in ("w8a8", jaxq.DotRecipe(None, jaxq.Quantizer("int4", jaxq.PerBlock(2)))):
+def test_negative_axes_equal_positive_axes(negative, positive):
+    """Uses functions with negative axes, which `jax.lax.dot_general` itself rejects."""
+    for recipe in ("w8a8", jaxq.ProductRecipe(None, jaxq.Recipe("int4", jaxq.PerBlock(2)))):
         got, want = (jaxq.quantize_fn(f, [("", recipe)])(W, Y) for f in (negative, positive))
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)  # XLA's order of 8 terms.
+        # XLA may sum the 8 terms in another order.
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
         assert np.abs(got - negative(W, Y)).max() > 1e-3
     with pytest.raises(TypeError, match="nonnegative"):
         jax.lax.dot_general(Y, W, (((-1,), (-2,)), ((), ())))
@@ -342,19 +345,97 @@ def dense(w: jax.Array) -> Any:
     return {"params": {"kernel": w, "bias": jnp.zeros(w.shape[-1])}}
 
 
-def test_negative_axes_of_recipes_are_the_positive_ones():
+def test_negative_axes_of_recipes_equal_positive_axes():
     def f(p: Any, x: jax.Array) -> jax.Array:
         return jnp.einsum("nbi,bio->no", x, p["w"])
 
     def run(axes: Any) -> jax.Array:
-        kind = jaxq.Quantizer("int4", jaxq.PerChannel(axes))
-        return jaxq.quantize_fn(f, [("w", jaxq.DotRecipe(None, kind))])({"w": W}, Y)
+        kind = jaxq.Recipe("int4", jaxq.PerChannel(axes))
+        return jaxq.quantize_fn(f, [("w", jaxq.ProductRecipe(None, kind))])({"w": W}, Y)
 
     assert_same(run(-1), run(0))
 
 
-def test_a_typo_in_a_pattern_is_an_error_with_the_nearest():
+def test_misspelled_pattern_raises_with_suggestion():
     case = linen_dense()
-    text = "matches the weight of no product. The nearest are params/Dense_0/kernel"
+    text = "matches no weight. The nearest are params/Dense_0/kernel"
     with pytest.raises(ValueError, match=re.escape(text)):
         jaxq.quantize_fn(case.apply, [("Dense_O/kernel", "w8a8")])(case.init(), X)
+
+
+def scanned(cell: eqx.Module, x: jax.Array, state: Any) -> Any:
+    return lax.scan(lambda state, x: (cell(x, state), None), state, x)[0]
+
+
+def recurrent(core: Any, x: jax.Array) -> Any:
+    """Unrolls a recurrent cell of Haiku."""
+    return hk.dynamic_unroll(core, x, core.initial_state(x.shape[1]))[0]
+
+
+SEQUENCE = jax.random.normal(KEY, (2, 3, 8))
+ZEROS = jnp.zeros(6)
+STORED: dict[str, tuple[Callable[[], Any], jax.Array]] = {
+    "linen attention": (lambda: nn.MultiHeadDotProductAttention(2, qkv_features=8), SEQUENCE),
+    "linen LSTM": (lambda: nn.RNN(nn.OptimizedLSTMCell(6)), SEQUENCE),
+    "linen transposed": (lambda: nn.ConvTranspose(4, (3, 3), transpose_kernel=True), IMAGES),
+    "nnx attention": (
+        lambda: nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0)),
+        SEQUENCE,
+    ),
+    "nnx LSTM": (lambda: nnx.RNN(nnx.OptimizedLSTMCell(8, 6, rngs=nnx.Rngs(0))), SEQUENCE),
+    "equinox attention": (lambda: eqx.nn.MultiheadAttention(2, 8, key=KEY), SEQUENCE[0]),
+    "equinox LSTM": (lambda: eqx.nn.LSTMCell(8, 6, key=KEY), SEQUENCE[0]),
+    "equinox groups": (lambda: eqx.nn.Conv2d(4, 4, 3, groups=2, key=KEY), jnp.ones((4, 5, 5))),
+    "haiku LSTM": (lambda: hk.transform(lambda x: recurrent(hk.LSTM(6), x)), SEQUENCE),
+    "haiku GRU": (lambda: hk.transform(lambda x: recurrent(hk.GRU(6), x)), SEQUENCE),
+    "haiku depthwise": (lambda: hk.transform(lambda x: hk.DepthwiseConv2D(1, 3)(x)), IMAGES),
+}
+
+
+def function_of(make: Callable[[], Any], x: jax.Array) -> tuple[Callable[..., Any], Any]:
+    """Returns a model as a function of its parameters, and the shapes of the parameters."""
+    if "eqx" in make.__code__.co_names:
+        params, static = eqx.partition(
+            eqx.filter_eval_shape(make), lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+        )
+
+        def apply(params: Any, x: jax.Array) -> Any:
+            model = eqx.combine(params, static)
+            if isinstance(model, eqx.nn.LSTMCell):
+                return scanned(model, x, (ZEROS, ZEROS))
+            return model(x, x, x) if isinstance(model, eqx.nn.MultiheadAttention) else model(x)
+
+        return apply, params
+    if "nnx" in make.__code__.co_names:
+        definition, state = nnx.split(nnx.eval_shape(make))
+        return lambda state, x: nnx.merge(definition, state)(x), state
+    model = make()
+    params = jax.eval_shape(model.init, KEY, x)
+    if isinstance(model, nn.Module):
+        return model.apply, params
+    return lambda params, x: model.apply(params, None, x), params
+
+
+@pytest.mark.parametrize(("make", "x"), STORED.values(), ids=STORED)
+def test_weights_of_framework_layers_are_stored(make: Callable[[], Any], x: jax.Array):
+    fn, params = function_of(make, x)
+    rules = [("", "int4_channel")]
+    packed = jax.eval_shape(jaxq.quantize_weights(fn, rules, strict=True), params, x)
+    leaves = jax.tree.leaves(packed, is_leaf=lambda leaf: isinstance(leaf, jaxq.Quantized))
+    assert any(isinstance(leaf, jaxq.Quantized) for leaf in leaves)
+    rows = jaxq.explain(fn, rules)(params, x).rows
+    # Attention also multiplies activations by each other, which have no stored weight.
+    assert {row.stored for row in rows if "/dot_general" not in row.product} == {"yes"}
+
+
+def test_lstm_with_concatenated_kernels_runs_on_stored_weights():
+    model, rng = nn.RNN(nn.OptimizedLSTMCell(6)), np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype),
+        jax.eval_shape(model.init, KEY, SEQUENCE),
+    )
+    rules = [("", "int4_channel")]
+    quantized = jax.jit(jaxq.quantize_fn(model.apply, rules))
+    packed = jaxq.quantize_weights(model.apply, rules, strict=True)(params, SEQUENCE)
+    got, want = quantized(packed, SEQUENCE), quantized(params, SEQUENCE)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)  # Sums of 8 terms may differ in order.

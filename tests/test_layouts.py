@@ -1,13 +1,14 @@
-"""A step of training over eight devices in every layout: the same bits, and what it sends.
+"""Training steps over eight devices in every layout: their bits and their collectives.
 
-The model, its layouts and the reading of XLA's programs are those of `tools/collectives.py`.
+The model, its layouts and the parser of XLA's programs come from `tools/collectives.py`.
 
-Float sums have no order to rely on, so steps are compared on data whose sums are exact in any:
-small integers, elements of 4 bits, powers of two for scales, and cotangents quantized likewise.
-Every value of a step then has the same bits, or something beside the sums depends on the layout.
+The order of float sums depends on the layout, so the tests use data whose sums are exact in any
+order: small integers, 4-bit elements, power-of-two scales, and cotangents that are quantized alike.
+A difference in any bit then means that something other than sums depends on the layout.
 """
 
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -23,24 +24,26 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxq
-from tests.oracle import assert_same
+from tests import data
+from tests.oracle import assert_same, assert_same_trees
 from tools import collectives
-from tools.collectives import LAYOUTS, Collective, Layout, found, stack, step
+from tools.collectives import LAYOUTS, Collective, Layout, count_collectives, stack, step
 
-TOKENS, MODEL, HIDDEN, LAYERS, TURNS = 256, 64, 64, 4, 7
+pytestmark = pytest.mark.usefixtures("unoptimized")
+TOKENS, MODEL, HIDDEN, LAYERS, STEPS = 256, 64, 64, 4, 7
 
 
-def everywhere(granularity) -> jaxq.DotRecipe:
-    """All operands of all three products in 4-bit integers with powers of two for scales."""
-    one = jaxq.Quantizer("int4", granularity, scale="ceil", scale_format="float8_e8m0fnu")
-    both = jaxq.ProductRecipe(one, one)
-    return jaxq.DotRecipe(one, one, dlhs=both, drhs=both, residuals="original")
+def recipe_of(granularity) -> jaxq.ProductRecipe:
+    """Returns a recipe that quantizes all operands to 4-bit integers with power-of-two scales."""
+    one = jaxq.Recipe("int4", granularity, jaxq.MX("ceil"))
+    both = jaxq.SingleProduct(one, one)
+    return jaxq.ProductRecipe(one, one, dlhs=both, drhs=both, residuals="original")
 
 
 RECIPES = {
-    "block": everywhere(jaxq.PerBlock(8)),
-    "tensor": everywhere(jaxq.PerTensor()),
-    "token": everywhere(jaxq.PerToken()),
+    "block": recipe_of(jaxq.PerBlock(8)),
+    "tensor": recipe_of(jaxq.PerTensor()),
+    "token": recipe_of(jaxq.PerToken()),
 }
 
 
@@ -56,11 +59,11 @@ PARAMS = {
 WEIGHTS = integers(3, 3, TOKENS, MODEL)
 NORMAL = np.random.default_rng(6).standard_normal((64, 64)).astype(np.float32)
 PRESETS = ("int8_tensor", "uint8_channel", "mxfp4", "nvfp4")
-CALIBRATED = [("", jaxq.DotRecipe(RECIPES["tensor"].lhs, RECIPES["tensor"].rhs))]
+CALIBRATED = [("", jaxq.ProductRecipe(RECIPES["tensor"].lhs, RECIPES["tensor"].rhs))]
 
 
 def loss(y, weights):
-    """Of 8-bit integers, so that its sum is exact too."""
+    """Returns a loss of 8-bit integers, whose sum is exact."""
     return (jaxq.cast(y * 2.0**-12, "int8", overflow="saturate") * weights).sum()
 
 
@@ -72,21 +75,22 @@ def on_one_device(recipe: str, pipelined: bool):
 
 @functools.cache
 def compiled(recipe: str | None, name: str):
-    """A compiled step, its arguments, and its collectives."""
+    """Returns a compiled step, its arguments and its collectives."""
     layout = LAYOUTS[name]
     of_params, of_data = layout.shardings
     arguments = jax.device_put((PARAMS, X, WEIGHTS), (of_params, of_data, of_data))
     program = step(layout, recipe and RECIPES[recipe], loss).lower(*arguments).compile()
-    return program, arguments, found(program.as_text())
+    return program, arguments, count_collectives(program.as_text())
 
 
-def maxima(layout: Layout, by_tensor: bool) -> Counter:
-    """The numbers of every maximum over devices that scales take, one a tensor or one a vector.
+def count_maxima(layout: Layout, by_tensor: bool) -> Counter:
+    """Counts the all-reduced maxima of scales by their number of elements.
 
-    There is one for every axis that lies within a scale and is cut. All turns of a loop count.
+    Every sharded axis within a scale needs one maximum: of one number for a tensor scale, or of
+    one number per vector. Every iteration of a loop counts.
     """
     shards = {None: 1, **layout.axes}
-    # A pipeline cuts its layers apart, and no scale has two of them.
+    # A pipeline shards the layer axis, which no scale spans.
     up, down = (
         [shards[axis] for axis in (*spec, None, None, None)[1:3]]
         for spec in (layout.up, layout.down)
@@ -94,7 +98,7 @@ def maxima(layout: Layout, by_tensor: bool) -> Counter:
     batches = 4 if layout.pipelined else 1
     tokens, hidden = (TOKENS // batches, shards[(*layout.x, None)[0]]), (HIDDEN, up[1])
     model, of_up, of_down = (MODEL, 1), (MODEL, up[0]), (MODEL, down[1])
-    operands = [  # Of the six products: what is free, what is contracted.
+    operands = [  # The free and the contracted axis of each operand of the six products.
         *[(tokens, model), (hidden, of_up)],
         *[(tokens, hidden), (of_up, hidden)],
         *[(hidden, tokens), (model, tokens)],
@@ -105,31 +109,45 @@ def maxima(layout: Layout, by_tensor: bool) -> Counter:
     count: Counter = Counter()
     for (length, free), (_, contract) in operands:
         cuts = (free > 1) + (contract > 1) if by_tensor else contract > 1
-        count[1 if by_tensor else length // free] += cuts * (TURNS if layout.pipelined else LAYERS)
+        count[1 if by_tensor else length // free] += cuts * (STEPS if layout.pipelined else LAYERS)
     return +count
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_step_has_the_same_bits_and_sends_only_maxima_more(recipe: str, name: str):
-    """Blocks send nothing of their own, where shards and blocks begin together."""
+# In the layout that cuts every axis, the scales that devices share and those that they do not.
+FAST = [("block", "FSDP and tensor"), ("tensor", "FSDP and tensor")]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [case if case in FAST else data.slow(*case) for case in itertools.product(RECIPES, LAYOUTS)],
+)
+def test_sharded_step_matches_bits_and_adds_only_amax_collectives(recipe: str, name: str):
+    """Checks also that block scales need no collectives if shards contain whole blocks."""
     program, arguments, sent = compiled(recipe, name)
     layout, of_floats = LAYOUTS[name], compiled(None, name)[2]
-    more, sizes = sent - of_floats, Counter()
-    assert sent == of_floats + more
-    for collective, times in more.items():
+    added, sizes = sent - of_floats, Counter()
+    assert sent == of_floats + added
+    for collective, times in added.items():
         assert collective[:2] == ("all-reduce maximum", "s32")
         sizes[math.prod(collective.shape)] += times
-    assert sizes == ({} if recipe == "block" else maxima(layout, recipe == "tensor"))
+    assert sizes == ({} if recipe == "block" else count_maxima(layout, recipe == "tensor"))
     got, want = program(*arguments), on_one_device(recipe, layout.pipelined)
-    jax.tree.map(assert_same, got, want)
+    assert_same_trees(got, want)
     assert all(np.any(part) for part in jax.tree.leaves(want))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [
+        ("block", AxisType.Auto),
+        ("tensor", AxisType.Explicit),
+        *(data.slow(recipe, AxisType.Auto) for recipe in ("tensor", "token")),
+        *(data.slow(recipe, AxisType.Explicit) for recipe in ("block", "token")),
+    ],
+    ids=str,
+)
 def test_stored_weights_are_gathered_packed(recipe: str, kind: AxisType):
-    """Where the model gathers a layer's weights for its turn; the floats are made of them there."""
+    """Checks that the model gathers packed weights and dequantizes them afterwards."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     layout, rules = LAYOUTS["FSDP"], [("", RECIPES[recipe])]
     whole, of_data, of_down, of_up = (
@@ -146,20 +164,20 @@ def test_stored_weights_are_gathered_packed(recipe: str, kind: AxisType):
     assert [leaf.sharding for leaf in leaves] == jax.tree.leaves(shardings)
     model = jaxq.quantize_fn(functools.partial(stack, gathered=whole), rules)
     program = jax.jit(model).lower(packed, x).compile()
-    sent = [c for c in found(program.as_text()).elements() if c.kind == "all-gather"]
+    sent = [c for c in count_collectives(program.as_text()).elements() if c.kind == "all-gather"]
     assert {c.dtype for c in sent} == {"u8"}
     cut = [leaf.nbytes for leaf in leaves if not leaf.is_fully_replicated]
     assert sum(c.nbytes for c in sent) == sum(cut)
     assert_same(program(packed, x), jax.jit(jaxq.quantize_fn(stack, rules))(PARAMS, X))
 
 
-def test_a_layout_that_cuts_through_bytes_unpacks():
+def test_layout_that_splits_bytes_unpacks_codes():
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, "model")
-    of = NamedSharding(mesh, spec)
+    sharding = NamedSharding(mesh, spec)
 
     def model(params, x):
-        return x @ lax.with_sharding_constraint(params["w"], of)
+        return x @ lax.with_sharding_constraint(params["w"], sharding)
 
     params, x = {"w": integers(4, 7, 8, 24)}, integers(5, 7, 4, 8)
     rules = [("w", RECIPES["tensor"])]
@@ -168,45 +186,47 @@ def test_a_layout_that_cuts_through_bytes_unpacks():
     assert_same(jax.jit(jaxq.quantize_fn(model, rules))(packed, x), want)
 
 
-def test_what_the_guide_says_stays_the_same():
-    """Sums of integers, and draws; of numbers whose float sums are not exact."""
+def test_integer_sums_and_random_bits_match_one_device():
+    """Checks integer sums and random bits on numbers whose float sums are inexact."""
     layout = LAYOUTS["FSDP and tensor"]
     params = jax.tree.map(lambda w: np.random.default_rng(7).standard_normal(w.shape), PARAMS)
     params, x = jax.tree.map(np.float32, (params, NORMAL))
     sharded = jax.device_put((params, x), layout.shardings)
-    native = jaxq.DotRecipe("int8_token", "int8_channel", execution="native")
+    native = jaxq.ProductRecipe("int8_token", "int8_channel", execution="native")
     model = jax.jit(jaxq.quantize_fn(stack, [("", native)]))
     assert_same(model(*sharded), model(params, x))
-    recipe, key = jaxq.Quantizer("int4", rounding="stochastic"), jax.random.key(0)
+    recipe, key = jaxq.Recipe("int4", rounding="stochastic"), jax.random.key(0)
     got = jaxq.fake_quant(sharded[0]["up"], recipe, key=key)
     assert_same(got, jaxq.fake_quant(params["up"], recipe, key=key))
 
 
-def test_static_scales_send_nothing():
+def test_static_scales_need_no_collectives():
     layout = LAYOUTS["data"]
     arguments = jax.device_put((PARAMS, X), layout.shardings)
 
     def sent(rules):
         compiled = jax.jit(jaxq.quantize_fn(stack, rules)).lower(*arguments).compile()
-        return found(compiled.as_text())
+        return count_collectives(compiled.as_text())
 
     _, state = jax.jit(jaxq.observe(stack, CALIBRATED))(*arguments)
     assert sum(sent(CALIBRATED).values()) == 2 * LAYERS
     assert not sent(jaxq.freeze(CALIBRATED, state))
 
 
-def test_the_guide_has_the_tables():
+def test_tables_in_guide_are_current():
     page = collectives.PAGE.read_text()
     row = next(line for line in page.splitlines() if line.startswith("| tensor | 8 all-reduce add"))
     names = ["layout", "float32", *(f"{recipe} adds" for recipe in collectives.RECIPES)]
     assert f"| {' | '.join(names)} |" in page
     cells = row.strip("| ").split(" | ")
-    assert cells[1] == collectives.summary(collectives.of_step("tensor", None))
-    assert cells[names.index("fp8 adds")] == collectives.beyond("tensor", "fp8")
+    assert cells[1] == collectives.summary(collectives.step_collectives("tensor", None))
+    assert cells[names.index("fp8_training adds")] == collectives.added_collectives(
+        "tensor", "fp8_training"
+    )
 
 
-def test_collectives_are_found_in_loops_and_in_company():
-    """XLA may send several tensors at once, and a loop's body stands in its program once."""
+def test_count_collectives_in_loops_and_tuples():
+    """Parses a collective of several tensors inside a loop, and one outside of it."""
     text = """HloModule m
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -227,12 +247,13 @@ ENTRY %main (a: f32[8]) -> f32[8] {
         Collective("all-reduce add", "bf16", (3,)): 5,
     }
     gather = Collective("all-gather", "u8", (4, 6))
-    assert found(text) == {**both, gather: 1}
+    assert count_collectives(text) == {**both, gather: 1}
     assert [c.nbytes for c in (*both, gather)] == [64, 6, 24]
 
 
-def test_two_processes_have_the_bits_of_one(tmp_path):
-    """Two devices each, over the network's loopback; and calibration over hosts."""
+@pytest.mark.slow
+def test_two_processes_match_one(tmp_path):
+    """Runs two processes of two devices each, and merges their calibration states."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -249,11 +270,11 @@ def test_two_processes_have_the_bits_of_one(tmp_path):
         for number in range(2)
     ]
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     states = jax.jit(jaxq.observe(stack, CALIBRATED))(PARAMS, X)[1].states
     want = {
         "step": on_one_device("tensor", False),

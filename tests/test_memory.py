@@ -1,4 +1,4 @@
-"""Bytes of models: published counts of parameters, and what `Quantized` tensors really take."""
+"""Memory of models against published parameter counts and the bytes of `Quantized` tensors."""
 
 import math
 
@@ -11,7 +11,7 @@ import jaxq
 from jaxq import analysis
 from jaxq.analysis.machines import DEVICES, MODELS, Device, Model
 
-# Published with the models, to the last parameter.
+# The exact numbers of parameters, as published with the models.
 PARAMETERS = {
     "llama-3.2-1b": 1_235_814_400,
     "llama-2-7b": 6_738_415_616,
@@ -25,34 +25,34 @@ PARAMETERS = {
 SMALL = Model("small", 2, 256, 512, 4, 2, 64, 1024, bias=True)
 
 
-def test_parameters_are_the_published():
+def test_parameters_match_published_counts():
     assert {name: model.parameters for name, model in MODELS.items()} == PARAMETERS
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "int4_g128", "int8_channel", "q4_1", "nf4_dq"])
-def test_weights_are_the_bytes_that_are_held(recipe: str):
-    held = 0
+def test_weights_match_bytes_of_quantized_tensors(recipe: str):
+    stored = 0
     for shape, count in SMALL.matrices:
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         q = jax.eval_shape(lambda x: jaxq.quantize(x, recipe), x)
         bytes_of = [math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(q)]
-        held += count * sum(bytes_of)
-    held += 2 * (SMALL.embeddings + SMALL.others)
-    assert analysis.memory(SMALL, recipe).weights == held
+        stored += count * sum(bytes_of)
+    stored += 2 * (SMALL.embeddings + SMALL.others)
+    assert analysis.memory(SMALL, recipe).weights == stored
 
 
-def test_the_cache():
-    """Two tensors, layers, heads and their width, tokens, two bytes."""
+def test_kv_cache():
+    """Compares with the product of 2 tensors, layers, heads, head size, tokens and 2 bytes."""
     m = analysis.memory("llama-3.1-8b", context=1000, batch=3)
     assert m.kv_cache == 2 * 32 * 8 * 128 * 3000 * 2
-    less = analysis.memory("llama-3.1-8b", context=1000, batch=3, kv="int8_token")
-    assert less.kv_cache == pytest.approx(m.kv_cache * (8 + 32 / 128) / 16)
+    quantized = analysis.memory("llama-3.1-8b", context=1000, batch=3, kv="int8_token")
+    assert quantized.kv_cache == pytest.approx(m.kv_cache * (8 + 32 / 128) / 16)
     assert analysis.memory("llama-3.1-8b", context=0).kv_cache == 0
     assert m.overhead == pytest.approx(0.1 * (m.weights + m.kv_cache))
     assert m.total == m.weights + m.kv_cache + m.overhead
 
 
-def test_a_number_of_parameters():
+def test_number_of_parameters_as_model():
     assert analysis.memory(7e9, "float32", overhead=0) == (28e9, 0, 0)
     assert analysis.memory(7e9, "int4_g128", overhead=0).weights == 7e9 * 4.25 / 8
     assert analysis.memory(0.0, "bfloat16").total == 0
@@ -73,7 +73,7 @@ def test_tables():
         assert row.share == pytest.approx(row.total_gib / DEVICES[row.device].gib)
 
 
-def test_tokens_are_what_fits():
+def test_token_count_is_the_maximum():
     row = analysis.fits_table(["qwen2.5-7b"], ["int4_g128"], ["rtx-4090"]).rows[0]
     limit = DEVICES["rtx-4090"].memory
     for tokens, fits in ((row.tokens, True), (row.tokens + 2, False)):
@@ -81,7 +81,7 @@ def test_tokens_are_what_fits():
         assert (total <= limit) == fits
 
 
-def test_wrong_arguments():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match=r"Did you mean llama-3\.1-8b"):
         analysis.memory("llama-3.1-8")
     with pytest.raises(ValueError, match="No device is named"):

@@ -1,4 +1,4 @@
-"""Meshes with explicit axes, and the collectives that a compiled quantizer has."""
+"""Meshes with explicit axes, and the collectives of compiled quantizers."""
 
 import functools
 import math
@@ -11,8 +11,9 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxq
-from tests.oracle import assert_same
-from tools.collectives import Collective, found
+from tests import data
+from tests.oracle import assert_same, assert_same_trees
+from tools.collectives import Collective, count_collectives
 
 X = np.random.default_rng(0).standard_normal((128, 256)).astype(np.float32)
 
@@ -23,10 +24,12 @@ def sharded(x, spec: tuple, kind: AxisType = AxisType.Explicit) -> jax.Array:
 
 
 def collectives(function, x: jax.Array) -> list[Collective]:
-    return list(found(jax.jit(function).lower(x).compile().as_text()).elements())
+    return list(count_collectives(jax.jit(function).lower(x).compile().as_text()).elements())
 
 
-@pytest.mark.parametrize("name", ["int8_tensor", "int4_g128", "nvfp4", "nf4_dq"])
+@pytest.mark.parametrize(
+    "name", [data.slow("int8_tensor"), data.slow("int4_g128"), "nvfp4", "nf4_dq"]
+)
 def test_explicit_axes(name: str):
     x = sharded(X, ("a", "b"))
     want = jaxq.fake_quant(X, name)
@@ -45,7 +48,7 @@ def test_explicit_casts_and_codes(name: str):
     assert_same(jaxq.decode(jaxq.encode(x, name), name), jaxq.cast(X, name))
 
 
-@pytest.mark.parametrize("recipe", ["mxfp8", "fp8"])
+@pytest.mark.parametrize("recipe", ["mxfp8_training", data.slow("fp8_training")])
 def test_explicit_products(recipe: str):
     x, w = sharded(X, ("a", None)), sharded(X.T, (None, "b"))
 
@@ -58,7 +61,7 @@ def test_explicit_products(recipe: str):
 
     with jax.set_mesh(x.sharding.mesh):
         got = both(x, w, out_sharding=PartitionSpec("a", "b"))
-    # Two orders of 128 terms, each at most the largest magnitude and half a step of its grid.
+    # The error bound of two summation orders of 128 terms, each at most amax and half a step.
     bound = 128 * 2.0**-23 * 128 * np.abs(X).max() * (1 + 2.0**-4)
     for a, b in zip(got, both(jnp.asarray(X), jnp.asarray(X.T)), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() <= bound
@@ -72,9 +75,11 @@ def test_explicit_packing():
     np.testing.assert_array_equal(jaxq.unpack(packed, bits=3, n=256), codes)
 
 
-@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "nf4_dq", "uint4_g128"])
+@pytest.mark.parametrize(
+    "name", [data.slow("int4_g32"), data.slow("nvfp4"), "nf4_dq", "uint4_g128"]
+)
 def test_explicit_parts_of_a_quantized_tensor(name: str):
-    """Rows are taken along an axis that lies whole on every device, as with arrays."""
+    """Indexes rows along an axis that is not sharded."""
     q, whole = jaxq.quantize(sharded(X, (None, "b")), name), jaxq.quantize(X, name)
     np.testing.assert_array_equal(q.unpack(), whole.unpack())
     assert jax.typeof(q.unpack()).sharding.spec == PartitionSpec(None, "b")
@@ -85,7 +90,7 @@ def test_explicit_parts_of_a_quantized_tensor(name: str):
 
 def test_explicit_products_of_codes():
     x, w = sharded(X, ("a", None)), sharded(X.T, (None, "b"))
-    recipe = jaxq.DotRecipe("int8_token", "int8_channel", execution="native")
+    recipe = jaxq.ProductRecipe("int8_token", "int8_channel", execution="native")
     numbers = (((1,), (0,)), ((), ()))
     y = jaxq.dot_general(x, w, numbers, recipe=recipe)
     assert jax.typeof(y).sharding.spec == PartitionSpec("a", "b")
@@ -93,12 +98,12 @@ def test_explicit_products_of_codes():
 
 
 def test_explicit_products_after_a_hadamard_transform():
-    """Of integers, with powers of two for scales: no sum is rounded, and no order matters."""
+    """Uses integers and power-of-two scales, so that sums are exact in any order."""
     rng = np.random.default_rng(1)
     x, w = (rng.integers(-30, 31, shape).astype(np.float32) for shape in ((64, 32), (32, 64)))
-    one = jaxq.Quantizer("int4", scale="ceil", scale_format="float8_e8m0fnu")
-    both = jaxq.ProductRecipe(one, one, hadamard=jaxq.Hadamard(16, (1, -1) * 8))
-    recipe = jaxq.DotRecipe(one, one, both.hadamard, dlhs=both, drhs=both, residuals="original")
+    one = jaxq.Recipe("int4", scaling=jaxq.MX("ceil"))
+    both = jaxq.SingleProduct(one, one, hadamard=jaxq.Hadamard(16, (1, -1) * 8))
+    recipe = jaxq.ProductRecipe(one, one, both.hadamard, dlhs=both, drhs=both, residuals="original")
 
     def gradients(x, w, **more):
         def dot(x, w):
@@ -110,7 +115,7 @@ def test_explicit_products_after_a_hadamard_transform():
     parts = sharded(x, ("a", None)), sharded(w, (None, "b"))
     with jax.set_mesh(parts[0].sharding.mesh):
         got = jax.jit(functools.partial(gradients, out_sharding=PartitionSpec("a", "b")))(*parts)
-    jax.tree.map(assert_same, got, jax.jit(gradients)(x, w))
+    assert_same_trees(got, jax.jit(gradients)(x, w))
 
 
 def test_explicit_optimizer():
@@ -132,7 +137,7 @@ def test_explicit_optimizer():
 
 
 @pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp4", "int4_g128"])
-def test_blocks_need_no_collective(name: str):
+def test_block_scales_need_no_collective(name: str):
     x = sharded(X, ("a", "b"), AxisType.Auto)
     assert not collectives(lambda x: jaxq.fake_quant(x, name), x)
 
@@ -140,9 +145,9 @@ def test_blocks_need_no_collective(name: str):
 @pytest.mark.parametrize(
     "spec", [("a", None), (None, "b"), (("a", "b"), None), ("a", "b")], ids=str
 )
-@pytest.mark.parametrize("name", ["int8_tensor", "nvfp4"])
-def test_a_scale_of_a_tensor_needs_one_number_of_every_device(name: str, spec: tuple):
-    """Once for every axis of the tensor that is cut."""
+@pytest.mark.parametrize("name", [data.slow("int8_tensor"), "nvfp4"])
+def test_tensor_scale_needs_one_number_per_device(name: str, spec: tuple):
+    """Expects one collective for every sharded axis of the tensor."""
     x = sharded(X, spec, AxisType.Auto)
     sent = collectives(lambda x: jaxq.fake_quant(x, name), x)
     assert {c.kind for c in sent} == {"all-reduce maximum"}
@@ -159,11 +164,11 @@ def test_a_scale_of_a_tensor_needs_one_number_of_every_device(name: str, spec: t
         ("uint8_channel", ("a", None), [("maximum", 256), ("maximum", 256)]),
     ],
 )
-def test_scales_of_channels_need_one_maximum_where_their_axis_is_cut(name, spec, sizes):
-    """Two for both ends of a range, at once."""
+def test_channel_scales_need_one_maximum_if_axis_is_sharded(name, spec, sizes):
+    """Expects one collective, with two maxima for a two-sided range."""
     x = sharded(X, spec, AxisType.Auto)
     program = jax.jit(lambda x: jaxq.quantize(x, name).codes).lower(x).compile().as_text()
     assert program.count(" all-reduce(") == bool(sizes)
-    sent = found(program).elements()
+    sent = count_collectives(program).elements()
     want = [(f"all-reduce {what}", size) for what, size in sizes]
     assert sorted((c.kind, math.prod(c.shape)) for c in sent) == want

@@ -1,5 +1,6 @@
-"""The same bits wherever a cast stands: in a larger fused program, in a scan, on many devices."""
+"""Casts have the same bits inside fused programs, in scans and on several devices."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -9,15 +10,18 @@ import jaxq
 from tests import data
 from tests.oracle import assert_same
 
-NAMES = ["bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn", "int8", "nf4"]
+NAMES = data.each(
+    ["bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn", "int8", "nf4"],
+    ["bfloat16", "float8_e4m3fn", "int8", "nf4"],
+)
 
 
 def normal(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
 
 
-def alone(x: jax.Array, name: str) -> np.ndarray:
-    """The cast of a finished array."""
+def cast_alone(x: jax.Array, name: str) -> np.ndarray:
+    """Casts an array outside of any program."""
     return np.asarray(jaxq.cast(np.asarray(x), name))
 
 
@@ -32,7 +36,7 @@ def test_between_two_products(name: str):
         return product, snapped, snapped @ b.T
 
     product, snapped, after = program(a, b)
-    assert_same(snapped, alone(product, name), product)
+    assert_same(snapped, cast_alone(product, name), product)
     assert_same(after, jax.jit(jnp.matmul)(snapped, b.T))
 
 
@@ -46,7 +50,7 @@ def test_in_a_layer_norm(name: str):
         return scaled, jaxq.cast(jaxq.cast(scaled, name) * 1.0, name)
 
     scaled, y = program(x, gain)
-    assert_same(y, alone(scaled, name), scaled)
+    assert_same(y, cast_alone(scaled, name), scaled)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,29 +69,32 @@ def test_in_a_scan(name: str):
         assert_same(state, want)
 
 
-def test_a_bfloat16_pair_is_not_dropped():
-    """XLA may take a conversion there and back for excess precision; a cast is none."""
+def test_bfloat16_cast_is_not_removed():
+    """Checks that XLA cannot remove a cast as a pair of conversions with excess precision."""
     x = data.random_float32(10_000)
     text = jax.jit(lambda x: jaxq.cast(x, "bfloat16")).lower(x).as_text()
     assert "bf16" not in text
     y = jax.jit(lambda x: jaxq.cast(x.astype(jnp.bfloat16), "float8_e4m3fn"))(x)
-    assert y.dtype == jnp.bfloat16
+    chex.assert_type(y, jnp.bfloat16)
 
 
-# A takum's least values are beyond float32.
-@pytest.mark.parametrize("name", [name for name in jaxq.catalog.ALL if "takum" not in name])
-def test_float32_subnormals_are_never_flushed(name: str):
-    """Also when the array is a result that XLA fuses the cast into."""
-    fmt = jaxq.get_format(name)
+# The smallest values of takums are outside the range of float32.
+@pytest.mark.parametrize(
+    "fmt",
+    data.each_format(fmt for name, fmt in jaxq.formats.FORMATS.items() if "takum" not in name),
+    ids=lambda fmt: fmt.name,
+)
+def test_float32_subnormals_are_never_flushed(fmt):
+    """Uses a computed array, so that XLA fuses the cast with its computation."""
     least = np.float32(2.0**-149)
     bits = np.arange(1, 1000, dtype=np.int32)
     y = jax.jit(
         lambda bits: jaxq.cast(jax.lax.bitcast_convert_type(bits, jnp.float32), fmt, rounding="up")
     )(bits)
-    want = fmt.values[fmt.values > 0].min(initial=fmt.tiny) if fmt.bits <= 16 else None
-    if name == "int1":  # It has -1 and 0.
+    want = fmt.values[fmt.values > 0].min(initial=fmt.min_positive) if fmt.bits <= 16 else None
+    if fmt.name == "int1":  # Its values are -1 and 0.
         want = 0.0
-    if name == "float32":
+    if fmt.name == "float32":
         assert_same(y, bits.view(np.float32))
     elif want is not None:
         assert (np.asarray(y).view(np.int32) == np.float32(want).view(np.int32)).all()
@@ -95,15 +102,15 @@ def test_float32_subnormals_are_never_flushed(name: str):
         assert (np.asarray(y) >= least).all()
 
 
-@pytest.mark.parametrize("name", data.structures())
-def test_sharded_quantizers_agree(name: str):
-    x = np.rint(normal(128, 256) * 64) / 64  # Sums are exact: a mean's order does not matter.
+@pytest.mark.parametrize("name", data.each(data.structures(), data.few()))
+@pytest.mark.parametrize("spec", [("a", "b"), data.slow((None, ("a", "b")))], ids=str)
+def test_sharded_quantizers_agree(name: str, spec: tuple):
+    x = np.asarray(normal(128, 256))
     want = np.asarray(jaxq.fake_quant(x, name))
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    for spec in (("a", "b"), (None, ("a", "b"))):
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-        got = jax.jit(lambda x: jaxq.fake_quant(x, name))(jax.device_put(x, sharding))
-        assert_same(got, want)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    got = jax.jit(lambda x: jaxq.fake_quant(x, name))(jax.device_put(x, sharding))
+    assert_same(got, want)
 
 
 def test_stochastic_rounding_under_vmap_uses_each_key():

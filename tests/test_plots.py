@@ -1,4 +1,4 @@
-"""Every picture can be drawn anywhere, and shows what it says."""
+"""Tests of the pictures of `jaxq.analysis.plots`."""
 
 import inspect
 import io
@@ -14,17 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import jaxq
-from jaxq.analysis import expected_error, plots
-from jaxq.analysis.plots.labels import annotate, heads, place
-from jaxq.analysis.plots.layouts import fields
-from jaxq.analysis.specs import significant_bits
-from jaxq.analysis.sqnr import pareto
+from jaxq.analysis import expected_error, pareto, plots, significant_bits
+from jaxq.analysis.plots import _rates as rates
+from jaxq.analysis.plots._labels import annotate, heads, place
+from jaxq.analysis.plots._layouts import fields
+from tests import data
 
-# Small data for every name, where the defaults are not enough or take long.
+# Arguments of small pictures, for names whose defaults are missing or slow.
 X = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
 FEW = {
     "sqnr_by_bits": {"bits": [4], "shape": (64,)},
-    "compression": {"recipes": ["int8_tensor", "int4_tensor", "mxfp4", "nf4", "float8_e4m3fn"]},
+    "compression": {"recipes": ["int8_tensor", "int4_tensor", "mxfp4", "nf4_g64", "float8_e4m3fn"]},
     "quantized_values": {"recipe": "uint4_channel"},
     "outliers": {"count": 2},
     "range_and_precision": {"formats": ["float16", "bfloat16", "int8", "nf4", "posit8"]},
@@ -33,7 +33,7 @@ FEW = {
 
 
 def drawn(name: str, **more) -> Figure:
-    function = plots.ALL[name]
+    function = plots.PLOTS[name]
     data = (X,) if "x" in inspect.signature(function).parameters else ()
     return function(*data, **FEW.get(name, {}), **more)
 
@@ -42,8 +42,12 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text)]
 
 
-@pytest.mark.parametrize("name", plots.ALL)
-def test_pictures_are_drawn_and_leave_nothing_behind(name: str):
+# The other pictures are slow-only here, because doctests draw them too.
+CHEAP = ("bit_layouts", "chain_errors", "memory_by_size", "range_and_precision", "fits")
+
+
+@pytest.mark.parametrize("name", data.each(plots.PLOTS, CHEAP))
+def test_pictures_are_drawn_without_side_effects(name: str):
     before = dict(rcParams)
     figure = drawn(name, title="A title")
     file = io.BytesIO()
@@ -64,7 +68,7 @@ def test_pictures_are_drawn_and_leave_nothing_behind(name: str):
 
 
 def overlaps(axes: Axes) -> list[str]:
-    """Labels that lie on each other or leave the axes."""
+    """Returns the labels that overlap each other or leave the axes."""
     axes.figure.draw_without_rendering()
     found, boxes = [], [Text.get_window_extent(note) for note in axes.texts]
     for i, a in enumerate(boxes):
@@ -78,12 +82,12 @@ def overlaps(axes: Axes) -> list[str]:
     return found
 
 
-def test_labels_of_the_whole_catalogue_do_not_overlap():
+def test_labels_of_all_formats_do_not_overlap():
     axes = plots.range_and_precision().axes[0]
     assert len(axes.texts) > 40
     assert overlaps(axes) == []
     names = {name for note in axes.texts for name in re.split(r", |\n", note.get_text())}
-    assert names == set(jaxq.catalog.ALL)
+    assert names == set(jaxq.formats.FORMATS)
 
 
 def test_labels_of_crowded_points_do_not_overlap():
@@ -95,24 +99,24 @@ def test_labels_of_crowded_points_do_not_overlap():
     assert overlaps(axes) == []
 
 
-def test_names_above_axes_keep_their_distance():
+def test_names_above_axes_do_not_overlap():
     axes = Figure(figsize=(8, 6)).add_subplot()
-    found = heads(axes, [0.5, 0.501, 0.502, 0.9], list("abcd"), colour="black", gap=20)
+    found = heads(axes, [0.5, 0.501, 0.502, 0.9], list("abcd"), color="black", gap=20)
     width = axes.get_window_extent().width
     places = [text.get_position()[0] * width for text in found]
     assert (np.diff(places) >= 20 - 1e-6).all()
     assert places[3] == pytest.approx(0.9 * width)
 
 
-def test_presets_that_do_not_fit_are_named(monkeypatch):
-    some = {name: jaxq.presets.ALL[name] for name in ("int8_tensor", "mxfp4", "int4_g128")}
-    monkeypatch.setattr(jaxq.presets, "ALL", some)
+def test_recipes_that_do_not_fit_are_named(monkeypatch):
+    some = {name: jaxq.recipes.RECIPES[name] for name in ("int8_tensor", "mxfp4", "int4_g128")}
+    monkeypatch.setattr(rates, "RECIPES", some)
     figure = plots.compression(X)
     assert [note.get_text() for note in figure.axes[0].texts] == ["int8_tensor", "mxfp4"]
     assert "Blocks do not fit: int4_g128" in texts(figure)
 
 
-def test_places_keep_clear_of_each_other():
+def test_label_positions_do_not_collide():
     points = np.array([[50.0, 50.0]] * 4 + [[52.0, 50.0], [5.0, 5.0]])
     sizes = np.full((6, 2), (30.0, 10.0))
     centres = place(points, sizes, (0, 0, 200, 200), obstacles=np.array([[60, 40, 100, 70]]))
@@ -124,15 +128,15 @@ def test_places_keep_clear_of_each_other():
             assert not ((high[i] > low[j]) & (low[i] < high[j])).all()
 
 
-@pytest.mark.parametrize("fmt", jaxq.catalog.ALL.values(), ids=lambda fmt: fmt.name)
-def test_fields_have_all_bits(fmt: jaxq.Format):
+@pytest.mark.parametrize("fmt", jaxq.formats.FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_fields_cover_all_bits(fmt: jaxq.Format):
     found = fields(fmt)
     assert sum(field.bits for field in found) == fmt.bits
     assert min(field.bits for field in found) > 0
 
 
-def test_bit_layouts_have_a_box_a_bit():
-    figure = plots.bit_layouts(["float8_e5m2", "posit16", "mxint8", "nf4", "takum8", "uint3"])
+def test_bit_layouts_have_one_box_per_bit():
+    figure = plots.bit_layouts(["float8_e5m2", "posit16", "ocp_int8", "nf4", "takum8", "uint3"])
     axes = figure.axes[0]
     assert len(axes.patches) == 8 + 16 + 8 + 4 + 8 + 3
     letters = [text.get_text() for text in axes.texts if text.get_text() in tuple("SEMIFLDR")]
@@ -142,7 +146,7 @@ def test_bit_layouts_have_a_box_a_bit():
 
 @pytest.mark.parametrize("scale", ["linear", "log"])
 @pytest.mark.parametrize("normalized", [False, True])
-def test_a_tick_for_every_value(scale, normalized):
+def test_number_line_has_tick_for_every_value(scale, normalized):
     names = ["float4_e2m1fn", "int4", "nf4", "float8_e8m0fnu", "uint2"]
     figure = plots.number_line(names, scale=scale, normalized=normalized)
     axes = figure.axes[0]
@@ -156,14 +160,14 @@ def test_a_tick_for_every_value(scale, normalized):
     assert low < min(min(c.get_positions()) for c in axes.collections)
 
 
-def test_subnormals_have_ticks_of_their_own():
+def test_subnormals_have_separate_ticks():
     figure = plots.number_line(["float4_e2m1fn"])
     positions = [list(c.get_positions()) for c in figure.axes[0].collections]
     assert [-0.5, 0.5] in positions
 
 
 def test_significant_bits():
-    bits = {name: significant_bits(jaxq.get_format(name)) for name in jaxq.catalog.ALL}
+    bits = {name: significant_bits(jaxq.get_format(name)) for name in jaxq.formats.FORMATS}
     assert bits["float16"] == 11
     assert bits["float8_e4m3fn"] == 4
     assert bits["int8"] == pytest.approx(math.log2(128))
@@ -191,12 +195,13 @@ def test_overflow_and_subnormals_are_marked():
     assert np.isnan(y[x > 65504]).all()
 
 
-def test_levels_lie_over_the_numbers_of_every_block():
+@pytest.mark.slow
+def test_levels_cover_numbers_of_every_block():
     x = X * np.exp2(np.arange(8, dtype=np.float32))[:, None]
     for recipe in ("uint4_channel", "mxfp4", "q4_1"):
         figure = plots.quantized_values(x, recipe)
         left, _, right = figure.axes
-        fmt = jaxq.get_quantizer(recipe).element
+        fmt = jaxq.get_recipe(recipe).element
         levels = right.collections[0].get_segments()
         assert [s[0, 0] for s in levels] == fmt.values.tolist()
         heights = sum(patch.get_height() for patch in right.patches)
@@ -206,7 +211,8 @@ def test_levels_lie_over_the_numbers_of_every_block():
         np.testing.assert_array_equal(np.sort(points.get_ydata()), np.sort(expected.ravel()))
 
 
-def test_channels_in_order_of_power():
+@pytest.mark.slow
+def test_channels_are_sorted_by_power():
     x = X * np.exp2(np.arange(64) % 7 - 3, dtype=np.float32)
     lines = [a for a in plots.channel_errors(x).axes[0].get_lines() if len(a.get_xdata()) == 64]
     error = x - np.asarray(jaxq.fake_quant(x, "int8_tensor"))
@@ -216,17 +222,18 @@ def test_channels_in_order_of_power():
     assert (np.asarray(lines[1].get_ydata()) > 35).all()
 
 
-def test_sqnr_beside_theory():
+@pytest.mark.slow
+def test_sqnr_includes_theory():
     figure = drawn("sqnr_by_bits")
     lines = {a.get_label(): np.asarray(a.get_ydata()) for a in figure.axes[0].get_lines()}
-    np.testing.assert_allclose(lines["6.02 dB a bit"], [24.08], atol=0.01)
-    np.testing.assert_allclose(lines["Shannon's bound"], lines["6.02 dB a bit"])
-    theory = expected_error(jaxq.Quantizer("int4"), (64,)).sqnr_db
+    np.testing.assert_allclose(lines["6.02 dB per bit"], [24.08], atol=0.01)
+    np.testing.assert_allclose(lines["Shannon's bound"], lines["6.02 dB per bit"])
+    theory = expected_error(jaxq.Recipe("int4"), (64,)).sqnr_db
     assert lines["absmax integers, theory"][0] == pytest.approx(theory)
     assert (lines["best levels (Lloyd and Max)"] < lines["Shannon's bound"]).all()
 
 
-def test_pareto_front_is_what_nothing_beats():
+def test_pareto_front_is_not_dominated():
     random = np.random.default_rng(0)
     bits, db = random.integers(1, 9, 40), random.integers(0, 30, 40)
     front = pareto(bits, db)
@@ -242,9 +249,10 @@ def test_compression_marks_the_front():
     lines = {a.get_label(): a.get_xdata() for a in figure.axes[0].get_lines()}
     assert len(lines["Pareto front: none is better"]) + len(lines["others"]) == 5
     with pytest.raises(ValueError, match="does not divide"):
-        plots.compression(X[:, :20], ["nf4"])
+        plots.compression(X[:, :20], ["nf4_g64"])
 
 
+@pytest.mark.slow
 def test_remedies_recover():
     figure = plots.outliers(X, count=2)
     left, right = figure.axes
@@ -259,7 +267,7 @@ def test_remedies_recover():
     assert sum(spread) == X.size
 
 
-def test_what_is_not_finite_is_named():
+def test_nonfinite_data_raises():
     big = X * np.float32(1e6)
     figure = plots.compression(big, ["float16", "float32", "int8_tensor"])
     assert [note.get_text() for note in figure.axes[0].texts] == ["int8_tensor"]
@@ -270,7 +278,7 @@ def test_what_is_not_finite_is_named():
         plots.compression(X, ["float32"])
 
 
-def test_numbers_that_are_all_zero_are_drawn():
+def test_all_zero_data_is_drawn():
     figure = plots.quantized_values(X * 0, "uint4_channel")
     figure.savefig(io.BytesIO())
     assert "SQNR inf dB, largest 0" in texts(figure)
@@ -279,7 +287,7 @@ def test_numbers_that_are_all_zero_are_drawn():
 def test_chain_grows():
     steps = ["float16", "float8_e5m2", "float16"]
     axes = plots.chain_errors(X, steps).axes[0]
-    rows = jaxq.chain_table(X, steps).rows
+    rows = jaxq.analysis.chain_table(X, steps).rows
     shown = np.asarray(axes.get_lines()[0].get_ydata())
     expected = [math.sqrt(r.mse / np.mean(X.astype(float) ** 2)) for r in rows]
     np.testing.assert_allclose(shown, expected, rtol=1e-5)
@@ -327,20 +335,18 @@ def test_fits_has_a_cell_for_every_case():
         (lambda: plots.memory(devices=["abacus"]), ValueError, "abacus"),
     ],
 )
-def test_errors_say_what_is_wrong(call, error, match: str):
+def test_invalid_arguments_raise(call, error, match: str):
     with pytest.raises(error, match=match):
         call()
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
+def test_missing_matplotlib_error_names_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(
-        ImportError, match=r"bit_layouts needs matplotlib: pip install 'jaxq\[plots\]'"
-    ):
+    with pytest.raises(ImportError, match="bit_layouts needs matplotlib: pip install matplotlib"):
         plots.bit_layouts()
 
 
-def test_the_look_is_the_same_in_any_style():
+def test_style_does_not_depend_on_matplotlib_settings():
     from matplotlib import rc_context
 
     with rc_context({"text.color": "red", "axes.facecolor": "black", "font.size": 30}):
@@ -349,6 +355,11 @@ def test_the_look_is_the_same_in_any_style():
     assert rcParams["text.color"] == rcParamsDefault["text.color"]
 
 
-def test_notebooks_show_a_picture():
+def test_notebook_representation():
     figure = plots.number_line(["int2"])
     assert figure._repr_png_().startswith(b"\x89PNG")
+    drawn = [plots.number_line(["int2"])._repr_svg_() for _ in range(2)]
+    assert "<svg" in drawn[0]
+    assert drawn[0] == drawn[1]
+    many = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    assert plots.quantized_values(many, "int4_tensor")._repr_svg_() is None

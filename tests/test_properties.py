@@ -1,7 +1,8 @@
-"""Properties that hold for every format, over random formats and inputs."""
+"""Properties of casts for random formats and inputs."""
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +63,7 @@ FORMATS = st.one_of(floats(), integers(), codebooks(), tapered())
 
 
 def near(fmt: jaxq.Format, seed: int) -> np.ndarray:
-    """Sorted numbers around a format's values, its midpoints and its ends, and anywhere."""
+    """Returns sorted numbers near values, midpoints and ends of a format, and random numbers."""
     rng = np.random.default_rng(seed)
     with np.errstate(over="ignore"):
         values = np.float32(rng.choice(fmt.values, min(40, len(fmt.values)), replace=False))
@@ -71,20 +72,16 @@ def near(fmt: jaxq.Format, seed: int) -> np.ndarray:
     exact = np.concatenate([values, middles, np.float32([0.0, -0.0, 1e-45, 3e38, -3e38])])
     bits = rng.integers(0, 2**32, 50, dtype=np.uint32).view(np.float32)
     with np.errstate(all="ignore"):
-        spread = np.float32(rng.standard_normal(50)) * np.float32(min(fmt.max, 1e38))
-        beside = [np.nextafter(exact, np.float32(end)) for end in (np.inf, -np.inf)]
-        x = np.concatenate([exact, *beside, bits, spread]).astype(np.float32)
-    # Always as many, so that no operation is compiled again.
+        normal = np.float32(rng.standard_normal(50)) * np.float32(min(fmt.max, 1e38))
+        neighbors = [np.nextafter(exact, np.float32(end)) for end in (np.inf, -np.inf)]
+        x = np.concatenate([exact, *neighbors, bits, normal]).astype(np.float32)
+    # Always 400 numbers, so that no operation is compiled again.
     return np.sort(np.resize(x[np.isfinite(x)], 400))
 
 
-@settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=tuple(HealthCheck)
-)
-@given(fmt=FORMATS, mode=st.sampled_from(MODES), seed=st.integers(0, 2**32 - 1))
-def test_a_cast_is_a_projection_in_order(fmt: jaxq.Format, mode: str, seed: int):
+def assert_projection(fmt: jaxq.Format, mode: str, seed: int) -> None:
     x = near(fmt, seed)
-    with jax.disable_jit():  # Each operation is compiled once, for all formats.
+    with jax.disable_jit():  # Without jit each operation compiles once for all formats.
         y = np.asarray(jaxq.cast(x, fmt, rounding=mode, overflow="saturate"))
         again = np.asarray(jaxq.cast(y, fmt, rounding=mode, overflow="saturate"))
         codes = np.asarray(jaxq.encode(x, fmt, rounding=mode, overflow="saturate"))
@@ -97,8 +94,8 @@ def test_a_cast_is_a_projection_in_order(fmt: jaxq.Format, mode: str, seed: int)
     assert same(decoded, y)[finite].all()  # Agrees with its codes.
 
     if isinstance(fmt, jaxq.TaperedFormat):
-        return  # It rounds the code and not the value.
-    # On the grid, and one of the two neighbours; the nearer one, if the mode says so.
+        return  # Tapered formats round the code instead of the value.
+    # The result is one of the two neighboring values, and the nearer one in nearest modes.
     grid = fmt.values
     wide, result = x.astype(np.float64), y.astype(np.float64)
     clipped = np.clip(wide, grid[0], grid[-1])
@@ -111,6 +108,30 @@ def test_a_cast_is_a_projection_in_order(fmt: jaxq.Format, mode: str, seed: int)
         error = np.abs(result - clipped)
         assert (error <= (high - low) / 2)[np.isfinite(low32) & np.isfinite(high32)].all()
 
-    # Odd, where the grid and the mode are.
+    # The cast is an odd function if the grid and the mode are symmetric.
     if mode in SYMMETRIC and not isinstance(fmt, jaxq.CodebookFormat) and fmt.min == -fmt.max:
         assert_same(mirrored + np.float32(0), -y + np.float32(0), x)
+
+
+def examples(count: int):
+    """Returns a decorator that runs a test on `count` random formats with a fixed seed."""
+    fixed = settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=tuple(HealthCheck),
+    )
+    drawn = given(fmt=FORMATS, mode=st.sampled_from(MODES), seed=st.integers(0, 2**32 - 1))
+    return lambda test: fixed(drawn(test))
+
+
+@examples(30)
+def test_cast_is_monotone_projection(fmt: jaxq.Format, mode: str, seed: int):
+    assert_projection(fmt, mode, seed)
+
+
+@pytest.mark.slow
+@examples(200)
+def test_cast_is_monotone_projection_for_many_formats(fmt: jaxq.Format, mode: str, seed: int):
+    assert_projection(fmt, mode, seed)

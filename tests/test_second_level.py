@@ -1,4 +1,6 @@
-"""Scales that are scaled in their turn, and searches: against NumPy, step by step."""
+"""Second-level scales and scale searches against NumPy."""
+
+import dataclasses
 
 import jax
 import ml_dtypes
@@ -7,6 +9,8 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
+from jaxq import Affine, Symmetric
+from tests import data
 from tests.oracle import assert_same
 
 F = np.float32
@@ -19,11 +23,11 @@ def weights(shape=(64, 512), seed=0) -> np.ndarray:
 
 
 def nearest(x: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """The index of the nearest level, of two the lower one."""
+    """Returns the index of the nearest level; ties give the lower one."""
     return np.abs(x[..., None].astype(np.float64) - levels.astype(np.float64)).argmin(-1)
 
 
-def test_double_quantization_is_qloras():
+def test_double_quantization_matches_qlora():
     x = weights()
     q = jaxq.quantize(x, "nf4_dq")
     amax = np.abs(x.reshape(-1, 64)).max(1)
@@ -40,26 +44,28 @@ def test_double_quantization_is_qloras():
     steps = (dynamic[index] * second[:, None] + mean).reshape(-1, 1)
     assert_same(q.scales.reshape(-1, 1), steps)
     assert_same(q.dequantize(), (nf4[codes] * steps).reshape(x.shape))
-    assert jaxq.get_quantizer("nf4_dq").bits_per_weight((4096, 4096)) == pytest.approx(4.127, 1e-4)
+    assert jaxq.get_recipe("nf4_dq").bits_per_weight((4096, 4096)) == pytest.approx(4.127, 1e-4)
 
 
-def test_few_scales_and_none():
-    for shape in ((2, 64), (3, 320), (0, 64), (64,)):
-        x = np.resize(weights(), shape).astype(F)
-        assert_same(jaxq.fake_quant(x, "nf4_dq"), jaxq.quantize(x, "nf4_dq").dequantize())
+@pytest.mark.parametrize(
+    "shape", [data.slow((2, 64)), (3, 320), (0, 64), data.slow((64,))], ids=str
+)
+def test_few_and_no_scales(shape):
+    x = np.resize(weights(), shape).astype(F)
+    assert_same(jaxq.fake_quant(x, "nf4_dq"), jaxq.quantize(x, "nf4_dq").dequantize())
 
 
-def test_a_nan_takes_its_second_block_with_it():
+def test_nan_affects_its_second_level_block():
     x = weights()
     clean = jaxq.fake_quant(x, "nf4_dq")
-    x[40, 3] = np.nan  # Row 40's scales are the 320th to the 327th.
+    x[40, 3] = np.nan  # The scales of row 40 have the indices 320 to 327.
     y = np.asarray(jaxq.fake_quant(x, "nf4_dq"))
     assert np.isnan(y[32:]).all()
-    assert ((y[:32] - clean[:32]) ** 2).mean() < 1e-4  # Another mean, and no more.
+    assert ((y[:32] - clean[:32]) ** 2).mean() < 1e-4  # Only the mean of the scales differs.
     assert_same(jaxq.quantize(x, "nf4_dq").dequantize(), y)
 
 
-def test_rows_of_double_quantization():
+def test_index_rows_of_double_quantization():
     q = jaxq.quantize(weights((4, 64 * 256)), "nf4_dq")
     y = np.asarray(q.dequantize())
     assert_same(q[2].dequantize(), y[2])
@@ -70,8 +76,8 @@ def test_rows_of_double_quantization():
     assert_same(both[1].dequantize(), jaxq.fake_quant(weights(seed=1), "nf4_dq"))
 
 
-def test_four_over_six():
-    """TransformerEngine's scales for both fills, and the fill of the smaller squared error."""
+def test_four_over_six_matches_transformer_engine():
+    """Compares with TransformerEngine's choice of the scale with the smaller squared error."""
     x = weights((32, 256))
     blocks = x.reshape(-1, 16)
     q = jaxq.quantize(x, "nvfp4_4over6")
@@ -90,7 +96,7 @@ def test_four_over_six():
         scales.append(scale)
         errors.append(((y.astype(np.float64) - blocks) ** 2).sum(1))
     gap = np.abs(errors[0] - errors[1]) / np.maximum(errors[0], 1e-30)
-    assert gap[amax[:, 0] > 0].min() > 1e-4  # No ties here, so the choice is sure.
+    assert gap[amax[:, 0] > 0].min() > 1e-4  # Without ties the choice is unambiguous.
     four = errors[1] < errors[0]
     assert 0.2 < four.mean() < 0.8
     want = np.where(four[:, None], results[1], results[0])
@@ -99,10 +105,10 @@ def test_four_over_six():
     np.testing.assert_array_equal(np.asarray(q.scale).reshape(-1, 1), chosen)
 
 
-def test_of_equal_errors_the_first_factor_is_kept():
-    """Data on the grid of both: the first is kept, in any program."""
+def test_equal_errors_choose_first_factor():
+    """Uses data on the grids of two factors, so that their errors are equal."""
     x = np.tile(F([4, 2, 1, 0.5]), 64).reshape(4, 64)
-    recipe = jaxq.Quantizer("float4_e2m1fn", jaxq.PerBlock(16), search=(1.5, 0.75, 3.0))
+    recipe = jaxq.Recipe("float4_e2m1fn", jaxq.PerBlock(16), Symmetric(search=(1.5, 0.75, 3.0)))
     q = jaxq.quantize(x, recipe)
     assert (np.asarray(q.scale) == 1).all()
     assert_same(q.dequantize(), x)
@@ -111,20 +117,14 @@ def test_of_equal_errors_the_first_factor_is_kept():
 @pytest.mark.parametrize(
     "recipe",
     [
-        jaxq.Quantizer("int3", jaxq.PerBlock(32), search=(1.0, 0.8, 0.6)),
-        jaxq.Quantizer("int4", search=(1.0, 0.8, 0.6)),
-        jaxq.Quantizer("uint3", jaxq.PerBlock(32), zero_point="integer", search=(1.0, 0.8)),
-        jaxq.Quantizer("nf4", jaxq.PerBlock((8, 16)), search=(1.0, 0.9)),
-        jaxq.Quantizer(
-            "float4_e2m1fn",
-            jaxq.PerBlock(32),
-            scale="floor",
-            scale_format="float8_e8m0fnu",
-            search=(1.0, 2.0),
-        ),
+        data.slow(jaxq.Recipe("int3", jaxq.PerBlock(32), Symmetric(search=(1.0, 0.8, 0.6)))),
+        data.slow(jaxq.Recipe("int4", scaling=Symmetric(search=(1.0, 0.8, 0.6)))),
+        jaxq.Recipe("uint3", jaxq.PerBlock(32), Affine(search=(1.0, 0.8))),
+        jaxq.Recipe("nf4", jaxq.PerBlock((8, 16)), Symmetric(search=(1.0, 0.9))),
+        data.slow(jaxq.Recipe("float4_e2m1fn", jaxq.PerBlock(32), jaxq.MX(search=(1.0, 2.0)))),
     ],
 )
-def test_a_search_finds_the_best_factor(recipe):
+def test_search_finds_best_factor(recipe):
     x = weights((16, 64))
     y = np.asarray(jaxq.fake_quant(x, recipe))
     assert_same(jaxq.quantize(x, recipe).dequantize(), y)
@@ -134,19 +134,22 @@ def test_a_search_finds_the_best_factor(recipe):
         squares = (np.asarray(y, np.float64) - x) ** 2
         return squares.reshape(16 // rows, rows, 64 // columns, columns).sum((1, 3))
 
-    fields = {f: getattr(recipe, f) for f in ("granularity", "zero_point", "scale", "scale_format")}
-    single = [
-        errors(jaxq.fake_quant(x, jaxq.Quantizer(recipe.format, search=(factor,), **fields)))
-        for factor in recipe.search
-    ]
+    def with_factor(factor):
+        scaling = dataclasses.replace(recipe.scaling, search=(factor,))
+        return dataclasses.replace(recipe, scaling=scaling)
+
+    single = [errors(jaxq.fake_quant(x, with_factor(f))) for f in recipe.scaling.search]
     np.testing.assert_allclose(errors(y), np.min(single, 0), rtol=1e-3)
     assert (errors(y) < single[0]).any()
 
 
-def test_wrong_arguments():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="`largest` must be positive"):
-        jaxq.TensorScale(0)
+        jaxq.TwoLevel(largest=0)
     with pytest.raises(ValueError, match="`block` must be at least 1"):
-        jaxq.DoubleScale(0)
-    with pytest.raises(ValueError, match="needs `largest` within"):
-        jaxq.Quantizer("int4", scale_format="float8_e4m3fn", second_level=jaxq.TensorScale(1000.0))
+        jaxq.DoubleQuant(block=0)
+    with pytest.raises(ValueError, match="within 'float8_e4m3fn', got 1000"):
+        jaxq.TwoLevel(largest=1000.0)
+    for make in (jaxq.TwoLevel, jaxq.DoubleQuant):
+        with pytest.raises(ValueError, match="needs a narrow `scale_format`"):
+            make(scale_format="float32")

@@ -1,4 +1,4 @@
-"""Quantized tensors over devices."""
+"""Quantized tensors sharded over devices."""
 
 import jax
 import numpy as np
@@ -7,6 +7,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxq
+from tests import data
 from tests.oracle import assert_same
 
 
@@ -17,17 +18,17 @@ def mesh():
 @pytest.mark.parametrize(
     ("name", "spec", "scale"),
     [
-        ("int4_g128", ("a", "b"), ("a", "b")),
-        ("int4_g128", ("b", "a"), ("b", None)),  # Two blocks are no four shards.
-        ("int4_channel", ("a", "b"), (None, "b")),
+        data.slow("int4_g128", ("a", "b"), ("a", "b")),
+        ("int4_g128", ("b", "a"), ("b", None)),  # Two blocks cannot be split into four shards.
+        data.slow("int4_channel", ("a", "b"), (None, "b")),
         ("int8_token", (("a", "b"),), (("a", "b"), None)),
         ("nvfp4", (None, ("a", "b")), (None, ("a", "b"))),
-        ("q4_1", ("a", "b"), ("a", "b")),
-        ("nf4_dq", ("a", "b"), ("a", "b")),
-        ("fp8_e4m3_tile128", ("a", "b"), (None, "b")),
+        data.slow("q4_1", ("a", "b"), ("a", "b")),
+        data.slow("nf4_dq", ("a", "b"), ("a", "b")),
+        data.slow("fp8_e4m3_tile128", ("a", "b"), (None, "b")),
     ],
 )
-def test_parts_lie_as_the_tensor_does(name: str, spec: tuple, scale: tuple):
+def test_codes_and_scales_follow_sharding_of_tensor(name: str, spec: tuple, scale: tuple):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((128, 256)), jnp.float32)
     tensor = NamedSharding(mesh(), PartitionSpec(*spec))
     shapes = jax.eval_shape(lambda x: jaxq.quantize(x, name), x)
@@ -44,7 +45,7 @@ def test_parts_lie_as_the_tensor_does(name: str, spec: tuple, scale: tuple):
         assert_same(back, want)
 
 
-def test_what_does_not_divide():
+def test_indivisible_shardings_raise():
     q = jaxq.quantize(jnp.ones((6, 12)), "int4_channel")
     with pytest.raises(ValueError, match="does not divide into 4 shards"):
         jaxq.quantized_sharding(q, NamedSharding(mesh(), PartitionSpec("a")))
@@ -54,7 +55,7 @@ def test_what_does_not_divide():
         jaxq.quantized_sharding(q, NamedSharding(mesh(), PartitionSpec(None, None, "a")))
 
 
-def test_donated():
+def test_donation():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 64)), jnp.float32)
     update = jax.jit(lambda q: jaxq.quantize(q.dequantize() * 2.0, q.recipe), donate_argnums=0)
     q = jaxq.quantize(x, "int8_token")

@@ -1,22 +1,42 @@
-"""Seeing what number formats do: errors of tensors and trees, theory, bounds, memory, pictures.
+"""Analysis of number formats: tensor and tree errors, theory, bounds, memory, and plots.
 
-`from jaxq import analysis`: importing jaxq does not import this.
+`import jaxq` loads this package at the first use of `jaxq.analysis`. To add an error metric, add a
+field to `Comparison` and its sum to `measure` (`_metrics.py`).
 """
 
 from jaxq.analysis import distributions, machines, plots
-from jaxq.analysis.bounds import Clip, LloydMax, lloyd_max, optimal_clip, shannon_sqnr_db
-from jaxq.analysis.codes import CodeUsage, code_usage, ulp_error
-from jaxq.analysis.diagnostics import Diagnostics, diagnostics
+from jaxq.analysis._arguments import ends, format_or_recipe, significant_bits, spacing_exponent
+from jaxq.analysis._blame import BlameRow, blame
+from jaxq.analysis._bounds import Clip, LloydMax, lloyd_max, optimal_clip, shannon_sqnr_db
+from jaxq.analysis._chains import chain, chain_table
+from jaxq.analysis._codes import CodeUsage, code_usage, ulp_error
+from jaxq.analysis._diagnostics import Diagnostics, diagnostics
+from jaxq.analysis._divergences import kl_of_logits, kl_of_values
+from jaxq.analysis._logs import Log, StatisticsLog, read_log
+from jaxq.analysis._memory import Memory, fits_table, memory, memory_table
+from jaxq.analysis._metrics import (
+    Comparison,
+    Energies,
+    compare,
+    measure,
+    total,
+)
+from jaxq.analysis._monitoring import Monitoring, monitor
+from jaxq.analysis._quantization import QuantizationError, quantization_error
+from jaxq.analysis._sqnr import bounds_table, pareto, sqnr_table
+from jaxq.analysis._steps import (
+    GradientError,
+    UpdateStatistics,
+    gradient_errors,
+    update_statistics,
+)
+from jaxq.analysis._theory import Expected, NoTheoryError, expected_error
+from jaxq.analysis._trees import tree_errors
 from jaxq.analysis.distributions import Gaussian, Laplace, StudentT, Uniform
 from jaxq.analysis.machines import Device, Model
-from jaxq.analysis.memory import Memory, fits_table, memory, memory_table
-from jaxq.analysis.metrics import Comparison, compare, kl_of_logits, kl_of_values
-from jaxq.analysis.quantization import QuantizationError, quantization_error
-from jaxq.analysis.sqnr import bounds_table, sqnr_table
-from jaxq.analysis.theory import Expected, NoTheoryError, expected_error
-from jaxq.analysis.trees import tree_errors
 
 __all__ = [
+    "BlameRow",
     "Clip",
     "CodeUsage",
     "Comparison",
@@ -24,32 +44,44 @@ __all__ = [
     "Diagnostics",
     "Expected",
     "Gaussian",
+    "GradientError",
     "Laplace",
     "LloydMax",
+    "Log",
     "Memory",
     "Model",
+    "Monitoring",
     "NoTheoryError",
     "QuantizationError",
+    "StatisticsLog",
     "StudentT",
     "Uniform",
+    "UpdateStatistics",
+    "blame",
     "bounds_table",
+    "chain",
+    "chain_table",
     "code_usage",
     "compare",
     "diagnostics",
     "distributions",
     "expected_error",
     "fits_table",
+    "gradient_errors",
     "kl_of_logits",
     "kl_of_values",
     "lloyd_max",
     "machines",
     "memory",
     "memory_table",
+    "monitor",
     "optimal_clip",
     "plots",
     "quantization_error",
+    "read_log",
     "shannon_sqnr_db",
     "sqnr_table",
     "tree_errors",
     "ulp_error",
+    "update_statistics",
 ]

@@ -1,18 +1,20 @@
-"""Distributions of numbers that the theory knows: symmetric around 0, of variance one.
+"""Probability distributions for the error theory: symmetric around 0, with variance one.
 
-SciPy, which JAX itself needs, has the special functions; it is imported when they are used. To add
-one: a frozen dataclass with the methods of `Distribution`, listed in `ALL`.
+The special functions come from SciPy, a dependency of JAX, which is imported when they are used.
+To add a distribution, write a frozen dataclass with the methods of `Distribution` and list it in
+`DISTRIBUTIONS`.
 """
 
 import dataclasses
 import math
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from jaxq._base.registry import Registry
+
 __all__ = [
-    "ALL",
+    "DISTRIBUTIONS",
     "Distribution",
     "Gaussian",
     "Laplace",
@@ -24,7 +26,7 @@ __all__ = [
 
 
 class Tail(NamedTuple):
-    """The integrals of f(x), x f(x) and x^2 f(x) from a number to infinity."""
+    """The integrals of the density f(x), of x f(x) and of x^2 f(x), from a bound to infinity."""
 
     mass: np.ndarray
     first: np.ndarray
@@ -32,200 +34,200 @@ class Tail(NamedTuple):
 
 
 class Distribution(Protocol):
-    """What a distribution looks like; all arrays are float64.
+    """The interface of a distribution; all arrays are float64.
 
     Attributes:
-      name: what tables call it.
-      support: the largest number that there is; infinity if there is none.
+      name: the distribution's name in tables.
+      support: the largest possible value; infinity if the distribution is unbounded.
     """
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """The distribution's name in tables."""
         ...
 
     @property
     def support(self) -> float:
-        """The largest number that there is."""
+        """The largest possible value; infinity if the distribution is unbounded."""
         ...
 
     @property
     def entropy(self) -> float:
-        """The differential entropy in bits."""
+        """The differential entropy, in bits."""
         ...
 
     def density(self, x: np.ndarray) -> np.ndarray:
-        """The density f."""
+        """Returns the probability density at `x`."""
         ...
 
     def tail(self, x: np.ndarray) -> Tail:
-        """Integrals from x to infinity, x not negative, without loss of digits far out."""
+        """Returns the integrals from nonnegative `x` to infinity, accurate even far out."""
         ...
 
     def beyond(self, chance: np.ndarray) -> np.ndarray:
-        """The number that is exceeded with a chance of at most 1/2."""
+        """Returns the value that is exceeded with probability `chance`, at most 1/2."""
         ...
 
     def sample(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        """Random numbers."""
+        """Returns random samples of the given shape."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """Normally distributed: most weights, roughly."""
+    """The normal distribution, a rough model of most weights."""
 
     @property
     def name(self) -> str:
-        """Of Distribution."""
+        """The name in tables."""
         return "gaussian"
 
     @property
     def support(self) -> float:
-        """Of Distribution."""
+        """The largest possible value."""
         return math.inf
 
     @property
     def entropy(self) -> float:
-        """Of Distribution."""
+        """The differential entropy, in bits."""
         return 0.5 * math.log2(2 * math.pi * math.e)
 
     def density(self, x: np.ndarray) -> np.ndarray:
-        """Of Distribution."""
+        """Returns the probability density at `x`."""
         return np.exp(-np.square(x) / 2) / math.sqrt(2 * math.pi)
 
     def tail(self, x: np.ndarray) -> Tail:
-        """Of Distribution."""
+        """Returns the integrals from nonnegative `x` to infinity."""
         from scipy import special
 
         mass, f = special.ndtr(-x), self.density(x)
         return Tail(mass, f, mass + x * f)
 
     def beyond(self, chance: np.ndarray) -> np.ndarray:
-        """Of Distribution."""
+        """Returns the value that is exceeded with probability `chance`."""
         from scipy import special
 
         return -special.ndtri(chance)
 
     def sample(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        """Of Distribution."""
+        """Returns random samples of the given shape."""
         return generator.standard_normal(shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Laplace:
-    """Two exponentials back to back: many activations and gradients, roughly."""
+    """The Laplace distribution, a rough model of many activations and gradients."""
 
     @property
     def name(self) -> str:
-        """Of Distribution."""
+        """The name in tables."""
         return "laplace"
 
     @property
     def support(self) -> float:
-        """Of Distribution."""
+        """The largest possible value."""
         return math.inf
 
     @property
     def entropy(self) -> float:
-        """Of Distribution."""
+        """The differential entropy, in bits."""
         return math.log2(math.sqrt(2) * math.e)
 
     def density(self, x: np.ndarray) -> np.ndarray:
-        """Of Distribution."""
+        """Returns the probability density at `x`."""
         return np.exp(-math.sqrt(2) * np.abs(x)) / math.sqrt(2)
 
     def tail(self, x: np.ndarray) -> Tail:
-        """Of Distribution."""
+        """Returns the integrals from nonnegative `x` to infinity."""
         b, mass = math.sqrt(0.5), np.exp(-math.sqrt(2) * x) / 2
         return Tail(mass, (x + b) * mass, (x * x + 2 * b * x + 2 * b * b) * mass)
 
     def beyond(self, chance: np.ndarray) -> np.ndarray:
-        """Of Distribution."""
+        """Returns the value that is exceeded with probability `chance`."""
         return -np.log(2 * chance) * math.sqrt(0.5)
 
     def sample(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        """Of Distribution."""
+        """Returns random samples of the given shape."""
         return generator.laplace(0, math.sqrt(0.5), shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Evenly between -√3 and √3: what integers are made for."""
+    """The uniform distribution on [-√3, √3], the best case for integer formats."""
 
     @property
     def name(self) -> str:
-        """Of Distribution."""
+        """The name in tables."""
         return "uniform"
 
     @property
     def support(self) -> float:
-        """Of Distribution."""
+        """The largest possible value."""
         return math.sqrt(3)
 
     @property
     def entropy(self) -> float:
-        """Of Distribution."""
+        """The differential entropy, in bits."""
         return math.log2(2 * math.sqrt(3))
 
     def density(self, x: np.ndarray) -> np.ndarray:
-        """Of Distribution."""
+        """Returns the probability density at `x`."""
         return np.where(np.abs(x) <= self.support, 0.5 / self.support, 0.0)
 
     def tail(self, x: np.ndarray) -> Tail:
-        """Of Distribution."""
+        """Returns the integrals from nonnegative `x` to infinity."""
         top = self.support
         x = np.minimum(x, top)
         parts = ((top**k - x**k) / (2 * k * top) for k in (1, 2, 3))
         return Tail(*parts)
 
     def beyond(self, chance: np.ndarray) -> np.ndarray:
-        """Of Distribution."""
+        """Returns the value that is exceeded with probability `chance`."""
         return self.support * (1 - 2 * chance)
 
     def sample(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        """Of Distribution."""
+        """Returns random samples of the given shape."""
         return generator.uniform(-self.support, self.support, shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentT:
-    """Student's t, scaled to variance one: heavy tails, numbers with outliers.
+    """Student's t-distribution, scaled to variance one: a heavy-tailed model of outliers.
 
     Attributes:
-      df: degrees of freedom, more than 2, as there is no variance below. At 4 or fewer a measured
-        mean squared error has no variance either, and settles slowly.
+      df: the degrees of freedom, above 2, where the variance is finite. Default: 5. At 4 or fewer,
+        a measured mean squared error has infinite variance and converges slowly.
 
     Raises:
-      ValueError: `df` is 2 or less.
+      ValueError: if `df` is 2 or less, or infinite.
     """
 
     df: float = 5.0
 
     @property
     def support(self) -> float:
-        """Of Distribution."""
+        """The largest possible value."""
         return math.inf
 
     def __post_init__(self) -> None:
         if not 2 < self.df < math.inf:
             raise ValueError(
-                f"StudentT: `df` must be above 2, where there is a variance, got {self.df}."
+                f"StudentT: `df` must be above 2 (for a finite variance) and finite, got {self.df}."
             )
 
     @property
     def name(self) -> str:
-        """Of Distribution."""
+        """The name in tables."""
         return f"student_t{self.df:g}"
 
     @property
     def _unit(self) -> float:
-        """What a standard t is multiplied by."""
+        """The factor that scales a standard t variable to variance one."""
         return math.sqrt((self.df - 2) / self.df)
 
     @property
     def entropy(self) -> float:
-        """Of Distribution."""
+        """The differential entropy, in bits."""
         from scipy import special
 
         v = self.df
@@ -234,7 +236,7 @@ class StudentT:
         return float(nats) / math.log(2) + math.log2(self._unit)
 
     def density(self, x: np.ndarray) -> np.ndarray:
-        """Of Distribution."""
+        """Returns the probability density at `x`."""
         from scipy import special
 
         v, t = self.df, np.asarray(x) / self._unit
@@ -242,41 +244,41 @@ class StudentT:
         return np.exp(log) / self._unit
 
     def tail(self, x: np.ndarray) -> Tail:
-        """Of Distribution."""
+        """Returns the integrals from nonnegative `x` to infinity."""
         from scipy import special
 
         v, unit = self.df, self._unit
         t = x / unit
         mass, f = special.stdtr(v, -t), self.density(x) * unit
-        # x^2 f is a multiple of the density with two degrees of freedom less, less one of f.
+        # x^2 f is a multiple of the density with df - 2 degrees of freedom, minus a multiple of f.
         wider = special.stdtr(v - 2, -t * math.sqrt((v - 2) / v))
         second = v * (v - 1) / (v - 2) * wider - v * mass
         return Tail(mass, unit * (v + t * t) / (v - 1) * f, unit**2 * second)
 
     def beyond(self, chance: np.ndarray) -> np.ndarray:
-        """Of Distribution."""
+        """Returns the value that is exceeded with probability `chance`."""
         from scipy import special
 
         return -special.stdtrit(self.df, chance) * self._unit
 
     def sample(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-        """Of Distribution."""
+        """Returns random samples of the given shape."""
         return generator.standard_t(self.df, shape) * self._unit
 
 
-ALL: MappingProxyType[str, Distribution] = MappingProxyType(
-    {"gaussian": Gaussian(), "laplace": Laplace(), "uniform": Uniform(), "student_t": StudentT()}
+DISTRIBUTIONS: Registry[Distribution] = Registry(
+    "distribution",
+    {"gaussian": Gaussian(), "laplace": Laplace(), "uniform": Uniform(), "student_t": StudentT()},
+    {"normal": "gaussian", "t": "student_t"},
 )
 
 
 def get_distribution(spec: "str | Distribution") -> Distribution:
-    """The distribution that a name in `ALL` stands for; others are returned as they are.
+    """Returns the distribution with a name in `DISTRIBUTIONS`, or the distribution that is passed.
 
     Raises:
-      ValueError: nothing has that name.
+      ValueError: if the name is unknown.
     """
     if not isinstance(spec, str):
         return spec
-    if spec not in ALL:
-        raise ValueError(f"No distribution is named {spec!r}. There are {', '.join(ALL)}.")
-    return ALL[spec]
+    return DISTRIBUTIONS.find(spec)

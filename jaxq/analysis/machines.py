@@ -1,6 +1,6 @@
-"""Real models and real accelerators, as far as memory is concerned: data, with their sources.
+"""Shapes of published models and memory sizes of accelerators, with their sources.
 
-To add one: a line in `MODELS` or `DEVICES`.
+To add one, add a line to `MODELS` or `DEVICES`.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ __all__ = ["DEVICES", "MODELS", "Device", "Model"]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The shape of a decoder with gated feed-forward layers, as its `config.json` has it.
+    """The shape of a decoder with gated feed-forward layers, as in its `config.json`.
 
     Attributes:
-      name: what tables call it.
-      layers: how many.
-      hidden: width of the residual stream.
-      intermediate: width of the feed-forward layer (of one expert).
-      heads: query heads.
-      kv_heads: heads whose keys and values are cached.
-      head_dim: width of a head.
-      vocabulary: number of tokens.
-      tied: whether the output layer is the embedding.
-      bias: whether query, key and value have a bias.
-      experts: how many feed-forward layers a layer has; with more than one there is a router.
+      name: the model's name in tables.
+      layers: the number of layers.
+      hidden: the width of the residual stream.
+      intermediate: the width of the feed-forward layer (of one expert).
+      heads: the number of query heads.
+      kv_heads: the number of key and value heads.
+      head_dim: the width of a head.
+      vocabulary: the number of tokens in the vocabulary.
+      tied: True if the output layer shares the embedding's weights.
+      bias: True if the query, key and value projections have a bias.
+      experts: the number of feed-forward experts per layer; above 1, each layer has a router.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Model:
 
     @property
     def matrices(self) -> tuple[tuple[tuple[int, int], int], ...]:
-        """Shapes [inputs, outputs] of the layers' matrices, and how many there are of each."""
+        """The shapes `[inputs, outputs]` of the layers' matrices, with the count of each."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         feed = self.layers * self.experts
         return (
@@ -57,12 +57,12 @@ class Model:
 
     @property
     def embeddings(self) -> int:
-        """Parameters of the embedding and of the output layer."""
+        """The number of parameters of the embedding and the output layer."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
     def others(self) -> int:
-        """Parameters of norms, biases and routers."""
+        """The number of parameters of norms, biases and routers."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         layer = 2 * self.hidden + (q + 2 * kv) * self.bias
         layer += self.hidden * self.experts * (self.experts > 1)
@@ -70,14 +70,14 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """The total number of parameters."""
         inner = sum(rows * columns * count for (rows, columns), count in self.matrices)
         return inner + self.embeddings + self.others
 
 
 # Sources: the `config.json` of each model's repository on the Hugging Face hub: meta-llama/
 # Llama-2-7b-hf, Llama-3.2-1B, Llama-3.1-8B, -70B and -405B; mistralai/Mistral-7B-v0.1 and
-# Mixtral-8x7B-v0.1; Qwen/Qwen2.5-7B. The sums are the published numbers of parameters.
+# Mixtral-8x7B-v0.1; Qwen/Qwen2.5-7B. The totals equal the published numbers of parameters.
 MODELS = MappingProxyType(
     {
         model.name: model
@@ -100,9 +100,9 @@ class Device:
     """An accelerator.
 
     Attributes:
-      name: what tables call it.
-      gib: its memory. Vendors print GB and mean 2^30 bytes, of which driver and error correction
-        keep a few in a hundred.
+      name: the device's name in tables.
+      gib: its memory in GiB. Vendors write GB but mean 2^30 bytes, of which the driver and error
+        correction reserve a few percent.
     """
 
     name: str
@@ -110,13 +110,13 @@ class Device:
 
     @property
     def memory(self) -> int:
-        """In bytes."""
+        """The memory in bytes."""
         return int(self.gib * 2**30)
 
 
 # Sources: NVIDIA's product pages and data sheets (GeForce RTX 4090 and 5090, L4, L40S, A100, H100
-# SXM, H200; DGX B200: 1,440 GB in eight); AMD's of the Instinct MI300X; Google Cloud's pages "TPU
-# v5e", "TPU v5p" and "TPU v6e" (HBM capacity per chip).
+# SXM, H200; DGX B200: 1,440 GB for eight); AMD's page of the Instinct MI300X; Google Cloud's pages
+# "TPU v5e", "TPU v5p" and "TPU v6e" (HBM capacity per chip).
 DEVICES = MappingProxyType(
     {
         device.name: device
@@ -143,10 +143,10 @@ _Record = TypeVar("_Record", Model, Device)
 
 
 def named(kind: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Record:
-    """A record of `MODELS` or `DEVICES` by its name; a record itself stays.
+    """Returns the record of `MODELS` or `DEVICES` with a name; a record is returned unchanged.
 
     Raises:
-      ValueError: an unknown name; the text has near ones.
+      ValueError: if the name is unknown; the message suggests similar names.
     """
     if not isinstance(spec, str):
         return spec

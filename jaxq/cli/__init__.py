@@ -1,5 +1,5 @@
-"""The command line `jaxq`: arguments in `parser`, files in `files`, each command in its module."""
+"""The command line `jaxq`: `_parser` has the arguments, and each command has its own module."""
 
-from jaxq.cli.main import main
+from jaxq.cli._main import main
 
 __all__ = ["main"]

@@ -1,20 +1,25 @@
-"""What a number format is: frozen, hashable records from which everything else is derived.
+"""Number formats as frozen, hashable records: floats, integers, codebooks and tapered formats.
 
-A record stores the minimum (widths, bias, which special values exist) and derives the rest. The
-named formats are in `catalog`; the arithmetic that uses these records is in the kernels, `binary`,
-`codebooks` and `tapered`, and in `codecs`.
-
-To add a format: describe it with one of these classes and list it in `catalog`. To add a kind of
-format: write its record on `derived.Derived`, and list it in `Format`.
+A record stores the minimum (widths, bias, which special values exist) and derives the rest. To
+add a format, describe it with one of these classes and list it in `_FORMATS` (`_catalog.py`).
 """
 
-from typing import TypeAlias
+from jaxq.formats._catalog import FORMATS, fixed_point, formats_table, get_format, p3109
+from jaxq.formats._codebooks import CodebookFormat
+from jaxq.formats._floats import FloatFormat
+from jaxq.formats._format import Format
+from jaxq.formats._integers import IntFormat
+from jaxq.formats._tapered import TaperedFormat
 
-from jaxq.formats.codebooks import CodebookFormat
-from jaxq.formats.floats import FloatFormat
-from jaxq.formats.integers import IntFormat
-from jaxq.formats.tapered import TaperedFormat
-
-__all__ = ["CodebookFormat", "FloatFormat", "Format", "IntFormat", "TaperedFormat"]
-
-Format: TypeAlias = FloatFormat | IntFormat | CodebookFormat | TaperedFormat
+__all__ = [
+    "FORMATS",
+    "CodebookFormat",
+    "FloatFormat",
+    "Format",
+    "IntFormat",
+    "TaperedFormat",
+    "fixed_point",
+    "formats_table",
+    "get_format",
+    "p3109",
+]

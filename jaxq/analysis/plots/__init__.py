@@ -1,9 +1,11 @@
-"""Pictures of formats, of quantizers and of their errors: functions that return a figure.
+"""Plots of formats, quantizers and their errors, as functions that return a matplotlib figure.
 
-They need matplotlib (`pip install 'jaxq[plots]'`), which is imported when one is drawn, and work
+They need matplotlib (`pip install matplotlib`), which is imported when a plot is drawn, and work
 without a display: `figure.savefig("picture.png")`. All numbers come from jaxq and `jaxq.analysis`.
 
-To add one: a function in the module of its theme, under `picture`, listed in `ALL`.
+To add a plot, write a function in the module of its topic, decorate it with `picture`, and list it
+in `PLOTS`, unless it draws a log. The first line of its docstring is its caption in `jaxq plot` and
+in `about`.
 """
 
 import inspect
@@ -11,24 +13,30 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from jaxq.analysis.plots.errors import chain_errors, outliers
-from jaxq.analysis.plots.layouts import bit_layouts
-from jaxq.analysis.plots.machines import fits, memory, memory_by_size
-from jaxq.analysis.plots.precision import range_and_precision, relative_error
-from jaxq.analysis.plots.rates import compression, sqnr_by_bits
-from jaxq.analysis.plots.tensors import channel_errors, quantized_values
-from jaxq.analysis.plots.values import number_line
+from jaxq.analysis.plots._errors import chain_errors, outliers
+from jaxq.analysis.plots._layouts import bit_layouts
+from jaxq.analysis.plots._machines import fits, memory, memory_by_size
+from jaxq.analysis.plots._precision import range_and_precision, relative_error
+from jaxq.analysis.plots._rates import compression, sqnr_by_bits
+from jaxq.analysis.plots._tensors import channel_errors, quantized_values
+from jaxq.analysis.plots._training import (
+    exponents_by_step,
+    statistic_by_step,
+    statistics_map,
+)
+from jaxq.analysis.plots._values import number_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "ALL",
+    "PLOTS",
     "about",
     "bit_layouts",
     "chain_errors",
     "channel_errors",
     "compression",
+    "exponents_by_step",
     "fits",
     "memory",
     "memory_by_size",
@@ -38,9 +46,11 @@ __all__ = [
     "range_and_precision",
     "relative_error",
     "sqnr_by_bits",
+    "statistic_by_step",
+    "statistics_map",
 ]
 
-ALL: "MappingProxyType[str, Callable[..., Figure]]" = MappingProxyType(
+PLOTS: "MappingProxyType[str, Callable[..., Figure]]" = MappingProxyType(
     {
         function.__name__: function
         for function in (
@@ -63,10 +73,12 @@ ALL: "MappingProxyType[str, Callable[..., Figure]]" = MappingProxyType(
 
 
 def about(name: str) -> str:
-    """One line that says what a picture shows.
+    """Returns the caption of a plot, the first line of its docstring without the verb.
 
     Example:
       >>> about("number_line")
       'The values of formats as ticks on one number line, a row for each.'
     """
-    return (inspect.getdoc(ALL[name]) or "").partition("\n")[0]
+    first = (inspect.getdoc(PLOTS[name]) or "").partition("\n")[0]
+    caption = first.partition(" ")[2]
+    return caption[:1].upper() + caption[1:]

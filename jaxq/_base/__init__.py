@@ -1,0 +1,1 @@
+"""Helpers that are independent of number formats and JAX versions: tables, bits and blocks."""

@@ -1,0 +1,76 @@
+"""The shape arithmetic of tensors that are divided into equal blocks."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.shapes import as_number, is_symbolic
+
+__all__ = ["Cut"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """The division of a tensor into blocks: its shape and the block length along each axis."""
+
+    shape: tuple[int, ...]
+    block: tuple[int, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of blocks along each axis, which is the shape of the scales."""
+        return tuple(
+            1 if n == b else -(-n // b) for n, b in zip(self.shape, self.block, strict=True)
+        )
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of a split tensor that run within a block."""
+        return tuple(range(1, 2 * len(self.shape), 2))
+
+    @property
+    def sizes(self) -> np.ndarray | jax.Array:
+        """The number of the tensor's elements in each block, in the shape returned by `spread`."""
+        sizes: Any = np.ones((), np.float32)
+        for n, b, count in zip(self.shape, self.block, self.counts, strict=True):
+            if is_symbolic(n):  # All blocks of a symbolic axis have the same length.
+                lengths = jnp.broadcast_to(as_number(b, np.float32), (count,))
+            else:
+                lengths = np.minimum(b, n - b * np.arange(count, dtype=np.float32))
+            lengths = lengths.reshape((1,) * sizes.ndim + (count, 1))
+            sizes = sizes[..., None, None] * lengths
+        return sizes
+
+    @property
+    def inside(self) -> np.ndarray | None:
+        """A broadcastable mask of a split tensor's elements without padding; None if unpadded."""
+        inside, whole = np.ones((), bool), True
+        for n, b, count in zip(self.shape, self.block, self.counts, strict=True):
+            own = np.ones((1, 1), bool)
+            if not is_symbolic(n) and count * b > n:
+                own, whole = (np.arange(count * b) < n).reshape(count, b), False
+            inside = inside[..., None, None] & own
+        return None if whole else inside
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """Reshapes a tensor to `[n0 / b0, b0, n1 / b1, b1, …]`, zero-padding the last blocks."""
+        pairs = list(zip(self.counts, self.block, strict=True))
+        padding = [(0, c * b - n, 0) for n, (c, b) in zip(self.shape, pairs, strict=True)]
+        if any(high for _, high, _ in padding):
+            x = lax.pad(x, np.zeros((), x.dtype), padding)
+        return x.reshape(tuple(itertools.chain(*pairs)))
+
+    def merge(self, y: jax.Array) -> jax.Array:
+        """Reshapes a split tensor back to its original shape, without the padding."""
+        whole = tuple(c * b for c, b in zip(self.counts, self.block, strict=True))
+        y = y.reshape(whole)
+        return y if whole == self.shape else lax.slice(y, [0] * len(whole), self.shape)
+
+    def spread(self, scale: jax.Array) -> jax.Array:
+        """Reshapes scales of shape `counts` so that they broadcast against a split tensor."""
+        return scale.reshape(tuple(itertools.chain(*((c, 1) for c in self.counts))))

@@ -1,0 +1,128 @@
+"""Tables of records, formatted as plain text and, in notebooks, as HTML."""
+
+import dataclasses
+import html
+import math
+from typing import Any
+
+__all__ = ["Table", "binary_size", "figure"]
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Table:
+    """A table whose rows are records of one dataclass.
+
+    Its `str` and `repr` are aligned text, and notebooks show it as an HTML table with rounded
+    figures.
+
+    Attributes:
+      rows: the records, one per row.
+    """
+
+    rows: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        cells = [[_cell(value) for value in row] for row in self._values]
+        widths = [max(map(len, column)) for column in zip(self._heads, *cells, strict=True)]
+        lines = [
+            "  ".join(
+                text.ljust(width) if i == 0 else text.rjust(width)
+                for i, (text, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in (self._heads, *cells)
+        ]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self) if self.rows else "Table(rows=())"
+
+    def _repr_html_(self) -> str:
+        values = self._values
+        numbers = [
+            any(_is_number(row[i]) for row in values)
+            and all(_is_number(row[i]) or row[i] == "" for row in values)
+            for i in range(len(self._heads))
+        ]
+        aligned = ["right" if number else "left" for number in numbers]
+        head = "".join(
+            f'<th style="text-align: {side}">{html.escape(name.replace("_", " "))}</th>'
+            for name, side in zip(self._heads, aligned, strict=True)
+        )
+        body = "\n".join(
+            "<tr>"
+            + "".join(
+                f'<td style="text-align: {side}">{html.escape(_shown(value))}</td>'
+                for value, side in zip(row, aligned, strict=True)
+            )
+            + "</tr>"
+            for row in values
+        )
+        return (
+            f'<table class="jaxq-table">\n<thead><tr>{head}</tr></thead>\n'
+            f"<tbody>\n{body}\n</tbody>\n</table>"
+        )
+
+    @property
+    def _heads(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(self.rows[0])] if self.rows else []
+
+    @property
+    def _values(self) -> list[list[Any]]:
+        return [[getattr(row, head) for head in self._heads] for row in self.rows]
+
+
+def figure(value: float, digits: int = 4) -> str:
+    """Returns a number for people to read, rounded to `digits` significant digits.
+
+    Args:
+      value: the number; NaN becomes a dash.
+      digits: the number of significant digits; numbers below a million keep all digits before the
+        point.
+
+    Example:
+      >>> figure(7e9), figure(3.38953e38), figure(0.0078125), figure(65504), figure(1.5)
+      ('7 × 10⁹', '3.39 × 10³⁸', '0.007812', '65,504', '1.5')
+    """
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    whole = float(value).is_integer() or abs(value) >= 10**digits
+    if whole and abs(value) < 1e6:
+        return f"{value:,.0f}".replace("-", "−")
+    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    power = f" × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}" if exponent else ""
+    return mantissa.replace("-", "−") + power
+
+
+def binary_size(nbytes: int) -> str:
+    """Returns a number of bytes in the largest unit of which it has at least one.
+
+    Example:
+      >>> binary_size(640), binary_size(8650752), binary_size(7 * 2**30)
+      ('640 B', '8.25 MiB', '7 GiB')
+    """
+    power = max((i for i in range(5) if nbytes >= 1024**i), default=0)
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{nbytes / 1024**power:.4g} {unit}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.6g}"
+    return str(value)
+
+
+def _shown(value: Any) -> str:
+    """Returns the text of an HTML cell, in which bytes and other counts keep all their digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    return figure(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Workarounds and wrappers for the behavior of JAX and XLA, each with its reason."""

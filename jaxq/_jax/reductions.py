@@ -1,0 +1,185 @@
+"""The maximum, the minimum or the sum of every block, computed at memory bandwidth.
+
+XLA on CPU vectorizes a reduction of at most 32 strided elements to one, with adjacent elements as
+the vector lanes. Any other reduction is scalar, which takes four times as long, or copies the
+tensor first. Blocks are therefore reduced in such steps, one axis after the other.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.cutting import Cut
+from jaxq._base.shapes import is_symbolic
+
+__all__ = ["reduced", "summed", "total"]
+
+_APART = 32
+_NEIGHBOURS = 8
+_WHOLE = {lax.max: jnp.max, lax.min: jnp.min}
+
+
+def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Array:
+    """Returns the maximum or minimum of each block.
+
+    Args:
+      combine: `lax.max` or `lax.min`.
+      x: an int32 array, split by `cut.split`.
+      cut: the division into blocks.
+      none: the result for an empty block, and a bound for all others: elements below it (above it,
+        for `lax.min`) count as `none`. Must not be the int32 minimum or maximum, or XLA removes the
+        clamp.
+
+    Returns:
+      An int32 array in which the axes within a block have length 1.
+    """
+    reduce = functools.partial(_WHOLE[combine], initial=none)
+    shape = tuple(1 if axis in cut.axes else n for axis, n in enumerate(x.shape))
+    x, parts, axes = _in_parts(x, cut)
+    begun = False
+    for axis in reversed(axes):
+        if x.shape[axis] == 1:
+            continue
+        if begun and not is_symbolic(x.shape[axis]):
+            x = _halves(combine, x, axis)
+        along = _along_last if axis == x.ndim - 1 else _along
+        x = along(combine, reduce, x, axis)
+        begun = True
+    if parts:
+        # The clamp in between keeps XLA from merging the reductions into one.
+        x = reduce(combine(x, none), axis=parts).reshape(shape)
+    return combine(x, none)
+
+
+def summed(x: jax.Array) -> jax.Array:
+    """Returns the sums of non-negative integers over the last axis, in their dtype."""
+    n = x.shape[-1]
+    if n == 0 or n % _NEIGHBOURS:
+        return jnp.sum(x, axis=-1, dtype=x.dtype)
+    step = _step(n // _NEIGHBOURS)
+    x = x.reshape(*x.shape[:-1], n // step // _NEIGHBOURS, step, _NEIGHBOURS)
+    for axis in (-2, -1, -1):  # The clamp in between keeps XLA from merging the three sums.
+        x = lax.max(jnp.sum(x, axis=axis, dtype=x.dtype), np.int32(0))
+    return x
+
+
+def total(x: jax.Array, cut: Cut) -> jax.Array:
+    """Returns the sum of each block, whose bits do not depend on the order of summation.
+
+    The elements are rounded to multiples of 2^-24 and added as integers, which are divided into
+    digits so that no sum overflows. (Sums are exact for 2^24 elements per block of any shape, and
+    for 2^34 if the lengths are multiples of powers of two.)
+
+    Args:
+      x: float32 numbers in [0, 4), split by `cut.split`. The sum of other numbers is undefined.
+      cut: the division into blocks.
+
+    Returns:
+      A float32 array in which the axes within a block have length 1.
+    """
+    if not cut.axes:
+        return x
+    shape = tuple(1 if axis in cut.axes else n for axis, n in enumerate(x.shape))
+    x, parts, axes = _in_parts(x, cut)
+    axis = max((a for a in axes if x.shape[a] != 1), default=axes[-1])
+    n = x.shape[axis]
+    if axis == x.ndim - 1 and not is_symbolic(n) and n % _NEIGHBOURS == 0:
+        x, axes = x.reshape(*x.shape[:-1], n // _NEIGHBOURS, _NEIGHBOURS), (*axes, x.ndim)
+    whole = lax.round(x * np.float32(2.0**24), lax.RoundingMethod.TO_NEAREST_EVEN)
+    sums = _near_sums(whole.astype(jnp.int32), axis)  # Below 2^31.
+    sums = _near_sums(_digits(sums, 2, 16), axis + 1)  # Below 2^21.
+    sums = jnp.sum(_digits(sums, 3, 7), axis=[a + 2 for a in (*parts, *axes)], dtype=jnp.int32)
+    result = jnp.zeros(shape, jnp.float32)
+    for i, j in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)):  # From the lowest digit.
+        digit = sums[i, j].reshape(shape).astype(jnp.float32)
+        result = result + digit * np.float32(2.0 ** (7 * i + 16 * j - 24))
+    return result
+
+
+def _digits(x: jax.Array, count: int, bits: int) -> jax.Array:
+    """Returns the digits of non-negative integers along a new first axis, the lowest first."""
+    shifts = (np.arange(count) * bits).astype(np.int32).reshape(-1, *(1,) * x.ndim)
+    return x[None] >> shifts & np.int32(2**bits - 1)
+
+
+def _near_sums(x: jax.Array, axis: int) -> jax.Array:
+    """Returns the sums of a few non-negative integers each, which shortens an axis."""
+    n = x.shape[axis]
+    step = 1 if is_symbolic(n) else _step(n)
+    x = x.reshape(*x.shape[:axis], n // step, step, *x.shape[axis + 1 :])
+    # The clamp keeps XLA from merging the sum with the next one.
+    return lax.max(jnp.sum(x, axis=axis + 1, dtype=x.dtype), np.int32(0))
+
+
+def _in_parts(x: jax.Array, cut: Cut) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...]]:
+    """Splits each axis that is a single block, and may be sharded, into two axes.
+
+    During tracing the sharding is unknown, except that the number of shards divides both the axis
+    and the number of all devices. The steps over the second axis then stay on one device, and the
+    partial results of all devices are reduced at once. On a single device nothing changes.
+
+    Returns:
+      The array, the new first axes, and all axes that lie within a block and a part.
+    """
+    shape: list[int] = []
+    parts, axes = [], []
+    for axis, n in enumerate(x.shape):
+        if axis in cut.axes:
+            whole = x.shape[axis - 1] == 1 and not is_symbolic(n)
+            count = math.gcd(n, jax.device_count()) if whole else 1
+            if count > 1:
+                parts.append(len(shape))
+                shape.append(count)
+                n //= count
+            axes.append(len(shape))
+        shape.append(n)
+    return x.reshape(shape), tuple(parts), tuple(axes)
+
+
+def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
+    """Reduces the last axis in one loop over x."""
+    n = x.shape[axis]
+    if is_symbolic(n):
+        return reduce(x, axis=axis, keepdims=True)
+    rest = n % _NEIGHBOURS
+    if 0 < rest < n:
+        parts = (lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, n - rest), (n - rest, n)))
+        return combine(*(_along_last(combine, reduce, part, axis) for part in parts))
+    if n and not rest:
+        step = _step(n // _NEIGHBOURS)
+        x = x.reshape(*x.shape[:-1], n // step // _NEIGHBOURS, step, _NEIGHBOURS)
+        # The clamp in between keeps XLA from merging the two reductions.
+        x = reduce(reduce(x, axis=-2), axis=-1)
+    return reduce(x, axis=axis, keepdims=True)
+
+
+def _along(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
+    """Reduces an axis that is not the last, with one loop per step over the previous result."""
+    n = x.shape[axis]
+    step = 1 if is_symbolic(n) else _step(n)
+    if step in (1, n):
+        return reduce(x, axis=axis, keepdims=True)
+    x = x.reshape(*x.shape[:axis], n // step, step, *x.shape[axis + 1 :])
+    return _along(combine, reduce, _halves(combine, reduce(x, axis=axis + 1), axis), axis)
+
+
+def _halves(combine: Callable, x: jax.Array, axis: int) -> jax.Array:
+    """Combines the two halves of an axis, which share the middle element if the length is odd.
+
+    Otherwise XLA would fuse the loop that computes x into the next one, where it is not vectorized.
+    It does not fuse a loop whose result is read in two ways.
+    """
+    n = x.shape[axis]
+    half = -(-n // 2)
+    low = lax.slice_in_dim(x, 0, half, axis=axis)
+    return combine(low, lax.slice_in_dim(x, n - half, n, axis=axis))
+
+
+def _step(n: int) -> int:
+    """Returns the number of elements to reduce to one: the largest divisor up to `_APART`."""
+    return next((d for d in range(min(n, _APART), 1, -1) if n % d == 0), 1)

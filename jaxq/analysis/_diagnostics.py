@@ -1,0 +1,171 @@
+"""Cheap per-step diagnostics of a tensor and its format, for logging in a training loop."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.bits import Layout
+from jaxq._base.cutting import Cut
+from jaxq._jax.serialization import named_tuple
+from jaxq.analysis._arguments import Ends, FormatOrRecipe, checked, ends
+from jaxq.analysis._sums import blocks_of, largest_magnitude, over_blocks
+from jaxq.formats import Format
+from jaxq.numerics import widen
+from jaxq.quantizers import check_takes_scales, measured
+from jaxq.recipes import Recipe
+
+__all__ = ["Diagnostics", "diagnostics", "in_a_recipe"]
+
+_FLOAT32 = Layout.of(np.dtype(np.float32))
+
+
+@named_tuple
+class Diagnostics(NamedTuple):
+    """Four float32 scalars about one tensor; the rates are fractions, 0 for an empty tensor.
+
+    Attributes:
+      amax: the largest finite magnitude.
+      overflow: the fraction beyond the end of the format's grid by more than half its last step.
+      underflow: the fraction that is not 0 and becomes 0.
+      nonfinite: the fraction that is NaN or infinite; these are excluded from the other fields.
+    """
+
+    amax: jax.Array
+    overflow: jax.Array
+    underflow: jax.Array
+    nonfinite: jax.Array
+
+
+def diagnostics(
+    x: jax.typing.ArrayLike, recipe: FormatOrRecipe, *, scale: jax.typing.ArrayLike | None = None
+) -> Diagnostics:
+    """Returns the overflow and underflow rates of a tensor in a format, without rounding it.
+
+    The tensor is read once; a recipe that computes its scales from the tensor needs one more pass,
+    unless `scale` is given. Rounding to nearest is assumed, whatever the recipe's rounding, and the
+    ends of a scaled grid are themselves rounded.
+
+    Args:
+      x: a float16, bfloat16 or float32 tensor of any shape.
+      recipe: a format or its name, for a cast without a scale; or a recipe or its name.
+        With `ScaleAndMin` nothing counts as underflow, because 0 is not a special value.
+      scale: float32 scales for a symmetric recipe, broadcastable to one value per block, as in
+        `jaxq.fake_quant`; for example, those of the previous step. Default: None, computes them.
+
+    Returns:
+      A `Diagnostics`, whose gradient is zero. A block whose scale is not finite because it holds a
+      NaN or an infinity counts only for `amax` and `nonfinite`.
+
+    Raises:
+      TypeError: if x has another dtype.
+      ValueError: if `scale` is given with a format, or with a recipe that takes no scale; or as in
+        `jaxq.fake_quant`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> grads = jnp.array([1e-9, 0.5, 70000.0, jnp.nan])
+      >>> [float(v) for v in diagnostics(grads, "float16")]
+      [70000.0, 0.25, 0.25, 0.25]
+    """
+    x, kind = checked("diagnostics", x, recipe)
+    if scale is not None:
+        if not isinstance(kind, Recipe) or kind.scaling.two_sided:
+            raise ValueError(
+                f"diagnostics: `scale` requires a symmetric recipe, got {recipe!r:.60}. Leave it "
+                "out, or use a recipe such as 'fp8_e4m3_tensor'."
+            )
+        check_takes_scales("diagnostics", kind)
+        counts = kind.cut(x.shape).counts
+        scale = jnp.asarray(scale, jnp.float32)
+        try:
+            fits = np.broadcast_shapes(scale.shape, counts) == counts
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"diagnostics: `scale` must broadcast to one number per block, shape {counts}, got "
+                f"{scale.shape}."
+            )
+        scale = lax.stop_gradient(scale)
+    return _diagnostics(lax.stop_gradient(x), scale, kind)
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _diagnostics(x: jax.Array, scale: jax.Array | None, kind: Format | Recipe) -> Diagnostics:
+    wide = widen(x)
+    bounds = in_a_recipe(x, scale, kind) if isinstance(kind, Recipe) else ends(kind)
+    top = largest_magnitude(wide, _FLOAT32)
+    bits = _FLOAT32.bits(wide)
+    magnitude = bits & _FLOAT32.magnitude_mask
+    nonfinite = magnitude >= _FLOAT32.inf
+    overflow = ((wide > bounds.high) | (wide < bounds.low)) & ~nonfinite
+    # Compared as integers, because float comparison may flush subnormals to 0; the bits of -1.0
+    # are below every magnitude.
+    negative, positive = (
+        jnp.broadcast_to(_FLOAT32.bits(end), x.shape) for end in (bounds.negative, bounds.positive)
+    )
+    flush = lax.select(bits < 0, negative, positive)
+    underflow = (magnitude > 0) & (magnitude <= flush) & ~overflow & ~nonfinite
+    cut = blocks_of(x.shape, None)
+    counts = [v.astype(jnp.int32) for v in (overflow, underflow, nonfinite)]
+    top, *counts = over_blocks([top, *counts], cut, None, [lax.max] + [lax.add] * 3)
+    rates = [c.astype(jnp.float32) / np.float32(max(x.size, 1)) for c in counts]
+    return Diagnostics(_FLOAT32.floats(top), *rates)
+
+
+def in_a_recipe(
+    x: jax.Array,
+    scale: jax.Array | None,
+    recipe: Recipe,
+    zero_point: jax.Array | None = None,
+) -> Ends:
+    """Returns the ends of the scaled grid for each element.
+
+    Args:
+      x: the tensor.
+      scale: given scales, broadcastable to one per block, or None.
+      recipe: the recipe.
+      zero_point: given zero points, likewise.
+    """
+    cut, end = recipe.cut(x.shape), ends(recipe.element)
+    if recipe.outliers is not None:
+        x, _ = recipe.outliers.take(x)
+    if scale is None:
+        scales = measured(widen(cut.split(x)), None, _to_nearest(recipe), cut)
+    else:
+        scale, zero_point = (
+            None if given is None else cut.spread(jnp.broadcast_to(given, cut.counts))
+            for given in (scale, zero_point)
+        )
+        assert scale is not None
+        scales = recipe.scaling.given(scale, zero_point, recipe.element)
+    unit, shift, origin = scales.divisor, np.float32(0), np.float32(0)
+    if scales.zero_point is not None:
+        shift = scales.zero_point
+    if scales.origin is not None:
+        origin = scales.origin
+    low, high = ((bound - shift) * unit + origin for bound in (end.low, end.high))
+    flushes = scales.minimum is None and end.positive >= 0
+    size = jnp.abs(unit)
+    parts = [lax.min(low, high), lax.max(low, high)]
+    parts += [
+        size * f if flushes else jnp.full_like(unit, -1) for f in (end.negative, end.positive)
+    ]
+    below, above, negative, positive = (_everywhere(part, cut) for part in parts)
+    return Ends(low=below, high=above, negative=negative, positive=positive)
+
+
+def _everywhere(part: jax.Array, cut: Cut) -> jax.Array:
+    """Broadcasts one number per block to the elements of the block."""
+    shape = tuple(n for pair in zip(cut.counts, cut.block, strict=True) for n in pair)
+    return cut.merge(jnp.broadcast_to(part, shape))
+
+
+def _to_nearest(recipe: Recipe) -> Recipe:
+    """Returns the recipe with rounding to nearest, which needs no key."""
+    return dataclasses.replace(recipe, rounding="nearest_even")

@@ -1,0 +1,174 @@
+"""An append-only log of statistics on disk, which survives a crash."""
+
+import base64
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxq.models import Monitored
+
+__all__ = ["Log", "StatisticsLog", "read_log"]
+
+_KIND, _VERSION = "jaxq statistics", 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """The contents of a log.
+
+    Attributes:
+      steps: int64 `[steps]`, increasing.
+      values: float32 arrays `[steps, ...]` by names such as `"layers/up/lhs/sqnr_db"`; a product in
+        a scan over layers has an axis of layers after that of steps.
+    """
+
+    steps: np.ndarray
+    values: Mapping[str, np.ndarray]
+
+
+class StatisticsLog:
+    """An append-only log of the statistics of a training run.
+
+    The file has one line of JSON that names the columns, and one line per step with the exact
+    float32 values. A line that a crash cut off is removed at the next opening. If a run resumes at
+    an earlier step, the later record of a step replaces the earlier one when the log is read.
+
+    Args:
+      path: the file, which is made at the first `append`, or continued.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq, pathlib, tempfile
+      >>> loss = lambda w, x: (x @ w).sum()
+      >>> w, x = jnp.eye(2), jnp.ones((1, 2))
+      >>> state = jaxq.analysis.monitor(loss, [])(w, x)
+      >>> seen = jax.jit(jax.grad(lambda s: jaxq.quantize_fn(loss, s)(w, x)))(state)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     log = StatisticsLog(pathlib.Path(folder) / "run.log")
+      ...     log.append(0, seen)
+      ...     log.append(10, seen)
+      ...     read_log(log.path).values["/lhs/rms"].tolist()
+      [1.0, 1.0]
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(path)
+        self._header: str | None = None
+
+    def append(self, step: int, seen: Monitored) -> None:
+        """Appends the statistics of a step; does nothing in a step without statistics.
+
+        Args:
+          step: the number of the step.
+          seen: the gradient with respect to a `Monitored` state.
+
+        Raises:
+          ValueError: if the file is a log of another model, request or version.
+        """
+        values = {
+            f"{product}/{name}": np.asarray(value, np.float32)
+            for product, own in jax.device_get(seen.statistics()).items()
+            for name, value in own.items()
+        }
+        columns = [[name, list(value.shape)] for name, value in values.items()]
+        header = json.dumps({"kind": _KIND, "version": _VERSION, "columns": columns})
+        if self._header is None:
+            self._header = self._opened(header)
+        if header != self._header:
+            raise ValueError(
+                f"StatisticsLog: {self.path.name} holds the statistics of another model or "
+                f"request, {_short(self._header)}, not {_short(header)}. Write to a new file."
+            )
+        if all(_is_empty(name, value) for name, value in values.items()):
+            return
+        data = np.concatenate([value.reshape(-1) for value in values.values()])
+        text = base64.b64encode(data.astype("<f4").tobytes()).decode()
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": int(step), "data": text}) + "\n")
+
+    def _opened(self, header: str) -> str:
+        """Makes the file or removes its incomplete last line, and returns its first line."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(header + "\n")
+            return header
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        if not whole:
+            self.path.write_text(header + "\n")
+            return header
+        first = whole.split(b"\n", 1)[0].decode()
+        _columns(self.path, first)
+        return first
+
+
+def _is_empty(name: str, value: np.ndarray) -> bool:
+    """Returns whether a statistic is that of a step without statistics: NaN, or no counts."""
+    return not value.any() if name.endswith("/exponents") else bool(np.isnan(value).all())
+
+
+def read_log(path: str | os.PathLike[str]) -> Log:
+    """Reads a log that `StatisticsLog` wrote, up to its last complete line.
+
+    Args:
+      path: the file.
+
+    Raises:
+      ValueError: if the file is not a log, or one of another version.
+    """
+    path = pathlib.Path(path)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    columns = _columns(path, lines[0].decode(errors="replace") if lines else "")
+    sizes = [int(np.prod(shape)) for _, shape in columns]
+    rows: dict[int, np.ndarray] = {}
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            record = json.loads(line)
+            row = np.frombuffer(base64.b64decode(record["data"]), "<f4")
+            step = int(record["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"read_log: line {number} of {path.name} is damaged.") from error
+        if row.size != sum(sizes):
+            raise ValueError(
+                f"read_log: line {number} of {path.name} must have {sum(sizes)} numbers, got "
+                f"{row.size}."
+            )
+        rows[step] = row
+    steps = np.asarray(sorted(rows), np.int64)
+    data = np.stack([rows[step] for step in sorted(rows)]) if rows else np.zeros((0, sum(sizes)))
+    parts = np.split(data.astype(np.float32), np.cumsum(sizes)[:-1], axis=1)
+    values = {
+        name: part.reshape(len(steps), *shape)
+        for (name, shape), part in zip(columns, parts, strict=True)
+    }
+    return Log(steps, values)
+
+
+def _columns(path: pathlib.Path, header: str) -> list[Any]:
+    """Returns the columns of a log from its first line."""
+    try:
+        found = json.loads(header)
+        kind, version, columns = found["kind"], found["version"], found["columns"]
+    except (ValueError, KeyError, TypeError):
+        kind, version, columns = None, None, []
+    if kind != _KIND:
+        raise ValueError(f"read_log: {path.name} is not a log of jaxq.analysis.StatisticsLog.")
+    if version != _VERSION:
+        raise ValueError(
+            f"read_log: {path.name} has version {version}, and this jaxq reads {_VERSION}. Read it "
+            "by the jaxq that wrote it."
+        )
+    return columns
+
+
+def _short(header: str) -> str:
+    names = [name for name, _ in json.loads(header)["columns"]]
+    return f"{len(names)} columns from {names[0] if names else 'none'}"

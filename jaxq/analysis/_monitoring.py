@@ -1,0 +1,318 @@
+"""Statistics of every tensor of a model's products in a training step."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxq.analysis._arguments import format_or_recipe
+from jaxq.analysis._tallies import Quantization, difference_of, errors_of, finished, tensor_of
+from jaxq.formats import FORMATS, Format
+from jaxq.models import Monitored, Rules, check_pattern, monitored
+from jaxq.products import Axes, Running, Tally, is_stochastic, placed
+from jaxq.products import Tensor as Operand
+from jaxq.recipes import Granularity, PerBlock, Recipe, title_of
+
+__all__ = ["Monitoring", "monitor"]
+
+TENSORS = ("lhs", "rhs", "output", "cotangent", "residual")
+_VALUES = ("amax", "smallest", "rms", "mean", "zeros", "nonfinite", "range_bits")
+_ERRORS = (
+    "sqnr_db",
+    "mse",
+    "bias",
+    "cosine",
+    "clipped",
+    "flushed",
+    "lost",
+)
+_SCALES = ("scale_amax", "scale_smallest", "scale_range_bits", "scale_ends")
+STATISTICS = (
+    *_VALUES,
+    *_ERRORS,
+    "exponents",
+    "block_range_bits",
+    "codes_used",
+    *_SCALES,
+    "product",
+)
+_EMPTY = Tally({}, {}, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Monitoring:
+    """The statistics that `monitor` computes. Frozen, hashable, static in jit.
+
+    A product has up to five tensors: `"lhs"`, `"rhs"` (the weight, on either side), `"output"`, the
+    `"cotangent"` of the output, and the `"residual"` of each operand, which the gradient's products
+    may quantize again. The statistics of each tensor, by name:
+
+    - of its finite elements: `"amax"`, `"smallest"` (nonzero magnitude), `"rms"`, `"mean"`,
+      `"zeros"` (the fraction), `"range_bits"`, which is log2(amax / smallest), and `"exponents"`,
+      the counts of the exponents -127 to 127; also `"nonfinite"`, the fraction of all elements;
+    - of the error e of its recipe: `"sqnr_db"`, `"mse"`, `"bias"` (the mean of e), `"cosine"`, and
+      the fractions `"clipped"`, `"flushed"` (to zero) and `"lost"`. Lost elements are finite before
+      quantization and not after it, as in a block with a NaN; they do not count in the errors;
+      `"block_range_bits"`, the largest range within a block; `"codes_used"`, the fraction of codes
+      that occur;
+    - of its scales: `"scale_amax"`, `"scale_smallest"`, `"scale_range_bits"`, and `"scale_ends"`,
+      the fraction at an end of the scales' format;
+    - `"product"`: the errors of the output, and of the two products of the gradient, relative to
+      the float products of the original operands. Costs up to four more products.
+
+    Attributes:
+      products: regular expressions; a product is monitored if one of them is found in its name, as
+        `jaxq.explain` lists it. A string means one of them. Default: all products.
+      tensors: the names of the tensors. Default: all but `"residual"`.
+      statistics: the names of the statistics. Default: those of the elements and the error except
+        `"exponents"`, `"block_range_bits"` and `"codes_used"`.
+      counterfactuals: recipes or formats, or their names, that are applied to the same operands
+        and cotangents for comparison, without changing the step. A granularity refers to the
+        operand as a matrix, as in `jaxq.SingleProduct`; a last block may be shorter. Default:
+        none.
+      every: the number of steps from one step with statistics to the next; see `Monitored.at`.
+        Default: 1.
+
+    Raises:
+      ValueError: if a name is unknown, a counterfactual is stochastic, or `every` is less than 1.
+
+    Example:
+      >>> Monitoring(statistics=("sqnr", "amax"))
+      Traceback (most recent call last):
+      ...
+      ValueError: Monitoring: `statistics` has no 'sqnr'. Did you mean sqnr_db?
+    """
+
+    products: str | Sequence[str] = ("",)
+    tensors: Sequence[str] = TENSORS[:-1]
+    statistics: Sequence[str] = (*_VALUES, *_ERRORS)
+    counterfactuals: Sequence[str | Recipe | Format] = ()
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("products", "tensors", "statistics"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for pattern in self.products:
+            check_pattern("Monitoring", "products", pattern)
+        _check_names("tensors", self.tensors, TENSORS)
+        _check_names("statistics", self.statistics, STATISTICS)
+        if self.every < 1:
+            raise ValueError(f"Monitoring: `every` must be at least 1, got {self.every}.")
+        given = self.counterfactuals
+        given = (given,) if isinstance(given, str | Recipe | Format) else given
+        object.__setattr__(self, "counterfactuals", tuple(map(_counterfactual, given)))
+        self._check_counterfactuals()
+
+    def _check_counterfactuals(self) -> None:
+        labels = [_label(kind) for kind in self.counterfactuals if not isinstance(kind, str)]
+        if len({*labels}) != len(labels):
+            raise ValueError(
+                "Monitoring: `counterfactuals` must have distinct names, got "
+                f"{', '.join(labels)}. Monitor one of them in another request."
+            )
+        elements = [
+            k.element if isinstance(k, Recipe) else k
+            for k in self.counterfactuals
+            if not isinstance(k, str)
+        ]
+        wide = [fmt.name for fmt in elements if fmt.bits > 16]
+        if wide and "codes_used" in self.statistics:
+            raise ValueError(
+                'Monitoring: "codes_used" needs counterfactuals of at most 16 bits, got '
+                f"{', '.join(wide)}. Leave one of them out."
+            )
+
+
+def _check_names(field: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 3, 0.5)
+            hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(known)}."
+            raise ValueError(f"Monitoring: `{field}` has no {name!r}. {hint}")
+
+
+def _counterfactual(given: str | Recipe | Format) -> Recipe | Format:
+    try:
+        kind = format_or_recipe(given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"Monitoring: `counterfactuals`: {error}") from error
+    if isinstance(kind, Recipe) and is_stochastic(kind):
+        raise ValueError(
+            "Monitoring: `counterfactuals` must round without random bits, got "
+            f"{_label(kind)}. Use dataclasses.replace(recipe, rounding='nearest_even')."
+        )
+    return kind
+
+
+def _label(kind: Recipe | Format) -> str:
+    """Returns the name of a recipe or format for statistics."""
+    if isinstance(kind, Format):
+        return FORMATS.name_of(kind) or kind.name
+    return title_of(kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Statistics:
+    """The definition of the statistics of one request, as `jaxq.models` needs it."""
+
+    request: Monitoring
+
+    @property
+    def every(self) -> int:
+        """The number of steps from one step with statistics to the next."""
+        return self.request.every
+
+    @property
+    def keeps_operands(self) -> bool:
+        """True if the backward pass needs the values of the operands."""
+        return "residual" in self.request.tensors or "product" in self.request.statistics
+
+    def forward(self, running: Running, y: jax.Array, output: Recipe | None) -> Tally:
+        """Returns the statistics of the operands and the output."""
+        tally, axes = _EMPTY, running.operation.contraction.axes
+        for i, (name, operand) in enumerate(zip(("lhs", "rhs"), running.forward, strict=True)):
+            if name in self.request.tensors:
+                own = self._tensor(operand.value).join(self._errors(operand, axes[i]))
+                tally = tally.join(own.prefixed(name))
+        if "output" in self.request.tensors:
+            own = self._tensor(y)
+            if output is not None:
+                own = own.join(self._error(Quantization.of(y, _nearest(output))))
+            tally = tally.join(own.prefixed("output"))
+            tally = tally.join(self._product(lambda: running.results(y), "output/product"))
+        return tally
+
+    def backward(self, running: Running, cotangent: jax.Array) -> Tally:
+        """Returns the statistics of the cotangent and the products of the gradient."""
+        tally, contraction = _EMPTY, running.operation.contraction
+        if "cotangent" in self.request.tensors:
+            tally = self._tensor(cotangent).prefixed("cotangent")
+        if not {"cotangent", "residual"} & {*self.request.tensors}:
+            return tally
+        for of, (name, axes) in enumerate(
+            (("dlhs", contraction.dlhs.axes), ("drhs", contraction.drhs.axes))
+        ):
+            gradient = running.gradient(of, cotangent)
+            for i, part in enumerate(("cotangent", "residual")):
+                if part in self.request.tensors:
+                    own = self._errors(getattr(gradient, part), axes[i])
+                    tally = tally.join(own.prefixed(f"{name}/{part}"))
+            if "cotangent" in self.request.tensors:
+                tally = tally.join(self._product(gradient.results, f"{name}/product"))
+        return tally
+
+    def finish(self, tally: Tally) -> dict[str, jax.Array]:
+        """Returns the requested statistics by name."""
+        asked = self.request.statistics
+        return {
+            name: value
+            for name, value in finished(tally).items()
+            if name.rpartition("/")[2] in asked or "/product/" in name
+        }
+
+    def _tensor(self, x: jax.Array) -> Tally:
+        asked = {*self.request.statistics}
+        if not asked & {*_VALUES, "exponents"}:
+            return _EMPTY
+        return tensor_of(x, histogram="exponents" in asked)
+
+    def _errors(self, operand: Operand, axes: Axes) -> Tally:
+        """Returns the statistics of an operand's recipe and of the counterfactual ones."""
+        tally = _EMPTY
+        value, quantized, recipe, scales = operand
+        if recipe is not None:
+            tally = self._error(Quantization(value, quantized, recipe, scales))
+        for kind in self.request.counterfactuals:
+            assert not isinstance(kind, str)
+            own = kind
+            if isinstance(kind, Recipe):
+                granularity = placed(_padded(kind.granularity), value.shape, axes)
+                own = dataclasses.replace(kind, granularity=granularity)
+            tally = tally.join(self._error(Quantization.of(value, own)).prefixed(_label(kind)))
+        return tally
+
+    def _error(self, q: Quantization) -> Tally:
+        asked = {*self.request.statistics}
+        if not asked & {*_ERRORS, "block_range_bits", "codes_used", *_SCALES}:
+            return _EMPTY
+        return errors_of(q, asked)
+
+    def _product(self, results: Callable[[], Any], prefix: str) -> Tally:
+        if "product" not in self.request.statistics:
+            return _EMPTY
+        return difference_of(*results()).prefixed(prefix)
+
+
+def _padded(granularity: Granularity) -> Granularity:
+    """Returns a granularity whose last blocks may be shorter than the others."""
+    if isinstance(granularity, PerBlock):
+        return dataclasses.replace(granularity, pad=True)
+    return granularity
+
+
+def _nearest(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, rounding="nearest_even") if is_stochastic(recipe) else recipe
+
+
+def monitor(
+    fn: Callable[..., Any],
+    rules: Rules,
+    request: Monitoring = Monitoring(),
+    *,
+    argnums: int | Sequence[int] = 0,
+) -> Callable[..., Monitored]:
+    """Returns the state with which a step also returns statistics of its products.
+
+    The state is passed to `jaxq.quantize_fn` in place of rules. Its gradient holds the statistics,
+    because those of cotangents exist only in the backward pass:
+
+        def step(params, state, batch):
+            def objective(params, state):
+                return jaxq.quantize_fn(loss, state)(params, batch)
+
+            value, (gradients, seen) = jax.value_and_grad(objective, (0, 1))(params, state)
+            return optimizer(params, gradients), state.update(seen), seen.statistics()
+
+    The function's value and the gradient of its parameters do not change. Products in a scan over
+    layers have one row of statistics per layer; runs of a product in any other loop, under `vmap`,
+    or on the devices of a `shard_map` are merged. With `every=n`, `state.at(step)` switches the
+    statistics on in every n-th step, and a `lax.cond` skips them in the others. Gradients of
+    micro-batches are added, but their statistics are merged by `seen.merge(more)`.
+
+    Look-ups, and products in a `while` loop or in a function with a custom derivative, are not
+    monitored. NaN and infinity are counted and left out of all other statistics.
+
+    Args:
+      fn: as in `jaxq.quantize_fn`.
+      rules: as in `jaxq.quantize_fn`; `[]` quantizes nothing. May be the state of
+        `jaxq.delayed_scaling`.
+      request: the statistics. Default: `Monitoring()`.
+      argnums: as in `jaxq.quantize_fn`.
+
+    Returns:
+      `(*args) -> jaxq.models.Monitored`. Only the shapes and dtypes of the arguments are used.
+      `seen.statistics()` has names such as `"lhs/sqnr_db"`, `"cotangent/amax"`,
+      `"dlhs/cotangent/flushed"` (the cotangent as the product that gives the gradient of lhs
+      quantizes it), `"lhs/mxfp4/sqnr_db"` (a counterfactual) and `"drhs/product/cosine"`.
+
+    Raises:
+      TypeError: as in `jaxq.quantize_fn`.
+      ValueError: as in `jaxq.quantize_fn`; or if a pattern of `products` matches no product that
+        can be monitored.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> loss = lambda params, x: ((x @ params["w"]) ** 2).sum()
+      >>> params, x = {"w": jnp.eye(2)}, jnp.array([[0.25, -3.0]])
+      >>> state = monitor(loss, [], Monitoring(counterfactuals=["int4_tensor"]))(params, x)
+      >>> objective = lambda params, state: jaxq.quantize_fn(loss, state)(params, x)
+      >>> seen = jax.jit(jax.grad(objective, argnums=1))(params, state).flat()
+      >>> seen["w/lhs/rms"], seen["w/cotangent/amax"]
+      (2.1286..., 6.0)
+      >>> seen["w/lhs/int4_tensor/sqnr_db"]
+      24.53...
+    """
+    return monitored("monitor", fn, rules, _Statistics(request), request.products, argnums)

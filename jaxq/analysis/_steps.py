@@ -1,0 +1,152 @@
+"""Statistics of a training step: errors of its gradient, and updates that are lost in rounding."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._jax.serialization import named_tuple
+from jaxq.numerics import cast
+
+__all__ = ["GradientError", "UpdateStatistics", "gradient_errors", "update_statistics"]
+
+_TINY = np.finfo(np.float32).tiny
+
+
+@named_tuple
+class GradientError(NamedTuple):
+    """The error of a parameter's gradient relative to an exact one: float32 scalars.
+
+    With samples g_i of the gradient, their mean m and the exact gradient f:
+
+    Attributes:
+      cosine: the cosine of the angle between m and f; 0 if one of them is 0.
+      norm_ratio: |m| / |f|.
+      error: |m - f| / |f|. Over many keys of a stochastic recipe this is its bias.
+      deviation: the square root of the mean of |g_i - m|^2, relative to |f|; 0 for one sample.
+    """
+
+    cosine: jax.Array
+    norm_ratio: jax.Array
+    error: jax.Array
+    deviation: jax.Array
+
+
+def gradient_errors(
+    gradient: Any, exact: Any, *, sampled: bool = False
+) -> dict[str, GradientError]:
+    """Returns the error of a quantized gradient for each parameter.
+
+    Args:
+      gradient: the gradient of the quantized loss, a tree of arrays.
+      exact: the gradient of the float loss on the same batch, a tree of the same structure.
+      sampled: True if the arrays of `gradient` have a leading axis of samples, such as gradients
+        over keys of a stochastic recipe. Default: False.
+
+    Returns:
+      A `GradientError` by the path of each parameter, its keys joined by slashes.
+
+    Raises:
+      ValueError: if the trees or shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> e = gradient_errors({"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([3.0, 3.0])})["w"]
+      >>> round(float(e.cosine), 3), round(float(e.norm_ratio), 3), round(float(e.error), 3)
+      (0.99, 1.179, 0.236)
+    """
+
+    def of_leaf(path: str, g: jax.Array, f: jax.Array) -> GradientError:
+        if g.shape[int(sampled) :] != f.shape:
+            raise ValueError(
+                f"gradient_errors: `gradient` at {path!r} must have the shape "
+                f"{'[samples, *' if sampled else ''}{f.shape}{']' if sampled else ''}, got "
+                f"{g.shape}."
+            )
+        samples = (g if sampled else g[None]).astype(jnp.float32)
+        f = f.astype(jnp.float32)
+        # Near 1, so that no square overflows or vanishes.
+        unit = lax.max(jnp.abs(f).max(initial=0), jnp.float32(_TINY))
+        samples, f = samples / unit, f / unit
+        mean = samples.mean(0)
+        own, other = _norm(mean), _norm(f)
+        both = own * other
+        cosine = jnp.where(both > 0, (mean * f).sum() / jnp.where(both > 0, both, 1), 0)
+        spread = jnp.sqrt(((samples - mean[None]) ** 2).sum() / np.float32(samples.shape[0]))
+        return GradientError(cosine, own / other, _norm(mean - f) / other, spread / other)
+
+    return _by_path("gradient_errors", "gradient", of_leaf, gradient, exact)
+
+
+@named_tuple
+class UpdateStatistics(NamedTuple):
+    """The update of a parameter in relation to the parameter: float32 scalars.
+
+    Attributes:
+      ratio: |update| / |parameter|.
+      swamped: the fraction of the nonzero elements of the update that do not change the parameter,
+        because the sum rounds to the old value in the parameter's dtype.
+    """
+
+    ratio: jax.Array
+    swamped: jax.Array
+
+
+def update_statistics(updates: Any, params: Any) -> dict[str, UpdateStatistics]:
+    """Returns the size of the updates of parameters, and the fraction that rounding loses.
+
+    Args:
+      updates: the updates to add to the parameters, as an optax optimizer returns them.
+      params: the parameters before the step, a tree of the same structure.
+
+    Returns:
+      An `UpdateStatistics` by the path of each parameter.
+
+    Raises:
+      ValueError: if the trees or shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.ones(4, jnp.bfloat16)}
+      >>> updates = {"w": jnp.array([0.0, 1e-3, -1e-3, 1e-2], jnp.bfloat16)}
+      >>> round(float(update_statistics(updates, params)["w"].swamped), 3)
+      0.667
+    """
+
+    def of_leaf(path: str, u: jax.Array, p: jax.Array) -> UpdateStatistics:
+        if u.shape != p.shape:
+            raise ValueError(
+                f"update_statistics: `updates` at {path!r} must have the shape {p.shape}, got "
+                f"{u.shape}."
+            )
+        dtype = jnp.promote_types(p.dtype, jnp.float32)
+        wide, old = u.astype(dtype), p.astype(dtype)
+        new = old + wide if p.dtype == dtype else cast(old + wide, str(p.dtype))
+        moving = wide != 0
+        count = lax.max(moving.sum(dtype=jnp.int32), np.int32(1)).astype(jnp.float32)
+        lost = (moving & (new == old)).sum(dtype=jnp.int32).astype(jnp.float32)
+        ratio = _norm(wide) / lax.max(_norm(old), dtype.type(_TINY))
+        return UpdateStatistics(ratio.astype(jnp.float32), lost / count)
+
+    return _by_path("update_statistics", "updates", of_leaf, updates, params)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt((x * x).sum())
+
+
+def _by_path(
+    owner: str, name: str, function: Callable[..., Any], first: Any, second: Any
+) -> dict[str, Any]:
+    """Returns the results of a function for pairs of leaves of two trees, by their paths."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(first)
+    if structure != jax.tree.structure(second):
+        raise ValueError(f"{owner}: both trees must have the same structure; check `{name}`.")
+    found = {}
+    for (path, a), b in zip(leaves, jax.tree.leaves(second), strict=True):
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        found[key] = function(key, jnp.asarray(a), jnp.asarray(b))
+    return found

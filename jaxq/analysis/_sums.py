@@ -1,0 +1,119 @@
+"""Sums and maxima in one pass, over a whole tensor or over each of its blocks.
+
+XLA on CPU compiles one reduction with several operands to a single loop, but several reductions to
+one loop each (and a reduction of a single operand to a loop after a copy of the tensor). Such a
+loop adds sequentially, so it is kept short; its results are then added as a tree.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._base.cutting import Cut
+from jaxq.recipes import Granularity
+
+__all__ = ["blocks_of", "largest_magnitude", "over_blocks", "power_of_two"]
+
+_IN_ORDER = 256  # The number of elements that are added sequentially.
+
+
+def blocks_of(shape: tuple[int, ...], per: Granularity | None) -> Cut:
+    """Returns the blocks of a tensor that get one result each; one block if `per` is None."""
+    return (
+        Cut((math.prod(shape),), (math.prod(shape),))
+        if per is None
+        else Cut(shape, per.block(shape))
+    )
+
+
+def over_blocks(
+    arrays: Sequence[jax.Array],
+    cut: Cut,
+    per: Granularity | None,
+    combine: Sequence[Callable[[jax.Array, jax.Array], jax.Array]],
+) -> list[jax.Array]:
+    """Returns sums or maxima of several arrays of one shape, in one pass over them.
+
+    Args:
+      arrays: arrays of the tensor's shape; 0 must be neutral, because blocks are padded with it.
+      cut: the result of `blocks_of`.
+      per: the granularity that was passed to `blocks_of`.
+      combine: `lax.add` or `lax.max` for each array.
+
+    Returns:
+      For each array, a result of shape `cut.counts`, or a scalar for a whole tensor.
+    """
+    zeros = [np.zeros((), a.dtype) for a in arrays]
+    split = [cut.split(a.reshape(cut.shape)) for a in arrays]
+    if split[0].size == 0:
+        shape = () if per is None else cut.counts
+        return [jnp.zeros(shape, a.dtype) for a in arrays]
+    first, later, shape, padding, room = [], [], [], [], _IN_ORDER
+    for axis, length in reversed(list(enumerate(split[0].shape))):
+        padding.insert(0, (0, 0, 0))
+        if axis not in cut.axes:
+            shape.insert(0, length)
+            continue
+        step = min(length, max(room, 1))
+        room //= step
+        padding[0] = (0, -length % step, 0)
+        shape[:0] = [-(-length // step), step]
+    place = 0
+    for axis in range(len(split[0].shape)):
+        if axis in cut.axes:
+            later.append(place - len(first))
+            first.append(place + 1)
+        place += 1 + (axis in cut.axes)
+    folded = [
+        lax.pad(a, zero, padding).reshape(shape) for a, zero in zip(split, zeros, strict=True)
+    ]
+    rows = lax.reduce(
+        tuple(folded),
+        tuple(zeros),
+        lambda a, b: tuple(f(p, q) for f, p, q in zip(combine, a, b, strict=True)),
+        tuple(first),
+    )
+    result = []
+    for row, f in zip(rows, combine, strict=True):
+        total = (jnp.max if f is lax.max else _sum)(row, axis=tuple(later))
+        result.append(total.reshape(() if per is None else cut.counts))
+    return result
+
+
+def _sum(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(x, axis=axis, dtype=x.dtype)
+
+
+def largest_magnitude(x: jax.Array, layout: Layout) -> jax.Array:
+    """Returns the bits of each number's magnitude, or 0 for NaN and infinity."""
+    magnitude = layout.bits(x) & layout.magnitude_mask
+    return where(magnitude < layout.inf, magnitude, layout.int_type(0))
+
+
+def power_of_two(x: jax.Array, exponent: jax.Array, layout: Layout) -> jax.Array:
+    """Returns x * 2^exponent, rounded once.
+
+    The result is computed on the bits, because XLA on CPU flushes subnormal operands and results of
+    arithmetic to zero.
+    """
+    digits, m = layout.int_type((1 << layout.mantissa_bits) - 1), layout.mantissa_bits
+    bits = layout.bits(x)
+    magnitude = bits & layout.magnitude_mask
+    full = extended_bits(magnitude, layout)
+    place = (full >> m) + exponent  # The exponent field of the result.
+    one = layout.int_type(1)
+    shift = lax.clamp(layout.int_type(0), one - place, layout.int_type(m + 2))
+    whole = full & digits | one << m
+    # Round to nearest even: add half a unit in the last place, minus one if the last bit is 0.
+    half = where(shift > 0, ((one << shift) >> one) - one + (whole >> shift & one), one - one)
+    small = (whole + half) >> shift
+    field = lax.clamp(one, place, layout.int_type(2 * layout.bias + 1))
+    result = where(place < one, small, (field << m) | (full & digits))
+    result = where(place > layout.int_type(2 * layout.bias), layout.inf, result)
+    same = (magnitude == 0) | (magnitude >= layout.inf)
+    return layout.floats(where(same, bits, result | (bits & layout.sign)))

@@ -1,0 +1,197 @@
+"""Plots of the statistics that a training run has logged."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxq.analysis._logs import Log
+from jaxq.analysis._tallies import EXPONENTS
+from jaxq.analysis.plots._look import BLUE, COLOURS, DASHES, GREY, ORANGE, frame, new, picture
+from jaxq.formats import FloatFormat, Format, get_format
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["exponents_by_step", "statistic_by_step", "statistics_map"]
+
+_SHARES = ("clipped", "flushed", "lost", "zeros", "nonfinite", "scale_ends")
+
+
+@picture
+def statistics_map(
+    log: Log,
+    statistic: str = "sqnr_db",
+    *,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """Draws a statistic of every tensor over the steps of a run, a row per tensor and layer.
+
+    Args:
+      log: a log, from `jaxq.analysis.read_log`.
+      statistic: the last part of the statistic's name, such as `"sqnr_db"` or `"flushed"`.
+      title: the title. Default: none.
+      size: the width and height in inches. Default: according to the number of rows.
+
+    Returns:
+      The figure. Values that are not finite are left white.
+
+    Raises:
+      ValueError: if the log has no such statistic, or no steps.
+      ImportError: if matplotlib is not installed.
+    """
+    rows = _rows(log, "statistics_map", statistic)
+    figure = new(7.5, 1.3 + 0.2 * len(rows), size, title)
+    axes = figure.subplots()
+    data = np.array([values for _, values in rows])
+    data = np.where(np.isfinite(data), data, np.nan)
+    share = statistic in _SHARES
+    image = axes.imshow(
+        data,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="magma_r" if share else "viridis",
+        vmin=0 if share else None,
+        vmax=max(0.05, float(np.nanmax(data, initial=0))) if share else None,
+    )
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    places = np.unique(np.linspace(0, len(log.steps) - 1, min(len(log.steps), 8)).astype(int))
+    axes.set_xticks(places, [str(log.steps[i]) for i in places])
+    axes.set_xlabel("step")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("share" if share else "dB" if statistic.endswith("db") else statistic)
+    axes.set_title(statistic)
+    return figure
+
+
+@picture
+def statistic_by_step(
+    log: Log,
+    names: Sequence[str],
+    *,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """Statistics over the steps of a run as lines, such as cosines, amax values or scales.
+
+    Args:
+      log: a log, from `jaxq.analysis.read_log`.
+      names: full names of statistics; of a product in a scan over layers, all layers are drawn.
+      title: the title. Default: none.
+      size: the width and height in inches.
+
+    Returns:
+      The figure. Its axis is logarithmic if all values are positive and span a factor above 100.
+
+    Raises:
+      ValueError: if the log lacks a name.
+      ImportError: if matplotlib is not installed.
+    """
+    figure = new(7.0, 3.4, size, title)
+    axes = frame(figure.subplots())
+    lines = []
+    for i, name in enumerate(names):
+        for j, values in enumerate(_column(log, "statistic_by_step", name).T):
+            color, dash = COLOURS[i % len(COLOURS)], DASHES[j % len(DASHES)]
+            axes.plot(log.steps, values, color=color, linestyle=dash, label=name if j == 0 else "")
+            lines.append(values[np.isfinite(values)])
+    data = np.concatenate(lines) if lines else np.ones(1)
+    if data.size and data.min() > 0 and data.max() / data.min() > 100:
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.legend()
+    return figure
+
+
+@picture
+def exponents_by_step(
+    log: Log,
+    tensor: str,
+    fmt: str | Format | None = None,
+    *,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """Draws a tensor's exponents over the steps of a run, with the range of a format.
+
+    Args:
+      log: a log with the statistic `"exponents"`.
+      tensor: the tensor's name, such as `"layers/up/cotangent"`; layers are added up.
+      fmt: a float format, or its name. Its range without a scale is drawn as lines: the largest
+        value and the smallest normal and subnormal ones. Default: None.
+      title: the title. Default: none.
+      size: the width and height in inches.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: if the log lacks the exponents of the tensor, or the format is no float format.
+      ImportError: if matplotlib is not installed.
+    """
+    counts = _column(log, "exponents_by_step", f"{tensor}/exponents", raw=True)
+    counts = counts.reshape(len(log.steps), -1, len(EXPONENTS)).sum(1)
+    used = np.flatnonzero(counts.sum(0))
+    first, last = (used[0], used[-1]) if used.size else (0, 1)
+    figure = new(7.0, 3.6, size, title)
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    low, high = EXPONENTS[first], EXPONENTS[last] + 1
+    axes.imshow(
+        shares[:, first : last + 1].T,
+        aspect="auto",
+        origin="lower",
+        cmap="Blues",
+        extent=(0, len(log.steps), low, high),
+        interpolation="nearest",
+    )
+    if fmt is not None:
+        fmt = get_format(fmt)
+        if not isinstance(fmt, FloatFormat):
+            raise ValueError(
+                f"exponents_by_step: `fmt` must be a float format, got {fmt.name}. Use, for "
+                "example, 'float8_e5m2'."
+            )
+        ends = (fmt.max, fmt.smallest_normal, fmt.min_positive)
+        for value, label in zip(ends, ("max", "normal", "subnormal"), strict=True):
+            height = float(np.log2(value))
+            if low - 4 <= height <= high + 4:
+                axes.axhline(height, color=ORANGE, linewidth=1)
+                axes.annotate(
+                    f"{fmt.name} {label}", (0.2, height), color=ORANGE, va="bottom", fontsize=8
+                )
+    places = np.unique(np.linspace(0, len(log.steps) - 1, min(len(log.steps), 8)).astype(int))
+    axes.set_xticks(places + 0.5, [str(log.steps[i]) for i in places])
+    axes.set_xlabel("step")
+    axes.set_ylabel("exponent, log2 |x|", color=GREY)
+    axes.set_title(tensor, color=BLUE)
+    return figure
+
+
+def _rows(log: Log, owner: str, statistic: str) -> list[tuple[str, np.ndarray]]:
+    """Returns the names and values of a statistic, one row for each tensor and layer."""
+    found = []
+    for name, values in log.values.items():
+        path, _, last = name.rpartition("/")
+        if last != statistic:
+            continue
+        columns = values.reshape(len(log.steps), -1)
+        for i in range(columns.shape[1]):
+            found.append((path if values.ndim == 1 else f"{path} [{i}]", columns[:, i]))
+    if not found or not len(log.steps):
+        known = sorted({name.rpartition("/")[2] for name in log.values})
+        raise ValueError(f"{owner}: the log has no {statistic!r}. It has {', '.join(known)}.")
+    return found
+
+
+def _column(log: Log, owner: str, name: str, raw: bool = False) -> np.ndarray:
+    """Returns the values of one statistic, `[steps, layers]` unless `raw`."""
+    if name not in log.values:
+        near = [other for other in log.values if other.split("/")[0] == name.split("/")[0]]
+        raise ValueError(f"{owner}: the log has no {name!r}. It has {', '.join(near[:4])}.")
+    values = log.values[name]
+    return values if raw else values.reshape(len(log.steps), -1)

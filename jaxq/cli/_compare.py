@@ -1,0 +1,188 @@
+"""The command `jaxq compare`: the error and size of a checkpoint's tensors under recipes."""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxq.analysis import format_or_recipe, plots
+from jaxq.cli._measure import DEFAULT, Row, Selection, Total, rows_of, totals
+from jaxq.cli._output import (
+    UsageError,
+    atomic,
+    bad_input,
+    number,
+    one_line,
+    print_csv,
+    print_json,
+    print_table,
+    safe,
+)
+from jaxq.cli._plot import image
+from jaxq.cli._report import html
+from jaxq.interop import TensorFile, open_tensors
+
+__all__ = ["convention", "run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compares the tensors of a file, and prints or writes the requested output."""
+    recipes = list(dict.fromkeys(args.recipes or DEFAULT))
+    for recipe in recipes:
+        with bad_input():
+            format_or_recipe(recipe)
+    if args.worst is not None and args.worst < 1:
+        raise UsageError(f"--worst must be at least 1, got {args.worst}")
+    with open_tensors(args.file) as file, contextlib.ExitStack() as stack:
+        selection = Selection.of(file, args.include, args.exclude)
+        if not selection.chosen:
+            raise UsageError(
+                f"{args.file}: no floating tensor is left to compare: {selection.reasons()}"
+            )
+        # Opened first, so that an unwritable path fails before the work.
+        page = stack.enter_context(atomic(args.html)) if args.html else None
+        rows: list[Row] = []
+        with _progress(len(selection.chosen)) as advance:
+            for some in rows_of(file, selection.chosen, recipes, args.min_axes, args.axis):
+                rows += some
+                advance(some[0].tensor)
+        before = sum(entry.nbytes for entry in selection.chosen)
+        sums = totals(rows, recipes, before)
+        if page is not None:
+            name = pathlib.Path(args.file).name
+            pictures, missing = _pictures(file, rows, args.axis)
+            text = html(name, rows, sums, selection.left, pictures, missing, convention(args.axis))
+            page.write(text)
+            if missing:
+                print(f"jaxq: {args.html}: {missing}", file=sys.stderr)
+    records = [row.record() for row in rows]
+    if args.json:
+        left = selection.left
+        print_json(
+            {
+                "axis": args.axis,
+                "tensors": records,
+                "totals": list(map(dataclasses.asdict, sums)),
+                "left": left,
+            }
+        )
+    elif args.csv:
+        print_csv(records)
+    else:
+        print(convention(args.axis), end="\n\n")
+        _print(rows, sums, selection.left, args.worst)
+
+
+def convention(axis: int) -> str:
+    """Returns the sentence that says along which axis recipes are applied."""
+    layout = {
+        -1: ", as in weights [outputs, inputs]; use --axis -2 for kernels [inputs, outputs] (Flax)",
+        -2: ", as in kernels [inputs, outputs]",
+    }
+    return f"Products contract axis {axis}{layout.get(axis, '')}."
+
+
+def _print(
+    rows: Sequence[Row], sums: Sequence[Total], left: dict[str, list[str]], worst: int | None
+) -> None:
+    """Prints the tensors (or the worst of each recipe), the totals, and the excluded tensors."""
+    if worst is None:
+        table: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            line = table.setdefault(row.tensor, {"tensor": row.tensor, "shape": row.shape})
+            line[row.recipe] = "-" if row.note else f"{row.sqnr_db:.2f}"
+        done = {row.tensor for row in rows if not row.note}
+        print_table([line for name, line in table.items() if name in done], "SQNR in dB")
+    else:
+        chosen = []
+        for total in sums:
+            mine = [row for row in rows if row.recipe == total.recipe and not row.note]
+            chosen += sorted(mine, key=lambda row: row.sqnr_db)[:worst]
+        lines = [
+            {
+                "recipe": row.recipe,
+                "tensor": row.tensor,
+                "shape": row.shape,
+                "SQNR dB": f"{row.sqnr_db:.2f}",
+                "max error": f"{row.max_error:.3g}",
+                "bits": f"{row.bits:.4g}",
+            }
+            for row in chosen
+        ]
+        print_table(lines, f"The {worst} worst of each recipe", left=["tensor"])
+    print()
+    shown = [
+        {
+            "recipe": t.recipe,
+            "tensors": t.tensors,
+            "kept": t.kept,
+            "SQNR dB": _fixed(t.sqnr_db),
+            "bits": number(t.bits, 4),
+            "bytes": t.bytes,
+            "smaller by": _fixed(t.ratio),
+            "worst dB": _fixed(t.worst_db),
+            "worst tensor": t.worst,
+        }
+        for t in sums
+    ]
+    print_table(
+        shown, "All tensors; those that a recipe does not apply to are kept", ["worst tensor"]
+    )
+    reasons: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        if row.note:
+            reasons.setdefault(row.note, []).append((row.recipe, row.tensor))
+    for note, cases in reasons.items():
+        recipes, tensors = (list(dict.fromkeys(c[i] for c in cases)) for i in (0, 1))
+        by = "all recipes" if len(recipes) == len(sums) else ", ".join(recipes)
+        print(f"kept by {by}: {_some(tensors)}: {note}")
+    for reason, names in left.items():
+        print(f"not compared: {_some(names)}: {reason}")
+
+
+def _fixed(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Returns the first names of a list, and the number of the others."""
+    few = ", ".join(safe(name) for name in names[:2])
+    return few if len(names) <= 2 else f"{few} and {len(names) - 2} more"
+
+
+@contextlib.contextmanager
+def _progress(count: int) -> Iterator[Callable[[str], None]]:
+    """Yields a function to call after each tensor, which advances a bar on a terminal."""
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda _: None
+        return
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("comparing", total=count)
+        yield lambda name: bar.update(task, advance=1, description=escape(safe(name)))
+
+
+def _pictures(
+    file: TensorFile, rows: Sequence[Row], axis: int
+) -> tuple[list[tuple[str, bytes]], str]:
+    """Returns captions and SVG images for the report, and the reason if there are none."""
+    drawn = [row for row in rows if not row.note and math.isfinite(row.sqnr_db)]
+    largest = max(drawn, key=lambda r: r.elements, default=None)
+    if largest is None:
+        return [], "no picture: no tensor has an error that is finite and not 0"
+    entry = next(e for e in file.entries if e.name == largest.tensor)
+    names = [r.recipe for r in rows if r.tensor == largest.tensor and not r.note]
+    try:
+        figure = plots.PLOTS["compression"](file.read(entry), names, axis=axis)
+    except ImportError as error:
+        return [], f"no picture: {one_line(error)}"
+    caption = f"Bits and SQNR of the largest tensor that is not exact, {safe(largest.tensor)}"
+    return [(caption, image(figure, "svg"))], ""

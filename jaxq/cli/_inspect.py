@@ -1,0 +1,56 @@
+"""The command `jaxq inspect`: the tensors and the metadata of a file."""
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from jaxq.cli._output import print_json, print_table, safe
+from jaxq.interop import open_tensors
+
+__all__ = ["run"]
+
+_SHOWN = 8  # Items of an array, and 8 times as many characters of a text.
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints one line per tensor, the metadata and the totals."""
+    with open_tensors(args.file) as file:
+        rows = [
+            {
+                "tensor": entry.name,
+                "shape": "x".join(map(str, entry.shape)) or "scalar",
+                "dtype": entry.dtype,
+                "bytes": entry.nbytes,
+                "bits": 8 * entry.nbytes / entry.size if entry.size else None,
+            }
+            for entry in file.entries
+        ]
+        metadata = {key: _plain(value) for key, value in file.metadata.items()}
+        elements = sum(entry.size for entry in file.entries)
+    taken = sum(row["bytes"] for row in rows)
+    total = {"tensors": len(rows), "elements": elements, "bytes": taken}
+    if args.json:
+        return print_json({"tensors": rows, "metadata": metadata, "total": total})
+    for key, value in metadata.items():
+        print(f"{safe(key)} = {_short(value, args.metadata)}")
+    if metadata:
+        print()
+    print_table(rows, left=["dtype"])
+    bits = f", {8 * taken / elements:.4g} bits each" if elements else ""
+    print(f"\n{len(rows)} tensors, {elements:,} elements, {taken:,} bytes{bits}")
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value of the metadata in types that JSON has."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _short(value: Any, whole: bool) -> str:
+    if isinstance(value, list):
+        items = value if whole else value[:_SHOWN]
+        more = "" if whole or len(value) <= _SHOWN else f", … ({len(value)} items)"
+        return f"[{', '.join(_short(item, whole) for item in items)}{more}]"
+    text = safe(str(value))
+    return text if whole or len(text) <= 8 * _SHOWN else f"{text[: 8 * _SHOWN]}…"

@@ -1,0 +1,67 @@
+"""The entry point: runs a command and converts any error to an exit code and at most one line."""
+
+import io
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from jaxq.cli._output import UsageError, one_line
+from jaxq.cli._parser import build, guarded
+from jaxq.interop import FileError
+
+__all__ = ["main"]
+
+_LONGEST = 600  # The longest error line; a hostile file may contain very long names.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the `jaxq` command line.
+
+    Args:
+      argv: the command-line arguments. Default: None, the arguments of the process.
+
+    Returns:
+      The exit code: 0 for success, 1 for a failure, 2 for wrong arguments or a bad file, and 130
+      for an interrupt.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # Characters that the terminal cannot show must not raise an error.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        args = build().parse_args(guarded(arguments))
+        if args.command is None:
+            build().print_help()
+            return 0
+        args.run(args)
+        sys.stdout.flush()
+    except SystemExit as done:  # Raised by --help and --version.
+        return done.code if isinstance(done.code, int) else 0
+    except BrokenPipeError:
+        # The reader closed the pipe. Replacing stdout avoids Python's error message at exit.
+        sys.stdout = pathlib.Path(os.devnull).open("w")
+        return 0
+    except KeyboardInterrupt:
+        print("jaxq: interrupted", file=sys.stderr)
+        return 130
+    except (UsageError, FileError) as error:
+        return _failed(error, one_line(error), 2, debug)
+    except MemoryError as error:
+        return _failed(error, f"not enough memory {one_line(error)}", 1, debug)
+    except Exception as error:
+        text = f"{type(error).__name__}: {one_line(error)} (--debug shows where)"
+        return _failed(error, text, 1, debug)
+    return 0
+
+
+def _failed(error: BaseException, text: str, code: int, debug: bool) -> int:
+    if debug:
+        raise error
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}…"
+    print(f"jaxq: {text}", file=sys.stderr)
+    return code

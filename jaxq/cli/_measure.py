@@ -1,0 +1,287 @@
+"""Measurement of every tensor under every recipe, with one tensor in memory at a time.
+
+A row without measurements gives the reason in its `note`; no tensor is skipped silently.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxq.analysis import Comparison, Energies, format_or_recipe
+from jaxq.analysis import measure as energies_of
+from jaxq.analysis import total as total_of
+from jaxq.cli._output import bad_input, one_line
+from jaxq.formats import Format
+from jaxq.interop import Entry, TensorFile
+from jaxq.numerics import cast
+from jaxq.quantizers import fake_quant, quantize
+from jaxq.recipes import Recipe
+
+__all__ = ["DEFAULT", "Row", "Selection", "Total", "measure", "rows_of", "totals"]
+
+DEFAULT = (
+    "int8_tensor",
+    "int8_token",
+    "fp8_e4m3_tensor",
+    "mxfp8_e4m3",
+    "int4_g32",
+    "nf4_g64",
+    "mxfp4",
+    "nvfp4",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The measurements of one tensor under one recipe.
+
+    If there is a note, the metrics are NaN and `bytes` is the tensor's original size.
+
+    Attributes:
+      tensor: the tensor's name.
+      shape: the tensor's shape as text, such as 384x384.
+      dtype: the name of the tensor's dtype in the file.
+      recipe: the recipe's name.
+      sqnr_db: the SQNR of the quantized tensor relative to the float32 one; infinite if equal.
+      mse: the mean squared error.
+      max_error: the largest absolute error.
+      power: the mean square of the tensor.
+      elements: the number of elements.
+      bytes: the stored size, including scales and padding.
+      bits: the stored bits per element.
+      note: the reason why the recipe is not applied; empty if it is.
+      energies: the sums from which totals are computed; None if there is a note.
+    """
+
+    tensor: str
+    shape: str
+    dtype: str
+    recipe: str
+    sqnr_db: float
+    mse: float
+    max_error: float
+    power: float
+    elements: int
+    bytes: int
+    bits: float
+    note: str
+    energies: Energies | None = dataclasses.field(repr=False, compare=False)
+
+    def record(self) -> dict[str, Any]:
+        """Returns the fields to print, all but `energies`."""
+        fields = dataclasses.asdict(self)
+        del fields["energies"]
+        return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The tensors of a file that are compared, and the others by reason.
+
+    Attributes:
+      chosen: the entries to compare.
+      left: the names of the other tensors, by reason.
+    """
+
+    chosen: tuple[Entry, ...]
+    left: dict[str, list[str]]
+
+    def reasons(self) -> str:
+        """Returns the number of skipped tensors for each reason, as text."""
+        counts = [f"{len(names)} {reason}" for reason, names in self.left.items()]
+        return ", ".join(counts) or "the file has no tensors"
+
+    @staticmethod
+    def of(file: TensorFile, include: str | None, exclude: str | None) -> "Selection":
+        """Selects the floating-point tensors that match `include` and do not match `exclude`.
+
+        Args:
+          file: the open file.
+          include: a regular expression to search for in names; None includes all tensors.
+          exclude: a regular expression to search for in names; None excludes no tensors.
+
+        Raises:
+          UsageError: if a pattern is not a valid regular expression.
+        """
+        with bad_input():
+            try:
+                patterns = [None if p is None else re.compile(p) for p in (include, exclude)]
+            except re.error as error:
+                raise ValueError(f"a pattern is not a valid regular expression: {error}") from error
+        chosen, left = [], {}
+        for entry in file.entries:
+            if not entry.is_float:
+                left.setdefault(f"dtype {entry.dtype}", []).append(entry.name)
+            elif patterns[0] is not None and not patterns[0].search(entry.name):
+                left.setdefault("not included", []).append(entry.name)
+            elif patterns[1] is not None and patterns[1].search(entry.name):
+                left.setdefault("excluded", []).append(entry.name)
+            else:
+                chosen.append(entry)
+        return Selection(tuple(chosen), left)
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "axis"))
+def _measured(x: jax.Array, recipe: Format | Recipe, axis: int) -> tuple[Comparison, Energies]:
+    """Returns the errors of a tensor; compiled once per shape and recipe."""
+    if isinstance(recipe, Recipe):
+        return energies_of(x, fake_quant(x, recipe, axis=axis))
+    return energies_of(x, cast(x, recipe, overflow="saturate"))
+
+
+@functools.cache
+def _bytes(shape: tuple[int, ...], recipe: Format | Recipe, axis: int) -> int:
+    """Returns the stored size of a tensor in bytes.
+
+    Raises:
+      ValueError: if the recipe does not fit the shape.
+    """
+    if not isinstance(recipe, Recipe):
+        return -(-math.prod(shape) * recipe.bits // 8)
+    stored = jax.eval_shape(
+        lambda x: quantize(x, recipe, axis=axis), jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
+    )
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(stored))
+
+
+def measure(x: np.ndarray, entry: Entry, recipe: str, axis: int = -1) -> Row:
+    """Returns the row of a tensor and a recipe.
+
+    Args:
+      x: the tensor in float32.
+      entry: the tensor's entry in the file.
+      recipe: a recipe's name, or a format's name, which means a cast without a scale.
+      axis: the contracted axis, as in `jaxq.fake_quant`.
+    """
+    kind, note = format_or_recipe(recipe), _unfit(x)
+    if note:
+        return _row(entry, recipe, note)
+    try:
+        taken = _bytes(x.shape, kind, axis)
+        measured = jax.device_get(_measured(x, kind, axis))
+    except ValueError as error:  # The blocks do not divide the shape, or an axis is missing.
+        return _row(entry, recipe, one_line(error))
+    return _row(entry, recipe, "", taken, measured)
+
+
+def _row(
+    entry: Entry,
+    recipe: str,
+    note: str,
+    taken: int | None = None,
+    measured: tuple[Comparison, Energies] | None = None,
+) -> Row:
+    """Returns a row with measurements, or with a note only."""
+    numbers = dict.fromkeys(("sqnr_db", "mse", "max_error", "power"), math.nan)
+    if measured is not None:
+        # Computed in float64, because squares may overflow float32.
+        numbers = total_of(measured[1:])._asdict()
+        numbers["max_error"] = float(measured[0].max_error)
+    taken = entry.nbytes if taken is None else taken
+    return Row(
+        tensor=entry.name,
+        shape="x".join(map(str, entry.shape)) or "scalar",
+        dtype=entry.dtype,
+        recipe=recipe,
+        **numbers,
+        elements=entry.size,
+        bytes=taken,
+        bits=8 * taken / entry.size if entry.size else math.nan,
+        note=note,
+        energies=None if measured is None else measured[1],
+    )
+
+
+def _unfit(x: np.ndarray) -> str:
+    """Returns the reason why no recipe applies to a tensor; empty if there is none."""
+    finite = np.isfinite(x)
+    if finite.all():
+        return ""
+    nan = int(np.isnan(x).sum())
+    return f"not finite: {nan} NaN, {x.size - int(finite.sum()) - nan} infinite in float32"
+
+
+def rows_of(
+    file: TensorFile,
+    entries: Sequence[Entry],
+    recipes: Sequence[str],
+    least_axes: int,
+    axis: int = -1,
+) -> Iterator[list[Row]]:
+    """Yields, for each tensor in turn, a list with one row per recipe."""
+    for entry in entries:
+        if len(entry.shape) < least_axes:
+            note = f"fewer than {least_axes} axes"
+            yield [_row(entry, recipe, note) for recipe in recipes]
+            continue
+        if not entry.size:  # NumPy cannot represent every empty shape.
+            yield [_row(entry, recipe, "empty") for recipe in recipes]
+            continue
+        x = file.read(entry)
+        yield [measure(x, entry, recipe, axis) for recipe in recipes]
+        del x  # Free the memory before the next tensor is read.
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """The total over all tensors for one recipe; tensors it does not apply to keep their bytes.
+
+    Attributes:
+      recipe: the recipe's name.
+      tensors: the number of tensors that the recipe applies to.
+      kept: the number of tensors that it does not apply to.
+      sqnr_db: the SQNR of all elements that the recipe applies to.
+      bits: the stored bits per element of these tensors.
+      bytes: the stored size of all tensors.
+      ratio: the size of all tensors in the file divided by `bytes`.
+      worst: the name of the tensor with the lowest SQNR; empty if there is none.
+      worst_db: the SQNR of that tensor.
+    """
+
+    recipe: str
+    tensors: int
+    kept: int
+    sqnr_db: float
+    bits: float
+    bytes: int
+    ratio: float
+    worst: str
+    worst_db: float
+
+
+def totals(rows: Sequence[Row], recipes: Sequence[str], before: int) -> list[Total]:
+    """Returns one total per recipe.
+
+    Args:
+      rows: the rows of all tensors, from `rows_of`.
+      recipes: the recipes in the order of the result.
+      before: the size of the compared tensors in the file, in bytes.
+    """
+    result = []
+    for recipe in recipes:
+        mine = [row for row in rows if row.recipe == recipe]
+        done = [row for row in mine if not row.note]
+        elements = sum(row.elements for row in done)
+        energies = [row.energies for row in done if row.energies is not None]
+        after = sum(row.bytes for row in mine)
+        worst = min(done, key=lambda row: row.sqnr_db, default=None)
+        result.append(
+            Total(
+                recipe=recipe,
+                tensors=len(done),
+                kept=len(mine) - len(done),
+                sqnr_db=total_of(energies).sqnr_db if done else math.nan,
+                bits=8 * sum(row.bytes for row in done) / elements if elements else math.nan,
+                bytes=after,
+                ratio=before / after if after else math.nan,
+                worst=worst.tensor if worst else "",
+                worst_db=worst.sqnr_db if worst else math.nan,
+            )
+        )
+    return result

@@ -1,0 +1,249 @@
+"""The arguments of `jaxq`; the commands themselves are in modules of their own.
+
+To add a command, write a function here that adds its arguments and a function elsewhere that runs
+it, and list both in `_COMMANDS`.
+"""
+
+import argparse
+import importlib.metadata
+import re
+from collections.abc import Callable, Sequence
+from typing import NoReturn, get_args
+
+from jaxq.analysis.machines import DEVICES, MODELS
+from jaxq.cli import _compare as compare
+from jaxq.cli import _formats as formats
+from jaxq.cli import _inspect as inspect
+from jaxq.cli import _memory as memory
+from jaxq.cli import _plot as plot
+from jaxq.cli import _quantize as quantize
+from jaxq.cli import _recipes as recipes
+from jaxq.cli import _training as training
+from jaxq.cli._output import UsageError
+from jaxq.numerics import ROUNDINGS, Overflow
+
+__all__ = ["build", "guarded"]
+
+_FILES = "a GGUF, safetensors, .npz or .npy file, or a folder of safetensors files"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that raises one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def guarded(argv: Sequence[str]) -> list[str]:
+    """Prefixes negative numbers with a space, so that argparse does not read them as options.
+
+    argparse recognizes -0.1 as a number, but not -1e-3 or -inf. An argument that begins with a
+    space is never an option, and the conversion to a number ignores the space.
+    """
+    number = re.compile(r"-(\d.*|\.\d.*|inf(inity)?|nan)$", re.IGNORECASE)
+    return [f" {text}" if number.match(text) else text for text in argv]
+
+
+def _count(text: str) -> float:
+    """Returns a number such as 7e9, 7B or 350M."""
+    units = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+    unit = units.get(text[-1:].lower())
+    try:
+        return float(text) if unit is None else float(text[:-1]) * unit
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 7B or 7e9") from None
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("names, separated by commas, are needed")
+    return names
+
+
+def build() -> argparse.ArgumentParser:
+    """Returns the parser of the whole command line."""
+    parser = _Parser(
+        prog="jaxq",
+        description="Low-precision number formats and quantizers: what they are, what they cost.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong arguments or a bad file, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    version = importlib.metadata.version("jaxq")
+    parser.add_argument("--version", action="version", version=f"jaxq {version}")
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "--debug", action="store_true", help="show where an error comes from: a traceback"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (about, add, run) in _COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=about, description=about, parents=[common], allow_abbrev=False
+        )
+        add(sub)
+        sub.set_defaults(run=run)
+    return parser
+
+
+def _formats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all if left out")
+    parser.add_argument("--values", action="store_true", help="every value, of at most 8 bits")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("numbers", nargs="+", metavar="NUMBER", help="such as 0.1, -2, inf, nan")
+    parser.add_argument(
+        "--in",
+        dest="formats",
+        type=_names,
+        required=True,
+        metavar="FORMATS",
+        help="names, separated by commas",
+    )
+    parser.add_argument(
+        "--bits", action="store_true", help="the numbers are codes: 0x3f, 0b0111 or 63"
+    )
+    modes = list(ROUNDINGS)
+    parser.add_argument("--rounding", choices=modes, default="nearest_even", help="the mode")
+    policies = list(get_args(get_args(Overflow)[0]))
+    parser.add_argument(
+        "--overflow",
+        choices=policies,
+        help="what becomes of numbers beyond the format's end; left out: as ml_dtypes",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help=_FILES)
+    recipe_list = "recipes, or formats for a cast without a scale, separated by commas"
+    parser.add_argument("--recipes", type=_names, metavar="NAMES", help=recipe_list)
+    parser.add_argument("--include", metavar="REGEX", help="only tensors in whose name it is found")
+    parser.add_argument("--exclude", metavar="REGEX", help="no tensors in whose name it is found")
+    parser.add_argument(
+        "--min-axes",
+        type=int,
+        default=2,
+        metavar="N",
+        help="tensors of fewer axes are kept as they are (default: 2, so biases and norms)",
+    )
+    _axis(parser, default=-1)
+    parser.add_argument(
+        "--worst", type=int, metavar="N", help="show the N worst tensors of each recipe"
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print all as JSON")
+    group.add_argument("--csv", action="store_true", help="print all tensors as CSV")
+    parser.add_argument("--html", metavar="REPORT.html", help="write a page with pictures, too")
+
+
+def _axis(parser: argparse.ArgumentParser, default: int | None) -> None:
+    """Adds `--axis`, the contracted axis of the tensors of a file."""
+    kept = "the last axis" if default is None else str(default)
+    parser.add_argument(
+        "--axis",
+        type=int,
+        default=default,
+        metavar="N",
+        help="the axis that products contract, along which blocks lie: -1 for weights "
+        f"[outputs, inputs] (PyTorch), -2 for kernels [inputs, outputs] (Flax); default: {kept}",
+    )
+
+
+def _plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="all are listed without")
+    parser.add_argument("-o", "--output", metavar="FILE", help="ends in .png, .svg or .pdf")
+    for option in ("--formats", "--recipes", "--models", "--devices"):
+        names = "separated by commas"
+        parser.add_argument(option, type=_names, metavar="NAMES", help=names)
+    parser.add_argument("--context", type=int, help="tokens in the cache")
+    parser.add_argument("--batch", type=int, help="sequences")
+    parser.add_argument("--title", help="above the picture")
+    parser.add_argument("--file", metavar="FILE", help="where numbers come from; else normal ones")
+    parser.add_argument("--tensor", metavar="NAME", help="which of the file's tensors")
+    _axis(parser, default=None)
+    parser.add_argument("--seed", type=int, default=0, help="of the normal numbers")
+
+
+def _memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--params", type=_count, action="append", metavar="N", help="parameters, such as 7B or 7e9"
+    )
+    names = "separated by commas"
+    parser.add_argument("--recipes", type=_names, metavar="NAMES", help=names)
+    parser.add_argument("--context", type=int, help="tokens in the cache, of each sequence")
+    parser.add_argument("--batch", type=int, help="sequences")
+    parser.add_argument("--kv", metavar="RECIPE", help="of keys and values")
+    parser.add_argument("--embeddings", metavar="RECIPE", help="of embedding and output")
+    parser.add_argument("--overhead", type=float, help="what else it takes, as a share (0.1)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _fits(parser: argparse.ArgumentParser) -> None:
+    _memory(parser)
+    known = f"of {', '.join(DEVICES)}, separated by commas"
+    parser.add_argument("--devices", type=_names, metavar="NAMES", help=known)
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("log", metavar="LOG", help="a file of jaxq.analysis.StatisticsLog")
+    parser.add_argument("-o", "--output", metavar="PAGE.html", help="write a page with pictures")
+    parser.add_argument(
+        "--worst", type=int, default=3, metavar="N", help="tensors of each statistic (default: 3)"
+    )
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help=_FILES)
+    parser.add_argument("--metadata", action="store_true", help="print the metadata in full")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _recipes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all if left out")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="IN", help=_FILES)
+    parser.add_argument("output", metavar="OUT", help="a .safetensors (for jaxq.load) or .gguf")
+    parser.add_argument("--recipe", metavar="NAME", help="of all tensors that no rule matches")
+    parser.add_argument(
+        "--rules",
+        metavar="FILE",
+        help="JSON, a list of pairs [regular expression, recipe or null]: the first expression "
+        "found in a tensor's name counts, and null keeps the tensor",
+    )
+    parser.add_argument(
+        "--imatrix", metavar="FILE", help="importance for GGUF types, a .gguf of llama-imatrix"
+    )
+    parser.add_argument(
+        "--min-axes",
+        type=int,
+        default=2,
+        metavar="N",
+        help="tensors of fewer axes are kept as they are (default: 2)",
+    )
+    _axis(parser, default=-1)
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+_Command = tuple[
+    str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]
+]
+
+_COMMANDS: dict[str, _Command] = {
+    "formats": ("properties or values of number formats", _formats, formats.list_formats),
+    "show": ("what formats make of a number, to the bit", _show, formats.show),
+    "compare": ("what recipes do to the tensors of a file", _compare, compare.run),
+    "inspect": ("the tensors and the metadata of a file", _inspect, inspect.run),
+    "recipes": ("the named recipes: bits, blocks and scales", _recipes, recipes.run),
+    "quantize": ("write a file with its tensors quantized", _quantize, quantize.run),
+    "plot": ("draw one of the pictures", _plot, plot.run),
+    "report": ("where and when a training run lost precision", _report, training.run),
+    "memory": ("what a model takes in several recipes", _memory, memory.memory),
+    "fits": ("which model fits which accelerator", _fits, memory.fits),
+}

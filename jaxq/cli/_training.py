@@ -1,0 +1,109 @@
+"""The command `jaxq report`: a page with pictures of the statistics of a training run."""
+
+import argparse
+import base64
+import html
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxq.analysis import Log, plots, read_log
+from jaxq.cli._output import UsageError, atomic, bad_input, number, print_table
+from jaxq.cli._plot import image
+
+__all__ = ["run"]
+
+_MAPS = {
+    "sqnr_db": "signal to quantization noise",
+    "clipped": "the fraction that is clipped",
+    "flushed": "the fraction that is flushed to zero",
+    "nonfinite": "the fraction that is NaN or infinite",
+}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em;
+       color: #222; }
+table { border-collapse: collapse; margin: 1em 0 2em; font-variant-numeric: tabular-nums; }
+th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #e4e4e4; }
+th { border-bottom: 2px solid #666; }
+th:first-child, td:first-child { text-align: left; font-family: ui-monospace, monospace; }
+img { max-width: 100%; }
+"""
+
+
+class _Worst(NamedTuple):
+    """The worst value of a statistic over a run."""
+
+    statistic: str
+    tensor: str
+    step: int
+    value: float
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the worst values of a log, and writes a page with pictures."""
+    try:
+        log = read_log(args.log)
+    except OSError as error:
+        raise UsageError(f"{args.log}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    worst = [found for statistic in _MAPS for found in _worst(log, statistic, args.worst)]
+    print_table(
+        [{**w._asdict(), "value": number(w.value, 4)} for w in worst], left=["statistic", "tensor"]
+    )
+    if args.output is not None:
+        with bad_input():
+            page = _page(args.log, log, worst)
+        with atomic(args.output, "w") as file:
+            file.write(page)
+
+
+def _worst(log: Log, statistic: str, count: int) -> Iterator[_Worst]:
+    """Yields the worst tensors of a statistic, each at its worst step."""
+    found = []
+    for name, values in log.values.items():
+        path, _, last = name.rpartition("/")
+        if last != statistic or not len(log.steps):
+            continue
+        columns = values.reshape(len(log.steps), -1)
+        for i in range(columns.shape[1]):
+            column = columns[:, i]
+            if np.isnan(column).all():
+                continue
+            at = int(np.nanargmin(column) if statistic == "sqnr_db" else np.nanargmax(column))
+            where = path if values.ndim == 1 else f"{path} [{i}]"
+            found.append(_Worst(statistic, where, int(log.steps[at]), float(column[at])))
+    sign = 1 if statistic == "sqnr_db" else -1
+    yield from sorted(found, key=lambda w: sign * w.value)[:count]
+
+
+def _page(name: str, log: Log, worst: list[_Worst]) -> str:
+    lines = [
+        f"<tr><td>{html.escape(w.tensor)}</td><td>{w.statistic}</td><td>{w.step}</td>"
+        f"<td>{number(w.value, 4)}</td></tr>"
+        for w in worst
+    ]
+    parts = [
+        f"<h1>{html.escape(str(name))}</h1>",
+        f"<p>{len(log.steps)} steps, {len(log.values)} statistics.</p>",
+        "<h2>The worst tensors, each at its worst step</h2>",
+        "<table><tr><th>tensor</th><th>statistic</th><th>step</th><th>value</th></tr>",
+        *lines,
+        "</table>",
+    ]
+    names = {column.rpartition("/")[2] for column in log.values}
+    for statistic, caption in _MAPS.items():
+        if statistic in names and len(log.steps):
+            data = base64.b64encode(image(plots.statistics_map(log, statistic), "png")).decode()
+            source = f"data:image/png;base64,{data}"
+            parts.append(f'<h2>{caption}</h2><img alt="{caption}" src="{source}">')
+    for column in log.values:
+        tensor, _, last = column.rpartition("/")
+        if last == "exponents" and len(log.steps):
+            data = base64.b64encode(image(plots.exponents_by_step(log, tensor), "png")).decode()
+            own = html.escape(tensor)
+            source = f"data:image/png;base64,{data}"
+            parts.append(f'<h2>Exponents of {own}</h2><img alt="{own}" src="{source}">')
+    head = f'<meta charset="utf-8"><title>jaxq report</title><style>{_STYLE}</style>'
+    return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"

@@ -1,0 +1,67 @@
+"""Codebook formats, defined by a list of levels."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import numpy as np
+
+from jaxq.formats._derived import Derived, require
+
+__all__ = ["CodebookFormat"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CodebookFormat(Derived):
+    """A table of at most 256 levels, in which code i represents `levels[i]`.
+
+    Attributes:
+      name: the name, as in `FloatFormat`.
+      levels: the value of each code, in code order; they need not be sorted. They are stored as
+        float32 values, the precision in which all known tables are published. If several codes
+        have the same value, encoding returns the first one.
+      ties: the direction in which a value exactly half way between two levels is rounded:
+        `"down"` (the lower level) or `"up"`. Both "nearest" rounding modes use it.
+
+    Raises:
+      ValueError: if there are fewer than two distinct levels or more than 256 levels, or if a level
+        is not finite or is a float32 subnormal.
+
+    Example:
+      >>> CodebookFormat("ternary", (-1.0, 0.0, 1.0)).bits
+      2
+    """
+
+    name: str
+    levels: tuple[float, ...]
+    ties: Literal["down", "up"] = "down"
+
+    def __post_init__(self) -> None:
+        check = functools.partial(require, "CodebookFormat", self.name)
+        check(2 <= len(self.levels) <= 256, "`levels` must hold 2 to 256 values", len(self.levels))
+        levels = np.asarray(self.levels, np.float32)
+        check(bool(np.isfinite(levels).all()), "`levels` must be finite", self.levels)
+        check(len(np.unique(levels)) >= 2, "`levels` must differ", self.levels)
+        subnormal = (levels != 0) & (np.abs(levels) < np.finfo(np.float32).tiny)
+        check(not subnormal.any(), "`levels` must not be float32 subnormals", self.levels)
+        check(self.ties in ("down", "up"), "`ties` must be 'down' or 'up'", self.ties)
+        object.__setattr__(self, "levels", tuple(float(v) + 0.0 for v in levels))
+
+    @property
+    def bits(self) -> int:
+        """The width of a code in bits."""
+        return (len(self.levels) - 1).bit_length()
+
+    @property
+    def signed(self) -> bool:
+        """True if any level is negative."""
+        return min(self.levels) < 0
+
+    @property
+    def _values(self) -> np.ndarray:
+        return np.unique(np.asarray(self.levels, np.float64))
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest positive level, equal to `min_positive`."""
+        return self.min_positive

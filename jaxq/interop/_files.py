@@ -1,0 +1,259 @@
+"""Reading of tensor files: headers are checked against the file's size, tensors read one by one.
+
+The bytes are read, not memory-mapped: if another program truncates a mapped file, this process is
+killed by a signal, whereas a read reports the error. To add a kind of file, parse its entries in
+`open_tensors`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import jax
+import ml_dtypes  # noqa: F401  Registers its dtypes with NumPy by name.
+import numpy as np
+
+from jaxq.interop._entries import MAX_TENSORS, Entry, FileError
+from jaxq.interop._npy import read_npy_header
+from jaxq.interop._safetensors import MAX_HEADER, read_header
+from jaxq.interop.gguf import TYPES, Packed
+from jaxq.interop.gguf._container import MAGIC, read_contents
+
+__all__ = ["TensorFile", "open_tensors"]
+
+_BINARY = getattr(os, "O_BINARY", 0)  # Only Windows has and needs it.
+_RATIO, _SMALL = 200, 2**26  # The highest compression ratio, for members above this many bytes.
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """An open file of tensors.
+
+    Attributes:
+      path: the path of the file.
+      entries: the tensors in the file.
+      metadata: the metadata of a GGUF file, or text in the header of a safetensors file, by key.
+      source: the open file or archive; None for a folder.
+      parts: the file of each tensor of a folder, by name.
+    """
+
+    path: pathlib.Path
+    entries: tuple[Entry, ...]
+    metadata: dict[str, Any]
+    source: IO[bytes] | zipfile.ZipFile | None
+    parts: Mapping[str, "TensorFile"] = dataclasses.field(default_factory=dict)
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """Returns the numbers of an entry as float32; only float64 numbers are rounded.
+
+        Raises:
+          FileError: if the file has changed, or an archive's member is damaged.
+        """
+        if entry.packed is not None:
+            return np.asarray(self.packed(entry).dequantize())
+        array = self.raw(entry)
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(array, np.float32).reshape(entry.shape)
+
+    def packed(self, entry: Entry) -> Packed:
+        """Returns an entry of a block type, still packed."""
+        assert entry.packed is not None
+        return Packed(jax.device_put(self.raw(entry)), entry.packed, np.dtype(np.float32))
+
+    def raw(self, entry: Entry) -> np.ndarray:
+        """Returns an entry in the dtype of the file; block types as uint8, one row of bytes each.
+
+        Raises:
+          FileError: if the file has changed, or an archive's member is damaged.
+        """
+        if self.parts:
+            return self.parts[entry.name].raw(entry)
+        assert entry.numpy_dtype is not None or entry.packed is not None
+        assert self.source is not None
+        data = np.empty(entry.nbytes, np.uint8)
+        try:
+            if isinstance(self.source, zipfile.ZipFile):
+                assert entry.member is not None
+                with self.source.open(entry.member) as file:
+                    file.read(entry.start)
+                    full = _fill(file, data) and not file.read(1)  # Reading the end checks the CRC.
+            else:
+                self.source.seek(entry.start)
+                full = _fill(self.source, data)
+        except (zipfile.BadZipFile, EOFError, *_ZLIB) as error:
+            raise FileError(f"{self.path}: {entry.name!r} is damaged: {error}.") from error
+        if not full:
+            raise FileError(f"{self.path}: it became shorter after it was opened.")
+        if entry.packed is not None:
+            layout = TYPES[entry.packed]
+            row = entry.shape[-1] // layout.block * layout.size
+            return data.reshape(*entry.shape[:-1], row)
+        array = data.view(np.dtype(entry.numpy_dtype))
+        try:
+            return array.reshape(entry.shape, order="F" if entry.fortran else "C")
+        except ValueError as error:  # An empty shape whose other axes have a product beyond int64.
+            raise FileError(
+                f"{self.path}: {entry.name!r} has a shape that NumPy does not support."
+            ) from error
+
+
+def _zlib_errors() -> tuple[type[Exception], ...]:
+    import zlib
+
+    return (zlib.error,)
+
+
+_ZLIB = _zlib_errors()
+
+
+def _fill(file: IO[bytes], data: np.ndarray) -> bool:
+    """Fills an array with bytes from a file, in chunks; returns False if the file ends early."""
+    view, done = data.data, 0
+    while done < len(view):
+        # Every binary file has `readinto`, but their common type does not declare it.
+        got = file.readinto(view[done : done + 2**24])  # pyright: ignore[reportAttributeAccessIssue]
+        if not got:
+            return False
+        done += got
+    return True
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | pathlib.Path) -> Iterator[TensorFile]:
+    """Opens a file of tensors, or a folder of such files, and checks the headers.
+
+    The kind of a file is recognized by its first bytes, else by its ending.
+
+    Args:
+      path: the path of a GGUF, safetensors, .npz or .npy file; of an index of safetensors files
+        (`model.safetensors.index.json`); or of a folder with an index or safetensors files.
+
+    Yields:
+      The open file.
+
+    Raises:
+      FileError: if the file cannot be opened or violates its format.
+    """
+    path = pathlib.Path(path)
+    with contextlib.ExitStack() as stack:
+        if path.is_dir() or path.name.endswith(".index.json"):
+            shards = [stack.enter_context(_opened(shard)) for shard in _shards(path)]
+            parts = {entry.name: shard for shard in shards for entry in shard.entries}
+            entries = tuple(entry for shard in shards for entry in shard.entries)
+            if len(parts) != len(entries):
+                raise FileError(f"{path}: a tensor occurs in two of its files.")
+            yield TensorFile(path, entries, {}, None, parts)
+        else:
+            yield stack.enter_context(_opened(path))
+
+
+def _shards(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of a folder or index."""
+    index = path / "model.safetensors.index.json" if path.is_dir() else path
+    folder = index.parent
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise FileError(
+                f"{path}: it must be a regular file, or a folder with safetensors files."
+            )
+        return files
+    try:
+        if index.stat().st_size > MAX_HEADER:
+            raise ValueError("it is too large")
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(pathlib.PurePath(name).name != name for name in names):
+            raise ValueError("it names files of other folders")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise FileError(f"{index}: not a valid index: {error}.") from error
+    return [folder / name for name in names]
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[TensorFile]:
+    """Opens one file."""
+    try:
+        # Without O_NONBLOCK, opening a pipe would block until there is a writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}.") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise FileError(f"{path}: it must be a regular file, not a folder, pipe or device.")
+    file = os.fdopen(descriptor, "rb")
+    with contextlib.ExitStack() as stack:
+        source: IO[bytes] | zipfile.ZipFile = stack.enter_context(file)
+        size, metadata = status.st_size, {}
+        kind = _kind(file.read(16), path.suffix)
+        file.seek(0)
+        try:
+            if kind == ".npz":
+                source = stack.enter_context(_archive(file))
+                entries = _members(source)
+            elif kind == ".npy":
+                entries = (read_npy_header(file, size, path.stem),)
+            elif kind == ".gguf":
+                entries, metadata = read_contents(file, size)
+            elif kind == ".safetensors":
+                entries, metadata = read_header(file, size)
+            else:
+                raise FileError("the file must be GGUF, safetensors, .npz or .npy.")
+        except FileError as error:
+            raise FileError(f"{path}: {error}") from error
+        yield TensorFile(path, entries, metadata, source)
+
+
+def _kind(begin: bytes, suffix: str) -> str:
+    """Returns the ending that fits the first bytes of a file, else its own."""
+    for magic, kind in ((MAGIC, ".gguf"), (b"\x93NUMPY", ".npy"), (b"PK\x03\x04", ".npz")):
+        if begin.startswith(magic):
+            return kind
+    return ".safetensors" if begin[8:9] == b"{" else suffix
+
+
+def _archive(file: IO[bytes]) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise FileError(f"not a valid archive: {error}.") from error
+
+
+def _members(archive: zipfile.ZipFile) -> tuple[Entry, ...]:
+    """Returns the arrays of an archive; only their headers are unpacked."""
+    infos, entries, end = sorted(archive.infolist(), key=lambda i: i.header_offset), [], 0
+    if len(infos) > MAX_TENSORS:
+        raise FileError(f"it has {len(infos)} members, more than the {MAX_TENSORS} allowed.")
+    names = [info.filename for info in infos]
+    if len(set(names)) != len(names):
+        raise FileError("not a valid archive: it has a duplicate name.")
+    for info in infos:
+        name = info.filename
+        if not name.endswith(".npy") or name.startswith("/") or ".." in name.split("/"):
+            raise FileError(f"not a valid archive of arrays: it has a member {name!r}.")
+        if info.header_offset < end:
+            raise FileError(f"not a valid archive: {name!r} overlaps another member.")
+        end = info.header_offset + 30 + len(name.encode()) + info.compress_size
+        known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if info.flag_bits & 1 or not known:
+            raise FileError(f"{name!r} is encrypted or uses an unsupported compression method.")
+        if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
+            raise FileError(f"{name!r} is stored uncompressed but has two different sizes.")
+        if info.file_size > max(_SMALL, _RATIO * info.compress_size):
+            raise FileError(
+                f"{name!r} would unpack from {info.compress_size} to {info.file_size} bytes, more "
+                f"than {_RATIO} times as many. If this is intended, save it with numpy.savez."
+            )
+        try:
+            with archive.open(info) as file:
+                entry = read_npy_header(file, info.file_size, name[:-4])
+        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, *_ZLIB) as error:
+            raise FileError(f"{name!r} is damaged: {error}.") from error
+        entries.append(dataclasses.replace(entry, member=name))
+    return tuple(entries)

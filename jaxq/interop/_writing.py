@@ -1,0 +1,41 @@
+"""Files that appear under their names only when they are complete."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+__all__ = ["atomic"]
+
+
+@contextlib.contextmanager
+def atomic(path: str | pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Yields a file that replaces the one at `path` only when it is complete.
+
+    It is written to a temporary file in the same folder and renamed at the end; an error removes
+    the temporary file.
+
+    Args:
+      path: the path of the file.
+      mode: `"w"` or `"wb"`. Default: `"wb"`.
+
+    Raises:
+      OSError: if the path is not a regular file, or its folder is missing or not writable.
+    """
+    path = pathlib.Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    if path.exists() and not path.is_file():  # Do not replace a device or pipe.
+        raise OSError("it is not a regular file")
+    file = beside.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # The data must not reach the disk after the new name.
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,24 @@
+"""GGUF, the file format of llama.cpp and other programs that use ggml.
+
+`quantize` and `dequantize` convert tensors to and from the block types of ggml, such as `q4_k`,
+with the same bytes as ggml. `pack` and `unpack` convert a `jaxq.Quantized` of the recipes `q8_0`,
+`q4_0`, `q4_1`, `q5_0` and `q5_1`, which are the types of the same names, to and from those bytes.
+`write` writes files, and `jaxq.interop.open_tensors` reads them.
+"""
+
+from jaxq.interop.gguf._container import Tensor, write
+from jaxq.interop.gguf._legacy import pack, unpack
+from jaxq.interop.gguf._tensors import TYPES, Packed, dequantize, fake_quant, fallback, quantize
+
+__all__ = [
+    "TYPES",
+    "Packed",
+    "Tensor",
+    "dequantize",
+    "fake_quant",
+    "fallback",
+    "pack",
+    "quantize",
+    "unpack",
+    "write",
+]

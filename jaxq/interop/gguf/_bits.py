@@ -1,0 +1,47 @@
+"""Fields of ggml's blocks: codes of 1, 2 or 4 bits that are interleaved within bytes."""
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+__all__ = ["gather", "halves", "join_halves", "spread"]
+
+
+def spread(data: jax.Array, width: int, bits: int) -> jax.Array:
+    """Returns the codes in bytes, whose lowest bits hold the first `width` codes.
+
+    Each group of `width` bytes holds 8 / bits runs of `width` codes: the first run in the lowest
+    bits of the bytes, the next one in the bits above.
+
+    Args:
+      data: uint8 `[blocks, bytes]`.
+      width: the number of bytes in a group.
+      bits: the width of a code.
+
+    Returns:
+      uint8 `[blocks, 8 / bits · bytes]`.
+    """
+    shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
+    runs = data.reshape(data.shape[0], data.shape[1] // width, 1, width) >> shifts
+    return (runs & np.uint8(2**bits - 1)).reshape(data.shape[0], -1)
+
+
+def gather(codes: jax.Array, width: int, bits: int) -> jax.Array:
+    """Returns the bytes that hold codes; the inverse of `spread`."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
+    runs = codes.reshape(codes.shape[0], -1, 8 // bits, width) << shifts
+    return lax.reduce_or(runs, (2,)).reshape(codes.shape[0], -1)
+
+
+def halves(x: jax.Array) -> jax.Array:
+    """Returns float32 `[blocks]` as the bytes of float16 numbers, `[blocks, 2]`."""
+    codes = lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16)
+    return jnp.stack([codes, codes >> np.uint16(8)], axis=-1).astype(jnp.uint8)
+
+
+def join_halves(data: jax.Array) -> jax.Array:
+    """Returns the values of float16 numbers from their bytes; the inverse of `halves`."""
+    low, high = (data[..., i].astype(jnp.uint16) for i in (0, 1))
+    codes = low | high << np.uint16(8)
+    return lax.bitcast_convert_type(codes, jnp.float16).astype(jnp.float32)

@@ -1,0 +1,279 @@
+"""The bytes of ggml's block types: their fields, and the values that they stand for.
+
+A layout cuts blocks of bytes into fields (`read`), joins fields to bytes (`write`), and computes
+values from fields (`values`). All products of a scale and a code are float32 numbers, so values do
+not depend on how a compiler fuses the arithmetic.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.interop.gguf._bits import gather, halves, join_halves, spread
+
+__all__ = ["E2M1", "IQ4", "LAYOUTS", "Fields", "Layout", "e8m0_half", "ue4m3_half"]
+
+Fields = Mapping[str, jax.Array]
+Reader = Callable[[jax.Array], jax.Array]
+Writer = Callable[[jax.Array], jax.Array]
+
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # Doubled.
+
+
+class Part(NamedTuple):
+    """Consecutive bytes of a block: their number, and functions that read and write them."""
+
+    size: int
+    read: Reader
+    write: Writer
+
+
+class Layout(NamedTuple):
+    """A block type.
+
+    Attributes:
+      number: its number in files, of the enumeration `ggml_type`.
+      block: the number of elements in a block.
+      size: the number of bytes in a block.
+      read: returns the fields of blocks of bytes, uint8 `[blocks, size]`.
+      write: returns the bytes of fields.
+      values: returns float32 `[blocks, block]` from fields.
+    """
+
+    number: int
+    block: int
+    size: int
+    read: Callable[[jax.Array], Fields]
+    write: Callable[[Fields], jax.Array]
+    values: Callable[[Fields], jax.Array]
+
+
+def _bytes(size: int) -> Part:
+    return Part(size, lambda data: data, lambda codes: codes)
+
+
+def _signed(size: int) -> Part:
+    def as_type(dtype: str) -> Reader:
+        return lambda data: lax.bitcast_convert_type(data, jnp.dtype(dtype))
+
+    return Part(size, as_type("int8"), as_type("uint8"))
+
+
+def _codes(size: int, width: int, bits: int) -> Part:
+    return Part(size, lambda d: spread(d, width, bits), lambda c: gather(c, width, bits))
+
+
+_HALF = Part(2, join_halves, halves)
+
+
+def _layout(number: int, block: int, parts: Mapping[str, Part], values: Callable) -> Layout:
+    ends = np.cumsum([part.size for part in parts.values()]).tolist()
+
+    def read(data: jax.Array) -> Fields:
+        fields = {}
+        for (name, part), end in zip(parts.items(), ends, strict=True):
+            fields[name] = part.read(data[:, end - part.size : end])
+        return fields
+
+    def write(fields: Fields) -> jax.Array:
+        columns = [part.write(fields[name]) for name, part in parts.items()]
+        return jnp.concatenate(columns, axis=-1)
+
+    return Layout(number, block, ends[-1], read, write, values)
+
+
+def _float(codes: jax.Array, offset: int = 0) -> jax.Array:
+    """Returns codes as float32 numbers, less an offset."""
+    return (codes.astype(jnp.int32) - np.int32(offset)).astype(jnp.float32)
+
+
+def _scaled(scale: jax.Array, q: jax.Array) -> jax.Array:
+    """Returns products of scales `[blocks, parts]` and numbers `[blocks, elements]`."""
+    parts = q.reshape(*scale.shape, -1)
+    return (scale[..., None] * parts).reshape(q.shape)
+
+
+def _one(offset: int, minimum: bool = False) -> Callable[[Fields], jax.Array]:
+    """Returns the values of types with one scale (and one minimum) per block."""
+
+    def values(f: Fields) -> jax.Array:
+        q = f["q"] | f["high"] << np.uint8(4) if "high" in f else f["q"]
+        y = f["d"][:, None] * _float(q, offset)
+        return y + f["m"][:, None] if minimum else y
+
+    return values
+
+
+def _two_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the 6-bit scales and minima of Q4_K and Q5_K from their 12 bytes."""
+    low, middle, high = scales[:, :4], scales[:, 4:8], scales[:, 8:]
+    six, four, two = np.uint8(63), np.uint8(4), np.uint8(6)
+    s = jnp.concatenate([low & six, high & np.uint8(15) | low >> two << four], axis=1)
+    m = jnp.concatenate([middle & six, high >> four | middle >> two << four], axis=1)
+    return s, m
+
+
+def two_scales_bytes(s: jax.Array, m: jax.Array) -> jax.Array:
+    """Returns the 12 bytes of Q4_K's and Q5_K's scales and minima."""
+    four, two = np.uint8(4), np.uint8(6)
+    low = s[:, :4] | s[:, 4:] >> four << two
+    middle = m[:, :4] | m[:, 4:] >> four << two
+    high = s[:, 4:] & np.uint8(15) | (m[:, 4:] & np.uint8(15)) << four
+    return jnp.concatenate([low, middle, high], axis=1)
+
+
+def _k_affine(f: Fields) -> jax.Array:
+    s, m = _two_scales(f["scales"])
+    q = f["q"] | f["high"] << np.uint8(4) if "high" in f else f["q"]
+    low = f["m"][:, None] * _float(m)
+    y = _scaled(f["d"][:, None] * _float(s), _float(q))
+    return (y.reshape(*low.shape, -1) - low[..., None]).reshape(y.shape)
+
+
+def _q2_k(f: Fields) -> jax.Array:
+    s, m = f["scales"] & np.uint8(15), f["scales"] >> np.uint8(4)
+    low = f["m"][:, None] * _float(m)
+    y = _scaled(f["d"][:, None] * _float(s), _float(f["q"]))
+    return (y.reshape(*low.shape, -1) - low[..., None]).reshape(y.shape)
+
+
+def _q3_k(f: Fields) -> jax.Array:
+    s = f["low"] | f["top"] << np.uint8(4)
+    return _scaled(f["d"][:, None] * _float(s, 32), _float(f["q"] | f["high"] << np.uint8(2), 4))
+
+
+def _q6_k(f: Fields) -> jax.Array:
+    q = f["q"] | f["high"] << np.uint8(4)
+    return _scaled(f["d"][:, None] * _float(f["scales"]), _float(q, 32))
+
+
+def _table(levels: np.ndarray, codes: jax.Array) -> jax.Array:
+    return jnp.asarray(levels.astype(np.float32))[codes]
+
+
+def _iq4_nl(f: Fields) -> jax.Array:
+    return f["d"][:, None] * _table(IQ4, f["q"])
+
+
+def _iq4_xs(f: Fields) -> jax.Array:
+    s = f["low"] | f["top"] << np.uint8(4)
+    return _scaled(f["d"][:, None] * _float(s, 32), _table(IQ4, f["q"]))
+
+
+def e8m0_half(e: jax.Array) -> jax.Array:
+    """Returns 2^(e - 128), the scale of the doubled elements of MXFP4."""
+    e = e.astype(jnp.int32)
+    bits = jnp.where(e < 2, np.int32(0x200000) << e, (e - np.int32(1)) << np.int32(23))
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def ue4m3_half(code: jax.Array) -> jax.Array:
+    """Returns half of an unsigned E4M3 number, the scale of the doubled elements of NVFP4."""
+    e, m = code >> np.uint8(3) & np.uint8(15), code & np.uint8(7)
+    small = _float(m) * np.float32(2**-10)
+    bits = ((e.astype(jnp.int32) + np.int32(119)) << 23) | m.astype(jnp.int32) << 20
+    value = jnp.where(e == 0, small, lax.bitcast_convert_type(bits, jnp.float32))
+    return jnp.where(code == 0x7F, np.float32(0), value)
+
+
+def _mxfp4(f: Fields) -> jax.Array:
+    return _scaled(e8m0_half(f["e"]), _table(E2M1, f["q"]))
+
+
+def _nvfp4(f: Fields) -> jax.Array:
+    return _scaled(ue4m3_half(f["scales"]), _table(E2M1, f["q"]))
+
+
+def _trits(size: int, width: int, count: int) -> Part:
+    """Returns the part of TQ1_0 in which a byte holds five ternary digits, or four."""
+    powers = 3 ** np.arange(count, dtype=np.uint16).reshape(1, 1, -1, 1)
+
+    def read(data: jax.Array) -> jax.Array:
+        runs = data.reshape(data.shape[0], -1, 1, width).astype(jnp.uint16)
+        digits = (runs * powers & np.uint16(255)) * np.uint16(3) >> np.uint16(8)
+        return digits.reshape(data.shape[0], -1).astype(jnp.uint8)
+
+    def write(codes: jax.Array) -> jax.Array:
+        runs = codes.reshape(codes.shape[0], -1, count, width).astype(jnp.uint32)
+        weights = 3 ** (4 - np.arange(count, dtype=np.uint32)).reshape(1, 1, -1, 1)
+        whole = (runs * weights).sum(axis=2, dtype=jnp.uint32)
+        whole = (whole * np.uint32(256) + np.uint32(242)) // np.uint32(243)
+        return whole.reshape(codes.shape[0], -1).astype(jnp.uint8)
+
+    return Part(size, read, write)
+
+
+def _tq1_0(f: Fields) -> jax.Array:
+    q = jnp.concatenate([f["q"], f["q16"], f["q4"]], axis=-1)
+    return f["d"][:, None] * _float(q, 1)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "q4_0": _layout(2, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _one(8)),
+    "q4_1": _layout(3, 32, {"d": _HALF, "m": _HALF, "q": _codes(16, 16, 4)}, _one(0, True)),
+    "q5_0": _layout(6, 32, {"d": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)}, _one(16)),
+    "q5_1": _layout(
+        7,
+        32,
+        {"d": _HALF, "m": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)},
+        _one(0, True),
+    ),
+    "q8_0": _layout(8, 32, {"d": _HALF, "q": _signed(32)}, _one(0)),
+    "q2_k": _layout(
+        10, 256, {"scales": _bytes(16), "q": _codes(64, 32, 2), "d": _HALF, "m": _HALF}, _q2_k
+    ),
+    "q3_k": _layout(
+        11,
+        256,
+        {
+            "high": _codes(32, 32, 1),
+            "q": _codes(64, 32, 2),
+            "low": _codes(8, 8, 4),
+            "top": _codes(4, 4, 2),
+            "d": _HALF,
+        },
+        _q3_k,
+    ),
+    "q4_k": _layout(
+        12, 256, {"d": _HALF, "m": _HALF, "scales": _bytes(12), "q": _codes(128, 32, 4)}, _k_affine
+    ),
+    "q5_k": _layout(
+        13,
+        256,
+        {
+            "d": _HALF,
+            "m": _HALF,
+            "scales": _bytes(12),
+            "high": _codes(32, 32, 1),
+            "q": _codes(128, 32, 4),
+        },
+        _k_affine,
+    ),
+    "q6_k": _layout(
+        14,
+        256,
+        {"q": _codes(128, 64, 4), "high": _codes(64, 32, 2), "scales": _signed(16), "d": _HALF},
+        _q6_k,
+    ),
+    "iq4_nl": _layout(20, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _iq4_nl),
+    "iq4_xs": _layout(
+        23,
+        256,
+        {"d": _HALF, "top": _codes(2, 1, 2), "low": _codes(4, 1, 4), "q": _codes(128, 16, 4)},
+        _iq4_xs,
+    ),
+    "tq1_0": _layout(
+        34,
+        256,
+        {"q": _trits(32, 32, 5), "q16": _trits(16, 16, 5), "q4": _trits(4, 4, 4), "d": _HALF},
+        _tq1_0,
+    ),
+    "tq2_0": _layout(35, 256, {"q": _codes(64, 32, 2), "d": _HALF}, _one(1)),
+    "mxfp4": _layout(39, 32, {"e": _bytes(1), "q": _codes(16, 16, 4)}, _mxfp4),
+    "nvfp4": _layout(40, 64, {"scales": _bytes(4), "q": _codes(32, 8, 4)}, _nvfp4),
+}

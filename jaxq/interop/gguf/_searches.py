@@ -1,0 +1,296 @@
+"""The searches for scales that ggml makes, one number of the block after another.
+
+Sums are made in the order of the elements and every product is rounded before it is added, as in
+ggml's C code without fused multiplication and addition. Arrays are `[elements, blocks]`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._jax.arithmetic import divide, rounded
+
+__all__ = ["Affine", "Scaled", "affine", "levels", "nearest", "positive", "sums", "symmetric"]
+__all__ += ["descent", "largest", "product", "quotient"]
+
+EPS = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: smaller blocks become zero.
+
+_UNROLL = 8
+
+
+class Scaled(NamedTuple):
+    """The scale of each block, and codes as integers."""
+
+    scale: jax.Array
+    codes: jax.Array
+
+
+class Affine(NamedTuple):
+    """The scale and the negative minimum of each block, and codes as integers."""
+
+    scale: jax.Array
+    minimum: jax.Array
+    codes: jax.Array
+
+
+def product(*factors: jax.Array | np.float32) -> jax.Array:
+    """Returns a product from left to right, each step rounded."""
+    result = jnp.asarray(factors[0])
+    for factor in factors[1:]:
+        result = rounded(result * factor)
+    return result
+
+
+def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns correctly rounded quotients, which XLA does not combine with other divisions.
+
+    It would turn c / (d / x) into x * (c / d) (seen on CPU, JAX 0.10).
+    """
+    return rounded(divide(a, b))
+
+
+def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns sums over the first axis, in order.
+
+    Args:
+      terms: maps one slice of each array to the terms of the sums, which are rounded.
+      arrays: arrays `[elements, blocks]`.
+    """
+    kinds = jax.eval_shape(lambda *a: terms(*(x[0] for x in a)), *arrays)
+    start = tuple(jnp.zeros(kind.shape, jnp.float32) for kind in kinds)
+
+    def step(carry: tuple, slices: tuple) -> tuple[tuple, None]:
+        added = (a + rounded(b) for a, b in zip(carry, terms(*slices), strict=True))
+        return tuple(added), None
+
+    return lax.scan(step, start, arrays, unroll=_UNROLL)[0]
+
+
+def nearest(x: jax.Array) -> jax.Array:
+    """Returns the nearest integers, ties to even, by adding 1.5 · 2^23 as ggml does."""
+    bits = lax.bitcast_convert_type(rounded(x) + np.float32(12582912), jnp.int32)
+    return (bits & np.int32(0x7FFFFF)) - np.int32(0x400000)
+
+
+def largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the amax of each block, and the first element with that magnitude, or 0."""
+    magnitude = jnp.abs(x)
+    at = jnp.argmax(magnitude, axis=0)[None]
+    amax = jnp.take_along_axis(magnitude, at, axis=0)[0]
+    signed = jnp.take_along_axis(x, at, axis=0)[0]
+    return amax, jnp.where(amax == 0, np.float32(0), signed)  # Never -0.
+
+
+def _ratio(a: jax.Array, b: jax.Array, ok: jax.Array) -> jax.Array:
+    """Returns a / b where `ok`, else 0."""
+    return jnp.where(ok, quotient(a, jnp.where(ok, b, np.float32(1))), np.float32(0))
+
+
+def _const(value: float, like: jax.Array) -> jax.Array:
+    return jnp.full(like.shape, value, jnp.float32)
+
+
+def _chosen(better: jax.Array, new: tuple, old: tuple) -> tuple:
+    """Returns the new values of the blocks that are better, and the old ones of the others."""
+    return tuple(jnp.where(better, a, b) for a, b in zip(new, old, strict=True))
+
+
+def symmetric(x: jax.Array, limit: int, weights: jax.Array) -> Scaled:
+    """Returns the scale that fits codes from -limit to limit - 1 best (ggml's make_qx_quants)."""
+    amax, signed = largest(x)
+    empty = amax < EPS
+    signed = jnp.where(empty, np.float32(1), signed)
+
+    def codes(inverse: jax.Array) -> jax.Array:
+        return jnp.clip(nearest(inverse[None] * x), -limit, limit - 1)
+
+    def fit(inverse: jax.Array) -> tuple[jax.Array, ...]:
+        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+            q = jnp.clip(nearest(inverse * x), -limit, limit - 1).astype(jnp.float32)
+            return product(w, x, q), product(w, q, q)
+
+        return sums(terms, x, weights)
+
+    def attempt(i: jax.Array, best: tuple) -> tuple:
+        score = best[-1]
+        step = jnp.where(i < 9, i - 9, i - 8)  # -9 to 9 without 0.
+        factor = np.float32(limit) + product(np.float32(0.1), step.astype(jnp.float32))
+        tried = quotient(jnp.broadcast_to(-factor, signed.shape), signed)
+        sum_lx, sum_l2 = fit(tried)
+        better = (sum_l2 > 0) & (product(sum_lx, sum_lx) > product(score, sum_l2))
+        new = _ratio(sum_lx, sum_l2, better)
+        return _chosen(better, (tried, new, product(new, sum_lx)), best)
+
+    inverse = quotient(_const(-limit, signed), signed)
+    sum_lx, sum_l2 = fit(inverse)
+    scale = _ratio(sum_lx, sum_l2, sum_l2 != 0)
+    inverse, scale, _ = lax.fori_loop(0, 18, attempt, (inverse, scale, product(scale, sum_lx)))
+    scale = jnp.where(empty, np.float32(0), scale)
+    return Scaled(scale, jnp.where(empty[None], np.int32(-limit), codes(inverse)))
+
+
+def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: int) -> tuple:
+    """Returns sums and codes after up to five sweeps that improve one code after another.
+
+    Returns:
+      Σ w x q and Σ w q² of each block, and the codes.
+    """
+
+    def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
+        return product(w, x, _f(q)), product(w, _f(q), _f(q))
+
+    sum_lx, sum_l2 = sums(terms, x, weights, start)
+    positive = low == 0
+
+    def element(sums_: tuple, slices: tuple) -> tuple[tuple, tuple]:
+        sum_lx, sum_l2, active = sums_
+        x, w, q = slices
+        lx = sum_lx - product(w, x, _f(q))
+        l2 = sum_l2 - product(w, _f(q), _f(q))
+        usable = active & (lx > 0) & ((l2 > 0) if positive else True)
+        safe = jnp.where(usable, lx, np.float32(1))
+        new = jnp.clip(nearest(quotient(product(x, l2), safe)), low, high)
+        lx2 = lx + product(w, x, _f(new))
+        l22 = l2 + product(w, _f(new), _f(new))
+        gain = product(lx2, lx2, sum_l2) > product(sum_lx, sum_lx, l22)
+        better = usable & (new != q) & gain & (positive | (l22 > 0))
+        sum_lx, sum_l2, q = _chosen(better, (lx2, l22, new), (sum_lx, sum_l2, q))
+        return (sum_lx, sum_l2, active), (q, better)
+
+    def sweep(_: jax.Array, state: tuple) -> tuple:
+        sum_lx, sum_l2, active, q = state
+        (sum_lx, sum_l2, _), (q, changed) = lax.scan(
+            element, (sum_lx, sum_l2, active), (x, weights, q)
+        )
+        return sum_lx, sum_l2, active & changed.any(axis=0), q
+
+    active = jnp.ones(x.shape[1:], bool)
+    sum_lx, sum_l2, _, q = lax.fori_loop(0, 5, sweep, (sum_lx, sum_l2, active, start))
+    return sum_lx, sum_l2, q
+
+
+def _f(q: jax.Array) -> jax.Array:
+    return q.astype(jnp.float32)
+
+
+def descent(x: jax.Array, limit: int) -> Scaled:
+    """Returns the scales and codes of Q3_K without an importance matrix (ggml's make_q3_quants)."""
+    amax, signed = largest(x)
+    empty = amax < EPS
+    inverse = quotient(_const(-limit, signed), jnp.where(empty, np.float32(1), signed))
+    start = jnp.clip(nearest(inverse[None] * x), -limit, limit - 1)
+    sum_lx, sum_l2, q = _sweeps(x, product(x, x), start, -limit, limit - 1)
+    return Scaled(_ratio(sum_lx, sum_l2, ~empty & (sum_l2 > 0)), jnp.where(empty[None], -limit, q))
+
+
+def positive(x: jax.Array, limit: int, weights: jax.Array) -> Scaled:
+    """Returns the scale that fits codes from 0 to limit best (ggml's make_qp_quants)."""
+    top = jnp.maximum(x.max(axis=0), np.float32(0))
+    empty = top < EPS
+    top = jnp.where(empty, np.float32(1), top)
+
+    def error(inverse: jax.Array, bound: bool) -> jax.Array:
+        scale = quotient(_const(1, inverse), inverse)
+
+        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array]:
+            q = nearest(inverse * x)
+            rest = x - product(scale, _f(jnp.minimum(q, limit) if bound else q))
+            return (product(w, rest, rest),)
+
+        return sums(terms, x, weights)[0]
+
+    def attempt(i: jax.Array, best: tuple) -> tuple:
+        step = jnp.where(i < 4, i - 4, i - 3).astype(jnp.float32)  # -4 to 4 without 0.
+        factor = product(np.float32(0.1), step) + np.float32(limit)
+        inverse = quotient(jnp.broadcast_to(factor, top.shape), top)
+        squares = error(inverse, True)
+        better = squares < best[1]
+        return _chosen(better, (inverse, squares), best)
+
+    inverse = quotient(_const(limit, top), top)
+    inverse, _ = lax.fori_loop(0, 8, attempt, (inverse, error(inverse, False)))
+    start = jnp.minimum(nearest(inverse[None] * x), limit)
+    sum_lx, sum_l2, q = _sweeps(x, weights, start, 0, limit)
+    return Scaled(_ratio(sum_lx, sum_l2, ~empty), jnp.where(empty[None], 0, q))
+
+
+class Steps(NamedTuple):
+    """The scales that `affine` tries: limit + first + i · step, for i from 0 to count."""
+
+    first: float
+    step: float
+    count: int
+
+
+def affine(
+    x: jax.Array, limit: int, weights: jax.Array, steps: Steps, absolute: bool = False
+) -> Affine:
+    """Returns scales and minima that fit codes from 0 to limit best (ggml's make_qkx2_quants).
+
+    Args:
+      x: the elements.
+      limit: the largest code.
+      weights: the weights of the errors.
+      steps: the scales to try.
+      absolute: True minimizes absolute errors, False squares.
+    """
+    low, high = jnp.minimum(x.min(axis=0), np.float32(0)), x.max(axis=0)
+    flat = high <= low
+    width = jnp.where(flat, np.float32(1), high - low)
+    sum_w, sum_x = sums(lambda x, w: (w, product(w, x)), x, weights)
+
+    def error(
+        scale: jax.Array, minimum: jax.Array, inverse: jax.Array, offset: jax.Array
+    ) -> jax.Array:
+        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array]:
+            q = jnp.clip(nearest(inverse * (x - offset)), 0, limit)
+            rest = product(scale, _f(q)) + minimum - x
+            return (product(w, jnp.abs(rest) if absolute else product(rest, rest)),)
+
+        return sums(terms, x, weights)[0]
+
+    def attempt(i: jax.Array, best: tuple) -> tuple:
+        # As in ggml, each attempt starts at the best minimum so far.
+        offset, least_error = best[1], best[-1]
+        width = high - offset
+        factor = np.float32(steps.first) + product(np.float32(steps.step), i.astype(jnp.float32))
+        factor = jnp.broadcast_to(factor + np.float32(limit), width.shape)
+        inverse = quotient(factor, jnp.where(flat, np.float32(1), width))
+
+        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+            q = _f(jnp.clip(nearest(inverse * (x - offset)), 0, limit))
+            wq = product(w, q)
+            return wq, product(wq, q), product(wq, x)
+
+        sum_l, sum_l2, sum_xl = sums(terms, x, weights)
+        d = product(sum_w, sum_l2) - product(sum_l, sum_l)
+        ok = d > 0
+        new_scale = _ratio(product(sum_w, sum_xl) - product(sum_x, sum_l), d, ok)
+        new_min = _ratio(product(sum_l2, sum_x) - product(sum_l, sum_xl), d, ok)
+        above = new_min > 0
+        new_scale = jnp.where(above, _ratio(sum_xl, sum_l2, ok), new_scale)
+        new_min = jnp.where(above, np.float32(0), new_min)
+        new_error = error(new_scale, new_min, inverse, offset)
+        better = ok & (new_error < least_error)
+        return _chosen(better, (new_scale, new_min, inverse, offset, new_error), best)
+
+    inverse = quotient(_const(limit, width), width)
+    scale = quotient(_const(1, inverse), inverse)
+    start = (scale, low, inverse, low, error(scale, low, inverse, low))
+    scale, minimum, inverse, offset, _ = lax.fori_loop(0, steps.count + 1, attempt, start)
+    q = jnp.clip(nearest(inverse[None] * (x - offset[None])), 0, limit)
+    scale, minimum = jnp.where(flat, np.float32(0), scale), -jnp.where(flat, low, minimum)
+    return Affine(scale, minimum, jnp.where(flat[None], 0, q))
+
+
+def levels(x: jax.Array, values: np.ndarray) -> jax.Array:
+    """Returns the indices of the nearest of sorted levels; the higher one of equally near ones."""
+    index = jnp.zeros(x.shape, jnp.int32)
+    for below, above in zip(values[:-1].tolist(), values[1:].tolist(), strict=True):
+        # In float32, as ggml compares the two distances.
+        index += (x - np.float32(below) >= np.float32(above) - x).astype(jnp.int32)
+    return index

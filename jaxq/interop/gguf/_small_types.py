@@ -1,0 +1,178 @@
+"""Quantization to the types with one scale per block or per 16 elements, as ggml does it.
+
+Each function takes blocks and returns the fields of the type's layout.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._jax.arithmetic import rounded
+from jaxq.interop.gguf._blocks import (
+    IMPORTANT,
+    Blocks,
+    as_bytes,
+    divided,
+    over,
+    split_bits,
+    sub_blocks,
+    weighted,
+    whole,
+)
+from jaxq.interop.gguf._layouts import E2M1, Fields, e8m0_half, ue4m3_half
+from jaxq.interop.gguf._searches import affine, largest, symmetric
+
+__all__ = ["SMALL"]
+
+
+# Types with one scale.
+
+
+def _min_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x.min(axis=0), x.max(axis=0)
+
+
+def _simple_symmetric(blocks: Blocks, limit: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the scales and codes of Q4_0 and Q5_0."""
+    if blocks.weights is not None:
+        scale, q = symmetric(blocks.x, limit, weighted(blocks.weights, blocks.x, blocks.row))
+        return scale, q + limit
+    d = largest(blocks.x)[1] * np.float32(-1 / limit)
+    q = rounded(blocks.x * over(1, d)[None]) + np.float32(limit + 0.5)
+    return d, jnp.minimum(q.astype(jnp.int32), 2 * limit - 1)
+
+
+def _simple_affine(blocks: Blocks, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the scales, minima and codes of Q4_1 and Q5_1."""
+    if blocks.weights is not None:
+        w = weighted(blocks.weights, blocks.x, blocks.row)
+        d, minimum, q = affine(blocks.x, limit, w, IMPORTANT)
+        return d, -minimum, q
+    low, high = _min_max(blocks.x)
+    d = divided(high - low, limit)
+    q = rounded((blocks.x - low[None]) * over(1, d)[None]) + np.float32(0.5)
+    return d, low, jnp.minimum(q.astype(jnp.int32), limit)
+
+
+def _q4_0(blocks: Blocks) -> Fields:
+    d, q = _simple_symmetric(blocks, 8)
+    return {"d": d, "q": as_bytes(q)}
+
+
+def _q5_0(blocks: Blocks) -> Fields:
+    d, q = _simple_symmetric(blocks, 16)
+    return {"d": d, **split_bits(q)}
+
+
+def _q4_1(blocks: Blocks) -> Fields:
+    d, m, q = _simple_affine(blocks, 15)
+    return {"d": d, "m": m, "q": as_bytes(q)}
+
+
+def _q5_1(blocks: Blocks) -> Fields:
+    d, m, q = _simple_affine(blocks, 31)
+    return {"d": d, "m": m, **split_bits(q)}
+
+
+def _away(x: jax.Array) -> jax.Array:
+    """Returns the nearest integers, ties away from zero, as C's roundf."""
+    whole = jnp.trunc(x)
+    return whole + jnp.where(jnp.abs(x - whole) >= 0.5, jnp.sign(x), np.float32(0))
+
+
+def _q8_0(blocks: Blocks) -> Fields:
+    d = divided(largest(blocks.x)[0], 127)
+    q = _away(rounded(blocks.x * over(1, d)[None]))
+    return {"d": d, "q": q.astype(jnp.int8).T}
+
+
+def _ternary(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    d = largest(x)[0]
+    return d, as_bytes(_away(rounded(x * over(1, d)[None])) + np.float32(1))
+
+
+def _tq1_0(blocks: Blocks) -> Fields:
+    d, q = _ternary(blocks.x)
+    return {"q": q[:, :160], "q16": q[:, 160:240], "q4": q[:, 240:], "d": d}
+
+
+def _tq2_0(blocks: Blocks) -> Fields:
+    d, q = _ternary(blocks.x)
+    return {"q": q, "d": d}
+
+
+# Types of 4-bit floats.
+
+
+def _floored_log2(x: jax.Array) -> jax.Array:
+    """Returns floor(log2(x)) of positive normal numbers as C computes it in float32.
+
+    The logarithm of a number just below 2^k rounds to k if the gap between float32 numbers there is
+    wide enough.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    exponent = (bits >> 23) - np.int32(127)
+    above = np.arange(-126, 130)  # k, the logarithm of the next power of two.
+    with np.errstate(all="ignore"):
+        # Half the gap below k, in steps of the numbers below 2^k: one step is 2^-24 / ln 2.
+        gap = above.astype(np.float64) - np.nextafter(above.astype(np.float32), np.float32(-1e9))
+    steps = np.where(above == 0, 0.0, np.abs(gap) / 2 * np.log(2) * 2.0**24)
+    most = jnp.asarray(np.floor(steps).astype(np.int32))
+    missing = np.int32(1 << 23) - (bits & np.int32((1 << 23) - 1))
+    return exponent + (missing <= most[exponent + 126]).astype(jnp.int32)
+
+
+def _nearest_e2m1(x: jax.Array, half: jax.Array) -> jax.Array:
+    """Returns the codes of the nearest E2M1 numbers, the first of equally near ones."""
+    half = half[None]
+    best = jnp.abs(half * np.float32(E2M1[0]) - x)
+    code = jnp.zeros(x.shape, jnp.int32)
+    for i, value in enumerate(E2M1[1:].tolist(), 1):
+        error = jnp.abs(rounded(half * np.float32(value)) - x)
+        code = jnp.where(error < best, i, code)
+        best = jnp.minimum(error, best)
+    return code
+
+
+def _mxfp4(blocks: Blocks) -> Fields:
+    amax = largest(blocks.x)[0]
+    e = _floored_log2(jnp.maximum(amax, np.float32(2**-126))) + 125
+    e = jnp.where(amax > 0, e, 0).astype(jnp.uint8)
+    return {"e": e[:, None], "q": as_bytes(_nearest_e2m1(blocks.x, e8m0_half(e)))}
+
+
+def _ue4m3(x: jax.Array) -> jax.Array:
+    """Returns codes of unsigned E4M3, ties rounded away from zero.
+
+    As in ggml, numbers from 248 on become 448.
+    """
+    x = jnp.clip(x, 0, np.float32(448))
+    small = jnp.clip((rounded(x * np.float32(512)) + np.float32(0.5)).astype(jnp.int32), 0, 7)
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    normal = ((bits - np.int32(120 << 23)) + np.int32(1 << 19)) >> 20
+    code = jnp.where(bits >> 23 <= 120, small, jnp.where(normal >= 0x78, 0x7E, normal))
+    return jnp.where(x > 0, code, 0).astype(jnp.uint8)
+
+
+def _nvfp4(blocks: Blocks) -> Fields:
+    x = sub_blocks(blocks.x, 16)
+    scales = _ue4m3(divided(largest(x)[0], 6))
+    q = _nearest_e2m1(x, ue4m3_half(scales))
+    count = blocks.x.shape[1]
+    return {"scales": scales.reshape(-1, count).T, "q": as_bytes(whole(q, count))}
+
+
+SMALL: dict[str, Callable[[Blocks], Fields]] = {
+    "q4_0": _q4_0,
+    "q4_1": _q4_1,
+    "q5_0": _q5_0,
+    "q5_1": _q5_1,
+    "q8_0": _q8_0,
+    "tq1_0": _tq1_0,
+    "tq2_0": _tq2_0,
+    "mxfp4": _mxfp4,
+    "nvfp4": _nvfp4,
+}

@@ -1,0 +1,261 @@
+"""Tensors in ggml's block types: quantization, dequantization, and a pytree of packed bytes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.registry import Registry
+from jaxq._jax.arithmetic import divide
+from jaxq._jax.serialization import pytree
+from jaxq.gradients import passed
+from jaxq.interop.gguf._blocks import Blocks
+from jaxq.interop.gguf._layouts import LAYOUTS, Layout
+from jaxq.interop.gguf._searched_types import SEARCHED
+from jaxq.interop.gguf._searches import product, sums
+from jaxq.interop.gguf._small_types import SMALL
+
+__all__ = ["TYPES", "Packed", "dequantize", "fake_quant", "fallback", "quantize"]
+
+TYPES: Registry[Layout] = Registry(
+    "GGUF type",
+    LAYOUTS,
+    {"q2_k_s": "q2_k", "q3_k_m": "q3_k", "q4_k_m": "q4_k", "q4_k_s": "q4_k", "q5_k_m": "q5_k"},
+)
+
+_QUANTIZERS = {**SMALL, **SEARCHED}
+
+_CHUNK = 2**16  # Elements that are quantized at a time, so that they stay in the cache.
+
+
+@pytree(static=("type", "dtype"))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """A tensor in the bytes of a GGUF file: a pytree with one array.
+
+    Attributes:
+      data: uint8 `[..., n / block · bytes per block]`.
+      type: the name of the block type, in `jaxq.interop.gguf.TYPES`.
+      dtype: the dtype of the dequantized tensor.
+    """
+
+    data: jax.Array
+    type: str
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        layout = TYPES.find(self.type)
+        return (*self.data.shape[:-1], self.data.shape[-1] // layout.size * layout.block)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.data.nbytes
+
+    def dequantize(self) -> jax.Array:
+        """Returns the dequantized tensor; see `jaxq.interop.gguf.dequantize`."""
+        return dequantize(self.data, self.type, self.dtype)
+
+
+def quantize(
+    x: jax.typing.ArrayLike, type: str, *, importance: jax.typing.ArrayLike | None = None
+) -> Packed:
+    """Quantizes a tensor to a block type of ggml, with the bytes that ggml writes.
+
+    Blocks lie along the last axis, which products must contract: a weight is `[outputs, inputs]`.
+    Transpose kernels `[inputs, outputs]`.
+
+    The bytes equal those of ggml's C code compiled without fused multiplication and addition;
+    compilers that fuse them change up to 2 % of the bytes of K-quants. In types with a search,
+    blocks of magnitudes below about 1e-5 may get other codes, because products of their squares
+    are subnormal, which XLA treats as 0. Elements that are not finite give unspecified codes in
+    their block.
+
+    Args:
+      x: a float array `[..., n]`.
+      type: a name in `jaxq.interop.gguf.TYPES`, such as `"q4_k"`.
+      importance: the mean squares of the inputs that meet each column, float32 `[n]` or one row for
+        each index of leading axes, as in an importance matrix of llama.cpp. Types without a search
+        (`q8_0`, `mxfp4`, `nvfp4`, `tq1_0`, `tq2_0`) ignore it, as in ggml. Default: None.
+
+    Returns:
+      The packed tensor.
+
+    Raises:
+      ValueError: the type is unknown, or its block does not divide the last axis. `fallback`
+        returns the type that llama.cpp then uses.
+      TypeError: `x` is not a float16, bfloat16 or float32 array.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> q = jaxq.interop.gguf.quantize(jnp.linspace(-1, 1, 512).reshape(2, 256), "q4_k")
+      >>> q.data.shape, q.shape
+      ((2, 144), (2, 256))
+
+    References:
+      ggml's ggml-quants.c.
+    """
+    x = jnp.asarray(x)
+    layout = TYPES.find(type)
+    if x.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
+        raise TypeError(
+            f"gguf.quantize: `x` must be float16, bfloat16 or float32, got {x.dtype}. Convert it."
+        )
+    if not x.ndim or x.shape[-1] % layout.block:
+        raise ValueError(
+            f"gguf.quantize: blocks of {layout.block} must divide the last axis for {type!r}, got "
+            f"shape {x.shape}. jaxq.interop.gguf.fallback({type!r}, n) names a type that fits."
+        )
+    if importance is not None:
+        importance = jnp.asarray(importance, jnp.float32)
+        try:
+            fits = np.broadcast_shapes(importance.shape, x.shape) == x.shape
+        except ValueError:
+            fits = False
+        if not fits or importance.shape[-1:] != x.shape[-1:]:
+            raise ValueError(
+                f"gguf.quantize: `importance` must have the shape of a row, ({x.shape[-1]},), or "
+                f"of rows that broadcast to {x.shape}, got {importance.shape}."
+            )
+        importance = jnp.broadcast_to(importance.reshape(_to(x.ndim, importance.shape)), x.shape)
+    return Packed(_quantize(x, importance, type), type, np.dtype(x.dtype))
+
+
+def _to(ndim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (1,) * (ndim - len(shape)) + shape
+
+
+@functools.partial(jax.jit, static_argnames="type")
+def _quantize(x: jax.Array, importance: jax.Array | None, type: str) -> jax.Array:
+    layout, shape = TYPES[type], x.shape
+    x = lax.stop_gradient(x).astype(jnp.float32)
+    columns = x.reshape(-1, layout.block).T
+    blocks = Blocks(columns, None, None)
+    if importance is not None:
+        per_row, rows = shape[-1] // layout.block, x.reshape(-1, shape[-1])
+        total = sums(lambda v: (product(v, v),), rows.T)[0]
+        square = divide(total, jnp.full(total.shape, shape[-1], jnp.float32))
+        weights = importance.reshape(-1, layout.block).T
+        blocks = Blocks(columns, weights, jnp.repeat(square, per_row))
+    data = _in_chunks(lambda part: layout.write(_QUANTIZERS[type](part)), blocks, layout.block)
+    return data.reshape(*shape[:-1], shape[-1] // layout.block * layout.size)
+
+
+def _in_chunks(function: Callable[[Blocks], jax.Array], blocks: Blocks, length: int) -> jax.Array:
+    """Applies a function to a number of blocks at a time, and joins its rows."""
+    count, size = blocks.x.shape[1], _CHUNK // length
+    if count <= size:
+        return function(blocks)
+    chunks = -(-count // size)
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * size - count)])
+        return jnp.moveaxis(padded.reshape(*x.shape[:-1], chunks, size), -2, 0)
+
+    rows = lax.map(function, jax.tree.map(cut, blocks))
+    return rows.reshape(chunks * size, -1)[:count]
+
+
+def dequantize(
+    data: jax.typing.ArrayLike, type: str, dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    """Returns the tensor that the bytes of a block type stand for, exactly as ggml computes it.
+
+    Args:
+      data: uint8 `[..., blocks · bytes per block]`.
+      type: a name in `jaxq.interop.gguf.TYPES`.
+      dtype: the dtype of the result. Default: float32.
+
+    Returns:
+      An array `[..., blocks · elements per block]`. For NVFP4, the tensor's own scale, which a file
+      holds as another tensor, is not applied.
+
+    Raises:
+      ValueError: the type is unknown, or the last axis does not hold whole blocks.
+      TypeError: the data are not uint8.
+    """
+    layout = TYPES.find(type)
+    data = jnp.asarray(data)
+    if data.dtype != jnp.uint8:
+        raise TypeError(f"gguf.dequantize: `data` must be uint8, got {data.dtype}.")
+    if not data.ndim or data.shape[-1] % layout.size:
+        raise ValueError(
+            f"gguf.dequantize: a block of {type!r} has {layout.size} bytes, which must divide the "
+            f"last axis, got shape {data.shape}."
+        )
+    return _dequantize(data, type).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="type")
+def _dequantize(data: jax.Array, type: str) -> jax.Array:
+    layout = TYPES[type]
+    values = layout.values(layout.read(data.reshape(-1, layout.size)))
+    return values.reshape(*data.shape[:-1], data.shape[-1] // layout.size * layout.block)
+
+
+def fake_quant(
+    x: jax.typing.ArrayLike,
+    type: str,
+    *,
+    axis: int = -1,
+    importance: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
+    """Returns what remains of a tensor in a block type, with a straight-through gradient.
+
+    It equals `quantize(x, type).dequantize()` bit for bit.
+
+    Args:
+      x: a float array.
+      type: a name in `jaxq.interop.gguf.TYPES`.
+      axis: the axis that products contract, along which blocks lie. Default: -1.
+      importance: as in `quantize`, with `axis` last. Default: None.
+
+    Returns:
+      An array of the shape and dtype of `x`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> w = jnp.linspace(-1, 1, 64).reshape(32, 2)
+      >>> jax.grad(lambda w: jaxq.interop.gguf.fake_quant(w, "q4_0", axis=0).sum())(w).sum()
+      Array(64., dtype=float32)
+    """
+    x = jnp.asarray(x)
+    rows = jnp.moveaxis(x, axis, -1)
+    y = quantize(lax.stop_gradient(rows), type, importance=importance).dequantize()
+    return passed(jnp.moveaxis(y, -1, axis), x)
+
+
+_SMALLER = {
+    **dict.fromkeys(("q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),
+    "q4_k": "q5_0",
+    "q5_k": "q5_1",
+    "q6_k": "q8_0",
+    "iq4_xs": "iq4_nl",
+}
+
+
+def fallback(type: str, length: int) -> str:
+    """Returns the type that llama.cpp's quantizer uses for rows of a length.
+
+    Args:
+      type: the wanted type, a name in `jaxq.interop.gguf.TYPES`.
+      length: the number of elements in a row.
+
+    Returns:
+      The type itself if its blocks divide the row; else the type with blocks of 32 that llama.cpp
+      puts in its place, or `"f16"` if 32 does not divide the row either.
+
+    Example:
+      >>> fallback("q4_k", 4096), fallback("q4_k", 576), fallback("q4_k", 100)
+      ('q4_k', 'q5_0', 'f16')
+    """
+    for name in (type, _SMALLER.get(type)):
+        if name is not None and length % TYPES.find(name).block == 0:
+            return name
+    return "f16"

@@ -1,0 +1,54 @@
+"""Whole models: rules for parameter trees and for the products of any JAX function.
+
+To add a condition to rules, add a field to `Rule` (`_rule.py`) and its test to `_assigning.py`. To
+quantize another primitive of JAX, add it to the tables in `_operations.py`.
+"""
+
+from jaxq.models._assigning import Assigned, axes_of, unassigned
+from jaxq.models._delaying import delayed_scaling
+from jaxq.models._functions import quantize_fn, quantize_weights
+from jaxq.models._monitored import Monitored
+from jaxq.models._monitoring import monitored, switched
+from jaxq.models._multiplying import StoredView, unpacked
+from jaxq.models._observing import Observed, freeze, observe
+from jaxq.models._operations import LOOK_UP
+from jaxq.models._planning import Planned, plan
+from jaxq.models._programs import Extra, Program, program
+from jaxq.models._reading import Node, Product
+from jaxq.models._reports import ProductRow, explain
+from jaxq.models._rule import Rule, check_pattern
+from jaxq.models._rules import Rules, leaf_rules, pairs, rules_from_json, rules_to_json
+from jaxq.models._running import run
+from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
+from jaxq.models._storing import Storage, weight_of
+from jaxq.models._trees import (
+    assign,
+    dequantize_tree,
+    naming,
+    not_floating,
+    quantize_tree,
+    tree_report,
+)
+from jaxq.models._views import CONVERSIONS, VIEWS
+
+__all__ = [
+    "Delayed",
+    "Frozen",
+    "Monitored",
+    "Observed",
+    "ProductRow",
+    "Rule",
+    "Rules",
+    "Switched",
+    "delayed_scaling",
+    "dequantize_tree",
+    "explain",
+    "freeze",
+    "observe",
+    "quantize_fn",
+    "quantize_tree",
+    "quantize_weights",
+    "rules_from_json",
+    "rules_to_json",
+    "tree_report",
+]

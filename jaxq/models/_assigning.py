@@ -1,0 +1,425 @@
+"""Assignment of rules to the products of a program, and the checks of that assignment."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax import numpy as jnp
+
+from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
+from jaxq.models._reading import Product, table_axes
+from jaxq.models._rule import Rule
+from jaxq.models._rules import described, hidden, unmatched
+from jaxq.products import Axes, ProductRecipe, can_delay, check, is_stochastic, placed
+from jaxq.quantizers import calibration, fake_quant
+from jaxq.recipes import PerTensor, Recipe
+
+__all__ = [
+    "TENSORS",
+    "Assigned",
+    "Observable",
+    "Observer",
+    "assign",
+    "axes_of",
+    "first_match",
+    "naming",
+    "on_axes",
+    "unassigned",
+]
+
+# The operands of the forward product and the two gradients: 0 is lhs, 1 rhs, 2 the cotangent.
+TENSORS = ((0, 1), (2, 1), (2, 0))
+
+
+class Observer(Protocol):
+    """A hashable object that collects the state of one operand of a product.
+
+    A state is a pytree of arrays with the same shapes and dtypes for all data.
+    """
+
+    def empty(self) -> Any:
+        """Returns the state before any data."""
+        ...
+
+    def measure(self, x: jax.Array, others: Sequence[jax.Array], mask: jax.Array | None) -> Any:
+        """Returns the state of one operand.
+
+        Args:
+          x: the operand.
+          others: the operands of the equation after the first two.
+          mask: the mask of the tokens that count, or None.
+        """
+        ...
+
+    def merge(self, first: Any, second: Any) -> Any:
+        """Returns the state of the data of two states."""
+        ...
+
+
+class Observable(NamedTuple):
+    """The observer of an operand whose range may come from calibration: its shape and recipe."""
+
+    shape: tuple[int, ...]
+    recipe: Recipe
+
+    def empty(self) -> Any:
+        """Returns the state before any data."""
+        return calibration.init(self.shape, self.recipe)
+
+    def measure(self, x: jax.Array, others: Sequence[jax.Array], mask: jax.Array | None) -> Any:
+        """Returns the state of one operand."""
+        del others, mask
+        return calibration.update(self.empty(), x, self.recipe)
+
+    def merge(self, first: Any, second: Any) -> Any:
+        """Returns the state of the data of two states."""
+        return calibration.merge(first, second, self.recipe)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """The recipe and related settings assigned to one product.
+
+    Attributes:
+      recipe: the recipe, with the weight as `rhs`; None leaves the product unchanged.
+      output: the recipe of the result, or None.
+      swapped: True if the weight is the product's first operand, and so the recipe's second.
+      name: the product's name, for calibration states.
+      where: the product's name and source line, for errors.
+      number: the product's number, for its key.
+      loops: the lengths of the scans around the product, outermost first.
+      stacked: the depths of the scans in which every iteration has its own weight.
+      table: the recipe of a look-up's table, on the table's own axes.
+      calibrated: for both operands, in the recipe's order, an observer or None: by default of an
+        activation with one scale per tensor, whose range may come from calibration.
+      reverse: True if reverse-mode differentiation goes through the product.
+    """
+
+    recipe: ProductRecipe | None
+    output: Recipe | None
+    swapped: bool
+    name: str
+    where: str
+    number: int
+    loops: tuple[int, ...]
+    stacked: frozenset[int]
+    table: Recipe | None
+    calibrated: tuple[Observer | None, ...]
+    reverse: bool
+
+    @property
+    def delayable(self) -> tuple[tuple[Recipe | None, ...], ...]:
+        """The recipes of both operands of the three products that can use a history."""
+        recipe = self.recipe
+        if recipe is None or self.table is not None or not self.reverse:
+            return ((None, None),) * 3
+        return tuple(
+            tuple(r if how.hadamard is None and can_delay(r) else None for r in how.operands)
+            for how in (recipe.forward, recipe.dlhs, recipe.drhs)
+        )
+
+    @property
+    def delayed(self) -> tuple[Recipe | None, ...]:
+        """The first delayable recipe of each of `lhs`, `rhs` and the cotangent, or None."""
+        found: list[Recipe | None] = [None] * 3
+        for recipes, tensors in zip(self.delayable, TENSORS, strict=True):
+            for recipe, tensor in zip(recipes, tensors, strict=True):
+                found[tensor] = found[tensor] or recipe
+        return tuple(found)
+
+    @property
+    def draws(self) -> bool:
+        """True if the product draws from a key, forward or backward."""
+        return self.output_draws or (self.recipe is not None and bool(self.recipe.draws))
+
+    @property
+    def output_draws(self) -> bool:
+        """True if the recipe of the result needs a key."""
+        return self.output is not None and is_stochastic(self.output)
+
+    @property
+    def needs_key(self) -> bool:
+        """True if the forward product draws from a key."""
+        forward = self.recipe is not None and bool(self.recipe.forward.draws)
+        return self.output_draws or forward
+
+    def order(self, operands: Sequence[Any]) -> Any:
+        """Converts operands from the product's order to the recipe's, or back."""
+        return tuple(reversed(operands)) if self.swapped else tuple(operands)
+
+
+def assign(
+    owner: str,
+    rules: Sequence[Rule],
+    products: Sequence[Product],
+    leaves: Mapping[str, Any],
+    *,
+    closed: bool = False,
+) -> list[Assigned | None]:
+    """Returns the assignment of every product, None where no rule matches.
+
+    Args:
+      owner: the name of the calling function, for errors.
+      rules: the rules.
+      products: the products.
+      leaves: the leaves of the parameters, by their paths.
+      closed: True if the function closes over matrices, which an error then mentions.
+
+    Raises:
+      ValueError: if a rule applies to no product, one weight is quantized in two ways, or a recipe
+        does not fit its product.
+    """
+    matches = [first_match(rules, product) for product in products]
+    free = [(n, p) for (n, _), p in zip(matches, products, strict=True) if not p.barred]
+    used = {n for n, _ in free}.union(*(_rules_of_parts(owner, rules, p) for _, p in free))
+    for n, rule in enumerate(rules):
+        if n not in used:
+            raise ValueError(f"{owner}: {_unused(rule, rules, products, leaves, closed)}")
+    chosen = [
+        None if n is None or product.barred else _assigned(owner, product, rules[n], swapped)
+        for product, (n, swapped) in zip(products, matches, strict=True)
+    ]
+    _check_one_way(owner, products, chosen)
+    return chosen
+
+
+def unassigned(product: Product) -> Assigned:
+    """Returns an assignment that leaves a product unchanged."""
+    return Assigned(
+        recipe=None,
+        output=None,
+        swapped=False,
+        name=product.name,
+        where=product.where,
+        number=product.number,
+        loops=product.loops,
+        stacked=product.stacked,
+        table=None,
+        calibrated=(None, None),
+        reverse=product.reverse,
+    )
+
+
+def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assigned:
+    """Returns the assignment of a rule to a product, after checking that it fits."""
+    recipe, output = rule.product, rule.output
+    assert output is None or isinstance(output, Recipe)
+    assigned = dataclasses.replace(unassigned(product), output=output, swapped=swapped)
+    if product.operation != LOOK_UP and recipe is not None:
+        operation = operation_of(product.eqn, product.where, swapped)
+        with naming(owner):
+            first, second = assigned.order(product.operands[:2])
+            check(operation, first, second, recipe.forward)
+    with naming(owner, product.where):
+        if output is not None:
+            _check_recipe(output, product.out)
+        if recipe is None:
+            return assigned
+        if product.operation == LOOK_UP:
+            return _looked_up(assigned, product, recipe.operands[1])
+        calibrated = _calibrated(product, recipe, swapped)
+    recipe = None if recipe.plain else recipe
+    return dataclasses.replace(assigned, recipe=recipe, calibrated=calibrated)
+
+
+def _looked_up(assigned: Assigned, product: Product, weight: Recipe | None) -> Assigned:
+    """Returns the assignment of a look-up, of which only the table is quantized."""
+    table = on_axes(weight, product, 0)
+    if table is None:
+        return assigned
+    _check_recipe(table, product.operands[0])
+    return dataclasses.replace(assigned, recipe=ProductRecipe(None, weight), table=table)
+
+
+def _calibrated(
+    product: Product, recipe: ProductRecipe, swapped: bool
+) -> tuple[Observable | None, ...]:
+    """Returns the operands of a product whose ranges may come from calibration."""
+
+    def of_operand(own: Recipe | None, i: int) -> Observable | None:
+        own = on_axes(own, product, i)
+        if (
+            own is None
+            or recipe.hadamard is not None
+            or product.origins[i] is not None
+            or not isinstance(own.granularity, PerTensor)
+            or not own.scaling.takes_scales
+        ):
+            return None
+        return Observable(product.operands[i].shape, own)
+
+    order = (1, 0) if swapped else (0, 1)
+    return tuple(of_operand(own, i) for own, i in zip(recipe.operands, order, strict=True))
+
+
+@contextlib.contextmanager
+def naming(*where: str) -> Iterator[None]:
+    """Prefixes errors raised in the context with a function, and a product and its line."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(": ".join([*where, str(error)])) from error
+
+
+def on_axes(recipe: Recipe | None, product: Product, i: int) -> Recipe | None:
+    """Returns an operand's recipe with its granularity on the operand's own axes."""
+    if recipe is None:
+        return None
+    shape = product.operands[i].shape
+    axes = axes_of(product)[i]
+    return dataclasses.replace(recipe, granularity=placed(recipe.granularity, shape, axes))
+
+
+def _check_recipe(recipe: Recipe, x: Any) -> None:
+    """Raises what `jaxq.fake_quant` raises for an array of a shape and dtype."""
+    key = jax.eval_shape(jax.random.key, 0) if is_stochastic(recipe) else None
+    jax.eval_shape(lambda x, key: fake_quant(x, recipe, key=key), x, key)
+
+
+def first_match(rules: Sequence[Rule], product: Product) -> tuple[int | None, bool]:
+    """Returns the index of the first matching rule, and True if its weight is operand 0."""
+    for n, rule in enumerate(rules):
+        swapped = _match(rule, product)
+        if swapped is not None:
+            return n, swapped
+    return None, False
+
+
+def _match(rule: Rule, product: Product) -> bool | None:
+    """Returns whether a rule matches by the weight in operand 0; None if it does not match."""
+    if rule.operation not in (None, product.operation):
+        return None
+    if rule.scope is not None and not re.search(rule.scope, product.scope):
+        return None
+    if rule.weight is None:
+        if product.operation == LOOK_UP and rule.operation is None:
+            return None
+        weights = [i for i, o in enumerate(product.origins) if o is not None]
+        return product.operation != LOOK_UP and weights == [0]
+    if any(not outer.barred and _match(rule, outer) is not None for outer in product.within):
+        return None  # The computed weight is quantized instead of the values it depends on.
+    for i in reversed(range(len(product.origins))):
+        origin = product.origins[i]
+        if origin is not None and any(re.search(rule.weight, path) for path in origin.paths):
+            return i == 0 and len(product.origins) == 2
+    return None
+
+
+def _rules_of_parts(owner: str, rules: Sequence[Rule], product: Product) -> set[int]:
+    """Returns the rules that match parts of weights that a product multiplies as one.
+
+    Raises:
+      ValueError: if the rules give these weights different recipes.
+    """
+    used: set[int] = set()
+    for i, origin in enumerate(product.origins):
+        if origin is None or origin.computed or len(origin.paths) == 1:
+            continue
+        recipes = set()
+        for piece in origin.pieces:
+            part = dataclasses.replace(origin, pieces=(piece,))
+            origins = (*product.origins[:i], part, *product.origins[i + 1 :])
+            n, _ = first_match(rules, dataclasses.replace(product, origins=origins))
+            used |= set() if n is None else {n}
+            recipes.add(None if n is None else (rules[n].product, rules[n].output))
+        if len(recipes) > 1:
+            raise ValueError(
+                f"{owner}: `rules` must give one recipe to the weights that {product.where} "
+                "multiplies as one array. Write one rule that matches all of them."
+            )
+    return used
+
+
+def _unused(
+    rule: Rule,
+    rules: Sequence[Rule],
+    products: Sequence[Product],
+    leaves: Mapping[str, Any],
+    closed: bool,
+) -> str:
+    """Returns the reason why a rule applies to no product."""
+    matched = [p for p in products if first_match((rule,), p)[0] is not None]
+    barred = [p for p in matched if p.barred]
+    if barred:
+        p = barred[0]
+        return f"{rule} matches only {p.where}, which cannot be quantized: {p.barred}. Remove it."
+    if matched:
+        earlier = rules[first_match(rules, matched[0])[0] or 0]
+        return hidden(rule, matched[0].where, earlier)
+    if rule.weight is None:
+        return _unmet(rule, products)
+    weights = {path: p for p in products for o in p.origins if o for path in o.paths}
+    for path, product in weights.items():
+        if re.search(rule.weight, path):
+            return (
+                f"{rule} matches the weight of {product.where}, but not its operation or its "
+                f"scope, {product.scope!r}. Correct or remove the condition."
+            )
+    for path, leaf in leaves.items():
+        if re.search(rule.weight, path):
+            return f"{rule} matches only leaf {path!r}, which {_no_weight(leaf)}."
+    remedy = "jaxq.explain(fn, [])(*args) lists all."
+    if closed and not weights:
+        return (
+            f"{rule} matches no weight. `fn` closes over arrays, as jax.vmap(module) does, and "
+            "these are not parameters. Pass the module as an argument: "
+            "lambda module, x: jax.vmap(module)(x)."
+        )
+    if not weights:
+        remedy = "Pass the positions of the parameters as `argnums`."
+    return unmatched(rule, "weight", weights, remedy)
+
+
+def _unmet(rule: Rule, products: Sequence[Product]) -> str:
+    """Returns the error for a rule without a weight whose conditions no product meets."""
+    operations = ", ".join(sorted({p.operation for p in products})) or "none"
+    scopes = ", ".join(sorted({p.scope for p in products if p.scope})[:3]) or "none"
+    return (
+        f"{rule} matches no product. Operations are {operations}; scopes are {scopes}. "
+        "jaxq.explain(fn, [])(*args) lists all."
+    )
+
+
+def _no_weight(leaf: Any) -> str:
+    """Returns the reason why a leaf of the parameters is not the weight of any product."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return f"is not an array but a {type(leaf).__name__}. Make it an array"
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return f"has the dtype {dtype}, and only products of floats are quantized. Remove the rule"
+    return (
+        "is never multiplied as a matrix, directly or after operations on its elements. Match "
+        "the product that uses it by `operation` or `scope`"
+    )
+
+
+def _check_one_way(
+    owner: str, products: Sequence[Product], chosen: Sequence[Assigned | None]
+) -> None:
+    """Checks that all products that quantize a weight use the same recipe."""
+    seen: dict[str, tuple[Product, Recipe]] = {}
+    for product, assigned in zip(products, chosen, strict=True):
+        if assigned is None or assigned.recipe is None:
+            continue
+        recipe, origin = assigned.recipe.operands[1], assigned.order(product.origins)[-1]
+        if recipe is None or origin is None or origin.computed:
+            continue
+        for path in origin.paths:
+            other, known = seen.setdefault(path, (product, recipe))
+            if known != recipe:
+                raise ValueError(
+                    f"{owner}: weight {path!r} must have one recipe, got {described(known)} in "
+                    f"{other.where} and {described(recipe)} in {product.where}. Write one rule for "
+                    "both products, or exclude one by an earlier rule with the recipe None."
+                )
+
+
+def axes_of(product: Product) -> tuple[Axes, ...]:
+    """Returns the axes of a product's operands by their roles."""
+    if product.operation == LOOK_UP:
+        return (table_axes(product),)
+    return contraction_of(product.eqn).axes

@@ -1,0 +1,132 @@
+"""Initial states of models whose products are monitored or switched."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from jaxq.models._assigning import Assigned, naming, unassigned
+from jaxq.models._monitored import Monitored
+from jaxq.models._operations import QUANTIZED, operation_of
+from jaxq.models._planning import plan
+from jaxq.models._reading import Product
+from jaxq.models._rules import Rules, as_rules, unmatched
+from jaxq.models._states import Delayed, Frozen, Switch, Switched
+from jaxq.products import Probe, ProductRecipe, Row, RowLayout, Running, Scales, keys_of, layout_of
+
+__all__ = ["monitored", "switched"]
+
+
+def monitored(
+    owner: str,
+    fn: Callable[..., Any],
+    rules: Rules,
+    probe: Probe,
+    patterns: Sequence[str],
+    argnums: int | Sequence[int],
+) -> Callable[..., Monitored]:
+    """Returns the function that makes the initial state for a model.
+
+    Args:
+      owner: the name of the calling function, for errors.
+      fn: the function.
+      rules: the rules.
+      probe: the definition of the statistics.
+      patterns: regular expressions; a product is monitored if one is found in its name.
+      argnums: the positions of the parameters.
+    """
+
+    def first(*args: Any, **kwargs: Any) -> Monitored:
+        planned = plan(owner, fn, rules, argnums, args, kwargs)
+        rows = {}
+        chosen = _chosen(owner, patterns, planned.products)
+        for product, assigned in zip(planned.products, planned.chosen, strict=True):
+            if product.number not in chosen:
+                continue
+            with naming(owner, product.where):
+                layout = _layout(probe, product, assigned or unassigned(product))
+            rows[product.name] = Row(
+                jnp.zeros((*product.stacks, layout.size), jnp.float32),
+                jnp.ones(product.stacks, jnp.float32),
+                layout,
+                probe,
+            )
+        scaling = rules if isinstance(rules, Frozen | Delayed) else None
+        return Monitored(rows, scaling, as_rules(owner, rules), probe)
+
+    return first
+
+
+def switched(
+    owner: str, fn: Callable[..., Any], rules: Rules, argnums: int | Sequence[int]
+) -> Callable[..., Switched]:
+    """Returns the function that makes the rules of a model with all recipes turned on.
+
+    Args:
+      owner: the name of the calling function, for errors.
+      fn: the function.
+      rules: the rules, without scales.
+      argnums: the positions of the parameters.
+    """
+
+    def first(*args: Any, **kwargs: Any) -> Switched:
+        planned = plan(owner, fn, rules, argnums, args, kwargs)
+        switches = {}
+        for product, assigned in zip(planned.products, planned.chosen, strict=True):
+            recipes = None if assigned is None else (assigned.recipe or assigned.output)
+            if recipes is not None:
+                switches[product.name] = Switch(jnp.ones(product.stacks, jnp.float32))
+        if not switches:
+            raise ValueError(f"{owner}: `rules` must give some product a recipe, got none.")
+        return Switched(as_rules(owner, rules), switches)
+
+    return first
+
+
+def _chosen(owner: str, patterns: Sequence[str], products: Sequence[Product]) -> set[int]:
+    """Returns the numbers of the products to monitor."""
+    found: set[int] = set()
+    names = {product.name: product for product in products}
+    for pattern in patterns:
+        matching = [p for name, p in names.items() if re.search(pattern, name)]
+        able = [p for p in matching if not _reason(p)]
+        if not matching:
+            raise ValueError(
+                f"{owner}: `products`: "
+                + unmatched(pattern, "product", names, "jaxq.explain(fn, [])(*args) lists all.")
+            )
+        if not able:
+            raise ValueError(
+                f"{owner}: `products` {pattern!r} matches only {matching[0].where}, which cannot "
+                f"be monitored: {_reason(matching[0])}. Remove the pattern."
+            )
+        found.update(p.number for p in able)
+    return found
+
+
+def _reason(product: Product) -> str:
+    """Returns the reason why a product cannot be monitored, or ""."""
+    if product.operation not in QUANTIZED:
+        return "only matrix products and convolutions are"
+    if product.barred:
+        return product.barred
+    if not product.reverse:
+        return "its cotangent is unknown in a while loop or under a custom derivative"
+    if not jnp.issubdtype(product.out.dtype, jnp.floating) or product.out.size == 0:
+        return "it has no floating-point elements"
+    return ""
+
+
+def _layout(probe: Probe, product: Product, assigned: Assigned) -> RowLayout:
+    """Returns the layout of a product's row."""
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in product.eqn.invars]
+    first, second = assigned.order(shapes[:2])
+    arguments: Any = tuple(shapes[2:])
+    operation = operation_of(product.eqn, product.where, assigned.swapped, arguments)
+    recipe = assigned.recipe or ProductRecipe()
+    keys = jax.eval_shape(lambda: keys_of(jax.random.key(0))) if recipe.draws else None
+    return layout_of(
+        probe, Running(operation, (first, second), recipe, keys, Scales()), assigned.output
+    )

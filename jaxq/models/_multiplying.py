@@ -1,0 +1,208 @@
+"""Execution of one product by its assignment, with its keys, scales and histories."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._jax import compat
+from jaxq._jax.draws import fold_in, one_of
+from jaxq.models._assigning import TENSORS, Assigned, naming
+from jaxq.models._looking_up import look_up
+from jaxq.models._operations import LOOK_UP, operation_of
+from jaxq.models._programs import Extra, Records, States
+from jaxq.numerics import as_dtype
+from jaxq.products import (
+    History,
+    ProductRecipe,
+    Running,
+    Scales,
+    keys_of,
+    product,
+    record,
+    record_row,
+)
+from jaxq.quantizers import Quantized, dequantize, fake_quant
+
+__all__ = ["Keys", "StoredView", "keys_for", "multiply", "unpacked"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["dtype"])
+@dataclasses.dataclass(frozen=True)
+class StoredView:
+    """A view of stored weights between the arguments and a product: a pytree.
+
+    The stored values already include the model's conversions, so a conversion in the program only
+    changes `dtype`.
+
+    Attributes:
+      data: the stored values, packed or as an array, in the dtype in which products need them.
+      dtype: the dtype of the value at this point of the program.
+    """
+
+    data: Quantized | jax.Array
+    dtype: Any
+
+    @property
+    def array(self) -> jax.Array:
+        """The values as an array; each stacked layer is dequantized separately."""
+        data = self.data
+        if not isinstance(data, Quantized):
+            return data
+        function = dequantize
+        for _ in range(data.ndim - len(data.block)):
+            function = jax.vmap(function)
+        return function(data)
+
+
+def unpacked(x: Any) -> Any:
+    """Returns a stored weight as the array that the program has at this point."""
+    if not isinstance(x, StoredView):
+        return x
+    array = x.array
+    return array if array.dtype == x.dtype else as_dtype(array.astype(jnp.float32), x.dtype)
+
+
+class Keys(NamedTuple):
+    """The keys of one product: for its recipe, for its look-up table, and for its result."""
+
+    product: jax.Array | None = None
+    table: jax.Array | None = None
+    output: jax.Array | None = None
+
+
+def keys_for(
+    extra: Extra, eqns: Sequence[Any], products: Mapping[int, Assigned]
+) -> dict[int, Keys]:
+    """Returns the keys of products by equation, batched because each draw is slow to compile."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, assigned in products.items():
+        if extra.key is not None and assigned.draws:
+            groups.setdefault(extra.differing_axes(eqns[i]), []).append(i)
+    found = dict.fromkeys(products, Keys())
+    for axes, members in groups.items():
+        own = extra.folded(np.array([products[i].number for i in members]))
+        for axis in axes:
+            own = fold_in(own, extra.places[axis])
+        nine: Any = keys_of(own)
+        for at, i in enumerate(members):
+            assigned, first = products[i], one_of(own, at)
+            recipe_draws = assigned.recipe is not None and bool(assigned.recipe.draws)
+            found[i] = Keys(
+                one_of(nine, at) if recipe_draws and assigned.table is None else None,
+                first if recipe_draws and assigned.table is not None else None,
+                fold_in(first, 0) if assigned.output_draws else None,
+            )
+    return found
+
+
+def multiply(
+    eqn: Any,
+    assigned: Assigned,
+    extra: Extra,
+    keys: Keys,
+    operands: list[Any],
+    observing: bool,
+) -> tuple[jax.Array, States]:
+    """Computes one product and its calibration states.
+
+    Args:
+      eqn: the product's equation.
+      assigned: the product's assignment.
+      extra: scales and records.
+      keys: the product's keys.
+      operands: arrays, with `StoredView`s for stored weights.
+      observing: True to collect calibration states.
+    """
+    arrays = [unpacked(operand) for operand in operands]
+    seen: States = {}
+    records = extra.records.get(assigned.name, Records())
+    with compat.within(eqn):
+        if observing and any(assigned.calibrated):
+            seen[assigned.name] = extra.everywhere(
+                tuple(
+                    None if known is None else known.measure(x, arrays[2:], extra.mask)
+                    for x, known in zip(
+                        assigned.order(arrays[:2]), assigned.calibrated, strict=True
+                    )
+                )
+            )
+
+        def plain() -> jax.Array:
+            return compat.bind(eqn, arrays)[0]
+
+        def quantized() -> jax.Array:
+            return _quantized(eqn, assigned, extra, keys, arrays)
+
+        on = None if records.switch is None else records.switch.on > 0
+        y = quantized() if on is None else lax.cond(on, quantized, plain)
+    return y, seen
+
+
+def _quantized(
+    eqn: Any, assigned: Assigned, extra: Extra, keys: Keys, arrays: list[jax.Array]
+) -> jax.Array:
+    """Returns the result of a product or look-up, with its recipes applied."""
+    records = extra.records.get(assigned.name, Records())
+    if assigned.table is not None:
+        table, *places = arrays
+
+        def gather(table: jax.Array) -> jax.Array:
+            return compat.bind(eqn, [table, *places])[0]
+
+        with naming(assigned.where):
+            y = look_up(eqn, gather, table, assigned.table, keys.table)
+    elif eqn.primitive.name == LOOK_UP or (assigned.recipe is None and records.row is None):
+        y = compat.bind(eqn, arrays)[0]
+    else:
+        running = _running(eqn, assigned, extra, keys, arrays)
+        first, second = running.operands
+        if running.recipe.plain:
+            y = compat.bind(eqn, arrays)[0]
+        else:
+            recipe, scales = running.recipe, running.scales
+            y = product(running.operation, first, second, recipe, running.keys, scales)
+        for history, recipe, x in zip(
+            records.histories, assigned.delayed, (first, second, None), strict=True
+        ):
+            if history is not None and recipe is not None:
+                y = record(y, history, recipe, x)
+        if records.row is not None:
+            with naming(assigned.where):
+                y = record_row(y, records.row, running, assigned.output)
+    if assigned.output is not None:
+        with naming(assigned.where):
+            y = fake_quant(y, assigned.output, key=keys.output)
+    return y
+
+
+def _running(
+    eqn: Any, assigned: Assigned, extra: Extra, keys: Keys, arrays: Sequence[jax.Array]
+) -> Running:
+    """Returns a product with its operands in the order of its recipe."""
+    first, second = assigned.order(arrays[:2])
+    histories = extra.records.get(assigned.name, Records()).histories
+    scales = _scales(assigned, extra.scales.get(assigned.name), histories)
+    operation = operation_of(eqn, assigned.where, assigned.swapped, tuple(arrays[2:]))
+    recipe = assigned.recipe or ProductRecipe()
+    return Running(operation, (first, second), recipe, keys.product, scales)
+
+
+def _scales(assigned: Assigned, given: Any, histories: Sequence[History | None]) -> Scales:
+    """Returns the scales of a product's operands from calibration or histories."""
+    if given is not None:
+        return Scales((given[0], given[1]))
+    amaxes = [None if history is None else history.largest() for history in histories]
+    pairs = []
+    for recipes, tensors in zip(assigned.delayable, TENSORS, strict=True):
+        first, second = (
+            None if recipe is None else amaxes[tensor]
+            for recipe, tensor in zip(recipes, tensors, strict=True)
+        )
+        pairs.append((first, second))
+    return Scales(*pairs)

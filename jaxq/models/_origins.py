@@ -1,0 +1,185 @@
+"""The parameters that a value of a program comes from, as a view or by a computation.
+
+A view shows elements of parameters as they are: transposed, reshaped, sliced, split, concatenated,
+stacked, repeated, or converted to another dtype. Each `Piece` of a view is a box that holds
+elements of one leaf. A value computed only from parameters and constants is not a view; its pieces
+are those of the leaves that enter it element by element, as `w` in `w + a @ b`.
+
+`_views` follows origins through the operations of a program.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+__all__ = ["CONSTANT", "Digit", "Digits", "Origin", "Piece", "of_leaf", "size_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Digit:
+    """A digit of the index along one axis of a leaf, and the values of it that a view shows.
+
+    The index of a leaf's axis of length 12 that is reshaped to (3, 4) has two digits: of 3 values
+    with the stride 4, and of 4 values with the stride 1.
+
+    Attributes:
+      axis: the leaf's axis, or None where the view repeats its elements.
+      size: the number of values shown.
+      of: the number of values that there are.
+      stride: the distance between neighbors along the leaf's axis.
+      start: the first value shown.
+      flipped: True if the view shows the values in reverse.
+    """
+
+    axis: int | None
+    size: int
+    of: int
+    stride: int = 1
+    start: int = 0
+    flipped: bool = False
+
+    def split(self, size: int) -> "tuple[Digit, Digit] | None":
+        """Returns the digit as two, the second of `size` values; None if it shows part of one."""
+        if self.size % size or self.start % size or self.of % size:
+            return None
+        whole = {"stride": self.stride * size, "start": self.start // size}
+        first = dataclasses.replace(self, size=self.size // size, of=self.of // size, **whole)
+        return first, dataclasses.replace(self, size=size, of=size, start=0)
+
+    def take(self, start: int, size: int) -> "Digit":
+        """Returns the digit with `size` of the values shown, from `start` on."""
+        start = self.size - start - size if self.flipped else start
+        return dataclasses.replace(self, size=size, start=self.start + start)
+
+
+Digits = tuple[Digit, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A box of a view that holds elements of one leaf.
+
+    Attributes:
+      path: the leaf's path.
+      leaf: the leaf's place among the arguments' leaves.
+      shape: the leaf's shape.
+      axes: the digits that the index along each axis of the box consists of, the major one first,
+        without digits of one value. None if no such digits describe the box.
+      at: the box's first index along each axis of the view.
+      steps: the conversions that may have changed values: dtypes, and the exponent and mantissa
+        bits of `reduce_precision`.
+      dtype: a dtype that holds the values as they are now: the leaf's, or the last step's.
+      copies: the number of such boxes that the turns of loops show.
+    """
+
+    path: str
+    leaf: int
+    shape: tuple[int, ...]
+    axes: tuple[Digits, ...] | None
+    at: tuple[int, ...]
+    steps: tuple[Any, ...]
+    dtype: Any
+    copies: int = 1
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        """The shape of the box."""
+        return tuple(map(size_of, self.axes or ()))
+
+    @property
+    def opaque(self) -> "Piece":
+        """The piece, its digits unknown."""
+        return dataclasses.replace(self, axes=None, at=())
+
+    def moved(self, axes: Sequence[Digits | None] | None, at: Sequence[int] = ()) -> "Piece":
+        """Returns the piece with its digits replaced; it is opaque if any digit is None."""
+        if axes is None or any(digits is None for digits in axes):
+            return self.opaque
+        # A digit with only one value is a fixed index.
+        kept = tuple(
+            tuple(d for d in digits if d.size > 1) for digits in axes if digits is not None
+        )
+        return dataclasses.replace(self, axes=kept, at=tuple(at) or (0,) * len(kept))
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The parameters that a value comes from.
+
+    Attributes:
+      pieces: the boxes of a view; of a computed value, pieces of the leaves that went into it
+        element by element. In a scan over stacked layers, those of all turns.
+      computed: True if the value is no view. Without sources it is a constant.
+      sources: the paths and places of all leaves that a computed value depends on.
+      products: the products that a computed value depends on, by their numbers.
+      turns: the scans, by depth, of which each turn has another value.
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    computed: bool = False
+    sources: tuple[tuple[str, int], ...] = ()
+    products: frozenset[int] = frozenset()
+    turns: tuple[int, ...] = ()
+
+    @property
+    def leaves(self) -> dict[str, int]:
+        """All leaves that the value depends on, by their paths, those of the pieces first."""
+        return {piece.path: piece.leaf for piece in self.pieces} | dict(self.sources)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the pieces."""
+        return tuple(dict.fromkeys(piece.path for piece in self.pieces))
+
+    @property
+    def name(self) -> str:
+        """The paths joined into one name, as reports show it."""
+        return f"computed({', '.join(self.leaves)})" if self.computed else _joined(self.paths)
+
+    @property
+    def opaque(self) -> "Origin":
+        """The origin, with opaque pieces."""
+        return dataclasses.replace(self, pieces=tuple(piece.opaque for piece in self.pieces))
+
+    def each(self, function: Callable[[Piece], Piece | None]) -> "Origin":
+        """Returns the view with a function applied to all transparent pieces."""
+        pieces = (piece if piece.axes is None else function(piece) for piece in self.pieces)
+        return dataclasses.replace(self, pieces=tuple(p for p in pieces if p is not None))
+
+    def rows(self, depth: int) -> "Origin":
+        """Returns the view of one index of the first axis, another in each turn of a scan."""
+
+        def row(piece: Piece) -> Piece:
+            assert piece.axes is not None
+            copies = piece.copies * size_of(piece.axes[0])
+            return dataclasses.replace(piece.moved(piece.axes[1:], piece.at[1:]), copies=copies)
+
+        return dataclasses.replace(self.each(row), turns=(*self.turns, depth))
+
+
+CONSTANT = Origin(computed=True)
+
+
+def of_leaf(path: str, leaf: int, shape: tuple[int, ...], dtype: Any) -> Origin:
+    """Returns the view of a whole leaf."""
+    axes = tuple((Digit(axis, n, n),) if n != 1 else () for axis, n in enumerate(shape))
+    return Origin((Piece(path, leaf, shape, axes, (0,) * len(shape), (), dtype),))
+
+
+def _joined(paths: Sequence[str]) -> str:
+    """Joins paths into one, with their common parts written once: `cell/{hf,hi}/kernel`."""
+    if len(paths) < 2:
+        return "".join(paths)
+    parts = [path.split("/") for path in paths]
+    least = min(map(len, parts)) - 1
+    ahead = next((i for i in range(least) if len({p[i] for p in parts}) > 1), least)
+    left = least - ahead
+    behind = next((i for i in range(left) if len({p[-1 - i] for p in parts}) > 1), left)
+    middle = ",".join("/".join(p[ahead : len(p) - behind]) for p in parts)
+    first = parts[0]
+    return "/".join([*first[:ahead], f"{{{middle}}}", *first[len(first) - behind :]])
+
+
+def size_of(digits: Digits) -> int:
+    return math.prod(digit.size for digit in digits)

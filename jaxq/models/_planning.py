@@ -1,0 +1,197 @@
+"""The plan of a model's function, from which all transforms start: products and assignments."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxq.models._assigning import Assigned, assign, naming, unassigned
+from jaxq.models._monitored import Monitored
+from jaxq.models._multiplying import StoredView
+from jaxq.models._programs import Records
+from jaxq.models._reading import Node, Product, read
+from jaxq.models._rules import Rules, as_rules
+from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
+from jaxq.models._storing import Storages, storages, weight_of
+from jaxq.models._tracing import Traced, trace
+from jaxq.products import ProductRecipe, Row
+from jaxq.quantizers import Quantized
+
+__all__ = ["Planned", "plan"]
+
+
+@dataclasses.dataclass
+class Planned:
+    """A traced function with its products and their assignments.
+
+    Attributes:
+      traced: the function's program and its arguments.
+      node: the tree of the program's products.
+      products: all products, in order.
+      chosen: the assignment of each product, without the recipe of a stored weight.
+      stored: the storage of the weights that rules quantize, and reasons for those not stored.
+      scales: the scales from calibration, by the products' names.
+      records: histories, rows for statistics and switches, by the products' names.
+    """
+
+    traced: Traced
+    node: Node
+    products: list[Product]
+    chosen: list[Assigned | None]
+    stored: Storages
+    scales: Mapping[str, Any]
+    records: Mapping[str, Records]
+
+    @property
+    def packed(self) -> dict[int, StoredView]:
+        """The stored weights, by argument index, in the dtypes that products need."""
+        return {
+            i: StoredView(dataclasses.replace(q, dtype=self.stored.dtype(i, q.dtype)), q.dtype)
+            for i, q in _packed(self.traced).items()
+        }
+
+
+def plan(
+    owner: str,
+    fn: Callable[..., Any],
+    rules: Rules,
+    argnums: int | Sequence[int],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Planned:
+    """Traces a function and assigns recipes to its products.
+
+    Raises:
+      TypeError: as in `jaxq.quantize_fn`.
+      ValueError: as in `jaxq.quantize_fn`.
+    """
+    rows: Mapping[str, Row] = {}
+    if isinstance(rules, Monitored):
+        rows, rules = rules.rows, rules.rules if rules.scaling is None else rules.scaling
+    scales = rules.scales if isinstance(rules, Frozen) else {}
+    histories = rules.histories if isinstance(rules, Delayed) else {}
+    switches = rules.switches if isinstance(rules, Switched) else {}
+    traced = trace(owner, fn, argnums, args, kwargs)
+    refuse_states(owner, traced.parameters[0])
+    node, products = read(traced.jaxpr, traced.origins)
+    closed = any(np.ndim(array) > 1 for array in traced.jaxpr.consts)
+    chosen = assign(owner, as_rules(owner, rules), products, traced.paths, closed=closed)
+    _check_state(owner, rules, chosen)
+    _check_rows(owner, rows, products)
+    chosen = [
+        unassigned(product) if assigned is None and product.name in rows else assigned
+        for product, assigned in zip(products, chosen, strict=True)
+    ]
+    records = {}
+    for name in {**histories, **rows, **switches}:
+        lhs, rhs, cotangent = histories.get(name, (None,) * 3)
+        records[name] = Records(lhs, rhs, cotangent, rows.get(name), switches.get(name))
+    stored, packed = storages(products, chosen), _packed(traced)
+    if packed:
+        chosen = [
+            _without_weight(owner, product, assigned, packed, stored)
+            for product, assigned in zip(products, chosen, strict=True)
+        ]
+    return Planned(traced, node, products, chosen, stored, scales, records)
+
+
+def _packed(traced: Traced) -> dict[int, Quantized]:
+    """Returns the arguments that are stored weights, by their indices."""
+    return {i: x for i, x in enumerate(traced.arrays) if isinstance(x, Quantized)}
+
+
+def _check_state(owner: str, rules: Rules, chosen: Sequence[Assigned | None]) -> None:
+    """Checks that a state has an entry for every product that takes scales from it."""
+    if isinstance(rules, Frozen):
+        wanted, known = [a for a in chosen if a is not None and any(a.calibrated)], rules.scales
+    elif isinstance(rules, Delayed):
+        wanted, known = [a for a in chosen if a is not None and any(a.delayed)], rules.histories
+    else:
+        return
+    for assigned in wanted:
+        if assigned.name not in known:
+            raise ValueError(
+                f"{owner}: the state passed as `rules` must have scales for {assigned.where}, got "
+                f"{', '.join([*known][:3])}. Make the state from a function with the same products."
+            )
+
+
+def _check_rows(owner: str, rows: Mapping[str, Row], products: Sequence[Product]) -> None:
+    """Checks that a function has all products that a state monitors."""
+    known = {product.name: product for product in products}
+    for name, row in rows.items():
+        if name not in known:
+            raise ValueError(
+                f"{owner}: the state passed as `rules` monitors product {name!r}, which the "
+                f"function lacks. Its products are {', '.join(sorted(known)[:3])}. Make the state "
+                "by jaxq.analysis.monitor from this function."
+            )
+        if row.active.shape != known[name].stacks:
+            raise ValueError(
+                f"{owner}: the state passed as `rules` must have layers {known[name].stacks} for "
+                f"{known[name].where}, got {row.active.shape}. Make the state by "
+                "jaxq.analysis.monitor from this function."
+            )
+
+
+def _without_weight(
+    owner: str,
+    product: Product,
+    assigned: Assigned | None,
+    packed: Mapping[int, Quantized],
+    stored: Storages,
+) -> Assigned | None:
+    """Removes the weight's recipe from a product's assignment if the weight is stored."""
+    leaves = {leaf for o in product.origins if o is not None for leaf in o.leaves.values()}
+    if product.barred or not leaves & set(packed):
+        return assigned
+    if assigned is None:
+        return unassigned(product)
+    found = weight_of(product, assigned)
+    if found is None or not set(found.origin.leaves.values()) & set(packed):
+        return assigned
+    recipe = assigned.recipe
+    assert recipe is not None, "it has a recipe for the weight"
+    with naming(owner, product.where):
+        for path, leaf in found.origin.leaves.items():
+            _check_stored(product, path, packed.get(leaf), stored, leaf)
+        if recipe.execution == "native":
+            raise ValueError(
+                f"stored weights must be multiplied as floats, got execution='native' for "
+                f"{found.origin.name!r}. Use execution='emulated'."
+            )
+    left: ProductRecipe | None = dataclasses.replace(recipe, rhs=None)
+    left = None if left.plain else left
+    return dataclasses.replace(assigned, recipe=left, table=None)
+
+
+def _check_stored(
+    product: Product, path: str, q: Quantized | None, stored: Storages, leaf: int
+) -> None:
+    """Checks that a leaf is stored in the form that a product needs."""
+    remedy = "Store weights by jaxq.quantize_weights with these rules."
+    if q is None:
+        raise ValueError(
+            f"weight {path!r} must be stored, as it is multiplied together with stored weights, "
+            f"got an array. {remedy}"
+        )
+    if leaf not in stored.leaves:
+        reason = stored.reasons[product.number]
+        raise ValueError(
+            f"weight {path!r} must be an array, got a stored one: {reason}. Leave it out of the "
+            "rules of jaxq.quantize_weights or jaxq.quantize_tree."
+        )
+    storage = stored.leaves[leaf]
+    differing = storage.differing(q)
+    if differing:
+        raise ValueError(
+            f"weight {path!r} must be stored as its rule says, {storage.recipe.element.name}, got "
+            f"{q.recipe.element.name} with another {', '.join(differing)}. {remedy}"
+        )
+    if storage.blocks_differ(q):
+        raise ValueError(
+            f"weight {path!r} must be stored in blocks of {storage.block}, as its product needs, "
+            f"got blocks of {q.block}. Pass the axis that products contract to jaxq.quantize_tree "
+            "as `axis`, or use jaxq.quantize_weights."
+        )

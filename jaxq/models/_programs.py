@@ -1,0 +1,209 @@
+"""Programs with the assignments of their products, and the calibration states of these products.
+
+Calibration states are keyed by the products' names. A product in a scan over layers has one state
+per layer, with one leading axis for every scan between the program and the product.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._jax import compat
+from jaxq._jax.draws import fold_in
+from jaxq._jax.meshes import varying
+from jaxq.models._assigning import Assigned, Observer
+from jaxq.models._reading import Node
+from jaxq.models._states import Switch
+from jaxq.products import History, Row
+from jaxq.quantizers import calibration
+
+__all__ = ["Extra", "Program", "Records", "States", "merged", "of_all", "program", "unseen"]
+
+States = dict[str, tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jaxpr with its equations that are products to quantize and those that contain some."""
+
+    jaxpr: Any
+    products: tuple[tuple[int, Assigned], ...]
+    inner: tuple[tuple[int, tuple["Program", ...]], ...]
+
+    def all(self) -> Iterator[Assigned]:
+        """Yields all products in the order in which they run."""
+        for _, assigned in self.products:
+            yield assigned
+        for _, programs in self.inner:
+            for inside in programs:
+                yield from inside.all()
+
+    @property
+    def draws(self) -> bool:
+        """True if any product needs a key."""
+        return any(assigned.draws for assigned in self.all())
+
+
+class Records(NamedTuple):
+    """The arrays of one product other than its operands, in a layout for loops and devices.
+
+    Attributes:
+      lhs: the history of the first operand, or None.
+      rhs: the history of the second operand, or None.
+      cotangent: the history of the cotangent, or None.
+      row: the row for statistics, or None.
+      switch: the flag that turns the recipe on, or None if it is always on.
+    """
+
+    lhs: History | None = None
+    rhs: History | None = None
+    cotangent: History | None = None
+    row: Row | None = None
+    switch: Switch | None = None
+
+    @property
+    def histories(self) -> tuple[History | None, ...]:
+        """The histories of delayed scaling."""
+        return self[:3]
+
+    def spread(self, count: int) -> "Records":
+        """Copies the records for `count` products; their cotangents merge those of the copies."""
+        copies: Any = (None if each is None else each.spread(count) for each in self)
+        return Records(*copies)
+
+
+class Extra(NamedTuple):
+    """The inputs of products besides their operands.
+
+    Attributes:
+      key: the key for random numbers, or None.
+      scales: the scales from calibration, by the products' names.
+      records: histories, rows for statistics and switches, by the products' names.
+      places: the device's index along each axis of the surrounding `shard_map`s.
+      mask: the mask of the tokens that observers count, or None.
+    """
+
+    key: jax.Array | None
+    scales: Mapping[str, tuple[calibration.Calibrated | None, ...]]
+    records: Mapping[str, Records]
+    places: Mapping[str, jax.Array]
+    mask: jax.Array | None = None
+
+    def switches(self) -> "Extra":
+        """Returns the inputs without histories and rows, where no backward pass would fill them."""
+        records = {
+            name: Records(switch=own.switch)
+            for name, own in self.records.items()
+            if own.switch is not None
+        }
+        return self._replace(records=records)
+
+    def folded(self, number: Any) -> jax.Array:
+        """Returns the keys for products or iterations of a loop, by number."""
+        assert self.key is not None, "checked before anything runs"
+        return fold_in(self.key, number)
+
+    def differing_axes(self, eqn: Any) -> tuple[str, ...]:
+        """Returns the mesh axes along which devices draw different numbers for a product.
+
+        These are the axes along which operands vary, or all axes if a `shard_map` does not track
+        varying axes.
+        """
+        differing = compat.varying_of(eqn)
+        return tuple(
+            axis
+            for axis, place in sorted(self.places.items())
+            if axis in differing or axis not in varying(place)
+        )
+
+    def everywhere(self, states: Any) -> Any:
+        """Marks calibration states as device-varying inside `shard_map`."""
+        axes = frozenset().union(*map(varying, self.places.values()))
+
+        def moved(x: jax.Array) -> jax.Array:
+            return lax.pcast(x, tuple(axes - varying(x)), to="varying")
+
+        return jax.tree.map(moved, states)
+
+    def within(self, programs: Sequence[Program]) -> "Extra":
+        """Returns the inputs restricted to the products of some programs."""
+        names = {a.name for inside in programs for a in inside.all()}
+        scales = {name: value for name, value in self.scales.items() if name in names}
+        records = {name: value for name, value in self.records.items() if name in names}
+        return self._replace(scales=scales, records=records)
+
+
+def program(node: Node, chosen: Sequence[Assigned | None], stored: bool = False) -> Program:
+    """Returns the program of a node with the assignments of its products.
+
+    Args:
+      node: the node.
+      chosen: the assignment of each product, or None.
+      stored: True if weights are stored, so that programs that return them are also run equation
+        by equation.
+    """
+    products = [(i, chosen[product.number]) for i, product in node.products.items()]
+    inner = []
+    for i, nodes in node.inner.items():
+        programs = tuple(program(n, chosen, stored) for n in nodes)
+        if any(any(p.all()) for p in programs) or (stored and nodes[0].returns_weights):
+            inner.append((i, programs))
+    return Program(
+        node.jaxpr,
+        tuple((i, assigned) for i, assigned in products if assigned is not None),
+        tuple(inner),
+    )
+
+
+def merged(program: Program, depth: int, earlier: States, later: States) -> States:
+    """Merges earlier and later calibration states of a program at a depth of scans."""
+    products = {a.name: a for a in program.all()}
+
+    def of_operand(known: Observer | None, stacks: int, *states: Any) -> Any:
+        if known is None:
+            return None
+        merge: Any = known.merge
+        for _ in range(stacks):
+            merge = jax.vmap(merge)
+        return merge(*states)
+
+    result = {}
+    for name, states in later.items():
+        calibrated, stacks = products[name].calibrated, len(_stacks(products[name], depth))
+        operands = zip(calibrated, earlier[name], states, strict=True)
+        result[name] = tuple(of_operand(known, stacks, a, b) for known, a, b in operands)
+    return result
+
+
+def of_all(program: Program, depth: int, states: States) -> States:
+    """Merges the states of all loop iterations or devices, which lie along a leading axis."""
+    if not states:
+        return states
+    first, rest = (jax.tree.map(lambda x, at=at: x[at], states) for at in (0, slice(1, None)))
+    return lax.scan(lambda a, b: (merged(program, depth, a, b), None), first, rest)[0]
+
+
+def _stacks(assigned: Assigned, depth: int) -> list[int]:
+    """Returns the lengths of the scans from a depth on that have one state per iteration."""
+    return [assigned.loops[turn] for turn in sorted(assigned.stacked) if turn >= depth]
+
+
+def unseen(programs: Sequence[Program], extra: Extra, depth: int) -> States:
+    """Returns empty states for the products of some programs at a depth of scans."""
+
+    def of_operand(known: Observer | None, stacks: list[int]) -> Any:
+        if known is None:
+            return None
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*stacks, *x.shape)), known.empty())
+
+    states = {
+        a.name: tuple(of_operand(known, _stacks(a, depth)) for known in a.calibrated)
+        for inside in programs
+        for a in inside.all()
+        if any(a.calibrated)
+    }
+    return extra.everywhere(states)

@@ -1,0 +1,329 @@
+"""Analysis of a traced function without running it: its products and their weights.
+
+A `Node` is one program with its products and the equations that contain programs with products.
+Recipes are assigned in `_assigning`, not here.
+
+A product's weight is an operand that is a view of parameters. If no operand is a view and the other
+operand is data, an operand that is computed from parameters alone, such as a kernel under weight
+normalization, is also a weight.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from jaxq._jax import compat
+from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED, contraction_of
+from jaxq.models._origins import CONSTANT, Origin
+from jaxq.models._views import computed, through
+from jaxq.products import Axes
+
+__all__ = ["Node", "Product", "flops", "read", "table_axes"]
+
+
+@dataclasses.dataclass(eq=False)
+class Product:
+    """A product of a program, a look-up in a table, or an operation that is not quantized.
+
+    Attributes:
+      eqn: the equation.
+      origins: the origins of both operands, None for an operand that is not a weight; for a
+        look-up, of the table alone; for an operation that is not quantized, of all operands.
+      operands: the shapes and dtypes of these operands.
+      out: the shape and dtype of the result.
+      scope: the surrounding named scopes.
+      source: the line of the user's code.
+      times: the number of runs per call; None in a `while` loop.
+      loops: the lengths of the surrounding scans, outermost first.
+      barred: the reason why the product cannot be quantized, or "".
+      reverse: True if reverse mode goes through the product, which is not so in a function with a
+        custom derivative or in a `while` loop.
+      name: the name in reports and states; `read` makes names distinct.
+      number: the index among all products.
+      within: the products whose computed weights depend on this product, as
+        `x @ (w + a @ b)` does on `a @ b`.
+      sources: the paths of the parameters from which an operand that is not a weight is computed.
+    """
+
+    eqn: Any
+    origins: tuple[Origin | None, ...]
+    operands: tuple[Any, ...]
+    out: Any
+    scope: str
+    source: str
+    times: int | None
+    loops: tuple[int, ...]
+    barred: str = ""
+    reverse: bool = True
+    name: str = ""
+    number: int = -1
+    within: tuple["Product", ...] = ()
+    sources: tuple[str, ...] = ()
+
+    @property
+    def operation(self) -> str:
+        """The primitive's name, such as `"dot_general"`."""
+        return self.eqn.primitive.name
+
+    @property
+    def params(self) -> Any:
+        """The equation's parameters."""
+        return self.eqn.params
+
+    @property
+    def stacked(self) -> frozenset[int]:
+        """The depths of the scans in which each iteration multiplies another weight."""
+        return frozenset(turn for o in self.origins if o is not None for turn in o.turns)
+
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """The lengths of these scans, outermost first."""
+        return tuple(self.loops[turn] for turn in sorted(self.stacked))
+
+    @property
+    def where(self) -> str:
+        """The name and source line, as errors show them."""
+        return f"{self.operation} {self.name!r} ({self.source})"
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """A program with its products and the nodes of its inner programs, both by equation.
+
+    Attributes:
+      jaxpr: the program.
+      products: its products by equation.
+      inner: the nodes, by equation, of inner programs that have products or return weights.
+      returns_weights: True if a result is a view of parameters.
+    """
+
+    jaxpr: Any
+    products: dict[int, Product] = dataclasses.field(default_factory=dict)
+    inner: dict[int, tuple["Node", ...]] = dataclasses.field(default_factory=dict)
+    returns_weights: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """The surroundings of a program."""
+
+    scope: str = ""
+    source: str = ""
+    times: int | None = 1
+    loops: tuple[int, ...] = ()
+    barred: str = ""
+    reverse: bool = True
+
+
+def read(jaxpr: Any, origins: Sequence[Origin | None]) -> tuple[Node, list[Product]]:
+    """Finds the products of a program.
+
+    Args:
+      jaxpr: the result of `jax.make_jaxpr`.
+      origins: the origins of its arguments.
+
+    Returns:
+      The program's node, and all products in the order in which they run.
+    """
+    products: list[Product] = []
+    node, _ = _read(jaxpr, origins, _Frame(), products)
+    seen: dict[str, int] = {}
+    for number, product in enumerate(products):
+        found = [o.name for o in reversed(product.origins) if o is not None]
+        for part in {n for o in product.origins if o is not None for n in o.products}:
+            products[part].within += (product,)
+        base = found[0] if found else "/".join(filter(None, (product.scope, product.operation)))
+        seen[base] = seen.get(base, 0) + 1
+        product.name = base if seen[base] == 1 else f"{base}#{seen[base]}"
+        product.number = number
+    return node, products
+
+
+def _read(
+    jaxpr: Any, origins: Sequence[Origin | None], frame: _Frame, products: list[Product]
+) -> tuple[Node, list[Origin | None]]:
+    body, node = compat.body(jaxpr), Node(jaxpr)
+    known: dict[Any, Origin | None] = dict(zip(body.invars, origins, strict=True))
+    # An array that the function closes over may be data.
+    known |= {variable: CONSTANT for variable in body.constvars if not variable.aval.shape}
+
+    def origin(variable: Any) -> Origin | None:
+        return CONSTANT if compat.is_literal(variable) else known.get(variable)
+
+    for i, eqn in enumerate(body.eqns):
+        operands = [origin(variable) for variable in eqn.invars]
+        found = _found(eqn, operands, frame)
+        if found is not None:
+            value = computed(eqn, operands)
+            if value is not None:
+                number = frozenset({len(products)})
+                value = dataclasses.replace(value, products=value.products | number)
+            results = [value] * len(eqn.outvars)
+            node.products[i] = found
+            products.append(found)
+        elif compat.bodies(eqn):
+            own = dataclasses.replace(
+                frame,
+                scope=_joined(frame.scope, compat.scope_of(eqn)),
+                source=compat.source_of(eqn, frame.source),
+            )
+            nodes, results = _inside(eqn, operands, own, products)
+            returns = eqn.primitive.name in compat.AROUND and nodes[0].returns_weights
+            if returns or any(inner.products or inner.inner for inner in nodes):
+                node.inner[i] = nodes
+        else:
+            results = through(eqn, operands)
+        known.update(zip(eqn.outvars, results, strict=True))
+    results = [origin(variable) for variable in body.outvars]
+    node.returns_weights = any(o is not None and not o.computed for o in results)
+    return node, results
+
+
+def _joined(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
+
+
+def _found(eqn: Any, origins: Sequence[Origin | None], frame: _Frame) -> Product | None:
+    """Returns an equation as a product, or None if it multiplies no tensors."""
+    name = eqn.primitive.name
+    if name in QUANTIZED:
+        first, second = (v.aval.dtype for v in eqn.invars[:2])
+        floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (first, second))
+        reason = (
+            "" if floating else f"multiplies {first} by {second}, and only floats are quantized"
+        )
+        return _product(eqn, origins, frame, 2, reason)
+    if name == LOOK_UP:
+        return _product(eqn, origins, frame, 1) if _is_look_up(eqn, origins) else None
+    if name in LEFT_ALONE:
+        return _product(eqn, origins, frame, len(eqn.invars), LEFT_ALONE[name])
+    return None
+
+
+def _is_look_up(eqn: Any, origins: Sequence[Origin | None]) -> bool:
+    """Returns whether a gather reads a parameter at many indices."""
+    numbers = eqn.params["dimension_numbers"]
+    many = len(eqn.outvars[0].aval.shape) > len(numbers.offset_dims)
+    floating = jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
+    is_view = origins[0] is not None and not origins[0].computed
+    return is_view and many and floating and not numbers.operand_batching_dims
+
+
+def _weights(origins: Sequence[Origin | None]) -> tuple[Origin | None, ...]:
+    """Returns the origins of operands that are weights, None for the others."""
+    views = tuple(None if o is None or o.computed else o for o in origins)
+    if any(views) or sum(o is not None and bool(o.leaves) for o in origins) > 1:
+        return views
+    return tuple(o if o is not None and o.pieces else None for o in origins)
+
+
+def _product(
+    eqn: Any, origins: Sequence[Origin | None], frame: _Frame, count: int, barred: str = ""
+) -> Product:
+    weights = _weights(origins[:count])
+    pairs = zip(origins, weights, strict=False)
+    others = [o for o, weight in pairs if o is not None and weight is None]
+    return Product(
+        eqn,
+        weights,
+        tuple(_shape(v.aval) for v in eqn.invars[:count]),
+        _shape(eqn.outvars[0].aval) if eqn.outvars else jax.ShapeDtypeStruct((0,), jnp.float32),
+        _joined(frame.scope, compat.scope_of(eqn)),
+        compat.source_of(eqn, frame.source),
+        frame.times,
+        frame.loops,
+        frame.barred or barred,
+        frame.reverse,
+        sources=tuple(path for origin in others for path in origin.leaves),
+    )
+
+
+def _shape(aval: Any) -> Any:
+    return jax.ShapeDtypeStruct(getattr(aval, "shape", ()), getattr(aval, "dtype", jnp.float32))
+
+
+def _inside(
+    eqn: Any, origins: list[Origin | None], frame: _Frame, products: list[Product]
+) -> tuple[tuple[Node, ...], list[Origin | None]]:
+    """Returns the nodes of the programs within an equation and the origins of its results."""
+    name, inner = eqn.primitive.name, compat.bodies(eqn)
+    nothing: list[Origin | None] = [None] * len(eqn.outvars)
+
+    def run(jaxpr: Any, origins: Sequence[Origin | None], **changes: Any) -> Any:
+        return _read(jaxpr, origins, dataclasses.replace(frame, **changes), products)
+
+    if name in compat.AROUND:
+        if name == "shard_map":  # A shard is a part of its leaf.
+            origins = [o and o.opaque for o in origins]
+        node, results = run(inner[0], origins)
+        return (node,), nothing if name == "shard_map" else results
+    if name in ("custom_jvp_call", "custom_vjp_call"):
+        node, results = run(inner[0], origins, reverse=False)
+        # Its results are arrays, so no stored weight passes through it.
+        return (node,), [o and o.opaque for o in results]
+    if name == "scan":
+        consts, carry = compat.loop_counts(eqn)
+        body, first, count = compat.body(inner[0]), consts + carry, eqn.params["length"]
+        own = origins[:consts] + _kept(body, origins, consts, carry)
+        times = None if frame.times is None else frame.times * count
+        depth = len(frame.loops)
+        slices = [o and o.rows(depth) for o in origins[first:]]
+        node, results = run(inner[0], own + slices, times=times, loops=(*frame.loops, count))
+        return (node,), own[consts:] + nothing[carry:]
+    if name == "while":
+        conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        test, turn = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+        of_test, of_turn = origins[:conds], origins[conds : conds + bodies]
+        moved = origins[conds:]  # The body's constants, then what is carried.
+        kept = _kept(compat.body(turn), moved, bodies, len(moved) - bodies)
+        first, _ = run(test, of_test + kept, times=None, barred="in the condition of a while loop")
+        second, _ = run(turn, of_turn + kept, times=None, reverse=False)
+        return (first, second), kept
+    if name == "cond":
+        found = [run(branch, origins[1:]) for branch in eqn.params["branches"]]
+        return tuple(node for node, _ in found), nothing
+    barred = frame.barred or f"inside {name}"
+    nodes = []
+    for jaxpr in inner:
+        count = len(compat.body(jaxpr).invars)
+        own = origins if count == len(origins) else [None] * count
+        nodes.append(run(jaxpr, own, barred=barred)[0])
+    return tuple(nodes), [computed(eqn, origins)] * len(eqn.outvars)
+
+
+def _kept(
+    body: Any, origins: Sequence[Origin | None], consts: int, carry: int
+) -> list[Origin | None]:
+    """Returns the origins of a loop's carried values, None for those that the loop changes."""
+    invars = body.invars[consts : consts + carry]
+    return [
+        origin if variable is out else None
+        for variable, out, origin in zip(
+            invars, body.outvars[:carry], origins[consts : consts + carry], strict=True
+        )
+    ]
+
+
+def table_axes(product: Product) -> Axes:
+    """Returns the axes of a look-up's table as a matrix `[index, element]`."""
+    numbers, sizes = product.params["dimension_numbers"], product.params["slice_sizes"]
+    shape = product.operands[0].shape
+    looked_up = [i for i in numbers.start_index_map if sizes[i] != shape[i]]
+    rest = tuple(i for i in range(len(shape)) if i not in looked_up)
+    return Axes((), tuple(sorted(looked_up)), rest)
+
+
+def flops(product: Product) -> int:
+    """Returns the multiplications and additions of one run; 0 for operations not in `QUANTIZED`."""
+    if product.operation not in QUANTIZED:
+        return 0
+    rhs = product.operands[1]
+    contraction = contraction_of(product.eqn)
+    sizes = zip(contraction.out, product.out.shape, strict=True)
+    # A row of a ragged product belongs to one group.
+    out = math.prod(n for label, n in sizes if label != contraction.group)
+    return 2 * out * math.prod(rhs.shape[axis] for axis in contraction.axes[1].contract)

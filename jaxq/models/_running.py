@@ -1,0 +1,342 @@
+"""Evaluation of a traced function with its products computed by their recipes.
+
+Every equation is run unchanged, except for products with a recipe and equations that contain them.
+`jit`, `checkpoint`, `scan`, `while`, `cond` and `shard_map` are preserved: a scan over layers is
+one scan, and its body is read once.
+
+A function with a custom derivative (`jax.custom_jvp`, `jax.custom_vjp`) is quantized inside and
+keeps its rule: its value is that of the quantized products, and its derivative is that of the rule
+for the original operands.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxq._jax import compat
+from jaxq.models._multiplying import StoredView, keys_for, multiply, unpacked
+from jaxq.models._programs import Extra, Program, States, merged, of_all, unseen
+from jaxq.models._storing import widest
+from jaxq.models._views import CONVERSIONS, JOINS, VIEWS
+from jaxq.quantizers import Quantized, quantized_sharding
+
+__all__ = ["run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inside:
+    """A program as a function. The program of one `jit` is compiled once."""
+
+    program: Program
+    depth: int
+    observing: bool
+
+    def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
+        return run(self.program, extra, operands, self.depth, self.observing)
+
+    def of(self, jaxpr: Any) -> "_Inside":
+        """Returns the function with another jaxpr in its program."""
+        return dataclasses.replace(self, program=dataclasses.replace(self.program, jaxpr=jaxpr))
+
+
+def run(
+    program: Program,
+    extra: Extra,
+    arguments: Sequence[Any],
+    depth: int = 0,
+    observing: bool = False,
+) -> tuple[list[Any], States]:
+    """Runs a program.
+
+    Args:
+      program: the program to run.
+      extra: the key, scales and records.
+      arguments: arrays, with `StoredView`s for stored weights.
+      depth: the number of scans around the program.
+      observing: True to collect calibration states.
+
+    Returns:
+      The results, which may include views of stored weights, and the states by product name.
+    """
+    body = compat.body(program.jaxpr)
+    products, inner = dict(program.products), dict(program.inner)
+    values: dict[Any, Any] = dict(zip(body.constvars, body.consts, strict=True))
+    values.update(zip(body.invars, arguments, strict=True))
+    seen: States = {}
+
+    def value(variable: Any) -> Any:
+        return variable.val if compat.is_literal(variable) else values[variable]
+
+    keys = keys_for(extra, body.eqns, products)
+    for i, eqn in enumerate(body.eqns):
+        operands = [value(variable) for variable in eqn.invars]
+        if i in products:
+            result, more = multiply(eqn, products[i], extra, keys[i], operands, observing)
+            results = [result]
+            seen |= more
+        elif i in inner:
+            handler = _INSIDE[eqn.primitive.name]
+            with compat.within(eqn):
+                own = extra.within(inner[i])
+                results, more = handler(_Call(eqn, inner[i], own, operands, depth, observing))
+            seen |= more
+        elif any(isinstance(operand, StoredView) for operand in operands):
+            results = _viewed(eqn, operands)
+        else:
+            results = compat.bind(eqn, operands)
+        values.update(zip(eqn.outvars, results, strict=True))
+    return [value(variable) for variable in body.outvars], seen
+
+
+def _viewed(eqn: Any, operands: list[Any]) -> list[Any]:
+    """Returns the results of an equation with views of stored weights among its operands."""
+    name, first = eqn.primitive.name, operands[0]
+    if name == "optimization_barrier":
+        return list(lax.optimization_barrier(tuple(operands)))
+    if name in JOINS and all(isinstance(operand, StoredView) for operand in operands):
+        arrays = [operand.array for operand in operands]
+        dtype = widest([array.dtype for array in arrays])
+        joined = compat.bind(eqn, [array.astype(dtype) for array in arrays])[0]
+        return [StoredView(joined, first.dtype)]
+    if name not in VIEWS or name in JOINS or not isinstance(first, StoredView):
+        return compat.bind(eqn, [unpacked(operand) for operand in operands])
+    if name in CONVERSIONS:
+        dtype = eqn.outvars[0].aval.dtype
+        if jnp.issubdtype(dtype, jnp.floating):
+            return [StoredView(first.data, dtype)]
+        return compat.bind(eqn, [unpacked(first)])
+    if name in compat.LAYOUTS and isinstance(first.data, Quantized):
+        return [StoredView(_laid_out(eqn, first.data, first.array), first.dtype)]
+    results = compat.bind(eqn, [first.array, *map(unpacked, operands[1:])])
+    return [StoredView(result, first.dtype) for result in results]
+
+
+def _laid_out(eqn: Any, q: Quantized, array: jax.Array) -> Any:
+    """Lays a stored weight out over devices: packed if its bytes divide, otherwise as an array.
+
+    A weight that is sharded and gathered for its product therefore moves in few bytes.
+    """
+    function, sharding = compat.layout_of(eqn)
+    with contextlib.suppress(ValueError), compat.within(eqn):
+        return function(q, quantized_sharding(q, sharding))
+    return compat.bind(eqn, [array])[0]
+
+
+class _Call(NamedTuple):
+    """An equation with inner programs, and the inputs of its evaluation."""
+
+    eqn: Any
+    programs: tuple[Program, ...]
+    extra: Extra
+    operands: list[Any]
+    depth: int
+    observing: bool
+
+
+def _around(call: _Call) -> tuple[list[Any], States]:
+    """Runs a `jit` or `checkpoint`."""
+    eqn, programs, extra, operands, depth, observing = call
+    inside = _WithArrays(programs[0], depth, observing)
+    return compat.call_inside(eqn, inside)(extra, *operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithArrays(_Inside):
+    """A program whose results are arrays or views of stored weights that hold arrays."""
+
+    def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
+        results, seen = super().__call__(extra, *operands)
+        return [
+            StoredView(x.array, x.dtype) if isinstance(x, StoredView) else x for x in results
+        ], seen
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnDevice(_Inside):
+    """A program on one of the devices of a `shard_map`, over the axes of its mesh."""
+
+    axes: tuple[str, ...]
+
+    def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
+        places = {**extra.places, **{axis: lax.axis_index(axis) for axis in self.axes}}
+        records = jax.tree.map(lambda x: x[0], extra.records)
+        own = extra._replace(records=records, places=places)
+        results, seen = super().__call__(own, *operands)
+        return results, of_all(self.program, self.depth, jax.tree.map(self._gathered, seen))
+
+    def _gathered(self, x: jax.Array) -> jax.Array:
+        """Stacks the values of all devices along a leading axis, by a sum that all receive."""
+        place, count = lax.axis_index(self.axes), lax.axis_size(self.axes)
+        return lax.psum(jnp.zeros((count, *x.shape), x.dtype).at[place].set(x), self.axes)
+
+
+def _shard_map(call: _Call) -> tuple[list[Any], States]:
+    eqn, programs, extra, operands, depth, observing = call
+    devices = compat.devices_of(eqn)
+    count = math.prod(devices.values())
+    records = {name: each.spread(count) for name, each in extra.records.items()}
+    everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
+    specs = Extra(everywhere, everywhere, one_each, everywhere, everywhere)
+    on_device = _OnDevice(programs[0], depth, observing, tuple(devices))
+    inside = compat.call_inside(eqn, on_device, specs)
+    return inside(extra._replace(records=records), *map(unpacked, operands))
+
+
+def _scan(call: _Call) -> tuple[list[Any], States]:
+    eqn, programs, extra, operands, depth, observing = call
+    inside, params = programs[0], eqn.params
+    consts, count = compat.loop_counts(eqn)
+    fixed, carried = operands[:consts], operands[consts : consts + count]
+    slices = [x if _has_rows(x) else unpacked(x) for x in operands[consts + count :]]
+    keeps = _keeps(inside, consts, count)
+    by_turn = {a.name for a in inside.all() if depth in a.stacked}
+    scales = {name: s for name, s in extra.scales.items() if name not in by_turn}
+    own = {name: s for name, s in extra.scales.items() if name in by_turn}
+    records = {
+        name: each if name in by_turn else each.spread(params["length"])
+        for name, each in extra.records.items()
+    }
+    numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
+
+    def turn(carry: list[Any], xs: Any) -> Any:
+        number, rows, given, records = xs
+        key = None if number is None else extra.folded(number)
+        results, seen = run(
+            inside,
+            extra._replace(key=key, scales={**scales, **given}, records=records),
+            [*fixed, *carry, *rows],
+            depth + 1,
+            observing,
+        )
+        return _carried(results[:count], keeps), (list(map(unpacked, results[count:])), seen)
+
+    carry, (rows, seen) = lax.scan(
+        turn,
+        _carried(carried, keeps),
+        (numbers, slices, own, records),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    shared = {name: states for name, states in seen.items() if name not in by_turn}
+    return [*carry, *rows], {**seen, **of_all(inside, depth + 1, shared)}
+
+
+def _has_rows(x: Any) -> bool:
+    """Returns whether a stored weight can be taken apart along its leading axis."""
+    if not isinstance(x, StoredView):
+        return False
+    return not isinstance(x.data, Quantized) or x.data.ndim > len(x.data.block)
+
+
+def _keeps(inside: Program, consts: int, count: int) -> list[bool]:
+    """Returns for each carried value of a loop whether the loop leaves it unchanged."""
+    body = compat.body(inside.jaxpr)
+    pairs = zip(body.invars[consts : consts + count], body.outvars[:count], strict=True)
+    return [before is after for before, after in pairs]
+
+
+def _carried(values: Sequence[Any], keeps: Sequence[bool]) -> list[Any]:
+    """Unpacks the carried values of a loop, except those that the loop leaves unchanged."""
+    return [x if keep else unpacked(x) for x, keep in zip(values, keeps, strict=True)]
+
+
+def _while(call: _Call) -> tuple[list[Any], States]:
+    eqn, programs, extra, operands, depth, observing = call
+    test, inside = programs
+    conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    of_test, of_turn = operands[:conds], operands[conds : conds + bodies]
+    extra = extra.switches()
+
+    def going(state: Any) -> jax.Array:
+        return unpacked(run(test, extra, [*of_test, *state[1]], depth, False)[0][0])
+
+    def turn(state: Any) -> Any:
+        number, carry, before = state
+        key = None if extra.key is None else extra.folded(number)
+        arguments = [*of_turn, *carry]
+        results, seen = run(inside, extra._replace(key=key), arguments, depth, observing)
+        return number + 1, _carried(results, keeps), merged(inside, depth, before, seen)
+
+    carried = operands[conds + bodies :]
+    keeps = _keeps(inside, bodies, len(carried))
+    start = _carried(carried, keeps)
+    state = (jnp.int32(0), start, unseen([inside], extra, depth) if observing else {})
+    _, results, seen = lax.while_loop(going, turn, state)
+    return results, seen
+
+
+def _cond(call: _Call) -> tuple[list[Any], States]:
+    _, programs, extra, operands, depth, observing = call
+
+    def branch(inside: Program) -> Callable[..., Any]:
+        def call(*operands: Any) -> Any:
+            results, seen = run(inside, extra, operands, depth, observing)
+            others = unseen(programs, extra, depth) if observing else {}
+            return list(map(unpacked, results)), {**others, **seen}
+
+        return call
+
+    index, *rest = operands
+    return lax.switch(index, [branch(inside) for inside in programs], *rest)
+
+
+def _custom(call: _Call) -> tuple[list[Any], States]:
+    """Runs a function with a custom derivative: quantizes the value and keeps the derivative."""
+    eqn, programs, extra, operands, depth, observing = call
+    extra = extra.switches()
+    arrays = [unpacked(operand) for operand in operands]
+    # Stored weights have no derivative.
+    views = [operand if isinstance(operand, StoredView) else None for operand in operands]
+    seen: States = {}
+    if observing:
+        constants = [lax.stop_gradient(x) for x in arrays]
+        seen = run(programs[0], extra, _with(views, constants), depth, True)[1]
+
+    def original(*arrays: Any) -> list[Any]:
+        return compat.bind(eqn, arrays)
+
+    def quantized(given: tuple[Extra, list[Any]], *arrays: Any) -> list[Any]:
+        results, _ = run(programs[0], given[0], _with(given[1], arrays), depth)
+        return list(map(unpacked, results))
+
+    if eqn.primitive.name == "custom_jvp_call":
+        function: Any = jax.custom_jvp(quantized)
+
+        @function.defjvp
+        def _(primals: Any, tangents: Any) -> Any:
+            return function(*primals), jax.jvp(original, primals[1:], tangents[1:])[1]
+    else:
+        function = jax.custom_vjp(quantized)
+
+        def forward(given: Any, *arrays: Any) -> Any:
+            return quantized(given, *arrays), jax.vjp(original, *arrays)[1]
+
+        function.defvjp(forward, lambda pull, cotangents: (None, *pull(cotangents)))
+    return function((extra, views), *arrays), seen
+
+
+def _with(views: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+    """Returns arrays with those that have a view of stored weights replaced by the view."""
+    return [x if view is None else view for view, x in zip(views, arrays, strict=True)]
+
+
+_INSIDE: MappingProxyType[str, Callable[..., tuple[list[Any], States]]] = MappingProxyType(
+    {
+        **dict.fromkeys(compat.AROUND, _around),
+        "shard_map": _shard_map,
+        "scan": _scan,
+        "while": _while,
+        "cond": _cond,
+        "custom_jvp_call": _custom,
+        "custom_vjp_call": _custom,
+    }
+)

@@ -1,0 +1,174 @@
+"""Rules with scales from calibration or from previous steps, as pytrees."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._jax.serialization import pytree
+from jaxq.models._rule import Rule, rule_records
+from jaxq.products import History
+from jaxq.quantizers.calibration import Calibrated
+
+__all__ = ["Delayed", "Frozen", "Switch", "Switched", "refuse_states"]
+
+
+@pytree(static=("rules",), kinds=rule_records)
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Rules with scales from calibration, as `jaxq.freeze` makes them: a pytree.
+
+    Attributes:
+      rules: the rules.
+      scales: a mapping from product names to the result of `jaxq.calibration.finalize` for each of
+        both operands.
+    """
+
+    rules: tuple[Rule, ...]
+    scales: Mapping[str, tuple[Calibrated | None, ...]]
+
+
+@pytree(static=("rules",), kinds=rule_records)
+@dataclasses.dataclass(frozen=True)
+class Delayed:
+    """Rules with delayed scaling, as `jaxq.delayed_scaling` makes them: a pytree.
+
+    Attributes:
+      rules: the rules.
+      histories: a mapping from product names to the histories of both operands and the cotangent,
+        None where no recipe has one scale per tensor. Products in a scan over layers have a
+        leading axis, one history per layer.
+    """
+
+    rules: tuple[Rule, ...]
+    histories: Mapping[str, tuple[History | None, ...]]
+
+    def update(self, seen: "Delayed") -> "Delayed":
+        """Returns the state for the next step.
+
+        Args:
+          seen: the gradient with respect to this state: the amax values of this step.
+        """
+
+        def moved(history: jax.Array, seen: jax.Array) -> jax.Array:
+            return jnp.concatenate([seen[..., :1], history[..., :-1]], -1)
+
+        return jax.tree.map(moved, self, seen)
+
+    def copies(self, count: int) -> tuple["Delayed", ...]:
+        """Returns copies of the state for several calls in one loss, one per call.
+
+        Autodiff adds the observations of calls that share a state. The gradient through copies is
+        instead the largest magnitude that any of them has observed.
+
+        Args:
+          count: the number of copies, at least 1.
+
+        Raises:
+          ValueError: if `count` is less than 1.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, jaxq
+          >>> fn = lambda w, x: (x @ w).sum()
+          >>> w, x = jnp.eye(2), jnp.full((1, 2), 3.0)
+          >>> state = jaxq.delayed_scaling(fn, [("", "fp8_training")], history=1)(w, x)
+          >>> def loss(w, state):
+          ...     online, target = state.copies(2)
+          ...     first = jaxq.quantize_fn(fn, online)(w, x)
+          ...     return first + jaxq.quantize_fn(fn, target)(w, 2 * x)
+          >>> jax.grad(loss, argnums=1)(w, state).histories[""][0].amax
+          Array([6.], dtype=float32)
+        """
+        if count < 1:
+            raise ValueError(f"Delayed.copies: `count` must be at least 1, got {count}.")
+        spread = jax.tree.map(lambda h: h.spread(count), self, is_leaf=_is_history)
+        return tuple(jax.tree.map(lambda amax, i=i: amax[i], spread) for i in range(count))
+
+    def merge(self, other: "Delayed") -> "Delayed":
+        """Merges the amax values of two micro-batches of one step: the larger, never the sum.
+
+        Args:
+          other: the gradient with respect to the same state, from another micro-batch.
+        """
+        return jax.tree.map(jnp.maximum, self, other)
+
+    def gather(self, axis_name: str) -> "Delayed":
+        """Merges the amax values of all devices along an axis of `jax.shard_map` or `jax.vmap`."""
+        return jax.tree.map(lambda seen: lax.pmax(seen, axis_name), self)
+
+
+def refuse_states(owner: str, params: Any) -> None:
+    """Raises a ValueError if a tree of parameters contains a state of delayed scaling."""
+    found = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Delayed))
+    if any(isinstance(leaf, Delayed) for leaf in found):
+        raise ValueError(
+            f"{owner}: the parameters must not contain the state of delayed scaling, because an "
+            "optimizer would average its amax values. Differentiate with argnums=(0, 1), update "
+            "only the parameters with the optimizer, and the state with state.update(seen)."
+        )
+
+
+def _is_history(x: Any) -> bool:
+    return isinstance(x, History)
+
+
+@pytree()
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """A flag that turns the recipe of one product on: a pytree.
+
+    Attributes:
+      on: float32 `[...]`; 0 computes the product in float.
+    """
+
+    on: jax.Array
+
+    def spread(self, count: int) -> "Switch":
+        """Copies the switch for `count` products."""
+        return Switch(jnp.broadcast_to(self.on, (count, *self.on.shape)))
+
+
+@pytree(static=("rules",), kinds=rule_records)
+@dataclasses.dataclass(frozen=True)
+class Switched:
+    """Rules whose recipes can be turned off by traced flags, without recompiling: a pytree.
+
+    Attributes:
+      rules: the rules.
+      switches: the flags by the products' names. Products in a scan over layers have a leading
+        axis, one flag per layer.
+    """
+
+    rules: tuple[Rule, ...]
+    switches: Mapping[str, Switch]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the flags: those of the products, followed by the number of the layer."""
+        found: list[str] = []
+        for name, switch in self.switches.items():
+            rows = np.ndindex(switch.on.shape)
+            found += ["/".join([name, *map(str, row)]) for row in rows]
+        return tuple(found)
+
+    def turned(self, on: jax.typing.ArrayLike) -> "Switched":
+        """Returns the rules with new flags.
+
+        Args:
+          on: a vector of numbers or booleans in the order of `names`; 0 turns a recipe off.
+        """
+        flags, switches, at = jnp.asarray(on).astype(jnp.float32), {}, 0
+        if flags.shape != (len(self.names),):
+            raise ValueError(
+                f"Switched.turned: `on` must have one number per name, {len(self.names)}, got the "
+                f"shape {flags.shape}."
+            )
+        for name, switch in self.switches.items():
+            n = switch.on.size
+            switches[name] = Switch(flags[at : at + n].reshape(switch.on.shape))
+            at += n
+        return dataclasses.replace(self, switches=switches)

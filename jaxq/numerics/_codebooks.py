@@ -1,0 +1,204 @@
+"""The kernel of codebook formats, which finds the level of each value.
+
+Values are compared as integers in the order of the floats, so that float32 subnormals are never
+treated as zero. Few levels use a chain of one comparison per two levels, which takes less than two
+plain passes for 16 levels. Many levels use a table indexed by the leading bits, which leaves one or
+a few comparisons.
+"""
+
+import fractions
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.bits import Layout, where
+from jaxq.formats import CodebookFormat
+from jaxq.numerics._rounding import Rounding, nearest_away, nearest_even
+
+__all__ = ["choose"]
+
+_CHAINED = 32  # From this number of thresholds on, a table is faster than a chain.
+_BUCKETS = 8192  # A table of this size fits in the L1 cache.
+
+
+def _ordered(bits: Any, layout: Layout) -> Any:
+    """Converts float bits to integers in the order of the floats (-0 just below 0)."""
+    shift = 8 * np.dtype(layout.int_type).itemsize - 1
+    return bits ^ ((bits >> layout.int_type(shift)) & layout.magnitude_mask)
+
+
+def _below(threshold: fractions.Fraction, layout: Layout) -> int:
+    """Returns the ordered integer of the largest float strictly below a number."""
+    near = layout.float_type(float(threshold))  # This rounds twice; the loops below correct it.
+    while fractions.Fraction(float(near)) >= threshold:
+        near = np.nextafter(near, layout.float_type(-np.inf))
+    while fractions.Fraction(float(np.nextafter(near, layout.float_type(np.inf)))) < threshold:
+        near = np.nextafter(near, layout.float_type(np.inf))
+    # Adding 0.0 turns -0 into 0, because -0 counts as 0.
+    return int(
+        _ordered(np.atleast_1d(near + layout.float_type(0)).view(layout.int_type), layout)[0]
+    )
+
+
+@functools.cache
+def _midpoints(fmt: CodebookFormat, layout: Layout) -> tuple[int, ...]:
+    """Returns, for each pair of neighbors, the ordered integer above which values round up."""
+    levels = [fractions.Fraction(float(v)) for v in fmt.values]
+    result = []
+    for low, high in itertools.pairwise(levels):
+        middle = (low + high) / 2
+        below = _below(middle, layout)
+        on_grid = fractions.Fraction(float(layout.float_type(float(middle)))) == middle
+        # With ties down the midpoint itself does not round up; for 0 that includes both zeros.
+        at = 0 if middle == 0 else below + 1
+        result.append(at if fmt.ties == "down" and on_grid else below)
+    return tuple(result)
+
+
+def _picker(
+    key: jax.Array, thresholds: tuple[int, ...], layout: Layout
+) -> Callable[[list], jax.Array]:
+    """Returns a function that selects, for each key, one of n + 1 items by n thresholds.
+
+    The selected item has as its index the number of thresholds that the key exceeds.
+
+    Args:
+      key: ordered integers.
+      thresholds: n ordered integers, ascending.
+      layout: the bit layout of the floats.
+    """
+    if len(thresholds) >= _CHAINED:
+        index = _count(key, thresholds, layout)
+        return lambda items: _take(np.asarray(items), index)
+
+    limits = [layout.int_type(t) for t in thresholds]
+    if len(limits) % 2 == 0:  # Make the number odd by a threshold that no key exceeds.
+        limits.append(layout.magnitude_mask)
+    half = len(limits) // 2
+    upper = lax.gt(key, lax.full(key.shape, limits[half]))
+
+    def at(high: Any, low: Any) -> jax.Array:
+        """Selects a value of the upper or the lower half for each key."""
+        return lax.select(upper, lax.full(key.shape, high), lax.full(key.shape, low))
+
+    def chain(items: list) -> jax.Array:
+        """Searches both halves at once, because comparisons cost more than selections."""
+        items = [*items, *items[-1:] * (len(limits) - len(thresholds))]
+        found = at(items[half + 1], items[0])
+        for i in range(half):
+            above = lax.gt(key, at(limits[half + 1 + i], limits[i]))
+            found = lax.select(above, at(items[half + 2 + i], items[i + 1]), found)
+        return found
+
+    return chain
+
+
+def _take(table: np.ndarray, index: jax.Array) -> jax.Array:
+    return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
+
+
+def _count(key: jax.Array, thresholds: tuple[int, ...], layout: Layout) -> jax.Array:
+    """Counts the thresholds that each key exceeds, by a table lookup and a binary search."""
+    table = _table(thresholds, layout)
+    sign = layout.int_type(8 * key.dtype.itemsize - 1)
+    magnitude = lax.clamp(table.low, key ^ (key >> sign), table.high)
+    bucket = ((magnitude - table.low) >> table.shift).astype(jnp.int32)
+    bucket = where(key < 0, bucket + np.int32(len(table.starts) // 2), bucket)
+    count = _take(table.starts, bucket).astype(jnp.int32)
+    for step in table.steps:
+        above = key > _take(table.thresholds, count + (step - np.int32(1)))
+        count = where(above, count + step, count)
+    return count
+
+
+class _Table(NamedTuple):
+    """A lookup table of thresholds, indexed by the sign and the leading bits of a key."""
+
+    low: np.signedinteger  # Magnitudes are clamped to the range from `low` to `high`.
+    high: np.signedinteger
+    shift: np.signedinteger
+    starts: np.ndarray  # The number of thresholds below each bucket; negative buckets come last.
+    thresholds: np.ndarray  # Padded with maximal values, because a search may step past the end.
+    steps: tuple[np.int32, ...]  # The steps of a binary search within a bucket.
+
+
+@functools.cache
+def _table(thresholds: tuple[int, ...], layout: Layout) -> _Table:
+    """Returns the smallest table with one threshold per bucket, or one of `_BUCKETS` at most."""
+    integer, ends = layout.int_type, np.iinfo(layout.int_type)
+    t = np.array(thresholds, integer)
+    magnitudes = np.where(t < 0, ~t, t)
+    low, high = magnitudes.min(), magnitudes.max()
+    best = None
+    for shift in range(ends.bits - 2, -1, -1):
+        buckets = (int(high - low) >> shift) + 1
+        if best and buckets > _BUCKETS // 2:
+            break
+        first = low + (np.arange(buckets, dtype=integer) << integer(shift))
+        first[0] = 0
+        last = np.append(first[1:] - integer(1), ends.max)
+        starts = np.searchsorted(t, np.concatenate([first, ~last]))
+        most = int((np.searchsorted(t, np.concatenate([last, ~first])) - starts).max())
+        steps = tuple(np.int32(1 << bit) for bit in reversed(range(most.bit_length())))
+        filled = np.append(t, np.full(steps[0], ends.max, integer))
+        best = _Table(low, high, integer(shift), starts.astype(np.uint8), filled, steps)
+        if most == 1:
+            break
+    assert best is not None
+    return best
+
+
+def choose(
+    x: jax.Array, fmt: CodebookFormat, rounding: Rounding, random: jax.Array | None, outputs: list
+) -> jax.Array:
+    """Returns, for each value, the output of the level to which it rounds.
+
+    Args:
+      x: float32 or float64 values of any shape. Values beyond the outermost levels are clipped to
+        them; NaN is treated as 0.
+      fmt: the codebook.
+      rounding: a rounding mode. Both "nearest" modes use `fmt.ties`.
+      random: random bits for the mode.
+      outputs: one NumPy scalar per distinct level, in ascending order of the levels.
+
+    Returns:
+      An array with the shape of x and the dtype of the outputs.
+    """
+    layout = Layout.of(x.dtype)
+    bits = layout.bits(x)
+    magnitude = bits & layout.magnitude_mask
+    bits = where(magnitude > layout.inf, layout.int_type(0), bits)
+    key = _ordered(bits, layout)
+    if rounding in (nearest_even, nearest_away):
+        return _picker(key, _midpoints(fmt, layout), layout)(outputs)
+
+    # Any other mode gets the fraction between the two neighbors in the direction of increasing
+    # magnitude. If zero lies between the neighbors, the lower one counts as the nearer to zero.
+    levels = [layout.float_type(v) for v in fmt.values]
+    on_or_above = tuple(_below(fractions.Fraction(float(v)), layout) for v in levels[1:-1])
+    pick = _picker(key, on_or_above, layout)
+    low, high = pick(levels[:-1]), pick(levels[1:])
+    odd = pick([layout.float_type(i % 2) for i in range(len(levels) - 1)])
+    negative = high <= layout.float_type(0)
+    lowest, highest = (_ordered(layout.bits(end + 0), layout) for end in (levels[0], levels[-1]))
+    bits = _ordered(lax.clamp(lowest, key, highest), layout)  # Its own inverse.
+    x = layout.floats(bits)
+    near = lax.select(negative, high, low)
+    far = lax.select(negative, low, high)
+    odd = lax.select(negative, 1.0 - odd, odd)
+    # A number strictly between two levels keeps a fraction in (0, 1), even a subnormal.
+    least = layout.float_type(2.0**-layout.mantissa_bits)
+    inside = lax.clamp(least, jnp.abs((x - near) / (far - near)), 1 - least)
+    is_zero = bits & layout.magnitude_mask == 0  # True for both signs; levels have no -0.
+    on_near = (bits == layout.bits(near)) | (is_zero & (near == 0.0))
+    on_far = (x == far) | (is_zero & (far == 0.0))
+    fraction = where(on_near, layout.float_type(0), where(on_far, layout.float_type(1), inside))
+    goes_far = rounding(odd + fraction, negative, random) > odd
+    low_out, high_out = pick(outputs[:-1]), pick(outputs[1:])
+    return lax.select(goes_far ^ negative, high_out, low_out)

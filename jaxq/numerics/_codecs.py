@@ -1,0 +1,318 @@
+"""Conversions between values and codes, and the packing of codes into bytes.
+
+All of these are exact: rounding happens before, in `_binary`, `_codebooks` and `_tapered`.
+"""
+
+import functools
+import math
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._jax.meshes import as_first, automatic
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat, get_format
+from jaxq.numerics._grids import BinaryGrid, is_narrow
+from jaxq.numerics._rounding import Overflow
+from jaxq.numerics._tapered import decode_tapered
+
+__all__ = ["code_dtype", "codes_of", "decode", "pack", "unpack"]
+
+
+def code_dtype(fmt: Format) -> np.dtype:
+    """Returns the unsigned dtype that holds the codes of a format."""
+    return np.dtype("uint8" if fmt.bits <= 8 else "uint16" if fmt.bits <= 16 else "uint32")
+
+
+def codes_of(
+    y: jax.Array, fmt: FloatFormat | IntFormat, x: jax.Array, overflow: Overflow
+) -> jax.Array:
+    """Returns the codes of float32 or float64 values of a format.
+
+    Args:
+      y: values on the format's grid.
+      fmt: the format.
+      x: the values that were rounded to `y`.
+      overflow: the overflow mode of that rounding. It determines the codes of infinities for
+        formats whose range exceeds that of the dtype of `y`.
+    """
+    layout = Layout.of(y.dtype)
+    integer = layout.int_type
+    if isinstance(fmt, IntFormat):
+        # The significand of the sum ends at the format's last bit, in two's complement.
+        anchor = layout.float_type(1.5 * 2.0 ** (layout.mantissa_bits - fmt.fraction_bits))
+        codes = layout.bits(y + anchor) & integer(2**fmt.bits - 1)
+        return codes.astype(code_dtype(fmt))
+    bits = layout.bits(y)
+    magnitude = bits & layout.magnitude_mask
+    narrow = is_narrow(BinaryGrid.of(fmt), layout)
+    extended = magnitude if narrow else extended_bits(magnitude, layout)
+    # Like the bits of floats, codes are ordered by magnitude and evenly spaced in each binade.
+    first = integer((fmt.emin + layout.bias - int(fmt.zero)) << fmt.mantissa_bits)
+    codes = (extended >> integer(layout.mantissa_bits - fmt.mantissa_bits)) - first
+    if fmt.zero and fmt.emin <= layout.least_exponent:  # All numbers but 0 are normal there.
+        codes = where(magnitude == 0, integer(0), codes)
+    elif fmt.zero:
+        # Below the smallest normal value the code is the value in units of the smallest
+        # subnormal, which is also read from the bits of a sum.
+        unit = fmt.emin - fmt.mantissa_bits
+        if not narrow:  # The smallest subnormal may be a float subnormal, so multiples are added.
+            extended, unit = lax.max(extended - layout.shifted(unit), integer(0)), 0
+        anchor = layout.float_type(2.0 ** (layout.mantissa_bits + unit))
+        counted = layout.bits(layout.floats(extended) + anchor) - layout.bits(anchor)
+        codes = lax.select(codes < integer(2**fmt.mantissa_bits), counted, codes)
+    if fmt.emax > layout.bias:
+        # An infinity that results from a finite value is the power of two above the largest float.
+        code = fmt.max_code + int(fmt.inf and overflow != "saturate")
+        infinite = (layout.bits(x) & layout.magnitude_mask) == layout.inf
+        codes = where(infinite & (magnitude == layout.inf), integer(code), codes)
+    elif fmt.inf_code is not None:
+        codes = where(magnitude == layout.inf, integer(fmt.inf_code), codes)
+    if fmt.nan_code is not None:
+        codes = where(magnitude > layout.inf, integer(fmt.nan_code), codes)
+    if fmt.signed:
+        sign = np.uint64(2 ** (fmt.bits - 1)).astype(integer)
+        codes = codes | (bits >> integer(8 * np.dtype(integer).itemsize - fmt.bits) & sign)
+    return codes.astype(code_dtype(fmt))
+
+
+@functools.cache
+def level_codes(fmt: CodebookFormat) -> list[np.float32]:
+    """Returns the code of each distinct level, ascending, or its first code if it has several.
+
+    The codes are float32, because LLVM narrows a chain of integer selections that ends in bytes to
+    one of bytes, which is twice as slow.
+    """
+    levels = np.asarray(fmt.levels)
+    return [np.float32(int(np.flatnonzero(levels == v)[0])) for v in fmt.values]
+
+
+@functools.cache
+def _code_values(fmt: Format) -> np.ndarray:
+    """Returns the values of all codes (at most 16 bits) as float64, with NaN for unused codes."""
+    if isinstance(fmt, CodebookFormat):
+        table = np.full(2**fmt.bits, np.nan)
+        table[: len(fmt.levels)] = fmt.levels
+        return table
+    assert isinstance(fmt, FloatFormat)
+    magnitudes = np.full(2 ** (fmt.bits - int(fmt.signed)), np.nan)
+    magnitudes[: fmt.max_code + 1] = [fmt.magnitude(c) for c in range(fmt.max_code + 1)]
+    if fmt.inf_code is not None:
+        magnitudes[fmt.inf_code] = np.inf
+    if not fmt.signed:
+        return magnitudes
+    table = np.concatenate([magnitudes, -magnitudes])
+    if fmt.nan == "negative_zero":
+        table[2 ** (fmt.bits - 1)] = -np.nan
+    return table
+
+
+def decode(
+    codes: jax.typing.ArrayLike,
+    fmt: "str | Format | np.dtype | type",
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Returns the values of codes.
+
+    Args:
+      codes: unsigned integers of any shape, one code per element, as returned by `jaxq.encode`.
+        Bits above the format's width are ignored.
+      fmt: the format, in any form that `jaxq.get_format` accepts.
+      dtype: the dtype of the result: float32, or float64 with x64 enabled.
+
+    Returns:
+      Values with the shape of the codes. They are exact in float32 for every format whose values
+      float32 can represent; a value beyond its range (only in formats with more than 8 exponent
+      bits) becomes infinite or the nearest subnormal. Codes without a value give NaN.
+
+    Raises:
+      TypeError: if the codes are not unsigned integers, or `dtype` is not float32 or float64.
+      ValueError: if the dtype of the codes is narrower than the format.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> decode(jnp.uint8([0x08, 0x7E, 0xFE]), "float8_e4m3fn")
+      Array([ 1.5625e-02,  4.4800e+02, -4.4800e+02], dtype=float32)
+    """
+    fmt = get_format(fmt)
+    codes = jnp.asarray(codes)
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(codes.dtype, jnp.unsignedinteger):
+        raise TypeError(f"decode: `codes` must be unsigned integers, got {codes.dtype}.")
+    if 8 * codes.dtype.itemsize < fmt.bits:
+        raise ValueError(
+            f"decode: {fmt.name} has codes of {fmt.bits} bits, got codes of {codes.dtype}."
+        )
+    if dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"decode: `dtype` must be float32 or float64, got {dtype}.")
+    return _decode(codes, fmt, jax.dtypes.canonicalize_dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
+@automatic(as_first)
+def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
+    layout = Layout.of(dtype)
+    if fmt.bits < 8 * codes.dtype.itemsize:
+        codes = codes & codes.dtype.type(2**fmt.bits - 1)
+    if isinstance(fmt, TaperedFormat):
+        return decode_tapered(codes, fmt, layout)
+    if isinstance(fmt, IntFormat):
+        integers = codes.astype(layout.int_type)
+        if fmt.signed:
+            half = layout.int_type(2 ** (fmt.bits - 1))
+            integers = (integers ^ half) - half
+        scale = layout.float_type(2.0**-fmt.fraction_bits)
+        return integers.astype(layout.float_type) * scale
+    if isinstance(fmt, FloatFormat) and fmt.nan == "ieee" and fmt.inf:
+        cut_short = fmt.exponent_bits == 8 and fmt.bias == layout.bias
+        if cut_short and fmt.signed and fmt.subnormals:  # Codes are the upper bits of a float32.
+            shifted = codes.astype(jnp.uint32) << np.uint32(32 - fmt.bits)
+            return lax.bitcast_convert_type(shifted, jnp.float32)
+    if not (isinstance(fmt, FloatFormat) and is_narrow(BinaryGrid.of(fmt), layout)):
+        with np.errstate(over="ignore"):
+            table = _code_values(fmt).astype(layout.float_type)
+        return jnp.asarray(table)[codes]
+
+    integers = codes.astype(layout.int_type)
+    magnitude = integers & layout.int_type(2 ** (fmt.exponent_bits + fmt.mantissa_bits) - 1)
+    shift = layout.mantissa_bits - fmt.mantissa_bits
+    offset = layout.field(fmt.emin) - layout.shifted(int(fmt.zero))
+    values = layout.floats((magnitude << shift) + offset)
+    if fmt.zero:
+        unit = layout.float_type(math.ldexp(1.0, fmt.emin - fmt.mantissa_bits))
+        low = magnitude < layout.int_type(2**fmt.mantissa_bits)
+        small = magnitude.astype(layout.float_type) * unit
+        values = where(low, small if fmt.subnormals else layout.float_type(0), values)
+    if fmt.inf_code is not None:
+        values = where(magnitude == fmt.inf_code, layout.float_type(np.inf), values)
+    if fmt.nan is not None and fmt.nan != "negative_zero":
+        first_nan = fmt.max_code + 1 + int(fmt.inf)
+        values = where(magnitude >= first_nan, layout.float_type(np.nan), values)
+    if not fmt.signed:
+        return values
+    sign = (integers >> (fmt.bits - 1)) << (8 * np.dtype(layout.int_type).itemsize - 1)
+    values = layout.floats(layout.bits(values) | sign)
+    if fmt.nan == "negative_zero":
+        # NaN has the sign of its code, as in ml_dtypes.
+        values = where(integers == fmt.nan_code, layout.floats(layout.nan | layout.sign), values)
+    return values
+
+
+def _groups(bits: int) -> tuple[int, int]:
+    """Returns the smallest numbers (codes, bytes) such that the codes fill the bytes exactly."""
+    shared = math.gcd(bits, 8)
+    return 8 // shared, bits // shared
+
+
+def pack(codes: jax.typing.ArrayLike, bits: int) -> jax.Array:
+    """Packs codes densely into bytes along the last axis, low bits first.
+
+    The codes form one bit string, which starts with the lowest bit of the first code; byte i holds
+    bits 8 i to 8 i + 7, lowest bit first. Two 4-bit codes thus share a byte with the first one in
+    the low nibble, as in int4 of ml_dtypes, GGUF and most storage formats.
+
+    Args:
+      codes: unsigned integers below 2^bits, of shape `[..., n]`. Higher bits are dropped.
+      bits: the width of a code, 1 to 16.
+
+    Returns:
+      A uint8 array of shape `[..., ceil(n bits / 8)]`. The unused high bits of the last byte are
+      zero.
+
+    Raises:
+      TypeError: if the codes are not unsigned integers.
+      ValueError: if `bits` is out of range or the codes have no axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pack(jnp.uint8([0x1, 0x2, 0x3]), bits=4).tolist()
+      [33, 3]
+    """
+    codes = jnp.asarray(codes)
+    _check_packing("pack", codes, bits)
+    *leading, n = codes.shape
+    per_group, group_bytes = _groups(bits)
+    groups = -(-n // per_group)
+    padding = [(0, 0, 0)] * len(leading) + [(0, groups * per_group - n, 0)]
+    mask = 2 ** min(bits, 8 * codes.dtype.itemsize) - 1
+    masked = jnp.bitwise_and(codes, codes.dtype.type(mask))
+    if group_bytes > 1:  # XLA would recompute a code for each byte that contains a part of it.
+        masked = lax.optimization_barrier(masked)
+    wide = lax.pad(masked.astype(jnp.uint32), np.uint32(0), padding)
+    wide = wide.reshape(*leading, groups, per_group)
+    rows = []
+    for byte in range(group_bytes):
+        shifts = np.arange(per_group) * bits - 8 * byte  # The start of each code in this byte.
+        (here,) = np.nonzero((-bits < shifts) & (shifts < 8))
+        shifts = shifts[here].reshape((1,) * len(leading) + (1, -1))
+        left, right = (np.maximum(shift, 0).astype(np.uint32) for shift in (shifts, -shifts))
+        placed = wide[..., here[0] : here[-1] + 1] << left >> right
+        # XLA on CPU vectorizes a sum, but not an expression of individual codes.
+        value = jnp.sum(placed, axis=-1, dtype=jnp.uint32)
+        rows.append((value & np.uint32(255)).astype(jnp.uint8))
+    packed = jnp.stack(rows, axis=-1).reshape(*leading, groups * group_bytes)
+    return packed[..., : -(-n * bits // 8)]
+
+
+def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
+    """Unpacks the codes that `pack` packed into bytes.
+
+    Args:
+      packed: a uint8 array of shape `[..., ceil(n bits / 8)]`.
+      bits: the width of a code, 1 to 16.
+      n: the number of codes along the last axis.
+
+    Returns:
+      Codes of shape `[..., n]`, uint8 for at most 8 bits, else uint16.
+
+    Raises:
+      TypeError: if `packed` is not uint8.
+      ValueError: if `bits` is out of range, or the last axis has another length.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> unpack(jnp.uint8([33, 3]), bits=4, n=3).tolist()
+      [1, 2, 3]
+    """
+    packed = jnp.asarray(packed)
+    _check_packing("unpack", packed, bits)
+    *leading, size = packed.shape
+    if packed.dtype != jnp.uint8:
+        raise TypeError(f"unpack: `packed` must be uint8, got {packed.dtype}.")
+    if size != -(-n * bits // 8):
+        raise ValueError(
+            f"unpack: {n} codes of {bits} bits fill {-(-n * bits // 8)} bytes, got {size} bytes."
+        )
+    per_group, group_bytes = _groups(bits)
+    if group_bytes == 1:  # No code spans two bytes, so one vectorized operation unpacks all.
+        shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape((1,) * packed.ndim + (-1,))
+        codes = packed[..., None] >> shifts & np.uint8(2**bits - 1)
+        return codes.reshape(*leading, size * per_group)[..., :n]
+    groups = -(-n // per_group)
+    padding = [(0, 0, 0)] * len(leading) + [(0, groups * group_bytes - size, 0)]
+    wide = lax.pad(packed, np.uint8(0), padding).astype(jnp.uint32)
+    wide = wide.reshape(*leading, groups, group_bytes)
+    dtype = jnp.uint8 if bits <= 8 else jnp.uint16
+    columns = []
+    for i in range(per_group):
+        value = jnp.zeros((*leading, groups), jnp.uint32)
+        for byte in range(group_bytes):
+            shift = 8 * byte - i * bits
+            if -8 < shift < bits:
+                part = wide[..., byte]
+                shifted = part << np.uint32(shift) if shift >= 0 else part >> np.uint32(-shift)
+                value = value | shifted
+        columns.append((value & np.uint32(2**bits - 1)).astype(dtype))
+    return jnp.stack(columns, axis=-1).reshape(*leading, groups * per_group)[..., :n]
+
+
+def _check_packing(name: str, array: jax.Array, bits: int) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.unsignedinteger):
+        raise TypeError(f"{name}: codes must be unsigned integers, got {array.dtype}.")
+    if not 1 <= bits <= 16:
+        raise ValueError(f"{name}: `bits` must be 1 to 16, got {bits}.")
+    if array.ndim == 0:
+        raise ValueError(f"{name}: the array must have an axis to pack along, got a scalar.")

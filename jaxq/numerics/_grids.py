@@ -1,0 +1,204 @@
+"""Numeric descriptions of float and integer grids, as Python numbers or traced scalars.
+
+Python numbers, used for named formats, become constants of the program. With traced scalars,
+`jax.vmap` evaluates many formats in one compiled call.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq._base.bits import Layout
+from jaxq._jax.serialization import pytree
+from jaxq.formats import FloatFormat, IntFormat
+
+__all__ = ["BinaryGrid", "float_grid", "int_grid", "is_aligned", "is_narrow", "is_normal"]
+
+
+@pytree(static=("inf", "nan", "negative_zero", "signed", "zero", "subnormals", "odd_codes"))
+@dataclasses.dataclass(frozen=True)
+class BinaryGrid:
+    """A grid of floats or integers, described by Python numbers or traced scalars.
+
+    Grids are created by `float_grid` and `int_grid`, and `jaxq.cast` accepts them instead of a
+    format. They are pytrees: `jax.vmap` over the leaves evaluates many formats in one compiled
+    call.
+
+    Attributes:
+      mantissa_bits: the number of mantissa bits; the spacing at exponent e is
+        2^(e - mantissa_bits).
+      emin: the exponent below which the spacing no longer decreases.
+      emax: the exponent above which the spacing no longer increases; every value is below
+        2^(emax + 1).
+      max: the largest value.
+      lowest: the largest magnitude of the negative values; 0 if there are none.
+      inf: whether overflow gives an infinity.
+      nan: whether there is a NaN. Overflow gives NaN if there is no infinity.
+      negative_zero: whether -0 is distinct from 0.
+      signed: whether negative values are kept; if not, they become NaN, or 0 without a NaN.
+      zero: whether there is a zero; if not, underflow gives 2^emin, and zero becomes NaN.
+      subnormals: whether there are values between 0 and 2^emin.
+      odd_codes: whether, without mantissa bits, "even" refers to the code instead of the
+        significand.
+    """
+
+    mantissa_bits: Any
+    emin: Any
+    emax: Any
+    max: Any
+    lowest: Any
+    inf: bool
+    nan: bool
+    negative_zero: bool
+    signed: bool = True
+    zero: bool = True
+    subnormals: bool = True
+    odd_codes: bool = False
+
+    @classmethod
+    def of(cls, fmt: FloatFormat | IntFormat) -> "BinaryGrid":
+        """Returns the grid of a format, described by Python numbers."""
+        if isinstance(fmt, IntFormat):
+            top = fmt.bits - fmt.fraction_bits  # No value is beyond 2^top.
+            lowest = abs(fmt.min)
+            return cls(fmt.bits, top, top, fmt.max, lowest, False, False, False, fmt.signed)
+        return cls(
+            fmt.mantissa_bits,
+            fmt.emin,
+            fmt.emax,
+            fmt.max,
+            fmt.max if fmt.signed else 0.0,
+            fmt.inf,
+            fmt.nan is not None,
+            fmt.negative_zero,
+            fmt.signed,
+            fmt.zero,
+            fmt.subnormals or fmt.mantissa_bits == 0,
+            fmt.mantissa_bits == 0 and fmt.parity == "code",
+        )
+
+    @property
+    def min(self) -> Any:
+        """The lowest value."""
+        return 0 - self.lowest
+
+    @property
+    def odd_inf(self) -> Any:
+        """True if there is an infinity with an odd code, which `to_odd` can return."""
+        if not self.inf:
+            return False
+        if not self.nan or (self.signed and not self.negative_zero):
+            return True  # Its code is all ones.
+        return (self.mantissa_bits == 0) & ((self.emax - self.emin + int(self.zero)) % 2 == 0)
+
+    @property
+    def static(self) -> bool:
+        """True if every number is a Python number."""
+        return all(isinstance(leaf, int | float) for leaf in jax.tree.leaves(self))
+
+
+def float_grid(
+    exponent_bits: Any,
+    mantissa_bits: Any,
+    *,
+    bias: Any = None,
+    inf: bool = True,
+    nan: bool = True,
+) -> BinaryGrid:
+    """Returns the grid of a signed float format whose widths may be traced.
+
+    It is the grid of `FloatFormat(..., exponent_bits, mantissa_bits, bias, inf, nan)`, where `nan`
+    is `"ieee"` if there is an infinity (an all-ones exponent then has no finite values),
+    `"all_ones"` if there is only a NaN, and None if there is neither.
+
+    Args:
+      exponent_bits: the width of the exponent field, 1 to 8: an int or a scalar int32 array.
+      mantissa_bits: the width of the mantissa field, 0 to 23, or 1 to 23 if `nan` is true: an int
+        or a scalar int32 array.
+      bias: the exponent bias; None means 2^(exponent_bits - 1) - 1.
+      inf: whether there is an infinity; it requires `nan`.
+      nan: whether there is a NaN.
+
+    Returns:
+      A grid for `jaxq.cast` of float32 input.
+
+    Raises:
+      ValueError: if `inf` is true and `nan` is false.
+
+    Example:
+      >>> import jax, jaxq, jax.numpy as jnp
+      >>> widths = jnp.arange(1, 4)
+      >>> jax.vmap(lambda m: jaxq.cast(jnp.float32(1.3), float_grid(4, m)))(widths).tolist()
+      [1.5, 1.25, 1.25]
+    """
+    if inf and not nan:
+        raise ValueError("float_grid: inf=True needs nan=True, as in IEEE 754, got nan=False.")
+    e, m = jnp.asarray(exponent_bits, jnp.int32), jnp.asarray(mantissa_bits, jnp.int32)
+    one = jnp.int32(1)
+    offset = (one << (e - 1)) - 1 if bias is None else jnp.asarray(bias, jnp.int32)
+    top = (one << (e + m)) - 1
+    max_code = ((one << e) - 1 << m) - 1 if inf else top - int(nan)
+    emin = 1 - offset
+    exponent, mantissa = max_code >> m, max_code & ((one << m) - 1)
+    layout = Layout.of(np.dtype(np.float32))
+    emax = jnp.maximum(exponent - offset, emin)
+    normal = layout.floats(layout.field(emax) | (mantissa << (23 - m)))
+    normal = jnp.where(emax > layout.bias, jnp.inf, normal)
+    scale = layout.floats(layout.field(emin - m))
+    largest = jnp.where(exponent > 0, normal, mantissa.astype(jnp.float32) * scale)
+    return BinaryGrid(m, emin, emax, largest, largest, inf, nan, True, odd_codes=True)
+
+
+def int_grid(bits: Any, *, signed: bool = True, narrow: bool = False) -> BinaryGrid:
+    """Returns the grid of an integer format whose width may be traced.
+
+    Args:
+      bits: the width, 1 to 16: an int or a scalar int32 array.
+      signed: whether integers are in two's complement (True) or unsigned (False).
+      narrow: whether the lowest value is omitted, as in `IntFormat`.
+
+    Returns:
+      A grid for `jaxq.cast` of float32 input.
+
+    Example:
+      >>> import jax, jaxq, jax.numpy as jnp
+      >>> jax.vmap(lambda b: jaxq.cast(jnp.float32(9.4), int_grid(b)))(jnp.arange(3, 6))
+      Array([3., 7., 9.], dtype=float32)
+    """
+    b = jnp.asarray(bits, jnp.int32)
+    magnitude = jnp.int32(1) << (b - int(signed))
+    largest = (magnitude - 1).astype(jnp.float32)
+    lowest = (magnitude - int(narrow)).astype(jnp.float32) if signed else jnp.zeros_like(largest)
+    return BinaryGrid(b, b, b, largest, lowest, False, False, False, signed)
+
+
+def is_narrow(grid: BinaryGrid, layout: Layout) -> bool:
+    """Returns whether units and spacings are normal numbers for every input.
+
+    The margin of 26 exceeds the number of bits below the unit that any rounding mode reads, so that
+    smaller magnitudes round in the same way as the smallest normal number.
+    """
+    if not grid.static:
+        return False
+    lowest_unit = grid.emin - grid.mantissa_bits
+    return 1 - layout.bias + 26 <= lowest_unit <= 0 and grid.emax < layout.bias
+
+
+def is_aligned(grid: BinaryGrid, layout: Layout) -> bool:
+    """Returns whether the grid consists of the working dtype's numbers with zero low bits."""
+    if not grid.static or grid.mantissa_bits > layout.mantissa_bits:
+        return False
+    least_normal = 1 - layout.bias
+    if not grid.zero:
+        return grid.mantissa_bits == 0 and grid.emin == least_normal - 1
+    return (
+        grid.subnormals and grid.emin == least_normal and (grid.mantissa_bits > 0 or grid.odd_codes)
+    )
+
+
+def is_normal(grid: BinaryGrid, layout: Layout) -> bool:
+    """Returns whether a grid without -0 has no subnormal value; traced ones hold integers."""
+    return not grid.static or grid.emin - grid.mantissa_bits >= 1 - layout.bias

@@ -1,0 +1,54 @@
+"""Matrix products and convolutions with quantized operands and quantized gradients.
+
+To add a named product recipe, add a line to `PRODUCT_RECIPES` (`_recipe.py`).
+"""
+
+from jaxq.products._accumulation import Accumulation
+from jaxq.products._contractions import (
+    Axes,
+    Contraction,
+    of_conv,
+    of_dot,
+    of_einsum,
+    of_ragged_dot,
+    placed,
+)
+from jaxq.products._cotangents import grad_cast, with_transpose
+from jaxq.products._dots import (
+    conv_general_dilated,
+    dot_general,
+    einsum,
+    ragged_dot,
+    ragged_dot_general,
+)
+from jaxq.products._execution import Codes, DotOfCodes
+from jaxq.products._hadamard import Hadamard
+from jaxq.products._histories import History, can_delay, record
+from jaxq.products._products import Operation, Scales, check, check_gradients, keys_of, product
+from jaxq.products._recipe import (
+    PRODUCT_RECIPES,
+    ProductRecipe,
+    SingleProduct,
+    get_product_recipe,
+    is_stochastic,
+    product_records,
+)
+from jaxq.products._rows import Probe, Row, RowLayout, Scaled, Tally, layout_of, record_row
+from jaxq.products._tensors import Results, Running, Tensor
+
+__all__ = [
+    "PRODUCT_RECIPES",
+    "Accumulation",
+    "Hadamard",
+    "History",
+    "ProductRecipe",
+    "SingleProduct",
+    "conv_general_dilated",
+    "dot_general",
+    "einsum",
+    "get_product_recipe",
+    "grad_cast",
+    "is_stochastic",
+    "ragged_dot",
+    "ragged_dot_general",
+]

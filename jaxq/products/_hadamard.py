@@ -1,0 +1,105 @@
+"""The random Hadamard transform, which spreads outliers over a block before quantization."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.bits import where
+from jaxq._base.cutting import Cut
+from jaxq._jax.draws import bits
+from jaxq._jax.meshes import as_first, automatic
+
+__all__ = ["Hadamard"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hadamard:
+    """An orthogonal transform of blocks of vectors: x -> H D x / sqrt(size).
+
+    H is the Hadamard matrix in Sylvester's order and D a diagonal of random signs, the same for
+    every block. Both operands of a product are transformed along the contraction. As
+    (H D x) . (H D y) = size (x . y), the product is unchanged except for rounding.
+
+    Attributes:
+      size: the length of a block, a power of two; 16 by default.
+      signs: the diagonal of D, `size` numbers 1 or -1; None (the default) draws them from the key.
+
+    Raises:
+      ValueError: the size is not a power of two, or the signs are not `size` numbers 1 or -1.
+
+    References:
+      Tseng, Yu, Park (2025), "Training LLMs with MXFP4"; NVIDIA (2025), "Pretraining Large Language
+      Models with NVFP4".
+    """
+
+    size: int = 16
+    signs: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 2 or self.size & (self.size - 1):
+            raise ValueError(
+                f"Hadamard: `size` must be a power of two, at least 2, got {self.size}."
+            )
+        if self.signs is not None:
+            object.__setattr__(self, "signs", tuple(self.signs))
+            if len(self.signs) != self.size or not {*self.signs} <= {-1, 1}:
+                raise ValueError(
+                    f"Hadamard: `signs` must be {self.size} numbers 1 or -1, got {self.signs}. "
+                    "Leave them out to draw them from the key."
+                )
+
+    def draw(self, key: jax.Array | None) -> jax.Array:
+        """Returns the signs, float32 `[size]`, drawn from the key unless they are fixed."""
+        if self.signs is not None:
+            return jnp.asarray(self.signs, jnp.float32)
+        assert key is not None, "the caller has checked it"
+        # Matches `jax.random.rademacher` without x64; with x64 enabled, that draws other signs.
+        drawn = bits(key, (self.size,), jnp.uint32)
+        return where(drawn < np.uint32(2**31), np.float32(1), np.float32(-1))
+
+    def apply(self, x: jax.Array, sizes: dict[int, int], signs: jax.Array) -> jax.Array:
+        """Transforms the blocks of a float32 tensor.
+
+        Sums are computed in the order of the fast transform, neighbors first, so that all
+        ways of running it agree to the last bit. A NaN or an infinity makes its whole block NaN.
+
+        Args:
+          x: a float32 tensor of any shape.
+          sizes: the block's length on each of its axes, whose product is `size`; the last axis
+            varies fastest in the order of the signs.
+          signs: the signs, float32 `[size]`.
+
+        Returns:
+          The transformed tensor, of x's shape.
+        """
+        return _transformed(x, signs, tuple(sizes.items()))
+
+
+@functools.partial(jax.jit, static_argnames="lengths")
+@automatic(as_first)
+def _transformed(x: jax.Array, signs: jax.Array, lengths: tuple[tuple[int, int], ...]) -> jax.Array:
+    sizes = dict(lengths)
+    cut = Cut(x.shape, tuple(sizes.get(axis, 1) for axis in range(x.ndim)))
+    by_axis = signs.reshape(tuple(sizes.values())).transpose(np.argsort([*sizes]))
+    within = [n for axis in range(x.ndim) for n in (1, sizes.get(axis, 1))]
+    y = cut.split(x) * by_axis.reshape(within)
+    for axis, length in reversed(lengths):
+        y = _butterflies(y, 2 * axis + 1, length)
+    return cut.merge(y * np.float32(1 / math.sqrt(signs.size)))
+
+
+def _butterflies(y: jax.Array, axis: int, length: int) -> jax.Array:
+    """Applies the unscaled transform along a whole axis."""
+    before, after = y.shape[:axis], y.shape[axis + 1 :]
+    half = 1
+    while half < length:
+        pairs = y.reshape(*before, length // (2 * half), 2, half, *after)
+        a, b = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+        y = jnp.stack([a + b, a - b], axis=axis + 1).reshape(*before, length, *after)
+        half *= 2
+    return y

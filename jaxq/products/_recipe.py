@@ -1,0 +1,309 @@
+"""Recipes for the quantization of the three matrix products of training.
+
+To add a named recipe, add a line to `PRODUCT_RECIPES`. The contract tests then include it.
+"""
+
+import dataclasses
+from typing import Literal
+
+from jaxq._base.records import short_repr
+from jaxq._base.registry import Registry
+from jaxq._jax.serialization import from_json, to_json
+from jaxq.formats import FORMATS
+from jaxq.numerics import Stochastic, get_rounding
+from jaxq.products._accumulation import Accumulation
+from jaxq.products._hadamard import Hadamard
+from jaxq.recipes import MX, RECIPES, Recipe, get_recipe, records
+
+__all__ = [
+    "PRODUCT_RECIPES",
+    "ProductRecipe",
+    "SingleProduct",
+    "get_product_recipe",
+    "is_stochastic",
+    "product_records",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleProduct:
+    """The quantization of one product of two operands. Frozen, hashable, static in jit.
+
+    A granularity refers to the operand as a matrix `[free, contract]`, whatever the order of its
+    axes. `PerBlock(32)` means blocks along the contraction, `PerToken()` one scale per vector along
+    the contraction, `PerBlock((16, 16))` tiles, `PerChannel(-1)` one scale per index of the last
+    free axis, and `PerTensor()` one scale for the whole operand. Only `PerTensor()` shares scales
+    between the indices of batch axes, which include the groups of a ragged product. A recipe
+    that rounds stochastically draws from the product's key; a custom rounding function gets no key.
+
+    Attributes:
+      lhs: the first operand's recipe, as accepted by `jaxq.get_recipe`; None (the default)
+        leaves the operand unquantized.
+      rhs: the second operand's recipe, likewise.
+      hadamard: a `Hadamard`, or its size, to transform both operands along the contraction before
+        they are quantized; None (the default) applies no transform.
+      execution: `"emulated"` (the default) multiplies the dequantized operands in their own dtype.
+        `"native"` multiplies codes, integers to int32 and float8 to float32, and scales the result;
+        blocks of an MX format are passed to `jax.nn.scaled_matmul`. Native execution that is not
+        supported is an error. A `jaxq.Accumulation` emulates a narrower accumulator, which sums
+        unscaled elements where the scales do not lie along the contraction.
+
+    Raises:
+      ValueError: a name is unknown, or fields contradict each other.
+    """
+
+    lhs: str | Recipe | None = None
+    rhs: str | Recipe | None = None
+    hadamard: Hadamard | int | None = None
+    execution: Literal["emulated", "native"] | Accumulation = "emulated"
+
+    def __post_init__(self) -> None:
+        for name in ("lhs", "rhs"):
+            spec = getattr(self, name)
+            if spec is not None:
+                object.__setattr__(self, name, get_recipe(spec))
+        if isinstance(self.hadamard, int):
+            object.__setattr__(self, "hadamard", Hadamard(self.hadamard))
+        if not isinstance(self.execution, Accumulation):
+            if self.execution not in ("emulated", "native"):
+                raise ValueError(
+                    f"{self._owner}: `execution` must be 'emulated', 'native' or a "
+                    f"jaxq.Accumulation, got {self.execution!r}."
+                )
+            if self.execution == "native" and None in (self.lhs, self.rhs):
+                raise ValueError(
+                    f"{self._owner}: execution='native' multiplies codes and needs both operands "
+                    f"quantized, got lhs={self.lhs!r} and rhs={self.rhs!r}."
+                )
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+    @property
+    def _owner(self) -> str:
+        return type(self).__name__
+
+    @property
+    def operands(self) -> tuple[Recipe | None, Recipe | None]:
+        """The recipes of both operands as records."""
+        lhs, rhs = (None if q is None else get_recipe(q) for q in (self.lhs, self.rhs))
+        return lhs, rhs
+
+    @property
+    def plain(self) -> bool:
+        """True if the recipe changes nothing and the product is JAX's own."""
+        return (
+            self.operands == (None, None) and self.hadamard is None and self.execution == "emulated"
+        )
+
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """The names of the fields that draw random bits from the key."""
+        names = [
+            name
+            for name, recipe in zip(("lhs", "rhs"), self.operands, strict=True)
+            if recipe is not None and is_stochastic(recipe)
+        ]
+        drawn = isinstance(self.hadamard, Hadamard) and self.hadamard.signs is None
+        return (*names, "hadamard") if drawn else tuple(names)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class ProductRecipe(SingleProduct):
+    """The quantization of a product and of the two products of its gradient.
+
+    The inherited fields describe the forward product of `lhs` and `rhs`. Given a cotangent g and a
+    residual of each operand, the gradient is defined as
+
+    - for lhs: the product of g and the residual of rhs, quantized by the recipe `dlhs`;
+    - for rhs: the product of g and the residual of lhs, quantized by the recipe `drhs`;
+
+    each followed by the `gradient` rule of the operand's own recipe. In both products, the first
+    operand (`lhs`) is the cotangent and the second (`rhs`) the residual, and blocks lie along the
+    axes that this product contracts. For example, `ProductRecipe("int8_token", "int8_channel")` has
+    the gradient of a product of two `fake_quant` calls and quantizes no cotangent.
+
+    Attributes:
+      dlhs: the recipe of the input's gradient; unquantized by default.
+      drhs: the recipe of the weight's gradient; unquantized by default.
+      residuals: `"quantized"` (the default) uses the operands of the forward product as residuals,
+        which `dlhs` and `drhs` may quantize once more. `"original"` uses the operands before
+        quantization (but after a Hadamard transform).
+
+    Raises:
+      ValueError: as in `SingleProduct`.
+
+    Example:
+      >>> dlhs = SingleProduct("fp8_e5m2_tensor")
+      >>> recipe = ProductRecipe("int8_token", "int8_channel", dlhs=dlhs)
+      >>> recipe.draws, get_product_recipe("nvfp4_training").draws
+      ((), ('dlhs.lhs', 'drhs.lhs'))
+    """
+
+    _: dataclasses.KW_ONLY
+    dlhs: SingleProduct = SingleProduct()
+    drhs: SingleProduct = SingleProduct()
+    residuals: Literal["quantized", "original"] = "quantized"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("dlhs", "drhs"):
+            if type(getattr(self, name)) is not SingleProduct:
+                raise ValueError(
+                    f"ProductRecipe: `{name}` must be a jaxq.SingleProduct, got "
+                    f"{getattr(self, name)!r}."
+                )
+        if self.residuals not in ("quantized", "original"):
+            raise ValueError(
+                "ProductRecipe: `residuals` must be 'quantized' or 'original', got "
+                f"{self.residuals!r}."
+            )
+
+    @property
+    def forward(self) -> SingleProduct:
+        """The recipe of the forward product alone."""
+        return SingleProduct(self.lhs, self.rhs, self.hadamard, self.execution)
+
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """The names of all fields that draw from the key, those of the gradient as `"dlhs.lhs"`."""
+        more = [
+            f"{name}.{field}" for name in ("dlhs", "drhs") for field in getattr(self, name).draws
+        ]
+        return (*self.forward.draws, *more)
+
+    def to_json(self) -> str:
+        """Returns the recipe as JSON text, from which `from_json` makes an equal recipe.
+
+        Raises:
+          TypeError: a rounding or a gradient is a user-defined function.
+        """
+        return to_json("ProductRecipe.to_json", self, product_records())
+
+    @staticmethod
+    def from_json(text: str) -> "ProductRecipe":
+        """Returns the recipe that `to_json` wrote.
+
+        Raises:
+          ValueError: the text does not describe a product recipe.
+        """
+        owner, kinds = "ProductRecipe.from_json", product_records()
+        return from_json(owner, text, kinds, ProductRecipe, "a product recipe")
+
+
+def product_records() -> dict[str, type]:
+    """Returns the frozen records that a product recipe may hold, by name."""
+    kinds = (ProductRecipe, SingleProduct, Hadamard, Accumulation)
+    return {**records(), **{kind.__name__: kind for kind in kinds}}
+
+
+def _stochastic(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, rounding="stochastic")
+
+
+def _everywhere(recipe: Recipe) -> ProductRecipe:
+    """Returns a product recipe with one recipe for all operands of the three products."""
+    both = SingleProduct(recipe, recipe)
+    return ProductRecipe(recipe, recipe, dlhs=both, drhs=both, residuals="original")
+
+
+_INT8 = get_recipe("int8_token")
+_E4M3_BLOCK = get_recipe("fp8_e4m3_g128")
+_E5M2 = get_recipe("fp8_e5m2_tensor")
+# TransformerEngine rounds the scales of MXFP8 up, so that nothing is clipped.
+_MXFP8 = dataclasses.replace(get_recipe("mxfp8_e4m3"), scaling=MX("rceil"))
+_NVFP4 = get_recipe("nvfp4")
+_NVFP4_TILE = get_recipe("nvfp4_tile16")
+_NVFP4_GRADIENT = _stochastic(_NVFP4)
+# The vector of signs that TransformerEngine uses, fixed throughout training.
+_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+
+PRODUCT_RECIPES: Registry[ProductRecipe] = Registry(
+    "product recipe",
+    {
+        # Quantization-aware training with straight-through gradients.
+        "w8a8": ProductRecipe(_INT8, "int8_channel"),
+        "w8a16": ProductRecipe(None, "int8_channel"),
+        "w4a16": ProductRecipe(None, "int4_channel"),
+        "w4a16_g128": ProductRecipe(None, "int4_g128"),
+        # AQT's int8 training: the input's gradient is quantized too, with its cotangent rounded
+        # stochastically; the weight's gradient stays in float.
+        "int8_training": ProductRecipe(
+            _INT8, _INT8, dlhs=SingleProduct(_stochastic(_INT8), _INT8), residuals="original"
+        ),
+        # Micikevicius et al. (2022); TransformerEngine's Float8CurrentScaling, hybrid.
+        "fp8_training": ProductRecipe(
+            "fp8_e4m3_tensor",
+            "fp8_e4m3_tensor",
+            dlhs=SingleProduct(_E5M2),
+            drhs=SingleProduct(_E5M2),
+        ),
+        # DeepSeek-AI (2024), "DeepSeek-V3 Technical Report", section 3.3.1: E4M3 in all products,
+        # in blocks of 128 and, for weights, tiles of 128 by 128.
+        "fp8_block128_training": ProductRecipe(
+            _E4M3_BLOCK,
+            "fp8_e4m3_tile128",
+            dlhs=SingleProduct(_E4M3_BLOCK, "fp8_e4m3_tile128"),
+            drhs=SingleProduct(_E4M3_BLOCK, _E4M3_BLOCK),
+            residuals="original",
+        ),
+        # TransformerEngine's MXFP8BlockScaling: E4M3 in all products.
+        "mxfp8_training": _everywhere(_MXFP8),
+        # Rouhani et al. (2023), "Microscaling Data Formats for Deep Learning": all operands in
+        # MXFP6 or, with `mxfp4_mxfp6_training`, weights in MXFP4.
+        "mxfp6_training": _everywhere(get_recipe("mxfp6_e3m2")),
+        "mxfp4_mxfp6_training": ProductRecipe(
+            "mxfp6_e3m2",
+            "mxfp4",
+            dlhs=SingleProduct("mxfp6_e3m2", "mxfp4"),
+            drhs=SingleProduct("mxfp6_e3m2", "mxfp6_e3m2"),
+            residuals="original",
+        ),
+        "mxfp4_training": _everywhere(get_recipe("mxfp4")),
+        # NVIDIA (2025), "Pretraining Large Language Models with NVFP4"; TransformerEngine's
+        # NVFP4BlockScaling: tiles for weights, cotangents rounded stochastically, and a Hadamard
+        # transform on the inputs of the weight's gradient.
+        "nvfp4_training": ProductRecipe(
+            _NVFP4,
+            _NVFP4_TILE,
+            dlhs=SingleProduct(_NVFP4_GRADIENT, _NVFP4_TILE),
+            drhs=SingleProduct(_NVFP4_GRADIENT, _NVFP4, hadamard=Hadamard(16, _SIGNS)),
+            residuals="original",
+        ),
+    },
+)
+
+
+def get_product_recipe(recipe: str | ProductRecipe) -> ProductRecipe:
+    """Returns the product recipe with a name.
+
+    Args:
+      recipe: a name in `jaxq.products.PRODUCT_RECIPES`; a `ProductRecipe` is returned unchanged.
+
+    Returns:
+      The product recipe.
+
+    Raises:
+      ValueError: no product recipe has that name; the message suggests the nearest names.
+      TypeError: the argument is neither a name nor a `ProductRecipe`.
+    """
+    if isinstance(recipe, ProductRecipe):
+        return recipe
+    if not isinstance(recipe, str):
+        raise TypeError(
+            f"A product recipe must be a name or a jaxq.ProductRecipe, got {type(recipe).__name__}."
+        )
+    if recipe in RECIPES or recipe in FORMATS:
+        kind = "recipe for one tensor" if recipe in RECIPES else "number format"
+        near = PRODUCT_RECIPES.near(recipe)
+        named = f"Use a product recipe such as {near[0]!r}, or" if near else "Write"
+        raise ValueError(
+            f"{recipe!r} is a {kind}, not a product recipe. {named} jaxq.ProductRecipe(lhs, rhs) "
+            "with a recipe for each operand."
+        )
+    return PRODUCT_RECIPES.find(recipe)
+
+
+def is_stochastic(recipe: Recipe) -> bool:
+    """Returns whether a recipe draws random bits from a key."""
+    return isinstance(get_rounding(recipe.rounding), Stochastic)

@@ -1,0 +1,46 @@
+"""Post-training quantization: statistics, solvers, sensitivity, and bit budgets.
+
+To add a solver, write a frozen dataclass with the methods of `Solver` and list it in `SOLVERS`
+(`_solvers.py`). The contract tests then include it.
+"""
+
+from jaxq.ptq._budget import Budget, FrontRow, budget
+from jaxq.ptq._models import quantize_weights
+from jaxq.ptq._observing import ObservedInputs, observe
+from jaxq.ptq._reports import Report, SolvedProduct
+from jaxq.ptq._sensitivity import Score, Scores, sensitivity
+from jaxq.ptq._solvers import (
+    GPTQ,
+    RTN,
+    SOLVERS,
+    Problem,
+    Solution,
+    Solver,
+    get_solver,
+    gptq,
+)
+from jaxq.ptq._statistics import Statistics, collect
+
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "SOLVERS",
+    "Budget",
+    "FrontRow",
+    "ObservedInputs",
+    "Problem",
+    "Report",
+    "Score",
+    "Scores",
+    "Solution",
+    "SolvedProduct",
+    "Solver",
+    "Statistics",
+    "budget",
+    "collect",
+    "get_solver",
+    "gptq",
+    "observe",
+    "quantize_weights",
+    "sensitivity",
+]

@@ -1,0 +1,163 @@
+"""The calibration data of a model: its batches, checked, with the plan of the model."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq._jax import compat
+from jaxq.models import Assigned, Planned, Product, Rules, plan, weight_of
+from jaxq.ptq._observing import Sought, sought
+from jaxq.ptq._solvers import check_recipe
+from jaxq.quantizers import Quantized
+
+__all__ = ["Calls", "Model", "read_calls", "without_weight"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A planned model and the products to solve.
+
+    Attributes:
+      planned: the plan, of float parameters.
+      sought: the products to solve.
+    """
+
+    planned: Planned
+    sought: Sought
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """The calls of a function on all batches.
+
+    Attributes:
+      owner: the name of the calling function, for errors.
+      fn: the function.
+      calls: the arguments of each call, the parameters first if `fn` does not hold them.
+      masks: the mask of each batch, or None.
+    """
+
+    owner: str
+    fn: Callable[..., Any]
+    calls: Sequence[tuple[Any, ...]]
+    masks: Sequence[jax.Array | None]
+
+    def plan(self, rules: Rules) -> Model:
+        """Returns the plan of the model by some rules, after checking it.
+
+        Raises:
+          ValueError: if there is nothing to solve, or something that cannot be solved.
+        """
+        planned = plan(self.owner, self.fn, rules, 0, self.calls[0], {})
+        model = Model(planned, sought(planned))
+        self._check(model)
+        return model
+
+    def environments(self, model: Model, invars: Sequence[Any]) -> list[dict[Any, Any]]:
+        """Returns the data of each call by variable.
+
+        Raises:
+          ValueError: if the calls differ in anything but the values of their arrays.
+        """
+        known = [(x.shape, x.dtype) for x in model.planned.traced.arrays]
+        module = None if jax.tree_util.all_leaves([self.fn]) else self.fn
+        result, first = [], None
+        for n, call in enumerate(self.calls):
+            leaves, structure = jax.tree.flatten((module, call), is_leaf=_is_quantized)
+            is_data = [compat.is_array(x) or _is_quantized(x) for x in leaves]
+            arrays = [x for x, yes in zip(leaves, is_data, strict=True) if yes]
+            static = structure, [x for x, yes in zip(leaves, is_data, strict=True) if not yes]
+            first = static if first is None else first
+            if [(x.shape, x.dtype) for x in arrays] != known or static != first:
+                raise ValueError(
+                    f"{self.owner}: all batches must have the same structure, shapes, dtypes and "
+                    f"Python values, but batch {n} differs from the first. Pad them to one length, "
+                    "and pass `mask`; pass values that differ as arrays."
+                )
+            triples = zip(invars, arrays, model.planned.traced.origins, strict=True)
+            result.append({v: jnp.asarray(x) for v, x, origin in triples if origin is None})
+        return result
+
+    def _check(self, model: Model) -> None:
+        planned, found = model.planned, model.sought
+        if not found.matrices and not planned.stored.leaves:
+            raise ValueError(
+                f"{self.owner}: `rules` must quantize the weight of some product, got none. Add a "
+                "rule for a kernel; jaxq.explain(fn, rules)(params, batch) lists all products."
+            )
+        if planned.packed:
+            raise ValueError(
+                f"{self.owner}: `params` must be floats, got packed weights. Pass the original "
+                "parameters."
+            )
+        for product, assigned in zip(planned.products, planned.chosen, strict=True):
+            if assigned is not None and assigned.needs_key:
+                raise ValueError(
+                    f"{self.owner}: {product.where} must not draw random numbers. Use a recipe "
+                    "with deterministic rounding."
+                )
+            if assigned is not None and product.number in found.matrices:
+                self._check_product(product, assigned, found)
+
+    def _check_product(self, product: Product, assigned: Assigned, found: Sought) -> None:
+        weight, collector = weight_of(product, assigned), found.matrices[product.number].collector
+        assert weight is not None
+        check_recipe(f"{self.owner}: {product.where}", weight.recipe)
+        mask = self.masks[0]
+        if mask is not None:
+            shape = product.operands[1 - weight.operand].shape
+            free = () if collector.patches else collector.axes.free
+            collector.check_mask(self.owner, mask.shape, tuple(shape[axis] for axis in free))
+
+
+def read_calls(
+    owner: str, fn: Any, mask: Callable[..., Any] | None, args: tuple[Any, ...]
+) -> Calls:
+    """Returns the calls that the arguments `(params, batches)`, or `(batches)`, stand for.
+
+    Raises:
+      ValueError: if arguments are missing, or there are no batches.
+    """
+    is_module = not jax.tree_util.all_leaves([fn])
+    if len(args) != (1 if is_module else 2):
+        raise ValueError(
+            f"{owner}: needs {'batches' if is_module else 'params and batches'}, got {len(args)} "
+            "arguments. Put several arguments of one call into a tuple, one tuple per batch."
+        )
+    *own, batches = args
+    if not isinstance(batches, Iterable) or isinstance(batches, (jax.Array, np.ndarray, dict)):
+        raise ValueError(
+            f"{owner}: `batches` must be a sequence of batches, got one {type(batches).__name__}. "
+            "Put it into a list."
+        )
+    data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    if not data:
+        raise ValueError(f"{owner}: `batches` must hold at least one batch, got none.")
+    masks = [None if mask is None else jnp.asarray(mask(*batch)) for batch in data]
+    shapes = {own.shape for own in masks if own is not None}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{owner}: `mask` must return the same shape for all batches, got {sorted(shapes)}. "
+            "Pad them to one length."
+        )
+    return Calls(owner, fn, [(*own, *batch) for batch in data], masks)
+
+
+def without_weight(product: Product, assigned: Assigned | None) -> Assigned | None:
+    """Returns the assignment of a product without the recipe of its weight, and unobserved."""
+    if assigned is None:
+        return None
+    left = dataclasses.replace(assigned, calibrated=(None, None))
+    if weight_of(product, assigned) is None:
+        return left
+    assert assigned.recipe is not None
+    recipe = dataclasses.replace(assigned.recipe, rhs=None)
+    return dataclasses.replace(left, recipe=None if recipe.plain else recipe, table=None)
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, Quantized)

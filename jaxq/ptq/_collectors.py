@@ -1,0 +1,232 @@
+"""Collectors: which operand of a product is its input, and its statistics by shape.
+
+A product whose weight can be solved is, for each index of its batch axes, a matrix product of
+tokens `[tokens, inputs]` and a weight `[inputs, outputs]`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._jax import compat
+from jaxq.models import CONVERSIONS, LOOK_UP, VIEWS, Node, Product, axes_of
+from jaxq.products import Axes
+from jaxq.ptq._statistics import Statistics, collect, collect_groups, nothing
+
+__all__ = ["Collector", "Matrix", "matrix_of", "shared_inputs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Patches:
+    """The windows of a convolution, as arguments of `lax.conv_general_dilated_patches`."""
+
+    filter_shape: tuple[int, ...]
+    window_strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    dimension_numbers: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Collector:
+    """The observer of a product's input. Hashable.
+
+    Attributes:
+      where: the product's name, for errors.
+      axes: the axes of the operand by role.
+      batch: the lengths of its batch axes.
+      inputs: the number of inputs.
+      hessian: True to collect the Hessian.
+      grouped: True for a ragged product, whose tokens belong to groups.
+      patches: the windows of a convolution, or None.
+    """
+
+    where: str
+    axes: Axes
+    batch: tuple[int, ...]
+    inputs: int
+    hessian: bool = True
+    grouped: bool = False
+    patches: _Patches | None = None
+
+    def empty(self) -> Statistics:
+        """Returns the statistics of no tokens."""
+        return nothing(self.batch, self.inputs, self.hessian)
+
+    def merge(self, first: Statistics, second: Statistics) -> Statistics:
+        """Returns the statistics of the data of two statistics."""
+        return first.merge(second)
+
+    def measure(
+        self, x: jax.Array, others: Sequence[jax.Array], mask: jax.Array | None
+    ) -> Statistics:
+        """Returns the statistics of one input.
+
+        Raises:
+          ValueError: if a mask does not fit the operand.
+        """
+        if self.patches is not None:
+            x = lax.conv_general_dilated_patches(
+                x.astype(jnp.float32),
+                **{f.name: getattr(self.patches, f.name) for f in dataclasses.fields(self.patches)},
+                precision=lax.Precision.HIGHEST,
+            )
+        batch, free, contract = self.axes
+        x = x.transpose((*batch, *free, *contract))
+        lengths = x.shape[len(batch) : len(batch) + len(free)]
+        if mask is not None:
+            self.check_mask("ptq.observe", mask.shape, lengths)
+            mask = mask.reshape(-1)
+        if self.grouped:
+            return collect_groups(x.reshape(-1, self.inputs), others[0], self.hessian)
+        x = x.reshape((*self.batch, math.prod(lengths), self.inputs))
+        return collect(x, mask, hessian=self.hessian)
+
+    def check_mask(self, owner: str, mask: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+        """Raises a ValueError unless a mask of a shape has one element per token.
+
+        Args:
+          owner: the name of the calling function.
+          mask: the shape of the mask.
+          lengths: the lengths of the free axes of the operand.
+        """
+        size = math.prod(mask)
+        fits = lengths == mask or lengths == (size,)
+        if self.grouped or self.patches is not None or self.batch or not fits:
+            raise ValueError(
+                f"{owner}: `mask` must have one element per token of every product, but has the "
+                f"shape {mask}, and the input of {self.where} has tokens of shape "
+                f"{self.batch + lengths}. Exclude it by a rule with the recipe None, or pass data "
+                "without padding."
+            )
+
+    def shared(self) -> "Collector":
+        """Returns the collector without a name: equal for products of the same input."""
+        return dataclasses.replace(self, where="")
+
+
+class Matrix(NamedTuple):
+    """A product as a matrix product of tokens and a weight.
+
+    Attributes:
+      axes: the axes of the weight's operand by role.
+      collector: the observer of the other operand.
+      swapped: True if the weight is the first operand.
+    """
+
+    axes: Axes
+    collector: Collector
+    swapped: bool
+
+
+def matrix_of(product: Product, operand: int, hessian: bool = True) -> Matrix | str:
+    """Returns a product as a matrix product, or the reason why it has no Hessian.
+
+    Args:
+      product: the product.
+      operand: the index of its weight.
+      hessian: as in `Collector`.
+    """
+    if product.operation == LOOK_UP:
+        return "a look-up multiplies nothing, so the nearest values are the best"
+    other = 1 - operand
+    if product.origins[other] is not None:
+        return "its other operand is a weight too"
+    shape = product.operands[operand].shape
+    if product.operation == "conv_general_dilated":
+        return _convolution(product, operand, hessian)
+    own, axes = axes_of(product)[operand], axes_of(product)[other]
+    grouped = product.operation == "ragged_dot_general"
+    if grouped and (operand == 0 or len(own.batch) != 1 or len(own.contract) != 1 or axes.batch):
+        return "a ragged product of this form is not supported"
+    collector = Collector(
+        where=product.where,
+        axes=axes,
+        batch=tuple(shape[axis] for axis in own.batch),
+        inputs=math.prod(shape[axis] for axis in own.contract),
+        hessian=hessian,
+        grouped=grouped,
+    )
+    return Matrix(own, collector, operand == 0)
+
+
+def _convolution(product: Product, operand: int, hessian: bool) -> Matrix | str:
+    params, kernel = product.params, product.operands[1].shape
+    if operand == 0:
+        return "its weight is the image of a convolution"
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        return "grouped convolutions are not supported"
+    numbers = params["dimension_numbers"]
+    window = tuple(kernel[axis] for axis in numbers.rhs_spec[2:])
+    patches = _Patches(
+        window,
+        tuple(params["window_strides"]),
+        tuple(map(tuple, params["padding"])),
+        tuple(params["lhs_dilation"]),
+        tuple(params["rhs_dilation"]),
+        numbers,
+    )
+    # Patches have the features (input channel, place in the window) along the channel axis.
+    batch, channel, *spatial = numbers.out_spec
+    collector = Collector(
+        where=product.where,
+        axes=Axes((), (batch, *spatial), (channel,)),
+        batch=(),
+        inputs=kernel[numbers.rhs_spec[1]] * math.prod(window),
+        hessian=hessian,
+        patches=patches,
+    )
+    return Matrix(Axes((), numbers.rhs_spec[:1], numbers.rhs_spec[1:]), collector, False)
+
+
+def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
+    """Returns for each product the first product that reads the same input.
+
+    Inputs are the same if they are one array of the program, also after equal conversions and
+    changes of shape, and in programs of `jit` and `checkpoint`.
+
+    Args:
+      node: the program.
+      matrices: the products, by their numbers.
+    """
+    found: dict[int, int] = {}
+    first: dict[Any, int] = {}
+    known_values: dict[Any, Any] = {}
+
+    def walk(node: Node, operands: Sequence[Any]) -> list[Any]:
+        body = compat.body(node.jaxpr)
+        known = dict(zip(body.invars, operands, strict=True))
+
+        def value(variable: Any) -> Any:
+            if compat.is_literal(variable):
+                return "literal", str(variable)
+            return known.setdefault(variable, object())
+
+        for i, eqn in enumerate(body.eqns):
+            product = node.products.get(i)
+            if product is not None and product.number in matrices:
+                matrix = matrices[product.number]
+                inputs = [value(eqn.invars[int(matrix.swapped)]), *map(value, eqn.invars[2:])]
+                key = (*inputs, matrix.collector.shared(), product.stacked)
+                found[product.number] = first.setdefault(key, product.number)
+            elif i in node.inner:
+                around = eqn.primitive.name in compat.AROUND and eqn.primitive.name != "shard_map"
+                for inside in node.inner[i]:
+                    count = len(compat.body(inside.jaxpr).invars)
+                    fresh = [object() for _ in range(count)]
+                    results = walk(inside, list(map(value, eqn.invars)) if around else fresh)
+                    if around:
+                        known.update(zip(eqn.outvars, results, strict=True))
+            elif eqn.primitive.name in VIEWS or eqn.primitive.name in CONVERSIONS:
+                key = (eqn.primitive.name, str(eqn.params), *map(value, eqn.invars))
+                known[eqn.outvars[0]] = known_values.setdefault(key, object())
+        return [value(variable) for variable in body.outvars]
+
+    walk(node, [object() for _ in compat.body(node.jaxpr).invars])
+    return found

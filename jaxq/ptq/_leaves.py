@@ -1,0 +1,326 @@
+"""The weights of a model while they are solved: in their leaves, and as their products see them.
+
+A weight is followed from its leaf to its product by running the operations between them, which only
+move elements, on its values and on their levels. The transpose of these operations takes the answer
+back.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from jaxq._jax import compat
+from jaxq.models import CONVERSIONS, Extra, Planned, Storage, StoredView, run
+from jaxq.ptq._flat import Flat
+from jaxq.quantizers import Levels, Quantized, levels, numbers_of, with_levels
+
+__all__ = ["Frame", "LeafKey", "Leaves", "Outer", "Seen", "seen_by"]
+
+
+class LeafKey(NamedTuple):
+    """A leaf of the parameters, or a row of it.
+
+    Attributes:
+      leaf: the index among the arguments' arrays.
+      rows: indices along leading axes of layers that a scan runs through.
+    """
+
+    leaf: int
+    rows: tuple[int, ...] = ()
+
+
+class Work(NamedTuple):
+    """A leaf that is being solved; all arrays have its shape.
+
+    Attributes:
+      x: the values that its products see, float32.
+      levels: the levels of its elements.
+      nearest: the nearest grid values.
+      numbers: the chosen grid values.
+      start: the leaf quantized to the nearest levels.
+    """
+
+    x: jax.Array
+    levels: Levels
+    nearest: jax.Array
+    numbers: jax.Array
+    start: Quantized
+
+
+class Leaves:
+    """The leaves of a planned model, floats until they are solved.
+
+    Args:
+      planned: the model, planned with float parameters.
+    """
+
+    def __init__(self, planned: Planned) -> None:
+        self._arrays = planned.traced.arrays
+        self._storage = planned.stored.leaves
+        self._packed: dict[LeafKey, Quantized] = {}
+        self._work: dict[LeafKey, Work] = {}
+
+    def array(self, key: LeafKey) -> Any:
+        """Returns the float array of a leaf."""
+        return self._arrays[key.leaf][key.rows] if key.rows else self._arrays[key.leaf]
+
+    def storage(self, key: LeafKey) -> Storage | None:
+        """Returns the stored form of a leaf, or None if it stays an array."""
+        storage = self._storage.get(key.leaf)
+        return storage and storage._replace(leading=storage.leading - len(key.rows))
+
+    def value(self, key: LeafKey) -> Any:
+        """Returns a leaf as programs take it: packed as far as it is solved, or an array."""
+        q = self._packed.get(key)
+        if q is None and any(k.leaf == key.leaf for k in self._packed):
+            q = self._stacked(key, {k.rows: q for k, q in self._packed.items() if k[0] == key[0]})
+        if q is None:
+            return self.array(key)
+        return StoredView(dataclasses.replace(q, dtype=self._storage[key.leaf].dtype), q.dtype)
+
+    def nearest(self, key: LeafKey) -> Quantized:
+        """Returns a leaf with the nearest levels."""
+        storage = self.storage(key)
+        assert storage is not None, "only stored leaves are solved"
+        return storage.quantize(self.array(key))
+
+    def work(self, key: LeafKey) -> Work:
+        """Returns the state of a leaf that is being solved."""
+        if key not in self._work:
+            storage = self.storage(key)
+            assert storage is not None, "only stored leaves are solved"
+            q = self.nearest(key)
+            x = storage.converted(self.array(key)).astype(jnp.float32)
+            numbers = numbers_of(q)
+            self._work[key] = Work(x, levels(q), numbers, numbers, q)
+        return self._work[key]
+
+    def put(self, key: LeafKey, numbers: jax.Array, is_last: bool) -> None:
+        """Stores the chosen grid values of a leaf; after the last ones, frees its state."""
+        work = self.work(key)
+        self._packed[key] = with_levels(work.start, numbers)
+        self._work[key] = work._replace(numbers=numbers)
+        if is_last:
+            del self._work[key]
+
+    def pack(self, key: LeafKey) -> None:
+        """Stores the nearest levels of a leaf."""
+        self._packed[key] = self.nearest(key)
+
+    def results(self) -> dict[int, Quantized]:
+        """Returns the packed leaves by index; rows that were not solved have the nearest levels."""
+        found: dict[int, Quantized] = {}
+        for leaf in self._storage:
+            rows = {key.rows: q for key, q in self._packed.items() if key.leaf == leaf}
+            found[leaf] = self._stacked(LeafKey(leaf), rows)
+        return found
+
+    def _stacked(self, key: LeafKey, rows: Mapping[tuple[int, ...], Quantized]) -> Quantized:
+        if key.rows in rows:
+            return rows[key.rows]
+        if not any(own[: len(key.rows)] == key.rows for own in rows):
+            return self.nearest(key)
+        count = len(self.array(key))
+        parts = [self._stacked(LeafKey(key.leaf, (*key.rows, i)), rows) for i in range(count)]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
+
+
+class Outer(NamedTuple):
+    """A value of a surrounding frame, or a row of it if `row` is not None."""
+
+    frame: "Frame"
+    variable: Any
+    row: int | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Frame:
+    """A program at one iteration of the loops around it.
+
+    Attributes:
+      flat: the program.
+      sources: the leaves and the outer values that its arguments are, without those that depend
+        on data.
+      depth: the number of scans around it.
+      leaves: the leaves of the model.
+      iterations: the iterations of the scans around it that run one at a time.
+    """
+
+    flat: Flat
+    sources: Mapping[Any, LeafKey | Outer]
+    depth: int
+    leaves: Leaves
+    iterations: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def makers(self) -> dict[Any, int]:
+        """The index of the equation that makes each variable."""
+        return {v: i for i, eqn in enumerate(self.flat.body.eqns) for v in eqn.outvars}
+
+    @functools.cached_property
+    def fixed(self) -> set[Any]:
+        """The variables that do not depend on data."""
+        body = self.flat.body
+        found = {*self.sources, *body.constvars}
+        for eqn in body.eqns:
+            if all(compat.is_literal(v) or v in found for v in eqn.invars):
+                found.update(eqn.outvars)
+        return found
+
+    def uses(self, variable: Any) -> int:
+        """Returns how many equations and results read a variable."""
+        body = self.flat.body
+        read = [v for eqn in body.eqns for v in eqn.invars] + list(body.outvars)
+        return sum(v is variable for v in read)
+
+    def is_fixed(self, i: int) -> bool:
+        """Returns whether equation i does not depend on data."""
+        outvars = self.flat.body.eqns[i].outvars
+        return bool(outvars) and all(v in self.fixed for v in outvars)
+
+    def fixed_before(self, equations: list[int]) -> list[int]:
+        """Returns the equations without data on which some equations depend."""
+        found: set[int] = set()
+        left = [v for i in equations for v in self.flat.body.eqns[i].invars]
+        while left:
+            variable = left.pop()
+            if compat.is_literal(variable) or variable not in self.fixed:
+                continue
+            i = self.makers.get(variable)
+            if i is not None and i not in found and i not in equations:
+                found.add(i)
+                left += self.flat.body.eqns[i].invars
+        return sorted(found)
+
+    def value(self, variable: Any) -> Any:
+        """Returns a value that does not depend on data, an array or a view of stored weights."""
+        if compat.is_literal(variable):
+            return variable.val
+        body, source = self.flat.body, self.sources.get(variable)
+        if isinstance(source, LeafKey):
+            return self.leaves.value(source)
+        if source is not None:
+            return _row(source.frame.value(source.variable), source.row)
+        if variable in body.constvars:
+            return body.consts[list(body.constvars).index(variable)]
+        made = self.makers[variable]
+        equations = [*self.fixed_before([made]), made]
+        read = self.arguments(equations)
+        nothing = [None] * (1 + max(max(self.flat.numbers(i), default=-1) for i in equations))
+        part = self.flat.part(equations, read, [variable], nothing)
+        return run(part, Extra(None, {}, {}, {}), [self.value(v) for v in read])[0][0]
+
+    def arguments(self, equations: list[int]) -> list[Any]:
+        """Returns the variables that equations read and do not make, except for constants."""
+        eqns = [self.flat.body.eqns[i] for i in equations]
+        made = {v for eqn in eqns for v in eqn.outvars} | {*self.flat.body.constvars}
+        read = (v for eqn in eqns for v in eqn.invars if not compat.is_literal(v))
+        return list(dict.fromkeys(v for v in read if v not in made))
+
+    def leaves_of(self, variable: Any) -> tuple[LeafKey, ...]:
+        """Returns the leaves of which a value is a view."""
+        found: dict[LeafKey, None] = {}
+
+        def note(key: LeafKey) -> None:
+            if self.leaves.storage(key) is not None:
+                found[key] = None
+
+        self._trace(variable, note)
+        return tuple(found)
+
+    def _trace(self, variable: Any, leaf: Callable[[LeafKey], Any]) -> None:
+        source = None if compat.is_literal(variable) else self.sources.get(variable)
+        if isinstance(source, LeafKey):
+            leaf(source)
+        elif source is not None:
+            source.frame._trace(source.variable, leaf)
+        elif not compat.is_literal(variable) and variable in self.makers:
+            for v in self.flat.body.eqns[self.makers[variable]].invars:
+                self._trace(v, leaf)
+
+    def moved(self, variable: Any, arrays: Mapping[LeafKey, jax.Array]) -> jax.Array | None:
+        """Returns arrays of leaves' shapes moved as the leaves are; None for other values."""
+        if compat.is_literal(variable):
+            return None
+        source = self.sources.get(variable)
+        if isinstance(source, LeafKey):
+            return arrays.get(source)
+        if source is not None:
+            x = source.frame.moved(source.variable, arrays)
+            return x if x is None or source.row is None else x[source.row]
+        if variable not in self.makers:
+            return None
+        eqn = self.flat.body.eqns[self.makers[variable]]
+        operands = [self.moved(v, arrays) for v in eqn.invars]
+        if all(x is None for x in operands):
+            return None
+        if eqn.primitive.name in CONVERSIONS:
+            return operands[0]
+        values = [
+            self.value(v) if x is None else x for v, x in zip(eqn.invars, operands, strict=True)
+        ]
+        return compat.bind(eqn, values)[eqn.outvars.index(variable)]
+
+
+def _row(x: Any, row: int | None) -> Any:
+    """Returns a row of an array or of stored weights."""
+    if row is None:
+        return x
+    if not isinstance(x, StoredView):
+        return x[row]
+    if isinstance(x.data, Quantized) and x.data.ndim > len(x.data.block):
+        return jax.tree.map(lambda array: array[row], x)
+    return StoredView(x.array[row], x.dtype)
+
+
+class Seen(NamedTuple):
+    """A weight as a product sees it, with the way back to its leaves.
+
+    Attributes:
+      x: the values, float32.
+      levels: the levels of its elements.
+      nearest: the nearest grid values.
+      back: a function that returns each leaf's grid values from those of the product.
+      repeats: True if the product multiplies an element more than once.
+    """
+
+    x: jax.Array
+    levels: Levels
+    nearest: jax.Array
+    back: Callable[[jax.Array], dict[LeafKey, jax.Array]]
+    repeats: bool
+
+
+def seen_by(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> Seen:
+    """Returns the weight of a product, an operand of it in a frame."""
+    works = {key: frame.leaves.work(key) for key in keys}
+
+    def move(*arrays: jax.Array) -> jax.Array:
+        found = frame.moved(variable, dict(zip(keys, arrays, strict=True)))
+        assert found is not None, "the operand is a view of these leaves"
+        return found
+
+    def of(part: Callable[[Work], Any]) -> Any:
+        parts = [part(works[key]) for key in keys]
+        return jax.tree.map(lambda *arrays: move(*arrays), *parts)
+
+    x = of(lambda work: work.x)
+    own, nearest = of(lambda work: work.levels), of(lambda work: work.nearest)
+    if variable in frame.sources and isinstance(frame.sources[variable], LeafKey):
+        (key,) = keys
+        return Seen(x, own, nearest, lambda numbers: {key: numbers}, False)
+    _, pull = jax.vjp(move, *(works[key].x for key in keys))
+    counts = pull(jnp.ones_like(x))
+    repeats = any(bool(jnp.max(count) > 1) for count in counts)
+
+    def back(numbers: jax.Array) -> dict[LeafKey, jax.Array]:
+        return {
+            key: jnp.where(count > 0, pulled, works[key].numbers)
+            for key, count, pulled in zip(keys, counts, pull(numbers), strict=True)
+        }
+
+    return Seen(x, own, nearest, back, repeats)

@@ -1,0 +1,110 @@
+"""Post-training quantization of whole models."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from jaxq.models import Rules
+from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
+from jaxq.ptq._reports import SolvedProduct
+from jaxq.ptq._solvers import Solver, get_solver
+from jaxq.ptq._solving import Solving
+from jaxq.ptq._stages import Stages
+
+__all__ = ["quantize_weights", "stages_of"]
+
+
+def quantize_weights(
+    fn: Callable[..., Any],
+    rules: Rules,
+    *,
+    solver: str | Solver = "gptq",
+    sequential: bool = True,
+    mask: Callable[..., Any] | None = None,
+    progress: Callable[[SolvedProduct], None] | None = None,
+) -> Callable[..., Any]:
+    """Returns a function that packs the parameters that rules quantize, with solved codes.
+
+    The packed parameters have the form of `jaxq.quantize_weights(fn, rules)(params, batch)`, with
+    the same scales, and are used in the same way: `jaxq.quantize_fn(fn, rules)(packed, batch)`. The
+    codes are chosen by the solver from the inputs that the products have on the batches.
+
+    Sequential solving runs the model in parts. The weights of a product are solved on the inputs
+    that the packed weights before it produce, so later layers correct the errors of earlier ones.
+    Products that read the same array, such as queries, keys and values, are solved together. A scan
+    over layers runs one iteration at a time. Products in other loops, in `cond` or `shard_map`, or
+    under a custom derivative are solved after one run of the whole construct with float weights.
+    The values between two parts are kept for all batches; Hessians are kept for one input at a
+    time. With `sequential=False`, all Hessians are collected in one run of the model with float
+    weights.
+
+    A weight that several products multiply in the same way, such as one shared by layers, is
+    solved again at each of them, with the sum of their Hessians. Weights in look-ups are rounded to
+    the nearest levels, unless another product multiplies them too. Activations with a recipe are
+    quantized in the products that the calibration data passes; the Hessian of a product is computed
+    from its input before that.
+
+    Args:
+      fn: as in `jaxq.quantize_fn`; its parameters are its first argument, or, if it is a pytree
+        itself, its own leaves.
+      rules: as in `jaxq.quantize_fn`.
+      solver: a solver, or its name in `jaxq.ptq.SOLVERS`.
+      sequential: False to solve all products on the inputs of the model with float weights.
+      mask: a function of the arguments of `fn` after the parameters that returns a boolean array,
+        False for padding, as in `jaxq.ptq.observe`.
+      progress: a function that is called with the report of each solved product.
+
+    Returns:
+      `(params, batches) -> (packed params, Report)`, or `(batches) -> ...` if `fn` is a pytree.
+      `batches` is a sequence of the arguments of `fn` after the parameters: a tuple holds several.
+      All have the same shapes. 32 sequences of 256 tokens are a small calibration set, 128 of 2048
+      a large one; the domain of the data matters more than its amount.
+
+    Raises:
+      TypeError: as in `jaxq.quantize_fn`.
+      ValueError: as in `jaxq.quantize_fn`; if there are no batches, or their shapes differ; if the
+        solver does not support a recipe; if an input is not finite; or if the mask does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> from jaxq import ptq
+      >>> model = lambda params, x: jax.nn.relu(x @ params["up"]) @ params["down"]
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"up": jax.random.normal(keys[0], (8, 16)),
+      ...           "down": jax.random.normal(keys[1], (16, 4))}
+      >>> batches = [jax.random.normal(keys[2], (32, 8))]
+      >>> packed, report = ptq.quantize_weights(model, "int4_channel")(params, batches)
+      >>> [row.product for row in report.rows], report.rows[0].loss < report.rows[0].rtn
+      (['up', 'down'], True)
+      >>> jaxq.quantize_fn(model, "int4_channel")(packed, batches[0]).shape
+      (32, 4)
+
+    References:
+      Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+      Transformers" (2023), for the order of solving.
+    """
+    record = get_solver(solver)
+
+    @functools.wraps(fn, updated=())
+    def packed(*args: Any) -> Any:
+        calls = read_calls("ptq.quantize_weights", fn, mask, args)
+        model = calls.plan(rules)
+        solving = Solving(calls.owner, model, record, progress)
+        stages = stages_of(calls, model, solving)
+        root = stages.root()
+        envs = calls.environments(model, root.flat.body.invars)
+        if sequential:
+            solving.pack_rest()  # Look-ups before the first product use the stored tables.
+            stages.in_order(root, envs)
+        else:
+            stages.together(root, stages.observed(root, envs))
+        return solving.result(), solving.report()
+
+    return packed
+
+
+def stages_of(calls: Calls, model: Model, solving: Solving) -> Stages:
+    """Returns a run of a model in which products are solved."""
+    planned = model.planned
+    chosen = [without_weight(p, a) for p, a in zip(planned.products, planned.chosen, strict=True)]
+    return Stages(planned, model.sought, chosen, solving.leaves, solving.solve, calls.masks)

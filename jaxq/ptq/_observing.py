@@ -1,0 +1,186 @@
+"""Observation of a whole model: the statistics of the inputs of its products."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax import numpy as jnp
+
+from jaxq._jax.serialization import pytree
+from jaxq.models import (
+    Assigned,
+    Extra,
+    Planned,
+    Rules,
+    plan,
+    program,
+    run,
+    unassigned,
+    unpacked,
+    weight_of,
+)
+from jaxq.ptq._collectors import Matrix, matrix_of, shared_inputs
+from jaxq.ptq._statistics import Statistics
+
+__all__ = ["ObservedInputs", "Sought", "observe", "sought"]
+
+
+@pytree(static=("inputs",))
+@dataclasses.dataclass(frozen=True)
+class ObservedInputs(Mapping):
+    """The statistics of a model's products, by the products' names: a mapping and a pytree.
+
+    Attributes:
+      statistics: the statistics of distinct inputs, by the name of the first product that reads
+        each. Products in a scan over layers have a leading axis, one entry per layer.
+      inputs: the names of all products, each with the name of its input's statistics.
+    """
+
+    statistics: Mapping[str, Statistics]
+    inputs: tuple[tuple[str, str], ...]
+
+    def __getitem__(self, name: str) -> Statistics:
+        return self.statistics[dict(self.inputs)[name]]
+
+    def __iter__(self) -> Any:
+        return iter(dict(self.inputs))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def merge(self, other: "ObservedInputs") -> "ObservedInputs":
+        """Returns the statistics of the data of both. Associative, up to the rounding of sums.
+
+        Raises:
+          ValueError: if `other` belongs to another model or other rules.
+        """
+        if self.inputs != other.inputs:
+            names = ", ".join([*other][:3])
+            raise ValueError(
+                "ObservedInputs.merge: `other` must have the products of this state, got "
+                f"{names}, ... Merge only states of one function and one set of rules."
+            )
+        return ObservedInputs(
+            {name: own.merge(other.statistics[name]) for name, own in self.statistics.items()},
+            self.inputs,
+        )
+
+    def gather(self, axis_name: str) -> "ObservedInputs":
+        """Merges the statistics of all devices along an axis of `jax.shard_map` or `jax.vmap`."""
+        found = {name: own.gather(axis_name) for name, own in self.statistics.items()}
+        return ObservedInputs(found, self.inputs)
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """The names of the products of which some matrix saw no token; needs concrete arrays."""
+        return tuple(name for name in self if bool(jnp.any(self[name].tokens == 0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sought:
+    """The products of a model whose inputs are observed.
+
+    Attributes:
+      matrices: the products with a weight to quantize, by number.
+      reasons: the reasons why other products with such a weight have no Hessian, by number.
+      first: for each product, the number of the first product with the same input.
+    """
+
+    matrices: Mapping[int, Matrix]
+    reasons: Mapping[int, str]
+    first: Mapping[int, int]
+
+    def observing(self, chosen: Assigned, number: int) -> Assigned:
+        """Returns an assignment that observes a product's input if it is the first to read it."""
+        matrix = self.matrices.get(number)
+        if matrix is None or self.first[number] != number:
+            return chosen
+        return dataclasses.replace(
+            chosen, swapped=matrix.swapped, calibrated=(matrix.collector, None)
+        )
+
+
+def sought(planned: Planned, hessian: bool = True) -> Sought:
+    """Returns the products of a planned model whose weights the rules quantize."""
+    matrices, reasons = {}, {}
+    for product, assigned in zip(planned.products, planned.chosen, strict=True):
+        weight = None if assigned is None else weight_of(product, assigned)
+        if weight is None:
+            continue
+        found = matrix_of(product, weight.operand, hessian)
+        if isinstance(found, str):
+            reasons[product.number] = found
+        else:
+            matrices[product.number] = found
+    return Sought(matrices, reasons, shared_inputs(planned.node, matrices))
+
+
+def observe(
+    fn: Callable[..., Any],
+    rules: Rules,
+    *,
+    argnums: int | Sequence[int] = 0,
+    hessian: bool = True,
+    mask: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Returns the function, which also returns the statistics of the inputs of its products.
+
+    The function itself is not quantized. Products are observed if the rules quantize their weight.
+    Products that read the same array, such as those of queries, keys and values, share one entry.
+
+    Args:
+      fn: as in `jaxq.quantize_fn`.
+      rules: as in `jaxq.quantize_fn`; only the choice of weights matters.
+      argnums: as in `jaxq.quantize_fn`.
+      hessian: False leaves out the sums of `x x^T`, which only solvers need.
+      mask: a function of the arguments of `fn` that returns a boolean array, False for padding. Its
+        shape must be that of the tokens of every observed product, as in `[batch, sequence]`, or
+        the flattened shape, in the same order.
+
+    Returns:
+      `(*args) -> (result of fn, ObservedInputs)`. Each layer of a scanned stack has its own
+      statistics; all other loops, and devices of a `shard_map`, add to one.
+
+    Raises:
+      TypeError: as in `jaxq.quantize_fn`.
+      ValueError: as in `jaxq.quantize_fn`; if no product can be observed; or if the mask does not
+        fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import ptq
+      >>> model = lambda params, x: (x @ params["q"], x @ params["k"])
+      >>> params = {"q": jnp.eye(2), "k": jnp.eye(2)}
+      >>> y, seen = ptq.observe(model, "int8_channel")(params, jnp.array([[1.0, 2.0]]))
+      >>> [*seen], len(seen.statistics), seen["k"].hessian.tolist()
+      (['q', 'k'], 1, [[1.0, 2.0], [2.0, 4.0]])
+    """
+
+    @functools.wraps(fn, updated=())
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        planned = plan("ptq.observe", fn, rules, argnums, args, kwargs)
+        own = sought(planned, hessian)
+        if not own.matrices:
+            reason = next(iter(own.reasons.values()), "they quantize no weight of a product")
+            raise ValueError(
+                f"ptq.observe: `rules` must quantize the weight of some product, got none: "
+                f"{reason}. Add a rule for a kernel."
+            )
+        chosen = [
+            own.observing(unassigned(product), product.number)
+            if product.number in own.matrices
+            else None
+            for product in planned.products
+        ]
+        padding = None if mask is None else jnp.asarray(mask(*args, **kwargs))
+        extra = Extra(None, {}, {}, {}, padding)
+        what = program(planned.node, chosen, bool(planned.packed))
+        arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
+        results, states = run(what, extra, arrays, observing=True)
+        names = [product.name for product in planned.products]
+        seen = {names[n]: states[names[n]][0] for n in own.matrices if own.first[n] == n}
+        inputs = tuple((names[n], names[own.first[n]]) for n in own.matrices)
+        return planned.traced.rebuild(list(map(unpacked, results))), ObservedInputs(seen, inputs)
+
+    return observed

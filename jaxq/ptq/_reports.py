@@ -1,0 +1,104 @@
+"""Reports of the quantization of a whole model."""
+
+import dataclasses
+import math
+
+from jaxq._base.tables import Table
+
+__all__ = ["Report", "SolvedProduct"]
+
+_SHOWN = 24  # Longer reports show this many rows, fallbacks and large losses first.
+
+
+@dataclasses.dataclass(frozen=True)
+class SolvedProduct:
+    """One product of a quantized model, in one layer of a scan.
+
+    Attributes:
+      product: the name of the product, with the layer in brackets if it is in a scan.
+      recipe: the name of the weight's element format.
+      tokens: the number of tokens; for experts, of the one that saw the fewest.
+      inputs: the length of the contraction.
+      damping: the damping used, relative to the mean of the Hessian's diagonal; NaN if none was.
+      rtn: the loss of the nearest levels: `tr(E^T H E)` relative to `power`.
+      loss: the loss of the stored weight, likewise.
+      power: the power of the outputs, `tr(W^T H W)`, per token.
+      fallback: the reason why the product was not solved, or only in part; or "".
+    """
+
+    product: str
+    recipe: str
+    tokens: int
+    inputs: int
+    damping: float
+    rtn: float
+    loss: float
+    power: float
+    fallback: str
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that the Hessian of so few tokens can have."""
+        return min(self.tokens, self.inputs)
+
+    @property
+    def note(self) -> str:
+        """The remark of the table: the fallback, or that the Hessian is singular."""
+        if self.fallback or self.rank == self.inputs:
+            return self.fallback
+        return f"rank at most {self.rank} of {self.inputs}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    product: str
+    recipe: str
+    tokens: int
+    inputs: int
+    damping: float
+    rtn: float
+    loss: float
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The report of `jaxq.ptq.quantize_weights`; its `str` is a table.
+
+    Attributes:
+      rows: all products in the order in which they were solved.
+    """
+
+    rows: tuple[SolvedProduct, ...]
+
+    @property
+    def fallbacks(self) -> tuple[SolvedProduct, ...]:
+        """The products that were not solved, or only in part."""
+        return tuple(row for row in self.rows if row.fallback)
+
+    def __str__(self) -> str:
+        worst = sorted(
+            self.rows, key=lambda r: (not r.fallback, -r.loss if r.loss == r.loss else 0.0)
+        )
+        shown = self.rows if len(self.rows) <= _SHOWN else worst[:_SHOWN]
+        table = str(Table(tuple(map(_line, shown))))
+        known = [row for row in self.rows if not math.isnan(row.loss)]
+        lines = [table]
+        if len(shown) < len(self.rows):
+            lines.append(f"... and {len(self.rows) - len(shown)} other products")
+        if known:
+            rtn, loss = (sum(getattr(r, name) for r in known) / len(known) for name in _LOSSES)
+            lines.append(f"mean loss of {len(known)} products: {loss:.4g}, to nearest: {rtn:.4g}")
+        if self.fallbacks:
+            lines.append(
+                f"{len(self.fallbacks)} products were not solved, or only in part; see `note`"
+            )
+        return "\n".join(lines)
+
+
+_LOSSES = ("rtn", "loss")
+
+
+def _line(row: SolvedProduct) -> _Line:
+    values = (getattr(row, field.name) for field in dataclasses.fields(_Line))
+    return _Line(*values)

@@ -1,0 +1,249 @@
+"""Solvers, which choose the codes of a weight from the statistics of its input.
+
+A solver keeps the scales that the recipe computes from the weight, and so the answer is a
+`jaxq.Quantized` on the recipe's own grid.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq._base.registry import Registry
+from jaxq.products import is_stochastic
+from jaxq.ptq._matrices import Solution, solve
+from jaxq.ptq._statistics import Statistics, nothing
+from jaxq.quantizers import Levels, Quantized, levels, numbers_of, quantize, with_levels
+from jaxq.recipes import Recipe, get_recipe
+
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "SOLVERS",
+    "Problem",
+    "Solution",
+    "Solver",
+    "get_solver",
+    "gptq",
+    "solved",
+]
+
+
+class Problem(NamedTuple):
+    """A weight to quantize, as a matrix `[inputs, outputs]`.
+
+    Attributes:
+      weight: the weight, float32.
+      levels: the levels of its elements.
+      nearest: the grid values nearest to the weight, minus the zero points.
+      statistics: the statistics of its input.
+    """
+
+    weight: jax.Array
+    levels: Levels
+    nearest: jax.Array
+    statistics: Statistics
+
+
+class Solver(Protocol):
+    """A frozen record that chooses the codes of a weight."""
+
+    def solve(self, problem: Problem, recipe: Recipe) -> Solution:
+        """Returns grid values for one matrix; traced under `jax.jit` and `jax.vmap`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RTN:
+    """Rounds every element to the nearest level: the baseline, which uses no statistics.
+
+    Example:
+      >>> import jaxq
+      >>> from jaxq import ptq
+      >>> ptq.RTN() == ptq.get_solver("rtn")
+      True
+    """
+
+    def solve(self, problem: Problem, recipe: Recipe) -> Solution:
+        """Returns the nearest grid values."""
+        del recipe
+        return Solution(problem.nearest, jnp.float32(np.nan), jnp.bool_(True))
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ:
+    """Rounds the inputs of a weight one by one, each correcting the errors of those before it.
+
+    With the Hessian `H = sum x x^T` of the calibration data, it looks for codes with a small error
+    of the outputs, `tr(E^T H E)`, where E is the error of the weight `[inputs, outputs]`. Scales
+    are those that the recipe computes from the weight (static scales), so every recipe with
+    deterministic rounding and without outliers can be solved, and no order of solving changes the
+    stored form.
+
+    Attributes:
+      damping: the number added to H's diagonal, relative to its mean. If H plus damping has no
+        Cholesky factor, the damping is raised tenfold, up to six times.
+      order: `"static"` solves the inputs with the largest diagonal entries of H first; None solves
+        them as they stand.
+
+    Raises:
+      ValueError: if `damping` is negative or `order` is unknown.
+
+    References:
+      Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+      Transformers" (2023). Chee et al., "QuIP: 2-Bit Quantization of Large Language Models With
+      Guarantees" (2023), for the form without an inverse (LDLQ).
+    """
+
+    damping: float = 0.01
+    order: str | None = "static"
+
+    def __post_init__(self) -> None:
+        if not self.damping >= 0:
+            raise ValueError(f"GPTQ: `damping` must not be negative, got {self.damping}. Use 0.01.")
+        if self.order not in ("static", None):
+            raise ValueError(
+                f"GPTQ: `order` must be 'static' or None, got {self.order!r}. 'static' is the "
+                "order that others call activation order with static groups."
+            )
+
+    def solve(self, problem: Problem, recipe: Recipe) -> Solution:
+        """Returns grid values with a small error of the outputs."""
+        hessian = problem.statistics.hessian
+        assert hessian is not None, "all callers pass one"
+        found = solve(problem.weight, problem.levels, hessian, recipe, self.damping, self.order)
+        return found._replace(numbers=jnp.where(found.solved, found.numbers, problem.nearest))
+
+
+SOLVERS: Registry[Any] = Registry(
+    "solver",
+    {"rtn": RTN(), "gptq": GPTQ()},
+    synonyms={"round": "rtn", "nearest": "rtn", "optq": "gptq", "ldlq": "gptq"},
+)
+
+
+def get_solver(solver: str | Solver) -> Solver:
+    """Returns the solver with a name in `SOLVERS`; a record is returned unchanged.
+
+    Raises:
+      ValueError: if no solver has that name.
+      TypeError: if the argument is neither a name nor a solver.
+    """
+    if isinstance(solver, str):
+        return SOLVERS.find(solver)
+    if not callable(getattr(solver, "solve", None)) or isinstance(solver, type):
+        raise TypeError(
+            "get_solver: `solver` must be a name or a record with a method `solve`, got "
+            f"{type(solver).__name__}. Use 'gptq' or GPTQ()."
+        )
+    return solver
+
+
+def check_recipe(owner: str, recipe: Recipe) -> None:
+    """Raises a ValueError if solvers cannot choose the codes of a recipe."""
+    reason = ""
+    if is_stochastic(recipe):
+        reason = "rounds stochastically"
+    elif recipe.outliers is not None:
+        reason = "stores outliers separately"
+    if reason:
+        raise ValueError(
+            f"{owner}: `recipe` must round every element deterministically to its block's grid, "
+            f"got a recipe of {recipe.element.name} that {reason}. Use rounding='nearest_even' and "
+            "outliers=None, or jaxq.quantize_weights."
+        )
+
+
+def gptq(
+    weight: jax.typing.ArrayLike,
+    hessian: jax.typing.ArrayLike,
+    recipe: str | Recipe,
+    *,
+    axis: int = 0,
+    damping: float = 0.01,
+    order: str | None = "static",
+) -> Quantized:
+    """Quantizes a weight by GPTQ, with the Hessian of its input.
+
+    Args:
+      weight: a float16, bfloat16 or float32 array of at least two axes.
+      hessian: the sum of `x x^T` over the tokens, `[inputs, inputs]`, up to a positive factor.
+      recipe: as in `jaxq.quantize`; its granularity is read relative to `axis`.
+      axis: the axis of `weight` that products contract: 0 for a kernel `[inputs, outputs]`, 1 or -1
+        for a weight `[outputs, inputs]`.
+      damping: as in `GPTQ`.
+      order: as in `GPTQ`.
+
+    Returns:
+      A `jaxq.Quantized` with the scales of `jaxq.quantize(weight, recipe, axis=axis)`.
+      An input that was always zero is rounded by itself. Where the Hessian cannot be solved (it is
+      zero or indefinite, or holds a NaN), the codes are the nearest ones under `jit`, and an error
+      is raised otherwise. `jit`, and `vmap` over experts or layers, work as for any function.
+
+    Raises:
+      ValueError: if the recipe is stochastic or has outliers, shapes do not fit, or the Hessian
+        cannot be solved.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from jaxq import ptq
+      >>> weight = jnp.array([[0.4, 1.0], [0.4, -0.3]])
+      >>> together = jnp.array([[1.0, 1.0], [1.0, 1.0]])  # Both inputs are always equal.
+      >>> recipe = jaxq.Recipe("int2")
+      >>> jaxq.quantize(weight, recipe).dequantize().tolist()
+      [[0.0, 1.0], [0.0, 0.0]]
+      >>> ptq.gptq(weight, together, recipe).dequantize().tolist()
+      [[0.0, 1.0], [1.0, 0.0]]
+
+    References:
+      Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+      Transformers" (2023).
+    """
+    weight, gram = jnp.asarray(weight), jnp.asarray(hessian, jnp.float32)
+    inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None
+    if weight.ndim < 2 or inputs is None or gram.shape != (inputs, inputs):
+        raise ValueError(
+            "gptq: `hessian` must have the shape (n, n), where n is the length of `axis` of "
+            f"`weight`, which needs two axes or more, got {gram.shape} and {weight.shape} with "
+            f"axis={axis}. Pass the axis of the inputs as `axis`."
+        )
+    statistics = dataclasses.replace(nothing((), inputs, False), hessian=gram)
+    record = get_recipe(recipe)
+    check_recipe("gptq", record)
+    result, ok = solved(weight, statistics, record, GPTQ(damping, order), axis)
+    is_known_to_fail = False
+    with contextlib.suppress(jax.errors.ConcretizationTypeError):  # Under `jit`.
+        is_known_to_fail = not bool(ok)
+    if is_known_to_fail:
+        raise ValueError(
+            f"gptq: `hessian` must be positive semidefinite, finite and not zero, got one with the "
+            f"mean diagonal {float(jnp.mean(jnp.diagonal(gram))):.3g}, whose Cholesky factor does "
+            "not exist for any damping. Look for NaN in the activations."
+        )
+    return result
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "solver", "axis"))
+def solved(
+    weight: jax.Array, statistics: Statistics, recipe: Recipe, solver: Solver, axis: int
+) -> tuple[Quantized, jax.Array]:
+    """Returns a quantized weight, and False if the solver had to round to the nearest levels."""
+    start = quantize(weight, recipe, axis=axis)
+    moved = jnp.moveaxis(weight, axis, 0).shape
+
+    def matrix(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.astype(jnp.float32), axis, 0).reshape(moved[0], -1)
+
+    problem = Problem(
+        weight=matrix(weight),
+        levels=jax.tree.map(matrix, levels(start)),
+        nearest=matrix(numbers_of(start)),
+        statistics=statistics,
+    )
+    found = solver.solve(problem, recipe)
+    numbers = jnp.moveaxis(found.numbers.reshape(moved), 0, axis)
+    return with_levels(start, numbers), found.solved

@@ -1,0 +1,324 @@
+"""Solution of the products of a model one by one, and the rows of its report."""
+
+import collections
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq.models import LOOK_UP, Product, weight_of
+from jaxq.products import Axes
+from jaxq.ptq._calls import Model
+from jaxq.ptq._leaves import LeafKey, Leaves, Seen, seen_by
+from jaxq.ptq._matrices import output_error
+from jaxq.ptq._reports import Report, SolvedProduct
+from jaxq.ptq._solvers import Problem, Solver
+from jaxq.ptq._stages import Place
+from jaxq.ptq._statistics import Statistics
+from jaxq.quantizers import values_of
+from jaxq.recipes import Recipe
+
+__all__ = ["Outcome", "Solving"]
+
+
+class Outcome(NamedTuple):
+    """The losses of one solved product, summed over all tokens and matrices.
+
+    Attributes:
+      leaves: the leaves that its weight is a view of, by index.
+      nearest: the loss of the nearest levels.
+      loss: the loss of the chosen ones.
+      power: the power of the outputs.
+    """
+
+    leaves: tuple[int, ...]
+    nearest: float
+    loss: float
+    power: float
+
+    def relative(self, loss: float) -> float:
+        """Returns a loss relative to the power of the outputs."""
+        return loss / self.power if self.power else 0.0
+
+
+class _Earlier(NamedTuple):
+    """A weight that an earlier product multiplied, with the statistics of its input."""
+
+    x: jax.Array
+    axes: Axes
+    statistics: Statistics
+    outcome: Outcome
+
+
+class Solving:
+    """The state of a run: the leaves and the rows of the report.
+
+    Args:
+      owner: the name of the calling function, for errors.
+      model: the model.
+      solver: the solver.
+      progress: the user's function, or None.
+
+    Attributes:
+      planned: the plan of the model.
+      leaves: the leaves.
+      outcomes: the losses of the solved products.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        model: Model,
+        solver: Solver,
+        progress: Callable[[SolvedProduct], None] | None = None,
+    ) -> None:
+        planned, found = model.planned, model.sought
+        self.planned, self.found, self.solver = planned, found, solver
+        self.leaves = Leaves(planned)
+        self.outcomes: list[Outcome] = []
+        self._owner, self._progress = owner, progress
+        self._rows: list[SolvedProduct] = []
+        self._seen: set[int] = set()
+        self._earlier: dict[tuple[LeafKey, ...], list[_Earlier]] = {}
+        self._solves: collections.Counter[LeafKey] = collections.Counter()
+        self._expected: collections.Counter[int] = collections.Counter()
+        for n in found.matrices:
+            product = planned.products[n]
+            iterations = math.prod(product.loops[depth] for depth in product.stacked)
+            if n not in planned.stored.reasons:
+                self._expected.update(dict.fromkeys(self._leaves(n), iterations))
+
+    def _weight(self, product: Product) -> Any:
+        assigned = self.planned.chosen[product.number]
+        assert assigned is not None
+        weight = weight_of(product, assigned)
+        assert weight is not None, "the rules quantize it"
+        return weight
+
+    def _leaves(self, number: int) -> list[int]:
+        return list(self._weight(self.planned.products[number]).origin.leaves.values())
+
+    def pack_rest(self) -> None:
+        """Packs the leaves that no product solves."""
+        for leaf in self.planned.stored.leaves:
+            if leaf not in self._expected:
+                self.leaves.pack(LeafKey(leaf))
+
+    def solve(self, place: Place, statistics: Statistics) -> None:
+        """Solves one product at one iteration."""
+        product = place.product
+        self._seen.add(product.number)
+        if not bool(jnp.all(jnp.isfinite(statistics.amax))):
+            raise ValueError(
+                f"{self._owner}: inputs must be finite, but {product.where} has a NaN or an "
+                "infinity in its input. Look for it in the batches, or mask the padding."
+            )
+        reason = self.planned.stored.reasons.get(product.number)
+        if reason is not None:
+            reason = f"not stored: {reason}"
+        elif place.variable not in place.frame.fixed:
+            reason = "its weight is carried through a loop"
+        keys = () if reason else place.frame.leaves_of(place.variable)
+        if not reason and not keys:
+            reason = "its weight cannot be followed to its leaf"
+        if reason:
+            self._add(self._unsolved(place, statistics, reason))
+            return
+        seen = seen_by(place.frame, place.variable, keys)
+        if seen.repeats:
+            reason = "one product multiplies an element several times"
+            self._add(self._unsolved(place, statistics, reason))
+            return
+        self._solve(place, keys, seen, statistics)
+
+    def _solve(
+        self, place: Place, keys: tuple[LeafKey, ...], seen: Seen, statistics: Statistics
+    ) -> None:
+        product = place.product
+        matrix, recipe = self.found.matrices[product.number], self._weight(product).recipe
+        earlier = self._earlier.get(keys, [])
+        for one in earlier:
+            if one.axes == matrix.axes and bool(jnp.array_equal(one.x, seen.x)):
+                statistics = statistics.merge(one.statistics)
+                # The loss below includes that of the product before.
+                self.outcomes.remove(one.outcome)
+                earlier = [other for other in earlier if other is not one]
+        order = (*matrix.axes.batch, *matrix.axes.contract, *matrix.axes.free)
+        shape = tuple(seen.x.shape[axis] for axis in order)
+        split = len(matrix.axes.batch), len(matrix.axes.batch) + len(matrix.axes.contract)
+        sizes = tuple(math.prod(part) for part in (shape[: split[0]], shape[slice(*split)]))
+        pair = (*sizes, math.prod(shape[split[1] :]))
+
+        def matrices(x: jax.Array) -> jax.Array:
+            return x.transpose(order).reshape(pair)
+
+        problem = Problem(
+            weight=matrices(seen.x),
+            levels=jax.tree.map(matrices, seen.levels),
+            nearest=matrices(seen.nearest),
+            statistics=jax.tree.map(
+                lambda x: x.reshape((pair[0], *x.shape[split[0] :])), statistics
+            ),
+        )
+        answer = _answer(problem, recipe, self.solver)
+        back = np.argsort(np.array(order))
+        numbers = answer.numbers.reshape(shape).transpose(tuple(back.tolist()))
+        self._solves.update(keys)
+        for key, value in seen.back(numbers).items():
+            self.leaves.put(key, value, self._is_last(key))
+        leaves = tuple(dict.fromkeys(key.leaf for key in keys))
+        sums = (float(jnp.sum(x)) for x in (answer.before, answer.after, answer.power))
+        outcome = Outcome(leaves, *sums)
+        self.outcomes.append(outcome)
+        self._earlier.pop(keys, None)
+        if not all(map(self._is_last, keys)):
+            one = _Earlier(seen.x, matrix.axes, statistics, outcome)
+            self._earlier[keys] = [*earlier, one]
+        self._add(self._row(place, statistics, answer, outcome))
+
+    def _is_last(self, key: LeafKey) -> bool:
+        """Returns whether no other product or iteration solves a leaf or row."""
+        rows = math.prod(self.planned.traced.arrays[key.leaf].shape[: len(key.rows)])
+        return self._solves[key] * rows >= self._expected[key.leaf]
+
+    def _row(
+        self, place: Place, statistics: Statistics, answer: "_Answer", outcome: Outcome
+    ) -> SolvedProduct:
+        tokens = np.asarray(statistics.tokens).reshape(-1)
+        solved, worse = np.asarray(answer.solved), np.asarray(answer.worse)
+        notes = []
+        of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
+        for mask, text in (
+            (tokens == 0, "saw no token"),
+            (~solved & (tokens > 0), "the Hessian cannot be solved"),
+            (worse, "the nearest levels have less loss"),
+        ):
+            if mask.any():
+                notes.append(f"{mask.sum()}{of}: {text}" if of else text)
+        damping = np.asarray(answer.damping)
+        return self._base(
+            place,
+            statistics,
+            damping=float(damping.max()),
+            rtn=outcome.relative(outcome.nearest),
+            loss=outcome.relative(outcome.loss),
+            power=outcome.power / max(int(tokens.sum()), 1),
+            fallback="; ".join(notes),
+        )
+
+    def _base(self, place: Place, statistics: Statistics, **fields: Any) -> SolvedProduct:
+        iterations = "".join(
+            f"[{iteration}]" for iteration in (*place.frame.iterations, *place.iterations)
+        )
+        return SolvedProduct(
+            product=place.product.name + iterations,
+            recipe=self._weight(place.product).recipe.element.name,
+            tokens=int(jnp.min(statistics.tokens)),
+            inputs=statistics.inputs,
+            **fields,
+        )
+
+    def _unsolved(self, place: Place, statistics: Statistics, reason: str) -> SolvedProduct:
+        nan = math.nan
+        return self._base(
+            place, statistics, damping=nan, rtn=nan, loss=nan, power=nan, fallback=reason
+        )
+
+    def _add(self, row: SolvedProduct) -> None:
+        self._rows.append(row)
+        if self._progress is not None:
+            self._progress(row)
+
+    def report(self) -> Report:
+        """Returns the report, with the products that were not solved at its end."""
+        rows, nan = list(self._rows), math.nan
+        reasons = {
+            n: "its input does not depend on data"
+            for n in self.found.matrices
+            if n not in self._seen
+        }
+        solved = {leaf for n in self._seen for leaf in self._leaves(n)}
+        for number, reason in sorted({**self.found.reasons, **reasons}.items()):
+            product = self.planned.products[number]
+            weight = self._weight(product)
+            if product.operation == LOOK_UP and solved >= set(self._leaves(number)):
+                continue
+            rows.append(
+                SolvedProduct(
+                    product=product.name,
+                    recipe=weight.recipe.element.name,
+                    tokens=0,
+                    inputs=0,
+                    damping=nan,
+                    rtn=nan,
+                    loss=nan,
+                    power=nan,
+                    fallback=reason,
+                )
+            )
+        return Report(tuple(rows))
+
+    def result(self) -> Any:
+        """Returns the parameters with the solved leaves packed."""
+        found = self.leaves.results()
+        tree, places = self.planned.traced.parameters
+        leaves, structure = jax.tree.flatten(tree)
+        pairs = zip(places, leaves, strict=True)
+        leaves = [found.get(place, leaf) if place is not None else leaf for place, leaf in pairs]
+        result = jax.tree.unflatten(structure, leaves)
+        return result[0] if isinstance(result, list) else result
+
+
+class _Answer(NamedTuple):
+    """The solutions of matrices, with their losses.
+
+    Attributes:
+      numbers: the grid values, `[matrices, inputs, outputs]`.
+      before: the loss of the nearest levels, `[matrices]`.
+      after: the loss of the solution, `[matrices]`.
+      power: the power of the outputs, `[matrices]`.
+      damping: the damping, `[matrices]`.
+      solved: False where the solver gave up, `[matrices]`.
+      worse: True where the nearest levels have less loss and were taken, `[matrices]`.
+    """
+
+    numbers: jax.Array
+    before: jax.Array
+    after: jax.Array
+    power: jax.Array
+    damping: jax.Array
+    solved: jax.Array
+    worse: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "solver"))
+def _answer(problem: Problem, recipe: Recipe, solver: Solver) -> _Answer:
+    """Solves a stack of matrices."""
+
+    def one(problem: Problem) -> _Answer:
+        weight, levels, nearest, statistics = problem
+        hessian = statistics.hessian
+        assert hessian is not None
+
+        def loss(numbers: jax.Array) -> jax.Array:
+            return output_error(values_of(numbers, levels, recipe) - weight, hessian)
+
+        found = solver.solve(problem, recipe)
+        before, after = loss(nearest), loss(found.numbers)
+        worse = after > before
+        numbers = jnp.where(worse, nearest, found.numbers)
+        return _Answer(
+            numbers=numbers,
+            before=before,
+            after=jnp.minimum(before, after),
+            power=output_error(weight, hessian),
+            damping=found.damping,
+            solved=found.solved,
+            worse=worse,
+        )
+
+    return jax.vmap(one)(problem)

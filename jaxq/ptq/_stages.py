@@ -1,0 +1,357 @@
+"""Solution of a model's weights in the order of its program.
+
+The program is run in parts, on all batches. A part ends before a product whose input was not seen
+yet; its statistics are added over the batches, the weights of all products with this input are
+solved, and the next part runs on the packed weights. A scan over layers runs one iteration at a
+time, with one compiled program per part for all iterations; equal parts of unrolled layers share
+their programs too.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from jaxq._jax import compat
+from jaxq.models import Assigned, Extra, Node, Planned, Product, Program, run, unpacked
+from jaxq.ptq._flat import Flat, anonymous, arguments_of, flatten, signature
+from jaxq.ptq._leaves import Frame, LeafKey, Leaves, Outer
+from jaxq.ptq._observing import Sought
+from jaxq.ptq._statistics import Statistics
+
+__all__ = ["Place", "Stages"]
+
+_Env = dict[Any, Any]
+
+
+class Place(NamedTuple):
+    """A product at one iteration of the loops around it.
+
+    Attributes:
+      product: the product.
+      frame: the program in which it is.
+      variable: the operand that is its weight.
+      iterations: the iterations of the scans in which each iteration has another weight.
+    """
+
+    product: Product
+    frame: Frame
+    variable: Any
+    iterations: tuple[int, ...]
+
+
+class _Part(NamedTuple):
+    """A compiled part of a program, and the names of its observed products."""
+
+    call: Callable[..., Any]
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(eq=False)
+class Stages:
+    """A run of a planned model on all batches, in which products are solved as they are reached.
+
+    Attributes:
+      planned: the model.
+      sought: the products to solve.
+      chosen: the assignments of all products, without the recipes of the weights to solve.
+      leaves: the leaves.
+      solve: the function that solves one product.
+      masks: the mask of each batch, or None.
+    """
+
+    planned: Planned
+    sought: Sought
+    chosen: Sequence[Assigned | None]
+    leaves: Leaves
+    solve: Callable[[Place, Statistics], None]
+    masks: Sequence[jax.Array | None]
+    _flats: dict[int, tuple[Node, Flat]] = dataclasses.field(default_factory=dict)
+    _parts: dict[Any, _Part] = dataclasses.field(default_factory=dict)
+
+    def root(self) -> Frame:
+        """Returns the frame of the whole program, without its results, which are not needed."""
+        flat = self._flat(self.planned.node)
+        flat = dataclasses.replace(flat, body=flat.body._replace(outvars=[]))
+        pairs = zip(flat.body.invars, self.planned.traced.origins, strict=True)
+        sources = {v: LeafKey(i) for i, (v, o) in enumerate(pairs) if o is not None}
+        return Frame(flat, sources, 0, self.leaves)
+
+    def observed(self, frame: Frame, envs: list[_Env]) -> dict[str, Statistics]:
+        """Returns the statistics of all distinct inputs, from one run of the float model."""
+        data = [i for i in range(len(frame.flat.body.eqns)) if not frame.is_fixed(i)]
+        return self._run(frame, data, self._wanted(frame.flat, data), envs, [])
+
+    def together(self, frame: Frame, states: Mapping[str, Statistics]) -> None:
+        """Solves all products from the statistics of `observed`."""
+        for i in range(len(frame.flat.body.eqns)):
+            for number in sorted(frame.flat.numbers(i) & set(self.sought.matrices)):
+                self._solve(frame, i, number, states)
+
+    def in_order(self, frame: Frame, envs: list[_Env]) -> list[list[Any]]:
+        """Solves products in the order of the program, and returns its results for each batch."""
+        flat, body = frame.flat, frame.flat.body
+        pending: list[int] = []
+        done: set[int] = set()
+        for i in range(len(body.eqns)):
+            if frame.is_fixed(i):
+                continue
+            new = self._wanted(flat, [i]) - done
+            if new and self._has_turns(frame, i):
+                envs = self._advance(frame, pending, i, envs)
+                pending = []
+                self._iterate(frame, i, envs)
+                continue
+            if new:
+                observed = {n for n in new if self.sought.first[n] == n}
+                states = self._observe(frame, pending, i, observed, envs)
+                pending = []
+                members = {n for n in self.sought.matrices if self.sought.first[n] in observed}
+                for k in range(i, len(body.eqns)):
+                    for number in sorted(flat.numbers(k) & members):
+                        self._solve(frame, k, number, states)
+                done |= members
+            pending.append(i)
+        envs = self._advance(frame, pending, len(body.eqns), envs)
+        return [[self._value(frame, env, v) for v in body.outvars] for env in envs]
+
+    def _value(self, frame: Frame, env: _Env, variable: Any) -> Any:
+        """Returns the value of a variable for one batch as an array."""
+        if not compat.is_literal(variable) and variable in env:
+            return env[variable]
+        return unpacked(frame.value(variable))
+
+    def _wanted(self, flat: Flat, equations: Sequence[int]) -> set[int]:
+        return {n for i in equations for n in flat.numbers(i)} & set(self.sought.matrices)
+
+    def _flat(self, node: Node) -> Flat:
+        if id(node) not in self._flats:
+            self._flats[id(node)] = node, flatten(node, self.sought.matrices)
+        return self._flats[id(node)][1]
+
+    def _observe(
+        self, frame: Frame, pending: list[int], i: int, observed: set[int], envs: list[_Env]
+    ) -> dict[str, Statistics]:
+        """Runs equations up to one with products, and returns the statistics of their inputs."""
+        live = self._live(frame, i)
+        return self._run(frame, pending, observed, envs, live, i)
+
+    def _advance(self, frame: Frame, pending: list[int], to: int, envs: list[_Env]) -> list[_Env]:
+        """Runs equations, and keeps the values that the equations from `to` on need."""
+        self._run(frame, pending, set(), envs, self._live(frame, to))
+        return envs
+
+    def _live(self, frame: Frame, start: int) -> list[Any]:
+        """Returns the variables of data that the equations from a place on, or results, need."""
+        body = frame.flat.body
+        read = [v for eqn in body.eqns[start:] for v in eqn.invars] + list(body.outvars)
+        made = {v for eqn in body.eqns[start:] for v in eqn.outvars}
+        return [
+            v
+            for v in dict.fromkeys(v for v in read if not compat.is_literal(v))
+            if v not in frame.fixed and v not in made
+        ]
+
+    def _run(
+        self,
+        frame: Frame,
+        equations: Sequence[int],
+        observed: set[int],
+        envs: list[_Env],
+        live: list[Any],
+        extra: int | None = None,
+    ) -> dict[str, Statistics]:
+        """Runs equations on all batches, which changes the environments to the live values.
+
+        Args:
+          frame: the program.
+          equations: the equations, in order.
+          observed: the numbers of products whose inputs are observed.
+          envs: the values of each batch.
+          live: the variables to keep.
+          extra: another equation to observe, whose results are not needed.
+
+        Returns:
+          The statistics of the observed products, by name, added over all batches.
+        """
+        own = [*equations, *([] if extra is None else [extra])]
+        made = {v for i in equations for v in frame.flat.body.eqns[i].outvars}
+        outvars = [v for v in live if v in made]
+        total: list[Statistics] = []
+        names: tuple[str, ...] = ()
+        if outvars or observed:
+            everything = sorted([*frame.fixed_before(own), *own])
+            read = frame.arguments(everything)
+            fixed = [v for v in read if v in frame.fixed]
+            data = [v for v in read if v not in frame.fixed]
+            part = self._part(frame, everything, (fixed, data, outvars), observed)
+            names, values = part.names, [frame.value(v) for v in fixed]
+            for env, mask in zip(envs, self.masks, strict=True):
+                results, seen = part.call(values, [env[v] for v in data], mask)
+                total = _merged(total, seen) if total else seen
+                env.update(zip(outvars, results, strict=True))
+        for env in envs:
+            for variable in [v for v in env if v not in live]:
+                del env[variable]
+        return dict(zip(names, total, strict=True))
+
+    def _part(
+        self,
+        frame: Frame,
+        equations: list[int],
+        variables: tuple[list[Any], list[Any], list[Any]],
+        observed: set[int],
+    ) -> _Part:
+        """Returns the compiled form of some equations."""
+        quick = id(frame.flat), tuple(equations), frozenset(observed)
+        if quick in self._parts:
+            return self._parts[quick]
+        fixed, data, outvars = variables
+        chosen = [
+            self.sought.observing(self._assigned(n), n) if n in observed else self.chosen[n]
+            for n in range(len(self.chosen))
+        ]
+        named = frame.flat.part(equations, [*fixed, *data], outvars, chosen)
+        seen = tuple(a.name for a in named.all() if any(a.calibrated))
+        part = anonymous(named, {a.name: str(k) for k, a in enumerate(named.all())})
+        key = signature(part), frame.depth, len(fixed), tuple(observed and [0])
+        if key not in self._parts:
+            self._parts[key] = _Part(_compiled(part, frame.depth), ())
+        self._parts[quick] = _Part(self._parts[key].call, seen)
+        return self._parts[quick]
+
+    def _assigned(self, number: int) -> Assigned:
+        assigned = self.chosen[number]
+        assert assigned is not None, "a product to solve has an assignment"
+        return assigned
+
+    def _has_turns(self, frame: Frame, i: int) -> bool:
+        """Returns whether an equation is a scan in which each iteration has its own weights."""
+        eqn, products = frame.flat.body.eqns[i], self.planned.products
+        numbers = self._wanted(frame.flat, [i])
+        return eqn.primitive.name == "scan" and all(
+            frame.depth in products[n].stacked for n in numbers
+        )
+
+    def _iterate(self, frame: Frame, i: int, envs: list[_Env]) -> None:
+        """Runs a scan iteration by iteration."""
+        eqn = frame.flat.body.eqns[i]
+        consts, count = compat.loop_counts(eqn)
+        first, length = consts + count, eqn.params["length"]
+        carried = [[self._value(frame, env, v) for v in eqn.invars[consts:first]] for env in envs]
+        rows: list[list[Any]] = [[None] * length for _ in envs]
+        iterations = range(length)
+        for iteration in reversed(iterations) if eqn.params["reverse"] else iterations:
+            inside = self._child(frame, i, 0, iteration)
+            inside.iterations = (*frame.iterations, iteration)
+            invars = inside.flat.body.invars
+            own = []
+            for env, carry in zip(envs, carried, strict=True):
+                values = [
+                    *(
+                        None if v in inside.sources else self._value(frame, env, o)
+                        for v, o in zip(invars[:consts], eqn.invars[:consts], strict=True)
+                    ),
+                    *carry,
+                    *(
+                        None if v in inside.sources else self._value(frame, env, o)[iteration]
+                        for v, o in zip(invars[first:], eqn.invars[first:], strict=True)
+                    ),
+                ]
+                pairs = zip(invars, values, strict=True)
+                own.append({v: x for v, x in pairs if v not in inside.sources})
+            results = self.in_order(inside, own)
+            carried = [result[:count] for result in results]
+            for row, result in zip(rows, results, strict=True):
+                row[iteration] = result[count:]
+        live = set(self._live(frame, i + 1))
+        for env, carry, row in zip(envs, carried, rows, strict=True):
+            stacked = [jnp.stack(values) for values in zip(*row, strict=True)]
+            pairs = zip(eqn.outvars, [*carry, *stacked], strict=True)
+            env.update((v, x) for v, x in pairs if v in live)
+            for variable in [v for v in env if v not in live]:
+                del env[variable]
+
+    def _child(self, frame: Frame, i: int, which: int, iteration: int | None) -> Frame:
+        """Returns the frame of a program within an equation.
+
+        Args:
+          frame: the program around it.
+          i: the equation.
+          which: the index of the program in the equation.
+          iteration: the iteration of a scan, or None for the weights that all iterations share.
+        """
+        eqn, flat = frame.flat.body.eqns[i], self._flat(frame.flat.inner[i][which])
+        sources: dict[Any, LeafKey | Outer] = {}
+        for inner, outer, row in arguments_of(eqn, flat.body, which, iteration):
+            if compat.is_literal(outer) or outer not in frame.fixed:
+                continue
+            source = frame.sources.get(outer)
+            if isinstance(source, LeafKey) and row is None:
+                sources[inner] = source
+            elif isinstance(source, LeafKey) and self._is_stack(frame, outer, source):
+                assert row is not None
+                sources[inner] = LeafKey(source.leaf, (*source.rows, row))
+            else:
+                sources[inner] = Outer(frame, outer, row)
+        depth = frame.depth + (eqn.primitive.name == "scan")
+        return Frame(flat, sources, depth, self.leaves, frame.iterations)
+
+    def _is_stack(self, frame: Frame, variable: Any, key: LeafKey) -> bool:
+        """Returns whether a leaf is used only in the rows of one scan, and stored row by row."""
+        storage = self.leaves.storage(key)
+        return frame.uses(variable) == 1 and storage is not None and storage.leading > 0
+
+    def _solve(self, frame: Frame, i: int, number: int, states: Mapping[str, Statistics]) -> None:
+        """Solves one product in equation i, for every iteration of the scans in the equation."""
+        product = self.planned.products[number]
+        seen = states[self.planned.products[self.sought.first[number]].name]
+        for place in self._places(frame, i, product, ()):
+            own = jax.tree.map(
+                lambda x, iterations=place.iterations: x[iterations] if iterations else x, seen
+            )
+            self.solve(place, own)
+
+    def _places(
+        self, frame: Frame, i: int, product: Product, iterations: tuple[int, ...]
+    ) -> Iterator[Place]:
+        """Yields the places of a product in an equation."""
+        eqn, flat = frame.flat.body.eqns[i], frame.flat
+        if i in flat.products:
+            operand = 0 if self.sought.matrices[product.number].swapped else 1
+            yield Place(product, frame, eqn.invars[operand], iterations)
+            return
+        for which, node in enumerate(flat.inner[i]):
+            inside = self._flat(node)
+            for k in range(len(inside.body.eqns)):
+                if product.number not in inside.numbers(k):
+                    continue
+                if eqn.primitive.name == "scan" and frame.depth in product.stacked:
+                    for iteration in range(eqn.params["length"]):
+                        child = self._child(frame, i, which, iteration)
+                        yield from self._places(child, k, product, (*iterations, iteration))
+                else:
+                    child = self._child(frame, i, which, None)
+                    yield from self._places(child, k, product, iterations)
+
+
+def _compiled(part: Program, depth: int) -> Callable[..., Any]:
+    """Returns a jitted function that runs a part of a program."""
+    names = [a.name for a in part.all() if any(a.calibrated)]
+
+    @jax.jit
+    def call(fixed: list[Any], data: list[Any], mask: jax.Array | None) -> Any:
+        extra = Extra(None, {}, {}, {}, mask)
+        results, states = run(part, extra, [*fixed, *data], depth, observing=bool(names))
+        return list(map(unpacked, results)), [states[name][0] for name in names]
+
+    return call
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _merged(total: list[Statistics], seen: list[Statistics]) -> list[Statistics]:
+    # Without names, so that equal products share one program.
+    return [own.merge(other) for own, other in zip(total, seen, strict=True)]

@@ -1,0 +1,83 @@
+"""The levels of each element of a quantized tensor, and other values on them.
+
+A solver that chooses codes other than the nearest ones starts from a `Quantized`, keeps its scales,
+rounds values to `levels`, and stores the result by `with_levels`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from jaxq.numerics import decode, encode, pack
+from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized
+from jaxq.quantizers._snapping import on_grid, restored
+from jaxq.recipes import Recipe, in_units
+
+__all__ = ["Levels", "levels", "numbers_of", "snap", "values_of", "with_levels"]
+
+
+class Levels(NamedTuple):
+    """The stored scale of every element, with its zero point or minimum if it has one.
+
+    The levels of an element are `step * (grid value - zero_point) + minimum`.
+    """
+
+    step: jax.Array
+    zero_point: jax.Array | None
+    minimum: jax.Array | None
+
+
+def levels(q: Quantized) -> Levels:
+    """Returns the levels of each element, as float32 arrays of the tensor's shape."""
+
+    def spread(x: jax.Array) -> jax.Array:
+        split = q.cut.spread(x.astype(jnp.float32))
+        pairs = zip(q.cut.counts, q.cut.block, strict=True)
+        return q.cut.merge(jnp.broadcast_to(split, [n for pair in pairs for n in pair]))
+
+    step = spread(q.scales)
+    if q.zero_point is None:
+        return Levels(step, None, None)
+    if q.recipe.scaling.zero_point == "integer":
+        return Levels(step, spread(q.zero_point), None)
+    return Levels(step, None, spread(decode(q.zero_point, q.recipe.scale_format)))
+
+
+def numbers_of(q: Quantized) -> jax.Array:
+    """Returns the grid values of the codes, minus the zero points."""
+    values, zero_point = decode(q.unpack(), q.recipe.element), levels(q).zero_point
+    return values if zero_point is None else values - zero_point
+
+
+def snap(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    """Rounds values to the levels, by the recipe's rounding.
+
+    Returns:
+      The grid values, minus the zero point, and the levels that they stand for. The latter are
+      bitwise those of `dequantize`.
+    """
+    step, zero_point, minimum = levels
+    x = x if minimum is None else x - minimum
+    units = in_units(x, step, recipe.scale_format)
+    numbers = on_grid(units, zero_point, recipe.rounding, None, recipe)
+    return numbers, values_of(numbers, levels, recipe)
+
+
+def values_of(numbers: jax.Array, levels: Levels, recipe: Recipe) -> jax.Array:
+    """Returns the levels that grid values stand for, bitwise those of `dequantize`."""
+    return restored(numbers, levels.step, levels.minimum, recipe)
+
+
+def with_levels(q: Quantized, numbers: jax.Array) -> Quantized:
+    """Returns a quantized tensor with other codes.
+
+    Args:
+      q: the tensor.
+      numbers: the grid values minus the zero point, as `snap` returns them.
+    """
+    zero_point, fmt = levels(q).zero_point, q.recipe.element
+    codes = encode(numbers if zero_point is None else numbers + zero_point, fmt)
+    codes = codes.reshape(codes.shape or (1,))
+    return dataclasses.replace(q, codes=codes if fmt.bits in WHOLE_BYTES else pack(codes, fmt.bits))

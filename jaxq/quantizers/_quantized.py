@@ -1,0 +1,212 @@
+"""Quantized tensors, which are pytrees of packed codes and scales, and dequantization."""
+
+import dataclasses
+import math
+import operator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq._base.cutting import Cut
+from jaxq._base.tables import binary_size
+from jaxq._jax.meshes import automatic, fitting, spec_of
+from jaxq._jax.serialization import pytree
+from jaxq.formats import get_format
+from jaxq.numerics import as_dtype, decode, unpack
+from jaxq.quantizers._snapping import restored
+from jaxq.recipes import Recipe, StoredScales, records, title_of
+
+__all__ = ["WHOLE_BYTES", "Quantized", "dequantize"]
+
+WHOLE_BYTES = (8, 16)  # Code widths, in bits, that need no packing.
+
+_FLOAT32 = get_format("float32")
+
+
+@pytree(static=("recipe", "dtype", "block", "length"), kinds=records)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantized tensor: a pytree of packed codes and scales.
+
+    Its arrays may have more leading axes than the tensor that was quantized, as `jax.vmap` adds
+    them, or fewer, as `jax.lax.scan` removes them.
+
+    Attributes:
+      codes: the codes of the elements, packed along the last axis by `jaxq.pack`; uint8, or uint16
+        for 16-bit formats.
+      scale: the stored scales, one per block, in the shape of the blocks: float32, or codes of the
+        recipe's `scale_format` if that is another format. `scales` has their values.
+      second: the arrays of the scaling's second level, from which it restores the scales; () if it
+        has none.
+      zero_point: the zero points, one per block: integers, or minima stored as the scales are; None
+        for a symmetric recipe.
+      outliers: the codes of the outliers and their positions in the flattened tensor; () if the
+        recipe has none.
+      recipe: the recipe.
+      dtype: the dtype of the tensor that was quantized.
+      block: the length of a block on each axis; None for the whole of an axis whose length was
+        symbolic.
+      length: the length of the last axis; None for a scalar.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    second: tuple[jax.Array, ...]
+    zero_point: jax.Array | None
+    outliers: tuple[jax.Array, ...]
+    recipe: Recipe
+    dtype: np.dtype
+    block: tuple[int | None, ...]
+    length: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        leading = self.codes.shape[:-1]
+        return leading if self.length is None else (*leading, self.length)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the tensor."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of all arrays: codes, scales, zero points and the others."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def scales(self) -> jax.Array:
+        """The float32 values of the scales, by which the elements are multiplied."""
+        return _scales(self)
+
+    @property
+    def cut(self) -> Cut:
+        """The division of the tensor into blocks."""
+        more = self.ndim - len(self.block)
+        block = (1,) * more + self.block[max(-more, 0) :]
+        whole = (n if b is None else b for n, b in zip(self.shape, block, strict=True))
+        return Cut(self.shape, tuple(whole))
+
+    def unpack(self) -> jax.Array:
+        """Returns the codes, one per element, in the tensor's shape."""
+        bits = self.recipe.element.bits
+        if bits in WHOLE_BYTES:
+            return self.codes.reshape(self.shape)
+        length = 1 if self.length is None else self.length
+        return unpack(self.codes, bits, length).reshape(self.shape)
+
+    def dequantize(self) -> jax.Array:
+        """Returns the dequantized tensor; see `jaxq.dequantize`."""
+        return dequantize(self)
+
+    def __repr__(self) -> str:
+        try:
+            title, shape = title_of(self.recipe), "×".join(map(str, self.shape))
+            arrays = jax.tree.leaves(self)
+            nbytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+        except (AttributeError, TypeError):  # The leaves are no arrays, or their sizes are symbols.
+            return f"<Quantized of {self.codes!r}>"
+        return f"{title}[{shape}] {binary_size(nbytes)}"
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a Quantized scalar.")
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice) -> "Quantized":
+        """Returns the rows at an index or slice of the leading axis, still quantized.
+
+        Raises:
+          IndexError: the index is out of range.
+          TypeError: the tensor has no leading axis besides the one along which it is packed.
+          ValueError: the slice cuts through blocks, or the rows share second scales or outliers
+            with other rows.
+        """
+        if self.ndim < 2:
+            raise TypeError("Quantized: indexing needs at least two axes. Dequantize it first.")
+        n, block, rest = self.shape[0], self.cut.block[0], self.cut.block[1:]
+        if not isinstance(index, slice):
+            at = operator.index(index)
+            if not -n <= at < n:
+                raise IndexError(f"Quantized: index {at} is out of range for {n} rows.")
+            return self._rows(at % n, at % n // block, rest)
+        start, stop, step = index.indices(n)
+        if block == n:
+            return self._rows(index, slice(None), (len(range(start, stop, step)), *rest))
+        if block > 1 and (step != 1 or start % block or (stop % block and stop != n)):
+            raise ValueError(
+                f"Quantized: a slice must take whole blocks of {block} rows, got {index}."
+            )
+        blocks = index if block == 1 else slice(start // block, -(-stop // block))
+        return self._rows(index, blocks, (block, *rest))
+
+    def _rows(self, index: int | slice, blocks: int | slice, block: tuple[int, ...]) -> "Quantized":
+        zero_point = None if self.zero_point is None else self.zero_point[blocks]
+        codes, scale, outliers = self.codes[index], self.scale[blocks], self.outliers
+        if outliers and outliers[0].ndim == 1:
+            raise ValueError(
+                "Quantized: outliers are stored with their places in the whole tensor, so rows "
+                "cannot be selected. Dequantize the tensor first."
+            )
+        outliers = tuple(array[index] for array in outliers)
+        second = self.second
+        if second and second[-1].ndim:  # One per tensor that `jax.vmap` stacked.
+            second = tuple(array[index] for array in second)
+        else:
+            places = np.arange(self.scale.size).reshape(self.scale.shape)[blocks]
+            second = self.recipe.scaling.take(second, places)
+        arrays = (codes, scale, second, zero_point, outliers)
+        return Quantized(*arrays, self.recipe, self.dtype, block, self.length)
+
+
+def _of_scales(mesh: Any, result: jax.Array, q: Quantized) -> Any:
+    """Returns the sharding of the scales, that of the stored ones, on a mesh with explicit axes."""
+    return fitting(mesh, spec_of(q.scale), result.shape)
+
+
+@jax.jit
+@automatic(_of_scales)
+def _scales(q: Quantized) -> jax.Array:
+    return q.recipe.scaling.restore(StoredScales(_decoded(q.scale, q.recipe), q.second))
+
+
+def _of_codes(mesh: Any, result: jax.Array, q: Quantized) -> Any:
+    """Returns the sharding of `dequantize`'s result on a mesh with explicit axes."""
+    return fitting(mesh, spec_of(q.codes), result.shape)
+
+
+@jax.jit
+@automatic(_of_codes)
+def dequantize(q: Quantized) -> jax.Array:
+    """Returns the tensor that a `Quantized` represents.
+
+    Args:
+      q: the quantized tensor, from `quantize`.
+
+    Returns:
+      An array of the original tensor's shape and dtype.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp
+      >>> jaxq.dequantize(jaxq.quantize(jnp.array([0.5, -1.0, 2.54]), "int8_tensor"))
+      Array([ 0.5 , -1.  ,  2.54], dtype=float32)
+    """
+    recipe, cut = q.recipe, q.cut
+    values = cut.split(decode(q.unpack(), recipe.element))
+    minimum = None
+    if q.zero_point is not None and recipe.scaling.zero_point == "integer":
+        values = values - cut.spread(q.zero_point).astype(jnp.float32)
+    elif q.zero_point is not None:
+        minimum = _decoded(cut.spread(q.zero_point), recipe)
+    y = cut.merge(restored(values, cut.spread(q.scales), minimum, recipe))
+    if recipe.outliers is not None:
+        y = recipe.outliers.put(y, q.outliers)
+    return as_dtype(y, q.dtype, overflow="propagate")
+
+
+def _decoded(scales: jax.Array, recipe: Recipe) -> jax.Array:
+    """Inverts `_encoded`."""
+    return scales if recipe.scale_format == _FLOAT32 else decode(scales, recipe.scale_format)

@@ -1,0 +1,431 @@
+"""Quantization by a recipe, and its simulation in floating point.
+
+    x -> blocks -> range -> scale -> x / scale -> snap to the grid -> (codes ->) value * scale
+
+`quantize` stores codes and scales; `fake_quant` computes the same values without codes, bit for
+bit.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxq._base.bits import where
+from jaxq._base.cutting import Cut
+from jaxq._base.shapes import is_symbolic
+from jaxq._jax.meshes import as_first, automatic, spec_of
+from jaxq._jax.opaque import opaque
+from jaxq.formats import Format, get_format
+from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
+from jaxq.numerics import as_dtype, encode, floats, pack, widen
+from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized
+from jaxq.quantizers._sharding import quantized_sharding
+from jaxq.quantizers._snapping import codes, interval, measured, numbers, restored
+from jaxq.recipes import Recipe, Scales, get_recipe
+
+__all__ = [
+    "check_takes_scales",
+    "fake_quant",
+    "neighbors",
+    "quantize",
+]
+
+_FLOAT32 = get_format("float32")
+
+
+class _Given(NamedTuple):
+    """Given scales, and given zero points or minima; each broadcasts to one number per block."""
+
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
+class _Values(NamedTuple):
+    """The quantized values of a split tensor, and how they came about.
+
+    Attributes:
+      y: the values, in the tensor's dtype like the next four.
+      low: the low end of the range; -inf at outliers.
+      high: the high end of the range; inf at outliers.
+      below: the lower neighbor on the grid of each element; None if not needed.
+      above: the upper neighbor; None if not needed.
+      numbers: the values in units of the scales, minus the zero point.
+      scales: the scales.
+      is_outlier: the mask of outliers; None for a recipe without outliers.
+    """
+
+    y: jax.Array
+    low: jax.Array
+    high: jax.Array
+    below: jax.Array | None
+    above: jax.Array | None
+    numbers: jax.Array
+    scales: Scales
+    is_outlier: jax.Array | None
+
+
+def fake_quant(
+    x: jax.typing.ArrayLike,
+    recipe: str | Recipe,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    zero_point: jax.typing.ArrayLike | None = None,
+    axis: int | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Quantizes and dequantizes differentiably; bitwise equal to `dequantize(quantize(x))`.
+
+    Args:
+      x: a float16, bfloat16 or float32 array of any shape. Scales are computed in float32 for each
+        of these dtypes.
+      recipe: a `Recipe`, or a name in `jaxq.recipes.RECIPES`.
+      scale: float32 scales to use instead of computed ones, such as those of
+        `jaxq.calibration.finalize`: one per block, or an array that broadcasts to that. They are
+        rounded to the scale format. Their gradients are defined in `jaxq.gradients`, so
+        that they can be learned; `jax.lax.stop_gradient` makes them constants.
+      zero_point: zero points to use with `scale`, required if the recipe has zero points. Integer
+        zero points are rounded to the integers of the format.
+      axis: the axis of `x` that products contract, as in `jaxq.quantize_tree`: -2 for a kernel
+        `[inputs, outputs]`, -1 for a weight `[outputs, inputs]`; the granularity is read relative
+        to it. None (the default) reads it on the axes of `x` as it stands: blocks and the vectors
+        of `PerToken` lie along the last axis, as in the MX and GGUF formats, and `PerChannel`
+        counts all axes.
+      key: a `jax.random` key, required for a stochastic recipe and an error for any other.
+
+    Returns:
+      An array of x's shape and dtype. A block (the elements that share a scale) that holds a NaN or
+      an infinity becomes all NaN and does not affect other blocks (with `DoubleQuant`, all blocks
+      that share its second scale become NaN). An all-zero block stays zero, and an empty tensor
+      stays empty. Finite input never gives an infinity or a NaN, unless a scale is infinite:
+      results beyond the dtype become its largest value. With given scales, infinities saturate like
+      large finite values, and any NaN is converted as a positive one is by `jaxq.cast`. On CPU,
+      float32 subnormals (below 2^-126) count as zero, in the input and in the result.
+
+    Raises:
+      TypeError: x has another dtype.
+      ValueError: the recipe is unknown, `x` lacks an axis, a block length does not divide its axis,
+        the scales do not fit, or the key is missing or not needed.
+
+    Example:
+      >>> import jax, jaxq, jax.numpy as jnp
+      >>> w = jnp.array([[0.11, -0.52], [0.7, 0.25]])
+      >>> jaxq.fake_quant(w, "int4_channel")
+      Array([[ 0.1       , -0.52      ],
+             [ 0.7       ,  0.22285712]], dtype=float32)
+      >>> jax.grad(lambda w: jaxq.fake_quant(w, "int4_channel").sum())(w)
+      Array([[1., 1.],
+             [1., 1.]], dtype=float32)
+    """
+    array, recipe = _checked("fake_quant", x, recipe, axis)
+    given = _given("fake_quant", array.shape, recipe, scale, zero_point)
+    return _fake_quant(array, given, key, recipe)
+
+
+def neighbors(
+    x: jax.typing.ArrayLike,
+    recipe: str | Recipe,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    zero_point: jax.typing.ArrayLike | None = None,
+    axis: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the two values of `fake_quant`'s grid that enclose each element.
+
+    Args:
+      x: as in `fake_quant`.
+      recipe: as in `fake_quant`; its rounding mode is ignored.
+      scale: as in `fake_quant`; `scale=1.0` selects the grid of the recipe's `element`.
+      zero_point: as in `fake_quant`.
+      axis: as in `fake_quant`.
+
+    Returns:
+      `below` and `above`, arrays of x's shape and dtype, without a gradient. Up to the rounding of
+      the scale, below <= x < above; for an element beyond the grid they are the last two values of
+      the grid. Both equal the element if it is an outlier or lies in an all-zero block. (Posits and
+      takums round only 0 to 0, so there is no interval between 0 and the smallest positive value.)
+
+    Raises:
+      TypeError: as in `fake_quant`.
+      ValueError: as in `fake_quant`.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp
+      >>> recipe = jaxq.Recipe("float4_e2m1fn")
+      >>> below, above = jaxq.neighbors(jnp.array([0.3, -1.0, 7.0]), recipe, scale=1.0)
+      >>> below.tolist(), above.tolist()
+      ([0.0, -1.0, 4.0], [0.5, -0.5, 6.0])
+    """
+    array, recipe = _checked("neighbors", x, recipe, axis)
+    given = _given("neighbors", array.shape, recipe, scale, zero_point)
+    recipe = dataclasses.replace(recipe, rounding="nearest_even")  # Needs no key.
+    return _neighbors(lax.stop_gradient(array), lax.stop_gradient(given), recipe)
+
+
+def quantize(
+    x: jax.typing.ArrayLike,
+    recipe: str | Recipe,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    zero_point: jax.typing.ArrayLike | None = None,
+    axis: int | None = None,
+    key: jax.Array | None = None,
+) -> Quantized:
+    """Quantizes a tensor to codes and scales.
+
+    Args:
+      x: as in `fake_quant`.
+      recipe: as in `fake_quant`.
+      scale: as in `fake_quant`.
+      zero_point: as in `fake_quant`.
+      axis: as in `fake_quant`.
+      key: as in `fake_quant`.
+
+    Returns:
+      A `Quantized`, which has no gradient; use `fake_quant` for training.
+
+    Raises:
+      TypeError: as in `fake_quant`.
+      ValueError: as in `fake_quant`.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp
+      >>> q = jaxq.quantize(jnp.array([0.5, -1.0, 2.54]), "int8_tensor")
+      >>> q.codes, float(q.scale[0])
+      (Array([ 25, 206, 127], dtype=uint8), 0.019999999552965164)
+    """
+    array, recipe = _checked("quantize", x, recipe, axis)
+    if array.ndim and is_symbolic(array.shape[-1]):
+        raise ValueError(
+            f"quantize: the last axis of `x`, along which {recipe.element.name} codes are packed, "
+            f"must have a known length, got the symbolic shape {array.shape}. Export it with a "
+            "fixed length, or move another axis to the end."
+        )
+    given = _given("quantize", array.shape, recipe, scale, zero_point)
+    return _quantize(lax.stop_gradient(array), lax.stop_gradient(given), key, recipe)
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+@automatic(as_first)
+def _fake_quant(
+    x: jax.Array, given: _Given | None, key: jax.Array | None, recipe: Recipe
+) -> jax.Array:
+    estimator = get_gradient(recipe.gradient)
+    snapped = _snapped(x, given, key, recipe, wants_neighbors(estimator))
+    return recipe.cut(x.shape).merge(attach(estimator, snapped.snap, snapped.scales))
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+@automatic(as_first)
+def _neighbors(x: jax.Array, given: _Given | None, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    cut = recipe.cut(x.shape)
+    snap = _snapped(x, given, None, recipe, True).snap
+    return cut.merge(snap.below), cut.merge(snap.above)
+
+
+class _Snapped(NamedTuple):
+    """A snap, and the given scales with respect to which it is differentiable."""
+
+    snap: Snap
+    scales: GivenScales | None
+
+
+def _snapped(
+    x: jax.Array, given: _Given | None, key: jax.Array | None, recipe: Recipe, around: bool
+) -> _Snapped:
+    """Returns a split tensor with its quantized values, and with its neighbors if `around` is True.
+
+    Only the tensor itself and given scales are differentiable.
+    """
+    cut = recipe.cut(x.shape)
+    function = functools.partial(_values, recipe=recipe, around=around)
+    values: _Values = opaque(function, *lax.stop_gradient((x, given)), key)
+    y, low, high, below, above = values[:5]
+    scales = None
+    if given is not None:
+        scales = _given_scales(given, values, recipe, cut)
+        if below is not None and above is not None:
+            below, above = scales.moved(below), scales.moved(above)
+    return _Snapped(Snap(cut.split(x), y, low, high, below, above), scales)
+
+
+def _values(
+    x: jax.Array, given: _Given | None, key: jax.Array | None, recipe: Recipe, around: bool
+) -> _Values:
+    """Returns the quantized values of a tensor, with the neighbors if `around` is True."""
+    cut, rest = recipe.cut(x.shape), x
+    outliers, is_outlier = (), None
+    if recipe.outliers is not None:
+        rest, outliers = recipe.outliers.take(x)
+    rest = widen(cut.split(rest))
+    scales = _scales(rest, given, key, recipe, cut)
+    values = numbers(rest, scales, key, recipe)
+    y = restored(values, scales.step, scales.minimum, recipe)
+    pair = interval(rest, scales, recipe) if around else (None, None)
+    low, high = scales.low, scales.high
+    if recipe.outliers is not None:  # Outliers are not clipped.
+        y = cut.split(recipe.outliers.put(cut.merge(y), outliers))
+        is_outlier = cut.split(recipe.outliers.mask(x.shape, outliers))
+        low, high = (
+            where(is_outlier, np.float32(none), jnp.broadcast_to(end, is_outlier.shape))
+            for none, end in ((-np.inf, low), (np.inf, high))
+        )
+        pair = tuple(None if v is None else where(is_outlier, y, v) for v in pair)
+    low, high = (as_dtype(end, x.dtype) for end in (low, high))
+    y, below, above = (
+        None if a is None else as_dtype(a, x.dtype, overflow="propagate") for a in (y, *pair)
+    )
+    assert y is not None
+    return _Values(y, low, high, below, above, values, scales, is_outlier)
+
+
+def _given_scales(given: _Given, values: _Values, recipe: Recipe, cut: Cut) -> GivenScales:
+    """Returns the given scales in differentiable form, rounded as they are used."""
+    scales = values.scales
+
+    def through(used: jax.Array | None, source: jax.Array | None) -> jax.Array | None:
+        if used is None or source is None:
+            return None
+        return passed(used, cut.spread(jnp.broadcast_to(source, cut.counts)))
+
+    scale = through(scales.step, given.scale)
+    assert scale is not None
+    result = GivenScales(
+        scale=scale,
+        zero_point=through(scales.zero_point, given.zero_point),
+        minimum=through(scales.minimum, given.zero_point),
+        level=values.numbers,
+        count=cut.sizes,
+        largest=np.float32(recipe.element.scaled_max),
+    )
+    # Outliers do not depend on the scales.
+    return result if values.is_outlier is None else result.constant_where(values.is_outlier)
+
+
+def _of_parts(mesh: Any, result: Quantized, x: jax.Array, *others: Any) -> Any:
+    """Returns the sharding of `quantize`'s result on a mesh with explicit axes."""
+    del others
+    return quantized_sharding(result, NamedSharding(mesh, spec_of(x)))
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+@automatic(_of_parts)
+def _quantize(
+    x: jax.Array, given: _Given | None, key: jax.Array | None, recipe: Recipe
+) -> Quantized:
+    cut, fmt, outliers = recipe.cut(x.shape), recipe.element, ()
+    if recipe.outliers is not None:
+        x, outliers = recipe.outliers.take(x)
+    split = widen(cut.split(x))
+    scales = _scales(split, given, key, recipe, cut)
+    packed = cut.merge(codes(split, scales, key, recipe))
+    packed = packed if x.ndim else packed[None]
+    if fmt.bits not in WHOLE_BYTES:
+        packed = pack(packed, fmt.bits)
+    zero_point = None
+    if scales.zero_point is not None:
+        zero_point = scales.zero_point.reshape(cut.counts).astype(_integer_dtype(fmt))
+    elif scales.minimum is not None:
+        zero_point = _encoded(scales.minimum.reshape(cut.counts), recipe)
+    return Quantized(
+        codes=packed,
+        scale=_encoded(scales.storage.scale.reshape(cut.counts), recipe),
+        second=scales.storage.second,
+        zero_point=zero_point,
+        outliers=outliers,
+        recipe=recipe,
+        dtype=x.dtype,
+        block=tuple(None if is_symbolic(n) else n for n in cut.block),
+        length=x.shape[-1] if x.ndim else None,
+    )
+
+
+def _scales(
+    x: jax.Array, given: _Given | None, key: jax.Array | None, recipe: Recipe, cut: Cut
+) -> Scales:
+    """Returns the given scales, broadcast over blocks, or else those of the split tensor."""
+    if given is None:
+        return measured(x, key, recipe, cut)
+    scale, zero_point = (
+        None if a is None else cut.spread(jnp.broadcast_to(a, cut.counts)) for a in given
+    )
+    assert scale is not None
+    return recipe.scaling.given(scale, zero_point, recipe.element)
+
+
+def _encoded(scales: jax.Array, recipe: Recipe) -> jax.Array:
+    """Returns scales as stored: float32 scales unchanged, those of other formats as codes."""
+    return scales if recipe.scale_format == _FLOAT32 else encode(scales, recipe.scale_format)
+
+
+def _integer_dtype(fmt: Format) -> np.dtype:
+    """Returns the smallest integer dtype that holds the integers of a format."""
+    return np.dtype(f"{'int' if fmt.min < 0 else 'uint'}{8 if fmt.bits <= 8 else 16}")
+
+
+def check_takes_scales(name: str, recipe: Recipe) -> None:
+    """Raises ValueError if given scales cannot replace those that a recipe computes."""
+    if not recipe.scaling.takes_scales:
+        raise ValueError(
+            f"{name}: given scales must be plain numbers, one per block, but a scaling with a "
+            "second level, a search or stored=False computes its scales from the tensor, got a "
+            f"recipe of {recipe.element.name}. Omit the scales, or use another recipe."
+        )
+
+
+def _given(
+    name: str,
+    shape: tuple[int, ...],
+    recipe: Recipe,
+    scale: jax.typing.ArrayLike | None,
+    zero_point: jax.typing.ArrayLike | None,
+) -> _Given | None:
+    """Checks and returns the given scales and zero points."""
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError(f"{name}: `zero_point` was given without `scale`. Pass both.")
+        return None
+    check_takes_scales(name, recipe)
+    two_sided = recipe.scaling.two_sided
+    if two_sided != (zero_point is not None):
+        wanted = "needs both `scale` and `zero_point`." if two_sided else "takes no `zero_point`."
+        raise ValueError(f"{name}: a recipe with {recipe.scaling!r:.120} {wanted}")
+    counts = recipe.cut(shape).counts
+    result = []
+    for label, value in (("scale", scale), ("zero_point", zero_point)):
+        if value is None:
+            result.append(None)
+            continue
+        array = jnp.asarray(value, jnp.float32)
+        missing = len(counts) - array.ndim
+        fits = missing >= 0 and all(
+            n in (1, m) for n, m in zip(array.shape, counts[missing:], strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"{name}: `{label}` must broadcast to one number per block, shape {counts}, got "
+                f"{array.shape}."
+            )
+        result.append(array.reshape((1,) * missing + array.shape))
+    return _Given(result[0], result[1])
+
+
+def _checked(
+    name: str, x: jax.typing.ArrayLike, recipe: str | Recipe, axis: int | None
+) -> tuple[jax.Array, Recipe]:
+    """Returns the array, and the recipe with its granularity on the array's own axes."""
+    recipe = get_recipe(recipe)
+    array = floats(name, x)
+    if axis is not None:
+        recipe = recipe.along(axis, array.ndim)
+    if array.dtype == jnp.float64:
+        raise TypeError(
+            f"{name}: `x` must be float16, bfloat16 or float32, as scales are float32, got "
+            "float64. Convert it first: x.astype(jnp.float32)."
+        )
+    return array, recipe

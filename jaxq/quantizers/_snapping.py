@@ -1,0 +1,191 @@
+"""The steps that `quantize` and `fake_quant` share: scales and grid values of a split tensor.
+
+x -> range -> scale -> x / scale -> snap to the grid
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.bits import Layout, where
+from jaxq._base.cutting import Cut
+from jaxq._jax.arithmetic import materialize
+from jaxq._jax.reductions import summed
+from jaxq.formats import FloatFormat, get_format
+from jaxq.numerics import BinaryGrid, Rounding, cast, enclosing, encode
+from jaxq.recipes import Range, Recipe, Scales, in_units, limits, powers, times
+
+__all__ = ["codes", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
+
+_FLOAT32 = Layout.of(np.dtype(np.float32))
+
+_UNROLLED = 4  # Short searches are unrolled, because XLA on CPU runs a loop body on one core.
+
+# All integers that float32 represents without gaps.
+_WHOLE = BinaryGrid(24, 24, 24, 2.0**24, 2.0**24, inf=False, nan=False, negative_zero=False)
+
+
+def measured(x: jax.Array, key: jax.Array | None, recipe: Recipe, cut: Cut) -> Scales:
+    """Returns the scales computed from a split float32 tensor itself."""
+    scaling, fmt = recipe.scaling, recipe.element
+    ends = scaling.calibrator.finalize(recipe.measure(x, cut), fmt, scaling.two_sided)
+    factor = _searched(x, ends, key, recipe, cut) if scaling.search else None
+    return scaling.scales(ends, fmt, factor)
+
+
+def numbers(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -> jax.Array:
+    """Returns a split float32 tensor in units of its scales, on the grid minus the zero point."""
+    return on_grid(units_of(x, scales, recipe), scales.zero_point, recipe.rounding, key, recipe)
+
+
+def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -> jax.Array:
+    """Returns the codes of a split float32 tensor: of `numbers` plus the zero point."""
+    if scales.zero_point is not None:
+        return encode(numbers(x, scales, key, recipe) + scales.zero_point, recipe.element)
+    units = units_of(x, scales, recipe)
+    if isinstance(recipe.element, FloatFormat) and recipe.element.nan is not None:
+        units = _positive_nan(units)
+    return encode(units, recipe.element, rounding=recipe.rounding, overflow="saturate", key=key)
+
+
+def interval(x: jax.Array, scales: Scales, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    """Returns the values (below, above) that enclose each element of a split float32 tensor."""
+
+    def snap(units: jax.Array, mode: Rounding) -> jax.Array:
+        return on_grid(units, scales.zero_point, mode, None, recipe)
+
+    pair = enclosing(units_of(x, scales, recipe), *_ends(scales.zero_point, recipe), snap)
+    one, other = (restored(v, scales.step, scales.minimum, recipe) for v in pair)
+    return lax.min(one, other), lax.max(one, other)  # A scale may be negative.
+
+
+def units_of(x: jax.Array, scales: Scales, recipe: Recipe) -> jax.Array:
+    """Returns a split tensor minus its minimum, in units of its scales."""
+    if scales.origin is not None:
+        x = x - scales.origin
+    scaling = recipe.scaling
+    divisor_format = recipe.scale_format if scaling.stored else get_format("float32")
+    units = in_units(x, scales.divisor, divisor_format, reciprocal=scaling.reciprocal)
+    # In a float format without NaN, the sign of a NaN becomes that of a zero.
+    without = isinstance(recipe.element, FloatFormat) and recipe.element.nan is None
+    return _positive_nan(units) if without else units
+
+
+def _positive_nan(units: jax.Array) -> jax.Array:
+    """Returns an array with positive NaN: backends give the NaN of arithmetic different signs."""
+    bits = _FLOAT32.bits(units)
+    nan = (bits & _FLOAT32.magnitude_mask) > _FLOAT32.inf
+    return _FLOAT32.floats(where(nan, _FLOAT32.nan, bits))
+
+
+def _ends(zero_point: jax.Array | None, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    """Returns the ends of the grid minus the zero point."""
+    low, high = limits(recipe.element)
+    if zero_point is None:
+        return jnp.asarray(low), jnp.asarray(high)
+    return low - zero_point, high - zero_point
+
+
+def on_grid(
+    units: jax.Array,
+    zero_point: jax.Array | None,
+    rounding: str | Rounding,
+    key: jax.Array | None,
+    recipe: Recipe,
+) -> jax.Array:
+    """Returns units rounded to the grid minus the zero point."""
+    if zero_point is None:
+        return cast(units, recipe.element, rounding=rounding, overflow="saturate", key=key)
+    # Rounded before the zero point is added, because the other order rounds ties differently; and
+    # before the ends are applied, because XLA on CPU counts subnormals as zero in a maximum.
+    lowest, highest = _ends(zero_point, recipe)
+    whole = cast(units, _WHOLE, rounding=rounding, key=key)
+    whole = lax.max(whole, jnp.broadcast_to(lowest, units.shape))
+    return lax.min(whole, jnp.broadcast_to(highest, units.shape))
+
+
+def restored(
+    values: jax.Array, step: jax.Array, minimum: jax.Array | None, recipe: Recipe
+) -> jax.Array:
+    """Returns values on the grid, minus any integer zero point, times their scales, plus minima.
+
+    Results beyond float32 become its largest value, so that no finite input gives an infinity.
+    An infinite scale stays visible, though: one that overflows float16 gives infinities, as in
+    GGUF.
+    """
+    fmt, scale_format = recipe.element, recipe.scale_format
+    if fmt.max >= 2.0**128:
+        values = _finite(values)
+    y = times(values, step, scale_format)
+    if minimum is not None:
+        y = y + minimum  # The product is exact, because the scaling has checked the widths.
+    bounded = (fmt.max - fmt.min) * scale_format.max < 2.0**127
+    if bounded and recipe.scaling.second_level is None:
+        return y  # Only an infinite scale makes this infinite.
+    return _finite(y)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """Returns x with infinities replaced by the largest float32 values. NaN stays NaN."""
+    bits = _FLOAT32.bits(x)
+    infinite = (bits & _FLOAT32.magnitude_mask) == _FLOAT32.inf
+    return _FLOAT32.floats(bits - infinite.astype(jnp.int32))
+
+
+class _Best(NamedTuple):
+    """The least squared error of each block so far, and the factor that gave it."""
+
+    error: jax.Array
+    factor: jax.Array
+
+
+def _searched(
+    x: jax.Array, ends: Range, key: jax.Array | None, recipe: Recipe, cut: Cut
+) -> jax.Array:
+    """Returns the factor of each block's range with the least squared error; the first on ties."""
+    amax = lax.max(*map(jnp.abs, ends))
+
+    def step(best: _Best, factor: jax.Array) -> tuple[_Best, None]:
+        scales = recipe.scaling.scales(ends, recipe.element, factor)
+        values = numbers(x, scales, key, recipe)
+        y = restored(values, scales.step, scales.minimum, recipe)
+        error = _squared_error(x, y, amax, cut)
+        better = error < best.error
+        return _Best(where(better, error, best.error), where(better, factor, best.factor)), None
+
+    search = recipe.scaling.search
+    start = _Best(jnp.full_like(amax, np.inf), jnp.full_like(amax, search[0]))
+    factors = jnp.asarray(search, jnp.float32)
+    best, _ = lax.scan(step, start, factors, unroll=len(factors) <= _UNROLLED)
+    return materialize(best.factor)
+
+
+def _squared_error(x: jax.Array, y: jax.Array, amax: jax.Array, cut: Cut) -> jax.Array:
+    """Returns the sum of squared errors of each block, in units that depend on amax alone.
+
+    Sums are taken of integers, and do not depend on the order: equal errors, which are frequent for
+    data on a grid, stay equal in every program. For blocks longer than 128 on the last axis,
+    partial sums are added in float32.
+    """
+    # Errors relative to the power of two above amax, as multiples of 2^-22.
+    down, _ = powers(amax)
+    a, b = (_whole(v * down * np.float32(2.0**20)) for v in (x, y))
+    distance = (a - b).astype(jnp.float32)
+    if not cut.block:
+        return distance * distance
+    last = cut.block[-1]
+    step = next(d for d in range(max(1, min(last, 128)), 0, -1) if last % d == 0)
+    room = 30 - math.ceil(math.log2(step))  # The number of bits that a square may have.
+    squares = _whole(distance * distance * np.float32(2.0 ** (room - 44)))
+    parts = squares.reshape(*squares.shape[:-1], last // step, step)
+    sums = summed(parts).astype(jnp.float32)
+    return jnp.sum(sums, axis=cut.axes, keepdims=True)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """Returns the nearest integers as int32."""
+    return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)

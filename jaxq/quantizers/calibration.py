@@ -1,0 +1,184 @@
+"""Calibration of the scales of a recipe over many tensors, with an explicit state.
+
+    state = init(shape, recipe)
+    state = update(state, x, recipe)         for each batch, also in `jax.lax.scan`
+    state = merge(state, other, recipe)      for other batches, `gather` for other devices
+    scale, zero_point = finalize(state, recipe)
+    y = jaxq.fake_quant(x, recipe, scale=scale, zero_point=zero_point)
+
+The `range` of the recipe's scaling is the calibrator, and the granularity of the recipe defines the
+elements that share a scale. The state is a pytree of arrays, whose structure depends on the
+calibrator.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxq._jax.meshes import automatic, fitting, spec_of
+from jaxq._jax.serialization import named_tuple
+from jaxq.numerics import floats, widen
+from jaxq.quantizers._quantizers import check_takes_scales
+from jaxq.recipes import Recipe, get_recipe
+
+__all__ = ["Calibrated", "finalize", "gather", "init", "merge", "update"]
+
+
+@named_tuple
+class Calibrated(NamedTuple):
+    """The scales and zero points that `finalize` returns.
+
+    Attributes:
+      scale: float32 scales, one per block.
+      zero_point: float32 zero points, one per block; None for a symmetric recipe.
+    """
+
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
+def init(shape: tuple[int, ...], recipe: "str | Recipe") -> Any:
+    """Returns the state before any data.
+
+    Args:
+      shape: the shape of the tensors to come. Axes that lie within one block, such as the batch
+        axis of a recipe with one scale per tensor or per channel, may differ in length.
+      recipe: the recipe, as accepted by `jaxq.get_recipe`.
+
+    Returns:
+      A pytree of arrays.
+
+    Raises:
+      ValueError: the recipe does not fit the shape, or its scales are not plain numbers.
+    """
+    recipe = _checked("init", recipe)
+    cut = recipe.cut(shape)
+    return recipe.scaling.calibrator.nothing(cut, recipe.scaling.two_sided)
+
+
+def update(state: Any, x: jax.typing.ArrayLike, recipe: "str | Recipe") -> Any:
+    """Returns the state after one more tensor.
+
+    Args:
+      state: a state from `init`, `update` or `merge`.
+      x: a float16, bfloat16 or float32 tensor of the shape given to `init`.
+      recipe: as in `init`.
+
+    Returns:
+      A state of the same structure, shapes and dtypes.
+
+    Raises:
+      TypeError: x has another dtype.
+      ValueError: as in `init`; or the shape of x does not fit the state.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from jaxq import calibration
+      >>> state = calibration.init((2, 3), "int8_tensor")
+      >>> for x in (jnp.ones((2, 3)), jnp.full((2, 3), -6.35)):
+      ...     state = calibration.update(state, x, "int8_tensor")
+      >>> round(float(calibration.finalize(state, "int8_tensor").scale[0, 0]), 6)
+      0.05
+    """
+    recipe = _checked("update", recipe)
+    x = floats("update", x)
+    if x.dtype == jnp.float64:
+        raise TypeError("update: `x` must be float16, bfloat16 or float32, got float64.")
+    counts = recipe.cut(x.shape).counts
+    known = jax.tree.leaves(state)[0].shape[: 2 * len(counts) : 2]
+    if known != counts:
+        raise ValueError(
+            f"update: the state is for {known} blocks, got {counts} blocks from `x` of shape "
+            f"{x.shape}. Pass the shape of the data to `init`."
+        )
+    return _update(state, x, recipe)
+
+
+def _of_state(mesh: Any, result: Any, state: Any, *others: Any) -> Any:
+    """Returns the sharding of an updated state on a mesh with explicit axes: the old state's."""
+    del mesh, result, others
+    return jax.tree.map(spec_of, state)
+
+
+def _of_blocks(mesh: Any, result: Any, state: Any, *others: Any) -> Any:
+    """Returns the sharding of `finalize`'s result: the state's, without the axes within blocks."""
+    del others
+    entries = tuple(spec_of(jax.tree.leaves(state)[0]))
+    spec = PartitionSpec(*entries[::2])
+    return jax.tree.map(lambda leaf: fitting(mesh, spec, leaf.shape), result)
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+@automatic(_of_state)
+def _update(state: Any, x: jax.Array, recipe: Recipe) -> Any:
+    cut = recipe.cut(x.shape)
+    measured = recipe.measure(cut.split(widen(lax.stop_gradient(x))), cut)
+    return recipe.scaling.calibrator.merge(state, measured)
+
+
+def merge(first: Any, second: Any, recipe: "str | Recipe") -> Any:
+    """Returns the state of the data of two states; an associative operation.
+
+    Args:
+      first: a state.
+      second: a state of the same recipe and shape; the later one if order matters ("ema").
+      recipe: as in `init`.
+
+    Returns:
+      A state of the same structure.
+    """
+    recipe = _checked("merge", recipe)
+    return recipe.scaling.calibrator.merge(first, second)
+
+
+def gather(state: Any, recipe: "str | Recipe", axis_name: str) -> Any:
+    """Merges the states of all devices along a mapped axis, in order; each gets the same result.
+
+    Args:
+      state: the state of this device.
+      recipe: as in `init`.
+      axis_name: the name of the axis of `jax.shard_map` or `jax.vmap`. (Arrays that are sharded
+        under `jax.jit` do not need `gather`: each is one array.)
+
+    Returns:
+      A state of the same structure.
+    """
+    stacked = lax.all_gather(state, axis_name)
+    size = jax.tree.leaves(stacked)[0].shape[0]
+    parts = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(size)]
+    return functools.reduce(lambda a, b: merge(a, b, recipe), parts)
+
+
+def finalize(state: Any, recipe: "str | Recipe") -> Calibrated:
+    """Returns the scales for the data seen, and zero points if the recipe has any.
+
+    Args:
+      state: a state.
+      recipe: as in `init`.
+
+    Returns:
+      Scales for `jaxq.fake_quant` and `jaxq.quantize`. The scale is NaN for a block that saw a NaN
+      or an infinity, and 0, which gives zeros, for a block that saw only zeros or no data.
+    """
+    return _finalize(state, _checked("finalize", recipe))
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+@automatic(_of_blocks)
+def _finalize(state: Any, recipe: Recipe) -> Calibrated:
+    scaling, fmt = recipe.scaling, recipe.element
+    ends = scaling.calibrator.finalize(state, fmt, scaling.two_sided)
+    scales = scaling.scales(ends, fmt)
+    counts = scales.step.shape[::2]
+    zero_point = None if scales.offset is None else scales.offset.reshape(counts)
+    return Calibrated(scales.step.reshape(counts), zero_point)
+
+
+def _checked(name: str, recipe: "str | Recipe") -> Recipe:
+    recipe = get_recipe(recipe)
+    check_takes_scales(f"calibration.{name}", recipe)
+    return recipe

@@ -1,0 +1,325 @@
+"""Calibrators by histogram: percentiles, and searches for the clip of least error or divergence.
+
+A bin is given by the exponent and the leading mantissa bits of a float, so that the bins need no
+range beforehand, fit data of any magnitude, and add up exactly. The count of a bin saturates at the
+largest int32.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.bits import Layout, where
+from jaxq._base.cutting import Cut
+from jaxq._base.shapes import holds
+from jaxq._jax.arithmetic import divide
+from jaxq._jax.serialization import named_tuple
+from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat, get_format
+from jaxq.numerics import cast, encode
+from jaxq.recipes._arithmetic import in_units, powers, span, zero_point_of
+from jaxq.recipes._ranges import AbsMax, Range, filled
+
+__all__ = ["Entropy", "MeanSquaredError", "Percentile"]
+
+_FLOAT32 = Layout.of(np.dtype(np.float32))
+_SCALE_FORMAT = get_format("float32")
+_MOST = np.int32(2**31 - 1)
+_OCTAVES = 16  # Octaves below the largest magnitude whose bins a search keeps separate.
+
+
+@named_tuple
+class Histogram(NamedTuple):
+    """Bin counts of each block, in ascending order along the last axis, and the extremes."""
+
+    counts: jax.Array
+    range: Range
+
+
+def edges(digits: int, two_sided: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns float32 lower and upper edges of all bins; infinities and NaN have no bins."""
+    first = np.arange((255 << digits) + 1, dtype=np.int64) << (23 - digits)
+    values = first.astype(np.uint32).view(np.float32)
+    values[-1] = np.finfo(np.float32).max
+    low, high = values[:-1], values[1:]
+    if two_sided:
+        low, high = np.concatenate([-high[::-1], low]), np.concatenate([-low[::-1], high])
+    return low, high
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfHistogram:
+    """The base class of calibrators by histogram.
+
+    Attributes:
+      digits: the number of leading mantissa bits that define a bin, 1 to 12. The width of a bin is
+        2^-digits of its values, and a block has 255 · 2^digits bins, twice as many if two-sided.
+
+    Raises:
+      ValueError: `digits` is not 1 to 12.
+    """
+
+    digits: int = dataclasses.field(default=7, kw_only=True)
+
+    formats: ClassVar = (CodebookFormat, FloatFormat, IntFormat, TaperedFormat)
+    two_sided: ClassVar = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.digits <= 12:
+            name = type(self).__name__
+            raise ValueError(f"{name}: `digits` must be 1 to 12, got {self.digits}.")
+
+    def measure(self, x: jax.Array, cut: Cut, two_sided: bool) -> Histogram:
+        """Counts the elements in each bin. NaN and infinities affect only the extremes."""
+        bins = 255 << self.digits
+        bits = _FLOAT32.bits(x)
+        magnitude = bits & _FLOAT32.magnitude_mask
+        place = magnitude >> np.int32(23 - self.digits)
+        width = bins * (1 + two_sided)
+        if two_sided:
+            place = where(bits < 0, np.int32(bins - 1) - place, place + np.int32(bins))
+        blocks = math.prod(cut.counts)
+        fits = holds(lambda: blocks * width <= _MOST)
+        if fits is None:
+            raise ValueError(
+                f"{type(self).__name__}: a symbolic number of blocks needs an upper bound, as each "
+                f"has {width} bins, got {blocks} blocks. Export with the constraint '{blocks} <= "
+                f"{_MOST // width}' in jax.export.symbolic_shape, or use a coarser granularity."
+            )
+        if not fits:
+            raise ValueError(
+                f"{self}: {blocks} blocks of {width} bins are too many. Use a coarser granularity "
+                "or fewer digits."
+            )
+        number = cut.spread(jnp.arange(blocks, dtype=jnp.int32).reshape(cut.counts))
+        place = jnp.broadcast_to(number, x.shape) * np.int32(width) + place
+        counted = magnitude < _FLOAT32.inf
+        if cut.inside is not None:
+            counted = counted & jnp.broadcast_to(cut.inside, x.shape)
+        place = where(counted, place, np.int32(-1)).reshape(-1)
+        counts = jnp.zeros(blocks * width, jnp.int32)
+        counts = counts.at[place].add(1, mode="drop", wrap_negative_indices=False)
+        shape = filled(cut, np.float32(0)).shape
+        return Histogram(counts.reshape(*shape, width), AbsMax().measure(x, cut, two_sided))
+
+    def nothing(self, cut: Cut, two_sided: bool) -> Histogram:
+        """Returns counts of 0."""
+        counts = filled(cut, np.int32(0), (255 << self.digits) * (1 + two_sided))
+        return Histogram(counts, AbsMax().nothing(cut, two_sided))
+
+    def merge(self, first: Histogram, second: Histogram) -> Histogram:
+        """Returns the sums of the counts, which saturate at the largest int32."""
+        counts = first.counts + lax.min(second.counts, _MOST - first.counts)
+        return Histogram(counts, AbsMax().merge(first.range, second.range))
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile(_OfHistogram):
+    """A percentile of the magnitudes or, if two-sided, a percentile of the values at each end.
+
+    Values count as evenly spread within a bin, so the range is accurate to the width of a bin,
+    2^-digits of the range. No range goes beyond the extremes.
+
+    Attributes:
+      percent: the percentage of magnitudes below the upper end, in (0, 100]. If two-sided, the
+        percentage of values below the upper end and of values above the lower end.
+
+    Raises:
+      ValueError: `percent` is out of range.
+    """
+
+    percent: float = 99.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.percent <= 100:
+            raise ValueError(f"Percentile: `percent` must be in (0, 100], got {self.percent}.")
+
+    def finalize(self, state: Histogram, fmt: Format, two_sided: bool) -> Range:
+        """Returns the percentiles."""
+        low, high = AbsMax().finalize(state.range, fmt, two_sided)
+        lower, upper = edges(self.digits, two_sided)
+        above = self._end(state.counts[..., ::-1], upper[::-1], lower[::-1])
+        high = where(above < high, above, high)
+        if not two_sided:
+            return -high, high
+        below = self._end(state.counts, lower, upper)
+        return where(below > low, below, low), high
+
+    def _end(self, counts: jax.Array, outer: np.ndarray, inner: np.ndarray) -> jax.Array:
+        """Returns one end of the range, given bins in order from the outermost inward."""
+        beyond = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
+        outside = beyond[..., -1:].astype(jnp.float32) * np.float32(1 - self.percent / 100)
+        at = lax.argmax(beyond.astype(jnp.float32) > outside, beyond.ndim - 1, jnp.int32)[..., None]
+        inside = jnp.take_along_axis(counts, at, -1)
+        before = jnp.take_along_axis(beyond, at, -1) - inside
+        share = (outside - before.astype(jnp.float32)) / lax.max(inside, np.int32(1)).astype(
+            jnp.float32
+        )
+        first, last = jnp.asarray(outer)[at], jnp.asarray(inner)[at]
+        return (first + (last - first) * share)[..., 0]
+
+
+class _Seen(NamedTuple):
+    """Bins quantized over a range: arrays `[..., bins]`, and the range's ends `[..., 1]`."""
+
+    counts: jax.Array
+    x: jax.Array  # The centers of the bins.
+    low: jax.Array
+    high: jax.Array
+    y: jax.Array  # The quantized centers.
+    codes: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Searched(_OfHistogram):
+    """The base class of searches over ranges of 1, 2^(-1/16), 2^(-2/16), … times the extremes.
+
+    Attributes:
+      tries: the number of ranges to try, at least 1.
+
+    Raises:
+      ValueError: `tries` is below 1.
+    """
+
+    tries: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tries < 1:
+            raise ValueError(
+                f"{type(self).__name__}: `tries` must be at least 1, got {self.tries}."
+            )
+
+    def loss(self, seen: "_Seen", fmt: Format) -> jax.Array:
+        """Returns the loss of a range, one value per block."""
+        raise NotImplementedError
+
+    def finalize(self, state: Histogram, fmt: Format, two_sided: bool) -> Range:
+        """Returns the range with the least loss; the widest on ties."""
+        low, high = AbsMax().finalize(state.range, fmt, two_sided)
+        x, counts = self._window(state.counts, lax.max(-low, high), two_sided)
+
+        def tried(factor: jax.Array) -> jax.Array:
+            ends = (low * factor)[..., None], (high * factor)[..., None]
+            y, codes = _quantized(x, *ends, fmt, two_sided)
+            return self.loss(_Seen(counts, x, *ends, y, codes), fmt)
+
+        factors = jnp.exp2(-jnp.arange(self.tries, dtype=jnp.float32) / 16)
+        best = factors[lax.argmin(lax.map(tried, factors), 0, jnp.int32)]
+        return low * best, high * best
+
+    def _window(
+        self, counts: jax.Array, amax: jax.Array, two_sided: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns centers and counts of the bins of the octaves below amax, in ascending order.
+
+        All smaller magnitudes are counted in the bin nearest to 0.
+        """
+        shift = np.int32(23 - self.digits)
+        size = _OCTAVES << self.digits
+        behind = np.arange(1 - size, 1, dtype=np.int32).reshape((1,) * amax.ndim + (size,))
+        top = (_FLOAT32.bits(amax) >> shift)[..., None]
+        place = lax.max(jnp.broadcast_to(top, (*amax.shape, size)) + behind, np.int32(0))
+        middles = _FLOAT32.floats((place << shift) | (np.int32(1) << shift >> 1))
+        sides = jnp.split(counts, 1 + two_sided, axis=-1)
+        if two_sided:
+            sides[0] = sides[0][..., ::-1]
+        seen = []
+        for side in sides:
+            first = lax.max(top - np.int32(size - 1), np.int32(0))
+            fresh = (behind == 1 - size) | (place > first)  # Near 0 an index is repeated.
+            taken = where(fresh, jnp.take_along_axis(side, place, -1), np.int32(0))
+            every, near = (
+                jnp.sum(part, -1, dtype=jnp.int32, keepdims=True) for part in (side, taken)
+            )
+            rest = every - near
+            seen.append(taken + rest * (behind == 1 - size).astype(np.int32))
+        if not two_sided:
+            return middles, seen[0]
+        return (
+            jnp.concatenate([-middles[..., ::-1], middles], axis=-1),
+            jnp.concatenate([seen[0][..., ::-1], seen[1]], axis=-1),
+        )
+
+
+def _quantized(
+    x: jax.Array, low: jax.Array, high: jax.Array, fmt: Format, two_sided: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Returns quantized values and codes, with float32 scales that map a format to a range."""
+    if not two_sided:
+        scale = divide(high, jnp.float32(fmt.scaled_max))
+        units = in_units(x, jnp.broadcast_to(scale, x.shape), _SCALE_FORMAT)
+        return cast(units, fmt, overflow="saturate") * scale, encode(
+            units, fmt, overflow="saturate"
+        )
+    assert isinstance(fmt, IntFormat)  # The recipe has checked it.
+    low, high = lax.min(low, np.float32(0)), lax.max(high, np.float32(0))
+    scale = span(low, high, fmt)
+    zero_point = zero_point_of(low, scale, fmt, _SCALE_FORMAT)
+    units = in_units(x, jnp.broadcast_to(scale, x.shape), _SCALE_FORMAT)
+    whole = lax.round(units, lax.RoundingMethod.TO_NEAREST_EVEN) + zero_point
+    codes = lax.clamp(np.float32(fmt.min_int), whole, np.float32(fmt.max_int))
+    return (codes - zero_point) * scale, (codes - np.float32(fmt.min_int)).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanSquaredError(_Searched):
+    """The range with the least mean squared error."""
+
+    def loss(self, seen: _Seen, fmt: Format) -> jax.Array:
+        """Returns the sum of squared errors, in units that depend on the largest bin alone."""
+        del fmt
+        down, _ = powers(seen.x[..., -1:])
+        # The squares of the outermost bins, which ordinary data leave empty, are infinite.
+        squares = where(seen.counts > 0, jnp.square((seen.y - seen.x) * down), np.float32(0))
+        return jnp.sum(seen.counts.astype(jnp.float32) * squares, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropy(_Searched):
+    """The range with the least Kullback-Leibler divergence, as in TensorRT's calibration.
+
+    P is the histogram with all counts beyond the range added to the outermost bin within it. Q has,
+    for each code, the counts of the code's bins within the range (without those added), spread
+    evenly over the bins that are not empty. The bins must be finer than the format's steps.
+
+    References:
+      Migacz, "8-bit Inference with TensorRT" (GPU Technology Conference, 2017).
+    """
+
+    digits: int = dataclasses.field(default=9, kw_only=True)
+
+    def loss(self, seen: _Seen, fmt: Format) -> jax.Array:
+        """Returns KL(P || Q)."""
+        bins = seen.counts.shape[-1]
+        inside = (seen.x >= seen.low) & (seen.x <= seen.high)
+        counts = seen.counts.astype(jnp.float32)
+        within = where(inside, counts, np.float32(0))
+        number = np.arange(bins, dtype=np.int32).reshape((1,) * (counts.ndim - 1) + (bins,))
+        first, last = (
+            jnp.expand_dims(
+                reduce(where(inside, jnp.broadcast_to(number, counts.shape), none), -1), -1
+            )
+            for reduce, none in ((jnp.min, _MOST), (jnp.max, np.int32(-1)))
+        )
+        p = within
+        for edge, beyond in ((first, seen.x < seen.low), (last, seen.x > seen.high)):
+            mass = jnp.sum(where(beyond, counts, np.float32(0)), axis=-1, keepdims=True)
+            p = p + where(number == edge, jnp.broadcast_to(mass, p.shape), np.float32(0))
+
+        def per_code(values: jax.Array) -> jax.Array:
+            flat = values.reshape(-1, bins), seen.codes.astype(jnp.int32).reshape(-1, bins)
+            sums = jax.vmap(lambda v, c: jnp.zeros(2**fmt.bits, jnp.float32).at[c].add(v)[c])
+            return sums(*flat).reshape(values.shape)
+
+        full = where(within > 0, np.float32(1), np.float32(0))
+        q = per_code(within) / lax.max(per_code(full), np.float32(1)) * full
+        p, q = (m / lax.max(jnp.sum(m, axis=-1, keepdims=True), np.float32(1)) for m in (p, q))
+        ratio = p / lax.max(q, np.float32(1e-9))
+        terms = where(p > 0, p * jnp.log(lax.max(ratio, np.float32(1e-30))), np.float32(0))
+        return jnp.sum(terms, axis=-1)

@@ -1,0 +1,155 @@
+"""Named recipes, and the lookup that every function with a recipe argument uses.
+
+To add a recipe, add a line to `RECIPES`. The contract tests then include it.
+"""
+
+import dataclasses
+
+from jaxq._base.registry import Registry
+from jaxq.formats import FORMATS, Format
+from jaxq.numerics import BinaryGrid, HalfUp
+from jaxq.recipes._affine import Affine, ScaleAndMin
+from jaxq.recipes._granularity import PerBlock, PerChannel, PerToken
+from jaxq.recipes._recipe import GRID_REMEDY, Recipe
+from jaxq.recipes._symmetric import MX, SignedScale, Symmetric
+from jaxq.recipes._texts import field_text
+from jaxq.recipes._two_level import DoubleQuant, TwoLevel
+
+__all__ = ["RECIPES", "get_recipe", "title_of"]
+
+_CHANNEL = PerChannel((-1,))
+
+
+RECIPES: Registry[Recipe] = Registry(
+    "recipe",
+    {
+        "int8_tensor": Recipe("int8"),
+        "int8_channel": Recipe("int8", _CHANNEL),
+        "int8_token": Recipe("int8", PerToken()),
+        "uint8_tensor": Recipe("uint8", scaling=Affine()),
+        "uint8_channel": Recipe("uint8", _CHANNEL, Affine()),
+        "uint8_token": Recipe("uint8", PerToken(), Affine()),
+        "int4_tensor": Recipe("int4"),
+        "int4_channel": Recipe("int4", _CHANNEL),
+        "int4_token": Recipe("int4", PerToken()),
+        "int4_g32": Recipe("int4", PerBlock(32)),
+        "int4_g64": Recipe("int4", PerBlock(64)),
+        "int4_g128": Recipe("int4", PerBlock(128)),
+        "uint4_tensor": Recipe("uint4", scaling=Affine()),
+        "uint4_channel": Recipe("uint4", _CHANNEL, Affine()),
+        "uint4_g128": Recipe("uint4", PerBlock(128), Affine()),
+        "int3_g128": Recipe("int3", PerBlock(128)),
+        "int2_g64": Recipe("int2", PerBlock(64)),
+        "fp8_e4m3_tensor": Recipe("float8_e4m3fn"),
+        "fp8_e4m3_channel": Recipe("float8_e4m3fn", _CHANNEL),
+        "fp8_e4m3_token": Recipe("float8_e4m3fn", PerToken()),
+        "fp8_e4m3_g128": Recipe("float8_e4m3fn", PerBlock(128)),
+        "fp8_e4m3_tile128": Recipe("float8_e4m3fn", PerBlock((128, 128))),
+        "fp8_e5m2_tensor": Recipe("float8_e5m2"),
+        # bitsandbytes forms blocks of the flattened tensor: the same blocks if 64 divides a row.
+        "nf4_g64": Recipe("nf4", PerBlock(64)),
+        "nf4_dq": Recipe("nf4", PerBlock(64), DoubleQuant()),
+        "fp4_bnb_g64": Recipe("fp4_bnb", PerBlock(64)),
+        # OCP's Microscaling Formats (MX) 1.0.
+        "mxfp8_e4m3": Recipe("float8_e4m3fn", PerBlock(32), MX()),
+        "mxfp8_e5m2": Recipe("float8_e5m2", PerBlock(32), MX()),
+        "mxfp6_e2m3": Recipe("float6_e2m3fn", PerBlock(32), MX()),
+        "mxfp6_e3m2": Recipe("float6_e3m2fn", PerBlock(32), MX()),
+        "mxfp4": Recipe("float4_e2m1fn", PerBlock(32), MX()),
+        "mxint8": Recipe("ocp_int8", PerBlock(32), MX()),
+        # As in TransformerEngine, which uses tiles for the weights in training.
+        "nvfp4": Recipe("float4_e2m1fn", PerBlock(16), TwoLevel()),
+        "nvfp4_tile16": Recipe("float4_e2m1fn", PerBlock((16, 16)), TwoLevel()),
+        # Four over six: a block may fill the grid up to 4 only; 256 leaves room for its scale.
+        "nvfp4_4over6": Recipe(
+            "float4_e2m1fn", PerBlock(16), TwoLevel(largest=256.0, search=(1.0, 1.5))
+        ),
+        # GGUF.
+        "q8_0": Recipe(
+            "int8",
+            PerBlock(32),
+            Symmetric(scale_format="float16", stored=False, reciprocal=True),
+            rounding="nearest_away",
+        ),
+        "q4_0": Recipe("int4", PerBlock(32), SignedScale(), rounding=HalfUp(8)),
+        "q5_0": Recipe("int5", PerBlock(32), SignedScale(), rounding=HalfUp(16)),
+        "q4_1": Recipe("uint4", PerBlock(32), ScaleAndMin(), rounding=HalfUp()),
+        "q5_1": Recipe("uint5", PerBlock(32), ScaleAndMin(), rounding=HalfUp()),
+        # BitNet b1.58 (2024), XNOR-Net (2016).
+        "ternary_absmean": Recipe("ternary", scaling=Symmetric(range="absmean")),
+        "binary_absmean": Recipe("binary", scaling=Symmetric(range="absmean")),
+    },
+)
+
+
+def get_recipe(recipe: str | Recipe) -> Recipe:
+    """Returns the recipe with a name.
+
+    Args:
+      recipe: a name in `jaxq.recipes.RECIPES`; a `Recipe` is returned unchanged.
+
+    Returns:
+      The recipe.
+
+    Raises:
+      ValueError: no recipe has that name; the message suggests the nearest names. The name of a
+        format is not the name of a recipe, because a format does not say how to scale.
+      TypeError: the argument is neither a name nor a `Recipe`.
+
+    Example:
+      >>> get_recipe("int8_channel").granularity
+      PerChannel(axes=(-1,))
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, BinaryGrid):
+        raise TypeError(f"Quantizers: {GRID_REMEDY}")
+    name = recipe.name if isinstance(recipe, Format) else recipe
+    if not isinstance(name, str):
+        raise TypeError(f"A recipe must be a name or a jaxq.Recipe, got {type(recipe).__name__}.")
+    if isinstance(recipe, Format) or name in FORMATS:
+        kind = TypeError if isinstance(recipe, Format) else ValueError
+        raise kind(f"{name!r} is a number format, which does not say how to scale. {_remedy(name)}")
+    if name not in RECIPES:
+        raise RECIPES.unknown(name, RECIPES.near(name))
+    return RECIPES[name]
+
+
+def _remedy(name: str) -> str:
+    """Returns the advice for a format's name in place of a recipe's."""
+    made = f"jaxq.Recipe({name!r})" if name in FORMATS else "jaxq.Recipe(format)"
+    same = [n for n, r in RECIPES.items() if r.element.name == name]
+    if not same:
+        return f"Write {made} for one scale per tensor."
+    return f"Use a recipe such as {same[0]!r}, or {made} for one scale per tensor."
+
+
+def title_of(recipe: Recipe, *, fields: bool = True) -> str:
+    """Returns a short text for tables: a name, or the format, the granularity and other fields.
+
+    The axes of the granularity are left out, because a recipe keeps its name when it is placed on
+    another axis.
+
+    Args:
+      recipe: the recipe.
+      fields: True to name the other fields that differ from their defaults.
+
+    Example:
+      >>> title_of(Recipe("int4", PerBlock(128, axes=(0,))))
+      'int4_g128'
+      >>> title_of(Recipe("int5", PerChannel((0,)), gradient="lsq"))
+      "int5_channel(gradient='lsq')"
+    """
+    kind = recipe.granularity
+    usual = dataclasses.replace(recipe, granularity=kind.on_last_axes)
+    name = RECIPES.name_of(usual)
+    if name is not None:
+        return name
+    title = f"{recipe.element.name}_{kind.label}"
+    others = [
+        f"{field.name}={field_text(getattr(recipe, field.name))}"
+        for field in dataclasses.fields(recipe)
+        if field.name not in ("format", "granularity")
+        and field_text(getattr(recipe, field.name)) != field_text(field.default)
+    ]
+    return f"{title}({', '.join(others)})" if others and fields else title

@@ -1,0 +1,215 @@
+"""The frozen record that describes how a tensor is quantized."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import jax
+
+from jaxq._base.cutting import Cut
+from jaxq._base.shapes import is_symbolic
+from jaxq._jax.serialization import from_json, to_json
+from jaxq.formats import Format, get_format
+from jaxq.gradients import ESTIMATORS, Gradient, get_gradient
+from jaxq.numerics import BinaryGrid, HalfUp, Rounding, Stochastic, get_rounding
+from jaxq.recipes._calibrators import CALIBRATORS
+from jaxq.recipes._granularity import Granularity, PerTensor
+from jaxq.recipes._outliers import Outliers
+from jaxq.recipes._scaling import Scaling
+from jaxq.recipes._scalings import SCALINGS
+from jaxq.recipes._symmetric import Symmetric
+from jaxq.recipes._texts import text_of
+
+__all__ = ["GRID_REMEDY", "Recipe", "records"]
+
+GRID_REMEDY = (
+    "`format` must be a number format, got a BinaryGrid, whose widths may be traced. Scale it "
+    "yourself: "
+    "s = jnp.abs(x).max() / grid.max, then jaxq.cast(x / s, grid, overflow='saturate') * s."
+)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Recipe:
+    """A description of how a tensor is quantized: frozen, hashable, and static under `jax.jit`.
+
+    Attributes:
+      format: the element format, as accepted by `jaxq.get_format`; stored as a record.
+      granularity: the granularity, which defines the elements that share a scale; `PerTensor()` by
+        default.
+      scaling: the record that says how scales are computed and stored: `Symmetric` (the default),
+        `Affine`, `MX`, `TwoLevel` (NVFP4), `DoubleQuant` (QLoRA), `SignedScale` or `ScaleAndMin`
+        (both GGUF).
+      outliers: the elements to store separately in a wider format, or None (the default).
+      rounding: a rounding mode or its name in `jaxq.numerics.ROUNDINGS`; `"nearest_even"` by
+        default. With `"stochastic"`, functions that take the recipe need a key.
+      gradient: a gradient estimator of `jaxq.gradients` or its name; `"straight_through"` by
+        default.
+
+    Quantizing a result again changes nothing if the range is the absmax, the grid is symmetric
+    around 0, there is no zero point, the elements are divided by the stored scale, there is no
+    search over several factors, and there are no outliers. Otherwise it may change: the scale of a
+    recipe with a zero point is rounded from a difference, which varies in the last bits; rounding
+    changes a mean; and a scale other than the stored one leaves the largest value off the grid, as
+    does a grid that is not symmetric (dynamic8, or an unsigned format given negative values).
+
+    Raises:
+      ValueError: a name is unknown, or the scaling does not support the format; the message says
+        which.
+
+    Example:
+      >>> from jaxq.recipes import PerBlock, Symmetric
+      >>> recipe = Recipe("int4", PerBlock(128), Symmetric(scale_format="float16"))
+      >>> recipe.bits_per_weight((64, 256))
+      4.125
+      >>> Recipe.from_json(recipe.to_json()) == recipe
+      True
+    """
+
+    format: str | Format
+    granularity: Granularity = PerTensor()
+    scaling: Scaling = Symmetric()
+    outliers: Outliers | None = None
+    rounding: str | Rounding = "nearest_even"
+    gradient: str | Gradient = "straight_through"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.format, BinaryGrid):
+            raise TypeError(f"Recipe: {GRID_REMEDY}")
+        fmt = get_format(self.format)
+        object.__setattr__(self, "format", fmt)
+        get_rounding(self.rounding)
+        get_gradient(self.gradient)
+        for name, kind, examples in (
+            ("granularity", Granularity, "PerTensor() or PerChannel(axes)"),
+            ("scaling", Scaling, "Symmetric() or Affine()"),
+            ("outliers", Outliers | None, "Outliers(0.01), or None"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"Recipe: `{name}` must be a record of jaxq.recipes, such as {examples}, got "
+                    f"{value!r:.80}."
+                )
+        self.scaling.check(fmt)
+
+    def __repr__(self) -> str:
+        return text_of(self)
+
+    @property
+    def element(self) -> Format:
+        """The format of the grid values; symmetric recipes exclude the lowest signed integer."""
+        return self.scaling.element(get_format(self.format))
+
+    @property
+    def scale_format(self) -> Format:
+        """The format of the stored scales."""
+        return get_format(self.scaling.scale_format)
+
+    def along(self, axis: int, ndim: int) -> "Recipe":
+        """Returns the recipe with its granularity read relative to a contracted axis.
+
+        `PerBlock(n)` means blocks along the contraction, `PerBlock((rows, n))` tiles,
+        `PerToken()` one scale per vector along the contraction, and `PerChannel(-1)` one scale per
+        index of the last other axis, as in `jaxq.SingleProduct`.
+
+        Args:
+          axis: the axis of a tensor that products contract: -2 for a kernel `[inputs, outputs]`, -1
+            for a weight `[outputs, inputs]`.
+          ndim: the number of axes of the tensor.
+
+        Returns:
+          A recipe whose granularity refers to the tensor's own axes.
+
+        Raises:
+          ValueError: if the tensor lacks an axis that the granularity needs.
+
+        Example:
+          >>> from jaxq.recipes import PerBlock
+          >>> Recipe("int4", PerBlock(32)).along(-2, 2).granularity.block((64, 8))
+          (32, 1)
+        """
+        with self._named():
+            return dataclasses.replace(self, granularity=self.granularity.along(axis, ndim))
+
+    def cut(self, shape: tuple[int, ...]) -> Cut:
+        """Returns the division of a tensor into blocks.
+
+        Raises:
+          ValueError: if the recipe does not fit the shape, or needs the length of a symbolic axis.
+        """
+        if not any(is_symbolic(n) for n in shape):
+            return Cut(shape, self.granularity.block(shape))
+        with self._named():
+            cut = Cut(shape, self.granularity.block(shape))
+            for name, missing in (
+                ("outliers", self.outliers is not None),
+                ("search", bool(self.scaling.search) and is_symbolic(cut.block[-1])),
+            ):
+                if missing:
+                    raise ValueError(
+                        f"`{name}` needs tensors of a known size, got the symbolic shape {shape}. "
+                        f"Export one function for each size, or leave `{name}` out."
+                    )
+        return cut
+
+    def measure(self, x: jax.Array, cut: Cut) -> Any:
+        """Returns the state of the recipe's calibrator for one split float32 tensor.
+
+        Raises:
+          ValueError: if the state would be too large.
+        """
+        with self._named():
+            return self.scaling.calibrator.measure(x, cut, self.scaling.two_sided)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Prefixes the messages of ValueErrors with the recipe's element format."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"Recipe of {self.element.name}: {error}") from error
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Returns the bytes that `jaxq.quantize` stores for a tensor of a shape, with scales."""
+        size, blocks = math.prod(shape), math.prod(self.cut(shape).counts)
+        row = shape[-1] if shape else 1
+        # Each row of codes is packed separately.
+        total = math.prod(shape[:-1]) * -(-row * self.element.bits // 8)
+        total += self.scaling.nbytes(blocks, self.element)
+        if self.outliers is not None:
+            total += self.outliers.bits(size) // 8
+        return total
+
+    def bits_per_weight(self, shape: tuple[int, ...]) -> float:
+        """Returns `nbytes` of a tensor of a shape, in bits per element."""
+        size = math.prod(shape)
+        return 8 * self.nbytes(shape) / size if size else math.nan
+
+    def to_json(self) -> str:
+        """Returns the recipe as JSON text, from which `from_json` makes an equal recipe.
+
+        Raises:
+          TypeError: the rounding or the gradient is a user-defined function.
+        """
+        return to_json("Recipe.to_json", self, records())
+
+    @staticmethod
+    def from_json(text: str) -> "Recipe":
+        """Returns the recipe that `to_json` wrote.
+
+        Raises:
+          ValueError: the text does not describe a recipe.
+        """
+        return from_json("Recipe.from_json", text, records(), Recipe, "a recipe")
+
+
+def records() -> dict[str, type]:
+    """Returns the frozen records that a recipe may hold, by name."""
+    kinds = [*get_args(Granularity), *get_args(Format), *SCALINGS]
+    kinds += [type(calibrator) for calibrator in CALIBRATORS.values()]
+    kinds += [type(g) for g in ESTIMATORS.values() if dataclasses.is_dataclass(g)]
+    kinds += [Stochastic, HalfUp, Outliers, Recipe]
+    return {kind.__name__: kind for kind in kinds}

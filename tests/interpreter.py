@@ -1,0 +1,199 @@
+"""Runs the programs of other platforms on this machine, by StableHLO's reference interpreter.
+
+JAX lowers a function for any platform on any machine. The interpreter, which is part of jaxlib,
+evaluates the lowered program one operation at a time with IEEE semantics: nothing is fused,
+reordered or rewritten, and subnormals are not flushed. It shares no code with XLA.
+
+Processors are less exact. A program can also be run with *weak* arithmetic, which does to float32
+what some processor does: subnormals count as zero, quotients are off by two ulps, and a maximum or
+minimum of which one operand is NaN is the other operand.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
+from jaxlib.mlir.passmanager import PassManager
+
+__all__ = ["Program"]
+
+# Operations that may count subnormals as zero. Others, such as `select`, `negate` and
+# `bitcast_convert`, only move or change bits.
+_ARITHMETIC = {
+    f"stablehlo.{name}"
+    for name in (
+        *("add", "subtract", "multiply", "divide", "remainder", "dot_general", "sqrt"),
+        *("floor", "ceil", "round_nearest_afz", "round_nearest_even", "convert"),
+        *("clamp", "compare", "maximum", "minimum", "sign"),
+    )
+}
+
+_LEGALIZE = "builtin.module(func.func(chlo-legalize-to-stablehlo))"
+stablehlo.register_stablehlo_passes()
+
+
+class Program:
+    """A function traced for given arguments, to be lowered and run for several platforms.
+
+    Args:
+      function: a function of trees of arrays that returns a tree of arrays.
+      arguments: trees of arrays.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        leaves, tree = jax.tree.flatten(arguments)
+        dtypes = [np.asarray(leaf).dtype for leaf in leaves]
+        self._inputs = [np.asarray(_plain(leaf)) for leaf in leaves]
+
+        def call(*plain: jax.Array) -> Any:
+            given = [_restored(a, dtype) for a, dtype in zip(plain, dtypes, strict=True)]
+            return function(*jax.tree.unflatten(tree, given))
+
+        def flat(*plain: jax.Array) -> list[jax.Array]:
+            return [_plain(leaf) for leaf in jax.tree.leaves(call(*plain))]
+
+        self._result = jax.eval_shape(call, *self._inputs)
+        self._traced = jax.jit(flat).trace(*self._inputs)
+
+        self._modules: dict[str, ir.Module] = {}
+
+    def lowered(self, platform: str) -> ir.Module:
+        """Returns the StableHLO program that is given to XLA on a platform."""
+        if platform not in self._modules:
+            lowered = self._traced.lower(lowering_platforms=(platform,))
+            module = lowered.compiler_ir("stablehlo")
+            with module.context:  # Expands `square`, `top_k` and other composed operations.
+                PassManager.parse(_LEGALIZE).run(module.operation)
+            self._modules[platform] = module
+        return self._modules[platform]
+
+    def text(self, platform: str) -> str:
+        """Returns the program for a platform as text, without source lines."""
+        return str(self.lowered(platform).body)
+
+    def operations(self, platform: str) -> Iterator[Any]:
+        """Yields all operations of the program for a platform, those of nested regions included."""
+        yield from _operations(self.lowered(platform).operation)
+
+    def run(self, platform: str, *, weak: bool = False) -> Any:
+        """Returns the results of the program for a platform, computed by the interpreter.
+
+        Args:
+          platform: the platform for which the program is lowered.
+          weak: True for weak arithmetic, False for that of IEEE 754.
+        """
+        module = self.lowered(platform)
+        with module.context, ir.Location.unknown():
+            if weak:
+                _weaken(self._modules.pop(platform))
+            outputs = stablehlo.eval_module(module, [_attribute(a) for a in self._inputs])
+        leaves, tree = jax.tree.flatten(self._result)
+        results = [_typed(np.array(a), like) for a, like in zip(outputs, leaves, strict=True)]
+        return jax.tree.unflatten(tree, results)
+
+
+def _plain(x: Any) -> Any:
+    """Returns an array of a dtype that NumPy and MLIR share: bfloat16 and booleans as integers."""
+    x = jnp.asarray(x)
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint8)
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _restored(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Returns the array of which `_plain` returned x, while a function is traced."""
+    if dtype == jnp.bool_:
+        return x != np.uint8(0)
+    return lax.bitcast_convert_type(x, dtype) if dtype == jnp.bfloat16 else x
+
+
+def _typed(x: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Returns the array of which `_plain` returned x, as a NumPy array."""
+    return x.view(like.dtype).reshape(like.shape)
+
+
+def _attribute(x: np.ndarray) -> ir.Attribute:
+    """Returns an array as a constant of MLIR."""
+    width = 8 * x.dtype.itemsize
+    if x.dtype.kind == "f":
+        kind = {16: ir.F16Type, 32: ir.F32Type, 64: ir.F64Type}[width].get()
+    elif x.dtype.kind == "u":
+        kind = ir.IntegerType.get_unsigned(width)
+    else:
+        kind = ir.IntegerType.get_signless(width)
+    tensor = ir.RankedTensorType.get(x.shape, kind)
+    return ir.DenseElementsAttr.get(np.ascontiguousarray(x), type=tensor)
+
+
+def _operations(operation: Any) -> Iterator[Any]:
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                yield inner.operation
+                yield from _operations(inner.operation)
+
+
+def _weaken(module: ir.Module) -> None:
+    """Replaces the float32 arithmetic of a program by weak arithmetic."""
+    for operation in list(_operations(module.operation)):
+        if operation.name not in _ARITHMETIC:
+            continue
+        with ir.InsertionPoint(operation):
+            for i, operand in enumerate(operation.operands):
+                if _is_float32(operand):
+                    operation.operands[i] = _flushed(operand)
+        if _is_float32(operation.result):
+            users = list(operation.result.uses)
+            with ir.InsertionPoint.after(operation):
+                result = _flushed(_weakened(operation))
+            for use in users:
+                use.owner.operands[use.operand_number] = result
+
+
+def _weakened(operation: Any) -> ir.Value:
+    """Adds operations that make the result of a division, a maximum or a minimum weak."""
+    result, name = operation.result, operation.name.removeprefix("stablehlo.")
+    if name == "divide":
+        bits = stablehlo.bitcast_convert(_integers(result), result)
+        return stablehlo.bitcast_convert(result.type, stablehlo.add(bits, _constant(result, 2)))
+    if name in ("maximum", "minimum"):
+        a, b = operation.operands
+        for one, other in ((a, b), (b, a)):
+            result = stablehlo.select(_compared("NE", one, one), other, result)
+    return result
+
+
+def _flushed(value: ir.Value) -> ir.Value:
+    """Adds operations that replace subnormals by zeros of the same sign."""
+    bits = stablehlo.bitcast_convert(_integers(value), value)
+    exponent = stablehlo.and_(bits, _constant(value, 255 << 23))
+    zero = stablehlo.and_(bits, _constant(value, -(1 << 31)))
+    bits = stablehlo.select(_compared("EQ", exponent, _constant(value, 0)), zero, bits)
+    return stablehlo.bitcast_convert(value.type, bits)
+
+
+def _compared(direction: str, a: ir.Value, b: ir.Value) -> ir.Value:
+    return stablehlo.compare(a, b, stablehlo.ComparisonDirectionAttr.get(direction))
+
+
+def _constant(like: ir.Value, bits: int) -> ir.Value:
+    """Adds an int32 constant with the shape of a value."""
+    kind = _integers(like)
+    number = ir.IntegerAttr.get(kind.element_type, bits)
+    return stablehlo.constant(ir.DenseElementsAttr.get_splat(kind, number))
+
+
+def _integers(like: ir.Value) -> ir.RankedTensorType:
+    """Returns the type of int32 tensors with the shape of a value."""
+    shape = ir.RankedTensorType(like.type).shape
+    return ir.RankedTensorType.get(shape, ir.IntegerType.get_signless(32))
+
+
+def _is_float32(value: ir.Value) -> bool:
+    kind = value.type
+    return isinstance(kind, ir.RankedTensorType) and isinstance(kind.element_type, ir.F32Type)

@@ -1,0 +1,238 @@
+"""Block types of ggml: bytes against libgguf (tools/golden_gguf.py), values against gguf."""
+
+import functools
+import pathlib
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+from gguf import GGUFWriter, quants
+from gguf.constants import GGMLQuantizationType
+from jax import numpy as jnp
+
+import jaxq
+from jaxq.interop import gguf
+from tests import data
+from tests.oracle import assert_same
+from tools.golden_gguf import tensors
+
+X, IMPORTANCE = tensors()
+GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "gguf.npz")
+# The search of each kind once; the others are slow.
+FEW = ["nvfp4", "tq1_0", "q4_0", "q6_k"]
+
+
+@functools.cache
+def packed(name: str) -> gguf.Packed:
+    return gguf.quantize(X, name)
+
+
+@pytest.mark.parametrize("name", data.each(gguf.TYPES, FEW))
+def test_bytes_equal_libgguf(name: str):
+    np.testing.assert_array_equal(packed(name).data, GOLDEN[name])
+
+
+IMPORTANT = sorted(name.split()[0] for name in GOLDEN if "importance" in name)
+
+
+@pytest.mark.parametrize("name", data.each(IMPORTANT, ["q4_0"]))
+def test_bytes_with_an_importance_matrix_equal_libgguf(name: str):
+    got = gguf.quantize(X, name, importance=IMPORTANCE)
+    np.testing.assert_array_equal(got.data, GOLDEN[f"{name} importance"])
+
+
+@pytest.mark.parametrize("name", data.each(gguf.TYPES, ["q3_k", "q4_k", "tq1_0", "nvfp4"]))
+def test_values_equal_gguf(name: str):
+    """Compares random bytes, too, which hold every code; scales are made finite."""
+    layout = gguf.TYPES[name]
+    rng = np.random.default_rng(0)
+    random = rng.integers(0, 256, (12, layout.size), dtype=np.uint8)
+    fields = dict(layout.read(jnp.asarray(random)))
+    for half in {"d", "m"} & set(fields):
+        fields[half] = jnp.asarray(rng.standard_normal(12), jnp.float32)
+    random = np.asarray(layout.write(fields)).reshape(1, -1)
+    for content in (GOLDEN[name], random):
+        want = quants.dequantize(content, GGMLQuantizationType[name.upper()])
+        assert_same(gguf.dequantize(content, name), want)
+
+
+def test_importance_may_differ_between_experts():
+    x, weights = X.reshape(2, 6, 256), jnp.stack([IMPORTANCE, IMPORTANCE[::-1]])[:, None]
+    got = gguf.quantize(x, "q4_0", importance=weights)
+    want = GOLDEN["q4_0 importance"][:6]
+    np.testing.assert_array_equal(got.data[0], want)
+    assert not np.array_equal(got.data[1], GOLDEN["q4_0 importance"][6:])
+
+
+@pytest.mark.slow
+def test_large_tensors_are_cut_into_chunks():
+    x = np.tile(X, (25, 1))
+    np.testing.assert_array_equal(gguf.quantize(x, "q8_0").data, np.tile(GOLDEN["q8_0"], (25, 1)))
+
+
+def test_stored_equals_simulated_with_a_straight_through_gradient():
+    want = packed("nvfp4").dequantize()
+    y, pull = jax.vjp(lambda x: gguf.fake_quant(x, "nvfp4", axis=0), jnp.asarray(X.T))
+    assert_same(y, want.T)
+    np.testing.assert_array_equal(pull(y)[0], y)
+
+
+def test_packed_is_a_pytree_that_is_saved(tmp_path: pathlib.Path):
+    q = packed("q4_0")
+    assert q.shape == X.shape
+    assert q.nbytes == 12 * 8 * 18
+    jaxq.save(tmp_path / "a.safetensors", q)
+    again = jaxq.load(tmp_path / "a.safetensors")
+    assert (again.type, again.dtype) == ("q4_0", np.float32)
+    np.testing.assert_array_equal(again.data, q.data)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "want"),
+    [
+        ("q4_k", 512, "q4_k"),
+        ("q4_k", 576, "q5_0"),
+        ("q5_k", 640, "q5_1"),
+        ("q6_k", 64, "q8_0"),
+        ("q2_k", 64, "q4_0"),
+        ("iq4_xs", 64, "iq4_nl"),
+        ("q4_0", 48, "f16"),
+    ],
+)
+def test_fallbacks_are_those_of_llama_quantize(name: str, length: int, want: str):
+    assert gguf.fallback(name, length) == want
+
+
+def test_invalid_arguments_raise():
+    with pytest.raises(ValueError, match=r"Did you mean q4_k"):
+        gguf.quantize(X, "q4_k_m")
+    with pytest.raises(ValueError, match=r"blocks of 256 .*fallback"):
+        gguf.quantize(X[:, :64], "q4_k")
+    with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
+        gguf.quantize(X.astype(np.int32), "q4_0")
+    with pytest.raises(ValueError, match="`importance` must have"):
+        gguf.quantize(X, "q4_0", importance=IMPORTANCE[:64])
+    with pytest.raises(ValueError, match="144 bytes, which must divide"):
+        gguf.dequantize(np.zeros(100, np.uint8), "q4_k")
+    with pytest.raises(TypeError, match="must be uint8"):
+        gguf.dequantize(np.zeros(144), "q4_k")
+
+
+def header(*parts: bytes, tensors: int = 0, keys: int = 0, version: int = 3) -> bytes:
+    numbers = version.to_bytes(4, "little"), tensors.to_bytes(8, "little")
+    return b"GGUF" + b"".join(numbers) + keys.to_bytes(8, "little") + b"".join(parts)
+
+
+def text(value: str) -> bytes:
+    return len(value.encode()).to_bytes(8, "little") + value.encode()
+
+
+def key(name: str, kind: int, value: bytes) -> bytes:
+    return text(name) + kind.to_bytes(4, "little") + value
+
+
+def info(name: str = "a", shape: tuple = (32,), kind: int = 0, start: int = 0) -> bytes:
+    dims = b"".join(n.to_bytes(8, "little") for n in reversed(shape))
+    numbers = kind.to_bytes(4, "little") + start.to_bytes(8, "little")
+    return text(name) + len(shape).to_bytes(4, "little") + dims + numbers
+
+
+def words(*values: int) -> bytes:
+    """Returns the item type and the count of an array."""
+    return values[0].to_bytes(4, "little") + values[1].to_bytes(8, "little")
+
+
+HUGE = 2**63 - 1
+HOSTILE = {
+    "short": b"GGUF\x03",
+    "version": header(version=4),
+    "big-endian": header(version=3 << 24),
+    "tensors": header(tensors=HUGE),
+    "keys": header(keys=HUGE),
+    "text": header(HUGE.to_bytes(8, "little"), bytes(99), keys=1),
+    "utf": header(key("a", 8, (1).to_bytes(8, "little") + b"\xff"), keys=1),
+    "kind": header(key("a", 13, bytes(99)), keys=1),
+    "truth": header(key("a", 7, b"\x02"), bytes(9), keys=1),
+    "twice": header(key("a", 0, b"1"), key("a", 0, b"1"), keys=2),
+    "count": header(key("a", 9, words(0, HUGE)), bytes(99), keys=1),
+    "texts": header(key("a", 9, words(8, HUGE)), bytes(99), keys=1),
+    "nested": header(key("a", 9, words(9, 1) * 9 + words(0, 0)), bytes(99), keys=1),
+    "alignment": header(key("general.alignment", 4, bytes(4)), bytes(99), keys=1),
+    "three": header(key("general.alignment", 4, (3).to_bytes(4, "little")), bytes(99), keys=1),
+    "axes": header(info(shape=(1,) * 5), bytes(999), tensors=1),
+    "overflow": header(info(shape=(2**40, 2**40)), bytes(999), tensors=1),
+    "block": header(info(shape=(33,), kind=2), bytes(999), tensors=1),
+    "unknown": header(info(kind=999), bytes(999), tensors=1),
+    "beyond": header(info(shape=(999,)), bytes(999), tensors=1),
+    "offset": header(info(start=8), bytes(999), tensors=1),
+    "names": header(info(), info(start=128), bytes(999), tensors=2),
+    "overlap": header(info(), info("b", start=96), bytes(999), tensors=2),
+    "name": header(info("a" * 65), bytes(999), tensors=1),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_are_refused_before_anything_is_allocated(
+    name: str, tmp_path: pathlib.Path
+):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(HOSTILE[name])
+    tracemalloc.start()
+    with pytest.raises(jaxq.interop.FileError, match="not a valid GGUF"):
+        with jaxq.interop.open_tensors(path):
+            pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**18
+
+
+def written_by_gguf(path: pathlib.Path) -> None:
+    writer = GGUFWriter(path, "llama")
+    writer.add_uint32("count", 3)
+    writer.add_string("text", "h\u00e9")
+    writer.add_array("texts", ["a", "bb", ""])
+    writer.add_array("numbers", [1, 2, 3])
+    writer.add_float32("float", 0.1)
+    writer.add_bool("bool", True)
+    writer.add_tensor("half", X[:, :7].astype(np.float16))
+    for name in ("q4_k", "q8_0", "nvfp4"):
+        writer.add_tensor(name, GOLDEN[name], raw_dtype=GGMLQuantizationType[name.upper()])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_files_of_gguf_are_read_and_written_again_identically(tmp_path: pathlib.Path):
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    written_by_gguf(first)
+    with jaxq.interop.open_tensors(first) as file:
+        entries = {entry.name: entry for entry in file.entries}
+        np.testing.assert_array_equal(file.read(entries["half"]), X[:, :7].astype(np.float16))
+        want = quants.dequantize(GOLDEN["q4_k"], GGMLQuantizationType.Q4_K)
+        np.testing.assert_array_equal(file.read(entries["q4_k"]), want)
+        assert file.metadata["texts"] == ["a", "bb", ""]
+        raw = {name: file.raw(entry) for name, entry in entries.items()}
+        again = [
+            gguf.Tensor(e.name, e.dtype.lower(), e.shape, functools.partial(raw.get, e.name))
+            for e in file.entries
+        ]
+        gguf.write(second, again, file.metadata)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_writing_checks_its_arguments(tmp_path: pathlib.Path):
+    path, good = tmp_path / "a.gguf", gguf.Tensor("a", "f32", (2,), lambda: np.zeros(2, "f4"))
+    for written, metadata, message in [
+        ([good, good], {}, "distinct"),
+        ([good._replace(type="q9")], {}, "has the type 'q9'"),
+        ([good._replace(name="a" * 65)], {}, "does not fit"),
+        ([good._replace(shape=(3,))], {}, "has 8 bytes"),
+        ([good], {"general.alignment": 3}, "power of two"),
+        ([good], {"a": ["b", 1]}, "one type"),
+        ([good], {"a": None}, "numbers, strings"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            gguf.write(path, written, metadata)
+    assert not path.exists()

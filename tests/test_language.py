@@ -1,0 +1,45 @@
+"""The language rules of CONTRIBUTING.md that a program can check."""
+
+import ast
+import pathlib
+import re
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDERS = ("jaxq", "tests", "examples", "benchmarks", "tools", "docs")
+SOURCES = [
+    path
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "_build" not in path.parts
+]
+QUESTION = re.compile(r"(What|Whether|Where|How|Which|That|Who|Whose|When|Why)\b")
+VERB = re.compile(r"[A-Z][a-z]+s\b")
+
+
+def documented(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Yields the nodes that have a docstring, each with the docstring's first line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield node, text.splitlines()[0]
+
+
+def is_property(node: ast.FunctionDef) -> bool:
+    return any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_docstrings_start_with_a_verb_or_a_noun(folder: str):
+    bad = []
+    for path in SOURCES:
+        if path.relative_to(ROOT).parts[0] != folder:
+            continue
+        for node, line in documented(ast.parse(path.read_text())):
+            function = isinstance(node, ast.FunctionDef) and not is_property(node)
+            if QUESTION.match(line) or (function and not VERB.match(line)):
+                bad.append(f"{path.relative_to(ROOT)}: {line}")
+    assert not bad, "\n".join(bad)

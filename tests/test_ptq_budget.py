@@ -1,0 +1,129 @@
+"""Sensitivities of weights to recipes, and the best recipes under a budget."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import jaxq
+from jaxq import ptq
+
+RECIPES = [*map(jaxq.get_recipe, ("int8_channel", "int4_channel", "int2_g64")), None]
+
+
+def random_scores(weights: int, seed: int = 0) -> ptq.Scores:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(weights):
+        size = int(rng.integers(10, 60))
+        for recipe, bits in zip(RECIPES, (8, 4, 2, 32), strict=True):
+            damage = float(rng.random() * 4.0**-bits)
+            rows.append(ptq.Score(f"layers/{i}/w", recipe, bits * size, 2 * damage, damage))
+    return ptq.Scores(tuple(rows))
+
+
+def brute_force(scores: ptq.Scores, nbytes: float, by: str, groups: int = 1) -> float:
+    """Returns the least damage; `groups` weights in a row share a recipe."""
+    least = np.inf
+    per_weight = [scores.of(weight) for weight in scores.weights]
+    blocks = [per_weight[i : i + groups] for i in range(0, len(per_weight), groups)]
+    for choice in itertools.product(range(len(RECIPES)), repeat=len(blocks)):
+        own = [w[k] for block, k in zip(blocks, choice, strict=True) for w in block]
+        if sum(s.nbytes for s in own) <= nbytes:
+            least = min(least, sum(getattr(s, by) for s in own))
+    return least
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("by", ["relative", "loss"])
+def test_choice_equals_brute_force(seed: int, by: str):
+    scores = random_scores(5, seed)
+    damage = np.inf
+    for nbytes in (450, 800, 1500.5, 4000, 1e9):
+        try:
+            best = ptq.budget(scores, nbytes, by=by)
+        except ValueError:
+            assert brute_force(scores, nbytes, by) == np.inf
+            continue
+        assert best.nbytes == sum(s.nbytes for s in best.choices) <= nbytes
+        np.testing.assert_allclose(best.damage, brute_force(scores, nbytes, by), rtol=1e-12)
+        assert best.damage <= damage
+        damage = best.damage
+        assert best.is_exact
+
+
+def test_weights_of_a_group_share_a_recipe():
+    scores = random_scores(6)
+    # Weights 0 and 1, 2 and 3, 4 and 5.
+    best = ptq.budget(scores, 1500, groups=["/[01]/", "/[23]/", "/[45]/"])
+    names = [score.recipe for score in best.choices]
+    assert names[::2] == names[1::2]
+    np.testing.assert_allclose(best.damage, brute_force(scores, 1500, "relative", 2))
+    captured = ptq.budget(scores, 1500, groups=[r"layers/(\d)/w"])
+    assert captured.damage == ptq.budget(scores, 1500).damage
+
+
+def test_front_has_no_dominated_point():
+    best = ptq.budget(random_scores(8), 1e6)
+    nbytes = [row.nbytes for row in best.front.rows]
+    damage = [row.damage for row in best.front.rows]
+    assert nbytes == sorted(set(nbytes))
+    assert damage == sorted(set(damage), reverse=True)
+    assert damage[-1] < 1e-15  # All weights stay floats.
+    assert "nbytes" in str(best.front)
+    assert "damage" in str(best)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: ptq.budget(s, 10), "`nbytes` must be at least 400, which the smallest"),
+        (lambda s: ptq.budget(s, 1e6, groups=["/q$"]), "got '/q\\$', which matches none"),
+        (lambda s: ptq.budget(s, 1e6, by="lost"), "'relative' or 'loss', got 'lost'"),
+        (lambda _: ptq.budget(ptq.Scores(()), 1e6), "at least one weight"),
+    ],
+)
+def test_bad_budgets_are_errors(call, message: str):
+    with pytest.raises(ValueError, match=message):
+        call(random_scores(5))
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_sensitivity_is_the_error_of_the_outputs_and_its_budget_runs():
+    rng = np.random.default_rng(0)
+    params = {
+        "layers": rng.standard_normal((2, 8, 8)).astype(np.float32),
+        "head": rng.standard_normal((8, 8)).astype(np.float32),
+    }
+    batches = [rng.standard_normal((20, 8)).astype(np.float32) for _ in range(2)]
+
+    def model(params, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+        return x @ params["head"]
+
+    scores = ptq.sensitivity(model, [*RECIPES[:2], None])(params, batches)
+    assert [(row.weight, row.name) for row in scores.rows] == [
+        (weight, name)
+        for weight in ("head", "layers")
+        for name in ("int8_channel", "int4_channel", "float")
+    ]
+    for name in ("int8_channel", "int4_channel"):
+        packed = jaxq.quantize_weights(model, name)(params, batches[0])
+        errors = []
+        hidden = np.concatenate(batches)
+        for i in range(2):
+            w = params["layers"][i]
+            error = hidden @ (packed["layers"].dequantize()[i] - w)
+            errors.append((np.sum(error**2), np.sum((hidden @ w) ** 2)))
+            hidden = np.tanh(hidden @ w)
+        (row,) = [row for row in scores.of("layers") if row.name == name]
+        assert row.nbytes == packed["layers"].nbytes
+        np.testing.assert_allclose(row.loss, sum(e for e, _ in errors), rtol=1e-3)
+        np.testing.assert_allclose(row.relative, sum(e / p for e, p in errors), rtol=1e-3)
+    best = ptq.budget(scores, 260)
+    packed = jaxq.quantize_weights(model, best.rules)(params, batches[0])
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(packed)) == best.nbytes <= 260
+    with pytest.raises(ValueError, match="at least one recipe"):
+        ptq.sensitivity(model, [None])

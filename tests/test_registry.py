@@ -1,0 +1,81 @@
+"""Look-ups by name and the suggestions in their errors."""
+
+import pytest
+
+import jaxq
+from jaxq.analysis import distributions
+
+LOOK_UPS = {
+    "format": (jaxq.formats.FORMATS, jaxq.get_format),
+    "rounding": (jaxq.numerics.ROUNDINGS, jaxq.numerics.get_rounding),
+    "estimator": (jaxq.gradients.ESTIMATORS, jaxq.gradients.get_gradient),
+    "calibrator": (jaxq.recipes.CALIBRATORS, jaxq.recipes.get_calibrator),
+    "recipe": (jaxq.recipes.RECIPES, jaxq.get_recipe),
+    "product recipe": (jaxq.products.PRODUCT_RECIPES, jaxq.get_product_recipe),
+    "distribution": (distributions.DISTRIBUTIONS, distributions.get_distribution),
+}
+EACH = pytest.mark.parametrize(("registry", "find"), LOOK_UPS.values(), ids=LOOK_UPS)
+
+
+@EACH
+def test_names_are_found(registry, find):
+    for name, entry in registry.items():
+        assert find(name) == entry
+
+
+@EACH
+def test_misspelled_names_get_a_suggestion(registry, find):
+    for name in registry:
+        with pytest.raises(ValueError, match="Did you mean") as error:
+            find(name[:-1] + "!")
+        assert name in str(error.value) or len(name) < 6, name
+
+
+@EACH
+def test_unknown_names_list_all_names(registry, find):
+    with pytest.raises(ValueError, match="Known: ") as error:
+        find("#")
+    assert all(name in str(error.value) for name in registry)
+
+
+@EACH
+def test_common_spellings_are_suggested_first(registry, find):
+    for spelling, name in registry.synonyms.items():
+        with pytest.raises(ValueError, match=f"Did you mean {name}[,?]"):
+            find(spelling)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [("e4m3", "float8_e4m3fn"), ("fp8", "float8_e4m3fn"), ("bf16", "bfloat16")],
+)
+def test_spellings_of_formats(spelling, name):
+    with pytest.raises(ValueError, match=f"Did you mean {name}[,?]"):
+        jaxq.cast(1.0, spelling)
+
+
+def test_registries_are_read_only():
+    with pytest.raises(TypeError):
+        jaxq.formats.FORMATS["mine"] = jaxq.get_format("int8")
+
+
+def test_names_of_formats_recipes_and_product_recipes_are_disjoint():
+    registries = [LOOK_UPS[kind][0] for kind in ("format", "recipe", "product recipe")]
+    names = [name for registry in registries for name in registry]
+    assert len(names) == len(set(names))
+
+
+def test_format_in_place_of_recipe_raises_with_remedy():
+    for name, fmt in jaxq.formats.FORMATS.items():
+        with pytest.raises(ValueError, match=r"number format.*for one scale per tensor"):
+            jaxq.get_recipe(name)
+        with pytest.raises(TypeError, match=r"number format.*for one scale per tensor"):
+            jaxq.get_recipe(fmt)
+    with pytest.raises(ValueError, match="Use a recipe such as 'int8_tensor'"):
+        jaxq.fake_quant(1.0, "int8")
+
+
+def test_recipe_in_place_of_product_recipe_raises_with_remedy():
+    for name in (*jaxq.recipes.RECIPES, *jaxq.formats.FORMATS):
+        with pytest.raises(ValueError, match=r"not a product recipe.*jaxq.ProductRecipe"):
+            jaxq.get_product_recipe(name)

@@ -1,0 +1,83 @@
+"""The text and HTML that the Python prompt and notebooks show for jaxq's objects."""
+
+import re
+from html.parser import HTMLParser
+
+import jax
+from jax import numpy as jnp
+
+import jaxq
+from jaxq import analysis
+from jaxq.recipes import PerBlock
+
+
+def test_stored_array_names_recipe_shape_and_size():
+    weights = jax.eval_shape(lambda: jnp.zeros((4096, 4096)))
+    half = jaxq.Recipe("int5", PerBlock(128), rounding="nearest_away")
+    shown = {
+        "int4_g128": "int4_g128[4096×4096] 8.5 MiB",
+        "nvfp4": "nvfp4[4096×4096] 9 MiB",
+        half: "int5_g128(rounding='nearest_away')[4096×4096] 10.5 MiB",
+    }
+    for recipe, text in shown.items():
+        assert repr(jax.eval_shape(lambda x, r=recipe: jaxq.quantize(x, r), weights)) == text
+    # The recipe keeps its name on another axis.
+    stored = jax.eval_shape(lambda x: jaxq.quantize(x, "int4_g128", axis=0), weights)
+    assert repr({"w": stored}) == "{'w': int4_g128[4096×4096] 8.5 MiB}"
+
+
+def test_stored_array_without_arrays_has_representation():
+    stored = jaxq.quantize(jnp.ones(4), "int8_tensor")
+    assert "Quantized" in repr(jax.tree.map(lambda _: "axis", stored))
+    assert repr(stored) == "int8_tensor[4] 8 B"
+
+
+class Cells(HTMLParser):
+    """The text of all cells of an HTML table, and the elements that were not closed."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.rows, self.open = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, _attrs):
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1].append(data)
+
+
+def test_notebooks_show_tables_as_html():
+    params = {"<w>": jnp.ones((8, 8))}
+    tables = [
+        jaxq.explain(lambda p, x: x @ p["<w>"], "w8a8")(params, params["<w>"]),
+        jaxq.tree_report(params),
+    ]
+    for table in tables:
+        cells = Cells(table._repr_html_())
+        assert not cells.open
+        assert len(cells.rows) == len(table.rows) + 1
+        assert cells.rows[1][0] == "<w>"  # Escaped, and therefore intact.
+        assert repr(table) == str(table)
+
+
+def test_explain_shows_granularity():
+    table = jaxq.explain(lambda p, x: x @ p, "w8a8")(jnp.ones((8, 8)), jnp.ones((2, 8)))
+    assert table.rows[0].recipe == "int8_token int8_channel"
+
+
+def test_large_figures_are_rounded():
+    table = analysis.memory_table(params=7e9, recipes=["int4_g128"])
+    assert table.rows[0].model == "7 × 10⁹"
+    html = jaxq.formats_table(["bfloat16"])._repr_html_()
+    assert re.findall(r">(\d[^<]*× 10[^<]*)<", html) == [
+        "3.39 × 10³⁸",
+        "1.175 × 10⁻³⁸",
+        "9.184 × 10⁻⁴¹",
+    ]

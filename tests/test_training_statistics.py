@@ -1,0 +1,228 @@
+"""Logs of statistics, their pictures, the ranking of products, and statistics of steps."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+from jax import numpy as jnp
+from matplotlib.text import Text
+
+import jaxq
+from jaxq import cli
+from jaxq.analysis import (
+    Monitoring,
+    StatisticsLog,
+    blame,
+    gradient_errors,
+    monitor,
+    plots,
+    read_log,
+    update_statistics,
+)
+from tests.oracle import assert_same
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def layers(params, x):
+    x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["hidden"])[0]
+    return ((x @ params["out"]) ** 2).sum()
+
+
+PARAMS = {"hidden": normal(0, 2, 8, 8), "out": normal(1, 8, 8)}
+X = normal(2, 4, 8)
+REQUEST = Monitoring(tensors=("lhs", "cotangent"), statistics=("amax", "nonfinite", "exponents"))
+
+
+@functools.cache
+def recorded():
+    """Returns a function from an input to the gradient with respect to the state."""
+    state = monitor(layers, [], REQUEST)(PARAMS, X)
+    return jax.jit(jax.grad(lambda s, x: jaxq.quantize_fn(layers, s)(PARAMS, x))), state
+
+
+def seen(x):
+    run, state = recorded()
+    return run(state, x)
+
+
+def test_log_loads_as_arrays_by_step_and_layer(tmp_path: pathlib.Path):
+    log = StatisticsLog(tmp_path / "run.log")
+    sizes = (1, 3, 2)
+    for step, size in zip((0, 20, 10), sizes, strict=True):
+        log.append(step, seen(X * size))
+    found = read_log(log.path)
+    assert found.steps.tolist() == [0, 10, 20]
+    assert found.values["hidden/lhs/amax"].shape == (3, 2)
+    want = np.abs(np.asarray(X)).max() * np.float32([1, 2, 3])
+    np.testing.assert_array_equal(found.values["hidden/lhs/amax"][:, 0], want)
+    flat = seen(X).flat()
+    assert flat["hidden/1/lhs/amax"] == found.values["hidden/lhs/amax"][0, 1]
+    assert flat["out/cotangent/amax"] == found.values["out/cotangent/amax"][0]
+
+
+def test_log_survives_a_crash_and_a_resumed_run(tmp_path: pathlib.Path):
+    path = tmp_path / "run.log"
+    StatisticsLog(path).append(0, seen(X))
+    StatisticsLog(path).append(1, seen(X))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    assert read_log(path).steps.tolist() == [0]
+    resumed = StatisticsLog(path)
+    resumed.append(1, seen(2 * X))
+    resumed.append(1, seen(3 * X))
+    found = read_log(path)
+    assert found.steps.tolist() == [0, 1]
+    assert found.values["hidden/lhs/amax"][1, 0] == 3 * found.values["hidden/lhs/amax"][0, 0]
+
+
+def test_log_of_another_model_or_version_is_refused(tmp_path: pathlib.Path):
+    path = tmp_path / "run.log"
+    StatisticsLog(path).append(0, seen(X))
+    other = monitor(layers, [], Monitoring(products="out"))(PARAMS, X)
+    with pytest.raises(ValueError, match="another model or request"):
+        StatisticsLog(path).append(1, other.at(0))
+    lines = path.read_text().splitlines()
+    path.write_text(json.dumps({**json.loads(lines[0]), "version": 9}) + "\n")
+    with pytest.raises(ValueError, match="has version 9"):
+        read_log(path)
+    path.write_text("not a log\n")
+    with pytest.raises(ValueError, match="is no log"):
+        StatisticsLog(path).append(1, seen(X))
+
+
+def logged(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Returns a log in which an input of the first layer has a NaN at step 3."""
+    log = StatisticsLog(tmp_path / "run.log")
+    for step in range(5):
+        log.append(step, seen(X.at[0, 0].set(jnp.nan) if step == 3 else X * (step + 1)))
+    return log.path
+
+
+def texts(figure) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(Text))
+
+
+def test_pictures_show_tensors_steps_and_the_range_of_a_format(tmp_path: pathlib.Path):
+    log = read_log(logged(tmp_path))
+    shown = texts(plots.statistics_map(log, "nonfinite"))
+    assert "hidden/lhs [1]" in shown
+    assert "out/cotangent" in shown
+    lines = plots.statistic_by_step(log, ["hidden/lhs/amax", "out/lhs/amax"])
+    assert len(lines.axes[0].lines) == 3
+    assert "float8_e4m3fn normal" in texts(
+        plots.exponents_by_step(log, "hidden/lhs", "float8_e4m3fn")
+    )
+    with pytest.raises(ValueError, match="has no 'sqnr_db'"):
+        plots.statistics_map(log, "sqnr_db")
+    with pytest.raises(ValueError, match="has no 'hidden/lhs/rms'"):
+        plots.statistic_by_step(log, ["hidden/lhs/rms"])
+
+
+def test_report_names_the_tensor_and_step_of_a_nan(tmp_path: pathlib.Path, capsys):
+    path, page = logged(tmp_path), tmp_path / "page.html"
+    assert cli.main(["report", str(path), "-o", str(page), "--worst", "9"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    first = next(line for line in lines if line[:1] == ["nonfinite"])
+    assert {"3"} < {*first}
+    assert any("hidden/lhs" in word for line in lines for word in line)
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 5, "one map, and the exponents of four tensors"
+    assert "hidden/lhs [0]" in text
+    assert cli.main(["report", str(tmp_path / "missing.log")]) == 2
+
+
+def test_blame_ranks_the_product_with_the_largest_error():
+    rules = {"hidden": "int8_tensor", "out": "int4_tensor"}
+    rows = {row.product: row for row in blame(layers, rules)(PARAMS, X).rows}
+    assert list(rows)[:2] == ["all", "out"]
+    assert set(rows) == {"all", "hidden/0", "hidden/1", "out"}
+
+    def gradient(weights):
+        return jax.value_and_grad(layers)({**PARAMS, **weights}, X)
+
+    hidden = PARAMS["hidden"]
+    broken = hidden.at[1].set(jaxq.fake_quant(hidden[1], "int8_tensor"))
+    (exact, want), (value, got) = jax.jit(gradient)({}), jax.jit(gradient)({"hidden": broken})
+    np.testing.assert_allclose(rows["hidden/1"].loss_alone, value - exact, rtol=1e-4, atol=1e-4)
+    leaves = (map(np.asarray, jax.tree.leaves(tree)) for tree in (got, want))
+    pairs = list(zip(*leaves, strict=True))
+    error = sum(np.sum((a - b) ** 2, dtype=np.float64) for a, b in pairs)
+    norm = sum(np.sum(b**2, dtype=np.float64) for _, b in pairs)
+    np.testing.assert_allclose(rows["hidden/1"].gradient_alone, np.sqrt(error / norm), rtol=0.01)
+    assert rows["all"].gradient_without == 0
+    assert rows["out"].gradient_without < rows["out"].gradient_alone
+
+
+def test_all_switches_off_give_the_float_function():
+    """Checks products under custom derivatives, look-ups and outputs, too."""
+
+    @jax.custom_jvp
+    def inner(x, w):
+        return x @ w
+
+    inner.defjvp(lambda p, t: (inner(*p), t[0] @ p[1] + p[0] @ t[1]))
+
+    def model(params, ids):
+        x = jnp.tanh(inner(params["table"][ids], params["custom"]) @ params["out"])
+        steps = lambda state: (state[0] + 1, jnp.tanh(state[1] @ params["loop"]))
+        return lax.while_loop(lambda state: state[0] < 2, steps, (0, x))[1]
+
+    names = ("table", "custom", "out", "loop")
+    params = {name: normal(i, 8, 8) for i, name in enumerate(names)}
+    rules = [jaxq.Rule("out", "w8a8", output="int4_tensor"), ("", "w4a16")]
+    ids = jnp.array([3, 1])
+    state = jaxq.models.switched("test", model, rules, 0)(params, ids)
+    assert len(state.names) == 4
+    run = jax.jit(lambda on: jaxq.quantize_fn(model, state.turned(on))(params, ids))
+    assert_same(run(jnp.zeros(4)), jax.jit(model)(params, ids))
+    assert_same(run(jnp.ones(4)), jax.jit(jaxq.quantize_fn(model, rules))(params, ids))
+    for i in range(4):
+        assert (np.asarray(run(jnp.eye(4)[i])) != np.asarray(run(jnp.zeros(4)))).any()
+    with pytest.raises(ValueError, match="one number per name, 4"):
+        state.turned(jnp.ones(3))
+
+
+def test_blame_needs_a_quantized_product():
+    with pytest.raises(ValueError, match="must give some product a recipe"):
+        blame(layers, [])(PARAMS, X)
+
+
+def test_gradient_errors_match_numpy():
+    f = normal(0, 6, 5)
+    samples = f[None] + normal(1, 7, 6, 5) * np.float32(0.1) + np.float32(0.02)
+    got = gradient_errors({"w": samples * 1e-30}, {"w": f * 1e-30}, sampled=True)["w"]
+    g, f = np.asarray(samples, np.float64), np.asarray(f, np.float64)
+    m, size = g.mean(0), np.linalg.norm(f)
+    want = (
+        (m * f).sum() / np.linalg.norm(m) / size,
+        np.linalg.norm(m) / size,
+        np.linalg.norm(m - f) / size,
+        np.sqrt(((g - m) ** 2).sum() / 7) / size,
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    with pytest.raises(ValueError, match="must have the shape"):
+        gradient_errors({"w": jnp.ones(3)}, {"w": jnp.ones(2)})
+
+
+def test_swamped_bfloat16_updates_are_found():
+    params = {"small": jnp.full(8, 1e-3, jnp.bfloat16), "large": jnp.ones(8, jnp.bfloat16)}
+    updates = jax.tree.map(lambda p: jnp.full_like(p, 1e-3).at[0].set(0), params)
+    found = update_statistics(updates, params)
+    assert float(found["large"].swamped) == 1
+    assert float(found["small"].swamped) == 0
+    np.testing.assert_allclose(found["large"].ratio, 1e-3 * np.sqrt(7 / 8), rtol=1e-2)
+
+
+def test_empty_log_has_no_steps(tmp_path: pathlib.Path):
+    log = StatisticsLog(tmp_path / "run.log")
+    log.append(0, seen(X))
+    lines = log.path.read_text().splitlines()
+    log.path.write_text(lines[0] + "\n")
+    assert read_log(log.path).steps.size == 0

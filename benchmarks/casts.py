@@ -1,4 +1,4 @@
-"""How long a cast takes, beside a plain pass over the same array and beside other libraries.
+"""Measures the speed of casts against a plain pass and against other libraries.
 
 python benchmarks/casts.py [--rounds N] [--shapes RxC ...] [--output PAGE]
 """
@@ -16,9 +16,9 @@ E4M3 = "float8_e4m3fn"
 
 
 def ours(x: jax.Array) -> Cases:
-    """The cases of jaxq, and of what JAX and NumPy themselves offer."""
+    """Returns the cases of jaxq, JAX and NumPy."""
     cases: Cases = {}
-    for name, fmt in jaxq.catalog.ALL.items():
+    for name, fmt in jaxq.formats.FORMATS.items():
         if fmt.bits <= 8 or name in ("float16", "bfloat16", "tf32"):
             cast = compiled(lambda x, name=name: jaxq.cast(x, name), x)
             cases["jaxq.cast, nearest even", name] = cast
@@ -34,14 +34,14 @@ def ours(x: jax.Array) -> Cases:
         run = compiled(lambda x, k, m=mode: jaxq.cast(x, E4M3, rounding=m, key=k), x, key)
         draw = compiled(lambda k, d=dtype: jax.random.bits(k, x.shape, d), key)
         cases[f"jaxq.cast to {E4M3}", f"stochastic, {bits} bits"] = run
-        cases[f"jaxq.cast to {E4M3}", f"only drawing the {bits} bits"] = draw
+        cases[f"jaxq.cast to {E4M3}", f"drawing the {bits} random bits alone"] = draw
 
     def value_and_pullback(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, pull_back = jax.vjp(lambda x: jaxq.cast(x, E4M3), x)
         return y, pull_back(cotangent)[0]
 
     run = compiled(value_and_pullback, x, x + 1)
-    cases[f"jaxq.cast to {E4M3}", "nearest even, and pulling a cotangent back"] = run
+    cases[f"jaxq.cast to {E4M3}", "nearest even, with its gradient"] = run
     for name in (E4M3, "float4_e2m1fn", "int8", "nf4"):
         codes = jaxq.encode(x, name)
         encode = compiled(lambda x, n=name: jaxq.encode(x, n), x)
@@ -53,55 +53,55 @@ def ours(x: jax.Array) -> Cases:
 
 
 def jax_peers(x: jax.Array) -> Cases:
-    """What JAX itself offers."""
+    """Returns the cases of JAX."""
 
-    def naive(x: jax.Array) -> jax.Array:
-        """A search among NF4's midpoints, and a look-up."""
+    def by_search(x: jax.Array) -> jax.Array:
+        """Rounds to NF4 by a search among the midpoints of its values."""
         levels = jnp.asarray(np.sort(jaxq.get_format("nf4").values), jnp.float32)
         return levels[jnp.searchsorted((levels[1:] + levels[:-1]) / 2, x)]
 
     return {
-        ("astype and back", E4M3): compiled(
+        ("astype, round trip", E4M3): compiled(
             lambda x: x.astype(jnp.float8_e4m3fn).astype(jnp.float32), x
         ),
-        ("astype and back", "bfloat16"): compiled(
+        ("astype, round trip", "bfloat16"): compiled(
             lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), x
         ),
-        ("jnp.searchsorted", "nf4"): compiled(naive, x),
+        ("jnp.searchsorted", "nf4"): compiled(by_search, x),
     }
 
 
 def numpy_peers(x: jax.Array) -> Cases:
-    """ml_dtypes in NumPy, one thread."""
+    """Returns the cases of ml_dtypes in NumPy, which uses one thread."""
     array = np.asarray(x)
 
-    def there_and_back() -> np.ndarray:
+    def round_trip() -> np.ndarray:
         with np.errstate(over="ignore"):
             return array.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
-    return {("ml_dtypes in NumPy", E4M3): there_and_back}
+    return {("ml_dtypes in NumPy, round trip", E4M3): round_trip}
 
 
 def gfloat_peers(x: jax.Array) -> Cases:
-    """The same cast by gfloat on JAX arrays, jitted."""
+    """Returns the cases of gfloat on JAX arrays, jitted."""
     from gfloat import round_ndarray
     from gfloat.formats import format_info_ocp_e4m3
 
     def function(x: jax.Array) -> jax.Array:
-        # NumPy's by its annotation, but any array that NumPy's functions take will do.
+        # The annotation asks for a NumPy array, but the function also accepts JAX arrays.
         return round_ndarray(format_info_ocp_e4m3, x)  # type: ignore[arg-type]
 
     return {("gfloat, jitted", E4M3): compiled(function, x)}
 
 
 def torch_peers(x: jax.Array) -> Cases:
-    """PyTorch's casts, its own threads."""
+    """Returns the cases of PyTorch with its default number of threads."""
     import torch
 
     array = torch.from_numpy(np.array(x))
     return {
-        ("PyTorch, there and back", E4M3): lambda: array.to(torch.float8_e4m3fn).to(torch.float32),
-        ("PyTorch, there and back", "bfloat16"): lambda: array.to(torch.bfloat16).to(torch.float32),
+        ("PyTorch, round trip", E4M3): lambda: array.to(torch.float8_e4m3fn).to(torch.float32),
+        ("PyTorch, round trip", "bfloat16"): lambda: array.to(torch.bfloat16).to(torch.float32),
         ("PyTorch, fake_quantize_per_tensor", "int8"): lambda: (
             torch.fake_quantize_per_tensor_affine(array, 0.02, 0, -128, 127)
         ),
@@ -109,7 +109,7 @@ def torch_peers(x: jax.Array) -> Cases:
 
 
 def pychop_peers(x: jax.Array) -> Cases:
-    """The same widths by pychop on its JAX backend, as it jits itself."""
+    """Returns the cases of pychop on its JAX backend, which jits by itself."""
     import pychop
 
     pychop.backend("jax")
@@ -120,8 +120,8 @@ def pychop_peers(x: jax.Array) -> Cases:
 if __name__ == "__main__":
     main(
         "Speed of casts",
-        "what a whole pass costs",
-        "docs/benchmarks.md",
+        "the time of one pass over an array",
+        "out/benchmarks.md",
         ours,
         (gfloat_peers, torch_peers, pychop_peers),
     )

@@ -1,8 +1,8 @@
-"""How long a quantized product takes with its two gradients, beside float32's, and to compile.
+"""Measures the time to run and to compile quantized products with their gradients.
 
-Every case runs once a round, round after round, so that a busy machine slows all alike; a case's
-time is its fastest round. The figure is its ratio to the same product of JAX in float32. Compile
-times, traces included, are the fastest of a few, of a product alone and of a training step.
+Each round runs every case once, so that a busy machine slows all cases alike, and the time of a
+case is that of its fastest round. Times are reported as ratios to the same product in float32. The
+time to trace and compile is measured for a product alone and for a training step.
 
     python benchmarks/dots.py [--rounds N] [--size N] [--output PAGE]
 """
@@ -25,18 +25,18 @@ import jaxq
 
 MATMUL = (((1,), (0,)), ((), ()))
 FLOAT32 = "float32"
-NAMES = (FLOAT32, *jaxq.dot_recipes.ALL)
+NAMES = (FLOAT32, *jaxq.products.PRODUCT_RECIPES)
 
 
 def product(name: str, key: jax.Array) -> Callable:
-    """A product, float32's for that name, as a function of two matrices."""
-    recipe = None if name == FLOAT32 else jaxq.get_dot_recipe(name)
+    """Returns the matrix product with a product recipe, or in float32 for that name."""
+    recipe = None if name == FLOAT32 else jaxq.get_product_recipe(name)
     drawn = key if recipe is not None and recipe.draws else None
     return lambda x, w: jaxq.dot_general(x, w, MATMUL, recipe=recipe, key=drawn)
 
 
 def value_and_gradients(name: str) -> Callable:
-    """The product and both its gradients for a cotangent."""
+    """Returns a function that computes a product and pulls a cotangent back to both operands."""
 
     def run(x: jax.Array, w: jax.Array, g: jax.Array, key: jax.Array) -> tuple:
         y, pull = jax.vjp(product(name, key), x, w)
@@ -46,7 +46,7 @@ def value_and_gradients(name: str) -> Callable:
 
 
 def training_step(name: str) -> Callable:
-    """A step of Adam on four residual blocks, each of two products and a normalization."""
+    """Returns an Adam step on residual blocks, each with two products and a normalization."""
 
     def loss(params: Any, x: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:
         dot = product(name, key)
@@ -68,7 +68,7 @@ def training_step(name: str) -> Callable:
 
 
 def run_times(size: int, rounds: int) -> dict[str, float]:
-    """Seconds of the fastest round of every recipe."""
+    """Returns the seconds of the fastest round of every recipe."""
     x, w, g = jax.random.normal(jax.random.key(0), (3, size, size))
     key = jax.random.key(1)
     cases = {name: compiled(value_and_gradients(name), x, w, g, key) for name in NAMES}
@@ -84,7 +84,7 @@ def run_times(size: int, rounds: int) -> dict[str, float]:
 
 
 def compile_times(make: Callable, arguments: tuple, repeats: int, what: str) -> dict[str, float]:
-    """Seconds to trace and compile, the fastest of some, caches cleared before each."""
+    """Returns the seconds to trace and compile, the fastest of several runs without caches."""
     best = dict.fromkeys(NAMES, np.inf)
     for _ in track(range(repeats), description=f"compiling {what}"):
         for name in NAMES:
@@ -96,7 +96,7 @@ def compile_times(make: Callable, arguments: tuple, repeats: int, what: str) -> 
 
 
 def page(size: int, columns: dict[str, dict[str, float]]) -> str:
-    """The ratios as a page of the documentation."""
+    """Returns the documentation page with the table of ratios."""
     bases = ", ".join(f"{what} {1e3 * t[FLOAT32]:.0f} ms" for what, t in columns.items())
     rows = [
         f"| {name} | " + " | ".join(f"{t[name] / t[FLOAT32]:.2f}" for t in columns.values()) + " |"
@@ -104,10 +104,11 @@ def page(size: int, columns: dict[str, dict[str, float]]) -> str:
     ]
     return f"""# Speed of quantized products
 
-`make bench` writes this page: what `jaxq.dot_general` costs with a recipe, as its
-ratio to the same in float32 in the same run. *Run* is a product of {size}³ with both its gradients,
-the fastest of many interleaved rounds. *Compile* is tracing and compiling, of that product alone
-and of a training step with eight products, four normalizations and Adam.
+`make bench` writes this page: the time of `jaxq.dot_general` with a recipe, as a ratio to the time
+of the same product in float32 in the same run. *Run* is a product of two square matrices of size
+{size} with both gradients, the fastest of many interleaved rounds. *Compile* is tracing and
+compiling, for that product alone and for a training step with eight products, four normalizations
+and Adam.
 
 In float32: {bases}.
 
@@ -121,12 +122,12 @@ Made with Python {platform.python_version()}, jax {jax.__version__}, on \
 
 
 def main() -> None:
-    """Measures and writes the page."""
+    """Runs the benchmark and writes the page."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
-    output = pathlib.Path("docs/benchmarks-dots.md")
+    output = pathlib.Path("out/benchmarks-dots.md")
     parser.add_argument("--output", type=pathlib.Path, default=output)
     arguments = parser.parse_args()
     n = arguments.size
@@ -142,6 +143,7 @@ def main() -> None:
         "compile, a step": compile_times(training_step, step, arguments.repeats, "a step"),
     }
     text = page(n, columns)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text)
     print(text)
 

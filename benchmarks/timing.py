@@ -1,8 +1,8 @@
-"""What the benchmarks share: timing in interleaved rounds, beside a plain pass, and the page.
+"""Shared code of the benchmarks: timing in interleaved rounds, and the page of results.
 
-Every case runs once a round, round after round, so that a busy machine slows all alike; a case's
-time is its fastest round. The figure is its ratio to `x * 1.0001`, jitted, over the same float32
-array, timed in the same rounds. Peers that are not installed are left out.
+Each round runs every case once, so that a busy machine slows all cases alike, and the time of a
+case is that of its fastest round. Times are reported as ratios to `x * 1.0001`, jitted, on the same
+float32 array in the same rounds. Libraries that are not installed are left out.
 """
 
 import argparse
@@ -17,19 +17,21 @@ import jax
 import numpy as np
 from rich.progress import track
 
-Cases = dict[tuple[str, str], Callable[[], object]]  # (group, label): one whole run.
+Cases = dict[
+    tuple[str, str], Callable[[], object]
+]  # From (operation, case) to a function that runs the case.
 
 BASE = ("plain pass", "x * 1.0001")
 
 
 def compiled(function: Callable, *arguments: object) -> Callable[[], object]:
-    """A run of a jitted function, until its result is there."""
+    """Returns a function that runs a jitted function and waits for its result."""
     jitted = jax.jit(function)
     return lambda: jax.block_until_ready(jitted(*arguments))
 
 
 def collect(x: jax.Array, ours: Callable, peers: Sequence[Callable]) -> Cases:
-    """All cases that can run here; a peer that is not installed is named."""
+    """Returns all cases, and prints which libraries are not installed."""
     cases: Cases = {BASE: compiled(lambda x: x * 1.0001, x)} | ours(x)
     for find in peers:
         try:
@@ -39,14 +41,14 @@ def collect(x: jax.Array, ours: Callable, peers: Sequence[Callable]) -> Cases:
                 for run in found.values():
                     run()
         except ImportError as error:
-            print(f"Left out, not installed: {error.name}")
+            print(f"Skipped, because it is not installed: {error.name}")
         else:
             cases |= found
     return cases
 
 
 def measure(cases: Cases, rounds: int, label: str) -> dict[tuple[str, str], float]:
-    """Seconds of the fastest round."""
+    """Returns the seconds of the fastest round of each case."""
     best = dict.fromkeys(cases, np.inf)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -54,7 +56,7 @@ def measure(cases: Cases, rounds: int, label: str) -> dict[tuple[str, str], floa
             run()  # Compiles.
         for _ in track(range(rounds), description=label):
             for i, case in enumerate(cases):
-                # The plain pass again and again: it shall not only come after the heaviest case.
+                # The plain pass is repeated, because its time depends on the case before it.
                 for timed in (BASE, case) if i % 8 == 0 else (case,):
                     start = time.perf_counter()
                     cases[timed]()
@@ -63,12 +65,12 @@ def measure(cases: Cases, rounds: int, label: str) -> dict[tuple[str, str], floa
 
 
 def page(title: str, what: str, columns: dict[str, dict[tuple[str, str], float]]) -> str:
-    """The ratios as a page of the documentation."""
+    """Returns the documentation page with the table of ratios."""
     rows = []
     for case in next(iter(columns.values())):
-        group, label = case
+        operation, label = case
         ratios = " | ".join(f"{times[case] / times[BASE]:.2f}" for times in columns.values())
-        rows.append(f"| {group} | {label} | {ratios} |")
+        rows.append(f"| {operation} | {label} | {ratios} |")
     sizes = {name: 8 * np.prod([int(n) for n in name.split("x")]) for name in columns}
     bases = ", ".join(
         f"{name}: {1e3 * times[BASE]:.2f} ms, {1e-9 * sizes[name] / times[BASE]:.0f} GB/s"
@@ -80,14 +82,15 @@ def page(title: str, what: str, columns: dict[str, dict[tuple[str, str], float]]
     )
     return f"""# {title}
 
-`make bench` writes this page: {what}, as its ratio to `x * 1.0001` over the same float32 array of
-normal random numbers, both jitted, in the same run. The fastest of many interleaved rounds counts.
+`make bench` writes this page: {what}, as a ratio to the time of
+`x * 1.0001` on the same float32 array of normal random numbers, both jitted, in the same run. Each
+time is that of the fastest of many interleaved rounds.
 
-The plain pass, reads and writes together: {bases}.
+Time and bandwidth (reads and writes) of the plain pass: {bases}.
 
 Made with {versions}.
 
-| what | which | {" | ".join(columns)} |
+| operation | case | {" | ".join(columns)} |
 |---|---|{"---:|" * len(columns)}
 {chr(10).join(rows)}
 """
@@ -100,14 +103,14 @@ def main(
     ours: Callable[[jax.Array], Cases],
     peers: Sequence[Callable],
 ) -> None:
-    """Measures and writes the page; the command line of a benchmark.
+    """Runs a benchmark from its command line and writes the page.
 
     Args:
-      title: of the page.
-      what: is measured, in words.
-      output: the page's file, where the command line names no other.
-      ours: gives the cases to run over an array.
-      peers: functions like it that import another library.
+      title: the title of the page.
+      what: the measured quantity in words, for the page and the help text.
+      output: the default path of the page.
+      ours: a function from a float32 array to the cases of jaxq.
+      peers: functions from a float32 array to the cases of another library, which they import.
     """
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--rounds", type=int, default=40)
@@ -121,5 +124,6 @@ def main(
         rounds = max(5, arguments.rounds * 1024 * 4096 // x.size)
         columns[shape] = measure(collect(x, ours, peers), rounds, shape)
     text = page(title, what, columns)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text)
     print(text)

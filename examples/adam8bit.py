@@ -1,10 +1,16 @@
-"""Does Adam need 32 bits of memory a moment? Handwritten digits with its state in 8-bit blocks.
+"""Trains handwritten digits with Adam whose state is stored in 8-bit blocks.
 
-One network is trained from the same weights on the same batches by float32 Adam, by Adam with both
-moments in 8-bit dynamic codes (`jaxq.optim.quantize_state` as it is), with the second moment so and
-the first in linear int8 ("mixed"), and with both moments linear. Loss curves, and the bytes that
-the state takes. Linear codes suit the first moment; of the second, which spans many decades, they
-make zeros, by which Adam then divides.
+One network is trained from the same weights on the same batches with four kinds of Adam state:
+
+- float32;
+- both moments in 8-bit dynamic codes, the default of `jaxq.optim.quantize_state`;
+- "mixed": the first moment in linear int8, the second in dynamic codes;
+- "linear": both moments in linear codes.
+
+The example shows the loss curves and the bytes of the state. Linear codes suit the first moment. By
+default `quantize_state` stores the square root of the second moment and rounds no positive value to
+0. The linear codes here store the second moment itself. Its values span many decades, so small ones
+become 0, and Adam divides by them.
 
     python examples/adam8bit.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
 """
@@ -18,7 +24,7 @@ import common
 import jax
 import numpy as np
 import optax
-from common import BLUE, GREEN, GREY, ORANGE, Params, plt, spread
+from common import BLUE, GREEN, GREY, ORANGE, Params, format_percent, plt
 from jax import numpy as jnp
 
 import jaxq
@@ -27,10 +33,10 @@ from jaxq.optim import quantize_state
 SIZES = (64, 256, 256, 10)
 RATE = 1e-3
 BLOCKS = jaxq.PerBlock(256)
-INT8, UINT8 = jaxq.Quantizer("int8", BLOCKS), jaxq.Quantizer("uint8", BLOCKS)
-UDYNAMIC8 = jaxq.Quantizer("udynamic8", BLOCKS)
+INT8, UINT8 = jaxq.Recipe("int8", BLOCKS), jaxq.Recipe("uint8", BLOCKS)
+UDYNAMIC8 = jaxq.Recipe("udynamic8", BLOCKS)
 ADAM = optax.adam(RATE)
-# label: (optimizer, colour, line). `mu` and `nu` are what optax calls Adam's moments.
+# label: (optimizer, color, line style). In optax `mu` and `nu` are Adam's first and second moment.
 OPTIMIZERS: dict[str, tuple[optax.GradientTransformation, str, Any]] = {
     "float32": (ADAM, GREY, "-"),
     "8-bit dynamic": (quantize_state(ADAM), BLUE, (0, (5, 2))),
@@ -39,7 +45,11 @@ OPTIMIZERS: dict[str, tuple[optax.GradientTransformation, str, Any]] = {
         GREEN,
         (0, (1, 1.5)),
     ),
-    "8-bit linear": (quantize_state(ADAM, [("/mu/", INT8), ("/nu/", UINT8)]), ORANGE, "-"),
+    "8-bit linear": (
+        quantize_state(ADAM, [("/mu/", INT8), ("/nu/", UINT8)], second_moments=None),
+        ORANGE,
+        "-",
+    ),
 }
 
 SHORT = ("float32", "8-bit dynamic", "8-bit linear")
@@ -47,7 +57,14 @@ SHORT = ("float32", "8-bit dynamic", "8-bit linear")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How one optimizer fared: a loss for each seed and epoch, test accuracies, bytes of state."""
+    """The results of one optimizer.
+
+    Attributes:
+      label: the optimizer, a key of `OPTIMIZERS`.
+      losses: the mean training loss, `[seeds, epochs]`.
+      accuracy: the test accuracy, a fraction, `[seeds]`.
+      bytes: the bytes of each part of the state.
+    """
 
     label: str
     losses: np.ndarray
@@ -56,14 +73,14 @@ class Result:
 
     @property
     def total(self) -> int:
-        """Bytes of state."""
+        """The bytes of the whole state."""
         return sum(self.bytes.values())
 
 
 def train(
     params: Params, key: jax.Array, tx: optax.GradientTransformation, data: tuple, epochs: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss of each epoch and test accuracy of one seed."""
+    """Trains one seed and returns the loss of each epoch and the test accuracy."""
     x, y, x_test, y_test = data
 
     def loss(params: Params, rows: jax.Array) -> jax.Array:
@@ -78,12 +95,15 @@ def train(
 
     state = (params, tx.init(params))
     (params, _), losses = common.over_batches(step, state, key, len(x), epochs)
-    right = common.logits(params, x_test).argmax(-1) == y_test
-    return losses.mean(-1), right.astype(jnp.float32).mean()
+    correct = common.logits(params, x_test).argmax(-1) == y_test
+    return losses.mean(-1), correct.astype(jnp.float32).mean()
 
 
-def bytes_of_state(tx: optax.GradientTransformation) -> dict[str, int]:
-    """Bytes of each moment where it is quantized (or large enough to be), and of all the rest."""
+def state_bytes(tx: optax.GradientTransformation) -> dict[str, int]:
+    """Returns the bytes of the large arrays of each moment, and of all small arrays together.
+
+    Small arrays have fewer than 4,096 elements; `quantize_state` leaves them in float32.
+    """
     state = jax.eval_shape(lambda key: tx.init(common.init(key, SIZES)), jax.random.key(0))
     parts = {"first moment": 0, "second moment": 0, "small arrays": 0}
     for row in jaxq.tree_report(state).rows[:-1]:
@@ -96,25 +116,27 @@ def bytes_of_state(tx: optax.GradientTransformation) -> dict[str, int]:
 def run(
     labels: Sequence[str], seeds: int, epochs: int, report: Callable[[str], None]
 ) -> list[Result]:
-    """Trains with every optimizer, all seeds in one compiled program."""
+    """Trains with every optimizer, with all seeds of one optimizer in one compiled program."""
     data = common.load()
     keys = jax.random.split(jax.random.key(0), seeds)
     start = common.networks(keys, SIZES)
     results = []
     for label in labels:
         tx = OPTIMIZERS[label][0]
-        study = jax.jit(jax.vmap(lambda params, key, tx=tx: train(params, key, tx, data, epochs)))
-        losses, accuracy = map(np.asarray, study(start, keys))
-        results.append(Result(label, losses, accuracy, bytes_of_state(tx)))
+        train_all = jax.jit(
+            jax.vmap(lambda params, key, tx=tx: train(params, key, tx, data, epochs))
+        )
+        losses, accuracy = map(np.asarray, train_all(start, keys))
+        results.append(Result(label, losses, accuracy, state_bytes(tx)))
         report(label)
     return results
 
 
 def table(results: Sequence[Result]) -> common.Table:
-    """The results, one optimizer a row."""
+    """Returns the table of results, one row per optimizer."""
     grid = common.Table(title="Adam's state on handwritten digits: mean ± std over seeds")
     grid.add_column("state", no_wrap=True)
-    for head in ("bytes", "a weight", "last loss", "accuracy, %"):
+    for head in ("bytes", "bytes per\nweight", "last loss", "accuracy, %"):
         grid.add_column(head, justify="right", no_wrap=True)
     weights = sum(n * m + m for n, m in itertools.pairwise(SIZES))
     for r in results:
@@ -124,53 +146,53 @@ def table(results: Sequence[Result]) -> common.Table:
             f"{r.total:,}",
             f"{r.total / weights:.2f}",
             f"{last.mean():.4f} ± {last.std():.4f}" if last.mean() < 10 else f"{last.mean():.0e}",
-            spread(r.accuracy),
+            format_percent(r.accuracy),
         )
     return grid
 
 
 def picture(results: Sequence[Result]) -> common.Figure:
-    """Left the training loss over epochs, right the bytes of state."""
+    """Draws the training loss over epochs on the left and the bytes of the state on the right."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1.25, 1)
     )
     top = 3.0
     for r in results:
-        _, colour, line = OPTIMIZERS[r.label]
+        _, color, line = OPTIMIZERS[r.label]
         epochs = np.arange(1, r.losses.shape[1] + 1)
         with np.errstate(invalid="ignore"):
-            lost = not np.nanmean(r.losses[:, -1]) < top
-        if lost:  # It leaves the picture within the first epoch.
+            diverged = not np.nanmean(r.losses[:, -1]) < top
+        if diverged:
             first = r.losses[:, 0].mean()
             left.annotate(
-                f"{r.label} leaves the picture:\na loss of {first:.0e} in the first epoch",
+                f"{r.label} diverges:\na loss of {first:.0e} in the first epoch",
                 xy=(epochs[0], top),
                 xytext=(epochs[0] + 0.15 * epochs[-1], 1.6),
-                color=colour,
-                arrowprops={"arrowstyle": "->", "color": colour, "relpos": (0, 0.5)},
+                color=color,
+                arrowprops={"arrowstyle": "->", "color": color, "relpos": (0, 0.5)},
                 va="center",
             )
             continue
         left.fill_between(
-            epochs, r.losses.min(0), r.losses.max(0), color=colour, alpha=0.15, linewidth=0
+            epochs, r.losses.min(0), r.losses.max(0), color=color, alpha=0.15, linewidth=0
         )
         width = 4 if line == "-" else 2
         left.plot(
-            epochs, r.losses.mean(0), color=colour, linestyle=line, linewidth=width, label=r.label
+            epochs, r.losses.mean(0), color=color, linestyle=line, linewidth=width, label=r.label
         )
     left.set_yscale("log")
     left.set_ylim(top=top)
     left.set_xlim(left=0.5)
     left.xaxis.get_major_locator().set_params(integer=True)
     left.set_xlabel("epoch")
-    left.set_title(f"Training loss (bands: all {len(results[0].losses)} seeds)", loc="left")
+    left.set_title(f"Training loss (bands: range of {len(results[0].losses)} seeds)", loc="left")
     left.legend(loc="lower left", frameon=False)
 
     rows = list(reversed(results))
     heights, start = np.arange(len(rows)), np.zeros(len(rows))
-    for part, colour in zip(rows[0].bytes, (BLUE, "#56B4E9", "#BBBBBB"), strict=True):
+    for part, color in zip(rows[0].bytes, (BLUE, "#56B4E9", "#BBBBBB"), strict=True):
         sizes = np.array([r.bytes[part] for r in rows]) / 1000
-        right.barh(heights, sizes, left=start, height=0.55, color=colour, label=part)
+        right.barh(heights, sizes, left=start, height=0.55, color=color, label=part)
         start = start + sizes
     base = results[0].total
     for height, r in zip(heights, rows, strict=True):

@@ -1,10 +1,11 @@
-"""Can weights live in bfloat16 without a float32 copy? Handwritten digits at a small learning rate.
+"""Trains bfloat16 weights without a float32 copy, with updates rounded in two ways.
 
-The same network learns with float32 weights, with bfloat16 weights whose updates are rounded to
-nearest, and with bfloat16 weights whose updates are rounded stochastically. Adam, its state and the
-products are float32 in all three, so only how a weight is held differs. Rounding to nearest stalls:
-an update below half the spacing at a weight changes nothing, however often it comes. Stochastic
-rounding changes as few weights in a step, but these by enough that all of the movement happens.
+The same network learns handwritten digits at a small learning rate with float32 weights, with
+bfloat16 weights whose updates are rounded to nearest, and with bfloat16 weights whose updates are
+rounded stochastically. Adam, its state and the products are float32 in all three, so only the dtype
+of the weights differs. With rounding to nearest, an update below half the spacing of bfloat16 at a
+weight never changes the weight, and training stalls. Stochastic rounding changes as few weights per
+step, but by a whole spacing, so that the weights move as far as the updates ask on average.
 
     python examples/bfloat16_updates.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
 """
@@ -17,14 +18,14 @@ import common
 import jax
 import numpy as np
 import optax
-from common import BLUE, GREY, ORANGE, Params, plt, spread
+from common import BLUE, GREY, ORANGE, Params, format_percent, plt
 from jax import numpy as jnp
 
 from jaxq.optim import apply_updates
 
 SIZES = (64, 48, 32, 10)
 RATE = 1e-4
-# label: (dtype of the weights, rounding, colour, line)
+# label: (dtype of the weights, rounding of the updates, color, line style)
 WEIGHTS: dict[str, tuple[str, str, str, Any]] = {
     "float32": ("float32", "nearest_even", GREY, "-"),
     "bfloat16 to nearest": ("bfloat16", "nearest_even", ORANGE, "-"),
@@ -34,37 +35,43 @@ WEIGHTS: dict[str, tuple[str, str, str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How one kind of weights fared: one number for each seed and epoch, and test accuracies.
+    """The results of one kind of weights.
 
     Attributes:
-      label: the kind.
-      losses: mean training loss.
-      still: share of the updates other than 0 that left their weight as it was.
-      moved: the movement that happened along the updates, as a share of what they asked for.
-      accuracy: one for each seed.
+      label: the kind of weights, a key of `WEIGHTS`.
+      losses: the mean training loss, `[seeds, epochs]`.
+      idle: the share of nonzero updates that did not change their weight, `[seeds, epochs]`.
+      applied: the change of the weights, projected on the updates, as a share of the updates,
+        `[seeds, epochs]`.
+      accuracy: the test accuracy, a fraction, `[seeds]`.
     """
 
     label: str
     losses: np.ndarray
-    still: np.ndarray
-    moved: np.ndarray
+    idle: np.ndarray
+    applied: np.ndarray
     accuracy: np.ndarray
 
 
 def as_dtype(params: Params, dtype: str) -> Params:
-    """Parameters in a dtype."""
+    """Returns the parameters in a dtype."""
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
 def flat(params: Any) -> jax.Array:
-    """All parameters as one float32 vector."""
+    """Returns all parameters as one float32 vector."""
     return jnp.concatenate([p.astype(jnp.float32).ravel() for p in jax.tree.leaves(params)])
 
 
 def train(
     params: Params, key: jax.Array, dtype: str, rounding: str, data: tuple, epochs: int
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Loss, share of idle updates and of movement for each epoch, and the test accuracy."""
+    """Trains one seed.
+
+    Returns:
+      The loss, the share of idle updates and the applied share of each epoch, and the test
+      accuracy.
+    """
     x, y, x_test, y_test = data
     optimizer = optax.adam(RATE)
 
@@ -74,25 +81,25 @@ def train(
 
     def step(state: Any, rows: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
         params, moments, key = state
-        key, now = jax.random.split(key)
+        key, rounding_key = jax.random.split(key)
         value, gradients = jax.value_and_grad(loss)(as_dtype(params, "float32"), rows)
         updates, moments = optimizer.update(gradients, moments)
-        draw = now if rounding == "stochastic" else None
+        draw = rounding_key if rounding == "stochastic" else None
         new = apply_updates(params, updates, rounding=rounding, key=draw)
-        change, asked = flat(new) - flat(params), flat(updates)
-        still = ((change == 0) & (asked != 0)).sum() / (asked != 0).sum()
-        moved = jnp.vdot(change, asked) / jnp.vdot(asked, asked)
-        return (new, moments, key), (value, still, moved)
+        change, requested = flat(new) - flat(params), flat(updates)
+        idle = ((change == 0) & (requested != 0)).sum() / (requested != 0).sum()
+        applied = jnp.vdot(change, requested) / jnp.vdot(requested, requested)
+        return (new, moments, key), (value, idle, applied)
 
     params = as_dtype(params, dtype)
     state = (params, optimizer.init(as_dtype(params, "float32")), key)
     (params, *_), measured = common.over_batches(step, state, key, len(x), epochs)
-    right = common.logits(as_dtype(params, "float32"), x_test).argmax(-1) == y_test
-    return tuple(m.mean(-1) for m in measured), right.astype(jnp.float32).mean()
+    correct = common.logits(as_dtype(params, "float32"), x_test).argmax(-1) == y_test
+    return tuple(m.mean(-1) for m in measured), correct.astype(jnp.float32).mean()
 
 
 def run(seeds: int, epochs: int, report: Callable[[str], None]) -> list[Result]:
-    """Trains with every kind of weights, all seeds in one compiled program."""
+    """Trains every kind of weights, with all seeds of one kind in one compiled program."""
     data = common.load()
     keys = jax.random.split(jax.random.key(0), seeds)
     start = common.networks(keys, SIZES)
@@ -101,21 +108,25 @@ def run(seeds: int, epochs: int, report: Callable[[str], None]) -> list[Result]:
 
         @jax.jit
         @jax.vmap
-        def study(params, key, dtype=dtype, rounding=rounding):
+        def train_all(params, key, dtype=dtype, rounding=rounding):
             return train(params, key, dtype, rounding, data, epochs)
 
-        measured, accuracy = study(start, keys)
-        losses, still, moved = map(np.asarray, measured)
-        results.append(Result(label, losses, still, moved, np.asarray(accuracy)))
+        measured, accuracy = train_all(start, keys)
+        losses, idle, applied = map(np.asarray, measured)
+        results.append(Result(label, losses, idle, applied, np.asarray(accuracy)))
         report(label)
     return results
 
 
 def table(results: Sequence[Result]) -> common.Table:
-    """The results, one kind of weights a row."""
-    grid = common.Table(title=f"Adam at a rate of {RATE:g}: mean ± std over seeds, shares in %")
+    """Returns the table of results, one row per kind of weights."""
+    grid = common.Table(
+        title=f"Adam at a rate of {RATE:g}: mean ± std over seeds, shares in %",
+        caption="bytes: per weight; idle: nonzero updates that change no weight;\n"
+        "applied: change of the weights as a share of the updates",
+    )
     grid.add_column("weights", no_wrap=True)
-    for head in ("bytes", "last loss", "idle", "moved", "accuracy"):
+    for head in ("bytes", "last loss", "idle", "applied", "accuracy"):
         grid.add_column(head, justify="right", no_wrap=True)
     for r in results:
         last = r.losses[:, -1]
@@ -123,32 +134,32 @@ def table(results: Sequence[Result]) -> common.Table:
             r.label,
             str(jnp.dtype(WEIGHTS[r.label][0]).itemsize),
             f"{last.mean():.3f} ± {last.std():.3f}",
-            f"{100 * r.still.mean():.1f}",
-            f"{100 * r.moved.mean():.1f}",
-            spread(r.accuracy),
+            f"{100 * r.idle.mean():.1f}",
+            f"{100 * r.applied.mean():.1f}",
+            format_percent(r.accuracy),
         )
     return grid
 
 
 def picture(results: Sequence[Result]) -> common.Figure:
-    """Loss, idle updates and movement over epochs."""
+    """Draws the loss, the idle updates and the applied share of the updates over epochs."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     epochs = np.arange(1, results[0].losses.shape[1] + 1)
-    shown = (
+    contents = (
         ("Training loss", "losses", 1.0),
-        ("Updates that changed nothing, %", "still", 100.0),
-        ("Movement that happened, % of what was asked", "moved", 100.0),
+        ("Nonzero updates that change no weight, %", "idle", 100.0),
+        ("Applied share of the updates, %", "applied", 100.0),
     )
-    for axes, (title, name, scale) in zip(panels, shown, strict=True):
+    for axes, (title, name, scale) in zip(panels, contents, strict=True):
         for r in results:
-            *_, colour, line = WEIGHTS[r.label]
+            *_, color, line = WEIGHTS[r.label]
             values = scale * getattr(r, name)
             width = 4 if r.label == "float32" else 2
             axes.plot(
-                epochs, values.mean(0), color=colour, linestyle=line, linewidth=width, label=r.label
+                epochs, values.mean(0), color=color, linestyle=line, linewidth=width, label=r.label
             )
             axes.fill_between(
-                epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
+                epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0
             )
         axes.set_title(title, loc="left", fontsize=10.5)
         axes.set_xlabel("epoch")
@@ -160,8 +171,8 @@ def picture(results: Sequence[Result]) -> common.Figure:
     panels[2].set_ylim(top=115)
     panels[0].legend(loc="lower left", frameon=False)
     figure.suptitle(
-        f"Handwritten digits, Adam at a rate of {RATE:g} (bands: all {len(results[0].losses)} "
-        "seeds)",
+        f"Handwritten digits, Adam at a rate of {RATE:g} (bands: range of "
+        f"{len(results[0].losses)} seeds)",
         x=0.01,
         ha="left",
     )

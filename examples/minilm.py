@@ -1,13 +1,14 @@
-"""What does every recipe do to a real model? The sentence encoder all-MiniLM-L6-v2 in all presets.
+"""Quantizes the sentence encoder all-MiniLM-L6-v2 with every named recipe.
 
-Sixty-odd sentences of Python's documentation are embedded in float32 and then, for every recipe in
-`jaxq.presets.ALL`, with all weights of the model stored in it (the kernels of the encoder and the
-embeddings), and with the activations that meet those kernels quantized as well. The model
-(`encoder.py`) is plain JAX and knows nothing of it. Nothing is trained or calibrated.
+More than sixty sentences of Python's documentation are embedded in float32 and, for every recipe in
+`jaxq.recipes.RECIPES`, in two quantized models: one stores all weights (the kernels of the encoder
+and the embeddings) with the recipe; the other also quantizes the activations that are multiplied by
+those kernels. The model (`encoder.py`) is plain JAX without any code for quantization. There is no
+training and no calibration.
 
-Shown are the mean cosine of the embeddings to those of float32, how far the similarities of all
-pairs keep their order (Spearman's rank correlation), and the bytes of the weights. First the model
-is checked against published similarities.
+The table shows the mean cosine between the embeddings and those of float32, Spearman's rank
+correlation between the similarities of all pairs and those of float32, and the bytes of the
+weights. Before that, the float32 model is compared with published similarities.
 
     python examples/minilm.py [--short] [--output PICTURE]
 """
@@ -28,7 +29,7 @@ from scipy import stats
 import jaxq
 
 SHORT = ("int8_channel", "int4_g32", "int2_g64", "fp8_e4m3_tile128")
-PARTS = {  # A field of `Result`: what the picture calls it, and how it shows it.
+PARTS = {  # Label, color and marker in the picture, by field of `Result`.
     "weights": ("weights", BLUE, "D"),
     "activations": ("weights and activations", ORANGE, "o"),
 }
@@ -36,7 +37,12 @@ PARTS = {  # A field of `Result`: what the picture calls it, and how it shows it
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How near to float32 embeddings are: mean cosine, and Spearman's correlation of pairs."""
+    """The similarity to the float32 embeddings.
+
+    Attributes:
+      cosine: the mean cosine between embeddings.
+      rank: Spearman's correlation between the similarities of all pairs.
+    """
 
     cosine: float = np.nan
     rank: float = np.nan
@@ -44,7 +50,16 @@ class Quality:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one recipe does to the model, or why it cannot be."""
+    """The results of one recipe.
+
+    Attributes:
+      name: the recipe.
+      bits: the storage bits per quantized weight, including scales.
+      megabytes: the size of the quantized weights.
+      weights: the quality with quantized weights.
+      activations: the quality with quantized weights and activations.
+      reason: the error if the recipe does not fit the model, else empty.
+    """
 
     name: str
     bits: float = np.nan
@@ -54,15 +69,18 @@ class Result:
     reason: str = ""
 
 
-def of_activations(recipe: jaxq.Quantizer) -> jaxq.Quantizer:
-    """A weights' recipe for activations: one scale a token where weights have one a channel."""
+def activation_recipe(recipe: jaxq.Recipe) -> jaxq.Recipe:
+    """Returns the recipe of the activations for one of the weights.
+
+    It has one scale per token if the weights have one per channel.
+    """
     if isinstance(recipe.granularity, jaxq.PerChannel):
         return dataclasses.replace(recipe, granularity=jaxq.PerToken())
     return recipe
 
 
 def check(params: Any) -> float:
-    """The largest difference to the published similarities, which have four decimals."""
+    """Returns the largest difference from the published similarities, which have four decimals."""
     texts = list(dict.fromkeys(text for *pair, _ in encoder.PUBLISHED for text in pair))
     embeddings = np.asarray(jax.jit(encoder.encode)(params, *encoder.tokenize(texts)))
     own = dict(zip(texts, embeddings, strict=True))
@@ -70,17 +88,17 @@ def check(params: Any) -> float:
 
 
 def similarities(embeddings: np.ndarray) -> np.ndarray:
-    """The cosines of all pairs."""
+    """Returns the cosines of all pairs of embeddings."""
     return (embeddings @ embeddings.T)[np.triu_indices(len(embeddings), 1)]
 
 
 def study(name: str, params: Any, base: np.ndarray, tokens: jax.Array, mask: jax.Array) -> Result:
-    """Embeds with one recipe, weights alone and with activations."""
-    recipe = jaxq.presets.ALL[name]
+    """Embeds with one recipe, with quantized weights alone and also with quantized activations."""
+    recipe = jaxq.recipes.RECIPES[name]
     weights = [("", recipe)]
     both = [
         ("^embeddings/", recipe),
-        ("^layers/", jaxq.DotRecipe(of_activations(recipe), recipe)),
+        ("^layers/", jaxq.ProductRecipe(activation_recipe(recipe), recipe)),
     ]
 
     def quality(rules: Sequence[Any]) -> Quality:
@@ -92,7 +110,7 @@ def study(name: str, params: Any, base: np.ndarray, tokens: jax.Array, mask: jax
     try:
         packed = jaxq.quantize_weights(encoder.encode, weights)(params, tokens, mask)
         qualities = quality(weights), quality(both)
-    except ValueError as error:  # A recipe whose blocks do not fit.
+    except ValueError as error:  # The block size of the recipe does not divide an axis.
         return Result(name, reason=re.sub(r" \(\S+ \(\w+\)\)", "", str(error)))
     rows = [row for row in jaxq.tree_report(packed).rows if row.format not in ("-", "")]
     size = sum(row.bytes_after for row in rows)
@@ -103,7 +121,7 @@ def study(name: str, params: Any, base: np.ndarray, tokens: jax.Array, mask: jax
 def run(
     names: Sequence[str], count: int, params: Any, report: Callable[[str], None]
 ) -> list[Result]:
-    """Every recipe on the first sentences."""
+    """Runs every recipe on the first `count` sentences."""
     tokens, mask = encoder.tokenize(encoder.sentences()[:count])
     base = np.asarray(jax.jit(encoder.encode)(params, tokens, mask))
     results = []
@@ -114,8 +132,8 @@ def run(
 
 
 def table(results: Sequence[Result]) -> common.Table:
-    """The results by bits, one recipe a row."""
-    grid = common.Table(title="all-MiniLM-L6-v2 beside float32: cosine, and rank of similarities")
+    """Returns the table of results, one row per recipe, sorted by bits."""
+    grid = common.Table(title="all-MiniLM-L6-v2 compared with float32: cosine and rank correlation")
     grid.add_column("recipe", no_wrap=True)
     heads = ("bits", "MB", "weights: cosine", "rank", "with activations: cosine", "rank")
     for head in heads:
@@ -131,56 +149,61 @@ def table(results: Sequence[Result]) -> common.Table:
 
 
 def picture(results: Sequence[Result]) -> common.Figure:
-    """Left a dumbbell a recipe, right what is the best for its bits."""
+    """Draws the cosines of every recipe on the left and those over bits per weight on the right."""
     by_bits = sorted((r for r in results if not r.reason), key=lambda r: (r.bits, r.weights.cosine))
     rows = [*(r for r in results if r.reason), *by_bits]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(13, 0.21 * len(rows) + 1.8), layout="constrained"
     )
-    for part, (label, colour, marker) in PARTS.items():
+    for part, (label, color, marker) in PARTS.items():
         errors = {r.name: 1 - getattr(r, part).cosine for r in by_bits}
         for height, r in enumerate(rows):
             if r.name in errors:
-                left.plot(errors[r.name], height, marker, color=colour, markersize=5)
+                left.plot(errors[r.name], height, marker, color=color, markersize=5)
         points = sorted((r.bits, errors[r.name], r.name) for r in by_bits)
-        # Better by more than a hundredth than all that take fewer bits.
-        front = [p for i, p in enumerate(points) if all(p[1] < 0.99 * q[1] for q in points[:i])]
+        # Points whose error is at least 1 % smaller than that of all points with fewer bits.
+        frontier = [p for i, p in enumerate(points) if all(p[1] < 0.99 * q[1] for q in points[:i])]
         right.plot(
             *zip(*((bits, error) for bits, error, _ in points), strict=True),
             marker,
-            color=colour,
+            color=color,
             markersize=5,
             label=label,
         )
-        bits, best, _ = zip(*front, strict=True)
-        right.step((*bits, 10), (*best, best[-1]), where="post", color=colour, alpha=0.4)
+        bits, best, _ = zip(*frontier, strict=True)
+        right.step((*bits, 10), (*best, best[-1]), where="post", color=color, alpha=0.4)
         if part == "weights":
-            for place in front:
+            for point in frontier:
                 right.annotate(
-                    place[2], place[:2], (-6, 2), textcoords="offset points", ha="right", fontsize=8
+                    point[2], point[:2], (-6, 2), textcoords="offset points", ha="right", fontsize=8
                 )
-    beside = left.get_yaxis_transform()  # x in shares of the axes' width, y a row.
+    margin = left.get_yaxis_transform()  # x in fractions of the axes' width, y in data units.
     for height, r in enumerate(rows):
         if r.reason:
             left.text(
-                0.02, height, "its blocks do not fit", transform=beside, va="center", color=GREY
+                0.02,
+                height,
+                "its block size does not divide an axis",
+                transform=margin,
+                va="center",
+                color=GREY,
             )
             continue
         ends = [1 - r.weights.cosine, 1 - r.activations.cosine]
         left.plot(ends, [height] * 2, color="#dddddd", linewidth=5, zorder=1)
-        left.text(1.08, height, f"{r.bits:.2f}", transform=beside, va="center", ha="right")
-    left.text(1.08, len(rows), "bits", transform=beside, ha="right", color=GREY)
+        left.text(1.08, height, f"{r.bits:.2f}", transform=margin, va="center", ha="right")
+    left.text(1.08, len(rows), "bits", transform=margin, ha="right", color=GREY)
     left.set_yticks(range(len(rows)), [r.name for r in rows], fontsize=8)
     left.set_ylim(-0.7, len(rows) - 0.3)
     left.tick_params(left=False)
     right.set_xscale("log", base=2)
     right.set_xticks([1, 2, 3, 4, 5, 6, 8], ["1", "2", "3", "4", "5", "6", "8"])
     right.set_xlim(0.8, 10)
-    right.set_xlabel("bits a weight, scales included")
-    right.set_title("The best for its bits", loc="left")
+    right.set_xlabel("bits per weight, including scales")
+    right.set_title("Cosine by bits, best recipes connected", loc="left")
     right.legend(loc="upper left", frameon=False)
     left.set_xlabel("mean cosine to the float32 embeddings")
-    left.set_title("all-MiniLM-L6-v2 in every preset", loc="left")
+    left.set_title("all-MiniLM-L6-v2 with every named recipe", loc="left")
     left.set_xscale("log")
     right.set_yscale("log")
     ticks = [1e-4, 1e-3, 1e-2, 1e-1, 1]
@@ -197,18 +220,20 @@ def picture(results: Sequence[Result]) -> common.Figure:
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
     args = common.arguments(__doc__, argv, "minilm.png")
-    names = SHORT if args.short else tuple(jaxq.presets.ALL)
+    names = SHORT if args.short else tuple(jaxq.recipes.RECIPES)
     params = encoder.load()
 
     console = common.Console()
-    off = check(params)
-    console.print(f"Published similarities, which have four decimals, are met within {off:.6f}.")
+    difference = check(params)
+    console.print(
+        f"Largest difference from the published similarities (four decimals): {difference:.6f}."
+    )
     with common.progress(len(names), "embedding") as report:
         results = run(names, 8 if args.short else 100, params, report)
     common.show(table(results), picture(results), args.output)
     for r in results:
         if r.reason:
-            console.print(f"{r.name} cannot be: {r.reason}", highlight=False)
+            console.print(f"{r.name} does not fit the model: {r.reason}", highlight=False)
     return results
 
 

@@ -1,9 +1,9 @@
-"""Writes the output of every command in docs/cli.md behind it.
+"""Updates the output of the commands in docs/cli.md.
 
     python tools/cli_document.py --checkpoint model.safetensors
 
-Without a checkpoint the commands that need one keep the output that they have, and the picture
-stays as it is. `tests/test_cli.py` uses `blocks` and `output_of` to compare the page with a run.
+Without a checkpoint, the outputs of commands that read or write a file, and the picture, are not
+changed. `tests/test_cli.py` uses `blocks` and `output_of` to compare the page with a run.
 """
 
 import argparse
@@ -15,21 +15,22 @@ import re
 import shlex
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "cli.md"
-_BLOCK = re.compile(r"^```console\n\$ jaxq (.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+# A long command goes on after a backslash at the end of a line.
+_BLOCK = re.compile(r"^```console\n\$ jaxq ((?:.*\\\n)*.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """The arguments of every command on a page, and the output that stands behind it."""
-    return [(match[1], match[2]) for match in _BLOCK.finditer(text)]
+    """Returns the arguments and the printed output of every command on a page."""
+    return [(match[1].replace("\\\n", ""), match[2]) for match in _BLOCK.finditer(text)]
 
 
 def needs_a_file(arguments: str) -> bool:
-    """Whether a command reads or writes a file."""
+    """Returns whether a command reads or writes a file."""
     return "safetensors" in arguments or " -o " in arguments
 
 
 def output_of(arguments: str) -> str:
-    """What a command prints."""
+    """Runs a command and returns the text that it prints."""
     from jaxq.cli import main
 
     printed = io.StringIO()
@@ -39,14 +40,16 @@ def output_of(arguments: str) -> str:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint", type=pathlib.Path)
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument(
+        "--checkpoint", type=pathlib.Path, help="the file to use as model.safetensors"
+    )
     checkpoint = parser.parse_args().checkpoint
     text = PAGE.read_text()
     if checkpoint is not None:
         checkpoint = checkpoint.resolve()
 
-    def written(match: re.Match[str]) -> str:
+    def updated(match: re.Match[str]) -> str:
         arguments, out = match[1], match[2]
         if not needs_a_file(arguments):
             out = output_of(arguments)
@@ -54,8 +57,8 @@ def _main() -> None:
             out = output_of(arguments.replace("model.safetensors", shlex.quote(str(checkpoint))))
         return f"```console\n$ jaxq {arguments}\n{out}```"
 
-    os.chdir(PAGE.parent / "images")  # Where its picture goes.
-    PAGE.write_text(_BLOCK.sub(written, text))
+    os.chdir(PAGE.parent / "images")  # The page's commands write the picture here.
+    PAGE.write_text(_BLOCK.sub(updated, text))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Draws the gallery: every picture of docs/pictures.md, by the code that stands above it.
+"""Draws the pictures of docs/pictures.md with the code above each of them.
 
     python tools/pictures.py [NAME ...]
 
-Blocks in ```py are run here only, those in ```python by the tests as well.
+Blocks marked ```py run only here; blocks marked ```python also run in the tests.
 """
 
 import io
@@ -19,17 +19,22 @@ _BLOCK = re.compile(r"^```(?:python|py)\n(.*?)^```\n(?:\n!\[[^\]]*\]\((.*?)\))?"
 
 
 def save(figure: Any, path: pathlib.Path) -> None:
-    """Writes a PNG of at most 255 colours, a third of the bytes of one with all."""
+    """Writes an SVG, or a PNG of at most 255 colors, a third of the bytes of a full-color PNG."""
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".svg":
+        drawn = figure._repr_svg_()
+        if drawn is None:
+            raise ValueError(f"{path.name} would have too many marks; name it .png in the page.")
+        path.write_text(drawn)
+        return
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     image = Image.open(file).convert("RGB")
-    path.parent.mkdir(exist_ok=True)
-    small = image.quantize(255, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+    image.quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main(names: Sequence[str]) -> None:
-    """Runs the page's blocks in order and saves the figure of each that a picture follows."""
+    """Runs the page's code blocks in order and saves the figure of each block before a picture."""
     namespace: dict[str, Any] = {}
     for code, picture in _BLOCK.findall(PAGE.read_text()):
         path = PAGE.parent / picture

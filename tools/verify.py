@@ -1,12 +1,13 @@
-"""The long check: all 2^32 float32 inputs, jaxq's codes and values against those of others.
+"""Compares jaxq's codes and values with independent references on all 2^32 float32 inputs.
 
-- Rounding to nearest even, for every float type of ml_dtypes: against its own conversion.
-- The other deterministic modes, for three formats: against an oracle of integer thresholds, made
-  with exact fractions from ml_dtypes' table of the format's values.
+- Rounding to nearest even, for every float type of ml_dtypes: the reference is the conversion of
+  ml_dtypes.
+- The other deterministic modes, for three formats: the reference is a table of integer thresholds,
+  computed with exact fractions from the values that ml_dtypes gives for the format's codes.
 
-It works in chunks and in several processes, keeps what is done in a folder and goes on from there
-when started again, unless the programs that jaxq lowers to have changed; at the end it writes the
-table.
+The inputs are checked in chunks by several processes. Finished chunks are stored in a folder, and a
+run that is started again continues from there unless the lowered programs of jaxq have changed. At
+the end the tool writes a page with the table of results.
 
     python tools/verify.py [--only FORMAT ...] [--workers N] [--state FOLDER] [--output FILE]
 """
@@ -42,11 +43,11 @@ from rich.progress import (
 import jaxq
 
 ROOT = pathlib.Path(__file__).parent.parent
-CHUNK = 2**21  # Small enough for a cache.
+CHUNK = 2**21  # Inputs per chunk; small enough for the processor's cache.
 CHUNKS = 2**32 // CHUNK
 FLOATS = [
     name
-    for name, fmt in jaxq.catalog.ALL.items()
+    for name, fmt in jaxq.formats.FORMATS.items()
     if isinstance(fmt, jaxq.FloatFormat) and fmt.dtype is not None and fmt.bits <= 16
 ]
 MODES = ("nearest_away", "toward_zero", "up", "down", "to_odd")
@@ -58,51 +59,61 @@ MODE_FORMATS = (
 JOBS = [(name, "nearest_even") for name in FLOATS]
 JOBS += [(name, mode) for name in MODE_FORMATS for mode in MODES]
 
-Reference = Callable[[int], np.ndarray]  # The codes of a chunk, by its number.
+Reference = Callable[[int], np.ndarray]  # From the index of a chunk to the expected codes.
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The type of ml_dtypes or NumPy, found without jaxq."""
+    """Returns the dtype of ml_dtypes or NumPy with a format's name, independently of jaxq."""
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def inputs(chunk: int) -> np.ndarray:
-    """The float32 numbers of a chunk, by their bits."""
+    """Returns the float32 inputs of a chunk, ordered by their bits."""
     start = chunk * CHUNK
     return np.arange(start, start + CHUNK, dtype=np.uint32).view(np.float32)
 
 
 def converted(name: str, chunk: int) -> np.ndarray:
-    """Codes by ml_dtypes' own conversion."""
+    """Returns the codes of a chunk by the conversion of ml_dtypes."""
     dtype = dtype_of(name)
     with np.errstate(all="ignore"):
         return inputs(chunk).astype(dtype).view(f"u{dtype.itemsize}")
 
 
 def oracle(name: str, mode: str, negative: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of all magnitudes: where each run of equal codes starts, as float32 bits, and its code.
+    """Returns the thresholds between codes for all inputs of one sign.
 
-    Every value, and every middle of two neighbours, of these formats is a float32 number; so the
-    numbers between two neighbours are two open intervals and the middle.
+    Every value of these formats, and every midpoint of two neighboring values, is a float32 number.
+    The inputs between two neighbors are thus two open intervals and the midpoint.
+
+    Args:
+      name: the format.
+      mode: the rounding mode.
+      negative: True for the negative inputs.
+
+    Returns:
+      The float32 bits, without the sign, at which each run of equal codes starts, and its code.
     """
     dtype = dtype_of(name)
     codes = np.arange(2 ** (jaxq.get_format(name).bits - 1), dtype=np.uint8)
     table = codes.view(dtype).astype(np.float32)
     values = [Fraction(float(v)) for v in table[np.isfinite(table)]]
     last = len(values) - 1
-    values.append(2 * values[-1] - values[-2])  # What the next code would stand for.
+    values.append(2 * values[-1] - values[-2])  # The value that would follow the largest one.
 
     def code_of(x: float) -> int:
         with np.errstate(invalid="ignore"):
             return int(np.array([x], np.float32).astype(dtype).view(np.uint8)[0])
 
     sign = -1.0 if negative else 1.0
-    inward = {"toward_zero": True, "up": negative, "down": not negative}.get(mode, False)
-    beyond = code_of(sign * np.inf)
+    # Under to_odd, finite inputs beyond the largest value become that value.
+    inward = {"toward_zero": True, "to_odd": True, "up": negative, "down": not negative}
+    inward = inward.get(mode, False)
+    overflow = code_of(sign * np.inf)
 
     def signed(index: int) -> int:
         if index > last:
-            return signed(last) if inward else beyond
+            return signed(last) if inward else overflow
         return code_of(sign * float(values[index]))
 
     runs: list[tuple[int, int]] = []
@@ -128,7 +139,7 @@ def oracle(name: str, mode: str, negative: bool) -> tuple[np.ndarray, np.ndarray
 
 
 def thresholds(name: str, mode: str) -> Reference:
-    """Codes by the oracle."""
+    """Returns a function that expands the oracle's thresholds to the codes of a chunk."""
     sides = [oracle(name, mode, negative) for negative in (False, True)]
 
     def codes(chunk: int) -> np.ndarray:
@@ -141,7 +152,12 @@ def thresholds(name: str, mode: str) -> Reference:
 
 
 def check(name: str, mode: str, chunk: int, reference: Reference) -> tuple[int, int, int, str]:
-    """How many inputs differ, become zero, become NaN; and the hash of jaxq's codes."""
+    """Checks one chunk.
+
+    Returns:
+      The numbers of inputs that differ from the reference, become zero and become NaN, and the
+      SHA-256 of jaxq's codes.
+    """
     codes, values = kernels(name, mode)
     x = jnp.asarray(inputs(chunk))
     got, y = np.asarray(codes(x)), np.asarray(values(x))
@@ -151,7 +167,7 @@ def check(name: str, mode: str, chunk: int, reference: Reference) -> tuple[int, 
     not_a_number = np.isnan(decoded)
     wrong = y.view(np.uint32) != decoded.view(np.uint32)
     wrong &= ~(not_a_number & np.isnan(y))
-    # Of a 16-bit format's NaN jaxq keeps the sign and no payload: there any NaN code will do.
+    # For 16-bit formats jaxq drops the payload of a NaN, so any NaN code is accepted there.
     payload = not_a_number & (want.itemsize == 2)
     wrong |= np.where(payload, ~np.isnan(got.view(dtype_of(name)).astype(np.float32)), got != want)
     digest = hashlib.sha256(got.astype(got.dtype.newbyteorder("<")).tobytes()).hexdigest()
@@ -160,7 +176,7 @@ def check(name: str, mode: str, chunk: int, reference: Reference) -> tuple[int, 
 
 @functools.cache
 def kernels(name: str, mode: str) -> tuple[Any, Any]:
-    """Compiled `encode` and `cast`."""
+    """Returns jitted `jaxq.encode` and `jaxq.cast`."""
     return (
         jax.jit(lambda x: jaxq.encode(x, name, rounding=mode)),
         jax.jit(lambda x: jaxq.cast(x, name, rounding=mode)),
@@ -168,14 +184,14 @@ def kernels(name: str, mode: str) -> tuple[Any, Any]:
 
 
 def programs(name: str, mode: str) -> str:
-    """A hash of what is being checked: the programs as JAX hands them to the compiler."""
+    """Returns a hash of the lowered programs under test and the version of JAX."""
     x = jax.ShapeDtypeStruct((CHUNK,), jnp.float32)
     texts = "".join(kernel.lower(x).as_text() for kernel in kernels(name, mode))
     return hashlib.sha256(f"{jax.__version__} {texts}".encode()).hexdigest()
 
 
 def run(job: tuple[str, str], folder: pathlib.Path, news: Any) -> list:
-    """Checks every chunk of a job that its state does not hold yet; tells of each by `news`."""
+    """Checks the chunks that are missing in a job's state file and returns all results."""
     name, mode = job
     state_file = folder / f"{name}-{mode}.json"
     done, checked = [], programs(name, mode)
@@ -195,9 +211,9 @@ def run(job: tuple[str, str], folder: pathlib.Path, news: Any) -> list:
 
 
 def run_all(jobs: list[tuple[str, str]], folder: pathlib.Path, workers: int) -> dict:
-    """Checks all jobs, showing how far they are; chunks by job."""
+    """Checks all jobs with a progress bar and returns the results of the chunks by job."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Not a fork: JAX has threads.
+    # JAX is multithreaded, and a forked process could deadlock.
     context = multiprocessing.get_context("spawn")
     columns = [
         TextColumn("{task.description:32}"),
@@ -230,7 +246,7 @@ def run_all(jobs: list[tuple[str, str]], folder: pathlib.Path, workers: int) -> 
 
 
 def report(jobs: list[tuple[str, str]], chunks: dict) -> str:
-    """The table, as a page of the documentation."""
+    """Returns the documentation page with the table of results."""
     rows = []
     for name, mode in jobs:
         wrong, zeros, nans = (sum(chunk[i] for chunk in chunks[name, mode]) for i in range(3))
@@ -245,12 +261,13 @@ def report(jobs: list[tuple[str, str]], chunks: dict) -> str:
     table = "\n".join(rows)
     return f"""# Verification
 
-`make verify` writes this page. Each row is all 2^32 float32 inputs, NaNs and subnormals included,
-through `jaxq.encode` and `jaxq.cast`, compared one by one: with ml_dtypes' own conversion for
-`nearest_even`, and with an oracle of exact integer thresholds for the other modes. *Differ* counts
-inputs whose code or value is not the same to the bit (of NaNs in float16 and bfloat16 the payload
-is not compared). The hash is the SHA-256 of the concatenated hexadecimal SHA-256 digests of the
-codes of each 2^21 inputs in the order of their bits, shortened.
+`make verify` writes this page. Each row covers all 2^32 float32 inputs, NaNs and subnormals
+included. The results of `jaxq.encode` and `jaxq.cast` are compared with a reference for every
+input: the conversion of ml_dtypes for `nearest_even`, and a table of exact integer thresholds for
+the other modes. *Differ* counts the inputs whose code or value is not bit-identical; the payloads
+of float16 and bfloat16 NaNs are not compared. The hash identifies the codes: it is the shortened
+SHA-256 of the concatenated hexadecimal SHA-256 digests of the codes of each 2^21 inputs, in the
+order of their bits.
 
 Made with {versions}.
 
@@ -261,17 +278,20 @@ Made with {versions}.
 
 
 def main() -> int:
-    """Runs the check; 1 when anything differs."""
+    """Runs the check and returns the exit status: 1 if any input differs, else 0."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="FORMAT", help="these formats, and no page")
+    parser.add_argument(
+        "--only", nargs="+", metavar="FORMAT", help="checks only these formats and writes no page"
+    )
     parser.add_argument("--state", type=pathlib.Path, default=ROOT / "build" / "verify")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "verification.md")
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "out" / "verification.md")
     arguments = parser.parse_args()
     jobs = [job for job in JOBS if arguments.only is None or job[0] in arguments.only]
     chunks = run_all(jobs, arguments.state, arguments.workers)
     page = report(jobs, chunks)
     if arguments.only is None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(page)
     print(page[page.index("| format") :])
     differ = sum(chunk[0] for job in jobs for chunk in chunks[job])

@@ -1,7 +1,8 @@
-"""How Sphinx builds the site: `make docs`. Pages with a kernel header are run while it does.
+"""The configuration of the site, which `make docs` builds with Sphinx.
 
-Strict: a warning, a reference that leads nowhere, a cell that raises or writes to stderr ends the
-build. To add a page: write it, and name it in the `toctree` of the page above it.
+Pages with a kernel header are executed during the build. The build fails on a warning, on a broken
+reference, and on a cell that raises or writes to stderr. To add a page, write it and list it in the
+`toctree` of its parent page.
 """
 
 import os
@@ -15,36 +16,41 @@ from sphinx.application import Sphinx
 from sphinx.domains.python import PyXRefRole
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-# The kernels inherit these: pages import this tree, and are written for a CPU.
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent / "_extensions")]
+# The kernels inherit these variables: pages import this tree and run on the CPU.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jaxq  # noqa: E402  It is on the path only now.
+import jaxq  # noqa: E402  The path is set above.
 
 project = "jaxq"
 copyright = "The jaxq authors"
 version = release = jaxq.__version__
 
 extensions = [
+    "mathematics",
     "myst_nb",
+    "notebooks",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_extensions"]
 html_theme = "furo"
 html_title = "jaxq"
 html_static_path = ["_static"]
 html_css_files = ["jaxq.css"]
+html_js_files = ["tables.js"]
+html_logo = html_favicon = "_static/logo.svg"
+html_math_renderer = "mathml"
 html_show_sphinx = False
 html_copy_source = False
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
-# Inline: only so may the text show what the page has computed, by {eval}.
+# Only inline execution supports {eval}, which inserts computed values into the text.
 nb_execution_mode = "inline"
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
@@ -54,6 +60,8 @@ nb_eval_name_regex = r"^.+$"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -62,22 +70,27 @@ napoleon_use_ivar = True
 copybutton_prompt_text = ">>> "
 
 nitpicky = True
-# Types of other libraries, and names within jaxq that only a signature mentions. There are no
-# inventories of other projects here, so that the site builds without a network.
+# Types of other libraries, and private names that occur in signatures only. No inventories of other
+# projects are loaded, so that the site builds without a network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(jax|np|numpy|optax|ml_dtypes|collections|collections\.abc|typing)\..*"),
+    ("py:.*", r"(jax|np|numpy|optax|ml_dtypes|collections|os|pathlib|typing|zipfile)\..*"),
 ]
 nitpick_ignore = [
     ("py:class", "Figure"),  # matplotlib's
     ("py:class", "ArrayTree"),  # chex's
     ("py:class", "Rules"),
-    ("py:class", "Recipe"),
-    ("py:class", "jaxq.blocks.Cut"),
-    ("py:class", "jaxq.ranges.Averages"),
-    ("py:class", "jaxq.ranges.Moments"),
-    ("py:class", "jaxq.histograms.Histogram"),
-    ("py:class", "jaxq.histograms._Seen"),
-    ("py:class", "jaxq.histories.Amax"),
+    ("py:class", "_FormatLike"),
+    ("py:class", "_Pairs"),
+    ("py:class", "jaxq._base.cutting.Cut"),
+    ("py:class", "jaxq.recipes._ranges.Averages"),
+    ("py:class", "jaxq.recipes._ranges.Moments"),
+    ("py:class", "jaxq.recipes._histograms.Histogram"),
+    ("py:class", "jaxq.recipes._histograms._Seen"),
+    ("py:class", "jaxq.products._histories.Amax"),
+    ("py:class", "jaxq.products._rows.Probe"),
+    ("py:class", "jaxq.products._rows.Row"),
+    ("py:class", "jaxq.models._states.Switch"),
+    ("py:class", "jaxq.quantizers._levels.Levels"),
 ]
 linkcheck_anchors = False
 
@@ -85,68 +98,77 @@ default_role = "smart"
 
 
 class Smart(PyXRefRole):
-    """`name` in a docstring: a link if the site documents the name, else code."""
+    """The role of `name` in a docstring: a link if the site documents the name, else code."""
 
     def __init__(self) -> None:
         super().__init__(innernodeclass=nodes.literal)
 
     def process_link(self, env: Any, refnode: Any, *args: Any) -> tuple[str, str]:
-        """The reference, which may lead nowhere."""
+        """Returns the title and the target of the reference, which may not exist."""
         title, target = super().process_link(env, refnode, *args)
         refnode["refdomain"], refnode["reftype"], refnode["smart"] = "py", "obj", True
         return title, target
 
 
 def _no_such_name(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
-    """A name that the site does not document is plain code."""
+    """Returns plain code for a name that the site does not document."""
     del app, env
     return contnode if node.get("smart") else None
 
 
 def _plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list) -> None:
-    """Docstrings are text: what reStructuredText would make of | and * there is not meant."""
+    """Escapes characters of docstrings that are markup in reStructuredText, such as | and *."""
     del app, name, obj, options
     if what in ("attribute", "property") and lines:
-        lines[0] = lines[0].replace(": ", "; ", 1)  # Else what stands before it counts as a type.
+        lines[0] = lines[0].replace(": ", "; ", 1)  # Text before a colon would count as a type.
+    example = False  # The lines of a doctest, including its output, are code.
     for i, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...")):
+        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
+        if not example:
             parts = re.split(r"(`[^`]*`)", line)
             parts[::2] = [re.sub(r"([|*]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
-            # A plural: nothing may stand right behind the code, so an escaped space does.
+            # A letter must not follow inline code, as in a plural: an escaped space parts them.
             parts[2::2] = [re.sub(r"^(?=\w)", r"\\ ", part) for part in parts[2::2]]
             lines[i] = "".join(parts)
 
 
-# What unions are called: autodoc spells them out.
+# Names of unions, which autodoc writes out in full.
 _UNIONS = {
     "~jax.Array | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex": (
         "~jax.typing.ArrayLike"
     ),
-    "~jaxq.formats.floats.FloatFormat | ~jaxq.formats.integers.IntFormat"
-    " | ~jaxq.formats.codebooks.CodebookFormat | ~jaxq.formats.tapered.TaperedFormat": (
+    "~jaxq.formats._floats.FloatFormat | ~jaxq.formats._integers.IntFormat"
+    " | ~jaxq.formats._codebooks.CodebookFormat | ~jaxq.formats._tapered.TaperedFormat": (
         "~jaxq.Format"
     ),
+    "~jax.typing.ArrayLike | ~typing.Iterable[ArrayTree]"
+    " | ~typing.Mapping[~typing.Any, ArrayTree]": "ArrayTree",
 }
+_RULES = re.compile(r"\S*\.Frozen \| \S*\.Delayed \| .*?\| None\]\]\]?")
 
 
 def _short_types(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
 ) -> tuple[str, str]:
-    """Signatures that name unions."""
+    """Replaces unions in a signature by their names."""
     del app, what, name, obj, options
+    return _shortened(signature), _shortened(returns)
+
+
+def _shortened(text: str) -> str:
     for union, short in _UNIONS.items():
-        signature = signature and signature.replace(union, short)
-    return signature, returns
+        text = text and text.replace(union, short)
+    return text and _RULES.sub("Rules", text)
 
 
 def _no_aliases(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> Any:
-    """The fields of a NamedTuple are in its docstring; Python's own text says nothing of them."""
+    """Skips the fields of NamedTuples, which are described in the docstring of the class."""
     del app, what, name, skip, options
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def setup(app: Sphinx) -> None:
-    """What this file adds to Sphinx."""
+    """Registers the role and the event handlers of this file."""
     app.add_role("smart", Smart())
     app.connect("missing-reference", _no_such_name)
     app.connect("autodoc-skip-member", _no_aliases)

@@ -1,0 +1,58 @@
+// Makes tables sortable by a click on a head, and long catalogues filterable.
+
+function valueOf(cell) {
+  const text = cell.textContent.trim().replaceAll(",", "").replaceAll("−", "-");
+  const digits = { "⁰": 0, "¹": 1, "²": 2, "³": 3, "⁴": 4, "⁵": 5, "⁶": 6, "⁷": 7, "⁸": 8, "⁹": 9 };
+  const plain = text
+    .replace(/ × 10/, "e")
+    .replace(/[⁰¹²³⁴⁵⁶⁷⁸⁹]/g, (c) => digits[c])
+    .replace("⁻", "-");
+  const number = parseFloat(plain);
+  if (text === "–" || text === "") return -Infinity;
+  return /^-?[\d.]/.test(plain) && !Number.isNaN(number) ? number : text.toLowerCase();
+}
+
+function compare(a, b) {
+  if (typeof a === typeof b) return a < b ? -1 : a > b ? 1 : 0;
+  return typeof a === "number" ? -1 : 1;
+}
+
+function sort(table, head) {
+  const heads = [...head.parentElement.children];
+  const column = heads.indexOf(head);
+  const up = head.getAttribute("aria-sort") !== "ascending";
+  heads.forEach((other) => other.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const body = table.tBodies[0];
+  [...body.rows]
+    .map((row) => [valueOf(row.cells[column]), row])
+    .sort(([a], [b]) => (up ? compare(a, b) : compare(b, a)))
+    .forEach(([, row]) => body.append(row));
+}
+
+function enhance(table) {
+  for (const head of table.tHead.rows[0].cells) {
+    head.classList.add("sortable");
+    head.tabIndex = 0;
+    head.addEventListener("click", () => sort(table, head));
+    head.addEventListener("keydown", (event) => event.key === "Enter" && sort(table, head));
+  }
+  if (!table.classList.contains("catalogue")) return;
+  const input = document.createElement("input");
+  input.className = "filter";
+  input.type = "search";
+  input.placeholder = "Filter rows, such as int4";
+  input.setAttribute("aria-label", "Filter the rows of the table");
+  input.addEventListener("input", () => {
+    const words = input.value.toLowerCase().split(/\s+/);
+    for (const row of table.tBodies[0].rows) {
+      const text = row.textContent.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+    }
+  });
+  (table.closest(".table-wrapper") || table).before(input);
+}
+
+document.addEventListener("DOMContentLoaded", () => {
+  document.querySelectorAll("table.catalogue, table.jaxq-table").forEach(enhance);
+});

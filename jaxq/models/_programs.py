@@ -93,6 +93,11 @@ class Extra(NamedTuple):
     places: Mapping[str, jax.Array]
     mask: jax.Array | None = None
 
+    @classmethod
+    def empty(cls, mask: jax.Array | None = None) -> "Extra":
+        """Returns no inputs except the mask."""
+        return cls(key=None, scales={}, records={}, places={}, mask=mask)
+
     def switches(self) -> "Extra":
         """Returns the inputs without histories and rows, where no backward pass would fill them."""
         records = {

@@ -184,7 +184,9 @@ def _shard_map(call: _Call) -> tuple[list[Any], States]:
     count = math.prod(devices.values())
     records = {name: each.spread(count) for name, each in extra.records.items()}
     everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
-    specs = Extra(everywhere, everywhere, one_each, everywhere, everywhere)
+    specs = Extra(
+        key=everywhere, scales=everywhere, records=one_each, places=everywhere, mask=everywhere
+    )
     on_device = _OnDevice(programs[0], depth, observing, tuple(devices))
     inside = compat.call_inside(eqn, on_device, specs)
     return inside(extra._replace(records=records), *map(unpacked, operands))

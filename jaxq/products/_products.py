@@ -9,7 +9,7 @@ product without quantizers equals JAX's to the last bit.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -203,8 +203,8 @@ def _product(
         for of, how in enumerate(recipe.products.gradients):
             moved, residual = tangents[0][of], residuals[1 - of]
             if not isinstance(moved, SymbolicZero):
-                key, pair = keys.gradients[of], scales.gradients[of]
-                parts.append(_linear(own, how, of, moved, residual, out, key, pair))
+                part = _Part(of, how, out, keys.gradients[of], scales.gradients[of])
+                parts.append(_linear(own, part, moved, residual))
         y = multiply(*primals)
         return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
 
@@ -213,19 +213,29 @@ def _product(
     return multiply(quantized, prepared.values, keys, scales, operation.arguments)
 
 
-def _linear(
-    operation: Operation,
-    how: SingleProduct,
-    of: int,
-    moved: jax.Array,
-    residual: jax.Array,
-    out: Any,
-    key: Key,
-    scales: Pair,
-) -> jax.Array:
+class _Part(NamedTuple):
+    """One product of a gradient.
+
+    Attributes:
+      of: 0 for the gradient of `lhs`, 1 for the gradient of `rhs`.
+      how: its recipe.
+      cotangent: the shape and dtype of the cotangent.
+      key: the keys of the product, or None.
+      scales: the precomputed scales of the cotangent and the residual.
+    """
+
+    of: int
+    how: SingleProduct
+    cotangent: Any
+    key: Key
+    scales: Pair
+
+
+def _linear(operation: Operation, part: _Part, moved: jax.Array, residual: jax.Array) -> jax.Array:
     """Applies the operation to an operand's tangent, with the gradient's product as transpose."""
-    drawn = (key,) if how.draws and key is not None else ()
-    more, structure = jax.tree.flatten((operation.arguments, drawn, scales))
+    of, how = part.of, part.how
+    drawn = (part.key,) if how.draws and part.key is not None else ()
+    more, structure = jax.tree.flatten((operation.arguments, drawn, part.scales))
 
     def forward(moved: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
         arguments = jax.tree.unflatten(structure, more)[0]
@@ -235,8 +245,8 @@ def _linear(
     if how.plain:
         return forward(moved, residual, *more)
     gradient = operation.gradient(of, like(moved))
-    _check_key(gradient.name, how, key)
-    Plan.of(how, gradient, out, residual)  # Raises errors in the forward pass already.
+    _check_key(gradient.name, how, part.key)
+    Plan.of(how, gradient, part.cotangent, residual)  # Raises errors in the forward pass already.
 
     def backward(cotangent: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
         recipe = ProductRecipe(how.lhs, how.rhs, how.hadamard, how.execution)

@@ -6,7 +6,6 @@
 bit.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -152,8 +151,7 @@ def neighbors(
     """
     array, recipe = checked("neighbors", x, recipe, axis)
     given = given_scales("neighbors", array.shape, recipe, scale, zero_point)
-    recipe = dataclasses.replace(recipe, rounding="nearest_even")  # Needs no key.
-    return _neighbors(lax.stop_gradient(array), lax.stop_gradient(given), recipe)
+    return _neighbors(lax.stop_gradient(array), lax.stop_gradient(given), recipe.to_nearest())
 
 
 def quantize(

@@ -194,7 +194,7 @@ def of_all(program: Program, depth: int, states: States) -> States:
 
 def _stacks(assigned: Assigned, depth: int) -> list[int]:
     """Returns the lengths of the scans from a depth on that have one state per iteration."""
-    return [assigned.loops[turn] for turn in sorted(assigned.stacked) if turn >= depth]
+    return [assigned.loops[own] for own in sorted(assigned.stacked) if own >= depth]
 
 
 def unseen(programs: Sequence[Program], extra: Extra, depth: int) -> States:

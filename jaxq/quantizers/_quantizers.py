@@ -35,7 +35,7 @@ _FLOAT32 = get_format("float32")
 
 
 class _Values(NamedTuple):
-    """The quantized values of a split tensor, and how they came about.
+    """The quantized values of a split tensor, with intermediate results.
 
     Attributes:
       y: the values, in the tensor's dtype like the next four.

@@ -24,14 +24,15 @@ def spread(data: jax.Array, width: int, bits: int) -> jax.Array:
     """
     shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
     runs = data.reshape(data.shape[0], data.shape[1] // width, 1, width) >> shifts
-    return (runs & np.uint8(2**bits - 1)).reshape(data.shape[0], -1)
+    return (runs & np.uint8(2**bits - 1)).reshape(data.shape[0], data.shape[1] * 8 // bits)
 
 
 def gather(codes: jax.Array, width: int, bits: int) -> jax.Array:
     """Returns the bytes that hold codes; the inverse of `spread`."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
-    runs = codes.reshape(codes.shape[0], -1, 8 // bits, width) << shifts
-    return lax.reduce_or(runs, (2,)).reshape(codes.shape[0], -1)
+    size = codes.shape[1] * bits // 8
+    runs = codes.reshape(codes.shape[0], size // width, 8 // bits, width) << shifts
+    return lax.reduce_or(runs, (2,)).reshape(codes.shape[0], size)
 
 
 def halves(x: jax.Array) -> jax.Array:

@@ -148,7 +148,7 @@ class Origin:
         return dataclasses.replace(self, pieces=tuple(p for p in pieces if p is not None))
 
     def rows(self, depth: int) -> "Origin":
-        """Returns the view of one index of the first axis, which each iteration of a scan changes."""
+        """Returns one row of the view; each iteration of a scan sees another one."""
 
         def row(piece: Piece) -> Piece:
             assert piece.axes is not None

@@ -19,9 +19,9 @@ from jaxq._base.shapes import is_symbolic
 
 __all__ = ["reduced", "summed", "total"]
 
-_APART = 32
+_STRIDED = 32
 _NEIGHBOURS = 8
-_WHOLE = {lax.max: jnp.max, lax.min: jnp.min}
+_REDUCE = {lax.max: jnp.max, lax.min: jnp.min}
 
 
 def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Array:
@@ -38,7 +38,7 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
     Returns:
       An int32 array in which the axes within a block have length 1.
     """
-    reduce = functools.partial(_WHOLE[combine], initial=none)
+    reduce = functools.partial(_REDUCE[combine], initial=none)
     shape = tuple(1 if axis in cut.axes else n for axis, n in enumerate(x.shape))
     x, parts, axes = _in_parts(x, cut)
     begun = False
@@ -181,5 +181,5 @@ def _halves(combine: Callable, x: jax.Array, axis: int) -> jax.Array:
 
 
 def _step(n: int) -> int:
-    """Returns the number of elements to reduce to one: the largest divisor up to `_APART`."""
-    return next((d for d in range(min(n, _APART), 1, -1) if n % d == 0), 1)
+    """Returns the number of elements to reduce to one: the largest divisor up to `_STRIDED`."""
+    return next((d for d in range(min(n, _STRIDED), 1, -1) if n % d == 0), 1)

@@ -166,7 +166,7 @@ def test_subnormals_have_separate_ticks():
     assert [-0.5, 0.5] in positions
 
 
-def test_significant_bits():
+def test_significant_bits_match_formats():
     bits = {name: significant_bits(jaxq.get_format(name)) for name in jaxq.formats.FORMATS}
     assert bits["float16"] == 11
     assert bits["float8_e4m3fn"] == 4
@@ -253,7 +253,7 @@ def test_compression_marks_the_front():
 
 
 @pytest.mark.slow
-def test_remedies_recover():
+def test_remedies_reduce_the_error_of_outliers():
     figure = plots.outliers(X, count=2)
     left, right = figure.axes
     rows = [label.get_text() for label in right.get_yticklabels()]
@@ -284,7 +284,7 @@ def test_all_zero_data_is_drawn():
     assert "SQNR inf dB, largest 0" in texts(figure)
 
 
-def test_chain_grows():
+def test_chain_shows_the_error_of_each_step():
     steps = ["float16", "float8_e5m2", "float16"]
     axes = plots.chain_errors(X, steps).axes[0]
     rows = jaxq.analysis.chain_table(X, steps).rows
@@ -355,7 +355,7 @@ def test_style_does_not_depend_on_matplotlib_settings():
     assert rcParams["text.color"] == rcParamsDefault["text.color"]
 
 
-def test_notebook_representation():
+def test_figures_are_images_in_notebooks():
     figure = plots.number_line(["int2"])
     assert figure._repr_png_().startswith(b"\x89PNG")
     drawn = [plots.number_line(["int2"])._repr_svg_() for _ in range(2)]

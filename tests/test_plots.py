@@ -119,8 +119,8 @@ def test_recipes_that_do_not_fit_are_named(monkeypatch):
 def test_label_positions_do_not_collide():
     points = np.array([[50.0, 50.0]] * 4 + [[52.0, 50.0], [5.0, 5.0]])
     sizes = np.full((6, 2), (30.0, 10.0))
-    centres = place(points, sizes, (0, 0, 200, 200), obstacles=np.array([[60, 40, 100, 70]]))
-    low, high = centres - sizes / 2, centres + sizes / 2
+    centers = place(points, sizes, (0, 0, 200, 200), obstacles=np.array([[60, 40, 100, 70]]))
+    low, high = centers - sizes / 2, centers + sizes / 2
     for i in range(6):
         assert (low[i] >= 0).all()
         assert not ((high[i] > (60, 40)) & (low[i] < (100, 70))).all()

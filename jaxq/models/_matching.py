@@ -98,7 +98,7 @@ def unused(
         if re.search(rule.weight, path):
             return f"{rule} matches only leaf {path!r}, which {_no_weight(leaf)}."
     remedy = "jaxq.explain(fn, [])(*args) lists all."
-    if closed and not weights:
+    if closed and not any(weights):  # A data array that is a whole argument has the path ''.
         return (
             f"{rule} matches no weight. `fn` closes over arrays, as jax.vmap(module) does, and "
             "these are not parameters. Pass the module as an argument: "

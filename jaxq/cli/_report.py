@@ -41,7 +41,7 @@ def html(report: Report) -> str:
         line.append(_cell(row))
     parts = [
         f"<p>{escaped(report.convention)}</p>",
-        "<h2>Totals</h2><p>Tensors that a recipe does not apply to are left unquantized: their "
+        "<h2>Totals</h2><p>Tensors that a recipe does not apply to are kept unquantized: their "
         "bytes count, and they have no error.</p>",
         _totals(report.sums),
         *(picture(data, "svg", caption) for caption, data in report.pictures),

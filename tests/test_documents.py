@@ -68,7 +68,7 @@ SLOW = {DOCS / "pictures.md", DOCS / "guides" / "diverged.md"}
 
 
 @pytest.mark.parametrize("path", data.each(DOCUMENTS, {*DOCUMENTS} - SLOW), ids=identifier)
-def test_blocks_run(path: pathlib.Path):
+def test_code_of_pages_runs(path: pathlib.Path):
     assert not (is_notebook(path) and blocks(path)), (
         "the code of a notebook must be in {code-cell} blocks"
     )

@@ -18,7 +18,7 @@ from jax import numpy as jnp
 from jaxq.analysis import Energies
 from jaxq.analysis import measure as energies_of
 from jaxq.analysis import total as total_of
-from jaxq.cli._output import UsageError, bad_input, one_line, print_json, print_table
+from jaxq.cli._output import UsageError, bad_input, one_line, print_json, print_table, progress
 from jaxq.cli._recipes import NAMES
 from jaxq.formats import FORMATS
 from jaxq.interop import Entry, TensorFile, gguf, open_tensors, save_streamed
@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
             raise UsageError(f"{args.file}: no tensor would be quantized ({notes})")
         if importance and not any(isinstance(plan.recipe, str) for plan in plans):
             raise UsageError("--imatrix applies to the block types of GGUF only, and none is used")
-        advance = stack.enter_context(_progress(sum(plan.entry.nbytes for plan in plans)))
+        advance = stack.enter_context(
+            progress("quantizing", sum(plan.entry.nbytes for plan in plans))
+        )
         energies: list[Energies] = []
         write = _write_gguf if to_gguf else _write_safetensors
         job = _Job(file, plans, args.axis, importance, energies, advance)
@@ -87,7 +89,7 @@ class _Job:
     axis: int
     importance: dict[str, np.ndarray]
     energies: list[Energies]
-    advance: Callable[[int], None]
+    advance: Callable[..., None]
 
     def quantized(self, plan: _Plan) -> Any:
         """Returns the quantized tensor of a plan."""
@@ -271,21 +273,6 @@ def _importance(path: str) -> dict[str, np.ndarray]:
     if not result:
         raise UsageError(f"{path}: it is not an importance matrix in GGUF (NAME.in_sum2)")
     return result
-
-
-@contextlib.contextmanager
-def _progress(size: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with a number of bytes, which advances a bar on a terminal."""
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        yield lambda _: None
-        return
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("quantizing", total=size)
-        yield lambda count: bar.update(task, advance=count)
 
 
 def _summary(

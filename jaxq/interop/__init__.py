@@ -1,6 +1,6 @@
 """Checkpoints: quantized trees in files, and the layouts of other libraries and programs."""
 
-from jaxq.interop import gguf
+from jaxq.interop import compressed_tensors, gguf
 from jaxq.interop._checkpoints import load, save, save_streamed
 from jaxq.interop._entries import Entry, FileError
 from jaxq.interop._files import TensorFile, open_tensors

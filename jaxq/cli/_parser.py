@@ -20,6 +20,7 @@ from jaxq.cli import _quantize as quantize
 from jaxq.cli import _recipes as recipes
 from jaxq.cli import _training as training
 from jaxq.cli._output import UsageError
+from jaxq.cli._targets import WRITERS
 from jaxq.numerics import ROUNDINGS, Overflow
 
 __all__ = ["build", "guarded"]
@@ -209,13 +210,31 @@ def _recipes(parser: argparse.ArgumentParser) -> None:
 
 def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="IN", help=_FILES)
-    parser.add_argument("output", metavar="OUT", help="a .safetensors (for jaxq.load) or .gguf")
+    parser.add_argument(
+        "output", metavar="OUT", help="a .safetensors (for jaxq.load), a .gguf, or a new folder"
+    )
+    parser.add_argument(
+        "--to",
+        choices=list(WRITERS),
+        help="the kind of the output: compressed-tensors is a folder for vLLM (default: by the "
+        "ending of OUT)",
+    )
     parser.add_argument("--recipe", metavar="NAME", help="of all tensors that no rule matches")
     parser.add_argument(
         "--rules",
         metavar="FILE",
         help="JSON, a list of pairs [regular expression, recipe or null]: the first expression "
         "found in a tensor's name counts, and null keeps the tensor",
+    )
+    parser.add_argument(
+        "--names",
+        choices=["auto", "keep"],
+        default="auto",
+        help="auto gives tensors of a Hugging Face model the names of GGUF; keep copies names "
+        "(default: auto)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="a .gguf whose tokenizer a GGUF output takes"
     )
     parser.add_argument(
         "--imatrix", metavar="FILE", help="importance for GGUF types, a .gguf of llama-imatrix"

@@ -4,6 +4,7 @@ from jaxq.interop import compressed_tensors, gguf
 from jaxq.interop._checkpoints import load, save, save_streamed
 from jaxq.interop._entries import Entry, FileError
 from jaxq.interop._files import TensorFile, open_tensors
+from jaxq.interop._layouts import read_json
 from jaxq.interop._loading import load_tensors
 from jaxq.interop._writing import atomic
 

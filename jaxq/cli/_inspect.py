@@ -15,7 +15,7 @@ _SHOWN = 8  # Items of an array, and 8 times as many characters of a text.
 
 def run(args: argparse.Namespace) -> None:
     """Prints one line per tensor, the metadata and the totals."""
-    with open_tensors(args.file) as file:
+    with open_tensors(args.file, raw=args.raw) as file:
         rows = [
             {
                 "tensor": entry.name,

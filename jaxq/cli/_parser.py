@@ -118,7 +118,8 @@ def _show(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help=_FILES)
+    several = f"{_FILES}; a pattern such as 'models/*.gguf'; or - for standard input"
+    parser.add_argument("files", nargs="+", metavar="FILE", help=several)
     recipe_list = "recipes, or formats for a cast without a scale, separated by commas"
     parser.add_argument("--recipes", type=_names, metavar="NAMES", help=recipe_list)
     parser.add_argument("--include", metavar="REGEX", help="only tensors in whose name it is found")
@@ -199,6 +200,11 @@ def _report(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help=_FILES)
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="list the tensors of a quantized weight one by one, as they are stored",
+    )
     parser.add_argument("--metadata", action="store_true", help="print the metadata in full")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

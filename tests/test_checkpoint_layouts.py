@@ -140,6 +140,9 @@ def test_gptq_activation_order_is_dequantized(tmp_path: pathlib.Path):
     tensors, value = gptq(4, 1, order)
     folder = written(tmp_path, tensors, method("gptq", bits=4, desc_act=True))
     np.testing.assert_array_equal(load_tensors(folder)["a.weight"], value)
+    with open_tensors(folder) as file:
+        assert file.entries[0].dtype == "gptq float32 values"
+        assert "activation order" in file.entries[0].layout.note
     (folder / "config.json").write_text(json.dumps(method("gptq", desc_act=False)))
     with pytest.raises(FileError, match="g_idx is not in order"):
         load_tensors(folder)
@@ -247,6 +250,11 @@ REFUSED: dict[str, tuple[Mapping[str, Any], object, str]] = {
     "gptq format": (GPTQ, method("gptq", checkpoint_format="gptq_p"), "'gptq_p' is not supp"),
     "gptq bits": (GPTQ, method("gptq", bits=3), "it has 4 bits"),
     "gptq scales": ({**GPTQ, "a.scales": TWO}, method("gptq"), "bits"),
+    "gptq empty": (
+        {**GPTQ, "a.scales": np.zeros((0, 32), np.float16), "a.qzeros": np.zeros((0, 4), np.int32)},
+        method("gptq"),
+        "it has the shape",
+    ),
     "gptq zeros": ({k: v for k, v in GPTQ.items() if k != "a.qzeros"}, method("gptq"), "missing"),
     "gptq order": (
         {**GPTQ, "a.g_idx": np.full(64, 9, np.int32)},

@@ -69,7 +69,7 @@ def test_a_model_becomes_gguf(capsys, model: pathlib.Path, tmp_path: pathlib.Pat
     metadata = {"general.architecture": "llama", "tokenizer.ggml.tokens": words}
     gguf.write(tokens, [], metadata)
     code, _, err = run(capsys, "quantize", model, target, "--recipe", "q8_0", "--tokenizer", tokens)
-    assert code == 0, err
+    assert (code, err) == (0, "")
     before, after = read(model), read(target)
     q = before[f"{LAYER}.self_attn.q_proj.weight"]
     rows = q.reshape(2, 2, 8, 32).swapaxes(1, 2).reshape(32, 32)
@@ -83,6 +83,7 @@ def test_a_model_becomes_gguf(capsys, model: pathlib.Path, tmp_path: pathlib.Pat
     code, _, err = run(capsys, "quantize", model, target, "--recipe", "q8_0", "--names", "keep")
     assert (code, err) == (0, "")
     assert set(read(target)) == set(before)
+    assert "no tokenizer" in run(capsys, "quantize", model, target, "--recipe", "q8_0")[2]
 
 
 def test_wrong_models_and_tokenizers_are_explained(

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,6 +73,9 @@ def run(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UsageError(f"cannot write {args.output}: {error.strerror or error}") from error
     _summary(args, plans, energies)
+    if conversion is not None and not metadata:
+        text = "it has no tokenizer, which llama.cpp needs; --tokenizer FILE takes one"
+        print(f"jaxq: {args.output}: {text}", file=sys.stderr)
 
 
 def _config(file: TensorFile) -> dict[str, Any]:

@@ -54,7 +54,9 @@ def _module(
     if len(words.shape) != 2 or len(scales.shape) != 2 or len(zeros.shape) != 2:
         fail(words.name, "it, its scales and its zero points must be matrices")
     count, outputs = scales.shape
-    bits = zeros.shape[1] * 32 // max(outputs, 1)
+    if not count or not outputs:
+        fail(scales.name, f"it has the shape {list(scales.shape)}")
+    bits = zeros.shape[1] * 32 // outputs
     if bits not in _BITS or outputs * bits % 32 or words.shape[0] * 32 % bits:
         fail(words.name, f"its shapes mean {bits} bits, but 2, 3, 4 and 8 are known")
     inputs = words.shape[0] * 32 // bits

@@ -65,7 +65,7 @@ class Architecture(NamedTuple):
     permuted: bool
     shifted_norms: bool
     tied: bool
-    keys: Callable[["_Config"], dict[str, Any]]
+    keys: Callable[[Any], dict[str, Any]]
 
 
 class _Config(NamedTuple):
@@ -157,7 +157,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             "gemma3", _PROJECTIONS | _FOUR_NORMS | _HEAD_NORMS, False, True, True, _gemma3_keys
         ),
     },
-    {"gemma3": "gemma3_text", "mixtral": "mistral"},
+    {"gemma3": "gemma3_text"},
 )
 
 

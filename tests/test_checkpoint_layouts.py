@@ -290,6 +290,16 @@ REFUSED: dict[str, tuple[Mapping[str, Any], object, str]] = {
         None,
         "do not fit",
     ),
+    "fp8 groups": (
+        {"a.weight": FP8[:, :0], "a.weight_scale": np.ones((4, 2), np.float32)},
+        method("fp8"),
+        "do not fit",
+    ),
+    "ct vector": (
+        {"a.weight": FP8[0], "a.weight_scale": np.ones(2, np.float32)},
+        method("compressed-tensors", config_groups={"g": {"weights": {"block_structure": [4, 4]}}}),
+        "is unknown",
+    ),
     "fp8 config": ({"a": ONE}, method("fp8", weight_block_size=[0, 128]), "two integers"),
     "gpt-oss": (
         {"m_proj_blocks": np.zeros((2, 3, 8), np.uint8), "m_proj_scales": BYTES},
@@ -306,6 +316,11 @@ REFUSED: dict[str, tuple[Mapping[str, Any], object, str]] = {
         {"a.weight": BYTES.view(np.uint32), "a.scales": ONE},
         {"quantization": {"bits": 4, "group_size": 32, "mode": "new"}},
         "'new' is not supported",
+    ),
+    "mlx list": (
+        {"a.weight": BYTES.view(np.uint32), "a.scales": ONE},
+        {"quantization": {"bits": 4, "group_size": 32, "mode": [1]}},
+        "mode .1. is not supported",
     ),
     "mlx bits": (
         {"a.weight": BYTES.view(np.uint32), "a.scales": ONE},

@@ -88,7 +88,8 @@ def test_fused_weights_share_the_scale_of_a_tensor(tmp_path: pathlib.Path):
     together = dict(zip(names, ct.quantize_together(weights, "nvfp4"), strict=True))
     ct.write(tmp_path / "model", together)
     again = load_tensors(tmp_path / "model")
-    for name in names:
+    for name, w in zip(names, weights, strict=True):
+        assert np.linalg.norm(together[name].dequantize() - w) < 0.2 * np.linalg.norm(w)
         np.testing.assert_array_max_ulp(
             np.asarray(again[name].dequantize()), together[name].dequantize(), 2
         )

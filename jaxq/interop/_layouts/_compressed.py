@@ -235,7 +235,7 @@ def _plain(source: Source, weight: Entry, scale: Entry, blocks: list[Any]) -> La
 
 def _tile(weight: Entry, scale: Entry, blocks: list[Any]) -> tuple[int, int] | None:
     """Returns the tile of the configuration that explains the shape of the scales."""
-    if scale.shape[:1] == weight.shape[:1]:
+    if scale.shape[:1] == weight.shape[:1] or len(weight.shape) < 2:
         return None  # One per row, or groups of rows.
     for block in blocks:
         good = isinstance(block, list) and len(block) == 2

@@ -58,7 +58,7 @@ def _module(source: Source, module: str) -> Layout:
     mode = source.config.get("mode", "affine")
     parts = {"words": words, "scales": scales}
     *leading, count = words.shape
-    if mode in _FLOATS:
+    if isinstance(mode, str) and mode in _FLOATS:
         recipe = _FLOATS[mode]
         bits, size = recipe.element.bits, _group(recipe)
         shape = (*leading, count * 32 // bits)

@@ -187,7 +187,7 @@ def scaled(
         kinds = [PerToken()]
         if len(shape) > 2:
             kinds.append(PerChannel((0,)))
-        if len(given) == len(shape) and given[-1] > 1 and shape[-1] % given[-1] == 0:
+        if len(given) == len(shape) and 1 < given[-1] <= shape[-1] and not shape[-1] % given[-1]:
             kinds.insert(0, PerBlock(shape[-1] // given[-1]))
     if block is not None and math.prod(given) != 1:
         kinds = [PerBlock(block, pad=True)]

@@ -4,12 +4,12 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from jaxq.analysis import format_or_recipe, plots
+from jaxq.cli._inputs import Inputs, opened
 from jaxq.cli._measure import DEFAULT, Row, Selection, Total, rows_of, totals
 from jaxq.cli._output import (
     UsageError,
@@ -25,24 +25,23 @@ from jaxq.cli._output import (
 )
 from jaxq.cli._plot import image
 from jaxq.cli._report import Report, html
-from jaxq.interop import TensorFile, open_tensors
 
 __all__ = ["convention", "run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compares the tensors of a file, and prints or writes the requested output."""
+    """Compares the tensors of files, and prints or writes the requested output."""
     recipes = list(dict.fromkeys(args.recipes or DEFAULT))
     for recipe in recipes:
         with bad_input():
             format_or_recipe(recipe)
     if args.worst is not None and args.worst < 1:
         raise UsageError(f"--worst must be at least 1, got {args.worst}")
-    with open_tensors(args.file) as file, contextlib.ExitStack() as stack:
+    with opened(args.files) as file, contextlib.ExitStack() as stack:
         selection = Selection.of(file, args.include, args.exclude)
         if not selection.chosen:
             raise UsageError(
-                f"{args.file}: no floating tensor is left to compare: {selection.reasons()}"
+                f"{file.title}: no floating tensor is left to compare: {selection.reasons()}"
             )
         # Opened first, so that an unwritable path fails before the work.
         page = stack.enter_context(atomic(args.html)) if args.html else None
@@ -54,10 +53,9 @@ def run(args: argparse.Namespace) -> None:
         before = sum(entry.nbytes for entry in selection.chosen)
         sums = totals(rows, recipes, before)
         if page is not None:
-            name = pathlib.Path(args.file).name
             pictures, missing = _pictures(file, rows, args.axis)
             report = Report(
-                name=name,
+                name=file.title,
                 rows=rows,
                 sums=sums,
                 left=selection.left,
@@ -163,9 +161,7 @@ def _some(names: Sequence[str]) -> str:
     return few if len(names) <= 2 else f"{few} and {len(names) - 2} more"
 
 
-def _pictures(
-    file: TensorFile, rows: Sequence[Row], axis: int
-) -> tuple[list[tuple[str, bytes]], str]:
+def _pictures(file: Inputs, rows: Sequence[Row], axis: int) -> tuple[list[tuple[str, bytes]], str]:
     """Returns captions and SVG images for the report, and the reason if there are none."""
     drawn = [row for row in rows if not row.note and math.isfinite(row.sqnr_db)]
     largest = max(drawn, key=lambda r: r.elements, default=None)

@@ -15,7 +15,7 @@ _SHOWN = 8  # Items of an array, and 8 times as many characters of a text.
 
 def run(args: argparse.Namespace) -> None:
     """Prints one line per tensor, the metadata and the totals."""
-    with open_tensors(args.file) as file:
+    with open_tensors(args.file, raw=args.raw) as file:
         rows = [
             {
                 "tensor": entry.name,
@@ -26,11 +26,17 @@ def run(args: argparse.Namespace) -> None:
             }
             for entry in file.entries
         ]
+        notes = {
+            entry.name: entry.layout.note for entry in file.entries if entry.layout is not None
+        }
         metadata = {key: _plain(value) for key, value in file.metadata.items()}
         elements = sum(entry.size for entry in file.entries)
     taken = sum(row["bytes"] for row in rows)
     total = {"tensors": len(rows), "elements": elements, "bytes": taken}
     if args.json:
+        for row in rows:
+            if notes.get(row["tensor"]):
+                row["note"] = notes[row["tensor"]]
         return print_json({"tensors": rows, "metadata": metadata, "total": total})
     for key, value in metadata.items():
         print(f"{safe(key)} = {_short(value, args.metadata)}")
@@ -39,6 +45,10 @@ def run(args: argparse.Namespace) -> None:
     print_table(rows, left=["dtype"])
     bits = f", {8 * taken / elements:.4g} bits each" if elements else ""
     print(f"\n{len(rows)} tensors, {elements:,} elements, {taken:,} bytes{bits}")
+    for note in dict.fromkeys(filter(None, notes.values())):
+        names = [safe(name) for name, own in notes.items() if own == note]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"no recipe: {names[0]}{more}: {note}")
     return None
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from jaxq.analysis import Comparison, Energies, format_or_recipe
 from jaxq.analysis import measure as energies_of
 from jaxq.analysis import total as total_of
+from jaxq.cli._inputs import Inputs
 from jaxq.cli._output import bad_input, one_line
 from jaxq.formats import Format
-from jaxq.interop import Entry, TensorFile
+from jaxq.interop import Entry
 from jaxq.numerics import cast
 from jaxq.quantizers import fake_quant, quantize
 from jaxq.recipes import Recipe
@@ -98,11 +99,11 @@ class Selection:
         return ", ".join(counts) or "the file has no tensors"
 
     @staticmethod
-    def of(file: TensorFile, include: str | None, exclude: str | None) -> "Selection":
+    def of(file: Inputs, include: str | None, exclude: str | None) -> "Selection":
         """Selects the floating-point tensors that match `include` and do not match `exclude`.
 
         Args:
-          file: the open file.
+          file: the open files.
           include: a regular expression to search for in names; None includes all tensors.
           exclude: a regular expression to search for in names; None excludes no tensors.
 
@@ -208,7 +209,7 @@ def _unfit(x: np.ndarray) -> str:
 
 
 def rows_of(
-    file: TensorFile,
+    file: Inputs,
     entries: Sequence[Entry],
     recipes: Sequence[str],
     least_axes: int,

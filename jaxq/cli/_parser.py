@@ -20,6 +20,7 @@ from jaxq.cli import _quantize as quantize
 from jaxq.cli import _recipes as recipes
 from jaxq.cli import _training as training
 from jaxq.cli._output import UsageError
+from jaxq.cli._targets import WRITERS
 from jaxq.numerics import ROUNDINGS, Overflow
 
 __all__ = ["build", "guarded"]
@@ -117,7 +118,8 @@ def _show(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help=_FILES)
+    several = f"{_FILES}; a pattern such as 'models/*.gguf'; or - for standard input"
+    parser.add_argument("files", nargs="+", metavar="FILE", help=several)
     recipe_list = "recipes, or formats for a cast without a scale, separated by commas"
     parser.add_argument("--recipes", type=_names, metavar="NAMES", help=recipe_list)
     parser.add_argument("--include", metavar="REGEX", help="only tensors in whose name it is found")
@@ -198,6 +200,11 @@ def _report(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help=_FILES)
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="list the tensors of a quantized weight one by one, as they are stored",
+    )
     parser.add_argument("--metadata", action="store_true", help="print the metadata in full")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -209,13 +216,31 @@ def _recipes(parser: argparse.ArgumentParser) -> None:
 
 def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="IN", help=_FILES)
-    parser.add_argument("output", metavar="OUT", help="a .safetensors (for jaxq.load) or .gguf")
+    parser.add_argument(
+        "output", metavar="OUT", help="a .safetensors (for jaxq.load), a .gguf, or a new folder"
+    )
+    parser.add_argument(
+        "--to",
+        choices=list(WRITERS),
+        help="the kind of the output: compressed-tensors is a folder for vLLM (default: by the "
+        "ending of OUT)",
+    )
     parser.add_argument("--recipe", metavar="NAME", help="of all tensors that no rule matches")
     parser.add_argument(
         "--rules",
         metavar="FILE",
         help="JSON, a list of pairs [regular expression, recipe or null]: the first expression "
         "found in a tensor's name counts, and null keeps the tensor",
+    )
+    parser.add_argument(
+        "--names",
+        choices=["auto", "keep"],
+        default="auto",
+        help="auto gives tensors of a Hugging Face model the names of GGUF; keep copies names "
+        "(default: auto)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="a .gguf whose tokenizer a GGUF output takes"
     )
     parser.add_argument(
         "--imatrix", metavar="FILE", help="importance for GGUF types, a .gguf of llama-imatrix"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxq.analysis import plots
+from jaxq.cli._inputs import opened
 from jaxq.cli._measure import Selection
 from jaxq.cli._output import UsageError, atomic, bad_input, print_table
-from jaxq.interop import open_tensors
 
 __all__ = ["image", "run"]
 
@@ -63,7 +63,7 @@ def _numbers(args: argparse.Namespace) -> np.ndarray:
     """Returns a tensor from a file, or random normal numbers."""
     if args.file is None:
         return np.random.default_rng(args.seed).standard_normal((256, 256)).astype(np.float32)
-    with open_tensors(args.file) as file:
+    with opened([args.file]) as file:
         floating = [e for e in file.entries if e.is_float]
         if args.tensor is None and len(floating) != 1:
             if not floating:

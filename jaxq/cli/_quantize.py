@@ -3,54 +3,50 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax import numpy as jnp
 
 from jaxq.analysis import Energies
-from jaxq.analysis import measure as energies_of
 from jaxq.analysis import total as total_of
 from jaxq.cli._output import UsageError, bad_input, one_line, print_json, print_table, progress
 from jaxq.cli._recipes import NAMES
-from jaxq.formats import FORMATS
-from jaxq.interop import Entry, TensorFile, gguf, open_tensors, save_streamed
+from jaxq.cli._targets import WRITERS, Job, Plan, shape_of
+from jaxq.formats import FORMATS, IntFormat
+from jaxq.interop import Entry, TensorFile, gguf, open_tensors, read_json
 from jaxq.quantizers import quantize
-from jaxq.recipes import RECIPES, Recipe, get_recipe
+from jaxq.recipes import RECIPES, Affine, Recipe, Symmetric, get_recipe
 
 __all__ = ["run"]
 
-# The types of GGUF with the same bytes as a dtype.
-_PLAIN = {f"float{bits}": f"f{bits}" for bits in (16, 32, 64)} | {"bfloat16": "bf16"}
-_PLAIN |= {f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)}
+_TARGETS = {".safetensors": "safetensors", ".gguf": "gguf"}
 
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The treatment of a tensor: a recipe, a block type of GGUF, or neither."""
-
-    entry: Entry
-    recipe: Recipe | str | None
-    note: str = ""
+# Tables that vLLM does not quantize.
+_NOT_LINEAR = r"embed|lm_head|\bwte\b|\bwpe\b"
 
 
 def run(args: argparse.Namespace) -> None:
     """Quantizes a file and prints a summary."""
-    to_gguf = pathlib.Path(args.output).suffix == ".gguf"
-    if not to_gguf and pathlib.Path(args.output).suffix != ".safetensors":
-        raise UsageError(f"the output must end in .safetensors or .gguf, got {args.output}")
-    rules = _rules(args)
+    target = args.to or _TARGETS.get(pathlib.Path(args.output).suffix)
+    if target is None:
+        raise UsageError(
+            f"the output must end in .safetensors or .gguf, or --to must name its kind, got "
+            f"{args.output}"
+        )
+    rules = _rules(args, target)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_tensors(args.file))
+        config = _config(file)
+        conversion = _conversion(args, config) if target == "gguf" else None
         importance = _importance(args.imatrix) if args.imatrix else {}
-        plans = [_plan(entry, rules, args, to_gguf) for entry in file.entries]
+        plans = _plans(file, conversion, rules, args, target)
         if importance:
             plans = [_without_importance(plan, importance) for plan in plans]
         if not any(plan.recipe is not None for plan in plans):
@@ -58,68 +54,70 @@ def run(args: argparse.Namespace) -> None:
             raise UsageError(f"{args.file}: no tensor would be quantized ({notes})")
         if importance and not any(isinstance(plan.recipe, str) for plan in plans):
             raise UsageError("--imatrix applies to the block types of GGUF only, and none is used")
+        metadata = _tokenizer(args, plans, target)
         advance = stack.enter_context(
             progress("quantizing", sum(plan.entry.nbytes for plan in plans))
         )
         energies: list[Energies] = []
-        write = _write_gguf if to_gguf else _write_safetensors
-        job = _Job(file, plans, args.axis, importance, energies, advance)
+        job = Job(
+            file=file,
+            plans=plans,
+            axis=args.axis,
+            importance=importance,
+            energies=energies,
+            advance=advance,
+            conversion=conversion,
+            config=config,
+            metadata=metadata,
+        )
         try:
-            write(args.output, job)
+            WRITERS[target](args.output, job)
         except OSError as error:
             raise UsageError(f"cannot write {args.output}: {error.strerror or error}") from error
     _summary(args, plans, energies)
+    if conversion is not None and not metadata:
+        text = "it has no tokenizer, which llama.cpp needs; --tokenizer FILE takes one"
+        print(f"jaxq: {args.output}: {text}", file=sys.stderr)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """Everything that writing needs.
-
-    Attributes:
-      file: the open input.
-      plans: the treatment of each tensor.
-      axis: the contracted axis.
-      importance: the importance of the inputs of tensors, by name.
-      energies: the list to which the energies of each quantized tensor are added.
-      advance: a function to call with the number of bytes that are done.
-    """
-
-    file: TensorFile
-    plans: Sequence[_Plan]
-    axis: int
-    importance: dict[str, np.ndarray]
-    energies: list[Energies]
-    advance: Callable[..., None]
-
-    def quantized(self, plan: _Plan) -> Any:
-        """Returns the quantized tensor of a plan."""
-        x = jax.device_put(self.file.read(plan.entry))
-        with _naming(plan.entry.name):
-            if isinstance(plan.recipe, str):
-                weights = self.importance.get(plan.entry.name)
-                q = gguf.quantize(x, plan.recipe, importance=weights)
-            else:
-                assert plan.recipe is not None
-                q = quantize(x, plan.recipe, axis=self.axis)
-        self.energies.append(jax.device_get(energies_of(x, q.dequantize())[1]))
-        self.advance(plan.entry.nbytes)
-        return q
-
-    def kept(self, plan: _Plan) -> np.ndarray:
-        """Returns the tensor of a plan as it is in the file."""
-        self.advance(plan.entry.nbytes)
-        return self.file.raw(plan.entry)
+def _config(file: TensorFile) -> dict[str, Any]:
+    """Returns the content of the `config.json` in the folder of an input; empty without one."""
+    folder = file.path if file.path.is_dir() else file.path.parent
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() and file.kind in ("", ".safetensors") else {}
 
 
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _conversion(args: argparse.Namespace, config: dict[str, Any]) -> gguf.Conversion | None:
+    """Returns the conversion of a model of Hugging Face; None if names are kept."""
+    if args.names == "keep" or "model_type" not in config:
+        return None
     try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{name}: {one_line(error)}") from error
+        return gguf.conversion(config)
+    except ValueError as error:
+        raise UsageError(f"{one_line(error)} --names keep copies names as they are") from error
 
 
-def _rules(args: argparse.Namespace) -> list[tuple[re.Pattern[str], str | None]]:
+def _tokenizer(args: argparse.Namespace, plans: Sequence[Plan], target: str) -> dict[str, Any]:
+    """Returns the metadata of a tokenizer in another GGUF file."""
+    if args.tokenizer is None:
+        return {}
+    if target != "gguf":
+        raise UsageError("--tokenizer applies to GGUF only; other kinds copy the model's files")
+    with open_tensors(args.tokenizer) as file:
+        found = {k: v for k, v in file.metadata.items() if k.startswith("tokenizer.")}
+    tokens = found.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise UsageError(f"{args.tokenizer}: it has no tokenizer.ggml.tokens; it must be GGUF")
+    for plan in plans:
+        if plan.name == "token_embd.weight" and plan.entry.shape[0] != len(tokens):
+            raise UsageError(
+                f"{args.tokenizer}: it has {len(tokens)} tokens, but the embedding has "
+                f"{plan.entry.shape[0]} rows"
+            )
+    return found
+
+
+def _rules(args: argparse.Namespace, target: str) -> list[tuple[re.Pattern[str], str | None]]:
     """Returns the rules of the options, of which the first that matches a name counts."""
     rules: list[Any] = []
     with bad_input():
@@ -134,7 +132,8 @@ def _rules(args: argparse.Namespace) -> list[tuple[re.Pattern[str], str | None]]
             if not good:
                 raise UsageError(f"{args.rules}: it must be a list of pairs [expression, recipe]")
         if args.recipe is not None:
-            rules = [*rules, ["", args.recipe]]
+            kept = [[_NOT_LINEAR, None]] if target == "compressed-tensors" else []
+            rules = [*rules, *kept, ["", args.recipe]]
         if not rules:
             raise UsageError("quantize needs --recipe NAME or --rules FILE")
         for _, name in rules:
@@ -149,108 +148,77 @@ def _rules(args: argparse.Namespace) -> list[tuple[re.Pattern[str], str | None]]
             raise UsageError(f"{args.rules}: not a regular expression: {error}") from error
 
 
-def _plan(entry: Entry, rules: Sequence, args: argparse.Namespace, to_gguf: bool) -> _Plan:
-    found = [name for pattern, name in rules if pattern.search(entry.name)]
+def _plans(
+    file: TensorFile,
+    conversion: gguf.Conversion | None,
+    rules: Sequence,
+    args: argparse.Namespace,
+    target: str,
+) -> list[Plan]:
+    """Returns the treatment of each tensor; the rules apply to the names in the output."""
+    plans = []
+    for entry in file.entries:
+        name = entry.name
+        if conversion is not None:
+            with bad_input():
+                name = conversion.name(entry.name)
+        if name is not None:
+            plans.append(_plan(Plan(entry, name, None), rules, args, target))
+    return plans
+
+
+def _plan(plan: Plan, rules: Sequence, args: argparse.Namespace, target: str) -> Plan:
+    entry = plan.entry
+    found = [name for pattern, name in rules if pattern.search(plan.name)]
     if not found or found[0] is None:
-        return _Plan(entry, None, "kept by a rule" if found else "no rule")
+        return dataclasses.replace(plan, note="kept by a rule" if found else "no rule")
     name = found[0]
     if not entry.is_float:
-        return _Plan(entry, None, f"dtype {entry.dtype}")
+        return dataclasses.replace(plan, note=f"dtype {entry.dtype}")
     if len(entry.shape) < args.min_axes:
-        return _Plan(entry, None, f"fewer than {args.min_axes} axes")
-    if not to_gguf and name in RECIPES:
-        recipe = get_recipe(name)
+        return dataclasses.replace(plan, note=f"fewer than {args.min_axes} axes")
+    if target != "gguf" and name in RECIPES:
+        recipe, note = get_recipe(name), ""
+        if target == "compressed-tensors":
+            recipe, note = _for_vllm(recipe, entry)
         try:
-            jax.eval_shape(lambda x: quantize(x, recipe, axis=args.axis), _shape_of(entry))
+            jax.eval_shape(lambda x: quantize(x, recipe, axis=args.axis), shape_of(entry))
         except ValueError as error:
-            return _Plan(entry, None, one_line(error))
-        return _Plan(entry, recipe)
+            return dataclasses.replace(plan, note=one_line(error))
+        return dataclasses.replace(plan, recipe=recipe, note=note)
+    if target == "compressed-tensors":
+        raise UsageError(f"compressed-tensors has no type {name!r}; `jaxq recipes` lists recipes")
     if name not in gguf.TYPES:
         raise UsageError(f"GGUF has no type {name!r}; it has {', '.join(gguf.TYPES)}")
     if not entry.shape:
-        return _Plan(entry, None, "a scalar")
+        return dataclasses.replace(plan, note="a scalar")
     if args.axis not in (-1, len(entry.shape) - 1):
         raise UsageError(f"GGUF types need --axis -1, got {args.axis}; transpose the weights first")
     type_ = gguf.fallback(name, entry.shape[-1])
     if type_ == "f16":
         block = gguf.TYPES[name].block
-        return _Plan(entry, None, f"blocks of {block} do not divide rows of {entry.shape[-1]}")
-    return _Plan(entry, type_, "" if type_ == name else f"{type_} in place of {name}")
+        note = f"blocks of {block} do not divide rows of {entry.shape[-1]}"
+        return dataclasses.replace(plan, note=note)
+    note = "" if type_ == name else f"{type_} in place of {name}"
+    return dataclasses.replace(plan, recipe=type_, note=note)
 
 
-def _without_importance(plan: _Plan, importance: dict[str, np.ndarray]) -> _Plan:
+def _for_vllm(recipe: Recipe, entry: Entry) -> tuple[Recipe, str]:
+    """Returns a recipe with integer scales in the dtype of the model, as vLLM holds them."""
+    narrow, scaling = entry.numpy_dtype in ("float16", "bfloat16"), recipe.scaling
+    integers = isinstance(recipe.element, IntFormat)
+    if narrow and integers and isinstance(scaling, Symmetric | Affine):
+        scaling = dataclasses.replace(scaling, scale_format=str(entry.numpy_dtype))
+        return dataclasses.replace(recipe, scaling=scaling), f"scales in {entry.numpy_dtype}"
+    return recipe, ""
+
+
+def _without_importance(plan: Plan, importance: dict[str, np.ndarray]) -> Plan:
     """Returns a plan that notes if the importance matrix lacks a tensor."""
-    if not isinstance(plan.recipe, str) or plan.entry.name in importance:
+    if not isinstance(plan.recipe, str) or plan.name in importance:
         return plan
     note = ", ".join(filter(None, (plan.note, "not in the importance matrix")))
     return dataclasses.replace(plan, note=note)
-
-
-def _shape_of(entry: Entry) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(entry.shape, np.dtype(np.float32))
-
-
-def _write_safetensors(path: str, job: _Job) -> None:
-    shapes: dict[str, Any] = {}
-    plans = {plan.entry.name: plan for plan in job.plans}
-    for name, plan in plans.items():
-        entry, recipe = plan.entry, plan.recipe
-        if isinstance(recipe, str):
-            make = functools.partial(gguf.quantize, type=recipe)
-            shapes[name] = jax.eval_shape(make, _shape_of(entry))
-        elif recipe is not None:
-            make = functools.partial(quantize, recipe=recipe, axis=job.axis)
-            shapes[name] = jax.eval_shape(make, _shape_of(entry))
-        elif entry.packed is not None:
-            data = jax.ShapeDtypeStruct(_bytes_of(entry), np.dtype(np.uint8))
-            packed = gguf.Packed(jnp.zeros(0), entry.packed, np.dtype(np.float32))
-            shapes[name] = jax.tree.map(lambda _, data=data: data, packed)
-        elif entry.numpy_dtype is not None:
-            dtype = np.dtype(entry.numpy_dtype).newbyteorder("=")
-            shapes[name] = jax.ShapeDtypeStruct(entry.shape, dtype)
-        else:
-            raise UsageError(f"{name}: the dtype {entry.dtype} cannot be copied")
-
-    def read(name: str) -> Any:
-        plan = plans[name]
-        return job.kept(plan) if plan.recipe is None else job.quantized(plan)
-
-    save_streamed(path, shapes, read)
-
-
-def _bytes_of(entry: Entry) -> tuple[int, ...]:
-    assert entry.packed is not None
-    layout = gguf.TYPES[entry.packed]
-    return (*entry.shape[:-1], entry.shape[-1] // layout.block * layout.size)
-
-
-def _write_gguf(path: str, job: _Job) -> None:
-    tensors = []
-    for plan in job.plans:
-        entry = plan.entry
-        dtype = None if entry.numpy_dtype is None else np.dtype(entry.numpy_dtype).name
-        if isinstance(plan.recipe, str):
-            kind, read = plan.recipe, functools.partial(_packed_bytes, job, plan)
-        elif entry.packed is not None or dtype in _PLAIN:
-            kind = entry.packed or _PLAIN[dtype or ""]
-            read = functools.partial(job.kept, plan)
-        else:
-            raise UsageError(f"{entry.name}: {entry.dtype} cannot be copied to GGUF")
-        tensors.append(gguf.Tensor(entry.name, kind, entry.shape, read))
-    metadata = {"general.architecture": "unknown", "general.quantization_version": 2}
-    with bad_input():
-        gguf.write(path, tensors, {**metadata, **_gguf_metadata(job.file)})
-
-
-def _packed_bytes(job: _Job, plan: _Plan) -> jax.Array:
-    return job.quantized(plan).data
-
-
-def _gguf_metadata(file: TensorFile) -> dict[str, Any]:
-    """Returns the metadata of a GGUF input, except the type that described its tensors."""
-    if "general.architecture" not in file.metadata:  # Metadata of another kind of file.
-        return {}
-    return {key: value for key, value in file.metadata.items() if key != "general.file_type"}
 
 
 def _importance(path: str) -> dict[str, np.ndarray]:
@@ -275,10 +243,10 @@ def _importance(path: str) -> dict[str, np.ndarray]:
     return result
 
 
-def _summary(
-    args: argparse.Namespace, plans: Sequence[_Plan], energies: Sequence[Energies]
-) -> None:
-    after = pathlib.Path(args.output).stat().st_size
+def _summary(args: argparse.Namespace, plans: Sequence[Plan], energies: Sequence[Energies]) -> None:
+    output = pathlib.Path(args.output)
+    files = output.glob("*.safetensors") if output.is_dir() else [output]
+    after = sum(path.stat().st_size for path in files)
     before = sum(plan.entry.nbytes for plan in plans)
     done = [plan for plan in plans if plan.recipe is not None]
     row = {
@@ -292,7 +260,7 @@ def _summary(
     notes: dict[str, list[str]] = {}
     for plan in plans:
         if plan.note:
-            notes.setdefault(plan.note, []).append(plan.entry.name)
+            notes.setdefault(plan.note, []).append(plan.name)
     if args.json:
         return print_json({**row, "notes": notes})
     print_table([row])

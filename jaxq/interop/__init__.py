@@ -1,9 +1,20 @@
 """Checkpoints: quantized trees in files, and the layouts of other libraries and programs."""
 
-from jaxq.interop import gguf
+from jaxq.interop import compressed_tensors, gguf
 from jaxq.interop._checkpoints import load, save, save_streamed
 from jaxq.interop._entries import Entry, FileError
 from jaxq.interop._files import TensorFile, open_tensors
+from jaxq.interop._layouts import read_json
+from jaxq.interop._loading import load_tensors
 from jaxq.interop._writing import atomic
 
-__all__ = ["Entry", "FileError", "TensorFile", "gguf", "load", "open_tensors", "save"]
+__all__ = [
+    "Entry",
+    "FileError",
+    "TensorFile",
+    "gguf",
+    "load",
+    "load_tensors",
+    "open_tensors",
+    "save",
+]

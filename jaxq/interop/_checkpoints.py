@@ -142,7 +142,7 @@ def load(path: str | pathlib.Path, *, like: Any = None, sharding: Any = None) ->
 
     Example: see `jaxq.save`.
     """
-    with open_tensors(path) as file:
+    with open_tensors(path, raw=True) as file:
         plain = _plain_tree(file)
         try:
             tree = _built(plain) if like is None else _placed(like, plain)

@@ -34,6 +34,7 @@ class Entry:
       fortran: True if the elements are in Fortran (column-major) order.
       member: the name of the archive's member, or None.
       packed: the name of the tensor's block type in `jaxq.interop.gguf.TYPES`, or None.
+      layout: the layout of a weight that is stored as several tensors, or None. `dtype` names it.
     """
 
     name: str
@@ -45,12 +46,13 @@ class Entry:
     fortran: bool = False
     member: str | None = None
     packed: str | None = None
+    layout: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def is_float(self) -> bool:
         """True if the elements are floating-point numbers, packed or not, that can be read."""
         if self.numpy_dtype is None:
-            return self.packed is not None
+            return self.packed is not None or self.layout is not None
         kind = np.dtype(self.numpy_dtype)
         # ml_dtypes has the kind V; of its types, only floats are read from files.
         return (kind.kind == "f" and kind.itemsize <= 8) or kind.kind == "V"
@@ -62,7 +64,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes in the file."""
+        """The number of bytes in the file, of all its parts."""
         return self.stop - self.start
 
 

@@ -20,10 +20,12 @@ import ml_dtypes  # noqa: F401  Registers its dtypes with NumPy by name.
 import numpy as np
 
 from jaxq.interop._entries import MAX_TENSORS, Entry, FileError
+from jaxq.interop._layouts import combined, config_beside
 from jaxq.interop._npy import read_npy_header
 from jaxq.interop._safetensors import MAX_HEADER, read_header
 from jaxq.interop.gguf import TYPES, Packed
 from jaxq.interop.gguf._container import MAGIC, read_contents
+from jaxq.quantizers import Quantized
 
 __all__ = ["TensorFile", "open_tensors"]
 
@@ -41,6 +43,7 @@ class TensorFile:
       metadata: the metadata of a GGUF file, or text in the header of a safetensors file, by key.
       source: the open file or archive; None for a folder.
       parts: the file of each tensor of a folder, by name.
+      kind: the kind of the file, as an ending such as `".gguf"`; empty for a folder.
     """
 
     path: pathlib.Path
@@ -48,6 +51,7 @@ class TensorFile:
     metadata: dict[str, Any]
     source: IO[bytes] | zipfile.ZipFile | None
     parts: Mapping[str, "TensorFile"] = dataclasses.field(default_factory=dict)
+    kind: str = ""
 
     def read(self, entry: Entry) -> np.ndarray:
         """Returns the numbers of an entry as float32; only float64 numbers are rounded.
@@ -55,11 +59,36 @@ class TensorFile:
         Raises:
           FileError: if the file has changed, or an archive's member is damaged.
         """
-        if entry.packed is not None:
-            return np.asarray(self.packed(entry).dequantize())
+        if entry.packed is not None or entry.layout is not None:
+            value = self.quantized(entry)
+            return value if isinstance(value, np.ndarray) else np.asarray(value.dequantize())
         array = self.raw(entry)
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(array, np.float32).reshape(entry.shape)
+
+    def quantized(self, entry: Entry) -> Quantized | Packed | np.ndarray:
+        """Returns an entry as a quantized array, if it is one.
+
+        Args:
+          entry: one of `entries`.
+
+        Returns:
+          A `Packed` for a block type of GGUF; a `Quantized` for a weight in a layout of another
+          program, whose `dequantize` gives the exact float32 values; a float32 array if no recipe
+          has these values; and any other tensor as an array in the dtype of the file.
+
+        Raises:
+          FileError: as in `read`, or the parts of a weight do not fit together.
+        """
+        if entry.packed is not None:
+            return self.packed(entry)
+        if entry.layout is None:
+            return self.raw(entry)
+        arrays = {role: self.raw(part) for role, part in entry.layout.parts.items()}
+        try:
+            return entry.layout.build(arrays)
+        except FileError as error:
+            raise FileError(f"{self.path}: {entry.name!r}: {error}") from error
 
     def packed(self, entry: Entry) -> Packed:
         """Returns an entry of a block type, still packed."""
@@ -71,7 +100,13 @@ class TensorFile:
 
         Raises:
           FileError: if the file has changed, or an archive's member is damaged.
+          ValueError: if the entry is a weight that is stored as several tensors.
         """
+        if entry.layout is not None:
+            raise ValueError(
+                f"TensorFile.raw: {entry.name!r:.120} is stored as several tensors. Call "
+                "`quantized` or `read`, or open the file with raw=True."
+            )
         if self.parts:
             return self.parts[entry.name].raw(entry)
         assert entry.numpy_dtype is not None or entry.packed is not None
@@ -125,20 +160,27 @@ def _fill(file: IO[bytes], data: np.ndarray) -> bool:
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | pathlib.Path) -> Iterator[TensorFile]:
+def open_tensors(path: str | pathlib.Path, *, raw: bool = False) -> Iterator[TensorFile]:
     """Opens a file of tensors, or a folder of such files, and checks the headers.
 
-    The kind of a file is recognized by its first bytes, else by its ending.
+    The kind of a file is recognized by its first bytes, else by its ending. A quantized weight that
+    another program stores as several tensors becomes one entry with the name and the shape of the
+    weight; the method is that of `config.json` (or `quantize_config.json` or
+    `hf_quant_config.json`) in the folder of the file: AWQ, bitsandbytes, compressed-tensors,
+    block FP8 (DeepSeek), GPTQ, MLX, ModelOpt or MXFP4 (gpt-oss).
 
     Args:
       path: the path of a GGUF, safetensors, .npz or .npy file; of an index of safetensors files
         (`model.safetensors.index.json`); or of a folder with an index or safetensors files.
+      raw: True lists the tensors of quantized weights one by one, as they are stored. Default:
+        False.
 
     Yields:
       The open file.
 
     Raises:
-      FileError: if the file cannot be opened or violates its format.
+      FileError: if the file cannot be opened or violates its format, or the method of its
+        quantization is not supported.
     """
     path = pathlib.Path(path)
     with contextlib.ExitStack() as stack:
@@ -148,9 +190,24 @@ def open_tensors(path: str | pathlib.Path) -> Iterator[TensorFile]:
             entries = tuple(entry for shard in shards for entry in shard.entries)
             if len(parts) != len(entries):
                 raise FileError(f"{path}: a tensor occurs in two of its files.")
-            yield TensorFile(path, entries, {}, None, parts)
+            file = TensorFile(path, entries, {}, None, parts)
         else:
-            yield stack.enter_context(_opened(path))
+            file = stack.enter_context(_opened(path))
+        yield file if raw else _combined(file)
+
+
+def _combined(file: TensorFile) -> TensorFile:
+    """Returns a file of which the tensors of a quantized weight are one entry."""
+    kinds = {part.kind for part in file.parts.values()} or {file.kind}
+    if kinds != {".safetensors"} or "jaxq" in file.metadata:
+        return file
+    folder = file.path if file.path.is_dir() else file.path.parent
+    try:
+        entries = combined(file.entries, config_beside(folder), file.raw)
+    except FileError as error:
+        text = str(error)
+        raise FileError(text if text.startswith(str(folder)) else f"{file.path}: {text}") from error
+    return dataclasses.replace(file, entries=entries)
 
 
 def _shards(path: pathlib.Path) -> list[pathlib.Path]:
@@ -207,7 +264,7 @@ def _opened(path: pathlib.Path) -> Iterator[TensorFile]:
                 raise FileError("the file must be GGUF, safetensors, .npz or .npy.")
         except FileError as error:
             raise FileError(f"{path}: {error}") from error
-        yield TensorFile(path, entries, metadata, source)
+        yield TensorFile(path, entries, metadata, source, kind=kind)
 
 
 def _kind(begin: bytes, suffix: str) -> str:

@@ -3,17 +3,23 @@
 `quantize` and `dequantize` convert tensors to and from the block types of ggml, such as `q4_k`,
 with the same bytes as ggml. `pack` and `unpack` convert a `jaxq.Quantized` of the recipes `q8_0`,
 `q4_0`, `q4_1`, `q5_0` and `q5_1`, which are the types of the same names, to and from those bytes.
-`write` writes files, and `jaxq.interop.open_tensors` reads them.
+`write` writes files, and `jaxq.interop.open_tensors` reads them. `conversion` gives the names and
+the metadata that a model of Hugging Face has in GGUF.
 """
 
 from jaxq.interop.gguf._container import Tensor, write
 from jaxq.interop.gguf._legacy import pack, unpack
+from jaxq.interop.gguf._names import ARCHITECTURES, Architecture, Conversion, conversion
 from jaxq.interop.gguf._tensors import TYPES, Packed, dequantize, fake_quant, fallback, quantize
 
 __all__ = [
+    "ARCHITECTURES",
     "TYPES",
+    "Architecture",
+    "Conversion",
     "Packed",
     "Tensor",
+    "conversion",
     "dequantize",
     "fake_quant",
     "fallback",

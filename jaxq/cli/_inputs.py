@@ -1,0 +1,102 @@
+"""The files that a command compares: several paths, folders, patterns, or standard input."""
+
+import contextlib
+import dataclasses
+import glob
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from jaxq.cli._output import UsageError
+from jaxq.interop import Entry, FileError, TensorFile, open_tensors
+
+__all__ = ["Inputs", "opened"]
+
+_KINDS = (".gguf", ".npz", ".npy")
+_STDIN = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Open files, as one list of tensors.
+
+    Attributes:
+      title: the name of the file, or the number of files.
+      entries: the tensors. If there are several files, a name begins with that of its file.
+      sources: the file and the entry in it of each tensor, by name.
+    """
+
+    title: str
+    entries: tuple[Entry, ...]
+    sources: Mapping[str, tuple[TensorFile, Entry]]
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """Returns the numbers of a tensor as float32."""
+        file, own = self.sources[entry.name]
+        return file.read(own)
+
+
+@contextlib.contextmanager
+def opened(paths: Sequence[str]) -> Iterator[Inputs]:
+    """Opens files, and closes them at the end.
+
+    Args:
+      paths: paths of files and folders, shell patterns, and `-` for standard input.
+
+    Raises:
+      UsageError: a pattern matches nothing, or standard input is named twice.
+      FileError: a file cannot be read.
+    """
+    if paths.count(_STDIN) > 1:
+        raise UsageError("standard input (-) can be read only once")
+    names = list(dict.fromkeys(name for path in paths for name in _expanded(path)))
+    entries: list[Entry] = []
+    sources: dict[str, tuple[TensorFile, Entry]] = {}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            file = stack.enter_context(_stdin() if name == _STDIN else open_tensors(name))
+            shown = "stdin" if name == _STDIN else name
+            for entry in file.entries:
+                full = entry.name if len(names) == 1 else f"{shown}:{entry.name}"
+                entries.append(dataclasses.replace(entry, name=full))
+                sources[full] = file, entry
+        only = "standard input" if names == [_STDIN] else pathlib.Path(names[0]).name
+        title = only if len(names) == 1 else f"{len(names)} files"
+        yield Inputs(title, tuple(entries), sources)
+
+
+def _expanded(path: str) -> list[str]:
+    """Returns the files that an argument names."""
+    where = pathlib.Path(path)
+    if path == _STDIN or where.is_file():
+        return [path]
+    if where.is_dir():
+        one = where / "model.safetensors.index.json"
+        if one.exists() or any(where.glob("*.safetensors")):
+            return [path]
+        return sorted(str(f) for f in where.iterdir() if f.suffix in _KINDS) or [path]
+    if glob.has_magic(path):
+        # `Path.glob` takes no absolute patterns.
+        found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207
+        if not found:
+            raise UsageError(f"{path}: no file matches this pattern")
+        return [name for match in found for name in _expanded(match)]
+    return [path]
+
+
+@contextlib.contextmanager
+def _stdin() -> Iterator[TensorFile]:
+    """Yields the file that standard input holds, of which it makes a temporary copy."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        path = pathlib.Path(folder) / "stdin"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        try:
+            opened = stack.enter_context(open_tensors(path))
+        except FileError as error:
+            raise FileError(str(error).replace(str(path), "standard input")) from error
+        yield opened

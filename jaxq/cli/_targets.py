@@ -1,0 +1,259 @@
+"""The kinds of files that `jaxq quantize` writes, each from the same plans of tensors."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq.analysis import Energies
+from jaxq.analysis import measure as energies_of
+from jaxq.cli._output import UsageError, bad_input, one_line
+from jaxq.interop import Entry, TensorFile, compressed_tensors, gguf, save_streamed
+from jaxq.quantizers import quantize
+from jaxq.recipes import Recipe
+
+__all__ = ["WRITERS", "Job", "Plan", "shape_of"]
+
+# The types of GGUF with the same bytes as a dtype.
+_PLAIN = {f"float{bits}": f"f{bits}" for bits in (16, 32, 64)} | {"bfloat16": "bf16"}
+_PLAIN |= {f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)}
+# Files of a model besides its tensors, which go with them.
+_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_LEFT = ("config.json", "quantize_config.json", "hf_quant_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The treatment of a tensor.
+
+    Attributes:
+      entry: the tensor in the input.
+      name: its name in the output.
+      recipe: a recipe, a block type of GGUF, or None to keep the tensor.
+      note: a remark for the summary; may be empty.
+    """
+
+    entry: Entry
+    name: str
+    recipe: Recipe | str | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that writing needs.
+
+    Attributes:
+      file: the open input.
+      plans: the treatment of each tensor.
+      axis: the contracted axis.
+      importance: the importance of the inputs of tensors, by name.
+      energies: the list to which the energies of each quantized tensor are added.
+      advance: a function to call with the number of bytes that are done.
+      conversion: the conversion to GGUF of a model of Hugging Face; None to keep the tensors.
+      config: the content of the model's `config.json`.
+      metadata: further metadata of a GGUF file, such as the tokenizer.
+    """
+
+    file: TensorFile
+    plans: Sequence[Plan]
+    axis: int
+    importance: Mapping[str, np.ndarray]
+    energies: list[Energies]
+    advance: Callable[[int], None]
+    conversion: gguf.Conversion | None
+    config: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+
+    def values(self, plan: Plan) -> np.ndarray:
+        """Returns the tensor of a plan in float32, in the layout of the output."""
+        x = self.file.read(plan.entry)
+        return x if self.conversion is None else self.conversion.values(plan.entry.name, x)
+
+    def quantized(self, plan: Plan) -> Any:
+        """Returns the quantized tensor of a plan."""
+        x = jax.device_put(self.values(plan))
+        with _naming(plan.entry.name):
+            if isinstance(plan.recipe, str):
+                weights = self.importance.get(plan.name)
+                q = gguf.quantize(x, plan.recipe, importance=weights)
+            else:
+                assert plan.recipe is not None
+                q = quantize(x, plan.recipe, axis=self.axis)
+        return self._measured(plan, x, q)
+
+    def fused(self, plan: Plan) -> Any:
+        """Returns the quantized tensor of a plan, quantized together with those fused with it."""
+        recipe = plan.recipe
+        assert isinstance(recipe, Recipe)
+        if recipe.scaling.second_level != "tensor":
+            return self.quantized(plan)
+        plans = {plan.name: plan for plan in self.plans}
+        names = [n for n in compressed_tensors.fused_with(plan.name) if n in plans]
+        weights = [self.values(plans[name]) for name in names]
+        with _naming(plan.entry.name):
+            q = compressed_tensors.quantize_together(weights, recipe)[names.index(plan.name)]
+        return self._measured(plan, jax.device_put(weights[names.index(plan.name)]), q)
+
+    def _measured(self, plan: Plan, x: jax.Array, q: Any) -> Any:
+        self.energies.append(jax.device_get(energies_of(x, q.dequantize())[1]))
+        self.advance(plan.entry.nbytes)
+        return q
+
+    def kept(self, plan: Plan) -> Any:
+        """Returns the tensor of a plan as it is in the file."""
+        self.advance(plan.entry.nbytes)
+        if plan.entry.layout is not None:
+            return self.file.quantized(plan.entry)
+        return self.file.raw(plan.entry)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name}: {one_line(error)}") from error
+
+
+def shape_of(entry: Entry) -> jax.ShapeDtypeStruct:
+    """Returns the shape of a tensor that is read in float32."""
+    return jax.ShapeDtypeStruct(entry.shape, np.dtype(np.float32))
+
+
+def _write_safetensors(path: str, job: Job) -> None:
+    shapes: dict[str, Any] = {}
+    plans = {plan.name: plan for plan in job.plans}
+    for name, plan in plans.items():
+        entry, recipe = plan.entry, plan.recipe
+        if recipe is None and entry.layout is not None:
+            recipe = entry.layout.recipe
+            if recipe is None:
+                shapes[name] = shape_of(entry)
+                continue
+            make = functools.partial(quantize, recipe=recipe)
+            shapes[name] = jax.eval_shape(make, shape_of(entry))
+            continue
+        if isinstance(recipe, str):
+            make = functools.partial(gguf.quantize, type=recipe)
+            shapes[name] = jax.eval_shape(make, shape_of(entry))
+        elif recipe is not None:
+            make = functools.partial(quantize, recipe=recipe, axis=job.axis)
+            shapes[name] = jax.eval_shape(make, shape_of(entry))
+        elif entry.packed is not None:
+            data = jax.ShapeDtypeStruct(_bytes_of(entry), np.dtype(np.uint8))
+            packed = gguf.Packed(jnp.zeros(0), entry.packed, np.dtype(np.float32))
+            shapes[name] = jax.tree.map(lambda _, data=data: data, packed)
+        elif entry.numpy_dtype is not None:
+            dtype = np.dtype(entry.numpy_dtype).newbyteorder("=")
+            shapes[name] = jax.ShapeDtypeStruct(entry.shape, dtype)
+        else:
+            raise UsageError(f"{name}: the dtype {entry.dtype} cannot be copied")
+
+    def read(name: str) -> Any:
+        plan = plans[name]
+        return job.kept(plan) if plan.recipe is None else job.quantized(plan)
+
+    save_streamed(path, shapes, read)
+
+
+def _bytes_of(entry: Entry) -> tuple[int, ...]:
+    assert entry.packed is not None
+    layout = gguf.TYPES[entry.packed]
+    return (*entry.shape[:-1], entry.shape[-1] // layout.block * layout.size)
+
+
+def _write_gguf(path: str, job: Job) -> None:
+    tensors = []
+    for plan in job.plans:
+        entry = plan.entry
+        dtype = None if entry.numpy_dtype is None else np.dtype(entry.numpy_dtype).name
+        changed = entry.layout is not None or (
+            job.conversion is not None and entry.is_float and entry.packed is None
+        )
+        if isinstance(plan.recipe, str):
+            kind, read = plan.recipe, functools.partial(_packed_bytes, job, plan)
+        elif changed:
+            # llama.cpp multiplies vectors, such as those of norms, in float32 only.
+            wide = len(entry.shape) < 2 or dtype not in ("float16", "bfloat16")
+            kind = "f32" if wide else _PLAIN[dtype or ""]
+            read = functools.partial(_kept_values, job, plan, kind)
+        elif entry.packed is not None or dtype in _PLAIN:
+            kind = entry.packed or _PLAIN[dtype or ""]
+            read = functools.partial(job.kept, plan)
+        else:
+            raise UsageError(f"{entry.name}: {entry.dtype} cannot be copied to GGUF")
+        tensors.append(gguf.Tensor(plan.name, kind, entry.shape, read))
+    metadata = {"general.architecture": "unknown", "general.quantization_version": 2}
+    metadata |= _gguf_metadata(job.file)
+    if job.conversion is not None:
+        metadata |= job.conversion.metadata
+        tensors += [
+            gguf.Tensor(name, "f32", x.shape, functools.partial(np.asarray, x))
+            for name, x in job.conversion.tensors.items()
+        ]
+    with bad_input():
+        gguf.write(path, tensors, {**metadata, **job.metadata})
+
+
+def _kept_values(job: Job, plan: Plan, kind: str) -> np.ndarray:
+    job.advance(plan.entry.nbytes)
+    dtypes = {name: dtype for dtype, name in _PLAIN.items()}
+    return job.values(plan).astype(np.dtype(dtypes[kind]))
+
+
+def _packed_bytes(job: Job, plan: Plan) -> jax.Array:
+    return job.quantized(plan).data
+
+
+def _gguf_metadata(file: TensorFile) -> dict[str, Any]:
+    """Returns the metadata of a GGUF input, except the type that described its tensors."""
+    if "general.architecture" not in file.metadata:  # Metadata of another kind of file.
+        return {}
+    return {key: value for key, value in file.metadata.items() if key != "general.file_type"}
+
+
+def _write_compressed_tensors(path: str, job: Job) -> None:
+    shapes: dict[str, Any] = {}
+    plans = {plan.name: plan for plan in job.plans}
+    for name, plan in plans.items():
+        entry, recipe = plan.entry, plan.recipe
+        if recipe is not None:
+            make = functools.partial(quantize, recipe=recipe, axis=job.axis)
+            shapes[name] = jax.eval_shape(make, shape_of(entry))
+        elif entry.layout is not None or entry.numpy_dtype is None:
+            raise UsageError(f"{name} is {entry.dtype}, which cannot be kept; give it a recipe")
+        else:
+            dtype = np.dtype(entry.numpy_dtype).newbyteorder("=")
+            shapes[name] = jax.ShapeDtypeStruct(entry.shape, dtype)
+
+    def read(name: str) -> Any:
+        plan = plans[name]
+        return job.kept(plan) if plan.recipe is None else job.fused(plan)
+
+    config = {key: value for key, value in job.config.items() if key != "quantization"}
+    folder = job.file.path if job.file.path.is_dir() else job.file.path.parent
+    files = [] if not config else sorted(f for f in folder.iterdir() if _is_copied(f))
+    task = compressed_tensors.Job(shapes, read, config, files=files)
+    try:
+        compressed_tensors.write_streamed(path, task)
+    except ValueError as error:
+        raise UsageError(one_line(error)) from error
+
+
+def _is_copied(path: pathlib.Path) -> bool:
+    indexes = path.name.endswith(".index.json")
+    return path.is_file() and path.suffix in _COPIED and path.name not in _LEFT and not indexes
+
+
+WRITERS: dict[str, Callable[[str, Job], None]] = {
+    "safetensors": _write_safetensors,
+    "gguf": _write_gguf,
+    "compressed-tensors": _write_compressed_tensors,
+}

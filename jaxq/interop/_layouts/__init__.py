@@ -1,0 +1,110 @@
+"""The layouts of quantized weights in checkpoints of other programs.
+
+`combined` recognizes them. To add a layout, write a function from a `Source` to the layouts of its
+weights and list it in `METHODS`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jaxq._base.registry import Registry
+from jaxq.interop._entries import Entry, FileError
+from jaxq.interop._layouts._bits import as_bytes, pack_bits
+from jaxq.interop._layouts._bitsandbytes import bitsandbytes
+from jaxq.interop._layouts._compressed import compressed_tensors
+from jaxq.interop._layouts._configs import Config, config_beside, read_json
+from jaxq.interop._layouts._floats import fp8, gpt_oss, modelopt
+from jaxq.interop._layouts._gptq import awq, gptq
+from jaxq.interop._layouts._mlx import mlx
+from jaxq.interop._layouts._weights import Layout, Source, as_codes, stored
+
+__all__ = [
+    "METHODS",
+    "Config",
+    "Layout",
+    "as_bytes",
+    "as_codes",
+    "combined",
+    "config_beside",
+    "pack_bits",
+    "read_json",
+    "stored",
+]
+
+_Method = Callable[[Source], dict[str, Layout]]
+
+METHODS: Registry[_Method] = Registry(
+    "quantization method",
+    {
+        "awq": awq,
+        "bitsandbytes": bitsandbytes,
+        "compressed-tensors": compressed_tensors,
+        "fp8": fp8,
+        "gptq": gptq,
+        "mlx": mlx,
+        "modelopt": modelopt,
+        "modelopt_fp4": modelopt,
+        "mxfp4": gpt_oss,
+    },
+)
+
+# Endings of names that show a method where no configuration does.
+_SIGNS = {
+    ".weight_scale_inv": "fp8",
+    "_proj_blocks": "mxfp4",
+    ".weight_scale_2": "modelopt",
+    ".SCB": "bitsandbytes",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes",
+}
+# Endings of names of tensors that cannot be read without a configuration.
+_NEEDED = (".qweight", ".weight_packed")
+
+
+def combined(
+    entries: Sequence[Entry], config: Config, raw: Callable[[Entry], np.ndarray]
+) -> tuple[Entry, ...]:
+    """Returns the tensors of a checkpoint, with one entry for each weight stored as several.
+
+    Args:
+      entries: the tensors as they are stored.
+      config: the configuration of the quantization.
+      raw: a function that reads a tensor.
+
+    Raises:
+      FileError: the method is unknown, or tensors do not fit together.
+    """
+    method = config.method
+    if method is None:
+        names = [entry.name for entry in entries]
+        found = [sign for sign in _SIGNS if any(name.endswith(sign) for name in names)]
+        if not found:
+            needed = [name for name in names if name.endswith(_NEEDED)]
+            if needed:
+                raise FileError(
+                    f"{needed[0]!r:.120} is part of a quantized weight, but there is no "
+                    "config.json with a quantization_config. raw=True (--raw) reads it as stored."
+                )
+            return tuple(entries)
+        method = _SIGNS[found[0]]
+    if method not in METHODS:
+        raise FileError(
+            f"{config.path}: the quantization method {method!r:.40} is not supported; "
+            f"{', '.join(METHODS)} are. raw=True (--raw) reads the tensors as stored."
+        )
+    by_name = {entry.name: entry for entry in entries}
+    weights = METHODS[method](Source(by_name, config.fields, raw))
+    heads: dict[str, Entry] = {}
+    used: set[str] = set()
+    for name, layout in weights.items():
+        parts = [part.name for part in layout.parts.values()]
+        if used & set(parts) or (name in by_name and name not in parts):
+            raise FileError(f"the parts of {name!r:.120} overlap with those of another tensor.")
+        used |= set(parts)
+        heads[parts[0]] = layout.entry(name)
+    return tuple(
+        heads.get(entry.name, entry)
+        for entry in entries
+        if entry.name in heads or entry.name not in used
+    )

@@ -1,0 +1,147 @@
+"""The layouts of GPTQ and AWQ: unsigned integers with zero points, in int32 words.
+
+References:
+  AutoGPTQ's and GPTQModel's `QuantLinear.pack`; AutoAWQ's `WQLinear_GEMM`.
+"""
+
+import functools
+
+import numpy as np
+
+from jaxq.interop._entries import Entry, FileError
+from jaxq.interop._layouts._bits import as_bytes, unpack_bits
+from jaxq.interop._layouts._weights import (
+    SCALE_FORMATS,
+    Arrays,
+    Layout,
+    Source,
+    affine,
+    check,
+    fail,
+    groups,
+    stored,
+)
+from jaxq.quantizers import Quantized
+from jaxq.recipes import Recipe
+
+__all__ = ["awq", "gptq"]
+
+_BITS = (2, 3, 4, 8)
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # The nibble of each of eight outputs.
+
+
+def gptq(source: Source) -> dict[str, Layout]:
+    """Returns the weights of a checkpoint of AutoGPTQ or GPTQModel, by name.
+
+    Raises:
+      FileError: the checkpoint has an unknown format, or tensors that do not fit together.
+    """
+    version = source.config.get("checkpoint_format") or source.config.get("format") or "gptq"
+    if version not in ("gptq", "gptq_v2"):
+        raise FileError(f"the GPTQ format {version!r:.40} is not supported; gptq and gptq_v2 are.")
+    plus = 1 if version == "gptq" else 0  # Version 1 stores zero points minus 1.
+    result = {}
+    for module, words in source.ending(".qweight"):
+        scales, zeros = (source.need(f"{module}.{part}") for part in ("scales", "qzeros"))
+        order = source.entries.get(f"{module}.g_idx")
+        result[f"{module}.weight"] = _module(source, words, scales, zeros, order, plus)
+    return result
+
+
+def _module(
+    source: Source, words: Entry, scales: Entry, zeros: Entry, order: Entry | None, plus: int
+) -> Layout:
+    if len(words.shape) != 2 or len(scales.shape) != 2 or len(zeros.shape) != 2:
+        fail(words.name, "it, its scales and its zero points must be matrices")
+    count, outputs = scales.shape
+    if not count or not outputs:
+        fail(scales.name, f"it has the shape {list(scales.shape)}")
+    bits = zeros.shape[1] * 32 // outputs
+    if bits not in _BITS or outputs * bits % 32 or words.shape[0] * 32 % bits:
+        fail(words.name, f"its shapes mean {bits} bits, but 2, 3, 4 and 8 are known")
+    inputs = words.shape[0] * 32 // bits
+    check(words, (inputs * bits // 32, outputs), "int32", "uint32")
+    check(zeros, (count, outputs * bits // 32), "int32", "uint32")
+    check(scales, (count, outputs), *SCALE_FORMATS)
+    given = source.config.get("bits", bits)
+    if given != bits and not source.config.get("dynamic"):
+        fail(words.name, f"it has {bits} bits, but the configuration says {given!r:.20}")
+    shape, scale = (outputs, inputs), str(scales.numpy_dtype)
+    parts = {"words": words, "scales": scales, "zeros": zeros}
+    ordered = False
+    if order is not None:
+        check(order, (inputs,), "int32", "int64")
+        parts["order"] = order
+        if source.config.get("desc_act", True):
+            index = source.raw(order)
+            ordered = inputs % count != 0 or not _in_order(index, inputs // count)
+    build = functools.partial(_build, bits=bits, plus=plus)
+    if ordered:
+        note = "g_idx gives its columns to groups in activation order"
+        return Layout("gptq", shape, None, parts, functools.partial(build, recipe=None), note)
+    recipe = affine(bits, shape, groups(words, inputs, count), scale)
+    return Layout("gptq", shape, recipe, parts, functools.partial(build, recipe=recipe))
+
+
+def _in_order(index: np.ndarray, group: int) -> bool:
+    return bool((index == np.arange(index.size) // group).all())
+
+
+def _build(
+    arrays: Arrays, *, bits: int, plus: int, recipe: Recipe | None
+) -> Quantized | np.ndarray:
+    words, scales, zeros = (arrays[name] for name in ("words", "scales", "zeros"))
+    count, outputs = scales.shape
+    inputs = words.shape[0] * 32 // bits
+    codes = unpack_bits(as_bytes(words.T), bits, inputs)
+    zero = unpack_bits(as_bytes(zeros), bits, outputs).T
+    zero = (zero + np.uint8(plus)) & np.uint8(2**bits - 1)
+    index = arrays.get("order")
+    if recipe is None:
+        assert index is not None
+        if index.min() < 0 or index.max() >= count:
+            raise FileError(f"g_idx has groups from {index.min()} to {index.max()} of {count}.")
+        distance = codes.astype(np.float32) - zero[:, index].astype(np.float32)
+        return distance * scales.T.astype(np.float32)[:, index]
+    if index is not None and not _in_order(index, inputs // count):
+        raise FileError("g_idx is not in order, but the configuration says desc_act = false.")
+    return stored(recipe, codes, scales.T, zero_point=zero)
+
+
+def awq(source: Source) -> dict[str, Layout]:
+    """Returns the weights of a checkpoint of AutoAWQ in the version "gemm", by name.
+
+    Raises:
+      FileError: the checkpoint has another version, or tensors that do not fit together.
+    """
+    version = source.config.get("version") or source.config.get("checkpoint_format") or "gemm"
+    if str(version).lower() != "gemm":
+        raise FileError(f"the AWQ version {version!r:.40} is not supported; gemm is.")
+    bits = source.config.get("bits", source.config.get("w_bit", 4))
+    if bits != 4:
+        raise FileError(f"AWQ with {bits!r:.20} bits is not supported; 4 bits are.")
+    result = {}
+    for module, words in source.ending(".qweight"):
+        scales, zeros = (source.need(f"{module}.{part}") for part in ("scales", "qzeros"))
+        if len(words.shape) != 2 or len(scales.shape) != 2:
+            fail(words.name, "it and its scales must be matrices")
+        inputs, outputs, count = words.shape[0], 8 * words.shape[1], scales.shape[0]
+        check(words, words.shape, "int32", "uint32")
+        check(zeros, (count, words.shape[1]), "int32", "uint32")
+        check(scales, (count, outputs), *SCALE_FORMATS)
+        shape = (outputs, inputs)
+        recipe = affine(4, shape, groups(words, inputs, count), str(scales.numpy_dtype))
+        parts = {"words": words, "scales": scales, "zeros": zeros}
+        build = functools.partial(_build_awq, recipe=recipe)
+        result[f"{module}.weight"] = Layout("awq", shape, recipe, parts, build)
+    return result
+
+
+def _build_awq(arrays: Arrays, *, recipe: Recipe) -> Quantized:
+    codes, zeros = (_awq_codes(arrays[name]) for name in ("words", "zeros"))
+    return stored(recipe, codes.T, arrays["scales"].T, zero_point=zeros.T)
+
+
+def _awq_codes(words: np.ndarray) -> np.ndarray:
+    nibbles = unpack_bits(as_bytes(words), 4, 8 * words.shape[1])
+    return nibbles.reshape(*words.shape, 8)[..., _AWQ_ORDER].reshape(len(words), -1)

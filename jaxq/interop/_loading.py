@@ -1,0 +1,55 @@
+"""Loading of a whole checkpoint of any readable kind as a dictionary."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxq.interop._entries import FileError
+from jaxq.interop._files import open_tensors
+
+__all__ = ["load_tensors"]
+
+
+def load_tensors(path: str | pathlib.Path, *, sharding: Any = None) -> dict[str, Any]:
+    """Returns the tensors of a file or folder by name, with quantized weights as they are stored.
+
+    Args:
+      path: a path that `open_tensors` accepts: a GGUF, safetensors, .npz or .npy file, or a folder
+        of safetensors files with its `config.json`, such as a model of Hugging Face.
+      sharding: a `jax.sharding.Sharding` or device for all arrays. Default: None, the default
+        device.
+
+    Returns:
+      A dictionary from names to `jaxq.Quantized`, `jaxq.interop.gguf.Packed` (block types of GGUF)
+      or arrays. A quantized weight is `[outputs, inputs]`, and its `dequantize` gives the values
+      of its layout in float32, exactly except for results below 2^-126. A weight whose values no
+      recipe has, such as one of GPTQ in activation order, is a float32 array. Arrays of dtypes that
+      JAX represents only with x64 are NumPy arrays.
+
+    Raises:
+      FileError: the file is damaged, or its layout is not supported.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq, tempfile
+      >>> w = jaxq.interop.gguf.quantize(jnp.ones((4, 32)), "q8_0")
+      >>> tensor = jaxq.interop.gguf.Tensor("w.weight", w.type, w.shape, lambda: w.data)
+      >>> path = tempfile.mkdtemp() + "/model.gguf"
+      >>> jaxq.interop.gguf.write(path, [tensor], {"general.architecture": "llama"})
+      >>> jaxq.interop.load_tensors(path)["w.weight"].type
+      'q8_0'
+    """
+    result = {}
+    with open_tensors(path) as file:
+        for entry in file.entries:
+            if entry.numpy_dtype is None and entry.packed is None and entry.layout is None:
+                raise FileError(f"{path}: {entry.name!r:.80} has the dtype {entry.dtype}.")
+            value = file.quantized(entry)
+            if isinstance(value, np.ndarray):
+                value = value.astype(value.dtype.newbyteorder("="), copy=False)
+                if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+                    result[entry.name] = value
+                    continue
+            result[entry.name] = jax.device_put(value, sharding)
+    return result

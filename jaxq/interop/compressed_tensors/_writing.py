@@ -1,0 +1,262 @@
+"""Writing of a folder: safetensors files of a limited size, their index, and `config.json`."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxq.interop._safetensors import DTYPES, Tensor, write_tensors
+from jaxq.interop.compressed_tensors._fusing import fused_with
+from jaxq.interop.compressed_tensors._schemes import Scheme, parts_of, scheme_of
+from jaxq.quantizers import Quantized
+
+__all__ = ["Job", "write", "write_streamed"]
+
+_NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if dtype is not None}
+_LARGEST = 5_000_000_000  # Bytes of a file, as in transformers.
+
+
+class Job(NamedTuple):
+    """A checkpoint to write.
+
+    Attributes:
+      shapes: the weights by name, with `jax.ShapeDtypeStruct` in place of arrays.
+      read: a function that returns the weight with a name.
+      config: the content of the model's own `config.json`.
+      dynamic_activations: as in `write`.
+      files: other files to copy to the folder.
+      largest: the largest number of bytes of a file of tensors.
+    """
+
+    shapes: Mapping[str, Any]
+    read: Callable[[str], Any]
+    config: Mapping[str, Any]
+    dynamic_activations: bool = False
+    files: Sequence[pathlib.Path] = ()
+    largest: int = _LARGEST
+
+
+def write(
+    folder: str | pathlib.Path,
+    params: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+    *,
+    dynamic_activations: bool = False,
+) -> None:
+    """Writes a checkpoint of compressed-tensors, which vLLM runs.
+
+    The codes and scales are those of the quantized arrays. vLLM converts the scales of integers to
+    the dtype of the model, so a recipe with another `scale_format` changes values there. NVFP4
+    stores the inverse of the scale of a tensor: scales may differ in the last bit of float32.
+
+    Args:
+      folder: the path of the folder, which must not exist or be empty. It appears when it is
+        complete.
+      params: the arrays and `jaxq.Quantized` by their names in Hugging Face's format. A quantized
+        weight is `[outputs, inputs]`, its name ends in `.weight`, and its recipe has a scheme
+        (see `scheme_of`).
+      config: the content of the `config.json` of the model, to which the key `quantization_config`
+        is added. vLLM needs it to build the model. Default: None, no other keys.
+      dynamic_activations: True if vLLM should quantize the inputs of all quantized weights, too, to
+        int8 or float8_e4m3fn with one scale per token. Default: False, weights only.
+
+    Raises:
+      ValueError: a recipe has no scheme, a weight is no matrix, or weights that vLLM fuses have
+        different recipes or NVFP4 scales of the tensor (see `quantize_together`).
+      FileExistsError: the folder exists and is not empty.
+      OSError: a file cannot be written.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq, tempfile
+      >>> from jaxq.recipes import PerBlock, Symmetric
+      >>> recipe = jaxq.Recipe("int4", PerBlock(32), Symmetric("absmax", "half", "bfloat16"))
+      >>> w = jaxq.quantize(jnp.ones((4, 64)), recipe)
+      >>> folder = tempfile.mkdtemp() + "/model"
+      >>> jaxq.interop.compressed_tensors.write(folder, {"layers.0.up_proj.weight": w})
+      >>> jaxq.interop.load_tensors(folder)["layers.0.up_proj.weight"].recipe == recipe
+      True
+
+    References:
+      The compressed-tensors package, version 0.20.
+    """
+    job = Job(params, params.__getitem__, config or {}, dynamic_activations)
+    write_streamed(folder, job)
+
+
+def write_streamed(folder: str | pathlib.Path, job: Job) -> None:
+    """Writes the folder that `write` would write, with one weight in memory at a time."""
+    schemes = {
+        name: _scheme(name, value, job.dynamic_activations)
+        for name, value in job.shapes.items()
+        if isinstance(value, Quantized)
+    }
+    _check_fused(schemes, job.shapes)
+    factors: dict[tuple[str, ...], float] = {}
+    modules = [_parts(name, job, schemes, factors) for name in job.shapes]
+    shards = _shards(modules, job.largest)
+    total = sum(_size(tensor) for shard in shards for tensor in shard)
+    config = {**job.config, "quantization_config": _config(schemes, job.shapes)}
+    with _new_folder(pathlib.Path(folder)) as new:
+        places = {}
+        for i, shard in enumerate(shards):
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            name = "model.safetensors" if len(shards) == 1 else name
+            places.update({tensor.name: name for tensor in shard})
+            with (new / name).open("xb") as file:
+                write_tensors(file, shard, {"format": "pt"})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        for path in job.files:
+            shutil.copyfile(path, new / path.name)
+        (new / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _scheme(name: str, q: Quantized, dynamic: bool) -> Scheme:
+    if not name.endswith(".weight") or q.ndim != 2:
+        raise ValueError(
+            f"compressed_tensors.write: quantized weights must be matrices with names that end in "
+            f".weight, got {name!r:.80} of shape {q.shape}."
+        )
+    try:
+        return scheme_of(q.recipe, dynamic_activations=dynamic)
+    except ValueError as error:
+        raise ValueError(f"{name:.80}: {error}") from error
+
+
+def _check_fused(schemes: Mapping[str, Scheme], shapes: Mapping[str, Any]) -> None:
+    for name in schemes:
+        for other in fused_with(name):
+            if other in shapes and schemes.get(other) != schemes[name]:
+                raise ValueError(
+                    f"compressed_tensors.write: vLLM fuses {name!r:.80} with {other!r:.80}, so "
+                    "both need the same recipe."
+                )
+
+
+def _parts(
+    name: str, job: Job, schemes: Mapping[str, Scheme], factors: dict[tuple[str, ...], float]
+) -> list[Tensor]:
+    """Returns the tensors of a weight, which is read once for all of them.
+
+    Args:
+      name: the name of the weight.
+      job: the checkpoint.
+      schemes: the schemes of the quantized weights.
+      factors: the scale of the tensor of each group of fused weights, filled in as they are read.
+    """
+    value = job.shapes[name]
+    if name not in schemes:
+        dtype = _NAMES.get(np.dtype(value.dtype).name)
+        if dtype is None:
+            raise ValueError(f"compressed_tensors.write: {name!r:.80} has the dtype {value.dtype}.")
+        read = functools.partial(_array, job.read, name)
+        return [Tensor(name, dtype, tuple(value.shape), read)]
+    kept: list[Quantized] = []
+
+    def read_once() -> Quantized:
+        if not kept:
+            kept.append(job.read(name))
+            _check_factor(name, kept[0], factors)
+        return kept[0]
+
+    def taking(tensor: Tensor, last: bool) -> np.ndarray:
+        result = tensor.read()
+        if last:
+            kept.clear()
+        return result
+
+    parts = parts_of(name, value, schemes[name], read_once)
+    return [
+        tensor._replace(read=functools.partial(taking, tensor, tensor is parts[-1]))
+        for tensor in parts
+    ]
+
+
+def _check_factor(name: str, q: Quantized, factors: dict[tuple[str, ...], float]) -> None:
+    """Raises ValueError if fused weights have different scales of the tensor."""
+    if q.second and factors.setdefault(fused_with(name), float(q.second[0])) != float(q.second[0]):
+        raise ValueError(
+            f"compressed_tensors.write: vLLM fuses {name!r:.80} with other weights, so they need "
+            "the same scale of the tensor. Quantize them with quantize_together."
+        )
+
+
+def _array(read: Callable[[str], Any], name: str) -> np.ndarray:
+    return np.asarray(read(name))
+
+
+def _size(tensor: Tensor) -> int:
+    return DTYPES[tensor.dtype][0] * math.prod(tensor.shape) // 8
+
+
+def _shards(modules: Sequence[Sequence[Tensor]], largest: int) -> list[list[Tensor]]:
+    """Returns the tensors of each file; those of a weight are in the same one."""
+    shards: list[list[Tensor]] = [[]]
+    taken = 0
+    for tensors in modules:
+        size = sum(map(_size, tensors))
+        if shards[-1] and taken + size > largest:
+            shards.append([])
+            taken = 0
+        shards[-1] += tensors
+        taken += size
+    return shards
+
+
+def _config(schemes: Mapping[str, Scheme], shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `quantization_config`."""
+    kinds: list[Scheme] = []
+    for scheme in schemes.values():
+        if scheme not in kinds:
+            kinds.append(scheme)
+    groups = {}
+    for i, kind in enumerate(kinds):
+        mine = [name.removesuffix(".weight") for name, s in schemes.items() if s == kind]
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(kinds) == 1 else mine,
+            "weights": kind.weights,
+            "input_activations": kind.activations,
+            "output_activations": None,
+            "format": kind.format,
+        }
+    formats = {kind.format for kind in kinds}
+    ignore = [
+        name.removesuffix(".weight")
+        for name, value in shapes.items()
+        if name not in schemes and name.endswith(".weight") and len(value.shape) == 2
+    ]
+    if "lm_head.weight" not in schemes and "lm_head" not in ignore:
+        ignore.append("lm_head")  # Tied to the embedding, so that it has no tensor of its own.
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
+        "config_groups": groups,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+    }
+
+
+@contextlib.contextmanager
+def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a folder that gets its name when it is complete, and is removed after an error."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"compressed_tensors.write: {folder} exists. Remove it, or name another folder."
+        )
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    new.mkdir()
+    try:
+        yield new
+        new.replace(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise

@@ -1,0 +1,303 @@
+"""Models of Hugging Face as GGUF: the names of tensors, their layout, and the metadata.
+
+To add an architecture, list it in `ARCHITECTURES`.
+
+References:
+  llama.cpp's convert_hf_to_gguf.py and llama-model.cpp.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxq._base.registry import Registry
+
+__all__ = ["ARCHITECTURES", "Architecture", "Conversion", "conversion"]
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.(.+)\.(weight|bias)")
+# Buffers that some checkpoints store, and that llama.cpp computes.
+_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\..*")
+
+_WHOLE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_PROJECTIONS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+}
+_TWO_NORMS = {"post_attention_layernorm": "ffn_norm"}
+_FOUR_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+
+
+class Architecture(NamedTuple):
+    """The names and the layout of the tensors of an architecture.
+
+    Attributes:
+      name: the name of the architecture in GGUF.
+      layer: the names of the modules of a layer in GGUF, by their names in Hugging Face.
+      permuted: True if the rows of queries and keys are permuted, because llama.cpp rotates
+        neighboring elements.
+      shifted_norms: True if 1 is added to the weights of norms.
+      tied: True if the output has no weight of its own.
+      keys: a function from the configuration to the keys besides the common ones, without the name
+        of the architecture.
+    """
+
+    name: str
+    layer: Mapping[str, str]
+    permuted: bool
+    shifted_norms: bool
+    tied: bool
+    keys: Callable[[Any], dict[str, Any]]
+
+
+class _Config(NamedTuple):
+    """The content of a `config.json`."""
+
+    fields: Mapping[str, Any]
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.fields.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ValueError(
+                f"gguf.conversion: config.json needs a positive integer {key!r}, got {value!r:.40}."
+            )
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.fields.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(
+                f"gguf.conversion: config.json needs a number {key!r}, got {value!r:.40}."
+            )
+        return float(value)
+
+    @property
+    def head_size(self) -> int:
+        size = self.integer("hidden_size") // self.integer("num_attention_heads")
+        return self.integer("head_dim", size)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.integer("num_key_value_heads", self.integer("num_attention_heads"))
+
+    @property
+    def rope(self) -> "_Config":
+        """The parameters of the rotation, of the global layers if there are two kinds."""
+        found = self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {}
+        if isinstance(found, Mapping) and isinstance(found.get("full_attention"), Mapping):
+            found = found["full_attention"]
+        if not isinstance(found, Mapping):
+            raise ValueError(f"gguf.conversion: `rope_scaling` must be a table, got {found!r:.40}.")
+        theta = self.fields.get("rope_theta")
+        return _Config({**found, **({} if theta is None else {"rope_theta": theta})})
+
+
+def _no_keys(config: _Config) -> dict[str, Any]:
+    del config
+    return {}
+
+
+def _gemma2_keys(config: _Config) -> dict[str, Any]:
+    return {
+        "attn_logit_softcapping": config.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": config.number("final_logit_softcapping", 30.0),
+        "attention.sliding_window": config.integer("sliding_window", 4096),
+    }
+
+
+def _gemma3_keys(config: _Config) -> dict[str, Any]:
+    # llama.cpp takes every sixth layer as a global one, and 10000 as the base of the others.
+    kinds = config.fields.get("layer_types")
+    pattern = config.integer("sliding_window_pattern", 6)
+    usual = ["sliding_attention"] * 5 + ["full_attention"]
+    wanted = [usual[i % 6] for i in range(config.integer("num_hidden_layers"))]
+    local = config.number("rope_local_base_freq", 10000.0)
+    if pattern != 6 or (kinds is not None and kinds != wanted) or local != 10000.0:
+        raise ValueError(
+            "gguf.conversion: gemma3 needs every sixth layer to be global and a local base of "
+            f"10000, got sliding_window_pattern={pattern} and rope_local_base_freq={local:g}."
+        )
+    keys: dict[str, Any] = {"attention.sliding_window": config.integer("sliding_window")}
+    if config.fields.get("final_logit_softcapping") is not None:
+        keys["final_logit_softcapping"] = config.number("final_logit_softcapping", 0.0)
+    return keys
+
+
+_LLAMA = Architecture("llama", _PROJECTIONS | _TWO_NORMS, True, False, False, _no_keys)
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "architecture",
+    {
+        "llama": _LLAMA,
+        "mistral": _LLAMA,
+        "gemma": Architecture("gemma", _PROJECTIONS | _TWO_NORMS, False, True, True, _no_keys),
+        "gemma2": Architecture(
+            "gemma2", _PROJECTIONS | _FOUR_NORMS, False, True, True, _gemma2_keys
+        ),
+        "gemma3_text": Architecture(
+            "gemma3", _PROJECTIONS | _FOUR_NORMS | _HEAD_NORMS, False, True, True, _gemma3_keys
+        ),
+    },
+    {"gemma3": "gemma3_text"},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """The conversion of a model of Hugging Face to GGUF.
+
+    Attributes:
+      architecture: the names and the layout of its tensors.
+      metadata: the keys of the architecture that llama.cpp reads, and
+        `general.quantization_version`; the tokenizer is not among them.
+      tensors: further float32 tensors of the file, by name: `rope_freqs.weight` of Llama 3.1 and
+        later.
+      heads: the numbers of heads of queries and of keys.
+    """
+
+    architecture: Architecture
+    metadata: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    heads: tuple[int, int]
+
+    def name(self, name: str) -> str | None:
+        """Returns the name of a tensor in GGUF.
+
+        Args:
+          name: its name in Hugging Face, such as `"model.layers.0.mlp.up_proj.weight"`.
+
+        Returns:
+          The name, such as `"blk.0.ffn_up.weight"`; None if the file does not need the tensor.
+
+        Raises:
+          ValueError: the architecture has no such tensor.
+        """
+        if _BUFFERS.fullmatch(name) or (self.architecture.tied and name == "lm_head.weight"):
+            return None
+        found = _LAYER.fullmatch(name)
+        if name in _WHOLE:
+            return _WHOLE[name]
+        if found is not None and found[2] in self.architecture.layer:
+            return f"blk.{found[1]}.{self.architecture.layer[found[2]]}.{found[3]}"
+        raise ValueError(
+            f"gguf.Conversion: the architecture {self.architecture.name!r} has no tensor "
+            f"{name!r:.120}. Leave it out of the checkpoint."
+        )
+
+    def values(self, name: str, x: np.ndarray) -> np.ndarray:
+        """Returns a float32 tensor as GGUF holds it: permuted, or with 1 added, where necessary.
+
+        Args:
+          name: its name in Hugging Face.
+          x: the tensor.
+
+        Raises:
+          ValueError: the number of rows is not a multiple of twice the number of heads.
+        """
+        if self.architecture.shifted_norms and name.endswith("norm.weight"):
+            return x + np.float32(1)
+        found = _LAYER.fullmatch(name)
+        module = found[2] if found is not None else ""
+        if not self.architecture.permuted or module not in ("self_attn.q_proj", "self_attn.k_proj"):
+            return x
+        heads = self.heads[module == "self_attn.k_proj"]
+        if x.shape[0] % (2 * heads):
+            raise ValueError(
+                f"gguf.Conversion: {name!r:.80} must have a multiple of {2 * heads} rows, got "
+                f"{x.shape[0]}."
+            )
+        return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def conversion(config: Mapping[str, Any]) -> Conversion:
+    """Returns the conversion of a model of Hugging Face to GGUF.
+
+    Args:
+      config: the content of its `config.json`. `model_type` must be one of `ARCHITECTURES`:
+        `"llama"`, `"mistral"`, `"gemma"`, `"gemma2"` or `"gemma3_text"`.
+
+    Returns:
+      The names and the layout of the tensors in GGUF, and the metadata of the architecture. For
+      llama.cpp to process text, the file also needs the keys `tokenizer.*`.
+
+    Raises:
+      ValueError: the architecture is unknown, a value is missing, or llama.cpp has no equivalent of
+        a setting.
+
+    Example:
+      >>> sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+      >>> sizes |= {"intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 512}
+      >>> model = conversion({"model_type": "llama", "rms_norm_eps": 1e-5, **sizes})
+      >>> model.name("model.layers.1.self_attn.q_proj.weight"), model.metadata["llama.block_count"]
+      ('blk.1.attn_q.weight', 2)
+
+    References:
+      llama.cpp's convert_hf_to_gguf.py.
+    """
+    kind = config.get("model_type")
+    architecture = ARCHITECTURES.find(str(kind))
+    own = _Config(config)
+    heads, rope = own.integer("num_attention_heads"), own.rope
+    keys = {
+        "context_length": own.integer("max_position_embeddings"),
+        "embedding_length": own.integer("hidden_size"),
+        "block_count": own.integer("num_hidden_layers"),
+        "feed_forward_length": own.integer("intermediate_size"),
+        "attention.head_count": heads,
+        "attention.head_count_kv": own.kv_heads,
+        "attention.layer_norm_rms_epsilon": own.number("rms_norm_eps", 1e-6),
+        "attention.key_length": own.head_size,
+        "attention.value_length": own.head_size,
+        "rope.dimension_count": own.head_size,
+        "rope.freq_base": rope.number("rope_theta", 10000.0),
+        "vocab_size": own.integer("vocab_size"),
+        **architecture.keys(own),
+    }
+    tensors = {}
+    scaling = rope.fields.get("rope_type", rope.fields.get("type", "default"))
+    if scaling == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope.number("factor", 1.0)}
+    elif scaling == "llama3" and architecture.permuted:
+        tensors["rope_freqs.weight"] = _llama3_factors(own, rope)
+    elif scaling != "default":
+        raise ValueError(
+            f"gguf.conversion: the rotation {scaling!r:.40} is not supported for {kind}; default, "
+            "linear and, for llama, llama3 are."
+        )
+    metadata = {
+        "general.architecture": architecture.name,
+        "general.quantization_version": 2,
+        **{f"{architecture.name}.{key}": value for key, value in keys.items()},
+    }
+    return Conversion(architecture, metadata, tensors, (heads, own.kv_heads))
+
+
+def _llama3_factors(config: _Config, rope: _Config) -> np.ndarray:
+    """Returns the divisors of the frequencies of Llama 3.1's rotation."""
+    base, size = rope.number("rope_theta", 10000.0), config.head_size
+    frequencies = base ** (-np.arange(0, size, 2) / size)
+    length = rope.number("original_max_position_embeddings", 8192.0)
+    factor = rope.number("factor", 8.0)
+    low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
+    turns = length * frequencies / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)

@@ -63,4 +63,4 @@ pictures: $(READY)  ## draws the gallery of docs/pictures.md again
 	@$(BIN)/python tools/pictures.py
 
 clean:  ## removes the environments and caches
-	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis docs/_build
+	rm -rf .venv* .jax_cache .pytest_cache .ruff_cache .hypothesis docs/_build

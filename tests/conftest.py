@@ -1,4 +1,7 @@
-"""Settings of the test suite: eight CPU devices, strict dtype and rank promotion."""
+"""Settings of the test suite: eight CPU devices, strict promotion, a cache of compiled programs."""
+
+import os
+import pathlib
 
 import chex
 import jax
@@ -7,6 +10,15 @@ import pytest
 chex.set_n_cpu_devices(8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# One cache per worker, because JAX 0.12 does not write its files atomically. With it, a second run
+# takes about a third of the processor time of the first.
+_CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
+jax.config.update(
+    "jax_compilation_cache_dir", str(_CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main"))
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 class _Compilations:

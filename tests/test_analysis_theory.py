@@ -29,7 +29,7 @@ SCIPY = {
 
 @pytest.mark.parametrize("d", ALL, ids=lambda d: d.name)
 class TestDistributions:
-    def test_match_scipy(self, d):
+    def test_distributions_match_scipy(self, d):
         other = SCIPY[d.name]
         assert other.var() == pytest.approx(1)
         x = np.linspace(0, 1.7, 18)
@@ -126,7 +126,7 @@ class TestBounds:
         assert best.mse == pytest.approx(error(best.clip), rel=0.01)
         assert error(best.clip) < min(error(best.clip * f) for f in (0.9, 1.1))
 
-    def test_shannon_bound(self):
+    def test_shannon_bound_is_6_02_db_per_bit(self):
         assert analysis.shannon_sqnr_db(1) == pytest.approx(6.0206, abs=1e-4)
         assert analysis.shannon_sqnr_db(0) == pytest.approx(0, abs=1e-12)
         for d in ALL:
@@ -135,7 +135,7 @@ class TestBounds:
         with pytest.raises(ValueError, match="negative"):
             analysis.shannon_sqnr_db(-1)
 
-    def test_bounds_table(self):
+    def test_bounds_are_ordered_and_approach_the_limit(self):
         rows = analysis.bounds_table([1, 3, 8]).rows
         for row in rows:
             assert row.uniform_db <= row.lloyd_max_db + 1e-9 < row.shannon_db
@@ -235,7 +235,7 @@ class TestLimits:
     def test_block_of_one_has_no_error(self):
         assert expected_error(jaxq.Recipe("int4", jaxq.PerBlock(1)), (8, 8)).mse < 1e-10
 
-    def test_rounding_modes(self):
+    def test_error_of_each_rounding_mode_matches_theory(self):
         """Compares the errors of a fine grid: 1/12, 1/6 and 1/3 of the squared step."""
         errors = [
             expected_error(jaxq.Recipe("int8", rounding=mode), (4096,), "uniform").mse

@@ -83,7 +83,7 @@ def test_padding_does_not_affect_scales():
         (lambda: Symmetric(scale_format="int8"), "float format with a NaN"),
         (lambda: Symmetric(scale_format=E8M0), "Use MX"),
         (lambda: Symmetric(search=(0.0,)), "positive factors"),
-        (lambda: Affine("absmean"), "two sides"),
+        (lambda: Affine("absmean"), "measures both extremes"),
         (lambda: SignedScale(scale_format="float7_ue4m3fn"), "must have a sign"),
         (lambda: jaxq.Recipe("nf4", scaling=Symmetric(rule="half")), "needs an integer format"),
         (lambda: jaxq.Recipe("posit8", scaling=MX("even")), "needs an integer or float format"),
@@ -303,7 +303,7 @@ class TestIndexing:
         with pytest.raises(TypeError, match="two axes"):
             list(q[0])
 
-    def test_empty_tensors(self):
+    def test_empty_tensors_stay_empty(self):
         for recipe in ("int4_g32", "int4_channel", "uint4_channel", "mxfp4", "int4_tensor"):
             for shape in ((3, 0), (0, 32), (0,)):
                 q = jaxq.quantize(jnp.zeros(shape), recipe)
@@ -311,7 +311,7 @@ class TestIndexing:
                 chex.assert_shape(q.dequantize(), shape)
                 chex.assert_shape(jaxq.fake_quant(jnp.zeros(shape), recipe), shape)
 
-    def test_scalar_tensors(self):
+    def test_scalar_tensors_have_no_length(self):
         q = jaxq.quantize(jnp.float32(-3), "int4_tensor")
         chex.assert_shape(q, ())
         assert_same(q.dequantize(), np.float32(-3))

@@ -171,7 +171,7 @@ def test_absmax_and_extremum():
     assert_same(calibration.finalize(run(xs, r), r).scale[0], top / np.float32(-8))
 
 
-def test_ema():
+def test_ema_corrects_the_bias_of_its_start():
     xs, decay = batches(), 0.9
     r = recipe(CALIBRATORS["ema"].__class__(decay))
     average = 0.0
@@ -182,7 +182,7 @@ def test_ema():
 
 
 @pytest.mark.parametrize("two_sided", [False, True])
-def test_sigmas(two_sided: bool):
+def test_sigmas_range_matches_mean_and_deviation(two_sided: bool):
     xs = batches()
     r = recipe(CALIBRATORS["sigmas"].__class__(2.0), two_sided=two_sided, bits=8)
     flat = xs.reshape(-1, 3).astype(np.float64)
@@ -198,7 +198,7 @@ def test_sigmas(two_sided: bool):
         np.testing.assert_allclose(high[0], want, rtol=1e-5)
 
 
-def test_absmean():
+def test_absmean_scale_matches_numpy():
     xs = batches()
     r = recipe("absmean")
     want = np.abs(xs.reshape(-1, 3)).mean(0) / np.float32(7)
@@ -228,7 +228,7 @@ def test_aciq_matches_published_clips(name: str):
 
 
 @pytest.mark.parametrize("percent", [100.0, 99.0, data.slow(50.0)])
-def test_percentile(percent: float):
+def test_percentile_range_matches_numpy(percent: float):
     xs = batches()
     flat = xs.reshape(-1, 3)
     calibrator = CALIBRATORS["percentile"].__class__(percent)

@@ -115,7 +115,7 @@ def test_notes_explain_missing_numbers(capsys, checkpoint: pathlib.Path):
     assert notes["bias"] == ""
 
 
-def test_totals(capsys, checkpoint: pathlib.Path):
+def test_totals_equal_sums_over_tensors(capsys, checkpoint: pathlib.Path):
     result = compared(capsys, str(checkpoint), "--recipes", RECIPES, "--exclude", "bad|empty")
     sizes = {"a.weight": 4, "b.weight": 2, "c.weight": 2, "narrow": 4 * 33 / 64, BAD_NAME: 4}
     before = sum(64 * 64 * n for n in sizes.values()) + 4 * 64 + 4
@@ -161,7 +161,9 @@ def test_tables_and_csv(capsys, checkpoint: pathlib.Path):
     assert "\x1b" not in out
 
 
-def test_html_report(capsys, checkpoint: pathlib.Path, tmp_path: pathlib.Path):
+def test_html_report_escapes_names_and_needs_no_other_file(
+    capsys, checkpoint: pathlib.Path, tmp_path: pathlib.Path
+):
     page = tmp_path / "r.html"
     arguments = ("compare", str(checkpoint), "--recipes", RECIPES, "--html", str(page))
     assert run(capsys, *arguments)[0] == 0
@@ -173,7 +175,7 @@ def test_html_report(capsys, checkpoint: pathlib.Path, tmp_path: pathlib.Path):
     assert list(tmp_path.iterdir()) == [page]
 
 
-def test_axis_option(capsys, tmp_path: pathlib.Path):
+def test_axis_option_equals_transposed_weight(capsys, tmp_path: pathlib.Path):
     w = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
     kernel, weight = tmp_path / "kernel.npy", tmp_path / "weight.npy"
     np.save(kernel, w)
@@ -333,7 +335,7 @@ def test_failure_prints_one_line_without_debug(capsys, monkeypatch):
         main(["formats", "int4", "--json", "--debug"])
 
 
-def test_formats(capsys):
+def test_formats_command_lists_formats_and_values(capsys):
     _, out, _ = run(capsys, "formats", "--json")
     rows = json.loads(out)
     assert [row["name"] for row in rows] == list(FORMATS)
@@ -381,7 +383,7 @@ def test_show_bits_inverts_show(capsys):
         assert sum(width for _, width in fields(fmt)) == fmt.bits
 
 
-def test_show_options(capsys):
+def test_show_command_takes_rounding_and_overflow(capsys):
     for options, value in (
         (["--rounding", "up"], "0.109375"),
         (["--rounding", "toward_zero"], "0.1015625"),
@@ -395,7 +397,7 @@ def test_show_options(capsys):
     assert out.count("value    nan") == 2
 
 
-def test_memory(capsys):
+def test_memory_command_matches_arithmetic(capsys):
     _, out, _ = run(capsys, "memory", "--params", "7e9", "--recipes", "int4_g128", "--json")
     (row,) = json.loads(out)
     assert row["weights_gib"] == 7e9 * 4.25 / 8 / 2**30
@@ -549,7 +551,7 @@ def test_parameters_may_be_written_with_a_unit(capsys):
     assert one == other
 
 
-def test_rich_tables(monkeypatch, capsys):
+def test_rich_tables_are_drawn_only_if_they_fit(monkeypatch, capsys):
     """Checks that terminal tables use rich only if they fit, and print names without markup."""
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
@@ -587,7 +589,7 @@ def test_documented_error_of_broken_file(capsys, tmp_path: pathlib.Path, monkeyp
     assert err in cli_document.PAGE.read_text()
 
 
-def test_pictures(capsys, tmp_path: pathlib.Path):
+def test_plot_command_lists_and_draws_every_picture(capsys, tmp_path: pathlib.Path):
     pytest.importorskip("matplotlib")
     plots = importlib.import_module("jaxq.analysis.plots")
     code, out, _ = run(capsys, "plot")

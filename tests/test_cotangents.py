@@ -39,7 +39,7 @@ def test_every_kind_of_format(fmt: str):
 
 
 @pytest.mark.parametrize("kind", ["new", data.slow("old")])
-def test_under_transformations(kind: str):
+def test_grad_cast_works_under_transformations(kind: str):
     key = KEYS[kind]
 
     def f(x, key):
@@ -80,7 +80,7 @@ def test_every_scan_step_quantizes():
     assert_same(jax.jit(jax.grad(f))(jnp.ones(4)), want)
 
 
-def test_sharded_cotangents():
+def test_sharded_cotangents_equal_unsharded_ones():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     recipe = jaxq.Recipe("int4", jaxq.PerBlock(2))

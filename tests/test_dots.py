@@ -45,7 +45,7 @@ class TestWithoutQuantizers:
         for got, want in zip(both_gradients(ours, x, w), both_gradients(theirs, x, w), strict=True):
             assert_same(got, want)
 
-    def test_dot_general(self, recipe):
+    def test_dot_general_without_recipes_equals_jax(self, recipe):
         x, w = normal((3, 4, 5, 6)), normal((6, 3, 7, 4), 1)
         numbers = (((3, 1), (0, 3)), ((0,), (1,)))
         options = {"precision": "highest", "preferred_element_type": jnp.float32}
@@ -57,7 +57,7 @@ class TestWithoutQuantizers:
         )
 
     @pytest.mark.parametrize("subscripts", ["...ij,...jk->k...i", "bhqd,bhkd"])
-    def test_einsum(self, recipe, subscripts):
+    def test_einsum_without_recipes_equals_jax(self, recipe, subscripts):
         x, w = normal((2, 3, 4, 5)), normal((2, 3, 5, 5), 1)
         self.agree(
             lambda x, w: jaxq.einsum(subscripts, x, w, recipe=recipe),
@@ -67,7 +67,7 @@ class TestWithoutQuantizers:
         )
 
     @pytest.mark.parametrize("groups", [1, 2])
-    def test_conv(self, recipe, groups):
+    def test_conv_without_recipes_equals_jax(self, recipe, groups):
         options = {
             "window_strides": (2, 1),
             "padding": "SAME",
@@ -165,7 +165,7 @@ class TestPublishedRecipes:
             quantizer.rounding,
         )
 
-    def test_nvfp4(self):
+    def test_nvfp4_training_matches_published_recipe(self):
         """Checks blocks, weight tiles, stochastic cotangents and the transform of size 16."""
         recipe = jaxq.get_product_recipe("nvfp4_training")
         block, tile = jaxq.PerBlock(16), jaxq.PerBlock((16, 16))
@@ -186,7 +186,7 @@ class TestPublishedRecipes:
         assert (recipe.hadamard, recipe.dlhs.hadamard) == (None, None)
         assert recipe.drhs.hadamard.size == 16
 
-    def test_fp8(self):
+    def test_fp8_training_matches_published_recipe(self):
         """Checks E4M3 operands, E5M2 cotangents, tensor scales and quantized residuals."""
         recipe = jaxq.get_product_recipe("fp8_training")
         e4m3, e5m2 = (
@@ -207,7 +207,7 @@ class TestPublishedRecipes:
             ("mxfp4_training", "float4_e2m1fn", "floor"),
         ],
     )
-    def test_mx(self, name, element, rule):
+    def test_mx_training_matches_published_recipe(self, name, element, rule):
         """Checks blocks of 32, quantized again for every product."""
         recipe = jaxq.get_product_recipe(name)
         want = (element, jaxq.PerBlock(32), jaxq.MX(rule), "nearest_even")
@@ -215,7 +215,7 @@ class TestPublishedRecipes:
         assert [self.of(quantizer) for quantizer in operands] == [want] * 6
         assert recipe.residuals == "original"
 
-    def test_int8(self):
+    def test_int8_training_matches_published_recipe(self):
         """Checks that the weight gradient is float and the input's cotangent is stochastic."""
         recipe = jaxq.get_product_recipe("int8_training")
         plain, stochastic = (
@@ -228,7 +228,7 @@ class TestPublishedRecipes:
         assert recipe.residuals == "original"
 
 
-def test_residuals_option():
+def test_residuals_are_quantized_or_original_operands():
     x, w, g = normal((8, 16)), normal((16, 4), 1), normal((8, 4), 2)
     qx, qw = jaxq.fake_quant(x, "int8_token"), jaxq.fake_quant(w, "int4_channel")
     for residuals, left, right in (("quantized", qx, qw), ("original", x, w)):
@@ -272,7 +272,7 @@ class TestDerivatives:
         "int8_token", "int8_token", dlhs=BOTH, drhs=BOTH, residuals="original"
     )
 
-    def test_forward_mode(self):
+    def test_forward_mode_matches_product_rule(self):
         x, w, dx, dw = (normal(shape, i) for i, shape in enumerate([(4, 8), (8, 3)] * 2))
         for recipe in (self.RECIPE, dataclasses.replace(self.RECIPE, execution="native")):
             f = functools.partial(dot, recipe=recipe)
@@ -357,7 +357,7 @@ class TestKeys:
         for other in others:
             np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
 
-    def test_raw_keys(self):
+    def test_raw_keys_draw_the_same_bits_as_typed_keys(self):
         x, w, old = normal((4, 8)), normal((8, 3), 1), jax.random.PRNGKey(7)
         f = jax.jit(jax.grad(lambda x, key: dot(x, w, "int8_training", key).sum()))
         assert_same(f(x, old), f(x, jax.random.wrap_key_data(old)))

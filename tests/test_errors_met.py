@@ -55,7 +55,7 @@ def test_traced_width_of_format_names_remedy():
 
 def test_traced_grid_in_place_of_recipe_names_remedy():
     for quantize in (jaxq.fake_quant, jaxq.quantize, lambda _, grid: jaxq.Recipe(grid)):
-        with pytest.raises(TypeError, match="Scale by hand"):
+        with pytest.raises(TypeError, match="Scale it yourself"):
             quantize(W, jaxq.int_grid(4))
 
     def scaled(bits):  # The remedy of the message.

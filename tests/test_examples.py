@@ -89,7 +89,7 @@ def test_scripts_run_with_traced_programs(name: str, tmp_path: pathlib.Path, cap
     assert "Picture: " in capsys.readouterr().out
 
 
-def test_digits(tmp_path: pathlib.Path, capsys):
+def test_digits_recovers_accuracy_by_training(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "digits.png"
     results = load("digits").main(["--short", "--output", str(picture)])
     by_label = {r.label: r for r in results}
@@ -106,7 +106,7 @@ def test_digits(tmp_path: pathlib.Path, capsys):
 
 
 @pytest.mark.slow
-def test_ptq(tmp_path: pathlib.Path, capsys):
+def test_ptq_has_less_loss_than_rounding(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "ptq.png"
     base, result = load("ptq").main(["--short", "--output", str(picture)])
     assert base.recipe == "float32"
@@ -116,7 +116,7 @@ def test_ptq(tmp_path: pathlib.Path, capsys):
 
 
 @pytest.mark.slow
-def test_learned_steps(tmp_path: pathlib.Path, capsys):
+def test_learned_steps_recover_accuracy(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "learned_steps.png"
     results = load("learned_steps").main(["--short", "--output", str(picture)])
     base, rounded, straight, lsq = (r.accuracy.mean() for r in results)
@@ -129,7 +129,7 @@ def test_learned_steps(tmp_path: pathlib.Path, capsys):
 
 
 @pytest.mark.slow
-def test_estimators(tmp_path: pathlib.Path, capsys):
+def test_estimators_have_their_known_bias(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "estimators.png"
     results = load("estimators").main(["--short", "--output", str(picture)])
     quality = results.quality
@@ -146,7 +146,7 @@ def test_estimators(tmp_path: pathlib.Path, capsys):
 
 
 @pytest.mark.slow
-def test_adam8bit(tmp_path: pathlib.Path, capsys):
+def test_adam8bit_learns_like_adam(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "adam8bit.png"
     results = load("adam8bit").main(["--short", "--output", str(picture)])
     full, dynamic, linear = results
@@ -160,7 +160,7 @@ def test_adam8bit(tmp_path: pathlib.Path, capsys):
 
 
 @pytest.mark.slow
-def test_bfloat16_updates(tmp_path: pathlib.Path, capsys):
+def test_bfloat16_updates_need_stochastic_rounding(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "bfloat16_updates.png"
     results = load("bfloat16_updates").main(["--short", "--output", str(picture)])
     full, nearest, stochastic = results
@@ -189,7 +189,7 @@ def test_minilm_of_one_recipe(tmp_path: pathlib.Path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_minilm(tmp_path: pathlib.Path, capsys):
+def test_minilm_keeps_its_embeddings_in_int8(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "minilm.png"
     results = load("minilm").main(["--short", "--output", str(picture)])
     int8, int4, int2, tiles = results
@@ -219,7 +219,7 @@ def test_tokenizer_and_sentences():
 
 
 @pytest.mark.slow
-def test_transformer(tmp_path: pathlib.Path, capsys):
+def test_transformer_learns(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "transformer.png"
     results = load("transformer").main(["--short", "--output", str(picture)])
     (full,), (fp8,) = (result.held_out for result in results)
@@ -238,7 +238,7 @@ def test_frameworks_trace_their_models(capsys):
 
 
 @pytest.mark.slow
-def test_frameworks(capsys):
+def test_frameworks_give_equal_losses(capsys):
     results = load("frameworks").main(["--short"])
     for found in results.values():
         (loss, gradient), *others = found.values()

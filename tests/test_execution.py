@@ -114,7 +114,7 @@ def test_einsum_with_permuted_axes():
     assert_within_bound(got, want, magnitudes, 8)
 
 
-def test_convolution():
+def test_native_convolution_stays_within_error_bound():
     x, w = normal((2, 4, 6, 6)), normal((3, 4, 3, 3), 1)
     native, emulated = recipes("int8_token", "int8_channel")
     conv = functools.partial(jaxq.conv_general_dilated, window_strides=(2, 1), padding="SAME")
@@ -123,7 +123,7 @@ def test_convolution():
     assert_within_bound(got, want, magnitudes, 36)
 
 
-def test_gradient_products():
+def test_native_gradient_products_stay_within_error_bound():
     x, w = normal((6, 32)), normal((32, 4), 1)
     gradients = []
     for execution in ("native", "emulated"):

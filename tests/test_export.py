@@ -59,7 +59,7 @@ def check_all(functions: dict, names, shape: str, *inputs: jax.Array) -> None:
     check(lambda x: {name: functions[name](x) for name in names}, shape, *inputs)
 
 
-def test_named_recipes():
+def test_named_recipes_export_with_a_symbolic_batch():
     others = {"fp8_e4m3_tile128", "nvfp4_tile16"}
     names = {*data.structures(), *others}
     working = fake_quants({name: RECIPES[name] for name in names}, "b, 256")
@@ -77,7 +77,7 @@ def test_all_named_recipes():
     check_all(working, ("int8_tensor", "nvfp4", "mxfp4"), "b, 256", array(3, 256))
 
 
-def test_calibrators():
+def test_calibrators_export_with_a_symbolic_batch():
     def recipe(name, granularity):
         scaling = jaxq.SignedScale() if name == "extremum" else jaxq.Symmetric(name)
         return jaxq.Recipe("int4", granularity, scaling)
@@ -111,7 +111,7 @@ def test_rounding_modes_on_any_axis():
     check(all_modes, "b, 3, c", array(2, 3, 5))
 
 
-def test_other_recipes():
+def test_other_recipes_export_with_symbolic_shapes():
     recipes = {
         "minimum": jaxq.Recipe("uint4", jaxq.PerChannel(-1), jaxq.ScaleAndMin()),
         "stochastic": jaxq.Recipe("int8", rounding="stochastic"),
@@ -151,7 +151,7 @@ def products(x):
     )
 
 
-def test_products():
+def test_products_export_with_a_symbolic_batch():
     check(products, "b, 32", array(3, 32))
 
 
@@ -164,7 +164,7 @@ def model(params, x):
 @pytest.mark.parametrize(
     "kind", [data.slow("quantized"), "stored", data.slow("static"), "observed"]
 )
-def test_whole_functions(kind):
+def test_quantized_functions_export_with_a_symbolic_batch(kind):
     params = {"table": array(50, 16), "layers": array(3, 16, 16), "out": array(16, 4)}
     drawing = jaxq.Recipe("int8", jaxq.PerToken(), rounding="stochastic")
     rules = [

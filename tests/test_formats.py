@@ -34,7 +34,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_figures(name: str):
+def test_formats_match_published_figures(name: str):
     fmt = jaxq.get_format(name)
     assert (fmt.max, fmt.smallest_normal, fmt.min_positive, fmt.num_values) == PUBLISHED[name]
 
@@ -46,7 +46,7 @@ def test_values_are_a_copy():
 
 
 @pytest.mark.parametrize("name", [n for n in ml_dtypes.__all__ if "float" in n])
-def test_against_finfo(name: str):
+def test_properties_match_ml_dtypes_finfo(name: str):
     fmt, info = jaxq.get_format(name), ml_dtypes.finfo(name)
     assert fmt.bits == info.bits
     assert (fmt.min, fmt.max) == (float(info.min), float(info.max))
@@ -113,7 +113,7 @@ def test_dynamic_levels_match_bitsandbytes():
     assert digest[:16] == "e732639a65f497b4"
 
 
-def test_look_up():
+def test_formats_are_found_by_name_and_dtype():
     e4m3 = jaxq.get_format("float8_e4m3fn")
     assert jaxq.get_format(jnp.float8_e4m3fn) is e4m3
     assert jaxq.get_format(np.dtype(ml_dtypes.float8_e4m3fn)) is e4m3
@@ -175,11 +175,11 @@ def test_pack_and_unpack(bits: int):
 
 class TestBadInput:
     @pytest.mark.parametrize("x", [np.int32(3), 1j, "three", np.array([object()]), True])
-    def test_dtypes(self, x):
+    def test_unsupported_dtypes_raise(self, x):
         with pytest.raises(TypeError, match="`x` must be of dtype"):
             jaxq.cast(x, "int8")
 
-    def test_keys(self):
+    def test_missing_and_unused_keys_raise(self):
         key = np.asarray([0, 1], np.uint32)
         with pytest.raises(ValueError, match="got neither"):
             jaxq.cast(1.0, "int8", rounding="stochastic")
@@ -190,7 +190,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="at least as wide"):
             jaxq.cast(1.0, "int8", rounding="stochastic", random_bits=np.uint8(3))
 
-    def test_names(self):
+    def test_unknown_names_raise(self):
         with pytest.raises(ValueError, match="No rounding mode"):
             jaxq.cast(1.0, "int8", rounding="nearest")
         with pytest.raises(ValueError, match="No gradient estimator"):
@@ -200,13 +200,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match="Did you mean int8_tensor"):
             jaxq.fake_quant(1.0, "int8_tensr")
 
-    def test_axes(self):
+    def test_invalid_axes_raise(self):
         with pytest.raises(ValueError, match="axis 2 needs a tensor of at least 3 axes"):
             jaxq.fake_quant(jnp.ones((2, 2)), jaxq.Recipe("int8", jaxq.PerChannel((2,))))
         with pytest.raises(ValueError, match="must be distinct"):
             jaxq.fake_quant(jnp.ones((2, 2)), jaxq.Recipe("int8", jaxq.PerChannel((1, -1))))
 
-    def test_codes(self):
+    def test_invalid_codes_raise(self):
         with pytest.raises(TypeError, match="unsigned integers"):
             jaxq.decode(jnp.ones(3), "int8")
         with pytest.raises(ValueError, match="codes of 16 bits"):

@@ -57,7 +57,7 @@ def test_bytes_and_values_match_gguf(name: str):
 @pytest.mark.parametrize(
     "shape", [data.slow((32,)), (2, 4, 64), data.slow((3, 0)), (0, 32)], ids=str
 )
-def test_shapes(shape):
+def test_packing_keeps_shapes_and_values(shape):
     q = jaxq.quantize(np.resize(tensors()[12:], shape), "q5_1")
     packed = PACK(q)
     chex.assert_shape(packed, (*shape[:-1], shape[-1] // 32 * 24))

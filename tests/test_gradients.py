@@ -380,7 +380,7 @@ def test_records_with_other_parameters_round_trip():
         assert hash(rule) == hash(type(rule)(*vars(rule).values()))
 
 
-def test_custom_estimator():
+def test_custom_estimator_defines_the_gradient():
     def halves(tangent, snap):
         assert snap.below is None
         return jnp.where(snap.y > snap.x, tangent * 0.5, 0)

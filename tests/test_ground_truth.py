@@ -106,7 +106,7 @@ class TestMistakesOfHandWrittenConverters:
         assert float(jaxq.cast(464.0, "float8_e4m3fn")) == 448.0
         assert np.isnan(float(jaxq.cast(465.0, "float8_e4m3fn")))
 
-    def test_negative_zero(self):
+    def test_negative_zero_stays_if_the_format_has_it(self):
         assert np.signbit(jaxq.cast(-0.0, "float8_e4m3fn"))
         assert not np.signbit(jaxq.cast(-0.0, "float8_e4m3fnuz"))
 

@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -30,6 +31,10 @@ ROOMS = [
 ]
 # Rooms without public names, whose private modules all other rooms may import.
 INTERNAL = {"_base", "_jax"}
+# Tests that replace or call what is private: a failing write, compilations, places of labels.
+LOOKING_INSIDE = {"test_cli.py", "test_plots.py"}
+# Functions with the parameters of the functions of JAX with the same names.
+SIGNATURES_OF_JAX = {"conv_general_dilated", "ragged_dot", "ragged_dot_general"}
 # Packages that only some rooms may import, and only inside functions or for types.
 OPTIONAL = {"matplotlib", "rich", "sklearn", "safetensors", "gfloat", "gguf", "gmpy2", "hypothesis"}
 ALLOWED = {"jaxq.analysis.plots": {"matplotlib"}, "jaxq.cli": {"rich"}}
@@ -92,6 +97,39 @@ def test_no_room_imports_private_modules_of_another():
             if parts[0] != "jaxq" or len(parts) < 3 or parts[1] in {room_of(module), *INTERNAL}:
                 continue
             assert not any(part.startswith("_") for part in parts[2:]), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("folder", ["tests", "docs", "examples", "benchmarks", "tools"])
+def test_no_other_file_imports_private_modules(folder: str):
+    root = PACKAGE.parent / folder
+    for path in root.rglob("*.py"):
+        if path.name in LOOKING_INSIDE:
+            continue
+        for name in imports(path):
+            assert not is_private(name), f"{path.name} imports {name}"
+    for path in root.rglob("*.md"):
+        for name in re.findall(r"(?:from|import) (jaxq[\w.]*)", path.read_text()):
+            assert not is_private(name), f"{path.name} imports {name}"
+
+
+def is_private(name: str) -> bool:
+    """Returns whether a module or name of jaxq is private to a room."""
+    top, *parts = name.split(".")
+    return top == "jaxq" and bool({p for p in parts if p.startswith("_")} - INTERNAL)
+
+
+def test_no_module_is_longer_than_400_lines():
+    for module, path in MODULES.items():
+        assert len(path.read_text().splitlines()) <= 400, f"{module}: split it by its concerns"
+
+
+def test_no_function_takes_more_than_six_positional_parameters():
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name not in SIGNATURES_OF_JAX:
+                names = [a.arg for a in node.args.posonlyargs + node.args.args]
+                count = len([name for name in names if name not in ("self", "cls")])
+                assert count <= 6, f"{module}.{node.name}: group the parameters in a record"
 
 
 def test_optional_packages_are_imported_only_where_allowed():

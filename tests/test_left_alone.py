@@ -11,7 +11,7 @@ from jax.experimental import pallas, sparse
 from jax.interpreters import mlir
 
 import jaxq
-from jaxq.models import _operations
+from jaxq.models import LEFT_ALONE, QUANTIZED
 from tests.oracle import assert_same
 
 SQUARE = jnp.eye(4) + 0.1
@@ -55,7 +55,7 @@ def test_explain_lists_unquantized_operations(operation):
     model = lambda p: function(p["odd"]) @ p["plain"]
     rows = jaxq.explain(model, [("plain", "w8a8")])(params).rows
     row = next(row for row in rows if row.operation == operation)
-    reason = _operations.LEFT_ALONE.get(operation, "multiplies int8 by int8")
+    reason = LEFT_ALONE.get(operation, "multiplies int8 by int8")
     assert row.recipe.startswith(f"- ({reason}")
     assert "matches it" not in row.recipe
     # A rule that also matches this operation is noted; a rule that matches nothing else raises.
@@ -83,7 +83,7 @@ def test_every_multiplying_primitive_is_listed():
     )
     others = {"conv_general_dilated_patches", "debug_callback", "custom_linear_solve"}
     found = {name for name in names if multiplying.search(name)} - others
-    assert found <= {*_operations.QUANTIZED, *_operations.LEFT_ALONE}
+    assert found <= {*QUANTIZED, *LEFT_ALONE}
     assert {"dot_general", "bcoo_dot_general", "ffi_call", *MATRIX} <= found
 
 

@@ -41,7 +41,7 @@ def test_weights_match_bytes_of_quantized_tensors(recipe: str):
     assert analysis.memory(SMALL, recipe).weights == stored
 
 
-def test_kv_cache():
+def test_kv_cache_matches_arithmetic():
     """Compares with the product of 2 tensors, layers, heads, head size, tokens and 2 bytes."""
     m = analysis.memory("llama-3.1-8b", context=1000, batch=3)
     assert m.kv_cache == 2 * 32 * 8 * 128 * 3000 * 2
@@ -58,7 +58,7 @@ def test_number_of_parameters_as_model():
     assert analysis.memory(0.0, "bfloat16").total == 0
 
 
-def test_tables():
+def test_tables_list_models_and_devices():
     table = analysis.memory_table("llama-3.1-70b", ["bfloat16", "nvfp4"])
     assert [row.device for row in table.rows] == ["b200", "l40s"]
     assert table.rows[0].weights_gib == pytest.approx(2 * 70_553_706_496 / 2**30)

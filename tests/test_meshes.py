@@ -30,7 +30,7 @@ def collectives(function, x: jax.Array) -> list[Collective]:
 @pytest.mark.parametrize(
     "name", [data.slow("int8_tensor"), data.slow("int4_g128"), "nvfp4", "nf4_dq"]
 )
-def test_explicit_axes(name: str):
+def test_quantizers_keep_explicit_shardings(name: str):
     x = sharded(X, ("a", "b"))
     want = jaxq.fake_quant(X, name)
     y = jax.jit(lambda x: jaxq.fake_quant(x, name))(x)
@@ -49,7 +49,7 @@ def test_explicit_casts_and_codes(name: str):
 
 
 @pytest.mark.parametrize("recipe", ["mxfp8_training", data.slow("fp8_training")])
-def test_explicit_products(recipe: str):
+def test_products_work_on_explicit_axes(recipe: str):
     x, w = sharded(X, ("a", None)), sharded(X.T, (None, "b"))
 
     def both(x, w, **more):
@@ -67,7 +67,7 @@ def test_explicit_products(recipe: str):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() <= bound
 
 
-def test_explicit_packing():
+def test_packing_works_on_explicit_axes():
     codes = np.arange(128 * 256, dtype=np.uint8).reshape(128, 256) % 8
     packed = jaxq.pack(sharded(codes, ("a", "b")), bits=3)
     assert jax.typeof(packed).sharding.spec == PartitionSpec("a", "b")
@@ -118,7 +118,7 @@ def test_explicit_products_after_a_hadamard_transform():
     assert_same_trees(got, jax.jit(gradients)(x, w))
 
 
-def test_explicit_optimizer():
+def test_optimizer_works_on_explicit_axes():
     optimizer = jaxq.optim.quantize_state(optax.adam(1e-3))
 
     @jax.jit

@@ -55,7 +55,7 @@ def assert_close(got, want) -> None:
 
 class TestCompare:
     @pytest.mark.parametrize("noise", [1.0, 1e-3, 1e-7])
-    def test_many_numbers(self, noise: float):
+    def test_comparison_of_many_numbers_matches_float64(self, noise: float):
         x, y = pairs(2**22, noise=noise)
         assert_close(compare(x, y), reference(x, y))
 
@@ -79,7 +79,7 @@ class TestCompare:
         part = type(got)(*(field[2, 2] for field in got))
         assert_close(part, reference(x[512:, 10:], y[512:, 10:]))
 
-    def test_all_dtypes(self):
+    def test_comparison_takes_all_dtypes(self):
         x, y = pairs(64, 3)
         dtypes = (np.float16, ml_dtypes.bfloat16, np.float32)
         for a, b in zip(dtypes, (*dtypes[1:], dtypes[0]), strict=True):
@@ -240,7 +240,7 @@ class TestQuantizationError:
             ["float4_e2m1fn", "posit8"],
         ),
     )
-    def test_casts(self, name: str):
+    def test_errors_of_casts_match_numpy(self, name: str):
         x = np.concatenate([SEED.standard_normal(500) * s for s in (0.02, 1, 20)])
         x = x.astype(np.float32)
         want = causes(x, jaxq.get_format(name).values, 1.0)
@@ -260,7 +260,7 @@ class TestQuantizationError:
             ("nf4_g64", lambda a: a),
         ],
     )
-    def test_recipes(self, name: str, step):
+    def test_errors_of_recipes_match_comparison(self, name: str, step):
         x = SEED.standard_normal((8, 64)).astype(np.float32)
         recipe = jaxq.get_recipe(name)
         blocks = x.reshape(-1, np.prod(recipe.cut(x.shape).block))
@@ -273,7 +273,7 @@ class TestQuantizationError:
         assert float(got.errors.mse) == compare(x, jaxq.fake_quant(x, name)).mse
         assert 0.4 < float(got.max_ulp) <= (0.50001 if name == "int4_g32" else 1.0)
 
-    def test_per_block(self):
+    def test_errors_per_block_match_those_of_each_block(self):
         x = SEED.standard_normal((4, 64)).astype(np.float32)
         recipe = jaxq.get_recipe("mxfp4")
         got = quantization_error(x, recipe, per=recipe.granularity)
@@ -431,7 +431,7 @@ class TestDiagnostics:
         assert float(got.underflow) == pytest.approx(float(want.flushed), abs=1e-4)
         assert got.amax == np.abs(x).max()
 
-    def test_given_scales(self):
+    def test_diagnostics_take_given_scales(self):
         x = np.float32([[0.4, 3.0, 1e-5, np.nan], [1.0, 900.0, 448.0, -np.inf]])
         got = diagnostics(x, "fp8_e4m3_tensor", scale=np.float32(1.0))
         assert [float(v) for v in got] == [900.0, 0.125, 0.125, 0.25]

@@ -43,7 +43,7 @@ def rounded(x: np.ndarray, fmt: jaxq.FloatFormat, mode: int) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("exponent_bits", "mantissa_bits"), WIDTHS)
-def test_ieee_formats(exponent_bits: int, mantissa_bits: int, mode: str):
+def test_casts_match_mpfr(exponent_bits: int, mantissa_bits: int, mode: str):
     fmt = ieee(exponent_bits, mantissa_bits)
     x = inputs(fmt)
     assert_same(jaxq.cast(x, fmt, rounding=mode), rounded(x, fmt, MODES[mode]), x)

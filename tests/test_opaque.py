@@ -15,7 +15,7 @@ def primitives(jaxpr) -> list[str]:
     names = []
     for eqn in jaxpr.eqns:
         inner = [v for v in eqn.params.values() if hasattr(v, "jaxpr") or hasattr(v, "eqns")]
-        if not inner or eqn.primitive.name == "jaxq_sealed":
+        if not inner or eqn.primitive.name == "jaxq_opaque":
             names.append(eqn.primitive.name)
         else:
             names += [n for v in inner for n in primitives(getattr(v, "jaxpr", v))]
@@ -36,8 +36,8 @@ def test_gradient_of_scan_keeps_quantizer_inside():
     loops = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     assert [compat.loop_counts(eqn)[0] for eqn in loops] == [0, 0]
     outside = [eqn.primitive.name for eqn in jaxpr.eqns]
-    assert "jaxq_sealed" not in outside
-    assert primitives(loops[0].params["jaxpr"].jaxpr).count("jaxq_sealed") == 2
+    assert "jaxq_opaque" not in outside
+    assert primitives(loops[0].params["jaxpr"].jaxpr).count("jaxq_opaque") == 2
 
 
 def test_opaque_function_with_pytrees():

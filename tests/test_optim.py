@@ -293,7 +293,7 @@ class TestQuantizedState:
         assert len(quantized_arrays(state)) == 4
         assert isinstance(state.inner.hyperparams["learning_rate"], jax.Array)
 
-    def test_rules(self):
+    def test_rules_match_paths_of_the_state(self):
         params = {"nu": jnp.ones((64, 64)), "w": jnp.ones((64, 64)), "x": jnp.ones((64, 64))}
         state = optim.quantize_state(optax.chain(optax.adam(1e-3))).init(params)
         adam = state.inner[0][0]
@@ -579,7 +579,7 @@ class TestUpdates:
 
 
 class TestSchedules:
-    def test_bits_schedule(self):
+    def test_bits_schedule_decreases_in_steps(self):
         down, up = optim.bits_schedule(8, 4, steps=10, begin=3), optim.bits_schedule(2, 4, steps=4)
         steps = jnp.arange(16)
         want = [8] * 6 + [7, 7] + [6, 6, 6] + [5, 5] + [4] * 3
@@ -597,7 +597,7 @@ class TestSchedules:
             with pytest.raises(ValueError, match="bits_schedule: widths"):
                 optim.bits_schedule(wrong[0], wrong[1], steps=wrong[2])
 
-    def test_quantize_after(self):
+    def test_updates_are_quantized_from_a_given_step(self):
         late = optim.quantize_after(lambda x: jax.tree.map(lambda v: jaxq.cast(v, "int4"), x), 5)
         x = {"a": jnp.asarray([0.3, np.nan, -0.0, 1e9]), "b": jnp.ones(())}
         f = jax.jit(chex.assert_max_traces(late, n=1))

@@ -32,7 +32,7 @@ def largest(x: np.ndarray, count: int) -> np.ndarray:
     return chosen.reshape(x.shape)
 
 
-def test_fraction():
+def test_fraction_sets_the_number_of_outliers():
     x = heavy()
     r = recipe(fraction=0.01)
     want = by_hand(x, largest(x, 21))  # 1% of 2048, rounded up.
@@ -51,7 +51,7 @@ def test_ties_are_chosen_in_order():
 
 
 @pytest.mark.slow
-def test_sigma():
+def test_sigma_stores_only_distant_values():
     x = heavy()
     distant = np.abs(x - x.mean()) > 4 * x.std()
     assert 3 < distant.sum() < 21
@@ -72,7 +72,7 @@ def test_outliers_reduce_error():
     assert ((pure - x) ** 2).mean() > 20 * ((mixed - x) ** 2).mean()
 
 
-def test_nonfinite_outliers():
+def test_nonfinite_outliers_stay_outside_of_blocks():
     x = heavy()
     clean = np.asarray(jaxq.fake_quant(x, recipe(fraction=0.01)))
     bad = x.copy()

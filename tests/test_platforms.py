@@ -148,7 +148,7 @@ def of_format(fmt: jaxq.formats.Format, inputs: list[jax.Array], codes: jax.Arra
 
 
 @pytest.mark.parametrize("name", data.each(FORMATS, ["float8_e4m3fn", "int4"]))
-def test_formats(name: str):
+def test_formats_agree_on_all_platforms(name: str):
     fmt = FORMATS[name]
     codes = np.random.default_rng(0).integers(0, 2**fmt.bits, 320)
     codes[: min(256, 2**fmt.bits)] = np.arange(min(256, 2**fmt.bits))
@@ -160,7 +160,7 @@ def test_formats(name: str):
     assert_agree(f, inputs, codes.astype(f"uint{width}"))
 
 
-def test_traced_formats():
+def test_traced_formats_agree_on_all_platforms():
     grid = jaxq.numerics.float_grid(exponent_bits=jnp.int32(4), mantissa_bits=jnp.int32(3))
     x = difficult(FORMATS["float8_e4m3"])
     assert_agree(lambda x: [jaxq.cast(x, grid, rounding=mode) for mode in ("up", "to_odd")], x)
@@ -211,7 +211,7 @@ def check_recipe(recipe: jaxq.Recipe) -> None:
 
 
 @pytest.mark.parametrize("name", data.each(RECIPES, ["nvfp4"]))
-def test_recipes(name: str):
+def test_recipes_agree_on_all_platforms(name: str):
     recipe = RECIPES[name]
     if math.prod(recipe.cut((256, 256)).block) > 10_000 and recipe.cut((256, 256)).block[0] < 256:
         recipe = dataclasses.replace(recipe, granularity=jaxq.PerBlock((16, 16)))  # Saves minutes.
@@ -239,12 +239,12 @@ def other_recipes() -> dict[str, jaxq.Recipe]:
 
 
 @pytest.mark.parametrize("name", data.each(other_recipes(), []))
-def test_other_recipes(name: str):
+def test_other_recipes_agree_on_all_platforms(name: str):
     check_recipe(other_recipes()[name])
 
 
 @pytest.mark.parametrize("name", data.each(ESTIMATORS, ["trust_region"]))
-def test_gradients(name: str):
+def test_gradients_agree_on_all_platforms(name: str):
     """Leaves out the gradients of scales, which are float sums of products."""
     if name in TRANSCENDENTAL:
         pytest.skip("computes a hyperbolic tangent, whose last bits depend on the backend")
@@ -290,7 +290,7 @@ def operands(function: Callable[..., Any], *arguments: jax.Array) -> list[jax.Ar
 
 
 @pytest.mark.parametrize("name", data.each(PRODUCT_RECIPES, ["w8a8"]))
-def test_products(name: str):
+def test_operands_of_products_agree_on_all_platforms(name: str):
     """Compares the operands of a product and of both products of its gradient."""
     recipe = PRODUCT_RECIPES[name]
     n = 128 if "128" in name else 32

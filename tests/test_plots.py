@@ -119,8 +119,8 @@ def test_recipes_that_do_not_fit_are_named(monkeypatch):
 def test_label_positions_do_not_collide():
     points = np.array([[50.0, 50.0]] * 4 + [[52.0, 50.0], [5.0, 5.0]])
     sizes = np.full((6, 2), (30.0, 10.0))
-    centres = place(points, sizes, (0, 0, 200, 200), obstacles=np.array([[60, 40, 100, 70]]))
-    low, high = centres - sizes / 2, centres + sizes / 2
+    centers = place(points, sizes, (0, 0, 200, 200), obstacles=np.array([[60, 40, 100, 70]]))
+    low, high = centers - sizes / 2, centers + sizes / 2
     for i in range(6):
         assert (low[i] >= 0).all()
         assert not ((high[i] > (60, 40)) & (low[i] < (100, 70))).all()
@@ -166,7 +166,7 @@ def test_subnormals_have_separate_ticks():
     assert [-0.5, 0.5] in positions
 
 
-def test_significant_bits():
+def test_significant_bits_match_formats():
     bits = {name: significant_bits(jaxq.get_format(name)) for name in jaxq.formats.FORMATS}
     assert bits["float16"] == 11
     assert bits["float8_e4m3fn"] == 4
@@ -253,7 +253,7 @@ def test_compression_marks_the_front():
 
 
 @pytest.mark.slow
-def test_remedies_recover():
+def test_remedies_reduce_the_error_of_outliers():
     figure = plots.outliers(X, count=2)
     left, right = figure.axes
     rows = [label.get_text() for label in right.get_yticklabels()]
@@ -284,7 +284,7 @@ def test_all_zero_data_is_drawn():
     assert "SQNR inf dB, largest 0" in texts(figure)
 
 
-def test_chain_grows():
+def test_chain_shows_the_error_of_each_step():
     steps = ["float16", "float8_e5m2", "float16"]
     axes = plots.chain_errors(X, steps).axes[0]
     rows = jaxq.analysis.chain_table(X, steps).rows
@@ -355,7 +355,7 @@ def test_style_does_not_depend_on_matplotlib_settings():
     assert rcParams["text.color"] == rcParamsDefault["text.color"]
 
 
-def test_notebook_representation():
+def test_figures_are_images_in_notebooks():
     figure = plots.number_line(["int2"])
     assert figure._repr_png_().startswith(b"\x89PNG")
     drawn = [plots.number_line(["int2"])._repr_svg_() for _ in range(2)]

@@ -55,7 +55,7 @@ def test_neighbors_include_quantized_value(name: str):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_dorefa(bits: int):
+def test_dorefa_matches_its_formula(bits: int):
     w = np.float64(numbers())
     bounded = np.tanh(w)
     largest = np.abs(bounded).max()
@@ -84,7 +84,7 @@ def test_dorefa_of_zeros_empty_and_invalid_widths():
         qat.dorefa(jnp.ones(2), 1)
 
 
-def test_uniform_noise():
+def test_uniform_noise_is_bounded_and_unbiased():
     x = jnp.asarray(numbers((40, 1000)))
     recipe = jaxq.Recipe("int8")
     pair = jaxq.neighbors(x, recipe, scale=0.25)
@@ -96,7 +96,7 @@ def test_uniform_noise():
     assert_same(jax.grad(lambda x: f(x).sum())(x), np.ones(x.shape, np.float32))
 
 
-def test_adaround():
+def test_adaround_matches_its_formula():
     v = np.float64(numbers((50,)) * 3)
     h = np.clip(1.2 / (1 + np.exp(-v)) - 0.1, 0, 1)
     a = w = jnp.asarray(v, jnp.float32)
@@ -127,7 +127,7 @@ def test_adaround():
 
 
 @pytest.mark.parametrize(("grid", "fmt"), [("int", "int{}"), ("float", "float_e4m{}")])
-def test_fractional_bits(grid: str, fmt: str):
+def test_fractional_bits_interpolate_between_formats(grid: str, fmt: str):
     x = jnp.asarray(numbers((64,)) * 3)
     make = {"int": jaxq.int_grid, "float": lambda m: jaxq.float_grid(4, m)}[grid]
     at = lambda n: jaxq.cast(x, make(n), overflow="saturate")

@@ -90,7 +90,7 @@ def test_float_formats_use_full_range():
     assert float(jnp.abs(jaxq.decode(q.codes, "float8_e4m3fn")).max()) == 448.0
 
 
-def test_special_inputs():
+def test_special_inputs_give_documented_results():
     assert_same(
         jaxq.fake_quant(np.zeros((2, 2), np.float32), "int8_tensor"), np.zeros((2, 2), "f4")
     )

@@ -78,9 +78,7 @@ def test_products_match_numpy_per_group(name):
             quantizer = dataclasses.replace(quantizer, granularity=jaxq.PerBlock(8, contracted))
         return np.asarray(jaxq.fake_quant(x, quantizer))
 
-    (left, right), (dl, dr), (wl, wr) = (
-        product.operands for product in (recipe.forward, recipe.dlhs, recipe.drhs)
-    )
+    (left, right), (dl, dr), (wl, wr) = (product.operands for product in recipe.products)
     x, w = quantized(X, left, -1), quantized(W, right, 1)
     y, dx = np.zeros((16, 8), np.float32), np.zeros((16, 32), np.float32)
     again = (x, w) if recipe.residuals == "quantized" else (X, W)

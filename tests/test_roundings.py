@@ -218,10 +218,10 @@ def test_stochastic_bits_come_from_key_and_are_uncorrelated():
     np.testing.assert_array_equal(y, np.asarray(explicit) > 1.03)
     n = y.size
     assert abs(y.mean() - 0.25) < 5 * (0.25 * 0.75 / n) ** 0.5
-    centred = y - y.mean()
+    centered = y - y.mean()
     for shift in (1, 2, 16):
         for axis in (0, 1):
-            r = (centred * np.roll(centred, shift, axis)).mean() / centred.var()
+            r = (centered * np.roll(centered, shift, axis)).mean() / centered.var()
             assert abs(r) < 5 / n**0.5
 
 

@@ -128,7 +128,7 @@ def test_every_pytree_has_an_example(examples):
     assert not missing, f"add an example of {missing}"
 
 
-def test_round_trips(examples):
+def test_every_pytree_survives_serialization(examples):
     zeros = jax.tree.map(jnp.zeros_like, examples)
     assert_same_trees(pickle.loads(pickle.dumps(examples)), examples)
     assert_same_trees(copy.deepcopy(examples), examples)
@@ -149,7 +149,7 @@ def test_exported_functions_accept_and_return_all(examples):
     assert_same_trees(second["again"], own)
 
 
-def test_train_state():
+def test_train_state_survives_flax_serialization():
     tx = jaxq.optim.quantize_state(optax.adam(1e-3))
     state = TrainState.create(apply_fn=model, params=PARAMS, tx=tx)
     with jax.numpy_dtype_promotion("standard"):  # Required by Optax.

@@ -55,7 +55,7 @@ def test_indivisible_shardings_raise():
         jaxq.quantized_sharding(q, NamedSharding(mesh(), PartitionSpec(None, None, "a")))
 
 
-def test_donation():
+def test_donated_tensors_are_reused():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 64)), jnp.float32)
     update = jax.jit(lambda q: jaxq.quantize(q.dequantize() * 2.0, q.recipe), donate_argnums=0)
     q = jaxq.quantize(x, "int8_token")

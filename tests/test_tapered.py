@@ -103,7 +103,7 @@ def test_nonzero_numbers_never_become_zero_or_nar(fmt: jaxq.TaperedFormat):
     np.testing.assert_array_equal(saturated, [0, 0, nar - 1, nar + 1, nar])
 
 
-def test_published_figures():
+def test_posits_match_the_standard():
     """Compares with the Posit standard (2022), table 1, and maxpos of posit<8, 0> and <16, 1>."""
     figures = {"posit8": 2.0**24, "posit16": 2.0**56, "posit8_es0": 64.0, "posit16_es1": 2.0**28}
     for name, largest in figures.items():

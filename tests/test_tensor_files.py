@@ -225,7 +225,7 @@ def test_values_match_safetensors(tmp_path: pathlib.Path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_numpy_archives(tmp_path: pathlib.Path, save):
+def test_numpy_archives_are_read(tmp_path: pathlib.Path, save):
     x = np.arange(12, dtype=np.float64).reshape(3, 4)
     arrays = {
         "c": x,
@@ -248,7 +248,7 @@ def test_numpy_archives(tmp_path: pathlib.Path, save):
         np.testing.assert_array_equal(got, arrays[name].astype(np.float32))
 
 
-def test_numpy_files(tmp_path: pathlib.Path):
+def test_numpy_files_of_every_version_are_read(tmp_path: pathlib.Path):
     x = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4))
     for version in ((1, 0), (2, 0), (3, 0)):
         path = tmp_path / "a.npy"

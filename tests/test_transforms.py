@@ -128,7 +128,7 @@ def test_stored_weights_match(params):
         jaxq.quantize_fn(model, other)(stored, IDS)
 
 
-def test_explain(params):
+def test_explain_lists_all_products(params):
     table = jaxq.explain(model, RULES)(params, IDS)
     rows = {row.product: row for row in table.rows}
     assert list(rows) == ["embedding", "layers/up", "layers/down", "out", "embedding#2"]

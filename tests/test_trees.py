@@ -70,7 +70,7 @@ def test_quantized_tree_under_jit():
     np.testing.assert_allclose(apply(small, x), want, rtol=1e-5)
 
 
-def test_optimizer_states():
+def test_optimizer_states_are_quantized_as_trees():
     state = optax.adam(1e-3).init({"w": jnp.ones((8, 8))})
     small = jaxq.quantize_tree(state, {"mu/w": "int8_channel"}, axis=-2)
     assert isinstance(small[0].mu["w"], jaxq.Quantized)
@@ -96,7 +96,7 @@ def test_recipe_that_does_not_fit_raises(rules, text):
         jaxq.quantize_tree(parameters(), rules, axis=-2)
 
 
-def test_empty_tree():
+def test_empty_tree_takes_no_rules():
     with pytest.raises(ValueError, match="matches no leaf, because there is none"):
         jaxq.quantize_tree({}, [("w", "int8_tensor")])
     assert jaxq.quantize_tree({}, []) == {}

@@ -317,7 +317,7 @@ def table_of_steps() -> str:
         ]
         for name in LAYOUTS
     ]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def table_of_stored() -> str:
@@ -329,10 +329,11 @@ def table_of_stored() -> str:
         floats = floats or size
         dtypes = ", ".join(sorted({c.dtype for c in counts}))
         rows.append([weight or "float32", dtypes, summary(counts), f"{size / floats:.1%}"])
-    return _table(["weights", "sent as", "in a forward pass", "of float32"], rows)
+    return table(["weights", "sent as", "in a forward pass", "of float32"], rows)
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """Returns a table in Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
 
 

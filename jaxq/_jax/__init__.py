@@ -1,1 +1,31 @@
-"""Workarounds and wrappers for the behavior of JAX and XLA, each with its reason."""
+"""Everything that exists only because of how JAX or XLA behaves.
+
+Each entry names the behavior, which was seen with XLA on CPU in JAX 0.10.2 and 0.12.0 unless it
+says otherwise, and the check that passes without the workaround once the behavior has changed.
+
+- `arithmetic.divide`: XLA computes `x / c` as `x * (1 / c)`, and its division on GPU is not
+  correctly rounded. Remove it when `test_division_by_scalar_or_constant_is_exact` passes with `/`,
+  also on GPU.
+- `arithmetic.rounded`: a product and a sum are fused into one rounding. Remove it when
+  `test_bytes_equal_libgguf` passes without it.
+- `arithmetic.materialize`: a value per block is computed again for each element; MX formats take 2
+  to 7 times as long. Remove it when `benchmarks/quantizers.py` shows equal times without it.
+- `reductions`: a reduction of blocks is not vectorized; quantizers take up to 9 times as long.
+  Remove it when `benchmarks/quantizers.py` shows equal times with `jnp.max`.
+- `draws`: Threefry is a loop of kernels with large intermediate arrays. Remove it when
+  `test_stochastic_rounding_needs_no_temporary` passes with `jax.random.bits`.
+- `opaque.opaque`: the gradient of a scan moves constant parts of a function out of the loop. Remove
+  it when `test_gradient_of_scan_keeps_quantizer_inside` passes without it.
+- `opaque.by_platform`: `jax.lax.platform_dependent` traces every variant and emits a conditional.
+  Remove it when `test_platform_function_is_chosen_at_lowering` passes with that function.
+- `opaque.checked_inside`: the rules of `checkify` are private. Remove it when a public function
+  adds one.
+- `meshes`: operations with several possible shardings raise under explicit axes. Remove it when
+  `tests/test_meshes.py` passes without it.
+- `compat`: jaxprs are private and differ between versions. Remove the branch in `loop_counts` with
+  the support for JAX 0.10.
+- `serialization`: Flax looks up pytrees by class and `jax.export` by name. These are their
+  interfaces, so this stays.
+
+Other packages call `lax.optimization_barrier` and `lax.reduce_precision` directly, with the reason.
+"""

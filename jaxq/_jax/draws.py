@@ -108,13 +108,13 @@ def _threefry(key: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]
     keys = [spread(key[..., 0]), spread(key[..., 1])]
     keys.append(keys[0] ^ keys[1] ^ np.uint32(0x1BD11BDA))
     # Each rotation distance is emitted once, since compile time grows with the size of the program.
-    turns = {
+    distances = {
         n: (spread(np.uint32(n)), spread(np.uint32(32 - n))) for group in _ROTATIONS for n in group
     }
     first, second = keys[0], spread(numbers) + keys[1]
     for i in range(5):
         for n in _ROTATIONS[i % 2]:
-            left, right = turns[n]
+            left, right = distances[n]
             first = lax.add(first, second)
             parts = lax.shift_left(second, left), lax.shift_right_logical(second, right)
             second = lax.bitwise_xor(first, lax.bitwise_or(*parts))

@@ -33,7 +33,7 @@ def opaque(function: Callable[..., Any], *arguments: Any) -> Any:
         are differentiated.
     """
     jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    results = _sealed().bind(*jax.tree.leaves(arguments), jaxpr=jaxpr)
+    results = _opaque().bind(*jax.tree.leaves(arguments), jaxpr=jaxpr)
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
 
@@ -78,9 +78,9 @@ def checked_inside(primitive: Any, function: Callable[..., Callable[..., Any]]) 
 
 
 @functools.cache
-def _sealed() -> Any:
+def _opaque() -> Any:
     """Returns the primitive with its rules."""
-    primitive = Primitive("jaxq_sealed")
+    primitive = Primitive("jaxq_opaque")
     primitive.multiple_results = True
     primitive.def_impl(_apply)
     primitive.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)

@@ -19,9 +19,9 @@ from jaxq._base.shapes import is_symbolic
 
 __all__ = ["reduced", "summed", "total"]
 
-_APART = 32
-_NEIGHBOURS = 8
-_WHOLE = {lax.max: jnp.max, lax.min: jnp.min}
+_STRIDED = 32
+_NEIGHBORS = 8
+_REDUCE = {lax.max: jnp.max, lax.min: jnp.min}
 
 
 def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Array:
@@ -38,7 +38,7 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
     Returns:
       An int32 array in which the axes within a block have length 1.
     """
-    reduce = functools.partial(_WHOLE[combine], initial=none)
+    reduce = functools.partial(_REDUCE[combine], initial=none)
     shape = tuple(1 if axis in cut.axes else n for axis, n in enumerate(x.shape))
     x, parts, axes = _in_parts(x, cut)
     begun = False
@@ -59,10 +59,10 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
 def summed(x: jax.Array) -> jax.Array:
     """Returns the sums of non-negative integers over the last axis, in their dtype."""
     n = x.shape[-1]
-    if n == 0 or n % _NEIGHBOURS:
+    if n == 0 or n % _NEIGHBORS:
         return jnp.sum(x, axis=-1, dtype=x.dtype)
-    step = _step(n // _NEIGHBOURS)
-    x = x.reshape(*x.shape[:-1], n // step // _NEIGHBOURS, step, _NEIGHBOURS)
+    step = _step(n // _NEIGHBORS)
+    x = x.reshape(*x.shape[:-1], n // step // _NEIGHBORS, step, _NEIGHBORS)
     for axis in (-2, -1, -1):  # The clamp in between keeps XLA from merging the three sums.
         x = lax.max(jnp.sum(x, axis=axis, dtype=x.dtype), np.int32(0))
     return x
@@ -88,8 +88,8 @@ def total(x: jax.Array, cut: Cut) -> jax.Array:
     x, parts, axes = _in_parts(x, cut)
     axis = max((a for a in axes if x.shape[a] != 1), default=axes[-1])
     n = x.shape[axis]
-    if axis == x.ndim - 1 and not is_symbolic(n) and n % _NEIGHBOURS == 0:
-        x, axes = x.reshape(*x.shape[:-1], n // _NEIGHBOURS, _NEIGHBOURS), (*axes, x.ndim)
+    if axis == x.ndim - 1 and not is_symbolic(n) and n % _NEIGHBORS == 0:
+        x, axes = x.reshape(*x.shape[:-1], n // _NEIGHBORS, _NEIGHBORS), (*axes, x.ndim)
     whole = lax.round(x * np.float32(2.0**24), lax.RoundingMethod.TO_NEAREST_EVEN)
     sums = _near_sums(whole.astype(jnp.int32), axis)  # Below 2^31.
     sums = _near_sums(_digits(sums, 2, 16), axis + 1)  # Below 2^21.
@@ -146,13 +146,13 @@ def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) ->
     n = x.shape[axis]
     if is_symbolic(n):
         return reduce(x, axis=axis, keepdims=True)
-    rest = n % _NEIGHBOURS
+    rest = n % _NEIGHBORS
     if 0 < rest < n:
         parts = (lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, n - rest), (n - rest, n)))
         return combine(*(_along_last(combine, reduce, part, axis) for part in parts))
     if n and not rest:
-        step = _step(n // _NEIGHBOURS)
-        x = x.reshape(*x.shape[:-1], n // step // _NEIGHBOURS, step, _NEIGHBOURS)
+        step = _step(n // _NEIGHBORS)
+        x = x.reshape(*x.shape[:-1], n // step // _NEIGHBORS, step, _NEIGHBORS)
         # The clamp in between keeps XLA from merging the two reductions.
         x = reduce(reduce(x, axis=-2), axis=-1)
     return reduce(x, axis=axis, keepdims=True)
@@ -181,5 +181,5 @@ def _halves(combine: Callable, x: jax.Array, axis: int) -> jax.Array:
 
 
 def _step(n: int) -> int:
-    """Returns the number of elements to reduce to one: the largest divisor up to `_APART`."""
-    return next((d for d in range(min(n, _APART), 1, -1) if n % d == 0), 1)
+    """Returns the number of elements to reduce to one: the largest divisor up to `_STRIDED`."""
+    return next((d for d in range(min(n, _STRIDED), 1, -1) if n % d == 0), 1)

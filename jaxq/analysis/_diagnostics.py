@@ -1,6 +1,5 @@
 """Cheap per-step diagnostics of a tensor and its format, for logging in a training loop."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -136,7 +135,7 @@ def in_a_recipe(
     if recipe.outliers is not None:
         x, _ = recipe.outliers.take(x)
     if scale is None:
-        scales = measured(widen(cut.split(x)), None, _to_nearest(recipe), cut)
+        scales = measured(widen(cut.split(x)), None, recipe.to_nearest(), cut)
     else:
         scale, zero_point = (
             None if given is None else cut.spread(jnp.broadcast_to(given, cut.counts))
@@ -164,8 +163,3 @@ def _everywhere(part: jax.Array, cut: Cut) -> jax.Array:
     """Broadcasts one number per block to the elements of the block."""
     shape = tuple(n for pair in zip(cut.counts, cut.block, strict=True) for n in pair)
     return cut.merge(jnp.broadcast_to(part, shape))
-
-
-def _to_nearest(recipe: Recipe) -> Recipe:
-    """Returns the recipe with rounding to nearest, which needs no key."""
-    return dataclasses.replace(recipe, rounding="nearest_even")

@@ -164,7 +164,7 @@ def _columns(path: pathlib.Path, header: str) -> list[Any]:
     if version != _VERSION:
         raise ValueError(
             f"read_log: {path.name} has version {version}, and this jaxq reads {_VERSION}. Read it "
-            "by the jaxq that wrote it."
+            "with the version that wrote it."
         )
     return columns
 

@@ -180,7 +180,11 @@ class _Statistics:
         if "output" in self.request.tensors:
             own = self._tensor(y)
             if output is not None:
-                own = own.join(self._error(Quantization.of(y, _nearest(output))))
+                own = own.join(
+                    self._error(
+                        Quantization.of(y, output.to_nearest() if is_stochastic(output) else output)
+                    )
+                )
             tally = tally.join(own.prefixed("output"))
             tally = tally.join(self._product(lambda: running.results(y), "output/product"))
         return tally
@@ -251,10 +255,6 @@ def _padded(granularity: Granularity) -> Granularity:
     if isinstance(granularity, PerBlock):
         return dataclasses.replace(granularity, pad=True)
     return granularity
-
-
-def _nearest(recipe: Recipe) -> Recipe:
-    return dataclasses.replace(recipe, rounding="nearest_even") if is_stochastic(recipe) else recipe
 
 
 def monitor(

@@ -118,7 +118,7 @@ def label(recipe: FormatOrRecipe) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class BoundRow:
-    """One bit width in a `bounds_table`, in dB.
+    """A row of `bounds_table`: the SQNR of codes of one bit width.
 
     Attributes:
       bits: bits per element.

@@ -122,7 +122,7 @@ def update_statistics(updates: Any, params: Any) -> dict[str, UpdateStatistics]:
                 f"update_statistics: `updates` at {path!r} must have the shape {p.shape}, got "
                 f"{u.shape}."
             )
-        dtype = jnp.promote_types(p.dtype, jnp.float32)
+        dtype = np.dtype(np.float64 if p.dtype == np.float64 else np.float32)
         wide, old = u.astype(dtype), p.astype(dtype)
         new = old + wide if p.dtype == dtype else cast(old + wide, str(p.dtype))
         moving = wide != 0

@@ -17,9 +17,11 @@ from jaxq._base.bits import Layout, extended_bits, where
 from jaxq._base.cutting import Cut
 from jaxq.recipes import Granularity
 
-__all__ = ["blocks_of", "largest_magnitude", "over_blocks", "power_of_two"]
+__all__ = ["blocks_of", "largest_magnitude", "over_all", "over_blocks", "power_of_two"]
 
 _IN_ORDER = 256  # The number of elements that are added sequentially.
+
+Combine = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def blocks_of(shape: tuple[int, ...], per: Granularity | None) -> Cut:
@@ -35,7 +37,7 @@ def over_blocks(
     arrays: Sequence[jax.Array],
     cut: Cut,
     per: Granularity | None,
-    combine: Sequence[Callable[[jax.Array, jax.Array], jax.Array]],
+    combine: Sequence[Combine],
 ) -> list[jax.Array]:
     """Returns sums or maxima of several arrays of one shape, in one pass over them.
 
@@ -75,7 +77,7 @@ def over_blocks(
     rows = lax.reduce(
         tuple(folded),
         tuple(zeros),
-        lambda a, b: tuple(f(p, q) for f, p, q in zip(combine, a, b, strict=True)),
+        _together(combine),
         tuple(first),
     )
     result = []
@@ -83,6 +85,34 @@ def over_blocks(
         total = (jnp.max if f is lax.max else _sum)(row, axis=tuple(later))
         result.append(total.reshape(() if per is None else cut.counts))
     return result
+
+
+def over_all(arrays: Sequence[jax.Array], combine: Sequence[Combine]) -> list[jax.Array]:
+    """Returns sums, or maxima of nonnegative numbers, of arrays of one shape.
+
+    Unlike in `over_blocks`, all steps are loops that the arrays share, so that a program with many
+    such sums compiles faster.
+
+    Args:
+      arrays: arrays of one shape.
+      combine: `lax.add` or `lax.max` for each array.
+    """
+    zeros = [np.zeros((), a.dtype) for a in arrays]
+    rows, size = [a.reshape(-1) for a in arrays], math.prod(arrays[0].shape)
+    while size > 1:
+        step = min(_IN_ORDER, size)
+        padded = [
+            lax.pad(a, zero, [(0, -size % step, 0)]).reshape(-1, step)
+            for a, zero in zip(rows, zeros, strict=True)
+        ]
+        rows = lax.reduce(tuple(padded), tuple(zeros), _together(combine), (1,))
+        size = -(-size // step)
+    return [row.reshape(()) for row in rows]
+
+
+def _together(combine: Sequence[Combine]) -> Callable[[tuple, tuple], tuple]:
+    """Returns the function that combines several pairs of numbers at once."""
+    return lambda a, b: tuple(f(p, q) for f, p, q in zip(combine, a, b, strict=True))
 
 
 def _sum(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:

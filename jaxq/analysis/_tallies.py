@@ -5,9 +5,7 @@ are divided by a power of two near the largest magnitude, which is kept as their
 smallest magnitude is kept as bits that grow as it shrinks, so that 0 is neutral for a maximum.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -19,7 +17,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import Layout, where
 from jaxq.analysis._arguments import Ends, ends
 from jaxq.analysis._diagnostics import in_a_recipe
-from jaxq.analysis._sums import largest_magnitude
+from jaxq.analysis._sums import largest_magnitude, over_all
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast, encode
 from jaxq.products import Scaled, Tally
@@ -32,7 +30,6 @@ __all__ = ["EXPONENTS", "Quantization", "difference_of", "errors_of", "finished"
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 _ZERO, _ONE, _NONE = np.float32(0), np.float32(1), np.int32(0)
 _HALF = 16
-_IN_ORDER = 256  # The number of elements that are added sequentially.
 EXPONENTS = range(-127, 128)
 """The exponents of a histogram; -127 stands for all subnormal numbers."""
 
@@ -71,12 +68,12 @@ def tensor_of(x: jax.Array, histogram: bool = False) -> Tally:
     finite, zero = bits < _FLOAT32.inf, bits == 0
     small = where(finite & ~zero, _FLOAT32.inf - bits, _NONE)
     counts = [v.astype(jnp.int32) for v in (zero, ~finite)]
-    top, small, zeros, lost = _over(
+    top, small, zeros, lost = over_all(
         [largest_magnitude(x, _FLOAT32), small, *counts], [lax.max, lax.max, lax.add, lax.add]
     )
     unit = _exponent(top)
     scaled = where(finite, x * _inverse(unit), _ZERO)
-    total, squares = _over([scaled, scaled * scaled], [lax.add, lax.add])
+    total, squares = over_all([scaled, scaled * scaled], [lax.add, lax.add])
     added = {"zeros": _count(zeros), "nonfinite": _count(lost), "count": _count_of(x.size)}
     if histogram:
         place = where(finite & ~zero, bits >> np.int32(23), np.int32(len(EXPONENTS)))
@@ -138,7 +135,7 @@ def difference_of(
     values = {"x": x, "error": y - x, **({"y": y} if "cosine" in asked else {})}
     first = [largest_magnitude(v, _FLOAT32) for v in values.values()]
     first += [mask.astype(jnp.int32) for mask in named.values()]
-    tops = _over(first, [lax.max] * len(values) + [lax.add] * len(named))
+    tops = over_all(first, [lax.max] * len(values) + [lax.add] * len(named))
     units = {name: _exponent(top) for name, top in zip(values, tops, strict=False)}
     scaled = {name: v * _inverse(units[name]) for name, v in values.items()}
     # The products to add, each with the exponent of its unit.
@@ -148,7 +145,7 @@ def difference_of(
     terms = {n: (scaled[a] * scaled[b], units[a] + units[b]) for n, (a, b) in pairs.items()}
     if "bias" in asked:
         terms["drift"] = scaled["error"], units["error"]
-    totals = _over([term for term, _ in terms.values()], [lax.add] * len(terms))
+    totals = over_all([term for term, _ in terms.values()], [lax.add] * len(terms))
     sums = {
         name: _scaled(total, unit)
         for (name, (_, unit)), total in zip(terms.items(), totals, strict=True)
@@ -235,28 +232,6 @@ def _of_scales(own: Tally) -> dict[str, jax.Array]:
     }
 
 
-def _over(arrays: Sequence[jax.Array], combine: Sequence[Callable]) -> list[jax.Array]:
-    """Returns sums, or maxima of nonnegative numbers, of arrays of one shape.
-
-    The arrays share short loops, which form a tree, because each loop takes long to compile.
-    """
-    zeros = [np.zeros((), a.dtype) for a in arrays]
-    rows, size = [a.reshape(-1) for a in arrays], math.prod(arrays[0].shape)
-
-    def both(a: tuple, b: tuple) -> tuple:
-        return tuple(f(p, q) for f, p, q in zip(combine, a, b, strict=True))
-
-    while size > 1:
-        step = min(_IN_ORDER, size)
-        padded = [
-            lax.pad(a, zero, [(0, -size % step, 0)]).reshape(-1, step)
-            for a, zero in zip(rows, zeros, strict=True)
-        ]
-        rows = lax.reduce(tuple(padded), tuple(zeros), both, (1,))
-        size = -(-size // step)
-    return [row.reshape(()) for row in rows]
-
-
 def _exponent(top: jax.Array) -> jax.Array:
     """Returns the exponent of a magnitude given by its bits, from -126 to 126."""
     return lax.clamp(np.int32(-126), (top >> np.int32(23)) - np.int32(127), np.int32(126))
@@ -334,14 +309,10 @@ def _codes(q: Quantization) -> jax.Array:
         codes, bits = encode(q.value.astype(jnp.float32), q.recipe), q.recipe.bits
     else:
         given = {} if q.scales is None else q.scales._asdict()
-        codes = quantize(q.value, _to_nearest(q.recipe), **given).unpack()
+        codes = quantize(q.value, q.recipe.to_nearest(), **given).unpack()
         bits = q.recipe.element.bits
     places = codes.astype(jnp.int32).reshape(-1)
     return jnp.zeros(2**bits, jnp.int32).at[places].add(1).astype(jnp.float32)
-
-
-def _to_nearest(recipe: Recipe) -> Recipe:
-    return dataclasses.replace(recipe, rounding="nearest_even")
 
 
 def _scales(q: Quantization) -> Tally:
@@ -350,11 +321,11 @@ def _scales(q: Quantization) -> Tally:
     if q.scales is not None:
         scales = jnp.abs(q.scales.scale)
     else:
-        scales = jnp.abs(quantize(q.value, _to_nearest(q.recipe)).scales)
+        scales = jnp.abs(quantize(q.value, q.recipe.to_nearest()).scales)
     bits = _FLOAT32.bits(scales) & _FLOAT32.magnitude_mask
     fmt = get_format(q.recipe.scale_format)
     at_end = (scales >= np.float32(min(fmt.max, 3e38))) | (scales <= np.float32(fmt.min_positive))
-    top, small, count = _over(
+    top, small, count = over_all(
         [
             largest_magnitude(scales, _FLOAT32),
             where((bits > 0) & (bits < _FLOAT32.inf), _FLOAT32.inf - bits, _NONE),

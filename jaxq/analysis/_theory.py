@@ -17,7 +17,14 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq.analysis._arguments import FormatOrRecipe, format_or_recipe
-from jaxq.analysis._integrals import CHANCES, Grid, Maps, Moments, legendre, partial, squares, whole
+from jaxq.analysis._extremes import (
+    highest_nodes,
+    largest_of,
+    magnitude_nodes,
+    panel_edges,
+    probability_below,
+)
+from jaxq.analysis._integrals import CHANCES, Grid, Maps, Moments, partial, squares, whole
 from jaxq.analysis.distributions import Distribution, get_distribution
 from jaxq.formats import FloatFormat, TaperedFormat
 from jaxq.numerics import HalfUp, Rounding, Stochastic
@@ -38,7 +45,6 @@ from jaxq.recipes import Moments as BlockMoments
 __all__ = ["Expected", "NoTheoryError", "expected_error"]
 
 _SCALES = 2048  # The number of scales sampled for a double quantization.
-_LEAST = 1e-13  # Probabilities below this are neglected.
 _AT_ONCE = 4096  # The number of scales computed in one call.
 _STEPS = 4  # Jumps are located for scale formats with at most this many mantissa bits.
 _ENOUGH = 4096, 256  # The fewest numbers for a range by moments and by a percentile.
@@ -226,18 +232,18 @@ def _one_sided(
         # Typical scales of a tensor, in random order, because they are quantized together.
         count = min(blocks, _SCALES)
         chance = np.random.default_rng(0).permutation((np.arange(count) + 0.5) / count)
-        coarse = fine = _largest(chance, n, d), np.full(count, 1 / count)
+        coarse = fine = largest_of(chance, n, d), np.full(count, 1 / count)
     else:
         # The error of the largest number oscillates with every grid value: it needs finer panels.
-        edges = [_edges(n, d, panels) for panels in (_panels_for(recipe), 512)]
+        edges = [panel_edges(n, d, panels) for panels in (_panels_for(recipe), 512)]
         if _has_jumps(recipe):
             jumps = _jumps(recipe, edges[0][0], edges[0][-1], clip)
             edges = [np.unique([*e, *jumps]) for e in edges]
-        coarse, fine = (_magnitudes(e, n, d) for e in edges)
+        coarse, fine = (magnitude_nodes(e, n, d) for e in edges)
     tops: list[float | None] = [None]
     if recipe.scaling.second_level == "tensor":
         # The scales are relative to the tensor's largest magnitude.
-        tops = [float(a) for a in _largest((np.arange(8) + 0.5) / 8, n * blocks, d)]
+        tops = [float(a) for a in largest_of((np.arange(8) + 0.5) / 8, n * blocks, d)]
     means, parts = [], []
     for top in tops:
         a, weight = _up_to(top, *coarse)
@@ -336,12 +342,12 @@ def _two_sided(
         raise NoTheoryError(
             f"expected_error: the theory of zero points needs blocks of 2 or more numbers, got {n}."
         )
-    high, weight = _highest(n, d)
+    high, weight = highest_nodes(n, d)
     low, high = (m.ravel() for m in np.meshgrid(-high, high, indexing="ij"))
     weight = np.outer(weight, weight).ravel()
     some = high > low
     low, high, weight = low[some], high[some], weight[some]
-    inside = _below(high, d) - _below(low, d)
+    inside = probability_below(high, d) - probability_below(low, d)
     with np.errstate(divide="ignore"):
         log = (n - 2) * np.log(np.maximum(inside, 0))
     weight = weight * d.density(low) * d.density(high) * np.exp(log - log.max())
@@ -360,63 +366,3 @@ def _mean(block: Moments, weight: np.ndarray, n: int, blocks: int) -> tuple[floa
     between = weight @ np.square(block.second - mse)
     within = weight @ np.maximum(block.fourth - np.square(block.second), 0) / n
     return mse, math.sqrt((between + within) / blocks)
-
-
-def _below(x: np.ndarray, d: Distribution) -> np.ndarray:
-    """Returns the probability of a number below x."""
-    mass = d.tail(np.abs(x)).mass
-    return np.where(x < 0, mass, 1 - mass)
-
-
-def _largest(chance: np.ndarray, n: int, d: Distribution) -> np.ndarray:
-    """Returns the quantile of the largest magnitude of n numbers at a probability."""
-    return d.beyond(-np.expm1(np.log(chance) / n) / 2)
-
-
-def _far(d: Distribution) -> float:
-    """Returns the tail probability beyond which squared values are negligible."""
-    df = getattr(d, "df", math.inf)
-    share = 1.0 if math.isinf(df) else df / (df - 2)
-    return max(10.0 ** (-16 if share == 1.0 else -5 * share), 1e-200)
-
-
-def _edges(n: int, d: Distribution, panels: int) -> np.ndarray:
-    """Returns panel edges, as base-2 logarithms, for the largest magnitude of n numbers.
-
-    Panels divide both octaves and the probability that the block holds a larger number, because
-    the largest of many bounded numbers is close to the bound.
-    """
-    low = math.log2(float(_largest(np.array(_LEAST), n, d)))
-    high = math.log2(float(d.beyond(np.array(_far(d) / (2 * n)))))
-    octaves = np.arange(math.floor(low * panels), math.ceil(high * panels) + 1) / panels
-    expected = np.geomspace(30, 1e-4, 25) / (2 * n)  # 30 to 1e-4 numbers expected beyond.
-    chances = np.log2(d.beyond(expected[expected < 0.45]))
-    return np.unique(np.clip([*octaves, *chances], low, high))
-
-
-def _magnitudes(edges: np.ndarray, n: int, d: Distribution) -> tuple[np.ndarray, np.ndarray]:
-    """Returns nodes and weights for a mean over the largest magnitude of n numbers."""
-    a, weight = _panels(edges)
-    a, weight = np.exp2(a), weight * np.exp2(a)
-    with np.errstate(divide="ignore"):
-        log = (n - 1) * np.log1p(-2 * d.tail(a).mass)
-    weight = weight * d.density(a) * np.exp(log - log.max())
-    some = weight * a**2 > (weight * a**2).max() * 1e-16  # Drop negligible nodes to save time.
-    return a[some], weight[some] / weight[some].sum()
-
-
-def _highest(n: int, d: Distribution) -> tuple[np.ndarray, np.ndarray]:
-    """Returns nodes and weights, without the density factor, for the largest of n numbers."""
-    chance = -math.expm1(math.log(_LEAST) / n)  # One number's probability of exceeding `least`.
-    least = d.beyond(np.array(min(chance, 0.5)))
-    least = -float(d.beyond(np.array(1 - chance))) if chance > 0.5 else float(least)
-    most = float(d.beyond(np.array(_far(d) / n)))
-    t, weight = _panels(np.linspace(math.asinh(least), math.asinh(most), 9))
-    return np.sinh(t), weight * np.cosh(t)
-
-
-def _panels(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns quadrature nodes and weights on the panels between edges."""
-    nodes, weights = legendre(6)
-    width = np.diff(edges)[:, None]
-    return (edges[:-1, None] + width * nodes).ravel(), (width * weights).ravel()

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxq.analysis import format_or_recipe, plots
@@ -20,10 +20,11 @@ from jaxq.cli._output import (
     print_csv,
     print_json,
     print_table,
+    progress,
     safe,
 )
 from jaxq.cli._plot import image
-from jaxq.cli._report import html
+from jaxq.cli._report import Report, html
 
 __all__ = ["convention", "run"]
 
@@ -45,17 +46,24 @@ def run(args: argparse.Namespace) -> None:
         # Opened first, so that an unwritable path fails before the work.
         page = stack.enter_context(atomic(args.html)) if args.html else None
         rows: list[Row] = []
-        with _progress(len(selection.chosen)) as advance:
+        with progress("comparing", len(selection.chosen)) as advance:
             for some in rows_of(file, selection.chosen, recipes, args.min_axes, args.axis):
                 rows += some
-                advance(some[0].tensor)
+                advance(1, some[0].tensor)
         before = sum(entry.nbytes for entry in selection.chosen)
         sums = totals(rows, recipes, before)
         if page is not None:
             pictures, missing = _pictures(file, rows, args.axis)
-            sentence = convention(args.axis)
-            text = html(file.title, rows, sums, selection.left, pictures, missing, sentence)
-            page.write(text)
+            report = Report(
+                name=file.title,
+                rows=rows,
+                sums=sums,
+                left=selection.left,
+                convention=convention(args.axis),
+                pictures=pictures,
+                missing=missing,
+            )
+            page.write(html(report))
             if missing:
                 print(f"jaxq: {args.html}: {missing}", file=sys.stderr)
     records = [row.record() for row in rows]
@@ -151,22 +159,6 @@ def _some(names: Sequence[str]) -> str:
     """Returns the first names of a list, and the number of the others."""
     few = ", ".join(safe(name) for name in names[:2])
     return few if len(names) <= 2 else f"{few} and {len(names) - 2} more"
-
-
-@contextlib.contextmanager
-def _progress(count: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function to call after each tensor, which advances a bar on a terminal."""
-    try:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.progress import Progress
-    except ImportError:
-        yield lambda _: None
-        return
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("comparing", total=count)
-        yield lambda name: bar.update(task, advance=1, description=escape(safe(name)))
 
 
 def _pictures(file: Inputs, rows: Sequence[Row], axis: int) -> tuple[list[tuple[str, bytes]], str]:

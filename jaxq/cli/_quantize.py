@@ -8,7 +8,7 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxq.analysis import Energies
 from jaxq.analysis import total as total_of
-from jaxq.cli._output import UsageError, bad_input, one_line, print_json, print_table
+from jaxq.cli._output import UsageError, bad_input, one_line, print_json, print_table, progress
 from jaxq.cli._recipes import NAMES
 from jaxq.cli._targets import WRITERS, Job, Plan, shape_of
 from jaxq.formats import FORMATS, IntFormat
@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
         if importance and not any(isinstance(plan.recipe, str) for plan in plans):
             raise UsageError("--imatrix applies to the block types of GGUF only, and none is used")
         metadata = _tokenizer(args, plans, target)
-        advance = stack.enter_context(_progress(sum(plan.entry.nbytes for plan in plans)))
+        advance = stack.enter_context(
+            progress("quantizing", sum(plan.entry.nbytes for plan in plans))
+        )
         energies: list[Energies] = []
         job = Job(
             file=file,
@@ -239,21 +241,6 @@ def _importance(path: str) -> dict[str, np.ndarray]:
     if not result:
         raise UsageError(f"{path}: it is not an importance matrix in GGUF (NAME.in_sum2)")
     return result
-
-
-@contextlib.contextmanager
-def _progress(size: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with a number of bytes, which advances a bar on a terminal."""
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        yield lambda _: None
-        return
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("quantizing", total=size)
-        yield lambda count: bar.update(task, advance=count)
 
 
 def _summary(args: argparse.Namespace, plans: Sequence[Plan], energies: Sequence[Energies]) -> None:

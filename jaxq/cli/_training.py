@@ -1,8 +1,6 @@
 """The command `jaxq report`: a page with pictures of the statistics of a training run."""
 
 import argparse
-import base64
-import html
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +8,7 @@ import numpy as np
 
 from jaxq.analysis import Log, plots, read_log
 from jaxq.cli._output import UsageError, atomic, bad_input, number, print_table
+from jaxq.cli._page import escaped, page, picture, table
 from jaxq.cli._plot import image
 
 __all__ = ["run"]
@@ -20,15 +19,6 @@ _MAPS = {
     "flushed": "the fraction that is flushed to zero",
     "nonfinite": "the fraction that is NaN or infinite",
 }
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em;
-       color: #222; }
-table { border-collapse: collapse; margin: 1em 0 2em; font-variant-numeric: tabular-nums; }
-th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #e4e4e4; }
-th { border-bottom: 2px solid #666; }
-th:first-child, td:first-child { text-align: left; font-family: ui-monospace, monospace; }
-img { max-width: 100%; }
-"""
 
 
 class _Worst(NamedTuple):
@@ -54,9 +44,9 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.output is not None:
         with bad_input():
-            page = _page(args.log, log, worst)
+            text = _page(args.log, log, worst)
         with atomic(args.output, "w") as file:
-            file.write(page)
+            file.write(text)
 
 
 def _worst(log: Log, statistic: str, count: int) -> Iterator[_Worst]:
@@ -79,31 +69,20 @@ def _worst(log: Log, statistic: str, count: int) -> Iterator[_Worst]:
 
 
 def _page(name: str, log: Log, worst: list[_Worst]) -> str:
-    lines = [
-        f"<tr><td>{html.escape(w.tensor)}</td><td>{w.statistic}</td><td>{w.step}</td>"
-        f"<td>{number(w.value, 4)}</td></tr>"
-        for w in worst
-    ]
+    lines = [[escaped(w.tensor), w.statistic, str(w.step), number(w.value, 4)] for w in worst]
     parts = [
-        f"<h1>{html.escape(str(name))}</h1>",
         f"<p>{len(log.steps)} steps, {len(log.values)} statistics.</p>",
         "<h2>The worst tensors, each at its worst step</h2>",
-        "<table><tr><th>tensor</th><th>statistic</th><th>step</th><th>value</th></tr>",
-        *lines,
-        "</table>",
+        table(["tensor", "statistic", "step", "value"], lines),
     ]
     names = {column.rpartition("/")[2] for column in log.values}
     for statistic, caption in _MAPS.items():
         if statistic in names and len(log.steps):
-            data = base64.b64encode(image(plots.statistics_map(log, statistic), "png")).decode()
-            source = f"data:image/png;base64,{data}"
-            parts.append(f'<h2>{caption}</h2><img alt="{caption}" src="{source}">')
+            data = image(plots.statistics_map(log, statistic), "png")
+            parts.append(picture(data, "png", caption))
     for column in log.values:
         tensor, _, last = column.rpartition("/")
         if last == "exponents" and len(log.steps):
-            data = base64.b64encode(image(plots.exponents_by_step(log, tensor), "png")).decode()
-            own = html.escape(tensor)
-            source = f"data:image/png;base64,{data}"
-            parts.append(f'<h2>Exponents of {own}</h2><img alt="{own}" src="{source}">')
-    head = f'<meta charset="utf-8"><title>jaxq report</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+            data = image(plots.exponents_by_step(log, tensor), "png")
+            parts.append(picture(data, "png", f"Exponents of {tensor}"))
+    return page(f"jaxq report {name}", parts)

@@ -252,5 +252,5 @@ def _interval(snap: Snap) -> tuple[jax.Array, jax.Array]:
     return snap.below, snap.above
 
 
-def _where(kept: jax.Array, tangent: jax.Array) -> jax.Array:
-    return jnp.where(kept, tangent, jnp.zeros_like(tangent))
+def _where(mask: jax.Array, tangent: jax.Array) -> jax.Array:
+    return jnp.where(mask, tangent, jnp.zeros_like(tangent))

@@ -1,6 +1,6 @@
 """Whole models: rules for parameter trees and for the products of any JAX function.
 
-To add a condition to rules, add a field to `Rule` (`_rule.py`) and its test to `_assigning.py`. To
+To add a condition to rules, add a field to `Rule` (`_rule.py`) and its test to `_matching.py`. To
 quantize another primitive of JAX, add it to the tables in `_operations.py`.
 """
 
@@ -11,7 +11,7 @@ from jaxq.models._monitored import Monitored
 from jaxq.models._monitoring import monitored, switched
 from jaxq.models._multiplying import StoredView, unpacked
 from jaxq.models._observing import Observed, freeze, observe
-from jaxq.models._operations import LOOK_UP
+from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED
 from jaxq.models._planning import Planned, plan
 from jaxq.models._programs import Extra, Program, program
 from jaxq.models._reading import Node, Product

@@ -2,18 +2,17 @@
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax import numpy as jnp
 
+from jaxq.models._matching import first_match, rules_of_parts, unused
 from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
 from jaxq.models._reading import Product, table_axes
 from jaxq.models._rule import Rule
-from jaxq.models._rules import described, hidden, unmatched
-from jaxq.products import Axes, ProductRecipe, can_delay, check, is_stochastic, placed
+from jaxq.models._rules import described
+from jaxq.products import Axes, PerProduct, ProductRecipe, can_delay, check, is_stochastic, placed
 from jaxq.quantizers import calibration, fake_quant
 from jaxq.recipes import PerTensor, Recipe
 
@@ -24,14 +23,13 @@ __all__ = [
     "Observer",
     "assign",
     "axes_of",
-    "first_match",
     "naming",
     "on_axes",
     "unassigned",
 ]
 
-# The operands of the forward product and the two gradients: 0 is lhs, 1 rhs, 2 the cotangent.
-TENSORS = ((0, 1), (2, 1), (2, 0))
+# The operands of each product: 0 is lhs, 1 rhs, 2 the cotangent.
+TENSORS: PerProduct[tuple[int, int]] = PerProduct((0, 1), (2, 1), (2, 0))
 
 
 class Observer(Protocol):
@@ -111,14 +109,16 @@ class Assigned:
     reverse: bool
 
     @property
-    def delayable(self) -> tuple[tuple[Recipe | None, ...], ...]:
+    def delayable(self) -> PerProduct[tuple[Recipe | None, ...]]:
         """The recipes of both operands of the three products that can use a history."""
         recipe = self.recipe
         if recipe is None or self.table is not None or not self.reverse:
-            return ((None, None),) * 3
-        return tuple(
-            tuple(r if how.hadamard is None and can_delay(r) else None for r in how.operands)
-            for how in (recipe.forward, recipe.dlhs, recipe.drhs)
+            return PerProduct((None, None), (None, None), (None, None))
+        return PerProduct(
+            *(
+                tuple(r if how.hadamard is None and can_delay(r) else None for r in how.operands)
+                for how in recipe.products
+            )
         )
 
     @property
@@ -174,10 +174,10 @@ def assign(
     """
     matches = [first_match(rules, product) for product in products]
     free = [(n, p) for (n, _), p in zip(matches, products, strict=True) if not p.barred]
-    used = {n for n, _ in free}.union(*(_rules_of_parts(owner, rules, p) for _, p in free))
+    used = {n for n, _ in free}.union(*(rules_of_parts(owner, rules, p) for _, p in free))
     for n, rule in enumerate(rules):
         if n not in used:
-            raise ValueError(f"{owner}: {_unused(rule, rules, products, leaves, closed)}")
+            raise ValueError(f"{owner}: {unused(rule, rules, products, leaves, closed)}")
     chosen = [
         None if n is None or product.barred else _assigned(owner, product, rules[n], swapped)
         for product, (n, swapped) in zip(products, matches, strict=True)
@@ -278,123 +278,6 @@ def _check_recipe(recipe: Recipe, x: Any) -> None:
     """Raises what `jaxq.fake_quant` raises for an array of a shape and dtype."""
     key = jax.eval_shape(jax.random.key, 0) if is_stochastic(recipe) else None
     jax.eval_shape(lambda x, key: fake_quant(x, recipe, key=key), x, key)
-
-
-def first_match(rules: Sequence[Rule], product: Product) -> tuple[int | None, bool]:
-    """Returns the index of the first matching rule, and True if its weight is operand 0."""
-    for n, rule in enumerate(rules):
-        swapped = _match(rule, product)
-        if swapped is not None:
-            return n, swapped
-    return None, False
-
-
-def _match(rule: Rule, product: Product) -> bool | None:
-    """Returns whether a rule matches by the weight in operand 0; None if it does not match."""
-    if rule.operation not in (None, product.operation):
-        return None
-    if rule.scope is not None and not re.search(rule.scope, product.scope):
-        return None
-    if rule.weight is None:
-        if product.operation == LOOK_UP and rule.operation is None:
-            return None
-        weights = [i for i, o in enumerate(product.origins) if o is not None]
-        return product.operation != LOOK_UP and weights == [0]
-    if any(not outer.barred and _match(rule, outer) is not None for outer in product.within):
-        return None  # The computed weight is quantized instead of the values it depends on.
-    for i in reversed(range(len(product.origins))):
-        origin = product.origins[i]
-        if origin is not None and any(re.search(rule.weight, path) for path in origin.paths):
-            return i == 0 and len(product.origins) == 2
-    return None
-
-
-def _rules_of_parts(owner: str, rules: Sequence[Rule], product: Product) -> set[int]:
-    """Returns the rules that match parts of weights that a product multiplies as one.
-
-    Raises:
-      ValueError: if the rules give these weights different recipes.
-    """
-    used: set[int] = set()
-    for i, origin in enumerate(product.origins):
-        if origin is None or origin.computed or len(origin.paths) == 1:
-            continue
-        recipes = set()
-        for piece in origin.pieces:
-            part = dataclasses.replace(origin, pieces=(piece,))
-            origins = (*product.origins[:i], part, *product.origins[i + 1 :])
-            n, _ = first_match(rules, dataclasses.replace(product, origins=origins))
-            used |= set() if n is None else {n}
-            recipes.add(None if n is None else (rules[n].product, rules[n].output))
-        if len(recipes) > 1:
-            raise ValueError(
-                f"{owner}: `rules` must give one recipe to the weights that {product.where} "
-                "multiplies as one array. Write one rule that matches all of them."
-            )
-    return used
-
-
-def _unused(
-    rule: Rule,
-    rules: Sequence[Rule],
-    products: Sequence[Product],
-    leaves: Mapping[str, Any],
-    closed: bool,
-) -> str:
-    """Returns the reason why a rule applies to no product."""
-    matched = [p for p in products if first_match((rule,), p)[0] is not None]
-    barred = [p for p in matched if p.barred]
-    if barred:
-        p = barred[0]
-        return f"{rule} matches only {p.where}, which cannot be quantized: {p.barred}. Remove it."
-    if matched:
-        earlier = rules[first_match(rules, matched[0])[0] or 0]
-        return hidden(rule, matched[0].where, earlier)
-    if rule.weight is None:
-        return _unmet(rule, products)
-    weights = {path: p for p in products for o in p.origins if o for path in o.paths}
-    for path, product in weights.items():
-        if re.search(rule.weight, path):
-            return (
-                f"{rule} matches the weight of {product.where}, but not its operation or its "
-                f"scope, {product.scope!r}. Correct or remove the condition."
-            )
-    for path, leaf in leaves.items():
-        if re.search(rule.weight, path):
-            return f"{rule} matches only leaf {path!r}, which {_no_weight(leaf)}."
-    remedy = "jaxq.explain(fn, [])(*args) lists all."
-    if closed and not weights:
-        return (
-            f"{rule} matches no weight. `fn` closes over arrays, as jax.vmap(module) does, and "
-            "these are not parameters. Pass the module as an argument: "
-            "lambda module, x: jax.vmap(module)(x)."
-        )
-    if not weights:
-        remedy = "Pass the positions of the parameters as `argnums`."
-    return unmatched(rule, "weight", weights, remedy)
-
-
-def _unmet(rule: Rule, products: Sequence[Product]) -> str:
-    """Returns the error for a rule without a weight whose conditions no product meets."""
-    operations = ", ".join(sorted({p.operation for p in products})) or "none"
-    scopes = ", ".join(sorted({p.scope for p in products if p.scope})[:3]) or "none"
-    return (
-        f"{rule} matches no product. Operations are {operations}; scopes are {scopes}. "
-        "jaxq.explain(fn, [])(*args) lists all."
-    )
-
-
-def _no_weight(leaf: Any) -> str:
-    """Returns the reason why a leaf of the parameters is not the weight of any product."""
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
-        return f"is not an array but a {type(leaf).__name__}. Make it an array"
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return f"has the dtype {dtype}, and only products of floats are quantized. Remove the rule"
-    return (
-        "is never multiplied as a matrix, directly or after operations on its elements. Match "
-        "the product that uses it by `operation` or `scope`"
-    )
 
 
 def _check_one_way(

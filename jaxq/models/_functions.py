@@ -114,7 +114,7 @@ def run_planned(
             f"{owner}: `key` must be None, as no recipe draws random bits, got a key. Leave it out."
         )
     arrays = [packed.get(i, array) for i, array in enumerate(traced.arrays)]
-    extra = Extra(key, planned.scales, planned.records, {})
+    extra = Extra(key=key, scales=planned.scales, records=planned.records, places={})
     results, seen = run(what, extra, arrays, observing=observing)
     return [unpacked(result) for result in results], seen
 

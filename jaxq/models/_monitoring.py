@@ -14,7 +14,16 @@ from jaxq.models._planning import plan
 from jaxq.models._reading import Product
 from jaxq.models._rules import Rules, as_rules, unmatched
 from jaxq.models._states import Delayed, Frozen, Switch, Switched
-from jaxq.products import Probe, ProductRecipe, Row, RowLayout, Running, Scales, keys_of, layout_of
+from jaxq.products import (
+    NO_SCALES,
+    Probe,
+    ProductRecipe,
+    Row,
+    RowLayout,
+    Running,
+    keys_of,
+    layout_of,
+)
 
 __all__ = ["monitored", "switched"]
 
@@ -128,5 +137,5 @@ def _layout(probe: Probe, product: Product, assigned: Assigned) -> RowLayout:
     recipe = assigned.recipe or ProductRecipe()
     keys = jax.eval_shape(lambda: keys_of(jax.random.key(0))) if recipe.draws else None
     return layout_of(
-        probe, Running(operation, (first, second), recipe, keys, Scales()), assigned.output
+        probe, Running(operation, (first, second), recipe, keys, NO_SCALES), assigned.output
     )

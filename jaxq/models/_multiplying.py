@@ -18,16 +18,19 @@ from jaxq.models._operations import LOOK_UP, operation_of
 from jaxq.models._programs import Extra, Records, States
 from jaxq.numerics import as_dtype
 from jaxq.products import (
+    NO_SCALES,
     History,
+    Pair,
+    PerProduct,
     ProductRecipe,
     Running,
-    Scales,
     keys_of,
     product,
     record,
     record_row,
 )
 from jaxq.quantizers import Quantized, dequantize, fake_quant
+from jaxq.recipes import Recipe
 
 __all__ = ["Keys", "StoredView", "keys_for", "multiply", "unpacked"]
 
@@ -193,16 +196,19 @@ def _running(
     return Running(operation, (first, second), recipe, keys.product, scales)
 
 
-def _scales(assigned: Assigned, given: Any, histories: Sequence[History | None]) -> Scales:
+def _scales(
+    assigned: Assigned, given: Any, histories: Sequence[History | None]
+) -> PerProduct[Pair]:
     """Returns the scales of a product's operands from calibration or histories."""
     if given is not None:
-        return Scales((given[0], given[1]))
+        return NO_SCALES._replace(forward=(given[0], given[1]))
     amaxes = [None if history is None else history.largest() for history in histories]
-    pairs = []
-    for recipes, tensors in zip(assigned.delayable, TENSORS, strict=True):
+
+    def pair(recipes: Sequence[Recipe | None], tensors: Sequence[int]) -> Pair:
         first, second = (
             None if recipe is None else amaxes[tensor]
             for recipe, tensor in zip(recipes, tensors, strict=True)
         )
-        pairs.append((first, second))
-    return Scales(*pairs)
+        return first, second
+
+    return PerProduct(*map(pair, assigned.delayable, TENSORS))

@@ -70,7 +70,7 @@ class Piece:
       steps: the conversions that may have changed values: dtypes, and the exponent and mantissa
         bits of `reduce_precision`.
       dtype: a dtype that holds the values as they are now: the leaf's, or the last step's.
-      copies: the number of such boxes that the turns of loops show.
+      copies: the number of such boxes that the iterations of scans see.
     """
 
     path: str
@@ -109,18 +109,18 @@ class Origin:
 
     Attributes:
       pieces: the boxes of a view; of a computed value, pieces of the leaves that went into it
-        element by element. In a scan over stacked layers, those of all turns.
+        element by element. In a scan over stacked layers, those of all iterations.
       computed: True if the value is no view. Without sources it is a constant.
       sources: the paths and places of all leaves that a computed value depends on.
       products: the products that a computed value depends on, by their numbers.
-      turns: the scans, by depth, of which each turn has another value.
+      scans: the depths of the scans in which each iteration has another value.
     """
 
     pieces: tuple[Piece, ...] = ()
     computed: bool = False
     sources: tuple[tuple[str, int], ...] = ()
     products: frozenset[int] = frozenset()
-    turns: tuple[int, ...] = ()
+    scans: tuple[int, ...] = ()
 
     @property
     def leaves(self) -> dict[str, int]:
@@ -148,14 +148,14 @@ class Origin:
         return dataclasses.replace(self, pieces=tuple(p for p in pieces if p is not None))
 
     def rows(self, depth: int) -> "Origin":
-        """Returns the view of one index of the first axis, another in each turn of a scan."""
+        """Returns one row of the view; each iteration of a scan sees another one."""
 
         def row(piece: Piece) -> Piece:
             assert piece.axes is not None
             copies = piece.copies * size_of(piece.axes[0])
             return dataclasses.replace(piece.moved(piece.axes[1:], piece.at[1:]), copies=copies)
 
-        return dataclasses.replace(self.each(row), turns=(*self.turns, depth))
+        return dataclasses.replace(self.each(row), scans=(*self.scans, depth))
 
 
 CONSTANT = Origin(computed=True)

@@ -93,6 +93,11 @@ class Extra(NamedTuple):
     places: Mapping[str, jax.Array]
     mask: jax.Array | None = None
 
+    @classmethod
+    def empty(cls, mask: jax.Array | None = None) -> "Extra":
+        """Returns no inputs except the mask."""
+        return cls(key=None, scales={}, records={}, places={}, mask=mask)
+
     def switches(self) -> "Extra":
         """Returns the inputs without histories and rows, where no backward pass would fill them."""
         records = {
@@ -189,7 +194,7 @@ def of_all(program: Program, depth: int, states: States) -> States:
 
 def _stacks(assigned: Assigned, depth: int) -> list[int]:
     """Returns the lengths of the scans from a depth on that have one state per iteration."""
-    return [assigned.loops[turn] for turn in sorted(assigned.stacked) if turn >= depth]
+    return [assigned.loops[own] for own in sorted(assigned.stacked) if own >= depth]
 
 
 def unseen(programs: Sequence[Program], extra: Extra, depth: int) -> States:

@@ -77,12 +77,12 @@ class Product:
     @property
     def stacked(self) -> frozenset[int]:
         """The depths of the scans in which each iteration multiplies another weight."""
-        return frozenset(turn for o in self.origins if o is not None for turn in o.turns)
+        return frozenset(depth for o in self.origins if o is not None for depth in o.scans)
 
     @property
     def stacks(self) -> tuple[int, ...]:
         """The lengths of these scans, outermost first."""
-        return tuple(self.loops[turn] for turn in sorted(self.stacked))
+        return tuple(self.loops[depth] for depth in sorted(self.stacked))
 
     @property
     def where(self) -> str:
@@ -268,7 +268,7 @@ def _inside(
     if name == "scan":
         consts, carry = compat.loop_counts(eqn)
         body, first, count = compat.body(inner[0]), consts + carry, eqn.params["length"]
-        own = origins[:consts] + _kept(body, origins, consts, carry)
+        own = origins[:consts] + _unchanged(body, origins, consts, carry)
         times = None if frame.times is None else frame.times * count
         depth = len(frame.loops)
         slices = [o and o.rows(depth) for o in origins[first:]]
@@ -276,13 +276,13 @@ def _inside(
         return (node,), own[consts:] + nothing[carry:]
     if name == "while":
         conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        test, turn = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-        of_test, of_turn = origins[:conds], origins[conds : conds + bodies]
+        test, step = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+        of_test, of_step = origins[:conds], origins[conds : conds + bodies]
         moved = origins[conds:]  # The body's constants, then what is carried.
-        kept = _kept(compat.body(turn), moved, bodies, len(moved) - bodies)
-        first, _ = run(test, of_test + kept, times=None, barred="in the condition of a while loop")
-        second, _ = run(turn, of_turn + kept, times=None, reverse=False)
-        return (first, second), kept
+        same = _unchanged(compat.body(step), moved, bodies, len(moved) - bodies)
+        first, _ = run(test, of_test + same, times=None, barred="in the condition of a while loop")
+        second, _ = run(step, of_step + same, times=None, reverse=False)
+        return (first, second), same
     if name == "cond":
         found = [run(branch, origins[1:]) for branch in eqn.params["branches"]]
         return tuple(node for node, _ in found), nothing
@@ -295,7 +295,7 @@ def _inside(
     return tuple(nodes), [computed(eqn, origins)] * len(eqn.outvars)
 
 
-def _kept(
+def _unchanged(
     body: Any, origins: Sequence[Origin | None], consts: int, carry: int
 ) -> list[Origin | None]:
     """Returns the origins of a loop's carried values, None for those that the loop changes."""

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from jaxq._base.tables import Table
-from jaxq.models._assigning import Assigned, first_match, on_axes
+from jaxq.models._assigning import Assigned, on_axes
+from jaxq.models._matching import first_match
 from jaxq.models._operations import LOOK_UP, operation_of
 from jaxq.models._origins import Piece
 from jaxq.models._planning import Planned, plan

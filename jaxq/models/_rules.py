@@ -209,9 +209,12 @@ def unmatched(rule: Rule | str, noun: str, paths: Iterable[str], remedy: str) ->
       remedy: the last sentence.
     """
     rule, pattern = _named(rule)
-    near = difflib.get_close_matches(pattern, sorted(paths), n=3, cutoff=0.0)
+    paths = sorted(paths)
+    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
     if not near:
         return f"{rule} matches no {noun}, because there is none. {remedy}"
+    if not any(paths):
+        return f"{rule} matches no {noun}. The only {noun} has the empty path ''. {remedy}"
     return f"{rule} matches no {noun}. The nearest are {', '.join(near)}. {remedy}"
 
 

@@ -184,7 +184,9 @@ def _shard_map(call: _Call) -> tuple[list[Any], States]:
     count = math.prod(devices.values())
     records = {name: each.spread(count) for name, each in extra.records.items()}
     everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
-    specs = Extra(everywhere, everywhere, one_each, everywhere, everywhere)
+    specs = Extra(
+        key=everywhere, scales=everywhere, records=one_each, places=everywhere, mask=everywhere
+    )
     on_device = _OnDevice(programs[0], depth, observing, tuple(devices))
     inside = compat.call_inside(eqn, on_device, specs)
     return inside(extra._replace(records=records), *map(unpacked, operands))
@@ -197,16 +199,16 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     fixed, carried = operands[:consts], operands[consts : consts + count]
     slices = [x if _has_rows(x) else unpacked(x) for x in operands[consts + count :]]
     keeps = _keeps(inside, consts, count)
-    by_turn = {a.name for a in inside.all() if depth in a.stacked}
-    scales = {name: s for name, s in extra.scales.items() if name not in by_turn}
-    own = {name: s for name, s in extra.scales.items() if name in by_turn}
+    per_iteration = {a.name for a in inside.all() if depth in a.stacked}
+    scales = {name: s for name, s in extra.scales.items() if name not in per_iteration}
+    own = {name: s for name, s in extra.scales.items() if name in per_iteration}
     records = {
-        name: each if name in by_turn else each.spread(params["length"])
+        name: each if name in per_iteration else each.spread(params["length"])
         for name, each in extra.records.items()
     }
     numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
 
-    def turn(carry: list[Any], xs: Any) -> Any:
+    def step(carry: list[Any], xs: Any) -> Any:
         number, rows, given, records = xs
         key = None if number is None else extra.folded(number)
         results, seen = run(
@@ -219,19 +221,19 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
         return _carried(results[:count], keeps), (list(map(unpacked, results[count:])), seen)
 
     carry, (rows, seen) = lax.scan(
-        turn,
+        step,
         _carried(carried, keeps),
         (numbers, slices, own, records),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    shared = {name: states for name, states in seen.items() if name not in by_turn}
+    shared = {name: states for name, states in seen.items() if name not in per_iteration}
     return [*carry, *rows], {**seen, **of_all(inside, depth + 1, shared)}
 
 
 def _has_rows(x: Any) -> bool:
-    """Returns whether a stored weight can be taken apart along its leading axis."""
+    """Returns whether a stored weight can be sliced along its leading axis."""
     if not isinstance(x, StoredView):
         return False
     return not isinstance(x.data, Quantized) or x.data.ndim > len(x.data.block)
@@ -253,16 +255,16 @@ def _while(call: _Call) -> tuple[list[Any], States]:
     eqn, programs, extra, operands, depth, observing = call
     test, inside = programs
     conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    of_test, of_turn = operands[:conds], operands[conds : conds + bodies]
+    of_test, of_step = operands[:conds], operands[conds : conds + bodies]
     extra = extra.switches()
 
-    def going(state: Any) -> jax.Array:
+    def again(state: Any) -> jax.Array:
         return unpacked(run(test, extra, [*of_test, *state[1]], depth, False)[0][0])
 
-    def turn(state: Any) -> Any:
+    def step(state: Any) -> Any:
         number, carry, before = state
         key = None if extra.key is None else extra.folded(number)
-        arguments = [*of_turn, *carry]
+        arguments = [*of_step, *carry]
         results, seen = run(inside, extra._replace(key=key), arguments, depth, observing)
         return number + 1, _carried(results, keeps), merged(inside, depth, before, seen)
 
@@ -270,7 +272,7 @@ def _while(call: _Call) -> tuple[list[Any], States]:
     keeps = _keeps(inside, bodies, len(carried))
     start = _carried(carried, keeps)
     state = (jnp.int32(0), start, unseen([inside], extra, depth) if observing else {})
-    _, results, seen = lax.while_loop(going, turn, state)
+    _, results, seen = lax.while_loop(again, step, state)
     return results, seen
 
 

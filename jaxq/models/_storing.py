@@ -56,14 +56,14 @@ class Storage(NamedTuple):
 
     def quantize(self, x: jax.Array) -> Quantized:
         """Returns the leaf packed, with the values that its products see."""
-        kept = x.dtype if x.dtype in _OWN else self.dtype
+        dtype = x.dtype if x.dtype in _OWN else self.dtype
 
         def function(x: jax.Array) -> Quantized:
             return quantize(x, self.recipe)
 
         for _ in range(self.leading):
             function = jax.vmap(function)
-        return dataclasses.replace(function(self.converted(x)), dtype=jnp.dtype(kept))
+        return dataclasses.replace(function(self.converted(x)), dtype=jnp.dtype(dtype))
 
     def differing(self, q: Quantized) -> list[str]:
         """Returns the fields but `granularity` in which a stored leaf's recipe differs."""
@@ -72,7 +72,7 @@ class Storage(NamedTuple):
         return [name for name in names if getattr(own, name) != getattr(other, name)]
 
     def blocks_differ(self, q: Quantized) -> bool:
-        """Returns whether a stored leaf has other blocks."""
+        """Returns whether a stored leaf is divided into other blocks than these."""
         return self.block != q.block or self.leading != q.ndim - len(q.block)
 
 
@@ -195,7 +195,7 @@ def _storage(demands: Sequence[_Demand]) -> Storage:
 
 
 def widest(dtypes: Sequence[Any]) -> Any:
-    """Returns a dtype that has the values of all dtypes in which weights are quantized."""
+    """Returns a dtype that represents all values of the dtypes in which weights are quantized."""
     return dtypes[0] if len(set(dtypes)) == 1 else jnp.dtype(jnp.float32)
 
 

@@ -48,7 +48,7 @@ def computed(eqn: Any, origins: Sequence[Origin | None]) -> Origin | None:
         True,
         tuple(dict.fromkeys(source for origin in known for source in origin.leaves.items())),
         frozenset().union(*(origin.products for origin in known)),
-        tuple(dict.fromkeys(turn for origin in known for turn in origin.turns)),
+        tuple(dict.fromkeys(depth for origin in known for depth in origin.scans)),
     )
 
 
@@ -341,8 +341,8 @@ def _side_by_side(origins: Sequence[Origin], lengths: Sequence[int], axis: int) 
 
         pieces += origin.each(later).pieces
         before += length
-    turns = dict.fromkeys(turn for origin in origins for turn in origin.turns)
-    return Origin(tuple(pieces), turns=tuple(turns))
+    scans = dict.fromkeys(depth for origin in origins for depth in origin.scans)
+    return Origin(tuple(pieces), scans=tuple(scans))
 
 
 JOINS = MappingProxyType({"concatenate": _concatenate, "stack": _stack})

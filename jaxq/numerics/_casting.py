@@ -107,13 +107,13 @@ def cast(
     low, high = kind.min, kind.max
     if isinstance(kind, BinaryGrid) and not kind.static:
         traced, static = kind, None
-    held, estimator = lax.stop_gradient(x), get_gradient(gradient)
-    y = _cast(held, random, traced, static, mode, overflow)
+    constant, estimator = lax.stop_gradient(x), get_gradient(gradient)
+    y = _cast(constant, random, traced, static, mode, overflow)
     with np.errstate(over="ignore"):
         low, high = (lax.convert_element_type(end, x.dtype) for end in (low, high))
     snap = Snap(x, y, low, high)
     if wants_neighbors(estimator):
-        snap = Snap(*snap[:4], *_neighbors(held, traced, static))
+        snap = Snap(*snap[:4], *_neighbors(constant, traced, static))
     return attach(estimator, snap)
 
 

@@ -199,7 +199,7 @@ def quantize_state(
         squares = [] if second_moments is None else [(second_moments, True)]
         roots = assign("quantize_state", inner, squares, strict=False)
         later, now = random.split(random.data)
-        return QuantizedState(_held(inner, recipes, roots, now), later)
+        return QuantizedState(_stored(inner, recipes, roots, now), later)
 
     def update(
         updates: optax.Updates,
@@ -207,34 +207,34 @@ def quantize_state(
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
-        held, structure = jax.tree.flatten(state.inner, is_leaf=_is_held)
-        leaves = [leaf.dequantize() if _is_held(leaf) else leaf for leaf in held]
+        stored, structure = jax.tree.flatten(state.inner, is_leaf=_is_quantized)
+        leaves = [leaf.dequantize() if _is_quantized(leaf) else leaf for leaf in stored]
         updates, inner = tx.update(updates, structure.unflatten(leaves), params, **extra)
-        recipes = [leaf.recipe if _is_held(leaf) else None for leaf in held]
-        roots = [isinstance(leaf, Squared) for leaf in held]
+        recipes = [leaf.recipe if _is_quantized(leaf) else None for leaf in stored]
+        roots = [isinstance(leaf, Squared) for leaf in stored]
         later, now = random.split(state.key)
-        return updates, QuantizedState(_held(inner, recipes, roots, now), later)
+        return updates, QuantizedState(_stored(inner, recipes, roots, now), later)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_held(leaf: Any) -> bool:
+def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized | Flattened | Squared)
 
 
-def _held(
+def _stored(
     inner: Any, recipes: list[Recipe | None], roots: Sequence[bool | None], key: jax.Array | None
 ) -> Any:
     """Quantizes the leaves of a state that have a recipe, or the square roots of those leaves."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(inner)
-    held = []
+    stored = []
     for i, ((path, leaf), recipe, root) in enumerate(zip(leaves, recipes, roots, strict=True)):
         if recipe is None:
-            held.append(leaf)
+            stored.append(leaf)
             continue
         with naming("quantize_state", path):
-            held.append(_quantized(leaf, recipe, own_key(recipe, key, i), bool(root)))
-    return structure.unflatten(held)
+            stored.append(_quantized(leaf, recipe, own_key(recipe, key, i), bool(root)))
+    return structure.unflatten(stored)
 
 
 def _quantized(
@@ -247,9 +247,9 @@ def _quantized(
         flat = leaf.ndim != 1 and math.prod(shape[-1:]) % np.prod(blocks.sizes) != 0
     leaf = leaf.reshape(-1) if flat else leaf
     leaf = _positive_roots(leaf, recipe) if root else leaf
-    held = quantize(leaf, recipe, key=key)
-    held = Flattened(held, shape) if flat else held
-    return Squared(held, dtype) if root else held
+    stored = quantize(leaf, recipe, key=key)
+    stored = Flattened(stored, shape) if flat else stored
+    return Squared(stored, dtype) if root else stored
 
 
 def _positive_roots(leaf: jax.Array, recipe: Recipe) -> jax.Array:

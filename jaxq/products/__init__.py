@@ -24,9 +24,12 @@ from jaxq.products._dots import (
 from jaxq.products._execution import Codes, DotOfCodes
 from jaxq.products._hadamard import Hadamard
 from jaxq.products._histories import History, can_delay, record
-from jaxq.products._products import Operation, Scales, check, check_gradients, keys_of, product
+from jaxq.products._operation import Operation
+from jaxq.products._plan import Pair
+from jaxq.products._products import NO_SCALES, check, check_gradients, keys_of, product
 from jaxq.products._recipe import (
     PRODUCT_RECIPES,
+    PerProduct,
     ProductRecipe,
     SingleProduct,
     get_product_recipe,

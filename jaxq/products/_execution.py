@@ -149,7 +149,7 @@ def _quantized(name: str, operand: Operand) -> Quantized:
         what = "outliers" if recipe.outliers is not None else "minima"
         raise ValueError(
             f"{name}: {operand.name}: only execution='emulated' multiplies a tensor with {what}, "
-            "which is more than codes times scales."
+            f"whose values are not codes times scales. Use it, or a recipe without {what}."
         )
     given = {} if operand.scales is None else operand.scales._asdict()
     return quantize(operand.x, recipe, key=operand.key, **given)

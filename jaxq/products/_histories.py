@@ -140,9 +140,9 @@ class _What:
 
     def row(self, amax: jax.Array, length: int) -> jax.Array:
         """Returns a history's cotangent, whose first element is the amax over all devices."""
-        apart = tuple(self.devices - self.shared)
+        differing = tuple(self.devices - self.shared)
         seen = jnp.where(jnp.isfinite(amax), amax, 0)
-        seen = lax.pmax(seen, apart) if apart else seen
+        seen = lax.pmax(seen, differing) if differing else seen
         return jnp.zeros(length, jnp.float32).at[0].set(seen)
 
 

@@ -4,7 +4,7 @@ To add a named recipe, add a line to `PRODUCT_RECIPES`. The contract tests then 
 """
 
 import dataclasses
-from typing import Literal
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from jaxq._base.records import short_repr
 from jaxq._base.registry import Registry
@@ -17,12 +17,35 @@ from jaxq.recipes import MX, RECIPES, Recipe, get_recipe, records
 
 __all__ = [
     "PRODUCT_RECIPES",
+    "PerProduct",
     "ProductRecipe",
     "SingleProduct",
     "get_product_recipe",
     "is_stochastic",
     "product_records",
 ]
+
+
+T = TypeVar("T")
+
+
+class PerProduct(NamedTuple, Generic[T]):
+    """One value for each product of a quantized product and its gradient.
+
+    Attributes:
+      forward: the value of the forward product.
+      dlhs: the value of the product that gives the gradient of the first operand.
+      drhs: likewise for the gradient of the second operand.
+    """
+
+    forward: T
+    dlhs: T
+    drhs: T
+
+    @property
+    def gradients(self) -> tuple[T, T]:
+        """The values of `dlhs` and `drhs`."""
+        return self.dlhs, self.drhs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +186,11 @@ class ProductRecipe(SingleProduct):
     def forward(self) -> SingleProduct:
         """The recipe of the forward product alone."""
         return SingleProduct(self.lhs, self.rhs, self.hadamard, self.execution)
+
+    @property
+    def products(self) -> PerProduct[SingleProduct]:
+        """The recipes of the three products."""
+        return PerProduct(self.forward, self.dlhs, self.drhs)
 
     @property
     def draws(self) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxq._jax.draws import one_of
 from jaxq._jax.meshes import like
-from jaxq.products._products import Key, Operation, Pair, Plan, Scales, product
-from jaxq.products._recipe import ProductRecipe, SingleProduct
+from jaxq.products._operation import Operation
+from jaxq.products._plan import Key, Pair, Plan
+from jaxq.products._products import NO_SCALES, keys_by_product, product
+from jaxq.products._recipe import PerProduct, ProductRecipe, SingleProduct
 from jaxq.quantizers.calibration import Calibrated
 from jaxq.recipes import Recipe
 
@@ -70,14 +71,13 @@ class Running:
     operands: tuple[Any, Any]
     recipe: ProductRecipe
     keys: Key
-    scales: Scales
+    scales: PerProduct[Pair]
 
     @property
     def forward(self) -> tuple[Tensor, Tensor]:
         """The operands of the forward product."""
-        return _tensors(
-            self.operation, self.operands, self.recipe.forward, self.key(0), self.scales.forward
-        )
+        key, scales = self._keys.forward, self.scales.forward
+        return _tensors(self.operation, self.operands, self.recipe.forward, key, scales)
 
     def results(self, y: jax.Array) -> Results:
         """Returns the float product of the operands, and the product y itself."""
@@ -89,24 +89,22 @@ class Running:
         original = self.recipe.residuals == "original"
         residual = operand.value if original else operand.quantized
         operation = self.operation.gradient(of, like(self.operands[of]))
-        how, key = (self.recipe.dlhs, self.recipe.drhs)[of], self.key(1 + of)
-        scales = self.scales[1 + of]
+        how, key = self.recipe.products.gradients[of], self._keys.gradients[of]
+        scales = self.scales.gradients[of]
 
         def results() -> Results:
             exact = operation.function(cotangent, operand.value, *operation.arguments)
             own = ProductRecipe(how.lhs, how.rhs, how.hadamard, how.execution)
             keys = None if key is None else key[None]
-            return Results(
-                exact, product(operation, cotangent, residual, own, keys, Scales(scales))
-            )
+            given = NO_SCALES._replace(forward=scales)
+            return Results(exact, product(operation, cotangent, residual, own, keys, given))
 
         pair = _tensors(operation, (cotangent, residual), how, key, scales)
         return Gradient(*pair, results)
 
-    def key(self, i: int) -> Key:
-        """Returns the keys of one of the three products, None if it draws no random bits."""
-        how = (self.recipe.forward, self.recipe.dlhs, self.recipe.drhs)[i]
-        return one_of(self.keys, i) if self.keys is not None and how.draws else None
+    @property
+    def _keys(self) -> PerProduct[Key]:
+        return keys_by_product(self.recipe, self.keys)
 
 
 def _tensors(
@@ -116,8 +114,6 @@ def _tensors(
         left, right = (Tensor(x, x, None, None) for x in operands)
         return left, right
     plan = Plan.of(how, operation, *operands)
-    values = plan.rotated(*operands, key)
-    given = plan.given(*values, scales)
-    quantized = plan.quantized(*values, key, given)
+    values, quantized, given = plan.prepare(*operands, key, scales)
     left, right = map(Tensor, values, quantized, plan.quantizers, given)
     return left, right

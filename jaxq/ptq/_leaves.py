@@ -212,7 +212,7 @@ class Frame:
         read = self.arguments(equations)
         nothing = [None] * (1 + max(max(self.flat.numbers(i), default=-1) for i in equations))
         part = self.flat.part(equations, read, [variable], nothing)
-        return run(part, Extra(None, {}, {}, {}), [self.value(v) for v in read])[0][0]
+        return run(part, Extra.empty(), [self.value(v) for v in read])[0][0]
 
     def arguments(self, equations: list[int]) -> list[Any]:
         """Returns the variables that equations read and do not make, except for constants."""

@@ -174,7 +174,7 @@ def observe(
             for product in planned.products
         ]
         padding = None if mask is None else jnp.asarray(mask(*args, **kwargs))
-        extra = Extra(None, {}, {}, {}, padding)
+        extra = Extra.empty(padding)
         what = program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
         results, states = run(what, extra, arrays, observing=True)

@@ -20,7 +20,8 @@ class SolvedProduct:
       tokens: the number of tokens; for experts, of the one that saw the fewest.
       inputs: the length of the contraction.
       damping: the damping used, relative to the mean of the Hessian's diagonal; NaN if none was.
-      rtn: the loss of the nearest levels: `tr(E^T H E)` relative to `power`.
+      rtn: the loss of the nearest levels: `tr(E^T H E)` relative to `power`; NaN, like the next
+        two, if the product was not solved.
       loss: the loss of the stored weight, likewise.
       power: the power of the outputs, `tr(W^T H W)`, per token.
       fallback: the reason why the product was not solved, or only in part; or "".
@@ -28,13 +29,13 @@ class SolvedProduct:
 
     product: str
     recipe: str
-    tokens: int
-    inputs: int
-    damping: float
-    rtn: float
-    loss: float
-    power: float
-    fallback: str
+    tokens: int = 0
+    inputs: int = 0
+    damping: float = math.nan
+    rtn: float = math.nan
+    loss: float = math.nan
+    power: float = math.nan
+    fallback: str = ""
 
     @property
     def rank(self) -> int:

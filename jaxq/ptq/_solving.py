@@ -223,10 +223,7 @@ class Solving:
         )
 
     def _unsolved(self, place: Place, statistics: Statistics, reason: str) -> SolvedProduct:
-        nan = math.nan
-        return self._base(
-            place, statistics, damping=nan, rtn=nan, loss=nan, power=nan, fallback=reason
-        )
+        return self._base(place, statistics, fallback=reason)
 
     def _add(self, row: SolvedProduct) -> None:
         self._rows.append(row)
@@ -235,7 +232,7 @@ class Solving:
 
     def report(self) -> Report:
         """Returns the report, with the products that were not solved at its end."""
-        rows, nan = list(self._rows), math.nan
+        rows = list(self._rows)
         reasons = {
             n: "its input does not depend on data"
             for n in self.found.matrices
@@ -247,19 +244,8 @@ class Solving:
             weight = self._weight(product)
             if product.operation == LOOK_UP and solved >= set(self._leaves(number)):
                 continue
-            rows.append(
-                SolvedProduct(
-                    product=product.name,
-                    recipe=weight.recipe.element.name,
-                    tokens=0,
-                    inputs=0,
-                    damping=nan,
-                    rtn=nan,
-                    loss=nan,
-                    power=nan,
-                    fallback=reason,
-                )
-            )
+            recipe = weight.recipe.element.name
+            rows.append(SolvedProduct(product.name, recipe, fallback=reason))
         return Report(tuple(rows))
 
     def result(self) -> Any:

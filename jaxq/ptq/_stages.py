@@ -344,7 +344,7 @@ def _compiled(part: Program, depth: int) -> Callable[..., Any]:
 
     @jax.jit
     def call(fixed: list[Any], data: list[Any], mask: jax.Array | None) -> Any:
-        extra = Extra(None, {}, {}, {}, mask)
+        extra = Extra.empty(mask)
         results, states = run(part, extra, [*fixed, *data], depth, observing=bool(names))
         return list(map(unpacked, results)), [states[name][0] for name in names]
 

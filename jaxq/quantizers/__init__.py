@@ -1,14 +1,10 @@
 """Quantization of tensors by a recipe: stored as codes and scales, or simulated."""
 
 from jaxq.quantizers import calibration
+from jaxq.quantizers._arguments import check_takes_scales
 from jaxq.quantizers._levels import Levels, levels, numbers_of, snap, values_of, with_levels
 from jaxq.quantizers._quantized import Quantized, dequantize
-from jaxq.quantizers._quantizers import (
-    check_takes_scales,
-    fake_quant,
-    neighbors,
-    quantize,
-)
+from jaxq.quantizers._quantizers import fake_quant, neighbors, quantize
 from jaxq.quantizers._sharding import quantized_sharding
 from jaxq.quantizers._snapping import measured, numbers, restored, units_of
 

@@ -6,7 +6,6 @@
 bit.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -23,31 +22,20 @@ from jaxq._jax.meshes import as_first, automatic, spec_of
 from jaxq._jax.opaque import opaque
 from jaxq.formats import Format, get_format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
-from jaxq.numerics import as_dtype, encode, floats, pack, widen
+from jaxq.numerics import as_dtype, encode, pack, widen
+from jaxq.quantizers._arguments import Given, checked, given_scales
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized
 from jaxq.quantizers._sharding import quantized_sharding
 from jaxq.quantizers._snapping import codes, interval, measured, numbers, restored
-from jaxq.recipes import Recipe, Scales, get_recipe
+from jaxq.recipes import Recipe, Scales
 
-__all__ = [
-    "check_takes_scales",
-    "fake_quant",
-    "neighbors",
-    "quantize",
-]
+__all__ = ["fake_quant", "neighbors", "quantize"]
 
 _FLOAT32 = get_format("float32")
 
 
-class _Given(NamedTuple):
-    """Given scales, and given zero points or minima; each broadcasts to one number per block."""
-
-    scale: jax.Array
-    zero_point: jax.Array | None
-
-
 class _Values(NamedTuple):
-    """The quantized values of a split tensor, and how they came about.
+    """The quantized values of a split tensor, with intermediate results.
 
     Attributes:
       y: the values, in the tensor's dtype like the next four.
@@ -122,8 +110,8 @@ def fake_quant(
       Array([[1., 1.],
              [1., 1.]], dtype=float32)
     """
-    array, recipe = _checked("fake_quant", x, recipe, axis)
-    given = _given("fake_quant", array.shape, recipe, scale, zero_point)
+    array, recipe = checked("fake_quant", x, recipe, axis)
+    given = given_scales("fake_quant", array.shape, recipe, scale, zero_point)
     return _fake_quant(array, given, key, recipe)
 
 
@@ -161,10 +149,9 @@ def neighbors(
       >>> below.tolist(), above.tolist()
       ([0.0, -1.0, 4.0], [0.5, -0.5, 6.0])
     """
-    array, recipe = _checked("neighbors", x, recipe, axis)
-    given = _given("neighbors", array.shape, recipe, scale, zero_point)
-    recipe = dataclasses.replace(recipe, rounding="nearest_even")  # Needs no key.
-    return _neighbors(lax.stop_gradient(array), lax.stop_gradient(given), recipe)
+    array, recipe = checked("neighbors", x, recipe, axis)
+    given = given_scales("neighbors", array.shape, recipe, scale, zero_point)
+    return _neighbors(lax.stop_gradient(array), lax.stop_gradient(given), recipe.to_nearest())
 
 
 def quantize(
@@ -199,21 +186,21 @@ def quantize(
       >>> q.codes, float(q.scale[0])
       (Array([ 25, 206, 127], dtype=uint8), 0.019999999552965164)
     """
-    array, recipe = _checked("quantize", x, recipe, axis)
+    array, recipe = checked("quantize", x, recipe, axis)
     if array.ndim and is_symbolic(array.shape[-1]):
         raise ValueError(
             f"quantize: the last axis of `x`, along which {recipe.element.name} codes are packed, "
             f"must have a known length, got the symbolic shape {array.shape}. Export it with a "
             "fixed length, or move another axis to the end."
         )
-    given = _given("quantize", array.shape, recipe, scale, zero_point)
+    given = given_scales("quantize", array.shape, recipe, scale, zero_point)
     return _quantize(lax.stop_gradient(array), lax.stop_gradient(given), key, recipe)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 @automatic(as_first)
 def _fake_quant(
-    x: jax.Array, given: _Given | None, key: jax.Array | None, recipe: Recipe
+    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe
 ) -> jax.Array:
     estimator = get_gradient(recipe.gradient)
     snapped = _snapped(x, given, key, recipe, wants_neighbors(estimator))
@@ -222,7 +209,7 @@ def _fake_quant(
 
 @functools.partial(jax.jit, static_argnames="recipe")
 @automatic(as_first)
-def _neighbors(x: jax.Array, given: _Given | None, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+def _neighbors(x: jax.Array, given: Given | None, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
     cut = recipe.cut(x.shape)
     snap = _snapped(x, given, None, recipe, True).snap
     return cut.merge(snap.below), cut.merge(snap.above)
@@ -236,7 +223,7 @@ class _Snapped(NamedTuple):
 
 
 def _snapped(
-    x: jax.Array, given: _Given | None, key: jax.Array | None, recipe: Recipe, around: bool
+    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe, around: bool
 ) -> _Snapped:
     """Returns a split tensor with its quantized values, and with its neighbors if `around` is True.
 
@@ -255,7 +242,7 @@ def _snapped(
 
 
 def _values(
-    x: jax.Array, given: _Given | None, key: jax.Array | None, recipe: Recipe, around: bool
+    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe, around: bool
 ) -> _Values:
     """Returns the quantized values of a tensor, with the neighbors if `around` is True."""
     cut, rest = recipe.cut(x.shape), x
@@ -284,7 +271,7 @@ def _values(
     return _Values(y, low, high, below, above, values, scales, is_outlier)
 
 
-def _given_scales(given: _Given, values: _Values, recipe: Recipe, cut: Cut) -> GivenScales:
+def _given_scales(given: Given, values: _Values, recipe: Recipe, cut: Cut) -> GivenScales:
     """Returns the given scales in differentiable form, rounded as they are used."""
     scales = values.scales
 
@@ -316,7 +303,7 @@ def _of_parts(mesh: Any, result: Quantized, x: jax.Array, *others: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="recipe")
 @automatic(_of_parts)
 def _quantize(
-    x: jax.Array, given: _Given | None, key: jax.Array | None, recipe: Recipe
+    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe
 ) -> Quantized:
     cut, fmt, outliers = recipe.cut(x.shape), recipe.element, ()
     if recipe.outliers is not None:
@@ -346,7 +333,7 @@ def _quantize(
 
 
 def _scales(
-    x: jax.Array, given: _Given | None, key: jax.Array | None, recipe: Recipe, cut: Cut
+    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe, cut: Cut
 ) -> Scales:
     """Returns the given scales, broadcast over blocks, or else those of the split tensor."""
     if given is None:
@@ -366,66 +353,3 @@ def _encoded(scales: jax.Array, recipe: Recipe) -> jax.Array:
 def _integer_dtype(fmt: Format) -> np.dtype:
     """Returns the smallest integer dtype that holds the integers of a format."""
     return np.dtype(f"{'int' if fmt.min < 0 else 'uint'}{8 if fmt.bits <= 8 else 16}")
-
-
-def check_takes_scales(name: str, recipe: Recipe) -> None:
-    """Raises ValueError if given scales cannot replace those that a recipe computes."""
-    if not recipe.scaling.takes_scales:
-        raise ValueError(
-            f"{name}: given scales must be plain numbers, one per block, but a scaling with a "
-            "second level, a search or stored=False computes its scales from the tensor, got a "
-            f"recipe of {recipe.element.name}. Omit the scales, or use another recipe."
-        )
-
-
-def _given(
-    name: str,
-    shape: tuple[int, ...],
-    recipe: Recipe,
-    scale: jax.typing.ArrayLike | None,
-    zero_point: jax.typing.ArrayLike | None,
-) -> _Given | None:
-    """Checks and returns the given scales and zero points."""
-    if scale is None:
-        if zero_point is not None:
-            raise ValueError(f"{name}: `zero_point` was given without `scale`. Pass both.")
-        return None
-    check_takes_scales(name, recipe)
-    two_sided = recipe.scaling.two_sided
-    if two_sided != (zero_point is not None):
-        wanted = "needs both `scale` and `zero_point`." if two_sided else "takes no `zero_point`."
-        raise ValueError(f"{name}: a recipe with {recipe.scaling!r:.120} {wanted}")
-    counts = recipe.cut(shape).counts
-    result = []
-    for label, value in (("scale", scale), ("zero_point", zero_point)):
-        if value is None:
-            result.append(None)
-            continue
-        array = jnp.asarray(value, jnp.float32)
-        missing = len(counts) - array.ndim
-        fits = missing >= 0 and all(
-            n in (1, m) for n, m in zip(array.shape, counts[missing:], strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"{name}: `{label}` must broadcast to one number per block, shape {counts}, got "
-                f"{array.shape}."
-            )
-        result.append(array.reshape((1,) * missing + array.shape))
-    return _Given(result[0], result[1])
-
-
-def _checked(
-    name: str, x: jax.typing.ArrayLike, recipe: str | Recipe, axis: int | None
-) -> tuple[jax.Array, Recipe]:
-    """Returns the array, and the recipe with its granularity on the array's own axes."""
-    recipe = get_recipe(recipe)
-    array = floats(name, x)
-    if axis is not None:
-        recipe = recipe.along(axis, array.ndim)
-    if array.dtype == jnp.float64:
-        raise TypeError(
-            f"{name}: `x` must be float16, bfloat16 or float32, as scales are float32, got "
-            "float64. Convert it first: x.astype(jnp.float32)."
-        )
-    return array, recipe

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxq._jax.meshes import automatic, fitting, spec_of
 from jaxq._jax.serialization import named_tuple
 from jaxq.numerics import floats, widen
-from jaxq.quantizers._quantizers import check_takes_scales
+from jaxq.quantizers._arguments import check_takes_scales
 from jaxq.recipes import Recipe, get_recipe
 
 __all__ = ["Calibrated", "finalize", "gather", "init", "merge", "update"]

@@ -4,16 +4,16 @@ A recipe consists of an element format, a granularity, a scaling, a rounding mod
 The scaling is one of a few records, which name a calibrator and a rule for the scale. To add a
 scaling, list it in `SCALINGS` (`_scalings.py`); a scale rule, in `SCALE_RULES` or `MX_RULES`
 (`_scale_rules.py`); a calibrator, in `CALIBRATORS` (`_calibrators.py`); a named recipe, in
-`RECIPES` (`_presets.py`).
+`RECIPES` (`_catalog.py`).
 """
 
 from jaxq.recipes._affine import Affine, ScaleAndMin
 from jaxq.recipes._arithmetic import E8M0, absmax, in_units, powers, span, times, zero_point_of
 from jaxq.recipes._calibrators import CALIBRATORS, get_calibrator
+from jaxq.recipes._catalog import RECIPES, get_recipe, title_of
 from jaxq.recipes._granularity import Granularity, PerBlock, PerChannel, PerTensor, PerToken
 from jaxq.recipes._histograms import Entropy, MeanSquaredError, Percentile
 from jaxq.recipes._outliers import Outliers
-from jaxq.recipes._presets import RECIPES, get_recipe, title_of
 from jaxq.recipes._ranges import (
     EMA,
     AbsMax,

@@ -259,6 +259,7 @@ def _axes(owner: Granularity, axes: tuple[int, ...], ndim: int) -> tuple[int, ..
     found = tuple(axis % ndim for axis in axes)
     if len(set(found)) != len(found):
         raise ValueError(
-            f"{owner}: the axes must be distinct in a tensor of {ndim} axes. Name each once."
+            f"{owner}: the axes of a tensor of {ndim} axes must be distinct, got {axes}. Name each "
+            "once."
         )
     return found

@@ -134,6 +134,10 @@ class Recipe:
         with self._named():
             return dataclasses.replace(self, granularity=self.granularity.along(axis, ndim))
 
+    def to_nearest(self) -> "Recipe":
+        """Returns the recipe with rounding to nearest even, which needs no key."""
+        return dataclasses.replace(self, rounding="nearest_even")
+
     def cut(self, shape: tuple[int, ...]) -> Cut:
         """Returns the division of a tensor into blocks.
 

@@ -100,7 +100,7 @@ class Scaling:
     search: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        given: Any = self  # A dataclass, in which all scalings are.
+        given: Any = self  # Every scaling is a dataclass, though this class is not.
         names = {field.name for field in dataclasses.fields(given)}
         if "scale_format" in names:
             object.__setattr__(self, "scale_format", get_format(self.scale_format))

@@ -48,8 +48,8 @@ def place(
       The centers of the labels, `[n, 2]`.
 
     Example:
-      >>> centres = place(np.zeros((2, 2)), np.full((2, 2), 10.0), (-50, -50, 50, 50))
-      >>> bool(np.abs(centres[0] - centres[1]).max() >= 10)
+      >>> centers = place(np.zeros((2, 2)), np.full((2, 2), 10.0), (-50, -50, 50, 50))
+      >>> bool(np.abs(centers[0] - centers[1]).max() >= 10)
       True
     """
     points, sizes = np.asarray(points, float), np.asarray(sizes, float)
@@ -63,7 +63,7 @@ def place(
     distance = np.hypot(*(points[:, None] - points[None]).transpose(2, 0, 1))
     crowd = (distance < 120).sum(1)
     order = sorted(range(n), key=lambda i: (-crowd[i], *points[i]))
-    centres, taken = np.zeros((n, 2)), np.full((n, 4), np.inf)  # Overlaps nothing.
+    centers, taken = np.zeros((n, 2)), np.full((n, 4), np.inf)  # Overlaps nothing.
     for i in order * _SWEEPS:
         tried = _candidates(points[i], sizes[i], radius)
         boxes = np.concatenate([tried - sizes[i] / 2 - 1, tried + sizes[i] / 2 + 1], axis=1)
@@ -74,8 +74,8 @@ def place(
         away = np.maximum(np.abs(tried - points[i]) - sizes[i] / 2, 0)
         cost += 0.05 * np.hypot(*away.T) ** 2 + 0.002 * np.hypot(*(tried - points[i]).T) ** 2
         best = int(np.argmin(cost))
-        centres[i], taken[i] = tried[best], boxes[best]
-    return centres
+        centers[i], taken[i] = tried[best], boxes[best]
+    return centers
 
 
 def _beads(line: np.ndarray) -> np.ndarray:
@@ -163,7 +163,7 @@ def annotate(
     boxes += [other.get_window_extent().extents for other in axes.texts if other not in found]
     others = np.delete(pixels, chosen, axis=0)
     boxes += [[x - 3, y - 3, x + 3, y + 3] for x, y in others]
-    centres = place(
+    centers = place(
         pixels[chosen],
         np.array(sizes),
         axes.get_window_extent().extents,
@@ -171,7 +171,7 @@ def annotate(
         line=None if line is None else axes.transData.transform(line),
     )
     for note, center, point, (width, height) in zip(
-        found, centres, pixels[chosen], sizes, strict=True
+        found, centers, pixels[chosen], sizes, strict=True
     ):
         offset = (center - point) * 72 / figure.dpi
         note.set_position(tuple(offset))

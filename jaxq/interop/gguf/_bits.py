@@ -5,7 +5,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-__all__ = ["gather", "halves", "join_halves", "spread"]
+__all__ = ["bytes_of", "gather", "halves", "halves_of", "join_halves", "spread"]
 
 
 def spread(data: jax.Array, width: int, bits: int) -> jax.Array:
@@ -24,24 +24,33 @@ def spread(data: jax.Array, width: int, bits: int) -> jax.Array:
     """
     shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
     runs = data.reshape(data.shape[0], data.shape[1] // width, 1, width) >> shifts
-    return (runs & np.uint8(2**bits - 1)).reshape(data.shape[0], -1)
+    return (runs & np.uint8(2**bits - 1)).reshape(data.shape[0], data.shape[1] * 8 // bits)
 
 
 def gather(codes: jax.Array, width: int, bits: int) -> jax.Array:
     """Returns the bytes that hold codes; the inverse of `spread`."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
-    runs = codes.reshape(codes.shape[0], -1, 8 // bits, width) << shifts
-    return lax.reduce_or(runs, (2,)).reshape(codes.shape[0], -1)
+    size = codes.shape[1] * bits // 8
+    runs = codes.reshape(codes.shape[0], size // width, 8 // bits, width) << shifts
+    return lax.reduce_or(runs, (2,)).reshape(codes.shape[0], size)
 
 
 def halves(x: jax.Array) -> jax.Array:
     """Returns float32 `[blocks]` as the bytes of float16 numbers, `[blocks, 2]`."""
-    codes = lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16)
-    return jnp.stack([codes, codes >> np.uint16(8)], axis=-1).astype(jnp.uint8)
+    return bytes_of(lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16))
 
 
 def join_halves(data: jax.Array) -> jax.Array:
     """Returns the values of float16 numbers from their bytes; the inverse of `halves`."""
+    return lax.bitcast_convert_type(halves_of(data), jnp.float16).astype(jnp.float32)
+
+
+def bytes_of(codes: jax.Array) -> jax.Array:
+    """Returns uint16 `[blocks]` as two bytes each, `[blocks, 2]`, the low byte first."""
+    return jnp.stack([codes, codes >> np.uint16(8)], axis=-1).astype(jnp.uint8)
+
+
+def halves_of(data: jax.Array) -> jax.Array:
+    """Returns uint16 from pairs of bytes; the inverse of `bytes_of`."""
     low, high = (data[..., i].astype(jnp.uint16) for i in (0, 1))
-    codes = low | high << np.uint16(8)
-    return lax.bitcast_convert_type(codes, jnp.float16).astype(jnp.float32)
+    return low | high << np.uint16(8)

@@ -39,18 +39,39 @@ class Layout(NamedTuple):
     Attributes:
       number: its number in files, of the enumeration `ggml_type`.
       block: the number of elements in a block.
-      size: the number of bytes in a block.
-      read: returns the fields of blocks of bytes, uint8 `[blocks, size]`.
-      write: returns the bytes of fields.
+      parts: the fields of a block by name, in the order of their bytes.
       values: returns float32 `[blocks, block]` from fields.
     """
 
     number: int
     block: int
-    size: int
-    read: Callable[[jax.Array], Fields]
-    write: Callable[[Fields], jax.Array]
+    parts: Mapping[str, Part]
     values: Callable[[Fields], jax.Array]
+
+    @property
+    def size(self) -> int:
+        """The number of bytes in a block."""
+        return sum(part.size for part in self.parts.values())
+
+    def split(self, data: jax.Array) -> Fields:
+        """Returns the bytes of each field from blocks of bytes, uint8 `[blocks, size]`."""
+        ends = np.cumsum([part.size for part in self.parts.values()]).tolist()
+        return {
+            name: data[:, end - part.size : end]
+            for (name, part), end in zip(self.parts.items(), ends, strict=True)
+        }
+
+    def join(self, columns: Fields) -> jax.Array:
+        """Returns blocks of bytes from the bytes of each field; the inverse of `split`."""
+        return jnp.concatenate([columns[name] for name in self.parts], axis=-1)
+
+    def read(self, data: jax.Array) -> Fields:
+        """Returns the fields of blocks of bytes, uint8 `[blocks, size]`."""
+        return {name: self.parts[name].read(own) for name, own in self.split(data).items()}
+
+    def write(self, fields: Fields) -> jax.Array:
+        """Returns the bytes of fields."""
+        return self.join({name: part.write(fields[name]) for name, part in self.parts.items()})
 
 
 def _bytes(size: int) -> Part:
@@ -69,22 +90,6 @@ def _codes(size: int, width: int, bits: int) -> Part:
 
 
 _HALF = Part(2, join_halves, halves)
-
-
-def _layout(number: int, block: int, parts: Mapping[str, Part], values: Callable) -> Layout:
-    ends = np.cumsum([part.size for part in parts.values()]).tolist()
-
-    def read(data: jax.Array) -> Fields:
-        fields = {}
-        for (name, part), end in zip(parts.items(), ends, strict=True):
-            fields[name] = part.read(data[:, end - part.size : end])
-        return fields
-
-    def write(fields: Fields) -> jax.Array:
-        columns = [part.write(fields[name]) for name, part in parts.items()]
-        return jnp.concatenate(columns, axis=-1)
-
-    return Layout(number, block, ends[-1], read, write, values)
 
 
 def _float(codes: jax.Array, offset: int = 0) -> jax.Array:
@@ -214,20 +219,20 @@ def _tq1_0(f: Fields) -> jax.Array:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "q4_0": _layout(2, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _one(8)),
-    "q4_1": _layout(3, 32, {"d": _HALF, "m": _HALF, "q": _codes(16, 16, 4)}, _one(0, True)),
-    "q5_0": _layout(6, 32, {"d": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)}, _one(16)),
-    "q5_1": _layout(
+    "q4_0": Layout(2, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _one(8)),
+    "q4_1": Layout(3, 32, {"d": _HALF, "m": _HALF, "q": _codes(16, 16, 4)}, _one(0, True)),
+    "q5_0": Layout(6, 32, {"d": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)}, _one(16)),
+    "q5_1": Layout(
         7,
         32,
         {"d": _HALF, "m": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)},
         _one(0, True),
     ),
-    "q8_0": _layout(8, 32, {"d": _HALF, "q": _signed(32)}, _one(0)),
-    "q2_k": _layout(
+    "q8_0": Layout(8, 32, {"d": _HALF, "q": _signed(32)}, _one(0)),
+    "q2_k": Layout(
         10, 256, {"scales": _bytes(16), "q": _codes(64, 32, 2), "d": _HALF, "m": _HALF}, _q2_k
     ),
-    "q3_k": _layout(
+    "q3_k": Layout(
         11,
         256,
         {
@@ -239,10 +244,10 @@ LAYOUTS: dict[str, Layout] = {
         },
         _q3_k,
     ),
-    "q4_k": _layout(
+    "q4_k": Layout(
         12, 256, {"d": _HALF, "m": _HALF, "scales": _bytes(12), "q": _codes(128, 32, 4)}, _k_affine
     ),
-    "q5_k": _layout(
+    "q5_k": Layout(
         13,
         256,
         {
@@ -254,26 +259,26 @@ LAYOUTS: dict[str, Layout] = {
         },
         _k_affine,
     ),
-    "q6_k": _layout(
+    "q6_k": Layout(
         14,
         256,
         {"q": _codes(128, 64, 4), "high": _codes(64, 32, 2), "scales": _signed(16), "d": _HALF},
         _q6_k,
     ),
-    "iq4_nl": _layout(20, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _iq4_nl),
-    "iq4_xs": _layout(
+    "iq4_nl": Layout(20, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _iq4_nl),
+    "iq4_xs": Layout(
         23,
         256,
         {"d": _HALF, "top": _codes(2, 1, 2), "low": _codes(4, 1, 4), "q": _codes(128, 16, 4)},
         _iq4_xs,
     ),
-    "tq1_0": _layout(
+    "tq1_0": Layout(
         34,
         256,
         {"q": _trits(32, 32, 5), "q16": _trits(16, 16, 5), "q4": _trits(4, 4, 4), "d": _HALF},
         _tq1_0,
     ),
-    "tq2_0": _layout(35, 256, {"q": _codes(64, 32, 2), "d": _HALF}, _one(1)),
-    "mxfp4": _layout(39, 32, {"e": _bytes(1), "q": _codes(16, 16, 4)}, _mxfp4),
-    "nvfp4": _layout(40, 64, {"scales": _bytes(4), "q": _codes(32, 8, 4)}, _nvfp4),
+    "tq2_0": Layout(35, 256, {"q": _codes(64, 32, 2), "d": _HALF}, _one(1)),
+    "mxfp4": Layout(39, 32, {"e": _bytes(1), "q": _codes(16, 16, 4)}, _mxfp4),
+    "nvfp4": Layout(40, 64, {"scales": _bytes(4), "q": _codes(32, 8, 4)}, _nvfp4),
 }

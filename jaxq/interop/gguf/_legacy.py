@@ -1,26 +1,22 @@
-"""The GGUF byte layout of the block formats `q8_0`, `q4_0`, `q4_1`, `q5_0` and `q5_1`.
+"""Quantized tensors of the recipes `q8_0`, `q4_0`, `q4_1`, `q5_0` and `q5_1` as bytes of GGUF.
 
-A block of 32 elements is stored as its float16 scale, its float16 minimum (`_1` types only), the
-fifth bits of 5-bit codes (four bytes, the first element in the lowest bit), and the low nibbles:
-byte i holds those of elements i and i + 16. 8-bit codes are stored as plain bytes. Narrower signed
-codes are stored as offsets from their lowest value.
+The block types of the same names define the bytes (see `_layouts.py`). Signed codes of fewer than 8
+bits are stored as offsets from the lowest code.
 """
 
 import jax
 import numpy as np
-from jax import lax
 from jax import numpy as jnp
 
+from jaxq.interop.gguf._bits import bytes_of, halves_of
+from jaxq.interop.gguf._layouts import LAYOUTS, Layout
 from jaxq.numerics import pack as pack_bits
-from jaxq.numerics import unpack as unpack_bits
 from jaxq.quantizers import Quantized
 from jaxq.recipes import Recipe, get_recipe
 
 __all__ = ["pack", "unpack"]
 
-RECIPES = tuple(get_recipe(name) for name in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1"))
-
-_BLOCK = 32
+_TYPES = {get_recipe(name): name for name in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")}
 
 
 def pack(q: Quantized) -> jax.Array:
@@ -43,22 +39,21 @@ def pack(q: Quantized) -> jax.Array:
     References:
       The `gguf` package's quants module and ggml's quants.c.
     """
-    recipe, bits = _checked("pack", q.recipe)
-    if not q.shape or q.shape[-1] % _BLOCK:
-        raise ValueError(f"gguf.pack: 32 must divide the last axis, got shape {q.shape}.")
-    codes = q.unpack() ^ np.uint8(_bias(recipe))
-    leading, blocks = q.shape[:-1], q.shape[-1] // _BLOCK
-    codes = codes.reshape(*leading, blocks, _BLOCK)
-    parts = [_halves(q.scale)]
+    recipe, layout = _checked("pack", q.recipe)
+    if not q.shape or q.shape[-1] % layout.block:
+        raise ValueError(
+            f"gguf.pack: {layout.block} must divide the last axis, got shape {q.shape}."
+        )
+    codes = (q.unpack() ^ np.uint8(_bias(recipe))).reshape(-1, layout.block)
+    columns = {"d": bytes_of(q.scale.reshape(-1))}
     if q.zero_point is not None:
-        parts.append(_halves(q.zero_point))
-    if bits == 5:
-        parts.append(pack_bits(codes >> np.uint8(4), 1))
-    if bits < 8:
-        low = codes & np.uint8(15)
-        codes = low[..., : _BLOCK // 2] | low[..., _BLOCK // 2 :] << np.uint8(4)
-    data = jnp.concatenate([*parts, codes], axis=-1)
-    return data.reshape(*leading, blocks * data.shape[-1])
+        columns["m"] = bytes_of(q.zero_point.reshape(-1))
+    if "high" in layout.parts:
+        columns["high"] = layout.parts["high"].write(codes >> np.uint8(4))
+    if recipe.element.bits < 8:
+        codes = layout.parts["q"].write(codes & np.uint8(15))
+    data = layout.join({**columns, "q": codes})
+    return data.reshape(*q.shape[:-1], q.shape[-1] // layout.block * layout.size)
 
 
 def unpack(
@@ -78,32 +73,27 @@ def unpack(
       TypeError: the data are not uint8.
       ValueError: the recipe is not supported, or the last axis does not hold whole blocks.
     """
-    recipe, bits = _checked("unpack", get_recipe(recipe))
-    data = jnp.asarray(data)
-    minimum = recipe.scaling.zero_point == "minimum"
-    size = 2 + 2 * minimum + bits * _BLOCK // 8
+    recipe, layout = _checked("unpack", get_recipe(recipe))
+    data, bits = jnp.asarray(data), recipe.element.bits
     if data.dtype != jnp.uint8:
         raise TypeError(f"gguf.unpack: `data` must be uint8, got {data.dtype}.")
-    if not data.ndim or data.shape[-1] % size:
+    if not data.ndim or data.shape[-1] % layout.size:
         raise ValueError(
-            f"gguf.unpack: a block of these has {size} bytes, which must divide the last axis, got "
-            f"shape {data.shape}."
+            f"gguf.unpack: a block of these has {layout.size} bytes, which must divide the last "
+            f"axis, got shape {data.shape}."
         )
-    blocks = data.reshape(*data.shape[:-1], data.shape[-1] // size, size)
-    scale, blocks = _whole(blocks[..., :2]), blocks[..., 2:]
-    zero_point = None
-    if minimum:
-        zero_point, blocks = _whole(blocks[..., :2]), blocks[..., 2:]
-    fifth = unpack_bits(blocks[..., :4], 1, _BLOCK) << np.uint8(4) if bits == 5 else np.uint8(0)
-    codes = blocks[..., 4 * (bits == 5) :]
-    if bits < 8:
-        codes = jnp.concatenate([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
-    codes = (codes | fifth) ^ np.uint8(_bias(recipe))
-    shape = (*data.shape[:-1], _BLOCK * blocks.shape[-2])
-    codes = codes.reshape(shape)
+    counts = (*data.shape[:-1], data.shape[-1] // layout.size)
+    shape = (*counts[:-1], layout.block * counts[-1])
+    columns = layout.split(data.reshape(-1, layout.size))
+    codes = columns["q"] if bits == 8 else layout.parts["q"].read(columns["q"])
+    if "high" in columns:
+        codes = codes | layout.parts["high"].read(columns["high"]) << np.uint8(4)
+    codes = (codes ^ np.uint8(_bias(recipe))).reshape(shape)
     if bits < 8:
         codes = pack_bits(codes, bits)
-    block = (1,) * (len(shape) - 1) + (min(_BLOCK, max(shape[-1], 1)),)
+    scale = halves_of(columns["d"]).reshape(counts)
+    zero_point = halves_of(columns["m"]).reshape(counts) if "m" in columns else None
+    block = (1,) * (len(shape) - 1) + (min(layout.block, max(shape[-1], 1)),)
     return Quantized(
         codes=codes,
         scale=scale,
@@ -117,28 +107,18 @@ def unpack(
     )
 
 
-def _checked(name: str, recipe: Recipe) -> tuple[Recipe, int]:
-    if recipe not in RECIPES:
+def _checked(name: str, recipe: Recipe) -> tuple[Recipe, Layout]:
+    """Returns a supported recipe, and the layout of the block type with its name."""
+    if recipe not in _TYPES:
         raise ValueError(
-            f"gguf.{name}: `recipe` must be one of q8_0, q4_0, q4_1, q5_0, q5_1, got "
+            f"gguf.{name}: `recipe` must be one of {', '.join(_TYPES.values())}, got "
             f"{recipe.element.name} with {recipe.granularity}. Blocks must lie along the last "
             "axis; transpose kernels [inputs, outputs]."
         )
-    return recipe, recipe.element.bits
+    return recipe, LAYOUTS[_TYPES[recipe]]
 
 
 def _bias(recipe: Recipe) -> int:
     """Returns the sign bit, whose flip makes signed codes offsets from the lowest value, or 0."""
     bits = recipe.element.bits
     return 1 << (bits - 1) if recipe.element.min < 0 and bits < 8 else 0
-
-
-def _halves(codes: jax.Array) -> jax.Array:
-    """Splits 16-bit codes into two bytes each, the low byte first."""
-    return jnp.stack([codes, codes >> np.uint16(8)], axis=-1).astype(jnp.uint8)
-
-
-def _whole(data: jax.Array) -> jax.Array:
-    """Joins pairs of bytes into 16-bit codes; the inverse of `_halves`."""
-    low, high = (lax.index_in_dim(data, i, -1, keepdims=False).astype(jnp.uint16) for i in (0, 1))
-    return low | high << np.uint16(8)

@@ -103,7 +103,7 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, BinaryGrid):
-        raise TypeError(f"Quantizers: {GRID_REMEDY}")
+        raise TypeError(f"get_recipe: {GRID_REMEDY}")
     name = recipe.name if isinstance(recipe, Format) else recipe
     if not isinstance(name, str):
         raise TypeError(f"A recipe must be a name or a jaxq.Recipe, got {type(recipe).__name__}.")

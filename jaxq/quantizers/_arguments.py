@@ -1,0 +1,81 @@
+"""The checks of the arguments that the functions of tensors share."""
+
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from jaxq.numerics import floats
+from jaxq.recipes import Recipe, get_recipe
+
+__all__ = ["Given", "check_takes_scales", "checked", "given_scales"]
+
+
+class Given(NamedTuple):
+    """Given scales, and given zero points or minima; each broadcasts to one number per block."""
+
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
+def checked(
+    name: str, x: jax.typing.ArrayLike, recipe: str | Recipe, axis: int | None
+) -> tuple[jax.Array, Recipe]:
+    """Returns the array, and the recipe with its granularity on the array's own axes."""
+    recipe = get_recipe(recipe)
+    array = floats(name, x)
+    if axis is not None:
+        recipe = recipe.along(axis, array.ndim)
+    if array.dtype == jnp.float64:
+        raise TypeError(
+            f"{name}: `x` must be float16, bfloat16 or float32, as scales are float32, got "
+            "float64. Convert it first: x.astype(jnp.float32)."
+        )
+    return array, recipe
+
+
+def check_takes_scales(name: str, recipe: Recipe) -> None:
+    """Raises ValueError if given scales cannot replace those that a recipe computes."""
+    if not recipe.scaling.takes_scales:
+        raise ValueError(
+            f"{name}: given scales must be plain numbers, one per block, but a scaling with a "
+            "second level, a search or stored=False computes its scales from the tensor, got a "
+            f"recipe of {recipe.element.name}. Omit the scales, or use another recipe."
+        )
+
+
+def given_scales(
+    name: str,
+    shape: tuple[int, ...],
+    recipe: Recipe,
+    scale: jax.typing.ArrayLike | None,
+    zero_point: jax.typing.ArrayLike | None,
+) -> Given | None:
+    """Checks and returns the given scales and zero points."""
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError(f"{name}: `zero_point` was given without `scale`. Pass both.")
+        return None
+    check_takes_scales(name, recipe)
+    two_sided = recipe.scaling.two_sided
+    if two_sided != (zero_point is not None):
+        wanted = "needs both `scale` and `zero_point`." if two_sided else "takes no `zero_point`."
+        raise ValueError(f"{name}: a recipe with {recipe.scaling!r:.120} {wanted}")
+    counts = recipe.cut(shape).counts
+    result = []
+    for label, value in (("scale", scale), ("zero_point", zero_point)):
+        if value is None:
+            result.append(None)
+            continue
+        array = jnp.asarray(value, jnp.float32)
+        missing = len(counts) - array.ndim
+        fits = missing >= 0 and all(
+            n in (1, m) for n, m in zip(array.shape, counts[missing:], strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"{name}: `{label}` must broadcast to one number per block, shape {counts}, got "
+                f"{array.shape}."
+            )
+        result.append(array.reshape((1,) * missing + array.shape))
+    return Given(result[0], result[1])

@@ -66,7 +66,7 @@ class Job:
     axis: int
     importance: Mapping[str, np.ndarray]
     energies: list[Energies]
-    advance: Callable[[int], None]
+    advance: Callable[..., None]
     conversion: gguf.Conversion | None
     config: Mapping[str, Any]
     metadata: Mapping[str, Any]

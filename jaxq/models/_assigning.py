@@ -96,6 +96,7 @@ class Assigned:
       calibrated: for both operands, in the recipe's order, an observer or None: by default of an
         activation with one scale per tensor, whose range may come from calibration.
       reverse: True if reverse-mode differentiation goes through the product.
+      factor: the name of the factor by which the input of a weight is multiplied first, or None.
     """
 
     recipe: ProductRecipe | None
@@ -109,6 +110,7 @@ class Assigned:
     table: Recipe | None
     calibrated: tuple[Observer | None, ...]
     reverse: bool
+    factor: str | None = None
 
     @property
     def delayable(self) -> tuple[tuple[Recipe | None, ...], ...]:

@@ -14,7 +14,7 @@ from jaxq._jax import compat
 from jaxq._jax.draws import fold_in, one_of
 from jaxq.models._assigning import TENSORS, Assigned, naming
 from jaxq.models._looking_up import look_up
-from jaxq.models._operations import LOOK_UP, operation_of
+from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
 from jaxq.models._programs import Extra, Records, States
 from jaxq.numerics import as_dtype
 from jaxq.products import (
@@ -120,6 +120,8 @@ def multiply(
       observing: True to collect calibration states.
     """
     arrays = [unpacked(operand) for operand in operands]
+    if assigned.factor is not None:
+        arrays = _scaled(eqn, assigned, extra, arrays)
     seen: States = {}
     records = extra.records.get(assigned.name, Records())
     with compat.within(eqn):
@@ -142,6 +144,23 @@ def multiply(
         on = None if records.switch is None else records.switch.on > 0
         y = quantized() if on is None else lax.cond(on, quantized, plain)
     return y, seen
+
+
+def _scaled(
+    eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array]
+) -> list[jax.Array]:
+    """Returns the operands of a product with the input of its weight multiplied by a factor."""
+    assert extra.factors is not None
+    assert assigned.factor is not None
+    which = int(assigned.swapped)
+    x, factor, axes = arrays[which], extra.factors[assigned.factor], contraction_of(eqn).axes[which]
+    order = (*axes.batch, *axes.contract)
+    factor = factor.reshape([x.shape[axis] for axis in order])
+    factor = factor.transpose(tuple(np.argsort(order).tolist()))
+    factor = jnp.expand_dims(factor, axes.free)
+    with compat.within(eqn):
+        scaled = (x.astype(jnp.float32) * factor).astype(x.dtype)
+    return [scaled if i == which else array for i, array in enumerate(arrays)]
 
 
 def _quantized(

@@ -184,7 +184,7 @@ def _shard_map(call: _Call) -> tuple[list[Any], States]:
     count = math.prod(devices.values())
     records = {name: each.spread(count) for name, each in extra.records.items()}
     everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
-    specs = Extra(everywhere, everywhere, one_each, everywhere, everywhere)
+    specs = Extra(everywhere, everywhere, one_each, everywhere, everywhere, everywhere)
     on_device = _OnDevice(programs[0], depth, observing, tuple(devices))
     inside = compat.call_inside(eqn, on_device, specs)
     return inside(extra._replace(records=records), *map(unpacked, operands))
@@ -204,14 +204,22 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
         name: each if name in by_turn else each.spread(params["length"])
         for name, each in extra.records.items()
     }
+    turning = {a.factor for a in inside.all() if depth in a.stacked}
+    factors = extra.factors or {}
+    rows_of_factors = {name: x for name, x in factors.items() if name in turning}
     numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
 
     def turn(carry: list[Any], xs: Any) -> Any:
-        number, rows, given, records = xs
+        number, rows, given, records, own_factors = xs
         key = None if number is None else extra.folded(number)
         results, seen = run(
             inside,
-            extra._replace(key=key, scales={**scales, **given}, records=records),
+            extra._replace(
+                key=key,
+                scales={**scales, **given},
+                records=records,
+                factors={**factors, **own_factors},
+            ),
             [*fixed, *carry, *rows],
             depth + 1,
             observing,
@@ -221,7 +229,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     carry, (rows, seen) = lax.scan(
         turn,
         _carried(carried, keeps),
-        (numbers, slices, own, records),
+        (numbers, slices, own, records, rows_of_factors),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],

@@ -13,7 +13,8 @@ from jax import numpy as jnp
 from jaxq.models import LOOK_UP, Product, weight_of
 from jaxq.products import Axes
 from jaxq.ptq._calls import Model
-from jaxq.ptq._leaves import LeafKey, Leaves, Seen, seen_by
+from jaxq.ptq._collectors import Layout
+from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._matrices import output_error
 from jaxq.ptq._reports import Report, SolvedProduct
 from jaxq.ptq._solvers import Problem, Solver
@@ -119,21 +120,13 @@ class Solving:
             )
         reason = self.planned.stored.reasons.get(product.number)
         if reason is not None:
-            reason = f"not stored: {reason}"
-        elif place.variable not in place.frame.fixed:
-            reason = "its weight is carried through a loop"
-        keys = () if reason else place.frame.leaves_of(place.variable)
-        if not reason and not keys:
-            reason = "its weight cannot be followed to its leaf"
-        if reason:
-            self._add(self._unsolved(place, statistics, reason))
+            seen: Seen | str = f"not stored: {reason}"
+        else:
+            seen = followed(place.frame, place.variable)
+        if isinstance(seen, str):
+            self._add(self._unsolved(place, statistics, seen))
             return
-        seen = seen_by(place.frame, place.variable, keys)
-        if seen.repeats:
-            reason = "one product multiplies an element several times"
-            self._add(self._unsolved(place, statistics, reason))
-            return
-        self._solve(place, keys, seen, statistics)
+        self._solve(place, seen.keys, seen, statistics)
 
     def _solve(
         self, place: Place, keys: tuple[LeafKey, ...], seen: Seen, statistics: Statistics
@@ -147,28 +140,17 @@ class Solving:
                 # The loss below includes that of the product before.
                 self.outcomes.remove(one.outcome)
                 earlier = [other for other in earlier if other is not one]
-        order = (*matrix.axes.batch, *matrix.axes.contract, *matrix.axes.free)
-        shape = tuple(seen.x.shape[axis] for axis in order)
-        split = len(matrix.axes.batch), len(matrix.axes.batch) + len(matrix.axes.contract)
-        sizes = tuple(math.prod(part) for part in (shape[: split[0]], shape[slice(*split)]))
-        pair = (*sizes, math.prod(shape[split[1] :]))
-
-        def matrices(x: jax.Array) -> jax.Array:
-            return x.transpose(order).reshape(pair)
-
+        layout = Layout(matrix.axes, seen.x.shape)
         problem = Problem(
-            weight=matrices(seen.x),
-            levels=jax.tree.map(matrices, seen.levels),
-            nearest=matrices(seen.nearest),
-            statistics=jax.tree.map(
-                lambda x: x.reshape((pair[0], *x.shape[split[0] :])), statistics
-            ),
+            weight=layout.matrices(seen.x),
+            levels=jax.tree.map(layout.matrices, seen.levels),
+            nearest=layout.matrices(seen.nearest),
+            statistics=layout.stacked(statistics),
         )
         answer = _answer(problem, recipe, self.solver)
-        back = np.argsort(np.array(order))
-        numbers = answer.numbers.reshape(shape).transpose(tuple(back.tolist()))
+        numbers = layout.weight(answer.numbers)
         self._solves.update(keys)
-        for key, value in seen.back(numbers).items():
+        for key, value in seen.back(numbers, seen.numbers).items():
             self.leaves.put(key, value, self._is_last(key))
         leaves = tuple(dict.fromkeys(key.leaf for key in keys))
         sums = (float(jnp.sum(x)) for x in (answer.before, answer.after, answer.power))

@@ -146,9 +146,7 @@ def multiply(
     return y, seen
 
 
-def _scaled(
-    eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array]
-) -> list[jax.Array]:
+def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array]) -> list[jax.Array]:
     """Returns the operands of a product with the input of its weight multiplied by a factor."""
     assert extra.factors is not None
     assert assigned.factor is not None

@@ -124,10 +124,10 @@ class AWQ:
     r"""Scales weights up where their inputs are large, so that rounding costs less there.
 
     The scale of input i is `m_i^r`, divided by the geometric mean of the largest and the smallest
-    one, where `m_i` is the mean of `|x_i|` over the tokens. The exponent r is the one of `steps + 1`
-    equally spaced ones in [0, 1] for which the nearest levels have the smallest error of the
-    outputs, `tr(E^T H E)`, summed over all products that read the input. r = 0 changes nothing, so
-    this loss never grows. The published method estimates it from a sample of tokens instead.
+    one, where `m_i` is the mean of `|x_i|` over the tokens. The exponent r is one of `steps + 1`
+    equally spaced numbers in [0, 1]: the one for which the nearest levels have the smallest error
+    of the outputs, `tr(E^T H E)`, summed over all products that read the input. r = 0 changes
+    nothing, so this loss never grows. The published method estimates it from a sample of tokens.
 
     Attributes:
       steps: the number of exponents besides 0.

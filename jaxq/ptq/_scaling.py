@@ -181,7 +181,7 @@ def scale_inputs(
         if not record.needs_hessian:
             model = Model(model.planned, sought(model.planned, hessian=False))
         scaling = _Scaling(model, record)
-        stages = stages_of(calls, model, scaling)
+        stages = stages_of(calls, model, scaling.leaves, scaling.solve)
         root = stages.root()
         envs = calls.environments(model, root.flat.body.invars)
         stages.together(root, stages.observed(root, envs))

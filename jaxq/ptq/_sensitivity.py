@@ -135,7 +135,7 @@ def sensitivity(
         for recipe in filter(None, recipes):
             model = calls.plan([Rule(weights, recipe)])
             solving = Solving(_OWNER, model, record)
-            stages = stages_of(calls, model, solving)
+            stages = stages_of(calls, model, solving.leaves, solving.solve)
             root = stages.root()
             if states is None:
                 envs = calls.environments(model, root.flat.body.invars)

@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq.models import CONVERSIONS, Extra, Planned, Storage, StoredView, run
 from jaxq.ptq._flat import Flat
-from jaxq.quantizers import Levels, Quantized, levels, numbers_of, with_levels
+from jaxq.quantizers import Levels, Quantized, levels, numbers_of, snap, with_levels
 
 __all__ = ["Frame", "LeafKey", "Leaves", "Outer", "Seen", "followed"]
 
@@ -106,6 +106,13 @@ class Leaves:
         self._work[key] = work._replace(numbers=numbers)
         if is_last:
             del self._work[key]
+
+    def rescale(self, key: LeafKey, start: Quantized) -> None:
+        """Changes the scales of a leaf that is being solved."""
+        work = self.work(key)
+        own = levels(start)
+        nearest = snap(work.x, own, start.recipe)[0]
+        self._work[key] = work._replace(levels=own, nearest=nearest, start=start)
 
     def forget(self, key: LeafKey) -> None:
         """Frees the state of a leaf."""
@@ -292,6 +299,7 @@ class Seen(NamedTuple):
       pull: a function that moves an array of the weight's shape back to the leaves.
       counts: how often the product multiplies each element of the leaves.
       numbers: the chosen grid values of the leaves.
+      move: a function that moves arrays of the leaves' shapes as the leaves are.
     """
 
     keys: tuple[LeafKey, ...]
@@ -301,6 +309,7 @@ class Seen(NamedTuple):
     pull: Callable[[jax.Array], Sequence[jax.Array]]
     counts: Sequence[jax.Array]
     numbers: Sequence[jax.Array]
+    move: Callable[..., jax.Array]
 
     def back(
         self, x: jax.Array, others: Sequence[jax.typing.ArrayLike]
@@ -344,6 +353,6 @@ def _seen_by(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> Seen:
     own, nearest = of(lambda work: work.levels), of(lambda work: work.nearest)
     numbers = [work.numbers for work in works.values()]
     if isinstance(frame.sources.get(variable), LeafKey):
-        return Seen(keys, x, own, nearest, lambda x: [x], [jnp.ones(())], numbers)
+        return Seen(keys, x, own, nearest, lambda x: [x], [jnp.ones(())], numbers, move)
     _, pull = jax.vjp(move, *(works[key].x for key in keys))
-    return Seen(keys, x, own, nearest, pull, pull(jnp.ones_like(x)), numbers)
+    return Seen(keys, x, own, nearest, pull, pull(jnp.ones_like(x)), numbers, move)

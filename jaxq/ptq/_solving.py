@@ -17,10 +17,11 @@ from jaxq.ptq._collectors import Layout
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._matrices import output_error
 from jaxq.ptq._reports import Report, SolvedProduct
-from jaxq.ptq._solvers import Problem, Solver
+from jaxq.ptq._scale_search import Blocks, ScaleSearch, searched
+from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, search_of
 from jaxq.ptq._stages import Place
 from jaxq.ptq._statistics import Statistics
-from jaxq.quantizers import values_of
+from jaxq.quantizers import block_numbers, values_of
 from jaxq.recipes import Recipe
 
 __all__ = ["Outcome", "Solving"]
@@ -89,6 +90,7 @@ class Solving:
         self._expected: collections.Counter[int] = collections.Counter()
         for n in found.matrices:
             product = planned.products[n]
+            check_search(f"{owner}: {product.where}", self._weight(product).recipe, solver)
             iterations = math.prod(product.loops[depth] for depth in product.stacked)
             if n not in planned.stored.reasons:
                 self._expected.update(dict.fromkeys(self._leaves(n), iterations))
@@ -141,13 +143,12 @@ class Solving:
                 self.outcomes.remove(one.outcome)
                 earlier = [other for other in earlier if other is not one]
         layout = Layout(matrix.axes, seen.x.shape)
-        problem = Problem(
-            weight=layout.matrices(seen.x),
-            levels=jax.tree.map(layout.matrices, seen.levels),
-            nearest=layout.matrices(seen.nearest),
-            statistics=layout.stacked(statistics),
-        )
-        answer = _answer(problem, recipe, self.solver)
+        problem = _problem(seen, layout, layout.stacked(statistics))
+        search, note = search_of(self.solver), ""
+        if search is None:
+            answer = _answer(problem, recipe, self.solver)
+        else:
+            seen, answer, note = self._searched(place, seen, problem, search)
         numbers = layout.weight(answer.numbers)
         self._solves.update(keys)
         for key, value in seen.back(numbers, seen.numbers).items():
@@ -160,7 +161,36 @@ class Solving:
         if not all(map(self._is_last, keys)):
             one = _Earlier(seen.x, matrix.axes, statistics, outcome)
             self._earlier[keys] = [*earlier, one]
-        self._add(self._row(place, statistics, answer, outcome))
+        self._add(self._row(place, statistics, answer, outcome, note))
+
+    def _searched(
+        self, place: Place, seen: Seen, problem: Problem, search: ScaleSearch
+    ) -> tuple[Seen, "_Answer", str]:
+        """Solves a product after a search for its scales.
+
+        Returns:
+          The weight with the scales that were taken, the answer with the loss of the nearest levels
+          on the recipe's scales, and a note if these were kept.
+        """
+        recipe, solver = self._weight(place.product).recipe, self.solver
+        layout = Layout(self.found.matrices[place.product.number].axes, seen.x.shape)
+        works = [self.leaves.work(key) for key in seen.keys]
+        starts = tuple(work.start for work in works)
+        counts = np.cumsum([0, *(q.scale.size for q in starts)])
+        numbers = [block_numbers(q) + int(n) for q, n in zip(starts, counts, strict=False)]
+        blocks = Blocks(starts, layout.matrices(seen.move(*numbers)))
+        found = searched(problem.weight, problem.levels, blocks, problem.statistics, recipe, search)
+        before = _answer(problem, recipe, RTN()).before
+        for key, q in zip(seen.keys, found, strict=True):
+            self.leaves.rescale(key, q)
+        new = followed(place.frame, place.variable)
+        assert isinstance(new, Seen), "it was followed before"
+        answer = _answer(_problem(new, layout, problem.statistics), recipe, solver)
+        if bool(jnp.sum(answer.after) <= jnp.sum(before)):
+            return new, answer._replace(before=before), ""
+        for key, q in zip(seen.keys, starts, strict=True):
+            self.leaves.rescale(key, q)
+        return seen, _answer(problem, recipe, solver), "the searched scales have more loss"
 
     def _is_last(self, key: LeafKey) -> bool:
         """Returns whether no other product or iteration solves a leaf or row."""
@@ -168,11 +198,16 @@ class Solving:
         return self._solves[key] * rows >= self._expected[key.leaf]
 
     def _row(
-        self, place: Place, statistics: Statistics, answer: "_Answer", outcome: Outcome
+        self,
+        place: Place,
+        statistics: Statistics,
+        answer: "_Answer",
+        outcome: Outcome,
+        note: str,
     ) -> SolvedProduct:
         tokens = np.asarray(statistics.tokens).reshape(-1)
         solved, worse = np.asarray(answer.solved), np.asarray(answer.worse)
-        notes = []
+        notes = [note] if note else []
         of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
         for mask, text in (
             (tokens == 0, "saw no token"),
@@ -253,6 +288,16 @@ class Solving:
         leaves = [found.get(place, leaf) if place is not None else leaf for place, leaf in pairs]
         result = jax.tree.unflatten(structure, leaves)
         return result[0] if isinstance(result, list) else result
+
+
+def _problem(seen: Seen, layout: Layout, statistics: Statistics) -> Problem:
+    """Returns the problem of a weight, with the statistics of its input as matrices."""
+    return Problem(
+        weight=layout.matrices(seen.x),
+        levels=jax.tree.map(layout.matrices, seen.levels),
+        nearest=layout.matrices(seen.nearest),
+        statistics=statistics,
+    )
 
 
 class _Answer(NamedTuple):

@@ -1,7 +1,16 @@
 """Quantization of tensors by a recipe: stored as codes and scales, or simulated."""
 
 from jaxq.quantizers import calibration
-from jaxq.quantizers._levels import Levels, levels, numbers_of, snap, values_of, with_levels
+from jaxq.quantizers._levels import (
+    Levels,
+    block_numbers,
+    levels,
+    numbers_of,
+    rescaled,
+    snap,
+    values_of,
+    with_levels,
+)
 from jaxq.quantizers._quantized import Quantized, dequantize
 from jaxq.quantizers._quantizers import (
     check_takes_scales,

@@ -2,8 +2,9 @@
 
 The model (`smollm.py`) is plain JAX without any code for quantization. The weights of its layers
 are rounded to the nearest levels, or solved by `jaxq.ptq.quantize_weights` with GPTQ, each without
-and with the input scales of AWQ (`jaxq.ptq.scale_inputs`). Both use 32 sequences of 256 tokens of
-Python's reference manual. The table shows the perplexity on 4096 tokens of other chapters, and the
+and with the input scales of AWQ (`jaxq.ptq.scale_inputs`), and by GPTQ after a search for the scale
+of each block (`jaxq.ptq.ScaleSearch`). All use 32 sequences of 256 tokens of Python's reference
+manual. The table shows the perplexity on 4096 tokens of other chapters, and the
 mean loss of the layers. The embedding, which is also the head, stays float32. Weights that were
 stored in 4 bits before make all perplexities relative.
 
@@ -23,7 +24,7 @@ import common
 import jax
 import numpy as np
 import smollm
-from common import BLUE, GREEN, GREY, ORANGE, plt
+from common import BLUE, GREEN, GREY, ORANGE, PURPLE, plt
 
 import jaxq
 from jaxq import ptq
@@ -31,8 +32,8 @@ from jaxq import ptq
 RECIPES = ("int4_g64", "int3_g64", "nvfp4", "mxfp4")
 SHORT = ("int4_g64",)
 LAYERS = "^layers/"
-METHODS = ("nearest", "GPTQ", "AWQ", "AWQ + GPTQ")
-COLORS = (ORANGE, BLUE, GREY, GREEN)
+METHODS = ("nearest", "GPTQ", "AWQ", "AWQ + GPTQ", "search + GPTQ")
+COLORS = (ORANGE, BLUE, GREY, GREEN, PURPLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Result:
       recipe: the name of the recipe, or "float32".
       bits: the storage bits per quantized weight.
       perplexities: the perplexity of each method; for float32, of the model.
-      reports: the reports of GPTQ without and with input scales.
+      reports: the reports of GPTQ: alone, with input scales, and after a search.
     """
 
     recipe: str
@@ -54,11 +55,14 @@ class Result:
     @property
     def losses(self) -> tuple[float, ...]:
         """The mean loss of the products for each method."""
-        return tuple(
-            float(np.mean([getattr(row, name) for row in report.rows]))
-            for report in self.reports
-            for name in ("rtn", "loss")
-        )
+        return tuple(float(np.mean(values)) for values in self.all_losses)
+
+    @property
+    def all_losses(self) -> tuple[list[float], ...]:
+        """The losses of all products for each method."""
+        pairs = [(report, name) for report in self.reports[:2] for name in ("rtn", "loss")]
+        pairs += [(report, "loss") for report in self.reports[2:]]
+        return tuple([getattr(row, name) for row in report.rows] for report, name in pairs)
 
 
 def recipe_of(name: str) -> jaxq.Recipe:
@@ -107,6 +111,10 @@ def run(model: smollm.Model, names: Sequence[str], sizes: tuple[int, int, int]) 
             packed, report = solve(function, rules, params, batches)
             scores.append(perplexity(small, packed))
             reports.append(report)
+        solver = ptq.GPTQ(search=ptq.ScaleSearch())
+        packed, report = solve(apply, rules, model.params, batches, solver)
+        scores.append(perplexity(jaxq.quantize_fn(apply, rules), packed))
+        reports.append(report)
         rows = [r for r in jaxq.tree_report(packed).rows if r.format not in ("-", "")]
         bits = 32 * sum(r.bytes_after for r in rows) / sum(r.bytes_before for r in rows)
         results.append(Result(name, bits, tuple(scores), tuple(reports)))
@@ -115,12 +123,18 @@ def run(model: smollm.Model, names: Sequence[str], sizes: tuple[int, int, int]) 
 
 
 def solve(
-    apply: Any, rules: Any, params: Any, batches: Sequence[np.ndarray]
+    apply: Any,
+    rules: Any,
+    params: Any,
+    batches: Sequence[np.ndarray],
+    solver: ptq.Solver | str = "gptq",
 ) -> tuple[Any, ptq.Report]:
     """Quantizes the weights by GPTQ, with a progress bar."""
     count = sum(len(leaf) for leaf in params["layers"].values() if leaf.ndim == 3)
     with common.progress(count, "GPTQ") as advance:
-        solving = ptq.quantize_weights(apply, rules, progress=lambda row: advance(row.product))
+        solving = ptq.quantize_weights(
+            apply, rules, solver=solver, progress=lambda row: advance(row.product)
+        )
         return solving(params, batches)
 
 
@@ -144,10 +158,10 @@ def picture(results: Sequence[Result]) -> common.Figure:
     base, *rest = results
     names, (floats,) = [r.recipe for r in rest], base.perplexities
     for k, (method, color) in enumerate(zip(METHODS, COLORS, strict=True)):
-        places = [i + 0.2 * (k - 1.5) for i in range(len(rest))]
+        places = [i + 0.17 * (k - 2) for i in range(len(rest))]
         values = [r.perplexities[k] for r in rest]
-        bars = left.bar(places, values, 0.19, color=color, label=method)
-        left.bar_label(bars, fmt="%.1f", fontsize=7)
+        bars = left.bar(places, values, 0.16, color=color, label=method)
+        left.bar_label(bars, fmt="%.1f", fontsize=6)
     left.axhline(floats, color="black", linewidth=1, linestyle="--", label=f"float32: {floats:.1f}")
     left.set_xticks(range(len(names)), names)
     left.set_yscale("log")
@@ -155,9 +169,7 @@ def picture(results: Sequence[Result]) -> common.Figure:
     left.set_ylim(0.8 * min(values), 1.6 * max(values))
     left.set_title("Perplexity", loc="left")
     left.legend(frameon=False, fontsize=8)
-    pairs = [(report, name) for report in rest[0].reports for name in ("rtn", "loss")]
-    for (report, attribute), color, label in zip(pairs, COLORS, METHODS, strict=True):
-        values = [getattr(row, attribute) for row in report.rows]
+    for values, color, label in zip(rest[0].all_losses, COLORS, METHODS, strict=True):
         right.plot(values, ".", color=color, markersize=4, label=label)
     right.set_yscale("log")
     right.set_xlabel("products, in the order of the model")

@@ -160,6 +160,55 @@ def test_products_without_scales_are_listed_with_the_reason():
         scales.apply(lambda params, x: x @ params["loop"])(params, x)
 
 
+def normed(params, x):
+    """Scans over layers with a norm before two products, and a third after a fourth."""
+
+    def layer(x, w):
+        h = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)) * w["norm"][None]
+        return x + (jax.nn.silu(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
+
+    return lax.scan(lambda x, w: (layer(x, w), None), x, params)[0]
+
+
+def test_factors_fold_into_the_norm_and_the_weight_before():
+    params = {name: normal(i, 2, 8, 8) for i, name in enumerate(("gate", "up", "down"))}
+    params["norm"] = 1 + normal(3, 2, 8) / 8
+    x = normal(4, 30, 8) * SIZES
+    new, scales = ptq.scale_inputs(normed, {"gate|up|down": "int4_channel"})(params, [x])
+    folded, rest = scales.fold(new, {"up": "norm", "down": ("up", -2)})
+    assert rest.factors == {}
+    assert dict(rest.left) == {
+        "gate": "folded into norm", "up": "folded into norm", "down": "folded into up"
+    }  # fmt: skip
+    y, run = normed(params, x), jax.jit(normed)
+    np.testing.assert_allclose(run(folded, x), y, rtol=1e-4, atol=1e-4)
+    for into, message in (
+        ({"up": "nrom"}, "a leaf of `params`, got 'nrom'. The nearest are norm"),
+        ({"upp": "norm"}, "a product with factors, got 'upp'. The nearest are up"),
+        ({"up": ("down", 0)}, r"factors of shape \(2, 8\) .* axis 0, got the shape \(2, 8, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scales.fold(new, into)
+    packed = {**new, "up": jaxq.quantize(new["up"], "int4_tensor")}
+    with pytest.raises(ValueError, match="it is already quantized"):
+        scales.fold(packed, {"down": "up"})
+
+
+@pytest.mark.slow
+def test_scaled_functions_are_differentiated_and_stay_in_bfloat16():
+    params, scales = scaled_by("awq")
+    x = BATCHES[0]
+    loss = lambda fn: lambda x, p: jnp.sum(jnp.tanh(fn(p, x)))
+    own = jax.grad(loss(scales.apply(model)))(x, params)
+    np.testing.assert_allclose(own, jax.grad(loss(model))(x, PARAMS), rtol=1e-3, atol=1e-4)
+    w = {"w": normal(0, 8, 8)}
+    half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), w)
+    apply = lambda w, x: x @ w["w"]
+    new, found = ptq.scale_inputs(apply, "int4_channel")(half, [jnp.asarray(x, jnp.bfloat16)])
+    assert new["w"].dtype == jnp.bfloat16
+    assert found.apply(apply)(new, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 @jax.tree_util.register_pytree_node_class
 class Module:
     def tree_flatten(self):

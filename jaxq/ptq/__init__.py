@@ -17,7 +17,8 @@ from jaxq.ptq._models import quantize_weights
 from jaxq.ptq._observing import ObservedInputs, observe
 from jaxq.ptq._reports import Report, SolvedProduct
 from jaxq.ptq._scale_search import ScaleSearch
-from jaxq.ptq._scaling import InputScales, scale_inputs
+from jaxq.ptq._scaled_functions import InputScales
+from jaxq.ptq._scaling import scale_inputs
 from jaxq.ptq._sensitivity import Score, Scores, sensitivity
 from jaxq.ptq._solvers import (
     GPTQ,

@@ -1,26 +1,18 @@
-"""Input scales of whole models: their choice, and functions whose products apply them."""
+"""The choice of input scales for a whole model."""
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.tables import Table
-from jaxq._jax.serialization import pytree
 from jaxq.models import (
-    Extra,
     Product,
     Rules,
-    plan,
-    program,
-    run,
-    unassigned,
-    unpacked,
     weight_of,
 )
 from jaxq.products import Axes, placed
@@ -30,92 +22,17 @@ from jaxq.ptq._input_scales import InputProblem, InputScaler, get_input_scaler
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._models import stages_of
 from jaxq.ptq._observing import sought
+from jaxq.ptq._scaled_functions import InputScales
 from jaxq.ptq._stages import Place
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Recipe
 
-__all__ = ["InputScales", "scale_inputs"]
+__all__ = ["scale_inputs"]
 
 _OWNER = "ptq.scale_inputs"
 _CLOSE = {"float32": 1e-3}  # The largest relative change of outputs by rounding; else _LOOSE.
 _LOOSE = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    product: str
-    input: str
-    note: str
-
-
-@pytree(static=("inputs", "left"))
-@dataclasses.dataclass(frozen=True)
-class InputScales:
-    """The factors of the inputs of a model's products: a pytree; its `str` is a table.
-
-    Attributes:
-      factors: the factors by which inputs are multiplied, float32 `[inputs]`, by the name of the
-        first product that reads each. Products in a scan over layers have a leading axis, one entry
-        per layer, and products with batch axes have these before the inputs.
-      inputs: the names of all scaled products, each with the name of its input's factors.
-      left: the names of the products without factors, each with the reason.
-    """
-
-    factors: Mapping[str, jax.Array]
-    inputs: tuple[tuple[str, str], ...]
-    left: tuple[tuple[str, str], ...]
-
-    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function whose products multiply their inputs by the factors.
-
-        With the parameters of `ptq.scale_inputs` it equals `fn` with the original ones, up to
-        rounding. It is a plain function for `jaxq.quantize_fn`, `jaxq.ptq.quantize_weights` and
-        all others; its products have the names that they have in `fn`.
-
-        Args:
-          fn: the function that was passed to `ptq.scale_inputs`.
-
-        Raises:
-          ValueError: when called, if `fn` lacks a product that has factors.
-        """
-
-        @functools.wraps(fn, updated=())
-        def scaled(*args: Any, **kwargs: Any) -> Any:
-            planned = plan("InputScales.apply", fn, [], 0, args, kwargs)
-            groups = dict(self.inputs)
-            missing = groups.keys() - {product.name for product in planned.products}
-            if missing:
-                raise ValueError(
-                    f"InputScales.apply: `fn` must have the scaled products, but lacks "
-                    f"{sorted(missing)[0]!r}. Pass the function of ptq.scale_inputs."
-                )
-            swapped = {p.name for p in planned.products if p.name in groups and _is_left(p)}
-            chosen = [
-                dataclasses.replace(
-                    unassigned(product),
-                    swapped=product.name in swapped,
-                    factor=groups.get(product.name),
-                )
-                for product in planned.products
-            ]
-            what = program(planned.node, chosen, bool(planned.packed))
-            arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
-            extra = Extra(None, {}, {}, {}, factors=self.factors)
-            results, _ = run(what, extra, arrays)
-            return planned.traced.rebuild(list(map(unpacked, results)))
-
-        return scaled
-
-    def __str__(self) -> str:
-        lines = [_Line(name, first, "") for name, first in self.inputs]
-        lines += [_Line(name, "-", reason) for name, reason in self.left]
-        return str(Table(tuple(lines)))
-
-
-def _is_left(product: Product) -> bool:
-    """Returns whether the weight of a product is its first operand."""
-    return product.origins[0] is not None
 
 
 def scale_inputs(

@@ -204,13 +204,13 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
         name: each if name in by_turn else each.spread(params["length"])
         for name, each in extra.records.items()
     }
-    turning = {a.factor for a in inside.all() if depth in a.stacked}
-    factors = extra.factors or {}
-    rows_of_factors = {name: x for name, x in factors.items() if name in turning}
+    turning = {name for a in inside.all() if depth in a.stacked for name in a.vectors}
+    vectors = extra.vectors or {}
+    rows_of_vectors = {name: x for name, x in vectors.items() if name in turning}
     numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
 
     def turn(carry: list[Any], xs: Any) -> Any:
-        number, rows, given, records, own_factors = xs
+        number, rows, given, records, own_vectors = xs
         key = None if number is None else extra.folded(number)
         results, seen = run(
             inside,
@@ -218,7 +218,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
                 key=key,
                 scales={**scales, **given},
                 records=records,
-                factors={**factors, **own_factors},
+                vectors={**vectors, **own_vectors},
             ),
             [*fixed, *carry, *rows],
             depth + 1,
@@ -229,7 +229,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     carry, (rows, seen) = lax.scan(
         turn,
         _carried(carried, keeps),
-        (numbers, slices, own, records, rows_of_factors),
+        (numbers, slices, own, records, rows_of_vectors),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],

@@ -76,7 +76,7 @@ class InputScales:
             ]
             what = program(planned.node, chosen, bool(planned.packed))
             arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
-            extra = Extra(None, {}, {}, {}, factors=self.factors)
+            extra = Extra(None, {}, {}, {}, vectors=self.factors)
             results, _ = run(what, extra, arrays)
             return planned.traced.rebuild(list(map(unpacked, results)))
 

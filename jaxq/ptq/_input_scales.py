@@ -67,7 +67,7 @@ class InputScaler(Protocol):
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether the statistics must have Hessians."""
+        """True if the statistics must have Hessians."""
         ...
 
     def scales(self, problem: InputProblem) -> jax.Array:

@@ -11,9 +11,9 @@ from jax import numpy as jnp
 
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Levels, Quantized, rescaled, snap
-from jaxq.recipes import Recipe
+from jaxq.recipes import PerBlock, Recipe
 
-__all__ = ["Blocks", "ScaleSearch", "searched"]
+__all__ = ["Blocks", "ScaleSearch", "Searching", "run_length", "searched"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +70,36 @@ class Blocks(NamedTuple):
     numbers: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "search"))
+def run_length(recipe: Recipe, inputs: int) -> int:
+    """Returns the number of neighboring inputs that a block of a matrix product's weight covers."""
+    granularity = recipe.granularity
+    if not isinstance(granularity, PerBlock):
+        return inputs
+    assert isinstance(granularity.sizes, tuple)
+    assert isinstance(granularity.axes, tuple)
+    pairs = zip(granularity.sizes, granularity.axes, strict=True)
+    length = next((size for size, axis in pairs if axis % 2), 1)
+    return inputs if inputs % length else length
+
+
+class Searching(NamedTuple):
+    """The static inputs of a search.
+
+    Attributes:
+      search: the search.
+      recipe: the recipe.
+      length: the number of neighboring inputs that a block covers at most, which divides their
+        number; only the Hessian of such runs is read.
+    """
+
+    search: ScaleSearch
+    recipe: Recipe
+    length: int
+
+
+@functools.partial(jax.jit, static_argnames="how")
 def searched(
-    weight: jax.Array,
-    levels: Levels,
-    blocks: Blocks,
-    statistics: Statistics,
-    recipe: Recipe,
-    search: ScaleSearch,
+    weight: jax.Array, levels: Levels, blocks: Blocks, statistics: Statistics, how: Searching
 ) -> tuple[Quantized, ...]:
     """Returns the leaves with the best scales, and their old codes.
 
@@ -86,24 +108,31 @@ def searched(
       levels: the levels of its elements.
       blocks: its blocks.
       statistics: the statistics of its input, with a leading axis `[matrices]`.
-      recipe: the recipe.
-      search: the search.
+      how: the search.
     """
-    numbers = blocks.numbers
+    (search, recipe, length), numbers = how, blocks.numbers
     count = sum(q.scale.size for q in blocks.leaves)
+    matrices, inputs, outputs = weight.shape
     hessian = statistics.hessian
     assert hessian is not None, "all callers pass one"
-    if search.weighting == "hessian":
-        # Blocks cover the same inputs in every output.
-        own = numbers[:, :, 0]
-        hessian = jnp.where(own[:, :, None] == own[:, None, :], hessian, np.float32(0))
+    runs = inputs // length
+    diagonal = hessian.reshape(matrices, runs, length, runs, length)
+    diagonal = jnp.einsum("mrirj->mrij", diagonal)
+    # Blocks cover the same inputs in every output.
+    own = numbers[:, :, 0].reshape(matrices, runs, length)
+    diagonal = jnp.where(own[..., :, None] == own[..., None, :], diagonal, np.float32(0))
+
+    def by_hessian(error: jax.Array) -> jax.Array:
+        error = error.reshape(matrices, runs, length, outputs)
+        product = jnp.matmul(diagonal, error, precision=lax.Precision.HIGHEST)
+        return product.reshape(weight.shape)
 
     def loss(factor: jax.Array) -> jax.Array:
         steps = [rescaled(q, factor).scales.reshape(-1) for q in blocks.leaves]
         tried = levels._replace(step=jnp.concatenate(steps)[numbers])
         error = snap(weight, tried, recipe)[1] - weight
         if search.weighting == "hessian":
-            weighted = jnp.matmul(hessian, error, precision=lax.Precision.HIGHEST)
+            weighted = by_hessian(error)
         else:
             weighted = statistics.square[..., None] * error
         return jax.ops.segment_sum((error * weighted).reshape(-1), numbers.reshape(-1), count)

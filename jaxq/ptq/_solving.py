@@ -17,7 +17,7 @@ from jaxq.ptq._collectors import Layout
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._matrices import output_error
 from jaxq.ptq._reports import Report, SolvedProduct
-from jaxq.ptq._scale_search import Blocks, ScaleSearch, searched
+from jaxq.ptq._scale_search import Blocks, ScaleSearch, Searching, run_length, searched
 from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, search_of
 from jaxq.ptq._stages import Place
 from jaxq.ptq._statistics import Statistics
@@ -179,7 +179,11 @@ class Solving:
         counts = np.cumsum([0, *(q.scale.size for q in starts)])
         numbers = [block_numbers(q) + int(n) for q, n in zip(starts, counts, strict=False)]
         blocks = Blocks(starts, layout.matrices(seen.move(*numbers)))
-        found = searched(problem.weight, problem.levels, blocks, problem.statistics, recipe, search)
+        inputs = layout.sizes[1]
+        # The inputs of a convolution are in another order than its blocks.
+        is_product = place.product.operation != "conv_general_dilated"
+        how = Searching(search, recipe, run_length(recipe, inputs) if is_product else inputs)
+        found = searched(problem.weight, problem.levels, blocks, problem.statistics, how)
         before = _answer(problem, recipe, RTN()).before
         for key, q in zip(seen.keys, found, strict=True):
             self.leaves.rescale(key, q)

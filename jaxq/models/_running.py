@@ -204,9 +204,9 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
         name: each if name in by_turn else each.spread(params["length"])
         for name, each in extra.records.items()
     }
-    turning = {name for a in inside.all() if depth in a.stacked for name in a.vectors}
+    stacked = {name for a in inside.all() if depth in a.stacked for name in a.vectors}
     vectors = extra.vectors or {}
-    rows_of_vectors = {name: x for name, x in vectors.items() if name in turning}
+    stacked_vectors = {name: x for name, x in vectors.items() if name in stacked}
     numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
 
     def turn(carry: list[Any], xs: Any) -> Any:
@@ -229,7 +229,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     carry, (rows, seen) = lax.scan(
         turn,
         _carried(carried, keeps),
-        (numbers, slices, own, records, rows_of_vectors),
+        (numbers, slices, own, records, stacked_vectors),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],

@@ -31,6 +31,7 @@ __all__ = [
     "GREEN",
     "GREY",
     "ORANGE",
+    "PURPLE",
     "Console",
     "Figure",
     "Params",
@@ -50,7 +51,7 @@ __all__ = [
 BATCH = 64
 OUT = pathlib.Path("out")  # The default folder of pictures, which git ignores.
 # From the palette of Okabe and Ito.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
+BLUE, ORANGE, GREEN, GREY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#767676", "#CC79A7"
 
 Params = list[dict[str, jax.Array]]
 

@@ -1,10 +1,12 @@
 """Sensitivities of weights to recipes, and the best recipes under a budget."""
 
+import dataclasses
 import itertools
 
 import jax
 import numpy as np
 import pytest
+from jax import lax
 from jax import numpy as jnp
 
 import jaxq
@@ -81,7 +83,7 @@ def test_front_has_no_dominated_point():
     [
         (lambda s: ptq.budget(s, 10), "`nbytes` must be at least 400, which the smallest"),
         (lambda s: ptq.budget(s, 1e6, groups=["/q$"]), "got '/q\\$', which matches none"),
-        (lambda s: ptq.budget(s, 1e6, by="lost"), "'relative' or 'loss', got 'lost'"),
+        (lambda s: ptq.budget(s, 1e6, by="lost"), "'loss' or 'gradient', got 'lost'"),
         (lambda _: ptq.budget(ptq.Scores(()), 1e6), "at least one weight"),
     ],
 )
@@ -127,3 +129,53 @@ def test_sensitivity_is_the_error_of_the_outputs_and_its_budget_runs():
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(packed)) == best.nbytes <= 260
     with pytest.raises(ValueError, match="at least one recipe"):
         ptq.sensitivity(model, [None])
+
+
+def stacked_loss(params, x):
+    """Scans over layers; the result is a scalar."""
+
+    def layer(x, w):
+        return x + jnp.tanh(x @ w["in"].T) @ w["out"], None
+
+    return jnp.mean(jnp.square(lax.scan(layer, x, params)[0]))
+
+
+def perturbed_loss(shifts, params, x):
+    """Computes the same loss without a scan, with shifts of the outputs of all products."""
+    for i in range(2):
+        y = x @ params["in"][i].T + shifts["in"][i]
+        x = x + jnp.tanh(y) @ params["out"][i] + shifts["out"][i]
+    return jnp.mean(jnp.square(x))
+
+
+@pytest.mark.usefixtures("unoptimized")
+def test_scores_by_gradient_weight_errors_of_outputs_by_the_gradient_of_the_loss():
+    rng = np.random.default_rng(0)
+    params = {n: rng.standard_normal((2, 8, 8)).astype(np.float32) for n in ("in", "out")}
+    batches = [rng.standard_normal((10, 8)).astype(np.float32) for _ in range(2)]
+    candidates = ["int8_channel", "int4_channel", None]
+    scores = ptq.sensitivity(stacked_loss, candidates, gradient=True)(params, batches)
+    expected = {"in": np.zeros(2), "out": np.zeros(2)}
+    for x in batches:
+        zeros = {n: jnp.zeros((2, 10, 8)) for n in params}
+        gradients = jax.grad(perturbed_loss)(zeros, params, x)
+        for i in range(2):
+            hidden = np.tanh(x @ params["in"][i].T)
+            for n, own, axis in (("in", x, 1), ("out", hidden, 0)):
+                w = params[n][i]
+                for k, recipe in enumerate(candidates[:2]):
+                    error = np.asarray(jaxq.fake_quant(w, recipe, axis=axis)) - w
+                    error = own @ (error.T if n == "in" else error)
+                    expected[n][k] += np.sum((np.asarray(gradients[n][i]) * error) ** 2)
+            x = x + hidden @ params["out"][i]
+    for n, values in expected.items():
+        found = [row.gradient for row in scores.of(n)]
+        np.testing.assert_allclose(found, [*values, 0.0], rtol=2e-3)
+    assert ptq.budget(scores, 500, by="gradient").damage > 0
+    plain = ptq.Scores(tuple(dataclasses.replace(row, gradient=np.nan) for row in scores.rows))
+    with pytest.raises(ValueError, match="must have numbers in 'gradient', got NaN"):
+        ptq.budget(plain, 500, by="gradient")
+    with pytest.raises(ValueError, match=r"must return one scalar, its loss, got .*\(10, 8\)"):
+        ptq.sensitivity(lambda w, x: x @ w, ["int8_channel"], gradient=True)(
+            params["in"][0], batches
+        )

@@ -80,6 +80,7 @@ def make_examples() -> dict:
         "delayed": delayed,
         "its amax": [h.largest() for h in delayed.histories["b"] if h is not None],
         "inputs of products": inputs,
+        "input scales": jaxq.ptq.InputScales({"a": X[0]}, (("a", "a"),), (("b", "is tied"),)),
         "block types": jaxq.interop.gguf.quantize(W, "q8_0"),
         "moments": calibration.update(calibration.init(X.shape, moments), X, moments),
         "optimizer": (gradients, adam),

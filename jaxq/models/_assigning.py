@@ -94,6 +94,8 @@ class Assigned:
       calibrated: for both operands, in the recipe's order, an observer or None: by default of an
         activation with one scale per tensor, whose range may come from calibration.
       reverse: True if reverse-mode differentiation goes through the product.
+      factor: the name of the factor by which the input of a weight is multiplied first, or None.
+      scored: recipes whose errors are weighted by the cotangent of the result, for `ptq`.
     """
 
     recipe: ProductRecipe | None
@@ -107,6 +109,8 @@ class Assigned:
     table: Recipe | None
     calibrated: tuple[Observer | None, ...]
     reverse: bool
+    factor: str | None = None
+    scored: tuple[ProductRecipe, ...] = ()
 
     @property
     def delayable(self) -> PerProduct[tuple[Recipe | None, ...]]:
@@ -129,6 +133,12 @@ class Assigned:
             for recipe, tensor in zip(recipes, tensors, strict=True):
                 found[tensor] = found[tensor] or recipe
         return tuple(found)
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The names of its vectors in `Extra.vectors`."""
+        factor = () if self.factor is None else (self.factor,)
+        return (*factor, self.name) if self.scored else factor
 
     @property
     def draws(self) -> bool:

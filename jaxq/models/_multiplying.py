@@ -14,7 +14,7 @@ from jaxq._jax import compat
 from jaxq._jax.draws import fold_in, one_of
 from jaxq.models._assigning import TENSORS, Assigned, naming
 from jaxq.models._looking_up import look_up
-from jaxq.models._operations import LOOK_UP, operation_of
+from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
 from jaxq.models._programs import Extra, Records, States
 from jaxq.numerics import as_dtype
 from jaxq.products import (
@@ -123,6 +123,8 @@ def multiply(
       observing: True to collect calibration states.
     """
     arrays = [unpacked(operand) for operand in operands]
+    if assigned.factor is not None:
+        arrays = _scaled(eqn, assigned, extra, arrays)
     seen: States = {}
     records = extra.records.get(assigned.name, Records())
     with compat.within(eqn):
@@ -144,7 +146,59 @@ def multiply(
 
         on = None if records.switch is None else records.switch.on > 0
         y = quantized() if on is None else lax.cond(on, quantized, plain)
+        if assigned.scored:
+            y = _scored(eqn, assigned, extra, arrays, y)
     return y, seen
+
+
+def _scored(
+    eqn: Any, assigned: Assigned, extra: Extra, arrays: Sequence[jax.Array], y: jax.Array
+) -> jax.Array:
+    """Returns a result whose cotangent gives scores to the recipes in `Assigned.scored`."""
+    assert extra.vectors is not None
+    fixed = [lax.stop_gradient(array) for array in arrays]
+    errors = []
+    for recipe in assigned.scored:
+        own = dataclasses.replace(assigned, recipe=recipe, scored=())
+        error = _quantized(eqn, own, extra, Keys(), fixed) - lax.stop_gradient(y)
+        errors.append(error.astype(jnp.float32))
+    return _with_scores(y, extra.vectors[assigned.name], errors)
+
+
+@jax.custom_vjp
+def _with_scores(y: jax.Array, scores: jax.Array, errors: list[jax.Array]) -> jax.Array:
+    """Returns y; the gradient of `scores` is the sum of (cotangent * error)^2 for each error."""
+    del scores, errors
+    return y
+
+
+def _scores_forward(y: jax.Array, scores: jax.Array, errors: list[jax.Array]) -> Any:
+    del scores
+    return y, errors
+
+
+def _scores_backward(errors: list[jax.Array], cotangent: jax.Array) -> Any:
+    wide = cotangent.astype(jnp.float32)
+    scores = jnp.stack([jnp.sum(jnp.square(wide * error)) for error in errors])
+    return cotangent, scores, [jnp.zeros_like(error) for error in errors]
+
+
+_with_scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array]) -> list[jax.Array]:
+    """Returns the operands of a product with the input of its weight multiplied by a factor."""
+    assert extra.vectors is not None
+    assert assigned.factor is not None
+    which = int(assigned.swapped)
+    x, factor, axes = arrays[which], extra.vectors[assigned.factor], contraction_of(eqn).axes[which]
+    order = (*axes.batch, *axes.contract)
+    factor = factor.reshape([x.shape[axis] for axis in order])
+    factor = factor.transpose(tuple(np.argsort(order).tolist()))
+    factor = jnp.expand_dims(factor, axes.free)
+    with compat.within(eqn):
+        scaled = (x.astype(jnp.float32) * factor).astype(x.dtype)
+    return [scaled if i == which else array for i, array in enumerate(arrays)]
 
 
 def _quantized(

@@ -85,6 +85,8 @@ class Extra(NamedTuple):
       records: histories, rows for statistics and switches, by the products' names.
       places: the device's index along each axis of the surrounding `shard_map`s.
       mask: the mask of the tokens that observers count, or None.
+      vectors: the factors of inputs by `Assigned.factor`, and zeros whose gradients are the scores
+        of products by their names; or None.
     """
 
     key: jax.Array | None
@@ -92,6 +94,7 @@ class Extra(NamedTuple):
     records: Mapping[str, Records]
     places: Mapping[str, jax.Array]
     mask: jax.Array | None = None
+    vectors: Mapping[str, jax.Array] | None = None
 
     @classmethod
     def empty(cls, mask: jax.Array | None = None) -> "Extra":
@@ -136,10 +139,14 @@ class Extra(NamedTuple):
 
     def within(self, programs: Sequence[Program]) -> "Extra":
         """Returns the inputs restricted to the products of some programs."""
-        names = {a.name for inside in programs for a in inside.all()}
+        products = [a for inside in programs for a in inside.all()]
+        names, vectors = {a.name for a in products}, self.vectors
+        if vectors is not None:
+            used = {name for a in products for name in a.vectors}
+            vectors = {name: value for name, value in vectors.items() if name in used}
         scales = {name: value for name, value in self.scales.items() if name in names}
         records = {name: value for name, value in self.records.items() if name in names}
-        return self._replace(scales=scales, records=records)
+        return self._replace(scales=scales, records=records, vectors=vectors)
 
 
 def program(node: Node, chosen: Sequence[Assigned | None], stored: bool = False) -> Program:

@@ -185,7 +185,12 @@ def _shard_map(call: _Call) -> tuple[list[Any], States]:
     records = {name: each.spread(count) for name, each in extra.records.items()}
     everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
     specs = Extra(
-        key=everywhere, scales=everywhere, records=one_each, places=everywhere, mask=everywhere
+        key=everywhere,
+        scales=everywhere,
+        records=one_each,
+        places=everywhere,
+        mask=everywhere,
+        vectors=everywhere,
     )
     on_device = _OnDevice(programs[0], depth, observing, tuple(devices))
     inside = compat.call_inside(eqn, on_device, specs)
@@ -206,14 +211,22 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
         name: each if name in per_iteration else each.spread(params["length"])
         for name, each in extra.records.items()
     }
+    stacked = {name for a in inside.all() if depth in a.stacked for name in a.vectors}
+    vectors = extra.vectors or {}
+    stacked_vectors = {name: x for name, x in vectors.items() if name in stacked}
     numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
 
     def step(carry: list[Any], xs: Any) -> Any:
-        number, rows, given, records = xs
+        number, rows, given, records, own_vectors = xs
         key = None if number is None else extra.folded(number)
         results, seen = run(
             inside,
-            extra._replace(key=key, scales={**scales, **given}, records=records),
+            extra._replace(
+                key=key,
+                scales={**scales, **given},
+                records=records,
+                vectors={**vectors, **own_vectors},
+            ),
             [*fixed, *carry, *rows],
             depth + 1,
             observing,
@@ -223,7 +236,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     carry, (rows, seen) = lax.scan(
         step,
         _carried(carried, keeps),
-        (numbers, slices, own, records),
+        (numbers, slices, own, records, stacked_vectors),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],

@@ -5,9 +5,20 @@ To add a solver, write a frozen dataclass with the methods of `Solver` and list 
 """
 
 from jaxq.ptq._budget import Budget, FrontRow, budget
+from jaxq.ptq._input_scales import (
+    AWQ,
+    INPUT_SCALERS,
+    InputProblem,
+    InputScaler,
+    SmoothQuant,
+    get_input_scaler,
+)
 from jaxq.ptq._models import quantize_weights
 from jaxq.ptq._observing import ObservedInputs, observe
 from jaxq.ptq._reports import Report, SolvedProduct
+from jaxq.ptq._scale_search import ScaleSearch
+from jaxq.ptq._scaled_functions import InputScales
+from jaxq.ptq._scaling import scale_inputs
 from jaxq.ptq._sensitivity import Score, Scores, sensitivity
 from jaxq.ptq._solvers import (
     GPTQ,
@@ -22,25 +33,34 @@ from jaxq.ptq._solvers import (
 from jaxq.ptq._statistics import Statistics, collect
 
 __all__ = [
+    "AWQ",
     "GPTQ",
+    "INPUT_SCALERS",
     "RTN",
     "SOLVERS",
     "Budget",
     "FrontRow",
+    "InputProblem",
+    "InputScaler",
+    "InputScales",
     "ObservedInputs",
     "Problem",
     "Report",
+    "ScaleSearch",
     "Score",
     "Scores",
+    "SmoothQuant",
     "Solution",
     "SolvedProduct",
     "Solver",
     "Statistics",
     "budget",
     "collect",
+    "get_input_scaler",
     "get_solver",
     "gptq",
     "observe",
     "quantize_weights",
+    "scale_inputs",
     "sensitivity",
 ]

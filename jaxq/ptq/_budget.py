@@ -6,6 +6,7 @@ in both bytes and damage (the Pareto front), so the result is optimal.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -97,7 +98,7 @@ def budget(
       groups: regular expressions; weights that match the same one share a recipe, such as
         `"/(q|k|v)$"`. If an expression has capture groups, only weights with equal captures share:
         `"(layers/\d+)/(?:q|k|v)$"`.
-      by: the damage that is summed: `"relative"` or `"loss"` of a `Score`.
+      by: the damage that is summed: `"relative"`, `"loss"` or `"gradient"` of a `Score`.
 
     Returns:
       The best choice, optimal unless `is_exact` is False.
@@ -117,8 +118,13 @@ def budget(
       >>> [(row.weight, row.name) for row in best.choices], best.nbytes
       ([('a', 'int4_channel'), ('b', 'int8_channel')], 150)
     """
-    if by not in ("relative", "loss"):
-        raise ValueError(f"budget: `by` must be 'relative' or 'loss', got {by!r}.")
+    if by not in ("relative", "loss", "gradient"):
+        raise ValueError(f"budget: `by` must be 'relative', 'loss' or 'gradient', got {by!r}.")
+    if any(math.isnan(getattr(score, by)) for score in scores.rows):
+        raise ValueError(
+            f"budget: `scores` must have numbers in {by!r}, got NaN. Pass gradient=True to "
+            "ptq.sensitivity, and leave out weights without such a score."
+        )
     options = [_options(scores, members, by) for members in _members(scores, groups)]
     if not options:
         raise ValueError("budget: `scores` must hold at least one weight, got none.")

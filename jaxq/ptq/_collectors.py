@@ -18,7 +18,9 @@ from jaxq.models import CONVERSIONS, LOOK_UP, VIEWS, Node, Product, axes_of
 from jaxq.products import Axes
 from jaxq.ptq._statistics import Statistics, collect, collect_groups, nothing
 
-__all__ = ["Collector", "Matrix", "matrix_of", "shared_inputs"]
+__all__ = ["Collector", "Layout", "Matrix", "matrix_of", "shared_inputs"]
+
+_SCALINGS = ("broadcast_in_dim", "mul")  # The operations that input scales add.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,43 @@ class Matrix(NamedTuple):
     swapped: bool
 
 
+class Layout(NamedTuple):
+    """The order of a weight's axes as matrices `[matrices, inputs, outputs]`.
+
+    Attributes:
+      axes: the axes of the weight by role.
+      shape: the shape of the weight.
+    """
+
+    axes: Axes
+    shape: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes in the order of batch, inputs and outputs."""
+        return (*self.axes.batch, *self.axes.contract, *self.axes.free)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The numbers of matrices, inputs and outputs."""
+        batch, free, contract = (math.prod(self.shape[a] for a in axes) for axes in self.axes)
+        return batch, contract, free
+
+    def matrices(self, x: jax.Array) -> jax.Array:
+        """Returns a weight as matrices."""
+        return x.transpose(self.order).reshape(self.sizes)
+
+    def weight(self, x: jax.Array) -> jax.Array:
+        """Returns matrices as a weight."""
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return x.reshape([self.shape[axis] for axis in self.order]).transpose(back)
+
+    def stacked(self, statistics: Statistics) -> Statistics:
+        """Returns statistics with their batch axes as one, `[matrices]`."""
+        split = len(self.axes.batch)
+        return jax.tree.map(lambda x: x.reshape((self.sizes[0], *x.shape[split:])), statistics)
+
+
 def matrix_of(product: Product, operand: int, hessian: bool = True) -> Matrix | str:
     """Returns a product as a matrix product, or the reason why it has no Hessian.
 
@@ -188,8 +227,8 @@ def _convolution(product: Product, operand: int, hessian: bool) -> Matrix | str:
 def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
     """Returns for each product the first product that reads the same input.
 
-    Inputs are the same if they are one array of the program, also after equal conversions and
-    changes of shape, and in programs of `jit` and `checkpoint`.
+    Inputs are the same if they are one array of the program, also after equal conversions, changes
+    of shape and multiplications, and in programs of `jit` and `checkpoint`.
 
     Args:
       node: the program.
@@ -223,7 +262,7 @@ def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
                     results = walk(inside, list(map(value, eqn.invars)) if around else fresh)
                     if around:
                         known.update(zip(eqn.outvars, results, strict=True))
-            elif eqn.primitive.name in VIEWS or eqn.primitive.name in CONVERSIONS:
+            elif eqn.primitive.name in (*VIEWS, *CONVERSIONS, *_SCALINGS):
                 key = (eqn.primitive.name, str(eqn.params), *map(value, eqn.invars))
                 known[eqn.outvars[0]] = known_values.setdefault(key, object())
         return [value(variable) for variable in body.outvars]

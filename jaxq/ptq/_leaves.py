@@ -7,7 +7,7 @@ back.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,9 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq.models import CONVERSIONS, Extra, Planned, Storage, StoredView, run
 from jaxq.ptq._flat import Flat
-from jaxq.quantizers import Levels, Quantized, levels, numbers_of, with_levels
+from jaxq.quantizers import Levels, Quantized, levels, numbers_of, snap, with_levels
 
-__all__ = ["Frame", "LeafKey", "Leaves", "Outer", "Seen", "seen_by"]
+__all__ = ["Frame", "LeafKey", "Leaves", "Outer", "Seen", "followed"]
 
 
 class LeafKey(NamedTuple):
@@ -106,6 +106,17 @@ class Leaves:
         self._work[key] = work._replace(numbers=numbers)
         if is_last:
             del self._work[key]
+
+    def rescale(self, key: LeafKey, start: Quantized) -> None:
+        """Changes the scales of a leaf that is being solved."""
+        work = self.work(key)
+        own = levels(start)
+        nearest = snap(work.x, own, start.recipe)[0]
+        self._work[key] = work._replace(levels=own, nearest=nearest, start=start)
+
+    def forget(self, key: LeafKey) -> None:
+        """Frees the state of a leaf."""
+        self._work.pop(key, None)
 
     def pack(self, key: LeafKey) -> None:
         """Stores the nearest levels of a leaf."""
@@ -281,22 +292,52 @@ class Seen(NamedTuple):
     """A weight as a product sees it, with the way back to its leaves.
 
     Attributes:
+      keys: the leaves.
       x: the values, float32.
       levels: the levels of its elements.
       nearest: the nearest grid values.
-      back: a function that returns each leaf's grid values from those of the product.
-      repeats: True if the product multiplies an element more than once.
+      pull: a function that moves an array of the weight's shape back to the leaves.
+      counts: how often the product multiplies each element of the leaves.
+      numbers: the chosen grid values of the leaves.
+      move: a function that moves arrays of the leaves' shapes as the leaves are.
     """
 
+    keys: tuple[LeafKey, ...]
     x: jax.Array
     levels: Levels
     nearest: jax.Array
-    back: Callable[[jax.Array], dict[LeafKey, jax.Array]]
-    repeats: bool
+    pull: Callable[[jax.Array], Sequence[jax.Array]]
+    counts: Sequence[jax.Array]
+    numbers: Sequence[jax.Array]
+    move: Callable[..., jax.Array]
+
+    def back(
+        self, x: jax.Array, others: Sequence[jax.typing.ArrayLike]
+    ) -> dict[LeafKey, jax.Array]:
+        """Returns an array of the weight's shape in the shapes of the leaves.
+
+        Args:
+          x: the array.
+          others: for each leaf, the values of elements that the product does not multiply.
+        """
+        parts = zip(self.keys, self.counts, self.pull(x), others, strict=True)
+        return {key: jnp.where(count > 0, pulled, other) for key, count, pulled, other in parts}
 
 
-def seen_by(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> Seen:
-    """Returns the weight of a product, an operand of it in a frame."""
+def followed(frame: Frame, variable: Any) -> Seen | str:
+    """Returns the weight of a product, an operand of it in a frame, or why it is not solved."""
+    if variable not in frame.fixed:
+        return "its weight is carried through a loop"
+    keys = frame.leaves_of(variable)
+    if not keys:
+        return "its weight cannot be followed to its leaf"
+    seen = _seen_by(frame, variable, keys)
+    if any(bool(jnp.max(count) > 1) for count in seen.counts):
+        return "one product multiplies an element several times"
+    return seen
+
+
+def _seen_by(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> Seen:
     works = {key: frame.leaves.work(key) for key in keys}
 
     def move(*arrays: jax.Array) -> jax.Array:
@@ -310,17 +351,8 @@ def seen_by(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> Seen:
 
     x = of(lambda work: work.x)
     own, nearest = of(lambda work: work.levels), of(lambda work: work.nearest)
-    if variable in frame.sources and isinstance(frame.sources[variable], LeafKey):
-        (key,) = keys
-        return Seen(x, own, nearest, lambda numbers: {key: numbers}, False)
+    numbers = [work.numbers for work in works.values()]
+    if isinstance(frame.sources.get(variable), LeafKey):
+        return Seen(keys, x, own, nearest, lambda x: [x], [jnp.ones(())], numbers, move)
     _, pull = jax.vjp(move, *(works[key].x for key in keys))
-    counts = pull(jnp.ones_like(x))
-    repeats = any(bool(jnp.max(count) > 1) for count in counts)
-
-    def back(numbers: jax.Array) -> dict[LeafKey, jax.Array]:
-        return {
-            key: jnp.where(count > 0, pulled, works[key].numbers)
-            for key, count, pulled in zip(keys, counts, pull(numbers), strict=True)
-        }
-
-    return Seen(x, own, nearest, back, repeats)
+    return Seen(keys, x, own, nearest, pull, pull(jnp.ones_like(x)), numbers, move)

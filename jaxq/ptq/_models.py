@@ -6,10 +6,12 @@ from typing import Any
 
 from jaxq.models import Rules
 from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
+from jaxq.ptq._leaves import Leaves
 from jaxq.ptq._reports import SolvedProduct
 from jaxq.ptq._solvers import Solver, get_solver
 from jaxq.ptq._solving import Solving
-from jaxq.ptq._stages import Stages
+from jaxq.ptq._stages import Place, Stages
+from jaxq.ptq._statistics import Statistics
 
 __all__ = ["quantize_weights", "stages_of"]
 
@@ -90,7 +92,7 @@ def quantize_weights(
         calls = read_calls("ptq.quantize_weights", fn, mask, args)
         model = calls.plan(rules)
         solving = Solving(calls.owner, model, record, progress)
-        stages = stages_of(calls, model, solving)
+        stages = stages_of(calls, model, solving.leaves, solving.solve)
         root = stages.root()
         envs = calls.environments(model, root.flat.body.invars)
         if sequential:
@@ -103,8 +105,10 @@ def quantize_weights(
     return packed
 
 
-def stages_of(calls: Calls, model: Model, solving: Solving) -> Stages:
-    """Returns a run of a model in which products are solved."""
+def stages_of(
+    calls: Calls, model: Model, leaves: Leaves, solve: Callable[[Place, Statistics], None]
+) -> Stages:
+    """Returns a run of a model in which a function solves its products."""
     planned = model.planned
     chosen = [without_weight(p, a) for p, a in zip(planned.products, planned.chosen, strict=True)]
-    return Stages(planned, model.sought, chosen, solving.leaves, solving.solve, calls.masks)
+    return Stages(planned, model.sought, chosen, leaves, solve, calls.masks)

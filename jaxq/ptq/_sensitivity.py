@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from jaxq._base.tables import Table
 from jaxq.models import Rule
 from jaxq.ptq._calls import read_calls
+from jaxq.ptq._gradients import by_gradient
 from jaxq.ptq._models import stages_of
 from jaxq.ptq._solvers import Solver, get_solver
 from jaxq.ptq._solving import Solving
@@ -29,6 +32,8 @@ class Score:
       loss: the squared error of the outputs of its products, `tr(E^T H E)`, summed over all tokens.
         A product of several weights, such as joined queries and keys, gives each an equal share.
       relative: the same relative to the power of the outputs, summed over the products and layers.
+      gradient: the sum of `(G dY)^2` over all outputs of its products, with dY their error and G
+        the gradient of the loss with respect to them; NaN if it was not asked for.
     """
 
     weight: str
@@ -36,6 +41,7 @@ class Score:
     nbytes: int
     loss: float
     relative: float
+    gradient: float = math.nan
 
     @property
     def name(self) -> str:
@@ -52,6 +58,7 @@ class _Line:
     nbytes: int
     loss: float
     relative: float
+    gradient: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +81,9 @@ class Scores:
         return tuple(row for row in self.rows if row.weight == weight)
 
     def __str__(self) -> str:
-        lines = [_Line(r.weight, r.name, r.nbytes, r.loss, r.relative) for r in self.rows]
+        lines = [
+            _Line(r.weight, r.name, r.nbytes, r.loss, r.relative, r.gradient) for r in self.rows
+        ]
         return str(Table(tuple(lines)))
 
 
@@ -84,6 +93,7 @@ def sensitivity(
     *,
     weights: str = "",
     solver: str | Solver = "rtn",
+    gradient: bool = False,
     mask: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Returns a function that scores candidate recipes for every weight of a model.
@@ -91,12 +101,19 @@ def sensitivity(
     The score of a weight is the squared error of the outputs of its products on the float model's
     inputs, `tr(E^T H E)`, if it alone is quantized. One run over the data serves all candidates.
 
+    With `gradient`, errors count by their effect on a loss: the score is also `sum (G dY)^2`, with
+    dY the error of the outputs of a product and G the gradient of the loss with respect to them,
+    summed over all outputs and batches. This approximates the Hessian of the loss by squared
+    gradients (the diagonal Fisher information), and costs one backward pass per batch.
+
     Args:
       fn: as in `jaxq.ptq.quantize_weights`.
       candidates: recipes or their names; None stands for the float weight.
       weights: a regular expression, searched for in the paths of weights; "" takes all.
       solver: the solver that chooses the codes: `"rtn"` (the default) rounds to the nearest levels;
         `"gptq"` gives the losses that remain after GPTQ, in more time.
+      gradient: True to compute the score by gradients too; `fn` must then return a scalar loss.
+        These scores are those of the nearest levels, whatever the solver.
       mask: as in `jaxq.ptq.quantize_weights`.
 
     Returns:
@@ -105,7 +122,8 @@ def sensitivity(
 
     Raises:
       TypeError: as in `jaxq.quantize_fn`.
-      ValueError: as in `jaxq.ptq.quantize_weights`; or if there are no candidates.
+      ValueError: as in `jaxq.ptq.quantize_weights`; if there are no candidates; or if `gradient` is
+        True and `fn` returns anything but a scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -131,36 +149,48 @@ def sensitivity(
 
     def scored(*args: Any) -> Scores:
         calls = read_calls(_OWNER, fn, mask, args)
-        states, found = None, []
+        states, found, data = None, [], []
         for recipe in filter(None, recipes):
             model = calls.plan([Rule(weights, recipe)])
             solving = Solving(_OWNER, model, record)
-            stages = stages_of(calls, model, solving)
+            stages = stages_of(calls, model, solving.leaves, solving.solve)
             root = stages.root()
             if states is None:
-                envs = calls.environments(model, root.flat.body.invars)
+                invars = root.flat.body.invars
+                envs = calls.environments(model, invars)
+                data = [[env.get(v) for v in invars] for env in envs] if gradient else []
                 states = stages.observed(root, envs)
             stages.together(root, states)
             found.append((recipe, solving))
-        return Scores(tuple(_rows(found, None in recipes)))
+        gradients = by_gradient(_OWNER, [own.planned for _, own in found], data) if gradient else {}
+        return Scores(tuple(_rows(found, None in recipes, gradients)))
 
     return scored
 
 
-def _rows(found: Sequence[tuple[Recipe, Solving]], floats: bool) -> list[Score]:
-    """Returns the scores of all weights, by weight."""
+def _rows(
+    found: Sequence[tuple[Recipe, Solving]], floats: bool, gradients: Mapping[int, np.ndarray]
+) -> list[Score]:
+    """Returns the scores of all weights, by weight.
+
+    Args:
+      found: the recipes with the solved weights.
+      floats: True to add the scores of float weights.
+      gradients: the scores by gradients of each leaf, one per recipe; empty if not asked for.
+    """
     rows = []
     _, first = found[0]
     for leaf, array in enumerate(first.planned.traced.arrays):
+        nans = np.full(len(found), math.nan)
         own = [
-            (recipe, solving, [o for o in solving.outcomes if leaf in o.leaves])
-            for recipe, solving in found
+            (recipe, solving, [o for o in solving.outcomes if leaf in o.leaves], float(score))
+            for (recipe, solving), score in zip(found, gradients.get(leaf, nans), strict=True)
         ]
-        own = [(recipe, solving, outcomes) for recipe, solving, outcomes in own if outcomes]
+        own = [one for one in own if one[2]]
         if not own:
             continue
         path = next(iter(_paths(first, leaf)))
-        for recipe, solving, outcomes in own:
+        for recipe, solving, outcomes, score in own:
             storage = solving.planned.stored.leaves[leaf]
             stack, shape = array.shape[: storage.leading], array.shape[storage.leading :]
             rows.append(
@@ -170,10 +200,11 @@ def _rows(found: Sequence[tuple[Recipe, Solving]], floats: bool) -> list[Score]:
                     nbytes=math.prod(stack) * storage.recipe.nbytes(shape),
                     loss=sum(o.loss / len(o.leaves) for o in outcomes),
                     relative=sum(o.relative(o.loss) / len(o.leaves) for o in outcomes),
+                    gradient=score,
                 )
             )
         if floats:
-            rows.append(Score(path, None, array.nbytes, 0.0, 0.0))
+            rows.append(Score(path, None, array.nbytes, 0.0, 0.0, 0.0 if gradients else math.nan))
     return rows
 
 

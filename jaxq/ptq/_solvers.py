@@ -1,7 +1,7 @@
 """Solvers, which choose the codes of a weight from the statistics of its input.
 
-A solver keeps the scales that the recipe computes from the weight, and so the answer is a
-`jaxq.Quantized` on the recipe's own grid.
+A solver keeps the scales that the recipe computes from the weight, or that a search chooses in the
+same format, and so the answer is a `jaxq.Quantized` on the recipe's own grid.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from jax import numpy as jnp
 from jaxq._base.registry import Registry
 from jaxq.products import is_stochastic
 from jaxq.ptq._matrices import Solution, solve
+from jaxq.ptq._scale_search import ScaleSearch
 from jaxq.ptq._statistics import Statistics, nothing
 from jaxq.quantizers import Levels, Quantized, levels, numbers_of, quantize, with_levels
 from jaxq.recipes import Recipe, get_recipe
@@ -27,8 +28,11 @@ __all__ = [
     "Problem",
     "Solution",
     "Solver",
+    "check_recipe",
+    "check_search",
     "get_solver",
     "gptq",
+    "search_of",
     "solved",
 ]
 
@@ -50,7 +54,10 @@ class Problem(NamedTuple):
 
 
 class Solver(Protocol):
-    """A frozen record that chooses the codes of a weight."""
+    """A frozen record that chooses the codes of a weight.
+
+    If it has an attribute `search`, a `ScaleSearch`, the scales are searched first.
+    """
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
         """Returns grid values for one matrix; traced under `jax.jit` and `jax.vmap`."""
@@ -61,12 +68,17 @@ class Solver(Protocol):
 class RTN:
     """Rounds every element to the nearest level: the baseline, which uses no statistics.
 
+    Attributes:
+      search: a search for the scales, which does use them; None keeps the recipe's scales.
+
     Example:
       >>> import jaxq
       >>> from jaxq import ptq
       >>> ptq.RTN() == ptq.get_solver("rtn")
       True
     """
+
+    search: ScaleSearch | None = None
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
         """Returns the nearest grid values."""
@@ -80,15 +92,15 @@ class GPTQ:
 
     With the Hessian `H = sum x x^T` of the calibration data, it looks for codes with a small error
     of the outputs, `tr(E^T H E)`, where E is the error of the weight `[inputs, outputs]`. Scales
-    are those that the recipe computes from the weight (static scales), so every recipe with
-    deterministic rounding and without outliers can be solved, and no order of solving changes the
-    stored form.
+    are chosen before (static scales), so every recipe with deterministic rounding and without
+    outliers can be solved, and no order of solving changes the stored form.
 
     Attributes:
       damping: the number added to H's diagonal, relative to its mean. If H plus damping has no
         Cholesky factor, the damping is raised tenfold, up to six times.
       order: `"static"` solves the inputs with the largest diagonal entries of H first; None solves
         them as they stand.
+      search: a search for the scales before the codes are solved; None keeps the recipe's scales.
 
     Raises:
       ValueError: if `damping` is negative or `order` is unknown.
@@ -101,6 +113,7 @@ class GPTQ:
 
     damping: float = 0.01
     order: str | None = "static"
+    search: ScaleSearch | None = None
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:
@@ -141,6 +154,20 @@ def get_solver(solver: str | Solver) -> Solver:
             f"{type(solver).__name__}. Use 'gptq' or GPTQ()."
         )
     return solver
+
+
+def search_of(solver: Solver) -> ScaleSearch | None:
+    """Returns the search for scales that a solver asks for, or None."""
+    return getattr(solver, "search", None)
+
+
+def check_search(owner: str, recipe: Recipe, solver: Solver) -> None:
+    """Raises a ValueError if a solver's search cannot choose the scales of a recipe."""
+    if search_of(solver) is not None and recipe.scaling.second_level == "blocks":
+        raise ValueError(
+            f"{owner}: `recipe` must store the scale of each block by itself for a ScaleSearch, "
+            f"got the scaling {type(recipe.scaling).__name__}. Use search=None."
+        )
 
 
 def check_recipe(owner: str, recipe: Recipe) -> None:

@@ -13,13 +13,15 @@ from jax import numpy as jnp
 from jaxq.models import LOOK_UP, Product, weight_of
 from jaxq.products import Axes
 from jaxq.ptq._calls import Model
-from jaxq.ptq._leaves import LeafKey, Leaves, Seen, seen_by
+from jaxq.ptq._collectors import Layout
+from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._matrices import output_error
 from jaxq.ptq._reports import Report, SolvedProduct
-from jaxq.ptq._solvers import Problem, Solver
+from jaxq.ptq._scale_search import Blocks, ScaleSearch, Searching, run_length, searched
+from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, search_of
 from jaxq.ptq._stages import Place
 from jaxq.ptq._statistics import Statistics
-from jaxq.quantizers import values_of
+from jaxq.quantizers import block_numbers, values_of
 from jaxq.recipes import Recipe
 
 __all__ = ["Outcome", "Solving"]
@@ -88,6 +90,7 @@ class Solving:
         self._expected: collections.Counter[int] = collections.Counter()
         for n in found.matrices:
             product = planned.products[n]
+            check_search(f"{owner}: {product.where}", self._weight(product).recipe, solver)
             iterations = math.prod(product.loops[depth] for depth in product.stacked)
             if n not in planned.stored.reasons:
                 self._expected.update(dict.fromkeys(self._leaves(n), iterations))
@@ -119,21 +122,13 @@ class Solving:
             )
         reason = self.planned.stored.reasons.get(product.number)
         if reason is not None:
-            reason = f"not stored: {reason}"
-        elif place.variable not in place.frame.fixed:
-            reason = "its weight is carried through a loop"
-        keys = () if reason else place.frame.leaves_of(place.variable)
-        if not reason and not keys:
-            reason = "its weight cannot be followed to its leaf"
-        if reason:
-            self._add(self._unsolved(place, statistics, reason))
+            seen: Seen | str = f"not stored: {reason}"
+        else:
+            seen = followed(place.frame, place.variable)
+        if isinstance(seen, str):
+            self._add(self._unsolved(place, statistics, seen))
             return
-        seen = seen_by(place.frame, place.variable, keys)
-        if seen.repeats:
-            reason = "one product multiplies an element several times"
-            self._add(self._unsolved(place, statistics, reason))
-            return
-        self._solve(place, keys, seen, statistics)
+        self._solve(place, seen.keys, seen, statistics)
 
     def _solve(
         self, place: Place, keys: tuple[LeafKey, ...], seen: Seen, statistics: Statistics
@@ -147,28 +142,16 @@ class Solving:
                 # The loss below includes that of the product before.
                 self.outcomes.remove(one.outcome)
                 earlier = [other for other in earlier if other is not one]
-        order = (*matrix.axes.batch, *matrix.axes.contract, *matrix.axes.free)
-        shape = tuple(seen.x.shape[axis] for axis in order)
-        split = len(matrix.axes.batch), len(matrix.axes.batch) + len(matrix.axes.contract)
-        sizes = tuple(math.prod(part) for part in (shape[: split[0]], shape[slice(*split)]))
-        pair = (*sizes, math.prod(shape[split[1] :]))
-
-        def matrices(x: jax.Array) -> jax.Array:
-            return x.transpose(order).reshape(pair)
-
-        problem = Problem(
-            weight=matrices(seen.x),
-            levels=jax.tree.map(matrices, seen.levels),
-            nearest=matrices(seen.nearest),
-            statistics=jax.tree.map(
-                lambda x: x.reshape((pair[0], *x.shape[split[0] :])), statistics
-            ),
-        )
-        answer = _answer(problem, recipe, self.solver)
-        back = np.argsort(np.array(order))
-        numbers = answer.numbers.reshape(shape).transpose(tuple(back.tolist()))
+        layout = Layout(matrix.axes, seen.x.shape)
+        problem = _problem(seen, layout, layout.stacked(statistics))
+        search, note = search_of(self.solver), ""
+        if search is None:
+            answer = _answer(problem, recipe, self.solver)
+        else:
+            seen, answer, note = self._searched(place, seen, problem, search)
+        numbers = layout.weight(answer.numbers)
         self._solves.update(keys)
-        for key, value in seen.back(numbers).items():
+        for key, value in seen.back(numbers, seen.numbers).items():
             self.leaves.put(key, value, self._is_last(key))
         leaves = tuple(dict.fromkeys(key.leaf for key in keys))
         sums = (float(jnp.sum(x)) for x in (answer.before, answer.after, answer.power))
@@ -178,7 +161,40 @@ class Solving:
         if not all(map(self._is_last, keys)):
             one = _Earlier(seen.x, matrix.axes, statistics, outcome)
             self._earlier[keys] = [*earlier, one]
-        self._add(self._row(place, statistics, answer, outcome))
+        self._add(self._row(place, statistics, answer, outcome, note))
+
+    def _searched(
+        self, place: Place, seen: Seen, problem: Problem, search: ScaleSearch
+    ) -> tuple[Seen, "_Answer", str]:
+        """Solves a product after a search for its scales.
+
+        Returns:
+          The weight with the scales that were taken, the answer with the loss of the nearest levels
+          on the recipe's scales, and a note if these were kept.
+        """
+        recipe, solver = self._weight(place.product).recipe, self.solver
+        layout = Layout(self.found.matrices[place.product.number].axes, seen.x.shape)
+        works = [self.leaves.work(key) for key in seen.keys]
+        starts = tuple(work.start for work in works)
+        counts = np.cumsum([0, *(q.scale.size for q in starts)])
+        numbers = [block_numbers(q) + int(n) for q, n in zip(starts, counts, strict=False)]
+        blocks = Blocks(starts, layout.matrices(seen.move(*numbers)))
+        inputs = layout.sizes[1]
+        # The inputs of a convolution are in another order than its blocks.
+        is_product = place.product.operation != "conv_general_dilated"
+        how = Searching(search, recipe, run_length(recipe, inputs) if is_product else inputs)
+        found = searched(problem.weight, problem.levels, blocks, problem.statistics, how)
+        before = _answer(problem, recipe, RTN()).before
+        for key, q in zip(seen.keys, found, strict=True):
+            self.leaves.rescale(key, q)
+        new = followed(place.frame, place.variable)
+        assert isinstance(new, Seen), "it was followed before"
+        answer = _answer(_problem(new, layout, problem.statistics), recipe, solver)
+        if bool(jnp.sum(answer.after) <= jnp.sum(before)):
+            return new, answer._replace(before=before), ""
+        for key, q in zip(seen.keys, starts, strict=True):
+            self.leaves.rescale(key, q)
+        return seen, _answer(problem, recipe, solver), "the searched scales have more loss"
 
     def _is_last(self, key: LeafKey) -> bool:
         """Returns whether no other product or iteration solves a leaf or row."""
@@ -186,11 +202,16 @@ class Solving:
         return self._solves[key] * rows >= self._expected[key.leaf]
 
     def _row(
-        self, place: Place, statistics: Statistics, answer: "_Answer", outcome: Outcome
+        self,
+        place: Place,
+        statistics: Statistics,
+        answer: "_Answer",
+        outcome: Outcome,
+        note: str,
     ) -> SolvedProduct:
         tokens = np.asarray(statistics.tokens).reshape(-1)
         solved, worse = np.asarray(answer.solved), np.asarray(answer.worse)
-        notes = []
+        notes = [note] if note else []
         of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
         for mask, text in (
             (tokens == 0, "saw no token"),
@@ -257,6 +278,16 @@ class Solving:
         leaves = [found.get(place, leaf) if place is not None else leaf for place, leaf in pairs]
         result = jax.tree.unflatten(structure, leaves)
         return result[0] if isinstance(result, list) else result
+
+
+def _problem(seen: Seen, layout: Layout, statistics: Statistics) -> Problem:
+    """Returns the problem of a weight, with the statistics of its input as matrices."""
+    return Problem(
+        weight=layout.matrices(seen.x),
+        levels=jax.tree.map(layout.matrices, seen.levels),
+        nearest=layout.matrices(seen.nearest),
+        statistics=statistics,
+    )
 
 
 class _Answer(NamedTuple):

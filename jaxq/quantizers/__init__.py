@@ -2,7 +2,16 @@
 
 from jaxq.quantizers import calibration
 from jaxq.quantizers._arguments import check_takes_scales
-from jaxq.quantizers._levels import Levels, levels, numbers_of, snap, values_of, with_levels
+from jaxq.quantizers._levels import (
+    Levels,
+    block_numbers,
+    levels,
+    numbers_of,
+    rescaled,
+    snap,
+    values_of,
+    with_levels,
+)
 from jaxq.quantizers._quantized import Quantized, dequantize
 from jaxq.quantizers._quantizers import fake_quant, neighbors, quantize
 from jaxq.quantizers._sharding import quantized_sharding

@@ -1,7 +1,7 @@
 """The levels of each element of a quantized tensor, and other values on them.
 
 A solver that chooses codes other than the nearest ones starts from a `Quantized`, keeps its scales,
-rounds values to `levels`, and stores the result by `with_levels`.
+rounds values to `levels`, and stores the result by `with_levels`. `rescaled` changes the scales.
 """
 
 import dataclasses
@@ -11,11 +11,20 @@ import jax
 from jax import numpy as jnp
 
 from jaxq.numerics import decode, encode, pack
-from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized
+from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, decoded
 from jaxq.quantizers._snapping import on_grid, restored
 from jaxq.recipes import Recipe, in_units
 
-__all__ = ["Levels", "levels", "numbers_of", "snap", "values_of", "with_levels"]
+__all__ = [
+    "Levels",
+    "block_numbers",
+    "levels",
+    "numbers_of",
+    "rescaled",
+    "snap",
+    "values_of",
+    "with_levels",
+]
 
 
 class Levels(NamedTuple):
@@ -31,18 +40,24 @@ class Levels(NamedTuple):
 
 def levels(q: Quantized) -> Levels:
     """Returns the levels of each element, as float32 arrays of the tensor's shape."""
-
-    def spread(x: jax.Array) -> jax.Array:
-        split = q.cut.spread(x.astype(jnp.float32))
-        pairs = zip(q.cut.counts, q.cut.block, strict=True)
-        return q.cut.merge(jnp.broadcast_to(split, [n for pair in pairs for n in pair]))
-
-    step = spread(q.scales)
+    step = _spread(q, q.scales)
     if q.zero_point is None:
         return Levels(step, None, None)
     if q.recipe.scaling.zero_point == "integer":
-        return Levels(step, spread(q.zero_point), None)
-    return Levels(step, None, spread(decode(q.zero_point, q.recipe.scale_format)))
+        return Levels(step, _spread(q, q.zero_point.astype(jnp.float32)), None)
+    return Levels(step, None, _spread(q, decode(q.zero_point, q.recipe.scale_format)))
+
+
+def block_numbers(q: Quantized) -> jax.Array:
+    """Returns the number of the block of each element, in the order of the scales; int32."""
+    return _spread(q, jnp.arange(q.scale.size, dtype=jnp.int32).reshape(q.scale.shape))
+
+
+def _spread(q: Quantized, x: jax.Array) -> jax.Array:
+    """Returns one value per block as one value per element."""
+    split = q.cut.spread(x)
+    pairs = zip(q.cut.counts, q.cut.block, strict=True)
+    return q.cut.merge(jnp.broadcast_to(split, [n for pair in pairs for n in pair]))
 
 
 def numbers_of(q: Quantized) -> jax.Array:
@@ -81,3 +96,16 @@ def with_levels(q: Quantized, numbers: jax.Array) -> Quantized:
     codes = encode(numbers if zero_point is None else numbers + zero_point, fmt)
     codes = codes.reshape(codes.shape or (1,))
     return dataclasses.replace(q, codes=codes if fmt.bits in WHOLE_BYTES else pack(codes, fmt.bits))
+
+
+def rescaled(q: Quantized, factor: jax.typing.ArrayLike) -> Quantized:
+    """Returns a quantized tensor with other scales and the same codes.
+
+    Args:
+      q: the tensor; its scaling has no second level in blocks.
+      factor: float32 factors of the stored scales, broadcastable to their shape. The products are
+        rounded to the scale format.
+    """
+    fmt = q.recipe.scale_format
+    scale = q.recipe.scaling.rounded(decoded(q.scale, q.recipe) * factor)
+    return dataclasses.replace(q, scale=scale if fmt.name == "float32" else encode(scale, fmt))

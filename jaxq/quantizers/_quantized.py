@@ -18,7 +18,7 @@ from jaxq.numerics import as_dtype, decode, unpack
 from jaxq.quantizers._snapping import restored
 from jaxq.recipes import Recipe, StoredScales, records, title_of
 
-__all__ = ["WHOLE_BYTES", "Quantized", "dequantize"]
+__all__ = ["WHOLE_BYTES", "Quantized", "decoded", "dequantize"]
 
 WHOLE_BYTES = (8, 16)  # Code widths, in bits, that need no packing.
 
@@ -170,7 +170,7 @@ def _of_scales(mesh: Any, result: jax.Array, q: Quantized) -> Any:
 @jax.jit
 @automatic(_of_scales)
 def _scales(q: Quantized) -> jax.Array:
-    return q.recipe.scaling.restore(StoredScales(_decoded(q.scale, q.recipe), q.second))
+    return q.recipe.scaling.restore(StoredScales(decoded(q.scale, q.recipe), q.second))
 
 
 def _of_codes(mesh: Any, result: jax.Array, q: Quantized) -> Any:
@@ -200,13 +200,13 @@ def dequantize(q: Quantized) -> jax.Array:
     if q.zero_point is not None and recipe.scaling.zero_point == "integer":
         values = values - cut.spread(q.zero_point).astype(jnp.float32)
     elif q.zero_point is not None:
-        minimum = _decoded(cut.spread(q.zero_point), recipe)
+        minimum = decoded(cut.spread(q.zero_point), recipe)
     y = cut.merge(restored(values, cut.spread(q.scales), minimum, recipe))
     if recipe.outliers is not None:
         y = recipe.outliers.put(y, q.outliers)
     return as_dtype(y, q.dtype, overflow="propagate")
 
 
-def _decoded(scales: jax.Array, recipe: Recipe) -> jax.Array:
-    """Inverts `_encoded`."""
+def decoded(scales: jax.Array, recipe: Recipe) -> jax.Array:
+    """Returns the values of stored scales."""
     return scales if recipe.scale_format == _FLOAT32 else decode(scales, recipe.scale_format)

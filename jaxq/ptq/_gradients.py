@@ -1,0 +1,81 @@
+"""Scores of recipes by the gradient of a loss with respect to the outputs of products."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq.models import (
+    LOOK_UP,
+    Assigned,
+    Extra,
+    Planned,
+    program,
+    run,
+    unassigned,
+    unpacked,
+    weight_of,
+)
+
+__all__ = ["by_gradient"]
+
+
+def by_gradient(
+    owner: str, plans: Sequence[Planned], data: Sequence[Sequence[Any]]
+) -> dict[int, np.ndarray]:
+    """Returns `sum (G dY)^2` for each leaf, one number per plan.
+
+    Every product computes the errors dY of its result for all recipes. They are the residuals of an
+    identity, in whose backward pass the cotangent G gives the scores, as the gradient of zeros.
+
+    Args:
+      owner: the name of the calling function, for errors.
+      plans: the plans of one function for each recipe.
+      data: the arrays of each batch, None for parameters.
+
+    Raises:
+      ValueError: if the function returns anything but one scalar.
+    """
+    first, *_ = plans
+    results = first.traced.jaxpr.out_avals
+    if [x.shape for x in results] != [()] or not jnp.issubdtype(results[0].dtype, jnp.floating):
+        raise ValueError(
+            f"{owner}: with `gradient`, `fn` must return one scalar, its loss, got results of "
+            f"shapes {[x.shape for x in results[:3]]}. Pass a function that computes the loss, or "
+            "leave out `gradient`."
+        )
+    chosen: list[Assigned | None] = [None] * len(first.products)
+    leaves: dict[str, tuple[int, ...]] = {}
+    zeros: dict[str, jax.Array] = {}
+    for n, product in enumerate(first.products):
+        own = [plan.chosen[n] for plan in plans]
+        found = [None if a is None else weight_of(product, a) for a in own]
+        if not all(found) or product.operation == LOOK_UP or not product.reverse:
+            continue
+        recipes = tuple(a.recipe for a in own if a is not None and a.recipe is not None)
+        swapped = own[0] is not None and own[0].swapped
+        chosen[n] = dataclasses.replace(unassigned(product), swapped=swapped, scored=recipes)
+        leaves[product.name] = tuple(found[0].origin.leaves.values()) if found[0] else ()
+        zeros[product.name] = jnp.zeros((*product.stacks, len(plans)), jnp.float32)
+    what = program(first.node, chosen)
+
+    @jax.jit
+    def scores(zeros: dict[str, jax.Array], arrays: list[Any]) -> dict[str, jax.Array]:
+        def loss(vectors: dict[str, jax.Array]) -> jax.Array:
+            extra = Extra(None, {}, {}, {}, vectors=vectors)
+            return unpacked(run(what, extra, arrays)[0][0])
+
+        return jax.grad(loss)(zeros)
+
+    sums: dict[int, np.ndarray] = {}
+    for batch in data:
+        pairs = zip(batch, first.traced.arrays, strict=True)
+        found = scores(zeros, [array if x is None else x for x, array in pairs])
+        for name, values in found.items():
+            total = np.asarray(values, np.float64).reshape(-1, len(plans)).sum(0)
+            for leaf in leaves[name]:
+                sums[leaf] = sums.get(leaf, 0) + total / len(leaves[name])
+    return sums

@@ -1,0 +1,192 @@
+"""Methods that choose the scales of product inputs: SmoothQuant and AWQ.
+
+A product `x W` is computed as `(x / s) (s W)`, with one positive scale for each input. The function
+stays the same, but the quantization errors of both operands change.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.registry import Registry
+from jaxq.ptq._matrices import output_error
+from jaxq.ptq._statistics import Statistics
+
+__all__ = [
+    "AWQ",
+    "INPUT_SCALERS",
+    "InputProblem",
+    "InputScaler",
+    "SmoothQuant",
+    "get_input_scaler",
+]
+
+_LEAST = 1e-4  # Inputs with a smaller mean magnitude, relative to the mean of all, count as this.
+_TINY = 1e-5  # The same for the largest magnitudes of SmoothQuant, which are absolute.
+
+
+@dataclasses.dataclass(frozen=True)
+class InputProblem:
+    """The weights of all products that read one input, as matrices.
+
+    Attributes:
+      weights: the weights, float32 `[matrices, inputs, outputs]` each.
+      statistics: the statistics of the input, with a leading axis `[matrices]`.
+      quantized: a function that rounds weights of these shapes to their recipes' levels.
+    """
+
+    weights: Sequence[jax.Array]
+    statistics: Statistics
+    quantized: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]
+
+    def loss(self, scales: jax.Array) -> jax.Array:
+        """Returns `tr(E^T H E)`, summed over the weights, where E is the error with scales.
+
+        Args:
+          scales: the scales, `[matrices, inputs]`.
+
+        Returns:
+          The losses, `[matrices]`.
+        """
+        hessian, own = self.statistics.hessian, scales[..., None]
+        assert hessian is not None, "the method asks for it"
+        total = jnp.zeros(scales.shape[:-1], jnp.float32)
+        rounded = self.quantized([weight * own for weight in self.weights])
+        for weight, value in zip(self.weights, rounded, strict=True):
+            total += jax.vmap(output_error)(value / own - weight, hessian)
+        return total
+
+
+class InputScaler(Protocol):
+    """A frozen record that chooses the scales of an input."""
+
+    @property
+    def needs_hessian(self) -> bool:
+        """True if the statistics must have Hessians."""
+        ...
+
+    def scales(self, problem: InputProblem) -> jax.Array:
+        """Returns positive scales, float32 `[matrices, inputs]`; traced under `jax.jit`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothQuant:
+    r"""Moves the outliers of an input into the weights that multiply it.
+
+    The scale of input i is `max|x_i|^alpha / max|W_i|^(1 - alpha)`, with the maximum over all
+    tokens, and over the outputs of all products that read the input. It is meant for recipes that
+    quantize the activations too, such as `"w8a8"`. An input that was always 0 has the scale 1.
+
+    Attributes:
+      alpha: the share of the range that moves into the weights, between 0 and 1; more for
+        activations with large outliers.
+
+    Raises:
+      ValueError: if `alpha` is not between 0 and 1.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.SmoothQuant() == ptq.get_input_scaler("smoothquant")
+      True
+
+    References:
+      Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large
+      Language Models" (2023).
+    """
+
+    alpha: float = 0.5
+    needs_hessian: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(
+                f"SmoothQuant: `alpha` must be between 0 and 1, got {self.alpha}. Use 0.5."
+            )
+
+    def scales(self, problem: InputProblem) -> jax.Array:
+        """Returns the scales of the formula."""
+        amax = problem.statistics.amax
+        of_weights = [jnp.max(jnp.abs(weight), axis=-1) for weight in problem.weights]
+        largest = jnp.max(jnp.stack(of_weights), axis=0)
+        inputs, weights = (lax.max(x, np.float32(_TINY)) for x in (amax, largest))
+        found = inputs ** np.float32(self.alpha) / weights ** np.float32(1 - self.alpha)
+        return jnp.where(amax > 0, found, np.float32(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class AWQ:
+    r"""Scales weights up where their inputs are large, so that rounding costs less there.
+
+    The scale of input i is `m_i^r`, divided by the geometric mean of the largest and the smallest
+    one, where `m_i` is the mean of `|x_i|` over the tokens. The exponent r is one of `steps + 1`
+    equally spaced numbers in [0, 1]: the one for which the nearest levels have the smallest error
+    of the outputs, `tr(E^T H E)`, summed over all products that read the input. r = 0 changes
+    nothing, so this loss never grows. The published method estimates it from a sample of tokens.
+
+    Attributes:
+      steps: the number of exponents besides 0.
+
+    Raises:
+      ValueError: if `steps` is less than 1.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.AWQ(steps=10)
+      AWQ(steps=10)
+
+    References:
+      Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration"
+      (2024).
+    """
+
+    steps: int = 20
+    needs_hessian: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"AWQ: `steps` must be at least 1, got {self.steps}. Use 20.")
+
+    def scales(self, problem: InputProblem) -> jax.Array:
+        """Returns the scales with the smallest loss."""
+        magnitude = problem.statistics.magnitude
+        mean = jnp.mean(magnitude, axis=-1, keepdims=True)
+        relative = jnp.where(mean > 0, magnitude / jnp.where(mean > 0, mean, 1), 1)
+        relative = lax.max(relative, np.float32(_LEAST))
+
+        def of(exponent: jax.Array) -> jax.Array:
+            scales = relative**exponent
+            ends = jnp.max(scales, -1, keepdims=True) * jnp.min(scales, -1, keepdims=True)
+            return scales / jnp.sqrt(ends)
+
+        exponents = jnp.arange(self.steps + 1, dtype=jnp.float32) / np.float32(self.steps)
+        losses = lax.map(lambda exponent: problem.loss(of(exponent)), exponents)
+        best = exponents[jnp.argmin(losses, axis=0)]
+        return of(best[:, None])
+
+
+INPUT_SCALERS: Registry[Any] = Registry(
+    "input scaler", {"smoothquant": SmoothQuant(), "awq": AWQ()}, synonyms={"smooth": "smoothquant"}
+)
+
+
+def get_input_scaler(method: str | InputScaler) -> InputScaler:
+    """Returns the method with a name in `INPUT_SCALERS`; a record is returned unchanged.
+
+    Raises:
+      ValueError: if no method has that name.
+      TypeError: if the argument is neither a name nor a method.
+    """
+    if isinstance(method, str):
+        return INPUT_SCALERS.find(method)
+    if not callable(getattr(method, "scales", None)) or isinstance(method, type):
+        raise TypeError(
+            "get_input_scaler: `method` must be a name or a record with a method `scales`, got "
+            f"{type(method).__name__}. Use 'awq' or AWQ()."
+        )
+    return method

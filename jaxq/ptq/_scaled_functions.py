@@ -1,0 +1,178 @@
+"""Functions whose products multiply their inputs by factors, and the folding of these factors."""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from jaxq._base.tables import Table
+from jaxq._jax.serialization import pytree
+from jaxq.models import Extra, Product, not_floating, plan, program, run, unassigned, unpacked
+from jaxq.quantizers import Quantized
+
+__all__ = ["InputScales"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    product: str
+    input: str
+    note: str
+
+
+@pytree(static=("inputs", "left"))
+@dataclasses.dataclass(frozen=True)
+class InputScales:
+    """The factors of the inputs of a model's products: a pytree; its `str` is a table.
+
+    Attributes:
+      factors: the factors by which inputs are multiplied, float32 `[inputs]`, by the name of the
+        first product that reads each. Products in a scan over layers have a leading axis, one entry
+        per layer, and products with batch axes have these before the inputs.
+      inputs: the names of all scaled products, each with the name of its input's factors.
+      left: the names of the products without factors, each with the reason.
+    """
+
+    factors: Mapping[str, jax.Array]
+    inputs: tuple[tuple[str, str], ...]
+    left: tuple[tuple[str, str], ...]
+
+    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function whose products multiply their inputs by the factors.
+
+        With the parameters of `ptq.scale_inputs` it equals `fn` with the original ones, up to
+        rounding. It is a plain function for `jaxq.quantize_fn`, `jaxq.ptq.quantize_weights` and
+        all others; its products have the names that they have in `fn`.
+
+        Args:
+          fn: the function that was passed to `ptq.scale_inputs`.
+
+        Raises:
+          ValueError: when called, if `fn` lacks a product that has factors.
+        """
+
+        @functools.wraps(fn, updated=())
+        def scaled(*args: Any, **kwargs: Any) -> Any:
+            planned = plan("InputScales.apply", fn, [], 0, args, kwargs)
+            groups = dict(self.inputs)
+            missing = groups.keys() - {product.name for product in planned.products}
+            if missing:
+                raise ValueError(
+                    f"InputScales.apply: `fn` must have the scaled products, but lacks "
+                    f"{sorted(missing)[0]!r}. Pass the function of ptq.scale_inputs."
+                )
+            swapped = {p.name for p in planned.products if p.name in groups and _is_left(p)}
+            chosen = [
+                dataclasses.replace(
+                    unassigned(product),
+                    swapped=product.name in swapped,
+                    factor=groups.get(product.name),
+                )
+                for product in planned.products
+            ]
+            what = program(planned.node, chosen, bool(planned.packed))
+            arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
+            extra = Extra(None, {}, {}, {}, vectors=self.factors)
+            results, _ = run(what, extra, arrays)
+            return planned.traced.rebuild(list(map(unpacked, results)))
+
+        return scaled
+
+    def fold(
+        self, params: Any, into: Mapping[str, str | tuple[str, int]]
+    ) -> tuple[Any, "InputScales"]:
+        """Multiplies factors into leaves of the parameters, so that they cost nothing.
+
+        This is right if the input of the products is proportional to the leaf, and nothing else
+        depends on it: if it is the weight of the norm before them, or the kernel of the product
+        before them without a nonlinear function between. A norm that multiplies by `1 + weight` is
+        not proportional to its weight. Compare the outputs before and after.
+
+        Args:
+          params: the parameters of `ptq.scale_inputs`, before they are quantized.
+          into: for a product's name, the path of the leaf; all products with the same input lose
+            their factors. The factors lie along the last axis of the leaf; a pair (path, axis)
+            names another one, such as -2 for a kernel `[outputs, inputs]`. Layers of a scan lie
+            along the leading axes of both.
+
+        Returns:
+          The new parameters, and the factors that remain, with the others in `left`.
+
+        Raises:
+          ValueError: if a product has no factors, a leaf does not exist or is not a float array, or
+            their shapes do not fit.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jaxq import ptq
+          >>> params = {"norm": jnp.ones(2), "w": jnp.eye(2)}
+          >>> scales = ptq.InputScales({"w": jnp.array([0.5, 2.0])}, (("w", "w"),), ())
+          >>> params, scales = scales.fold(params, {"w": "norm"})
+          >>> params["norm"].tolist(), scales.inputs
+          ([0.5, 2.0], ())
+        """
+        pairs, structure = jax.tree_util.tree_flatten_with_path(
+            params, is_leaf=lambda x: isinstance(x, Quantized)
+        )
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
+        leaves = [leaf for _, leaf in pairs]
+        groups, folded = dict(self.inputs), {}
+        for name, target in into.items():
+            path, axis = (target, -1) if isinstance(target, str) else target
+            if name not in groups:
+                raise ValueError(_unknown("a product with factors", name, groups))
+            if path not in paths:
+                raise ValueError(_unknown("a leaf of `params`", path, paths))
+            at = paths.index(path)
+            leaves[at] = _multiplied(path, leaves[at], self.factors[groups[name]], axis)
+            folded[groups[name]] = f"folded into {path}"
+        rest = InputScales(
+            {name: x for name, x in self.factors.items() if name not in folded},
+            tuple((name, first) for name, first in self.inputs if first not in folded),
+            (
+                *self.left,
+                *((name, folded[first]) for name, first in self.inputs if first in folded),
+            ),
+        )
+        return jax.tree.unflatten(structure, leaves), rest
+
+    def __str__(self) -> str:
+        lines = [_Line(name, first, "") for name, first in self.inputs]
+        lines += [_Line(name, "-", reason) for name, reason in self.left]
+        return str(Table(tuple(lines)))
+
+
+def _is_left(product: Product) -> bool:
+    """Returns whether the weight of a product is its first operand."""
+    return product.origins[0] is not None
+
+
+def _unknown(noun: str, name: str, known: Iterable[str]) -> str:
+    """Returns the error for a name in `fold` that does not exist."""
+    near = ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"
+    return f"InputScales.fold: `into` must name {noun}, got {name!r}. The nearest are {near}."
+
+
+def _multiplied(path: str, leaf: Any, factor: jax.Array, axis: int) -> jax.Array:
+    """Returns a leaf multiplied by factors along an axis."""
+    reason = not_floating(leaf)
+    if reason:
+        raise ValueError(
+            f"InputScales.fold: leaf {path!r} must be a float array, but it {reason}. Fold before "
+            "quantization."
+        )
+    stacks, ndim = factor.shape[:-1], leaf.ndim
+    at = axis % ndim if -ndim <= axis < ndim else ndim
+    fits = len(stacks) <= at < ndim and leaf.shape[: len(stacks)] == stacks
+    if not fits or leaf.shape[at] != factor.shape[-1]:
+        raise ValueError(
+            f"InputScales.fold: leaf {path!r} must have factors of shape {factor.shape} along its "
+            f"leading axes and axis {axis}, got the shape {leaf.shape}. Pass (path, axis), or keep "
+            "the factors."
+        )
+    shape = [n if i < len(stacks) or i == at else 1 for i, n in enumerate(leaf.shape)]
+    return (leaf.astype(jnp.float32) * factor.reshape(shape)).astype(leaf.dtype)

@@ -1,0 +1,309 @@
+"""The choice of input scales for a whole model."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq.models import (
+    Product,
+    Rules,
+    weight_of,
+)
+from jaxq.products import Axes, placed
+from jaxq.ptq._calls import Calls, Model, read_calls
+from jaxq.ptq._collectors import Layout
+from jaxq.ptq._input_scales import InputProblem, InputScaler, get_input_scaler
+from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
+from jaxq.ptq._models import stages_of
+from jaxq.ptq._observing import sought
+from jaxq.ptq._scaled_functions import InputScales
+from jaxq.ptq._stages import Place
+from jaxq.ptq._statistics import Statistics
+from jaxq.quantizers import fake_quant
+from jaxq.recipes import Recipe
+
+__all__ = ["scale_inputs"]
+
+_OWNER = "ptq.scale_inputs"
+_CLOSE = {"float32": 1e-3}  # The largest relative change of outputs by rounding; else _LOOSE.
+_LOOSE = 0.05
+
+
+def scale_inputs(
+    fn: Callable[..., Any],
+    rules: Rules,
+    *,
+    method: str | InputScaler = "awq",
+    mask: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Returns a function that scales the inputs of products and, inversely, their weights.
+
+    Each product `x W` whose weight the rules quantize becomes `(x / s) (s W)`, with one scale for
+    each input. The scales stay in the program as a multiplication, so every layer can have them,
+    whatever precedes it. Products that read the same array, such as queries, keys and values, share
+    their scales. The scales come from one run of the float model, and solvers work on the result:
+
+        params, scales = ptq.scale_inputs(fn, rules, method="awq")(params, batches)
+        scaled = scales.apply(fn)  # The same function of the new parameters.
+        packed, report = ptq.quantize_weights(scaled, rules, solver="gptq")(params, batches)
+        y = jaxq.quantize_fn(scaled, rules)(packed, x)
+
+    Args:
+      fn: a function of the parameters and the inputs, as in `jaxq.quantize_fn`.
+      rules: as in `jaxq.quantize_fn`.
+      method: a method, or its name in `jaxq.ptq.INPUT_SCALERS`.
+      mask: as in `jaxq.ptq.quantize_weights`.
+
+    Returns:
+      `(params, batches) -> (params, InputScales)`, with the arguments of
+      `jaxq.ptq.quantize_weights`. The new parameters have the dtypes of the old ones. Convolutions,
+      ragged products, products in `while` loops or under a custom derivative, and weights that
+      several products multiply have no scales; `InputScales.left` lists them.
+
+    Raises:
+      TypeError: if `fn` is a pytree, such as a module.
+      ValueError: as in `jaxq.ptq.quantize_weights`; if no product can be scaled; or if the outputs
+        of the scaled function differ from those of `fn`, because a weight is also used elsewhere.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxq import ptq
+      >>> model = lambda params, x: jax.nn.relu(x @ params["up"]) @ params["down"]
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"up": jax.random.normal(keys[0], (8, 16)),
+      ...           "down": jax.random.normal(keys[1], (16, 4))}
+      >>> x = jax.random.normal(keys[2], (32, 8))
+      >>> new, scales = ptq.scale_inputs(model, "int4_channel")(params, [x])
+      >>> sorted(scales.factors), scales.factors["down"].shape
+      (['down', 'up'], (16,))
+      >>> bool(jnp.allclose(scales.apply(model)(new, x), model(params, x), atol=1e-4))
+      True
+    """
+    record = get_input_scaler(method)
+    if not jax.tree_util.all_leaves([fn]):
+        raise TypeError(
+            f"{_OWNER}: `fn` must be a function of the parameters, got a pytree, "
+            f"{type(fn).__name__}. Pass lambda module, x: module(x)."
+        )
+
+    def scaled(*args: Any) -> tuple[Any, InputScales]:
+        calls = read_calls(_OWNER, fn, mask, args)
+        model = calls.plan(rules)
+        if not record.needs_hessian:
+            model = Model(model.planned, sought(model.planned, hessian=False))
+        scaling = _Scaling(model, record)
+        stages = stages_of(calls, model, scaling.leaves, scaling.solve)
+        root = stages.root()
+        envs = calls.environments(model, root.flat.body.invars)
+        stages.together(root, stages.observed(root, envs))
+        params, scales = scaling.result()
+        _check(calls, scales, params)
+        return params, scales
+
+    return scaled
+
+
+class _Member(NamedTuple):
+    """A product that reads an input, with its weight."""
+
+    place: Place
+    seen: Seen
+
+
+class _Kind(NamedTuple):
+    """The static part of a weight: its layout and its recipe on its own axes."""
+
+    layout: Layout
+    recipe: Recipe
+
+
+class _Scaling:
+    """The state of a run: the factors chosen so far, and the scaled leaves.
+
+    Args:
+      model: the model.
+      method: the method.
+    """
+
+    def __init__(self, model: Model, method: InputScaler) -> None:
+        self._planned, self._sought, self._method = model.planned, model.sought, method
+        self.leaves = Leaves(model.planned)
+        self._left = {
+            n: reason
+            for n in (*model.sought.matrices, *model.sought.reasons)
+            if (reason := self._reason(model.planned.products[n]))
+        }
+        self._waiting: dict[tuple[int, tuple[int, ...]], list[_Member | None]] = {}
+        self._members = collections.Counter(
+            model.sought.first[n] for n in model.sought.matrices if n not in self._left
+        )
+        self._factors: dict[str, np.ndarray] = {}
+        self._arrays: dict[int, np.ndarray] = {}
+
+    def _reason(self, product: Product) -> str:
+        """Returns the reason why a product can have no scales, or ""."""
+        number, stored = product.number, self._planned.stored
+        if number in self._sought.reasons:
+            return self._sought.reasons[number]
+        if product.operation != "dot_general":
+            return "only matrix products have input scales"
+        if not product.reverse:
+            return "it is in a while loop or under a custom derivative"
+        if number in stored.reasons:
+            return f"not stored: {stored.reasons[number]}"
+        leaves = self._leaves(number)
+        for other in self._planned.products:
+            used = {leaf for o in other.origins if o for leaf in o.leaves.values()}
+            if other.number != number and used & leaves:
+                return f"its weight is also used by {other.name}"
+        return ""
+
+    def _leaves(self, number: int) -> set[int]:
+        origins = self._planned.products[number].origins
+        return {leaf for origin in origins if origin for leaf in origin.leaves.values()}
+
+    def solve(self, place: Place, statistics: Statistics) -> None:
+        """Takes one product at one iteration; after the last one of an input, chooses its scales.
+
+        Raises:
+          ValueError: if an input is not finite.
+        """
+        number = place.product.number
+        if not bool(jnp.all(jnp.isfinite(statistics.amax))):
+            raise ValueError(
+                f"{_OWNER}: inputs must be finite, but {place.product.where} has a NaN or an "
+                "infinity in its input. Look for it in the batches, or mask the padding."
+            )
+        if number in self._left:
+            return
+        first = self._sought.first[number]
+        waiting = self._waiting.setdefault((first, place.iterations), [])
+        seen = followed(place.frame, place.variable)
+        if isinstance(seen, str):
+            self._left[number] = seen
+        waiting.append(None if isinstance(seen, str) else _Member(place, seen))
+        if len(waiting) == self._members[first]:
+            members = [member for member in waiting if member is not None]
+            if members:
+                self._scale(first, place.iterations, members, statistics)
+            del self._waiting[first, place.iterations]
+
+    def _scale(
+        self,
+        first: int,
+        iterations: tuple[int, ...],
+        members: Sequence[_Member],
+        statistics: Statistics,
+    ) -> None:
+        """Chooses the scales of one input, and multiplies the weights by them."""
+        kinds = tuple(self._kind(member) for member in members)
+        own = kinds[0].layout.stacked(statistics)
+        scales = _chosen(tuple(m.seen.x for m in members), own, kinds, self._method)
+        product = self._planned.products[first]
+        batch = statistics.amax.shape
+        name, stacks = product.name, product.stacks
+        factors = self._factors.setdefault(name, np.ones((*stacks, *batch), np.float32))
+        factors[iterations] = np.asarray(1 / scales).reshape(batch)
+        for member, kind in zip(members, kinds, strict=True):
+            spread = jnp.broadcast_to(scales[..., None], kind.layout.sizes)
+            ones = [np.float32(1)] * len(member.seen.keys)
+            for key, factor in member.seen.back(kind.layout.weight(spread), ones).items():
+                self._multiply(key, factor)
+                self.leaves.forget(key)
+
+    def _kind(self, member: _Member) -> _Kind:
+        product = member.place.product
+        assigned = self._planned.chosen[product.number]
+        assert assigned is not None
+        weight = weight_of(product, assigned)
+        assert weight is not None
+        axes: Axes = self._sought.matrices[product.number].axes
+        granularity = placed(weight.recipe.granularity, member.seen.x.shape, axes)
+        recipe = dataclasses.replace(weight.recipe, granularity=granularity)
+        return _Kind(Layout(axes, member.seen.x.shape), recipe)
+
+    def _multiply(self, key: LeafKey, factor: jax.Array) -> None:
+        """Multiplies a leaf or a row of it."""
+        if key.leaf not in self._arrays:
+            self._arrays[key.leaf] = np.array(self._planned.traced.arrays[key.leaf])
+        array = self._arrays[key.leaf]
+        array[key.rows] = array[key.rows].astype(np.float32) * np.asarray(factor)
+
+    def result(self) -> tuple[Any, InputScales]:
+        """Returns the scaled parameters and the scales.
+
+        Raises:
+          ValueError: if no product has scales.
+        """
+        products, matrices = self._planned.products, self._sought.matrices
+        names = {n: products[n].name for n in sorted((*matrices, *self._left))}
+        inputs = tuple(
+            (name, products[self._sought.first[n]].name)
+            for n, name in names.items()
+            if n not in self._left and products[self._sought.first[n]].name in self._factors
+        )
+        found = {name for name, _ in inputs}
+        why = "its input does not depend on data"
+        left = tuple(
+            (name, self._left.get(n, why)) for n, name in names.items() if name not in found
+        )
+        if not inputs:
+            raise ValueError(
+                f"{_OWNER}: `rules` must quantize the weight of a product that can be scaled, got "
+                f"none: {left[0][0]!r}: {left[0][1]}. Use ptq.quantize_weights without scales."
+            )
+        tree, places = self._planned.traced.parameters
+        (tree,) = tree  # The list of the arguments that hold parameters.
+        leaves, structure = jax.tree.flatten(tree)
+        new = [
+            jnp.asarray(self._arrays[place]) if place in self._arrays else leaf
+            for place, leaf in zip(places, leaves, strict=True)
+        ]
+        factors = {name: jnp.asarray(x) for name, x in self._factors.items()}
+        return jax.tree.unflatten(structure, new), InputScales(factors, inputs, left)
+
+
+@functools.partial(jax.jit, static_argnames=("kinds", "method"))
+def _chosen(
+    weights: tuple[jax.Array, ...],
+    statistics: Statistics,
+    kinds: tuple[_Kind, ...],
+    method: InputScaler,
+) -> jax.Array:
+    """Returns the scales of one input, `[matrices, inputs]`."""
+
+    def quantized(matrices: Sequence[jax.Array]) -> list[jax.Array]:
+        return [
+            kind.layout.matrices(fake_quant(kind.layout.weight(x), kind.recipe))
+            for x, kind in zip(matrices, kinds, strict=True)
+        ]
+
+    own = [kind.layout.matrices(x) for x, kind in zip(weights, kinds, strict=True)]
+    return method.scales(InputProblem(own, statistics, quantized))
+
+
+def _check(calls: Calls, scales: InputScales, params: Any) -> None:
+    """Raises a ValueError unless the scaled function gives the outputs of the original."""
+    before, after = (
+        [x for x in jax.tree.leaves(result) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
+        for result in (
+            calls.fn(*calls.calls[0]),
+            scales.apply(calls.fn)(params, *calls.calls[0][1:]),
+        )
+    )
+    for x, y in zip(before, after, strict=True):
+        one, other = (np.asarray(value, np.float64) for value in (x, y))
+        power = np.sqrt(np.sum(one**2))
+        error = np.sqrt(np.sum((one - other) ** 2)) / (power or 1.0)
+        if error > _CLOSE.get(str(jnp.asarray(x).dtype), _LOOSE):
+            raise ValueError(
+                f"{_OWNER}: the scaled function must equal `fn`, but its outputs differ by "
+                f"{error:.2g} relative to their size. A weight is probably used outside of its "
+                "product too. Exclude it by a rule with the recipe None."
+            )

@@ -1,0 +1,264 @@
+"""Input scales: SmoothQuant and AWQ on whole models."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+from jax import numpy as jnp
+
+import jaxq
+from jaxq import ptq
+from tests import data
+
+# The bits of sums do not matter here, and most time goes into compiling.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+RULES = {"layers": "int4_channel"}
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def model(params, x):
+    """Scans over layers with two products of one input, and one of their result."""
+
+    def layer(x, w):
+        gate = jnp.einsum("td,dhk->thk", x, w["gate"]).reshape(-1, 8)
+        return x + (jax.nn.silu(gate) * (x @ w["up"].T)) @ w["down"], None
+
+    return lax.scan(layer, x, params["layers"])[0] @ params["head"]
+
+
+PARAMS = {
+    "layers": {
+        "gate": normal(1, 2, 8, 2, 4), "up": normal(2, 2, 8, 8), "down": normal(3, 2, 8, 8) / 8,
+    },
+    "head": normal(4, 8, 3),
+}  # fmt: skip
+SIZES = np.exp(np.arange(8) / 2 - 2).astype(np.float32)  # Some inputs are much larger than others.
+# Batches of different magnitude: means over batches of scales and of their inverses would differ.
+BATCHES = [normal(5 + n, 40, 8) * SIZES * 10**n for n in range(3)]
+
+
+def levels(w: np.ndarray) -> np.ndarray:
+    """Returns `[inputs, outputs]` on int4 levels, one scale per output."""
+    scale = np.abs(w).max(0) / 7
+    return np.round(w / scale) * scale
+
+
+def awq(x: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
+    """Computes AWQ's scales, with the error of the outputs as the loss."""
+    mean, best, scales = np.abs(x).mean(0), np.inf, np.ones(x.shape[1])
+    for step in range(21):
+        s = mean ** (step / 20)
+        s = s / np.sqrt(s.max() * s.min())
+        loss = sum(np.sum((x @ (levels(w * s[:, None]) / s[:, None] - w)) ** 2) for w in weights)
+        if loss < best:
+            best, scales = loss, s
+    return scales
+
+
+def smoothquant(x: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
+    largest = np.abs(np.concatenate(weights, axis=1)).max(1)
+    return np.abs(x).max(0) ** 0.5 / largest**0.5
+
+
+@functools.cache
+def scaled_by(method: str):
+    return ptq.scale_inputs(model, RULES, method=method)(PARAMS, BATCHES)
+
+
+@pytest.mark.parametrize("method", data.each(["awq", "smoothquant"], ["awq"]))
+def test_scales_are_those_of_the_formula_and_keep_the_function(method: str):
+    params, scales = scaled_by(method)
+    scaled = jax.jit(scales.apply(model))
+    for batch in BATCHES:
+        y = model(PARAMS, batch)
+        np.testing.assert_allclose(scaled(params, batch), y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
+    # Both products of one input share their factors, one for each layer.
+    assert scales.inputs == (
+        ("layers/gate", "layers/gate"), ("layers/up", "layers/gate"), ("layers/down", "layers/down")
+    )  # fmt: skip
+    x = np.concatenate(BATCHES).astype(np.float64)
+    own = {name: w[0].astype(np.float64) for name, w in PARAMS["layers"].items()}
+    own["gate"] = own["gate"].reshape(8, 8)
+    formula = {"awq": awq, "smoothquant": smoothquant}[method]
+    expected = formula(x, [own["gate"], own["up"].T])
+    np.testing.assert_allclose(1 / scales.factors["layers/gate"][0], expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        params["layers"]["up"][0], PARAMS["layers"]["up"][0] * expected, rtol=1e-4
+    )
+    np.testing.assert_array_equal(params["head"], PARAMS["head"])
+
+
+def test_solvers_work_on_the_scaled_function():
+    params, scales = scaled_by("awq")
+    scaled = scales.apply(model)
+    packed, report = ptq.quantize_weights(scaled, RULES, solver="rtn")(params, BATCHES[:1])
+    assert [row.product for row in report.rows[:3]] == [
+        "layers/gate[0]", "layers/up[0]", "layers/down[0]"
+    ]  # fmt: skip
+    # The stored model is the simulated one.
+    one = jaxq.quantize_fn(scaled, RULES)(packed, BATCHES[0])
+    other = jaxq.quantize_fn(scaled, RULES)(params, BATCHES[0])
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    # Products of one input still share one Hessian.
+    seen = ptq.observe(scaled, RULES, hessian=False)(params, BATCHES[0])[1]
+    assert [*seen.statistics] == ["layers/gate", "layers/down"]
+
+
+@pytest.mark.slow
+def test_smoothquant_moves_outliers_of_activations_into_weights():
+    apply = lambda params, x: x @ params["w"]
+    params, x = {"w": normal(0, 64, 8)}, normal(1, 50, 64)
+    x[:, 3] *= 100
+    new, scales = ptq.scale_inputs(apply, "w8a8", method="smoothquant")(params, [x])
+    error = [
+        np.abs(jaxq.quantize_fn(fn, "w8a8")(own, x) - x @ params["w"]).mean()
+        for fn, own in ((apply, params), (scales.apply(apply), new))
+    ]
+    assert error[1] < 0.3 * error[0]
+
+
+@pytest.mark.slow
+def test_experts_have_scales_of_their_own():
+    apply = lambda w, x: jnp.einsum("edf,etd->etf", w, x)
+    w, x = normal(0, 3, 8, 8), normal(1, 3, 40, 8) * SIZES
+    x[1] = 0  # An expert without data.
+    new, scales = ptq.scale_inputs(apply, "int4_channel")(w, [x])
+    np.testing.assert_allclose(scales.apply(apply)(new, x), apply(w, x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(new[1], w[1])
+    for i in (0, 2):
+        expected = awq(x[i].astype(np.float64), [w[i].astype(np.float64)])
+        np.testing.assert_allclose(1 / scales.factors[""][i], expected, rtol=1e-4)
+
+
+def left(params, x):
+    def body(state):
+        return state[0] + 1, jnp.tanh(state[1] @ params["loop"])
+
+    _, x = lax.while_loop(lambda state: state[0] < 2, body, (0, x @ params["tied"]))
+    return (x @ params["tied"]) @ params["own"]
+
+
+def test_products_without_scales_are_listed_with_the_reason():
+    params = {name: normal(i, 8, 8) for i, name in enumerate(("loop", "tied", "own"))}
+    x = normal(9, 20, 8)
+    new, scales = ptq.scale_inputs(left, "int4_channel")(params, [x])
+    assert [name for name, _ in scales.inputs] == ["own"]
+    reasons = dict(scales.left)
+    assert "also used by tied#2" in reasons["tied"]
+    assert "while loop" in reasons["loop"]
+    assert "while loop" in str(scales)
+    np.testing.assert_array_equal(new["tied"], params["tied"])
+    with pytest.raises(ValueError, match="none: 'loop': it is in a while loop"):
+        ptq.scale_inputs(left, {"loop": "int4_channel"})(params, [x])
+    with pytest.raises(ValueError, match="must have the scaled products, but lacks 'own'"):
+        scales.apply(lambda params, x: x @ params["loop"])(params, x)
+
+
+def normed(params, x):
+    """Scans over layers with a norm before two products, and a third after a fourth."""
+
+    def layer(x, w):
+        h = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)) * w["norm"][None]
+        return x + (jax.nn.silu(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
+
+    return lax.scan(lambda x, w: (layer(x, w), None), x, params)[0]
+
+
+def test_factors_fold_into_the_norm_and_the_weight_before():
+    params = {name: normal(i, 2, 8, 8) for i, name in enumerate(("gate", "up", "down"))}
+    params["norm"] = 1 + normal(3, 2, 8) / 8
+    x = normal(4, 30, 8) * SIZES
+    new, scales = ptq.scale_inputs(normed, {"gate|up|down": "int4_channel"})(params, [x])
+    folded, rest = scales.fold(new, {"up": "norm", "down": ("up", -2)})
+    assert rest.factors == {}
+    assert dict(rest.left) == {
+        "gate": "folded into norm", "up": "folded into norm", "down": "folded into up"
+    }  # fmt: skip
+    y, run = normed(params, x), jax.jit(normed)
+    np.testing.assert_allclose(run(folded, x), y, rtol=1e-4, atol=1e-4)
+    for into, message in (
+        ({"up": "nrom"}, "a leaf of `params`, got 'nrom'. The nearest are norm"),
+        ({"upp": "norm"}, "a product with factors, got 'upp'. The nearest are up"),
+        ({"up": ("down", 0)}, r"factors of shape \(2, 8\) .* axis 0, got the shape \(2, 8, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scales.fold(new, into)
+    packed = {**new, "up": jaxq.quantize(new["up"], "int4_tensor")}
+    with pytest.raises(ValueError, match="it is already quantized"):
+        scales.fold(packed, {"down": "up"})
+
+
+@pytest.mark.slow
+def test_scaled_functions_are_differentiated_and_stay_in_bfloat16():
+    params, scales = scaled_by("awq")
+    x = BATCHES[0]
+    loss = lambda fn: lambda x, p: jnp.sum(jnp.tanh(fn(p, x)))
+    own = jax.grad(loss(scales.apply(model)))(x, params)
+    np.testing.assert_allclose(own, jax.grad(loss(model))(x, PARAMS), rtol=1e-3, atol=1e-4)
+    w = {"w": normal(0, 8, 8)}
+    half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), w)
+    apply = lambda w, x: x @ w["w"]
+    new, found = ptq.scale_inputs(apply, "int4_channel")(half, [jnp.asarray(x, jnp.bfloat16)])
+    assert new["w"].dtype == jnp.bfloat16
+    assert found.apply(apply)(new, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@jax.tree_util.register_pytree_node_class
+class Module:
+    def tree_flatten(self):
+        return (normal(0, 8, 8),), None
+
+    @classmethod
+    def tree_unflatten(cls, _, __):
+        return cls()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ptq.scale_inputs(model, RULES, method="akw"), ValueError, "Did you mean awq"),
+        (lambda: ptq.scale_inputs(model, RULES, method=ptq.AWQ), TypeError, "a record with a"),
+        (lambda: ptq.scale_inputs(Module(), RULES), TypeError, "got a pytree, Module. Pass lambda"),
+        (lambda: ptq.AWQ(steps=0), ValueError, "`steps` must be at least 1, got 0"),
+        (lambda: ptq.SmoothQuant(1.5), ValueError, "`alpha` must be between 0 and 1, got 1.5"),
+        (
+            lambda: ptq.scale_inputs(lambda w, x: x @ w + w.sum(), "int4_channel")(
+                normal(0, 8, 8), [BATCHES[0]]
+            ),
+            ValueError,
+            "must equal `fn`, but its outputs differ by .* outside of its product",
+        ),
+        (
+            lambda: ptq.scale_inputs(lambda w, x: x @ w, "int4_channel")(
+                normal(0, 8, 8), [np.full((4, 8), np.nan)]
+            ),
+            ValueError,
+            "has a NaN or an infinity in its input",
+        ),
+    ],
+)
+def test_bad_calls_are_errors(call, error, message: str):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", [*ptq.INPUT_SCALERS])
+def test_contract_of_input_scalers(name: str):
+    """Checks that every method is hashable and returns positive finite scales, also for zeros."""
+    scaler = ptq.INPUT_SCALERS[name]
+    assert hash(scaler) == hash(ptq.get_input_scaler(name))
+    x = normal(0, 2, 30, 8)
+    x[1] = 0
+    x[0, :, 2] = 0
+    seen = ptq.collect(x, hessian=scaler.needs_hessian)
+    problem = ptq.InputProblem((normal(1, 2, 8, 4),), seen, lambda weights: list(weights))
+    found = np.asarray(scaler.scales(problem))
+    assert found.shape == (2, 8)
+    assert np.isfinite(found).all()
+    assert (found > 0).all()

@@ -23,6 +23,7 @@ ROOMS = [
     "products",
     "models",
     "ptq",
+    "serving",
     "interop",
     "optim",
     "analysis",

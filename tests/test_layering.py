@@ -24,6 +24,7 @@ ROOMS = [
     "models",
     "ptq",
     "serving",
+    "lora",
     "interop",
     "optim",
     "analysis",

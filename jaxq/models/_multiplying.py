@@ -12,6 +12,7 @@ from jax import numpy as jnp
 
 from jaxq._jax import compat
 from jaxq._jax.draws import fold_in, one_of
+from jaxq.models._adapting import adapter_product
 from jaxq.models._assigning import TENSORS, Assigned, naming
 from jaxq.models._looking_up import look_up
 from jaxq.models._operations import LOOK_UP, operation_of
@@ -119,6 +120,31 @@ def multiply(
       operands: arrays, with `StoredView`s for stored weights.
       observing: True to collect calibration states.
     """
+    adapter = extra.records.get(assigned.name, Records()).adapter
+    if adapter is None:
+        return _multiplied(eqn, assigned, extra, keys, operands, observing)
+
+    def base(operands: list[Any]) -> tuple[jax.Array, States]:
+        return _multiplied(eqn, assigned, extra, keys, operands, observing)
+
+    # Stored weights stay packed until the backward pass, which dequantizes them again.
+    y, seen = jax.checkpoint(base)(operands)
+    operation = operation_of(eqn, assigned.where, assigned.swapped)
+    x, weight = assigned.order([unpacked(operand) for operand in operands[:2]])
+    with compat.within(eqn):
+        more = adapter_product(operation.contraction, adapter, x, jax.typeof(weight))
+    return y + more.astype(y.dtype), seen
+
+
+def _multiplied(
+    eqn: Any,
+    assigned: Assigned,
+    extra: Extra,
+    keys: Keys,
+    operands: list[Any],
+    observing: bool,
+) -> tuple[jax.Array, States]:
+    """Returns one product without its adapter, and its calibration states."""
     arrays = [unpacked(operand) for operand in operands]
     seen: States = {}
     records = extra.records.get(assigned.name, Records())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 from jax import numpy as jnp
@@ -47,6 +47,11 @@ class Method(Protocol):
         ...
 
 
+def _approximation(w: jax.Array, rank: int, **weights: Any) -> Factors:
+    """Returns `low_rank` of matrices that may be too small for the rank of other adapters."""
+    return low_rank(w, min(rank, *w.shape[-2:]), **weights)
+
+
 @dataclasses.dataclass(frozen=True)
 class QLoRA:
     """Adapters that change nothing at first: b = 0, and a is uniform, as in QLoRA.
@@ -54,7 +59,7 @@ class QLoRA:
     The entries of a are uniform between plus and minus `1 / sqrt(inputs)`.
 
     Attributes:
-      rank: the rank of all adapters.
+      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
       alpha: the numerator of the factor `alpha / rank`; None (the default) means the rank.
       seed: the seed of the random numbers.
 
@@ -85,8 +90,9 @@ class QLoRA:
         seed = sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
         key = jax.random.fold_in(jax.random.key(self.seed), seed)
         bound = 1 / math.sqrt(inputs)
-        a = jax.random.uniform(key, (*leading, inputs, self.rank), jnp.float32, -bound, bound)
-        return Factors(a, jnp.zeros((*leading, self.rank, outputs), jnp.float32))
+        rank = min(self.rank, inputs, outputs)
+        a = jax.random.uniform(key, (*leading, inputs, rank), jnp.float32, -bound, bound)
+        return Factors(a, jnp.zeros((*leading, rank, outputs), jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +102,7 @@ class LoftQ:
     From `a b = 0`, each iteration quantizes `w - a b` to q and approximates `w - q` by `a b`.
 
     Attributes:
-      rank: the rank of all adapters.
+      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
       iterations: the number of iterations; 5 by default, as in the paper. With 1, as in PEFT,
         the quantized weight is that of w itself.
 
@@ -116,7 +122,7 @@ class LoftQ:
     def fit(self, w: jax.Array, q: jax.Array, before: Factors | None, name: str) -> Factors:
         """Returns the approximation of the error of quantization."""
         del before, name
-        return low_rank(w - q, self.rank)
+        return _approximation(w - q, self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +130,7 @@ class PiSSA:
     """Adapters that hold the largest singular values of the weight; the rest is quantized.
 
     Attributes:
-      rank: the rank of all adapters.
+      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
 
     References:
       Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
@@ -138,7 +144,7 @@ class PiSSA:
 
     def first(self, w: jax.Array) -> Factors | None:
         """Returns the approximation of the weight."""
-        return low_rank(w, self.rank)
+        return _approximation(w, self.rank)
 
     def fit(self, w: jax.Array, q: jax.Array, before: Factors | None, name: str) -> Factors:
         """Returns the approximation of the weight, unchanged."""
@@ -153,7 +159,7 @@ class EoRA:
 
     Attributes:
       inputs: the statistics of the products' inputs, from `jaxq.ptq.observe` with the same rules.
-      rank: the rank of all adapters.
+      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
       damping: as in `low_rank`.
 
     References:
@@ -181,7 +187,7 @@ class EoRA:
                 f"lora.EoRA: `inputs` must have the Hessian of product {name!r}, got those of "
                 f"{', '.join([*self.inputs][:3])}. Observe the same function with the same rules."
             )
-        return low_rank(w - q, self.rank, hessian=hessian, damping=self.damping)
+        return _approximation(w - q, self.rank, hessian=hessian, damping=self.damping)
 
 
 METHODS: Registry[Method] = Registry(

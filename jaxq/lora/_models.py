@@ -130,8 +130,8 @@ def adapt(
             return optax.apply_updates(state, updates), opt_state
 
     The weights stay packed between the forward and the backward pass, which dequantizes them
-    again. A weight that the model transposes before its product is dequantized there, and its
-    floats are kept: wrap a layer in `jax.checkpoint` to avoid that.
+    again. This holds for weights that the model multiplies as they are, transposed, or layer by
+    layer in a scan. Other views, such as slices, are dequantized first and kept as floats.
 
     Args:
       fn: as in `jaxq.quantize_fn`, for any JAX framework.

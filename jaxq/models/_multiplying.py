@@ -33,7 +33,9 @@ from jaxq.quantizers import Quantized, dequantize, fake_quant
 __all__ = ["Keys", "StoredView", "keys_for", "multiply", "unpacked"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["dtype"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["dtype", "permutation"]
+)
 @dataclasses.dataclass(frozen=True)
 class StoredView:
     """A view of stored weights between the arguments and a product: a pytree.
@@ -44,10 +46,13 @@ class StoredView:
     Attributes:
       data: the stored values, packed or as an array, in the dtype in which products need them.
       dtype: the dtype of the value at this point of the program.
+      permutation: the transposition of packed values, which are dequantized only where a product
+        or another operation needs them; None if they are not transposed.
     """
 
     data: Quantized | jax.Array
     dtype: Any
+    permutation: tuple[int, ...] | None = None
 
     @property
     def array(self) -> jax.Array:
@@ -58,7 +63,16 @@ class StoredView:
         function = dequantize
         for _ in range(data.ndim - len(data.block)):
             function = jax.vmap(function)
-        return function(data)
+        array = function(data)
+        return array if self.permutation is None else array.transpose(self.permutation)
+
+    def transpose(self, permutation: tuple[int, ...]) -> "StoredView":
+        """Returns the view with its axes in another order, still packed if it is."""
+        if not isinstance(self.data, Quantized):
+            return dataclasses.replace(self, data=self.data.transpose(permutation))
+        if self.permutation is not None:
+            permutation = tuple(self.permutation[axis] for axis in permutation)
+        return dataclasses.replace(self, permutation=tuple(permutation))
 
 
 def unpacked(x: Any) -> Any:
@@ -125,6 +139,8 @@ def multiply(
         return _multiplied(eqn, assigned, extra, keys, operands, observing)
 
     def base(operands: list[Any]) -> tuple[jax.Array, States]:
+        # XLA must not dequantize a weight before the other operand is known.
+        operands = list(lax.optimization_barrier(tuple(operands)))
         return _multiplied(eqn, assigned, extra, keys, operands, observing)
 
     # Stored weights stay packed until the backward pass, which dequantizes them again.

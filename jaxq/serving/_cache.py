@@ -16,9 +16,9 @@ from jax import numpy as jnp
 
 from jaxq._jax.serialization import pytree
 from jaxq.products import Hadamard
-from jaxq.quantizers import Quantized, dequantize, quantize
 from jaxq.recipes import Recipe
 from jaxq.serving._cache_recipe import CacheRecipe, cache_records, get_cache_recipe, needs_scale
+from jaxq.serving._groups import TokenGroups
 
 __all__ = ["CacheScales", "CachedTokens", "KVCache", "rotated"]
 
@@ -52,11 +52,10 @@ class CachedTokens(NamedTuple):
 
 
 class _Half(NamedTuple):
-    """The keys or the values of a cache, with their recipe and the size of a group."""
+    """The keys or the values of a cache, with the size of a group."""
 
-    stored: Quantized
+    stored: TokenGroups
     recent: jax.Array
-    recipe: Recipe
     size: int
 
 
@@ -94,8 +93,8 @@ class KVCache:
       (3, 3204)
     """
 
-    keys: Quantized
-    values: Quantized
+    keys: TokenGroups
+    values: TokenGroups
     recent_keys: jax.Array
     recent_values: jax.Array
     length: jax.Array
@@ -148,14 +147,10 @@ class KVCache:
             names, recipe.recipes, recipe.group_sizes, given, strict=True
         ):
             _check_scale(name, own, scale)
-            zeros = jnp.zeros((heads, size, head_dim), dtype)
-            # Zeros are given a scale too, because codes of zeros do not depend on it.
-            one = quantize(zeros, own, scale=scale)
-            stacked = _repeated(one, (*batch, capacity // size))
-            if scale is not None:
-                stacked = dataclasses.replace(stacked, scale=_repeated(one.scale, (*batch, 1)))
+            group = jnp.zeros((heads, size, head_dim), dtype)
+            stored = TokenGroups.empty(tuple(batch), capacity // size, group, own, scale)
             window = max(recipe.residual_length + size - 1, 1)
-            halves.append((stacked, jnp.zeros((*batch, window, heads, head_dim), dtype)))
+            halves.append((stored, jnp.zeros((*batch, window, heads, head_dim), dtype)))
         (keys, recent_keys), (values, recent_values) = halves
         length = jnp.zeros(tuple(batch), jnp.int32)
         return KVCache(keys, values, recent_keys, recent_values, length, recipe, capacity)
@@ -274,10 +269,10 @@ class KVCache:
 
     def halves(self) -> tuple[_Half, _Half]:
         """Returns the keys and the values with their recipes."""
-        sizes, recipes = self.recipe.group_sizes, self.recipe.recipes
+        first, second = self.recipe.group_sizes
         return (
-            _Half(self.keys, self.recent_keys, recipes[0], sizes[0]),
-            _Half(self.values, self.recent_values, recipes[1], sizes[1]),
+            _Half(self.keys, self.recent_keys, first),
+            _Half(self.values, self.recent_values, second),
         )
 
     def _batched(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -299,10 +294,6 @@ def _check_scale(name: str, recipe: Recipe, scale: jax.typing.ArrayLike | None) 
             f"KVCache.empty: `scales` must have None for the {name}, because their recipe computes "
             "scales from each group of tokens. Leave them out, or use PerTensor()."
         )
-
-
-def _repeated(tree: Any, shape: tuple[int, ...]) -> Any:
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape)), tree)
 
 
 def rotated(x: jax.Array) -> jax.Array:
@@ -335,13 +326,13 @@ def _append(cache: KVCache, keys: jax.Array, values: jax.Array, count: jax.Array
 
 def _with_groups(
     half: _Half, new: jax.Array, before: jax.Array, count: jax.Array, residual_length: int
-) -> Quantized:
+) -> TokenGroups:
     """Returns the quantized groups with those that new tokens complete.
 
     As many groups are quantized as `new` can complete; the others are not written. A branch for a
     group that is not complete would not help, because `jax.vmap` runs both sides.
     """
-    stored, recent, recipe, size = half
+    stored, recent, size = half
     tokens, slots = new.shape[0], stored.codes.shape[0]
     first = lax.max(before - residual_length, 0) // size
     end = lax.max(before + count - residual_length, 0) // size
@@ -350,30 +341,8 @@ def _with_groups(
     old = recent[positions % recent.shape[0]]
     fresh = new[lax.clamp(0, positions - before, tokens - 1)]
     x = jnp.where((positions < before)[..., None, None], old, fresh).swapaxes(1, 2)
-    static = needs_scale(recipe)
-
-    def one(x: jax.Array) -> Quantized:
-        # The static scale is a code of the scale format, which `scales` decodes.
-        given = None if not static else _scale_of(stored)
-        return quantize(x, recipe, scale=given)
-
-    quantized = jax.vmap(one)(x)
     places = jnp.where(groups < end, groups % slots, slots)
-
-    def written(buffer: jax.Array, rows: jax.Array) -> jax.Array:
-        return buffer.at[places].set(rows, mode="drop")
-
-    result = jax.tree.map(written, _unscaled(stored, static), _unscaled(quantized, static))
-    return dataclasses.replace(result, scale=stored.scale) if static else result
-
-
-def _unscaled(q: Quantized, static: bool) -> Quantized:
-    return dataclasses.replace(q, scale=None) if static else q
-
-
-def _scale_of(stored: Quantized) -> jax.Array:
-    """Returns the float32 values of the static scales of a group."""
-    return dataclasses.replace(stored, codes=stored.codes[:1]).scales[0]
+    return stored.written(x, places)
 
 
 def _with_recent(
@@ -393,27 +362,13 @@ def tokens_of(cache: KVCache, start: Any, chunk: int) -> CachedTokens:
     positions = last - (last - slots) % cache.capacity
     positions = jnp.where(positions < 0, -1, positions)
     halves = []
-    for stored, recent, recipe, size in cache.halves():
-        part = _sliced(stored, start // size, chunk // size, needs_scale(recipe))
-        values = jax.vmap(dequantize)(part).swapaxes(1, 2).reshape(chunk, *recent.shape[1:])
+    for stored, recent, size in cache.halves():
+        values = stored.dequantize(start // size, chunk // size)
         end = lax.max(cache.length - cache.recipe.residual_length, 0) // size * size
         own = recent[positions % recent.shape[0]]
         is_stored = (positions < end)[:, None, None]
         halves.append(jnp.where(is_stored, values.astype(recent.dtype), own))
     return CachedTokens(halves[0], halves[1], positions)
-
-
-def _sliced(stored: Quantized, start: Any, count: int, static: bool) -> Quantized:
-    """Returns some groups of a sequence, each with its scales."""
-
-    def rows(x: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x, start, count)
-
-    result = jax.tree.map(rows, _unscaled(stored, static))
-    if not static:
-        return result
-    scale = jnp.broadcast_to(stored.scale, (count, *stored.scale.shape[1:]))
-    return dataclasses.replace(result, scale=scale)
 
 
 class _Running(NamedTuple):

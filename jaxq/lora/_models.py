@@ -131,7 +131,9 @@ def adapt(
 
     The weights stay packed between the forward and the backward pass, which dequantizes them
     again. This holds for weights that the model multiplies as they are, transposed, or layer by
-    layer in a scan. Other views, such as slices, are dequantized first and kept as floats.
+    layer in a scan. Other views, such as slices, are dequantized first and kept as floats. Put
+    layers into a scan if memory matters: XLA on CPU before JAX 0.12 dequantizes the weights of
+    unrolled layers all at once.
 
     Args:
       fn: as in `jaxq.quantize_fn`, for any JAX framework.

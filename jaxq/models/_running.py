@@ -115,8 +115,8 @@ def _viewed(eqn: Any, operands: list[Any]) -> list[Any]:
         return compat.bind(eqn, [unpacked(first)])
     if name == "transpose":
         return [first.transpose(tuple(eqn.params["permutation"]))]
-    packed = isinstance(first.data, Quantized) and first.permutation is None
-    if name in compat.LAYOUTS and packed:
+    in_order = first.permutation is None
+    if name in compat.LAYOUTS and in_order and isinstance(first.data, Quantized):
         return [StoredView(_laid_out(eqn, first.data, first.array), first.dtype)]
     results = compat.bind(eqn, [first.array, *map(unpacked, operands[1:])])
     return [StoredView(result, first.dtype) for result in results]

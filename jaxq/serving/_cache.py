@@ -19,8 +19,9 @@ from jaxq.products import Hadamard
 from jaxq.recipes import Recipe
 from jaxq.serving._cache_recipe import CacheRecipe, cache_records, get_cache_recipe, needs_scale
 from jaxq.serving._groups import TokenGroups
+from jaxq.serving._halves import Half, with_groups, with_recent
 
-__all__ = ["CacheScales", "CachedTokens", "KVCache", "rotated"]
+__all__ = ["CacheScales", "CachedTokens", "KVCache"]
 
 
 class CacheScales(NamedTuple):
@@ -49,14 +50,6 @@ class CachedTokens(NamedTuple):
     keys: jax.Array
     values: jax.Array
     positions: jax.Array
-
-
-class _Half(NamedTuple):
-    """The keys or the values of a cache, with the size of a group."""
-
-    stored: TokenGroups
-    recent: jax.Array
-    size: int
 
 
 @pytree(static=("recipe", "capacity"), kinds=cache_records)
@@ -194,7 +187,7 @@ class KVCache:
                 f"{self.capacity} tokens, got {keys.shape} and {values.shape}."
             )
         if self.recipe.rotate:
-            keys, values = rotated(keys), rotated(values)
+            keys, values = _rotated(keys), _rotated(values)
         tokens = keys.shape[-3]
         added = jnp.asarray(tokens if count is None else count, jnp.int32)
         added = jnp.broadcast_to(lax.clamp(0, added, tokens), self.length.shape)
@@ -251,7 +244,7 @@ class KVCache:
             return _attend(cache, query, factor, chunk)
 
         result = self._batched(attended)(self, query)
-        return (rotated(result) if self.recipe.rotate else result).astype(query.dtype)
+        return (_rotated(result) if self.recipe.rotate else result).astype(query.dtype)
 
     def dequantize(self) -> CachedTokens:
         """Returns all stored tokens as attention sees them, by the slots of the ring buffer.
@@ -265,14 +258,14 @@ class KVCache:
         found = self._batched(tokens)(self)
         if not self.recipe.rotate:
             return found
-        return CachedTokens(rotated(found.keys), rotated(found.values), found.positions)
+        return CachedTokens(_rotated(found.keys), _rotated(found.values), found.positions)
 
-    def halves(self) -> tuple[_Half, _Half]:
+    def halves(self) -> tuple[Half, Half]:
         """Returns the keys and the values with their recipes."""
         first, second = self.recipe.group_sizes
         return (
-            _Half(self.keys, self.recent_keys, first),
-            _Half(self.values, self.recent_values, second),
+            Half(self.keys, self.recent_keys, first),
+            Half(self.values, self.recent_values, second),
         )
 
     def _batched(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -296,7 +289,7 @@ def _check_scale(name: str, recipe: Recipe, scale: jax.typing.ArrayLike | None) 
         )
 
 
-def rotated(x: jax.Array) -> jax.Array:
+def _rotated(x: jax.Array) -> jax.Array:
     """Returns the last axis times the Hadamard matrix divided by its root; its own inverse."""
     n = x.shape[-1]
     if n == 1:
@@ -311,8 +304,8 @@ def _append(cache: KVCache, keys: jax.Array, values: jax.Array, count: jax.Array
     parts = []
     for half, new in zip(cache.halves(), (keys, values), strict=True):
         new = new.astype(half.recent.dtype)
-        stored = _with_groups(half, new, before, count, cache.recipe.residual_length)
-        parts.append((stored, _with_recent(half.recent, new, before, count)))
+        stored = with_groups(half, new, before, count, cache.recipe.residual_length)
+        parts.append((stored, with_recent(half.recent, new, before, count)))
     (keys_, recent_keys), (values_, recent_values) = parts
     return dataclasses.replace(
         cache,
@@ -322,37 +315,6 @@ def _append(cache: KVCache, keys: jax.Array, values: jax.Array, count: jax.Array
         recent_values=recent_values,
         length=before + count,
     )
-
-
-def _with_groups(
-    half: _Half, new: jax.Array, before: jax.Array, count: jax.Array, residual_length: int
-) -> TokenGroups:
-    """Returns the quantized groups with those that new tokens complete.
-
-    As many groups are quantized as `new` can complete; the others are not written. A branch for a
-    group that is not complete would not help, because `jax.vmap` runs both sides.
-    """
-    stored, recent, size = half
-    tokens, slots = new.shape[0], stored.codes.shape[0]
-    first = lax.max(before - residual_length, 0) // size
-    end = lax.max(before + count - residual_length, 0) // size
-    groups = first + jnp.arange(-(-tokens // size), dtype=jnp.int32)
-    positions = groups[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
-    old = recent[positions % recent.shape[0]]
-    fresh = new[lax.clamp(0, positions - before, tokens - 1)]
-    x = jnp.where((positions < before)[..., None, None], old, fresh).swapaxes(1, 2)
-    places = jnp.where(groups < end, groups % slots, slots)
-    return stored.written(x, places)
-
-
-def _with_recent(
-    recent: jax.Array, new: jax.Array, before: jax.Array, count: jax.Array
-) -> jax.Array:
-    """Returns the window of unquantized tokens with the newest of some tokens."""
-    window, turns = recent.shape[0], jnp.arange(new.shape[0], dtype=jnp.int32)
-    kept = (turns < count) & (turns >= count - window)
-    places = jnp.where(kept, (before + turns) % window, window)
-    return recent.at[places].set(new, mode="drop")
 
 
 def tokens_of(cache: KVCache, start: Any, chunk: int) -> CachedTokens:
@@ -391,7 +353,7 @@ def _attend(cache: KVCache, query: jax.Array, factor: float, chunk: int) -> jax.
     heads = cache.recent_keys.shape[-2]
     query = query.astype(jnp.float32) * jnp.float32(factor)
     if cache.recipe.rotate:
-        query = rotated(query)
+        query = _rotated(query)
     query = query.reshape(tokens, heads, query_heads // heads, head_dim)
     own = cache.length - tokens + jnp.arange(tokens, dtype=jnp.int32)
 

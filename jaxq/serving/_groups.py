@@ -110,13 +110,12 @@ class TokenGroups:
             return lax.dynamic_slice_in_dim(x, start, count)
 
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in _ARRAYS:
-            fields[name] = jax.tree.map(rows, fields[name]) if name != "scale" else self.scale
         if self.static:
-            fields["scale"] = jnp.broadcast_to(self.scale, (count, *self.scale.shape[1:]))
+            scale = jnp.broadcast_to(self.scale, (count, *self.scale.shape[1:]))
         else:
-            fields["scale"] = rows(self.scale)
-        return Quantized(**fields)
+            scale = rows(self.scale)
+        own = {name: jax.tree.map(rows, fields[name]) for name in _ARRAYS if name != "scale"}
+        return Quantized(**{**fields, **own, "scale": scale})
 
 
 _ARRAYS = ("codes", "scale", "second", "zero_point", "outliers")

@@ -82,7 +82,7 @@ from jaxq.recipes import (
 )
 
 if TYPE_CHECKING:
-    from jaxq import analysis, optim, ptq
+    from jaxq import analysis, lora, optim, ptq, serving
 
 __version__ = "0.1.0"
 
@@ -141,6 +141,7 @@ __all__ = [
     "int_grid",
     "interop",
     "load",
+    "lora",
     "models",
     "neighbors",
     "numerics",
@@ -161,6 +162,7 @@ __all__ = [
     "ragged_dot_general",
     "recipes",
     "save",
+    "serving",
     "tree_report",
     "unpack",
 ]

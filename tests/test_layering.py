@@ -24,6 +24,8 @@ ROOMS = [
     "products",
     "models",
     "ptq",
+    "serving",
+    "lora",
     "interop",
     "optim",
     "analysis",

@@ -32,7 +32,7 @@ _C = TypeVar("_C", bound=type)
 
 _FLAX = "flax.serialization"
 
-LAZY = ("analysis", "optim", "ptq")  # Packages of jaxq that take long to import.
+LAZY = ("analysis", "lora", "optim", "ptq", "serving")  # Packages of jaxq that take long to import.
 
 
 def to_json(owner: str, value: Any, kinds: Mapping[str, type]) -> str:

@@ -4,6 +4,7 @@ To add a condition to rules, add a field to `Rule` (`_rule.py`) and its test to 
 quantize another primitive of JAX, add it to the tables in `_operations.py`.
 """
 
+from jaxq.models._adapting import Adapted, LoRA
 from jaxq.models._assigning import Assigned, axes_of, unassigned
 from jaxq.models._delaying import delayed_scaling
 from jaxq.models._functions import quantize_fn, quantize_weights
@@ -17,7 +18,7 @@ from jaxq.models._programs import Extra, Program, program
 from jaxq.models._reading import Node, Product
 from jaxq.models._reports import ProductRow, explain
 from jaxq.models._rule import Rule, check_pattern
-from jaxq.models._rules import Rules, leaf_rules, pairs, rules_from_json, rules_to_json
+from jaxq.models._rules import Rules, as_rules, leaf_rules, pairs, rules_from_json, rules_to_json
 from jaxq.models._running import run
 from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
 from jaxq.models._storing import Storage, weight_of
@@ -32,8 +33,10 @@ from jaxq.models._trees import (
 from jaxq.models._views import CONVERSIONS, VIEWS
 
 __all__ = [
+    "Adapted",
     "Delayed",
     "Frozen",
+    "LoRA",
     "Monitored",
     "Observed",
     "ProductRow",

@@ -12,6 +12,7 @@ from jax import numpy as jnp
 
 from jaxq._jax import compat
 from jaxq._jax.draws import fold_in, one_of
+from jaxq.models._adapting import adapter_product
 from jaxq.models._assigning import TENSORS, Assigned, naming
 from jaxq.models._looking_up import look_up
 from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
@@ -35,7 +36,9 @@ from jaxq.recipes import Recipe
 __all__ = ["Keys", "StoredView", "keys_for", "multiply", "unpacked"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["dtype"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["dtype", "permutation"]
+)
 @dataclasses.dataclass(frozen=True)
 class StoredView:
     """A view of stored weights between the arguments and a product: a pytree.
@@ -46,10 +49,13 @@ class StoredView:
     Attributes:
       data: the stored values, packed or as an array, in the dtype in which products need them.
       dtype: the dtype of the value at this point of the program.
+      permutation: the transposition of packed values, which are dequantized only where a product
+        or another operation needs them; None if they are not transposed.
     """
 
     data: Quantized | jax.Array
     dtype: Any
+    permutation: tuple[int, ...] | None = None
 
     @property
     def array(self) -> jax.Array:
@@ -60,7 +66,16 @@ class StoredView:
         function = dequantize
         for _ in range(data.ndim - len(data.block)):
             function = jax.vmap(function)
-        return function(data)
+        array = function(data)
+        return array if self.permutation is None else array.transpose(self.permutation)
+
+    def transpose(self, permutation: tuple[int, ...]) -> "StoredView":
+        """Returns the view with its axes in another order, still packed if it is."""
+        if not isinstance(self.data, Quantized):
+            return dataclasses.replace(self, data=self.data.transpose(permutation))
+        if self.permutation is not None:
+            permutation = tuple(self.permutation[axis] for axis in permutation)
+        return dataclasses.replace(self, permutation=tuple(permutation))
 
 
 def unpacked(x: Any) -> Any:
@@ -122,6 +137,33 @@ def multiply(
       operands: arrays, with `StoredView`s for stored weights.
       observing: True to collect calibration states.
     """
+    adapter = extra.records.get(assigned.name, Records()).adapter
+    if adapter is None:
+        return _multiplied(eqn, assigned, extra, keys, operands, observing)
+
+    def base(operands: list[Any]) -> tuple[jax.Array, States]:
+        # XLA must not dequantize a weight before the other operand is known.
+        operands = list(lax.optimization_barrier(tuple(operands)))
+        return _multiplied(eqn, assigned, extra, keys, operands, observing)
+
+    # Stored weights stay packed until the backward pass, which dequantizes them again.
+    y, seen = jax.checkpoint(base)(operands)
+    operation = operation_of(eqn, assigned.where, assigned.swapped)
+    x, weight = assigned.order([unpacked(operand) for operand in operands[:2]])
+    with compat.within(eqn):
+        more = adapter_product(operation.contraction, adapter, x, jax.typeof(weight))
+    return y + more.astype(y.dtype), seen
+
+
+def _multiplied(
+    eqn: Any,
+    assigned: Assigned,
+    extra: Extra,
+    keys: Keys,
+    operands: list[Any],
+    observing: bool,
+) -> tuple[jax.Array, States]:
+    """Returns one product without its adapter, and its calibration states."""
     arrays = [unpacked(operand) for operand in operands]
     if assigned.factor is not None:
         arrays = _scaled(eqn, assigned, extra, arrays)

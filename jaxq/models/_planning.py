@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxq.models._adapting import Adapted
 from jaxq.models._assigning import Assigned, assign, naming, unassigned
 from jaxq.models._monitored import Monitored
 from jaxq.models._multiplying import StoredView
@@ -32,7 +33,7 @@ class Planned:
       chosen: the assignment of each product, without the recipe of a stored weight.
       stored: the storage of the weights that rules quantize, and reasons for those not stored.
       scales: the scales from calibration, by the products' names.
-      records: histories, rows for statistics and switches, by the products' names.
+      records: histories, rows for statistics, switches and adapters, by the products' names.
     """
 
     traced: Traced
@@ -72,6 +73,7 @@ def plan(
     scales = rules.scales if isinstance(rules, Frozen) else {}
     histories = rules.histories if isinstance(rules, Delayed) else {}
     switches = rules.switches if isinstance(rules, Switched) else {}
+    adapters = rules.adapters if isinstance(rules, Adapted) else {}
     traced = trace(owner, fn, argnums, args, kwargs)
     refuse_states(owner, traced.parameters[0])
     node, products = read(traced.jaxpr, traced.origins)
@@ -84,9 +86,10 @@ def plan(
         for product, assigned in zip(products, chosen, strict=True)
     ]
     records = {}
-    for name in {**histories, **rows, **switches}:
+    for name in {**histories, **rows, **switches, **adapters}:
         lhs, rhs, cotangent = histories.get(name, (None,) * 3)
-        records[name] = Records(lhs, rhs, cotangent, rows.get(name), switches.get(name))
+        others = (rows.get(name), switches.get(name), adapters.get(name))
+        records[name] = Records(lhs, rhs, cotangent, *others)
     stored, packed = storages(products, chosen), _packed(traced)
     if packed:
         chosen = [
@@ -107,6 +110,9 @@ def _check_state(owner: str, rules: Rules, chosen: Sequence[Assigned | None]) ->
         wanted, known = [a for a in chosen if a is not None and any(a.calibrated)], rules.scales
     elif isinstance(rules, Delayed):
         wanted, known = [a for a in chosen if a is not None and any(a.delayed)], rules.histories
+    elif isinstance(rules, Adapted):
+        _check_adapters(owner, rules, chosen)
+        return
     else:
         return
     for assigned in wanted:
@@ -114,6 +120,18 @@ def _check_state(owner: str, rules: Rules, chosen: Sequence[Assigned | None]) ->
             raise ValueError(
                 f"{owner}: the state passed as `rules` must have scales for {assigned.where}, got "
                 f"{', '.join([*known][:3])}. Make the state from a function with the same products."
+            )
+
+
+def _check_adapters(owner: str, rules: Adapted, chosen: Sequence[Assigned | None]) -> None:
+    """Checks that a function has all products that have an adapter."""
+    known = {assigned.name for assigned in chosen if assigned is not None}
+    for name in rules.adapters:
+        if name not in known:
+            raise ValueError(
+                f"{owner}: the state passed as `rules` has an adapter for product {name!r}, which "
+                f"the function lacks. Its products are {', '.join(sorted(known)[:3])}. Make the "
+                "state by jaxq.lora.adapt from this function."
             )
 
 

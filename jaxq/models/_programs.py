@@ -15,6 +15,7 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq._jax.draws import fold_in
 from jaxq._jax.meshes import varying
+from jaxq.models._adapting import LoRA
 from jaxq.models._assigning import Assigned, Observer
 from jaxq.models._reading import Node
 from jaxq.models._states import Switch
@@ -57,6 +58,7 @@ class Records(NamedTuple):
       cotangent: the history of the cotangent, or None.
       row: the row for statistics, or None.
       switch: the flag that turns the recipe on, or None if it is always on.
+      adapter: the low-rank adapter of the weight, or None.
     """
 
     lhs: History | None = None
@@ -64,6 +66,7 @@ class Records(NamedTuple):
     cotangent: History | None = None
     row: Row | None = None
     switch: Switch | None = None
+    adapter: LoRA | None = None
 
     @property
     def histories(self) -> tuple[History | None, ...]:
@@ -82,7 +85,7 @@ class Extra(NamedTuple):
     Attributes:
       key: the key for random numbers, or None.
       scales: the scales from calibration, by the products' names.
-      records: histories, rows for statistics and switches, by the products' names.
+      records: histories, rows for statistics, switches and adapters, by the products' names.
       places: the device's index along each axis of the surrounding `shard_map`s.
       mask: the mask of the tokens that observers count, or None.
       vectors: the factors of inputs by `Assigned.factor`, and zeros whose gradients are the scores
@@ -104,9 +107,9 @@ class Extra(NamedTuple):
     def switches(self) -> "Extra":
         """Returns the inputs without histories and rows, where no backward pass would fill them."""
         records = {
-            name: Records(switch=own.switch)
+            name: Records(switch=own.switch, adapter=own.adapter)
             for name, own in self.records.items()
-            if own.switch is not None
+            if own.switch is not None or own.adapter is not None
         }
         return self._replace(records=records)
 

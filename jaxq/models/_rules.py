@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from jaxq._jax.serialization import from_json, to_json
+from jaxq.models._adapting import Adapted
 from jaxq.models._monitored import Monitored
 from jaxq.models._rule import Rule, check_pattern, rule_records
 from jaxq.models._states import Delayed, Frozen, Switched
@@ -36,6 +37,7 @@ Rules: TypeAlias = (
     | Delayed
     | Monitored
     | Switched
+    | Adapted
     | _RecipeLike
     | Mapping[str, _RecipeLike | None]
     | Sequence[Rule | tuple[str, _RecipeLike | None]]
@@ -96,7 +98,7 @@ def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
       TypeError: if `rules` is None, or an entry is neither a rule nor a pair.
       ValueError: if a recipe is unknown, or a pattern is no regular expression.
     """
-    if isinstance(rules, (Frozen, Delayed, Monitored, Switched)):
+    if isinstance(rules, (Frozen, Delayed, Monitored, Switched, Adapted)):
         return rules.rules
     if rules is None:
         raise TypeError(f"{owner}: `rules` must be recipes, got None. Pass [] for no rules.")

@@ -111,9 +111,12 @@ def _viewed(eqn: Any, operands: list[Any]) -> list[Any]:
     if name in CONVERSIONS:
         dtype = eqn.outvars[0].aval.dtype
         if jnp.issubdtype(dtype, jnp.floating):
-            return [StoredView(first.data, dtype)]
+            return [dataclasses.replace(first, dtype=dtype)]
         return compat.bind(eqn, [unpacked(first)])
-    if name in compat.LAYOUTS and isinstance(first.data, Quantized):
+    if name == "transpose":
+        return [first.transpose(tuple(eqn.params["permutation"]))]
+    in_order = first.permutation is None
+    if name in compat.LAYOUTS and in_order and isinstance(first.data, Quantized):
         return [StoredView(_laid_out(eqn, first.data, first.array), first.dtype)]
     results = compat.bind(eqn, [first.array, *map(unpacked, operands[1:])])
     return [StoredView(result, first.dtype) for result in results]
@@ -249,7 +252,9 @@ def _has_rows(x: Any) -> bool:
     """Returns whether a stored weight can be sliced along its leading axis."""
     if not isinstance(x, StoredView):
         return False
-    return not isinstance(x.data, Quantized) or x.data.ndim > len(x.data.block)
+    if not isinstance(x.data, Quantized):
+        return True
+    return x.permutation is None and x.data.ndim > len(x.data.block)
 
 
 def _keeps(inside: Program, consts: int, count: int) -> list[bool]:

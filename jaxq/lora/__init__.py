@@ -1,0 +1,29 @@
+"""Low-rank adapters (LoRA) of quantized weights: first values, training, and merging.
+
+To add a method that chooses the first values, write a frozen dataclass with the methods of `Method`
+and list it in `METHODS` (`_methods.py`).
+"""
+
+from jaxq.lora._matrices import Factors, low_rank
+from jaxq.lora._methods import METHODS, EoRA, LoftQ, Method, PiSSA, QLoRA, get_method
+from jaxq.lora._models import AdaptedModel, Merged, MergeError, adapt, merge
+from jaxq.models import Adapted, LoRA
+
+__all__ = [
+    "METHODS",
+    "Adapted",
+    "AdaptedModel",
+    "EoRA",
+    "Factors",
+    "LoRA",
+    "LoftQ",
+    "MergeError",
+    "Merged",
+    "Method",
+    "PiSSA",
+    "QLoRA",
+    "adapt",
+    "get_method",
+    "low_rank",
+    "merge",
+]

@@ -1,0 +1,89 @@
+"""Low-rank approximations of matrices: pure array algorithms."""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+__all__ = ["Factors", "low_rank"]
+
+
+class Factors(NamedTuple):
+    """A product of two matrices, `a b`.
+
+    Attributes:
+      a: float32 `[..., inputs, rank]`.
+      b: float32 `[..., rank, outputs]`.
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+
+def low_rank(
+    w: jax.typing.ArrayLike,
+    rank: int,
+    *,
+    hessian: jax.typing.ArrayLike | None = None,
+    damping: float = 0.01,
+) -> Factors:
+    """Returns the best approximation of matrices by products of a low rank.
+
+    Without a Hessian it minimizes the squared error `|w - a b|^2`, by the largest singular values,
+    whose roots both factors share. With the Hessian `H = sum x x^T` of the inputs x it minimizes
+    the squared error of the outputs, `tr((w - a b)^T H (w - a b))`: with `H = Q L Q^T`, it
+    approximates `L^(1/2) Q^T w` and multiplies `a` by `Q L^(-1/2)`.
+
+    Args:
+      w: the matrices, `[..., inputs, outputs]`; computed in float32.
+      rank: the rank, at most the lesser of inputs and outputs.
+      hessian: the Hessians, `[..., inputs, inputs]`, of any scale; None (the default) weighs all
+        inputs alike.
+      damping: the number added to the eigenvalues of H, relative to their mean; 0.01 by default. It
+        bounds the inverse of H if there are fewer tokens than inputs.
+
+    Raises:
+      ValueError: the rank is out of range, or the Hessian has another shape.
+
+    References:
+      Liu et al., "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank
+      Approximation" (2024), which replaces negative eigenvalues by the least positive one instead
+      of adding a damping.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> a, b = low_rank(jnp.array([[3.0, 0.0], [0.0, 1.0]]), 1)
+      >>> jnp.abs(a @ b).round(4).tolist()
+      [[3.0, 0.0], [0.0, 0.0]]
+    """
+    w = jnp.asarray(w).astype(jnp.float32)
+    inputs, outputs = w.shape[-2:]
+    if not 1 <= rank <= min(inputs, outputs):
+        raise ValueError(
+            f"low_rank: `rank` must be from 1 to {min(inputs, outputs)} for a matrix of shape "
+            f"{(inputs, outputs)}, got {rank}."
+        )
+    back = None
+    if hessian is not None:
+        h = jnp.asarray(hessian).astype(jnp.float32)
+        if h.shape != (*w.shape[:-1], inputs):
+            raise ValueError(
+                f"low_rank: `hessian` must have the shape {(*w.shape[:-1], inputs)}, got {h.shape}."
+            )
+        mean = jnp.trace(h, axis1=-2, axis2=-1)[..., None] / inputs
+        # Without data all inputs weigh alike.
+        unit = jnp.where(mean > 0, mean, 1)
+        values, vectors = jnp.linalg.eigh(h / unit[..., None])
+        values = jnp.where(mean > 0, lax.max(values, 0.0) + damping, 1)
+        roots = jnp.sqrt(lax.max(values, 1e-12))
+        w = _matmul(roots[..., None] * vectors.mT, w)
+        back = vectors / roots[..., None, :]
+    u, s, v = jnp.linalg.svd(w, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+    return Factors(a if back is None else _matmul(back, a), b)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

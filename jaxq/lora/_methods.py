@@ -1,0 +1,212 @@
+"""Methods that choose the first values of adapters, and the weights that are then quantized."""
+
+import dataclasses
+import math
+from typing import Any, Protocol
+
+import jax
+from jax import numpy as jnp
+
+from jaxq._base.registry import Registry
+from jaxq.lora._matrices import Factors, low_rank
+from jaxq.ptq import ObservedInputs
+
+__all__ = ["METHODS", "EoRA", "LoftQ", "Method", "PiSSA", "QLoRA", "get_method"]
+
+
+class Method(Protocol):
+    """The interface of a method. All matrices are `[..., inputs, outputs]`.
+
+    The weight w is quantized `iterations` times, each time less the adapter so far: first that of
+    `first`, then those of `fit`.
+    """
+
+    @property
+    def iterations(self) -> int:
+        """The number of times that weights are quantized, at least 1."""
+        ...
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the adapter in the product."""
+        ...
+
+    def first(self, w: jax.Array) -> Factors | None:
+        """Returns the factors that are subtracted from a weight before it is first quantized."""
+        ...
+
+    def fit(self, w: jax.Array, q: jax.Array, before: Factors | None, name: str) -> Factors:
+        """Returns the factors of the adapter.
+
+        Args:
+          w: the weight.
+          q: the dequantized weight.
+          before: the factors that were subtracted from w before it was quantized.
+          name: the name of the product.
+        """
+        ...
+
+
+def _approximation(w: jax.Array, rank: int, **weights: Any) -> Factors:
+    """Returns `low_rank` of matrices that may be too small for the rank of other adapters."""
+    return low_rank(w, min(rank, *w.shape[-2:]), **weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class QLoRA:
+    """Adapters that change nothing at first: b = 0, and a is uniform, as in QLoRA.
+
+    The entries of a are uniform between plus and minus `1 / sqrt(inputs)`.
+
+    Attributes:
+      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
+      alpha: the numerator of the factor `alpha / rank`; None (the default) means the rank.
+      seed: the seed of the random numbers.
+
+    References:
+      Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), which uses NF4 with
+      double quantization (the recipe `"nf4_dq"`), rank 64 and alpha 16; PEFT's default values of a.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    seed: int = 0
+
+    iterations = 1
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the adapter in the product."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def first(self, w: jax.Array) -> Factors | None:
+        """Returns None: the weight itself is quantized."""
+        del w
+
+    def fit(self, w: jax.Array, q: jax.Array, before: Factors | None, name: str) -> Factors:
+        """Returns random a and zero b."""
+        del q, before
+        *leading, inputs, outputs = w.shape
+        seed = sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31
+        key = jax.random.fold_in(jax.random.key(self.seed), seed)
+        bound = 1 / math.sqrt(inputs)
+        rank = min(self.rank, inputs, outputs)
+        a = jax.random.uniform(key, (*leading, inputs, rank), jnp.float32, -bound, bound)
+        return Factors(a, jnp.zeros((*leading, rank, outputs), jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoftQ:
+    """Adapters that approximate the error of quantization, by alternation.
+
+    From `a b = 0`, each iteration quantizes `w - a b` to q and approximates `w - q` by `a b`.
+
+    Attributes:
+      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
+      iterations: the number of iterations; 5 by default, as in the paper. With 1, as in PEFT,
+        the quantized weight is that of w itself.
+
+    References:
+      Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models" (2023).
+    """
+
+    rank: int = 16
+    iterations: int = 5
+
+    scaling = 1.0
+
+    def first(self, w: jax.Array) -> Factors | None:
+        """Returns None: the weight itself is quantized first."""
+        del w
+
+    def fit(self, w: jax.Array, q: jax.Array, before: Factors | None, name: str) -> Factors:
+        """Returns the approximation of the error of quantization."""
+        del before, name
+        return _approximation(w - q, self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class PiSSA:
+    """Adapters that hold the largest singular values of the weight; the rest is quantized.
+
+    Attributes:
+      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
+
+    References:
+      Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
+      Language Models" (2024): QPiSSA with one iteration.
+    """
+
+    rank: int = 16
+
+    iterations = 1
+    scaling = 1.0
+
+    def first(self, w: jax.Array) -> Factors | None:
+        """Returns the approximation of the weight."""
+        return _approximation(w, self.rank)
+
+    def fit(self, w: jax.Array, q: jax.Array, before: Factors | None, name: str) -> Factors:
+        """Returns the approximation of the weight, unchanged."""
+        del w, q, name
+        assert before is not None
+        return before
+
+
+@dataclasses.dataclass(frozen=True)
+class EoRA:
+    """Adapters that compensate the error of the outputs on calibration data, without training.
+
+    Attributes:
+      inputs: the statistics of the products' inputs, from `jaxq.ptq.observe` with the same rules.
+      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
+      damping: as in `low_rank`.
+
+    References:
+      Liu et al., "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank
+      Approximation" (2024).
+    """
+
+    inputs: ObservedInputs
+    rank: int = 16
+    damping: float = 0.01
+
+    iterations = 1
+    scaling = 1.0
+
+    def first(self, w: jax.Array) -> Factors | None:
+        """Returns None: the weight itself is quantized."""
+        del w
+
+    def fit(self, w: jax.Array, q: jax.Array, before: Factors | None, name: str) -> Factors:
+        """Returns the approximation of the error, weighted by the Hessian."""
+        del before
+        hessian = self.inputs[name].hessian if name in self.inputs else None
+        if hessian is None:
+            raise ValueError(
+                f"lora.EoRA: `inputs` must have the Hessian of product {name!r}, got those of "
+                f"{', '.join([*self.inputs][:3])}. Observe the same function with the same rules."
+            )
+        return _approximation(w - q, self.rank, hessian=hessian, damping=self.damping)
+
+
+METHODS: Registry[Method] = Registry(
+    "adapter method", {"qlora": QLoRA(), "loftq": LoftQ(), "pissa": PiSSA()}
+)
+
+
+def get_method(method: str | Method) -> Method:
+    """Returns the method with a name.
+
+    Args:
+      method: a name in `jaxq.lora.METHODS`; a record of a method is returned unchanged.
+
+    Raises:
+      ValueError: no method has that name; the message suggests the nearest names.
+      TypeError: the argument is neither a name nor a method.
+
+    Example:
+      >>> get_method("loftq")
+      LoftQ(rank=16, iterations=5)
+    """
+    return METHODS.resolve(method, "method", "fit")

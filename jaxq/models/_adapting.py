@@ -1,0 +1,116 @@
+"""Low-rank adapters of a model's products, as pytrees."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from jaxq._jax.serialization import pytree
+from jaxq.models._rule import Rule, rule_records
+from jaxq.products import Contraction
+
+__all__ = ["Adapted", "LoRA", "adapter_product"]
+
+
+@pytree(static=("scaling",))
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """A low-rank adapter of one weight: a pytree. It adds `scaling * (x a) b` to a product `x w`.
+
+    Attributes:
+      a: float `[..., inputs, rank]`; the inputs are the contracted axes of the weight, merged.
+        Leading axes are those of stacked layers, then those of batch axes of the product.
+      b: float `[..., rank, outputs]`.
+      scaling: the factor of the adapter, `alpha / rank` in the paper; 1 by default.
+
+    References:
+      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import lora
+      >>> adapter = lora.LoRA(jnp.ones((4, 1)), jnp.full((1, 2), 0.5), scaling=2.0)
+      >>> adapter(jnp.ones((3, 4))).shape, adapter.rank, adapter.nbytes
+      ((3, 2), 1, 24)
+    """
+
+    a: jax.Array
+    b: jax.Array
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """The rank of the adapter."""
+        return self.a.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of both matrices."""
+        return self.a.nbytes + self.b.nbytes
+
+    @property
+    def delta(self) -> jax.Array:
+        """The change of the weight, `scaling * a b`, `[..., inputs, outputs]`."""
+        return self.a @ self.b * jnp.asarray(self.scaling, self.a.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns `scaling * (x a) b`, computed in the adapter's dtype, in x's dtype."""
+        y = x.astype(self.a.dtype) @ self.a @ self.b * jnp.asarray(self.scaling, self.a.dtype)
+        return y.astype(x.dtype)
+
+    def spread(self, count: int) -> "LoRA":
+        """Copies the adapter for `count` products; its gradient is the sum of theirs."""
+        a, b = (jnp.broadcast_to(x, (count, *x.shape)) for x in (self.a, self.b))
+        return dataclasses.replace(self, a=a, b=b)
+
+
+@pytree(static=("rules",), kinds=rule_records)
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """Rules with low-rank adapters, as `jaxq.lora.adapt` makes them: a pytree.
+
+    It is passed in place of rules to `jaxq.quantize_fn`, and differentiated to train the adapters.
+
+    Attributes:
+      adapters: the adapters, by the products' names. Products in a scan over layers have a leading
+        axis, one adapter per layer.
+      rules: the rules.
+    """
+
+    adapters: Mapping[str, LoRA]
+    rules: tuple[Rule, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of all adapters."""
+        return sum(adapter.nbytes for adapter in self.adapters.values())
+
+
+def adapter_product(contraction: Contraction, adapter: LoRA, x: jax.Array, weight: Any) -> Any:
+    """Returns the part of a product that an adapter adds.
+
+    Args:
+      contraction: the labels of the product, with the weight as its second operand.
+      adapter: the adapter of one layer.
+      x: the other operand.
+      weight: an array or its shape, the second operand.
+    """
+    batch, free, contract = contraction.axes[1]
+    rank = max(*contraction.lhs, *contraction.rhs, *contraction.out) + 1
+
+    def part(matrix: jax.Array, axes: tuple[int, ...], first: bool) -> tuple[jax.Array, list[int]]:
+        lengths = [weight.shape[i] for i in axes]
+        labels = [contraction.rhs[i] for i in axes]
+        own = [*lengths, adapter.rank] if first else [adapter.rank, *lengths]
+        leading = [weight.shape[i] for i in batch]
+        names = [*labels, rank] if first else [rank, *labels]
+        return matrix.reshape(*leading, *own), [*(contraction.rhs[i] for i in batch), *names]
+
+    a, of_a = part(adapter.a, contract, True)
+    b, of_b = part(adapter.b, free, False)
+    inner = [label for label in contraction.lhs if label in contraction.out] + [rank]
+    narrow = jnp.einsum(x.astype(a.dtype), list(contraction.lhs), a, of_a, inner)
+    y = jnp.einsum(narrow, inner, b, of_b, list(contraction.out))
+    return y * jnp.asarray(adapter.scaling, y.dtype)

@@ -1,0 +1,50 @@
+"""The keys or the values of a cache, and their change when tokens are appended."""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.serving._groups import TokenGroups
+
+__all__ = ["Half", "with_groups", "with_recent"]
+
+
+class Half(NamedTuple):
+    """The keys or the values of a cache, with the size of a group."""
+
+    stored: TokenGroups
+    recent: jax.Array
+    size: int
+
+
+def with_groups(
+    half: Half, new: jax.Array, before: jax.Array, count: jax.Array, residual_length: int
+) -> TokenGroups:
+    """Returns the quantized groups with those that new tokens complete.
+
+    As many groups are quantized as `new` can complete; the others are not written. A branch for a
+    group that is not complete would not help, because `jax.vmap` runs both sides.
+    """
+    stored, recent, size = half
+    tokens, slots = new.shape[0], stored.codes.shape[0]
+    first = lax.max(before - residual_length, 0) // size
+    end = lax.max(before + count - residual_length, 0) // size
+    groups = first + jnp.arange(-(-tokens // size), dtype=jnp.int32)
+    positions = groups[:, None] * size + jnp.arange(size, dtype=jnp.int32)[None]
+    old = recent[positions % recent.shape[0]]
+    fresh = new[lax.clamp(0, positions - before, tokens - 1)]
+    x = jnp.where((positions < before)[..., None, None], old, fresh).swapaxes(1, 2)
+    places = jnp.where(groups < end, groups % slots, slots)
+    return stored.written(x, places)
+
+
+def with_recent(
+    recent: jax.Array, new: jax.Array, before: jax.Array, count: jax.Array
+) -> jax.Array:
+    """Returns the window of unquantized tokens with the newest of some tokens."""
+    window, turns = recent.shape[0], jnp.arange(new.shape[0], dtype=jnp.int32)
+    kept = (turns < count) & (turns >= count - window)
+    places = jnp.where(kept, (before + turns) % window, window)
+    return recent.at[places].set(new, mode="drop")

@@ -8,7 +8,7 @@ The model of `language_model.py` learns Python's documentation by AdamW, in four
    cause in each of them, on the weights after training.
 3. From this ranking a mixed recipe is made: MXFP4, MXFP6 or MXFP8 for each kind of product, with
    the smallest sum of squared errors for a mean of at most 6.25 bits per number, the bits of MXFP6.
-   As a control, another mixture of at most the same bits has the largest sum.
+   As a control, the worst mixture has the same bits and the largest sum.
 4. The model is trained in every format, with cotangents rounded to nearest and stochastically, and
    with both mixtures, from the same weights and on the same batches in every way, for each seed.
 
@@ -20,7 +20,6 @@ differences between formats with the deviation over seeds.
 """
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,20 +27,18 @@ from typing import Any, NamedTuple
 import common
 import jax
 import language_model
+import mixed_formats
 import numpy as np
 import optax
 from common import BLUE, GREEN, GREY, ORANGE, plt
 from jax import numpy as jnp
 
 import jaxq
-from jaxq.analysis import Log, Monitoring, StatisticsLog, blame, monitor, read_log
+from jaxq.analysis import Log, Monitoring, StatisticsLog, monitor, read_log
 
 CONTEXT, RATE, LAYERS = 64, 6e-3, "^layers/"
 COUNTERFACTUALS = ("fp8_e4m3_tensor", "mxfp8_e4m3", "mxfp4", "nvfp4")
-# The formats of a mixture; the second is the uniform one to which a mixture is compared.
-MIXED = ("mxfp4_training", "mxfp6_training", "mxfp8_training")
-FORMATS = {"MXFP4": ORANGE, "NVFP4": ORANGE, "MXFP8": BLUE, "FP8": BLUE}
-LABELS = {"mxfp4_training": "MXFP4", "mxfp6_training": "MXFP6", "mxfp8_training": "MXFP8"}
+COLORS = {"MXFP4": ORANGE, "NVFP4": ORANGE, "MXFP8": BLUE, "FP8": BLUE}
 
 
 class Way(NamedTuple):
@@ -58,41 +55,6 @@ class Way(NamedTuple):
     rules: Sequence[tuple[str, jaxq.ProductRecipe]]
     color: str
     bits: float
-
-
-class Ranking(NamedTuple):
-    """The squared errors of the gradient by kinds of products.
-
-    Attributes:
-      kinds: the paths of the weights, such as `"layers/mlp/up"`.
-      share: the share of each kind in the multiplications, `[kinds]`.
-      bits: the bits per number of each recipe in `MIXED`, `[recipes]`.
-      squares: the squared relative error of the gradient that a recipe causes alone in a kind of
-        product, summed over the layers, `[kinds, recipes]`.
-    """
-
-    kinds: tuple[str, ...]
-    share: np.ndarray
-    bits: np.ndarray
-    squares: np.ndarray
-
-    def mixture(self, sign: int) -> tuple[int, ...]:
-        """Returns the recipe of each kind with the smallest sum of squares, or the largest one.
-
-        Args:
-          sign: 1 for the smallest sum, -1 for the largest.
-        """
-        choices = np.array(list(itertools.product(range(len(self.bits)), repeat=len(self.kinds))))
-        bits = (self.bits[choices] * self.share).sum(1)
-        sums = self.squares[np.arange(len(self.kinds)), choices].sum(1)
-        # The control must not be worse only because it has fewer bits.
-        allowed = np.abs(bits - self.bits[1]) < 1e-6
-        allowed = np.flatnonzero(bits <= self.bits[1] + 1e-6 if sign > 0 else allowed)
-        return tuple(choices[allowed[(sign * sums[allowed]).argmin()]].tolist())
-
-    def sum_of(self, choice: Sequence[int]) -> float:
-        """Returns the sum of squares of a mixture."""
-        return float(self.squares[np.arange(len(self.kinds)), list(choice)].sum())
 
 
 class Outcome(NamedTuple):
@@ -115,14 +77,12 @@ class Result(NamedTuple):
 
     Attributes:
       log: the statistics of the run in bfloat16, by steps.
-      ranking: the squared errors by kinds of products.
-      best: the recipe of each kind in the mixture, as an index of `MIXED`.
+      ranking: the squared errors of the gradient by kinds of products.
       outcomes: the results of all ways to train; the first is bfloat16.
     """
 
     log: Log
-    ranking: Ranking
-    best: tuple[int, ...]
+    ranking: mixed_formats.Ranking
     outcomes: list[Outcome]
 
 
@@ -136,25 +96,21 @@ def rounded(name: str, rounding: str) -> jaxq.ProductRecipe:
     recipe = jaxq.get_product_recipe(name)
 
     def of(product: jaxq.SingleProduct) -> jaxq.SingleProduct:
-        cotangent = dataclasses.replace(product.operands[0], rounding=rounding)
-        return dataclasses.replace(product, lhs=cotangent)
+        cotangent = product.operands[0]
+        assert cotangent is not None, "all of these recipes quantize cotangents"
+        return dataclasses.replace(product, lhs=dataclasses.replace(cotangent, rounding=rounding))
 
     return dataclasses.replace(recipe, dlhs=of(recipe.dlhs), drhs=of(recipe.drhs))
-
-
-def bits_of(recipe: jaxq.ProductRecipe) -> float:
-    """Returns the bits per number of the first operand, scales included."""
-    return recipe.operands[0].bits_per_weight((1024, 1024))
 
 
 def uniform(short: bool) -> list[Way]:
     """Returns the ways to train with one recipe in all layers."""
     ways = []
-    for name, color in ({"MXFP6": GREEN} | ({} if short else FORMATS)).items():
+    for name, color in ({"MXFP6": GREEN} | ({} if short else COLORS)).items():
         for rounding in ("nearest_even", "stochastic")[: 1 if name == "MXFP6" else 2]:
             recipe = rounded(f"{name.lower()}_training", rounding)
             label = name if rounding == "nearest_even" else f"{name}, stochastic"
-            ways.append(Way(label, [(LAYERS, recipe)], color, bits_of(recipe)))
+            ways.append(Way(label, [(LAYERS, recipe)], color, mixed_formats.bits_of(recipe)))
     return ways
 
 
@@ -239,30 +195,9 @@ def monitored(
     return logged
 
 
-def ranked(params: Any, rows: jax.Array, report: Callable[[str], None]) -> Ranking:
-    """Ranks the kinds of products by `jaxq.analysis.blame` for each recipe in `MIXED`."""
-    squares: dict[str, list[float]] = {}
-    for i, name in enumerate(MIXED):
-        table = blame(loss, [(LAYERS, name)])(params, rows)
-        for row in table.rows[1:]:
-            kind = row.product.rpartition("/")[0]
-            squares.setdefault(kind, [0.0] * len(MIXED))[i] += row.gradient_alone**2
-        report("ranking")
-    kinds = tuple(sorted(squares))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    sizes = {jax.tree_util.keystr(p, simple=True, separator="/"): x.size for p, x in leaves}
-    share = np.array([sizes[kind] for kind in kinds], float)
-    bits = np.array([bits_of(jaxq.get_product_recipe(name)) for name in MIXED])
-    return Ranking(kinds, share / share.sum(), bits, np.array([squares[kind] for kind in kinds]))
-
-
-def mixed(ranking: Ranking, choice: Sequence[int], label: str, color: str) -> Way:
-    """Returns the way to train in a mixture of recipes."""
-    rules = [
-        (f"^{kind}$", jaxq.get_product_recipe(MIXED[i]))
-        for kind, i in zip(ranking.kinds, choice, strict=True)
-    ]
-    return Way(label, rules, color, float((ranking.bits[list(choice)] * ranking.share).sum()))
+def mixed(ranking: mixed_formats.Ranking, choice: Sequence[int], label: str, color: str) -> Way:
+    """Returns the way to train in a mixture of formats."""
+    return Way(label, mixed_formats.rules_of(ranking, choice), color, ranking.bits_of(choice))
 
 
 def relative(gradient: Any, exact: Any) -> float:
@@ -292,26 +227,6 @@ def summary(log: Log, recipes: Sequence[str]) -> common.Table:
     return grid
 
 
-def kinds_table(ranking: Ranking, best: Sequence[int], worst: Sequence[int]) -> common.Table:
-    """Returns the error of the gradient by kinds of products, with both mixtures.
-
-    The share is that of the multiplications.
-    """
-    grid = common.Table(title="Error of the gradient caused by a kind of product alone")
-    names = [LABELS[name] for name in MIXED]
-    for head in ("products", "share", *names, "mixed", "control"):
-        grid.add_column(head, no_wrap=True)
-    for i in np.argsort(-ranking.squares[:, 0]):
-        errors = [f"{e:.4f}" for e in np.sqrt(ranking.squares[i])]
-        share = f"{ranking.share[i]:.0%}"
-        kind = ranking.kinds[i].removeprefix("layers/")
-        grid.add_row(kind, share, *errors, names[best[i]], names[worst[i]])
-    sums = {"uniform MXFP6": [1] * len(best), "mixed": best, "control": worst}
-    caption = [f"{name} {np.sqrt(ranking.sum_of(choice)):.4f}" for name, choice in sums.items()]
-    grid.caption = "Root of the sum of squares: " + ", ".join(caption)
-    return grid
-
-
 def table(outcomes: Sequence[Outcome]) -> common.Table:
     """Returns the table of all ways to train; differences have their deviation over seeds."""
     base = outcomes[0]
@@ -332,13 +247,13 @@ def picture(result: Result) -> common.Figure:
         1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.2, 0.9, 1)
     )
     _draw_map(figure, axes[0], result.log)
-    ranking, names = result.ranking, [LABELS[name] for name in MIXED]
-    order = np.argsort(ranking.squares[:, 0])
+    ranking, names = result.ranking, [*mixed_formats.FORMATS]
+    order, best = np.argsort(ranking.squares[:, 0]), ranking.best()
     for i, (label, color) in enumerate(zip(names, (ORANGE, GREEN, BLUE), strict=True)):
         errors = np.sqrt(ranking.squares[order, i])
         axes[1].plot(errors, np.arange(len(order)), "o", color=color, label=label)
     kinds = [ranking.kinds[i].removeprefix("layers/") for i in order]
-    chosen = [names[result.best[i]] for i in order]
+    chosen = [names[best[i]] for i in order]
     ticks = [f"{kind}\n{name}" for kind, name in zip(kinds, chosen, strict=True)]
     axes[1].set_yticks(np.arange(len(order)), ticks)
     axes[1].set_xscale("log")
@@ -388,26 +303,26 @@ def main(argv: Sequence[str] | None = None) -> Result:
     }
     args = common.arguments(__doc__, argv, "error_in_training.png", **amounts)
     steps, seeds, batch = (3, 1, 2) if args.short else (args.steps, args.seeds, args.batch)
+    recipes = COUNTERFACTUALS[2:] if args.short else COUNTERFACTUALS
     request = Monitoring(
         products=LAYERS,
         tensors=("lhs", "rhs", "cotangent"),
         statistics="sqnr_db",
-        counterfactuals=COUNTERFACTUALS[2:] if args.short else COUNTERFACTUALS,
+        counterfactuals=recipes,
         every=2 if args.short else max(1, steps // 20),
     )
     trainer = Trainer(steps, batch)
     ways = uniform(args.short)
     path = args.output.with_suffix(".log")
-    total = len(MIXED) + (len(ways) + 3) * seeds * steps
+    total = len(mixed_formats.FORMATS) + (len(ways) + 3) * seeds * steps
     with common.progress(total) as report:
         exact = monitored(request, path, trainer.rows(0, 0))
         bfloat16 = Way("bfloat16", [], GREY, 16)
         trained = [trainer.train(0, exact, lambda: report("bfloat16"))]
-        ranking = ranked(trained[0], trainer.rows(0, steps), report)
-        best, worst = ranking.mixture(1), ranking.mixture(-1)
+        ranking = mixed_formats.ranked(loss, trained[0], trainer.rows(0, steps), report)
         mixtures = [
-            mixed(ranking, best, "mixed by the ranking", "black"),
-            mixed(ranking, worst, "mixed, the control", GREY),
+            mixed(ranking, ranking.best(), "best mixture", "black"),
+            mixed(ranking, ranking.worst(), "worst mixture", GREY),
         ]
         plain = gradient_of(bfloat16)
         trained += [
@@ -425,18 +340,12 @@ def main(argv: Sequence[str] | None = None) -> Result:
             outcomes.append(Outcome(way, np.array(losses), error))
             lines = [",".join(map(str, (o.way.label, o.error, *o.losses))) for o in outcomes]
             args.output.with_suffix(".csv").write_text("\n".join(lines) + "\n")
-    result = Result(read_log(path), ranking, best, outcomes)
+    result = Result(read_log(path), ranking, outcomes)
     console = common.Console()
-    console.print(summary(result.log, list(map(str, _labels(request)))))
-    console.print(kinds_table(ranking, best, worst))
+    console.print(summary(result.log, recipes))
+    console.print(mixed_formats.ranking_table(ranking))
     common.show(table(outcomes), picture(result), args.output)
     return result
-
-
-def _labels(request: Monitoring) -> Sequence[str]:
-    """Returns the names of the counterfactual recipes."""
-    names = {jaxq.get_recipe(name): name for name in COUNTERFACTUALS}
-    return [names[recipe] for recipe in request.counterfactuals]
 
 
 if __name__ == "__main__":

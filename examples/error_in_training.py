@@ -1,47 +1,89 @@
-"""Finds where quantization errors arise while a small language model trains.
+"""Finds where quantization errors arise in training, and mixes formats accordingly.
 
-The model of `language_model.py` learns Python's documentation by AdamW. In the first run its layers
-compute in bfloat16, and counterfactual statistics tell what FP8, MXFP8, MXFP4 and NVFP4 would have
-made of the same operands and cotangents in every layer. Every step with statistics is logged.
+The model of `language_model.py` learns Python's documentation by AdamW, in four parts:
 
-Then `jaxq.analysis.blame` ranks the products and layers by the error of the gradient that MXFP4
-causes in each of them, on the weights after training.
+1. It is trained in bfloat16. Counterfactual statistics of every product and layer tell what FP8,
+   MXFP8, MXFP4 and NVFP4 would have made of the same operands and cotangents.
+2. `jaxq.analysis.blame` ranks the products by the error of the gradient that MXFP4, MXFP6 and MXFP8
+   cause in each of them, on the weights after training.
+3. From this ranking a mixed recipe is made: MXFP4, MXFP6 or MXFP8 for each kind of product, with
+   the smallest sum of squared errors for a mean of at most 6.25 bits per number, the bits of MXFP6.
+   As a control, the worst mixture has the same bits and the largest sum.
+4. The model is trained in every format, with cotangents rounded to nearest and stochastically, and
+   with both mixtures, from the same weights and on the same batches in every way, for each seed.
 
-    python examples/error_in_training.py [--steps N] [--short] [--output PICTURE]
+Losses are those of the trained weights on held-out text in bfloat16. Runs are short, so compare
+differences between formats with the deviation over seeds.
+
+    python examples/error_in_training.py [--steps N] [--seeds N] [--batch N] [--short]
+        [--output PICTURE]
 """
 
+import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import common
 import jax
 import language_model
+import mixed_formats
 import numpy as np
 import optax
+from common import BLUE, GREEN, GREY, ORANGE, plt
 from jax import numpy as jnp
 
 import jaxq
-from jaxq.analysis import Log, Monitoring, StatisticsLog, blame, monitor, plots, read_log
+from jaxq.analysis import Log, Monitoring, StatisticsLog, monitor, read_log
 
-BATCH, RATE, LAYERS = 8, 6e-3, "^layers/"
-# One recipe of each family for the operands and the cotangents of every product.
-WOULD_BE = ("fp8_e4m3_tensor", "mxfp8_e4m3", "mxfp4", "nvfp4")
-BLAMED = "mxfp4_training"
+CONTEXT, RATE, LAYERS = 64, 6e-3, "^layers/"
+COUNTERFACTUALS = ("fp8_e4m3_tensor", "mxfp8_e4m3", "mxfp4", "nvfp4")
+COLORS = {"MXFP4": ORANGE, "NVFP4": ORANGE, "MXFP8": BLUE, "FP8": BLUE}
+
+
+class Way(NamedTuple):
+    """A way to train.
+
+    Attributes:
+      label: the name in the table and the picture.
+      rules: the rules of the products in the layers.
+      color: the color in the picture.
+      bits: the mean bits per number of the operands, scales included.
+    """
+
+    label: str
+    rules: Sequence[tuple[str, jaxq.ProductRecipe]]
+    color: str
+    bits: float
+
+
+class Outcome(NamedTuple):
+    """The results of one way to train.
+
+    Attributes:
+      way: the way.
+      losses: the loss on held-out text after training in bits per byte, `[seeds]`.
+      error: the relative error of the gradient on held-out text, at the weights that bfloat16
+        training gave for the first seed.
+    """
+
+    way: Way
+    losses: np.ndarray
+    error: float
 
 
 class Result(NamedTuple):
     """The results of the study.
 
     Attributes:
-      log: the statistics of the run, by steps.
-      losses: the training losses in bits per byte, `[steps]`.
-      ranking: the table of `blame`.
+      log: the statistics of the run in bfloat16, by steps.
+      ranking: the squared errors of the gradient by kinds of products.
+      outcomes: the results of all ways to train; the first is bfloat16.
     """
 
     log: Log
-    losses: np.ndarray
-    ranking: jaxq.Table
+    ranking: mixed_formats.Ranking
+    outcomes: list[Outcome]
 
 
 def loss(params: Any, rows: jax.Array) -> jax.Array:
@@ -49,41 +91,119 @@ def loss(params: Any, rows: jax.Array) -> jax.Array:
     return language_model.loss(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), rows)
 
 
-def train(
-    steps: int, request: Monitoring, path: pathlib.Path, report: Callable[[str], None]
-) -> tuple[Any, jax.Array, np.ndarray]:
-    """Trains in bfloat16, logs the statistics, and returns weights, the last batch and losses."""
-    data, _ = language_model.text()
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE, weight_decay=0.1))
-    params = language_model.init(jax.random.key(0))
-    rows = jnp.zeros((BATCH, language_model.CONTEXT + 1), int)
-    state = monitor(loss, [], request)(params, rows)
+def rounded(name: str, rounding: str) -> jaxq.ProductRecipe:
+    """Returns a product recipe with another rounding of cotangents."""
+    recipe = jaxq.get_product_recipe(name)
+
+    def of(product: jaxq.SingleProduct) -> jaxq.SingleProduct:
+        cotangent = product.operands[0]
+        assert cotangent is not None, "all of these recipes quantize cotangents"
+        return dataclasses.replace(product, lhs=dataclasses.replace(cotangent, rounding=rounding))
+
+    return dataclasses.replace(recipe, dlhs=of(recipe.dlhs), drhs=of(recipe.drhs))
+
+
+def uniform(short: bool) -> list[Way]:
+    """Returns the ways to train with one recipe in all layers."""
+    ways = []
+    for name, color in ({"MXFP6": GREEN} | ({} if short else COLORS)).items():
+        for rounding in ("nearest_even", "stochastic")[: 1 if name == "MXFP6" else 2]:
+            recipe = rounded(f"{name.lower()}_training", rounding)
+            label = name if rounding == "nearest_even" else f"{name}, stochastic"
+            ways.append(Way(label, [(LAYERS, recipe)], color, mixed_formats.bits_of(recipe)))
+    return ways
+
+
+class Trainer:
+    """Training of the model in several ways, on the same batches.
+
+    Args:
+      steps: the number of steps.
+      batch: the number of rows of text in a batch.
+    """
+
+    def __init__(self, steps: int, batch: int) -> None:
+        self.steps, self.batch = steps, batch
+        self.data, held_out = language_model.text()
+        starts = np.linspace(0, held_out.size - 200, 32).astype(np.int32)
+        self.held_out = language_model.windows(held_out, jnp.asarray(starts))[:, : CONTEXT + 1]
+        rate = optax.warmup_cosine_decay_schedule(0.0, RATE, max(1, steps // 10), steps)
+        self.optimizer = optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1)
+        )
+        self.update = jax.jit(self._update)
+        self.evaluate = jax.jit(loss)
+
+    def rows(self, seed: int, step: int) -> jax.Array:
+        """Returns the batch of a step."""
+        starts = np.random.default_rng((seed, step)).integers(0, self.data.size - 200, self.batch)
+        starts = jnp.asarray(starts, jnp.int32)
+        return language_model.windows(self.data, starts)[:, : CONTEXT + 1]
+
+    def train(
+        self, seed: int, gradient: Callable[[Any, jax.Array, int], Any], report: Callable[[], None]
+    ) -> Any:
+        """Returns the weights after training by a function that returns gradients."""
+        params = language_model.init(jax.random.key(seed))
+        moments = self.optimizer.init(params)
+        for n in range(self.steps):
+            gradients = gradient(params, self.rows(seed, n), n)
+            params, moments = jax.block_until_ready(self.update(params, gradients, moments))
+            report()
+        return params
+
+    def _update(self, params: Any, gradients: Any, moments: Any) -> tuple[Any, Any]:
+        updates, moments = self.optimizer.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments
+
+
+def gradient_of(way: Way) -> Callable[[Any, jax.Array, int], Any]:
+    """Returns the function from weights, a batch and the number of the step to the gradient."""
+    draws = any(recipe.draws for _, recipe in way.rules)
 
     @jax.jit
-    def step(params: Any, moments: Any, n: jax.Array) -> Any:
-        starts = jax.random.randint(
-            jax.random.fold_in(jax.random.key(1), n), (BATCH,), 0, data.size - 200
-        )
-        rows = language_model.windows(data, starts)
+    def gradient(params: Any, rows: jax.Array, step: jax.Array) -> Any:
+        key = jax.random.fold_in(jax.random.key(3), step) if draws else None
+        return jax.grad(jaxq.quantize_fn(loss, way.rules, key=key))(params, rows)
 
+    return lambda params, rows, step: gradient(params, rows, jnp.int32(step))
+
+
+def monitored(
+    request: Monitoring, path: pathlib.Path, rows: jax.Array
+) -> Callable[[Any, jax.Array, int], Any]:
+    """Returns the function that gives the gradient in bfloat16 and logs statistics."""
+    state = monitor(loss, [], request)(language_model.init(jax.random.key(0)), rows)
+
+    @jax.jit
+    def gradient(params: Any, rows: jax.Array, step: jax.Array) -> Any:
         def objective(params: Any, state: Any) -> jax.Array:
             return jaxq.quantize_fn(loss, state)(params, rows)
 
-        own = state.at(n)
-        value, (gradients, seen) = jax.value_and_grad(objective, (0, 1))(params, own)
-        updates, moments = optimizer.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, seen, value, rows
+        return jax.grad(objective, (0, 1))(params, state.at(step))
 
-    moments, losses = optimizer.init(params), []
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     log = StatisticsLog(path)
-    for n in range(steps):
-        params, moments, seen, value, rows = step(params, moments, jnp.int32(n))
-        losses.append(float(value))
-        if n % request.every == 0:
-            log.append(n, seen)
-        report("training")
-    return params, rows, np.array(losses)
+
+    def logged(params: Any, rows: jax.Array, step: int) -> Any:
+        gradients, seen = gradient(params, rows, jnp.int32(step))
+        if step % request.every == 0:
+            log.append(step, seen)
+        return gradients
+
+    return logged
+
+
+def mixed(ranking: mixed_formats.Ranking, choice: Sequence[int], label: str, color: str) -> Way:
+    """Returns the way to train in a mixture of formats."""
+    return Way(label, mixed_formats.rules_of(ranking, choice), color, ranking.bits_of(choice))
+
+
+def relative(gradient: Any, exact: Any) -> float:
+    """Returns the norm of the difference of two gradients relative to that of the second."""
+    error = jax.tree.map(lambda a, b: a - b, gradient, exact)
+    return float(optax.global_norm(error) / optax.global_norm(exact))
 
 
 def summary(log: Log, recipes: Sequence[str]) -> common.Table:
@@ -107,47 +227,125 @@ def summary(log: Log, recipes: Sequence[str]) -> common.Table:
     return grid
 
 
-def ranked(ranking: jaxq.Table) -> common.Table:
-    """Returns the first rows of the ranking as a table."""
-    grid = common.Table(title=f"Error of the gradient caused by {BLAMED}")
-    for head in ("product and layer", "alone", "all without it"):
-        grid.add_column(head, no_wrap=True)
-    for row in ranking.rows[:9]:
-        grid.add_row(row.product, f"{row.gradient_alone:.3f}", f"{row.gradient_without:.3f}")
+def table(outcomes: Sequence[Outcome]) -> common.Table:
+    """Returns the table of all ways to train; differences have their deviation over seeds."""
+    base = outcomes[0]
+    grid = common.Table(title="Trained in each format, loss on held-out text in bits per byte")
+    grid.add_column("products in the layers", no_wrap=True)
+    for head in ("bits", "error of\ngradient", "loss", "minus bfloat16"):
+        grid.add_column(head, justify="right", no_wrap=True)
+    for o in outcomes:
+        gap = o.losses - base.losses
+        means = f"{o.losses.mean():.3f}", f"{gap.mean():+.4f} ± {gap.std():.4f}"
+        grid.add_row(o.way.label, f"{o.way.bits:.2f}", f"{o.error:.4f}", *means)
     return grid
+
+
+def picture(result: Result) -> common.Figure:
+    """Draws the errors by layers and steps, the ranking, and the losses."""
+    figure, axes = plt.subplots(
+        1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.2, 0.9, 1)
+    )
+    _draw_map(figure, axes[0], result.log)
+    ranking, names = result.ranking, [*mixed_formats.FORMATS]
+    order, best = np.argsort(ranking.squares[:, 0]), ranking.best()
+    for i, (label, color) in enumerate(zip(names, (ORANGE, GREEN, BLUE), strict=True)):
+        errors = np.sqrt(ranking.squares[order, i])
+        axes[1].plot(errors, np.arange(len(order)), "o", color=color, label=label)
+    kinds = [ranking.kinds[i].removeprefix("layers/") for i in order]
+    chosen = [names[best[i]] for i in order]
+    ticks = [f"{kind}\n{name}" for kind, name in zip(kinds, chosen, strict=True)]
+    axes[1].set_yticks(np.arange(len(order)), ticks)
+    axes[1].set_xscale("log")
+    axes[1].legend(frameon=False)
+    axes[1].set_title("Error of the gradient, and the chosen format", loc="left")
+    rows, base = list(reversed(result.outcomes[1:])), result.outcomes[0].losses
+    for height, o in enumerate(rows):
+        gap = o.losses - base
+        axes[2].plot(gap, np.full_like(gap, height), "|", color=o.way.color, markersize=10)
+        axes[2].plot(gap.mean(), height, "o", color=o.way.color)
+    axes[2].set_yticks(range(len(rows)), [f"{o.way.label} ({o.way.bits:.2f})" for o in rows])
+    axes[2].axvline(0, color=GREY, linewidth=1)
+    axes[2].set_title("Held-out bits per byte above bfloat16", loc="left")
+    for own in axes[1:]:
+        own.spines[["top", "right"]].set_visible(False)
+        own.grid(color="#eeeeee")
+        own.set_axisbelow(True)
+    return figure
+
+
+def _draw_map(figure: common.Figure, axes: Any, log: Log) -> None:
+    """Draws the SQNR of MXFP4 for the cotangents of every layer, over the steps."""
+    rows: Mapping[str, np.ndarray] = {
+        f"{name.split('/')[2]} {layer}": values[:, layer]
+        for name, values in log.values.items()
+        if name.endswith("dlhs/cotangent/mxfp4/sqnr_db")
+        for layer in range(values.shape[1])
+    }
+    data = np.array(list(rows.values()))
+    image = axes.imshow(
+        np.where(np.isfinite(data), data, np.nan), aspect="auto", interpolation="nearest"
+    )
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    places = np.unique(np.linspace(0, len(log.steps) - 1, 6).astype(int))
+    axes.set_xticks(places, log.steps[places].tolist())
+    axes.set_xlabel("step")
+    axes.set_title("MXFP4 of cotangents in a bfloat16 run, SQNR in dB", loc="left")
+    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02).outline.set_visible(False)
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
     """Runs the study, prints the tables, draws the picture and returns the results."""
-    args = common.arguments(__doc__, argv, "error_in_training.png", steps=(300, "of training"))
-    steps, every = (3, 2) if args.short else (args.steps, max(1, args.steps // 30))
-    products, recipes = ("mlp/up", WOULD_BE[2:]) if args.short else (LAYERS, WOULD_BE)
+    amounts = {
+        "steps": (120, "of training"),
+        "seeds": (3, "of weights and batches"),
+        "batch": (4, f"rows of {CONTEXT} bytes"),
+    }
+    args = common.arguments(__doc__, argv, "error_in_training.png", **amounts)
+    steps, seeds, batch = (3, 1, 2) if args.short else (args.steps, args.seeds, args.batch)
+    recipes = COUNTERFACTUALS[2:] if args.short else COUNTERFACTUALS
     request = Monitoring(
-        products=products,
+        products=LAYERS,
         tensors=("lhs", "rhs", "cotangent"),
-        statistics=("amax", "rms", "sqnr_db", "flushed", "nonfinite"),
+        statistics="sqnr_db",
         counterfactuals=recipes,
-        every=every,
+        every=2 if args.short else max(1, steps // 20),
     )
+    trainer = Trainer(steps, batch)
+    ways = uniform(args.short)
     path = args.output.with_suffix(".log")
-    with common.progress(steps + 1) as report:
-        params, rows, losses = train(steps, request, path, report)
-        report("ranking")
-        rules = [(products, BLAMED)]
-        ranking = blame(language_model.loss, rules, key=_key(BLAMED))(params, rows)
-    log = read_log(path)
-    picked = {k: v for k, v in log.values.items() if "/mxfp4/" in k and "drhs" not in k}
-    figure = plots.statistics_map(Log(log.steps, picked), "sqnr_db")
-    common.Console().print(summary(log, recipes), ranked(ranking))
-    common.show(
-        common.Table(title=f"{steps} steps, final loss {losses[-1]:.2f}"), figure, args.output
-    )
-    return Result(log, losses, ranking)
-
-
-def _key(recipe: str) -> jax.Array | None:
-    """Returns a key if a recipe draws random bits."""
-    return jax.random.key(2) if jaxq.get_product_recipe(recipe).draws else None
+    total = len(mixed_formats.FORMATS) + (len(ways) + 3) * seeds * steps
+    with common.progress(total) as report:
+        exact = monitored(request, path, trainer.rows(0, 0))
+        bfloat16 = Way("bfloat16", [], GREY, 16)
+        trained = [trainer.train(0, exact, lambda: report("bfloat16"))]
+        ranking = mixed_formats.ranked(loss, trained[0], trainer.rows(0, steps), report)
+        mixtures = [
+            mixed(ranking, ranking.best(), "best mixture", "black"),
+            mixed(ranking, ranking.worst(), "worst mixture", GREY),
+        ]
+        plain = gradient_of(bfloat16)
+        trained += [
+            trainer.train(seed, plain, lambda: report("bfloat16")) for seed in range(1, seeds)
+        ]
+        true = plain(trained[0], trainer.held_out, 0)
+        losses = np.array([trainer.evaluate(p, trainer.held_out) for p in trained])
+        outcomes = [Outcome(bfloat16, losses, 0.0)]
+        for way in (ways[0], *mixtures, *ways[1:]):
+            gradient, losses = gradient_of(way), []
+            for seed in range(seeds):
+                params = trainer.train(seed, gradient, lambda way=way: report(way.label))
+                losses.append(float(trainer.evaluate(params, trainer.held_out)))
+            error = relative(gradient(trained[0], trainer.held_out, 0), true)
+            outcomes.append(Outcome(way, np.array(losses), error))
+            lines = [",".join(map(str, (o.way.label, o.error, *o.losses))) for o in outcomes]
+            args.output.with_suffix(".csv").write_text("\n".join(lines) + "\n")
+    result = Result(read_log(path), ranking, outcomes)
+    console = common.Console()
+    console.print(summary(result.log, recipes))
+    console.print(mixed_formats.ranking_table(ranking))
+    common.show(table(outcomes), picture(result), args.output)
+    return result
 
 
 if __name__ == "__main__":

@@ -261,6 +261,11 @@ def test_error_in_training(tmp_path: pathlib.Path, capsys):
     }
     assert up["mxfp4"].shape == (2, 4), "steps and layers"
     assert (up["nvfp4"] > up["mxfp4"]).all()
-    assert result.ranking.rows[0].product == "all"
-    assert len(result.ranking.rows) == 1 + 4
-    assert "layers/" in capsys.readouterr().out
+    ranking = result.ranking
+    assert (ranking.squares[:, :2] > ranking.squares[:, 1:]).all(), "more bits, smaller errors"
+    best, worst = ranking.best(), ranking.worst()
+    assert ranking.bits_of(best) <= ranking.bits_of(ranking.uniform) == 6.25
+    assert ranking.error(best) <= ranking.error(ranking.uniform) < ranking.error(worst)
+    errors = {outcome.way.label: outcome.error for outcome in result.outcomes}
+    assert errors["bfloat16"] == 0 < errors["best mixture"] < errors["worst mixture"]
+    assert "Root of the sum of squares" in capsys.readouterr().out

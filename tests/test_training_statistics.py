@@ -189,6 +189,39 @@ def test_all_switches_off_give_the_float_function():
         state.turned(jnp.ones(3))
 
 
+def test_a_recipe_switches_on_at_a_step_in_one_program():
+    rules = {"hidden": "int8_tensor", "out": "int4_tensor"}
+    switch = jaxq.models.switch(layers, rules)(PARAMS, X)
+    request = Monitoring(tensors="rhs", statistics="sqnr_db")
+
+    @jax.jit
+    def step(params, number):
+        own = switch.where("hid+en", number >= 2)
+        state = monitor(layers, own, request)(params, X)
+        run = lambda params, state: jaxq.quantize_fn(layers, state)(params, X)
+        value, (gradient, seen) = jax.value_and_grad(run, (0, 1))(params, state)
+        return (value, gradient), seen.statistics()
+
+    before, after = (step(PARAMS, number) for number in (1, 2))
+    assert step._cache_size() == 1
+    for (results, _), own in ((before, {"out": "int4_tensor"}), (after, rules)):
+        expected = jax.jit(jax.value_and_grad(jaxq.quantize_fn(layers, own)))(PARAMS, X)
+        jax.tree.map(assert_same, results, expected)
+    assert np.isnan(before[1]["hidden"]["rhs/sqnr_db"]).all()
+    assert (after[1]["hidden"]["rhs/sqnr_db"] > 30).all()
+    assert_same(before[1]["out"]["rhs/sqnr_db"], after[1]["out"]["rhs/sqnr_db"])
+
+
+def test_errors_of_switches_name_the_products():
+    switch = jaxq.models.switch(layers, {"hidden": "int8_tensor"})(PARAMS, X)
+    with pytest.raises(ValueError, match=r"matches no product with a recipe.*hidden"):
+        switch.where("out", False)
+    with pytest.raises(ValueError, match="`on` must be a scalar"):
+        switch.where("hidden", jnp.ones(2))
+    with pytest.raises(ValueError, match="without a state, got a Switched"):
+        jaxq.models.switch(layers, switch)
+
+
 def test_blame_needs_a_quantized_product():
     with pytest.raises(ValueError, match="must give some product a recipe"):
         blame(layers, [])(PARAMS, X)

@@ -9,7 +9,7 @@ from jaxq.models._assigning import Assigned, axes_of, unassigned
 from jaxq.models._delaying import delayed_scaling
 from jaxq.models._functions import quantize_fn, quantize_weights
 from jaxq.models._monitored import Monitored
-from jaxq.models._monitoring import monitored, switched
+from jaxq.models._monitoring import monitored, switch, switched
 from jaxq.models._multiplying import StoredView, unpacked
 from jaxq.models._observing import Observed, freeze, observe
 from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED
@@ -53,5 +53,6 @@ __all__ = [
     "quantize_weights",
     "rules_from_json",
     "rules_to_json",
+    "switch",
     "tree_report",
 ]

@@ -13,7 +13,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.models._states import Delayed, Frozen
+from jaxq.models._states import Delayed, Frozen, Switched
 from jaxq.products import Probe, Row
 
 __all__ = ["Monitored"]
@@ -33,13 +33,14 @@ class Monitored:
     Attributes:
       rows: the rows of the monitored products, by their names. Products in a scan over layers have
         a leading axis, one row per layer.
-      scaling: the rules with scales that were passed, such as those of delayed scaling, or None.
+      scaling: the rules with scales or flags that were passed, such as those of delayed scaling, or
+        None.
       rules: the rules.
       probe: the request.
     """
 
     rows: Mapping[str, Row]
-    scaling: Frozen | Delayed | None
+    scaling: Frozen | Delayed | Switched | None
     rules: tuple[Any, ...]
     probe: Probe
 

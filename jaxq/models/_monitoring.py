@@ -25,7 +25,7 @@ from jaxq.products import (
     layout_of,
 )
 
-__all__ = ["monitored", "switched"]
+__all__ = ["monitored", "switch", "switched"]
 
 
 def monitored(
@@ -62,10 +62,53 @@ def monitored(
                 layout,
                 probe,
             )
-        scaling = rules if isinstance(rules, Frozen | Delayed) else None
+        scaling = rules if isinstance(rules, Frozen | Delayed | Switched) else None
         return Monitored(rows, scaling, as_rules(owner, rules), probe)
 
     return first
+
+
+def switch(
+    fn: Callable[..., Any], rules: Rules, *, argnums: int | Sequence[int] = 0
+) -> Callable[..., Switched]:
+    """Returns the function that makes rules whose recipes can be turned off by traced flags.
+
+    The result is passed to `jaxq.quantize_fn` or `jaxq.analysis.monitor` in place of rules. Its
+    flags may depend on the step, so one compiled program begins or ends quantization at some step,
+    and `jax.vmap` over flags runs a bisection over products. All flags are on at first. The flag of
+    a product is read by a `lax.cond`, so a recipe that is off costs nothing; under `jax.vmap` over
+    flags both results are computed. While a recipe is off, its product has no statistics.
+
+    Args:
+      fn: as in `jaxq.quantize_fn`.
+      rules: as in `jaxq.quantize_fn`, without scales from calibration or delayed scaling.
+      argnums: as in `jaxq.quantize_fn`.
+
+    Returns:
+      `(*args) -> jaxq.models.Switched`. Only the shapes and dtypes of the arguments are used.
+
+    Raises:
+      TypeError: as in `jaxq.quantize_fn`.
+      ValueError: as in `jaxq.quantize_fn`; or if the rules are a state, or no product has a
+        recipe.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> loss = lambda params, x: ((x @ params["w"]) ** 2).sum()
+      >>> params, x = {"w": jnp.full((2, 2), 0.3)}, jnp.ones((1, 2))
+      >>> rules = jaxq.models.switch(loss, {"w": "w4a16"})(params, x)
+      >>> @jax.jit
+      ... def step(params, number):
+      ...     return jaxq.quantize_fn(loss, rules.where("w", number < 1000))(params, x)
+      >>> bool(step(params, 1000) == loss(params, x)), len(rules.names)
+      (True, 1)
+    """
+    if isinstance(rules, Frozen | Delayed | Monitored | Switched):
+        raise ValueError(
+            f"switch: `rules` must be recipes without a state, got a {type(rules).__name__}. Pass "
+            "the rules from which it was made."
+        )
+    return switched("switch", fn, rules, argnums)
 
 
 def switched(

@@ -1,6 +1,7 @@
 """Rules with scales from calibration or from previous steps, as pytrees."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax.serialization import pytree
-from jaxq.models._rule import Rule, rule_records
+from jaxq.models._rule import Rule, check_pattern, rule_records
 from jaxq.products import History
 from jaxq.quantizers.calibration import Calibrated
 
@@ -135,7 +136,9 @@ class Switch:
 @pytree(static=("rules",), kinds=rule_records)
 @dataclasses.dataclass(frozen=True)
 class Switched:
-    """Rules whose recipes can be turned off by traced flags, without recompiling: a pytree.
+    """Rules whose recipes can be turned off by traced flags, as `jaxq.models.switch` makes them.
+
+    A pytree. A product whose recipe is off is computed in float, at the cost of a float product.
 
     Attributes:
       rules: the rules.
@@ -155,11 +158,40 @@ class Switched:
             found += ["/".join([name, *map(str, row)]) for row in rows]
         return tuple(found)
 
+    def where(self, pattern: str, on: jax.typing.ArrayLike) -> "Switched":
+        """Returns the rules with new flags for some products, in all of their layers.
+
+        Args:
+          pattern: a regular expression; a product's flag changes if it is found in its name.
+          on: a boolean scalar, which may be traced, such as `step < 1000`.
+
+        Raises:
+          ValueError: if the pattern matches no product with a recipe.
+        """
+        check_pattern("Switched.where", "pattern", pattern)
+        found = [name for name in self.switches if re.search(pattern, name)]
+        if not found:
+            raise ValueError(
+                f"Switched.where: `pattern` {pattern!r} matches no product with a recipe. They are "
+                f"{', '.join([*self.switches][:4])}."
+            )
+        flag = jnp.asarray(on).astype(jnp.float32)
+        if flag.ndim:
+            raise ValueError(
+                f"Switched.where: `on` must be a scalar, got the shape {flag.shape}. Use `turned` "
+                "for one flag per layer."
+            )
+        new = {name: Switch(jnp.full(self.switches[name].on.shape, flag)) for name in found}
+        return dataclasses.replace(self, switches={**self.switches, **new})
+
     def turned(self, on: jax.typing.ArrayLike) -> "Switched":
-        """Returns the rules with new flags.
+        """Returns the rules with new flags for all products and layers.
 
         Args:
           on: a vector of numbers or booleans in the order of `names`; 0 turns a recipe off.
+
+        Raises:
+          ValueError: if the vector does not have one number per name.
         """
         flags, switches, at = jnp.asarray(on).astype(jnp.float32), {}, 0
         if flags.shape != (len(self.names),):

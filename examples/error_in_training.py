@@ -257,6 +257,8 @@ def picture(result: Result) -> common.Figure:
     ticks = [f"{kind}\n{name}" for kind, name in zip(kinds, chosen, strict=True)]
     axes[1].set_yticks(np.arange(len(order)), ticks)
     axes[1].set_xscale("log")
+    axes[1].set_xticks([0.01, 0.02, 0.03, 0.05], ["0.01", "0.02", "0.03", "0.05"])
+    axes[1].minorticks_off()
     axes[1].legend(frameon=False)
     axes[1].set_title("Error of the gradient, and the chosen format", loc="left")
     rows, base = list(reversed(result.outcomes[1:])), result.outcomes[0].losses

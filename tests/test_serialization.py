@@ -20,12 +20,13 @@ from jax import export
 from jax import numpy as jnp
 
 import jaxq
-from jaxq import analysis
+from jaxq import analysis, lora, serving
 from jaxq.quantizers import calibration
 from tests.oracle import assert_same_trees
 
 W = jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.float32)
 PARAMS, X = {"a": W, "b": W * 2}, W[:4]
+TOKENS = W.reshape(64, 2, 32)
 RULES = [
     ("a", jaxq.ProductRecipe(jaxq.Recipe("uint8", scaling=jaxq.Affine("ema")), "nvfp4")),
     jaxq.Rule(
@@ -81,6 +82,8 @@ def make_examples() -> dict:
         "its amax": [h.largest() for h in delayed.histories["b"] if h is not None],
         "inputs of products": inputs,
         "input scales": jaxq.ptq.InputScales({"a": X[0]}, (("a", "a"),), (("b", "is tied"),)),
+        "adapted": lora.adapt(model, "int4_g32", lora.QLoRA(2))(PARAMS, X),
+        "cache": serving.KVCache.empty((256, 2, 32), "kivi2").append(TOKENS, -TOKENS),
         "block types": jaxq.interop.gguf.quantize(W, "q8_0"),
         "moments": calibration.update(calibration.init(X.shape, moments), X, moments),
         "optimizer": (gradients, adam),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
+from jaxq._jax.serialization import named_tuple
 from jaxq.lora._matrices import Factors
 from jaxq.lora._methods import Method, get_method
 from jaxq.models import (
@@ -39,6 +40,7 @@ from jaxq.quantizers import Quantized
 __all__ = ["AdaptedModel", "MergeError", "Merged", "adapt", "merge"]
 
 
+@named_tuple
 class AdaptedModel(NamedTuple):
     """A model with stored weights and adapters.
 
@@ -51,6 +53,7 @@ class AdaptedModel(NamedTuple):
     state: Adapted
 
 
+@named_tuple
 class MergeError(NamedTuple):
     """The error of one weight that an adapter was merged into. Norms are Frobenius norms.
 

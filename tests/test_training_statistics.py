@@ -1,8 +1,10 @@
 """Logs of statistics, their pictures, the ranking of products, and statistics of steps."""
 
 import functools
+import io
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -10,10 +12,12 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 from matplotlib.text import Text
+from rich.console import Console
 
 import jaxq
 from jaxq import cli
 from jaxq.analysis import (
+    LiveTable,
     Monitoring,
     StatisticsLog,
     blame,
@@ -136,6 +140,43 @@ def test_report_names_the_tensor_and_step_of_a_nan(tmp_path: pathlib.Path, capsy
     assert text.count("data:image/png;base64,") == 5, "one map, and the exponents of four tensors"
     assert "hidden/lhs [0]" in text
     assert cli.main(["report", str(tmp_path / "missing.log")]) == 2
+
+
+def test_live_table_shows_the_worst_tensors_and_where_a_nan_was():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, _environ={})
+    with LiveTable(("amax", "nonfinite"), worst=2, console=console) as table:
+        table.update(0, seen(X))
+        assert [row.statistic for row in table.rows] == ["amax", "amax"], "no fraction but 0"
+        sizes = {n: v for n, v in seen(X).flat().items() if n.endswith("/amax")}
+        worst = sorted(sizes, key=sizes.__getitem__, reverse=True)[:2]
+        assert [f"{row.tensor}/amax" for row in table.rows] == worst
+        table.update(1, seen(X.at[0, 0].set(jnp.nan)))
+        table.update(2, seen(X))
+        after = {row.tensor: row for row in table.rows if row.statistic == "nonfinite"}
+        assert len(after) == 2
+        assert all(row.value == 0 and row.worst > 0 and row.step == 1 for row in after.values())
+        before = table.rows
+        table.update(3, jax.tree.map(lambda x: x * jnp.nan, seen(X)))
+        assert table.rows == before, "a step without statistics"
+    text = file.getvalue()
+    assert "step 0" in text
+    assert "step 3" in text
+    assert next(iter(after)) in text
+
+
+def test_errors_of_the_live_table_name_the_remedy(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"no 'sqnr'. Did you mean sqnr_db"):
+        LiveTable("sqnr")
+    with pytest.raises(ValueError, match="no 'exponents'"):
+        LiveTable("exponents")
+    with pytest.raises(ValueError, match="`worst` must be at least 1"):
+        LiveTable(worst=0)
+    with pytest.raises(ValueError, match=r"no 'clipped'. Request it with Monitoring"):
+        LiveTable("clipped").update(0, seen(X))
+    monkeypatch.setitem(sys.modules, "rich.live", None)
+    with pytest.raises(ImportError, match=r"pip install 'jaxq\[cli\]'"):
+        LiveTable()
 
 
 def test_blame_ranks_the_product_with_the_largest_error():

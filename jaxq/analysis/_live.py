@@ -156,8 +156,11 @@ class LiveTable:
             worst, at = self._worst[name]
             if worst != harmless:
                 rows.append(LiveRow(statistic, tensor, value, worst, at))
-        key = lambda row: (_badness(statistic, row.value), _badness(statistic, row.worst))
-        return sorted(rows, key=key, reverse=True)[: self._count]
+
+        def badness(row: LiveRow) -> tuple[float, float]:
+            return _badness(statistic, row.value), _badness(statistic, row.worst)
+
+        return sorted(rows, key=badness, reverse=True)[: self._count]
 
     def _table(self, step: int) -> Any:
         from rich import box

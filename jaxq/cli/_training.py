@@ -98,12 +98,11 @@ def _magnitudes(log: Log, fmt: str | None) -> Iterator[str]:
     """Yields the pictures of magnitudes and of scales."""
     if not len(log.steps):
         return
-    kinds = (
-        ("Magnitudes", "amax", _ELEMENTS, {"fmt": fmt}),
-        ("Scales", "scale_amax", _QUANTIZED, {"scales": True}),
-    )
-    for title, statistic, tensors, options in kinds:
+    kinds = (("amax", _ELEMENTS, False), ("scale_amax", _QUANTIZED, True))
+    for statistic, tensors, scales in kinds:
         for tensor in tensors:
             if any(column.endswith(f"/{tensor}/{statistic}") for column in log.values):
-                data = image(plots.magnitudes_by_step(log, tensor, **options), "png")
-                yield picture(data, "png", f"{title} of {tensor}")
+                own = None if scales else fmt
+                figure = plots.magnitudes_by_step(log, tensor, own, scales=scales)
+                title = f"{'Scales' if scales else 'Magnitudes'} of {tensor}"
+                yield picture(image(figure, "png"), "png", title)

@@ -128,7 +128,7 @@ class LiveTable:
             if not any(last == statistic for _, _, last, _ in parts):
                 raise ValueError(
                     f"LiveTable: `seen` has no {statistic!r}. Request it with "
-                    f"Monitoring(statistics=...), or leave it out of the table."
+                    "Monitoring(statistics=...), or leave it out of the table."
                 )
         if any(not math.isnan(value) for value in values.values()):
             self.rows = [

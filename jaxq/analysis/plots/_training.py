@@ -1,7 +1,7 @@
 """Plots of the statistics that a training run has logged."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -268,7 +268,7 @@ def gradient_cosines(
       size: the width and height in inches.
 
     Returns:
-      The figure.
+      The figure. Steps without gradient errors are left out.
 
     Raises:
       ValueError: if the log has no gradient errors.
@@ -285,15 +285,17 @@ def gradient_cosines(
             "gradient_cosines: the log has no gradient errors. Append them with "
             "StatisticsLog.append(step, seen, gradients=gradient_errors(...))."
         )
-    lowest = {name: np.nanmin(values, initial=1) for name, values in found.items()}
-    ranked = sorted(found, key=lowest.__getitem__)
+    lowest = {name: np.fmin.reduce(values, initial=1.0) for name, values in found.items()}
     figure = new(7.0, 3.4, size, title)
     axes = frame(figure.subplots())
-    for name in ranked[worst:]:
-        axes.plot(log.steps, found[name], color=GREY, alpha=0.3, linewidth=1)
-    for i, name in enumerate(ranked[:worst]):
-        color, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-        axes.plot(log.steps, found[name], color=color, linestyle=dash, label=name)
+    for i, name in enumerate(sorted(found, key=lowest.__getitem__)):
+        known = np.isfinite(found[name])
+        dash = DASHES[i // len(COLOURS) % len(DASHES)]
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dash}
+        if i >= worst:
+            style = {"color": GREY, "alpha": 0.3, "zorder": 1}
+        label = name if i < worst else ""
+        axes.plot(log.steps[known], found[name][known], marker=".", label=label, **style)
     axes.set_xlabel("step")
     axes.set_ylabel("cosine", color=GREY)
     axes.set_title("quantized gradient against float gradient", color=BLUE)

@@ -13,6 +13,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq._base.cutting import Cut
+from jaxq.analysis import monitor
 from jaxq.recipes import absmax
 from tests import data
 
@@ -42,6 +43,26 @@ POWERS_OF_TWO = ("float8_e8m0fnu", "binary8p1se", "float4_e3m0")
 def test_cast_has_at_most_25_equations(name: str):
     jaxpr = jax.make_jaxpr(lambda x: jaxq.cast(x, name))(jnp.ones(8))
     assert 10 < equations(jaxpr.jaxpr) <= (30 if name in POWERS_OF_TWO else 25)
+
+
+def test_statistics_of_equal_tensors_are_traced_once():
+    """Counts reductions: inner functions that are traced again would appear again in the text."""
+
+    def reductions(layers: int) -> int:
+        params = {f"w{i}": jnp.ones((8, 8)) for i in range(layers)}
+
+        def loss(params, x):
+            for w in params.values():
+                x = x @ w
+            return x
+
+        def objective(params, state):
+            return jaxq.quantize_fn(loss, state)(params, jnp.ones((4, 8))).sum()
+
+        state = monitor(loss, {"": "int8_tensor"})(params, jnp.ones((4, 8)))
+        return jax.jit(jax.grad(objective, (0, 1))).lower(params, state).as_text().count("reduce(")
+
+    assert 0 < reductions(4) == reductions(2)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Logs of statistics, their pictures, the ranking of products, and statistics of steps."""
 
 import functools
+import io
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -10,10 +12,14 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 from matplotlib.text import Text
+from rich.console import Console
 
 import jaxq
 from jaxq import cli
 from jaxq.analysis import (
+    GradientError,
+    LiveTable,
+    Log,
     Monitoring,
     StatisticsLog,
     blame,
@@ -97,11 +103,19 @@ def test_log_of_another_model_or_version_is_refused(tmp_path: pathlib.Path):
         StatisticsLog(path).append(1, seen(X))
 
 
-def logged(tmp_path: pathlib.Path) -> pathlib.Path:
+def errors(*cosines: float) -> dict[str, GradientError]:
+    return {
+        f"w{i}": GradientError(*map(jnp.float32, (cosine, 1, 0, 0)))
+        for i, cosine in enumerate(cosines)
+    }
+
+
+def logged(tmp_path: pathlib.Path, with_gradients: bool = False) -> pathlib.Path:
     """Returns a log in which an input of the first layer has a NaN at step 3."""
     log = StatisticsLog(tmp_path / "run.log")
     for step in range(5):
-        log.append(step, seen(X.at[0, 0].set(jnp.nan) if step == 3 else X * (step + 1)))
+        x = X.at[0, 0].set(jnp.nan) if step == 3 else X * (step + 1)
+        log.append(step, seen(x), gradients=errors(0.9) if with_gradients else None)
     return log.path
 
 
@@ -119,23 +133,109 @@ def test_pictures_show_tensors_steps_and_the_range_of_a_format(tmp_path: pathlib
     assert "float8_e4m3fn normal" in texts(
         plots.exponents_by_step(log, "hidden/lhs", "float8_e4m3fn")
     )
+    figure = plots.magnitudes_by_step(log, "lhs", "float8_e4m3fn")
+    assert "float8_e4m3fn normal" in texts(figure)
+    drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert {"hidden", "out"} < {*drawn}
+    np.testing.assert_array_equal(drawn["hidden"], log.values["hidden/lhs/amax"].max(1))
+    with pytest.raises(ValueError, match=r"has no 'scale_amax' of 'lhs'. It has that of no"):
+        plots.magnitudes_by_step(log, scales=True)
+    with pytest.raises(ValueError, match="must be a float format, got int8"):
+        plots.magnitudes_by_step(log, fmt="int8")
     with pytest.raises(ValueError, match="has no 'sqnr_db'"):
         plots.statistics_map(log, "sqnr_db")
     with pytest.raises(ValueError, match="has no 'hidden/lhs/rms'"):
         plots.statistic_by_step(log, ["hidden/lhs/rms"])
 
 
+def test_scales_of_a_product_are_drawn_with_their_range():
+    values = {
+        "a/up/lhs/scale_amax": np.float32([0.5, 2, 0, np.nan]),
+        "a/up/lhs/scale_smallest": np.float32([0.25, 1, 0, np.nan]),
+    }
+    log = Log(np.arange(4), values)
+    axes = plots.magnitudes_by_step(log, "lhs", "float8_e4m3fn", scales=True).axes[0]
+    assert "float8_e4m3fn max" in texts(axes)
+    line = next(line for line in axes.lines if line.get_label() == "a/up")
+    assert line.get_ydata().compressed().tolist() == [0.5, 2]
+    assert len(axes.collections) == 1, "the band of the smaller scales"
+
+
+def test_gradient_errors_are_logged_and_drawn(tmp_path: pathlib.Path):
+    path = tmp_path / "run.log"
+    log = StatisticsLog(path)
+    log.append(0, seen(X), gradients=errors(1, 0.5))
+    log.append(1, seen(X))
+    StatisticsLog(path).append(2, seen(X))  # A resumed run.
+    log.append(3, seen(X), gradients=errors(0.9, 0.8))
+    found = read_log(path)
+    expected = np.float32([0.5, np.nan, np.nan, 0.8])
+    np.testing.assert_array_equal(found.values["w1/gradient/cosine"], expected)
+    assert found.values["out/lhs/amax"].all()
+    lines = plots.gradient_cosines(found, worst=1).axes[0].lines
+    assert lines[0].get_label() == "w1"
+    assert lines[0].get_xdata().tolist() == [0, 3]
+    np.testing.assert_array_equal(lines[0].get_ydata(), expected[[0, 3]])
+    with pytest.raises(ValueError, match="another model or request"):
+        log.append(4, seen(X), gradients=errors(1))
+    with pytest.raises(ValueError, match=r"has no gradient errors. Append them with"):
+        plots.gradient_cosines(Log(found.steps, {"a": found.steps}))
+
+
 def test_report_names_the_tensor_and_step_of_a_nan(tmp_path: pathlib.Path, capsys):
-    path, page = logged(tmp_path), tmp_path / "page.html"
-    assert cli.main(["report", str(path), "-o", str(page), "--worst", "9"]) == 0
+    path, page = logged(tmp_path, with_gradients=True), tmp_path / "page.html"
+    options = ["-o", str(page), "--worst", "9", "--format"]
+    assert cli.main(["report", str(path), *options, "float8_e5m2"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     first = next(line for line in lines if line[:1] == ["nonfinite"])
     assert {"3"} < {*first}
     assert any("hidden/lhs" in word for line in lines for word in line)
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == 5, "one map, and the exponents of four tensors"
+    images = text.count("data:image/png;base64,")
+    assert images == 8, "a map, cosines, two kinds of tensors, and four histograms"
+    assert "Cosine of the quantized to the float gradient" in text
+    assert "Magnitudes of cotangent" in text
     assert "hidden/lhs [0]" in text
     assert cli.main(["report", str(tmp_path / "missing.log")]) == 2
+    assert cli.main(["report", str(path), *options, "int8"]) == 2
+    assert "must be a float format" in capsys.readouterr().err
+
+
+def test_live_table_shows_the_worst_tensors_and_where_a_nan_was():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, _environ={})
+    with LiveTable(("amax", "nonfinite"), worst=2, console=console) as table:
+        table.update(0, seen(X))
+        assert [row.statistic for row in table.rows] == ["amax", "amax"], "no fraction but 0"
+        sizes = {n: v for n, v in seen(X).flat().items() if n.endswith("/amax")}
+        worst = sorted(sizes, key=sizes.__getitem__, reverse=True)[:2]
+        assert [f"{row.tensor}/amax" for row in table.rows] == worst
+        table.update(1, seen(X.at[0, 0].set(jnp.nan)))
+        table.update(2, seen(X))
+        after = {row.tensor: row for row in table.rows if row.statistic == "nonfinite"}
+        assert len(after) == 2
+        assert all(row.value == 0 and row.worst > 0 and row.step == 1 for row in after.values())
+        before = table.rows
+        table.update(3, jax.tree.map(lambda x: x * jnp.nan, seen(X)))
+        assert table.rows == before, "a step without statistics"
+    text = file.getvalue()
+    assert "step 0" in text
+    assert "step 3" in text
+    assert next(iter(after)) in text
+
+
+def test_errors_of_the_live_table_name_the_remedy(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"no 'sqnr'. Did you mean sqnr_db"):
+        LiveTable("sqnr")
+    with pytest.raises(ValueError, match="no 'exponents'"):
+        LiveTable("exponents")
+    with pytest.raises(ValueError, match="`worst` must be at least 1"):
+        LiveTable(worst=0)
+    with pytest.raises(ValueError, match=r"no 'clipped'. Request it with Monitoring"):
+        LiveTable("clipped").update(0, seen(X))
+    monkeypatch.setitem(sys.modules, "rich.live", None)
+    with pytest.raises(ImportError, match=r"pip install 'jaxq\[cli\]'"):
+        LiveTable()
 
 
 def test_blame_ranks_the_product_with_the_largest_error():

@@ -12,6 +12,7 @@ from jaxq.analysis._chains import chain, chain_table
 from jaxq.analysis._codes import CodeUsage, code_usage, ulp_error
 from jaxq.analysis._diagnostics import Diagnostics, diagnostics
 from jaxq.analysis._divergences import kl_of_logits, kl_of_values
+from jaxq.analysis._live import LiveRow, LiveTable
 from jaxq.analysis._logs import Log, StatisticsLog, read_log
 from jaxq.analysis._memory import Memory, fits_table, memory, memory_table
 from jaxq.analysis._metrics import (
@@ -46,6 +47,8 @@ __all__ = [
     "Gaussian",
     "GradientError",
     "Laplace",
+    "LiveRow",
+    "LiveTable",
     "LloydMax",
     "Log",
     "Memory",

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxq.analysis._steps import GradientError
 from jaxq.models import Monitored
 
 __all__ = ["Log", "StatisticsLog", "read_log"]
@@ -25,7 +26,8 @@ class Log:
     Attributes:
       steps: int64 `[steps]`, increasing.
       values: float32 arrays `[steps, ...]` by names such as `"layers/up/lhs/sqnr_db"`; a product in
-        a scan over layers has an axis of layers after that of steps.
+        a scan over layers has an axis of layers after that of steps. Gradient errors have names
+        such as `"layers/up/gradient/cosine"`, and are NaN in steps without them.
     """
 
     steps: np.ndarray
@@ -60,25 +62,45 @@ class StatisticsLog:
         self.path = pathlib.Path(path)
         self._header: str | None = None
 
-    def append(self, step: int, seen: Monitored) -> None:
+    def append(
+        self,
+        step: int,
+        seen: Monitored,
+        *,
+        gradients: Mapping[str, GradientError] | None = None,
+    ) -> None:
         """Appends the statistics of a step; does nothing in a step without statistics.
 
         Args:
           step: the number of the step.
           seen: the gradient with respect to a `Monitored` state.
+          gradients: the result of `gradient_errors` for this step. If the first step of a log has
+            it, later steps may have it or not. Default: None.
 
         Raises:
           ValueError: if the file is a log of another model, request or version.
         """
+        if self._header is None:
+            self._header = self._existing()
         values = {
             f"{product}/{name}": np.asarray(value, np.float32)
             for product, own in jax.device_get(seen.statistics()).items()
             for name, value in own.items()
         }
+        if gradients is not None:
+            for path, error in jax.device_get(dict(gradients)).items():
+                for name, value in error._asdict().items():
+                    values[f"{path}/gradient/{name}"] = np.asarray(value, np.float32)
+        elif self._header is not None:
+            for name, shape in _columns(self.path, self._header):
+                if "/gradient/" in name and name not in values:
+                    values[name] = np.full(shape, np.nan, np.float32)
         columns = [[name, list(value.shape)] for name, value in values.items()]
         header = json.dumps({"kind": _KIND, "version": _VERSION, "columns": columns})
         if self._header is None:
-            self._header = self._opened(header)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(header + "\n")
+            self._header = header
         if header != self._header:
             raise ValueError(
                 f"StatisticsLog: {self.path.name} holds the statistics of another model or "
@@ -91,20 +113,17 @@ class StatisticsLog:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": int(step), "data": text}) + "\n")
 
-    def _opened(self, header: str) -> str:
-        """Makes the file or removes its incomplete last line, and returns its first line."""
-        if not self.path.exists() or not self.path.stat().st_size:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(header + "\n")
-            return header
+    def _existing(self) -> str | None:
+        """Removes an incomplete last line of the file; returns its first line, if it has one."""
+        if not self.path.exists():
+            return None
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         if not whole:
-            self.path.write_text(header + "\n")
-            return header
+            return None
         first = whole.split(b"\n", 1)[0].decode()
         _columns(self.path, first)
         return first

@@ -15,7 +15,7 @@ from jaxq.products import Axes, Running, Tally, is_stochastic, placed
 from jaxq.products import Tensor as Operand
 from jaxq.recipes import Granularity, PerBlock, Recipe, title_of
 
-__all__ = ["Monitoring", "monitor"]
+__all__ = ["STATISTICS", "Monitoring", "check_names", "monitor"]
 
 TENSORS = ("lhs", "rhs", "output", "cotangent", "residual")
 _VALUES = ("amax", "smallest", "rms", "mean", "zeros", "nonfinite", "range_bits")
@@ -97,8 +97,8 @@ class Monitoring:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for pattern in self.products:
             check_pattern("Monitoring", "products", pattern)
-        _check_names("tensors", self.tensors, TENSORS)
-        _check_names("statistics", self.statistics, STATISTICS)
+        check_names("Monitoring", "tensors", self.tensors, TENSORS)
+        check_names("Monitoring", "statistics", self.statistics, STATISTICS)
         if self.every < 1:
             raise ValueError(f"Monitoring: `every` must be at least 1, got {self.every}.")
         given = self.counterfactuals
@@ -126,12 +126,13 @@ class Monitoring:
             )
 
 
-def _check_names(field: str, names: Sequence[str], known: Sequence[str]) -> None:
+def check_names(owner: str, field: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises a ValueError with suggestions for the first name that is not known."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 3, 0.5)
             hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(known)}."
-            raise ValueError(f"Monitoring: `{field}` has no {name!r}. {hint}")
+            raise ValueError(f"{owner}: `{field}` has no {name!r}. {hint}")
 
 
 def _counterfactual(given: str | Recipe | Format) -> Recipe | Format:

@@ -5,6 +5,7 @@ are divided by a power of two near the largest magnitude, which is kept as their
 smallest magnitude is kept as bits that grow as it shrinks, so that 0 is neutral for a maximum.
 """
 
+import functools
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -56,6 +57,8 @@ class Quantization(NamedTuple):
         return cls(x, y, recipe)
 
 
+# One trace per shape and recipe instead of one per tensor of a model.
+@functools.partial(jax.jit, static_argnames="histogram")
 def tensor_of(x: jax.Array, histogram: bool = False) -> Tally:
     """Returns the sums of a tensor: counts, extremes, sum and sum of squares.
 
@@ -92,7 +95,19 @@ def errors_of(q: Quantization, asked: Collection[str]) -> Tally:
       q: the quantization.
       asked: the names of the statistics that need them.
     """
-    x, y = q.value.astype(jnp.float32), q.quantized.astype(jnp.float32)
+    return _errors(q.value, q.quantized, q.scales, q.recipe, frozenset(asked))
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "asked"))
+def _errors(
+    value: jax.Array,
+    quantized: jax.Array,
+    scales: Calibrated | None,
+    recipe: Recipe | Format,
+    asked: frozenset[str],
+) -> Tally:
+    q = Quantization(value, quantized, recipe, scales)
+    x, y = value.astype(jnp.float32), quantized.astype(jnp.float32)
     finite, masks = jnp.isfinite(x), {}
     if "clipped" in asked:
         end = _ends(q)

@@ -196,6 +196,9 @@ def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worst", type=int, default=3, metavar="N", help="tensors of each statistic (default: 3)"
     )
+    parser.add_argument(
+        "--format", metavar="NAME", help="a float format whose range is drawn in the pictures"
+    )
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:

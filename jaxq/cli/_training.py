@@ -13,6 +13,8 @@ from jaxq.cli._plot import image
 
 __all__ = ["run"]
 
+_ELEMENTS = ("lhs", "rhs", "output", "cotangent")
+_QUANTIZED = ("lhs", "rhs", "output", "dlhs/cotangent", "drhs/cotangent")
 _MAPS = {
     "sqnr_db": "signal to quantization noise",
     "clipped": "the fraction that is clipped",
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.output is not None:
         with bad_input():
-            text = _page(args.log, log, worst)
+            text = _page(args.log, log, worst, args.format)
         with atomic(args.output, "w") as file:
             file.write(text)
 
@@ -68,7 +70,7 @@ def _worst(log: Log, statistic: str, count: int) -> Iterator[_Worst]:
     yield from sorted(found, key=lambda w: sign * w.value)[:count]
 
 
-def _page(name: str, log: Log, worst: list[_Worst]) -> str:
+def _page(name: str, log: Log, worst: list[_Worst], fmt: str | None) -> str:
     lines = [[escaped(w.tensor), w.statistic, str(w.step), number(w.value, 4)] for w in worst]
     parts = [
         f"<p>{len(log.steps)} steps, {len(log.values)} statistics.</p>",
@@ -80,9 +82,27 @@ def _page(name: str, log: Log, worst: list[_Worst]) -> str:
         if statistic in names and len(log.steps):
             data = image(plots.statistics_map(log, statistic), "png")
             parts.append(picture(data, "png", caption))
+    if any(column.endswith("/gradient/cosine") for column in log.values) and len(log.steps):
+        data = image(plots.gradient_cosines(log), "png")
+        parts.append(picture(data, "png", "Cosine of the quantized to the float gradient"))
+    parts += _magnitudes(log, fmt)
     for column in log.values:
         tensor, _, last = column.rpartition("/")
         if last == "exponents" and len(log.steps):
-            data = image(plots.exponents_by_step(log, tensor), "png")
+            data = image(plots.exponents_by_step(log, tensor, fmt), "png")
             parts.append(picture(data, "png", f"Exponents of {tensor}"))
     return page(f"jaxq report {name}", parts)
+
+
+def _magnitudes(log: Log, fmt: str | None) -> Iterator[str]:
+    """Yields the pictures of magnitudes and of scales."""
+    if not len(log.steps):
+        return
+    kinds = (("amax", _ELEMENTS, False), ("scale_amax", _QUANTIZED, True))
+    for statistic, tensors, scales in kinds:
+        for tensor in tensors:
+            if any(column.endswith(f"/{tensor}/{statistic}") for column in log.values):
+                own = None if scales else fmt
+                figure = plots.magnitudes_by_step(log, tensor, own, scales=scales)
+                title = f"{'Scales' if scales else 'Magnitudes'} of {tensor}"
+                yield picture(image(figure, "png"), "png", title)

@@ -21,6 +21,8 @@ from jaxq.analysis.plots._rates import compression, sqnr_by_bits
 from jaxq.analysis.plots._tensors import channel_errors, quantized_values
 from jaxq.analysis.plots._training import (
     exponents_by_step,
+    gradient_cosines,
+    magnitudes_by_step,
     statistic_by_step,
     statistics_map,
 )
@@ -38,6 +40,8 @@ __all__ = [
     "compression",
     "exponents_by_step",
     "fits",
+    "gradient_cosines",
+    "magnitudes_by_step",
     "memory",
     "memory_by_size",
     "number_line",

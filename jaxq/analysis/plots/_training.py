@@ -1,19 +1,35 @@
 """Plots of the statistics that a training run has logged."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxq.analysis._logs import Log
 from jaxq.analysis._tallies import EXPONENTS
-from jaxq.analysis.plots._look import BLUE, COLOURS, DASHES, GREY, ORANGE, frame, new, picture
+from jaxq.analysis.plots._look import (
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREY,
+    ORANGE,
+    frame,
+    new,
+    picture,
+)
 from jaxq.formats import FloatFormat, Format, get_format
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["exponents_by_step", "statistic_by_step", "statistics_map"]
+__all__ = [
+    "exponents_by_step",
+    "gradient_cosines",
+    "magnitudes_by_step",
+    "statistic_by_step",
+    "statistics_map",
+]
 
 _SHARES = ("clipped", "flushed", "lost", "zeros", "nonfinite", "scale_ends")
 
@@ -150,26 +166,168 @@ def exponents_by_step(
         interpolation="nearest",
     )
     if fmt is not None:
-        fmt = get_format(fmt)
-        if not isinstance(fmt, FloatFormat):
-            raise ValueError(
-                f"exponents_by_step: `fmt` must be a float format, got {fmt.name}. Use, for "
-                "example, 'float8_e5m2'."
-            )
-        ends = (fmt.max, fmt.smallest_normal, fmt.min_positive)
-        for value, label in zip(ends, ("max", "normal", "subnormal"), strict=True):
-            height = float(np.log2(value))
-            if low - 4 <= height <= high + 4:
-                axes.axhline(height, color=ORANGE, linewidth=1)
-                axes.annotate(
-                    f"{fmt.name} {label}", (0.2, height), color=ORANGE, va="bottom", fontsize=8
-                )
+        ends = _range("exponents_by_step", fmt)
+        _draw_range(
+            axes, {name: float(np.log2(end)) for name, end in ends.items()}, (low - 4, high + 4)
+        )
     places = np.unique(np.linspace(0, len(log.steps) - 1, min(len(log.steps), 8)).astype(int))
     axes.set_xticks(places + 0.5, [str(log.steps[i]) for i in places])
     axes.set_xlabel("step")
     axes.set_ylabel("exponent, log2 |x|", color=GREY)
     axes.set_title(tensor, color=BLUE)
     return figure
+
+
+@picture
+def magnitudes_by_step(
+    log: Log,
+    tensor: str = "lhs",
+    fmt: str | Format | None = None,
+    *,
+    scales: bool = False,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """Draws the amax of a tensor, or of its scales, over the steps, a line per product.
+
+    A band from the line down to the smallest nonzero magnitude is drawn if the log has it. Of a
+    product in a scan over layers, the largest and smallest values of all layers are drawn.
+
+    Args:
+      log: a log with the statistic `"amax"`, or `"scale_amax"`.
+      tensor: the tensor's name after that of the product, such as `"lhs"`, or `"dlhs/cotangent"`
+        for scales. Default: `"lhs"`.
+      fmt: a float format, or its name, such as that of the scales. Its range is drawn as lines: the
+        largest value and the smallest normal and subnormal ones, unless they are more than 12
+        powers of two away from the data. Default: None.
+      scales: True to draw the scales of the tensor instead of its elements. Default: False.
+      title: the title. Default: none.
+      size: the width and height in inches.
+
+    Returns:
+      The figure, with a logarithmic axis. Steps with an amax of 0 or NaN are left out.
+
+    Raises:
+      ValueError: if the log lacks the statistic of the tensor, or the format is no float format.
+      ImportError: if matplotlib is not installed.
+    """
+    names = ("scale_amax", "scale_smallest") if scales else ("amax", "smallest")
+    found = {
+        name.removesuffix(f"/{tensor}/{names[0]}"): name
+        for name in log.values
+        if name.endswith(f"/{tensor}/{names[0]}")
+    }
+    if not found or not len(log.steps):
+        last = f"/{names[0]}"
+        known = [name.removesuffix(last) for name in log.values if name.endswith(last)]
+        raise ValueError(
+            f"magnitudes_by_step: the log has no {names[0]!r} of {tensor!r}. It has that of "
+            f"{', '.join(known[:4]) or 'no tensor'}."
+        )
+    ends = None if fmt is None else _range("magnitudes_by_step", fmt)
+    figure = new(7.0, 3.6, size, title)
+    axes = frame(figure.subplots())
+    data = []
+    for i, (product, name) in enumerate(found.items()):
+        color, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+        top = _positive(_column(log, "magnitudes_by_step", name)).max(1)
+        axes.plot(log.steps, top, color=color, linestyle=dash, label=product or "product")
+        data.append(top.compressed())
+        low = f"{name.removesuffix(names[0])}{names[1]}"
+        if low in log.values:
+            least = _positive(_column(log, "magnitudes_by_step", low)).min(1)
+            axes.fill_between(log.steps, least, top, color=color, alpha=0.12, linewidth=0)
+            data.append(least.compressed())
+    axes.set_yscale("log", base=2)
+    values = np.concatenate(data)
+    if ends is not None and values.size:
+        span = values.min() / np.float64(2**12), values.max() * np.float64(2**12)
+        _draw_range(axes, ends, span, at=float(log.steps[0]))
+    axes.set_xlabel("step")
+    axes.set_ylabel("scale" if scales else "magnitude", color=GREY)
+    axes.set_title(f"{'scales' if scales else 'magnitudes'} of {tensor}", color=BLUE)
+    axes.legend()
+    return figure
+
+
+@picture
+def gradient_cosines(
+    log: Log,
+    worst: int = 7,
+    *,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> "Figure":
+    """Draws the cosine of the quantized to the float gradient over the steps, a line per parameter.
+
+    Args:
+      log: a log to which the result of `jaxq.analysis.gradient_errors` was appended.
+      worst: the number of parameters that are named, those with the lowest cosines. All others are
+        drawn in grey. Default: 7.
+      title: the title. Default: none.
+      size: the width and height in inches.
+
+    Returns:
+      The figure. Steps without gradient errors are left out.
+
+    Raises:
+      ValueError: if the log has no gradient errors.
+      ImportError: if matplotlib is not installed.
+    """
+    last = "/gradient/cosine"
+    found = {
+        name.removesuffix(last): values
+        for name, values in log.values.items()
+        if name.endswith(last)
+    }
+    if not found or not len(log.steps):
+        raise ValueError(
+            "gradient_cosines: the log has no gradient errors. Append them with "
+            "StatisticsLog.append(step, seen, gradients=gradient_errors(...))."
+        )
+    lowest = {name: np.fmin.reduce(values, initial=1.0) for name, values in found.items()}
+    figure = new(7.0, 3.4, size, title)
+    axes = frame(figure.subplots())
+    for i, name in enumerate(sorted(found, key=lowest.__getitem__)):
+        known = np.isfinite(found[name])
+        dash = DASHES[i // len(COLOURS) % len(DASHES)]
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dash}
+        if i >= worst:
+            style = {"color": GREY, "alpha": 0.3, "zorder": 1}
+        label = name if i < worst else ""
+        axes.plot(log.steps[known], found[name][known], marker=".", label=label, **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel("cosine", color=GREY)
+    axes.set_title("quantized gradient against float gradient", color=BLUE)
+    axes.legend()
+    return figure
+
+
+def _range(owner: str, fmt: str | Format) -> dict[str, float]:
+    """Returns the ends of a float format's range by their labels."""
+    fmt = get_format(fmt)
+    if not isinstance(fmt, FloatFormat):
+        raise ValueError(
+            f"{owner}: `fmt` must be a float format, got {fmt.name}. Use, for example, "
+            "'float8_e5m2'."
+        )
+    ends = {"max": fmt.max, "normal": fmt.smallest_normal, "subnormal": fmt.min_positive}
+    return {f"{fmt.name} {label}": float(end) for label, end in ends.items()}
+
+
+def _draw_range(
+    axes: "Axes", ends: dict[str, float], span: tuple[float, float], *, at: float = 0.2
+) -> None:
+    """Draws the ends that are within a span as lines, with labels that begin at an abscissa."""
+    for label, height in ends.items():
+        if span[0] <= height <= span[1]:
+            axes.axhline(height, color=ORANGE, linewidth=1)
+            axes.annotate(label, (at, height), color=ORANGE, va="bottom", fontsize=8)
+
+
+def _positive(values: np.ndarray) -> "np.ma.MaskedArray":
+    """Returns values without those that a logarithmic axis cannot show."""
+    return np.ma.masked_invalid(np.where(values > 0, values, np.nan))
 
 
 def _rows(log: Log, owner: str, statistic: str) -> list[tuple[str, np.ndarray]]:

@@ -297,7 +297,7 @@ def _draw_map(figure: common.Figure, axes: Any, log: Log) -> None:
 def main(argv: Sequence[str] | None = None) -> Result:
     """Runs the study, prints the tables, draws the picture and returns the results."""
     amounts = {
-        "steps": (120, "of training"),
+        "steps": (40, "of training"),
         "seeds": (3, "of weights and batches"),
         "batch": (4, f"rows of {CONTEXT} bytes"),
     }

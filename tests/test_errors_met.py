@@ -51,18 +51,3 @@ def test_traced_width_of_format_names_remedy():
         with pytest.raises(TypeError, match=f"must be a Python integer, got a traced.*{remedy}"):
             jax.vmap(lambda n, make=make: jaxq.cast(W, make(n)))(jnp.arange(2, 4))
     assert jaxq.FloatFormat("mine", np.int64(5), np.int64(2)).max == 114688.0
-
-
-def test_traced_grid_in_place_of_recipe_names_remedy():
-    for quantize in (jaxq.fake_quant, jaxq.quantize, lambda _, grid: jaxq.Recipe(grid)):
-        with pytest.raises(TypeError, match="Scale it yourself"):
-            quantize(W, jaxq.int_grid(4))
-
-    def scaled(bits):  # The remedy of the message.
-        grid = jaxq.int_grid(bits, narrow=True)
-        s = jnp.abs(W).max() / grid.max
-        return jaxq.cast(W / s, grid, overflow="saturate") * s
-
-    for bits, y in zip((3, 4, 8), jax.vmap(scaled)(jnp.array([3, 4, 8])), strict=True):
-        known = jaxq.fake_quant(W, jaxq.Recipe(f"int{bits}"))
-        np.testing.assert_allclose(y, known, rtol=1e-6, atol=1e-7)

@@ -23,9 +23,9 @@ __all__ = ["BinaryGrid", "float_grid", "int_grid", "is_aligned", "is_narrow", "i
 class BinaryGrid:
     """A grid of floats or integers, described by Python numbers or traced scalars.
 
-    Grids are created by `float_grid` and `int_grid`, and `jaxq.cast` accepts them instead of a
-    format. They are pytrees: `jax.vmap` over the leaves evaluates many formats in one compiled
-    call.
+    Grids are created by `float_grid` and `int_grid`. `jaxq.cast` accepts them instead of a format,
+    and so does `jaxq.Recipe`, for `jaxq.fake_quant` and `jaxq.neighbors`. They are pytrees:
+    `jax.vmap` over the leaves evaluates many formats in one compiled call.
 
     Attributes:
       mantissa_bits: the number of mantissa bits; the spacing at exponent e is
@@ -86,6 +86,20 @@ class BinaryGrid:
         return 0 - self.lowest
 
     @property
+    def name(self) -> str:
+        """The name used in messages in place of that of a format."""
+        return "BinaryGrid"
+
+    @property
+    def scaled_max(self) -> Any:
+        """The value to which quantizers scale the amax of a block, as in `FloatFormat`."""
+        layout = Layout.of(np.dtype(np.float32))
+        m = jnp.asarray(self.mantissa_bits, jnp.int32)
+        mantissa = ((jnp.int32(1) << m) - 1) << jnp.maximum(23 - m, 0)
+        lowest_binade = layout.field(jnp.maximum(jnp.asarray(self.emin, jnp.int32), 0)) | mantissa
+        return jnp.where(jnp.asarray(self.emax) < 128, self.max, layout.floats(lowest_binade))
+
+    @property
     def odd_inf(self) -> Any:
         """True if there is an infinity with an odd code, which `to_odd` can return."""
         if not self.inf:
@@ -123,7 +137,7 @@ def float_grid(
       nan: whether there is a NaN.
 
     Returns:
-      A grid for `jaxq.cast` of float32 input.
+      A grid for `jaxq.cast`, or for a `jaxq.Recipe` that `jaxq.fake_quant` takes.
 
     Raises:
       ValueError: if `inf` is true and `nan` is false.
@@ -161,7 +175,7 @@ def int_grid(bits: Any, *, signed: bool = True, narrow: bool = False) -> BinaryG
       narrow: whether the lowest value is omitted, as in `IntFormat`.
 
     Returns:
-      A grid for `jaxq.cast` of float32 input.
+      A grid for `jaxq.cast`, or for a `jaxq.Recipe` that `jaxq.fake_quant` takes.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp

@@ -19,10 +19,19 @@ class Given(NamedTuple):
 
 
 def checked(
-    name: str, x: jax.typing.ArrayLike, recipe: str | Recipe, axis: int | None
+    name: str,
+    x: jax.typing.ArrayLike,
+    recipe: str | Recipe,
+    axis: int | None,
+    *,
+    grids: bool = False,
 ) -> tuple[jax.Array, Recipe]:
-    """Returns the array, and the recipe with its granularity on the array's own axes."""
-    recipe = get_recipe(recipe)
+    """Returns the array, and the recipe with its granularity on the array's own axes.
+
+    A recipe with a `BinaryGrid` raises a TypeError unless `grids` is True.
+    """
+    if not (grids and isinstance(recipe, Recipe)):
+        recipe = get_recipe(recipe)
     array = floats(name, x)
     if axis is not None:
         recipe = recipe.along(axis, array.ndim)

@@ -22,8 +22,9 @@ from jaxq._jax.meshes import as_first, automatic, spec_of
 from jaxq._jax.opaque import opaque
 from jaxq.formats import Format, get_format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
-from jaxq.numerics import as_dtype, encode, pack, widen
+from jaxq.numerics import BinaryGrid, as_dtype, encode, pack, widen
 from jaxq.quantizers._arguments import Given, checked, given_scales
+from jaxq.quantizers._parts import Parts, parts_of, whole
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized
 from jaxq.quantizers._sharding import quantized_sharding
 from jaxq.quantizers._snapping import codes, interval, measured, numbers, restored
@@ -72,7 +73,9 @@ def fake_quant(
     Args:
       x: a float16, bfloat16 or float32 array of any shape. Scales are computed in float32 for each
         of these dtypes.
-      recipe: a `Recipe`, or a name in `jaxq.recipes.RECIPES`.
+      recipe: a `Recipe`, or a name in `jaxq.recipes.RECIPES`. Its format may be a `BinaryGrid`
+        with traced widths, so that `jax.vmap` simulates many formats in one compiled program; the
+        results equal those of the formats bit for bit.
       scale: float32 scales to use instead of computed ones, such as those of
         `jaxq.calibration.finalize`: one per block, or an array that broadcasts to that. They are
         rounded to the scale format. Their gradients are defined in `jaxq.gradients`, so
@@ -110,9 +113,9 @@ def fake_quant(
       Array([[1., 1.],
              [1., 1.]], dtype=float32)
     """
-    array, recipe = checked("fake_quant", x, recipe, axis)
+    array, recipe = checked("fake_quant", x, recipe, axis, grids=True)
     given = given_scales("fake_quant", array.shape, recipe, scale, zero_point)
-    return _fake_quant(array, given, key, recipe)
+    return _fake_quant(array, given, key, *parts_of(recipe))
 
 
 def neighbors(
@@ -149,9 +152,11 @@ def neighbors(
       >>> below.tolist(), above.tolist()
       ([0.0, -1.0, 4.0], [0.5, -0.5, 6.0])
     """
-    array, recipe = checked("neighbors", x, recipe, axis)
+    array, recipe = checked("neighbors", x, recipe, axis, grids=True)
     given = given_scales("neighbors", array.shape, recipe, scale, zero_point)
-    return _neighbors(lax.stop_gradient(array), lax.stop_gradient(given), recipe.to_nearest())
+    return _neighbors(
+        lax.stop_gradient(array), lax.stop_gradient(given), *parts_of(recipe.to_nearest())
+    )
 
 
 def quantize(
@@ -200,18 +205,24 @@ def quantize(
 @functools.partial(jax.jit, static_argnames="recipe")
 @automatic(as_first)
 def _fake_quant(
-    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe
+    x: jax.Array,
+    given: Given | None,
+    key: jax.Array | None,
+    grid: BinaryGrid | None,
+    recipe: Recipe,
 ) -> jax.Array:
     estimator = get_gradient(recipe.gradient)
-    snapped = _snapped(x, given, key, recipe, wants_neighbors(estimator))
+    snapped = _snapped(x, given, key, Parts(grid, recipe), wants_neighbors(estimator))
     return recipe.cut(x.shape).merge(attach(estimator, snapped.snap, snapped.scales))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 @automatic(as_first)
-def _neighbors(x: jax.Array, given: Given | None, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+def _neighbors(
+    x: jax.Array, given: Given | None, grid: BinaryGrid | None, recipe: Recipe
+) -> tuple[jax.Array, jax.Array]:
     cut = recipe.cut(x.shape)
-    snap = _snapped(x, given, None, recipe, True).snap
+    snap = _snapped(x, given, None, Parts(grid, recipe), True).snap
     return cut.merge(snap.below), cut.merge(snap.above)
 
 
@@ -223,28 +234,35 @@ class _Snapped(NamedTuple):
 
 
 def _snapped(
-    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe, around: bool
+    x: jax.Array, given: Given | None, key: jax.Array | None, parts: Parts, around: bool
 ) -> _Snapped:
     """Returns a split tensor with its quantized values, and with its neighbors if `around` is True.
 
     Only the tensor itself and given scales are differentiable.
     """
-    cut = recipe.cut(x.shape)
-    function = functools.partial(_values, recipe=recipe, around=around)
-    values: _Values = opaque(function, *lax.stop_gradient((x, given)), key)
+    cut = parts.recipe.cut(x.shape)
+    function = functools.partial(_values, recipe=parts.recipe, around=around)
+    constants = lax.stop_gradient((x, given, parts.grid))
+    values: _Values = opaque(function, *constants, key)
     y, low, high, below, above = values[:5]
     scales = None
     if given is not None:
-        scales = _given_scales(given, values, recipe, cut)
+        scales = _given_scales(given, values, whole(*parts), cut)
         if below is not None and above is not None:
             below, above = scales.moved(below), scales.moved(above)
     return _Snapped(Snap(cut.split(x), y, low, high, below, above), scales)
 
 
 def _values(
-    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe, around: bool
+    x: jax.Array,
+    given: Given | None,
+    grid: BinaryGrid | None,
+    key: jax.Array | None,
+    recipe: Recipe,
+    around: bool,
 ) -> _Values:
     """Returns the quantized values of a tensor, with the neighbors if `around` is True."""
+    recipe = whole(grid, recipe)
     cut, rest = recipe.cut(x.shape), x
     outliers, is_outlier = (), None
     if recipe.outliers is not None:
@@ -282,13 +300,14 @@ def _given_scales(given: Given, values: _Values, recipe: Recipe, cut: Cut) -> Gi
 
     scale = through(scales.step, given.scale)
     assert scale is not None
+    largest: Any = recipe.element.scaled_max  # An array for a `BinaryGrid`.
     result = GivenScales(
         scale=scale,
         zero_point=through(scales.zero_point, given.zero_point),
         minimum=through(scales.minimum, given.zero_point),
         level=values.numbers,
         count=cut.sizes,
-        largest=np.float32(recipe.element.scaled_max),
+        largest=largest if isinstance(largest, jax.Array) else np.float32(largest),
     )
     # Outliers do not depend on the scales.
     return result if values.is_outlier is None else result.constant_where(values.is_outlier)

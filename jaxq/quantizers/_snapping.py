@@ -72,6 +72,7 @@ def units_of(x: jax.Array, scales: Scales, recipe: Recipe) -> jax.Array:
     units = in_units(x, scales.divisor, divisor_format, reciprocal=scaling.reciprocal)
     # In a float format without NaN, the sign of a NaN becomes that of a zero.
     without = isinstance(recipe.element, FloatFormat) and recipe.element.nan is None
+    without = without or (isinstance(recipe.element, BinaryGrid) and not recipe.element.nan)
     return _positive_nan(units) if without else units
 
 
@@ -118,12 +119,15 @@ def restored(
     GGUF.
     """
     fmt, scale_format = recipe.element, recipe.scale_format
-    if fmt.max >= 2.0**128:
+    traced = isinstance(fmt, BinaryGrid)
+    if traced or fmt.max >= 2.0**128:
         values = _finite(values)
     y = times(values, step, scale_format)
     if minimum is not None:
         y = y + minimum  # The product is exact, because the scaling has checked the widths.
     bounded = (fmt.max - fmt.min) * scale_format.max < 2.0**127
+    if traced:
+        return where(jnp.broadcast_to(bounded, y.shape), y, _finite(y))
     if bounded and recipe.scaling.second_level is None:
         return y  # Only an infinite scale makes this infinite.
     return _finite(y)

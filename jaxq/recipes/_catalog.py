@@ -10,7 +10,7 @@ from jaxq.formats import FORMATS, Format
 from jaxq.numerics import BinaryGrid, HalfUp
 from jaxq.recipes._affine import Affine, ScaleAndMin
 from jaxq.recipes._granularity import PerBlock, PerChannel, PerToken
-from jaxq.recipes._recipe import GRID_REMEDY, Recipe
+from jaxq.recipes._recipe import Recipe
 from jaxq.recipes._symmetric import MX, SignedScale, Symmetric
 from jaxq.recipes._texts import field_text
 from jaxq.recipes._two_level import DoubleQuant, TwoLevel
@@ -94,16 +94,24 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     Raises:
       ValueError: no recipe has that name; the message suggests the nearest names. The name of a
         format is not the name of a recipe, because a format does not say how to scale.
-      TypeError: the argument is neither a name nor a `Recipe`.
+      TypeError: the argument is neither a name nor a `Recipe`, or it has a `BinaryGrid`.
 
     Example:
       >>> get_recipe("int8_channel").granularity
       PerChannel(axes=(-1,))
     """
     if isinstance(recipe, Recipe):
+        if isinstance(recipe.format, BinaryGrid):
+            raise TypeError(
+                "The recipe must have a format with fixed widths, got one with a BinaryGrid, which "
+                "only fake_quant and neighbors take. Use a jaxq.FloatFormat or jaxq.IntFormat."
+            )
         return recipe
     if isinstance(recipe, BinaryGrid):
-        raise TypeError(f"get_recipe: {GRID_REMEDY}")
+        raise TypeError(
+            "A recipe must be a name or a jaxq.Recipe, got a BinaryGrid. Write "
+            "jaxq.Recipe(grid) for one scale per tensor, and use it with fake_quant."
+        )
     name = recipe.name if isinstance(recipe, Format) else recipe
     if not isinstance(name, str):
         raise TypeError(f"A recipe must be a name or a jaxq.Recipe, got {type(recipe).__name__}.")

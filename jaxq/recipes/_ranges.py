@@ -26,6 +26,7 @@ from jaxq._jax.arithmetic import divide
 from jaxq._jax.reductions import total
 from jaxq._jax.serialization import named_tuple
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
+from jaxq.numerics import BinaryGrid
 from jaxq.recipes._arithmetic import absmax, extrema, extremum, powers
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
 Range = tuple[jax.Array, jax.Array]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
-_ANY = (CodebookFormat, FloatFormat, IntFormat, TaperedFormat)
+_ANY = (BinaryGrid, CodebookFormat, FloatFormat, IntFormat, TaperedFormat)
 
 
 class Calibrator(Protocol):

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import math
+import typing
 from collections.abc import Iterator
 from typing import Any, get_args
 
 import jax
+from jax import numpy as jnp
 
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import is_symbolic
@@ -22,13 +24,7 @@ from jaxq.recipes._scalings import SCALINGS
 from jaxq.recipes._symmetric import Symmetric
 from jaxq.recipes._texts import text_of
 
-__all__ = ["GRID_REMEDY", "Recipe", "records"]
-
-GRID_REMEDY = (
-    "`format` must be a number format, got a BinaryGrid, whose widths may be traced. Scale it "
-    "yourself: "
-    "s = jnp.abs(x).max() / grid.max, then jaxq.cast(x / s, grid, overflow='saturate') * s."
-)
+__all__ = ["Recipe", "records"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -36,7 +32,9 @@ class Recipe:
     """A description of how a tensor is quantized: frozen, hashable, and static under `jax.jit`.
 
     Attributes:
-      format: the element format, as accepted by `jaxq.get_format`; stored as a record.
+      format: the element format, as accepted by `jaxq.get_format`; stored as a record. Or a
+        `BinaryGrid`, whose widths may be traced; only `fake_quant` and `neighbors` take such a
+        recipe, which is not hashable while its widths are traced.
       granularity: the granularity, which defines the elements that share a scale; `PerTensor()` by
         default.
       scaling: the record that says how scales are computed and stored: `Symmetric` (the default),
@@ -64,11 +62,17 @@ class Recipe:
       >>> recipe = Recipe("int4", PerBlock(128), Symmetric(scale_format="float16"))
       >>> recipe.bits_per_weight((64, 256))
       4.125
+      >>> import jax, jaxq, jax.numpy as jnp
+      >>> x = jnp.array([0.3, -0.7])
+      >>> simulate = lambda bits: jaxq.fake_quant(x, Recipe(jaxq.int_grid(bits)))
+      >>> jax.vmap(simulate)(jnp.array([2, 8])).round(3)
+      Array([[ 0.   , -0.7  ],
+             [ 0.298, -0.7  ]], dtype=float32)
       >>> Recipe.from_json(recipe.to_json()) == recipe
       True
     """
 
-    format: str | Format
+    format: str | Format | BinaryGrid
     granularity: Granularity = PerTensor()
     scaling: Scaling = Symmetric()
     outliers: Outliers | None = None
@@ -76,9 +80,16 @@ class Recipe:
     gradient: str | Gradient = "straight_through"
 
     def __post_init__(self) -> None:
-        if isinstance(self.format, BinaryGrid):
-            raise TypeError(f"Recipe: {GRID_REMEDY}")
-        fmt = get_format(self.format)
+        fmt: Any = self.format
+        if isinstance(fmt, BinaryGrid):
+            shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(fmt)}
+            if shapes != {()}:
+                raise ValueError(
+                    "Recipe: the widths of `format`, a BinaryGrid, must be scalars, got shapes "
+                    f"{shapes}. Use jax.vmap over the widths."
+                )
+        else:
+            fmt = get_format(fmt)
         object.__setattr__(self, "format", fmt)
         get_rounding(self.rounding)
         get_gradient(self.gradient)
@@ -93,7 +104,7 @@ class Recipe:
                     f"Recipe: `{name}` must be a record of jaxq.recipes, such as {examples}, got "
                     f"{value!r:.80}."
                 )
-        self.scaling.check(fmt)
+        self.scaling.check(typing.cast(Format, fmt))
 
     def __repr__(self) -> str:
         return text_of(self)
@@ -101,6 +112,8 @@ class Recipe:
     @property
     def element(self) -> Format:
         """The format of the grid values; symmetric recipes exclude the lowest signed integer."""
+        if isinstance(self.format, BinaryGrid):  # The steps of `fake_quant` take it as a format.
+            return self.scaling.element(typing.cast(Format, self.format))
         return self.scaling.element(get_format(self.format))
 
     @property

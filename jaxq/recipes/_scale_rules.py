@@ -17,6 +17,7 @@ from jaxq._base.bits import Layout, extended_bits, where
 from jaxq._base.registry import Registry
 from jaxq._jax.arithmetic import divide
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
+from jaxq.numerics import BinaryGrid
 from jaxq.recipes._arithmetic import signed_as
 
 __all__ = ["MX_RULES", "SCALE_RULES", "ScaleRule", "to_max", "to_min"]
@@ -36,7 +37,7 @@ class ScaleRule(NamedTuple):
     """
 
     scale: Callable[[jax.Array, Format], jax.Array]
-    formats: tuple[type, ...] = (CodebookFormat, FloatFormat, IntFormat, TaperedFormat)
+    formats: tuple[type, ...] = (BinaryGrid, CodebookFormat, FloatFormat, IntFormat, TaperedFormat)
     lowest: bool = False
 
 
@@ -78,12 +79,18 @@ def rceil(amax: jax.Array, fmt: Format) -> jax.Array:
     """Returns the power of two at or above amax * fl(1 / scaled_max), as NVIDIA's conversions."""
     # Small products are scaled up to avoid subnormals.
     lift = where(amax < np.float32(2.0**-60), np.int32(60), np.int32(0))
-    product = amax * _FLOAT32.floats(_FLOAT32.field(lift)) * np.float32(1 / fmt.scaled_max)
+    if isinstance(fmt, BinaryGrid):
+        inverse = divide(jnp.float32(1), jnp.float32(fmt.scaled_max))
+    else:
+        inverse = np.float32(1 / fmt.scaled_max)
+    product = amax * _FLOAT32.floats(_FLOAT32.field(lift)) * inverse
     return _power_of_two(product, lift, 2**23 - 1)
 
 
-def _emax(fmt: Format) -> int:
+def _emax(fmt: Format) -> int | jax.Array:
     """Returns the exponent of the value that the largest magnitude maps to."""
+    if isinstance(fmt, BinaryGrid):
+        return (extended_bits(_FLOAT32.bits(fmt.scaled_max), _FLOAT32) >> 23) - _FLOAT32.bias
     return math.frexp(fmt.scaled_max)[1] - 1
 
 

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 from jaxq._jax.arithmetic import materialize
 from jaxq.formats import FloatFormat, Format, IntFormat, get_format
-from jaxq.numerics import cast, code_dtype
+from jaxq.numerics import BinaryGrid, cast, code_dtype
 from jaxq.recipes._arithmetic import times, to_scale_format
 from jaxq.recipes._calibrators import get_calibrator
 from jaxq.recipes._ranges import Calibrator, Range
@@ -89,8 +89,11 @@ class Scaling:
       reciprocal: True if the elements are multiplied by the rounded reciprocal of the scale instead
         of divided by the scale.
       search: the factors of the range that each block tries; () for none.
+      takes_grids: True if a `jaxq.BinaryGrid`, whose widths may be traced, can be the element
+        format.
     """
 
+    takes_grids: ClassVar[bool] = False
     zero_point: ClassVar[Literal["integer", "minimum"] | None] = None
     second_level: ClassVar[Literal["tensor", "blocks"] | None] = None
     range: str | Calibrator = "absmax"
@@ -134,6 +137,11 @@ class Scaling:
 
     def check(self, fmt: Format) -> None:
         """Raises ValueError unless the scaling supports an element format."""
+        if isinstance(fmt, BinaryGrid):
+            fits = self.takes_grids and BinaryGrid in self.calibrator.formats
+            wanted = "with this scaling and this `range`, `format` must have fixed widths"
+            self.require(fits, wanted, fmt.name, "Use Symmetric() or MX() with range='absmax'.")
+            return
         self.require(fmt.max > 0, "needs an element format with a positive `max`", fmt.name)
         self.require(
             isinstance(fmt, self.calibrator.formats),
@@ -234,6 +242,8 @@ class Scaling:
 
 def narrowed(fmt: Format) -> Format:
     """Returns a format without the lowest value, if it is a signed integer format."""
+    if isinstance(fmt, BinaryGrid):  # Grids of signed floats are symmetric already.
+        return dataclasses.replace(fmt, lowest=fmt.max) if fmt.signed else fmt
     if isinstance(fmt, IntFormat) and fmt.signed:
         return dataclasses.replace(fmt, narrow=True)
     return fmt
@@ -242,10 +252,13 @@ def narrowed(fmt: Format) -> Format:
 def symmetric_range(amax: jax.Array, fmt: Format) -> Range:
     """Returns the range of a symmetric scaling, which begins at 0 for an unsigned format."""
     high = jnp.abs(amax)
-    return -high if fmt.min < 0 else jnp.zeros_like(high), high
+    signed = fmt.signed if isinstance(fmt, BinaryGrid) else fmt.min < 0
+    return -high if signed else jnp.zeros_like(high), high
 
 
-def limits(fmt: Format) -> tuple[np.float32, np.float32]:
+def limits(fmt: Format) -> tuple[Any, Any]:
     """Returns the lowest and largest values of a format; infinite if they exceed float32."""
+    if isinstance(fmt, BinaryGrid):
+        return fmt.min, fmt.max
     with np.errstate(over="ignore"):
         return np.float32(fmt.min), np.float32(fmt.max)

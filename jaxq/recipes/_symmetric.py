@@ -1,6 +1,7 @@
 """Symmetric scalings, y = s q: one scale per block, in a float format or a power of two."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -54,6 +55,8 @@ class Symmetric(Scaling):
     stored: bool = True
     reciprocal: bool = False
     search: tuple[float, ...] = ()
+
+    takes_grids: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +116,7 @@ class MX(Scaling):
     search: tuple[float, ...] = ()
 
     scale_format = E8M0
+    takes_grids: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

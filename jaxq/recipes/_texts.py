@@ -2,6 +2,7 @@
 
 from jaxq._base.records import short_repr
 from jaxq.formats import FORMATS, CodebookFormat, Format
+from jaxq.numerics import BinaryGrid
 
 __all__ = ["field_text", "text_of"]
 
@@ -17,4 +18,4 @@ def field_text(value: object) -> str:
         return repr(value.name)
     if isinstance(value, CodebookFormat):
         return f"<CodebookFormat {value.name!r}>"
-    return repr(value)
+    return "<BinaryGrid>" if isinstance(value, BinaryGrid) else repr(value)

@@ -1,0 +1,41 @@
+"""A recipe as an operand and a static record, for recipes whose format has traced widths."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from jaxq.numerics import BinaryGrid
+from jaxq.recipes import Recipe
+
+__all__ = ["Parts", "parts_of", "whole"]
+
+
+class Parts(NamedTuple):
+    """The traced and the static part of a recipe.
+
+    Attributes:
+      grid: the element format if it is a `BinaryGrid`, with arrays as numbers; else None.
+      recipe: the recipe, hashable: a grid of zeros takes the place of `grid`.
+    """
+
+    grid: BinaryGrid | None
+    recipe: Recipe
+
+
+def parts_of(recipe: Recipe) -> Parts:
+    """Returns the parts of a recipe, from which `whole` makes an equal one."""
+    grid = recipe.format
+    if not isinstance(grid, BinaryGrid):
+        return Parts(None, recipe)
+    integers, reals = ("mantissa_bits", "emin", "emax"), ("max", "lowest")
+    numbers = {name: jnp.asarray(getattr(grid, name), jnp.int32) for name in integers}
+    numbers |= {name: jnp.asarray(getattr(grid, name), jnp.float32) for name in reals}
+    static = dataclasses.replace(recipe, format=jax.tree.map(lambda _: 0, grid))
+    return Parts(dataclasses.replace(grid, **numbers), static)
+
+
+def whole(grid: BinaryGrid | None, recipe: Recipe) -> Recipe:
+    """Returns the recipe of which these are the parts."""
+    return recipe if grid is None else dataclasses.replace(recipe, format=grid)

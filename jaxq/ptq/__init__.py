@@ -4,6 +4,7 @@ To add a solver, write a frozen dataclass with the methods of `Solver` and list 
 (`_solvers.py`). The contract tests then include it.
 """
 
+from jaxq.ptq._biases import BiasChange, BiasReport, correct_biases
 from jaxq.ptq._budget import Budget, FrontRow, budget
 from jaxq.ptq._input_scales import (
     AWQ,
@@ -38,6 +39,8 @@ __all__ = [
     "INPUT_SCALERS",
     "RTN",
     "SOLVERS",
+    "BiasChange",
+    "BiasReport",
     "Budget",
     "FrontRow",
     "InputProblem",
@@ -56,6 +59,7 @@ __all__ = [
     "Statistics",
     "budget",
     "collect",
+    "correct_biases",
     "get_input_scaler",
     "get_solver",
     "gptq",

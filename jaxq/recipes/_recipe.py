@@ -63,11 +63,11 @@ class Recipe:
       >>> recipe.bits_per_weight((64, 256))
       4.125
       >>> import jax, jaxq, jax.numpy as jnp
-      >>> x = jnp.array([0.3, -0.7])
+      >>> x = jnp.array([3.2, -7.0])
       >>> simulate = lambda bits: jaxq.fake_quant(x, Recipe(jaxq.int_grid(bits)))
-      >>> jax.vmap(simulate)(jnp.array([2, 8])).round(3)
-      Array([[ 0.   , -0.7  ],
-             [ 0.298, -0.7  ]], dtype=float32)
+      >>> jax.vmap(simulate)(jnp.array([2, 4]))
+      Array([[ 0., -7.],
+             [ 3., -7.]], dtype=float32)
       >>> Recipe.from_json(recipe.to_json()) == recipe
       True
     """

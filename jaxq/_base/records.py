@@ -15,9 +15,9 @@ def short_repr(record: Any, show: Callable[[Any], str] = repr) -> str:
       show: a function that returns the text of a field's value.
 
     Example:
-      >>> from jaxq.recipes import PerBlock
-      >>> short_repr(PerBlock(32, pad=True))
-      'PerBlock((32,), axes=(-1,), pad=True)'
+      >>> from jaxq.numerics import HalfUp
+      >>> short_repr(HalfUp(8))
+      'HalfUp(offset=8)'
     """
     parts = []
     for field in dataclasses.fields(record):

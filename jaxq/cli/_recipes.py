@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-from jaxq._base.records import short_repr
 from jaxq._base.registry import Registry
 from jaxq.cli._output import bad_input, print_json, print_table
 from jaxq.formats import FORMATS
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
                 bits = recipe.bits_per_weight(_SHAPE)
                 row = {
                     "elements": recipe.element.name,
-                    "granularity": short_repr(recipe.granularity),
+                    "granularity": str(recipe.granularity),
                     "scales": recipe.scale_format.name,
                 }
             rows.append({"name": name, "bits": bits, **row})

@@ -98,7 +98,7 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
 
     Example:
       >>> get_recipe("int8_channel").granularity
-      PerChannel(axes=(-1,))
+      PerChannel()
     """
     if isinstance(recipe, Recipe):
         if isinstance(recipe.format, BinaryGrid):

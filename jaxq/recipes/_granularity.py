@@ -45,7 +45,7 @@ class PerTensor:
         return self
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PerChannel:
     """One scale for each index along the given axes.
 
@@ -61,6 +61,9 @@ class PerChannel:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes", _tuple(self.axes))
+
+    def __repr__(self) -> str:
+        return f"PerChannel({'' if self.axes == (-1,) else _text(self.axes)})"
 
     @property
     def label(self) -> str:
@@ -89,7 +92,7 @@ class PerChannel:
 
         Example:
           >>> PerChannel(-1).along(-1, 2)  # One scale per output of a weight [outputs, inputs].
-          PerChannel(axes=(-2,))
+          PerChannel(-2)
         """
         others, axes = _others(self, axis, ndim), _tuple(self.axes)
         if not all(-len(others) <= a < len(others) for a in axes):
@@ -137,7 +140,7 @@ class PerToken:
         return self if axis in (-1, ndim - 1) else PerChannel(others)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PerBlock:
     """One scale for each block of given sizes: groups of weights on one axis, or tiles on several.
 
@@ -170,6 +173,10 @@ class PerBlock:
             raise ValueError(f"PerBlock: `sizes` must be at least 1, got {sizes}.")
         if len(sizes) != len(axes):
             raise ValueError(f"PerBlock: needs one axis per size, got sizes {sizes}, axes {axes}.")
+
+    def __repr__(self) -> str:
+        axes = "" if self == self.on_last_axes else f", axes={_text(self.axes)}"
+        return f"PerBlock({_text(self.sizes)}{axes}{', pad=True' if self.pad else ''})"
 
     @property
     def label(self) -> str:
@@ -219,7 +226,7 @@ class PerBlock:
 
         Example:
           >>> PerBlock(32).along(-2, 2)
-          PerBlock(sizes=(32,), axes=(-2,), pad=False)
+          PerBlock(32, axes=-2)
         """
         others = _others(self, axis, ndim)
         matrix = {-2: others[-1:], -1: (axis if axis < 0 else axis - ndim,)}
@@ -235,6 +242,12 @@ class PerBlock:
 
 
 Granularity: TypeAlias = PerTensor | PerChannel | PerToken | PerBlock
+
+
+def _text(numbers: object) -> str:
+    """Returns the text of a tuple of numbers; that of the number itself if there is only one."""
+    only_one = isinstance(numbers, tuple) and len(numbers) == 1
+    return str(numbers[0] if only_one else numbers)
 
 
 def _tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:

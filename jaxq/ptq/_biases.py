@@ -97,7 +97,7 @@ def correct_biases(
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> from jaxq import ptq
-      >>> model = lambda params, x: x @ params["w"] + params["b"]
+      >>> model = lambda params, x: x @ params["w"] + params["b"][None]
       >>> params = {"w": jnp.array([[0.25], [1.0]]), "b": jnp.zeros(1)}
       >>> rules = {"w": jaxq.Recipe("int2")}
       >>> packed = jaxq.quantize_weights(model, rules)(params, jnp.ones((1, 2)))

@@ -244,10 +244,9 @@ class PerBlock:
 Granularity: TypeAlias = PerTensor | PerChannel | PerToken | PerBlock
 
 
-def _text(numbers: object) -> str:
+def _text(numbers: int | tuple[int, ...] | None) -> str:
     """Returns the text of a tuple of numbers; that of the number itself if there is only one."""
-    only_one = isinstance(numbers, tuple) and len(numbers) == 1
-    return str(numbers[0] if only_one else numbers)
+    return str(numbers[0] if isinstance(numbers, tuple) and len(numbers) == 1 else numbers)
 
 
 def _tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -77,6 +77,7 @@ nitpick_ignore_regex = [
 ]
 nitpick_ignore = [
     ("py:class", "Figure"),  # matplotlib's
+    ("py:class", "Console"),  # rich's
     ("py:class", "ArrayTree"),  # chex's
     ("py:class", "Rules"),
     ("py:class", "_FormatLike"),

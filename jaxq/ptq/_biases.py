@@ -55,7 +55,7 @@ class BiasReport:
 
     rows: tuple[BiasChange, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return str(Table(self.rows))
 
 

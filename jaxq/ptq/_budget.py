@@ -58,7 +58,7 @@ class Budget:
     front: Table
     is_exact: bool
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         total = f"{self.nbytes} bytes, damage {self.damage:.6g}"
         return f"{Scores(self.choices)}\n{total}"
 

@@ -77,7 +77,7 @@ class Report:
         """The products that were not solved, or only in part."""
         return tuple(row for row in self.rows if row.fallback)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         worst = sorted(
             self.rows, key=lambda r: (not r.fallback, -r.loss if r.loss == r.loss else 0.0)
         )

@@ -140,7 +140,7 @@ class InputScales:
         )
         return jax.tree.unflatten(structure, leaves), rest
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [_Line(name, first, "") for name, first in self.inputs]
         lines += [_Line(name, "-", reason) for name, reason in self.left]
         return str(Table(tuple(lines)))

@@ -80,7 +80,7 @@ class Scores:
         """Returns the scores of one weight."""
         return tuple(row for row in self.rows if row.weight == weight)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [
             _Line(r.weight, r.name, r.nbytes, r.loss, r.relative, r.gradient) for r in self.rows
         ]

@@ -164,7 +164,7 @@ def test_solvers_are_found_by_name():
         ptq.get_solver("gtpq")
     with pytest.raises(ValueError, match="`order` must be"):
         ptq.GPTQ(order="act")
-    with pytest.raises(TypeError, match="must be a name or a record"):
+    with pytest.raises(TypeError, match=r"must be a name or a solver.*such as GPTQ\(\)"):
         ptq.get_solver(ptq.GPTQ)
 
 

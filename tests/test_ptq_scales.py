@@ -223,7 +223,11 @@ class Module:
     ("call", "error", "message"),
     [
         (lambda: ptq.scale_inputs(model, RULES, method="akw"), ValueError, "Did you mean awq"),
-        (lambda: ptq.scale_inputs(model, RULES, method=ptq.AWQ), TypeError, "a record with a"),
+        (
+            lambda: ptq.scale_inputs(model, RULES, method=ptq.AWQ),
+            TypeError,
+            "must be a name or an input scaler",
+        ),
         (lambda: ptq.scale_inputs(Module(), RULES), TypeError, "got a pytree, Module. Pass lambda"),
         (lambda: ptq.AWQ(steps=0), ValueError, "`steps` must be at least 1, got 0"),
         (lambda: ptq.SmoothQuant(1.5), ValueError, "`alpha` must be between 0 and 1, got 1.5"),

@@ -67,15 +67,16 @@ class Registry(Mapping[str, _Entry]):
         """
         if isinstance(value, str):
             return self.find(value)
+        need = (
+            f"`{argument}` must be a name or {'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
+        )
         if isinstance(value, type):
             raise TypeError(
-                f"`{argument}` must be a name or a {self.kind}, got the class {value.__name__}. "
+                f"{need}, got the class {value.__name__}. "
                 f"Pass an instance, such as {value.__name__}()."
             )
         if not hasattr(value, method):
-            raise TypeError(
-                f"`{argument}` must be a name or a {self.kind}, got {type(value).__name__}."
-            )
+            raise TypeError(f"{need}, got {type(value).__name__}. Names are {', '.join(self)}.")
         return value
 
     def name_of(self, entry: object) -> str | None:

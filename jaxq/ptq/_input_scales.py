@@ -182,11 +182,4 @@ def get_input_scaler(method: str | InputScaler) -> InputScaler:
       ValueError: if no method has that name.
       TypeError: if the argument is neither a name nor a method.
     """
-    if isinstance(method, str):
-        return INPUT_SCALERS.find(method)
-    if not callable(getattr(method, "scales", None)) or isinstance(method, type):
-        raise TypeError(
-            "get_input_scaler: `method` must be a name or a record with a method `scales`, got "
-            f"{type(method).__name__}. Use 'awq' or AWQ()."
-        )
-    return method
+    return INPUT_SCALERS.resolve(method, "method", "scales")

@@ -146,14 +146,7 @@ def get_solver(solver: str | Solver) -> Solver:
       ValueError: if no solver has that name.
       TypeError: if the argument is neither a name nor a solver.
     """
-    if isinstance(solver, str):
-        return SOLVERS.find(solver)
-    if not callable(getattr(solver, "solve", None)) or isinstance(solver, type):
-        raise TypeError(
-            "get_solver: `solver` must be a name or a record with a method `solve`, got "
-            f"{type(solver).__name__}. Use 'gptq' or GPTQ()."
-        )
-    return solver
+    return SOLVERS.resolve(solver, "solver", "solve")
 
 
 def search_of(solver: Solver) -> ScaleSearch | None:

@@ -234,7 +234,7 @@ def test_errors_of_the_live_table_name_the_remedy(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match=r"no 'clipped'. Request it with Monitoring"):
         LiveTable("clipped").update(0, seen(X))
     monkeypatch.setitem(sys.modules, "rich.live", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxq\[cli\]'"):
+    with pytest.raises(ImportError, match=r"pip install rich"):
         LiveTable()
 
 

@@ -92,7 +92,7 @@ def statistic_by_step(
     title: str | None = None,
     size: tuple[float, float] | None = None,
 ) -> "Figure":
-    """Statistics over the steps of a run as lines, such as cosines, amax values or scales.
+    """Draws statistics over the steps of a run as lines, such as cosines, amax values or scales.
 
     Args:
       log: a log, from `jaxq.analysis.read_log`.
@@ -146,7 +146,7 @@ def exponents_by_step(
       The figure.
 
     Raises:
-      ValueError: if the log lacks the exponents of the tensor, or the format is no float format.
+      ValueError: if the log lacks the exponents of the tensor, or the format is not a float format.
       ImportError: if matplotlib is not installed.
     """
     counts = _column(log, "exponents_by_step", f"{tensor}/exponents", raw=True)
@@ -208,7 +208,7 @@ def magnitudes_by_step(
       The figure, with a logarithmic axis. Steps with an amax of 0 or NaN are left out.
 
     Raises:
-      ValueError: if the log lacks the statistic of the tensor, or the format is no float format.
+      ValueError: if the log lacks the statistic of the tensor, or the format is not a float format.
       ImportError: if matplotlib is not installed.
     """
     names = ("scale_amax", "scale_smallest") if scales else ("amax", "smallest")

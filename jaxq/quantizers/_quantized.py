@@ -34,8 +34,8 @@ class Quantized:
     them, or fewer, as `jax.lax.scan` removes them.
 
     Attributes:
-      codes: the codes of the elements, packed along the last axis by `jaxq.pack`; uint8, or uint16
-        for 16-bit formats.
+      codes: the codes of the elements, packed along the last axis by
+        `jaxq.numerics.pack`; uint8, or uint16 for 16-bit formats.
       scale: the stored scales, one per block, in the shape of the blocks: float32, or codes of the
         recipe's `scale_format` if that is another format. `scales` has their values.
       second: the arrays of the scaling's second level, from which it restores the scales; () if it

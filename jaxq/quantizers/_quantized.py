@@ -1,7 +1,6 @@
 """Quantized tensors, which are pytrees of packed codes and scales, and dequantization."""
 
 import dataclasses
-import math
 import operator
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq._base.cutting import Cut
-from jaxq._base.tables import binary_size
+from jaxq._base.records import size_text
 from jaxq._jax.meshes import automatic, fitting, spec_of
 from jaxq._jax.serialization import pytree
 from jaxq.formats import get_format
@@ -103,16 +102,10 @@ class Quantized:
         return dequantize(self)
 
     def __repr__(self) -> str:
-        try:
-            title, shape = title_of(self.recipe), "×".join(map(str, self.shape))
-            arrays = jax.tree.leaves(self)
-            nbytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-        except (
-            AttributeError,
-            TypeError,
-        ):  # The leaves are not arrays, or their sizes are symbolic.
+        size = size_text(self)
+        if not size:
             return f"<Quantized of {self.codes!r}>"
-        return f"{title}[{shape}] {binary_size(nbytes)}"
+        return f"{title_of(self.recipe)}[{'×'.join(map(str, self.shape))}] {size}"
 
     def __len__(self) -> int:
         if not self.shape:

@@ -456,7 +456,7 @@ def test_temporaries_have_size_of_quantized_operands(name: str):
             TypeError,
             "dot_general: rhs: must be of dtype .* got int32",
         ),
-        (lambda x, w: dot(x, w, "mxfp8_training"), ValueError, "dot_general: lhs: .*which is 8 of"),
+        (lambda x, w: dot(x, w, "mxfp8_training"), ValueError, "dot_general: lhs: .*which have 8 elements"),
         (
             lambda x, w: jax.grad(lambda x: dot(x, w, jaxq.ProductRecipe(dlhs=BLOCKS)).sum())(x),
             ValueError,

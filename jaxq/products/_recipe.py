@@ -87,9 +87,10 @@ class SingleProduct:
                     f"jaxq.Accumulation, got {self.execution!r}."
                 )
             if self.execution == "native" and None in (self.lhs, self.rhs):
+                missing = " and ".join(n for n in ("lhs", "rhs") if getattr(self, n) is None)
                 raise ValueError(
                     f"{self._owner}: execution='native' multiplies codes and needs both operands "
-                    f"quantized, got lhs={self.lhs!r} and rhs={self.rhs!r}."
+                    f"quantized, got None for {missing}. Give each operand a recipe."
                 )
 
     def __repr__(self) -> str:

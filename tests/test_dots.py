@@ -20,7 +20,6 @@ MATMUL = (((1,), (0,)), ((), ()))
 KEY = jax.random.key(7)
 # Recipes without quantizers: one calls JAX directly, the other uses the custom gradient rule.
 UNQUANTIZED = [jaxq.ProductRecipe(), jaxq.ProductRecipe(residuals="original")]
-ROUNDOFF = float(np.finfo(np.float32).eps / 2)
 
 
 def both_gradients(f, x, w):

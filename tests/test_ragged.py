@@ -91,12 +91,14 @@ def test_products_match_numpy_per_group(name):
 def test_other_ragged_modes():
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
     recipe = jaxq.ProductRecipe("int8_token", "int8_channel")
-    got = jaxq.ragged_dot_general(X, G, SIZES, numbers, recipe=recipe)
+    got = jaxq.products.ragged_dot_general(X, G, SIZES, numbers, recipe=recipe)
     columns = dataclasses.replace(INT8_CHANNEL, granularity=jaxq.PerChannel(1))
     x, g = jaxq.fake_quant(X, columns), jaxq.fake_quant(G, columns)
     close(got, of_rows(lambda _, rows: np.asarray(x)[rows].T @ np.asarray(g)[rows]))
     numbers = lax.RaggedDotDimensionNumbers((((2,), (1,)), ((0,), (0,))), (0,), ())
-    got = jaxq.ragged_dot_general(X.reshape(2, 8, 32), W[:2], SIZES[:2], numbers, recipe=recipe)
+    got = jaxq.products.ragged_dot_general(
+        X.reshape(2, 8, 32), W[:2], SIZES[:2], numbers, recipe=recipe
+    )
     want = jaxq.einsum("bmk,bkn->bmn", X.reshape(2, 8, 32), W[:2], recipe=recipe)
     close(got, want)
 

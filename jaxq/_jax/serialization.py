@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax import export
 
+from jaxq._base.records import array_repr
+
 __all__ = [
     "LAZY",
     "class_named",
@@ -153,7 +155,11 @@ def pytree(
 
 
 def named_tuple(cls: _C) -> _C:
-    """Registers a named tuple with `jax.export`; JAX and Flax already support named tuples."""
+    """Registers a named tuple with `jax.export`, and gives it a short text form.
+
+    JAX and Flax already support named tuples.
+    """
+    cls.__repr__ = array_repr
     _NAMED[name_of(cls)] = cls
     return export.register_namedtuple_serialization(cls, serialized_name=_name(cls))
 

@@ -29,11 +29,12 @@ from jaxq.analysis import (
     read_log,
     update_statistics,
 )
+from tests import data
 from tests.oracle import assert_same
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return data.normal(shape, seed)
 
 
 def layers(params, x):

@@ -1,6 +1,7 @@
 """Operations that XLA would otherwise change: exact division, and values computed only once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import Layout, where
 from jaxq._jax.opaque import by_platform
 
-__all__ = ["divide", "materialize", "rounded"]
+__all__ = ["barrier", "divide", "materialize", "reciprocal", "rounded"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -25,6 +26,14 @@ def materialize(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def barrier(tree: Any) -> Any:
+    """Returns a tree of arrays unchanged, which XLA neither computes again nor folds into its uses.
+
+    `jaxq._jax` lists the places that need it, each with the check that tells when it can go.
+    """
+    return lax.optimization_barrier(tree)
+
+
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns correctly rounded float32 quotients on every backend, for nonzero divisors.
 
@@ -35,6 +44,16 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """
     b = jnp.broadcast_to(b, a.shape)
     return by_platform(_divide_by_array, _divide_in_integers, a, b)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """Returns correctly rounded float32 reciprocals on every backend, for nonzero numbers.
+
+    Nothing needs to be hidden from XLA on CPU, whose rewriting of quotients leaves `1 / x` as it
+    is.
+    """
+    one = jnp.ones_like(x)
+    return by_platform(lax.div, _divide_in_integers, one, x)
 
 
 def _divide_by_array(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -73,11 +92,12 @@ def _divide_in_integers(a: jax.Array, b: jax.Array, quotient: Callable = lax.div
 
 
 def rounded(x: jax.Array) -> jax.Array:
-    """Returns float32 products unchanged, rounded before anything is added to them.
+    """Returns float32 products or quotients unchanged, rounded before they are used.
 
-    LLVM may fuse a product and a sum into one rounding (seen with XLA on CPU, JAX 0.10 to 0.12).
-    The minimum of the bits, which changes one NaN only, stands between the two. Remove it when
-    `test_bytes_equal_libgguf` passes without it.
+    LLVM may fuse a product and a sum into one rounding, and XLA computes `(x / a) / b` as
+    `x / (a * b)` (seen with XLA on CPU, JAX 0.10 to 0.12). The minimum of the bits, which changes
+    one NaN only, stands between the two. Remove it when `test_bytes_equal_libgguf` and
+    `test_other_recipes_agree_on_all_platforms[ema]` pass without it.
     """
     bits = lax.min(lax.bitcast_convert_type(x, jnp.uint32), np.uint32(2**32 - 2))
     return lax.bitcast_convert_type(bits, jnp.float32)

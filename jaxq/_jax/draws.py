@@ -87,7 +87,9 @@ def _pairs(data: jax.Array, numbers: jax.Array) -> jax.Array:
     words = [jnp.broadcast_to(data[..., i, None, None], shape) for i in range(2)]
     words = _cipher(words, jnp.broadcast_to(numbers[..., None, None], shape) + words[1])
     masks = (np.outer(row, row) * np.uint32(2**32 - 1) for row in np.eye(2, dtype=np.uint32))
-    own = (lax.bitwise_and(w, jnp.broadcast_to(m, shape)) for w, m in zip(words, masks, strict=True))
+    own = (
+        lax.bitwise_and(w, jnp.broadcast_to(m, shape)) for w, m in zip(words, masks, strict=True)
+    )
     return jnp.sum(lax.bitwise_or(*own), axis=-1, dtype=jnp.uint32)
 
 

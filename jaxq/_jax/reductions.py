@@ -5,7 +5,6 @@ the vector lanes. Any other reduction is scalar, which takes four times as long,
 tensor first. Blocks are therefore reduced in such steps, one axis after the other.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -21,7 +20,7 @@ __all__ = ["reduced", "summed", "total"]
 
 _STRIDED = 32
 _NEIGHBORS = 8
-_REDUCE = {lax.max: jnp.max, lax.min: jnp.min}
+_REDUCE = {lax.max: lax.reduce_max, lax.min: lax.reduce_min}
 
 
 def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Array:
@@ -38,7 +37,11 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
     Returns:
       An int32 array in which the axes within a block have length 1.
     """
-    reduce = functools.partial(_REDUCE[combine], initial=none)
+
+    def reduce(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        # The clamp keeps XLA from merging the reduction with the next one.
+        return combine(_REDUCE[combine](x, axes), none)
+
     shape = tuple(1 if axis in cut.axes else n for axis, n in enumerate(x.shape))
     x, parts, axes = _in_parts(x, cut)
     begun = False
@@ -50,10 +53,8 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
         along = _along_last if axis == x.ndim - 1 else _along
         x = along(combine, reduce, x, axis)
         begun = True
-    if parts:
-        # The clamp in between keeps XLA from merging the reductions into one.
-        x = reduce(combine(x, none), axis=parts).reshape(shape)
-    return combine(x, none)
+    x = x if begun else combine(x, none)
+    return reduce(x, parts).reshape(shape) if parts else x
 
 
 def summed(x: jax.Array) -> jax.Array:
@@ -145,7 +146,7 @@ def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) ->
     """Reduces the last axis in one loop over x."""
     n = x.shape[axis]
     if is_symbolic(n):
-        return reduce(x, axis=axis, keepdims=True)
+        return _kept(reduce, x, axis)
     rest = n % _NEIGHBORS
     if 0 < rest < n:
         parts = (lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, n - rest), (n - rest, n)))
@@ -153,9 +154,9 @@ def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) ->
     if n and not rest:
         step = _step(n // _NEIGHBORS)
         x = x.reshape(*x.shape[:-1], n // step // _NEIGHBORS, step, _NEIGHBORS)
-        # The clamp in between keeps XLA from merging the two reductions.
-        x = reduce(reduce(x, axis=-2), axis=-1)
-    return reduce(x, axis=axis, keepdims=True)
+        x = reduce(reduce(x, (axis + 1,)), (axis + 1,))
+        return x if x.shape[axis] == 1 else _kept(reduce, x, axis)
+    return _kept(reduce, x, axis)
 
 
 def _along(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
@@ -163,9 +164,14 @@ def _along(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.
     n = x.shape[axis]
     step = 1 if is_symbolic(n) else _step(n)
     if step in (1, n):
-        return reduce(x, axis=axis, keepdims=True)
+        return _kept(reduce, x, axis)
     x = x.reshape(*x.shape[:axis], n // step, step, *x.shape[axis + 1 :])
-    return _along(combine, reduce, _halves(combine, reduce(x, axis=axis + 1), axis), axis)
+    return _along(combine, reduce, _halves(combine, reduce(x, (axis + 1,)), axis), axis)
+
+
+def _kept(reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
+    """Reduces an axis to length 1."""
+    return lax.expand_dims(reduce(x, (axis,)), (axis,))
 
 
 def _halves(combine: Callable, x: jax.Array, axis: int) -> jax.Array:

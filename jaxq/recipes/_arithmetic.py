@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, where
 from jaxq._base.cutting import Cut
+from jaxq._jax import arithmetic
 from jaxq._jax.arithmetic import divide, materialize
 from jaxq._jax.reductions import reduced
 from jaxq.formats import Format, IntFormat, get_format
@@ -148,13 +149,12 @@ def in_units(
     """
     if scale_format == E8M0:
         return _times_power(x, scale, -1)
-    divisor = where(scale == 0, np.float32(1), scale)
     if not reciprocal:
-        return divide(x, divisor)
+        return divide(x, where(scale == 0, np.float32(1), scale))
     largest = np.finfo(np.float32).max
-    inverse = divide(jnp.ones_like(divisor), jnp.abs(divisor))
-    inverse = where(inverse > largest, largest, inverse)  # NaN stays NaN.
-    return x * materialize(signed_as(where(scale == 0, largest, inverse), scale))
+    inverse = arithmetic.reciprocal(jnp.abs(scale))
+    inverse = where((scale == 0) | (inverse > largest), largest, inverse)  # NaN stays NaN.
+    return x * materialize(signed_as(inverse, scale))
 
 
 def times(values: jax.Array, scale: jax.Array, scale_format: Format) -> jax.Array:

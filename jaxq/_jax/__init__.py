@@ -6,9 +6,8 @@ says otherwise, and the check that passes without the workaround once the behavi
 - `arithmetic.divide`: XLA computes `x / c` as `x * (1 / c)`, and its division on GPU is not
   correctly rounded. Remove it when `test_division_by_scalar_or_constant_is_exact` passes with `/`,
   also on GPU.
-- `arithmetic.rounded`: a product and a sum are fused into one rounding, and a quotient of a
-  quotient becomes one quotient. Remove it when `test_bytes_equal_libgguf` and
-  `test_other_recipes_agree_on_all_platforms[ema]` pass without it.
+- `arithmetic.rounded`: a product and a sum are fused into one rounding. Remove it when
+  `test_bytes_equal_libgguf` passes without it.
 - `arithmetic.barrier`, in four places. `numerics.pack`: a code is computed again for each byte that
   holds a part of it, and quantizing to 3, 5, 6 or 7 bits takes up to twice as long; remove it when
   `benchmarks/casts.py` shows equal times. `analysis` of two tensors: values that two passes compute

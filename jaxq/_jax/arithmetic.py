@@ -41,6 +41,9 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     broadcast, and its division on GPU has errors of up to two ulps
     (https://github.com/openxla/xla/issues/37181). Subnormal operands and quotients count as zero.
     Infinities and NaN follow IEEE 754.
+
+    XLA also computes `(a / b) / c` as `a / (b * c)`: an operation on bits must stand between the
+    quotients (`rounded`, or a selection by bits).
     """
     b = jnp.broadcast_to(b, a.shape)
     return by_platform(_divide_by_array, _divide_in_integers, a, b)
@@ -92,12 +95,11 @@ def _divide_in_integers(a: jax.Array, b: jax.Array, quotient: Callable = lax.div
 
 
 def rounded(x: jax.Array) -> jax.Array:
-    """Returns float32 products or quotients unchanged, rounded before they are used.
+    """Returns float32 products unchanged, rounded before anything is added to them.
 
-    LLVM may fuse a product and a sum into one rounding, and XLA computes `(x / a) / b` as
-    `x / (a * b)` (seen with XLA on CPU, JAX 0.10 to 0.12). The minimum of the bits, which changes
-    one NaN only, stands between the two. Remove it when `test_bytes_equal_libgguf` and
-    `test_other_recipes_agree_on_all_platforms[ema]` pass without it.
+    LLVM may fuse a product and a sum into one rounding (seen with XLA on CPU, JAX 0.10 to 0.12).
+    The minimum of the bits, which changes one NaN only, stands between the two. Remove it when
+    `test_bytes_equal_libgguf` passes without it.
     """
     bits = lax.min(lax.bitcast_convert_type(x, jnp.uint32), np.uint32(2**32 - 2))
     return lax.bitcast_convert_type(bits, jnp.float32)

@@ -17,7 +17,7 @@ from jaxq._jax.arithmetic import materialize
 from jaxq._jax.reductions import summed
 from jaxq.formats import FloatFormat, get_format
 from jaxq.numerics import BinaryGrid, Rounding, cast, enclosing, encode
-from jaxq.recipes import Range, Recipe, Scales, in_units, limits, powers, times
+from jaxq.recipes import Range, Recipe, Scales, finite, in_units, limits, powers, times
 
 __all__ = ["codes", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
 
@@ -139,23 +139,16 @@ def restored(
     fmt, scale_format = recipe.element, recipe.scale_format
     traced = isinstance(fmt, BinaryGrid)
     if traced or fmt.max >= 2.0**128:
-        values = _finite(values)
+        values = finite(values)
     y = times(values, step, scale_format)
     if minimum is not None:
         y = y + minimum  # The product is exact, because the scaling has checked the widths.
     bounded = (fmt.max - fmt.min) * scale_format.max < 2.0**127
     if traced:
-        return where(jnp.broadcast_to(bounded, y.shape), y, _finite(y))
+        return where(jnp.broadcast_to(bounded, y.shape), y, finite(y))
     if bounded and recipe.scaling.second_level is None:
         return y  # Only an infinite scale makes this infinite.
-    return _finite(y)
-
-
-def _finite(x: jax.Array) -> jax.Array:
-    """Returns x with infinities replaced by the largest float32 values. NaN stays NaN."""
-    bits = _FLOAT32.bits(x)
-    infinite = (bits & _FLOAT32.magnitude_mask) == _FLOAT32.inf
-    return _FLOAT32.floats(bits - infinite.astype(jnp.int32))
+    return finite(y)
 
 
 class _Best(NamedTuple):

@@ -21,6 +21,7 @@ __all__ = [
     "absmax",
     "extrema",
     "extremum",
+    "finite",
     "in_units",
     "powers",
     "signed_as",
@@ -115,6 +116,13 @@ def to_scale_format(scale: jax.Array, amax: jax.Array, scale_format: Format) -> 
     magnitude = where(magnitude < least, least, magnitude)
     zero = (_FLOAT32.bits(amax) & _FLOAT32.magnitude_mask) == 0
     return signed_as(where(zero, np.float32(0), magnitude), scale)
+
+
+def finite(x: jax.Array) -> jax.Array:
+    """Returns x with infinities replaced by the largest float32 values. NaN stays NaN."""
+    bits = _FLOAT32.bits(x)
+    infinite = (bits & _FLOAT32.magnitude_mask) == _FLOAT32.inf
+    return _FLOAT32.floats(bits - infinite.astype(jnp.int32))
 
 
 def signed_as(magnitude: jax.Array, of: jax.Array) -> jax.Array:

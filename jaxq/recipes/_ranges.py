@@ -27,7 +27,7 @@ from jaxq._jax.reductions import total
 from jaxq._jax.serialization import named_tuple
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
 from jaxq.numerics import BinaryGrid
-from jaxq.recipes._arithmetic import absmax, extrema, extremum, powers
+from jaxq.recipes._arithmetic import absmax, extrema, extremum, finite, powers
 
 __all__ = [
     "EMA",
@@ -200,8 +200,8 @@ class EMA:
         """Returns the bias-corrected averages."""
         del fmt, two_sided
         weight = where(state.left < 1, 1 - state.left, np.float32(1))
-        # A scale divides these quotients once more.
-        return rounded(divide(state.low, weight)), rounded(divide(state.high, weight))
+        # The operation on bits also keeps XLA on CPU from merging this division with the next one.
+        return finite(divide(state.low, weight)), finite(divide(state.high, weight))
 
 
 @named_tuple

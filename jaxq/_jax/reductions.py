@@ -7,6 +7,7 @@ tensor first. Blocks are therefore reduced in such steps, one axis after the oth
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from jax import numpy as jnp
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import is_symbolic
 
-__all__ = ["reduced", "summed", "total"]
+__all__ = ["largest", "reduced", "summed", "total"]
 
 _STRIDED = 32
 _NEIGHBORS = 8
@@ -55,6 +56,26 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
         begun = True
     x = x if begun else combine(x, none)
     return reduce(x, parts).reshape(shape) if parts else x
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """Returns the maximum of all elements of a non-negative int32 array, 0 if there are none.
+
+    XLA on CPU makes three loops of a reduction along more than 32 elements, because the middle one
+    takes neither the computation of x nor the last step.
+    """
+    shape: list[Any] = []
+    outer = []
+    for n in x.shape:
+        # As in `_in_parts`, the outer axis keeps the parts that may lie on different devices.
+        step = 1 if is_symbolic(n) else _step(n // math.gcd(n, jax.device_count()))
+        if step not in (1, n):
+            outer.append(len(shape))
+            shape.append(n // step)
+        shape.append(step if outer and outer[-1] == len(shape) - 1 else n)
+    inner = [axis for axis in range(len(shape)) if axis not in outer]
+    x = lax.max(lax.reduce_max(x.reshape(shape), inner), np.int32(0))
+    return lax.max(lax.reduce_max(x, range(x.ndim)), np.int32(0)) if outer else x
 
 
 def summed(x: jax.Array) -> jax.Array:

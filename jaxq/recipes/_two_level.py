@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import Layout, where
 from jaxq._base.shapes import as_number, is_symbolic
 from jaxq._jax.arithmetic import divide, materialize, reciprocal
+from jaxq._jax.reductions import largest
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast
 from jaxq.recipes._arithmetic import E8M0, powers
@@ -77,7 +78,7 @@ class TwoLevel(Scaling):
         amax = ends[1]
         tried = amax if factor is None else amax * factor
         bits = _FLOAT32.bits(amax)
-        top_bits = jnp.max(where(bits <= _FLOAT32.inf, bits, np.int32(0)), initial=0)
+        top_bits = largest(where(bits <= _FLOAT32.inf, bits, np.int32(0)))
         top = _FLOAT32.floats(top_bits)
         highest = np.float32(fmt.scaled_max * self.largest)
         enlarge = lax.min(divide(jnp.full_like(top, highest), top), np.float32(2.0**126))
@@ -215,7 +216,7 @@ def _mean(scales: jax.Array) -> jax.Array:
     """Returns the mean of the finite scales, which are nonnegative, by sums of integers."""
     finite = scales < np.float32(np.inf)
     scales = where(finite, scales, np.float32(0))
-    down, up = powers(_FLOAT32.floats(jnp.max(_FLOAT32.bits(scales), initial=0)))
+    down, up = powers(_FLOAT32.floats(largest(_FLOAT32.bits(scales))))
     width = 256
     rows = -(-scales.size // width)
     if is_symbolic(rows):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.records import state_repr
 from jaxq._jax.serialization import pytree
 from jaxq.models._rule import Rule, rule_records
 from jaxq.products import Contraction
@@ -81,6 +82,9 @@ class Adapted:
 
     adapters: Mapping[str, LoRA]
     rules: tuple[Rule, ...]
+
+    def __repr__(self) -> str:
+        return state_repr(self, self.adapters)
 
     @property
     def nbytes(self) -> int:

@@ -42,8 +42,8 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     (https://github.com/openxla/xla/issues/37181). Subnormal operands and quotients count as zero.
     Infinities and NaN follow IEEE 754.
 
-    XLA also computes `(a / b) / c` as `a / (b * c)`: an operation on bits must stand between the
-    quotients (`rounded`, or a selection by bits).
+    XLA also computes `(a / b) / c` as `a / (b * c)`, so an operation on bits must stand between two
+    divisions.
     """
     b = jnp.broadcast_to(b, a.shape)
     return by_platform(_divide_by_array, _divide_in_integers, a, b)

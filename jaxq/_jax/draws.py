@@ -94,11 +94,9 @@ def _pairs(data: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def _bits(shape: tuple[int, ...], data: jax.Array) -> jax.Array:
-    # The second key is added first, and offsets are vectors: otherwise XLA would move an array of
-    # places out of loops.
     words = [jnp.broadcast_to(data[i], shape) for i in range(2)]
     strides = [np.uint32(math.prod(shape[axis + 1 :])) for axis in range(len(shape))]
-    # The place of a number plus the second word. Each index has that word added before it is
+    # The places of the numbers plus the second word. That word is added to each index before it is
     # multiplied, because XLA would move an array of places out of loops.
     second = words[1] * np.uint32((1 - sum(map(int, strides))) % 2**32)
     for axis, stride in enumerate(strides):

@@ -69,10 +69,11 @@ def largest(x: jax.Array) -> jax.Array:
     for n in x.shape:
         # As in `_in_parts`, the outer axis keeps the parts that may lie on different devices.
         step = 1 if is_symbolic(n) else _step(n // math.gcd(n, jax.device_count()))
-        if step not in (1, n):
+        if step in (1, n):
+            shape.append(n)
+        else:
             outer.append(len(shape))
-            shape.append(n // step)
-        shape.append(step if outer and outer[-1] == len(shape) - 1 else n)
+            shape += [n // step, step]
     inner = [axis for axis in range(len(shape)) if axis not in outer]
     x = lax.max(lax.reduce_max(x.reshape(shape), inner), np.int32(0))
     return lax.max(lax.reduce_max(x, range(x.ndim)), np.int32(0)) if outer else x

@@ -185,7 +185,7 @@ def _searched(
         return materialize(lax.scan(step, best, factors)[0].factor)
     errors = jax.vmap(error)(factors)
     for i, factor in enumerate(search):
-        best = better(best, _Best(errors[i], np.float32(factor)))
+        best = better(best, _Best(errors[i], jnp.float32(factor)))
     return materialize(best.factor)
 
 

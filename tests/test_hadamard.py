@@ -6,8 +6,9 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
+from tests.data import normal
 from tests.oracle import assert_same
-from tests.test_dots import MATMUL, both_gradients, dot, normal
+from tests.test_dots import MATMUL, both_gradients, dot
 
 
 def matrix(size: int) -> np.ndarray:

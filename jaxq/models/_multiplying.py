@@ -11,6 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
+from jaxq._jax.arithmetic import barrier
 from jaxq._jax.draws import fold_in, one_of
 from jaxq.models._adapting import adapter_product
 from jaxq.models._assigning import TENSORS, Assigned, naming
@@ -143,7 +144,7 @@ def multiply(
 
     def base(operands: list[Any]) -> tuple[jax.Array, States]:
         # XLA must not dequantize a weight before the other operand is known.
-        operands = list(lax.optimization_barrier(tuple(operands)))
+        operands = list(barrier(tuple(operands)))
         return _multiplied(eqn, assigned, extra, keys, operands, observing)
 
     # Stored weights stay packed until the backward pass, which dequantizes them again.

@@ -14,9 +14,19 @@ from jaxq.ptq._input_scales import (
     SmoothQuant,
     get_input_scaler,
 )
+from jaxq.ptq._learning import LearnedBlock, RoundingReport, learn_rounding
 from jaxq.ptq._models import quantize_weights
 from jaxq.ptq._observing import ObservedInputs, observe
 from jaxq.ptq._reports import Report, SolvedProduct
+from jaxq.ptq._rounding_methods import (
+    ROUNDING_METHODS,
+    AdaRound,
+    Rounded,
+    RoundingMethod,
+    RoundingProblem,
+    SignRound,
+    get_rounding_method,
+)
 from jaxq.ptq._scale_search import ScaleSearch
 from jaxq.ptq._scaled_functions import InputScales
 from jaxq.ptq._scaling import scale_inputs
@@ -37,8 +47,10 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "INPUT_SCALERS",
+    "ROUNDING_METHODS",
     "RTN",
     "SOLVERS",
+    "AdaRound",
     "BiasChange",
     "BiasReport",
     "Budget",
@@ -46,12 +58,18 @@ __all__ = [
     "InputProblem",
     "InputScaler",
     "InputScales",
+    "LearnedBlock",
     "ObservedInputs",
     "Problem",
     "Report",
+    "Rounded",
+    "RoundingMethod",
+    "RoundingProblem",
+    "RoundingReport",
     "ScaleSearch",
     "Score",
     "Scores",
+    "SignRound",
     "SmoothQuant",
     "Solution",
     "SolvedProduct",
@@ -61,8 +79,10 @@ __all__ = [
     "collect",
     "correct_biases",
     "get_input_scaler",
+    "get_rounding_method",
     "get_solver",
     "gptq",
+    "learn_rounding",
     "observe",
     "quantize_weights",
     "scale_inputs",

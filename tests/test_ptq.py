@@ -175,8 +175,9 @@ def test_contract_of_solvers(name: str):
     assert hash(solver) == hash(ptq.get_solver(name))
     x = samples()
     model = lambda w, x: x @ w
-    packed, report = ptq.quantize_weights(model, "int4_g32", solver=solver)(kernel(), [x])
-    plain = jaxq.quantize_weights(model, "int4_g32")(kernel(), x)
+    # All solvers take a recipe with minima; HQQ takes no other.
+    packed, report = ptq.quantize_weights(model, "q4_1", solver=solver)(kernel(), [x])
+    plain = jaxq.quantize_weights(model, "q4_1")(kernel(), x)
     np.testing.assert_array_equal(packed.scale, plain.scale)
     assert packed.recipe == plain.recipe
     (row,) = report.rows

@@ -6,6 +6,7 @@ To add a solver, write a frozen dataclass with the methods of `Solver` and list 
 
 from jaxq.ptq._biases import BiasChange, BiasReport, correct_biases
 from jaxq.ptq._budget import Budget, FrontRow, budget
+from jaxq.ptq._half_quadratic import HQQ
 from jaxq.ptq._input_scales import (
     AWQ,
     INPUT_SCALERS,
@@ -46,6 +47,7 @@ from jaxq.ptq._statistics import Statistics, collect
 __all__ = [
     "AWQ",
     "GPTQ",
+    "HQQ",
     "INPUT_SCALERS",
     "ROUNDING_METHODS",
     "RTN",

@@ -13,6 +13,7 @@ from jaxq.quantizers._levels import (
     snap,
     values_of,
     with_levels,
+    with_minima,
 )
 from jaxq.quantizers._quantized import Quantized, dequantize
 from jaxq.quantizers._quantizers import fake_quant, neighbors, quantize

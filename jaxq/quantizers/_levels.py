@@ -26,6 +26,7 @@ __all__ = [
     "snap",
     "values_of",
     "with_levels",
+    "with_minima",
 ]
 
 
@@ -125,3 +126,13 @@ def rescaled(q: Quantized, factor: jax.typing.ArrayLike) -> Quantized:
     fmt = q.recipe.scale_format
     scale = q.recipe.scaling.rounded(decoded(q.scale, q.recipe) * factor)
     return dataclasses.replace(q, scale=scale if fmt.name == "float32" else encode(scale, fmt))
+
+
+def with_minima(q: Quantized, minimum: jax.Array) -> Quantized:
+    """Returns a quantized tensor with other minima and the same codes and scales.
+
+    Args:
+      q: the tensor; its scaling stores a minimum for each block.
+      minimum: float32 minima, in the shape of the scales, which are rounded to the scale format.
+    """
+    return dataclasses.replace(q, zero_point=encode(minimum, q.recipe.scale_format))

@@ -6,6 +6,7 @@ To add a solver, write a frozen dataclass with the methods of `Solver` and list 
 
 from jaxq.ptq._biases import BiasChange, BiasReport, correct_biases
 from jaxq.ptq._budget import Budget, FrontRow, budget
+from jaxq.ptq._folding import Norm, fold_rotation, random_rotation
 from jaxq.ptq._half_quadratic import HQQ
 from jaxq.ptq._input_scales import (
     AWQ,
@@ -19,6 +20,7 @@ from jaxq.ptq._learning import LearnedBlock, RoundingReport, learn_rounding
 from jaxq.ptq._models import quantize_weights
 from jaxq.ptq._observing import ObservedInputs, observe
 from jaxq.ptq._reports import Report, SolvedProduct
+from jaxq.ptq._rotating import InputRotations, rotate_inputs
 from jaxq.ptq._rounding_methods import (
     ROUNDING_METHODS,
     AdaRound,
@@ -58,9 +60,11 @@ __all__ = [
     "Budget",
     "FrontRow",
     "InputProblem",
+    "InputRotations",
     "InputScaler",
     "InputScales",
     "LearnedBlock",
+    "Norm",
     "ObservedInputs",
     "Problem",
     "Report",
@@ -80,6 +84,7 @@ __all__ = [
     "budget",
     "collect",
     "correct_biases",
+    "fold_rotation",
     "get_input_scaler",
     "get_rounding_method",
     "get_solver",
@@ -87,6 +92,8 @@ __all__ = [
     "learn_rounding",
     "observe",
     "quantize_weights",
+    "random_rotation",
+    "rotate_inputs",
     "scale_inputs",
     "sensitivity",
 ]

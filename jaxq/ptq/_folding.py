@@ -181,7 +181,7 @@ def fold_rotation(
       >>> from jaxq import ptq
       >>> def model(params, tokens):
       ...     x = params["embed"][tokens]
-      ...     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True)) * params["norm"]
+      ...     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True)) * params["norm"][None]
       ...     return x @ params["head"]
       >>> keys = jax.random.split(jax.random.key(0), 3)
       >>> params = {"embed": jax.random.normal(keys[0], (5, 8)), "norm": jnp.arange(1.0, 9.0),

@@ -348,7 +348,7 @@ def test_invalid_arguments_raise():
 
 
 class TestGivenScales:
-    def test_are_used_unchanged(self):
+    def test_given_scales_are_used_unchanged(self):
         x = batches()[0]
         scale = np.float32([0.1, 0.3, 0.5])
         y = jaxq.fake_quant(x, "int4_channel", scale=scale)
@@ -373,7 +373,7 @@ class TestGivenScales:
             with pytest.raises(ValueError, match=text):
                 jaxq.fake_quant(shaped, name, **kw)
 
-    def test_clipped_gradient_uses_their_range(self):
+    def test_clipped_gradient_uses_range_of_given_scales(self):
         r = jaxq.Recipe("uint4", scaling=jaxq.Affine(), gradient="clipped")
         x = jnp.asarray([-1.1, -0.9, 0.0, 0.4, 0.6])
         g = jax.grad(lambda x: jaxq.fake_quant(x, r, scale=0.1, zero_point=10.0).sum())(x)

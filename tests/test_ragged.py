@@ -17,11 +17,7 @@ GROUPS = [range(5), range(0), range(5, 14)]  # Rows 14 and 15 belong to no group
 INT8_CHANNEL = jaxq.get_recipe("int8_channel")
 
 
-def normal(shape, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-X, W, G = normal((16, 32)), normal((3, 32, 8), 1), normal((16, 8), 2)
+X, W, G = data.normal((16, 32)), data.normal((3, 32, 8), 1), data.normal((16, 8), 2)
 
 
 def with_gradients(function):
@@ -163,8 +159,11 @@ def moe_by_hand(recipe):
 
 
 PARAMS = {
-    "experts": {"up": normal((2, 3, 32, 16), 3) / 4, "down": normal((2, 3, 16, 32), 4) / 4},
-    "out": normal((32, 8), 5),
+    "experts": {
+        "up": data.normal((2, 3, 32, 16), 3) / 4,
+        "down": data.normal((2, 3, 16, 32), 4) / 4,
+    },
+    "out": data.normal((32, 8), 5),
 }
 FP8 = dataclasses.replace(jaxq.get_product_recipe("fp8_training"), residuals="original")
 

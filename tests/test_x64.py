@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 import pytest
 from jax import numpy as jnp
@@ -28,7 +27,7 @@ from tests.oracle import assert_same
 Program = tuple[str, Callable, tuple]
 
 KEY = jax.random.key(0)
-X = jnp.asarray(np.random.default_rng(0).standard_normal((128, 256)), jnp.float32)
+X = data.normal((128, 256))
 CHANNEL = jaxq.PerChannel((-1,))
 
 

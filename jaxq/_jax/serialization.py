@@ -51,7 +51,7 @@ def from_json(owner: str, text: str, kinds: Mapping[str, type], kind: type, noun
       noun: a name of the expected content for errors, such as "a recipe".
 
     Raises:
-      ValueError: if the text is no JSON, names another class or other fields, or describes
+      ValueError: if the text is not JSON, names another class or other fields, or describes
         something else than the expected content.
     """
     try:
@@ -178,7 +178,7 @@ def name_of(cls: type) -> str:
 
 
 def class_named(name: str) -> type | None:
-    """Returns the registered class with a name of `name_of`; None if there is none.
+    """Returns the registered class that has a name in `name_of`; None if there is none.
 
     A package in `LAZY` is imported. No other module is, because names come from files.
     """

@@ -107,7 +107,10 @@ class Quantized:
             title, shape = title_of(self.recipe), "×".join(map(str, self.shape))
             arrays = jax.tree.leaves(self)
             nbytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-        except (AttributeError, TypeError):  # The leaves are no arrays, or their sizes are symbols.
+        except (
+            AttributeError,
+            TypeError,
+        ):  # The leaves are not arrays, or their sizes are symbolic.
             return f"<Quantized of {self.codes!r}>"
         return f"{title}[{shape}] {binary_size(nbytes)}"
 

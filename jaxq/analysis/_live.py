@@ -84,9 +84,7 @@ class LiveTable:
         try:
             from rich.live import Live
         except ImportError as error:
-            raise ImportError(
-                "jaxq.analysis.LiveTable needs rich: pip install rich."
-            ) from error
+            raise ImportError("jaxq.analysis.LiveTable needs rich: pip install rich.") from error
         self._statistics = (statistics,) if isinstance(statistics, str) else tuple(statistics)
         check_names("LiveTable", "statistics", self._statistics, _SCALARS)
         if worst < 1:

@@ -19,6 +19,7 @@ from jaxq.ptq._input_scales import (
 from jaxq.ptq._learning import LearnedBlock, RoundingReport, learn_rounding
 from jaxq.ptq._models import quantize_weights
 from jaxq.ptq._observing import ObservedInputs, observe
+from jaxq.ptq._owq import owq
 from jaxq.ptq._reports import Report, SolvedProduct
 from jaxq.ptq._rotating import InputRotations, rotate_inputs
 from jaxq.ptq._rounding_methods import (
@@ -91,6 +92,7 @@ __all__ = [
     "gptq",
     "learn_rounding",
     "observe",
+    "owq",
     "quantize_weights",
     "random_rotation",
     "rotate_inputs",

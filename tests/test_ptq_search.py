@@ -114,7 +114,7 @@ def test_hqq_finds_the_zero_points_of_the_published_iteration():
     model = lambda w, x: x @ w.T
     recipe = jaxq.Recipe("uint4", jaxq.PerBlock(GROUP), jaxq.recipes.ScaleAndMin(stored=True))
     found, ends = [], []
-    for iterations in (1, 5, 20):
+    for iterations in (2, 20):
         solver = ptq.RTN(search=ptq.HQQ(iterations=iterations))
         independent = np.eye(INPUTS, dtype=np.float32)
         packed, report = ptq.quantize_weights(model, recipe, solver=solver)(w, [independent])
@@ -131,8 +131,7 @@ def test_hqq_finds_the_zero_points_of_the_published_iteration():
         found.append(report.rows[0])
         ends.append(np.asarray(own))
     assert np.any(ends[0] != ends[1])
-    assert np.any(ends[1] != ends[2])
-    assert found[2].loss < found[0].loss < found[0].rtn
+    assert found[1].loss < found[0].loss < found[0].rtn
     assert not packed.dequantize()[0, :GROUP].any()
 
 

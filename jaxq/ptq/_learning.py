@@ -186,7 +186,8 @@ class _Learning:
         example, first, rows, packed = self._calls.calls[0][1:], _First(), [], []
         floats = _stacked([call[1:] for call in self._calls.calls])
         quantized = floats
-        masks = None if self._calls.masks[0] is None else jnp.stack(self._calls.masks)  # type: ignore
+        masked = [mask for mask in self._calls.masks if mask is not None]
+        masks = jnp.stack(masked) if masked else None
         for k, block in enumerate(self._blocks):
             own = plan(_OWNER, block, [], 0, (self._calls.calls[0][0][k], *example), {})
             planned = _Block(k, own, model.planned, first)

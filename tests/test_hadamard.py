@@ -99,6 +99,15 @@ def test_half_precision_is_transformed_in_float32():
     assert_same(jaxq.dot_general(x, w, MATMUL, recipe=recipe), want)
 
 
+def test_weights_that_are_transformed_before_quantization_are_not_stored():
+    recipe = jaxq.ProductRecipe(None, "int4_g32", hadamard=jaxq.Hadamard(32, (1, -1) * 16))
+    model = lambda w, x: x @ w
+    w, x = np.random.default_rng(0).standard_normal((2, 32, 32)).astype(np.float32)
+    with pytest.warns(UserWarning, match="its product quantizes its Hadamard transform"):
+        packed = jaxq.quantize_weights(model, recipe)(w, x)
+    assert packed is w
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [

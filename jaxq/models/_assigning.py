@@ -95,6 +95,8 @@ class Assigned:
         activation with one scale per tensor, whose range may come from calibration.
       reverse: True if reverse-mode differentiation goes through the product.
       factor: the name of the factor by which the input of a weight is multiplied first, or None.
+      rotated: the length of the blocks of that input that are Hadamard transformed after the
+        factor, or None.
       scored: recipes whose errors are weighted by the cotangent of the result, for `ptq`.
     """
 
@@ -110,6 +112,7 @@ class Assigned:
     calibrated: tuple[Observer | None, ...]
     reverse: bool
     factor: str | None = None
+    rotated: int | None = None
     scored: tuple[ProductRecipe, ...] = ()
 
     @property

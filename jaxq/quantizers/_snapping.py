@@ -19,7 +19,7 @@ from jaxq.formats import FloatFormat, get_format
 from jaxq.numerics import BinaryGrid, Rounding, cast, enclosing, encode
 from jaxq.recipes import Range, Recipe, Scales, finite, in_units, limits, powers, times
 
-__all__ = ["codes", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
+__all__ = ["codes", "ends_of", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -74,7 +74,7 @@ def interval(x: jax.Array, scales: Scales, recipe: Recipe) -> tuple[jax.Array, j
 
     units = units_of(x, scales, recipe)
     units = _positive_nan(units) if _lacks_nan(recipe) else units
-    pair = enclosing(units, *_ends(scales.zero_point, recipe), snap)
+    pair = enclosing(units, *ends_of(scales.zero_point, recipe), snap)
     one, other = (restored(v, scales.step, scales.minimum, recipe) for v in pair)
     return lax.min(one, other), lax.max(one, other)  # A scale may be negative.
 
@@ -101,7 +101,7 @@ def _positive_nan(units: jax.Array) -> jax.Array:
     return _FLOAT32.floats(where(nan, _FLOAT32.nan, bits))
 
 
-def _ends(zero_point: jax.Array | None, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+def ends_of(zero_point: jax.Array | None, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
     """Returns the ends of the grid minus the zero point."""
     low, high = limits(recipe.element)
     if zero_point is None:
@@ -121,7 +121,7 @@ def on_grid(
         return cast(units, recipe.element, rounding=rounding, overflow="saturate", key=key)
     # Rounded before the zero point is added, because the other order rounds ties differently; and
     # before the ends are applied, because XLA on CPU counts subnormals as zero in a maximum.
-    lowest, highest = _ends(zero_point, recipe)
+    lowest, highest = ends_of(zero_point, recipe)
     whole = cast(units, _WHOLE, rounding=rounding, key=key)
     whole = lax.max(whole, jnp.broadcast_to(lowest, units.shape))
     return lax.min(whole, jnp.broadcast_to(highest, units.shape))

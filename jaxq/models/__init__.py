@@ -10,7 +10,6 @@ from jaxq.models._delaying import delayed_scaling
 from jaxq.models._functions import quantize_fn, quantize_weights
 from jaxq.models._monitored import Monitored
 from jaxq.models._monitoring import monitored, switch, switched
-from jaxq.models._multiplying import StoredView, unpacked
 from jaxq.models._observing import Observed, freeze, observe
 from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED
 from jaxq.models._planning import Planned, plan
@@ -21,6 +20,7 @@ from jaxq.models._rule import Rule, check_pattern
 from jaxq.models._rules import Rules, as_rules, leaf_rules, pairs, rules_from_json, rules_to_json
 from jaxq.models._running import run
 from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
+from jaxq.models._stored_views import StoredView, unpacked
 from jaxq.models._storing import Storage, weight_of
 from jaxq.models._trees import (
     assign,

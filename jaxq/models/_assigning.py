@@ -96,6 +96,8 @@ class Assigned:
       reverse: True if reverse-mode differentiation goes through the product.
       factor: the name of the factor by which the input of a weight is multiplied first, or None.
       scored: recipes whose errors are weighted by the cotangent of the result, for `ptq`.
+      chunk: the largest number of elements of a packed weight that are dequantized at a time, or
+        None.
     """
 
     recipe: ProductRecipe | None
@@ -111,6 +113,7 @@ class Assigned:
     reverse: bool
     factor: str | None = None
     scored: tuple[ProductRecipe, ...] = ()
+    chunk: int | None = None
 
     @property
     def delayable(self) -> PerProduct[tuple[Recipe | None, ...]]:

@@ -9,11 +9,11 @@ import numpy as np
 from jaxq.models._adapting import Adapted
 from jaxq.models._assigning import Assigned, assign, naming, unassigned
 from jaxq.models._monitored import Monitored
-from jaxq.models._multiplying import StoredView
 from jaxq.models._programs import Records
 from jaxq.models._reading import Node, Product, read
 from jaxq.models._rules import Rules, as_rules
 from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
+from jaxq.models._stored_views import StoredView
 from jaxq.models._storing import Storages, storages, weight_of
 from jaxq.models._tracing import Traced, trace
 from jaxq.products import ProductRecipe, Row

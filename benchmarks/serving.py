@@ -87,8 +87,8 @@ Made with Python {platform.python_version()}, jax {jax.__version__}, on \
 
 <!-- table -->
 
-| weight | bits | {few} token, at once | in parts | {many} tokens, at once | in parts | MiB at once \
-| in parts |
+| weight | bits | {few} token, at once | in parts | {many} tokens, at once | in parts \
+| MiB, at once | in parts |
 |---|{"---:|" * 7}
 {chr(10).join(rows)}
 """

@@ -130,9 +130,9 @@ def test_models_dequantize_their_weights_in_parts():
     ("call", "message"),
     [
         (lambda q: stored_dot_general(jnp.ones((1, 64)), q, KERNEL), "tensor with outliers"),
-        (lambda q: jaxq.quantize_fn(model, "int8_channel", chunk=0), "at least 1, got 0"),
+        (lambda _: jaxq.quantize_fn(model, "int8_channel", chunk=0), "at least 1, got 0"),
         (
-            lambda q: stored_dot_general(
+            lambda _: stored_dot_general(
                 jnp.ones((1, 64)), jaxq.quantize(jnp.ones((64, 2)), "int8_tensor"), KERNEL, chunk=0
             ),
             "at least 1, got 0",

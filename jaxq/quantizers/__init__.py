@@ -12,7 +12,7 @@ from jaxq.quantizers._levels import (
     values_of,
     with_levels,
 )
-from jaxq.quantizers._quantized import Quantized, dequantize
+from jaxq.quantizers._quantized import Quantized, QuantizedArrays, dequantize
 from jaxq.quantizers._quantizers import fake_quant, neighbors, quantize
 from jaxq.quantizers._sharding import quantized_sharding
 from jaxq.quantizers._slices import Slices, slices

@@ -4,14 +4,14 @@ To add a condition to rules, add a field to `Rule` (`_rule.py`) and its test to 
 quantize another primitive of JAX, add it to the tables in `_operations.py`.
 """
 
-from jaxq.models._adapting import Adapted, LoRA
+from jaxq.models._adapting import Adapted, LoRA, can_adapt_ragged
 from jaxq.models._assigning import Assigned, axes_of, unassigned
 from jaxq.models._delaying import delayed_scaling
 from jaxq.models._functions import quantize_fn, quantize_weights
 from jaxq.models._monitored import Monitored
 from jaxq.models._monitoring import monitored, switch, switched
 from jaxq.models._observing import Observed, freeze, observe
-from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED
+from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED, contraction_of
 from jaxq.models._planning import Planned, plan
 from jaxq.models._programs import Extra, Program, program
 from jaxq.models._reading import Node, Product

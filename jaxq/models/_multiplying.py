@@ -101,7 +101,8 @@ def multiply(
     operation = operation_of(eqn, assigned.where, assigned.swapped)
     x, weight = assigned.order([unpacked(operand) for operand in operands[:2]])
     with compat.within(eqn):
-        more = adapter_product(operation.contraction, adapter, x, jax.typeof(weight))
+        shape, arguments = jax.typeof(weight), [unpacked(operand) for operand in operands[2:]]
+        more = adapter_product(operation.contraction, adapter, x, shape, arguments)
     return y + more.astype(y.dtype), seen
 
 

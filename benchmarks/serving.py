@@ -52,7 +52,9 @@ def measured(size: int, rounds: int, chunk: int) -> tuple[list[str], float]:
             for way, function in ways.items():
                 compiled = jax.jit(function).lower(x, stored).compile()
                 cases[name, tokens, way] = compiled, (x, stored)
-                memory[name, tokens, way] = compiled.memory_analysis().temp_size_in_bytes
+                analysis = compiled.memory_analysis()
+                assert analysis is not None, "every backend has one"
+                memory[name, tokens, way] = analysis.temp_size_in_bytes
     best = dict.fromkeys(cases, np.inf)
     for _ in track(range(rounds), description="running"):
         for case, (run, arguments) in cases.items():

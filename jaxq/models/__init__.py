@@ -5,8 +5,9 @@ quantize another primitive of JAX, add it to the tables in `_operations.py`.
 """
 
 from jaxq.models._adapting import Adapted, LoRA, can_adapt_ragged
-from jaxq.models._assigning import Assigned, axes_of, unassigned
+from jaxq.models._assigning import Assigned, QuantizedWeight, axes_of, unassigned, weight_of
 from jaxq.models._delaying import delayed_scaling
+from jaxq.models._experts import expert_axis
 from jaxq.models._functions import quantize_fn, quantize_weights
 from jaxq.models._monitored import Monitored
 from jaxq.models._monitoring import monitored, switch, switched
@@ -21,7 +22,7 @@ from jaxq.models._rules import Rules, as_rules, leaf_rules, pairs, rules_from_js
 from jaxq.models._running import run
 from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
 from jaxq.models._stored_views import StoredView, unpacked
-from jaxq.models._storing import Storage, weight_of
+from jaxq.models._storing import Storage
 from jaxq.models._trees import (
     assign,
     dequantize_tree,

@@ -45,6 +45,9 @@ def quantize_fn(
     quantized as the product sees it. A rule that matches such a computed weight leaves the products
     that compute it, here `a @ b`, unchanged.
 
+    Leaves that a product multiplies as one array along its experts or its outputs, such as
+    `jnp.stack(params["experts"])`, may have a recipe each: every leaf is then quantized by itself.
+
     Args:
       fn: any function of arrays. If it is a pytree itself, such as an Equinox module, its own
         leaves are the parameters. Leaves of its arguments that are not arrays are static.

@@ -203,6 +203,11 @@ def _quantized(
     eqn: Any, assigned: Assigned, extra: Extra, keys: Keys, arrays: list[jax.Array]
 ) -> jax.Array:
     """Returns the result of a product or look-up, with its recipes applied."""
+    if assigned.experts is not None:
+        which = assigned.experts.operand
+        with naming(assigned.where):
+            stack = assigned.experts.quantized(eqn, arrays[which])
+        arrays = [stack if i == which else x for i, x in enumerate(arrays)]
     records = extra.records.get(assigned.name, Records())
     if assigned.table is not None:
         table, *places = arrays

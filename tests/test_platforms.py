@@ -142,8 +142,8 @@ def of_format(fmt: jaxq.formats.Format, inputs: list[jax.Array], codes: jax.Arra
     for narrow in inputs[1:]:
         found[narrow.dtype.name] = rounded(narrow, fmt)
     if fmt.bits <= 16:
-        packed = jaxq.pack(codes, fmt.bits)
-        found["pack"] = packed, jaxq.unpack(packed, fmt.bits, len(codes))
+        packed = jaxq.numerics.pack(codes, fmt.bits)
+        found["pack"] = packed, jaxq.numerics.unpack(packed, fmt.bits, len(codes))
     return found
 
 

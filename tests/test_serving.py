@@ -14,7 +14,7 @@ from jaxq import serving
 HEADS, CHANNELS, CAPACITY = 2, 16, 16
 
 # A small form of KIVI's recipe, whose groups and window fit into few tokens.
-SCALING = jaxq.ScaleAndMin(stored=True, reciprocal=False)
+SCALING = jaxq.recipes.ScaleAndMin(stored=True, reciprocal=False)
 KIVI = serving.CacheRecipe(
     jaxq.Recipe("uint2", jaxq.PerBlock(4, axes=-2), SCALING),
     jaxq.Recipe("uint2", jaxq.PerBlock(8), SCALING),

@@ -60,7 +60,7 @@ def params():
         "out": (32, 40),
     }
     return jax.tree.map(
-        lambda shape: jnp.asarray(rng.standard_normal(shape) / 4, jnp.float32),
+        lambda shape: jax.device_put(np.float32(rng.standard_normal(shape) / 4)),
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
@@ -183,8 +183,8 @@ def test_custom_derivatives_are_kept():
 
 
 def test_outer_vmap_and_jvp():
-    w = jnp.asarray(np.random.default_rng(2).standard_normal((8, 4)), jnp.float32)
-    x = jnp.asarray(np.random.default_rng(3).standard_normal((5, 8)), jnp.float32)
+    w = data.normal((8, 4), 2)
+    x = data.normal((5, 8), 3)
     f = jaxq.quantize_fn(lambda p, x: x @ p["w"], [("w", "w4a16")])
     want = jnp.dot(x, jaxq.fake_quant(w, "int4_channel"))
     np.testing.assert_allclose(jax.vmap(lambda x: f({"w": w}, x))(x), want, rtol=1e-6)
@@ -359,7 +359,7 @@ def test_invalid_patterns_and_recipes_raise():
 
 RNG = np.random.default_rng(5)
 LORA = {
-    name: jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+    name: jax.device_put(np.float32(RNG.standard_normal(shape)))
     for name, shape in {"w": (8, 6), "a": (8, 2), "b": (2, 6), "scale": (1, 6)}.items()
 }
 
@@ -379,7 +379,7 @@ LORA = {
     ids=["LoRA", "weight normalization", "clipped", "masked", "padded"],
 )
 def test_computed_weight_is_quantized_after_computation(compute, name):
-    x = jnp.asarray(np.random.default_rng(6).standard_normal((3, 8)), jnp.float32)
+    x = data.normal((3, 8), 6)
 
     def model(p, x):
         return x @ compute(p)

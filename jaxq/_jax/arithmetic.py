@@ -76,7 +76,7 @@ def rounded(x: jax.Array) -> jax.Array:
     """Returns float32 products unchanged, rounded before anything is added to them.
 
     LLVM may fuse a product and a sum into one rounding (seen with XLA on CPU, JAX 0.10 to 0.12).
-    The minimum of the bits, which changes one NaN only, stands between the two. Remove it when
+    A minimum of the bits, which changes only one NaN, separates the two. Remove it when
     `test_bytes_equal_libgguf` passes without it.
     """
     bits = lax.min(lax.bitcast_convert_type(x, jnp.uint32), np.uint32(2**32 - 2))

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.records import state_repr
 from jaxq._jax.serialization import pytree
 from jaxq.models._rule import Rule, rule_records
 from jaxq.products import Contraction
@@ -82,6 +83,9 @@ class Adapted:
 
     adapters: Mapping[str, LoRA]
     rules: tuple[Rule, ...]
+
+    def __repr__(self) -> str:
+        return state_repr(self, self.adapters)
 
     @property
     def nbytes(self) -> int:

@@ -135,8 +135,10 @@ class Assigned:
             return PerProduct((None, None), (None, None), (None, None))
         return PerProduct(
             *(
-                tuple(r if how.hadamard is None and can_delay(r) else None for r in how.operands)
-                for how in recipe.products
+                tuple(
+                    r if single.hadamard is None and can_delay(r) else None for r in single.operands
+                )
+                for single in recipe.products
             )
         )
 
@@ -366,7 +368,7 @@ def on_axes(recipe: Recipe | None, product: Product, i: int) -> Recipe | None:
 
 
 def _check_recipe(recipe: Recipe, x: Any) -> None:
-    """Raises what `jaxq.fake_quant` raises for an array of a shape and dtype."""
+    """Raises the errors of `jaxq.fake_quant` for an array of a shape and dtype."""
     key = jax.eval_shape(jax.random.key, 0) if is_stochastic(recipe) else None
     jax.eval_shape(lambda x, key: fake_quant(x, recipe, key=key), x, key)
 

@@ -163,9 +163,9 @@ def _recipe(product: Product, assigned: Assigned) -> str:
         names = assigned.order([_name(recipe.operands[0]), weight])
         parts = list(names[1:] if assigned.table is not None else names)
         for gradient in ("dlhs", "drhs"):
-            how: SingleProduct = getattr(recipe, gradient)
-            if not how.plain:
-                parts.append(f"{gradient} {' '.join(map(_name, how.operands))}")
+            single: SingleProduct = getattr(recipe, gradient)
+            if not single.plain:
+                parts.append(f"{gradient} {' '.join(map(_name, single.operands))}")
     if assigned.output is not None:
         parts.append(f"-> {_name(assigned.output)}")
     if assigned.draws:

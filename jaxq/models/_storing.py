@@ -65,7 +65,7 @@ class Storage(NamedTuple):
         return dataclasses.replace(function(self.converted(x)), dtype=jnp.dtype(dtype))
 
     def differing(self, q: Quantized) -> list[str]:
-        """Returns the fields but `granularity` in which a stored leaf's recipe differs."""
+        """Returns the fields other than `granularity` in which a stored leaf's recipe differs."""
         own, other = (_anywhere(recipe) for recipe in (self.recipe, q.recipe))
         names = [field.name for field in dataclasses.fields(Recipe)]
         return [name for name in names if getattr(own, name) != getattr(other, name)]

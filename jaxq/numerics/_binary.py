@@ -172,7 +172,7 @@ def _emax(grid: BinaryGrid, layout: Layout) -> Any:
 
 
 def _rounded(units: jax.Array, unit: jax.Array, args: _Snap) -> jax.Array:
-    """Rounds units so that even numbers are even codes; at least to 1 if the grid has no zero."""
+    """Rounds units to whole numbers with the parity of their codes, at least 1 without a zero."""
     grid, layout = args.grid, args.layout
     if not grid.odd_codes:
         if not grid.zero and args.rounding is nearest_even:

@@ -233,6 +233,11 @@ def pack(codes: jax.typing.ArrayLike, bits: int) -> jax.Array:
     """
     codes = jnp.asarray(codes)
     _check_packing("pack", codes, bits)
+    return _packed(codes, bits)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def _packed(codes: jax.Array, bits: int) -> jax.Array:
     *leading, n = codes.shape
     per_group, group_bytes = _groups(bits)
     groups = -(-n // per_group)
@@ -281,13 +286,19 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
     """
     packed = jnp.asarray(packed)
     _check_packing("unpack", packed, bits)
-    *leading, size = packed.shape
+    size = packed.shape[-1]
     if packed.dtype != jnp.uint8:
         raise TypeError(f"unpack: `packed` must be uint8, got {packed.dtype}.")
     if size != -(-n * bits // 8):
         raise ValueError(
             f"unpack: {n} codes of {bits} bits fill {-(-n * bits // 8)} bytes, got {size} bytes."
         )
+    return _unpacked(packed, bits, n)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "n"))
+def _unpacked(packed: jax.Array, bits: int, n: int) -> jax.Array:
+    *leading, size = packed.shape
     per_group, group_bytes = _groups(bits)
     if group_bytes == 1:  # No code spans two bytes, so one vectorized operation unpacks all.
         shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape((1,) * packed.ndim + (-1,))

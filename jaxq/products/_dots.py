@@ -346,7 +346,7 @@ def ragged_dot_general(
       >>> from jax.lax import RaggedDotDimensionNumbers
       >>> numbers = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
       >>> x, g = jnp.ones((8, 4)), jnp.ones((8, 2))  # The sum over the rows of each group.
-      >>> jaxq.ragged_dot_general(x, g, jnp.array([5, 3]), numbers, recipe="w8a8")[:, 0, 0]
+      >>> jaxq.products.ragged_dot_general(x, g, jnp.array([5, 3]), numbers, recipe="w8a8")[:, 0, 0]
       Array([5., 3.], dtype=float32)
     """
     numbers = ragged_dot_dimension_numbers

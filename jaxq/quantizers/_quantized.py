@@ -1,7 +1,6 @@
 """Quantized tensors, which are pytrees of packed codes and scales, and dequantization."""
 
 import dataclasses
-import math
 import operator
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq._base.cutting import Cut
-from jaxq._base.tables import binary_size
+from jaxq._base.records import size_text
 from jaxq._jax.meshes import automatic, fitting, spec_of
 from jaxq._jax.serialization import pytree
 from jaxq.formats import get_format
@@ -49,8 +48,8 @@ class Quantized(QuantizedArrays):
     them, or fewer, as `jax.lax.scan` removes them.
 
     Attributes:
-      codes: the codes of the elements, packed along the last axis by `jaxq.pack`; uint8, or uint16
-        for 16-bit formats.
+      codes: the codes of the elements, packed along the last axis by
+        `jaxq.numerics.pack`; uint8, or uint16 for 16-bit formats.
       scale: the stored scales, one per block, in the shape of the blocks: float32, or codes of the
         recipe's `scale_format` if that is another format. `scales` has their values.
       second: the arrays of the scaling's second level, from which it restores the scales; () if it
@@ -108,13 +107,10 @@ class Quantized(QuantizedArrays):
         return dequantize(self)
 
     def __repr__(self) -> str:
-        try:
-            title, shape = title_of(self.recipe), "×".join(map(str, self.shape))
-            arrays = jax.tree.leaves(self)
-            nbytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-        except (AttributeError, TypeError):  # The leaves are no arrays, or their sizes are symbols.
+        size = size_text(self)
+        if not size:
             return f"<Quantized of {self.codes!r}>"
-        return f"{title}[{shape}] {binary_size(nbytes)}"
+        return f"{title_of(self.recipe)}[{'×'.join(map(str, self.shape))}] {size}"
 
     def __len__(self) -> int:
         if not self.shape:

@@ -31,7 +31,7 @@ TYPES: Registry[Layout] = Registry(
 
 _QUANTIZERS = {**SMALL, **SEARCHED}
 
-_CHUNK = 2**16  # Elements that are quantized at a time, so that they stay in the cache.
+_CHUNK = 2**16  # The number of elements quantized at a time, which fit into the cache.
 
 
 @pytree(static=("type", "dtype"))
@@ -222,7 +222,7 @@ def fake_quant(
     axis: int = -1,
     importance: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Returns what remains of a tensor in a block type, with a straight-through gradient.
+    """Returns a tensor rounded to a block type, with a straight-through gradient.
 
     It equals `quantize(x, type).dequantize()` bit for bit.
 

@@ -3,26 +3,25 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxq.models._experts import Experts
 from jaxq.models._matching import first_match, rules_of_parts, unused
+from jaxq.models._observers import Observable, Observer
 from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
 from jaxq.models._origins import Origin
 from jaxq.models._reading import Product, table_axes
 from jaxq.models._rule import Rule
 from jaxq.models._rules import described
 from jaxq.products import Axes, PerProduct, ProductRecipe, can_delay, check, is_stochastic, placed
-from jaxq.quantizers import calibration, fake_quant
+from jaxq.quantizers import fake_quant
 from jaxq.recipes import PerTensor, Recipe
 
 __all__ = [
     "TENSORS",
     "Assigned",
-    "Observable",
-    "Observer",
     "QuantizedWeight",
     "assign",
     "axes_of",
@@ -34,51 +33,6 @@ __all__ = [
 
 # The operands of each product: 0 is lhs, 1 rhs, 2 the cotangent.
 TENSORS: PerProduct[tuple[int, int]] = PerProduct((0, 1), (2, 1), (2, 0))
-
-
-class Observer(Protocol):
-    """A hashable object that collects the state of one operand of a product.
-
-    A state is a pytree of arrays with the same shapes and dtypes for all data.
-    """
-
-    def empty(self) -> Any:
-        """Returns the state before any data."""
-        ...
-
-    def measure(self, x: jax.Array, others: Sequence[jax.Array], mask: jax.Array | None) -> Any:
-        """Returns the state of one operand.
-
-        Args:
-          x: the operand.
-          others: the operands of the equation after the first two.
-          mask: the mask of the tokens that count, or None.
-        """
-        ...
-
-    def merge(self, first: Any, second: Any) -> Any:
-        """Returns the state of the data of two states."""
-        ...
-
-
-class Observable(NamedTuple):
-    """The observer of an operand whose range may come from calibration: its shape and recipe."""
-
-    shape: tuple[int, ...]
-    recipe: Recipe
-
-    def empty(self) -> Any:
-        """Returns the state before any data."""
-        return calibration.init(self.shape, self.recipe)
-
-    def measure(self, x: jax.Array, others: Sequence[jax.Array], mask: jax.Array | None) -> Any:
-        """Returns the state of one operand."""
-        del others, mask
-        return calibration.update(self.empty(), x, self.recipe)
-
-    def merge(self, first: Any, second: Any) -> Any:
-        """Returns the state of the data of two states."""
-        return calibration.merge(first, second, self.recipe)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -407,7 +407,7 @@ def test_rule_for_inner_product_of_computed_weight():
     assert rows[1].recipe == "- (an operand is computed from a, b)"
 
 
-def test_concatenated_weights_have_combined_name_and_one_recipe():
+def test_concatenated_weights_have_combined_name_and_one_recipe_along_the_contraction():
     params = {"cell": {name: {"kernel": jnp.eye(4)} for name in ("hi", "hf")}}
 
     def model(p, x):
@@ -417,9 +417,13 @@ def test_concatenated_weights_have_combined_name_and_one_recipe():
         (row,) = jaxq.explain(model, rules)(params, jnp.ones((2, 4))).rows
         assert (row.product, row.recipe) == ("cell/{hf,hi}/kernel", "- int4_channel")
         assert (row.bits, row.bytes) == (4 + 32 / 4, 48)
+
+    def contracted(p, x):
+        return x @ jnp.concatenate([gate["kernel"] for gate in p["cell"].values()])
+
     for rules in ([("hf", "w4a16")], [("hf", "w4a16"), ("hi", "w8a16")]):
         with pytest.raises(ValueError, match="must give one recipe to the weights that"):
-            jaxq.explain(model, rules)(params, jnp.ones((2, 4)))
+            jaxq.explain(contracted, rules)(params, jnp.ones((2, 8)))
 
 
 def test_errors_name_product_path_and_line(params):

@@ -15,8 +15,8 @@ import jax
 
 from jaxq._base.records import state_repr
 from jaxq._jax.serialization import pytree
-from jaxq.models._assigning import Observable, Observer
 from jaxq.models._functions import run_planned
+from jaxq.models._observers import Observable, Observer
 from jaxq.models._planning import plan
 from jaxq.models._rules import Rules, as_rules
 from jaxq.models._states import Frozen

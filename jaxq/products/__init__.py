@@ -36,6 +36,7 @@ from jaxq.products._recipe import (
     product_records,
 )
 from jaxq.products._rows import Probe, Row, RowLayout, Scaled, Tally, layout_of, record_row
+from jaxq.products._stored import in_parts, stored_dot_general
 from jaxq.products._tensors import Results, Running, Tensor
 
 __all__ = [
@@ -53,4 +54,5 @@ __all__ = [
     "is_stochastic",
     "ragged_dot",
     "ragged_dot_general",
+    "stored_dot_general",
 ]

@@ -17,16 +17,31 @@ from jaxq.numerics import as_dtype, decode, unpack
 from jaxq.quantizers._snapping import restored
 from jaxq.recipes import Recipe, StoredScales, records, title_of
 
-__all__ = ["WHOLE_BYTES", "Quantized", "decoded", "dequantize"]
+__all__ = ["WHOLE_BYTES", "Quantized", "QuantizedArrays", "decoded", "dequantize"]
 
 WHOLE_BYTES = (8, 16)  # Code widths, in bits, that need no packing.
 
 _FLOAT32 = get_format("float32")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedArrays:
+    """The fields of `Quantized`, for classes that transforms must not take for a weight."""
+
+    codes: jax.Array
+    scale: jax.Array
+    second: tuple[jax.Array, ...]
+    zero_point: jax.Array | None
+    outliers: tuple[jax.Array, ...]
+    recipe: Recipe
+    dtype: np.dtype
+    block: tuple[int | None, ...]
+    length: int | None
+
+
 @pytree(static=("recipe", "dtype", "block", "length"), kinds=records)
 @dataclasses.dataclass(frozen=True, eq=False)
-class Quantized:
+class Quantized(QuantizedArrays):
     """A quantized tensor: a pytree of packed codes and scales.
 
     Its arrays may have more leading axes than the tensor that was quantized, as `jax.vmap` adds
@@ -49,16 +64,6 @@ class Quantized:
         symbolic.
       length: the length of the last axis; None for a scalar.
     """
-
-    codes: jax.Array
-    scale: jax.Array
-    second: tuple[jax.Array, ...]
-    zero_point: jax.Array | None
-    outliers: tuple[jax.Array, ...]
-    recipe: Recipe
-    dtype: np.dtype
-    block: tuple[int | None, ...]
-    length: int | None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxq.interop.gguf._layouts import LAYOUTS, Layout
 from jaxq.interop.gguf._searched_types import SEARCHED
 from jaxq.interop.gguf._searches import product, sums
 from jaxq.interop.gguf._small_types import SMALL
+from jaxq.quantizers import Slices
 
 __all__ = ["TYPES", "Packed", "dequantize", "fake_quant", "fallback", "quantize"]
 
@@ -57,6 +59,20 @@ class Packed:
     def nbytes(self) -> int:
         """The number of bytes."""
         return self.data.nbytes
+
+    @property
+    def slices(self) -> Slices:
+        """The tensor in slices of whole blocks, for `jaxq.products.stored_dot_general`."""
+        layout, last = TYPES.find(self.type), self.data.ndim - 1
+
+        def take(axis: int, start: Any, size: int) -> jax.Array:
+            if axis == last:
+                start = start // layout.block * layout.size
+                size = size // layout.block * layout.size
+            part = lax.dynamic_slice_in_dim(self.data, start, size, axis)
+            return dequantize(part, self.type, self.dtype)
+
+        return Slices(self.shape, self.dtype, (*(1,) * last, layout.block), take)
 
     def dequantize(self) -> jax.Array:
         """Returns the dequantized tensor; see `jaxq.interop.gguf.dequantize`."""

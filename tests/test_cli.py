@@ -313,7 +313,7 @@ def test_invalid_files_and_patterns(capsys, checkpoint: pathlib.Path, tmp_path: 
     cases = {
         (str(cut),): "bytes",
         (str(checkpoint), "--include", "["): "regular expression",
-        (str(checkpoint), "--include", "nothing"): "no floating tensor",
+        (str(checkpoint), "--include", "nothing"): "no floating-point tensor",
         (str(checkpoint), "--html", str(tmp_path)): "folder",
         (str(checkpoint), "--html", str(tmp_path / "no" / "r.html")): "No such file",
     }

@@ -459,18 +459,22 @@ def test_temporaries_have_size_of_quantized_operands(name: str):
             TypeError,
             "dot_general: rhs: must be of dtype .* got int32",
         ),
-        (lambda x, w: dot(x, w, "mxfp8_training"), ValueError, "dot_general: lhs: .*which is 8 of"),
+        (
+            lambda x, w: dot(x, w, "mxfp8_training"),
+            ValueError,
+            "dot_general: lhs: .*which have 8 elements",
+        ),
         (
             lambda x, w: jax.grad(lambda x: dot(x, w, jaxq.ProductRecipe(dlhs=BLOCKS)).sum())(x),
             ValueError,
-            "dot_general, gradient of `lhs`: the cotangent: .*blocks of 4 .* which is 3 of",
+            "dot_general, gradient of `lhs`: the cotangent: .*blocks of 4 .* which have 3",
         ),
         (
             lambda x, w: jax.grad(lambda w: dot(x, w, jaxq.ProductRecipe(drhs=TRANSFORMED)).sum())(
                 w
             ),
             ValueError,
-            r"gradient of `rhs`: the cotangent: Hadamard\(16\): blocks of 16 .* which is 4 of",
+            r"gradient of `rhs`: the cotangent: Hadamard\(16\): blocks of 16 .* which have 4",
         ),
         (
             lambda x, w: jaxq.einsum("ij,jk,kl->il", x, w, w, recipe="w8a16"),

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         selection = Selection.of(file, args.include, args.exclude)
         if not selection.chosen:
             raise UsageError(
-                f"{file.title}: no floating tensor is left to compare: {selection.reasons()}"
+                f"{file.title}: no floating-point tensor is left to compare: {selection.reasons()}"
             )
         # Opened first, so that an unwritable path fails before the work.
         page = stack.enter_context(atomic(args.html)) if args.html else None

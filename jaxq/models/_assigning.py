@@ -53,6 +53,8 @@ class Assigned:
         activation with one scale per tensor, whose range may come from calibration.
       reverse: True if reverse-mode differentiation goes through the product.
       factor: the name of the factor by which the input of a weight is multiplied first, or None.
+      rotated: the length of the blocks of that input that are Hadamard transformed after the
+        factor, or None.
       scored: recipes whose errors are weighted by the cotangent of the result, for `ptq`.
       experts: the recipes of the leaves of a stack of experts, in place of the weight's recipe, or
         None.
@@ -72,6 +74,7 @@ class Assigned:
     calibrated: tuple[Observer | None, ...]
     reverse: bool
     factor: str | None = None
+    rotated: int | None = None
     scored: tuple[ProductRecipe, ...] = ()
     experts: Experts | None = None
     chunk: int | None = None

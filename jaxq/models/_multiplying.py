@@ -10,6 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
+from jaxq._jax.arithmetic import barrier
 from jaxq._jax.draws import fold_in, one_of
 from jaxq.models._adapting import adapter_product
 from jaxq.models._assigning import TENSORS, Assigned, naming
@@ -20,6 +21,7 @@ from jaxq.models._stored_views import unpacked
 from jaxq.models._streaming import streamed
 from jaxq.products import (
     NO_SCALES,
+    Hadamard,
     History,
     Pair,
     PerProduct,
@@ -93,7 +95,7 @@ def multiply(
 
     def base(operands: list[Any]) -> tuple[jax.Array, States]:
         # XLA must not dequantize a weight before the other operand is known.
-        operands = list(lax.optimization_barrier(tuple(operands)))
+        operands = list(barrier(tuple(operands)))
         return _multiplied(eqn, assigned, extra, keys, operands, observing)
 
     # Stored weights stay packed until the backward pass, which dequantizes them again.
@@ -185,7 +187,7 @@ _with_scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array]) -> list[jax.Array]:
-    """Returns the operands of a product with the input of its weight multiplied by a factor."""
+    """Returns the operands of a product with the input of its weight scaled and rotated."""
     assert extra.vectors is not None
     assert assigned.factor is not None
     which = int(assigned.swapped)
@@ -195,8 +197,22 @@ def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array])
     factor = factor.transpose(tuple(np.argsort(order).tolist()))
     factor = jnp.expand_dims(factor, axes.free)
     with compat.within(eqn):
-        scaled = (x.astype(jnp.float32) * factor).astype(x.dtype)
+        scaled = x.astype(jnp.float32) * factor
+        if assigned.rotated is not None:
+            scaled = _rotated(scaled, axes.contract, assigned.rotated)
+        scaled = scaled.astype(x.dtype)
     return [scaled if i == which else array for i, array in enumerate(arrays)]
+
+
+def _rotated(x: jax.Array, axes: tuple[int, ...], length: int) -> jax.Array:
+    """Returns the Hadamard transform of blocks along some axes, taken as one."""
+    kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    order = (*kept, *axes)
+    moved = x.transpose(order)
+    flat = moved.reshape((*moved.shape[: len(kept)], -1))
+    signs = jnp.ones((length,), jnp.float32)
+    flat = Hadamard(length).apply(flat, {flat.ndim - 1: length}, signs)
+    return flat.reshape(moved.shape).transpose(tuple(np.argsort(order).tolist()))
 
 
 def _quantized(

@@ -101,6 +101,11 @@ def storages(products: Sequence[Product], chosen: Sequence[Assigned | None]) -> 
         if weight is None:
             continue
         weights[product.number] = weight.origin
+        assert assigned is not None
+        assert assigned.recipe is not None
+        if assigned.recipe.hadamard is not None:
+            reasons[product.number] = "its product quantizes its Hadamard transform"
+            continue
         try:
             for piece, demand in _demands(product, weight):
                 wanted.setdefault(piece.leaf, []).append((product.number, demand))

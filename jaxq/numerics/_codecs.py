@@ -12,6 +12,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._jax.arithmetic import barrier
 from jaxq._jax.meshes import as_first, automatic
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat, get_format
 from jaxq.numerics._grids import BinaryGrid, is_narrow
@@ -247,7 +248,7 @@ def _packed(codes: jax.Array, bits: int) -> jax.Array:
     # Without the barrier XLA on CPU (JAX 0.10 and 0.12) computes a code again for each byte that
     # contains a part of it: quantizing to 3, 5, 6 or 7 bits takes up to twice as long.
     if group_bytes > 1:
-        masked = lax.optimization_barrier(masked)
+        masked = barrier(masked)
     wide = lax.pad(masked.astype(jnp.uint32), np.uint32(0), padding)
     wide = wide.reshape(*leading, groups, per_group)
     rows = []

@@ -12,11 +12,12 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.products._catalog import get_product_recipe
 from jaxq.products._contractions import of_conv, of_dot, of_einsum, of_ragged_dot
 from jaxq.products._execution import DotOfCodes
 from jaxq.products._operation import Operation
 from jaxq.products._products import keys_of, product
-from jaxq.products._recipe import ProductRecipe, get_product_recipe
+from jaxq.products._recipe import ProductRecipe
 
 __all__ = ["conv_general_dilated", "dot_general", "einsum", "ragged_dot", "ragged_dot_general"]
 

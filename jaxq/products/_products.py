@@ -64,7 +64,7 @@ def product(
             f"{operation.name}: the recipe draws no random numbers, got a key. Leave it out."
         )
     _check_key(operation.name, recipe.forward, keys)
-    return _product(operation, lhs, rhs, recipe, keys_by_product(recipe, keys), scales)
+    return _product(operation, lhs, rhs, recipe, keys, scales)
 
 
 def check(operation: Operation, lhs: Any, rhs: Any, recipe: SingleProduct) -> None:
@@ -158,11 +158,11 @@ def _product(
     lhs: jax.Array,
     rhs: jax.Array,
     recipe: ProductRecipe,
-    keys: PerProduct[Key],
+    keys: Key,
     scales: PerProduct[Pair],
 ) -> jax.Array:
     plan = Plan.of(recipe, operation, lhs, rhs)
-    prepared = plan.prepare(lhs, rhs, keys.forward, scales.forward)
+    prepared = plan.prepare(lhs, rhs, keys_by_product(recipe, keys).forward, scales.forward)
     quantized = prepared.quantized
     emulated = recipe.execution == "emulated"
     if emulated and recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized":
@@ -173,7 +173,7 @@ def _product(
     def multiply(
         operands: tuple,
         originals: tuple,
-        keys: PerProduct[Key],
+        keys: Key,
         scales: PerProduct[Any],
         arguments: tuple,
     ) -> jax.Array:
@@ -189,7 +189,7 @@ def _product(
                 operation.operands,
                 originals,
                 plan.quantizers,
-                plan.keys(keys.forward),
+                plan.keys(keys_by_product(recipe, keys).forward),
                 scales.forward,
             ),
         )
@@ -203,7 +203,7 @@ def _product(
         for of, single in enumerate(recipe.products.gradients):
             moved, residual = tangents[0][of], residuals[1 - of]
             if not isinstance(moved, SymbolicZero):
-                part = _Part(of, single, out, keys.gradients[of], scales.gradients[of])
+                part = _Part(of, single, out, keys if single.draws else None, scales.gradients[of])
                 parts.append(_linear(own, part, moved, residual))
         y = multiply(*primals)
         return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
@@ -220,22 +220,22 @@ class _Part(NamedTuple):
       of: 0 for the gradient of `lhs`, 1 for the gradient of `rhs`.
       recipe: its recipe.
       cotangent: the shape and dtype of the cotangent.
-      key: the keys of the product, or None.
+      keys: the keys of all three products, or None. The product takes its own ones in the backward
+        pass, so that a loop keeps one array of keys for each forward product.
       scales: the precomputed scales of the cotangent and the residual.
     """
 
     of: int
     recipe: SingleProduct
     cotangent: Any
-    key: Key
+    keys: Key
     scales: Pair
 
 
 def _linear(operation: Operation, part: _Part, moved: jax.Array, residual: jax.Array) -> jax.Array:
     """Applies the operation to an operand's tangent, with the gradient's product as transpose."""
     of, single = part.of, part.recipe
-    drawn = (part.key,) if single.draws and part.key is not None else ()
-    more, structure = jax.tree.flatten((operation.arguments, drawn, part.scales))
+    more, structure = jax.tree.flatten((operation.arguments, part.keys, part.scales))
 
     def forward(moved: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
         arguments = jax.tree.unflatten(structure, more)[0]
@@ -245,14 +245,14 @@ def _linear(operation: Operation, part: _Part, moved: jax.Array, residual: jax.A
     if single.plain:
         return forward(moved, residual, *more)
     gradient = operation.gradient(of, like(moved))
-    _check_key(gradient.name, single, part.key)
+    _check_key(gradient.name, single, part.keys)
     # Errors are raised in the forward pass already.
     Plan.of(single, gradient, part.cotangent, residual)
 
     def backward(cotangent: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
         recipe = ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution)
-        arguments, key, scales = jax.tree.unflatten(structure, more)
-        keys = PerProduct(key[0] if key else None, None, None)
+        arguments, keys, scales = jax.tree.unflatten(structure, more)
+        keys = None if keys is None else one_of(keys, 1 + of)[None]
         own = dataclasses.replace(gradient, arguments=arguments)
         return _product(own, cotangent, residual, recipe, keys, NO_SCALES._replace(forward=scales))
 

@@ -18,7 +18,7 @@ from jaxq.ptq._experts import by_leaf, by_recipe, own_levels
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._matrices import output_error
 from jaxq.ptq._reports import Report, SolvedProduct
-from jaxq.ptq._scale_search import Blocks, ScaleSearch, Searching, run_length, searched
+from jaxq.ptq._searching import Blocks, Search, Searching, run_length, searched
 from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, search_of
 from jaxq.ptq._stages import Place
 from jaxq.ptq._statistics import Statistics
@@ -185,7 +185,7 @@ class Solving:
         self._add(self._row(place, statistics, answer, outcome, note))
 
     def _searched(
-        self, place: Place, seen: Seen, problem: Problem, search: ScaleSearch
+        self, place: Place, seen: Seen, problem: Problem, search: Search
     ) -> tuple[Seen, "_Answer", str]:
         """Solves a product after a search for its scales.
 

@@ -149,7 +149,7 @@ class Quantized(QuantizedArrays):
         codes, scale, outliers = self.codes[index], self.scale[blocks], self.outliers
         if outliers and outliers[0].ndim == 1:
             raise ValueError(
-                "Quantized: outliers are stored with their places in the whole tensor, so rows "
+                "Quantized: outliers are stored with their positions in the whole tensor, so rows "
                 "cannot be selected. Dequantize the tensor first."
             )
         outliers = tuple(array[index] for array in outliers)

@@ -6,26 +6,32 @@ cut into segments; the lowest and the largest number of the whole block are appe
 segments, so that all of them get the block's scale.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
+from jax import numpy as jnp
 
+from jaxq.analysis import Energies
 from jaxq.formats import Format
+from jaxq.interop import gguf
 from jaxq.numerics import cast
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Affine, PerBlock, PerToken, Recipe, Symmetric
 
-__all__ = ["Errors", "energy", "errors_in_pieces"]
+__all__ = ["Errors", "energy", "errors_in_pieces", "errors_of", "packed_in_pieces"]
 
 _SIZE = 2**17  # Elements of a piece.
 _SEGMENT = 128  # Elements of a segment of a long block.
 _LONGEST = 1024  # Elements of the longest blocks that are not cut.
+_SUMMED = 2**13  # Elements that are added at a time; OpenBLAS starts threads for more than 10,000.
 
 
 class Errors(NamedTuple):
@@ -33,6 +39,11 @@ class Errors(NamedTuple):
 
     noise: float
     max_error: float
+
+    def energies(self, signal: float, count: int) -> Energies:
+        """Returns the energies of a tensor, given the sum of its squares and its size."""
+        values: Any = (self.noise, 0, signal, 0, count)
+        return Energies(*values)
 
 
 def errors_in_pieces(x: np.ndarray, kind: Format | Recipe, axis: int) -> Errors | None:
@@ -126,17 +137,64 @@ def _quantized(rows: jax.Array, more: jax.Array | None, kind: Format | Recipe) -
 
 
 def _errors(rows: _Rows, kind: Format | Recipe) -> Errors:
-    noise, low, high = 0.0, 0.0, 0.0
+    noise, largest, buffer = 0.0, 0.0, None
     for piece, more in rows.pieces():
-        error = (np.asarray(_quantized(piece, more, kind)) - piece).reshape(-1)
-        low, high = min(low, float(error.min())), max(high, float(error.max()))
-        noise += energy(error)
-    lost = not math.isfinite(noise)
-    return Errors(math.inf, math.inf) if lost else Errors(noise, max(-low, high))
+        # One buffer for all pieces, because fresh memory costs as much as the quantization.
+        buffer = np.empty_like(piece) if buffer is None else buffer
+        part = errors_of(piece, np.asarray(_quantized(piece, more, kind)), buffer)
+        noise, largest = noise + part.noise, max(largest, part.max_error)
+    return Errors(noise, largest)
+
+
+def packed_in_pieces(x: np.ndarray, type: str) -> tuple[gguf.Packed, Errors]:
+    """Returns a tensor in a block type of GGUF, quantized on all cores, and its errors.
+
+    Args:
+      x: a float32 tensor.
+      type: a name in `jaxq.interop.gguf.TYPES`, whose blocks divide the last axis.
+    """
+    layout = gguf.TYPES[type]
+    rows = _Rows(x.reshape(-1, layout.block), layout.block)
+    data = np.empty((len(rows.blocks), layout.size), np.uint8)
+
+    def quantized(numbered: tuple[int, tuple[np.ndarray, np.ndarray | None]]) -> Errors:
+        number, (piece, _) = numbered
+        packed = gguf.quantize(piece, type)
+        own = data[number * len(piece) : (number + 1) * len(piece)]
+        own[:] = np.asarray(packed.data)[: len(own)]
+        return errors_of(piece, np.asarray(packed.dequantize()))
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(quantized, enumerate(rows.pieces())))
+    errors = Errors(
+        math.fsum(part.noise for part in parts), max((part.max_error for part in parts), default=0)
+    )
+    shape = (*x.shape[:-1], x.shape[-1] // layout.block * layout.size)
+    return gguf.Packed(jnp.asarray(data.reshape(shape)), type, x.dtype), errors
+
+
+def errors_of(x: np.ndarray, y: np.ndarray, buffer: np.ndarray | None = None) -> Errors:
+    """Returns the errors y - x of a finite float32 tensor.
+
+    Args:
+      x: the tensor.
+      y: its quantized values.
+      buffer: an array of the same shape to overwrite; None makes one.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.subtract(y, x, out=buffer).reshape(-1)
+        noise = energy(error)
+    if not math.isfinite(noise):
+        return Errors(math.inf, math.inf)
+    return Errors(noise, max(-float(error.min()), float(error.max()), 0.0) if error.size else 0.0)
 
 
 def energy(x: np.ndarray) -> float:
     """Returns the sum of squares of float32 numbers, in float64, which it cannot overflow."""
-    size = 2**15
-    parts = (x[i : i + size].astype(np.float64) for i in range(0, x.size, size))
-    return math.fsum(float(np.einsum("i,i", part, part)) for part in parts)
+    total, buffer = 0.0, np.empty(_SUMMED)
+    for start in range(0, x.size, _SUMMED):
+        part = x[start : start + _SUMMED]
+        wide = buffer[: part.size]
+        wide[:] = part
+        total += float(wide @ wide)
+    return total

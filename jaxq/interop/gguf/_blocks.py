@@ -86,5 +86,6 @@ def mean_square(x: jax.Array, factor: float) -> jax.Array:
 
 def weighted(weights: jax.Array | None, x: jax.Array, square: jax.Array | None) -> jax.Array:
     """Returns an importance times the root of the squares' sum, as ggml weights errors."""
-    assert weights is not None and square is not None
+    assert weights is not None
+    assert square is not None
     return product(weights, jnp.sqrt(square[None] + product(x, x)))

@@ -28,6 +28,7 @@ from jax import lax
 from jax import numpy as jnp
 
 __all__ = [
+    "END",
     "LONGEST",
     "PROMPT",
     "RATE",
@@ -186,7 +187,7 @@ def logits(params: Any, spectrograms: jax.Array, tokens: jax.Array, heads: int) 
 
 def transcribe(
     params: Any,
-    spectrograms: jax.Array,
+    heard: jax.Array,
     prompt: jax.Array,
     silent: jax.Array,
     heads: int,
@@ -198,20 +199,23 @@ def transcribe(
 
     Args:
       params: the parameters.
-      spectrograms: the spectrograms, `[batch, frames, bands]`.
+      heard: the output of `encode`.
       prompt: the first tokens, `[batch, length]`.
       silent: the tokens that are never chosen.
       heads: the number of heads.
       longest: the number of tokens to return. Default 128.
     """
-    own, heard = params["decoder"], encode(params, spectrograms, heads)
-    batch, first = prompt.shape
+    own, (batch, first) = params["decoder"], prompt.shape
 
     def memory(_: None, w: Any) -> tuple[None, Any]:
-        return None, tuple(_split(_dense(w["cross"][name], heard), heads) for name in ("key", "value"))
+        return None, tuple(
+            _split(_dense(w["cross"][name], heard), heads) for name in ("key", "value")
+        )
 
     memories = lax.scan(memory, None, own["layers"])[1]
-    empty = jnp.zeros((own["layers"]["mlp"]["up"]["bias"].shape[0], batch, longest, heard.shape[-1]))
+    empty = jnp.zeros(
+        (own["layers"]["mlp"]["up"]["bias"].shape[0], batch, longest, heard.shape[-1])
+    )
 
     def step(state: Any) -> Any:
         tokens, at, keys, values = state
@@ -321,9 +325,16 @@ def load() -> Model:
         return parts
 
     def half(name: str, **more: Any) -> dict[str, Any]:
-        layers = jax.tree.map(lambda *x: np.stack(x), *(layer(f"{name}/layer_{i}") for i in range(6)))
+        layers = jax.tree.map(
+            lambda *x: np.stack(x), *(layer(f"{name}/layer_{i}") for i in range(6))
+        )
         positions = v[f"{name}/position_encodings/encodings"]
-        return {**more, "positions": positions, "layers": layers, "norm": norm(f"{name}/layer_norm")}
+        return {
+            **more,
+            "positions": positions,
+            "layers": layers,
+            "norm": norm(f"{name}/layer_norm"),
+        }
 
     convolutions = {
         name: {
@@ -338,9 +349,10 @@ def load() -> Model:
     }
     config = json.loads((first / "config.json").read_text())
     pieces = (first / "vocabulary.txt").read_text(encoding="utf-8").split("\n")
-    # Silent are also the end and a lone space at the beginning, which a prompt always follows here.
     silent = np.array(config["suppress_ids"])
-    return Model(jax.tree.map(jnp.asarray, params), 8, silent, functools.partial(_text, pieces=pieces))
+    return Model(
+        jax.tree.map(jnp.asarray, params), 8, silent, functools.partial(_text, pieces=pieces)
+    )
 
 
 def _text(tokens: np.ndarray, pieces: list[str]) -> str:
@@ -384,7 +396,9 @@ def tiny() -> Model:
         "encoder": {**half(frames // 2, "attention"), **encoder},
         "decoder": {**half(LONGEST, "attention", "cross"), "embedding": random(words, size)},
     }
-    return Model(params, 4, np.array([0]), lambda tokens: " ".join(str(t) for t in tokens if t < END))
+    return Model(
+        params, 4, np.array([0]), lambda tokens: " ".join(str(t) for t in tokens if t < END)
+    )
 
 
 def speak(text: str, voice: str = "en-us", speed: int = 140) -> np.ndarray:
@@ -419,9 +433,10 @@ def main() -> None:
     """Transcribes speech."""
     model = load()
     audio = read_wave(sys.argv[1]) if len(sys.argv) > 1 else speak(_MEASURE)
+    heard = jax.jit(encode, static_argnums=2)(model.params, mel(audio)[None], model.heads)
     run = jax.jit(functools.partial(transcribe, heads=model.heads))
-    prompt = jnp.array([PROMPT])
-    print(model.text(np.asarray(run(model.params, mel(audio)[None], prompt, model.silent)[0])))
+    tokens = run(model.params, heard, jnp.array([PROMPT]), model.silent)[0]
+    print(model.text(np.asarray(tokens)).strip())
 
 
 if __name__ == "__main__":

@@ -16,14 +16,12 @@ import importlib.util
 import io
 import json
 import pathlib
-import shutil
-import subprocess
 import sys
-import wave
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import speech
 from jax import lax
 from jax import numpy as jnp
 
@@ -31,21 +29,15 @@ __all__ = [
     "END",
     "LONGEST",
     "PROMPT",
-    "RATE",
     "Model",
     "decode",
     "encode",
     "load",
     "logits",
-    "mel",
-    "read_wave",
-    "speak",
     "tiny",
     "transcribe",
 ]
 
-RATE = 16_000  # Samples per second.
-SAMPLES = 30 * RATE  # The model always hears 30 seconds; shorter audio is followed by silence.
 PROMPT = (50258, 50259, 50359, 50363)  # Start, English, transcribe, no timestamps.
 END = 50257
 LONGEST = 128  # The most tokens of a transcript, with the prompt.
@@ -65,42 +57,8 @@ class Model(NamedTuple):
 
     params: dict[str, Any]
     heads: int
-    silent: np.ndarray
+    silent: jax.Array
     text: Any
-
-
-def mel(audio: np.ndarray, samples: int = SAMPLES, bands: int = 80) -> np.ndarray:
-    """Returns the log-mel spectrogram `[frames, bands]` of audio at 16 kHz.
-
-    Windows of 25 ms start every 10 ms. The powers are summed in triangular bands on Slaney's mel
-    scale; the logarithms are limited to 8 decades below the largest.
-
-    Args:
-      audio: the samples in [-1, 1].
-      samples: the number of samples to pad or cut to. Default: 30 seconds.
-      bands: the number of mel bands. Default 80.
-    """
-    size, hop = 400, RATE // 100
-    audio = np.pad(audio[:samples], (0, max(0, samples - len(audio))))
-    audio = np.pad(audio, size // 2, mode="reflect")
-    frames = np.lib.stride_tricks.sliding_window_view(audio, size)[::hop][: samples // hop]
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
-    powers = np.abs(np.fft.rfft(frames * window)) ** 2
-    logs = np.log10(np.maximum(powers @ _bands(size, bands), 1e-10))
-    return ((np.maximum(logs, logs.max() - 8) + 4) / 4).astype(np.float32)
-
-
-def _bands(size: int, count: int) -> np.ndarray:
-    """Returns the weights of powers in mel bands of equal area, `[size // 2 + 1, count]`."""
-    # Slaney's scale is linear up to 1 kHz (15 mel) and logarithmic above.
-    octave = np.log(6.4) / 27
-    top = 15 + np.log(RATE / 2 / 1000) / octave
-    mels = np.linspace(0, top, count + 2)
-    edges = np.where(mels < 15, 200 / 3 * mels, 1000 * np.exp(octave * (mels - 15)))
-    slopes = np.linspace(0, RATE / 2, size // 2 + 1)[:, None] - edges
-    widths = np.diff(edges)
-    triangles = np.minimum(slopes[:, :-2] / widths[:-1], -slopes[:, 2:] / widths[1:])
-    return np.maximum(triangles, 0) * 2 / (edges[2:] - edges[:-2])
 
 
 def _dense(params: Any, x: jax.Array) -> jax.Array:
@@ -148,8 +106,8 @@ def encode(params: Any, spectrograms: jax.Array, heads: int) -> jax.Array:
     def layer(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
         attention = w["attention"]
         y = _normalize(attention["norm"], x)
-        heard = (_split(_dense(attention[name], y), heads) for name in ("query", "key", "value"))
-        return _mlp(w["mlp"], x + _attend(attention, *heard)), None
+        q, k, v = (_split(_dense(attention[name], y), heads) for name in ("query", "key", "value"))
+        return _mlp(w["mlp"], x + _attend(attention, q, k, v)), None
 
     return _normalize(own["norm"], lax.scan(layer, x, own["layers"])[0])
 
@@ -170,11 +128,11 @@ def decode(params: Any, heard: jax.Array, tokens: jax.Array, heads: int) -> jax.
     def layer(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
         attention, cross = w["attention"], w["cross"]
         y = _normalize(attention["norm"], x)
-        seen = (_split(_dense(attention[name], y), heads) for name in ("query", "key", "value"))
-        x = x + _attend(attention, *seen, mask)
+        q, k, v = (_split(_dense(attention[name], y), heads) for name in ("query", "key", "value"))
+        x = x + _attend(attention, q, k, v, mask)
         query = _split(_dense(cross["query"], _normalize(cross["norm"], x)), heads)
-        memory = (_split(_dense(cross[name], heard), heads) for name in ("key", "value"))
-        return _mlp(w["mlp"], x + _attend(cross, query, *memory)), None
+        key, value = (_split(_dense(cross[name], heard), heads) for name in ("key", "value"))
+        return _mlp(w["mlp"], x + _attend(cross, query, key, value)), None
 
     x = _normalize(own["norm"], lax.scan(layer, x, own["layers"])[0])
     return x @ own["embedding"].T
@@ -349,7 +307,7 @@ def load() -> Model:
     }
     config = json.loads((first / "config.json").read_text())
     pieces = (first / "vocabulary.txt").read_text(encoding="utf-8").split("\n")
-    silent = np.array(config["suppress_ids"])
+    silent = jnp.array(config["suppress_ids"])
     return Model(
         jax.tree.map(jnp.asarray, params), 8, silent, functools.partial(_text, pieces=pieces)
     )
@@ -397,43 +355,15 @@ def tiny() -> Model:
         "decoder": {**half(LONGEST, "attention", "cross"), "embedding": random(words, size)},
     }
     return Model(
-        params, 4, np.array([0]), lambda tokens: " ".join(str(t) for t in tokens if t < END)
+        params, 4, jnp.array([0]), lambda tokens: " ".join(str(t) for t in tokens if t < END)
     )
-
-
-def speak(text: str, voice: str = "en-us", speed: int = 140) -> np.ndarray:
-    """Returns speech at 16 kHz in [-1, 1], made by `espeak-ng`.
-
-    Args:
-      text: the text.
-      voice: the voice. Default: American English.
-      speed: the words per minute. Default 140.
-    """
-    program = shutil.which("espeak-ng")
-    if program is None:
-        sys.exit("This example needs the program espeak-ng: apt-get install espeak-ng")
-    command = [program, "-v", voice, "-s", str(speed), "--stdout", text]
-    return read_wave(io.BytesIO(subprocess.run(command, capture_output=True, check=True).stdout))
-
-
-def read_wave(file: Any) -> np.ndarray:
-    """Returns the first channel of a WAV file of 16-bit numbers at 16 kHz, in [-1, 1]."""
-    with wave.open(file) as reader:
-        rate, channels = reader.getframerate(), reader.getnchannels()
-        assert reader.getsampwidth() == 2, "the WAV file must hold 16-bit numbers"
-        # espeak-ng writes a header before it knows the length; the number of frames may be wrong.
-        data = reader.readframes(SAMPLES * 4)
-    audio = np.frombuffer(data[: len(data) // 2 * 2], "<i2")[::channels] / 2**15
-    spectrum = np.fft.rfft(audio)  # The band above the lower of both limits is dropped.
-    length = round(len(audio) * RATE / rate)
-    return np.fft.irfft(spectrum[: length // 2 + 1], length) * length / len(audio)
 
 
 def main() -> None:
     """Transcribes speech."""
     model = load()
-    audio = read_wave(sys.argv[1]) if len(sys.argv) > 1 else speak(_MEASURE)
-    heard = jax.jit(encode, static_argnums=2)(model.params, mel(audio)[None], model.heads)
+    audio = speech.read_wave(sys.argv[1]) if len(sys.argv) > 1 else speech.speak(_MEASURE)
+    heard = jax.jit(encode, static_argnums=2)(model.params, speech.mel(audio)[None], model.heads)
     run = jax.jit(functools.partial(transcribe, heads=model.heads))
     tokens = run(model.params, heard, jnp.array([PROMPT]), model.silent)[0]
     print(model.text(np.asarray(tokens)).strip())

@@ -28,7 +28,7 @@ def load(name: str):
 
 def test_log_mel_spectrogram_equals_that_of_transformers():
     golden = np.load(ROOT / "tests" / "golden" / "whisper_mel.npz")
-    own = load("whisper").mel(golden["audio"].astype(np.float32) / 2**15, 16_000)
+    own = load("speech").mel(golden["audio"].astype(np.float32) / 2**15, 16_000)
     np.testing.assert_allclose(own[::10], golden["mel"], rtol=0, atol=2e-4)
 
 
@@ -62,7 +62,7 @@ def test_word_errors_count_changed_missing_and_added_words():
 
 
 def test_noise_is_told_from_differences():
-    script = load("real_models")
+    script = load("model_rows")
     noise = np.random.default_rng(0).normal(size=40)
     weight = [1.0] * 40
     assert script.compared(noise.tolist(), [0.0] * 40, weight) == "="

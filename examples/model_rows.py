@@ -87,15 +87,14 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         if r is base:
             grid.append([*own, "", "", "", ""])
             continue
-        factor = -1 if r.measure == "cosine" else 1  # The other qualities are losses.
-        own_loss, base_loss = (np.multiply(factor, x.quality).tolist() for x in (r, base))
+        is_loss = r.measure != "cosine"  # A cosine to the float model is 1 only for that model.
         low, high = interval(r.error, r.weight)
         plain = nearest.get(r.recipe, r)
         is_solved = plain is not r and "inputs" not in r.method
         grid.append(
             [
                 *own,
-                compared(own_loss, base_loss, r.weight),
+                compared(r.quality, base.quality, r.weight) if is_loss else "",
                 f"{mean(r.error, r.weight):.5f} [{low:.5f}, {high:.5f}]",
                 compared(r.error, plain.error, r.weight) if is_solved else "",
                 f"{r.seconds:.0f}",
@@ -148,6 +147,7 @@ def picture(rows: Sequence[Row]) -> common.Figure:
                 )
         axes.set_yscale("log")
         axes.set_xscale("log", base=2)
+        axes.set_xlim(3, 13)  # With room for names.
         axes.set_xticks([3, 4, 5, 6, 8], ["3", "4", "5", "6", "8"])
         axes.set_xlabel("bits per weight, including scales")
         is_cosine = any(r.measure == "cosine" for r in own)

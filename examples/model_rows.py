@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import common
 import numpy as np
-from common import BLUE, GREEN, GREY, ORANGE, PURPLE, plt
+from common import BLUE, GRAY, GREEN, ORANGE, PURPLE, plt
 
 __all__ = ["Row", "cells", "compared", "interval", "picture", "table"]
 
 COLORS = {
     "nearest": ORANGE,
-    "nearest, with inputs": GREY,
+    "nearest, with inputs": GRAY,
     "search": PURPLE,
     "GPTQ": BLUE,
     "search + GPTQ": GREEN,
@@ -143,7 +143,7 @@ def picture(rows: Sequence[Row]) -> common.Figure:
                     (4, 3),
                     textcoords="offset points",
                     fontsize=6,
-                    color=GREY,
+                    color=GRAY,
                 )
         axes.set_yscale("log")
         axes.set_xscale("log", base=2)

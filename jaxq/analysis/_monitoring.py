@@ -2,16 +2,27 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from jaxq.analysis._arguments import format_or_recipe
-from jaxq.analysis._tallies import Quantization, difference_of, errors_of, finished, tensor_of
+from jaxq.analysis._finishing import finished
+from jaxq.analysis._tallies import Quantization, Sums, difference_of, errors_of, sums_of
 from jaxq.formats import FORMATS, Format
 from jaxq.models import Monitored, Rules, check_pattern, monitored
-from jaxq.products import Axes, Running, Tally, is_stochastic, placed
+from jaxq.products import (
+    Axes,
+    Gradient,
+    Operands,
+    Results,
+    Running,
+    Tally,
+    is_stochastic,
+    placed,
+)
 from jaxq.products import Tensor as Operand
 from jaxq.recipes import Granularity, PerBlock, Recipe, title_of
 
@@ -38,7 +49,8 @@ STATISTICS = (
     *_SCALES,
     "product",
 )
-_EMPTY = Tally({}, {}, {})
+_OF_ERRORS = {*_ERRORS, "block_range_bits", "codes_used", *_SCALES}
+_OF_PRODUCTS = ("product", "accumulation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,42 +183,59 @@ class _Statistics:
         """True if the backward pass needs the values of the operands."""
         return "residual" in self.request.tensors or "product" in self.request.statistics
 
-    def forward(self, running: Running, y: jax.Array, output: Recipe | None) -> Tally:
+    def forward(
+        self, running: Running, operands: Operands, y: jax.Array, output: Recipe | None
+    ) -> Tally:
         """Returns the statistics of the operands and the output."""
-        tally, axes = _EMPTY, running.operation.contraction.axes
-        for i, (name, operand) in enumerate(zip(("lhs", "rhs"), running.forward, strict=True)):
+        tally, axes = Tally.empty(), running.operation.contraction.axes
+        for i, name in enumerate(("lhs", "rhs")):
             if name in self.request.tensors:
-                own = self._tensor(operand.value).join(self._errors(operand, axes[i]))
-                tally = tally.join(own.prefixed(name))
+                x = operands[i].value
+                own = self._sums(x, _quantization(operands[i]))
+                others = self._counterfactuals(x, axes[i])
+                tally = tally.join(own.tensor.join(own.errors).join(others).prefixed(name))
         if "output" in self.request.tensors:
-            own = self._tensor(y)
+            q = None
             if output is not None:
-                own = own.join(
-                    self._error(
-                        Quantization.of(y, output.to_nearest() if is_stochastic(output) else output)
-                    )
-                )
-            tally = tally.join(own.prefixed("output"))
-            tally = tally.join(self._product(lambda: running.results(y), "output/product"))
+                q = Quantization.of(y, output.to_nearest() if is_stochastic(output) else output)
+            own = self._sums(y, q)
+            others = self._counterfactuals(y, None)
+            tally = tally.join(own.tensor.join(own.errors).join(others).prefixed("output"))
+            tally = tally.join(self._product(lambda: running.results(y)).prefixed("output"))
         return tally
 
-    def backward(self, running: Running, cotangent: jax.Array) -> Tally:
+    def backward(
+        self,
+        running: Running,
+        operands: Operands | None,
+        gradients: tuple[Gradient, Gradient],
+        cotangent: jax.Array,
+    ) -> Tally:
         """Returns the statistics of the cotangent and the products of the gradient."""
-        tally, contraction = _EMPTY, running.operation.contraction
-        if "cotangent" in self.request.tensors:
-            tally = self._tensor(cotangent).prefixed("cotangent")
-        if not {"cotangent", "residual"} & {*self.request.tensors}:
-            return tally
+        asked, contraction = {*self.request.tensors}, running.operation.contraction
+        tally, first = Tally.empty(), gradients[0].cotangent
+        # The statistics of tensors that both products quantize in the same way are computed once.
+        known: dict[Any, Tally] = {}
+        if "cotangent" in asked:
+            same = first.value is cotangent
+            own = self._sums(cotangent, _quantization(first) if same else None)
+            tally = own.tensor.prefixed("cotangent")
+            known |= {_identity(first): own.errors} if same else {}
         for of, (name, axes) in enumerate(
             (("dlhs", contraction.dlhs.axes), ("drhs", contraction.drhs.axes))
         ):
-            gradient = running.gradient(of, cotangent)
             for i, part in enumerate(("cotangent", "residual")):
-                if part in self.request.tensors:
-                    own = self._errors(getattr(gradient, part), axes[i])
-                    tally = tally.join(own.prefixed(f"{name}/{part}"))
-            if "cotangent" in self.request.tensors:
-                tally = tally.join(self._product(gradient.results, f"{name}/product"))
+                operand = gradients[of][i]
+                if part not in asked or operand is None:
+                    continue
+                if _identity(operand) not in known:
+                    known[_identity(operand)] = self._errors(_quantization(operand))
+                own = known[_identity(operand)]
+                own = own.join(self._counterfactuals(operand.value, axes[i], known))
+                tally = tally.join(own.prefixed(f"{name}/{part}"))
+            if "cotangent" in asked and operands is not None:
+                results = functools.partial(running.gradient_results, of, cotangent, operands)
+                tally = tally.join(self._product(results).prefixed(name))
         return tally
 
     def finish(self, tally: Tally) -> dict[str, jax.Array]:
@@ -215,40 +244,73 @@ class _Statistics:
         return {
             name: value
             for name, value in finished(tally).items()
-            if name.rpartition("/")[2] in asked or "/product/" in name
+            if name.rpartition("/")[2] in asked or name.split("/")[-2] in _OF_PRODUCTS
         }
 
-    def _tensor(self, x: jax.Array) -> Tally:
-        asked = {*self.request.statistics}
-        if not asked & {*_VALUES, "exponents"}:
-            return _EMPTY
-        return tensor_of(x, histogram="exponents" in asked)
+    @property
+    def _asked(self) -> set[str]:
+        return {*self.request.statistics}
 
-    def _errors(self, operand: Operand, axes: Axes) -> Tally:
-        """Returns the statistics of an operand's recipe and of the counterfactual ones."""
-        tally = _EMPTY
-        value, quantized, recipe, scales = operand
-        if recipe is not None:
-            tally = self._error(Quantization(value, quantized, recipe, scales))
+    def _sums(self, x: jax.Array, q: Quantization | None) -> Sums:
+        """Returns the sums of a tensor and of its recipe's error."""
+        if not self._asked & {*_VALUES, "exponents"}:
+            return Sums(Tally.empty(), self._errors(q))
+        return sums_of(x, q if self._asked & _OF_ERRORS else None, self._asked)
+
+    def _errors(self, q: Quantization | None) -> Tally:
+        """Returns the sums of a recipe's error."""
+        if q is None or not self._asked & _OF_ERRORS:
+            return Tally.empty()
+        return errors_of(q, self._asked)
+
+    def _counterfactuals(
+        self, x: jax.Array, axes: Axes | None, known: dict[Any, Tally] | None = None
+    ) -> Tally:
+        """Returns the sums of the errors of the counterfactual recipes.
+
+        Args:
+          x: the tensor.
+          axes: its axes in a product, or None to read granularities on the tensor's own axes.
+          known: the sums that are known already, which are extended.
+        """
+        tally, known = Tally.empty(), {} if known is None else known
         for kind in self.request.counterfactuals:
             assert not isinstance(kind, str)
             own = kind
             if isinstance(kind, Recipe):
-                granularity = placed(_padded(kind.granularity), value.shape, axes)
+                granularity = _padded(kind.granularity)
+                if axes is not None:
+                    granularity = placed(granularity, x.shape, axes)
                 own = dataclasses.replace(kind, granularity=granularity)
-            tally = tally.join(self._error(Quantization.of(value, own)).prefixed(_label(kind)))
+            if (id(x), own) not in known:
+                known[id(x), own] = self._errors(Quantization.of(x, own))
+            tally = tally.join(known[id(x), own].prefixed(_label(kind)))
         return tally
 
-    def _error(self, q: Quantization) -> Tally:
-        asked = {*self.request.statistics}
-        if not asked & {*_ERRORS, "block_range_bits", "codes_used", *_SCALES}:
-            return _EMPTY
-        return errors_of(q, asked)
-
-    def _product(self, results: Callable[[], Any], prefix: str) -> Tally:
+    def _product(self, results: Callable[[], Results]) -> Tally:
+        """Returns the sums of the errors of a product's result."""
         if "product" not in self.request.statistics:
-            return _EMPTY
-        return difference_of(*results()).prefixed(prefix)
+            return Tally.empty()
+        found = results()
+        tally = difference_of(found.exact, found.quantized).prefixed("product")
+        if found.wide is not None:
+            due = difference_of(found.wide, found.quantized)
+            tally = tally.join(due.prefixed("accumulation"))
+        return tally
+
+
+def _quantization(operand: Operand) -> Quantization | None:
+    """Returns the quantization of an operand, or None if it has no recipe."""
+    if operand.recipe is None:
+        return None
+    return Quantization(
+        operand.value, operand.quantized, operand.recipe, operand.scales, operand.given
+    )
+
+
+def _identity(operand: Operand) -> tuple:
+    """Returns a key that is equal for two operands of equal arrays and recipes."""
+    return id(operand.value), id(operand.quantized), operand.recipe
 
 
 def _padded(granularity: Granularity) -> Granularity:

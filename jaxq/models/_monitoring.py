@@ -16,13 +16,13 @@ from jaxq.models._rules import Rules, as_rules, unmatched
 from jaxq.models._states import Delayed, Frozen, Switch, Switched
 from jaxq.products import (
     NO_SCALES,
+    PassLayouts,
     Probe,
     ProductRecipe,
     Row,
-    RowLayout,
     Running,
     keys_of,
-    layout_of,
+    layouts_of,
 )
 
 __all__ = ["monitored", "switch", "switched"]
@@ -171,7 +171,7 @@ def _reason(product: Product) -> str:
     return ""
 
 
-def _layout(probe: Probe, product: Product, assigned: Assigned) -> RowLayout:
+def _layout(probe: Probe, product: Product, assigned: Assigned) -> PassLayouts:
     """Returns the layout of a product's row."""
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in product.eqn.invars]
     first, second = assigned.order(shapes[:2])
@@ -179,6 +179,6 @@ def _layout(probe: Probe, product: Product, assigned: Assigned) -> RowLayout:
     operation = operation_of(product.eqn, product.where, assigned.swapped, arguments)
     recipe = assigned.recipe or ProductRecipe()
     keys = jax.eval_shape(lambda: keys_of(jax.random.key(0))) if recipe.draws else None
-    return layout_of(
+    return layouts_of(
         probe, Running(operation, (first, second), recipe, keys, NO_SCALES), assigned.output
     )

@@ -24,6 +24,7 @@ from jaxq.products._dots import (
 from jaxq.products._execution import Codes, DotOfCodes
 from jaxq.products._hadamard import Hadamard
 from jaxq.products._histories import History, can_delay, record
+from jaxq.products._layouts import PassLayouts, Scaled, Tally
 from jaxq.products._operation import Operation
 from jaxq.products._plan import Pair
 from jaxq.products._products import NO_SCALES, check, check_gradients, keys_of, product
@@ -36,8 +37,8 @@ from jaxq.products._recipe import (
     is_stochastic,
     product_records,
 )
-from jaxq.products._rows import Probe, Row, RowLayout, Scaled, Tally, layout_of, record_row
-from jaxq.products._tensors import Results, Running, Tensor
+from jaxq.products._rows import Probe, Row, layouts_of, record_row
+from jaxq.products._tensors import Gradient, Operands, Results, Running, Tensor
 
 __all__ = [
     "PRODUCT_RECIPES",

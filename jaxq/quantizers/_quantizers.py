@@ -30,7 +30,7 @@ from jaxq.quantizers._sharding import quantized_sharding
 from jaxq.quantizers._snapping import codes, interval, measured, numbers, restored
 from jaxq.recipes import Recipe, Scales
 
-__all__ = ["fake_quant", "neighbors", "quantize"]
+__all__ = ["Simulated", "fake_quant", "neighbors", "quantize", "simulate"]
 
 _FLOAT32 = get_format("float32")
 
@@ -116,6 +116,42 @@ def fake_quant(
     array, recipe = checked("fake_quant", x, recipe, axis, grids=True)
     given = given_scales("fake_quant", array.shape, recipe, scale, zero_point)
     return _fake_quant(array, given, key, *parts_of(recipe))
+
+
+class Simulated(NamedTuple):
+    """A quantized tensor and its scales.
+
+    Attributes:
+      values: the values, as `fake_quant` returns them.
+      scales: the scales that were used, in the layout of `Cut.spread`.
+    """
+
+    values: jax.Array
+    scales: Scales
+
+
+def simulate(
+    x: jax.typing.ArrayLike,
+    recipe: Recipe,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    zero_point: jax.typing.ArrayLike | None = None,
+    key: jax.Array | None = None,
+) -> Simulated:
+    """Returns the values of `fake_quant`, without a gradient, and the scales that it has used.
+
+    In a program that computes `fake_quant` of the same tensor, XLA computes both only once.
+
+    Args:
+      x: as in `fake_quant`.
+      recipe: a recipe without traced widths.
+      scale: as in `fake_quant`.
+      zero_point: as in `fake_quant`.
+      key: as in `fake_quant`.
+    """
+    array, recipe = checked("fake_quant", x, recipe, None)
+    given = given_scales("fake_quant", array.shape, recipe, scale, zero_point)
+    return _simulate(lax.stop_gradient(array), lax.stop_gradient(given), key, recipe)
 
 
 def neighbors(
@@ -214,6 +250,15 @@ def _fake_quant(
     estimator = get_gradient(recipe.gradient)
     snapped = _snapped(x, given, key, Parts(grid, recipe), wants_neighbors(estimator))
     return recipe.cut(x.shape).merge(attach(estimator, snapped.snap, snapped.scales))
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+@automatic(as_first)
+def _simulate(
+    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe
+) -> Simulated:
+    values = opaque(functools.partial(_values, recipe=recipe, around=False), x, given, None, key)
+    return Simulated(recipe.cut(x.shape).merge(values.y), values.scales)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")

@@ -401,7 +401,7 @@ def test_wrong_requests_are_explained(make, message: str):
 def test_state_of_another_model_is_refused():
     state = monitor(squared, [], FEW)({"w": jnp.eye(2)}, jnp.eye(2))
     other = lambda params, x: (x @ params["v"]).sum()
-    with pytest.raises(ValueError, match="monitors product 'w', which the function lacks"):
+    with pytest.raises(ValueError, match="monitors 'w', which the function lacks"):
         jaxq.quantize_fn(other, state)({"v": jnp.eye(2)}, jnp.eye(2))
     state = monitor(layers, [], FEW)({"w": jnp.ones((3, 2, 2)), "shared": jnp.eye(2)}, jnp.eye(2))
     with pytest.raises(ValueError, match=r"must have layers \(2,\) for"):

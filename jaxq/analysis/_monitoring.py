@@ -238,6 +238,13 @@ class _Statistics:
                 tally = tally.join(self._product(results).prefixed(name))
         return tally
 
+    def array(self, tensor: str, x: jax.Array) -> Tally:
+        """Returns the statistics of a marked array or of its cotangent."""
+        if tensor not in self.request.tensors:
+            return Tally.empty()
+        own = self._sums(x, None).tensor
+        return own.join(self._counterfactuals(x, None)).prefixed(tensor)
+
     def finish(self, tally: Tally) -> dict[str, jax.Array]:
         """Returns the requested statistics by name."""
         asked = self.request.statistics

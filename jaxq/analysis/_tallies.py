@@ -273,11 +273,12 @@ def _clipped(x: jax.Array, scales: Scales | None, recipe: Recipe | Format) -> ja
 
 def _of_recipe(q: Quantization, asked: Collection[str]) -> Tally:
     """Returns the numbers that depend on a recipe's blocks, codes and scales."""
-    tally = Tally.empty()
+    ranges, codes = {}, {}
     if "block_range_bits" in asked:
-        tally.largest["block_range"] = _FLOAT32.bits(_block_range(q.value, q.recipe))[None]
+        ranges["block_range"] = _FLOAT32.bits(_block_range(q.value, q.recipe))[None]
     if "codes_used" in asked:
-        tally.added["codes"] = _codes(q)
+        codes["codes"] = _codes(q)
+    tally = Tally({}, codes, ranges, {})
     if isinstance(q.recipe, Recipe) and any(name.startswith("scale_") for name in asked):
         tally = tally.join(_scales(q))
     return tally

@@ -8,6 +8,7 @@ import jax
 from jax import numpy as jnp
 
 from jaxq.models._assigning import Assigned, naming, unassigned
+from jaxq.models._marks import Mark
 from jaxq.models._monitored import Monitored
 from jaxq.models._operations import QUANTIZED, operation_of
 from jaxq.models._planning import plan
@@ -21,6 +22,7 @@ from jaxq.products import (
     ProductRecipe,
     Row,
     Running,
+    array_layouts,
     keys_of,
     layouts_of,
 )
@@ -49,19 +51,27 @@ def monitored(
 
     def first(*args: Any, **kwargs: Any) -> Monitored:
         planned = plan(owner, fn, rules, argnums, args, kwargs)
-        rows = {}
-        chosen = _chosen(owner, patterns, planned.products)
+        chosen = _chosen(owner, patterns, [*planned.products, *planned.marks])
+        layouts: dict[str, PassLayouts] = {}
         for product, assigned in zip(planned.products, planned.chosen, strict=True):
-            if product.number not in chosen:
-                continue
-            with naming(owner, product.where):
-                layout = _layout(probe, product, assigned or unassigned(product))
-            rows[product.name] = Row(
-                jnp.zeros((*product.stacks, layout.size), jnp.float32),
-                jnp.ones(product.stacks, jnp.float32),
+            if product.name in chosen:
+                with naming(owner, product.where):
+                    own = _layouts(probe, product, assigned or unassigned(product))
+                    layouts[product.name] = own
+        for mark in planned.marks:
+            if mark.name in chosen:
+                with naming(owner, mark.where):
+                    layouts[mark.name] = array_layouts(probe, mark.out)
+        rows = {
+            name: Row(
+                jnp.zeros((*chosen[name].stacks, layout.size), jnp.float32),
+                jnp.ones(chosen[name].stacks, jnp.float32),
                 layout,
                 probe,
             )
+            for name, layout in layouts.items()
+            if layout.size
+        }
         scaling = rules if isinstance(rules, Frozen | Delayed | Switched) else None
         return Monitored(rows, scaling, as_rules(owner, rules), probe)
 
@@ -137,9 +147,11 @@ def switched(
     return first
 
 
-def _chosen(owner: str, patterns: Sequence[str], products: Sequence[Product]) -> set[int]:
-    """Returns the numbers of the products to monitor."""
-    found: set[int] = set()
+def _chosen(
+    owner: str, patterns: Sequence[str], products: Sequence[Product | Mark]
+) -> dict[str, Product | Mark]:
+    """Returns the products and marked arrays to monitor, by their names."""
+    found: dict[str, Product | Mark] = {}
     names = {product.name: product for product in products}
     for pattern in patterns:
         matching = [p for name, p in names.items() if re.search(pattern, name)]
@@ -154,15 +166,15 @@ def _chosen(owner: str, patterns: Sequence[str], products: Sequence[Product]) ->
                 f"{owner}: `products` {pattern!r} matches only {matching[0].where}, which cannot "
                 f"be monitored: {_reason(matching[0])}. Remove the pattern."
             )
-        found.update(p.number for p in able)
+        found.update({p.name: p for p in able})
     return found
 
 
-def _reason(product: Product) -> str:
-    """Returns the reason why a product cannot be monitored, or ""."""
-    if product.operation not in QUANTIZED:
-        return "only matrix products and convolutions are"
-    if product.barred:
+def _reason(product: Product | Mark) -> str:
+    """Returns the reason why a product or a marked array cannot be monitored, or ""."""
+    if isinstance(product, Product) and product.operation not in QUANTIZED:
+        return "only matrix products, convolutions and marked arrays are"
+    if isinstance(product, Product) and product.barred:
         return product.barred
     if not product.reverse:
         return "its cotangent is unknown in a while loop or under a custom derivative"
@@ -171,8 +183,8 @@ def _reason(product: Product) -> str:
     return ""
 
 
-def _layout(probe: Probe, product: Product, assigned: Assigned) -> PassLayouts:
-    """Returns the layout of a product's row."""
+def _layouts(probe: Probe, product: Product, assigned: Assigned) -> PassLayouts:
+    """Returns the layouts of a product's row."""
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in product.eqn.invars]
     first, second = assigned.order(shapes[:2])
     arguments: Any = tuple(shapes[2:])

@@ -37,7 +37,7 @@ from jaxq.products._recipe import (
     is_stochastic,
     product_records,
 )
-from jaxq.products._rows import Probe, Row, layouts_of, record_row
+from jaxq.products._rows import Probe, Row, array_layouts, layouts_of, record_array, record_row
 from jaxq.products._tensors import Gradient, Operands, Results, Running, Tensor
 
 __all__ = [

@@ -10,7 +10,7 @@ scaling (`_histories.py`). `_layouts.py` defines the places of the numbers in a 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import lax
@@ -23,7 +23,7 @@ from jaxq.products._layouts import PassLayouts, RowLayout, Tally
 from jaxq.products._tensors import Gradient, Operands, Running
 from jaxq.recipes import Recipe
 
-__all__ = ["Probe", "Row", "layouts_of", "record_row"]
+__all__ = ["Probe", "Row", "array_layouts", "layouts_of", "record_array", "record_row"]
 
 
 class Probe(Protocol):
@@ -66,6 +66,15 @@ class Probe(Protocol):
           operands: as in `forward`, or None unless `keeps_operands`.
           gradients: the operands of the two products of the gradient.
           cotangent: the cotangent of the result.
+        """
+        ...
+
+    def array(self, tensor: str, x: jax.Array) -> Tally:
+        """Returns the statistics of a marked array or of its cotangent.
+
+        Args:
+          tensor: `"output"` for the array, `"cotangent"` for its cotangent.
+          x: the array.
         """
         ...
 
@@ -126,16 +135,17 @@ def layouts_of(probe: Probe, running: Running, output: Recipe | None) -> PassLay
     return PassLayouts(*map(RowLayout.of, tallies))
 
 
-def record_row(
-    y: jax.Array,
-    row: Row,
-    running: Running,
-    output: Recipe | None = None,
-) -> jax.Array:
-    """Returns a product whose gradient records statistics in a row.
+def array_layouts(probe: Probe, x: jax.ShapeDtypeStruct) -> PassLayouts:
+    """Returns the layouts of the row of a marked array, from its shape and dtype."""
 
-    The quantized tensors are computed outside the conditional of steps with statistics. They are
-    equal to those of the product, so XLA computes both once.
+    def both(x: jax.Array) -> tuple[Tally, Tally]:
+        return probe.array("output", x), probe.array("cotangent", x)
+
+    return PassLayouts(*map(RowLayout.of, jax.eval_shape(both, x)))
+
+
+def record_row(y: jax.Array, row: Row, running: Running, output: Recipe | None = None) -> jax.Array:
+    """Returns a product whose gradient records statistics in a row.
 
     Args:
       y: the product.
@@ -146,16 +156,86 @@ def record_row(
     Returns:
       y.
     """
-    devices, shared = varying(y), varying(row.values)
-    layout, probe = row.layout, row.probe
-    operation, recipe = running.operation, running.recipe
+    probe, operation = row.probe, running.operation
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in running.operands]
     rest = (operation.arguments, running.keys, running.scales)
 
     def restored(operands: Any, rest: Any) -> Running:
         arguments, keys, scales = rest
         own = dataclasses.replace(operation, arguments=arguments)
-        return Running(own, operands, recipe, keys, scales)
+        return Running(own, operands, running.recipe, keys, scales)
+
+    def forward(y: jax.Array, operands: Any, rest: Any) -> _Stage:
+        tensors = restored(operands, rest).forward
+        y, operands, tensors = _separate((y, operands, tensors))
+        kept = (operands, tensors) if probe.keeps_operands else None
+        own = restored(operands, rest)
+        return _Stage(lambda: probe.forward(own, tensors, y, output), (kept, rest))
+
+    def backward(cotangent: jax.Array, kept: Any, rest: Any) -> _Stage:
+        # Shapes suffice without `kept`, so that the operands are not kept in memory.
+        operands, tensors = kept or (tuple(map(jnp.zeros_like, shapes)), None)
+        own = restored(operands, rest)
+        cotangent, gradients = _separate((cotangent, own.gradients(cotangent, tensors)))
+        return _Stage(lambda: probe.backward(own, tensors, gradients, cotangent))
+
+    return _recorded(y, row, (running.operands, rest), forward, backward)
+
+
+def record_array(x: jax.Array, row: Row) -> jax.Array:
+    """Returns an array whose gradient records its statistics and those of its cotangent in a row.
+
+    Args:
+      x: the array.
+      row: the row of the array.
+
+    Returns:
+      x.
+    """
+
+    def stage(tensor: str) -> Callable[..., _Stage]:
+        def found(x: jax.Array) -> _Stage:
+            x = _separate(x)
+            return _Stage(lambda: row.probe.array(tensor, x))
+
+        return found
+
+    return _recorded(x, row, (), stage("output"), stage("cotangent"))
+
+
+class _Stage(NamedTuple):
+    """The statistics of the forward or of the backward pass.
+
+    The tensors that `tally` uses are computed in every step, not only in those with statistics. As
+    the product computes equal ones, XLA computes them once.
+
+    Attributes:
+      tally: a function that computes the statistics.
+      kept: the arrays that the backward pass needs.
+    """
+
+    tally: Callable[[], Tally]
+    kept: tuple[Any, ...] = ()
+
+
+def _recorded(
+    y: jax.Array,
+    row: Row,
+    arrays: tuple[Any, ...],
+    forward: Callable[..., _Stage],
+    backward: Callable[..., _Stage],
+) -> jax.Array:
+    """Returns y; statistics are the cotangent of the row.
+
+    Args:
+      y: the array.
+      row: the row.
+      arrays: further arguments of `forward`.
+      forward: `(y, *arrays) -> _Stage`.
+      backward: `(cotangent, *kept) -> _Stage`.
+    """
+    devices, shared = varying(y), varying(row.values)
+    layout, probe = row.layout, row.probe
 
     def everywhere(x: jax.Array) -> jax.Array:
         return lax.pcast(x, tuple(devices - varying(x)), to="varying")
@@ -174,10 +254,8 @@ def record_row(
         return everywhere(jnp.zeros(y.shape, y.dtype))
 
     @jax.custom_jvp
-    def recorded(
-        y: jax.Array, values: jax.Array, active: jax.Array, operands: Any, rest: Any
-    ) -> jax.Array:
-        del values, active, operands, rest
+    def recorded(y: jax.Array, values: jax.Array, active: jax.Array, arrays: Any) -> jax.Array:
+        del values, active, arrays
         return y
 
     def tangent(primals: tuple, tangents: tuple) -> tuple:
@@ -185,26 +263,15 @@ def record_row(
         parts = [] if isinstance(moved, SymbolicZero) else [moved]
         if isinstance(moved_values, SymbolicZero):
             return primals[0], parts[0] if parts else jnp.zeros_like(primals[0])
-        y, _, active, operands, rest = jax.tree.map(lax.stop_gradient, primals)
-        tensors = restored(operands, rest).forward
-        y, operands, tensors = _separate((y, operands, tensors))
-        running = restored(operands, rest)
-        known = run(layout.forward, active, lambda: probe.forward(running, tensors, y, output))
-        kept = (operands, tensors) if probe.keeps_operands else None
-        leaves, structure = jax.tree.flatten((known, active, kept, rest))
+        y, _, active, arrays = jax.tree.map(lax.stop_gradient, primals)
+        stage = forward(y, *arrays)
+        known = run(layout.forward, active, stage.tally)
+        leaves, structure = jax.tree.flatten((known, active, stage.kept))
 
         def seen(cotangent: jax.Array, element: jax.Array, *leaves: Any) -> jax.Array:
             del element  # It is batched whenever the product is.
-            known, active, kept, rest = jax.tree.unflatten(structure, leaves)
-            # Shapes suffice without `kept`, so that the operands are not kept in memory.
-            operands, tensors = kept or (tuple(map(jnp.zeros_like, shapes)), None)
-            running = restored(operands, rest)
-            both = _separate((cotangent, running.gradients(cotangent, tensors)))
-            later = run(
-                layout.backward,
-                active,
-                lambda: probe.backward(running, tensors, both[1], both[0]),
-            )
+            known, active, kept = jax.tree.unflatten(structure, leaves)
+            later = run(layout.backward, active, backward(cotangent, *kept).tally)
             whole = jnp.concatenate([known, later])
             return _over_devices(whole, tuple(sorted(devices - shared)), layout)
 
@@ -214,7 +281,7 @@ def record_row(
         return primals[0], sum(parts[1:], start=parts[0])
 
     recorded.defjvp(tangent, symbolic_zeros=True)
-    return recorded(y, row.values, row.active, running.operands, rest)
+    return recorded(y, row.values, row.active, arrays)
 
 
 def _separate(tree: Any) -> Any:

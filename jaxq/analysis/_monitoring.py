@@ -10,7 +10,7 @@ import jax
 
 from jaxq.analysis._arguments import format_or_recipe
 from jaxq.analysis._finishing import finished
-from jaxq.analysis._tallies import Quantization, Sums, difference_of, errors_of, sums_of
+from jaxq.analysis._tallies import Sums, difference_of, errors_of, quantized, sums_of
 from jaxq.formats import FORMATS, Format
 from jaxq.models import Monitored, Rules, check_pattern, monitored
 from jaxq.products import (
@@ -190,15 +190,14 @@ class _Statistics:
         tally, axes = Tally.empty(), running.operation.contraction.axes
         for i, name in enumerate(("lhs", "rhs")):
             if name in self.request.tensors:
-                x = operands[i].value
-                own = self._sums(x, _quantization(operands[i]))
-                others = self._counterfactuals(x, axes[i])
+                own = self._sums(operands[i])
+                others = self._counterfactuals(operands[i].value, axes[i])
                 tally = tally.join(own.tensor.join(own.errors).join(others).prefixed(name))
         if "output" in self.request.tensors:
-            q = None
+            result = Operand(y, y)
             if output is not None:
-                q = Quantization.of(y, output.to_nearest() if is_stochastic(output) else output)
-            own = self._sums(y, q)
+                result = quantized(y, output.to_nearest() if is_stochastic(output) else output)
+            own = self._sums(result)
             others = self._counterfactuals(y, None)
             tally = tally.join(own.tensor.join(own.errors).join(others).prefixed("output"))
             tally = tally.join(self._product(lambda: running.results(y)).prefixed("output"))
@@ -218,7 +217,7 @@ class _Statistics:
         known: dict[Any, Tally] = {}
         if "cotangent" in asked:
             same = first.value is cotangent
-            own = self._sums(cotangent, _quantization(first) if same else None)
+            own = self._sums(first if same else Operand(cotangent, cotangent))
             tally = own.tensor.prefixed("cotangent")
             known |= {_identity(first): own.errors} if same else {}
         for of, (name, axes) in enumerate(
@@ -229,7 +228,7 @@ class _Statistics:
                 if part not in asked or operand is None:
                     continue
                 if _identity(operand) not in known:
-                    known[_identity(operand)] = self._errors(_quantization(operand))
+                    known[_identity(operand)] = self._errors(operand)
                 own = known[_identity(operand)]
                 own = own.join(self._counterfactuals(operand.value, axes[i], known))
                 tally = tally.join(own.prefixed(f"{name}/{part}"))
@@ -242,7 +241,7 @@ class _Statistics:
         """Returns the statistics of a marked array or of its cotangent."""
         if tensor not in self.request.tensors:
             return Tally.empty()
-        own = self._sums(x, None).tensor
+        own = self._sums(Operand(x, x)).tensor
         return own.join(self._counterfactuals(x, None)).prefixed(tensor)
 
     def finish(self, tally: Tally) -> dict[str, jax.Array]:
@@ -258,17 +257,18 @@ class _Statistics:
     def _asked(self) -> set[str]:
         return {*self.request.statistics}
 
-    def _sums(self, x: jax.Array, q: Quantization | None) -> Sums:
+    def _sums(self, operand: Operand) -> Sums:
         """Returns the sums of a tensor and of its recipe's error."""
         if not self._asked & {*_VALUES, "exponents"}:
-            return Sums(Tally.empty(), self._errors(q))
-        return sums_of(x, q if self._asked & _OF_ERRORS else None, self._asked)
+            return Sums(Tally.empty(), self._errors(operand))
+        errors = operand.recipe is not None and bool(self._asked & _OF_ERRORS)
+        return sums_of(operand, self._asked, errors)
 
-    def _errors(self, q: Quantization | None) -> Tally:
+    def _errors(self, operand: Operand) -> Tally:
         """Returns the sums of a recipe's error."""
-        if q is None or not self._asked & _OF_ERRORS:
+        if operand.recipe is None or not self._asked & _OF_ERRORS:
             return Tally.empty()
-        return errors_of(q, self._asked)
+        return errors_of(operand, self._asked)
 
     def _counterfactuals(
         self, x: jax.Array, axes: Axes | None, known: dict[Any, Tally] | None = None
@@ -290,7 +290,7 @@ class _Statistics:
                     granularity = placed(granularity, x.shape, axes)
                 own = dataclasses.replace(kind, granularity=granularity)
             if (id(x), own) not in known:
-                known[id(x), own] = self._errors(Quantization.of(x, own))
+                known[id(x), own] = self._errors(quantized(x, own))
             tally = tally.join(known[id(x), own].prefixed(_label(kind)))
         return tally
 
@@ -304,15 +304,6 @@ class _Statistics:
             due = difference_of(found.wide, found.quantized)
             tally = tally.join(due.prefixed("accumulation"))
         return tally
-
-
-def _quantization(operand: Operand) -> Quantization | None:
-    """Returns the quantization of an operand, or None if it has no recipe."""
-    if operand.recipe is None:
-        return None
-    return Quantization(
-        operand.value, operand.quantized, operand.recipe, operand.scales, operand.given
-    )
 
 
 def _identity(operand: Operand) -> tuple:

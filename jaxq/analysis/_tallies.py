@@ -21,43 +21,16 @@ from jaxq.analysis._diagnostics import scaled_ends
 from jaxq.analysis._sums import PARTS, fold, largest_magnitude, over_rows
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast, encode
-from jaxq.products import Scaled, Tally
+from jaxq.products import Scaled, Tally, Tensor
 from jaxq.quantizers import quantize, simulate
-from jaxq.quantizers.calibration import Calibrated
 from jaxq.recipes import Recipe, Scales
 
-__all__ = ["EXPONENTS", "Quantization", "Sums", "difference_of", "errors_of", "sums_of"]
+__all__ = ["EXPONENTS", "Sums", "difference_of", "errors_of", "quantized", "sums_of"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 _ZERO, _NONE = np.float32(0), np.int32(0)
 EXPONENTS = range(-127, 128)
 """The exponents of a histogram; -127 stands for all subnormal numbers."""
-
-
-class Quantization(NamedTuple):
-    """A tensor and what a recipe makes of it.
-
-    Attributes:
-      value: the tensor.
-      quantized: the tensor after quantization.
-      recipe: the recipe on the tensor's own axes, or a format.
-      scales: the scales that were used; None for a format.
-      given: the scales that were given, or None.
-    """
-
-    value: jax.Array
-    quantized: jax.Array
-    recipe: Recipe | Format
-    scales: Scales | None = None
-    given: Calibrated | None = None
-
-    @classmethod
-    def of(cls, x: jax.Array, recipe: Recipe | Format) -> "Quantization":
-        """Returns the quantization of a tensor to nearest, with scales from the tensor."""
-        if isinstance(recipe, Format):
-            return cls(x, cast(x, recipe), recipe)
-        found = simulate(x, recipe)
-        return cls(x, found.values, recipe, found.scales)
 
 
 class Sums(NamedTuple):
@@ -67,34 +40,38 @@ class Sums(NamedTuple):
     errors: Tally
 
 
-def sums_of(x: jax.Array, q: Quantization | None, asked: Collection[str]) -> Sums:
-    """Returns the sums of a tensor and of its quantization, in the same two passes over it.
+def quantized(x: jax.Array, recipe: Recipe | Format) -> Tensor:
+    """Returns a tensor quantized to nearest, with scales from the tensor, or cast to a format."""
+    if isinstance(recipe, Format):
+        return Tensor(x, cast(x, recipe), recipe)
+    found = simulate(x, recipe)
+    return Tensor(x, found.values, recipe, found.scales)
+
+
+def sums_of(tensor: Tensor, asked: Collection[str], errors: bool) -> Sums:
+    """Returns the sums of a tensor and of its quantization error, in two passes over it.
 
     Args:
-      x: the tensor.
-      q: its quantization, or None.
+      tensor: the tensor.
       asked: the names of the statistics that need the sums.
+      errors: True for the sums of the error.
     """
-    if q is None:
-        return _sums(x, None, None, None, None, frozenset(asked), True)
-    return _sums(x, q.quantized, q.scales, q.given, q.recipe, frozenset(asked), True)
+    return _sums(tensor, frozenset(asked), True, errors)
 
 
-def errors_of(q: Quantization, asked: Collection[str]) -> Tally:
+def errors_of(tensor: Tensor, asked: Collection[str]) -> Tally:
     """Returns the sums of a quantization error over the elements that are finite before and after.
 
     Args:
-      q: the quantization.
+      tensor: the tensor.
       asked: the names of the statistics that need them.
     """
-    own = frozenset(asked)
-    return _sums(q.value, q.quantized, q.scales, q.given, q.recipe, own, False).errors
+    return _sums(tensor, frozenset(asked), False, True).errors
 
 
 def difference_of(x: jax.Array, y: jax.Array) -> Tally:
     """Returns the sums of the differences of two tensors where both are finite."""
-    asked = frozenset({"cosine", "bias"})
-    return _sums(x, y, None, None, None, asked, False).errors
+    return _sums(Tensor(x, y), frozenset({"cosine", "bias"}), False, True).errors
 
 
 class _Folded(NamedTuple):
@@ -114,42 +91,33 @@ class _Folded(NamedTuple):
 
 
 # One trace per shape and recipe instead of one per tensor of a model.
-@functools.partial(jax.jit, static_argnames=("recipe", "asked", "own"))
-def _sums(
-    x: jax.Array,
-    quantized: jax.Array | None,
-    scales: Scales | None,
-    given: Calibrated | None,
-    recipe: Recipe | Format | None,
-    asked: frozenset[str],
-    own: bool,
-) -> Sums:
-    """Returns the sums of a tensor, if `own` is True, and of its quantization, if it has one."""
-    wide, y, clipped = x.astype(jnp.float32), None, None
-    if quantized is not None:
-        y = fold(quantized.astype(jnp.float32))
-        if recipe is not None and "clipped" in asked:
-            clipped = fold(_clipped(wide, scales, recipe))
-    folded = _Folded(fold(wide), y, clipped, fold(wide).size - x.size)
+@functools.partial(jax.jit, static_argnames=("asked", "own", "errors"))
+def _sums(of: Tensor, asked: frozenset[str], own: bool, errors: bool) -> Sums:
+    """Returns the sums of a tensor if `own` is True, and of its error if `errors` is."""
+    wide, y, clipped = of.value.astype(jnp.float32), None, None
+    if errors:
+        y = fold(of.quantized.astype(jnp.float32))
+        if of.recipe is not None and "clipped" in asked:
+            clipped = fold(_clipped(wide, of.scales, of.recipe))
+    folded = _Folded(fold(wide), y, clipped, fold(wide).size - wide.size)
     tops, counts = _extremes(folded, asked, own)
     sums = _totals(folded, tops, asked, own)
-    size, tensor, errors = _in_parts(x.size), Tally.empty(), Tally.empty()
+    size, first, second = _in_parts(wide.size), Tally.empty(), Tally.empty()
     lost = counts.pop("nonfinite")
     if own:
         histogram = {"exponents": _exponents(wide)} if "exponents" in asked else {}
-        tensor = Tally(
+        first = Tally(
             {"count": size, "nonfinite": lost, "zeros": counts.pop("zeros")},
             histogram,
             {"amax": tops["all"], "small": tops["small"]},
             {name: sums.pop(name) for name in ("sum", "squares")},
         )
-    if quantized is not None:
+    if errors:
         counts["lost"] = size - lost - counts["kept"]
-        errors = Tally(counts, {}, {}, sums)
-        if recipe is not None:
-            q = Quantization(x, quantized, recipe, scales, given)
-            errors = errors.join(_of_recipe(q, asked))
-    return Sums(tensor, errors)
+        second = Tally(counts, {}, {}, sums)
+        if of.recipe is not None:
+            second = second.join(_of_recipe(of, asked))
+    return Sums(first, second)
 
 
 # XLA keeps in memory what both passes share. The passes therefore share only x and y: the first one
@@ -271,8 +239,9 @@ def _clipped(x: jax.Array, scales: Scales | None, recipe: Recipe | Format) -> ja
     return (x > end.high) | (x < end.low)
 
 
-def _of_recipe(q: Quantization, asked: Collection[str]) -> Tally:
+def _of_recipe(q: Tensor, asked: Collection[str]) -> Tally:
     """Returns the numbers that depend on a recipe's blocks, codes and scales."""
+    assert q.recipe is not None
     ranges, codes = {}, {}
     if "block_range_bits" in asked:
         ranges["block_range"] = _FLOAT32.bits(_block_range(q.value, q.recipe))[None]
@@ -298,11 +267,12 @@ def _block_range(x: jax.Array, recipe: Recipe | Format) -> jax.Array:
     return jnp.max(where(tops > 0, jnp.log2(top) - jnp.log2(least), _ZERO))
 
 
-def _codes(q: Quantization) -> jax.Array:
+def _codes(q: Tensor) -> jax.Array:
     """Returns the number of elements with each code of the format."""
     if isinstance(q.recipe, Format):
         codes, bits = encode(q.value.astype(jnp.float32), q.recipe), q.recipe.bits
     else:
+        assert q.recipe is not None
         given: dict[str, Any] = {} if q.given is None else q.given._asdict()
         codes = quantize(q.value, q.recipe.to_nearest(), **given).unpack()
         bits = q.recipe.element.bits
@@ -310,7 +280,7 @@ def _codes(q: Quantization) -> jax.Array:
     return jnp.zeros(2**bits, jnp.int32).at[places].add(1).astype(jnp.float32)
 
 
-def _scales(q: Quantization) -> Tally:
+def _scales(q: Tensor) -> Tally:
     """Returns the extremes of the scales and the number at an end of their format."""
     assert isinstance(q.recipe, Recipe)
     assert q.scales is not None

@@ -8,6 +8,7 @@ import jax
 from jax import numpy as jnp
 
 from jaxq._jax.meshes import like
+from jaxq.formats import Format
 from jaxq.products._accumulation import Accumulation
 from jaxq.products._operation import Operation
 from jaxq.products._plan import Key, Pair, Plan
@@ -27,19 +28,19 @@ __all__ = ["Gradient", "Operands", "Results", "Running", "Tensor"]
 )
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An operand of a product before and after quantization: a pytree.
+    """A tensor before and after quantization: a pytree.
 
     Attributes:
-      value: the operand, after a Hadamard transform.
-      quantized: the operand after quantization; `value` itself without a recipe.
-      recipe: the recipe, on the operand's own axes, or None.
+      value: the tensor; for an operand of a product, after its Hadamard transform.
+      quantized: the tensor after quantization; `value` itself without a recipe.
+      recipe: the recipe, on the tensor's own axes, or the format to which it was cast, or None.
       scales: the scales that were used, or None without a recipe.
-      given: the scales that were given, or None if they were computed from the operand.
+      given: the scales that were given, or None if they were computed from the tensor.
     """
 
     value: jax.Array
     quantized: jax.Array
-    recipe: Recipe | None = None
+    recipe: Recipe | Format | None = None
     scales: Scales | None = None
     given: Calibrated | None = None
 
@@ -47,7 +48,7 @@ class Tensor:
     def of(
         cls, value: jax.Array, recipe: Recipe | None, key: Key, given: Calibrated | None
     ) -> "Tensor":
-        """Quantizes a tensor."""
+        """Quantizes an operand of a product."""
         if recipe is None:
             return cls(value, value)
         found = simulate(value, recipe, key=key, **({} if given is None else given._asdict()))

@@ -13,8 +13,9 @@ from jaxq.quantizers._levels import (
     with_levels,
 )
 from jaxq.quantizers._quantized import Quantized, dequantize
-from jaxq.quantizers._quantizers import fake_quant, neighbors, quantize, simulate
+from jaxq.quantizers._quantizers import fake_quant, neighbors, quantize
 from jaxq.quantizers._sharding import quantized_sharding
+from jaxq.quantizers._simulation import simulate
 from jaxq.quantizers._snapping import measured, numbers, restored, units_of
 
 __all__ = [

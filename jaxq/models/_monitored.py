@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from jaxq.models._states import Delayed, Frozen, Switched
 from jaxq.products import Probe, Row
+from jaxq.recipes import Recipe
 
 __all__ = ["Monitored"]
 
@@ -43,6 +44,15 @@ class Monitored:
     scaling: Frozen | Delayed | Switched | None
     rules: tuple[Any, ...]
     probe: Probe
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipes of the monitored tensors by names such as `"up/lhs"`."""
+        return {
+            f"{product}/{tensor}": recipe
+            for product, row in self.rows.items()
+            for tensor, recipe in row.recipes
+        }
 
     def at(self, step: jax.typing.ArrayLike) -> "Monitored":
         """Returns the state for a step, in which statistics are computed if `every` divides it.

@@ -26,6 +26,7 @@ from jaxq.products import (
     keys_of,
     layouts_of,
 )
+from jaxq.recipes import Recipe
 
 __all__ = ["monitored", "switch", "switched"]
 
@@ -52,26 +53,16 @@ def monitored(
     def first(*args: Any, **kwargs: Any) -> Monitored:
         planned = plan(owner, fn, rules, argnums, args, kwargs)
         chosen = _chosen(owner, patterns, [*planned.products, *planned.marks])
-        layouts: dict[str, PassLayouts] = {}
+        rows: dict[str, Row] = {}
         for product, assigned in zip(planned.products, planned.chosen, strict=True):
             if product.name in chosen:
                 with naming(owner, product.where):
-                    own = _layouts(probe, product, assigned or unassigned(product))
-                    layouts[product.name] = own
+                    rows[product.name] = _row(probe, product, assigned or unassigned(product))
         for mark in planned.marks:
             if mark.name in chosen:
                 with naming(owner, mark.where):
-                    layouts[mark.name] = array_layouts(probe, mark.out)
-        rows = {
-            name: Row(
-                jnp.zeros((*chosen[name].stacks, layout.size), jnp.float32),
-                jnp.ones(chosen[name].stacks, jnp.float32),
-                layout,
-                probe,
-            )
-            for name, layout in layouts.items()
-            if layout.size
-        }
+                    rows[mark.name] = _empty(mark.stacks, array_layouts(probe, mark.out), probe)
+        rows = {name: row for name, row in rows.items() if row.layout.size}
         scaling = rules if isinstance(rules, Frozen | Delayed | Switched) else None
         return Monitored(rows, scaling, as_rules(owner, rules), probe)
 
@@ -183,14 +174,28 @@ def _reason(product: Product | Mark) -> str:
     return ""
 
 
-def _layouts(probe: Probe, product: Product, assigned: Assigned) -> PassLayouts:
-    """Returns the layouts of a product's row."""
+def _row(probe: Probe, product: Product, assigned: Assigned) -> Row:
+    """Returns the row of a product."""
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in product.eqn.invars]
     first, second = assigned.order(shapes[:2])
     arguments: Any = tuple(shapes[2:])
     operation = operation_of(product.eqn, product.where, assigned.swapped, arguments)
     recipe = assigned.recipe or ProductRecipe()
     keys = jax.eval_shape(lambda: keys_of(jax.random.key(0))) if recipe.draws else None
-    return layouts_of(
-        probe, Running(operation, (first, second), recipe, keys, NO_SCALES), assigned.output
-    )
+    running = Running(operation, (first, second), recipe, keys, NO_SCALES)
+    recipes = running.recipes
+    if assigned.output is not None:
+        recipes["output"] = assigned.output
+    layout = layouts_of(probe, running, assigned.output)
+    return _empty(product.stacks, layout, probe, tuple(recipes.items()))
+
+
+def _empty(
+    stacks: tuple[int, ...],
+    layout: PassLayouts,
+    probe: Probe,
+    recipes: tuple[tuple[str, Recipe], ...] = (),
+) -> Row:
+    """Returns a row without statistics, or one for each layer."""
+    values = jnp.zeros((*stacks, layout.size), jnp.float32)
+    return Row(values, jnp.ones(stacks, jnp.float32), layout, probe, recipes)

@@ -86,7 +86,7 @@ class Probe(Protocol):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "active"],
-    meta_fields=["layout", "probe"],
+    meta_fields=["layout", "probe", "recipes"],
 )
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -97,12 +97,14 @@ class Row:
       active: float32 `[...]`; 0 in steps without statistics.
       layout: the places of the statistics of both passes.
       probe: the definition of the statistics.
+      recipes: the names of the quantized tensors and their recipes.
     """
 
     values: jax.Array
     active: jax.Array
     layout: PassLayouts
     probe: Probe
+    recipes: tuple[tuple[str, Recipe], ...] = ()
 
     def spread(self, count: int) -> "Row":
         """Copies the row for `count` products; its cotangent merges theirs."""

@@ -113,6 +113,19 @@ class Running:
         left, right = map(Tensor.of, values, plan.quantizers, plan.keys(key), given)
         return left, right
 
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipes of the quantized tensors by their names in statistics."""
+        products = self.recipe.products
+        names = (("", ("lhs", "rhs")), ("dlhs/", ("cotangent", "residual")))
+        names = (*names, ("drhs/", ("cotangent", "residual")))
+        return {
+            f"{prefix}{part}": recipe
+            for how, (prefix, parts) in zip(products, names, strict=True)
+            for part, recipe in zip(parts, how.operands, strict=True)
+            if recipe is not None
+        }
+
     def results(self, y: jax.Array) -> Results:
         """Returns the results of the forward product, of which y is the quantized one."""
         exact = self.operation.function(*self.operands, *self.operation.arguments)

@@ -59,7 +59,8 @@ class Monitoring:
 
     A product has up to five tensors: `"lhs"`, `"rhs"` (the weight, on either side), `"output"`, the
     `"cotangent"` of the output, and the `"residual"` of each operand, which the gradient's products
-    may quantize again. The statistics of each tensor, by name:
+    may quantize again. An array that the function marks by `jax.ad_checkpoint.checkpoint_name` has
+    two: `"output"`, the array itself, and its `"cotangent"`. The statistics of each tensor, by name:
 
     - of its finite elements: `"amax"`, `"smallest"` (nonzero magnitude), `"rms"`, `"mean"`,
       `"zeros"` (the fraction), `"range_bits"`, which is log2(amax / smallest), and `"exponents"`,
@@ -72,17 +73,21 @@ class Monitoring:
     - of its scales: `"scale_amax"`, `"scale_smallest"`, `"scale_range_bits"`, and `"scale_ends"`,
       the fraction at an end of the scales' format;
     - `"product"`: the errors of the output, and of the two products of the gradient, relative to
-      the float products of the original operands. Costs up to four more products.
+      the float products of the original operands. Costs up to four more products. If the recipe
+      emulates accumulation, `"accumulation"` has the part of the error that is due to it: the error
+      relative to the same product with sums in float32, in the same order.
 
     Attributes:
       products: regular expressions; a product is monitored if one of them is found in its name, as
-        `jaxq.explain` lists it. A string means one of them. Default: all products.
+        `jaxq.explain` lists it, and a marked array if one is found in the name of its mark. A string
+        means one of them. Default: all products and marked arrays.
       tensors: the names of the tensors. Default: all but `"residual"`.
       statistics: the names of the statistics. Default: those of the elements and the error except
         `"exponents"`, `"block_range_bits"` and `"codes_used"`.
-      counterfactuals: recipes or formats, or their names, that are applied to the same operands
-        and cotangents for comparison, without changing the step. A granularity refers to the
-        operand as a matrix, as in `jaxq.SingleProduct`; a last block may be shorter. Default:
+      counterfactuals: recipes or formats, or their names, that are applied to the same tensors for
+        comparison, without changing the step. For operands and cotangents of products, a
+        granularity refers to the tensor as a matrix, as in `jaxq.SingleProduct`; for outputs and
+        marked arrays, to their own axes, as in `jaxq.Rule`. A last block may be shorter. Default:
         none.
       every: the number of steps from one step with statistics to the next; see `Monitored.at`.
         Default: 1.
@@ -343,8 +348,12 @@ def monitor(
     statistics on in every n-th step, and a `lax.cond` skips them in the others. Gradients of
     micro-batches are added, but their statistics are merged by `seen.merge(more)`.
 
-    Look-ups, and products in a `while` loop or in a function with a custom derivative, are not
-    monitored. NaN and infinity are counted and left out of all other statistics.
+    Arrays that the function marks by `jax.ad_checkpoint.checkpoint_name(x, name)` are monitored
+    under that name, with one row per layer in a scan that slices parameters. If the name occurs
+    twice or is that of a product, a number is added, as in `"hidden#2"`.
+
+    Look-ups, and products and marks in a `while` loop or in a function with a custom derivative,
+    are not monitored. NaN and infinity are counted and left out of all other statistics.
 
     Args:
       fn: as in `jaxq.quantize_fn`.
@@ -357,7 +366,8 @@ def monitor(
       `(*args) -> jaxq.models.Monitored`. Only the shapes and dtypes of the arguments are used.
       `seen.statistics()` has names such as `"lhs/sqnr_db"`, `"cotangent/amax"`,
       `"dlhs/cotangent/flushed"` (the cotangent as the product that gives the gradient of lhs
-      quantizes it), `"lhs/mxfp4/sqnr_db"` (a counterfactual) and `"drhs/product/cosine"`.
+      quantizes it), `"lhs/mxfp4/sqnr_db"` (a counterfactual), `"drhs/product/cosine"` and
+      `"output/accumulation/sqnr_db"`.
 
     Raises:
       TypeError: as in `jaxq.quantize_fn`.

@@ -60,7 +60,7 @@ class Monitoring:
     A product has up to five tensors: `"lhs"`, `"rhs"` (the weight, on either side), `"output"`, the
     `"cotangent"` of the output, and the `"residual"` of each operand, which the gradient's products
     may quantize again. An array that the function marks by `jax.ad_checkpoint.checkpoint_name` has
-    two: `"output"`, the array itself, and its `"cotangent"`. The statistics of each tensor, by name:
+    two: `"output"`, the array itself, and its `"cotangent"`. The statistics of a tensor, by name:
 
     - of its finite elements: `"amax"`, `"smallest"` (nonzero magnitude), `"rms"`, `"mean"`,
       `"zeros"` (the fraction), `"range_bits"`, which is log2(amax / smallest), and `"exponents"`,
@@ -79,8 +79,8 @@ class Monitoring:
 
     Attributes:
       products: regular expressions; a product is monitored if one of them is found in its name, as
-        `jaxq.explain` lists it, and a marked array if one is found in the name of its mark. A string
-        means one of them. Default: all products and marked arrays.
+        `jaxq.explain` lists it, and a marked array if one is found in the name of its mark. A
+        string means one of them. Default: all products and marked arrays.
       tensors: the names of the tensors. Default: all but `"residual"`.
       statistics: the names of the statistics. Default: those of the elements and the error except
         `"exponents"`, `"block_range_bits"` and `"codes_used"`.

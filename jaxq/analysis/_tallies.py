@@ -18,7 +18,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import Layout, where
 from jaxq.analysis._arguments import ends
 from jaxq.analysis._diagnostics import scaled_ends
-from jaxq.analysis._sums import PARTS, fold, largest_magnitude, over_rows
+from jaxq.analysis._sums import fold, largest_magnitude, over_rows
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast, encode
 from jaxq.products import Scaled, Tally, Tensor
@@ -102,7 +102,7 @@ def _sums(of: Tensor, asked: frozenset[str], own: bool, errors: bool) -> Sums:
     folded = _Folded(fold(wide), y, clipped, fold(wide).size - wide.size)
     tops, counts = _extremes(folded, asked, own)
     sums = _totals(folded, tops, asked, own)
-    size, first, second = _in_parts(wide.size), Tally.empty(), Tally.empty()
+    size, first, second = jnp.full(1, wide.size, jnp.int32), Tally.empty(), Tally.empty()
     lost = counts.pop("nonfinite")
     if own:
         histogram = {"exponents": _exponents(wide)} if "exponents" in asked else {}
@@ -149,17 +149,13 @@ def _extremes(
         if "flushed" in asked:
             masks["flushed"] = (after == 0) & ~zero & finite
     arrays = [*tops.values(), *(mask.astype(jnp.int32) for mask in masks.values())]
-    found = over_rows(arrays, [lax.max] * len(tops) + [lax.add] * len(masks))
-    extremes = over_rows([top[None] for top in found[: len(tops)]], [lax.max] * len(tops))
-    counts = dict(zip(masks, found[len(tops) :], strict=True))
+    combine = [lax.max] * len(tops) + [lax.add] * len(masks)
+    found = over_rows(arrays, combine)
+    found = over_rows([part[None] for part in found], combine)
+    extremes, counts = found[: len(tops)], dict(zip(masks, found[len(tops) :], strict=True))
     if padding:
-        counts |= {n: counts[n] - _in_parts(padding) for n in ("zeros", "kept") if n in counts}
+        counts |= {n: counts[n] - np.int32(padding) for n in ("zeros", "kept") if n in counts}
     return dict(zip(tops, extremes, strict=True)), counts
-
-
-def _in_parts(count: int) -> jax.Array:
-    """Returns a known count in the form of the counts that `over_rows` returns."""
-    return jnp.asarray(np.bincount([0], [count], PARTS).astype(np.int32))
 
 
 def _totals(
@@ -294,4 +290,8 @@ def _scales(q: Tensor) -> Tally:
     arrays = [fold(jnp.broadcast_to(array, shape)) for array in arrays]
     top, small, count = over_rows(arrays, [lax.max, lax.max, lax.add])
     largest = {"scale_amax": jnp.max(top)[None], "scale_small": jnp.max(small)[None]}
-    return Tally({"scales": _in_parts(math.prod(shape)), "scale_ends": count}, {}, largest, {})
+    counts = {
+        "scales": jnp.full(1, math.prod(shape), jnp.int32),
+        "scale_ends": jnp.sum(count)[None],
+    }
+    return Tally(counts, {}, largest, {})

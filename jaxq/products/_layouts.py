@@ -29,8 +29,7 @@ class Tally(NamedTuple):
     """Numbers by name, each with the way in which two of them merge.
 
     Attributes:
-      counts: int32 vectors of one length whose elements are added, without rounding; float32
-        scalars from a row.
+      counts: int32 `[1]`, added without rounding; float32 scalars from a row.
       added: float32 vectors that are added.
       largest: int32 `[1]`, the bits of nonnegative float32 numbers of which the larger one counts;
         float32 scalars from a row.
@@ -113,7 +112,7 @@ class RowLayout:
         """Returns the row of a tally."""
         parts: list[jax.Array] = []
         if self.counts:
-            counts = _added([tally.counts[name] for name in self.counts])
+            counts = jnp.concatenate([tally.counts[name] for name in self.counts])
             low = counts & np.int32(2**_HALF - 1)
             parts += [(counts >> np.int32(_HALF)).astype(jnp.float32), low.astype(jnp.float32)]
         parts += [tally.added[name].astype(jnp.float32).reshape(-1) for name, _ in self.added]
@@ -121,7 +120,8 @@ class RowLayout:
             bits = jnp.concatenate([tally.largest[name] for name in self.largest])
             parts.append(lax.bitcast_convert_type(bits, jnp.float32))
         if self.scaled:
-            values = _added([tally.scaled[name].value for name in self.scaled])
+            sums = jnp.stack([tally.scaled[name].value for name in self.scaled])
+            values = jnp.sum(sums, axis=1)
             exponents = jnp.concatenate([tally.scaled[name].exponent for name in self.scaled])
             exponents = jnp.where(values != 0, exponents, np.int32(0))
             parts += [values, exponents.astype(jnp.float32)]
@@ -185,12 +185,6 @@ class PassLayouts(NamedTuple):
         """Merges rows along the first axis."""
         first, second = jnp.split(rows, [self.forward.size], axis=-1)
         return jnp.concatenate([self.forward.merge(first), self.backward.merge(second)], -1)
-
-
-def _added(vectors: list[jax.Array]) -> jax.Array:
-    """Returns the sum of each vector."""
-    matrix = jnp.stack(vectors)
-    return jnp.sum(matrix, axis=1, dtype=matrix.dtype)
 
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:

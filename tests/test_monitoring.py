@@ -375,6 +375,12 @@ def looped(params, x):
     return lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ params["w"], x).sum()
 
 
+def frozen(params, x):
+    """Returns a loss that depends on the product only through `stop_gradient` and an integer."""
+    y = jax.jit(lambda x: x @ params["w"])(x)
+    return (x @ x).sum() + lax.stop_gradient(y).sum(), y.argmax(-1)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -390,6 +396,14 @@ def looped(params, x):
         (
             lambda: monitor(looped, [])({"w": jnp.eye(2)}, jnp.eye(2)),
             "its cotangent is unknown in a while loop",
+        ),
+        (
+            lambda: monitor(frozen, [], Monitoring("w"))({"w": jnp.eye(2)}, jnp.eye(2)),
+            "no floating-point result of the function is differentiable",
+        ),
+        (
+            lambda: monitor(squared, [])({"w": jnp.eye(2)}, jnp.eye(2)).flat(),
+            "exist only in the gradient with respect to a state",
         ),
     ],
 )

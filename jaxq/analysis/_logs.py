@@ -97,7 +97,8 @@ class StatisticsLog:
             it, later steps may have it or not. Default: None.
 
         Raises:
-          ValueError: if the file is a log of another model, request, version, or other recipes.
+          ValueError: if the file is a log of another model, request, version, or other recipes; or
+            if `seen` is a state and not a gradient.
         """
         if self._header is None:
             self._header = self._existing()
@@ -129,6 +130,7 @@ class StatisticsLog:
                 f"{_difference(_parsed(self.path, self._header), _parsed(self.path, header))}. "
                 "Write to a new file."
             )
+        seen.check_gradient("StatisticsLog.append")
         if all(_is_empty(name, value) for name, value in values.items()):
             return
         data = np.concatenate([value.reshape(-1) for value in values.values()])

@@ -352,8 +352,9 @@ def monitor(
     under that name, with one row per layer in a scan that slices parameters. If the name occurs
     twice or is that of a product, a number is added, as in `"hidden#2"`.
 
-    Look-ups, and products and marks in a `while` loop or in a function with a custom derivative,
-    are not monitored. NaN and infinity are counted and left out of all other statistics.
+    Not monitored are look-ups, products and marks in a `while` loop or in a function with a custom
+    derivative, and those that no floating-point result depends on differentiably, for example
+    because of `stop_gradient`. NaN and infinity are counted and left out of all other statistics.
 
     Args:
       fn: as in `jaxq.quantize_fn`.

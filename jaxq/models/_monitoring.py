@@ -1,7 +1,7 @@
 """Initial states of models whose products are monitored or switched."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jaxq.models._marks import Mark
 from jaxq.models._monitored import Monitored
 from jaxq.models._operations import QUANTIZED, operation_of
 from jaxq.models._planning import plan
+from jaxq.models._reached import unreached
 from jaxq.models._reading import Product
 from jaxq.models._rules import Rules, as_rules, unmatched
 from jaxq.models._states import Delayed, Frozen, Switch, Switched
@@ -29,6 +30,8 @@ from jaxq.products import (
 from jaxq.recipes import Recipe
 
 __all__ = ["monitored", "switch", "switched"]
+
+_UNREACHED = "no floating-point result of the function is differentiable with respect to it"
 
 
 def monitored(
@@ -52,7 +55,10 @@ def monitored(
 
     def first(*args: Any, **kwargs: Any) -> Monitored:
         planned = plan(owner, fn, rules, argnums, args, kwargs)
-        chosen = _chosen(owner, patterns, [*planned.products, *planned.marks])
+        reasons = {p.name: _reason(p) for p in (*planned.products, *planned.marks)}
+        for p in unreached(planned.node):
+            reasons[p.name] = reasons[p.name] or _UNREACHED
+        chosen = _chosen(owner, patterns, [*planned.products, *planned.marks], reasons)
         rows: dict[str, Row] = {}
         for product, assigned in zip(planned.products, planned.chosen, strict=True):
             if product.name in chosen:
@@ -139,14 +145,24 @@ def switched(
 
 
 def _chosen(
-    owner: str, patterns: Sequence[str], products: Sequence[Product | Mark]
+    owner: str,
+    patterns: Sequence[str],
+    products: Sequence[Product | Mark],
+    reasons: Mapping[str, str],
 ) -> dict[str, Product | Mark]:
-    """Returns the products and marked arrays to monitor, by their names."""
+    """Returns the products and marked arrays to monitor, by their names.
+
+    Args:
+      owner: the name of the calling function, for errors.
+      patterns: the regular expressions of the request.
+      products: all products and marked arrays.
+      reasons: for each name, the reason why it cannot be monitored, or "".
+    """
     found: dict[str, Product | Mark] = {}
     names = {product.name: product for product in products}
     for pattern in patterns:
         matching = [p for name, p in names.items() if re.search(pattern, name)]
-        able = [p for p in matching if not _reason(p)]
+        able = [p for p in matching if not reasons[p.name]]
         if not matching:
             raise ValueError(
                 f"{owner}: `products`: "
@@ -155,7 +171,7 @@ def _chosen(
         if not able:
             raise ValueError(
                 f"{owner}: `products` {pattern!r} matches only {matching[0].where}, which cannot "
-                f"be monitored: {_reason(matching[0])}. Remove the pattern."
+                f"be monitored: {reasons[matching[0].name]}. Remove the pattern."
             )
         found.update({p.name: p for p in able})
     return found

@@ -265,6 +265,19 @@ def test_vmap_and_microbatches_merge_to_the_whole_batch():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fp8_training", "mxfp8_training"])
+def test_explicit_axes_of_a_mesh_do_not_change_statistics(recipe: str):
+    params, x = {"w": normal(0, 64, 32)}, normal(1, 32, 64)
+    want = watched(squared, recipe, Monitoring(), params, x)[2].flat()
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
+        got = watched(squared, recipe, Monitoring(every=2), params, x)[2].flat()
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.slow
 def test_devices_share_statistics_of_the_whole_array():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     params, x = {"w": normal(0, 8, 4)}, normal(1, 8, 8)

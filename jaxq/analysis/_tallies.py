@@ -14,8 +14,10 @@ import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxq._base.bits import Layout, where
+from jaxq._jax.meshes import automatic
 from jaxq.analysis._arguments import ends
 from jaxq.analysis._diagnostics import scaled_ends
 from jaxq.analysis._sums import fold, largest_magnitude, over_rows
@@ -90,8 +92,15 @@ class _Folded(NamedTuple):
     padding: int
 
 
+def _replicated(mesh: Any, result: Any, *arguments: Any) -> Any:
+    """Returns the sharding of sums on a mesh with explicit axes."""
+    del mesh, result, arguments
+    return PartitionSpec()
+
+
 # One trace per shape and recipe instead of one per tensor of a model.
 @functools.partial(jax.jit, static_argnames=("asked", "own", "errors"))
+@automatic(_replicated)
 def _sums(of: Tensor, asked: frozenset[str], own: bool, errors: bool) -> Sums:
     """Returns the sums of a tensor if `own` is True, and of its error if `errors` is."""
     wide, y, clipped = of.value.astype(jnp.float32), None, None

@@ -17,7 +17,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxq._jax.meshes import varying
+from jaxq._jax.meshes import like, varying
 from jaxq.products._cotangents import with_transpose
 from jaxq.products._layouts import PassLayouts, RowLayout, Tally
 from jaxq.products._tensors import Gradient, Operands, Running
@@ -237,6 +237,7 @@ def _recorded(
       backward: `(cotangent, *kept) -> _Stage`.
     """
     devices, shared = varying(y), varying(row.values)
+    sharding = like(y).sharding
     layout, probe = row.layout, row.probe
 
     def everywhere(x: jax.Array) -> jax.Array:
@@ -253,7 +254,7 @@ def _recorded(
 
     def zeros(values: jax.Array, *_: Any) -> jax.Array:
         del values
-        return everywhere(jnp.zeros(y.shape, y.dtype))
+        return everywhere(jnp.zeros(y.shape, y.dtype, device=sharding))
 
     @jax.custom_jvp
     def recorded(y: jax.Array, values: jax.Array, active: jax.Array, arrays: Any) -> jax.Array:
@@ -277,7 +278,8 @@ def _recorded(
             whole = jnp.concatenate([known, later])
             return _over_devices(whole, tuple(sorted(devices - shared)), layout)
 
-        element = y[(0,) * y.ndim]
+        # A scalar that JAX can compute on any mesh.
+        element = jnp.sum(y[:0], dtype=y.dtype) if y.ndim else y
         moved_y = with_transpose(zeros, seen, moved_values, element, *leaves, join=layout.merge)
         parts.append(moved_y)
         return primals[0], sum(parts[1:], start=parts[0])

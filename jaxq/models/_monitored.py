@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.records import state_repr
 from jaxq.models._states import Delayed, Frozen, Switched
 from jaxq.products import Probe, Row
 from jaxq.recipes import Recipe
@@ -45,6 +46,9 @@ class Monitored:
     scaling: Frozen | Delayed | Switched | None
     rules: tuple[Any, ...]
     probe: Probe
+
+    def __repr__(self) -> str:
+        return state_repr(self, self.rows)
 
     @property
     def recipes(self) -> dict[str, Recipe]:

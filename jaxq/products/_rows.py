@@ -17,6 +17,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxq._jax.arithmetic import barrier
 from jaxq._jax.meshes import like, varying
 from jaxq.products._cotangents import with_transpose
 from jaxq.products._layouts import PassLayouts, RowLayout, Tally
@@ -296,7 +297,7 @@ def _separate(tree: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(tree)
     different = {id(leaf): leaf for leaf in leaves}
-    found = dict(zip(different, lax.optimization_barrier(tuple(different.values())), strict=True))
+    found = dict(zip(different, barrier(tuple(different.values())), strict=True))
     return jax.tree.unflatten(structure, [found[id(leaf)] for leaf in leaves])
 
 

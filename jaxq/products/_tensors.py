@@ -121,8 +121,8 @@ class Running:
         names = (*names, ("drhs/", ("cotangent", "residual")))
         return {
             f"{prefix}{part}": recipe
-            for how, (prefix, parts) in zip(products, names, strict=True)
-            for part, recipe in zip(parts, how.operands, strict=True)
+            for single, (prefix, parts) in zip(products, names, strict=True)
+            for part, recipe in zip(parts, single.operands, strict=True)
             if recipe is not None
         }
 
@@ -162,8 +162,8 @@ class Running:
             residual = jnp.zeros_like(self.operands[1 - of])
             if operands is not None:
                 residual = self._residual(of, operands)
-            how, key = self.recipe.products.gradients[of], self._keys.gradients[of]
-            plan = Plan.of(how, self._gradient(of), cotangent, residual)
+            single, key = self.recipe.products.gradients[of], self._keys.gradients[of]
+            plan = Plan.of(single, self._gradient(of), cotangent, residual)
             values, scales = plan.rotated(cotangent, residual, key), self.scales.gradients[of]
             pairs = zip(scales, plan.given(*values, scales), strict=True)
             parts = zip(values, plan.quantizers, plan.keys(key), pairs, strict=True)
@@ -180,10 +180,10 @@ class Running:
           cotangent: the cotangent of the product.
           operands: the result of `forward`.
         """
-        operation, how = self._gradient(of), self.recipe.products.gradients[of]
+        operation, single = self._gradient(of), self.recipe.products.gradients[of]
         exact = operation.function(cotangent, operands[1 - of].value, *operation.arguments)
         own, key = (
-            ProductRecipe(how.lhs, how.rhs, how.hadamard, how.execution),
+            ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution),
             self._keys.gradients[of],
         )
         residual, keys = self._residual(of, operands), None if key is None else key[None]

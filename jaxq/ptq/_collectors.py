@@ -10,17 +10,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
 from jaxq.models import CONVERSIONS, LOOK_UP, VIEWS, Node, Product, axes_of
 from jaxq.products import Axes
-from jaxq.ptq._statistics import Statistics, collect, collect_groups, nothing
+from jaxq.ptq._statistics import Statistics, collect, collect_groups, drift_of, nothing
 
 __all__ = ["Collector", "Layout", "Matrix", "matrix_of", "shared_inputs"]
 
-_SCALINGS = ("broadcast_in_dim", "mul")  # The operations that input scales add.
+# The operations that input scales and rotations add; a Hadamard transform is a program of `jit`.
+_CHANGES = ("broadcast_in_dim", "mul", "jit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,18 @@ class Collector:
         Raises:
           ValueError: if a mask does not fit the operand.
         """
+        tokens = self.tokens(x, mask)
+        if self.grouped:
+            return collect_groups(tokens, others[0], self.hessian)
+        own = None if mask is None else mask.reshape(-1)
+        return collect(tokens, own, hessian=self.hessian)
+
+    def tokens(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Returns an operand as tokens `[batch, tokens, inputs]`, or `[tokens, inputs]` if grouped.
+
+        Raises:
+          ValueError: if a mask does not fit the operand.
+        """
         if self.patches is not None:
             x = lax.conv_general_dilated_patches(
                 x.astype(jnp.float32),
@@ -84,11 +98,23 @@ class Collector:
         lengths = x.shape[len(batch) : len(batch) + len(free)]
         if mask is not None:
             self.check_mask("ptq.observe", mask.shape, lengths)
-            mask = mask.reshape(-1)
         if self.grouped:
-            return collect_groups(x.reshape(-1, self.inputs), others[0], self.hessian)
-        x = x.reshape((*self.batch, math.prod(lengths), self.inputs))
-        return collect(x, mask, hessian=self.hessian)
+            return x.reshape(-1, self.inputs)
+        return x.reshape((*self.batch, math.prod(lengths), self.inputs))
+
+    def drift(self, x: jax.Array, reference: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Returns the sum of `(y - x) x^T` over the tokens of an operand.
+
+        Args:
+          x: the operand.
+          reference: the operand y of the model with float weights.
+          mask: as in `measure`.
+        """
+        first, other = (self.tokens(own, mask).astype(jnp.float32) for own in (x, reference))
+        if mask is not None:
+            keep = mask.reshape(-1)[:, None]
+            first, other = (jnp.where(keep, own, np.float32(0)) for own in (first, other))
+        return drift_of(first, other)
 
     def check_mask(self, owner: str, mask: tuple[int, ...], lengths: tuple[int, ...]) -> None:
         """Raises a ValueError unless a mask of a shape has one element per token.
@@ -228,7 +254,7 @@ def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
     """Returns for each product the first product that reads the same input.
 
     Inputs are the same if they are one array of the program, also after equal conversions, changes
-    of shape and multiplications, and in programs of `jit` and `checkpoint`.
+    of shape, multiplications and rotations, and in programs of `jit` and `checkpoint`.
 
     Args:
       node: the program.
@@ -262,9 +288,12 @@ def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
                     results = walk(inside, list(map(value, eqn.invars)) if around else fresh)
                     if around:
                         known.update(zip(eqn.outvars, results, strict=True))
-            elif eqn.primitive.name in (*VIEWS, *CONVERSIONS, *_SCALINGS):
-                key = (eqn.primitive.name, str(eqn.params), *map(value, eqn.invars))
-                known[eqn.outvars[0]] = known_values.setdefault(key, object())
+            elif eqn.primitive.name in (*VIEWS, *CONVERSIONS, *_CHANGES):
+                consts = getattr(eqn.params.get("jaxpr"), "consts", ())  # Not in the text.
+                name = eqn.primitive.name, str(eqn.params), *map(id, consts)
+                for k, variable in enumerate(eqn.outvars):
+                    key = (k, name, *map(value, eqn.invars))
+                    known[variable] = known_values.setdefault(key, object())
         return [value(variable) for variable in body.outvars]
 
     walk(node, [object() for _ in compat.body(node.jaxpr).invars])

@@ -84,9 +84,19 @@ def _layer(config: Config, x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
 
 
 def logits(params: dict[str, Any], tokens: jax.Array, config: Config) -> jax.Array:
-    """Returns the logits of the next token, `[batch, time, vocabulary]`."""
+    """Returns the logits of the next token, `[batch, time, vocabulary]`.
+
+    Args:
+      params: the parameters; the layers are stacked, or a list of dictionaries.
+      tokens: the tokens, `[batch, time]`.
+      config: the sizes.
+    """
     x = params["embedding"][tokens]
-    x, _ = lax.scan(lambda x, w: (_layer(config, x, w), None), x, params["layers"])
+    if isinstance(params["layers"], list):
+        for w in params["layers"]:
+            x = _layer(config, x, w)
+    else:
+        x, _ = lax.scan(lambda x, w: (_layer(config, x, w), None), x, params["layers"])
     return _norm(x, params["norm"], config.epsilon) @ params["embedding"].T
 
 

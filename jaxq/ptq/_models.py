@@ -8,9 +8,9 @@ from jaxq.models import Rules
 from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
 from jaxq.ptq._leaves import Leaves
 from jaxq.ptq._reports import SolvedProduct
-from jaxq.ptq._solvers import Solver, get_solver
+from jaxq.ptq._solvers import Solver, get_solver, needs_drift
 from jaxq.ptq._solving import Solving
-from jaxq.ptq._stages import Place, Stages
+from jaxq.ptq._stages import Lane, Place, Stages
 from jaxq.ptq._statistics import Statistics
 
 __all__ = ["quantize_weights", "stages_of"]
@@ -86,6 +86,11 @@ def quantize_weights(
       Transformers" (2023), for the order of solving.
     """
     record = get_solver(solver)
+    if needs_drift(record) and not sequential:
+        raise ValueError(
+            "ptq.quantize_weights: `sequential` must be True for a solver that corrects the drift "
+            "of inputs, because all inputs are those of float weights otherwise. Use solver='gptq'."
+        )
 
     @functools.wraps(fn, updated=())
     def packed(*args: Any) -> Any:
@@ -97,7 +102,11 @@ def quantize_weights(
         envs = calls.environments(model, root.flat.body.invars)
         if sequential:
             solving.pack_rest()  # Look-ups before the first product use the stored tables.
-            stages.in_order(root, envs)
+            lanes = [Lane(root, envs)]
+            if needs_drift(record):
+                floats = stages.root(Leaves(model.planned))
+                lanes.append(Lane(floats, calls.environments(model, root.flat.body.invars)))
+            stages.in_order(lanes)
         else:
             stages.together(root, stages.observed(root, envs))
         return solving.result(), solving.report()

@@ -19,7 +19,7 @@ from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._matrices import output_error
 from jaxq.ptq._reports import Report, SolvedProduct
 from jaxq.ptq._searching import Blocks, Search, Searching, run_length, searched
-from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, search_of
+from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, needs_drift, search_of
 from jaxq.ptq._stages import Place
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import block_numbers, values_of
@@ -233,6 +233,8 @@ class Solving:
         tokens = np.asarray(statistics.tokens).reshape(-1)
         solved, worse = np.asarray(answer.solved), np.asarray(answer.worse)
         notes = [note] if note else []
+        if needs_drift(self.solver) and statistics.drift is None:
+            notes.append("solved without the drift of its input, which is not known in loops")
         of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
         for mask, text in (
             (tokens == 0, "saw no token"),

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from jaxq._jax.serialization import pytree
 
-__all__ = ["Statistics", "collect", "collect_groups", "nothing"]
+__all__ = ["Statistics", "collect", "collect_groups", "drift_of", "nothing"]
 
 
 @pytree()
@@ -29,6 +29,8 @@ class Statistics:
       square: the sum of x^2, `[inputs]`.
       amax: the largest |x|, `[inputs]`; NaN if any x is, or x has both infinities.
       hessian: the sum of x x^T, `[inputs, inputs]`; None if it was not asked for.
+      drift: the sum of (y - x) x^T, `[inputs, inputs]`, with y the input that float weights before
+        the product give; None if it is not known.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,6 +47,7 @@ class Statistics:
     square: jax.Array
     amax: jax.Array
     hessian: jax.Array | None
+    drift: jax.Array | None = None
 
     @property
     def inputs(self) -> int:
@@ -53,9 +56,14 @@ class Statistics:
 
     def merge(self, other: "Statistics") -> "Statistics":
         """Returns the statistics of the data of both. Associative, up to the rounding of sums."""
+        if (self.drift is None) != (other.drift is None):
+            return self._without_drift().merge(other._without_drift())
         added = jax.tree.map(jnp.add, self, other)
         amax = _with_nan(jnp.maximum(self.amax, other.amax), added.total)
         return dataclasses.replace(added, amax=amax)
+
+    def _without_drift(self) -> "Statistics":
+        return dataclasses.replace(self, drift=None)
 
     def gather(self, axis_name: str) -> "Statistics":
         """Merges the statistics of all devices along an axis of `jax.shard_map` or `jax.vmap`."""
@@ -107,6 +115,17 @@ def collect(
         amax=_with_nan(jnp.max(magnitude, -2, initial=0), total),
         hessian=gram,
     )
+
+
+def drift_of(x: jax.Array, reference: jax.Array) -> jax.Array:
+    """Returns the sum of `(y - x) x^T` of tokens, `[..., inputs, inputs]`.
+
+    Args:
+      x: the tokens, `[..., tokens, inputs]`, 0 for padding.
+      reference: the tokens y, 0 for padding.
+    """
+    precision = lax.Precision.HIGHEST
+    return jnp.einsum("...ti,...tj->...ij", reference - x, x, precision=precision)
 
 
 def collect_groups(x: jax.Array, sizes: jax.Array, hessian: bool) -> Statistics:

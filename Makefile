@@ -60,6 +60,7 @@ bench: $(READY)  ## measures speed against a plain pass and against other librar
 	@$(BIN)/python benchmarks/optimizers.py
 	@$(BIN)/python benchmarks/monitoring.py
 	@$(BIN)/python benchmarks/checkpoints.py
+	@$(BIN)/python benchmarks/serving.py
 
 pictures: $(READY)  ## draws the gallery of docs/pictures.md again
 	@$(BIN)/python tools/pictures.py

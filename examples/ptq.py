@@ -24,7 +24,7 @@ import common
 import jax
 import numpy as np
 import smollm
-from common import BLUE, GREEN, GREY, ORANGE, PURPLE, plt
+from common import BLUE, GRAY, GREEN, ORANGE, PURPLE, plt
 
 import jaxq
 from jaxq import ptq
@@ -33,7 +33,7 @@ RECIPES = ("int4_g64", "int3_g64", "nvfp4", "mxfp4")
 SHORT = ("int4_g64",)
 LAYERS = "^layers/"
 METHODS = ("nearest", "GPTQ", "AWQ", "AWQ + GPTQ", "search + GPTQ")
-COLORS = (ORANGE, BLUE, GREY, GREEN, PURPLE)
+COLORS = (ORANGE, BLUE, GRAY, GREEN, PURPLE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ __all__ = ["WRITERS", "Job", "Plan", "shape_of"]
 # The types of GGUF with the same bytes as a dtype.
 _PLAIN = {f"float{bits}": f"f{bits}" for bits in (16, 32, 64)} | {"bfloat16": "bf16"}
 _PLAIN |= {f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)}
-# Files of a model besides its tensors, which go with them.
+# Files of a model that are copied along with its tensors.
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _LEFT = ("config.json", "quantize_config.json", "hf_quant_config.json")
 

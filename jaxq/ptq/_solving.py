@@ -3,21 +3,22 @@
 import collections
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq.models import LOOK_UP, Product, weight_of
+from jaxq.models import LOOK_UP, Product, QuantizedWeight, weight_of
 from jaxq.products import Axes
 from jaxq.ptq._calls import Model
 from jaxq.ptq._collectors import Layout
+from jaxq.ptq._experts import by_leaf, by_recipe, own_levels
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._matrices import output_error
 from jaxq.ptq._reports import Report, SolvedProduct
-from jaxq.ptq._scale_search import Blocks, ScaleSearch, Searching, run_length, searched
+from jaxq.ptq._searching import Blocks, Search, Searching, run_length, searched
 from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, search_of
 from jaxq.ptq._stages import Place
 from jaxq.ptq._statistics import Statistics
@@ -31,13 +32,14 @@ class Outcome(NamedTuple):
     """The losses of one solved product, summed over all tokens and matrices.
 
     Attributes:
-      leaves: the leaves that its weight is a view of, by index.
+      leaves: the part of the loss and the number of tokens of each leaf that its weight is a view
+        of, by index.
       nearest: the loss of the nearest levels.
       loss: the loss of the chosen ones.
       power: the power of the outputs.
     """
 
-    leaves: tuple[int, ...]
+    leaves: Mapping[int, "Share"]
     nearest: float
     loss: float
     power: float
@@ -45,6 +47,13 @@ class Outcome(NamedTuple):
     def relative(self, loss: float) -> float:
         """Returns a loss relative to the power of the outputs."""
         return loss / self.power if self.power else 0.0
+
+
+class Share(NamedTuple):
+    """The part of a product's loss that is due to one leaf, and the tokens that met the leaf."""
+
+    loss: float
+    tokens: int
 
 
 class _Earlier(NamedTuple):
@@ -90,7 +99,11 @@ class Solving:
         self._expected: collections.Counter[int] = collections.Counter()
         for n in found.matrices:
             product = planned.products[n]
-            check_search(f"{owner}: {product.where}", self._weight(product).recipe, solver)
+            weight = self._weight(product)
+            for recipe in filter(None, weight.recipes):
+                check_search(f"{owner}: {product.where}", recipe, solver)
+            if _unsolvable(weight, found.matrices[n].axes):
+                continue
             iterations = math.prod(product.loops[depth] for depth in product.stacked)
             if n not in planned.stored.reasons:
                 self._expected.update(dict.fromkeys(self._leaves(n), iterations))
@@ -123,6 +136,8 @@ class Solving:
         reason = self.planned.stored.reasons.get(product.number)
         if reason is not None:
             seen: Seen | str = f"not stored: {reason}"
+        elif why := _unsolvable(self._weight(product), self.found.matrices[product.number].axes):
+            seen = why
         else:
             seen = followed(place.frame, place.variable)
         if isinstance(seen, str):
@@ -134,7 +149,7 @@ class Solving:
         self, place: Place, keys: tuple[LeafKey, ...], seen: Seen, statistics: Statistics
     ) -> None:
         product = place.product
-        matrix, recipe = self.found.matrices[product.number], self._weight(product).recipe
+        matrix, weight = self.found.matrices[product.number], self._weight(product)
         earlier = self._earlier.get(keys, [])
         for one in earlier:
             if one.axes == matrix.axes and bool(jnp.array_equal(one.x, seen.x)):
@@ -145,17 +160,23 @@ class Solving:
         layout = Layout(matrix.axes, seen.x.shape)
         problem = _problem(seen, layout, layout.stacked(statistics))
         search, note = search_of(self.solver), ""
-        if search is None:
-            answer = _answer(problem, recipe, self.solver)
+        if search is None or weight.experts is not None:
+            answer = _answers(problem, by_recipe(weight, layout), self.solver)
+            note = "" if search is None else "scales of experts with different recipes"
+            note = note and f"{note} are not searched"
         else:
             seen, answer, note = self._searched(place, seen, problem, search)
         numbers = layout.weight(answer.numbers)
         self._solves.update(keys)
         for key, value in seen.back(numbers, seen.numbers).items():
             self.leaves.put(key, value, self._is_last(key))
-        leaves = tuple(dict.fromkeys(key.leaf for key in keys))
+        lost, tokens = np.asarray(answer.after), np.asarray(statistics.tokens).reshape(-1)
+        shares = {
+            leaf: Share(float(np.sum(part * lost)), int(np.sum(tokens[part > 0])))
+            for leaf, part in by_leaf(product, weight, layout).items()
+        }
         sums = (float(jnp.sum(x)) for x in (answer.before, answer.after, answer.power))
-        outcome = Outcome(leaves, *sums)
+        outcome = Outcome(shares, *sums)
         self.outcomes.append(outcome)
         self._earlier.pop(keys, None)
         if not all(map(self._is_last, keys)):
@@ -164,7 +185,7 @@ class Solving:
         self._add(self._row(place, statistics, answer, outcome, note))
 
     def _searched(
-        self, place: Place, seen: Seen, problem: Problem, search: ScaleSearch
+        self, place: Place, seen: Seen, problem: Problem, search: Search
     ) -> tuple[Seen, "_Answer", str]:
         """Solves a product after a search for its scales.
 
@@ -237,7 +258,7 @@ class Solving:
         )
         return SolvedProduct(
             product=place.product.name + iterations,
-            recipe=self._weight(place.product).recipe.element.name,
+            recipe=_formats(self._weight(place.product)),
             tokens=int(jnp.min(statistics.tokens)),
             inputs=statistics.inputs,
             **fields,
@@ -265,8 +286,7 @@ class Solving:
             weight = self._weight(product)
             if product.operation == LOOK_UP and solved >= set(self._leaves(number)):
                 continue
-            recipe = weight.recipe.element.name
-            rows.append(SolvedProduct(product.name, recipe, fallback=reason))
+            rows.append(SolvedProduct(product.name, _formats(weight), fallback=reason))
         return Report(tuple(rows))
 
     def result(self) -> Any:
@@ -278,6 +298,21 @@ class Solving:
         leaves = [found.get(place, leaf) if place is not None else leaf for place, leaf in pairs]
         result = jax.tree.unflatten(structure, leaves)
         return result[0] if isinstance(result, list) else result
+
+
+def _unsolvable(weight: QuantizedWeight, axes: Axes) -> str:
+    """Returns the reason why a weight of leaves with different recipes is not solved, or ""."""
+    if weight.experts is None:
+        return ""
+    if None in weight.recipes:
+        return "a part of its weight stays float"
+    return "" if weight.experts.axis in axes.batch else "its outputs have different recipes"
+
+
+def _formats(weight: QuantizedWeight) -> str:
+    """Returns the name of a weight's element format, or the names of those of experts."""
+    names = ("float" if recipe is None else recipe.element.name for recipe in weight.recipes)
+    return "|".join(dict.fromkeys(names))
 
 
 def _problem(seen: Seen, layout: Layout, statistics: Statistics) -> Problem:
@@ -310,6 +345,22 @@ class _Answer(NamedTuple):
     damping: jax.Array
     solved: jax.Array
     worse: jax.Array
+
+
+def _answers(
+    problem: Problem, recipes: Sequence[tuple[Recipe, np.ndarray]], solver: Solver
+) -> _Answer:
+    """Solves a stack of matrices that may have different recipes."""
+    if len(recipes) == 1:
+        recipe, _ = recipes[0]
+        return _answer(problem._replace(levels=own_levels(problem.levels, recipe)), recipe, solver)
+    found = []
+    for recipe, places in recipes:
+        part: Problem = jax.tree.map(lambda x, at=places: x[at], problem)
+        part = part._replace(levels=own_levels(part.levels, recipe))
+        found.append(_answer(part, recipe, solver))
+    back = np.argsort(np.concatenate([places for _, places in recipes]))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *found)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "solver"))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from jaxq.interop.gguf._legacy import PACKED_RECIPES, pack
 from jaxq.interop.gguf._searched_types import SEARCHED
 from jaxq.interop.gguf._searches import product, sums
 from jaxq.interop.gguf._small_types import SMALL
+from jaxq.quantizers import Slices
 from jaxq.quantizers import quantize as quantize_by_recipe
 
 __all__ = ["TYPES", "Packed", "dequantize", "fake_quant", "fallback", "quantize"]
@@ -31,7 +33,7 @@ TYPES: Registry[Layout] = Registry(
 
 _QUANTIZERS = {**SMALL, **SEARCHED}
 
-_CHUNK = 2**16  # Elements that are quantized at a time, so that they stay in the cache.
+_CHUNK = 2**16  # The number of elements quantized at a time, which fit into the cache.
 
 # The number of blocks in a row of a chunk. XLA on CPU (JAX 0.10 to 0.12) divides the rows between
 # threads; it divides one long row, too, but then computes it twice as slowly.
@@ -63,6 +65,20 @@ class Packed:
     def nbytes(self) -> int:
         """The number of bytes."""
         return self.data.nbytes
+
+    @property
+    def slices(self) -> Slices:
+        """The tensor in slices of whole blocks, for `jaxq.products.stored_dot_general`."""
+        layout, last = TYPES.find(self.type), self.data.ndim - 1
+
+        def take(axis: int, start: Any, size: int) -> jax.Array:
+            if axis == last:
+                start = start // layout.block * layout.size
+                size = size // layout.block * layout.size
+            part = lax.dynamic_slice_in_dim(self.data, start, size, axis)
+            return dequantize(part, self.type, self.dtype)
+
+        return Slices(self.shape, self.dtype, (*(1,) * last, layout.block), take)
 
     def dequantize(self) -> jax.Array:
         """Returns the dequantized tensor; see `jaxq.interop.gguf.dequantize`."""
@@ -224,7 +240,7 @@ def fake_quant(
     axis: int = -1,
     importance: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Returns what remains of a tensor in a block type, with a straight-through gradient.
+    """Returns a tensor rounded to a block type, with a straight-through gradient.
 
     It equals `quantize(x, type).dequantize()` bit for bit.
 

@@ -168,7 +168,7 @@ def test_solvers_are_found_by_name():
         ptq.get_solver(ptq.GPTQ)
 
 
-@pytest.mark.parametrize("name", [*ptq.SOLVERS])
+@pytest.mark.parametrize("name", data.each([*ptq.SOLVERS], ["rtn", "gptq"]))
 def test_contract_of_solvers(name: str):
     """Checks that every solver is hashable and returns values on the levels of the weight."""
     solver = ptq.SOLVERS[name]

@@ -57,6 +57,7 @@ def test_statistics_of_a_sharded_array_are_those_of_all_tokens(kind: AxisType):
         check_equal(jax.jit(ptq.collect)(x), ptq.collect(TOKENS))
 
 
+@pytest.mark.slow
 def test_weights_are_solved_on_sharded_batches():
     def sharded(x):
         return jax.device_put(x, NamedSharding(mesh(AxisType.Auto), P("data")))

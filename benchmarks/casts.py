@@ -48,7 +48,7 @@ def ours(x: jax.Array) -> Cases:
         decode = compiled(lambda c, n=name: jaxq.decode(c, n), codes)
         cases["jaxq.encode", name], cases["jaxq.decode", name] = encode, decode
     codes = jaxq.encode(x, "float6_e2m3fn")
-    cases["jaxq.pack", "6-bit codes"] = compiled(lambda c: jaxq.pack(c, 6), codes)
+    cases["jaxq.numerics.pack", "6-bit codes"] = compiled(lambda c: jaxq.numerics.pack(c, 6), codes)
     return cases | jax_peers(x) | numpy_peers(x)
 
 

@@ -24,7 +24,7 @@ import common
 import jax
 import numpy as np
 import optax
-from common import BLUE, GREEN, GREY, ORANGE, Params, format_percent, plt
+from common import BLUE, GRAY, GREEN, ORANGE, Params, format_percent, plt
 from jax import numpy as jnp
 
 import jaxq
@@ -38,7 +38,7 @@ UDYNAMIC8 = jaxq.Recipe("udynamic8", BLOCKS)
 ADAM = optax.adam(RATE)
 # label: (optimizer, color, line style). In optax `mu` and `nu` are Adam's first and second moment.
 OPTIMIZERS: dict[str, tuple[optax.GradientTransformation, str, Any]] = {
-    "float32": (ADAM, GREY, "-"),
+    "float32": (ADAM, GRAY, "-"),
     "8-bit dynamic": (quantize_state(ADAM), BLUE, (0, (5, 2))),
     "8-bit mixed": (
         quantize_state(ADAM, [("/mu/", INT8), ("/nu/", UDYNAMIC8)]),

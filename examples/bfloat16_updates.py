@@ -18,7 +18,7 @@ import common
 import jax
 import numpy as np
 import optax
-from common import BLUE, GREY, ORANGE, Params, format_percent, plt
+from common import BLUE, GRAY, ORANGE, Params, format_percent, plt
 from jax import numpy as jnp
 
 from jaxq.optim import apply_updates
@@ -27,7 +27,7 @@ SIZES = (64, 48, 32, 10)
 RATE = 1e-4
 # label: (dtype of the weights, rounding of the updates, color, line style)
 WEIGHTS: dict[str, tuple[str, str, str, Any]] = {
-    "float32": ("float32", "nearest_even", GREY, "-"),
+    "float32": ("float32", "nearest_even", GRAY, "-"),
     "bfloat16 to nearest": ("bfloat16", "nearest_even", ORANGE, "-"),
     "bfloat16 stochastic": ("bfloat16", "stochastic", BLUE, (0, (5, 2))),
 }

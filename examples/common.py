@@ -28,8 +28,8 @@ except ImportError as error:
 __all__ = [
     "BATCH",
     "BLUE",
+    "GRAY",
     "GREEN",
-    "GREY",
     "ORANGE",
     "PURPLE",
     "Console",
@@ -51,7 +51,7 @@ __all__ = [
 BATCH = 64
 OUT = pathlib.Path("out")  # The default folder of pictures, which git ignores.
 # From the palette of Okabe and Ito.
-BLUE, ORANGE, GREEN, GREY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#767676", "#CC79A7"
+BLUE, ORANGE, GREEN, GRAY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#767676", "#CC79A7"
 
 Params = list[dict[str, jax.Array]]
 

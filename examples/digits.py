@@ -19,7 +19,7 @@ import common
 import jax
 import numpy as np
 import optax
-from common import BLUE, GREY, ORANGE, Params, format_percent, plt
+from common import BLUE, GRAY, ORANGE, Params, format_percent, plt
 from jax import numpy as jnp
 
 import jaxq
@@ -242,8 +242,8 @@ def picture(results: Sequence[Result]) -> common.Figure:
         axes.text(1.17, height, sqnr, transform=margin, va="center", ha="right")
     for position, head in ((1.07, "bits per\nweight"), (1.17, "weights'\nSQNR")):
         top = len(rows) - 0.4
-        axes.text(position, top, head, transform=margin, ha="right", fontsize=8.5, color=GREY)
-    axes.axvline(means["float32 weights, rounded"][-1], color=GREY, linestyle="--", linewidth=1)
+        axes.text(position, top, head, transform=margin, ha="right", fontsize=8.5, color=GRAY)
+    axes.axvline(means["float32 weights, rounded"][-1], color=GRAY, linestyle="--", linewidth=1)
     axes.set_xscale("log")
     ticks = [0.5, 1, 2, 5, 10, 20, 50]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

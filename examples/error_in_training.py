@@ -30,7 +30,7 @@ import language_model
 import mixed_formats
 import numpy as np
 import optax
-from common import BLUE, GREEN, GREY, ORANGE, plt
+from common import BLUE, GRAY, GREEN, ORANGE, plt
 from jax import numpy as jnp
 
 import jaxq
@@ -266,7 +266,7 @@ def picture(result: Result) -> common.Figure:
         axes[2].plot(gap, np.full_like(gap, height), "|", color=o.way.color, markersize=10)
         axes[2].plot(gap.mean(), height, "o", color=o.way.color)
     axes[2].set_yticks(range(len(rows)), [f"{o.way.label} ({o.way.bits:.2f})" for o in rows])
-    axes[2].axvline(0, color=GREY, linewidth=1)
+    axes[2].axvline(0, color=GRAY, linewidth=1)
     axes[2].set_title("Bits per byte above bfloat16", loc="left")
     for own in axes[1:]:
         own.spines[["top", "right"]].set_visible(False)
@@ -318,14 +318,14 @@ def main(argv: Sequence[str] | None = None) -> Result:
     total = len(mixed_formats.FORMATS) + (len(ways) + 3) * seeds * steps
     with common.progress(total) as report:
         exact = monitored(request, path, trainer.rows(0, 0))
-        bfloat16 = Way("bfloat16", [], GREY, 16)
+        bfloat16 = Way("bfloat16", [], GRAY, 16)
         trained = [trainer.train(0, exact, lambda: report("bfloat16"))]
         # More text than in a batch, because the errors of one batch are noisy.
         rows = jnp.concatenate([trainer.rows(0, steps + i) for i in range(1 if args.short else 4)])
         ranking = mixed_formats.ranked(loss, trained[0], rows, report)
         mixtures = [
             mixed(ranking, ranking.best(), "best mixture", "black"),
-            mixed(ranking, ranking.worst(), "worst mixture", GREY),
+            mixed(ranking, ranking.worst(), "worst mixture", GRAY),
         ]
         plain = gradient_of(bfloat16)
         trained += [

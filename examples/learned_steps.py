@@ -18,7 +18,7 @@ import common
 import jax
 import numpy as np
 import optax
-from common import BLUE, GREEN, GREY, ORANGE, Params, Table, format_percent, plt
+from common import BLUE, GRAY, GREEN, ORANGE, Params, Table, format_percent, plt
 from digits import SIZES
 from jax import numpy as jnp
 
@@ -198,12 +198,12 @@ def picture(results: Sequence[Result]) -> common.Figure:
     widths = sorted({r.bits for r in results[1:]})
     figure, axes = plt.subplots(figsize=(9, 1.0 * len(widths) + 1.9), layout="constrained")
     axes.axvspan(base.mean(), base.mean() + 1, color="#e8e8e8", linewidth=0, zorder=0)
-    axes.axvline(base.mean(), color=GREY, linestyle="--", linewidth=1)
+    axes.axvline(base.mean(), color=GRAY, linestyle="--", linewidth=1)
     axes.text(
         base.mean() + 0.06,
         len(widths) - 0.3,
         "up to one point above float32",
-        color=GREY,
+        color=GRAY,
         fontsize=8.5,
         va="top",
     )

@@ -22,7 +22,7 @@ import common
 import encoder
 import jax
 import numpy as np
-from common import BLUE, GREY, ORANGE, plt
+from common import BLUE, GRAY, ORANGE, plt
 from matplotlib import ticker
 from scipy import stats
 
@@ -186,13 +186,13 @@ def picture(results: Sequence[Result]) -> common.Figure:
                 "its block size does not divide an axis",
                 transform=margin,
                 va="center",
-                color=GREY,
+                color=GRAY,
             )
             continue
         ends = [1 - r.weights.cosine, 1 - r.activations.cosine]
         left.plot(ends, [height] * 2, color="#dddddd", linewidth=5, zorder=1)
         left.text(1.08, height, f"{r.bits:.2f}", transform=margin, va="center", ha="right")
-    left.text(1.08, len(rows), "bits", transform=margin, ha="right", color=GREY)
+    left.text(1.08, len(rows), "bits", transform=margin, ha="right", color=GRAY)
     left.set_yticks(range(len(rows)), [r.name for r in rows], fontsize=8)
     left.set_ylim(-0.7, len(rows) - 0.3)
     left.tick_params(left=False)

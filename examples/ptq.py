@@ -32,7 +32,7 @@ import common
 import jax
 import numpy as np
 import smollm
-from common import BLUE, GREEN, GREY, ORANGE, PURPLE, plt
+from common import BLUE, GRAY, GREEN, ORANGE, PURPLE, plt
 from jax import numpy as jnp
 
 import jaxq
@@ -40,7 +40,7 @@ from jaxq import ptq
 
 RECIPES = ("int4_g64", "int3_g64", "nvfp4", "mxfp4", "raised", "mixed")
 LAYERS = "^layers/"
-COLORS = (ORANGE, BLUE, GREY, GREEN, PURPLE, "#56B4E9", "#F0E442", "#000000")
+COLORS = (ORANGE, BLUE, GRAY, GREEN, PURPLE, "#56B4E9", "#F0E442", "#000000")
 CANDIDATES = ("int2_g64", "int3_g64", "int4_g64")
 
 

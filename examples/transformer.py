@@ -26,7 +26,7 @@ import jax
 import language_model
 import numpy as np
 import optax
-from common import BLUE, GREEN, GREY, ORANGE, plt
+from common import BLUE, GRAY, GREEN, ORANGE, plt
 from jax import numpy as jnp
 
 import jaxq
@@ -66,8 +66,8 @@ class Configuration:
 
 DASHED, DOTTED, DASHDOTTED = (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5))
 CONFIGURATIONS = (
-    Configuration("float32", None, GREY),
-    Configuration("bfloat16", None, GREY, DASHED, jnp.bfloat16),
+    Configuration("float32", None, GRAY),
+    Configuration("bfloat16", None, GRAY, DASHED, jnp.bfloat16),
     Configuration("int8 weights and activations", "w8a8", BLUE, DOTTED),
     Configuration("FP8, current scaling", "fp8_training", BLUE),
     Configuration("FP8, delayed scaling", "fp8_training", BLUE, DASHDOTTED, delayed=True),
@@ -266,7 +266,7 @@ def picture(results: Sequence[Result]) -> common.Figure:
         right.plot(gap, height, "o", color=r.configuration.color)
         position = max(0, *each), height
         right.annotate(label, position, (8, 0), textcoords="offset points", va="center")
-    right.axvline(0, color=GREY, linewidth=1)
+    right.axvline(0, color=GRAY, linewidth=1)
     right.set_xlim(right=max(0.02, gaps.max()) * 1.25)
     right.set_ylim(-0.6, len(rows) - 0.4)
     right.set_yticks(heights, [r.configuration.label for r in rows])

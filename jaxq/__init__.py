@@ -12,10 +12,8 @@ from jaxq.formats import (
     Format,
     IntFormat,
     TaperedFormat,
-    fixed_point,
     formats_table,
     get_format,
-    p3109,
 )
 from jaxq.interop import load, save
 from jaxq.models import (
@@ -31,16 +29,12 @@ from jaxq.models import (
     tree_report,
 )
 from jaxq.numerics import (
-    BinaryGrid,
-    HalfUp,
     Stochastic,
     cast,
     decode,
     encode,
     float_grid,
     int_grid,
-    pack,
-    unpack,
 )
 from jaxq.products import (
     Accumulation,
@@ -53,7 +47,6 @@ from jaxq.products import (
     get_product_recipe,
     grad_cast,
     ragged_dot,
-    ragged_dot_general,
 )
 from jaxq.quantizers import (
     Quantized,
@@ -74,8 +67,6 @@ from jaxq.recipes import (
     PerTensor,
     PerToken,
     Recipe,
-    ScaleAndMin,
-    SignedScale,
     Symmetric,
     TwoLevel,
     get_recipe,
@@ -90,13 +81,11 @@ __all__ = [
     "MX",
     "Accumulation",
     "Affine",
-    "BinaryGrid",
     "CodebookFormat",
     "DoubleQuant",
     "FloatFormat",
     "Format",
     "Hadamard",
-    "HalfUp",
     "IntFormat",
     "Outliers",
     "PerBlock",
@@ -107,8 +96,6 @@ __all__ = [
     "Quantized",
     "Recipe",
     "Rule",
-    "ScaleAndMin",
-    "SignedScale",
     "SingleProduct",
     "Stochastic",
     "Symmetric",
@@ -128,7 +115,6 @@ __all__ = [
     "encode",
     "explain",
     "fake_quant",
-    "fixed_point",
     "float_grid",
     "formats",
     "formats_table",
@@ -147,8 +133,6 @@ __all__ = [
     "numerics",
     "observe",
     "optim",
-    "p3109",
-    "pack",
     "products",
     "ptq",
     "qat",
@@ -159,12 +143,10 @@ __all__ = [
     "quantized_sharding",
     "quantizers",
     "ragged_dot",
-    "ragged_dot_general",
     "recipes",
     "save",
     "serving",
     "tree_report",
-    "unpack",
 ]
 
 

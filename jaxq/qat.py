@@ -122,7 +122,7 @@ def dorefa(w: jax.Array, bits: int) -> jax.Array:
       Zhou et al., "DoReFa-Net" (2016), equations 9 and 10.
     """
     if not 2 <= bits <= 16:
-        raise ValueError(f"dorefa: `bits` must be 2 to 16, got {bits}. For 1, see `binary`.")
+        raise ValueError(f"dorefa: `bits` must be 2 to 16, got {bits}. Use 'binary' for 1 bit.")
     steps = 2**bits - 1
     units = (unit_tanh(w).astype(jnp.float32) * 0.5 + 0.5) * steps
     return (cast(units, IntFormat("dorefa", bits, signed=False)) * (2 / steps) - 1).astype(w.dtype)

@@ -1,6 +1,6 @@
 """Settings of the test suite: eight CPU devices, strict promotion, a cache of compiled programs."""
 
-import os
+import gc
 import pathlib
 
 import chex
@@ -11,14 +11,13 @@ chex.set_n_cpu_devices(8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# One cache per worker, because JAX 0.12 does not write its files atomically. With it, a second run
-# takes about a third of the processor time of the first.
+# Workers share one cache, and a second run takes about a third of the processor time of the first.
+# JAX 0.12 does not write its files atomically: it warns of an incomplete file and compiles again.
 _CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
-jax.config.update(
-    "jax_compilation_cache_dir", str(_CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main"))
-)
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+gc.set_threshold(50_000, 20, 50)  # Traced programs are many small objects, few of them garbage.
 
 
 class _Compilations:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -123,6 +124,12 @@ def product_kinds() -> list[str]:
             of_one = {("none",)} if quantizer is None else recipe_features(quantizer)
             features[name] |= {(place, feature) for feature in of_one}
     return cover(features)
+
+
+def normal(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> jax.Array:
+    """Returns normally distributed float32 numbers, without compiling a conversion of dtypes."""
+    numbers = scale * np.random.default_rng(seed).standard_normal(shape)
+    return jax.device_put(numbers.astype(np.float32))
 
 
 def all_float16() -> np.ndarray:

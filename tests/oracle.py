@@ -33,22 +33,6 @@ def magnitudes(fmt: jaxq.FloatFormat) -> tuple[list[float], float]:
     return [value(code) for code in range(codes)], value(codes)
 
 
-def decode_all(fmt: jaxq.FloatFormat) -> np.ndarray:
-    """Returns the value of every code."""
-    finite, _ = magnitudes(fmt)
-    size = 2 ** (fmt.exponent_bits + fmt.mantissa_bits)
-    half = np.full(size, np.nan)
-    half[: len(finite)] = finite
-    if fmt.inf:
-        half[len(finite)] = np.inf
-    if not fmt.signed:
-        return half
-    table = np.concatenate([half, -half])
-    if fmt.nan == "negative_zero":
-        table[size] = np.nan
-    return table
-
-
 def cast(
     x: np.ndarray, fmt: jaxq.FloatFormat, mode: str = "nearest_even", overflow: str | None = None
 ) -> np.ndarray:
@@ -110,13 +94,6 @@ def _cast_one(x, fmt, points, parity, largest, mode, overflow):
     if y == 0 and fmt.nan == "negative_zero":
         return 0.0
     return -y if negative else y
-
-
-def cast_integer(x: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """Rounds half to even to integers that saturate; NaN gives 0."""
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    wide = np.nan_to_num(np.asarray(x, np.float64), nan=0.0, posinf=1e9, neginf=-1e9)
-    return np.clip(np.rint(wide), low, high) + 0.0
 
 
 def nearest_level(x: np.ndarray, levels: list[float], ties: str) -> np.ndarray:

@@ -10,8 +10,9 @@ from jax import numpy as jnp
 
 import jaxq
 from tests import data
+from tests.data import normal
 from tests.oracle import assert_same, assert_same_trees
-from tests.test_dots import MATMUL, dot, normal
+from tests.test_dots import MATMUL, dot
 
 # A format close to the 22-bit accumulator of Hopper's float8 products.
 E8M13 = jaxq.FloatFormat("e8m13", 8, 13, inf=True, nan="ieee")

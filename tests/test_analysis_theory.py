@@ -225,7 +225,7 @@ def compare_with_samples(
 ) -> None:
     expected = expected_error(recipe, shape, name)
     mse, deviation = random_recipes.sample_errors(recipe, shape, name, rng)
-    signed = isinstance(recipe.scaling, jaxq.SignedScale)
+    signed = isinstance(recipe.scaling, jaxq.recipes.SignedScale)
     estimated = not signed and recipe.scaling.range not in ("absmax", "ema")
     slack = (1e-2 if estimated else 1e-3) * expected.mse
     assert abs(mse - expected.mse) <= 4 * max(deviation, expected.deviation) + slack

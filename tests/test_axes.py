@@ -10,7 +10,7 @@ from jaxq.recipes import RECIPES, PerChannel
 from tests import data
 from tests.oracle import assert_same_trees
 
-WEIGHT = jnp.asarray(np.random.default_rng(0).standard_normal((256, 128)), jnp.float32)
+WEIGHT = data.normal((256, 128))
 LAYOUTS = {
     "kernels [in, out]": (-2, lambda w, x: x @ w),
     "weights [out, in]": (-1, lambda w, x: w @ x),

@@ -11,7 +11,8 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
-from jaxq import MX, Affine, ScaleAndMin, SignedScale, Symmetric
+from jaxq import MX, Affine, Symmetric
+from jaxq.recipes import ScaleAndMin, SignedScale
 from tests import data
 from tests.oracle import assert_same
 

@@ -28,7 +28,7 @@ def batches(seed: int = 0) -> np.ndarray:
 def small(name: str):
     """Returns a calibrator with few bins and tries, for laws that do not depend on their number."""
     if name == "extremum":  # No other scaling than `SignedScale` has this calibrator.
-        return jaxq.SignedScale().calibrator
+        return jaxq.recipes.SignedScale().calibrator
     calibrator = CALIBRATORS[name]
     fields = {field.name for field in dataclasses.fields(calibrator)}
     fewer = {"digits": 4, "tries": 8}
@@ -38,7 +38,7 @@ def small(name: str):
 def recipe(name, *, two_sided: bool = False, channels: bool = True, bits: int = 4, **more):
     granularity = jaxq.PerChannel(-1) if channels else jaxq.PerTensor()
     if name == "extremum":
-        scaling = jaxq.SignedScale("float32", stored=True)
+        scaling = jaxq.recipes.SignedScale("float32", stored=True)
     else:
         scaling = jaxq.Affine(name) if two_sided else jaxq.Symmetric(name)
     return jaxq.Recipe(f"{'u' * two_sided}int{bits}", granularity, scaling, **more)
@@ -74,7 +74,7 @@ def run(xs, r, state=None):
 def range_of(scale: calibration.Calibrated, r: jaxq.Recipe) -> tuple[np.ndarray, np.ndarray]:
     """Returns the lower and upper ends of the range that scales cover."""
     fmt, s = r.element, np.asarray(scale.scale)
-    if isinstance(r.scaling, jaxq.SignedScale):
+    if isinstance(r.scaling, jaxq.recipes.SignedScale):
         return s * fmt.min, s * fmt.min
     if scale.zero_point is None:
         return -s * fmt.max, s * fmt.max
@@ -348,7 +348,7 @@ def test_invalid_arguments_raise():
 
 
 class TestGivenScales:
-    def test_are_used_unchanged(self):
+    def test_given_scales_are_used_unchanged(self):
         x = batches()[0]
         scale = np.float32([0.1, 0.3, 0.5])
         y = jaxq.fake_quant(x, "int4_channel", scale=scale)
@@ -373,7 +373,7 @@ class TestGivenScales:
             with pytest.raises(ValueError, match=text):
                 jaxq.fake_quant(shaped, name, **kw)
 
-    def test_clipped_gradient_uses_their_range(self):
+    def test_clipped_gradient_uses_range_of_given_scales(self):
         r = jaxq.Recipe("uint4", scaling=jaxq.Affine(), gradient="clipped")
         x = jnp.asarray([-1.1, -0.9, 0.0, 0.4, 0.6])
         g = jax.grad(lambda x: jaxq.fake_quant(x, r, scale=0.1, zero_point=10.0).sum())(x)

@@ -20,8 +20,8 @@ import safetensors.numpy
 import jaxq
 from jaxq import analysis
 from jaxq.cli import _compare as comparing
-from jaxq.cli import _measure as measure
 from jaxq.cli import _output as output
+from jaxq.cli import _pieces as pieces
 from jaxq.cli import main
 from jaxq.cli._formats import fields
 from jaxq.formats import FORMATS
@@ -132,12 +132,33 @@ def test_totals_equal_sums_over_tensors(capsys, checkpoint: pathlib.Path):
     assert result["left"]["excluded"] == ["bad", "empty"]
 
 
-def test_compiles_once_per_shape_and_recipe(tmp_path: pathlib.Path, capsys):
-    arrays = {f"w{i}": np.full((4, 8 + i % 2), i, np.float32) for i in range(20)}
+def test_compiles_once_per_recipe(tmp_path: pathlib.Path, capsys):
+    arrays = {f"w{i}": np.full((4, 8 + i), i, np.float32) for i in range(20)}
     safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
-    before = measure._measured._cache_size()
-    compared(capsys, str(tmp_path / "a.safetensors"), "--recipes", "int8_tensor")
-    assert measure._measured._cache_size() - before == 2
+    before = pieces._quantized._cache_size()
+    compared(capsys, str(tmp_path / "a.safetensors"), "--recipes", "fp8_e5m2_tensor")
+    assert pieces._quantized._cache_size() - before == 1
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_errors_of_pieces_are_those_of_whole_tensors(tmp_path: pathlib.Path, capsys, axis: int):
+    """Compares with `fake_quant`; int8_tensor of `long` takes two pieces, nf4_dq is not cut."""
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(64, 192)), "long": rng.normal(size=(1, 3, 64, 1600))}
+    arrays = {
+        name: np.float32(x * np.exp2(rng.integers(-3, 4, x.shape)) + 0.5)
+        for name, x in arrays.items()
+    }
+    safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
+    recipes = "int8_tensor,uint8_channel,mxfp4,nvfp4,nf4_dq,q4_1"
+    result = compared(
+        capsys, str(tmp_path / "a.safetensors"), "--recipes", recipes, "--axis", str(axis)
+    )
+    for row in result["tensors"]:
+        x = arrays[row["tensor"]]
+        error = np.float64(jaxq.fake_quant(x, row["recipe"], axis=axis)) - x
+        assert row["max_error"] == np.float32(np.abs(error).max())
+        assert row["mse"] == pytest.approx(np.mean(error**2), rel=1e-6)
 
 
 def test_tables_and_csv(capsys, checkpoint: pathlib.Path):
@@ -206,7 +227,10 @@ def test_report_explains_missing_picture(capsys, tmp_path: pathlib.Path, monkeyp
     arguments = ("compare", str(path), "--recipes", "int8_tensor,bfloat16", "--html", str(page))
     code, _, err = run(capsys, *arguments)
     assert (code, err) == (0, "")
-    assert "largest tensor that is not exact, w" in page.read_text()
+    text = page.read_text()
+    assert "<h2>Bits and SQNR of w</h2>" in text
+    assert "<h2>Bits and SQNR of exact</h2>" not in text
+    assert text.index("<td>w</td>") < text.index("<td>exact</td>")
     code, out, err = run(capsys, *arguments, "--exclude", "w")
     assert code == 0
     assert "int8_tensor" in out
@@ -313,7 +337,7 @@ def test_invalid_files_and_patterns(capsys, checkpoint: pathlib.Path, tmp_path: 
     cases = {
         (str(cut),): "bytes",
         (str(checkpoint), "--include", "["): "regular expression",
-        (str(checkpoint), "--include", "nothing"): "no floating tensor",
+        (str(checkpoint), "--include", "nothing"): "no floating-point tensor",
         (str(checkpoint), "--html", str(tmp_path)): "folder",
         (str(checkpoint), "--html", str(tmp_path / "no" / "r.html")): "No such file",
     }

@@ -108,7 +108,7 @@ def test_quantized_einsum_and_gradients_match_numpy(subscripts: str):
 
 def test_padding_of_last_contracted_axis():
     axes = of_einsum("xym,xyn->mn", 3, 3).axes[0]
-    with pytest.raises(ValueError, match="which is 4 x 6 of"):
+    with pytest.raises(ValueError, match="which have 4 x 6 elements in"):
         placed(jaxq.PerBlock(5), (4, 6, 8), axes)
     padded = placed(jaxq.PerBlock(5, pad=True), (4, 6, 8), axes)
     assert padded.block((4, 6, 8)) == (1, 5, 1)
@@ -168,12 +168,12 @@ def test_contracted_axes_of_convolution_and_gradients():
 @pytest.mark.parametrize(
     ("granularity", "subscripts", "text"),
     [
-        (jaxq.PerBlock(3), "mk,kn->mn", "blocks of 3 must divide .* which is 16 of"),
-        (jaxq.PerBlock(32), "bmk,bnk->bmn", "which is 16 of a tensor of shape"),
-        (jaxq.PerBlock((3, 4)), "mk,kn->mn", "which is 8"),
+        (jaxq.PerBlock(3), "mk,kn->mn", "blocks of 3 must divide .* which have 16 elements in"),
+        (jaxq.PerBlock(32), "bmk,bnk->bmn", "which have 16 elements in a tensor of shape"),
+        (jaxq.PerBlock((3, 4)), "mk,kn->mn", "which have 8 elements"),
         (jaxq.PerBlock(4), "m,n->mn", "no axis of a tensor of shape"),
         (jaxq.PerBlock(4, axes=2), "mk,kn->mn", "an operand counts as a matrix"),
-        (jaxq.PerBlock((2, 4)), "k,kn->n", "which is no axis of a tensor"),
+        (jaxq.PerBlock((2, 4)), "k,kn->n", "which have no elements in a tensor"),
         (jaxq.PerChannel(-1), "k,kn->n", "index the free axes; .* has 0 here"),
         (jaxq.PerChannel(1), "mk,kn->mn", "index the free axes; .* has 1 here"),
     ],

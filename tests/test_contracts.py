@@ -266,7 +266,8 @@ class TestRecipes:
         recipe = jaxq.get_recipe(name)
         text = repr(recipe)
         assert len(text) < 300
-        assert eval(text, dict(vars(jaxq))) == recipe
+        names = vars(jaxq) | vars(jaxq.recipes) | vars(jaxq.numerics)
+        assert eval(text, names) == recipe
 
     def test_fake_quant_is_idempotent(self, name):
         """Skips recipes with a zero point or a mean, which are not idempotent."""
@@ -274,7 +275,7 @@ class TestRecipes:
         plain = not scaling.two_sided and scaling.range == "absmax" and not scaling.search
         if not plain or not scaling.stored:
             pytest.skip("a second pass may change this recipe's values")
-        x = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
+        x = data.normal(SHAPE)
         y = jaxq.fake_quant(x, name)
         assert_same(jaxq.fake_quant(y, name), y)
 
@@ -365,7 +366,7 @@ class TestStructures:
             assert_quantize_equals_fake_quant(x.astype(jnp.bfloat16), name)
 
     def test_bits_inside_larger_program_with_gradient(self, name):
-        x = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
+        x = data.normal(SHAPE)
 
         def step(carry, x):
             before = jax.nn.standardize(x @ x.T)
@@ -432,8 +433,7 @@ class TestDotRecipes:
     SIZE = 128  # Divisible by the block sizes of all recipes.
 
     def operands(self):
-        rng = np.random.default_rng(0)
-        return tuple(jnp.asarray(rng.standard_normal((2, self.SIZE, self.SIZE)), jnp.float32))
+        return tuple(data.normal((self.SIZE, self.SIZE), seed) for seed in (0, 1))
 
     def dot(self, name, x, w):
         key = jax.random.key(0) if PRODUCT_RECIPES[name].draws else None

@@ -49,7 +49,7 @@ def weights():
     names = ("jit", "checkpoint", "cond", "own", "while", "vmap", "scanned")
     rng = np.random.default_rng(0)
     shapes = {**dict.fromkeys(names, (8, 8)), "table": (9, 8), "scanned": (2, 8, 8)}
-    return {n: jnp.asarray(rng.standard_normal(s) / 3, jnp.float32) for n, s in shapes.items()}
+    return {n: jax.device_put(np.float32(rng.standard_normal(s) / 3)) for n, s in shapes.items()}
 
 
 def run(params, rules):

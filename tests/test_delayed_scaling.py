@@ -21,7 +21,7 @@ def powers(seed: int, shape: tuple[int, ...], top: float) -> jax.Array:
     """Returns random numbers whose amax is a power of two, so that 448 / (448 / amax) is exact."""
     x = np.random.default_rng(seed).standard_normal(shape).clip(-0.9, 0.9)
     x[0, 0] = -1
-    return jnp.asarray(x * top, jnp.float32)
+    return jax.device_put(np.float32(x * top))
 
 
 def weighted(params, x, g):

@@ -68,13 +68,16 @@ SLOW = {DOCS / "pictures.md", DOCS / "guides" / "diverged.md"}
 
 
 @pytest.mark.parametrize("path", data.each(DOCUMENTS, {*DOCUMENTS} - SLOW), ids=identifier)
-def test_code_of_pages_runs(path: pathlib.Path):
+def test_code_of_pages_runs(
+    path: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
     assert not (is_notebook(path) and blocks(path)), (
         "the code of a notebook must be in {code-cell} blocks"
     )
     assert is_notebook(path) or "{code-cell}" not in path.read_text(), (
         "a page with cells needs a kernel in its header"
     )
+    monkeypatch.chdir(tmp_path)  # Pages write files.
     namespace: dict[str, object] = {}
     for block in blocks(path):
         exec(compile(block, str(path), "exec"), namespace)

@@ -20,17 +20,12 @@ MATMUL = (((1,), (0,)), ((), ()))
 KEY = jax.random.key(7)
 # Recipes without quantizers: one calls JAX directly, the other uses the custom gradient rule.
 UNQUANTIZED = [jaxq.ProductRecipe(), jaxq.ProductRecipe(residuals="original")]
-ROUNDOFF = float(np.finfo(np.float32).eps / 2)
-
-
-def normal(shape, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def both_gradients(f, x, w):
     """Returns the value and the gradients of both operands for a random cotangent."""
     y, pull = jax.vjp(f, x, w)
-    return (y, *pull(normal(y.shape, 9).astype(y.dtype)))
+    return (y, *pull(data.normal(y.shape, 9).astype(y.dtype)))
 
 
 def dot(x, w, recipe, key=None):
@@ -46,7 +41,7 @@ class TestWithoutQuantizers:
             assert_same(got, want)
 
     def test_dot_general_without_recipes_equals_jax(self, recipe):
-        x, w = normal((3, 4, 5, 6)), normal((6, 3, 7, 4), 1)
+        x, w = data.normal((3, 4, 5, 6)), data.normal((6, 3, 7, 4), 1)
         numbers = (((3, 1), (0, 3)), ((0,), (1,)))
         options = {"precision": "highest", "preferred_element_type": jnp.float32}
         self.agree(
@@ -58,7 +53,7 @@ class TestWithoutQuantizers:
 
     @pytest.mark.parametrize("subscripts", ["...ij,...jk->k...i", "bhqd,bhkd"])
     def test_einsum_without_recipes_equals_jax(self, recipe, subscripts):
-        x, w = normal((2, 3, 4, 5)), normal((2, 3, 5, 5), 1)
+        x, w = data.normal((2, 3, 4, 5)), data.normal((2, 3, 5, 5), 1)
         self.agree(
             lambda x, w: jaxq.einsum(subscripts, x, w, recipe=recipe),
             lambda x, w: jnp.einsum(subscripts, x, w),
@@ -75,7 +70,7 @@ class TestWithoutQuantizers:
             "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
             "feature_group_count": groups,
         }
-        x, w = normal((2, 7, 6, 4)), normal((3, 2, 4 // groups, 8), 1)
+        x, w = data.normal((2, 7, 6, 4)), data.normal((3, 2, 4 // groups, 8), 1)
         self.agree(
             lambda x, w: jaxq.conv_general_dilated(x, w, **options, recipe=recipe),
             lambda x, w: lax.conv_general_dilated(x, w, **options),
@@ -85,11 +80,11 @@ class TestWithoutQuantizers:
 
 
 def test_no_recipe_equals_jax():
-    x, w = normal((2, 3)), normal((3, 4), 1)
+    x, w = data.normal((2, 3)), data.normal((3, 4), 1)
     assert_same(jaxq.dot_general(x, w, MATMUL), lax.dot_general(x, w, MATMUL))
-    three = ("ij,jk,kl->il", x, w, normal((4, 5), 2))
+    three = ("ij,jk,kl->il", x, w, data.normal((4, 5), 2))
     assert_same(jaxq.einsum(*three), jnp.einsum(*three))
-    image, kernel = normal((1, 2, 5, 5)), normal((3, 2, 3, 3), 1)
+    image, kernel = data.normal((1, 2, 5, 5)), data.normal((3, 2, 3, 3), 1)
     arguments = (image, kernel, (1, 1), "VALID")
     assert_same(jaxq.conv_general_dilated(*arguments), lax.conv_general_dilated(*arguments))
 
@@ -126,7 +121,11 @@ def test_gradients_match_formula(name: str):
     """Compares bitwise with `lax.dot_general` of quantized operands."""
     recipe = jaxq.get_product_recipe(name)
     size = 128 if "128" in name else 32
-    x, w, g = normal((size, 2 * size)), normal((2 * size, 3 * size), 1), normal((size, 3 * size), 2)
+    x, w, g = (
+        data.normal((size, 2 * size)),
+        data.normal((2 * size, 3 * size), 1),
+        data.normal((size, 3 * size), 2),
+    )
     keys = [jax.random.split(key, 3) for key in jax.random.split(KEY, 3)]
     key = KEY if recipe.draws else None
 
@@ -229,7 +228,7 @@ class TestPublishedRecipes:
 
 
 def test_residuals_are_quantized_or_original_operands():
-    x, w, g = normal((8, 16)), normal((16, 4), 1), normal((8, 4), 2)
+    x, w, g = data.normal((8, 16)), data.normal((16, 4), 1), data.normal((8, 4), 2)
     qx, qw = jaxq.fake_quant(x, "int8_token"), jaxq.fake_quant(w, "int4_channel")
     for residuals, left, right in (("quantized", qx, qw), ("original", x, w)):
         recipe = jaxq.ProductRecipe("int8_token", "int4_channel", residuals=residuals)
@@ -242,7 +241,7 @@ def test_residuals_are_quantized_or_original_operands():
 
 def test_gradient_estimators_of_operands():
     clipped = jaxq.Recipe("int4", scaling=jaxq.Symmetric("absmean"), gradient="clipped")
-    x, w = normal((8, 16)), normal((16, 4), 1)
+    x, w = data.normal((8, 16)), data.normal((16, 4), 1)
     for residuals in ("quantized", "original"):
         recipe = jaxq.ProductRecipe(clipped, clipped, residuals=residuals)
         _, dx, dw = both_gradients(lambda x, w, r=recipe: dot(x, w, r), x, w)
@@ -273,7 +272,7 @@ class TestDerivatives:
     )
 
     def test_forward_mode_matches_product_rule(self):
-        x, w, dx, dw = (normal(shape, i) for i, shape in enumerate([(4, 8), (8, 3)] * 2))
+        x, w, dx, dw = (data.normal(shape, i) for i, shape in enumerate([(4, 8), (8, 3)] * 2))
         for recipe in (self.RECIPE, dataclasses.replace(self.RECIPE, execution="native")):
             f = functools.partial(dot, recipe=recipe)
             y, tangent = jax.jvp(f, (x, w), (dx, dw))
@@ -282,7 +281,7 @@ class TestDerivatives:
 
     @pytest.mark.parametrize("execution", ["emulated", "native"])
     def test_second_derivatives_are_straight_through(self, execution):
-        x, w, v = normal((4, 8)), normal((8, 3), 1), normal((4, 8), 2)
+        x, w, v = data.normal((4, 8)), data.normal((8, 3), 1), data.normal((4, 8), 2)
         recipe = dataclasses.replace(
             self.RECIPE, dlhs=dataclasses.replace(self.BOTH, execution=execution)
         )
@@ -298,7 +297,7 @@ class TestDerivatives:
         np.testing.assert_allclose(reverse, quantized(v @ seen) @ seen.T, rtol=1e-5, atol=1e-5)
 
     def test_second_derivatives_equal_those_of_composition(self):
-        x, w, v = normal((4, 8)), normal((8, 3), 1), normal((4, 8), 2)
+        x, w, v = data.normal((4, 8)), data.normal((8, 3), 1), data.normal((4, 8), 2)
 
         def composed(x):
             y = jaxq.fake_quant(x, "int8_token") @ jaxq.fake_quant(w, "int8_channel")
@@ -314,7 +313,7 @@ class TestDerivatives:
 
 class TestKeys:
     def test_missing_and_unused_keys_raise(self):
-        x, w = normal((4, 8)), normal((8, 3), 1)
+        x, w = data.normal((4, 8)), data.normal((8, 3), 1)
         assert_same(dot(x, w, "int8_training"), dot(x, w, "w8a8"))  # The forward pass needs no key.
         with pytest.raises(ValueError, match=r"gradient of `lhs`: .*random numbers for lhs.*`key`"):
             jax.grad(lambda x: dot(x, w, "int8_training").sum())(x)
@@ -334,14 +333,14 @@ class TestKeys:
         rough = jaxq.Recipe("int2", rounding="stochastic")
         both = SingleProduct(rough, rough)
         recipe = jaxq.ProductRecipe(rough, rough, dlhs=both, drhs=both, residuals="original")
-        x = normal((16, 16))
+        x = data.normal((16, 16))
         eye = jnp.eye(16)
         seen = [dot(x, eye, recipe, KEY), dot(eye, x, recipe, KEY)]
         seen += jax.vjp(lambda a, b: dot(a, b, recipe, KEY), eye, eye)[1](x)
         assert all((a != b).any() for a, b in itertools.combinations(seen, 2))
 
     def test_under_jit_vmap_scan_and_remat(self):
-        x, w = normal((4, 8)), normal((8, 3), 1)
+        x, w = data.normal((4, 8)), data.normal((8, 3), 1)
         f = lambda x, key: (dot(x, w, "int8_training", key) ** 2).sum()
         keys = jax.random.split(KEY, 2)
 
@@ -358,13 +357,16 @@ class TestKeys:
             np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
 
     def test_raw_keys_draw_the_same_bits_as_typed_keys(self):
-        x, w, old = normal((4, 8)), normal((8, 3), 1), jax.random.PRNGKey(7)
+        x, w, old = data.normal((4, 8)), data.normal((8, 3), 1), jax.random.PRNGKey(7)
         f = jax.jit(jax.grad(lambda x, key: dot(x, w, "int8_training", key).sum()))
         assert_same(f(x, old), f(x, jax.random.wrap_key_data(old)))
 
 
 def test_vmap_computes_scales_per_element():
-    x, w = normal((3, 4, 8)) * jnp.asarray([1.0, 9.0, 81.0])[:, None, None], normal((8, 5), 1)
+    x, w = (
+        data.normal((3, 4, 8)) * jnp.asarray([1.0, 9.0, 81.0])[:, None, None],
+        data.normal((8, 5), 1),
+    )
     both = SingleProduct("int8_tensor", "int8_tensor")
     recipe = jaxq.ProductRecipe("int8_tensor", "int8_tensor", dlhs=both, drhs=both)
     f = jax.jit(lambda x, w: both_gradients(lambda x, w: dot(x, w, recipe), x, w))
@@ -375,7 +377,7 @@ def test_vmap_computes_scales_per_element():
 
 
 def test_half_precision_dtypes():
-    x, w = normal((16, 32)).astype(jnp.bfloat16), normal((32, 16), 1).astype(jnp.bfloat16)
+    x, w = data.normal((16, 32)).astype(jnp.bfloat16), data.normal((32, 16), 1).astype(jnp.bfloat16)
     options = {"preferred_element_type": jnp.float32}
 
     @jax.jit
@@ -395,7 +397,7 @@ def test_half_precision_dtypes():
 def test_convolution_matches_formula():
     """Uses scales per image, per feature, and per block of channels or of the batch."""
     options = {"window_strides": (1, 2), "padding": "SAME"}
-    x, w = normal((4, 8, 5, 6)), normal((8, 8, 3, 3), 1)
+    x, w = data.normal((4, 8, 5, 6)), data.normal((8, 8, 3, 3), 1)
     conv = functools.partial(lax.conv_general_dilated, **options)
     block = jaxq.Recipe("int8", jaxq.PerBlock(4))
     recipe = jaxq.ProductRecipe(
@@ -412,7 +414,7 @@ def test_convolution_matches_formula():
 
     y, pull = jax.vjp(lambda x, w: jaxq.conv_general_dilated(x, w, **options, recipe=recipe), x, w)
     assert_same(y, conv(fake(x, 0), fake(w, 0)))
-    g = normal(y.shape, 2)
+    g = data.normal(y.shape, 2)
     (dx,) = jax.linear_transpose(lambda x: conv(x, fake(w, block=0)), x)(fake(g, block=1))
     (dw,) = jax.linear_transpose(lambda w: conv(fake(x, 1), w), w)(fake(g, block=0))
     for got, want in zip(pull(g), (dx, dw), strict=True):
@@ -425,9 +427,9 @@ def test_calls_of_one_shape_compile_once():
     def step(w, x, key):
         return w - 0.1 * jax.grad(lambda w: (dot(x, w, "int8_training", key) ** 2).sum())(w)
 
-    w = normal((8, 3))
+    w = data.normal((8, 3))
     for i in range(3):
-        w = step(w, normal((4, 8), i), jax.random.fold_in(KEY, i))
+        w = step(w, data.normal((4, 8), i), jax.random.fold_in(KEY, i))
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a16", "fp8_training", "mxfp8_training"])
@@ -457,18 +459,22 @@ def test_temporaries_have_size_of_quantized_operands(name: str):
             TypeError,
             "dot_general: rhs: must be of dtype .* got int32",
         ),
-        (lambda x, w: dot(x, w, "mxfp8_training"), ValueError, "dot_general: lhs: .*which is 8 of"),
+        (
+            lambda x, w: dot(x, w, "mxfp8_training"),
+            ValueError,
+            "dot_general: lhs: .*which have 8 elements",
+        ),
         (
             lambda x, w: jax.grad(lambda x: dot(x, w, jaxq.ProductRecipe(dlhs=BLOCKS)).sum())(x),
             ValueError,
-            "dot_general, gradient of `lhs`: the cotangent: .*blocks of 4 .* which is 3 of",
+            "dot_general, gradient of `lhs`: the cotangent: .*blocks of 4 .* which have 3",
         ),
         (
             lambda x, w: jax.grad(lambda w: dot(x, w, jaxq.ProductRecipe(drhs=TRANSFORMED)).sum())(
                 w
             ),
             ValueError,
-            r"gradient of `rhs`: the cotangent: Hadamard\(16\): blocks of 16 .* which is 4 of",
+            r"gradient of `rhs`: the cotangent: Hadamard\(16\): blocks of 16 .* which have 4",
         ),
         (
             lambda x, w: jaxq.einsum("ij,jk,kl->il", x, w, w, recipe="w8a16"),
@@ -506,7 +512,7 @@ def test_temporaries_have_size_of_quantized_operands(name: str):
 )
 def test_invalid_arguments_raise(call, error, text):
     with pytest.raises(error, match=text):
-        call(normal((4, 8)), normal((8, 3), 1))
+        call(data.normal((4, 8)), data.normal((8, 3), 1))
 
 
 BLOCKS = SingleProduct(jaxq.Recipe("int4", jaxq.PerBlock(4)))

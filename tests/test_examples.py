@@ -166,9 +166,9 @@ def test_bfloat16_updates_need_stochastic_rounding(tmp_path: pathlib.Path, capsy
     picture = tmp_path / "bfloat16_updates.png"
     results = load("bfloat16_updates").main(["--short", "--output", str(picture)])
     full, nearest, stochastic = results
-    learnt = full.losses[:, 0].mean() - full.losses[:, -1].mean()
-    assert learnt > 0.5
-    assert nearest.losses[:, 0].mean() - nearest.losses[:, -1].mean() < 0.3 * learnt
+    learned = full.losses[:, 0].mean() - full.losses[:, -1].mean()
+    assert learned > 0.5
+    assert nearest.losses[:, 0].mean() - nearest.losses[:, -1].mean() < 0.3 * learned
     np.testing.assert_allclose(stochastic.losses[:, -1], full.losses[:, -1], rtol=0.05)
     assert nearest.idle.mean() > 0.9
     assert nearest.applied.mean() < 0.2

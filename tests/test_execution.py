@@ -18,8 +18,9 @@ from jax import numpy as jnp
 
 import jaxq
 from tests import data
+from tests.data import normal
 from tests.oracle import assert_same
-from tests.test_dots import both_gradients, dot, normal
+from tests.test_dots import both_gradients, dot
 
 HALF_EPS = float(np.finfo(np.float32).eps) / 2
 # jaxlib for CPU supports scaled_matmul since version 0.11.

@@ -1,7 +1,6 @@
 """Functions exported with symbolic dimensions give the same bits as those compiled per shape."""
 
 import jax
-import numpy as np
 import pytest
 from jax import export, lax
 from jax import numpy as jnp
@@ -16,7 +15,7 @@ KEY = jax.random.key(1)
 
 
 def array(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), jnp.float32)
+    return data.normal(shape, sum(shape))
 
 
 def symbolic(shape: str) -> jax.ShapeDtypeStruct:
@@ -79,7 +78,7 @@ def test_all_named_recipes():
 
 def test_calibrators_export_with_a_symbolic_batch():
     def recipe(name, granularity):
-        scaling = jaxq.SignedScale() if name == "extremum" else jaxq.Symmetric(name)
+        scaling = jaxq.recipes.SignedScale() if name == "extremum" else jaxq.Symmetric(name)
         return jaxq.Recipe("int4", granularity, scaling)
 
     recipes = {
@@ -113,7 +112,7 @@ def test_rounding_modes_on_any_axis():
 
 def test_other_recipes_export_with_symbolic_shapes():
     recipes = {
-        "minimum": jaxq.Recipe("uint4", jaxq.PerChannel(-1), jaxq.ScaleAndMin()),
+        "minimum": jaxq.Recipe("uint4", jaxq.PerChannel(-1), jaxq.recipes.ScaleAndMin()),
         "stochastic": jaxq.Recipe("int8", rounding="stochastic"),
         "search": jaxq.Recipe("int4", scaling=jaxq.Symmetric(search=(1.0, 0.9))),
         "outliers": jaxq.Recipe("int4", outliers=jaxq.Outliers(0.1)),

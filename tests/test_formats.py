@@ -139,8 +139,8 @@ def test_formats_are_found_by_name_and_dtype():
         (lambda: jaxq.IntFormat("x", 1, narrow=True), "2 signed bits"),
         (lambda: jaxq.CodebookFormat("x", (1.0, 1.0)), "must differ"),
         (lambda: jaxq.CodebookFormat("x", (1.0, math.inf)), "finite"),
-        (lambda: jaxq.p3109(16, 3), "`bits` must be 3 to 15"),
-        (lambda: jaxq.p3109(8, 8), "`precision` 1 to bits - 1"),
+        (lambda: jaxq.formats.p3109(16, 3), "`bits` must be 3 to 15"),
+        (lambda: jaxq.formats.p3109(8, 8), "`precision` 1 to bits - 1"),
         (lambda: jaxq.Recipe("float8_e4m3fn", scaling=jaxq.Affine()), "needs an integer format"),
         (lambda: jaxq.Stochastic(24), "`bits` must be 1 to 23"),
         (lambda: jaxq.float_grid(4, 3, inf=True, nan=False), "needs nan=True"),
@@ -159,8 +159,8 @@ def test_pack_and_unpack(bits: int):
 
     @jax.jit
     def both(rows):
-        packed = [jaxq.pack(codes, bits) for codes in rows]
-        back = [jaxq.unpack(p, bits, n) for p, n in zip(packed, lengths, strict=True)]
+        packed = [jaxq.numerics.pack(codes, bits) for codes in rows]
+        back = [jaxq.numerics.unpack(p, bits, n) for p, n in zip(packed, lengths, strict=True)]
         return packed, back
 
     for codes, packed, unpacked in zip(rows, *both(rows), strict=True):
@@ -212,4 +212,4 @@ class TestBadInput:
         with pytest.raises(ValueError, match="codes of 16 bits"):
             jaxq.decode(jnp.uint8(3), "bfloat16")
         with pytest.raises(ValueError, match="fill 2 bytes, got 1"):
-            jaxq.unpack(jnp.zeros(1, jnp.uint8), 4, 3)
+            jaxq.numerics.unpack(jnp.zeros(1, jnp.uint8), 4, 3)

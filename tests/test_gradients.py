@@ -91,7 +91,7 @@ def test_cast_matches_formula(name: str, fmt: str):
 
 # The rule that uses the lowest code, as a cast does.
 HALF = jaxq.Symmetric(rule="half")
-MINIMUM = jaxq.ScaleAndMin(stored=True, reciprocal=False)
+MINIMUM = jaxq.recipes.ScaleAndMin(stored=True, reciprocal=False)
 RECIPES = {
     "int4 per channel": ("int4", CHANNEL, jaxq.Symmetric()),
     "int4 in blocks": ("int4", BLOCKS, jaxq.Symmetric()),

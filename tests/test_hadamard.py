@@ -6,8 +6,9 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
+from tests.data import normal
 from tests.oracle import assert_same
-from tests.test_dots import MATMUL, both_gradients, dot, normal
+from tests.test_dots import MATMUL, both_gradients, dot
 
 
 def matrix(size: int) -> np.ndarray:
@@ -96,6 +97,15 @@ def test_half_precision_is_transformed_in_float32():
 
     want = jaxq.fake_quant(transform(x), "nvfp4") @ transform(w).T
     assert_same(jaxq.dot_general(x, w, MATMUL, recipe=recipe), want)
+
+
+def test_weights_that_are_transformed_before_quantization_are_not_stored():
+    recipe = jaxq.ProductRecipe(None, "int4_g32", hadamard=jaxq.Hadamard(32, (1, -1) * 16))
+    model = lambda w, x: x @ w
+    w, x = np.random.default_rng(0).standard_normal((2, 32, 32)).astype(np.float32)
+    with pytest.warns(UserWarning, match="its product quantizes its Hadamard transform"):
+        packed = jaxq.quantize_weights(model, recipe)(w, x)
+    assert packed is w
 
 
 @pytest.mark.parametrize(

@@ -43,3 +43,24 @@ def test_docstrings_start_with_a_verb_or_a_noun(folder: str):
             if QUESTION.match(line) or (function and not VERB.match(line)):
                 bad.append(f"{path.relative_to(ROOT)}: {line}")
     assert not bad, "\n".join(bad)
+
+
+# The first letters of words that American English spells in another way.
+BRITISH = re.compile(
+    r"\b(catalogue|colour|behaviour|neighbour|favour|centre\b|centred|analys(e|ed|ing)\b|grey\b"
+    r"|(quanti|normali|optimi|seriali|initiali|recogni|summari|organi|minimi|maximi|generali)s(e|ing)"
+    r"|(label|model|cancel|travel)l(ed|ing)\b|artefact|licence|programme\b|learnt\b|spelt\b|judgement)",
+    re.IGNORECASE,
+)
+
+
+def test_spelling_is_american():
+    texts = [*SOURCES, *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("*.toml")]
+    bad = []
+    for path in texts:
+        if "_build" in path.parts or path.name == pathlib.Path(__file__).name:
+            continue
+        words = {found[0] for found in BRITISH.finditer(path.read_text())}
+        if words:
+            bad.append(f"{path.relative_to(ROOT)}: {', '.join(sorted(words))}")
+    assert not bad, "\n".join(bad)

@@ -147,7 +147,7 @@ def test_sharded_step_matches_bits_and_adds_only_amax_collectives(recipe: str, n
     ids=str,
 )
 def test_stored_weights_are_gathered_packed(recipe: str, kind: AxisType):
-    """Checks that the model gathers packed weights and dequantizes them afterwards."""
+    """Checks that the model gathers packed weights and dequantizes them afterward."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     layout, rules = LAYOUTS["FSDP"], [("", RECIPES[recipe])]
     whole, of_data, of_down, of_up = (

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
 from jax import lax
 from jax import numpy as jnp
@@ -12,7 +11,7 @@ import jaxq
 from tests import data
 from tests.oracle import assert_same
 
-TABLE = jnp.asarray(np.random.default_rng(0).standard_normal((40, 6, 32)), jnp.float32)
+TABLE = data.normal((40, 6, 32))
 BY_ROW = jaxq.Recipe("int4", jaxq.PerChannel(0), gradient="clipped")
 IDS = jnp.array([[3, 39], [3, 0]])
 

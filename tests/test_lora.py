@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import lora, ptq
+from tests import data
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -17,7 +18,7 @@ INT3 = jaxq.Recipe("int3", jaxq.PerBlock(16))
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return data.normal(shape, seed)
 
 
 def model(params, x):

@@ -69,10 +69,10 @@ def test_products_work_on_explicit_axes(recipe: str):
 
 def test_packing_works_on_explicit_axes():
     codes = np.arange(128 * 256, dtype=np.uint8).reshape(128, 256) % 8
-    packed = jaxq.pack(sharded(codes, ("a", "b")), bits=3)
+    packed = jaxq.numerics.pack(sharded(codes, ("a", "b")), bits=3)
     assert jax.typeof(packed).sharding.spec == PartitionSpec("a", "b")
-    np.testing.assert_array_equal(packed, jaxq.pack(codes, bits=3))
-    np.testing.assert_array_equal(jaxq.unpack(packed, bits=3, n=256), codes)
+    np.testing.assert_array_equal(packed, jaxq.numerics.pack(codes, bits=3))
+    np.testing.assert_array_equal(jaxq.numerics.unpack(packed, bits=3, n=256), codes)
 
 
 @pytest.mark.parametrize(

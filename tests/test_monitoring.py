@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq.analysis import Monitoring, monitor
+from tests import data
 from tests.oracle import assert_same
 
 FP8 = [("", "fp8_training")]
@@ -31,7 +32,7 @@ ALL = Monitoring(
 
 
 def normal(seed: int, *shape: int, size: float = 1.0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * size, jnp.float32)
+    return data.normal(shape, seed, size)
 
 
 def weighted(params, x, g):
@@ -279,8 +280,8 @@ def test_devices_share_statistics_of_the_whole_array():
     request = Monitoring(statistics=VALUES)
     want = watched(squared, [], request, params, x)[2].statistics()
     placed = jax.device_put(x, jax.NamedSharding(mesh, P("data")))
-    for fn, data in ((inside, x), (squared, placed)):
-        got = watched(fn, [], request, params, data)[2].statistics()
+    for fn, batch in ((inside, x), (squared, placed)):
+        got = watched(fn, [], request, params, batch)[2].statistics()
         (own,) = got.values()
         for name, value in want["w"].items():
             np.testing.assert_allclose(own[name], value, rtol=1e-6, atol=1e-7, err_msg=name)

@@ -30,11 +30,7 @@ def _promotion():
 
 
 def parameters() -> dict:
-    rng = np.random.default_rng(0)
-    return {
-        "w": jnp.asarray(rng.standard_normal((70, 77)), jnp.float32),
-        "b": jnp.asarray(rng.standard_normal(77), jnp.float32),
-    }
+    return {"w": data.normal((70, 77)), "b": data.normal((77,), 1)}
 
 
 def gradients(step: int, params: dict | None = None) -> dict:
@@ -402,7 +398,7 @@ class TestQuantizedState:
         assert shapes.inner[0].mu["w"].row.codes == (70 * 77,)
 
     def test_divisible_rows_keep_their_shape(self):
-        w = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2048)), jnp.float32)
+        w = data.normal((4, 2048))
         update = optim.quantize_state(optax.sgd(1.0, momentum=0.9))
         state = update.update(w, update.init(w))[1].inner[0].trace
         chex.assert_shape(state, (4, 2048))
@@ -451,7 +447,7 @@ class TestQuantizedGradients:
 
     def test_error_feedback_preserves_sum(self):
         """Checks that emitted updates sum to the gradients minus the residual, up to rounding."""
-        n, g = 200, jnp.asarray(np.random.default_rng(0).standard_normal((3, 5)), jnp.float32)
+        n, g = 200, data.normal((3, 5))
 
         def total(**options):
             tx = optim.quantize_gradients(jaxq.Recipe("ternary"), **options)

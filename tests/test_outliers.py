@@ -113,5 +113,5 @@ def test_invalid_arguments_raise():
     ):
         with pytest.raises(ValueError, match=text):
             jaxq.Outliers(**fields)
-    with pytest.raises(ValueError, match="places in the whole tensor"):
+    with pytest.raises(ValueError, match="positions in the whole tensor"):
         jaxq.quantize(heavy(), recipe())[0]

@@ -45,6 +45,43 @@ def test_cast_has_at_most_25_equations(name: str):
     assert 10 < equations(jaxpr.jaxpr) <= (30 if name in POWERS_OF_TWO else 25)
 
 
+# Lines of StableHLO of a product with both gradients, which bound the time to compile it.
+LINES = {"w8a8": 320, "int8_training": 930, "mxfp8_training": 590, "nvfp4_training": 1750}
+
+
+@pytest.mark.parametrize("name", data.each(LINES, ["nvfp4_training"]))
+def test_product_is_lowered_to_few_lines(name: str):
+    key = jax.random.key(0) if jaxq.get_product_recipe(name).draws else None
+
+    def product(x, w, g):
+        f = lambda x, w: jaxq.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=name, key=key)
+        return jax.vjp(f, x, w)[1](g)
+
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    lines = jax.jit(product).lower(x, x, x).as_text().count("\n")
+    assert LINES[name] * 0.8 < lines <= LINES[name]
+
+
+def test_gradient_of_scan_keeps_one_array_of_keys():
+    """Counts arrays, because each one that a loop keeps is a kernel in both loops."""
+
+    def loss(x, weights, keys):
+        def step(x, parts):
+            w, key = parts
+            product = (((1,), (0,)), ((), ()))
+            return jaxq.dot_general(x, w, product, recipe="nvfp4_training", key=key), None
+
+        return jax.lax.scan(step, x, (weights, keys))[0].sum()
+
+    x = jax.ShapeDtypeStruct((32, 32), jnp.float32)
+    weights = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, weights, keys).jaxpr
+    forward = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
+    kept = [v for v in forward.outvars if jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key)]
+    assert len(kept) == 1
+
+
 def test_statistics_of_equal_tensors_are_traced_once():
     """Counts reductions: inner functions that are traced again would appear again in the text."""
 

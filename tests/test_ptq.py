@@ -81,7 +81,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", data.each(sorted(KINDS), {"uint4_channel", "nvfp4"}))
+@pytest.mark.parametrize("name", data.each(sorted(KINDS), {"uint4_channel"}))
 def test_gptq_keeps_the_scales_and_lowers_the_loss(name: str):
     x = samples(128)
     weight, gram = kernel(128, 128), hessian(x)
@@ -92,6 +92,7 @@ def test_gptq_keeps_the_scales_and_lowers_the_loss(name: str):
     assert loss(q, weight, gram) < 0.8 * loss(plain, weight, gram)
 
 
+@pytest.mark.slow
 def test_permuted_inputs_permute_the_answer():
     weight, gram = kernel(), hessian(samples())
     rows = np.random.default_rng(2).permutation(INPUTS)
@@ -168,15 +169,16 @@ def test_solvers_are_found_by_name():
         ptq.get_solver(ptq.GPTQ)
 
 
-@pytest.mark.parametrize("name", data.each([*ptq.SOLVERS], ["rtn", "gptq"]))
+@pytest.mark.parametrize("name", data.each(ptq.SOLVERS, ["gptq"]))
 def test_contract_of_solvers(name: str):
     """Checks that every solver is hashable and returns values on the levels of the weight."""
     solver = ptq.SOLVERS[name]
     assert hash(solver) == hash(ptq.get_solver(name))
     x = samples()
     model = lambda w, x: x @ w
-    packed, report = ptq.quantize_weights(model, "int4_g32", solver=solver)(kernel(), [x])
-    plain = jaxq.quantize_weights(model, "int4_g32")(kernel(), x)
+    # All solvers take a recipe with minima; HQQ takes no other.
+    packed, report = ptq.quantize_weights(model, "q4_1", solver=solver)(kernel(), [x])
+    plain = jaxq.quantize_weights(model, "q4_1")(kernel(), x)
     np.testing.assert_array_equal(packed.scale, plain.scale)
     assert packed.recipe == plain.recipe
     (row,) = report.rows

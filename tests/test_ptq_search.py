@@ -90,9 +90,62 @@ def test_parts_of_a_fused_leaf_are_searched_one_by_one():
     np.testing.assert_allclose(packed.scales / plain.scales, expected_factors("hessian"), rtol=1e-6)
 
 
+def expected_zero_points(
+    w: np.ndarray, scale: np.ndarray, minimum: np.ndarray, iterations: int
+) -> np.ndarray:
+    """Returns the zero points of HQQ's published iteration in float64, for blocks `[n, length]`."""
+    zero, beta, best = -minimum / scale, 10.0, np.inf
+    for _ in range(iterations):
+        q = np.clip(np.round(w / scale + zero), 0, 15)
+        error = w - (q - zero) * scale
+        with np.errstate(divide="ignore"):
+            kept = np.maximum(np.abs(error) - np.abs(error) ** (0.7 - 1) / beta, 0)
+        zero = np.mean(q - (w - np.sign(error) * kept) / scale, axis=1, keepdims=True)
+        beta *= 1.01
+        if not np.mean(np.abs(error)) < best:
+            break
+        best = np.mean(np.abs(error))
+    return zero
+
+
+def test_hqq_finds_the_zero_points_of_the_published_iteration():
+    w = np.random.default_rng(2).standard_t(3, (OUTPUTS, INPUTS)).astype(np.float32)
+    w[0, :GROUP] = 0
+    model = lambda w, x: x @ w.T
+    recipe = jaxq.Recipe("uint4", jaxq.PerBlock(GROUP), jaxq.recipes.ScaleAndMin(stored=True))
+    found, ends = [], []
+    for iterations in (2, 20):
+        solver = ptq.RTN(search=ptq.HQQ(iterations=iterations))
+        independent = np.eye(INPUTS, dtype=np.float32)
+        packed, report = ptq.quantize_weights(model, recipe, solver=solver)(w, [independent])
+        plain = jaxq.quantize_weights(model, recipe)(w, independent)
+        scale = np.float64(plain.scales).reshape(-1, 1)
+        minimum = np.float64(plain.zero_point.view(jnp.float16)).reshape(-1, 1)
+        blocks = np.float64(w).reshape(-1, GROUP)
+        step = np.where(scale == 0, 1, scale)
+        zero = expected_zero_points(blocks, step, minimum, iterations)
+        own = packed.zero_point.view(jnp.float16).reshape(-1, 1)
+        # Half of the last bit of float16, and of float32 sums of 32 codes.
+        np.testing.assert_allclose(own, -zero * scale, rtol=2**-11 + 1e-5, atol=1e-5)
+        np.testing.assert_array_equal(packed.scale, plain.scale)
+        found.append(report.rows[0])
+        ends.append(np.asarray(own))
+    assert np.any(ends[0] != ends[1])
+    assert found[1].loss < found[0].loss < found[0].rtn
+    assert not packed.dequantize()[0, :GROUP].any()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: ptq.HQQ(norm=0), "`norm` must be in"),
+        (lambda: ptq.HQQ(iterations=0), "`iterations` must be positive"),
+        (
+            lambda: ptq.quantize_weights(lambda w, x: x @ w, "int4_g32", solver="hqq")(
+                kernel(), [samples()]
+            ),
+            "must store a minimum for each block .* Symmetric",
+        ),
         (lambda: ptq.ScaleSearch("imatrix"), "`weighting` must be 'hessian' or 'square'"),
         (lambda: ptq.ScaleSearch(factors=(1.0, 0.0)), "`factors` must be positive"),
         (

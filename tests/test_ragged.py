@@ -17,11 +17,7 @@ GROUPS = [range(5), range(0), range(5, 14)]  # Rows 14 and 15 belong to no group
 INT8_CHANNEL = jaxq.get_recipe("int8_channel")
 
 
-def normal(shape, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-X, W, G = normal((16, 32)), normal((3, 32, 8), 1), normal((16, 8), 2)
+X, W, G = data.normal((16, 32)), data.normal((3, 32, 8), 1), data.normal((16, 8), 2)
 
 
 def with_gradients(function):
@@ -95,16 +91,19 @@ def test_products_match_numpy_per_group(name):
 def test_other_ragged_modes():
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
     recipe = jaxq.ProductRecipe("int8_token", "int8_channel")
-    got = jaxq.ragged_dot_general(X, G, SIZES, numbers, recipe=recipe)
+    got = jaxq.products.ragged_dot_general(X, G, SIZES, numbers, recipe=recipe)
     columns = dataclasses.replace(INT8_CHANNEL, granularity=jaxq.PerChannel(1))
     x, g = jaxq.fake_quant(X, columns), jaxq.fake_quant(G, columns)
     close(got, of_rows(lambda _, rows: np.asarray(x)[rows].T @ np.asarray(g)[rows]))
     numbers = lax.RaggedDotDimensionNumbers((((2,), (1,)), ((0,), (0,))), (0,), ())
-    got = jaxq.ragged_dot_general(X.reshape(2, 8, 32), W[:2], SIZES[:2], numbers, recipe=recipe)
+    got = jaxq.products.ragged_dot_general(
+        X.reshape(2, 8, 32), W[:2], SIZES[:2], numbers, recipe=recipe
+    )
     want = jaxq.einsum("bmk,bkn->bmn", X.reshape(2, 8, 32), W[:2], recipe=recipe)
     close(got, want)
 
 
+@pytest.mark.slow
 def test_vmap_computes_scales_per_element():
     recipe = dataclasses.replace(jaxq.get_product_recipe("fp8_training"), residuals="original")
 
@@ -163,8 +162,11 @@ def moe_by_hand(recipe):
 
 
 PARAMS = {
-    "experts": {"up": normal((2, 3, 32, 16), 3) / 4, "down": normal((2, 3, 16, 32), 4) / 4},
-    "out": normal((32, 8), 5),
+    "experts": {
+        "up": data.normal((2, 3, 32, 16), 3) / 4,
+        "down": data.normal((2, 3, 16, 32), 4) / 4,
+    },
+    "out": data.normal((32, 8), 5),
 }
 FP8 = dataclasses.replace(jaxq.get_product_recipe("fp8_training"), residuals="original")
 
@@ -199,6 +201,7 @@ def test_stored_experts_match_bitwise(recipe, block):
     assert (row.bits, row.bytes) == (4 + 32 / block[1], up.nbytes)
 
 
+@pytest.mark.slow
 def test_static_scales_and_delayed_scaling():
     rules = [("experts", jaxq.ProductRecipe("int8_tensor", "int8_channel"))]
     y, state = jaxq.observe(moe, rules)(PARAMS, X, SIZES)

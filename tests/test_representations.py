@@ -81,3 +81,24 @@ def test_large_figures_are_rounded():
         "1.175 × 10⁻³⁸",
         "9.184 × 10⁻⁴¹",
     ]
+
+
+def test_states_are_shown_by_their_products_and_bytes():
+    def fn(params, x):
+        return jnp.tanh(x @ params["up"]) @ params["down"]
+
+    params = {"up": jnp.ones((8, 16)), "down": jnp.ones((16, 4))}
+    x = jnp.ones((4, 8))
+    delayed = jax.eval_shape(jaxq.delayed_scaling(fn, [("", "fp8_training")]), params, x)
+    assert repr(delayed) == "Delayed(2 products, 24 KiB)"
+    rules = [("up", jaxq.ProductRecipe("int8_tensor", "int8_channel"))]
+    _, seen = jax.eval_shape(jaxq.observe(fn, rules), params, x)
+    assert repr(seen) == "Observed(1 product, 8 B)"
+    assert repr(jax.eval_shape(lambda s: jaxq.freeze(rules, s), seen)) == "Frozen(1 product, 4 B)"
+
+
+def test_records_of_arrays_are_shown_by_dtypes_and_shapes():
+    scale = jnp.ones((8, 1))
+    calibrated = jaxq.calibration.Calibrated(scale, None)
+    assert repr(calibrated) == "Calibrated(scale=float32[8, 1], zero_point=None)"
+    assert repr(calibrated._replace(scale=scale[:1])).startswith("Calibrated(scale=Array([[1.]]")

@@ -30,8 +30,8 @@ UNUSUAL = [
     jaxq.FloatFormat("subnormal_float32", 4, 3, bias=128, nan="all_ones"),
     jaxq.FloatFormat("across_the_edge", 5, 4, bias=125, inf=True, nan="ieee"),
     jaxq.FloatFormat("unsigned", 4, 3, signed=False),
-    jaxq.p3109(6, 1, signed=False),
-    jaxq.p3109(5, 5, signed=False, domain="finite"),
+    jaxq.formats.p3109(6, 1, signed=False),
+    jaxq.formats.p3109(5, 5, signed=False, domain="finite"),
 ]
 
 
@@ -71,7 +71,7 @@ def test_p3109_limits_match_gfloat(bits: int):
             if signed and precision == bits:
                 continue
             for domain in ("extended", "finite"):
-                fmt = jaxq.p3109(bits, precision, signed=signed, domain=domain)
+                fmt = jaxq.formats.p3109(bits, precision, signed=signed, domain=domain)
                 if not -900 < fmt.emin - fmt.mantissa_bits < fmt.emax < 900:
                     continue
                 info = gfloat.formats.format_info_p3109(
@@ -93,7 +93,7 @@ def test_p3109_limits_match_gfloat(bits: int):
 def test_p3109_roundings_match_gfloat(bits: int, precision: int, mode: str):
     if precision >= bits:
         pytest.skip("no such format")
-    fmt = jaxq.p3109(bits, precision)
+    fmt = jaxq.formats.p3109(bits, precision)
     info = gfloat.formats.format_info_p3109(bits, precision)
     x = np.concatenate([data.specials(), data.random_float32(2000)])
     if bits <= 8:
@@ -150,7 +150,7 @@ def p3109_saturated(x, low, high, sat, mode, signed, extended):
 def test_p3109_saturation_modes(precision: int, mode: str):
     """Computes the values before saturation with one more exponent bit."""
     for signed, domain in itertools.product((True, False), ("extended", "finite")):
-        fmt = jaxq.p3109(6, precision, signed=signed, domain=domain)
+        fmt = jaxq.formats.p3109(6, precision, signed=signed, domain=domain)
         e = fmt.exponent_bits
         wide = jaxq.FloatFormat("wide", e + 1, precision - 1, bias=fmt.bias)
         ends = np.float32([fmt.max, fmt.max * 1.05, fmt.max * 1.3, fmt.max * 1.9, fmt.max * 3])

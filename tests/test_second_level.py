@@ -37,9 +37,9 @@ def test_double_quantization_matches_qlora():
     np.testing.assert_array_equal(q.unpack().reshape(-1, 64), codes)
     second, mean = (np.asarray(a) for a in q.second)
     np.testing.assert_allclose(mean, amax.mean(dtype=np.float64), rtol=1e-6)
-    centred = (amax - mean).reshape(-1, 256)
-    assert_same(second, np.abs(centred).max(1))
-    index = nearest(centred / second[:, None], dynamic)
+    centered = (amax - mean).reshape(-1, 256)
+    assert_same(second, np.abs(centered).max(1))
+    index = nearest(centered / second[:, None], dynamic)
     np.testing.assert_array_equal(q.scale.reshape(-1, 256), index)
     steps = (dynamic[index] * second[:, None] + mean).reshape(-1, 1)
     assert_same(q.scales.reshape(-1, 1), steps)
@@ -50,7 +50,7 @@ def test_double_quantization_matches_qlora():
 @pytest.mark.parametrize(
     "shape", [data.slow((2, 64)), (3, 320), (0, 64), data.slow((64,))], ids=str
 )
-def test_few_and_no_scales(shape):
+def test_tensors_with_few_or_no_scales(shape):
     x = np.resize(weights(), shape).astype(F)
     assert_same(jaxq.fake_quant(x, "nf4_dq"), jaxq.quantize(x, "nf4_dq").dequantize())
 
@@ -65,7 +65,7 @@ def test_nan_affects_its_second_level_block():
     assert_same(jaxq.quantize(x, "nf4_dq").dequantize(), y)
 
 
-def test_index_rows_of_double_quantization():
+def test_selected_rows_keep_their_values_and_second_scales():
     q = jaxq.quantize(weights((4, 64 * 256)), "nf4_dq")
     y = np.asarray(q.dequantize())
     assert_same(q[2].dequantize(), y[2])

@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 import pytest
 from flax import serialization
@@ -22,9 +21,10 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import analysis, lora, serving
 from jaxq.quantizers import calibration
+from tests import data
 from tests.oracle import assert_same_trees
 
-W = jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.float32)
+W = data.normal((64, 64))
 PARAMS, X = {"a": W, "b": W * 2}, W[:4]
 TOKENS = W.reshape(64, 2, 32)
 RULES = [

@@ -10,11 +10,12 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import serving
+from tests import data
 
 HEADS, CHANNELS, CAPACITY = 2, 16, 16
 
 # A small form of KIVI's recipe, whose groups and window fit into few tokens.
-SCALING = jaxq.ScaleAndMin(stored=True, reciprocal=False)
+SCALING = jaxq.recipes.ScaleAndMin(stored=True, reciprocal=False)
 KIVI = serving.CacheRecipe(
     jaxq.Recipe("uint2", jaxq.PerBlock(4, axes=-2), SCALING),
     jaxq.Recipe("uint2", jaxq.PerBlock(8), SCALING),
@@ -251,3 +252,31 @@ def test_errors_say_what_to_do(call, message: str):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert len(str(error.value)) <= 300
+
+
+@pytest.mark.parametrize("name", [data.slow("int8_token"), "kivi"])
+def test_rules_by_operation_quantize_keys_and_values_as_the_cache_does(name: str):
+    keys, values = tokens(16)
+    query = jax.random.normal(jax.random.key(3), (16, 2 * HEADS, CHANNELS))
+    if name == "kivi":
+        recipe = serving.CacheRecipe(KIVI.keys, KIVI.values)
+        # Keys are matrices [tokens, channels]; values are [channels, tokens] and come first.
+        rhs = jaxq.Recipe("uint2", jaxq.PerBlock((4, 1)), SCALING)
+        lhs = jaxq.Recipe("uint2", jaxq.PerBlock((8, 1)), SCALING)
+    else:
+        recipe = serving.CacheRecipe(name, name)
+        rhs = jaxq.get_recipe(name)
+        lhs = jaxq.Recipe("int8", jaxq.PerBlock((CHANNELS, 1)))
+
+    def model(params, query):
+        del params
+        return jax.nn.dot_product_attention(query, keys, values, is_causal=True)
+
+    rules = [
+        jaxq.Rule(operation="dot_general", scope="->BNTS", recipe=jaxq.ProductRecipe(None, rhs)),
+        jaxq.Rule(operation="dot_general", scope="->BTNH", recipe=jaxq.ProductRecipe(lhs, None)),
+    ]
+    y = jax.jit(jaxq.quantize_fn(model, rules))({}, query)
+    cache = append(serving.KVCache.empty((16, HEADS, CHANNELS), recipe), keys, values)
+    np.testing.assert_allclose(y, attend(cache, query), rtol=1e-5, atol=1e-5)
+    assert float(jnp.abs(y - model({}, query)).max()) > 1e-3

@@ -29,7 +29,7 @@ def mesh():
     ],
 )
 def test_codes_and_scales_follow_sharding_of_tensor(name: str, spec: tuple, scale: tuple):
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((128, 256)), jnp.float32)
+    x = data.normal((128, 256))
     tensor = NamedSharding(mesh(), PartitionSpec(*spec))
     shapes = jax.eval_shape(lambda x: jaxq.quantize(x, name), x)
     shardings = jaxq.quantized_sharding(shapes, tensor)
@@ -56,7 +56,7 @@ def test_indivisible_shardings_raise():
 
 
 def test_donated_tensors_are_reused():
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 64)), jnp.float32)
+    x = data.normal((8, 64))
     update = jax.jit(lambda q: jaxq.quantize(q.dequantize() * 2.0, q.recipe), donate_argnums=0)
     q = jaxq.quantize(x, "int8_token")
     doubled = update(q)

@@ -119,7 +119,7 @@ def leaves_of(case: Case, seed: int) -> list[jax.Array]:
     rng = np.random.default_rng(seed)
     scale = 40 if case.dtype == jnp.int8 else 1
     arrays = (scale * rng.standard_normal(shape) for shape in case.leaves)
-    return [jnp.asarray(array, case.dtype) for array in arrays]
+    return [jax.device_put(array.astype(case.dtype)) for array in arrays]
 
 
 def by_identity(w: jax.Array) -> jax.Array:
@@ -155,7 +155,7 @@ def test_stored_weights_match_weights_quantized_in_call(packed):
 
 
 def bits(x: jax.Array) -> np.ndarray:
-    return np.asarray(x + 0, np.float32).view(np.uint32)  # Adding 0 maps -0 to 0.
+    return (np.asarray(x, np.float32) + 0).view(np.uint32)  # Adding 0 maps -0 to 0.
 
 
 def test_leaves_with_whole_blocks_are_stored(packed):

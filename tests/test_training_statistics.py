@@ -29,11 +29,12 @@ from jaxq.analysis import (
     read_log,
     update_statistics,
 )
+from tests import data
 from tests.oracle import assert_same
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return data.normal(shape, seed)
 
 
 def layers(params, x):
@@ -234,7 +235,7 @@ def test_errors_of_the_live_table_name_the_remedy(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match=r"no 'clipped'. Request it with Monitoring"):
         LiveTable("clipped").update(0, seen(X))
     monkeypatch.setitem(sys.modules, "rich.live", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxq\[cli\]'"):
+    with pytest.raises(ImportError, match=r"pip install rich"):
         LiveTable()
 
 

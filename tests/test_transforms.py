@@ -60,7 +60,7 @@ def params():
         "out": (32, 40),
     }
     return jax.tree.map(
-        lambda shape: jnp.asarray(rng.standard_normal(shape) / 4, jnp.float32),
+        lambda shape: jax.device_put(np.float32(rng.standard_normal(shape) / 4)),
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
@@ -183,8 +183,8 @@ def test_custom_derivatives_are_kept():
 
 
 def test_outer_vmap_and_jvp():
-    w = jnp.asarray(np.random.default_rng(2).standard_normal((8, 4)), jnp.float32)
-    x = jnp.asarray(np.random.default_rng(3).standard_normal((5, 8)), jnp.float32)
+    w = data.normal((8, 4), 2)
+    x = data.normal((5, 8), 3)
     f = jaxq.quantize_fn(lambda p, x: x @ p["w"], [("w", "w4a16")])
     want = jnp.dot(x, jaxq.fake_quant(w, "int4_channel"))
     np.testing.assert_allclose(jax.vmap(lambda x: f({"w": w}, x))(x), want, rtol=1e-6)
@@ -359,7 +359,7 @@ def test_invalid_patterns_and_recipes_raise():
 
 RNG = np.random.default_rng(5)
 LORA = {
-    name: jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+    name: jax.device_put(np.float32(RNG.standard_normal(shape)))
     for name, shape in {"w": (8, 6), "a": (8, 2), "b": (2, 6), "scale": (1, 6)}.items()
 }
 
@@ -379,7 +379,7 @@ LORA = {
     ids=["LoRA", "weight normalization", "clipped", "masked", "padded"],
 )
 def test_computed_weight_is_quantized_after_computation(compute, name):
-    x = jnp.asarray(np.random.default_rng(6).standard_normal((3, 8)), jnp.float32)
+    x = data.normal((3, 8), 6)
 
     def model(p, x):
         return x @ compute(p)
@@ -407,7 +407,7 @@ def test_rule_for_inner_product_of_computed_weight():
     assert rows[1].recipe == "- (an operand is computed from a, b)"
 
 
-def test_concatenated_weights_have_combined_name_and_one_recipe():
+def test_concatenated_weights_have_combined_name_and_one_recipe_along_the_contraction():
     params = {"cell": {name: {"kernel": jnp.eye(4)} for name in ("hi", "hf")}}
 
     def model(p, x):
@@ -417,9 +417,13 @@ def test_concatenated_weights_have_combined_name_and_one_recipe():
         (row,) = jaxq.explain(model, rules)(params, jnp.ones((2, 4))).rows
         assert (row.product, row.recipe) == ("cell/{hf,hi}/kernel", "- int4_channel")
         assert (row.bits, row.bytes) == (4 + 32 / 4, 48)
+
+    def contracted(p, x):
+        return x @ jnp.concatenate([gate["kernel"] for gate in p["cell"].values()])
+
     for rules in ([("hf", "w4a16")], [("hf", "w4a16"), ("hi", "w8a16")]):
         with pytest.raises(ValueError, match="must give one recipe to the weights that"):
-            jaxq.explain(model, rules)(params, jnp.ones((2, 4)))
+            jaxq.explain(contracted, rules)(params, jnp.ones((2, 8)))
 
 
 def test_errors_name_product_path_and_line(params):

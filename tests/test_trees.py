@@ -8,14 +8,15 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
+from tests import data
 from tests.oracle import assert_same
 
 
 def parameters() -> dict:
     rng = np.random.default_rng(0)
     layer = lambda: {
-        "kernel": jnp.asarray(rng.standard_normal((64, 32)), jnp.float32),
-        "bias": jnp.asarray(rng.standard_normal(32), jnp.bfloat16),
+        "kernel": jax.device_put(np.float32(rng.standard_normal((64, 32)))),
+        "bias": jax.device_put(rng.standard_normal(32).astype(jnp.bfloat16)),
     }
     return {"layers": [layer(), layer()], "head": layer(), "step": jnp.zeros((), jnp.int32)}
 
@@ -78,7 +79,7 @@ def test_optimizer_states_are_quantized_as_trees():
 
 
 def test_leaves_use_different_random_bits():
-    w = jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.float32)
+    w = data.normal((64, 64))
     recipe = jaxq.Recipe("int4", rounding="stochastic")
     small = jaxq.quantize_tree({"a": w, "b": w}, [("", recipe)], key=jax.random.key(0))
     assert (np.asarray(small["a"].codes) != np.asarray(small["b"].codes)).any()

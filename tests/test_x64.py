@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 import pytest
 from jax import numpy as jnp
@@ -28,7 +27,7 @@ from tests.oracle import assert_same
 Program = tuple[str, Callable, tuple]
 
 KEY = jax.random.key(0)
-X = jnp.asarray(np.random.default_rng(0).standard_normal((128, 256)), jnp.float32)
+X = data.normal((128, 256))
 CHANNEL = jaxq.PerChannel((-1,))
 
 
@@ -44,7 +43,7 @@ def casts() -> Iterator[Program]:
             yield f"{fmt} {mode}", cast, (X,)
     widths = jnp.arange(2, 5, dtype=jnp.int32)
     yield "grid", lambda m: jax.vmap(lambda m: jaxq.cast(X[0], jaxq.float_grid(4, m)))(m), (widths,)
-    packed = lambda c: jaxq.unpack(jaxq.pack(c, 6), 6, 32)
+    packed = lambda c: jaxq.numerics.unpack(jaxq.numerics.pack(c, 6), 6, 32)
     yield "pack", packed, (jnp.arange(32, dtype=jnp.uint8),)
 
 
@@ -76,7 +75,7 @@ def more_recipes() -> Iterator[Program]:
 
 def ranges() -> Iterator[Program]:
     x = X[:2, :8]
-    recipes = [jaxq.Recipe("int4", scaling=jaxq.SignedScale("float32", stored=True))]
+    recipes = [jaxq.Recipe("int4", scaling=jaxq.recipes.SignedScale("float32", stored=True))]
     for name, calibrator in CALIBRATORS.items():
         recipes.append(jaxq.Recipe("int4", scaling=jaxq.Symmetric(name)))
         if calibrator.two_sided:

@@ -1,4 +1,4 @@
-// Makes tables sortable by a click on a head, and long catalogues filterable.
+// Makes tables sortable by a click on a head, and long catalogs filterable.
 
 function valueOf(cell) {
   const text = cell.textContent.trim().replaceAll(",", "").replaceAll("−", "-");
@@ -37,7 +37,7 @@ function enhance(table) {
     head.addEventListener("click", () => sort(table, head));
     head.addEventListener("keydown", (event) => event.key === "Enter" && sort(table, head));
   }
-  if (!table.classList.contains("catalogue")) return;
+  if (!table.classList.contains("catalog")) return;
   const input = document.createElement("input");
   input.className = "filter";
   input.type = "search";
@@ -54,5 +54,5 @@ function enhance(table) {
 }
 
 document.addEventListener("DOMContentLoaded", () => {
-  document.querySelectorAll("table.catalogue, table.jaxq-table").forEach(enhance);
+  document.querySelectorAll("table.catalog, table.jaxq-table").forEach(enhance);
 });

@@ -8,6 +8,14 @@ says otherwise, and the check that passes without the workaround once the behavi
   also on GPU.
 - `arithmetic.rounded`: a product and a sum are fused into one rounding. Remove it when
   `test_bytes_equal_libgguf` passes without it.
+- `arithmetic.barrier`, in four places. `numerics.pack`: a code is computed again for each byte that
+  holds a part of it, and quantizing to 3, 5, 6 or 7 bits takes up to twice as long; remove it when
+  `benchmarks/casts.py` shows equal times. `analysis` of two tensors: values that two passes compute
+  are stored; remove it when `test_needs_no_temporary_of_tensor_size` passes. Statistics of a step:
+  those of constants are computed while compiling, and others are fused with the step and may change
+  its bits; remove it when `tests/test_training_statistics.py` passes. Products with adapters: a
+  weight is dequantized before its product; remove it when
+  `test_weights_stay_packed_in_the_backward_pass` passes.
 - `arithmetic.materialize`: a value per block is computed again for each element; MX formats take 2
   to 7 times as long. Remove it when `benchmarks/quantizers.py` shows equal times without it.
 - `reductions`: a reduction of blocks is not vectorized; quantizers take up to 9 times as long.
@@ -27,5 +35,5 @@ says otherwise, and the check that passes without the workaround once the behavi
 - `serialization`: Flax looks up pytrees by class and `jax.export` by name. These are their
   interfaces, so this stays.
 
-Other packages call `lax.optimization_barrier` and `lax.reduce_precision` directly, with the reason.
+Other packages call `lax.reduce_precision` directly, with the reason.
 """

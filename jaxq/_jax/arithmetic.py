@@ -1,6 +1,7 @@
 """Operations that XLA would otherwise change: exact division, and values computed only once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import Layout, where
 from jaxq._jax.opaque import by_platform
 
-__all__ = ["divide", "materialize", "rounded"]
+__all__ = ["barrier", "divide", "materialize", "reciprocal", "rounded"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -25,6 +26,14 @@ def materialize(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def barrier(tree: Any) -> Any:
+    """Returns a tree of arrays unchanged, which XLA neither computes again nor folds into its uses.
+
+    `jaxq._jax` lists the places that need it, each with the check that tells when it can go.
+    """
+    return lax.optimization_barrier(tree)
+
+
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns correctly rounded float32 quotients on every backend, for nonzero divisors.
 
@@ -32,9 +41,22 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     broadcast, and its division on GPU has errors of up to two ulps
     (https://github.com/openxla/xla/issues/37181). Subnormal operands and quotients count as zero.
     Infinities and NaN follow IEEE 754.
+
+    XLA also computes `(a / b) / c` as `a / (b * c)`, so an operation on bits must stand between two
+    divisions.
     """
     b = jnp.broadcast_to(b, a.shape)
     return by_platform(_divide_by_array, _divide_in_integers, a, b)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """Returns correctly rounded float32 reciprocals on every backend, for nonzero numbers.
+
+    Nothing needs to be hidden from XLA on CPU, whose rewriting of quotients leaves `1 / x` as it
+    is.
+    """
+    one = jnp.ones_like(x)
+    return by_platform(lax.div, _divide_in_integers, one, x)
 
 
 def _divide_by_array(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -76,7 +98,7 @@ def rounded(x: jax.Array) -> jax.Array:
     """Returns float32 products unchanged, rounded before anything is added to them.
 
     LLVM may fuse a product and a sum into one rounding (seen with XLA on CPU, JAX 0.10 to 0.12).
-    The minimum of the bits, which changes one NaN only, stands between the two. Remove it when
+    A minimum of the bits, which changes only one NaN, separates the two. Remove it when
     `test_bytes_equal_libgguf` passes without it.
     """
     bits = lax.min(lax.bitcast_convert_type(x, jnp.uint32), np.uint32(2**32 - 2))

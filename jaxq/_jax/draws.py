@@ -8,7 +8,7 @@ eighth of the time. Keys of other generators are passed to `jax.random` itself.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -81,43 +81,53 @@ def _keys(data: jax.Array, numbers: jax.Array) -> jax.Array:
 
 def _pairs(data: jax.Array, numbers: jax.Array) -> jax.Array:
     """Returns the data of the keys that `_keys` returns."""
-    return jnp.stack(_threefry(data, numbers), axis=-1)
+    # A sum makes pairs of the words, because XLA would compile the cipher twice for the two
+    # operands of a concatenation, and again in each program part that reads a selection.
+    shape = (*jnp.broadcast_shapes(data.shape[:-1], numbers.shape), 2, 2)
+    words = [jnp.broadcast_to(data[..., i, None, None], shape) for i in range(2)]
+    words = _cipher(words, jnp.broadcast_to(numbers[..., None, None], shape) + words[1])
+    masks = (np.outer(row, row) * np.uint32(2**32 - 1) for row in np.eye(2, dtype=np.uint32))
+    own = (
+        lax.bitwise_and(w, jnp.broadcast_to(m, shape)) for w, m in zip(words, masks, strict=True)
+    )
+    return jnp.sum(lax.bitwise_or(*own), axis=-1, dtype=jnp.uint32)
 
 
 def _bits(shape: tuple[int, ...], data: jax.Array) -> jax.Array:
-    places = jnp.zeros(shape, jnp.uint32)
-    for axis, n in enumerate(shape):
-        if n > 1:
-            stride = np.uint32(math.prod(shape[axis + 1 :]))
-            places = places + lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-    first, second = _threefry(data, places)
-    return first ^ second
+    words = [jnp.broadcast_to(data[i], shape) for i in range(2)]
+    strides = {a: np.uint32(math.prod(shape[a + 1 :])) for a, n in enumerate(shape) if n > 1}
+    # The places of the numbers plus the second word. That word is added to each index before it is
+    # multiplied, because XLA would move an array of places out of loops.
+    second = words[1] * np.uint32((1 - sum(map(int, strides.values()))) % 2**32)
+    for axis, stride in strides.items():
+        second = second + (lax.broadcasted_iota(jnp.uint32, shape, axis) + words[1]) * stride
+    return lax.bitwise_xor(*_cipher(words, second))
 
 
-def _threefry(key: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cipher(words: Sequence[jax.Array], second: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes the Threefry-2x32 cipher with 20 rounds for the counters `(0, number)`.
+
+    Args:
+      words: the two words of the keys.
+      second: the numbers plus the second words.
 
     References:
       Salmon et al. (2011), "Parallel Random Numbers: As Easy as 1, 2, 3".
     """
-    shape = jnp.broadcast_shapes(key.shape[:-1], numbers.shape)
 
-    def spread(x: jax.Array | np.uint32) -> jax.Array:
-        return jnp.broadcast_to(x, shape)
+    def spread(x: int) -> jax.Array:
+        return jnp.broadcast_to(np.uint32(x), second.shape)
 
-    keys = [spread(key[..., 0]), spread(key[..., 1])]
-    keys.append(keys[0] ^ keys[1] ^ np.uint32(0x1BD11BDA))
+    keys = [*words, lax.bitwise_xor(lax.bitwise_xor(*words), spread(0x1BD11BDA))]
     # Each rotation distance is emitted once, since compile time grows with the size of the program.
-    distances = {
-        n: (spread(np.uint32(n)), spread(np.uint32(32 - n))) for group in _ROTATIONS for n in group
-    }
-    first, second = keys[0], spread(numbers) + keys[1]
+    distances = {n: (spread(n), spread(32 - n)) for group in _ROTATIONS for n in group}
+    first = keys[0]
     for i in range(5):
         for n in _ROTATIONS[i % 2]:
             left, right = distances[n]
             first = lax.add(first, second)
             parts = lax.shift_left(second, left), lax.shift_right_logical(second, right)
             second = lax.bitwise_xor(first, lax.bitwise_or(*parts))
-        first = first + keys[(i + 1) % 3]
-        second = second + keys[(i + 2) % 3] + np.uint32(i + 1)
+        first = lax.add(first, keys[(i + 1) % 3])
+        second = lax.add(lax.add(second, keys[(i + 2) % 3]), spread(i + 1))
     return first, second

@@ -24,7 +24,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def automatic(layout: Layout) -> Callable[[_F], _F]:
-    """Makes a function of arrays run with every explicit axis of their mesh as an automatic one.
+    """Runs a function of arrays with all explicit axes of their mesh made automatic.
 
     The decorated function must be called inside `jax.jit`, where arrays are traced.
 

@@ -85,13 +85,18 @@ def _opaque() -> Any:
     primitive.def_impl(_apply)
     primitive.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
     batching.primitive_batchers[primitive] = _batch
-    mlir.register_lowering(primitive, mlir.lower_fun(_apply, multiple_results=True))
+    mlir.register_lowering(primitive, _lower)
     checked_inside(primitive, lambda **params: functools.partial(_apply, **params))
     return primitive
 
 
 def _apply(*operands: Any, jaxpr: Any) -> list[Any]:
     return jaxpr_as_fun(jaxpr)(*operands)
+
+
+def _lower(context: Any, *operands: Any, jaxpr: Any) -> Any:
+    # `mlir.lower_fun` would trace the jaxpr once more.
+    return mlir.core_call_lowering(context, *operands, name="opaque", call_jaxpr=jaxpr)
 
 
 def _batch(operands: Sequence[Any], axes: Sequence[Any], *, jaxpr: Any) -> tuple[Any, list[int]]:

@@ -5,9 +5,9 @@ the vector lanes. Any other reduction is scalar, which takes four times as long,
 tensor first. Blocks are therefore reduced in such steps, one axis after the other.
 """
 
-import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,11 +17,11 @@ from jax import numpy as jnp
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import is_symbolic
 
-__all__ = ["reduced", "summed", "total"]
+__all__ = ["largest", "reduced", "summed", "total"]
 
 _STRIDED = 32
 _NEIGHBORS = 8
-_REDUCE = {lax.max: jnp.max, lax.min: jnp.min}
+_REDUCE = {lax.max: lax.reduce_max, lax.min: lax.reduce_min}
 
 
 def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Array:
@@ -38,7 +38,11 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
     Returns:
       An int32 array in which the axes within a block have length 1.
     """
-    reduce = functools.partial(_REDUCE[combine], initial=none)
+
+    def reduce(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        # The clamp keeps XLA from merging the reduction with the next one.
+        return combine(_REDUCE[combine](x, axes), none)
+
     shape = tuple(1 if axis in cut.axes else n for axis, n in enumerate(x.shape))
     x, parts, axes = _in_parts(x, cut)
     begun = False
@@ -50,10 +54,29 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
         along = _along_last if axis == x.ndim - 1 else _along
         x = along(combine, reduce, x, axis)
         begun = True
-    if parts:
-        # The clamp in between keeps XLA from merging the reductions into one.
-        x = reduce(combine(x, none), axis=parts).reshape(shape)
-    return combine(x, none)
+    x = x if begun else combine(x, none)
+    return reduce(x, parts).reshape(shape) if parts else x
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """Returns the maximum of all elements of a non-negative int32 array, 0 if there are none.
+
+    XLA on CPU makes three loops of a reduction along more than 32 elements, because the middle one
+    takes neither the computation of x nor the last step.
+    """
+    shape: list[Any] = []
+    outer = []
+    for n in x.shape:
+        # As in `_in_parts`, the outer axis keeps the parts that may lie on different devices.
+        step = 1 if is_symbolic(n) else _step(n // math.gcd(n, jax.device_count()))
+        if step in (1, n):
+            shape.append(n)
+        else:
+            outer.append(len(shape))
+            shape += [n // step, step]
+    inner = [axis for axis in range(len(shape)) if axis not in outer]
+    x = lax.max(lax.reduce_max(x.reshape(shape), inner), np.int32(0))
+    return lax.max(lax.reduce_max(x, range(x.ndim)), np.int32(0)) if outer else x
 
 
 def summed(x: jax.Array) -> jax.Array:
@@ -145,7 +168,7 @@ def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) ->
     """Reduces the last axis in one loop over x."""
     n = x.shape[axis]
     if is_symbolic(n):
-        return reduce(x, axis=axis, keepdims=True)
+        return _kept(reduce, x, axis)
     rest = n % _NEIGHBORS
     if 0 < rest < n:
         parts = (lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, n - rest), (n - rest, n)))
@@ -153,9 +176,9 @@ def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) ->
     if n and not rest:
         step = _step(n // _NEIGHBORS)
         x = x.reshape(*x.shape[:-1], n // step // _NEIGHBORS, step, _NEIGHBORS)
-        # The clamp in between keeps XLA from merging the two reductions.
-        x = reduce(reduce(x, axis=-2), axis=-1)
-    return reduce(x, axis=axis, keepdims=True)
+        x = reduce(reduce(x, (axis + 1,)), (axis + 1,))
+        return x if x.shape[axis] == 1 else _kept(reduce, x, axis)
+    return _kept(reduce, x, axis)
 
 
 def _along(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
@@ -163,9 +186,14 @@ def _along(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.
     n = x.shape[axis]
     step = 1 if is_symbolic(n) else _step(n)
     if step in (1, n):
-        return reduce(x, axis=axis, keepdims=True)
+        return _kept(reduce, x, axis)
     x = x.reshape(*x.shape[:axis], n // step, step, *x.shape[axis + 1 :])
-    return _along(combine, reduce, _halves(combine, reduce(x, axis=axis + 1), axis), axis)
+    return _along(combine, reduce, _halves(combine, reduce(x, (axis + 1,)), axis), axis)
+
+
+def _kept(reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
+    """Reduces an axis to length 1."""
+    return lax.expand_dims(reduce(x, (axis,)), (axis,))
 
 
 def _halves(combine: Callable, x: jax.Array, axis: int) -> jax.Array:

@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax import export
 
+from jaxq._base.records import array_repr
+
 __all__ = [
     "LAZY",
     "class_named",
@@ -51,7 +53,7 @@ def from_json(owner: str, text: str, kinds: Mapping[str, type], kind: type, noun
       noun: a name of the expected content for errors, such as "a recipe".
 
     Raises:
-      ValueError: if the text is no JSON, names another class or other fields, or describes
+      ValueError: if the text is not JSON, names another class or other fields, or describes
         something else than the expected content.
     """
     try:
@@ -153,7 +155,12 @@ def pytree(
 
 
 def named_tuple(cls: _C) -> _C:
-    """Registers a named tuple with `jax.export`; JAX and Flax already support named tuples."""
+    """Registers a named tuple with `jax.export`, and gives it a short text form.
+
+    JAX and Flax already support named tuples.
+    """
+    changed: Any = cls
+    changed.__repr__ = array_repr
     _NAMED[name_of(cls)] = cls
     return export.register_namedtuple_serialization(cls, serialized_name=_name(cls))
 
@@ -178,7 +185,7 @@ def name_of(cls: type) -> str:
 
 
 def class_named(name: str) -> type | None:
-    """Returns the registered class with a name of `name_of`; None if there is none.
+    """Returns the registered class that has a name in `name_of`; None if there is none.
 
     A package in `LAZY` is imported. No other module is, because names come from files.
     """

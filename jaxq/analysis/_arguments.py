@@ -45,7 +45,7 @@ def format_or_recipe(given: FormatOrRecipe) -> Format | Recipe:
 
     Raises:
       ValueError: neither a format nor a recipe has that name.
-      TypeError: the argument is no name, format or recipe.
+      TypeError: the argument is not a name, format or recipe.
     """
     if isinstance(given, Recipe | Format):
         return given
@@ -128,7 +128,7 @@ def ends(fmt: Format) -> Ends:
 
 
 def _within(end: float, outward: bool) -> np.float32:
-    """Returns the last float32 not clipped: the end, or its neighbor if ties round outwards."""
+    """Returns the last float32 not clipped: the end, or its neighbor if ties round outward."""
     largest = float(np.finfo(np.float32).max)
     near = np.float32(min(max(end, -largest), largest))
     clips = outward and float(near) == end and end != 0

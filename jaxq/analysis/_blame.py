@@ -24,8 +24,8 @@ class BlameRow:
 
     Attributes:
       product: the product's name, followed by the number of the layer in a scan over layers;
-        `"all"` for the whole function, with the errors of all recipes in the first columns and of
-        none in the others.
+        `"all"` for the whole function, whose `_alone` columns are the errors of all recipes
+        together and whose `_without` columns are 0.
       loss_alone: the loss minus that in float, if only this product is quantized.
       gradient_alone: the error of the gradient, if only this product is quantized.
       loss_without: the loss minus that in float, if all other products are quantized.

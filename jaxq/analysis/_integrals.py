@@ -195,7 +195,7 @@ def squares(grid: Grid, maps: Maps, x: np.ndarray, units: np.ndarray | None = No
       maps: affine maps that broadcast against `x`.
       x: the numbers.
       units: the numbers divided by their scales, with the float32 rounding of the quantizer.
-        Default: None, computes them without this rounding.
+        Default: None, which computes them without this rounding.
     """
     signed = (x - maps.origin) / maps.divisor if units is None else units
     units = signed + maps.shift

@@ -43,7 +43,7 @@ class LiveTable:
     `"codes_used"` and the smallest magnitudes are worse if they are lower, all others if their
     magnitude is larger. A tensor without a fault is not shown: an SQNR of infinity, or a statistic
     that has always been 0. If the output is not a terminal, only the last table is printed, at
-    the end of the `with` block. Needs rich, `pip install "jaxq[cli]"`.
+    the end of the `with` block. Needs rich (`pip install rich`).
 
     Args:
       statistics: names of statistics as in `Monitoring`. A string means one of them. Default: the
@@ -84,9 +84,7 @@ class LiveTable:
         try:
             from rich.live import Live
         except ImportError as error:
-            raise ImportError(
-                "jaxq.analysis.LiveTable needs rich: pip install 'jaxq[cli]'."
-            ) from error
+            raise ImportError("jaxq.analysis.LiveTable needs rich: pip install rich.") from error
         self._statistics = (statistics,) if isinstance(statistics, str) else tuple(statistics)
         check_names("LiveTable", "statistics", self._statistics, _SCALARS)
         if worst < 1:

@@ -17,6 +17,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, extended_bits, where
 from jaxq._base.cutting import Cut
+from jaxq._jax.arithmetic import barrier
 from jaxq._jax.serialization import named_tuple
 from jaxq.analysis._sums import blocks_of, largest_magnitude, over_blocks, power_of_two
 from jaxq.numerics import floats, widen
@@ -166,7 +167,7 @@ def measure(
     *tops, e_top = over_blocks(tops, cut, per, [lax.max] * 4)
     # Without the barrier XLA on CPU (JAX 0.10 and 0.12) stores tensor-sized values that both passes
     # compute, which takes up to twice as long.
-    x, y, e_top = lax.optimization_barrier((x, y, e_top))
+    x, y, e_top = barrier((x, y, e_top))
     counts, kept = jnp.isfinite(x), jnp.isfinite(x) & jnp.isfinite(y)
     difference = _difference(x, y, layout)
     # The largest magnitude is scaled to 2^47, so that the sum of 2^32 squares fits in float32 and

@@ -36,7 +36,7 @@ EXPONENTS = range(-127, 128)
 
 
 class Quantization(NamedTuple):
-    """A tensor and what a recipe makes of it.
+    """A tensor before and after quantization by a recipe.
 
     Attributes:
       value: the tensor.

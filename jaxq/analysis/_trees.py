@@ -91,7 +91,7 @@ def tree_errors(
 
 
 def _are_rules(small: Any) -> bool:
-    """Returns whether the argument is rules, whose recipes are no leaves of a quantized tree."""
+    """Returns whether the argument is rules rather than a quantized tree."""
     if isinstance(small, str | Recipe | ProductRecipe):
         return True
     if isinstance(small, Mapping):

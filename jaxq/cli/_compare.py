@@ -24,7 +24,7 @@ from jaxq.cli._output import (
     safe,
 )
 from jaxq.cli._plot import image
-from jaxq.cli._report import Report, html
+from jaxq.cli._report import Report, html, sorted_by_sqnr
 
 __all__ = ["convention", "run"]
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         selection = Selection.of(file, args.include, args.exclude)
         if not selection.chosen:
             raise UsageError(
-                f"{file.title}: no floating tensor is left to compare: {selection.reasons()}"
+                f"{file.title}: no floating-point tensor is left to compare: {selection.reasons()}"
             )
         # Opened first, so that an unwritable path fails before the work.
         page = stack.enter_context(atomic(args.html)) if args.html else None
@@ -161,17 +161,21 @@ def _some(names: Sequence[str]) -> str:
     return few if len(names) <= 2 else f"{few} and {len(names) - 2} more"
 
 
+_PICTURES = 4  # Tensors with a picture in the report.
+
+
 def _pictures(file: Inputs, rows: Sequence[Row], axis: int) -> tuple[list[tuple[str, bytes]], str]:
-    """Returns captions and SVG images for the report, and the reason if there are none."""
+    """Returns captions and SVG images of the worst tensors, and the reason if there are none."""
     drawn = [row for row in rows if not row.note and math.isfinite(row.sqnr_db)]
-    largest = max(drawn, key=lambda r: r.elements, default=None)
-    if largest is None:
+    if not drawn:
         return [], "no picture: no tensor has an error that is finite and not 0"
-    entry = next(e for e in file.entries if e.name == largest.tensor)
-    names = [r.recipe for r in rows if r.tensor == largest.tensor and not r.note]
-    try:
-        figure = plots.PLOTS["compression"](file.read(entry), names, axis=axis)
-    except ImportError as error:
-        return [], f"no picture: {one_line(error)}"
-    caption = f"Bits and SQNR of the largest tensor that is not exact, {safe(largest.tensor)}"
-    return [(caption, image(figure, "svg"))], ""
+    pictures = []
+    for name in list(dict.fromkeys(row.tensor for row in sorted_by_sqnr(drawn)))[:_PICTURES]:
+        entry = next(e for e in file.entries if e.name == name)
+        recipes = [row.recipe for row in drawn if row.tensor == name]
+        try:
+            figure = plots.PLOTS["compression"](file.read(entry), recipes, axis=axis)
+        except ImportError as error:
+            return [], f"no picture: {one_line(error)}"
+        pictures.append((f"Bits and SQNR of {safe(name)}", image(figure, "svg")))
+    return pictures, ""

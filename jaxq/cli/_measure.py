@@ -8,23 +8,22 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxq.analysis import Comparison, Energies, format_or_recipe
-from jaxq.analysis import measure as energies_of
+from jaxq.analysis import Energies, format_or_recipe
 from jaxq.analysis import total as total_of
 from jaxq.cli._inputs import Inputs
 from jaxq.cli._output import bad_input, one_line
+from jaxq.cli._pieces import Errors, energy, errors_in_pieces, errors_of
 from jaxq.formats import Format
 from jaxq.interop import Entry
-from jaxq.numerics import cast
-from jaxq.quantizers import fake_quant, quantize
+from jaxq.quantizers import fake_quant
 from jaxq.recipes import Recipe
 
-__all__ = ["DEFAULT", "Row", "Selection", "Total", "measure", "rows_of", "totals"]
+__all__ = ["DEFAULT", "Row", "Selection", "Tensor", "Total", "measure", "rows_of", "totals"]
 
 DEFAULT = (
     "int8_tensor",
@@ -129,14 +128,11 @@ class Selection:
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "axis"))
-def _measured(x: jax.Array, recipe: Format | Recipe, axis: int) -> tuple[Comparison, Energies]:
-    """Returns the errors of a tensor; compiled once per shape and recipe."""
-    if isinstance(recipe, Recipe):
-        return energies_of(x, fake_quant(x, recipe, axis=axis))
-    return energies_of(x, cast(x, recipe, overflow="saturate"))
+def _whole(x: jax.Array, recipe: Recipe, axis: int) -> jax.Array:
+    """Returns a quantized tensor; compiled once per shape and recipe."""
+    return fake_quant(x, recipe, axis=axis)
 
 
-@functools.cache
 def _bytes(shape: tuple[int, ...], recipe: Format | Recipe, axis: int) -> int:
     """Returns the stored size of a tensor in bytes.
 
@@ -145,30 +141,52 @@ def _bytes(shape: tuple[int, ...], recipe: Format | Recipe, axis: int) -> int:
     """
     if not isinstance(recipe, Recipe):
         return -(-math.prod(shape) * recipe.bits // 8)
-    stored = jax.eval_shape(
-        lambda x: quantize(x, recipe, axis=axis), jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
-    )
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(stored))
+    return recipe.along(axis, len(shape)).nbytes(shape)
 
 
-def measure(x: np.ndarray, entry: Entry, recipe: str, axis: int = -1) -> Row:
+class Tensor(NamedTuple):
+    """A tensor to measure.
+
+    Attributes:
+      entry: its entry in the file.
+      x: its numbers in float32.
+      note: the reason why no recipe applies; empty if there is none.
+      signal: the sum of its squares.
+    """
+
+    entry: Entry
+    x: np.ndarray
+    note: str
+    signal: float
+
+    @staticmethod
+    def of(entry: Entry, x: np.ndarray) -> "Tensor":
+        """Returns the tensor with its numbers, which are read once for all recipes."""
+        signal = energy(x.reshape(-1))
+        return Tensor(entry, x, "" if math.isfinite(signal) else _unfit(x), signal)
+
+
+def measure(tensor: Tensor, recipe: str, axis: int = -1) -> Row:
     """Returns the row of a tensor and a recipe.
 
     Args:
-      x: the tensor in float32.
-      entry: the tensor's entry in the file.
+      tensor: the tensor.
       recipe: a recipe's name, or a format's name, which means a cast without a scale.
       axis: the contracted axis, as in `jaxq.fake_quant`.
     """
-    kind, note = format_or_recipe(recipe), _unfit(x)
+    entry, x, note, signal = tensor
+    kind = format_or_recipe(recipe)
     if note:
         return _row(entry, recipe, note)
     try:
         taken = _bytes(x.shape, kind, axis)
-        measured = jax.device_get(_measured(x, kind, axis))
+        errors = errors_in_pieces(x, kind, axis)
+        if errors is None:
+            assert isinstance(kind, Recipe)
+            errors = errors_of(x, np.asarray(_whole(x, kind, axis)))
     except ValueError as error:  # The blocks do not divide the shape, or an axis is missing.
         return _row(entry, recipe, one_line(error))
-    return _row(entry, recipe, "", taken, measured)
+    return _row(entry, recipe, "", taken, errors, signal)
 
 
 def _row(
@@ -176,14 +194,14 @@ def _row(
     recipe: str,
     note: str,
     taken: int | None = None,
-    measured: tuple[Comparison, Energies] | None = None,
+    errors: Errors | None = None,
+    signal: float = 0.0,
 ) -> Row:
     """Returns a row with measurements, or with a note only."""
-    numbers = dict.fromkeys(("sqnr_db", "mse", "max_error", "power"), math.nan)
-    if measured is not None:
-        # Computed in float64, because squares may overflow float32.
-        numbers = total_of(measured[1:])._asdict()
-        numbers["max_error"] = float(measured[0].max_error)
+    numbers, energies = dict.fromkeys(("sqnr_db", "mse", "max_error", "power"), math.nan), None
+    if errors is not None:
+        energies = errors.energies(signal, entry.size)
+        numbers = total_of([energies])._asdict() | {"max_error": errors.max_error}
     taken = entry.nbytes if taken is None else taken
     return Row(
         tensor=entry.name,
@@ -195,7 +213,7 @@ def _row(
         bytes=taken,
         bits=8 * taken / entry.size if entry.size else math.nan,
         note=note,
-        energies=None if measured is None else measured[1],
+        energies=energies,
     )
 
 
@@ -224,9 +242,9 @@ def rows_of(
         if not entry.size:  # NumPy cannot represent every empty shape.
             yield [_row(entry, recipe, "empty") for recipe in recipes]
             continue
-        x = file.read(entry)
-        yield [measure(x, entry, recipe, axis) for recipe in recipes]
-        del x  # Free the memory before the next tensor is read.
+        tensor = Tensor.of(entry, file.read(entry))
+        yield [measure(tensor, recipe, axis) for recipe in recipes]
+        del tensor  # Free the memory before the next tensor is read.
 
 
 @dataclasses.dataclass(frozen=True)

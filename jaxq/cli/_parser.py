@@ -66,7 +66,7 @@ def build() -> argparse.ArgumentParser:
     """Returns the parser of the whole command line."""
     parser = _Parser(
         prog="jaxq",
-        description="Low-precision number formats and quantizers: what they are, what they cost.",
+        description="Shows low-precision number formats; compares and quantizes tensors in files.",
         epilog="Exit codes: 0 done, 1 failed, 2 wrong arguments or a bad file, 130 interrupted.",
         allow_abbrev=False,
     )
@@ -87,7 +87,7 @@ def build() -> argparse.ArgumentParser:
 
 
 def _formats(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="all if left out")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes; all by default")
     parser.add_argument("--values", action="store_true", help="every value, of at most 8 bits")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -106,14 +106,16 @@ def _show(parser: argparse.ArgumentParser) -> None:
         "--bits", action="store_true", help="the numbers are codes: 0x3f, 0b0111 or 63"
     )
     modes = list(ROUNDINGS)
-    parser.add_argument("--rounding", choices=modes, default="nearest_even", help="the mode")
+    parser.add_argument(
+        "--rounding", choices=modes, default="nearest_even", help="the rounding mode"
+    )
     policies = list(get_args(get_args(Overflow)[0]))
     parser.add_argument(
         "--overflow",
         choices=policies,
-        help="what becomes of numbers beyond the format's end; left out: as ml_dtypes",
+        help="the result for numbers beyond the format's range (default: as in ml_dtypes)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of stochastic rounding")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -122,8 +124,8 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help=several)
     recipe_list = "recipes, or formats for a cast without a scale, separated by commas"
     parser.add_argument("--recipes", type=_names, metavar="NAMES", help=recipe_list)
-    parser.add_argument("--include", metavar="REGEX", help="only tensors in whose name it is found")
-    parser.add_argument("--exclude", metavar="REGEX", help="no tensors in whose name it is found")
+    parser.add_argument("--include", metavar="REGEX", help="compare only tensors whose names match")
+    parser.add_argument("--exclude", metavar="REGEX", help="skip tensors whose names match")
     parser.add_argument(
         "--min-axes",
         type=int,
@@ -155,8 +157,10 @@ def _axis(parser: argparse.ArgumentParser, default: int | None) -> None:
 
 
 def _plot(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="all are listed without")
-    parser.add_argument("-o", "--output", metavar="FILE", help="ends in .png, .svg or .pdf")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="a picture; without it, all are listed"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="a .png, .svg or .pdf file")
     for option in ("--formats", "--recipes", "--models", "--devices"):
         names = "separated by commas"
         parser.add_argument(option, type=_names, metavar="NAMES", help=names)
@@ -176,11 +180,15 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     )
     names = "separated by commas"
     parser.add_argument("--recipes", type=_names, metavar="NAMES", help=names)
-    parser.add_argument("--context", type=int, help="tokens in the cache, of each sequence")
+    parser.add_argument("--context", type=int, help="tokens of each sequence in the cache")
     parser.add_argument("--batch", type=int, help="sequences")
-    parser.add_argument("--kv", metavar="RECIPE", help="of keys and values")
-    parser.add_argument("--embeddings", metavar="RECIPE", help="of embedding and output")
-    parser.add_argument("--overhead", type=float, help="what else it takes, as a share (0.1)")
+    parser.add_argument("--kv", metavar="RECIPE", help="the recipe of keys and values")
+    parser.add_argument(
+        "--embeddings", metavar="RECIPE", help="the recipe of the embedding and the output layer"
+    )
+    parser.add_argument(
+        "--overhead", type=float, help="other memory, as a fraction of the rest (0.1)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -213,7 +221,7 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="all if left out")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes; all by default")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -228,7 +236,9 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
         help="the kind of the output: compressed-tensors is a folder for vLLM (default: by the "
         "ending of OUT)",
     )
-    parser.add_argument("--recipe", metavar="NAME", help="of all tensors that no rule matches")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="the recipe of all tensors that no rule matches"
+    )
     parser.add_argument(
         "--rules",
         metavar="FILE",
@@ -265,13 +275,17 @@ _Command = tuple[
 
 _COMMANDS: dict[str, _Command] = {
     "formats": ("properties or values of number formats", _formats, formats.list_formats),
-    "show": ("what formats make of a number, to the bit", _show, formats.show),
-    "compare": ("what recipes do to the tensors of a file", _compare, compare.run),
+    "show": ("numbers rounded to formats, with their bits", _show, formats.show),
+    "compare": ("errors and sizes of the tensors of a file under recipes", _compare, compare.run),
     "inspect": ("the tensors and the metadata of a file", _inspect, inspect.run),
     "recipes": ("the named recipes: bits, blocks and scales", _recipes, recipes.run),
     "quantize": ("write a file with its tensors quantized", _quantize, quantize.run),
-    "plot": ("draw one of the pictures", _plot, plot.run),
-    "report": ("where and when a training run lost precision", _report, training.run),
-    "memory": ("what a model takes in several recipes", _memory, memory.memory),
-    "fits": ("which model fits which accelerator", _fits, memory.fits),
+    "plot": ("draw a picture of formats, recipes or a tensor", _plot, plot.run),
+    "report": (
+        "tensors and steps of a training run with the largest errors",
+        _report,
+        training.run,
+    ),
+    "memory": ("memory of a model under several recipes", _memory, memory.memory),
+    "fits": ("models and the accelerators that they fit on", _fits, memory.fits),
 }

@@ -68,16 +68,16 @@ def _numbers(args: argparse.Namespace) -> np.ndarray:
         if args.tensor is None and len(floating) != 1:
             if not floating:
                 left = Selection.of(file, None, None).reasons()
-                raise UsageError(f"{args.file}: no floating tensor to draw: {left}")
+                raise UsageError(f"{args.file}: no floating-point tensor to draw: {left}")
             raise UsageError(
-                f"{args.file} has {len(floating)} floating tensors: choose one with --tensor NAME"
+                f"{args.file} has {len(floating)} floating-point tensors: choose one by --tensor"
             )
         for entry in floating:
             if args.tensor in (None, entry.name):
                 return file.read(entry)
         dtype = next((e.dtype for e in file.entries if e.name == args.tensor), None)
     why = "" if dtype is None else f": its dtype is {dtype}"
-    raise UsageError(f"{args.file} has no floating tensor {args.tensor!r}{why}")
+    raise UsageError(f"{args.file} has no floating-point tensor {args.tensor!r}{why}")
 
 
 def image(figure: Any, kind: str) -> bytes:

@@ -265,5 +265,7 @@ def _summary(args: argparse.Namespace, plans: Sequence[Plan], energies: Sequence
         return print_json({**row, "notes": notes})
     print_table([row])
     for note, names in notes.items():
-        print(f"{len(names)} tensors: {note}: {one_line(', '.join(names[:3]))}")
+        print(f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {note}")
+        for name in names[:3]:
+            print(f"  {one_line(name)}")
     return None

@@ -1,13 +1,16 @@
 """The report of `jaxq compare` as one self-contained HTML page."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from jaxq.cli._measure import Row, Total
 from jaxq.cli._output import number
 from jaxq.cli._page import escaped, page, picture, table
 
-__all__ = ["Report", "html"]
+__all__ = ["Report", "html", "sorted_by_sqnr"]
 
 
 class Report(NamedTuple):
@@ -36,7 +39,7 @@ def html(report: Report) -> str:
     """Returns the HTML page of a report."""
     recipes = [escaped(total.recipe) for total in report.sums]
     tensors: dict[str, list[str]] = {}
-    for row in report.rows:
+    for row in sorted_by_sqnr(report.rows):
         line = tensors.setdefault(row.tensor, [escaped(row.tensor), row.shape, row.dtype])
         line.append(_cell(row))
     parts = [
@@ -44,11 +47,12 @@ def html(report: Report) -> str:
         "<h2>Totals</h2><p>Tensors that a recipe does not apply to are kept unquantized: their "
         "bytes count, and they have no error.</p>",
         _totals(report.sums),
+        "<h2>SQNR in dB, tensor by tensor</h2><p>The tensors with the lowest SQNR come first. A "
+        "click on a head sorts by that column. Hover over a dash to see the reason. "
+        f"{_legend()}</p>",
+        table(["tensor", "shape", "dtype", *recipes], list(tensors.values())),
         *(picture(data, "svg", caption) for caption, data in report.pictures),
         *([f"<p>{escaped(report.missing)}</p>"] if report.missing else []),
-        "<h2>SQNR in dB, tensor by tensor</h2><p>Hover over a dash to see the reason; the color "
-        "goes from 0 to 60 dB.</p>",
-        table(["tensor", "shape", "dtype", *recipes], list(tensors.values())),
         *(
             f"<p>Not compared, {escaped(reason)}: {', '.join(map(escaped, names))}</p>"
             for reason, names in report.left.items()
@@ -73,11 +77,35 @@ def _totals(sums: Sequence[Total]) -> str:
     return table(heads, lines)
 
 
+def sorted_by_sqnr(rows: Sequence[Row]) -> list[Row]:
+    """Returns rows with those of the tensor of the lowest SQNR first; tensors without one last."""
+    lowest: dict[str, float] = {}
+    for row in rows:
+        if not row.note:
+            lowest[row.tensor] = min(lowest.get(row.tensor, math.inf), row.sqnr_db)
+    return sorted(rows, key=lambda row: (row.tensor not in lowest, lowest.get(row.tensor, 0)))
+
+
+# Hues of the color scale: red, orange, yellow, green, blue, violet.
+_LEVELS = (0, 20, 30, 42, 52, 60)
+_HUES = (0, 30, 60, 140, 205, 260)
+
+
+def _level(sqnr_db: float, text: str, title: str = "") -> str:
+    """Returns text on the color of an SQNR."""
+    hue = np.interp(sqnr_db, _LEVELS, _HUES)
+    titled = f' title="{title}"' if title else ""
+    return f'<span class="level" style="--hue:{hue:.0f}"{titled}>{text}</span>'
+
+
+def _legend() -> str:
+    shown = "".join(_level(db, f"{db} dB") for db in _LEVELS)
+    return f'<span class="legend">{shown}</span>'
+
+
 def _cell(row: Row) -> str:
     """Returns a table cell: the SQNR on a color scale, or a dash with the reason as its title."""
     if row.note:
         return f'<span class="none" title="{escaped(row.note)}">-</span>'
-    share = min(max(row.sqnr_db, 0), 60) / 60
-    color = f"hsl({20 + 180 * share:.0f} 70% 85%)"
     title = f"{row.bits:.4g} bits, largest error {row.max_error:.3g}"
-    return f'<span style="background:{color}" title="{title}">{row.sqnr_db:.2f}</span>'
+    return _level(row.sqnr_db, f"{row.sqnr_db:.2f}", title)

@@ -12,8 +12,8 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq.analysis import Energies
-from jaxq.analysis import measure as energies_of
 from jaxq.cli._output import UsageError, bad_input, one_line
+from jaxq.cli._pieces import Errors, energy, errors_of, packed_in_pieces
 from jaxq.interop import Entry, TensorFile, compressed_tensors, gguf, save_streamed
 from jaxq.quantizers import quantize
 from jaxq.recipes import Recipe
@@ -23,7 +23,7 @@ __all__ = ["WRITERS", "Job", "Plan", "shape_of"]
 # The types of GGUF with the same bytes as a dtype.
 _PLAIN = {f"float{bits}": f"f{bits}" for bits in (16, 32, 64)} | {"bfloat16": "bf16"}
 _PLAIN |= {f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)}
-# Files of a model besides its tensors, which go with them.
+# Files of a model that are copied along with its tensors.
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _LEFT = ("config.json", "quantize_config.json", "hf_quant_config.json")
 
@@ -78,10 +78,14 @@ class Job:
 
     def quantized(self, plan: Plan) -> Any:
         """Returns the quantized tensor of a plan."""
-        x = jax.device_put(self.values(plan))
+        x = self.values(plan)
         with _naming(plan.entry.name):
             if isinstance(plan.recipe, str):
                 weights = self.importance.get(plan.name)
+                if weights is None:
+                    q, errors = packed_in_pieces(x, plan.recipe)
+                    self._add(plan, x, errors)
+                    return q
                 q = gguf.quantize(x, plan.recipe, importance=weights)
             else:
                 assert plan.recipe is not None
@@ -99,12 +103,15 @@ class Job:
         weights = [self.values(plans[name]) for name in names]
         with _naming(plan.entry.name):
             q = compressed_tensors.quantize_together(weights, recipe)[names.index(plan.name)]
-        return self._measured(plan, jax.device_put(weights[names.index(plan.name)]), q)
+        return self._measured(plan, weights[names.index(plan.name)], q)
 
-    def _measured(self, plan: Plan, x: jax.Array, q: Any) -> Any:
-        self.energies.append(jax.device_get(energies_of(x, q.dequantize())[1]))
-        self.advance(plan.entry.nbytes)
+    def _measured(self, plan: Plan, x: np.ndarray, q: Any) -> Any:
+        self._add(plan, x, errors_of(x, np.asarray(q.dequantize())))
         return q
+
+    def _add(self, plan: Plan, x: np.ndarray, errors: Errors) -> None:
+        self.energies.append(errors.energies(energy(x.reshape(-1)), x.size))
+        self.advance(plan.entry.nbytes)
 
     def kept(self, plan: Plan) -> Any:
         """Returns the tensor of a plan as it is in the file."""

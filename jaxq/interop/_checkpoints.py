@@ -32,7 +32,7 @@ _KEYS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
 
 
 class _TreeError(ValueError):
-    """An error about the argument `like` or a class of nodes; the file itself is in order."""
+    """An error about the argument `like` or a class of nodes; the file itself is valid."""
 
 
 class _Leaf(NamedTuple):

@@ -26,6 +26,8 @@ from jaxq.models import (
     Rules,
     as_rules,
     axes_of,
+    can_adapt_ragged,
+    contraction_of,
     dequantize_tree,
     plan,
     program,
@@ -141,7 +143,8 @@ def adapt(
     Args:
       fn: as in `jaxq.quantize_fn`, for any JAX framework.
       rules: as in `jaxq.quantize_fn`. Each matrix product whose weight they quantize and that is
-        stored gets an adapter; look-ups and convolutions get none.
+        stored gets an adapter, one for each expert in a ragged product; look-ups and convolutions
+        get none.
       method: the method that chooses the first values: a record such as `LoftQ(rank=8)` or
         `EoRA(inputs)`, or a name in `jaxq.lora.METHODS`; `"qlora"` by default.
       argnums: the position of the argument that holds the parameters.
@@ -153,7 +156,7 @@ def adapt(
       `(*args) -> AdaptedModel`. The arguments hold float parameters.
 
     Raises:
-      TypeError: as in `jaxq.quantize_fn`.
+      TypeError: as in `jaxq.quantize_fn`; or if `fn` is a module, that is, a pytree.
       ValueError: as in `jaxq.quantize_fn`; if no product can have an adapter; if a weight that the
         method changes has other uses; or if `packed` is given for a method that quantizes again.
 
@@ -264,6 +267,11 @@ class _Observation:
     def __init__(
         self, owner: str, fn: Callable[..., Any], rules: Rules, argnums: int, args: tuple
     ) -> None:
+        if not jax.tree_util.all_leaves([fn]):
+            raise TypeError(
+                f"{owner}: `fn` must take its parameters as an argument, got a module of type "
+                f"{type(fn).__name__}. Pass, for example, `lambda module, x: module(x)`."
+            )
         self.owner, self.fn, self.argnums, self.args = owner, fn, argnums, args
         self.rules = as_rules(owner, rules)
         planned = plan(owner, fn, self.rules, argnums, args, {})
@@ -358,7 +366,7 @@ def _adaptable(planned: Planned) -> tuple[dict[str, int], dict[str, str]]:
     names, shared = {}, {}
     for product, assigned in zip(planned.products, planned.chosen, strict=True):
         weight = None if assigned is None else weight_of(product, assigned)
-        if weight is None or product.operation != "dot_general" or not product.reverse:
+        if weight is None or not product.reverse or not _has_matrices(product, weight.operand):
             continue
         if product.number in planned.stored.reasons:
             continue
@@ -368,6 +376,13 @@ def _adaptable(planned: Planned) -> tuple[dict[str, int], dict[str, str]]:
                 if other.number != product.number:
                     shared[product.name] = other.name
     return names, shared
+
+
+def _has_matrices(product: Product, operand: int) -> bool:
+    """Returns whether a product multiplies tokens by a matrix, or by one for each expert."""
+    if product.operation == "ragged_dot_general":
+        return operand == 1 and can_adapt_ragged(contraction_of(product.eqn))
+    return product.operation == "dot_general"
 
 
 def _is_stored(x: Any) -> bool:

@@ -4,15 +4,15 @@ To add a condition to rules, add a field to `Rule` (`_rule.py`) and its test to 
 quantize another primitive of JAX, add it to the tables in `_operations.py`.
 """
 
-from jaxq.models._adapting import Adapted, LoRA
-from jaxq.models._assigning import Assigned, axes_of, unassigned
+from jaxq.models._adapting import Adapted, LoRA, can_adapt_ragged
+from jaxq.models._assigning import Assigned, QuantizedWeight, axes_of, unassigned, weight_of
 from jaxq.models._delaying import delayed_scaling
+from jaxq.models._experts import expert_axis
 from jaxq.models._functions import quantize_fn, quantize_weights
 from jaxq.models._monitored import Monitored
 from jaxq.models._monitoring import monitored, switch, switched
-from jaxq.models._multiplying import StoredView, unpacked
 from jaxq.models._observing import Observed, freeze, observe
-from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED
+from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED, contraction_of
 from jaxq.models._planning import Planned, plan
 from jaxq.models._programs import Extra, Program, program
 from jaxq.models._reading import Node, Product
@@ -21,7 +21,8 @@ from jaxq.models._rule import Rule, check_pattern
 from jaxq.models._rules import Rules, as_rules, leaf_rules, pairs, rules_from_json, rules_to_json
 from jaxq.models._running import run
 from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
-from jaxq.models._storing import Storage, weight_of
+from jaxq.models._stored_views import StoredView, unpacked
+from jaxq.models._storing import Storage
 from jaxq.models._trees import (
     assign,
     dequantize_tree,

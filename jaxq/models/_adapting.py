@@ -1,17 +1,19 @@
 """Low-rank adapters of a model's products, as pytrees."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.records import state_repr
 from jaxq._jax.serialization import pytree
 from jaxq.models._rule import Rule, rule_records
 from jaxq.products import Contraction
 
-__all__ = ["Adapted", "LoRA", "adapter_product"]
+__all__ = ["Adapted", "LoRA", "adapter_product", "can_adapt_ragged"]
 
 
 @pytree(static=("scaling",))
@@ -82,13 +84,18 @@ class Adapted:
     adapters: Mapping[str, LoRA]
     rules: tuple[Rule, ...]
 
+    def __repr__(self) -> str:
+        return state_repr(self, self.adapters)
+
     @property
     def nbytes(self) -> int:
         """The number of bytes of all adapters."""
         return sum(adapter.nbytes for adapter in self.adapters.values())
 
 
-def adapter_product(contraction: Contraction, adapter: LoRA, x: jax.Array, weight: Any) -> Any:
+def adapter_product(
+    contraction: Contraction, adapter: LoRA, x: jax.Array, weight: Any, arguments: Sequence[Any]
+) -> Any:
     """Returns the part of a product that an adapter adds.
 
     Args:
@@ -96,7 +103,10 @@ def adapter_product(contraction: Contraction, adapter: LoRA, x: jax.Array, weigh
       adapter: the adapter of one layer.
       x: the other operand.
       weight: an array or its shape, the second operand.
+      arguments: the group sizes of a ragged product; () for other products.
     """
+    if contraction.group is not None:
+        return _ragged(contraction, adapter, x, weight, *arguments)
     batch, free, contract = contraction.axes[1]
     rank = max(*contraction.lhs, *contraction.rhs, *contraction.out) + 1
 
@@ -113,4 +123,25 @@ def adapter_product(contraction: Contraction, adapter: LoRA, x: jax.Array, weigh
     inner = [label for label in contraction.lhs if label in contraction.out] + [rank]
     narrow = jnp.einsum(x.astype(a.dtype), list(contraction.lhs), a, of_a, inner)
     y = jnp.einsum(narrow, inner, b, of_b, list(contraction.out))
+    return y * jnp.asarray(adapter.scaling, y.dtype)
+
+
+def can_adapt_ragged(contraction: Contraction) -> bool:
+    """Returns whether a ragged product multiplies rows `[rows, inputs]` by matrices of groups."""
+    x, weight = contraction.axes
+    rows = tuple(contraction.lhs[axis] for axis in x.free) == (contraction.ragged,)
+    one_group = tuple(contraction.rhs[axis] for axis in weight.batch) == (contraction.group,)
+    return rows and one_group and not x.batch and len(x.contract) == len(weight.contract) == 1
+
+
+def _ragged(
+    contraction: Contraction, adapter: LoRA, x: jax.Array, weight: Any, sizes: jax.Array
+) -> jax.Array:
+    """Returns the part that the adapters of a ragged product's groups add."""
+    rows, free = contraction.axes[0].free[0], contraction.axes[1].free
+    tokens = jnp.moveaxis(x, rows, 0).astype(adapter.a.dtype)
+    y = lax.ragged_dot(lax.ragged_dot(tokens, adapter.a, sizes), adapter.b, sizes)
+    y = y.reshape(-1, *(weight.shape[axis] for axis in free))
+    labels = [contraction.lhs[rows], *(contraction.rhs[axis] for axis in free)]
+    y = y.transpose([labels.index(label) for label in contraction.out])
     return y * jnp.asarray(adapter.scaling, y.dtype)

@@ -3,78 +3,36 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
+from jaxq.models._experts import Experts
 from jaxq.models._matching import first_match, rules_of_parts, unused
+from jaxq.models._observers import Observable, Observer
 from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
+from jaxq.models._origins import Origin
 from jaxq.models._reading import Product, table_axes
 from jaxq.models._rule import Rule
 from jaxq.models._rules import described
 from jaxq.products import Axes, PerProduct, ProductRecipe, can_delay, check, is_stochastic, placed
-from jaxq.quantizers import calibration, fake_quant
+from jaxq.quantizers import fake_quant
 from jaxq.recipes import PerTensor, Recipe
 
 __all__ = [
     "TENSORS",
     "Assigned",
-    "Observable",
-    "Observer",
+    "QuantizedWeight",
     "assign",
     "axes_of",
     "naming",
     "on_axes",
     "unassigned",
+    "weight_of",
 ]
 
 # The operands of each product: 0 is lhs, 1 rhs, 2 the cotangent.
 TENSORS: PerProduct[tuple[int, int]] = PerProduct((0, 1), (2, 1), (2, 0))
-
-
-class Observer(Protocol):
-    """A hashable object that collects the state of one operand of a product.
-
-    A state is a pytree of arrays with the same shapes and dtypes for all data.
-    """
-
-    def empty(self) -> Any:
-        """Returns the state before any data."""
-        ...
-
-    def measure(self, x: jax.Array, others: Sequence[jax.Array], mask: jax.Array | None) -> Any:
-        """Returns the state of one operand.
-
-        Args:
-          x: the operand.
-          others: the operands of the equation after the first two.
-          mask: the mask of the tokens that count, or None.
-        """
-        ...
-
-    def merge(self, first: Any, second: Any) -> Any:
-        """Returns the state of the data of two states."""
-        ...
-
-
-class Observable(NamedTuple):
-    """The observer of an operand whose range may come from calibration: its shape and recipe."""
-
-    shape: tuple[int, ...]
-    recipe: Recipe
-
-    def empty(self) -> Any:
-        """Returns the state before any data."""
-        return calibration.init(self.shape, self.recipe)
-
-    def measure(self, x: jax.Array, others: Sequence[jax.Array], mask: jax.Array | None) -> Any:
-        """Returns the state of one operand."""
-        del others, mask
-        return calibration.update(self.empty(), x, self.recipe)
-
-    def merge(self, first: Any, second: Any) -> Any:
-        """Returns the state of the data of two states."""
-        return calibration.merge(first, second, self.recipe)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +53,13 @@ class Assigned:
         activation with one scale per tensor, whose range may come from calibration.
       reverse: True if reverse-mode differentiation goes through the product.
       factor: the name of the factor by which the input of a weight is multiplied first, or None.
+      rotated: the length of the blocks of that input that are Hadamard transformed after the
+        factor, or None.
       scored: recipes whose errors are weighted by the cotangent of the result, for `ptq`.
+      experts: the recipes of the leaves of a stack of experts, in place of the weight's recipe, or
+        None.
+      chunk: the largest number of elements of a packed weight that are dequantized at a time, or
+        None.
     """
 
     recipe: ProductRecipe | None
@@ -110,7 +74,15 @@ class Assigned:
     calibrated: tuple[Observer | None, ...]
     reverse: bool
     factor: str | None = None
+    rotated: int | None = None
     scored: tuple[ProductRecipe, ...] = ()
+    experts: Experts | None = None
+    chunk: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """True if the product and its result are not quantized."""
+        return self.recipe is None and self.output is None and self.experts is None
 
     @property
     def delayable(self) -> PerProduct[tuple[Recipe | None, ...]]:
@@ -120,8 +92,10 @@ class Assigned:
             return PerProduct((None, None), (None, None), (None, None))
         return PerProduct(
             *(
-                tuple(r if how.hadamard is None and can_delay(r) else None for r in how.operands)
-                for how in recipe.products
+                tuple(
+                    r if single.hadamard is None and can_delay(r) else None for r in single.operands
+                )
+                for single in recipe.products
             )
         )
 
@@ -183,17 +157,72 @@ def assign(
         does not fit its product.
     """
     matches = [first_match(rules, product) for product in products]
-    free = [(n, p) for (n, _), p in zip(matches, products, strict=True) if not p.barred]
-    used = {n for n, _ in free}.union(*(rules_of_parts(owner, rules, p) for _, p in free))
+    parts = {p.number: rules_of_parts(owner, rules, p) for p in products if not p.barred}
+    free = {n for (n, _), p in zip(matches, products, strict=True) if not p.barred}
+    used = free.union(*(part.used for part in parts.values()))
     for n, rule in enumerate(rules):
         if n not in used:
             raise ValueError(f"{owner}: {unused(rule, rules, products, leaves, closed)}")
-    chosen = [
-        None if n is None or product.barred else _assigned(owner, product, rules[n], swapped)
-        for product, (n, swapped) in zip(products, matches, strict=True)
-    ]
+    chosen: list[Assigned | None] = []
+    for product, (n, swapped) in zip(products, matches, strict=True):
+        experts = parts[product.number].experts if product.number in parts else None
+        if n is None or product.barred:
+            chosen.append(None)
+        elif experts is None:
+            chosen.append(_assigned(owner, product, rules[n], swapped))
+        else:
+            chosen.append(_with_experts(owner, product, experts))
     _check_one_way(owner, products, chosen)
     return chosen
+
+
+class QuantizedWeight(NamedTuple):
+    """The weight that a product quantizes.
+
+    Attributes:
+      origin: its origin.
+      recipes: the recipes of the pieces of its origin: all the same, except for experts with
+        different recipes, of which some may be None.
+      operand: its index among the product's operands.
+      experts: the recipes of such experts, or None.
+    """
+
+    origin: Origin
+    recipes: tuple[Recipe | None, ...]
+    operand: int
+    experts: Experts | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the weight.
+
+        Raises:
+          ValueError: if it consists of experts with different recipes.
+        """
+        first = self.recipes[0]
+        if self.experts is not None or first is None:
+            raise ValueError(
+                f"weight {self.origin.name!r} must have one recipe here, got different ones for "
+                "its experts. Give all experts one rule."
+            )
+        return first
+
+
+def weight_of(product: Product, assigned: Assigned) -> QuantizedWeight | None:
+    """Returns the weight that a product quantizes, or None."""
+    experts = assigned.experts
+    if experts is not None:
+        origin = product.origins[experts.operand]
+        assert origin is not None
+        recipes = tuple(map(experts.recipe, origin.pieces))
+        return QuantizedWeight(origin, recipes, experts.operand, experts)
+    if assigned.recipe is None or assigned.recipe.operands[1] is None:
+        return None
+    i = 0 if assigned.swapped or product.operation == LOOK_UP else 1
+    origin, recipe = product.origins[i], assigned.recipe.operands[1]
+    if origin is None:
+        return None
+    return QuantizedWeight(origin, (recipe,) * max(len(origin.pieces), 1), i)
 
 
 def unassigned(product: Product) -> Assigned:
@@ -233,6 +262,17 @@ def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assign
         calibrated = _calibrated(product, recipe, swapped)
     recipe = None if recipe.plain else recipe
     return dataclasses.replace(assigned, recipe=recipe, calibrated=calibrated)
+
+
+def _with_experts(owner: str, product: Product, experts: Experts) -> Assigned:
+    """Returns the assignment of a product of experts with different recipes."""
+    recipe, output = experts.others
+    rule = Rule("", recipe, output=output)
+    assigned = _assigned(owner, product, rule, experts.operand == 0)
+    with naming(owner, product.where):
+        shape = product.operands[experts.operand]
+        jax.eval_shape(lambda x: experts.quantized(product.eqn, x), shape)
+    return dataclasses.replace(assigned, experts=experts)
 
 
 def _looked_up(assigned: Assigned, product: Product, weight: Recipe | None) -> Assigned:
@@ -285,7 +325,7 @@ def on_axes(recipe: Recipe | None, product: Product, i: int) -> Recipe | None:
 
 
 def _check_recipe(recipe: Recipe, x: Any) -> None:
-    """Raises what `jaxq.fake_quant` raises for an array of a shape and dtype."""
+    """Raises the errors of `jaxq.fake_quant` for an array of a shape and dtype."""
     key = jax.eval_shape(jax.random.key, 0) if is_stochastic(recipe) else None
     jax.eval_shape(lambda x, key: fake_quant(x, recipe, key=key), x, key)
 
@@ -296,12 +336,13 @@ def _check_one_way(
     """Checks that all products that quantize a weight use the same recipe."""
     seen: dict[str, tuple[Product, Recipe]] = {}
     for product, assigned in zip(products, chosen, strict=True):
-        if assigned is None or assigned.recipe is None:
+        weight = None if assigned is None else weight_of(product, assigned)
+        if weight is None or weight.origin.computed:
             continue
-        recipe, origin = assigned.recipe.operands[1], assigned.order(product.origins)[-1]
-        if recipe is None or origin is None or origin.computed:
-            continue
-        for path in origin.paths:
+        for piece, recipe in zip(weight.origin.pieces, weight.recipes, strict=True):
+            if recipe is None:
+                continue
+            path = piece.path
             other, known = seen.setdefault(path, (product, recipe))
             if known != recipe:
                 raise ValueError(

@@ -1,5 +1,6 @@
 """Transforms that run a model's function quantized and that store its weights packed."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ def quantize_fn(
     *,
     argnums: int | Sequence[int] = 0,
     key: jax.Array | None = None,
+    chunk: int | None = None,
 ) -> Callable[..., Any]:
     """Returns the function with its matrix products, convolutions and look-ups quantized.
 
@@ -43,6 +45,9 @@ def quantize_fn(
     quantized as the product sees it. A rule that matches such a computed weight leaves the products
     that compute it, here `a @ b`, unchanged.
 
+    Leaves that a product multiplies as one array along its experts or its outputs, such as
+    `jnp.stack(params["experts"])`, may have a recipe each: every leaf is then quantized by itself.
+
     Args:
       fn: any function of arrays. If it is a pytree itself, such as an Equinox module, its own
         leaves are the parameters. Leaves of its arguments that are not arrays are static.
@@ -60,6 +65,11 @@ def quantize_fn(
         last, for each axis along which the operands vary, by name, so devices with equal operands
         draw equal numbers. With `check_vma=False` the varying axes are unknown, so every device
         draws its own numbers.
+      chunk: the largest number of elements of a stored weight that are dequantized at a time, as in
+        `jaxq.products.stored_dot_general`, to save memory at the cost of time. It has no effect on
+        convolutions, on products with a Hadamard transform, another execution, quantized gradients
+        or a quantized result, and on weights with outliers or that the model reshapes or slices.
+        None (the default) dequantizes a weight at once.
 
     Returns:
       The quantized function, with the arguments of `fn`. Parameters may be `jaxq.Quantized`, as
@@ -86,10 +96,14 @@ def quantize_fn(
       ...
       ValueError: quantize_fn: Rule('hiden') matches no weight. The nearest are hidden, out...
     """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"quantize_fn: `chunk` must be at least 1, got {chunk}.")
 
     @functools.wraps(fn, updated=())
     def quantized(*args: Any, **kwargs: Any) -> Any:
         planned = plan("quantize_fn", fn, rules, argnums, args, kwargs)
+        if chunk is not None:
+            planned.chosen = [a and dataclasses.replace(a, chunk=chunk) for a in planned.chosen]
         results, _ = run_planned("quantize_fn", planned, key)
         return planned.traced.rebuild(results)
 

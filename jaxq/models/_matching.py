@@ -3,10 +3,11 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax import numpy as jnp
 
+from jaxq.models._experts import Experts, experts_of
 from jaxq.models._operations import LOOK_UP
 from jaxq.models._reading import Product
 from jaxq.models._rule import Rule
@@ -44,29 +45,41 @@ def _match(rule: Rule, product: Product) -> bool | None:
     return None
 
 
-def rules_of_parts(owner: str, rules: Sequence[Rule], product: Product) -> set[int]:
+class Parts(NamedTuple):
+    """The rules that match parts of weights that a product multiplies as one.
+
+    Attributes:
+      used: their indices.
+      experts: the recipes of these weights, if they are experts with different ones.
+    """
+
+    used: set[int]
+    experts: Experts | None
+
+
+def rules_of_parts(owner: str, rules: Sequence[Rule], product: Product) -> Parts:
     """Returns the rules that match parts of weights that a product multiplies as one.
 
     Raises:
-      ValueError: if the rules give these weights different recipes.
+      ValueError: if the rules give these weights different recipes, and they are not the experts of
+        a stack.
     """
     used: set[int] = set()
+    experts = None
     for i, origin in enumerate(product.origins):
         if origin is None or origin.computed or len(origin.paths) == 1:
             continue
-        recipes = set()
+        matched: list[Rule | None] = []
         for piece in origin.pieces:
             part = dataclasses.replace(origin, pieces=(piece,))
             origins = (*product.origins[:i], part, *product.origins[i + 1 :])
             n, _ = first_match(rules, dataclasses.replace(product, origins=origins))
             used |= set() if n is None else {n}
-            recipes.add(None if n is None else (rules[n].product, rules[n].output))
+            matched.append(None if n is None else rules[n])
+        recipes = {None if rule is None else (rule.product, rule.output) for rule in matched}
         if len(recipes) > 1:
-            raise ValueError(
-                f"{owner}: `rules` must give one recipe to the weights that {product.where} "
-                "multiplies as one array. Write one rule that matches all of them."
-            )
-    return used
+            experts = experts_of(owner, product, i, matched)
+    return Parts(used, experts)
 
 
 def unused(

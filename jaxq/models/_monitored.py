@@ -13,6 +13,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.records import state_repr
 from jaxq.models._states import Delayed, Frozen, Switched
 from jaxq.products import Probe, Row
 
@@ -43,6 +44,9 @@ class Monitored:
     scaling: Frozen | Delayed | Switched | None
     rules: tuple[Any, ...]
     probe: Probe
+
+    def __repr__(self) -> str:
+        return state_repr(self, self.rows)
 
     def at(self, step: jax.typing.ArrayLike) -> "Monitored":
         """Returns the state for a step, in which statistics are computed if `every` divides it.

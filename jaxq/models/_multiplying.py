@@ -1,7 +1,6 @@
 """Execution of one product by its assignment, with its keys, scales and histories."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,15 +10,18 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
+from jaxq._jax.arithmetic import barrier
 from jaxq._jax.draws import fold_in, one_of
 from jaxq.models._adapting import adapter_product
 from jaxq.models._assigning import TENSORS, Assigned, naming
 from jaxq.models._looking_up import look_up
 from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
 from jaxq.models._programs import Extra, Records, States
-from jaxq.numerics import as_dtype
+from jaxq.models._stored_views import unpacked
+from jaxq.models._streaming import streamed
 from jaxq.products import (
     NO_SCALES,
+    Hadamard,
     History,
     Pair,
     PerProduct,
@@ -30,60 +32,10 @@ from jaxq.products import (
     record,
     record_row,
 )
-from jaxq.quantizers import Quantized, dequantize, fake_quant
+from jaxq.quantizers import fake_quant
 from jaxq.recipes import Recipe
 
-__all__ = ["Keys", "StoredView", "keys_for", "multiply", "unpacked"]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["dtype", "permutation"]
-)
-@dataclasses.dataclass(frozen=True)
-class StoredView:
-    """A view of stored weights between the arguments and a product: a pytree.
-
-    The stored values already include the model's conversions, so a conversion in the program only
-    changes `dtype`.
-
-    Attributes:
-      data: the stored values, packed or as an array, in the dtype in which products need them.
-      dtype: the dtype of the value at this point of the program.
-      permutation: the transposition of packed values, which are dequantized only where a product
-        or another operation needs them; None if they are not transposed.
-    """
-
-    data: Quantized | jax.Array
-    dtype: Any
-    permutation: tuple[int, ...] | None = None
-
-    @property
-    def array(self) -> jax.Array:
-        """The values as an array; each stacked layer is dequantized separately."""
-        data = self.data
-        if not isinstance(data, Quantized):
-            return data
-        function = dequantize
-        for _ in range(data.ndim - len(data.block)):
-            function = jax.vmap(function)
-        array = function(data)
-        return array if self.permutation is None else array.transpose(self.permutation)
-
-    def transpose(self, permutation: tuple[int, ...]) -> "StoredView":
-        """Returns the view with its axes in another order, still packed if it is."""
-        if not isinstance(self.data, Quantized):
-            return dataclasses.replace(self, data=self.data.transpose(permutation))
-        if self.permutation is not None:
-            permutation = tuple(self.permutation[axis] for axis in permutation)
-        return dataclasses.replace(self, permutation=tuple(permutation))
-
-
-def unpacked(x: Any) -> Any:
-    """Returns a stored weight as the array that the program has at this point."""
-    if not isinstance(x, StoredView):
-        return x
-    array = x.array
-    return array if array.dtype == x.dtype else as_dtype(array.astype(jnp.float32), x.dtype)
+__all__ = ["Keys", "keys_for", "multiply"]
 
 
 class Keys(NamedTuple):
@@ -143,7 +95,7 @@ def multiply(
 
     def base(operands: list[Any]) -> tuple[jax.Array, States]:
         # XLA must not dequantize a weight before the other operand is known.
-        operands = list(lax.optimization_barrier(tuple(operands)))
+        operands = list(barrier(tuple(operands)))
         return _multiplied(eqn, assigned, extra, keys, operands, observing)
 
     # Stored weights stay packed until the backward pass, which dequantizes them again.
@@ -151,7 +103,8 @@ def multiply(
     operation = operation_of(eqn, assigned.where, assigned.swapped)
     x, weight = assigned.order([unpacked(operand) for operand in operands[:2]])
     with compat.within(eqn):
-        more = adapter_product(operation.contraction, adapter, x, jax.typeof(weight))
+        shape, arguments = jax.typeof(weight), [unpacked(operand) for operand in operands[2:]]
+        more = adapter_product(operation.contraction, adapter, x, shape, arguments)
     return y + more.astype(y.dtype), seen
 
 
@@ -164,11 +117,16 @@ def _multiplied(
     observing: bool,
 ) -> tuple[jax.Array, States]:
     """Returns one product without its adapter, and its calibration states."""
+    records = extra.records.get(assigned.name, Records())
+    if not observing and records._replace(adapter=None) == Records():
+        scales = _scales(assigned, extra.scales.get(assigned.name), records.histories)
+        y = streamed(eqn, assigned, keys.product, scales, operands)
+        if y is not None:
+            return y, {}
     arrays = [unpacked(operand) for operand in operands]
     if assigned.factor is not None:
         arrays = _scaled(eqn, assigned, extra, arrays)
     seen: States = {}
-    records = extra.records.get(assigned.name, Records())
     with compat.within(eqn):
         if observing and any(assigned.calibrated):
             seen[assigned.name] = extra.everywhere(
@@ -229,7 +187,7 @@ _with_scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array]) -> list[jax.Array]:
-    """Returns the operands of a product with the input of its weight multiplied by a factor."""
+    """Returns the operands of a product with the input of its weight scaled and rotated."""
     assert extra.vectors is not None
     assert assigned.factor is not None
     which = int(assigned.swapped)
@@ -239,14 +197,33 @@ def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array])
     factor = factor.transpose(tuple(np.argsort(order).tolist()))
     factor = jnp.expand_dims(factor, axes.free)
     with compat.within(eqn):
-        scaled = (x.astype(jnp.float32) * factor).astype(x.dtype)
+        scaled = x.astype(jnp.float32) * factor
+        if assigned.rotated is not None:
+            scaled = _rotated(scaled, axes.contract, assigned.rotated)
+        scaled = scaled.astype(x.dtype)
     return [scaled if i == which else array for i, array in enumerate(arrays)]
+
+
+def _rotated(x: jax.Array, axes: tuple[int, ...], length: int) -> jax.Array:
+    """Returns the Hadamard transform of blocks along some axes, taken as one."""
+    kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    order = (*kept, *axes)
+    moved = x.transpose(order)
+    flat = moved.reshape((*moved.shape[: len(kept)], -1))
+    signs = jnp.ones((length,), jnp.float32)
+    flat = Hadamard(length).apply(flat, {flat.ndim - 1: length}, signs)
+    return flat.reshape(moved.shape).transpose(tuple(np.argsort(order).tolist()))
 
 
 def _quantized(
     eqn: Any, assigned: Assigned, extra: Extra, keys: Keys, arrays: list[jax.Array]
 ) -> jax.Array:
     """Returns the result of a product or look-up, with its recipes applied."""
+    if assigned.experts is not None:
+        which = assigned.experts.operand
+        with naming(assigned.where):
+            stack = assigned.experts.quantized(eqn, arrays[which])
+        arrays = [stack if i == which else x for i, x in enumerate(arrays)]
     records = extra.records.get(assigned.name, Records())
     if assigned.table is not None:
         table, *places = arrays

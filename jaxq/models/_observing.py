@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
+from jaxq._base.records import state_repr
 from jaxq._jax.serialization import pytree
-from jaxq.models._assigning import Observable, Observer
 from jaxq.models._functions import run_planned
+from jaxq.models._observers import Observable, Observer
 from jaxq.models._planning import plan
 from jaxq.models._rules import Rules, as_rules
 from jaxq.models._states import Frozen
@@ -42,6 +43,9 @@ class Observed:
 
     states: Mapping[str, tuple[Any, ...]]
     recipes: tuple[tuple[str, _Recipes, int], ...]
+
+    def __repr__(self) -> str:
+        return state_repr(self, self.states)
 
     def merge(self, later: "Observed") -> "Observed":
         """Merges the observations of two states. Associative.

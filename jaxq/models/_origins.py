@@ -110,7 +110,7 @@ class Origin:
     Attributes:
       pieces: the boxes of a view; of a computed value, pieces of the leaves that went into it
         element by element. In a scan over stacked layers, those of all iterations.
-      computed: True if the value is no view. Without sources it is a constant.
+      computed: True if the value is not a view. Without sources it is a constant.
       sources: the paths and places of all leaves that a computed value depends on.
       products: the products that a computed value depends on, by their numbers.
       scans: the depths of the scans in which each iteration has another value.

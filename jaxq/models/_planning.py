@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from jaxq.models._adapting import Adapted
-from jaxq.models._assigning import Assigned, assign, naming, unassigned
+from jaxq.models._assigning import Assigned, assign, naming, unassigned, weight_of
 from jaxq.models._monitored import Monitored
-from jaxq.models._multiplying import StoredView
 from jaxq.models._programs import Records
 from jaxq.models._reading import Node, Product, read
 from jaxq.models._rules import Rules, as_rules
 from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
-from jaxq.models._storing import Storages, storages, weight_of
+from jaxq.models._stored_views import StoredView
+from jaxq.models._storing import Storages, storages
 from jaxq.models._tracing import Traced, trace
 from jaxq.products import ProductRecipe, Row
 from jaxq.quantizers import Quantized
@@ -169,11 +169,16 @@ def _without_weight(
     found = weight_of(product, assigned)
     if found is None or not set(found.origin.leaves.values()) & set(packed):
         return assigned
-    recipe = assigned.recipe
-    assert recipe is not None, "it has a recipe for the weight"
+    recipe = assigned.recipe or ProductRecipe()  # That of experts may be empty.
     with naming(owner, product.where):
+        floats = {
+            piece.leaf
+            for piece, own in zip(found.origin.pieces, found.recipes, strict=True)
+            if own is None
+        }
         for path, leaf in found.origin.leaves.items():
-            _check_stored(product, path, packed.get(leaf), stored, leaf)
+            if leaf not in floats:
+                _check_stored(product, path, packed.get(leaf), stored, leaf)
         if recipe.execution == "native":
             raise ValueError(
                 f"stored weights must be multiplied as floats, got execution='native' for "
@@ -181,7 +186,7 @@ def _without_weight(
             )
     left: ProductRecipe | None = dataclasses.replace(recipe, rhs=None)
     left = None if left.plain else left
-    return dataclasses.replace(assigned, recipe=left, table=None)
+    return dataclasses.replace(assigned, recipe=left, table=None, experts=None)
 
 
 def _check_stored(

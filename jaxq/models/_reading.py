@@ -278,7 +278,7 @@ def _inside(
         conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         test, step = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
         of_test, of_step = origins[:conds], origins[conds : conds + bodies]
-        moved = origins[conds:]  # The body's constants, then what is carried.
+        moved = origins[conds:]  # The body's constants, then the carried values.
         same = _unchanged(compat.body(step), moved, bodies, len(moved) - bodies)
         first, _ = run(test, of_test + same, times=None, barred="in the condition of a while loop")
         second, _ = run(step, of_step + same, times=None, reverse=False)

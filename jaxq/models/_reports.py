@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from jaxq._base.tables import Table
-from jaxq.models._assigning import Assigned, on_axes
+from jaxq.models._assigning import Assigned, axes_of, on_axes, weight_of
+from jaxq.models._experts import Experts
 from jaxq.models._matching import first_match
 from jaxq.models._operations import LOOK_UP, operation_of
 from jaxq.models._origins import Piece
@@ -17,8 +18,7 @@ from jaxq.models._planning import Planned, plan
 from jaxq.models._reading import Product, flops
 from jaxq.models._rule import Rule
 from jaxq.models._rules import Rules, as_rules
-from jaxq.models._storing import weight_of
-from jaxq.products import SingleProduct, check_gradients
+from jaxq.products import ProductRecipe, SingleProduct, check_gradients, placed
 from jaxq.quantizers import Quantized
 from jaxq.recipes import Recipe, title_of
 
@@ -114,7 +114,7 @@ def _row(
 ) -> ProductRow:
     shapes = " ".join(map(_shape, product.operands))
     bits, nbytes = _weight(planned, product, assigned)
-    if assigned is None or (assigned.recipe is None and assigned.output is None):
+    if assigned is None or assigned.plain:
         recipe = _left_alone(product, rules)
     else:
         recipe = _recipe(product, assigned)
@@ -153,13 +153,19 @@ def _left_alone(product: Product, rules: Sequence[Rule]) -> str:
 
 def _recipe(product: Product, assigned: Assigned) -> str:
     recipe, parts = assigned.recipe, []
+    if assigned.experts is not None:
+        recipe = recipe or ProductRecipe()
     if recipe is not None:
-        names = assigned.order([_name(r) for r in recipe.operands])
+        weight = _name(recipe.operands[1])
+        if assigned.experts is not None:
+            names = (part.recipe and _name(part.recipe) for part in assigned.experts.parts)
+            weight = "|".join(dict.fromkeys(name or "float" for name in names))
+        names = assigned.order([_name(recipe.operands[0]), weight])
         parts = list(names[1:] if assigned.table is not None else names)
         for gradient in ("dlhs", "drhs"):
-            how: SingleProduct = getattr(recipe, gradient)
-            if not how.plain:
-                parts.append(f"{gradient} {' '.join(map(_name, how.operands))}")
+            single: SingleProduct = getattr(recipe, gradient)
+            if not single.plain:
+                parts.append(f"{gradient} {' '.join(map(_name, single.operands))}")
     if assigned.output is not None:
         parts.append(f"-> {_name(assigned.output)}")
     if assigned.draws:
@@ -205,9 +211,13 @@ def _weight(planned: Planned, product: Product, assigned: Assigned | None) -> tu
     count = sum(_elements(piece, size) for piece in origin.pieces)
     weight = None if assigned is None else weight_of(product, assigned)
     if weight is not None and product.number not in planned.stored.reasons:
-        recipe = on_axes(weight.recipe, product, i)
-        assert recipe is not None
-        nbytes = recipe.nbytes(operand.shape) * count / max(size, 1)
+        if weight.experts is None:
+            recipe = on_axes(weight.recipe, product, i)
+            assert recipe is not None
+            nbytes = recipe.nbytes(operand.shape) * count / max(size, 1)
+        else:
+            for piece, own in zip(origin.pieces, weight.recipes, strict=True):
+                nbytes += _of_expert(product, i, piece, own, weight.experts)
     else:
         for piece in origin.pieces:
             array, share = arrays[piece.leaf], _elements(piece, size)
@@ -217,6 +227,20 @@ def _weight(planned: Planned, product: Product, assigned: Assigned | None) -> tu
             else:
                 nbytes += share * array.dtype.itemsize
     return (8 * nbytes / count if count else math.nan), int(nbytes)
+
+
+def _of_expert(
+    product: Product, operand: int, piece: Piece, recipe: Recipe | None, experts: Experts
+) -> float:
+    """Returns the bytes of the experts of one leaf in all layers."""
+    x = product.operands[operand]
+    _, shape = experts.alone(piece, x.shape)
+    share = _elements(piece, math.prod(shape))
+    if recipe is None:
+        return share * x.dtype.itemsize
+    granularity = placed(recipe.granularity, shape, axes_of(product)[operand])
+    own = dataclasses.replace(recipe, granularity=granularity)
+    return own.nbytes(shape) * share / max(math.prod(shape), 1)
 
 
 def _elements(piece: Piece, size: int) -> int:

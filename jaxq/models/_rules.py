@@ -73,7 +73,7 @@ def pairs(
 
     Raises:
       TypeError: if a rule is a `Rule`.
-      ValueError: if a pattern is no regular expression, or `look_up` raises it.
+      ValueError: if a pattern is not a regular expression, or `look_up` raises it.
     """
     found = []
     for rule in _entries(owner, rules):
@@ -96,7 +96,7 @@ def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
 
     Raises:
       TypeError: if `rules` is None, or an entry is neither a rule nor a pair.
-      ValueError: if a recipe is unknown, or a pattern is no regular expression.
+      ValueError: if a recipe is unknown, or a pattern is not a regular expression.
     """
     if isinstance(rules, (Frozen, Delayed, Monitored, Switched, Adapted)):
         return rules.rules
@@ -126,7 +126,7 @@ def rules_to_json(rules: Rules) -> str:
 
     Raises:
       TypeError: if a rounding or a gradient is a user-defined function.
-      ValueError: if a recipe is unknown, or a pattern is no regular expression.
+      ValueError: if a recipe is unknown, or a pattern is not a regular expression.
 
     Example:
       >>> import jaxq

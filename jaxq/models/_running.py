@@ -22,8 +22,9 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxq._jax import compat
-from jaxq.models._multiplying import StoredView, keys_for, multiply, unpacked
+from jaxq.models._multiplying import keys_for, multiply
 from jaxq.models._programs import Extra, Program, States, merged, of_all, unseen
+from jaxq.models._stored_views import StoredView, unpacked
 from jaxq.models._storing import widest
 from jaxq.models._views import CONVERSIONS, JOINS, VIEWS
 from jaxq.quantizers import Quantized, quantized_sharding

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.records import state_repr
 from jaxq._jax.serialization import pytree
 from jaxq.models._rule import Rule, check_pattern, rule_records
 from jaxq.products import History
@@ -32,6 +33,9 @@ class Frozen:
     rules: tuple[Rule, ...]
     scales: Mapping[str, tuple[Calibrated | None, ...]]
 
+    def __repr__(self) -> str:
+        return state_repr(self, self.scales)
+
 
 @pytree(static=("rules",), kinds=rule_records)
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,9 @@ class Delayed:
 
     rules: tuple[Rule, ...]
     histories: Mapping[str, tuple[History | None, ...]]
+
+    def __repr__(self) -> str:
+        return state_repr(self, self.histories)
 
     def update(self, seen: "Delayed") -> "Delayed":
         """Returns the state for the next step.
@@ -148,6 +155,9 @@ class Switched:
 
     rules: tuple[Rule, ...]
     switches: Mapping[str, Switch]
+
+    def __repr__(self) -> str:
+        return state_repr(self, self.switches)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -17,15 +17,14 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.models._assigning import Assigned, axes_of
-from jaxq.models._operations import LOOK_UP
+from jaxq.models._assigning import Assigned, QuantizedWeight, axes_of, weight_of
 from jaxq.models._origins import Digit, Origin, Piece
 from jaxq.models._reading import Product
 from jaxq.products import is_stochastic, placed
 from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import Granularity, PerBlock, PerChannel, PerTensor, Recipe
 
-__all__ = ["Storage", "Storages", "storages", "weight_of", "widest"]
+__all__ = ["Storage", "Storages", "storages", "widest"]
 
 _OWN = ("float16", "bfloat16", "float32")  # Dtypes that a stored leaf keeps.
 
@@ -66,7 +65,7 @@ class Storage(NamedTuple):
         return dataclasses.replace(function(self.converted(x)), dtype=jnp.dtype(dtype))
 
     def differing(self, q: Quantized) -> list[str]:
-        """Returns the fields but `granularity` in which a stored leaf's recipe differs."""
+        """Returns the fields other than `granularity` in which a stored leaf's recipe differs."""
         own, other = (_anywhere(recipe) for recipe in (self.recipe, q.recipe))
         names = [field.name for field in dataclasses.fields(Recipe)]
         return [name for name in names if getattr(own, name) != getattr(other, name)]
@@ -74,14 +73,6 @@ class Storage(NamedTuple):
     def blocks_differ(self, q: Quantized) -> bool:
         """Returns whether a stored leaf is divided into other blocks than these."""
         return self.block != q.block or self.leading != q.ndim - len(q.block)
-
-
-class QuantizedWeight(NamedTuple):
-    """The weight that a product quantizes: its origin, its recipe and its operand index."""
-
-    origin: Origin
-    recipe: Recipe
-    operand: int
 
 
 class Storages(NamedTuple):
@@ -100,17 +91,6 @@ class Storages(NamedTuple):
         return jnp.dtype(self.leaves[leaf].dtype if leaf in self.leaves else default)
 
 
-def weight_of(product: Product, assigned: Assigned) -> QuantizedWeight | None:
-    """Returns the weight that a product quantizes, or None."""
-    if assigned.recipe is None or assigned.recipe.operands[1] is None:
-        return None
-    i = 0 if assigned.swapped or product.operation == LOOK_UP else 1
-    origin = product.origins[i]
-    if origin is None:
-        return None
-    return QuantizedWeight(origin, assigned.recipe.operands[1], i)
-
-
 def storages(products: Sequence[Product], chosen: Sequence[Assigned | None]) -> Storages:
     """Returns the stored forms of quantized weights, and the reasons for those not stored."""
     wanted: dict[int, list[tuple[int, _Demand]]] = {}
@@ -121,8 +101,13 @@ def storages(products: Sequence[Product], chosen: Sequence[Assigned | None]) -> 
         if weight is None:
             continue
         weights[product.number] = weight.origin
+        assert assigned is not None
+        assert assigned.recipe is not None
+        if assigned.recipe.hadamard is not None:
+            reasons[product.number] = "its product quantizes its Hadamard transform"
+            continue
         try:
-            for piece, demand in _demands(product, *weight):
+            for piece, demand in _demands(product, weight):
                 wanted.setdefault(piece.leaf, []).append((product.number, demand))
         except _CannotStoreError as error:
             reasons[product.number] = str(error)
@@ -220,25 +205,28 @@ def _granularity(block: tuple[int, ...], shape: tuple[int, ...]) -> Granularity:
     return PerBlock(tuple(sizes.values()), tuple(sizes), pad=pad)
 
 
-def _demands(
-    product: Product, origin: Origin, recipe: Recipe, i: int
-) -> list[tuple[Piece, _Demand]]:
+def _demands(product: Product, weight: QuantizedWeight) -> list[tuple[Piece, _Demand]]:
     """Returns the requirements of a product for the leaves of its weight."""
+    origin = weight.origin
     if origin.computed:
         raise _CannotStoreError(f"computed from {', '.join(origin.leaves)}")
-    if is_stochastic(recipe):
-        raise _CannotStoreError("its recipe draws new random bits in every call")
-    operand = product.operands[i]
-    granularity = placed(recipe.granularity, operand.shape, axes_of(product)[i])
-    block = granularity.block(operand.shape)
-    if 0 in block:
-        raise _CannotStoreError("it is empty")
+    operand, axes = product.operands[weight.operand], axes_of(product)[weight.operand]
     result = []
-    for piece in origin.pieces:
-        on_leaf = _on_leaf(piece, operand.shape, block)
+    for whole, recipe in zip(origin.pieces, weight.recipes, strict=True):
+        if recipe is None:
+            continue
+        piece, shape = whole, operand.shape
+        if weight.experts is not None:
+            piece, shape = weight.experts.alone(piece, shape)
+        if is_stochastic(recipe):
+            raise _CannotStoreError("its recipe draws new random bits in every call")
+        block = placed(recipe.granularity, shape, axes).block(shape)
+        if 0 in block:
+            raise _CannotStoreError("it is empty")
+        on_leaf = _on_leaf(piece, shape, block)
         leading = _leading(piece)
         if _shares(recipe):
-            _check_whole(piece, operand.shape, recipe, leading)
+            _check_whole(piece, shape, recipe, leading)
         demand = _Demand(
             leading=leading,
             recipe=recipe,

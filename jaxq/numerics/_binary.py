@@ -23,7 +23,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, extended_bits, where
 from jaxq.numerics._grids import BinaryGrid, is_aligned, is_narrow, is_normal
-from jaxq.numerics._rounding import Overflow, Rounding, nearest_even, pins, to_odd
+from jaxq.numerics._rounding import Overflow, Rounding, is_directed, nearest_even, pins, to_odd
 
 __all__ = ["snap"]
 
@@ -50,15 +50,14 @@ def snap(
     layout = Layout.of(x.dtype)
     bits = layout.bits(x)
     magnitude = bits & layout.magnitude_mask
-    negative = bits < layout.int_type(0)
-    args = _Snap(bits, magnitude, negative, grid, layout, rounding, overflow, random)
+    args = _Snap(bits, magnitude, grid, layout, rounding, overflow, random)
     y = (_aligned if is_aligned(grid, layout) else _narrow if args.narrow else _wide)(args)
     if not (grid.inf or grid.nan or grid.negative_zero) and is_normal(grid, layout):
         return _integer(y, args)
     if grid.inf or grid.nan:
         y = _limited(y, args)
         if grid.signed and not grid.negative_zero and args.narrow:
-            y = where(negative, layout.float_type(0) - y, y)
+            y = where(args.negative, layout.float_type(0) - y, y)
             return where(y == y, y, layout.floats(layout.nan | layout.sign))
         result = layout.bits(y)
     else:  # `_signed` handles NaN in the input.
@@ -67,12 +66,11 @@ def snap(
 
 
 class _Snap(NamedTuple):
-    """The arguments of one call of `snap`, with the elements' magnitudes and signs.
+    """The arguments of one call of `snap`, with the elements' magnitudes.
 
     Attributes:
       bits: the elements as integers.
       magnitude: `bits` without the sign bit.
-      negative: True where the sign bit is set.
       grid: the target grid.
       layout: the layout of the working dtype.
       rounding: the rounding mode.
@@ -82,12 +80,16 @@ class _Snap(NamedTuple):
 
     bits: jax.Array
     magnitude: jax.Array
-    negative: jax.Array
     grid: BinaryGrid
     layout: Layout
     rounding: Rounding
     overflow: Overflow
     random: jax.Array | None
+
+    @property
+    def negative(self) -> jax.Array:
+        """True where the sign bit is set."""
+        return self.bits < self.layout.int_type(0)
 
     @property
     def narrow(self) -> bool:
@@ -96,13 +98,15 @@ class _Snap(NamedTuple):
 
     def rounded(self, units: jax.Array) -> jax.Array:
         """Returns units rounded to whole numbers."""
-        return self.rounding(units, self.negative, self.random)
+        negative: Any = self.negative if is_directed(self.rounding) else False  # Not read then.
+        return self.rounding(units, negative, self.random)
 
 
 def _narrow(args: _Snap) -> jax.Array:
     """Rounds magnitudes to the grid by two multiplications by powers of two."""
-    magnitude, grid, layout = args.magnitude, args.grid, args.layout
-    extended = lax.max(magnitude, _least_normal(magnitude, layout))
+    extended, grid, layout = args.magnitude, args.grid, args.layout
+    if is_directed(args.rounding):  # Other modes round a flushed subnormal number to 0 too.
+        extended = lax.max(extended, _least_normal(extended, layout))
     unit = _unit_exponents(extended, grid, layout)
     units = layout.floats(extended) * layout.floats(layout.field(layout.bias) - unit)
     rounded = _rounded(units, unit, args)
@@ -172,7 +176,7 @@ def _emax(grid: BinaryGrid, layout: Layout) -> Any:
 
 
 def _rounded(units: jax.Array, unit: jax.Array, args: _Snap) -> jax.Array:
-    """Rounds units so that even numbers are even codes; at least to 1 if the grid has no zero."""
+    """Rounds units to whole numbers with the parity of their codes, at least 1 without a zero."""
     grid, layout = args.grid, args.layout
     if not grid.odd_codes:
         if not grid.zero and args.rounding is nearest_even:

@@ -12,6 +12,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._jax.arithmetic import barrier
 from jaxq._jax.meshes import as_first, automatic
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat, get_format
 from jaxq.numerics._grids import BinaryGrid, is_narrow
@@ -233,6 +234,11 @@ def pack(codes: jax.typing.ArrayLike, bits: int) -> jax.Array:
     """
     codes = jnp.asarray(codes)
     _check_packing("pack", codes, bits)
+    return _packed(codes, bits)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def _packed(codes: jax.Array, bits: int) -> jax.Array:
     *leading, n = codes.shape
     per_group, group_bytes = _groups(bits)
     groups = -(-n // per_group)
@@ -242,7 +248,7 @@ def pack(codes: jax.typing.ArrayLike, bits: int) -> jax.Array:
     # Without the barrier XLA on CPU (JAX 0.10 and 0.12) computes a code again for each byte that
     # contains a part of it: quantizing to 3, 5, 6 or 7 bits takes up to twice as long.
     if group_bytes > 1:
-        masked = lax.optimization_barrier(masked)
+        masked = barrier(masked)
     wide = lax.pad(masked.astype(jnp.uint32), np.uint32(0), padding)
     wide = wide.reshape(*leading, groups, per_group)
     rows = []
@@ -281,13 +287,19 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
     """
     packed = jnp.asarray(packed)
     _check_packing("unpack", packed, bits)
-    *leading, size = packed.shape
+    size = packed.shape[-1]
     if packed.dtype != jnp.uint8:
         raise TypeError(f"unpack: `packed` must be uint8, got {packed.dtype}.")
     if size != -(-n * bits // 8):
         raise ValueError(
             f"unpack: {n} codes of {bits} bits fill {-(-n * bits // 8)} bytes, got {size} bytes."
         )
+    return _unpacked(packed, bits, n)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "n"))
+def _unpacked(packed: jax.Array, bits: int, n: int) -> jax.Array:
+    *leading, size = packed.shape
     per_group, group_bytes = _groups(bits)
     if group_bytes == 1:  # No code spans two bytes, so one vectorized operation unpacks all.
         shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape((1,) * packed.ndim + (-1,))

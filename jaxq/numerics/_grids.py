@@ -214,5 +214,5 @@ def is_aligned(grid: BinaryGrid, layout: Layout) -> bool:
 
 
 def is_normal(grid: BinaryGrid, layout: Layout) -> bool:
-    """Returns whether a grid without -0 has no subnormal value; traced ones hold integers."""
+    """Returns whether no value of a grid without -0 is subnormal; traced grids are of integers."""
     return not grid.static or grid.emin - grid.mantissa_bits >= 1 - layout.bias

@@ -199,6 +199,12 @@ ROUNDINGS: Registry[Rounding] = Registry(
 )
 
 
+def is_directed(rounding: Rounding) -> bool:
+    """Returns whether a mode may depend on the sign, or round a tiny magnitude to 1 unit."""
+    undirected = rounding in (nearest_even, nearest_away, toward_zero)
+    return not undirected and not isinstance(rounding, Stochastic)
+
+
 def pins(rounding: Rounding) -> tuple[bool, bool]:
     """Returns whether a mode keeps finite overflow at the maximum, for (positive, negative) values.
 

@@ -16,7 +16,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, extended_bits, where
 from jaxq.formats import TaperedFormat
-from jaxq.numerics._rounding import Overflow, Rounding
+from jaxq.numerics._rounding import Overflow, Rounding, nearest_even
 
 __all__ = ["decode_tapered", "encode_tapered", "snap_tapered"]
 
@@ -123,6 +123,11 @@ def _snapped(
         exact = where(magnitude == layout.inf, most, exact)
     string, _, dropped = _split(exact, fmt, layout)
     low = string & ((integer(2) << dropped) - integer(1))
+    if rounding is nearest_even:  # Half a unit is added, or a little less if the code is even.
+        half = (integer(1) << dropped) >> integer(1)
+        odd = low >> dropped
+        up = (low + (half - integer(1)) + odd) >> dropped << dropped
+        return lax.clamp(least, exact - low + up, most)
     seen = low
     if fmt.exponent_bits != 0:  # More bits than a float holds are merged into one sticky bit.
         too_many = lax.max(dropped - integer(m), integer(0))

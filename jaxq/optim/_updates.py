@@ -73,8 +73,8 @@ def apply_updates(
     rounding = get_rounding(rounding)
     if isinstance(rounding, Stochastic) and key is None:
         raise ValueError(
-            "apply_updates: stochastic rounding needs `key`, got None. Pass "
-            "key=jax.random.fold_in(key, step), another one at every step."
+            "apply_updates: stochastic rounding needs `key`, got None. Pass a different key at "
+            "every step, such as key=jax.random.fold_in(key, step)."
         )
     formats = assign("apply_updates", params, pairs("apply_updates", fmt, get_format))
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)

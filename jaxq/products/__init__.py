@@ -1,9 +1,10 @@
 """Matrix products and convolutions with quantized operands and quantized gradients.
 
-To add a named product recipe, add a line to `PRODUCT_RECIPES` (`_recipe.py`).
+To add a named product recipe, add a line to `PRODUCT_RECIPES` (`_catalog.py`).
 """
 
 from jaxq.products._accumulation import Accumulation
+from jaxq.products._catalog import PRODUCT_RECIPES, get_product_recipe
 from jaxq.products._contractions import (
     Axes,
     Contraction,
@@ -28,15 +29,14 @@ from jaxq.products._operation import Operation
 from jaxq.products._plan import Pair
 from jaxq.products._products import NO_SCALES, check, check_gradients, keys_of, product
 from jaxq.products._recipe import (
-    PRODUCT_RECIPES,
     PerProduct,
     ProductRecipe,
     SingleProduct,
-    get_product_recipe,
     is_stochastic,
     product_records,
 )
 from jaxq.products._rows import Probe, Row, RowLayout, Scaled, Tally, layout_of, record_row
+from jaxq.products._stored import in_parts, stored_dot_general
 from jaxq.products._tensors import Results, Running, Tensor
 
 __all__ = [
@@ -54,4 +54,5 @@ __all__ = [
     "is_stochastic",
     "ragged_dot",
     "ragged_dot_general",
+    "stored_dot_general",
 ]

@@ -292,12 +292,12 @@ def block_along(
             break
         rest //= sizes[axis]
     if rest > 1 or not axes:
-        lengths = " x ".join(str(shape[axis]) for axis in axes) or "no axis"
+        lengths = " x ".join(str(shape[axis]) for axis in axes) or "no"
         remedy = "Choose a size that does, or pad the tensor."
         if any(is_symbolic(shape[axis]) for axis in axes):
             remedy = f"Export it with a symbolic length such as '{size}*n'."
         raise ValueError(
-            f"{owner}: blocks of {size} must divide what they lie along, which is {lengths} of a "
-            f"tensor of shape {shape}. {remedy}"
+            f"{owner}: blocks of {size} must divide the axes along which they lie, which have "
+            f"{lengths} elements in a tensor of shape {shape}. {remedy}"
         )
     return dict(reversed(sizes.items()))

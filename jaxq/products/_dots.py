@@ -12,11 +12,12 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq.products._catalog import get_product_recipe
 from jaxq.products._contractions import of_conv, of_dot, of_einsum, of_ragged_dot
 from jaxq.products._execution import DotOfCodes
 from jaxq.products._operation import Operation
 from jaxq.products._products import keys_of, product
-from jaxq.products._recipe import ProductRecipe, get_product_recipe
+from jaxq.products._recipe import ProductRecipe
 
 __all__ = ["conv_general_dilated", "dot_general", "einsum", "ragged_dot", "ragged_dot_general"]
 
@@ -346,7 +347,7 @@ def ragged_dot_general(
       >>> from jax.lax import RaggedDotDimensionNumbers
       >>> numbers = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
       >>> x, g = jnp.ones((8, 4)), jnp.ones((8, 2))  # The sum over the rows of each group.
-      >>> jaxq.ragged_dot_general(x, g, jnp.array([5, 3]), numbers, recipe="w8a8")[:, 0, 0]
+      >>> jaxq.products.ragged_dot_general(x, g, jnp.array([5, 3]), numbers, recipe="w8a8")[:, 0, 0]
       Array([5., 3.], dtype=float32)
     """
     numbers = ragged_dot_dimension_numbers

@@ -70,25 +70,25 @@ def _labels(contraction: Contraction) -> list[int]:
     return [*(lhs[i] for i in (*left.batch, *left.free)), *(rhs[i] for i in right.free)]
 
 
-def check(how: Any, name: str, contraction: Contraction, codes: Codes | None) -> None:
+def check(execution: Any, name: str, contraction: Contraction, codes: Codes | None) -> None:
     """Raises an error if an operation does not support an execution for any operands."""
-    if how == "emulated":
+    if execution == "emulated":
         return
-    what = "execution='native'" if how == "native" else "an Accumulation"
-    if codes is None or (how != "native" and not isinstance(codes, DotOfCodes)):
+    named = "execution='native'" if execution == "native" else "an Accumulation"
+    if codes is None or (execution != "native" and not isinstance(codes, DotOfCodes)):
         raise ValueError(
-            f"{name}: {what} is not supported for this product. Use execution='emulated'."
+            f"{name}: {named} is not supported for this product. Use execution='emulated'."
         )
     both = len(contraction.shared[0])
     if isinstance(codes, DotOfCodes) and any(len(a.contract) != both for a in contraction.axes):
         raise ValueError(
-            f"{name}: {what} cannot sum over an axis that only one operand has. Sum first."
+            f"{name}: {named} cannot sum over an axis that only one operand has. Sum first."
         )
 
 
 def run(
     name: str,
-    how: Any,
+    execution: Any,
     contraction: Contraction,
     codes: Codes | None,
     lhs: Operand,
@@ -98,7 +98,7 @@ def run(
 
     Args:
       name: the name of the operation in error messages.
-      how: the execution, `"native"` or an `Accumulation`.
+      execution: the execution, `"native"` or an `Accumulation`.
       contraction: the labels of the axes.
       codes: the product for arrays of codes.
       lhs: the first operand.
@@ -109,9 +109,9 @@ def run(
     """
     assert codes is not None, "checked"
     operands = (lhs, rhs)
-    if isinstance(how, Accumulation):
+    if isinstance(execution, Accumulation):
         assert isinstance(codes, DotOfCodes), "checked"
-        return _accumulated(name, how, codes, operands)
+        return _accumulated(name, execution, codes, operands)
     quantized = [_quantized(name, operand) for operand in operands]
     for operand, q in zip(operands, quantized, strict=True):
         if q.zero_point is not None:
@@ -248,7 +248,7 @@ def _shape(contraction: Contraction, operands: tuple[Operand, Operand]) -> list[
 
 
 def _accumulated(
-    name: str, how: Accumulation, dot: DotOfCodes, operands: tuple[Operand, Operand]
+    name: str, accumulation: Accumulation, dot: DotOfCodes, operands: tuple[Operand, Operand]
 ) -> jax.Array:
     """Returns the product summed by a narrow accumulator, without scales where possible."""
     arrays, scales, quantized, digits = [], [], [], []
@@ -265,7 +265,7 @@ def _accumulated(
             f"{operands[1].name}, more than {_EXACT} together. Quantize both, for instance to "
             "'int8_token', or convert them to bfloat16."
         )
-    y = how.matmul(*arrays)
+    y = accumulation.matmul(*arrays)
     y = dot.ordered(y.reshape(_shape(dot.contraction, operands)))
     return _rescaled(y, dot.contraction, scales, quantized)
 

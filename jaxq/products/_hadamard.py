@@ -94,12 +94,22 @@ def _transformed(x: jax.Array, signs: jax.Array, lengths: tuple[tuple[int, int],
 
 
 def _butterflies(y: jax.Array, axis: int, length: int) -> jax.Array:
-    """Applies the unscaled transform along a whole axis."""
+    """Applies the unscaled transform along a whole axis, two steps of the fast transform at a time.
+
+    Each pass adds groups of neighbors and puts their sums far apart, so that all passes are the
+    same program.
+    """
     before, after = y.shape[:axis], y.shape[axis + 1 :]
-    half = 1
-    while half < length:
-        pairs = y.reshape(*before, length // (2 * half), 2, half, *after)
-        a, b = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
-        y = jnp.stack([a + b, a - b], axis=axis + 1).reshape(*before, length, *after)
-        half *= 2
+    left = length
+    while left > 1:
+        radix = 4 if left % 4 == 0 else 2
+        groups = y.reshape(*before, length // radix, radix, *after)
+        sums = [lax.index_in_dim(groups, i, axis + 1, keepdims=False) for i in range(radix)]
+        for half in (1, 2)[: radix // 2]:
+            for i in range(radix):
+                if not i & half:
+                    a, b = sums[i], sums[i + half]
+                    sums[i], sums[i + half] = a + b, a - b
+        y = jnp.stack(sums, axis=axis).reshape(*before, length, *after)
+        left //= radix
     return y

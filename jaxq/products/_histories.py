@@ -119,12 +119,12 @@ def record(
     """
     if holds(lambda: y.size == 0):
         return y
-    what = _What(recipe, y.shape, y.dtype, varying(y), varying(history.amax))
-    return _recorded(what, y, history.amax, operand)
+    static = _Static(recipe, y.shape, y.dtype, varying(y), varying(history.amax))
+    return _recorded(static, y, history.amax, operand)
 
 
 @dataclasses.dataclass(frozen=True)
-class _What:
+class _Static:
     """The static properties of a product whose amax is recorded."""
 
     recipe: Recipe
@@ -147,13 +147,13 @@ class _What:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _recorded(what: _What, y: jax.Array, history: jax.Array, operand: Any) -> jax.Array:
-    del what, history, operand
+def _recorded(static: _Static, y: jax.Array, history: jax.Array, operand: Any) -> jax.Array:
+    del static, history, operand
     return y
 
 
 @functools.partial(_recorded.defjvp, symbolic_zeros=True)
-def _recorded_jvp(what: _What, primals: tuple, tangents: tuple) -> tuple:
+def _recorded_jvp(static: _Static, primals: tuple, tangents: tuple) -> tuple:
     y, history, operand = primals
     moved, moved_history, _ = tangents
     (length,) = history.shape
@@ -163,16 +163,16 @@ def _recorded_jvp(what: _What, primals: tuple, tangents: tuple) -> tuple:
 
     def seen(cotangent: jax.Array, amax: jax.Array) -> jax.Array:
         del cotangent
-        return what.row(amax, length)
+        return static.row(amax, length)
 
     def seen_backward(cotangent: jax.Array, some: jax.Array) -> jax.Array:
         del some
-        return what.row(_amax(cotangent, what.recipe), length)
+        return static.row(_amax(cotangent, static.recipe), length)
 
     if operand is None:
         # An element of the product, so that `vmap` batches it whenever it batches the product.
-        how, known = seen_backward, lax.stop_gradient(y[(0,) * y.ndim])
+        transpose, known = seen_backward, lax.stop_gradient(y[(0,) * y.ndim])
     else:
-        how, known = seen, _amax(operand, what.recipe)
-    parts.append(with_transpose(what.zeros, how, moved_history, known, join=_largest))
+        transpose, known = seen, _amax(operand, static.recipe)
+    parts.append(with_transpose(static.zeros, transpose, moved_history, known, join=_largest))
     return y, sum(parts[1:], start=parts[0])

@@ -64,7 +64,7 @@ def product(
             f"{operation.name}: the recipe draws no random numbers, got a key. Leave it out."
         )
     _check_key(operation.name, recipe.forward, keys)
-    return _product(operation, lhs, rhs, recipe, keys_by_product(recipe, keys), scales)
+    return _product(operation, lhs, rhs, recipe, keys, scales)
 
 
 def check(operation: Operation, lhs: Any, rhs: Any, recipe: SingleProduct) -> None:
@@ -119,9 +119,9 @@ def check_gradients(
       ValueError: as in `jaxq.dot_general`.
     """
     operands = (lhs, rhs)
-    for of, how in enumerate(recipe.products.gradients):
-        if not how.plain:
-            check(operation.gradient(of, operands[of]), out, operands[1 - of], how)
+    for of, single in enumerate(recipe.products.gradients):
+        if not single.plain:
+            check(operation.gradient(of, operands[of]), out, operands[1 - of], single)
 
 
 def keys_of(key: Key) -> Key:
@@ -139,8 +139,8 @@ def keys_of(key: Key) -> Key:
 def keys_by_product(recipe: ProductRecipe, keys: Key) -> PerProduct[Key]:
     """Returns the keys of each product from those of `keys_of`, None if it draws no random bits."""
     forward, dlhs, drhs = (
-        one_of(keys, i) if keys is not None and how.draws else None
-        for i, how in enumerate(recipe.products)
+        one_of(keys, i) if keys is not None and single.draws else None
+        for i, single in enumerate(recipe.products)
     )
     return PerProduct(forward, dlhs, drhs)
 
@@ -158,11 +158,11 @@ def _product(
     lhs: jax.Array,
     rhs: jax.Array,
     recipe: ProductRecipe,
-    keys: PerProduct[Key],
+    keys: Key,
     scales: PerProduct[Pair],
 ) -> jax.Array:
     plan = Plan.of(recipe, operation, lhs, rhs)
-    prepared = plan.prepare(lhs, rhs, keys.forward, scales.forward)
+    prepared = plan.prepare(lhs, rhs, keys_by_product(recipe, keys).forward, scales.forward)
     quantized = prepared.quantized
     emulated = recipe.execution == "emulated"
     if emulated and recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized":
@@ -173,7 +173,7 @@ def _product(
     def multiply(
         operands: tuple,
         originals: tuple,
-        keys: PerProduct[Key],
+        keys: Key,
         scales: PerProduct[Any],
         arguments: tuple,
     ) -> jax.Array:
@@ -189,7 +189,7 @@ def _product(
                 operation.operands,
                 originals,
                 plan.quantizers,
-                plan.keys(keys.forward),
+                plan.keys(keys_by_product(recipe, keys).forward),
                 scales.forward,
             ),
         )
@@ -200,10 +200,10 @@ def _product(
         own = dataclasses.replace(operation, arguments=arguments)
         residuals = operands if recipe.residuals == "quantized" else originals
         parts = []
-        for of, how in enumerate(recipe.products.gradients):
+        for of, single in enumerate(recipe.products.gradients):
             moved, residual = tangents[0][of], residuals[1 - of]
             if not isinstance(moved, SymbolicZero):
-                part = _Part(of, how, out, keys.gradients[of], scales.gradients[of])
+                part = _Part(of, single, out, keys if single.draws else None, scales.gradients[of])
                 parts.append(_linear(own, part, moved, residual))
         y = multiply(*primals)
         return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
@@ -218,40 +218,41 @@ class _Part(NamedTuple):
 
     Attributes:
       of: 0 for the gradient of `lhs`, 1 for the gradient of `rhs`.
-      how: its recipe.
+      recipe: its recipe.
       cotangent: the shape and dtype of the cotangent.
-      key: the keys of the product, or None.
+      keys: the keys of all three products, or None. The product takes its own ones in the backward
+        pass, so that a loop keeps one array of keys for each forward product.
       scales: the precomputed scales of the cotangent and the residual.
     """
 
     of: int
-    how: SingleProduct
+    recipe: SingleProduct
     cotangent: Any
-    key: Key
+    keys: Key
     scales: Pair
 
 
 def _linear(operation: Operation, part: _Part, moved: jax.Array, residual: jax.Array) -> jax.Array:
     """Applies the operation to an operand's tangent, with the gradient's product as transpose."""
-    of, how = part.of, part.how
-    drawn = (part.key,) if how.draws and part.key is not None else ()
-    more, structure = jax.tree.flatten((operation.arguments, drawn, part.scales))
+    of, single = part.of, part.recipe
+    more, structure = jax.tree.flatten((operation.arguments, part.keys, part.scales))
 
     def forward(moved: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
         arguments = jax.tree.unflatten(structure, more)[0]
         operands = (moved, residual) if of == 0 else (residual, moved)
         return operation.function(*operands, *arguments)
 
-    if how.plain:
+    if single.plain:
         return forward(moved, residual, *more)
     gradient = operation.gradient(of, like(moved))
-    _check_key(gradient.name, how, part.key)
-    Plan.of(how, gradient, part.cotangent, residual)  # Raises errors in the forward pass already.
+    _check_key(gradient.name, single, part.keys)
+    # Errors are raised in the forward pass already.
+    Plan.of(single, gradient, part.cotangent, residual)
 
     def backward(cotangent: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
-        recipe = ProductRecipe(how.lhs, how.rhs, how.hadamard, how.execution)
-        arguments, key, scales = jax.tree.unflatten(structure, more)
-        keys = PerProduct(key[0] if key else None, None, None)
+        recipe = ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution)
+        arguments, keys, scales = jax.tree.unflatten(structure, more)
+        keys = None if keys is None else one_of(keys, 1 + of)[None]
         own = dataclasses.replace(gradient, arguments=arguments)
         return _product(own, cotangent, residual, recipe, keys, NO_SCALES._replace(forward=scales))
 

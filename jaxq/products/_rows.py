@@ -21,6 +21,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxq._jax.arithmetic import barrier
 from jaxq._jax.meshes import varying
 from jaxq.products._cotangents import with_transpose
 from jaxq.products._tensors import Running
@@ -318,7 +319,7 @@ def record_row(
         y, _, active, arrays = jax.tree.map(lax.stop_gradient, primals)
         # XLA must neither compute statistics of constants when it compiles, which is slow, nor fuse
         # them with the step, which could change its bits.
-        y, operands = lax.optimization_barrier((y, arrays[0]))
+        y, operands = barrier((y, arrays[0]))
         arrays = (operands, *arrays[1:])
         known = run(before, forward, active, y, arrays)
         if not probe.keeps_operands:

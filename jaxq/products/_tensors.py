@@ -89,17 +89,17 @@ class Running:
         original = self.recipe.residuals == "original"
         residual = operand.value if original else operand.quantized
         operation = self.operation.gradient(of, like(self.operands[of]))
-        how, key = self.recipe.products.gradients[of], self._keys.gradients[of]
+        single, key = self.recipe.products.gradients[of], self._keys.gradients[of]
         scales = self.scales.gradients[of]
 
         def results() -> Results:
             exact = operation.function(cotangent, operand.value, *operation.arguments)
-            own = ProductRecipe(how.lhs, how.rhs, how.hadamard, how.execution)
+            own = ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution)
             keys = None if key is None else key[None]
             given = NO_SCALES._replace(forward=scales)
             return Results(exact, product(operation, cotangent, residual, own, keys, given))
 
-        pair = _tensors(operation, (cotangent, residual), how, key, scales)
+        pair = _tensors(operation, (cotangent, residual), single, key, scales)
         return Gradient(*pair, results)
 
     @property
@@ -108,12 +108,12 @@ class Running:
 
 
 def _tensors(
-    operation: Operation, operands: tuple[Any, Any], how: SingleProduct, key: Key, scales: Pair
+    operation: Operation, operands: tuple[Any, Any], single: SingleProduct, key: Key, scales: Pair
 ) -> tuple[Tensor, Tensor]:
-    if how.operands == (None, None) and how.hadamard is None:
+    if single.operands == (None, None) and single.hadamard is None:
         left, right = (Tensor(x, x, None, None) for x in operands)
         return left, right
-    plan = Plan.of(how, operation, *operands)
+    plan = Plan.of(single, operation, *operands)
     values, quantized, given = plan.prepare(*operands, key, scales)
     left, right = map(Tensor, values, quantized, plan.quantizers, given)
     return left, right

@@ -6,6 +6,8 @@ To add a solver, write a frozen dataclass with the methods of `Solver` and list 
 
 from jaxq.ptq._biases import BiasChange, BiasReport, correct_biases
 from jaxq.ptq._budget import Budget, FrontRow, budget
+from jaxq.ptq._folding import Norm, fold_rotation, random_rotation
+from jaxq.ptq._half_quadratic import HQQ
 from jaxq.ptq._input_scales import (
     AWQ,
     INPUT_SCALERS,
@@ -14,9 +16,21 @@ from jaxq.ptq._input_scales import (
     SmoothQuant,
     get_input_scaler,
 )
+from jaxq.ptq._learning import LearnedBlock, RoundingReport, learn_rounding
 from jaxq.ptq._models import quantize_weights
 from jaxq.ptq._observing import ObservedInputs, observe
+from jaxq.ptq._owq import owq
 from jaxq.ptq._reports import Report, SolvedProduct
+from jaxq.ptq._rotating import InputRotations, rotate_inputs
+from jaxq.ptq._rounding_methods import (
+    ROUNDING_METHODS,
+    AdaRound,
+    Rounded,
+    RoundingMethod,
+    RoundingProblem,
+    SignRound,
+    get_rounding_method,
+)
 from jaxq.ptq._scale_search import ScaleSearch
 from jaxq.ptq._scaled_functions import InputScales
 from jaxq.ptq._scaling import scale_inputs
@@ -36,22 +50,33 @@ from jaxq.ptq._statistics import Statistics, collect
 __all__ = [
     "AWQ",
     "GPTQ",
+    "HQQ",
     "INPUT_SCALERS",
+    "ROUNDING_METHODS",
     "RTN",
     "SOLVERS",
+    "AdaRound",
     "BiasChange",
     "BiasReport",
     "Budget",
     "FrontRow",
     "InputProblem",
+    "InputRotations",
     "InputScaler",
     "InputScales",
+    "LearnedBlock",
+    "Norm",
     "ObservedInputs",
     "Problem",
     "Report",
+    "Rounded",
+    "RoundingMethod",
+    "RoundingProblem",
+    "RoundingReport",
     "ScaleSearch",
     "Score",
     "Scores",
+    "SignRound",
     "SmoothQuant",
     "Solution",
     "SolvedProduct",
@@ -60,11 +85,17 @@ __all__ = [
     "budget",
     "collect",
     "correct_biases",
+    "fold_rotation",
     "get_input_scaler",
+    "get_rounding_method",
     "get_solver",
     "gptq",
+    "learn_rounding",
     "observe",
+    "owq",
     "quantize_weights",
+    "random_rotation",
+    "rotate_inputs",
     "scale_inputs",
     "sensitivity",
 ]

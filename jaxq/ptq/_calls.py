@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from jaxq._jax import compat
 from jaxq.models import Assigned, Planned, Product, Rules, plan, weight_of
+from jaxq.products import ProductRecipe
 from jaxq.ptq._observing import Sought, sought
 from jaxq.ptq._solvers import check_recipe
 from jaxq.quantizers import Quantized
@@ -106,7 +107,8 @@ class Calls:
     def _check_product(self, product: Product, assigned: Assigned, found: Sought) -> None:
         weight, collector = weight_of(product, assigned), found.matrices[product.number].collector
         assert weight is not None
-        check_recipe(f"{self.owner}: {product.where}", weight.recipe)
+        for recipe in filter(None, weight.recipes):
+            check_recipe(f"{self.owner}: {product.where}", recipe)
         mask = self.masks[0]
         if mask is not None:
             shape = product.operands[1 - weight.operand].shape
@@ -154,9 +156,9 @@ def without_weight(product: Product, assigned: Assigned | None) -> Assigned | No
     left = dataclasses.replace(assigned, calibrated=(None, None))
     if weight_of(product, assigned) is None:
         return left
-    assert assigned.recipe is not None
-    recipe = dataclasses.replace(assigned.recipe, rhs=None)
-    return dataclasses.replace(left, recipe=None if recipe.plain else recipe, table=None)
+    recipe = dataclasses.replace(assigned.recipe or ProductRecipe(), rhs=None)
+    recipe = None if recipe.plain else recipe
+    return dataclasses.replace(left, recipe=recipe, table=None, experts=None)
 
 
 def _is_quantized(x: Any) -> bool:

@@ -21,7 +21,8 @@ from jaxq.ptq._statistics import Statistics, collect, collect_groups, drift_of, 
 
 __all__ = ["Collector", "Layout", "Matrix", "matrix_of", "shared_inputs"]
 
-_SCALINGS = ("broadcast_in_dim", "mul")  # The operations that input scales add.
+# The operations that input scales and rotations add; a Hadamard transform is a program of `jit`.
+_CHANGES = ("broadcast_in_dim", "mul", "jit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +254,7 @@ def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
     """Returns for each product the first product that reads the same input.
 
     Inputs are the same if they are one array of the program, also after equal conversions, changes
-    of shape and multiplications, and in programs of `jit` and `checkpoint`.
+    of shape, multiplications and rotations, and in programs of `jit` and `checkpoint`.
 
     Args:
       node: the program.
@@ -287,9 +288,12 @@ def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
                     results = walk(inside, list(map(value, eqn.invars)) if around else fresh)
                     if around:
                         known.update(zip(eqn.outvars, results, strict=True))
-            elif eqn.primitive.name in (*VIEWS, *CONVERSIONS, *_SCALINGS):
-                key = (eqn.primitive.name, str(eqn.params), *map(value, eqn.invars))
-                known[eqn.outvars[0]] = known_values.setdefault(key, object())
+            elif eqn.primitive.name in (*VIEWS, *CONVERSIONS, *_CHANGES):
+                consts = getattr(eqn.params.get("jaxpr"), "consts", ())  # Not in the text.
+                name = eqn.primitive.name, str(eqn.params), *map(id, consts)
+                for k, variable in enumerate(eqn.outvars):
+                    key = (k, name, *map(value, eqn.invars))
+                    known[variable] = known_values.setdefault(key, object())
         return [value(variable) for variable in body.outvars]
 
     walk(node, [object() for _ in compat.body(node.jaxpr).invars])

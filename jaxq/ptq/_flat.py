@@ -14,7 +14,7 @@ from jaxq.models import Assigned, Node, Product, Program, program
 
 __all__ = ["Flat", "anonymous", "arguments_of", "flatten", "signature"]
 
-_ANY_CALLABLE = ("custom_jvp_call", "custom_vjp_call")  # Their rules are not used forward.
+_ANY_CALLABLE = ("custom_jvp_call", "custom_vjp_call")  # A forward pass ignores their rules.
 
 
 @dataclasses.dataclass(eq=False)

@@ -53,7 +53,8 @@ def by_gradient(
     for n, product in enumerate(first.products):
         own = [plan.chosen[n] for plan in plans]
         found = [None if a is None else weight_of(product, a) for a in own]
-        if not all(found) or product.operation == LOOK_UP or not product.reverse:
+        several = any(a is not None and a.experts is not None for a in own)
+        if not all(found) or several or product.operation == LOOK_UP or not product.reverse:
             continue
         recipes = tuple(a.recipe for a in own if a is not None and a.recipe is not None)
         swapped = own[0] is not None and own[0].swapped

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from jaxq._jax import compat
 from jaxq.models import CONVERSIONS, Extra, Planned, Storage, StoredView, run
+from jaxq.ptq._experts import alike
 from jaxq.ptq._flat import Flat
 from jaxq.quantizers import Levels, Quantized, levels, numbers_of, snap, with_levels
 
@@ -359,7 +360,10 @@ def _seen_by(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> Seen:
         return jax.tree.map(lambda *arrays: move(*arrays), *parts)
 
     x = of(lambda work: work.x)
-    own, nearest = of(lambda work: work.levels), of(lambda work: work.nearest)
+    nearest = of(lambda work: work.nearest)
+    own = jax.tree.map(
+        lambda *arrays: move(*arrays), *alike([work.levels for work in works.values()])
+    )
     numbers = [work.numbers for work in works.values()]
     if isinstance(frame.sources.get(variable), LeafKey):
         return Seen(keys, x, own, nearest, lambda x: [x], [jnp.ones(())], numbers, move)

@@ -124,7 +124,7 @@ def observe(
     hessian: bool = True,
     mask: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Returns the function, which also returns the statistics of the inputs of its products.
+    """Returns the function with the statistics of its product inputs as a second result.
 
     The function itself is not quantized. Products are observed if the rules quantize their weight.
     Products that read the same array, such as those of queries, keys and values, share one entry.

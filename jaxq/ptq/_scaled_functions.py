@@ -14,7 +14,53 @@ from jaxq._jax.serialization import pytree
 from jaxq.models import Extra, Product, not_floating, plan, program, run, unassigned, unpacked
 from jaxq.quantizers import Quantized
 
-__all__ = ["InputScales"]
+__all__ = ["InputScales", "changed"]
+
+
+def changed(
+    owner: str,
+    fn: Callable[..., Any],
+    inputs: Mapping[str, str],
+    factors: Mapping[str, jax.Array],
+    lengths: Mapping[str, int],
+) -> Callable[..., Any]:
+    """Returns a function whose products multiply their inputs by factors, and rotate them.
+
+    Args:
+      owner: the name of the calling method, for errors.
+      fn: the function.
+      inputs: the changed products, each with the name of its input.
+      factors: the factors of each input, as in `InputScales`.
+      lengths: the lengths of the blocks that are Hadamard transformed after that, by input.
+
+    Raises:
+      ValueError: when called, if `fn` lacks one of the products.
+    """
+
+    @functools.wraps(fn, updated=())
+    def run_changed(*args: Any, **kwargs: Any) -> Any:
+        planned = plan(owner, fn, [], 0, args, kwargs)
+        missing = inputs.keys() - {product.name for product in planned.products}
+        if missing:
+            raise ValueError(
+                f"{owner}: `fn` must have all changed products, but lacks {sorted(missing)[0]!r}. "
+                "Pass the function with which they were found."
+            )
+        chosen = [
+            dataclasses.replace(
+                unassigned(product),
+                swapped=product.name in inputs and _is_left(product),
+                factor=inputs.get(product.name),
+                rotated=lengths.get(inputs.get(product.name, "")),
+            )
+            for product in planned.products
+        ]
+        what = program(planned.node, chosen, bool(planned.packed))
+        arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
+        results, _ = run(what, Extra(None, {}, {}, {}, vectors=factors), arrays)
+        return planned.traced.rebuild(list(map(unpacked, results)))
+
+    return run_changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,33 +100,7 @@ class InputScales:
         Raises:
           ValueError: when called, if `fn` lacks a product that has factors.
         """
-
-        @functools.wraps(fn, updated=())
-        def scaled(*args: Any, **kwargs: Any) -> Any:
-            planned = plan("InputScales.apply", fn, [], 0, args, kwargs)
-            groups = dict(self.inputs)
-            missing = groups.keys() - {product.name for product in planned.products}
-            if missing:
-                raise ValueError(
-                    f"InputScales.apply: `fn` must have the scaled products, but lacks "
-                    f"{sorted(missing)[0]!r}. Pass the function of ptq.scale_inputs."
-                )
-            swapped = {p.name for p in planned.products if p.name in groups and _is_left(p)}
-            chosen = [
-                dataclasses.replace(
-                    unassigned(product),
-                    swapped=product.name in swapped,
-                    factor=groups.get(product.name),
-                )
-                for product in planned.products
-            ]
-            what = program(planned.node, chosen, bool(planned.packed))
-            arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
-            extra = Extra(None, {}, {}, {}, vectors=self.factors)
-            results, _ = run(what, extra, arrays)
-            return planned.traced.rebuild(list(map(unpacked, results)))
-
-        return scaled
+        return changed("InputScales.apply", fn, dict(self.inputs), self.factors, {})
 
     def fold(
         self, params: Any, into: Mapping[str, str | tuple[str, int]]

@@ -10,14 +10,11 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq.models import (
-    Product,
-    Rules,
-    weight_of,
-)
+from jaxq.models import Rules, weight_of
 from jaxq.products import Axes, placed
-from jaxq.ptq._calls import Calls, Model, read_calls
+from jaxq.ptq._calls import Model, read_calls
 from jaxq.ptq._collectors import Layout
+from jaxq.ptq._input_changes import check_same, named_inputs, reason_of, with_arrays
 from jaxq.ptq._input_scales import InputProblem, InputScaler, get_input_scaler
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._models import stages_of
@@ -31,8 +28,6 @@ from jaxq.recipes import Recipe
 __all__ = ["scale_inputs"]
 
 _OWNER = "ptq.scale_inputs"
-_CLOSE = {"float32": 1e-3}  # The largest relative change of outputs by rounding; else _LOOSE.
-_LOOSE = 0.05
 
 
 def scale_inputs(
@@ -103,7 +98,7 @@ def scale_inputs(
         envs = calls.environments(model, root.flat.body.invars)
         stages.together(root, stages.observed(root, envs))
         params, scales = scaling.result()
-        _check(calls, scales, params)
+        check_same(calls, scales.apply(calls.fn), params)
         return params, scales
 
     return scaled
@@ -132,12 +127,13 @@ class _Scaling:
     """
 
     def __init__(self, model: Model, method: InputScaler) -> None:
-        self._planned, self._sought, self._method = model.planned, model.sought, method
+        self._model, self._planned, self._sought = model, model.planned, model.sought
+        self._method = method
         self.leaves = Leaves(model.planned)
         self._left = {
             n: reason
             for n in (*model.sought.matrices, *model.sought.reasons)
-            if (reason := self._reason(model.planned.products[n]))
+            if (reason := reason_of(model, model.planned.products[n]))
         }
         self._waiting: dict[tuple[int, tuple[int, ...]], list[_Member | None]] = {}
         self._members = collections.Counter(
@@ -145,28 +141,6 @@ class _Scaling:
         )
         self._factors: dict[str, np.ndarray] = {}
         self._arrays: dict[int, np.ndarray] = {}
-
-    def _reason(self, product: Product) -> str:
-        """Returns the reason why a product can have no scales, or ""."""
-        number, stored = product.number, self._planned.stored
-        if number in self._sought.reasons:
-            return self._sought.reasons[number]
-        if product.operation != "dot_general":
-            return "only matrix products have input scales"
-        if not product.reverse:
-            return "it is in a while loop or under a custom derivative"
-        if number in stored.reasons:
-            return f"not stored: {stored.reasons[number]}"
-        leaves = self._leaves(number)
-        for other in self._planned.products:
-            used = {leaf for o in other.origins if o for leaf in o.leaves.values()}
-            if other.number != number and used & leaves:
-                return f"its weight is also used by {other.name}"
-        return ""
-
-    def _leaves(self, number: int) -> set[int]:
-        origins = self._planned.products[number].origins
-        return {leaf for origin in origins if origin for leaf in origin.leaves.values()}
 
     def solve(self, place: Place, observed: Callable[[], Statistics]) -> None:
         """Takes one product at one iteration; after the last one of an input, chooses its scales.
@@ -242,32 +216,10 @@ class _Scaling:
         Raises:
           ValueError: if no product has scales.
         """
-        products, matrices = self._planned.products, self._sought.matrices
-        names = {n: products[n].name for n in sorted((*matrices, *self._left))}
-        inputs = tuple(
-            (name, products[self._sought.first[n]].name)
-            for n, name in names.items()
-            if n not in self._left and products[self._sought.first[n]].name in self._factors
-        )
-        found = {name for name, _ in inputs}
-        why = "its input does not depend on data"
-        left = tuple(
-            (name, self._left.get(n, why)) for n, name in names.items() if name not in found
-        )
-        if not inputs:
-            raise ValueError(
-                f"{_OWNER}: `rules` must quantize the weight of a product that can be scaled, got "
-                f"none: {left[0][0]!r}: {left[0][1]}. Use ptq.quantize_weights without scales."
-            )
-        tree, places = self._planned.traced.parameters
-        (tree,) = tree  # The list of the arguments that hold parameters.
-        leaves, structure = jax.tree.flatten(tree)
-        new = [
-            jnp.asarray(self._arrays[place]) if place in self._arrays else leaf
-            for place, leaf in zip(places, leaves, strict=True)
-        ]
+        named = named_inputs(_OWNER, self._model, self._left, self._factors)
+        params = with_arrays(self._planned, self._arrays)
         factors = {name: jnp.asarray(x) for name, x in self._factors.items()}
-        return jax.tree.unflatten(structure, new), InputScales(factors, inputs, left)
+        return params, InputScales(factors, *named)
 
 
 @functools.partial(jax.jit, static_argnames=("kinds", "method"))
@@ -287,24 +239,3 @@ def _chosen(
 
     own = [kind.layout.matrices(x) for x, kind in zip(weights, kinds, strict=True)]
     return method.scales(InputProblem(own, statistics, quantized))
-
-
-def _check(calls: Calls, scales: InputScales, params: Any) -> None:
-    """Raises a ValueError unless the scaled function gives the outputs of the original."""
-    before, after = (
-        [x for x in jax.tree.leaves(result) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
-        for result in (
-            calls.fn(*calls.calls[0]),
-            scales.apply(calls.fn)(params, *calls.calls[0][1:]),
-        )
-    )
-    for x, y in zip(before, after, strict=True):
-        one, other = (np.asarray(value, np.float64) for value in (x, y))
-        power = np.sqrt(np.sum(one**2))
-        error = np.sqrt(np.sum((one - other) ** 2)) / (power or 1.0)
-        if error > _CLOSE.get(str(jnp.asarray(x).dtype), _LOOSE):
-            raise ValueError(
-                f"{_OWNER}: the scaled function must equal `fn`, but its outputs differ by "
-                f"{error:.2g} relative to their size. A weight is probably used outside of its "
-                "product too. Exclude it by a rule with the recipe None."
-            )

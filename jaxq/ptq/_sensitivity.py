@@ -30,10 +30,13 @@ class Score:
       recipe: the recipe, or None for the float weight.
       nbytes: the bytes of the stored weight, with its scales.
       loss: the squared error of the outputs of its products, `tr(E^T H E)`, summed over all tokens.
-        A product of several weights, such as joined queries and keys, gives each an equal share.
+        The experts of a stack have their own errors; any other product of several weights, such as
+        joined queries and keys, gives each an equal share.
       relative: the same relative to the power of the outputs, summed over the products and layers.
       gradient: the sum of `(G dY)^2` over all outputs of its products, with dY their error and G
-        the gradient of the loss with respect to them; NaN if it was not asked for.
+        the gradient of the loss with respect to them, in equal shares; NaN if it was not asked for.
+      tokens: the number of tokens that its products multiplied by it, in all layers. An expert that
+        saw no token has no loss, whatever its recipe.
     """
 
     weight: str
@@ -42,6 +45,7 @@ class Score:
     loss: float
     relative: float
     gradient: float = math.nan
+    tokens: int | None = None
 
     @property
     def name(self) -> str:
@@ -59,6 +63,7 @@ class _Line:
     loss: float
     relative: float
     gradient: float
+    tokens: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,8 @@ class Scores:
 
     def __repr__(self) -> str:
         lines = [
-            _Line(r.weight, r.name, r.nbytes, r.loss, r.relative, r.gradient) for r in self.rows
+            _Line(r.weight, r.name, r.nbytes, r.loss, r.relative, r.gradient, r.tokens)
+            for r in self.rows
         ]
         return str(Table(tuple(lines)))
 
@@ -198,13 +204,16 @@ def _rows(
                     weight=path,
                     recipe=recipe,
                     nbytes=math.prod(stack) * storage.recipe.nbytes(shape),
-                    loss=sum(o.loss / len(o.leaves) for o in outcomes),
-                    relative=sum(o.relative(o.loss) / len(o.leaves) for o in outcomes),
+                    loss=sum(o.leaves[leaf].loss for o in outcomes),
+                    relative=sum(o.relative(o.leaves[leaf].loss) for o in outcomes),
                     gradient=score,
+                    tokens=sum(o.leaves[leaf].tokens for o in outcomes),
                 )
             )
         if floats:
-            rows.append(Score(path, None, array.nbytes, 0.0, 0.0, 0.0 if gradients else math.nan))
+            tokens = rows[-1].tokens
+            none = Score(path, None, array.nbytes, 0.0, 0.0, 0.0 if gradients else math.nan, tokens)
+            rows.append(none)
     return rows
 
 

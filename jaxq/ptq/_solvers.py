@@ -15,8 +15,9 @@ from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
 from jaxq.products import is_stochastic
+from jaxq.ptq._half_quadratic import HQQ
 from jaxq.ptq._matrices import Settings, Solution, solve
-from jaxq.ptq._scale_search import ScaleSearch
+from jaxq.ptq._searching import Search
 from jaxq.ptq._statistics import Statistics, nothing
 from jaxq.quantizers import Levels, Quantized, levels, numbers_of, quantize, with_levels
 from jaxq.recipes import Recipe, get_recipe
@@ -57,8 +58,8 @@ class Problem(NamedTuple):
 class Solver(Protocol):
     """A frozen record that chooses the codes of a weight.
 
-    If it has an attribute `search`, a `ScaleSearch`, the scales are searched first. If it has an
-    attribute `needs_drift` that is true, the statistics have a drift where it is known.
+    If it has an attribute `search`, a `ScaleSearch` or `HQQ`, the scales are searched first. If it
+    has an attribute `needs_drift` that is true, the statistics have a drift where it is known.
     """
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
@@ -80,7 +81,7 @@ class RTN:
       True
     """
 
-    search: ScaleSearch | None = None
+    search: Search | None = None
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
         """Returns the nearest grid values."""
@@ -123,7 +124,7 @@ class GPTQ:
 
     damping: float = 0.01
     order: str | None = "static"
-    search: ScaleSearch | None = None
+    search: Search | None = None
     asymmetry: float = 0.0
     propagation: float = 0.0
 
@@ -165,6 +166,7 @@ SOLVERS: Registry[Any] = Registry(
         "gptq": GPTQ(),
         "gptaq": GPTQ(asymmetry=0.25),
         "qep": GPTQ(propagation=0.5),
+        "hqq": RTN(HQQ()),
     },
     synonyms={"round": "rtn", "nearest": "rtn", "optq": "gptq", "ldlq": "gptq", "gptqv2": "gptaq"},
 )
@@ -180,7 +182,7 @@ def get_solver(solver: str | Solver) -> Solver:
     return SOLVERS.resolve(solver, "solver", "solve")
 
 
-def search_of(solver: Solver) -> ScaleSearch | None:
+def search_of(solver: Solver) -> Search | None:
     """Returns the search for scales that a solver asks for, or None."""
     return getattr(solver, "search", None)
 
@@ -192,11 +194,9 @@ def needs_drift(solver: Solver) -> bool:
 
 def check_search(owner: str, recipe: Recipe, solver: Solver) -> None:
     """Raises a ValueError if a solver's search cannot choose the scales of a recipe."""
-    if search_of(solver) is not None and recipe.scaling.second_level == "blocks":
-        raise ValueError(
-            f"{owner}: `recipe` must store the scale of each block by itself for a ScaleSearch, "
-            f"got the scaling {type(recipe.scaling).__name__}. Use search=None."
-        )
+    search = search_of(solver)
+    if search is not None:
+        search.check(owner, recipe)
 
 
 def check_recipe(owner: str, recipe: Recipe) -> None:

@@ -1,30 +1,28 @@
 """Solution of the products of a model one by one, and the rows of its report."""
 
 import collections
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import lax
 from jax import numpy as jnp
 
-from jaxq.models import LOOK_UP, Product, weight_of
+from jaxq.models import LOOK_UP, Product, QuantizedWeight, weight_of
 from jaxq.products import Axes
+from jaxq.ptq._answers import Answer, answer_of, answers
 from jaxq.ptq._calls import Model
 from jaxq.ptq._collectors import Layout
+from jaxq.ptq._experts import by_leaf, by_recipe
 from jaxq.ptq._journal import Entry, Journal
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
-from jaxq.ptq._matrices import output_error
 from jaxq.ptq._parts import Place
 from jaxq.ptq._reports import Report, SolvedProduct
-from jaxq.ptq._scale_search import Blocks, ScaleSearch, Searching, run_length, searched
+from jaxq.ptq._searching import Blocks, Search, Searching, run_length, searched
 from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, needs_drift, search_of
 from jaxq.ptq._statistics import Statistics
-from jaxq.quantizers import block_numbers, values_of
-from jaxq.recipes import Recipe
+from jaxq.quantizers import block_numbers
 
 __all__ = ["Outcome", "Solving"]
 
@@ -33,13 +31,14 @@ class Outcome(NamedTuple):
     """The losses of one solved product, summed over all tokens and matrices.
 
     Attributes:
-      leaves: the leaves that its weight is a view of, by index.
+      leaves: the part of the loss and the number of tokens of each leaf that its weight is a view
+        of, by index.
       nearest: the loss of the nearest levels.
       loss: the loss of the chosen ones.
       power: the power of the outputs.
     """
 
-    leaves: tuple[int, ...]
+    leaves: Mapping[int, "Share"]
     nearest: float
     loss: float
     power: float
@@ -47,6 +46,13 @@ class Outcome(NamedTuple):
     def relative(self, loss: float) -> float:
         """Returns a loss relative to the power of the outputs."""
         return loss / self.power if self.power else 0.0
+
+
+class Share(NamedTuple):
+    """The part of a product's loss that is due to one leaf, and the tokens that met the leaf."""
+
+    loss: float
+    tokens: int
 
 
 class _Earlier(NamedTuple):
@@ -94,7 +100,11 @@ class Solving:
         self._expected: collections.Counter[int] = collections.Counter()
         for n in found.matrices:
             product = planned.products[n]
-            check_search(f"{owner}: {product.where}", self._weight(product).recipe, solver)
+            weight = self._weight(product)
+            for recipe in filter(None, weight.recipes):
+                check_search(f"{owner}: {product.where}", recipe, solver)
+            if _unsolvable(weight, found.matrices[n].axes):
+                continue
             iterations = math.prod(product.loops[depth] for depth in product.stacked)
             if n not in planned.stored.reasons:
                 self._expected.update(dict.fromkeys(self._leaves(n), iterations))
@@ -135,6 +145,8 @@ class Solving:
         reason = self.planned.stored.reasons.get(product.number)
         if reason is not None:
             seen: Seen | str = f"not stored: {reason}"
+        elif why := _unsolvable(self._weight(product), self.found.matrices[product.number].axes):
+            seen = why
         else:
             seen = followed(place.frame, place.variable)
         if isinstance(seen, str):
@@ -151,7 +163,6 @@ class Solving:
         self._solves.update(keys)
         for key, q in zip(keys, entry.packed, strict=True):
             self.leaves.restore(key, q)
-        self.outcomes.append(Outcome(tuple(dict.fromkeys(key.leaf for key in keys)), *entry.sums))
         self._add(entry.row)
         return True
 
@@ -159,7 +170,7 @@ class Solving:
         self, place: Place, keys: tuple[LeafKey, ...], seen: Seen, statistics: Statistics
     ) -> None:
         product = place.product
-        matrix, recipe = self.found.matrices[product.number], self._weight(product).recipe
+        matrix, weight = self.found.matrices[product.number], self._weight(product)
         earlier = self._earlier.get(keys, [])
         for one in earlier:
             if one.axes == matrix.axes and bool(jnp.array_equal(one.x, seen.x)):
@@ -170,17 +181,23 @@ class Solving:
         layout = Layout(matrix.axes, seen.x.shape)
         problem = _problem(seen, layout, layout.stacked(statistics))
         search, note = search_of(self.solver), ""
-        if search is None:
-            answer = _answer(problem, recipe, self.solver)
+        if search is None or weight.experts is not None:
+            answer = answers(problem, by_recipe(weight, layout), self.solver)
+            note = "" if search is None else "scales of experts with different recipes"
+            note = note and f"{note} are not searched"
         else:
             seen, answer, note = self._searched(place, seen, problem, search)
         numbers = layout.weight(answer.numbers)
         self._solves.update(keys)
         for key, value in seen.back(numbers, seen.numbers).items():
             self.leaves.put(key, value, self._is_last(key))
-        leaves = tuple(dict.fromkeys(key.leaf for key in keys))
+        lost, tokens = np.asarray(answer.after), np.asarray(statistics.tokens).reshape(-1)
+        shares = {
+            leaf: Share(float(np.sum(part * lost)), int(np.sum(tokens[part > 0])))
+            for leaf, part in by_leaf(product, weight, layout).items()
+        }
         sums = (float(jnp.sum(x)) for x in (answer.before, answer.after, answer.power))
-        outcome = Outcome(leaves, *sums)
+        outcome = Outcome(shares, *sums)
         self.outcomes.append(outcome)
         self._earlier.pop(keys, None)
         if not all(map(self._is_last, keys)):
@@ -190,12 +207,12 @@ class Solving:
         # A weight of several products needs the statistics of all of them, so it is solved again.
         if self.journal is not None and all(map(self._is_only, keys)):
             packed = [self.leaves.packed(key) for key in keys]
-            self.journal.write(len(self._rows), Entry(row, outcome[1:], packed))
+            self.journal.write(len(self._rows), Entry(row, packed))
         self._add(row)
 
     def _searched(
-        self, place: Place, seen: Seen, problem: Problem, search: ScaleSearch
-    ) -> tuple[Seen, "_Answer", str]:
+        self, place: Place, seen: Seen, problem: Problem, search: Search
+    ) -> tuple[Seen, "Answer", str]:
         """Solves a product after a search for its scales.
 
         Returns:
@@ -214,17 +231,17 @@ class Solving:
         is_product = place.product.operation != "conv_general_dilated"
         how = Searching(search, recipe, run_length(recipe, inputs) if is_product else inputs)
         found = searched(problem.weight, problem.levels, blocks, problem.statistics, how)
-        before = _answer(problem, recipe, RTN()).before
+        before = answer_of(problem, recipe, RTN()).before
         for key, q in zip(seen.keys, found, strict=True):
             self.leaves.rescale(key, q)
         new = followed(place.frame, place.variable)
         assert isinstance(new, Seen), "it was followed before"
-        answer = _answer(_problem(new, layout, problem.statistics), recipe, solver)
+        answer = answer_of(_problem(new, layout, problem.statistics), recipe, solver)
         if bool(jnp.sum(answer.after) <= jnp.sum(before)):
             return new, answer._replace(before=before), ""
         for key, q in zip(seen.keys, starts, strict=True):
             self.leaves.rescale(key, q)
-        return seen, _answer(problem, recipe, solver), "the searched scales have more loss"
+        return seen, answer_of(problem, recipe, solver), "the searched scales have more loss"
 
     def _is_last(self, key: LeafKey) -> bool:
         """Returns whether no other product or iteration solves a leaf or row."""
@@ -242,7 +259,7 @@ class Solving:
         self,
         place: Place,
         statistics: Statistics,
-        answer: "_Answer",
+        answer: "Answer",
         outcome: Outcome,
         note: str,
     ) -> SolvedProduct:
@@ -276,7 +293,7 @@ class Solving:
         )
         return SolvedProduct(
             product=place.product.name + iterations,
-            recipe=self._weight(place.product).recipe.element.name,
+            recipe=_formats(self._weight(place.product)),
             tokens=int(jnp.min(statistics.tokens)),
             inputs=statistics.inputs,
             **fields,
@@ -304,8 +321,7 @@ class Solving:
             weight = self._weight(product)
             if product.operation == LOOK_UP and solved >= set(self._leaves(number)):
                 continue
-            recipe = weight.recipe.element.name
-            rows.append(SolvedProduct(product.name, recipe, fallback=reason))
+            rows.append(SolvedProduct(product.name, _formats(weight), fallback=reason))
         return Report(tuple(rows))
 
     def result(self) -> Any:
@@ -319,6 +335,21 @@ class Solving:
         return result[0] if isinstance(result, list) else result
 
 
+def _unsolvable(weight: QuantizedWeight, axes: Axes) -> str:
+    """Returns the reason why a weight of leaves with different recipes is not solved, or ""."""
+    if weight.experts is None:
+        return ""
+    if None in weight.recipes:
+        return "a part of its weight stays float"
+    return "" if weight.experts.axis in axes.batch else "its outputs have different recipes"
+
+
+def _formats(weight: QuantizedWeight) -> str:
+    """Returns the name of a weight's element format, or the names of those of experts."""
+    names = ("float" if recipe is None else recipe.element.name for recipe in weight.recipes)
+    return "|".join(dict.fromkeys(names))
+
+
 def _problem(seen: Seen, layout: Layout, statistics: Statistics) -> Problem:
     """Returns the problem of a weight, with the statistics of its input as matrices."""
     return Problem(
@@ -327,62 +358,3 @@ def _problem(seen: Seen, layout: Layout, statistics: Statistics) -> Problem:
         nearest=layout.matrices(seen.nearest),
         statistics=statistics,
     )
-
-
-class _Answer(NamedTuple):
-    """The solutions of matrices, with their losses.
-
-    Attributes:
-      numbers: the grid values, `[matrices, inputs, outputs]`.
-      before: the loss of the nearest levels, `[matrices]`.
-      after: the loss of the solution, `[matrices]`.
-      power: the power of the outputs, `[matrices]`.
-      damping: the damping, `[matrices]`.
-      solved: False where the solver gave up, `[matrices]`.
-      worse: True where the nearest levels have less loss and were taken, `[matrices]`.
-    """
-
-    numbers: jax.Array
-    before: jax.Array
-    after: jax.Array
-    power: jax.Array
-    damping: jax.Array
-    solved: jax.Array
-    worse: jax.Array
-
-
-@functools.partial(jax.jit, static_argnames=("recipe", "solver"))
-def _answer(problem: Problem, recipe: Recipe, solver: Solver) -> _Answer:
-    """Solves a stack of matrices."""
-
-    def one(problem: Problem) -> _Answer:
-        weight, levels, nearest, statistics = problem
-        hessian = statistics.hessian
-        assert hessian is not None
-
-        def loss(numbers: jax.Array) -> jax.Array:
-            return output_error(values_of(numbers, levels, recipe) - weight, hessian)
-
-        def aim(numbers: jax.Array) -> jax.Array:
-            """Returns the loss, up to a constant that depends on the drift."""
-            if statistics.drift is None:
-                return loss(numbers)
-            error = values_of(numbers, levels, recipe) - weight
-            pulled = jnp.matmul(statistics.drift.T, weight, precision=lax.Precision.HIGHEST)
-            return output_error(error, hessian) - 2 * jnp.sum(error * pulled)
-
-        found = solver.solve(problem, recipe)
-        before, after = loss(nearest), loss(found.numbers)
-        worse = aim(found.numbers) > aim(nearest)
-        numbers = jnp.where(worse, nearest, found.numbers)
-        return _Answer(
-            numbers=numbers,
-            before=before,
-            after=jnp.where(worse, before, after),
-            power=output_error(weight, hessian),
-            damping=found.damping,
-            solved=found.solved,
-            worse=worse,
-        )
-
-    return jax.vmap(one)(problem)

@@ -5,17 +5,21 @@ from jaxq.quantizers._arguments import check_takes_scales
 from jaxq.quantizers._levels import (
     Levels,
     block_numbers,
+    enclosing_numbers,
     levels,
     numbers_of,
+    per_element,
     rescaled,
     snap,
     values_of,
     with_levels,
+    with_minima,
 )
-from jaxq.quantizers._quantized import Quantized, dequantize
+from jaxq.quantizers._quantized import Quantized, QuantizedArrays, dequantize
 from jaxq.quantizers._quantizers import fake_quant, neighbors, quantize
 from jaxq.quantizers._sharding import quantized_sharding
-from jaxq.quantizers._snapping import measured, numbers, restored, units_of
+from jaxq.quantizers._slices import Slices, slices
+from jaxq.quantizers._snapping import ends_of, measured, numbers, restored, units_of
 
 __all__ = [
     "Quantized",

@@ -10,20 +10,23 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
-from jaxq.numerics import decode, encode, pack
+from jaxq.numerics import Rounding, decode, enclosing, encode, pack
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, decoded
-from jaxq.quantizers._snapping import on_grid, restored
+from jaxq.quantizers._snapping import ends_of, on_grid, restored
 from jaxq.recipes import Recipe, in_units
 
 __all__ = [
     "Levels",
     "block_numbers",
+    "enclosing_numbers",
     "levels",
     "numbers_of",
+    "per_element",
     "rescaled",
     "snap",
     "values_of",
     "with_levels",
+    "with_minima",
 ]
 
 
@@ -40,20 +43,20 @@ class Levels(NamedTuple):
 
 def levels(q: Quantized) -> Levels:
     """Returns the levels of each element, as float32 arrays of the tensor's shape."""
-    step = _spread(q, q.scales)
+    step = per_element(q, q.scales)
     if q.zero_point is None:
         return Levels(step, None, None)
     if q.recipe.scaling.zero_point == "integer":
-        return Levels(step, _spread(q, q.zero_point.astype(jnp.float32)), None)
-    return Levels(step, None, _spread(q, decode(q.zero_point, q.recipe.scale_format)))
+        return Levels(step, per_element(q, q.zero_point.astype(jnp.float32)), None)
+    return Levels(step, None, per_element(q, decode(q.zero_point, q.recipe.scale_format)))
 
 
 def block_numbers(q: Quantized) -> jax.Array:
     """Returns the number of the block of each element, in the order of the scales; int32."""
-    return _spread(q, jnp.arange(q.scale.size, dtype=jnp.int32).reshape(q.scale.shape))
+    return per_element(q, jnp.arange(q.scale.size, dtype=jnp.int32).reshape(q.scale.shape))
 
 
-def _spread(q: Quantized, x: jax.Array) -> jax.Array:
+def per_element(q: Quantized, x: jax.Array) -> jax.Array:
     """Returns one value per block as one value per element."""
     split = q.cut.spread(x)
     pairs = zip(q.cut.counts, q.cut.block, strict=True)
@@ -78,6 +81,20 @@ def snap(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax.Array, jax.A
     units = in_units(x, step, recipe.scale_format)
     numbers = on_grid(units, zero_point, recipe.rounding, None, recipe)
     return numbers, values_of(numbers, levels, recipe)
+
+
+def enclosing_numbers(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    """Returns the two grid values, minus the zero point, that enclose each value in its units.
+
+    Values beyond the grid have its two outermost ones.
+    """
+    step, zero_point, minimum = levels
+    units = in_units(x if minimum is None else x - minimum, step, recipe.scale_format)
+
+    def snap(units: jax.Array, mode: Rounding) -> jax.Array:
+        return on_grid(units, zero_point, mode, None, recipe)
+
+    return enclosing(units, *ends_of(zero_point, recipe), snap)
 
 
 def values_of(numbers: jax.Array, levels: Levels, recipe: Recipe) -> jax.Array:
@@ -109,3 +126,13 @@ def rescaled(q: Quantized, factor: jax.typing.ArrayLike) -> Quantized:
     fmt = q.recipe.scale_format
     scale = q.recipe.scaling.rounded(decoded(q.scale, q.recipe) * factor)
     return dataclasses.replace(q, scale=scale if fmt.name == "float32" else encode(scale, fmt))
+
+
+def with_minima(q: Quantized, minimum: jax.Array) -> Quantized:
+    """Returns a quantized tensor with other minima and the same codes and scales.
+
+    Args:
+      q: the tensor; its scaling stores a minimum for each block.
+      minimum: float32 minima, in the shape of the scales, which are rounded to the scale format.
+    """
+    return dataclasses.replace(q, zero_point=encode(minimum, q.recipe.scale_format))

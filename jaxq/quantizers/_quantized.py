@@ -1,7 +1,6 @@
 """Quantized tensors, which are pytrees of packed codes and scales, and dequantization."""
 
 import dataclasses
-import math
 import operator
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq._base.cutting import Cut
-from jaxq._base.tables import binary_size
+from jaxq._base.records import size_text
 from jaxq._jax.meshes import automatic, fitting, spec_of
 from jaxq._jax.serialization import pytree
 from jaxq.formats import get_format
@@ -18,24 +17,39 @@ from jaxq.numerics import as_dtype, decode, unpack
 from jaxq.quantizers._snapping import restored
 from jaxq.recipes import Recipe, StoredScales, records, title_of
 
-__all__ = ["WHOLE_BYTES", "Quantized", "decoded", "dequantize"]
+__all__ = ["WHOLE_BYTES", "Quantized", "QuantizedArrays", "decoded", "dequantize"]
 
 WHOLE_BYTES = (8, 16)  # Code widths, in bits, that need no packing.
 
 _FLOAT32 = get_format("float32")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedArrays:
+    """The fields of `Quantized`, for classes that transforms must not take for a weight."""
+
+    codes: jax.Array
+    scale: jax.Array
+    second: tuple[jax.Array, ...]
+    zero_point: jax.Array | None
+    outliers: tuple[jax.Array, ...]
+    recipe: Recipe
+    dtype: np.dtype
+    block: tuple[int | None, ...]
+    length: int | None
+
+
 @pytree(static=("recipe", "dtype", "block", "length"), kinds=records)
 @dataclasses.dataclass(frozen=True, eq=False)
-class Quantized:
+class Quantized(QuantizedArrays):
     """A quantized tensor: a pytree of packed codes and scales.
 
     Its arrays may have more leading axes than the tensor that was quantized, as `jax.vmap` adds
     them, or fewer, as `jax.lax.scan` removes them.
 
     Attributes:
-      codes: the codes of the elements, packed along the last axis by `jaxq.pack`; uint8, or uint16
-        for 16-bit formats.
+      codes: the codes of the elements, packed along the last axis by
+        `jaxq.numerics.pack`; uint8, or uint16 for 16-bit formats.
       scale: the stored scales, one per block, in the shape of the blocks: float32, or codes of the
         recipe's `scale_format` if that is another format. `scales` has their values.
       second: the arrays of the scaling's second level, from which it restores the scales; () if it
@@ -50,16 +64,6 @@ class Quantized:
         symbolic.
       length: the length of the last axis; None for a scalar.
     """
-
-    codes: jax.Array
-    scale: jax.Array
-    second: tuple[jax.Array, ...]
-    zero_point: jax.Array | None
-    outliers: tuple[jax.Array, ...]
-    recipe: Recipe
-    dtype: np.dtype
-    block: tuple[int | None, ...]
-    length: int | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,13 +107,10 @@ class Quantized:
         return dequantize(self)
 
     def __repr__(self) -> str:
-        try:
-            title, shape = title_of(self.recipe), "×".join(map(str, self.shape))
-            arrays = jax.tree.leaves(self)
-            nbytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-        except (AttributeError, TypeError):  # The leaves are no arrays, or their sizes are symbols.
+        size = size_text(self)
+        if not size:
             return f"<Quantized of {self.codes!r}>"
-        return f"{title}[{shape}] {binary_size(nbytes)}"
+        return f"{title_of(self.recipe)}[{'×'.join(map(str, self.shape))}] {size}"
 
     def __len__(self) -> int:
         if not self.shape:
@@ -148,7 +149,7 @@ class Quantized:
         codes, scale, outliers = self.codes[index], self.scale[blocks], self.outliers
         if outliers and outliers[0].ndim == 1:
             raise ValueError(
-                "Quantized: outliers are stored with their places in the whole tensor, so rows "
+                "Quantized: outliers are stored with their positions in the whole tensor, so rows "
                 "cannot be selected. Dequantize the tensor first."
             )
         outliers = tuple(array[index] for array in outliers)

@@ -269,7 +269,7 @@ def _values(
         rest, outliers = recipe.outliers.take(x)
     rest = widen(cut.split(rest))
     scales = _scales(rest, given, key, recipe, cut)
-    values = numbers(rest, scales, key, recipe)
+    values = numbers(rest, scales, key, recipe, given=given is not None)
     y = restored(values, scales.step, scales.minimum, recipe)
     pair = interval(rest, scales, recipe) if around else (None, None)
     low, high = scales.low, scales.high

@@ -17,13 +17,15 @@ from jaxq._jax.arithmetic import materialize
 from jaxq._jax.reductions import summed
 from jaxq.formats import FloatFormat, get_format
 from jaxq.numerics import BinaryGrid, Rounding, cast, enclosing, encode
-from jaxq.recipes import Range, Recipe, Scales, in_units, limits, powers, times
+from jaxq.recipes import Range, Recipe, Scales, finite, in_units, limits, powers, times
 
-__all__ = ["codes", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
+__all__ = ["codes", "ends_of", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
-_UNROLLED = 4  # Short searches are unrolled, because XLA on CPU runs a loop body on one core.
+# Short searches have no loop, whose body XLA on CPU runs on one core. They compute all errors at
+# once, because XLA would fuse the last sum of errors into the comparison and not vectorize it.
+_AT_ONCE = 4
 
 # All integers that float32 represents without gaps.
 _WHOLE = BinaryGrid(24, 24, 24, 2.0**24, 2.0**24, inf=False, nan=False, negative_zero=False)
@@ -37,9 +39,22 @@ def measured(x: jax.Array, key: jax.Array | None, recipe: Recipe, cut: Cut) -> S
     return scaling.scales(ends, fmt, factor)
 
 
-def numbers(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -> jax.Array:
-    """Returns a split float32 tensor in units of its scales, on the grid minus the zero point."""
-    return on_grid(units_of(x, scales, recipe), scales.zero_point, recipe.rounding, key, recipe)
+def numbers(
+    x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe, *, given: bool = False
+) -> jax.Array:
+    """Returns a split float32 tensor in units of its scales, on the grid minus the zero point.
+
+    Args:
+      x: the tensor.
+      scales: its scales.
+      key: a key for random rounding, or None.
+      recipe: the recipe.
+      given: True if the scales were not computed from the tensor, so that a NaN may have a scale
+        that is a number.
+    """
+    units = units_of(x, scales, recipe)
+    units = _positive_nan(units) if given and _lacks_nan(recipe) else units
+    return on_grid(units, scales.zero_point, recipe.rounding, key, recipe)
 
 
 def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -> jax.Array:
@@ -47,8 +62,7 @@ def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -
     if scales.zero_point is not None:
         return encode(numbers(x, scales, key, recipe) + scales.zero_point, recipe.element)
     units = units_of(x, scales, recipe)
-    if isinstance(recipe.element, FloatFormat) and recipe.element.nan is not None:
-        units = _positive_nan(units)
+    units = _positive_nan(units) if isinstance(recipe.element, FloatFormat) else units
     return encode(units, recipe.element, rounding=recipe.rounding, overflow="saturate", key=key)
 
 
@@ -58,7 +72,9 @@ def interval(x: jax.Array, scales: Scales, recipe: Recipe) -> tuple[jax.Array, j
     def snap(units: jax.Array, mode: Rounding) -> jax.Array:
         return on_grid(units, scales.zero_point, mode, None, recipe)
 
-    pair = enclosing(units_of(x, scales, recipe), *_ends(scales.zero_point, recipe), snap)
+    units = units_of(x, scales, recipe)
+    units = _positive_nan(units) if _lacks_nan(recipe) else units
+    pair = enclosing(units, *ends_of(scales.zero_point, recipe), snap)
     one, other = (restored(v, scales.step, scales.minimum, recipe) for v in pair)
     return lax.min(one, other), lax.max(one, other)  # A scale may be negative.
 
@@ -69,11 +85,13 @@ def units_of(x: jax.Array, scales: Scales, recipe: Recipe) -> jax.Array:
         x = x - scales.origin
     scaling = recipe.scaling
     divisor_format = recipe.scale_format if scaling.stored else get_format("float32")
-    units = in_units(x, scales.divisor, divisor_format, reciprocal=scaling.reciprocal)
-    # In a float format without NaN, the sign of a NaN becomes that of a zero.
-    without = isinstance(recipe.element, FloatFormat) and recipe.element.nan is None
-    without = without or (isinstance(recipe.element, BinaryGrid) and not recipe.element.nan)
-    return _positive_nan(units) if without else units
+    return in_units(x, scales.divisor, divisor_format, reciprocal=scaling.reciprocal)
+
+
+def _lacks_nan(recipe: Recipe) -> bool:
+    """Returns whether a NaN becomes a zero with its sign, as in float formats without NaN."""
+    fmt = recipe.element
+    return not fmt.nan if isinstance(fmt, FloatFormat | BinaryGrid) else False
 
 
 def _positive_nan(units: jax.Array) -> jax.Array:
@@ -83,7 +101,7 @@ def _positive_nan(units: jax.Array) -> jax.Array:
     return _FLOAT32.floats(where(nan, _FLOAT32.nan, bits))
 
 
-def _ends(zero_point: jax.Array | None, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+def ends_of(zero_point: jax.Array | None, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
     """Returns the ends of the grid minus the zero point."""
     low, high = limits(recipe.element)
     if zero_point is None:
@@ -103,7 +121,7 @@ def on_grid(
         return cast(units, recipe.element, rounding=rounding, overflow="saturate", key=key)
     # Rounded before the zero point is added, because the other order rounds ties differently; and
     # before the ends are applied, because XLA on CPU counts subnormals as zero in a maximum.
-    lowest, highest = _ends(zero_point, recipe)
+    lowest, highest = ends_of(zero_point, recipe)
     whole = cast(units, _WHOLE, rounding=rounding, key=key)
     whole = lax.max(whole, jnp.broadcast_to(lowest, units.shape))
     return lax.min(whole, jnp.broadcast_to(highest, units.shape))
@@ -121,23 +139,16 @@ def restored(
     fmt, scale_format = recipe.element, recipe.scale_format
     traced = isinstance(fmt, BinaryGrid)
     if traced or fmt.max >= 2.0**128:
-        values = _finite(values)
+        values = finite(values)
     y = times(values, step, scale_format)
     if minimum is not None:
         y = y + minimum  # The product is exact, because the scaling has checked the widths.
     bounded = (fmt.max - fmt.min) * scale_format.max < 2.0**127
     if traced:
-        return where(jnp.broadcast_to(bounded, y.shape), y, _finite(y))
+        return where(jnp.broadcast_to(bounded, y.shape), y, finite(y))
     if bounded and recipe.scaling.second_level is None:
         return y  # Only an infinite scale makes this infinite.
-    return _finite(y)
-
-
-def _finite(x: jax.Array) -> jax.Array:
-    """Returns x with infinities replaced by the largest float32 values. NaN stays NaN."""
-    bits = _FLOAT32.bits(x)
-    infinite = (bits & _FLOAT32.magnitude_mask) == _FLOAT32.inf
-    return _FLOAT32.floats(bits - infinite.astype(jnp.int32))
+    return finite(y)
 
 
 class _Best(NamedTuple):
@@ -153,18 +164,28 @@ def _searched(
     """Returns the factor of each block's range with the least squared error; the first on ties."""
     amax = lax.max(*map(jnp.abs, ends))
 
-    def step(best: _Best, factor: jax.Array) -> tuple[_Best, None]:
+    def error(factor: jax.Array) -> jax.Array:
         scales = recipe.scaling.scales(ends, recipe.element, factor)
         values = numbers(x, scales, key, recipe)
         y = restored(values, scales.step, scales.minimum, recipe)
-        error = _squared_error(x, y, amax, cut)
-        better = error < best.error
-        return _Best(where(better, error, best.error), where(better, factor, best.factor)), None
+        return _squared_error(x, y, amax, cut)
+
+    def better(best: _Best, other: _Best) -> _Best:
+        less = other.error < best.error
+        return _Best(*(where(less, b, a) for a, b in zip(best, other, strict=True)))
 
     search = recipe.scaling.search
-    start = _Best(jnp.full_like(amax, np.inf), jnp.full_like(amax, search[0]))
+    best = _Best(jnp.full_like(amax, np.inf), jnp.full_like(amax, search[0]))
     factors = jnp.asarray(search, jnp.float32)
-    best, _ = lax.scan(step, start, factors, unroll=len(factors) <= _UNROLLED)
+    if len(search) > _AT_ONCE:
+
+        def step(best: _Best, factor: jax.Array) -> tuple[_Best, None]:
+            return better(best, _Best(error(factor), factor)), None
+
+        return materialize(lax.scan(step, best, factors)[0].factor)
+    errors = jax.vmap(error)(factors)
+    for i, factor in enumerate(search):
+        best = better(best, _Best(errors[i], jnp.float32(factor)))
     return materialize(best.factor)
 
 
@@ -177,19 +198,16 @@ def _squared_error(x: jax.Array, y: jax.Array, amax: jax.Array, cut: Cut) -> jax
     """
     # Errors relative to the power of two above amax, as multiples of 2^-22.
     down, _ = powers(amax)
-    a, b = (_whole(v * down * np.float32(2.0**20)) for v in (x, y))
-    distance = (a - b).astype(jnp.float32)
+    nearest = lax.RoundingMethod.TO_NEAREST_EVEN
+    a, b = (lax.round(v * down * np.float32(2.0**20), nearest) for v in (x, y))
+    distance = a - b
     if not cut.block:
         return distance * distance
     last = cut.block[-1]
     step = next(d for d in range(max(1, min(last, 128)), 0, -1) if last % d == 0)
     room = 30 - math.ceil(math.log2(step))  # The number of bits that a square may have.
-    squares = _whole(distance * distance * np.float32(2.0 ** (room - 44)))
+    squares = lax.round(distance * distance * np.float32(2.0 ** (room - 44)), nearest)
+    squares = squares.astype(jnp.int32)
     parts = squares.reshape(*squares.shape[:-1], last // step, step)
     sums = summed(parts).astype(jnp.float32)
     return jnp.sum(sums, axis=cut.axes, keepdims=True)
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """Returns the nearest integers as int32."""
-    return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32)

@@ -6,9 +6,9 @@
     scale, zero_point = finalize(state, recipe)
     y = jaxq.fake_quant(x, recipe, scale=scale, zero_point=zero_point)
 
-The `range` of the recipe's scaling is the calibrator, and the granularity of the recipe defines the
-elements that share a scale. The state is a pytree of arrays, whose structure depends on the
-calibrator.
+The `range` of the recipe's scaling is the calibrator (`jaxq.recipes.CALIBRATORS`), and the
+granularity of the recipe defines the elements that share a scale. The state is a pytree of arrays,
+whose structure depends on the calibrator.
 """
 
 import functools

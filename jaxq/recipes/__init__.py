@@ -8,7 +8,16 @@ scaling, list it in `SCALINGS` (`_scalings.py`); a scale rule, in `SCALE_RULES` 
 """
 
 from jaxq.recipes._affine import Affine, ScaleAndMin
-from jaxq.recipes._arithmetic import E8M0, absmax, in_units, powers, span, times, zero_point_of
+from jaxq.recipes._arithmetic import (
+    E8M0,
+    absmax,
+    finite,
+    in_units,
+    powers,
+    span,
+    times,
+    zero_point_of,
+)
 from jaxq.recipes._calibrators import CALIBRATORS, get_calibrator
 from jaxq.recipes._catalog import RECIPES, get_recipe, title_of
 from jaxq.recipes._granularity import Granularity, PerBlock, PerChannel, PerTensor, PerToken

@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, where
 from jaxq._base.cutting import Cut
+from jaxq._jax import arithmetic
 from jaxq._jax.arithmetic import divide, materialize
 from jaxq._jax.reductions import reduced
 from jaxq.formats import Format, IntFormat, get_format
@@ -20,6 +21,7 @@ __all__ = [
     "absmax",
     "extrema",
     "extremum",
+    "finite",
     "in_units",
     "powers",
     "signed_as",
@@ -116,6 +118,13 @@ def to_scale_format(scale: jax.Array, amax: jax.Array, scale_format: Format) -> 
     return signed_as(where(zero, np.float32(0), magnitude), scale)
 
 
+def finite(x: jax.Array) -> jax.Array:
+    """Returns x with infinities replaced by the largest float32 values. NaN stays NaN."""
+    bits = _FLOAT32.bits(x)
+    infinite = (bits & _FLOAT32.magnitude_mask) == _FLOAT32.inf
+    return _FLOAT32.floats(bits - infinite.astype(jnp.int32))
+
+
 def signed_as(magnitude: jax.Array, of: jax.Array) -> jax.Array:
     """Returns a magnitude with the sign of another number."""
     return _FLOAT32.floats(_FLOAT32.bits(magnitude) | (_FLOAT32.bits(of) & _FLOAT32.sign))
@@ -148,13 +157,12 @@ def in_units(
     """
     if scale_format == E8M0:
         return _times_power(x, scale, -1)
-    divisor = where(scale == 0, np.float32(1), scale)
     if not reciprocal:
-        return divide(x, divisor)
+        return divide(x, where(scale == 0, np.float32(1), scale))
     largest = np.finfo(np.float32).max
-    inverse = divide(jnp.ones_like(divisor), jnp.abs(divisor))
-    inverse = where(inverse > largest, largest, inverse)  # NaN stays NaN.
-    return x * materialize(signed_as(where(scale == 0, largest, inverse), scale))
+    inverse = arithmetic.reciprocal(jnp.abs(scale))
+    inverse = where((scale == 0) | (inverse > largest), largest, inverse)  # NaN stays NaN.
+    return x * materialize(signed_as(inverse, scale))
 
 
 def times(values: jax.Array, scale: jax.Array, scale_format: Format) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import Layout, where
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import holds
-from jaxq._jax.arithmetic import divide
+from jaxq._jax.arithmetic import divide, rounded
 from jaxq._jax.serialization import named_tuple
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat, get_format
 from jaxq.numerics import cast, encode
@@ -157,11 +157,10 @@ class Percentile(_OfHistogram):
         at = lax.argmax(beyond.astype(jnp.float32) > outside, beyond.ndim - 1, jnp.int32)[..., None]
         inside = jnp.take_along_axis(counts, at, -1)
         before = jnp.take_along_axis(beyond, at, -1) - inside
-        share = (outside - before.astype(jnp.float32)) / lax.max(inside, np.int32(1)).astype(
-            jnp.float32
-        )
+        part = lax.max(inside, np.int32(1)).astype(jnp.float32)
+        share = divide(outside - before.astype(jnp.float32), part)
         first, last = jnp.asarray(outer)[at], jnp.asarray(inner)[at]
-        return (first + (last - first) * share)[..., 0]
+        return (first + rounded((last - first) * share))[..., 0]
 
 
 class _Seen(NamedTuple):
@@ -209,7 +208,7 @@ class _Searched(_OfHistogram):
             y, codes = _quantized(x, *ends, fmt, two_sided)
             return self.loss(_Seen(counts, x, *ends, y, codes), fmt)
 
-        factors = jnp.exp2(-jnp.arange(self.tries, dtype=jnp.float32) / 16)
+        factors = jnp.asarray(np.exp2(-np.arange(self.tries) / 16), jnp.float32)
         best = factors[lax.argmin(lax.map(tried, factors), 0, jnp.int32)]
         return low * best, high * best
 
@@ -276,8 +275,17 @@ class MeanSquaredError(_Searched):
         del fmt
         down, _ = powers(seen.x[..., -1:])
         # The squares of the outermost bins, which ordinary data leave empty, are infinite.
-        squares = where(seen.counts > 0, jnp.square((seen.y - seen.x) * down), np.float32(0))
-        return jnp.sum(seen.counts.astype(jnp.float32) * squares, axis=-1)
+        away = (rounded(seen.y) - seen.x) * down
+        squares = where(seen.counts > 0, jnp.square(away), np.float32(0))
+        return _sum(rounded(seen.counts.astype(jnp.float32) * squares))
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """Returns float sums over the last axis, a power of two long, in the same order everywhere."""
+    while x.shape[-1] > 1:
+        low, high = jnp.split(x, 2, axis=-1)
+        x = low + high
+    return x[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)

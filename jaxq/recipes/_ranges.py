@@ -22,12 +22,12 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, where
 from jaxq._base.cutting import Cut
-from jaxq._jax.arithmetic import divide
+from jaxq._jax.arithmetic import divide, rounded
 from jaxq._jax.reductions import total
 from jaxq._jax.serialization import named_tuple
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
 from jaxq.numerics import BinaryGrid
-from jaxq.recipes._arithmetic import absmax, extrema, extremum, powers
+from jaxq.recipes._arithmetic import absmax, extrema, extremum, finite, powers
 
 __all__ = [
     "EMA",
@@ -192,15 +192,16 @@ class EMA:
         """Returns the first state, decayed by the updates of the second, plus the second."""
         return Averages(
             first.left * second.left,
-            first.low * second.left + second.low,
-            first.high * second.left + second.high,
+            rounded(first.low * second.left) + second.low,
+            rounded(first.high * second.left) + second.high,
         )
 
     def finalize(self, state: Averages, fmt: Format, two_sided: bool) -> Range:
         """Returns the bias-corrected averages."""
         del fmt, two_sided
         weight = where(state.left < 1, 1 - state.left, np.float32(1))
-        return state.low / weight, state.high / weight
+        # The operation on bits also keeps XLA on CPU from merging this division with the next one.
+        return finite(divide(state.low, weight)), finite(divide(state.high, weight))
 
 
 @named_tuple
@@ -261,7 +262,7 @@ class _OfMoments:
         down, up = powers(_largest(ends))
         first, second = first.times(down), second.times(down)
         count = first.count + second.count
-        share = second.count / lax.max(count, np.float32(1))
+        share = divide(second.count, lax.max(count, np.float32(1)))
         away = second.mean - first.mean
         variances = [jnp.square(moments.deviation) for moments in (first, second)]
         between = away * away * share * (1 - share)
@@ -269,7 +270,7 @@ class _OfMoments:
             count,
             first.mean + away * share,
             jnp.sqrt(variances[0] + (variances[1] - variances[0]) * share + between),
-            first.magnitude + (second.magnitude - first.magnitude) * share,
+            first.magnitude + rounded((second.magnitude - first.magnitude) * share),
             ends,
         ).times(up)
 

@@ -89,8 +89,8 @@ class Scaling:
       reciprocal: True if the elements are multiplied by the rounded reciprocal of the scale instead
         of divided by the scale.
       search: the factors of the range that each block tries; () for none.
-      takes_grids: True if a `jaxq.BinaryGrid`, whose widths may be traced, can be the element
-        format.
+      takes_grids: True if a `jaxq.numerics.BinaryGrid`, whose widths may be traced, can be the
+        element format.
     """
 
     takes_grids: ClassVar[bool] = False

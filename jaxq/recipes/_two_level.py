@@ -10,7 +10,8 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, where
 from jaxq._base.shapes import as_number, is_symbolic
-from jaxq._jax.arithmetic import divide, materialize
+from jaxq._jax.arithmetic import divide, materialize, reciprocal
+from jaxq._jax.reductions import largest
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast
 from jaxq.recipes._arithmetic import E8M0, powers
@@ -76,16 +77,15 @@ class TwoLevel(Scaling):
         """Returns the scales for a range; see `Scaling.scales`."""
         amax = ends[1]
         tried = amax if factor is None else amax * factor
-        finite = where(amax >= 0, amax, np.float32(0))
-        top_bits = jnp.max(_FLOAT32.bits(finite), initial=0)
+        bits = _FLOAT32.bits(amax)
+        top_bits = largest(where(bits <= _FLOAT32.inf, bits, np.int32(0)))
         top = _FLOAT32.floats(top_bits)
         highest = np.float32(fmt.scaled_max * self.largest)
         enlarge = lax.min(divide(jnp.full_like(top, highest), top), np.float32(2.0**126))
         enlarge = where(top_bits == 0, np.float32(1), enlarge)
         relative = tried * (enlarge * np.float32(1 / fmt.scaled_max))
         relative = cast(relative, get_format(self.scale_format), overflow="saturate")
-        tensor_scale = materialize(divide(jnp.ones_like(enlarge), enlarge))
-        stored = StoredScales(materialize(relative), (tensor_scale,))
+        stored = StoredScales(relative, (reciprocal(enlarge),))
         step = self.restore(stored)
         return Scales(step, step, stored, *symmetric_range(tried, fmt))
 
@@ -216,7 +216,7 @@ def _mean(scales: jax.Array) -> jax.Array:
     """Returns the mean of the finite scales, which are nonnegative, by sums of integers."""
     finite = scales < np.float32(np.inf)
     scales = where(finite, scales, np.float32(0))
-    down, up = powers(_FLOAT32.floats(jnp.max(_FLOAT32.bits(scales), initial=0)))
+    down, up = powers(_FLOAT32.floats(largest(_FLOAT32.bits(scales))))
     width = 256
     rows = -(-scales.size // width)
     if is_symbolic(rows):

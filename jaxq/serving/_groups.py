@@ -4,12 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax.serialization import pytree
-from jaxq.quantizers import Quantized, dequantize, quantize
+from jaxq.quantizers import Quantized, QuantizedArrays, dequantize, quantize
 from jaxq.recipes import Recipe, records
 from jaxq.serving._cache_recipe import needs_scale
 
@@ -18,33 +17,13 @@ __all__ = ["TokenGroups"]
 
 @pytree(static=("recipe", "dtype", "block", "length"), kinds=records)
 @dataclasses.dataclass(frozen=True, eq=False)
-class TokenGroups:
+class TokenGroups(QuantizedArrays):
     """Quantized groups of tokens, stacked along slots: a pytree with the arrays of a `Quantized`.
 
-    It is a class of its own because transforms of models take a `Quantized` for a weight. Scales
-    that span all tokens are stored once, so `scale` then has one slot.
-
-    Attributes:
-      codes: the packed codes, `[*batch, slots, heads, tokens, bytes]`.
-      scale: the stored scales.
-      second: the arrays of the scaling's second level.
-      zero_point: the zero points or minima, or None.
-      outliers: the codes of outliers and their positions.
-      recipe: the recipe.
-      dtype: the dtype of the tokens.
-      block: the length of a block on each axis of a group.
-      length: the number of channels.
+    It has the fields of `jaxq.Quantized`. Its arrays have the axes `[*batch, slots, heads, tokens,
+    ...]`, and `block` refers to a group, `[heads, tokens, head_dim]`. Scales that span all tokens
+    are stored once, so `scale` then has one slot.
     """
-
-    codes: jax.Array
-    scale: jax.Array
-    second: tuple[jax.Array, ...]
-    zero_point: jax.Array | None
-    outliers: tuple[jax.Array, ...]
-    recipe: Recipe
-    dtype: np.dtype
-    block: tuple[int | None, ...]
-    length: int | None
 
     @staticmethod
     def empty(

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from jaxq.analysis._chains import chain_table
 from jaxq.analysis._metrics import compare
-from jaxq.analysis.plots._look import BLUE, GREY, ORANGE, array, frame, listed, new, picture
+from jaxq.analysis.plots._look import BLUE, GRAY, ORANGE, array, frame, listed, new, picture
 from jaxq.formats import Format, get_format
 from jaxq.products import Hadamard
 from jaxq.quantizers import fake_quant
@@ -87,7 +87,7 @@ def outliers(
     left.set_ylabel("numbers")
     left.legend(loc="upper right")
     rows = np.arange(len(found))
-    colors = [GREY, ORANGE] + [BLUE] * (len(found) - 2)
+    colors = [GRAY, ORANGE] + [BLUE] * (len(found) - 2)
     parts, wholes = [], []
     for i, remedy in enumerate(found):
         source = data if i == 0 else spoiled
@@ -106,7 +106,7 @@ def outliers(
     beside = right.get_yaxis_transform()
     for row, remedy in zip(rows, found, strict=True):
         right.text(1.09, row, f"{remedy.bits:.2f}", transform=beside, va="center", ha="right")
-    right.text(1.09, -0.9, "bits", transform=beside, ha="right", va="bottom", color=GREY)
+    right.text(1.09, -0.9, "bits", transform=beside, ha="right", va="bottom", color=GRAY)
     right.set_xlabel("root mean squared error, in standard deviations")
     right.legend(handles=[bar, diamond], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jaxq.analysis.plots._look import (
     BLUE,
+    GRAY,
     GREEN,
-    GREY,
     ORANGE,
     PURPLE,
     SKY,
@@ -150,10 +150,10 @@ def bit_layouts(
             for bit in {left, left + bits - 1}:
                 number = str(fmt.bits - 1 - bit)
                 axes.text(
-                    bit + 0.5, row + 0.26, number, ha="center", va="top", fontsize=6, color=GREY
+                    bit + 0.5, row + 0.26, number, ha="center", va="top", fontsize=6, color=GRAY
                 )
             left += bits
-        axes.text(fmt.bits + 0.6, row, _notes(fmt), va="center", fontsize=8, color=GREY)
+        axes.text(fmt.bits + 0.6, row, _notes(fmt), va="center", fontsize=8, color=GRAY)
     axes.set_xlim(-0.2, reach)
     axes.set_ylim(len(chosen) - 0.45, -0.6)
     axes.set_yticks(range(len(chosen)), [fmt.name for fmt in chosen])

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLUE",
-    "COLOURS",
+    "COLORS",
     "DASHES",
+    "GRAY",
     "GREEN",
-    "GREY",
     "LIGHT",
     "MARKERS",
     "MINUS",
@@ -43,8 +43,8 @@ __all__ = [
 ]
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-SKY, YELLOW, GREY, LIGHT = "#56B4E9", "#E69F00", "#666666", "#E4E4E4"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY, "#000000")
+SKY, YELLOW, GRAY, LIGHT = "#56B4E9", "#E69F00", "#666666", "#E4E4E4"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY, "#000000")
 MINUS = "\N{MINUS SIGN}"
 MARKERS = ("o", "D", "s", "^", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
@@ -52,7 +52,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)
 _LARGEST_SVG = 400_000  # Characters; plots with more marks are shown as PNG.
 
 _STYLE: Any = {
-    "axes.edgecolor": GREY,
+    "axes.edgecolor": GRAY,
     "axes.facecolor": "white",
     "axes.labelcolor": "#333333",
     "axes.labelsize": 9.5,
@@ -139,8 +139,8 @@ def frame(axes: "Axes", *, grid: Literal["both", "x", "y"] = "both") -> "Axes":
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(True, axis=grid, color=LIGHT, linewidth=0.8)
-    axes.tick_params(color=GREY, labelcolor="#333333", labelsize=8.5, width=0.8, length=3)
-    axes.tick_params(which="minor", color=GREY, width=0.5, length=2)
+    axes.tick_params(color=GRAY, labelcolor="#333333", labelsize=8.5, width=0.8, length=3)
+    axes.tick_params(which="minor", color=GRAY, width=0.5, length=2)
     return axes
 
 

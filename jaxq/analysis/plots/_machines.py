@@ -11,10 +11,10 @@ from jaxq.analysis.machines import DEVICES, MODELS, Device, Model, named
 from jaxq.analysis.plots._labels import heads
 from jaxq.analysis.plots._look import (
     BLUE,
-    COLOURS,
+    COLORS,
     DASHES,
+    GRAY,
     GREEN,
-    GREY,
     LIGHT,
     MARKERS,
     ORANGE,
@@ -173,7 +173,7 @@ def memory_by_size(
     figure = new(9.5, 6, size, title)
     axes = frame(figure.add_subplot())
     for i, spec in enumerate(specs):
-        color = COLOURS[i % len(COLOURS)]
+        color = COLORS[i % len(COLORS)]
         line = [memory_table(params=float(n), recipes=[spec]).rows[0] for n in ends]
         axes.plot(ends, [r.total_gib for r in line], color=color, linestyle=DASHES[i % len(DASHES)])
         axes.plot(
@@ -190,7 +190,7 @@ def memory_by_size(
     axes.set_xlabel("parameters")
     axes.set_ylabel("memory, GiB")
     for gib, name in limits.items():
-        axes.axhline(gib, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)))
+        axes.axhline(gib, color=GRAY, linewidth=0.9, linestyle=(0, (1, 2)))
         axes.text(1.01, gib, name, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
     for count in counts:
         axes.axvline(count, color=SKY, linewidth=0.7, zorder=0)
@@ -254,7 +254,7 @@ def fits(
         text = (
             f"{100 * cell.share:.0f} %" if cell.fits else f"{cell.devices} \N{MULTIPLICATION SIGN}"
         )
-        grey = not cell.fits and cell.devices > 8
+        gray = not cell.fits and cell.devices > 8
         axes.text(
             column + 0.48,
             row + 0.47,
@@ -262,10 +262,10 @@ def fits(
             ha="center",
             va="center",
             fontsize=8,
-            color=GREY if grey else "#222222",
+            color=GRAY if gray else "#222222",
         )
     for i in range(1, len(chosen)):
-        axes.axhline(i * len(specs) - 0.04, color=GREY, linewidth=0.7)
+        axes.axhline(i * len(specs) - 0.04, color=GRAY, linewidth=0.7)
     axes.set_xlim(0, columns)
     axes.set_ylim(rows, 0)
     names = [cell.recipe for cell in table[::columns]]

@@ -11,10 +11,10 @@ from jaxq.analysis._arguments import significant_bits
 from jaxq.analysis.plots._labels import annotate
 from jaxq.analysis.plots._look import (
     BLUE,
-    COLOURS,
+    COLORS,
     DASHES,
+    GRAY,
     GREEN,
-    GREY,
     ORANGE,
     PURPLE,
     frame,
@@ -184,9 +184,9 @@ def relative_error(
     figure = new(10, 5, size, title)
     axes = frame(figure.add_subplot())
     worst_of_all, finest = 1.0, min(2.0 ** -significant_bits(fmt) for fmt in chosen)
-    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.axhline(1, color=GRAY, linewidth=0.8)
     for i, fmt in enumerate(chosen):
-        color, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+        color, dash = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
         y = np.asarray(cast(jnp.asarray(x), fmt)).astype(np.float64)
         error = np.abs(y - x) / x
         worst = np.max(np.where(np.isfinite(error) & (x <= fmt.max), error, 0), axis=1)
@@ -229,9 +229,9 @@ def _legend(axes: "Axes", formats: Sequence[Format]) -> None:
 
     handles, _ = axes.get_legend_handles_labels()
     labels = [f"{fmt.name}: to {power(fmt.max)}" for fmt in formats]
-    marks = (("X", GREY, "overflow beyond"), ("o", "white", "subnormal below"))
+    marks = (("X", GRAY, "overflow beyond"), ("o", "white", "subnormal below"))
     for marker, face, label in marks:
-        handle = Line2D([], [], linestyle="", marker=marker, color=GREY, markerfacecolor=face)
+        handle = Line2D([], [], linestyle="", marker=marker, color=GRAY, markerfacecolor=face)
         handles.append(handle)
         labels.append(label)
     axes.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)

@@ -14,8 +14,8 @@ from jaxq.analysis.distributions import Distribution, get_distribution
 from jaxq.analysis.plots._labels import annotate
 from jaxq.analysis.plots._look import (
     BLUE,
+    GRAY,
     GREEN,
-    GREY,
     ORANGE,
     PURPLE,
     array,
@@ -74,7 +74,7 @@ def sqnr_by_bits(
     figure = new(8, 5.4, size, title)
     axes = frame(figure.add_subplot())
     lines = (
-        ("Shannon's bound", [r.shannon_db for r in bounds], GREY, "-", ""),
+        ("Shannon's bound", [r.shannon_db for r in bounds], GRAY, "-", ""),
         ("best levels (Lloyd and Max)", [r.lloyd_max_db for r in bounds], GREEN, "--", "s"),
         ("best evenly spaced levels", [r.uniform_db for r in bounds], PURPLE, "-.", "^"),
         ("absmax integers, theory", [r.expected_db for r in measured], BLUE, "-", ""),
@@ -173,7 +173,7 @@ def compression(
     axes.legend(loc="upper left")
     note = ". ".join(f"{why}: {', '.join(names)}" for why, names in notes.items() if names)
     if note:
-        figure.supxlabel(note, fontsize=7.5, color=GREY, wrap=True)
+        figure.supxlabel(note, fontsize=7.5, color=GRAY, wrap=True)
     colors = [ORANGE if i in front else BLUE for i in range(len(chosen))]
     steps = np.repeat(points[front], 2, axis=0)[:-1]
     steps[1::2, 0] = points[front][1:, 0]

@@ -13,8 +13,8 @@ from jaxq.analysis._metrics import compare
 from jaxq.analysis._sqnr import label
 from jaxq.analysis.plots._look import (
     BLUE,
-    COLOURS,
-    GREY,
+    COLORS,
+    GRAY,
     MARKERS,
     MINUS,
     ORANGE,
@@ -84,7 +84,7 @@ def quantized_values(
     before, after = data.ravel(), y.ravel()
     some = thinned(before.size, _POINTS)
     ends = [float(before.min()), float(before.max())]
-    left.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="no error")
+    left.plot(ends, ends, color=GRAY, linewidth=1, linestyle="--", label="no error")
     left.plot(
         before[some], after[some], ".", color=BLUE, markersize=2.5, alpha=0.6, label="quantized"
     )
@@ -178,7 +178,7 @@ def channel_errors(
     for i, (spec, errors) in enumerate(zip(chosen, found, strict=True)):
         db = np.asarray(errors.sqnr_db, np.float64).ravel()[order]
         db = np.where(np.isfinite(db), db, np.nan)
-        color = COLOURS[i % len(COLOURS)]
+        color = COLORS[i % len(COLORS)]
         style = {"marker": MARKERS[i % len(MARKERS)], "markersize": 2.5 if many else 4.5}
         whole = float(compare(data, results[i]).sqnr_db)
         axes.axhline(whole, color=color, linewidth=1, linestyle=(0, (4, 3)))

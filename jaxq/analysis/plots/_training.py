@@ -9,9 +9,9 @@ from jaxq.analysis._logs import Log
 from jaxq.analysis._tallies import EXPONENTS
 from jaxq.analysis.plots._look import (
     BLUE,
-    COLOURS,
+    COLORS,
     DASHES,
-    GREY,
+    GRAY,
     ORANGE,
     frame,
     new,
@@ -92,7 +92,7 @@ def statistic_by_step(
     title: str | None = None,
     size: tuple[float, float] | None = None,
 ) -> "Figure":
-    """Statistics over the steps of a run as lines, such as cosines, amax values or scales.
+    """Draws statistics over the steps of a run as lines, such as cosines, amax values or scales.
 
     Args:
       log: a log, from `jaxq.analysis.read_log`.
@@ -112,7 +112,7 @@ def statistic_by_step(
     lines = []
     for i, name in enumerate(names):
         for j, values in enumerate(_column(log, "statistic_by_step", name).T):
-            color, dash = COLOURS[i % len(COLOURS)], DASHES[j % len(DASHES)]
+            color, dash = COLORS[i % len(COLORS)], DASHES[j % len(DASHES)]
             axes.plot(log.steps, values, color=color, linestyle=dash, label=name if j == 0 else "")
             lines.append(values[np.isfinite(values)])
     data = np.concatenate(lines) if lines else np.ones(1)
@@ -146,7 +146,7 @@ def exponents_by_step(
       The figure.
 
     Raises:
-      ValueError: if the log lacks the exponents of the tensor, or the format is no float format.
+      ValueError: if the log lacks the exponents of the tensor, or the format is not a float format.
       ImportError: if matplotlib is not installed.
     """
     counts = _column(log, "exponents_by_step", f"{tensor}/exponents", raw=True)
@@ -173,7 +173,7 @@ def exponents_by_step(
     places = np.unique(np.linspace(0, len(log.steps) - 1, min(len(log.steps), 8)).astype(int))
     axes.set_xticks(places + 0.5, [str(log.steps[i]) for i in places])
     axes.set_xlabel("step")
-    axes.set_ylabel("exponent, log2 |x|", color=GREY)
+    axes.set_ylabel("exponent, log2 |x|", color=GRAY)
     axes.set_title(tensor, color=BLUE)
     return figure
 
@@ -208,7 +208,7 @@ def magnitudes_by_step(
       The figure, with a logarithmic axis. Steps with an amax of 0 or NaN are left out.
 
     Raises:
-      ValueError: if the log lacks the statistic of the tensor, or the format is no float format.
+      ValueError: if the log lacks the statistic of the tensor, or the format is not a float format.
       ImportError: if matplotlib is not installed.
     """
     names = ("scale_amax", "scale_smallest") if scales else ("amax", "smallest")
@@ -229,7 +229,7 @@ def magnitudes_by_step(
     axes = frame(figure.subplots())
     data = []
     for i, (product, name) in enumerate(found.items()):
-        color, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+        color, dash = COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)]
         top = _positive(_column(log, "magnitudes_by_step", name)).max(1)
         axes.plot(log.steps, top, color=color, linestyle=dash, label=product or "product")
         data.append(top.compressed())
@@ -244,7 +244,7 @@ def magnitudes_by_step(
         span = values.min() / np.float64(2**12), values.max() * np.float64(2**12)
         _draw_range(axes, ends, span, at=float(log.steps[0]))
     axes.set_xlabel("step")
-    axes.set_ylabel("scale" if scales else "magnitude", color=GREY)
+    axes.set_ylabel("scale" if scales else "magnitude", color=GRAY)
     axes.set_title(f"{'scales' if scales else 'magnitudes'} of {tensor}", color=BLUE)
     axes.legend()
     return figure
@@ -263,7 +263,7 @@ def gradient_cosines(
     Args:
       log: a log to which the result of `jaxq.analysis.gradient_errors` was appended.
       worst: the number of parameters that are named, those with the lowest cosines. All others are
-        drawn in grey. Default: 7.
+        drawn in gray. Default: 7.
       title: the title. Default: none.
       size: the width and height in inches.
 
@@ -290,14 +290,14 @@ def gradient_cosines(
     axes = frame(figure.subplots())
     for i, name in enumerate(sorted(found, key=lowest.__getitem__)):
         known = np.isfinite(found[name])
-        dash = DASHES[i // len(COLOURS) % len(DASHES)]
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dash}
+        dash = DASHES[i // len(COLORS) % len(DASHES)]
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "linestyle": dash}
         if i >= worst:
-            style = {"color": GREY, "alpha": 0.3, "zorder": 1}
+            style = {"color": GRAY, "alpha": 0.3, "zorder": 1}
         label = name if i < worst else ""
         axes.plot(log.steps[known], found[name][known], marker=".", label=label, **style)
     axes.set_xlabel("step")
-    axes.set_ylabel("cosine", color=GREY)
+    axes.set_ylabel("cosine", color=GRAY)
     axes.set_title("quantized gradient against float gradient", color=BLUE)
     axes.legend()
     return figure

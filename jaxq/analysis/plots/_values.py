@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jaxq.analysis.plots._look import BLUE, GREY, ORANGE, frame, listed, new, picture, power
+from jaxq.analysis.plots._look import BLUE, GRAY, ORANGE, frame, listed, new, picture, power
 from jaxq.formats import FloatFormat, Format, get_format
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def number_line(
     beside = axes.get_yaxis_transform()
     for row, values in enumerate(rows):
         text = f"{len(values)} values"
-        axes.text(1.01, row, text, transform=beside, va="center", fontsize=8, color=GREY)
+        axes.text(1.01, row, text, transform=beside, va="center", fontsize=8, color=GRAY)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     label = "value, in units of the largest magnitude" if normalized else "value"

@@ -68,7 +68,7 @@ def write(
         int8 or float8_e4m3fn with one scale per token. Default: False, weights only.
 
     Raises:
-      ValueError: a recipe has no scheme, a weight is no matrix, or weights that vLLM fuses have
+      ValueError: a recipe has no scheme, a weight is not a matrix, or weights that vLLM fuses have
         different recipes or NVFP4 scales of the tensor (see `quantize_together`).
       FileExistsError: the folder exists and is not empty.
       OSError: a file cannot be written.

@@ -84,7 +84,8 @@ def mean_square(x: jax.Array, factor: float) -> jax.Array:
     return sums(lambda v: (product(v, v),), x)[0] * np.float32(factor / x.shape[0])
 
 
-def weighted(weights: jax.Array, x: jax.Array, square: jax.Array | None) -> jax.Array:
+def weighted(weights: jax.Array | None, x: jax.Array, square: jax.Array | None) -> jax.Array:
     """Returns an importance times the root of the squares' sum, as ggml weights errors."""
+    assert weights is not None
     assert square is not None
     return product(weights, jnp.sqrt(square[None] + product(x, x)))

@@ -14,9 +14,11 @@ from jaxq.numerics import pack as pack_bits
 from jaxq.quantizers import Quantized
 from jaxq.recipes import Recipe, get_recipe
 
-__all__ = ["pack", "unpack"]
+__all__ = ["PACKED_RECIPES", "pack", "unpack"]
 
-_TYPES = {get_recipe(name): name for name in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")}
+PACKED_RECIPES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
+
+_TYPES = {get_recipe(name): name for name in PACKED_RECIPES}
 
 
 def pack(q: Quantized) -> jax.Array:

@@ -19,7 +19,7 @@ __all__ += ["descent", "largest", "product", "quotient"]
 
 EPS = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: smaller blocks become zero.
 
-_UNROLL = 8
+_UNROLL = 16
 
 
 class Scaled(NamedTuple):
@@ -68,7 +68,7 @@ def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tup
         added = (a + rounded(b) for a, b in zip(carry, terms(*slices), strict=True))
         return tuple(added), None
 
-    return lax.scan(step, start, arrays, unroll=_UNROLL)[0]
+    return lax.scan(step, start, arrays, unroll=min(_UNROLL, arrays[0].shape[0] // 2))[0]
 
 
 def nearest(x: jax.Array) -> jax.Array:
@@ -147,12 +147,12 @@ def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: 
     sum_lx, sum_l2 = sums(terms, x, weights, start)
     positive = low == 0
 
-    def element(sums_: tuple, slices: tuple) -> tuple[tuple, tuple]:
-        sum_lx, sum_l2, active = sums_
+    def element(totals: tuple, slices: tuple) -> tuple[tuple, jax.Array]:
+        sum_lx, sum_l2 = totals
         x, w, q = slices
         lx = sum_lx - product(w, x, _f(q))
         l2 = sum_l2 - product(w, _f(q), _f(q))
-        usable = active & (lx > 0) & ((l2 > 0) if positive else True)
+        usable = (lx > 0) & ((l2 > 0) if positive else True)
         safe = jnp.where(usable, lx, np.float32(1))
         new = jnp.clip(nearest(quotient(product(x, l2), safe)), low, high)
         lx2 = lx + product(w, x, _f(new))
@@ -160,17 +160,14 @@ def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: 
         gain = product(lx2, lx2, sum_l2) > product(sum_lx, sum_lx, l22)
         better = usable & (new != q) & gain & (positive | (l22 > 0))
         sum_lx, sum_l2, q = _chosen(better, (lx2, l22, new), (sum_lx, sum_l2, q))
-        return (sum_lx, sum_l2, active), (q, better)
+        return (sum_lx, sum_l2), q
 
+    # ggml stops after a sweep that changes nothing, which the next ones would not either.
     def sweep(_: jax.Array, state: tuple) -> tuple:
-        sum_lx, sum_l2, active, q = state
-        (sum_lx, sum_l2, _), (q, changed) = lax.scan(
-            element, (sum_lx, sum_l2, active), (x, weights, q)
-        )
-        return sum_lx, sum_l2, active & changed.any(axis=0), q
+        totals, q = state
+        return lax.scan(element, totals, (x, weights, q))
 
-    active = jnp.ones(x.shape[1:], bool)
-    sum_lx, sum_l2, _, q = lax.fori_loop(0, 5, sweep, (sum_lx, sum_l2, active, start))
+    (sum_lx, sum_l2), q = lax.fori_loop(0, 5, sweep, ((sum_lx, sum_l2), start))
     return sum_lx, sum_l2, q
 
 

@@ -1,6 +1,7 @@
 """Quantization to the types with one scale per block or per 16 elements, as ggml does it.
 
-Each function takes blocks and returns the fields of the type's layout.
+Each function takes blocks and returns the fields of the type's layout. Q4_0 to Q5_1 without an
+importance matrix, and Q8_0, are recipes of `jaxq.quantize` (see `_legacy.py`).
 """
 
 from collections.abc import Callable
@@ -31,30 +32,17 @@ __all__ = ["SMALL"]
 # Types with one scale.
 
 
-def _min_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return x.min(axis=0), x.max(axis=0)
-
-
 def _simple_symmetric(blocks: Blocks, limit: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the scales and codes of Q4_0 and Q5_0."""
-    if blocks.weights is not None:
-        scale, q = symmetric(blocks.x, limit, weighted(blocks.weights, blocks.x, blocks.row))
-        return scale, q + limit
-    d = largest(blocks.x)[1] * np.float32(-1 / limit)
-    q = rounded(blocks.x * over(1, d)[None]) + np.float32(limit + 0.5)
-    return d, jnp.minimum(q.astype(jnp.int32), 2 * limit - 1)
+    """Returns the scales and codes of Q4_0 and Q5_0 with an importance matrix."""
+    scale, q = symmetric(blocks.x, limit, weighted(blocks.weights, blocks.x, blocks.row))
+    return scale, q + limit
 
 
 def _simple_affine(blocks: Blocks, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the scales, minima and codes of Q4_1 and Q5_1."""
-    if blocks.weights is not None:
-        w = weighted(blocks.weights, blocks.x, blocks.row)
-        d, minimum, q = affine(blocks.x, limit, w, IMPORTANT)
-        return d, -minimum, q
-    low, high = _min_max(blocks.x)
-    d = divided(high - low, limit)
-    q = rounded((blocks.x - low[None]) * over(1, d)[None]) + np.float32(0.5)
-    return d, low, jnp.minimum(q.astype(jnp.int32), limit)
+    """Returns the scales, minima and codes of Q4_1 and Q5_1 with an importance matrix."""
+    w = weighted(blocks.weights, blocks.x, blocks.row)
+    d, minimum, q = affine(blocks.x, limit, w, IMPORTANT)
+    return d, -minimum, q
 
 
 def _q4_0(blocks: Blocks) -> Fields:
@@ -81,12 +69,6 @@ def _away(x: jax.Array) -> jax.Array:
     """Returns the nearest integers, ties away from zero, as C's roundf."""
     whole = jnp.trunc(x)
     return whole + jnp.where(jnp.abs(x - whole) >= 0.5, jnp.sign(x), np.float32(0))
-
-
-def _q8_0(blocks: Blocks) -> Fields:
-    d = divided(largest(blocks.x)[0], 127)
-    q = _away(rounded(blocks.x * over(1, d)[None]))
-    return {"d": d, "q": q.astype(jnp.int8).T}
 
 
 def _ternary(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -170,7 +152,6 @@ SMALL: dict[str, Callable[[Blocks], Fields]] = {
     "q4_1": _q4_1,
     "q5_0": _q5_0,
     "q5_1": _q5_1,
-    "q8_0": _q8_0,
     "tq1_0": _tq1_0,
     "tq2_0": _tq2_0,
     "mxfp4": _mxfp4,

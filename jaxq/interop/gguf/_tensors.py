@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +16,12 @@ from jaxq._jax.serialization import pytree
 from jaxq.gradients import passed
 from jaxq.interop.gguf._blocks import Blocks
 from jaxq.interop.gguf._layouts import LAYOUTS, Layout
+from jaxq.interop.gguf._legacy import PACKED_RECIPES, pack
 from jaxq.interop.gguf._searched_types import SEARCHED
 from jaxq.interop.gguf._searches import product, sums
 from jaxq.interop.gguf._small_types import SMALL
+from jaxq.quantizers import Slices
+from jaxq.quantizers import quantize as quantize_by_recipe
 
 __all__ = ["TYPES", "Packed", "dequantize", "fake_quant", "fallback", "quantize"]
 
@@ -29,7 +33,11 @@ TYPES: Registry[Layout] = Registry(
 
 _QUANTIZERS = {**SMALL, **SEARCHED}
 
-_CHUNK = 2**16  # Elements that are quantized at a time, so that they stay in the cache.
+_CHUNK = 2**16  # The number of elements quantized at a time, which fit into the cache.
+
+# The number of blocks in a row of a chunk. XLA on CPU (JAX 0.10 to 0.12) divides the rows between
+# threads; it divides one long row, too, but then computes it twice as slowly.
+_LANES = 64
 
 
 @pytree(static=("type", "dtype"))
@@ -57,6 +65,20 @@ class Packed:
     def nbytes(self) -> int:
         """The number of bytes."""
         return self.data.nbytes
+
+    @property
+    def slices(self) -> Slices:
+        """The tensor in slices of whole blocks, for `jaxq.products.stored_dot_general`."""
+        layout, last = TYPES.find(self.type), self.data.ndim - 1
+
+        def take(axis: int, start: Any, size: int) -> jax.Array:
+            if axis == last:
+                start = start // layout.block * layout.size
+                size = size // layout.block * layout.size
+            part = lax.dynamic_slice_in_dim(self.data, start, size, axis)
+            return dequantize(part, self.type, self.dtype)
+
+        return Slices(self.shape, self.dtype, (*(1,) * last, layout.block), take)
 
     def dequantize(self) -> jax.Array:
         """Returns the dequantized tensor; see `jaxq.interop.gguf.dequantize`."""
@@ -135,6 +157,8 @@ def _to(ndim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _quantize(x: jax.Array, importance: jax.Array | None, type: str) -> jax.Array:
     layout, shape = TYPES[type], x.shape
     x = lax.stop_gradient(x).astype(jnp.float32)
+    if type in PACKED_RECIPES and (importance is None or type not in _QUANTIZERS):
+        return pack(quantize_by_recipe(_without_minus_zero(x, type), type))
     columns = x.reshape(-1, layout.block).T
     blocks = Blocks(columns, None, None)
     if importance is not None:
@@ -147,19 +171,29 @@ def _quantize(x: jax.Array, importance: jax.Array | None, type: str) -> jax.Arra
     return data.reshape(*shape[:-1], shape[-1] // layout.block * layout.size)
 
 
+def _without_minus_zero(x: jax.Array, type: str) -> jax.Array:
+    """Returns x with positive zeros only, as ggml's code for Q4_0 and Q5_0 sees them."""
+    if type not in ("q4_0", "q5_0"):
+        return x
+    bits, minus_zero = lax.bitcast_convert_type(x, jnp.uint32), np.uint32(1 << 31)
+    bits = jnp.where(bits == minus_zero, np.uint32(0), bits)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def _in_chunks(function: Callable[[Blocks], jax.Array], blocks: Blocks, length: int) -> jax.Array:
     """Applies a function to a number of blocks at a time, and joins its rows."""
-    count, size = blocks.x.shape[1], _CHUNK // length
-    if count <= size:
+    count = blocks.x.shape[1]
+    if count <= _LANES:
         return function(blocks)
-    chunks = -(-count // size)
+    rows = min(_CHUNK // length // _LANES, -(-count // _LANES))
+    chunks = -(-count // (rows * _LANES))
 
     def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * size - count)])
-        return jnp.moveaxis(padded.reshape(*x.shape[:-1], chunks, size), -2, 0)
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * rows * _LANES - count)])
+        return jnp.moveaxis(padded.reshape(*x.shape[:-1], chunks, rows, _LANES), (-3, -2), (0, 1))
 
-    rows = lax.map(function, jax.tree.map(cut, blocks))
-    return rows.reshape(chunks * size, -1)[:count]
+    result = lax.map(jax.vmap(function), jax.tree.map(cut, blocks))
+    return result.reshape(chunks * rows * _LANES, -1)[:count]
 
 
 def dequantize(
@@ -206,7 +240,7 @@ def fake_quant(
     axis: int = -1,
     importance: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Returns what remains of a tensor in a block type, with a straight-through gradient.
+    """Returns a tensor rounded to a block type, with a straight-through gradient.
 
     It equals `quantize(x, type).dequantize()` bit for bit.
 

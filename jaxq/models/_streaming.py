@@ -1,0 +1,80 @@
+"""Products of packed weights that are dequantized part by part."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from jaxq._jax import compat
+from jaxq.models._assigning import Assigned
+from jaxq.models._operations import LOOK_UP, operation_of
+from jaxq.models._stored_views import StoredView, unpacked
+from jaxq.numerics import as_dtype
+from jaxq.products import Pair, PerProduct, ProductRecipe, in_parts, product
+from jaxq.quantizers import Quantized, Slices, slices
+
+__all__ = ["streamed"]
+
+
+def streamed(
+    eqn: Any,
+    assigned: Assigned,
+    keys: jax.Array | None,
+    scales: PerProduct[Pair],
+    operands: list[Any],
+) -> jax.Array | None:
+    """Returns a product of a packed weight, dequantized in parts of `assigned.chunk` elements.
+
+    None if the product has no packed weight, has a weight that cannot be sliced, or has a recipe
+    with a Hadamard transform, another execution, or quantized gradients.
+    """
+    recipe, output = assigned.recipe or ProductRecipe(), assigned.output
+    packed = [i for i, x in enumerate(operands[:2]) if _is_packed(x)]
+    usual = recipe.hadamard is None and recipe.execution == "emulated"
+    plain = recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized"
+    name = eqn.primitive.name
+    if assigned.chunk is None or name in (LOOK_UP, "conv_general_dilated") or output is not None:
+        return None
+    if len(packed) != 1 or not usual or not plain or assigned.factor or assigned.scored:
+        return None
+    swapped = packed == [0]
+    weight = _slices(operands[packed[0]])
+    if weight is None or (not recipe.plain and swapped != assigned.swapped):
+        return None
+    operation = operation_of(eqn, assigned.where, swapped, tuple(unpacked(x) for x in operands[2:]))
+    chunk, function = assigned.chunk, operation.function
+
+    def multiply(x: jax.Array, _: Any, *arguments: jax.Array) -> jax.Array:
+        def whole(x: jax.Array, w: jax.Array) -> jax.Array:
+            return function(x, w, *arguments)
+
+        return in_parts(whole, operation.contraction, x, weight, chunk)
+
+    x = unpacked(operands[1 - packed[0]])
+    with compat.within(eqn):
+        shape: Any = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+        own = dataclasses.replace(operation, function=multiply)
+        return product(own, x, shape, recipe, keys, scales)
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, StoredView) and isinstance(x.data, Quantized)
+
+
+def _slices(view: StoredView) -> Slices | None:
+    """Returns a view of a packed weight as slices, in the dtype and the order of its axes."""
+    assert isinstance(view.data, Quantized)
+    own = slices(view.data)
+    if own is None:
+        return None
+    order = view.permutation or tuple(range(len(own.shape)))
+
+    def take(axis: int, start: Any, size: int) -> jax.Array:
+        array = own.take(order[axis], start, size).transpose(order)
+        if array.dtype == view.dtype:
+            return array
+        return as_dtype(array.astype(jnp.float32), view.dtype)
+
+    shape, units = (tuple(x[axis] for axis in order) for x in (own.shape, own.units))
+    return Slices(shape, jnp.dtype(view.dtype), units, take)

@@ -1,0 +1,74 @@
+"""The matrices of a stack of experts by their leaf and by their recipe."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq.models import Product, QuantizedWeight, expert_axis
+from jaxq.ptq._collectors import Layout
+from jaxq.quantizers import Levels
+from jaxq.recipes import Recipe
+
+__all__ = ["alike", "by_leaf", "by_recipe", "own_levels"]
+
+
+def by_leaf(product: Product, weight: QuantizedWeight, layout: Layout) -> dict[int, np.ndarray]:
+    """Returns the share of each matrix that belongs to each leaf, float64 `[matrices]`.
+
+    A matrix of several leaves gives each an equal share.
+    """
+    leaves = tuple(weight.origin.leaves.values())
+    axis = expert_axis(product, weight.operand)
+    if axis is None or axis not in layout.axes.batch:
+        return {leaf: np.full(layout.sizes[0], 1 / len(leaves)) for leaf in leaves}
+    places = _places(layout, axis)
+    found = {leaf: np.zeros(layout.sizes[0]) for leaf in leaves}
+    for piece in weight.origin.pieces:
+        start = piece.at[axis]
+        found[piece.leaf] += (start <= places) & (places < start + piece.box[axis])
+    return found
+
+
+def by_recipe(weight: QuantizedWeight, layout: Layout) -> list[tuple[Recipe, np.ndarray]]:
+    """Returns the recipes of a weight, each with the indices of its matrices.
+
+    All experts have a recipe.
+    """
+    if weight.experts is None:
+        return [(weight.recipe, np.arange(layout.sizes[0]))]
+    places = _places(layout, weight.experts.axis)
+    found: dict[Recipe, np.ndarray] = {}
+    for start, stop, recipe in weight.experts.parts:
+        assert recipe is not None
+        own = (start <= places) & (places < stop)
+        found[recipe] = found.get(recipe, np.zeros(places.shape, bool)) | own
+    return [(recipe, np.flatnonzero(mask)) for recipe, mask in found.items()]
+
+
+def _places(layout: Layout, axis: int) -> np.ndarray:
+    """Returns the index of each matrix along a batch axis."""
+    lengths = [layout.shape[a] for a in layout.axes.batch]
+    return np.indices(lengths)[layout.axes.batch.index(axis)].reshape(-1)
+
+
+def alike(found: list[Levels]) -> list[Levels]:
+    """Returns levels with the same fields: zeros for zero points and minima that only some have."""
+
+    def filled(levels: Levels, name: str) -> jax.Array | None:
+        own = getattr(levels, name)
+        others = any(getattr(other, name) is not None for other in found)
+        return jnp.zeros_like(levels.step) if own is None and others else own
+
+    return [
+        Levels(levels.step, filled(levels, "zero_point"), filled(levels, "minimum"))
+        for levels in found
+    ]
+
+
+def own_levels(levels: Any, recipe: Recipe) -> Levels:
+    """Returns levels without the fields that a recipe does not have; the inverse of `alike`."""
+    kind = recipe.scaling.zero_point
+    zero_point = levels.zero_point if kind == "integer" else None
+    return Levels(levels.step, zero_point, levels.minimum if kind == "minimum" else None)

@@ -1,0 +1,313 @@
+"""Rotations that are folded into weights, so that they cost nothing: QuaRot's R1 and R2."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq.models import LOOK_UP, not_floating, plan
+from jaxq.ptq._input_changes import close
+
+__all__ = ["Norm", "fold_rotation", "random_rotation"]
+
+_OWNER = "ptq.fold_rotation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """The scale of a norm, and the weights that multiply its result.
+
+    Attributes:
+      scale: the path of the scale.
+      readers: the paths of all weights that multiply the norm's result.
+      offset: the number that the model adds to the scale: 0, or 1 for a norm that multiplies by
+        `1 + scale`.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.Norm("final_norm", ["head"]).readers
+      ('head',)
+    """
+
+    scale: str
+    readers: Sequence[str]
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.readers, str):
+            raise TypeError(
+                f"Norm: `readers` must be a list of paths, got {self.readers!r}. Put it into one."
+            )
+        object.__setattr__(self, "readers", tuple(self.readers))
+
+
+def random_rotation(n: int, key: jax.Array, *, keep_mean: bool = False) -> np.ndarray:
+    """Returns a random orthogonal matrix, a Hadamard matrix with random signs where one is known.
+
+    The matrix is `D H / sqrt(n)`, with a Hadamard matrix H and a diagonal D of random signs. H is
+    made by the constructions of Sylvester and Paley, which give one if n is a power of two, or a
+    power of two times 12, 20, 24, 28, 36 or another `q + 1` or `2 (q + 1)` with a suitable prime q.
+    For all other n the matrix comes from the QR decomposition of a normal one.
+
+    Args:
+      n: the size, at least 1.
+      key: a key of `jax.random`.
+      keep_mean: True for a matrix that maps the vector of ones to itself, so that it commutes with
+        the subtraction of the mean in a LayerNorm; such a matrix is no Hadamard matrix.
+
+    Returns:
+      A float64 NumPy array `[n, n]`.
+
+    Raises:
+      ValueError: if n is not positive.
+
+    Example:
+      >>> import jax, numpy as np
+      >>> from jaxq import ptq
+      >>> rotation = ptq.random_rotation(12, jax.random.key(0))
+      >>> bool(np.allclose(rotation @ rotation.T, np.eye(12)))
+      True
+      >>> np.unique(np.abs(rotation * np.sqrt(12)).round(9)).tolist()
+      [1.0]
+
+    References:
+      Paley, "On orthogonal matrices" (1933).
+    """
+    if n < 1:
+        raise ValueError(f"random_rotation: `n` must be at least 1, got {n}.")
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint32))
+    if not keep_mean:
+        return _rotation(n, generator)
+    # Orthogonal in the space of vectors with mean 0; a reflection takes ones / sqrt(n) to e_1.
+    inner = np.eye(n)
+    inner[1:, 1:] = _rotation(n - 1, generator) if n > 1 else inner[1:, 1:]
+    normal = -np.full(n, 1 / math.sqrt(n))
+    normal[0] += 1
+    power = normal @ normal
+    reflection = np.eye(n) - (2 / power * np.outer(normal, normal) if power > 0 else 0)
+    return reflection @ inner @ reflection
+
+
+def _rotation(n: int, generator: np.random.Generator) -> np.ndarray:
+    found = _hadamard(n)
+    if found is None:
+        q, r = np.linalg.qr(generator.standard_normal((n, n)))
+        return q * np.sign(np.diagonal(r))
+    return generator.choice([-1.0, 1.0], n)[:, None] * found / math.sqrt(n)
+
+
+def _hadamard(n: int) -> np.ndarray | None:
+    """Returns a Hadamard matrix, or None if none of the constructions gives one."""
+    if n == 1:
+        return np.ones((1, 1))
+    if n == 2:
+        return np.array([[1.0, 1.0], [1.0, -1.0]])
+    if n % 4:
+        return None
+    if _is_prime(n - 1):  # Paley's first construction, as n - 1 is 3 modulo 4.
+        skew = np.zeros((n, n))
+        skew[0, 1:], skew[1:, 0] = 1, -1
+        skew[1:, 1:] = _residues(n - 1)
+        return skew + np.eye(n)
+    half = n // 2
+    if half % 4 == 2 and _is_prime(half - 1):  # Paley's second one, as n / 2 - 1 is 1 modulo 4.
+        symmetric = np.zeros((half, half))
+        symmetric[0, 1:] = symmetric[1:, 0] = 1
+        symmetric[1:, 1:] = _residues(half - 1)
+        plus, minus = np.array([[1, 1], [1, -1]]), np.array([[1, -1], [-1, -1]])
+        return np.kron(symmetric, plus) + np.kron(np.eye(half), minus)
+    smaller = _hadamard(half)
+    return None if smaller is None else np.kron(np.array([[1, 1], [1, -1]]), smaller)
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
+
+
+def _residues(q: int) -> np.ndarray:
+    """Returns the quadratic character of i - j modulo a prime."""
+    character = np.full(q, -1.0)
+    character[np.arange(q, dtype=np.int64) ** 2 % q] = 1
+    character[0] = 0
+    return character[np.subtract.outer(np.arange(q), np.arange(q)) % q]
+
+
+def fold_rotation(
+    fn: Callable[..., Any],
+    rotation: jax.typing.ArrayLike,
+    axes: Mapping[str, int],
+    *,
+    norms: Sequence[Norm] = (),
+) -> Callable[..., Any]:
+    """Returns a function that rotates vectors inside a model by changing its weights only.
+
+    A vector x of the model, such as the residual stream, becomes `x R`. Every leaf that adds to it
+    or multiplies it is named with its axis along x, and that axis is multiplied by R:
+
+        axes = {"embed": -1, "layers/q": -2, "layers/o": -1, "layers/up": -2, "layers/down": -1,
+                "head": -2}                          # R1: the residual stream.
+        axes = {"layers/v": -1, "layers/o": -2}      # R2: within each head, R of its size.
+
+    Between the leaves, x may only be added, multiplied by matrices, or divided by its norm. The
+    scales of norms are therefore multiplied into the weights that read them first, and become 1. An
+    RMSNorm then commutes with any R. A LayerNorm does with the R of
+    `random_rotation(..., keep_mean=True)`, if its bias is 0. Sums are computed in float64, and
+    outputs are compared with those of the original.
+
+    Args:
+      fn: a function of the parameters and the inputs.
+      rotation: an orthogonal matrix `[n, n]`, as `random_rotation` returns it.
+      axes: for the path of each leaf, its axis along x, counted from the end as a negative number.
+        Its length is n, or a multiple of n, in which every n neighbors are rotated. Layers stacked
+        for a scan lie along leading axes.
+      norms: the norms whose scales are folded. All their readers are in `axes`.
+
+    Returns:
+      `(params, *args) -> params`, where the arguments are those of `fn`. The new parameters have
+      the dtypes of the old ones.
+
+    Raises:
+      ValueError: if R is not orthogonal; if a leaf does not exist, is no float array, or has
+        another length; if a reader of a norm is an embedding that is looked up too (a tied
+        embedding); or if the outputs change by more than rounding, because a leaf is missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxq import ptq
+      >>> def model(params, tokens):
+      ...     x = params["embed"][tokens]
+      ...     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True)) * params["norm"][None]
+      ...     return x @ params["head"]
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"embed": jax.random.normal(keys[0], (5, 8)), "norm": jnp.arange(1.0, 9.0),
+      ...           "head": jax.random.normal(keys[1], (8, 5))}
+      >>> fold = ptq.fold_rotation(
+      ...     model, ptq.random_rotation(8, keys[2]), {"embed": -1, "head": -2},
+      ...     norms=[ptq.Norm("norm", ["head"])])
+      >>> new = fold(params, jnp.arange(5))
+      >>> new["norm"].tolist() == [1.0] * 8
+      True
+
+    References:
+      Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (2024). Liu et al.,
+      "SpinQuant: LLM Quantization with Learned Rotations" (2024).
+    """
+    matrix = np.asarray(rotation, np.float64)
+    n = len(matrix) if matrix.ndim else 0
+    size = 1e-5 if np.asarray(rotation).dtype != np.float64 else 1e-9
+    if matrix.shape != (n, n) or not np.allclose(matrix @ matrix.T, np.eye(n), atol=size):
+        raise ValueError(
+            f"{_OWNER}: `rotation` must be an orthogonal matrix, got an array of shape "
+            f"{matrix.shape}. Use ptq.random_rotation(n, key)."
+        )
+    norms = tuple(norms)
+    for norm in norms:
+        for path in norm.readers:
+            if path not in axes:
+                raise ValueError(
+                    f"{_OWNER}: `axes` must have all readers of the norm {norm.scale!r}, but lacks "
+                    f"{path!r}. Add its axis, such as -2 for a kernel [inputs, outputs]."
+                )
+
+    def folded(params: Any, *args: Any) -> Any:
+        pairs, structure = jax.tree_util.tree_flatten_with_path(params)
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
+        leaves = dict(zip(paths, (leaf for _, leaf in pairs), strict=True))
+        for path in (*axes, *(norm.scale for norm in norms)):
+            _check_leaf(path, leaves)
+        if norms:
+            _refuse_tied(fn, params, args, norms)
+        wide = {path: np.asarray(leaves[path]).astype(np.float64) for path in axes}
+        new = dict(leaves)
+        for norm in norms:
+            scale = np.asarray(leaves[norm.scale]).astype(np.float64) + norm.offset
+            for path in norm.readers:
+                wide[path] = _multiplied(path, wide[path], scale, axes[path])
+            new[norm.scale] = _as(np.full(scale.shape, 1 - norm.offset), leaves[norm.scale])
+        for path, axis in axes.items():
+            new[path] = _as(_turned(path, wide[path], matrix, axis), leaves[path])
+        result = jax.tree.unflatten(structure, [new[path] for path in paths])
+        error = close(fn(params, *args), fn(result, *args))
+        if error:
+            raise ValueError(
+                f"{_OWNER}: the function must not change, but its outputs differ by {error:.2g} "
+                "relative to their size. A leaf along the rotated vectors is missing in `axes`, or "
+                "a norm with a scale or a mean is missing in `norms`."
+            )
+        return result
+
+    return folded
+
+
+def _check_leaf(path: str, leaves: Mapping[str, Any]) -> None:
+    if path not in leaves:
+        raise ValueError(
+            f"{_OWNER}: {path!r} must be the path of a leaf of `params`. The nearest are "
+            f"{_near(path, leaves)}."
+        )
+    reason = not_floating(leaves[path])
+    if reason:
+        raise ValueError(
+            f"{_OWNER}: leaf {path!r} must be a float array, but it {reason}. Fold before "
+            "quantization."
+        )
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"
+
+
+def _refuse_tied(fn: Callable[..., Any], params: Any, args: Any, norms: Sequence[Norm]) -> None:
+    """Raises a ValueError if a reader of a norm is a table of look-ups too."""
+    planned = plan(_OWNER, fn, [], 0, (params, *args), {})
+    tables = {
+        path
+        for product in planned.products
+        if product.operation == LOOK_UP
+        for origin in product.origins[:1]
+        if origin is not None
+        for path in origin.leaves
+    }
+    for norm in norms:
+        for path in tables & {*norm.readers}:
+            raise ValueError(
+                f"{_OWNER}: the scale of norm {norm.scale!r} cannot be folded into {path!r}, which "
+                "is looked up too (a tied embedding). Give the head a leaf of its own, a copy of "
+                "the embedding (transposed if you like), and pass a function that uses it."
+            )
+
+
+def _multiplied(path: str, leaf: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
+    """Returns a leaf with an axis multiplied by the scales of a norm; layers lie in front."""
+    stacks, at = scale.shape[:-1], leaf.ndim + axis
+    if at < len(stacks) or leaf.shape[: len(stacks)] != stacks or leaf.shape[at] != scale.shape[-1]:
+        raise ValueError(
+            f"{_OWNER}: leaf {path!r} must have the axes of its norm's scale, of shape "
+            f"{scale.shape}, as its leading axes and axis {axis}, got the shape {leaf.shape}."
+        )
+    shape = [m if i < len(stacks) or i == at else 1 for i, m in enumerate(leaf.shape)]
+    return leaf * scale.reshape(shape)
+
+
+def _turned(path: str, leaf: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:
+    """Returns a leaf with every n neighbors along an axis multiplied by the matrix."""
+    n = len(matrix)
+    if not -leaf.ndim <= axis < 0 or leaf.shape[axis] % n:
+        raise ValueError(
+            f"{_OWNER}: `axes` must name an axis of {path!r} from the end, whose length is a "
+            f"multiple of {n}, got {axis} for the shape {leaf.shape}."
+        )
+    moved = np.moveaxis(leaf, axis, -1)
+    turned = moved.reshape(*moved.shape[:-1], -1, n) @ matrix
+    return np.moveaxis(turned.reshape(moved.shape), -1, axis)
+
+
+def _as(x: np.ndarray, leaf: Any) -> Any:
+    """Returns an array in the dtype and of the kind of a leaf."""
+    new = x.astype(leaf.dtype)
+    return new if isinstance(leaf, np.ndarray) else jnp.asarray(new)

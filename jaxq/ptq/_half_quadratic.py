@@ -1,0 +1,119 @@
+"""The zero points of HQQ, a search that needs no data."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.ptq._searching import Searching, SearchProblem
+from jaxq.quantizers import Quantized, snap, with_minima
+from jaxq.recipes import Recipe
+
+__all__ = ["HQQ"]
+
+
+class _State(NamedTuple):
+    """The state of the iteration.
+
+    Attributes:
+      count: the number of iterations so far.
+      zero: the zero point of each block.
+      error: the smallest mean magnitude of the error so far.
+      falls: whether the last iteration made it smaller.
+    """
+
+    count: jax.Array
+    zero: jax.Array
+    error: jax.Array
+    falls: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class HQQ:
+    r"""The half-quadratic search for the zero point of each block, as an option of a solver.
+
+    With the scale s and the codes `q = clip(round(w / s + z))`, it looks for the zero point z, any
+    number, for which `sum |w - s (q - z)|^p` is small. An iteration shrinks the errors e of the
+    weight to `sign(e) max(|e| - |e|^(p - 1) / beta, 0)`, which stand for outliers, takes the mean
+    of `q - (w - e) / s` over a block as its zero point, and multiplies beta by kappa. It ends when
+    the mean of `|e|` over the weight does not fall. The minimum `-s z` is stored in the recipe's
+    scale format; scales stay. Only the weight matters, so this suits data that is scarce.
+
+    Attributes:
+      norm: the exponent p, in (0, 1].
+      beta: the first beta.
+      kappa: the factor of beta.
+      iterations: the largest number of iterations.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> import jaxq
+      >>> from jaxq import ptq
+      >>> ptq.get_solver("hqq") == ptq.RTN(search=ptq.HQQ())
+      True
+      >>> recipe = jaxq.Recipe("uint4", jaxq.PerBlock(64), jaxq.recipes.ScaleAndMin(stored=True))
+
+    References:
+      Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023).
+    """
+
+    norm: float = 0.7
+    beta: float = 10.0
+    kappa: float = 1.01
+    iterations: int = 20
+
+    def __post_init__(self) -> None:
+        if not 0 < self.norm <= 1:
+            raise ValueError(f"HQQ: `norm` must be in (0, 1], got {self.norm}. Use 0.7.")
+        for name in ("beta", "kappa", "iterations"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"HQQ: `{name}` must be positive, got {getattr(self, name)}. Leave it out for "
+                    "its default."
+                )
+
+    def check(self, owner: str, recipe: Recipe) -> None:
+        """Raises a ValueError unless a recipe stores a minimum for each block."""
+        if recipe.scaling.zero_point != "minimum":
+            raise ValueError(
+                f"{owner}: `recipe` must store a minimum for each block for HQQ, got the scaling "
+                f"{type(recipe.scaling).__name__}. Use jaxq.recipes.ScaleAndMin(stored=True)."
+            )
+
+    def leaves(self, problem: SearchProblem, how: Searching) -> tuple[Quantized, ...]:
+        """Returns the leaves with the best minima, and their old codes and scales."""
+        weight, levels, numbers = problem.weight, problem.levels, problem.blocks.numbers
+        assert levels.minimum is not None, "checked before"
+        step = jnp.where(levels.step > 0, levels.step, np.float32(1))
+
+        def mean(x: jax.Array) -> jax.Array:
+            own = numbers.reshape(-1)
+            total = jax.ops.segment_sum(x.reshape(-1), own, problem.count)
+            return total / jax.ops.segment_sum(jnp.ones(own.shape, jnp.float32), own, problem.count)
+
+        def iterate(state: _State) -> _State:
+            own = levels._replace(step=step, minimum=-state.zero[numbers] * step)
+            q, values = snap(weight, own, how.recipe)
+            error = weight - values
+            size = jnp.abs(error)
+            beta = np.float32(self.beta) * np.float32(self.kappa) ** state.count.astype(jnp.float32)
+            # 0 has no power p - 1.
+            bound = jnp.where(size > 0, size, 1) ** np.float32(self.norm - 1) / beta
+            outlier = jnp.sign(error) * lax.max(size - bound, np.float32(0))
+            zero = mean(q - (weight - outlier) / step)
+            now = jnp.mean(size)
+            return _State(state.count + 1, zero, lax.min(now, state.error), now < state.error)
+
+        def goes_on(state: _State) -> jax.Array:
+            return (state.count < self.iterations) & state.falls
+
+        first = mean(-levels.minimum / step)
+        infinity = jnp.float32(np.inf)
+        state = _State(jnp.int32(0), first, infinity, jnp.bool_(True))
+        zero = lax.while_loop(goes_on, iterate, state).zero
+        return tuple(with_minima(q, -own * q.scales) for q, own in problem.by_leaf(zero))

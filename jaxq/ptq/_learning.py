@@ -1,0 +1,332 @@
+"""Learned rounding of whole models, block by block."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from jaxq._base.tables import Table
+from jaxq._jax import compat
+from jaxq.models import Planned, Rules, plan, program
+from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
+from jaxq.ptq._rounding_methods import (
+    Rounded,
+    RoundingMethod,
+    RoundingProblem,
+    get_rounding_method,
+)
+from jaxq.ptq._solvers import check_recipe
+from jaxq.ptq._training import Data, Leaf, Trainer, Trainers, relative_error
+from jaxq.quantizers import numbers_of, with_levels
+
+__all__ = ["LearnedBlock", "RoundingReport", "learn_rounding"]
+
+_OWNER = "ptq.learn_rounding"
+_CHECKS = 20  # The number of times that the rounded weights of a block are measured.
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedBlock:
+    """The progress or the result of one block.
+
+    Attributes:
+      block: the index of the block.
+      step: the number of steps so far; in a report, after which the best weights were found.
+      rtn: the squared error of the block's results with the nearest levels, relative to their
+        power.
+      loss: the same for the best weights so far.
+      weights: the number of leaves whose rounding is learned.
+      note: the weights that the rules quantize and that are not stored, with the reasons; or "".
+    """
+
+    block: int
+    step: int
+    rtn: float
+    loss: float
+    weights: int
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingReport:
+    """The report of `jaxq.ptq.learn_rounding`; its `str` is a table.
+
+    Attributes:
+      rows: the blocks, in order.
+    """
+
+    rows: tuple[LearnedBlock, ...]
+
+    def __repr__(self) -> str:
+        return str(Table(self.rows))
+
+
+def learn_rounding(
+    blocks: Sequence[Callable[..., Any]],
+    rules: Rules,
+    *,
+    method: str | RoundingMethod = "signround",
+    mask: Callable[..., Any] | None = None,
+    progress: Callable[[LearnedBlock], None] | None = None,
+) -> Callable[..., tuple[list[Any], RoundingReport]]:
+    """Returns a function that packs the weights of a list of blocks, with learned rounding.
+
+    The blocks, applied one after the other, are the model. For each of them, gradient steps look
+    for codes with which the block gives the results of the float model, although its inputs are
+    those of the packed blocks before it. The loss is the squared error of the floating results,
+    relative to their power; a step sees one batch. At intervals the rounded weights are measured
+    on all batches, and the best ones are kept; the nearest levels are among them, so the final loss
+    is never larger than theirs.
+
+    Activations are quantized as the rules say. The inputs and results of one block for all batches
+    are kept in memory. Blocks with equal programs, such as equal layers, are compiled once.
+
+    Args:
+      blocks: functions `(params, x) -> y`. Each gets its own parameters and the result of the one
+        before; a tuple holds several arguments, such as hidden states and a mask.
+      rules: as in `jaxq.quantize_fn`. Paths begin with the index of the block, as in `"0/up"`.
+      method: a method, or its name in `jaxq.ptq.ROUNDING_METHODS`.
+      mask: a function of the arguments of the first block after the parameters that returns a
+        boolean array, False for padding. Its axes are the first axes of every result.
+      progress: a function that is called with the state of a block after each measurement.
+
+    Returns:
+      `(params, batches, *, key) -> (packed, report)`. `params` is a sequence with one pytree per
+      block, `batches` a sequence of arguments of the first block, all of the same shapes, and `key`
+      a key of `jax.random` for the order of the batches. `packed` is the list of the blocks'
+      parameters with stored weights, for `jaxq.quantize_fn(blocks[k], ...)` or the whole model.
+
+    Raises:
+      TypeError: as in `jaxq.quantize_fn`.
+      ValueError: as in `jaxq.ptq.quantize_weights`; or if there are not as many blocks as
+        parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> from jaxq import ptq
+      >>> block = lambda params, x: jax.nn.relu(x @ params["w"])
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = [{"w": jax.random.normal(k, (16, 16)) / 4} for k in keys[:2]]
+      >>> batches = [jax.random.normal(k, (32, 16)) for k in jax.random.split(keys[2], 4)]
+      >>> learn = ptq.learn_rounding([block, block], "int4_channel")
+      >>> packed, report = learn(params, batches, key=jax.random.key(1))
+      >>> type(packed[0]["w"]).__name__, [row.loss < row.rtn for row in report.rows]
+      ('Quantized', [True, True])
+
+    References:
+      Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020). Li et
+      al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (2021).
+      Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of
+      LLMs" (2024).
+    """
+    how, blocks = get_rounding_method(method), list(blocks)
+    if not blocks or not all(map(callable, blocks)):
+        raise ValueError(
+            f"{_OWNER}: `blocks` must be a sequence of functions (params, x) -> y, got "
+            f"{len(blocks)} blocks. Put a single function into a list."
+        )
+
+    def model(params: Sequence[Any], *args: Any) -> Any:
+        for block, own in zip(blocks, params, strict=True):
+            args = _as_arguments(block(own, *args))
+        return args
+
+    def learned(params: Any, batches: Any, *, key: jax.Array) -> tuple[list[Any], RoundingReport]:
+        if not isinstance(params, (list, tuple)) or len(params) != len(blocks):
+            count = len(params) if isinstance(params, (list, tuple)) else type(params).__name__
+            raise ValueError(
+                f"{_OWNER}: `params` must be a list with one pytree for each of the {len(blocks)} "
+                f"blocks, got {count}. Take the layers of a stack apart by jax.tree.map(lambda w: "
+                "w[i], layers)."
+            )
+        calls = read_calls(_OWNER, model, mask, (list(params), batches))
+        return _Learning(calls, blocks, how, progress).run(rules, key)
+
+    return learned
+
+
+def _as_arguments(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+class _First(NamedTuple):
+    """The numbers of the first leaf and the first product of a block in the whole model."""
+
+    leaf: int = 0
+    product: int = 0
+
+
+class _Learning:
+    """A run over all blocks.
+
+    Args:
+      calls: the model and its batches.
+      blocks: the blocks.
+      method: the method.
+      progress: the user's function, or None.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        blocks: Sequence[Callable[..., Any]],
+        method: RoundingMethod,
+        progress: Callable[[LearnedBlock], None] | None,
+    ) -> None:
+        self._calls, self._blocks, self._method = calls, blocks, method
+        self._progress = progress or (lambda _: None)
+        self._trainers = Trainers(method)
+
+    def run(self, rules: Rules, key: jax.Array) -> tuple[list[Any], RoundingReport]:
+        """Learns all blocks, and returns the packed parameters and the report."""
+        model = self._calls.plan(rules)
+        self._check(model)
+        example, first, rows, packed = self._calls.calls[0][1:], _First(), [], []
+        floats = _stacked([call[1:] for call in self._calls.calls])
+        quantized = floats
+        masked = [mask for mask in self._calls.masks if mask is not None]
+        masks = jnp.stack(masked) if masked else None
+        for k, block in enumerate(self._blocks):
+            own = plan(_OWNER, block, [], 0, (self._calls.calls[0][0][k], *example), {})
+            planned = _Block(k, own, model.planned, first)
+            float_trainer = self._trainers.get(program(own.node, [None] * len(own.products)), ())
+            floats = float_trainer.outputs({}, planned.arrays, floats)
+            trainer = self._trainers.get(planned.program(), tuple(planned.leaves))
+            data = Data(quantized, floats, masks)
+            row, best = self._learned(planned, trainer, data, jax.random.fold_in(key, k))
+            values = trainer.values(best)
+            quantized = trainer.outputs(values, planned.arrays, quantized)
+            packed.append(planned.packed(best))
+            rows.append(row)
+            example = _as_arguments(own.traced.rebuild([x[0] for x in floats]))
+            first = planned.next
+        return packed, RoundingReport(tuple(rows))
+
+    def _check(self, model: Model) -> None:
+        traced = model.planned.traced
+        self._calls.environments(model, compat.body(traced.jaxpr).invars)
+        for leaf, storage in model.planned.stored.leaves.items():
+            origin = traced.origins[leaf]
+            assert origin is not None, "only parameters are stored"
+            check_recipe(f"{_OWNER}: leaf {origin.paths[0]!r}", storage.recipe)
+
+    def _learned(
+        self, block: "_Block", trainer: Trainer, data: Data, key: jax.Array
+    ) -> tuple[LearnedBlock, dict[int, Rounded]]:
+        """Learns one block, and returns its report and the best choice."""
+        problems = block.problems()
+        best = {at: Rounded(p.start, numbers_of(p.start)) for at, p in problems.items()}
+
+        def measured(choice: dict[int, Rounded]) -> float:
+            found = trainer.outputs(trainer.values(choice), block.arrays, data.inputs)
+            return float(relative_error(found, data))
+
+        rtn = measured(best)
+        row = LearnedBlock(block.number, 0, rtn, rtn, len(problems), block.note)
+        _check_finite(rtn, block.number, "results")
+        self._progress(row)
+        steps = self._method.steps
+        if not problems:
+            return row, best
+        state = trainer.start(problems)
+        order = _order(key, steps, len(data.inputs[0]))
+        checks = min(_CHECKS, steps)
+        at = 0
+        for check in range(1, checks + 1):
+            until = steps * check // checks
+            state = trainer.advance(state, problems, block.arrays, data, (order, at, until))
+            at, choice = until, trainer.rounded(state, problems)
+            loss = measured(choice)
+            _check_finite(loss, block.number, "gradients")
+            if loss < row.loss:
+                row, best = dataclasses.replace(row, step=at, loss=loss), choice
+            self._progress(dataclasses.replace(row, step=at))
+        return row, best
+
+
+class _Block:
+    """A block of a planned model.
+
+    Args:
+      number: its index.
+      own: the plan of the block alone, without rules.
+      whole: the plan of the model.
+      first: the numbers of the block's first leaf and first product.
+    """
+
+    def __init__(self, number: int, own: Planned, whole: Planned, first: _First) -> None:
+        self.number, self._own, self._whole, self._first = number, own, whole, first
+        count = sum(origin is not None for origin in own.traced.origins)
+        self.arrays = [jnp.asarray(x) for x in own.traced.arrays[:count]]
+        self.next = _First(first.leaf + count, first.product + len(own.products))
+        stored = whole.stored.leaves
+        self._storages = {
+            at: stored[first.leaf + at] for at in range(count) if first.leaf + at in stored
+        }
+        self.leaves = [
+            Leaf(at, storage.recipe, jnp.dtype(storage.dtype), self.arrays[at].dtype)
+            for at, storage in self._storages.items()
+        ]
+
+    @property
+    def _products(self) -> range:
+        return range(self._first.product, self.next.product)
+
+    @property
+    def note(self) -> str:
+        """The weights that stay floats, with the reasons."""
+        whole = self._whole
+        pairs = [(whole.products[n].name, whole.stored.reasons.get(n)) for n in self._products]
+        return "; ".join(f"{name}: not stored: {reason}" for name, reason in pairs if reason)
+
+    def program(self) -> Any:
+        """Returns the program whose stored weights are arguments with the values of levels."""
+        whole = self._whole
+        chosen = [
+            whole.chosen[n]
+            if n in whole.stored.reasons
+            else without_weight(whole.products[n], whole.chosen[n])
+            for n in self._products
+        ]
+        return program(self._own.node, chosen, True)
+
+    def problems(self) -> dict[int, RoundingProblem]:
+        """Returns the leaves to learn, by their places among the arguments."""
+        return {
+            at: RoundingProblem(
+                storage.converted(self.arrays[at]).astype(jnp.float32),
+                storage.quantize(self.arrays[at]),
+            )
+            for at, storage in self._storages.items()
+        }
+
+    def packed(self, choice: dict[int, Rounded]) -> Any:
+        """Returns the parameters of the block with stored weights."""
+        tree, places = self._own.traced.parameters
+        leaves, structure = jax.tree.flatten(tree)
+        pairs = zip(places, leaves, strict=True)
+        new = [with_levels(*choice[at]) if at in choice else leaf for at, leaf in pairs]
+        return jax.tree.unflatten(structure, new)[0]
+
+
+def _check_finite(loss: float, block: int, noun: str) -> None:
+    if loss != loss:
+        raise ValueError(
+            f"{_OWNER}: {noun} must be finite, but those of block {block} have a NaN or an "
+            "infinity. Look for it in the batches; padding must be finite too, even under `mask`."
+        )
+
+
+def _stacked(calls: Sequence[tuple[Any, ...]]) -> list[jax.Array]:
+    """Returns the arrays of the arguments of all calls, stacked."""
+    flat = [[x for x in jax.tree.leaves(call) if compat.is_array(x)] for call in calls]
+    return [jnp.stack([jnp.asarray(x) for x in own]) for own in zip(*flat, strict=True)]
+
+
+def _order(key: jax.Array, steps: int, batches: int) -> jax.Array:
+    """Returns the batch of each step: all batches in random order, again and again."""
+    keys = jax.random.split(key, -(-steps // batches))
+    orders = jax.vmap(lambda key: jax.random.permutation(key, batches))(keys)
+    return orders.reshape(-1)[:steps]

@@ -1,0 +1,188 @@
+"""OWQ: the inputs of a weight that matter most stay floats, and GPTQ solves the others."""
+
+import contextlib
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.numerics import encode
+from jaxq.products import is_stochastic
+from jaxq.ptq._matrices import Settings, Solution, solve
+from jaxq.quantizers import (
+    Levels,
+    Quantized,
+    dequantize,
+    levels,
+    numbers_of,
+    quantize,
+    values_of,
+    with_levels,
+)
+from jaxq.recipes import Recipe, get_recipe
+
+__all__ = ["owq"]
+
+
+def owq(
+    weight: jax.typing.ArrayLike,
+    hessian: jax.typing.ArrayLike,
+    recipe: str | Recipe,
+    *,
+    axis: int = 0,
+    damping: float = 0.01,
+    order: str | None = "static",
+) -> Quantized:
+    """Quantizes a weight by GPTQ, except for the inputs whose errors would cost most.
+
+    With the Hessian `H = sum x x^T` and the error E of the nearest levels, input j costs
+    `H_jj |E_j|^2`. All weights of the most expensive inputs are stored as the recipe's outliers,
+    without rounding to the levels, and the scales are computed without them. They also take up the
+    errors of the other inputs: for given codes they have the values with the smallest error of the
+    outputs.
+
+    Args:
+      weight: a float16, bfloat16 or float32 array of at least two axes.
+      hessian: the sum of `x x^T` over the tokens, `[inputs, inputs]`, up to a positive factor.
+      recipe: a recipe with `outliers` without `sigma`; as many inputs are kept as fit into their
+        number. Its granularity is read relative to `axis`.
+      axis: the axis of `weight` that products contract: 0 for a kernel `[inputs, outputs]`, 1 or -1
+        for a weight `[outputs, inputs]`.
+      damping: the number added to H's diagonal, relative to its mean.
+      order: as in `GPTQ`.
+
+    Returns:
+      A `jaxq.Quantized`. Where the Hessian cannot be solved, the codes of the other inputs are the
+      nearest ones under `jit`, and an error is raised otherwise.
+
+    Raises:
+      ValueError: if the recipe is stochastic or has no room for the outliers of one input, shapes
+        do not fit, or the Hessian cannot be solved.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from jaxq import ptq
+      >>> weight = jnp.array([[0.4, 1.0], [0.4, -0.3]])
+      >>> second = jnp.diag(jnp.array([1.0, 100.0]))  # The second input is the larger one.
+      >>> recipe = jaxq.Recipe("int2", outliers=jaxq.recipes.Outliers(0.5))
+      >>> q = ptq.owq(weight, second, recipe)
+      >>> [[round(float(value), 2) for value in row] for row in q.dequantize()]
+      [[0.0, 1.0], [0.4, -0.3]]
+
+    References:
+      Lee et al., "OWQ: Outlier-Aware Weight Quantization for Efficient Fine-Tuning and Inference of
+      Large Language Models" (2024).
+    """
+    weight, gram, record = (
+        jnp.asarray(weight),
+        jnp.asarray(hessian, jnp.float32),
+        get_recipe(recipe),
+    )
+    inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None
+    if weight.ndim < 2 or inputs is None or gram.shape != (inputs, inputs):
+        raise ValueError(
+            "owq: `hessian` must have the shape (n, n), where n is the length of `axis` of "
+            f"`weight`, which needs two axes or more, got {gram.shape} and {weight.shape} with "
+            f"axis={axis}. Pass the axis of the inputs as `axis`."
+        )
+    if record.outliers is None or record.outliers.sigma is not None or is_stochastic(record):
+        raise ValueError(
+            "owq: `recipe` must have outliers without `sigma` and round deterministically, got "
+            f"{record.outliers} and rounding={record.rounding!r}. Use, for example, "
+            "outliers=jaxq.recipes.Outliers(0.01)."
+        )
+    kept = record.outliers.count(weight.size) // (weight.size // inputs)
+    if not 0 < kept < inputs:
+        raise ValueError(
+            f"owq: `recipe` must have outliers for at least one of the {inputs} inputs, got the "
+            f"fraction {record.outliers.fraction}. Use at least {1 / inputs:.3g}."
+        )
+    result, solved = _owq(weight, gram, _How(record, axis, damping, order, kept))
+    is_known_to_fail = False
+    with contextlib.suppress(jax.errors.ConcretizationTypeError):  # Under `jit`.
+        is_known_to_fail = not bool(solved)
+    if is_known_to_fail:
+        raise ValueError(
+            "owq: `hessian` must be positive semidefinite, finite and not zero, got one with the "
+            f"mean diagonal {float(jnp.mean(jnp.diagonal(gram))):.3g}, which cannot be solved. "
+            "Look for NaN in the activations, or use more damping."
+        )
+    return result
+
+
+class _How(NamedTuple):
+    """The static arguments; `kept` is the number of inputs that stay floats."""
+
+    recipe: Recipe
+    axis: int
+    damping: float
+    order: str | None
+    kept: int
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _owq(weight: jax.Array, hessian: jax.Array, how: _How) -> tuple[Quantized, jax.Array]:
+    """Returns the quantized weight, and False if the Hessian cannot be solved."""
+    recipe, axis, kept = how.recipe, how.axis, how.kept
+    plain = dataclasses.replace(recipe, outliers=None)
+    moved = jnp.moveaxis(weight, axis, 0).shape
+
+    def matrix(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, axis, 0).reshape(moved[0], -1)
+
+    def back(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(moved), 0, axis)
+
+    w = matrix(weight.astype(jnp.float32))
+    nearest = matrix(dequantize(quantize(weight, plain, axis=axis)).astype(jnp.float32))
+    cost = jnp.diagonal(hessian) * jnp.sum(jnp.square(nearest - w), axis=1)
+    most = jnp.sort(lax.top_k(cost, kept)[1])
+    is_kept = jnp.zeros(len(w), bool).at[most].set(True)
+    rest = jnp.argsort(is_kept, stable=True)[: len(w) - kept]
+    start = quantize(back(jnp.where(is_kept[:, None], 0, w)).astype(weight.dtype), plain, axis=axis)
+    own = jax.tree.map(lambda x: matrix(x)[rest], levels(start))
+    numbers = matrix(numbers_of(start))
+    found, share = _solved(w[rest], own, hessian, how._replace(recipe=plain), (rest, most))
+    chosen = jnp.where(found.solved, found.numbers, numbers[rest])
+    error = values_of(chosen, own, plain) - w[rest]
+    change = jnp.matmul(share, error, precision=lax.Precision.HIGHEST)
+    values = w[most] - jnp.where(found.solved, change, 0)
+    q = with_levels(start, back(numbers.at[rest].set(chosen)))
+    assert recipe.outliers is not None
+    empty = recipe.outliers.count(weight.size) - values.size
+    places = matrix(jnp.arange(weight.size, dtype=jnp.int32).reshape(weight.shape))[most]
+    order = jnp.argsort(places.reshape(-1))
+    places = jnp.pad(places.reshape(-1)[order], (0, empty), constant_values=weight.size)
+    values = jnp.pad(values.reshape(-1)[order], (0, empty))
+    codes = encode(values, recipe.outliers.element, overflow="propagate")
+    own_recipe = dataclasses.replace(q.recipe, outliers=recipe.outliers)
+    return dataclasses.replace(q, recipe=own_recipe, outliers=(codes, places)), found.solved
+
+
+def _solved(
+    weight: jax.Array,
+    own: Levels,
+    hessian: jax.Array,
+    how: _How,
+    rows: tuple[jax.Array, jax.Array],
+) -> tuple[Solution, jax.Array]:
+    """Solves the inputs that are rounded.
+
+    The inputs that stay floats are at their best for any error E of the others if they change by
+    `-A E`, with `A = H_kk^-1 H_kr`. The error of the outputs is then `tr(E^T S E)` with the Schur
+    complement `S = H_rr - H_rk A`.
+
+    Returns:
+      The solution, and A.
+    """
+    rest, most = rows
+    mean = jnp.mean(jnp.diagonal(hessian))
+    damped = hessian + how.damping * mean * jnp.eye(len(hessian), dtype=jnp.float32)
+    between = damped[most][:, rest]
+    factor = jax.scipy.linalg.cho_factor(damped[most][:, most])
+    share = jax.scipy.linalg.cho_solve(factor, between)
+    schur = damped[rest][:, rest] - jnp.matmul(between.T, share, precision=lax.Precision.HIGHEST)
+    return solve(weight, own, schur, None, how.recipe, Settings(0.0, how.order)), share

@@ -1,0 +1,307 @@
+"""Methods that learn the rounding of weights by gradients: SignRound and AdaRound."""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+import optax
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.registry import Registry
+from jaxq.qat import adaround_init, adaround_penalty, rectified_sigmoid
+from jaxq.quantizers import (
+    Levels,
+    Quantized,
+    enclosing_numbers,
+    ends_of,
+    levels,
+    per_element,
+    rescaled,
+    snap,
+)
+from jaxq.recipes import Recipe, in_units
+
+__all__ = [
+    "ROUNDING_METHODS",
+    "AdaRound",
+    "Rounded",
+    "RoundingMethod",
+    "RoundingProblem",
+    "SignRound",
+    "get_rounding_method",
+]
+
+
+class RoundingProblem(NamedTuple):
+    """A leaf whose rounding is learned.
+
+    Attributes:
+      weight: the values that its products see, float32, in its shape.
+      start: the leaf quantized to the nearest levels.
+    """
+
+    weight: jax.Array
+    start: Quantized
+
+
+class Rounded(NamedTuple):
+    """A choice of levels for a leaf.
+
+    Attributes:
+      start: the leaf with the scales of the choice; its codes do not count.
+      numbers: the grid values, minus the zero point.
+    """
+
+    start: Quantized
+    numbers: jax.Array
+
+
+class RoundingMethod(Protocol):
+    """A frozen record that learns the rounding of weights by gradients.
+
+    All methods are traced. Variables are any pytree of arrays, one for each leaf.
+    """
+
+    @property
+    def steps(self) -> int:
+        """The number of steps for each block, at least 1."""
+        ...
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Returns the optimizer of the variables."""
+        ...
+
+    def variables(self, problem: RoundingProblem, recipe: Recipe) -> Any:
+        """Returns the first variables of a leaf."""
+        ...
+
+    def soft(self, variables: Any, problem: RoundingProblem, recipe: Recipe) -> jax.Array:
+        """Returns the values of a leaf in a step, differentiable by the variables."""
+        ...
+
+    def rounded(self, variables: Any, problem: RoundingProblem, recipe: Recipe) -> Rounded:
+        """Returns the levels that the variables stand for."""
+        ...
+
+    def clipped(self, variables: Any) -> Any:
+        """Returns variables within their bounds, after a step."""
+        ...
+
+    def penalty(self, variables: Any, step: jax.Array) -> jax.Array:
+        """Returns the term that a leaf adds to the loss of a step."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SignRound:
+    r"""Learns offsets of the rounding by the signs of gradients, as AutoRound does.
+
+    A weight w with the scale s becomes `s round(w / s + v)`, with v in [-1/2, 1/2], so that it is
+    rounded to one of the two levels around it. On grids that are not evenly spaced, v counts in
+    distances of these two levels. With `scales=True` each block also learns a factor of its scale
+    between 0 and 1, rounded to the recipe's scale format; zero points and minima stay. The gradient
+    passes through the rounding, and every step moves a variable by the learning rate, which falls
+    linearly to 0.
+
+    Attributes:
+      steps: the number of steps; each sees one batch.
+      learning_rate: the first learning rate; None (the default) means `1 / steps`.
+      scales: False keeps the recipe's own scales.
+
+    Raises:
+      ValueError: if `steps` or `learning_rate` is not positive.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.SignRound() == ptq.get_rounding_method("signround")
+      True
+
+    References:
+      Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of
+      LLMs" (2024).
+    """
+
+    steps: int = 200
+    learning_rate: float | None = None
+    scales: bool = True
+
+    def __post_init__(self) -> None:
+        _check_positive("SignRound", steps=self.steps, learning_rate=self._rate)
+
+    @property
+    def _rate(self) -> float:
+        return 1 / max(self.steps, 1) if self.learning_rate is None else self.learning_rate
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Returns descent by signs, with a rate that falls linearly."""
+        return optax.sign_sgd(optax.linear_schedule(self._rate, 0.0, self.steps))
+
+    def variables(self, problem: RoundingProblem, recipe: Recipe) -> dict[str, jax.Array]:
+        """Returns offsets of 0 and factors of 1."""
+        found = {"offset": jnp.zeros_like(problem.weight)}
+        if self.scales and recipe.scaling.second_level != "blocks":
+            found["factor"] = jnp.ones(problem.start.scale.shape, jnp.float32)
+        return found
+
+    def soft(
+        self, variables: dict[str, jax.Array], problem: RoundingProblem, recipe: Recipe
+    ) -> jax.Array:
+        """Returns the rounded values, whose gradient passes through the rounding."""
+        start, numbers, gap = self._choice(variables, problem, recipe)
+        step, zero_point, minimum = levels(start)
+        if "factor" in variables:
+            factor = per_element(problem.start, variables["factor"])
+            step = step * factor / lax.stop_gradient(_some(factor))
+        low = np.float32(0) if minimum is None else minimum
+        units = (problem.weight - low) / _some(step) + variables["offset"] * gap
+        # The gradient passes where the rounded value is on the grid without clipping.
+        lowest, highest = ends_of(zero_point, recipe)
+        inside = (units >= lowest - gap / 2) & (units <= highest + gap / 2)
+        units = jnp.where(inside, units, lax.stop_gradient(numbers))
+        return (units + lax.stop_gradient(numbers - units)) * step + low
+
+    def rounded(
+        self, variables: dict[str, jax.Array], problem: RoundingProblem, recipe: Recipe
+    ) -> Rounded:
+        """Returns the nearest levels of the weights plus their offsets."""
+        start, numbers, _ = self._choice(variables, problem, recipe)
+        return Rounded(start, numbers)
+
+    def clipped(self, variables: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns offsets in [-1/2, 1/2] and factors in [0, 1]."""
+        bounds = {"offset": (-0.5, 0.5), "factor": (0.0, 1.0)}
+        return {name: jnp.clip(x, *bounds[name]) for name, x in variables.items()}
+
+    def penalty(self, variables: dict[str, jax.Array], step: jax.Array) -> jax.Array:
+        """Returns 0."""
+        del variables, step
+        return jnp.zeros(())
+
+    def _choice(
+        self, variables: dict[str, jax.Array], problem: RoundingProblem, recipe: Recipe
+    ) -> tuple[Quantized, jax.Array, jax.Array]:
+        """Returns the leaf with its scales, the grid values, and the gaps around the weights."""
+        variables = lax.stop_gradient(variables)
+        start = problem.start
+        if "factor" in variables:
+            start = rescaled(start, variables["factor"])
+        own, below, above = _around(problem.weight, start, recipe)
+        gap = above - below
+        moved = problem.weight + variables["offset"] * gap * own.step
+        return start, snap(moved, own, recipe)[0], gap
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaRound:
+    r"""Learns for each weight whether it is rounded up or down, as AdaRound does.
+
+    Between the two levels around it a weight takes the share `h(v) = clip(1.2 sigmoid(v) - 0.1,
+    0, 1)`, at first its own place, so that training starts from the float weights. A penalty
+    `weight mean(1 - |2 h - 1|^beta)` for each leaf then drives h to 0 or 1. It starts after
+    `warm_up` of the steps, with a beta that falls linearly from 20 to 2. Scales are the recipe's
+    own. The published penalty is a sum with the weight 0.01, beside an absolute error, so its
+    effect depends on the sizes of weights and results; here both terms are relative.
+
+    Attributes:
+      steps: the number of steps of Adam; each sees one batch. The paper takes 10,000.
+      learning_rate: the learning rate. The paper's code takes 1e-3; fewer steps need more.
+      weight: the weight of the penalty against the squared error relative to the power of the
+        results.
+      warm_up: the share of the steps without the penalty.
+
+    Raises:
+      ValueError: if a number is out of range.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.AdaRound(steps=500).weight
+      10.0
+
+    References:
+      Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020).
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-2
+    weight: float = 10.0
+    warm_up: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_positive("AdaRound", steps=self.steps, learning_rate=self.learning_rate)
+        if not 0 <= self.warm_up < 1 or not self.weight >= 0:
+            raise ValueError(
+                "AdaRound: `warm_up` must be in [0, 1) and `weight` not negative, got "
+                f"{self.warm_up} and {self.weight}. Use 0.2 and 10.0."
+            )
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Returns Adam."""
+        return optax.adam(self.learning_rate)
+
+    def variables(self, problem: RoundingProblem, recipe: Recipe) -> jax.Array:
+        """Returns the variables for which `soft` returns the weights."""
+        own, below, above = _around(problem.weight, problem.start, recipe)
+        weight = problem.weight if own.minimum is None else problem.weight - own.minimum
+        return adaround_init(in_units(weight, own.step, recipe.scale_format), below, above)
+
+    def soft(self, variables: jax.Array, problem: RoundingProblem, recipe: Recipe) -> jax.Array:
+        """Returns the values between the two levels around each weight."""
+        own, below, above = _around(problem.weight, problem.start, recipe)
+        y = (below + (above - below) * rectified_sigmoid(variables)) * own.step
+        return y if own.minimum is None else y + own.minimum
+
+    def rounded(self, variables: jax.Array, problem: RoundingProblem, recipe: Recipe) -> Rounded:
+        """Returns the upper level where the variable is not negative, else the lower one."""
+        _, below, above = _around(problem.weight, problem.start, recipe)
+        return Rounded(problem.start, jnp.where(variables >= 0, above, below))
+
+    def clipped(self, variables: jax.Array) -> jax.Array:
+        """Returns the variables."""
+        return variables
+
+    def penalty(self, variables: jax.Array, step: jax.Array) -> jax.Array:
+        """Returns the weighted penalty, 0 in the warm-up."""
+        first = self.warm_up * self.steps
+        left = jnp.clip((self.steps - step) / (self.steps - first), 0, 1)
+        term = adaround_penalty(variables, 2 + 18 * left) * (self.weight / variables.size)
+        return jnp.where(step < first, 0, term)
+
+
+def _check_positive(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(
+                f"{owner}: `{name}` must be positive, got {value}. Leave it out for its default."
+            )
+
+
+def _around(
+    weight: jax.Array, start: Quantized, recipe: Recipe
+) -> tuple[Levels, jax.Array, jax.Array]:
+    """Returns the levels of a leaf and the two grid values around each weight."""
+    own = levels(start)
+    return own, *enclosing_numbers(weight, own, recipe)
+
+
+def _some(x: jax.Array) -> jax.Array:
+    """Returns a divisor, with 1 in place of 0."""
+    return jnp.where(x == 0, 1, x)
+
+
+ROUNDING_METHODS: Registry[Any] = Registry(
+    "rounding method",
+    {"signround": SignRound(), "adaround": AdaRound()},
+    synonyms={"autoround": "signround", "auto_round": "signround"},
+)
+
+
+def get_rounding_method(method: str | RoundingMethod) -> RoundingMethod:
+    """Returns the method with a name in `ROUNDING_METHODS`; a record is returned unchanged.
+
+    Raises:
+      ValueError: if no method has that name.
+      TypeError: if the argument is neither a name nor a method.
+    """
+    return ROUNDING_METHODS.resolve(method, "method", "soft")

@@ -1,0 +1,221 @@
+"""The compiled functions that train the rounding of one block."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.models import Extra, Program, StoredView, run, unpacked
+from jaxq.numerics import as_dtype
+from jaxq.ptq._flat import anonymous, signature
+from jaxq.ptq._rounding_methods import Rounded, RoundingMethod, RoundingProblem
+from jaxq.quantizers import levels, values_of
+from jaxq.recipes import Recipe
+
+__all__ = ["Data", "Leaf", "Trainer", "Trainers", "relative_error"]
+
+
+class Leaf(NamedTuple):
+    """A leaf to learn.
+
+    Attributes:
+      place: its place among the arguments of the block.
+      recipe: its recipe, on the axes behind those of stacked layers.
+      stored: the dtype in which products have it.
+      dtype: its own dtype.
+    """
+
+    place: int
+    recipe: Recipe
+    stored: Any
+    dtype: Any
+
+
+class Data(NamedTuple):
+    """The data of a block, stacked over the batches.
+
+    Attributes:
+      inputs: the arrays of its arguments after the parameters.
+      targets: the results of the float model.
+      masks: the masks of the tokens, or None.
+    """
+
+    inputs: list[jax.Array]
+    targets: list[jax.Array]
+    masks: jax.Array | None
+
+    def batch(self, i: jax.Array) -> "Data":
+        """Returns one batch."""
+        return jax.tree.map(lambda x: x[i], self)
+
+
+class State(NamedTuple):
+    """The variables of a block, by the places of its leaves, and the state of the optimizer."""
+
+    variables: dict[int, Any]
+    optimizer: Any
+
+
+class Squares(NamedTuple):
+    """The squared error of results, their power, and the number of vectors."""
+
+    error: jax.Array
+    power: jax.Array
+    count: jax.Array
+
+
+class Trainers:
+    """The trainers of a method, one for all blocks that compute the same.
+
+    Args:
+      method: the method.
+    """
+
+    def __init__(self, method: RoundingMethod) -> None:
+        self._method = method
+        self._known: dict[Any, Trainer] = {}
+
+    def get(self, program: Program, leaves: tuple[Leaf, ...]) -> "Trainer":
+        """Returns the trainer of a block."""
+        what = anonymous(program, {a.name: str(k) for k, a in enumerate(program.all())})
+        key = signature(what), leaves
+        if key not in self._known:
+            self._known[key] = Trainer(what, leaves, self._method)
+        return self._known[key]
+
+
+class Trainer:
+    """Functions of a block, compiled at their first call.
+
+    Args:
+      program: its program, whose weights to learn are arguments.
+      leaves: the leaves to learn.
+      method: the method.
+    """
+
+    def __init__(self, program: Program, leaves: tuple[Leaf, ...], method: RoundingMethod) -> None:
+        self._program, self._method = program, method
+        self._leaves = {leaf.place: leaf for leaf in leaves}
+        self._optimizer = method.optimizer()
+        self.start = jax.jit(self._start)
+        self.advance = jax.jit(self._advance)
+        self.rounded = jax.jit(self._rounded)
+        self.values = jax.jit(self._values)
+        self.outputs = jax.jit(self._outputs)
+
+    def _start(self, problems: Mapping[int, RoundingProblem]) -> State:
+        variables = {
+            at: self._method.variables(problem, self._leaves[at].recipe)
+            for at, problem in problems.items()
+        }
+        return State(variables, self._optimizer.init(variables))
+
+    def _rounded(self, state: State, problems: dict[int, RoundingProblem]) -> dict[int, Rounded]:
+        """Returns the levels that the variables stand for."""
+        return {
+            at: self._method.rounded(own, problems[at], self._leaves[at].recipe)
+            for at, own in state.variables.items()
+        }
+
+    def _values(self, choice: Mapping[int, Rounded]) -> dict[int, jax.Array]:
+        """Returns the values of leaves, bitwise those of the packed ones."""
+        return {
+            at: values_of(own.numbers, levels(own.start), self._leaves[at].recipe)
+            for at, own in choice.items()
+        }
+
+    def _results(
+        self, values: Mapping[int, jax.Array], arrays: Sequence[jax.Array], inputs: Any
+    ) -> list[jax.Array]:
+        """Returns the results of one batch with given values of the leaves."""
+        own: list[Any] = list(arrays)
+        for at, x in values.items():
+            leaf = self._leaves[at]
+            x = x if x.dtype == leaf.stored else as_dtype(x, leaf.stored)
+            own[at] = StoredView(x, leaf.dtype)
+        return list(map(unpacked, run(self._program, Extra.empty(), [*own, *inputs])[0]))
+
+    def _outputs(
+        self,
+        values: Mapping[int, jax.Array],
+        arrays: Sequence[jax.Array],
+        inputs: list[jax.Array],
+    ) -> list[jax.Array]:
+        """Returns the results of all batches, stacked."""
+        return lax.map(functools.partial(self._results, values, arrays), inputs)
+
+    def _advance(
+        self,
+        state: State,
+        problems: Mapping[int, RoundingProblem],
+        arrays: Sequence[jax.Array],
+        data: Data,
+        part: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> State:
+        """Takes some steps.
+
+        Args:
+          state: the state.
+          problems: the leaves to learn.
+          arrays: the parameters of the block.
+          data: the data.
+          part: the batch of each step, the first step, and the step after the last one.
+        """
+        order, first, until = part
+        whole = squares(data.targets, data)
+        power = jnp.where(whole.power > 0, whole.power / jnp.maximum(whole.count, 1), 1)
+
+        def objective(variables: Mapping[int, Any], data: Data, step: jax.Array) -> jax.Array:
+            values = {
+                at: self._method.soft(own, problems[at], self._leaves[at].recipe)
+                for at, own in variables.items()
+            }
+            own = squares(self._results(values, arrays, data.inputs), data)
+            loss = own.error / jnp.maximum(own.count, 1) / power
+            return loss + sum(self._method.penalty(x, step) for x in variables.values())
+
+        def step(number: jax.Array, state: State) -> State:
+            gradient = jax.grad(objective)(state.variables, data.batch(order[number]), number)
+            # optax mixes dtypes, which users may have forbidden.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, own = self._optimizer.update(gradient, state.optimizer, state.variables)
+                variables: Any = optax.apply_updates(state.variables, updates)
+            return State({at: self._method.clipped(x) for at, x in variables.items()}, own)
+
+        return lax.fori_loop(first, until, step, state)
+
+
+def squares(results: Sequence[jax.Array], data: Data) -> Squares:
+    """Returns the squared errors of the floating results of a batch or of stacked batches."""
+    total = [jnp.zeros((), jnp.float32)] * 3
+    for y, target in zip(results, data.targets, strict=True):
+        if not jnp.issubdtype(target.dtype, jnp.floating):
+            continue
+        y, target = (x.astype(jnp.float32).reshape(x.shape or (1,)) for x in (y, target))
+        error, power = (jnp.sum(x * x, axis=-1) for x in (y - target, target))
+        weight = jnp.ones(error.shape, jnp.float32)
+        if data.masks is not None:
+            if error.shape[: data.masks.ndim] != data.masks.shape:
+                raise ValueError(
+                    "ptq.learn_rounding: `mask` must have the first axes of every result of a "
+                    f"block, got the shape {data.masks.shape} for results of shape {y.shape}. "
+                    "Let blocks return results with the axes of the tokens first."
+                )
+            more = (1,) * (error.ndim - data.masks.ndim)
+            mask = data.masks.reshape(data.masks.shape + more)
+            weight = jnp.broadcast_to(mask, error.shape).astype(jnp.float32)
+            # A product with 0 would keep the NaN of padding.
+            error, power = (jnp.where(weight > 0, x, 0) for x in (error, power))
+        total = [t + jnp.sum(x) for t, x in zip(total, (error, power, weight), strict=True)]
+    return Squares(*total)
+
+
+@jax.jit
+def relative_error(results: Sequence[jax.Array], data: Data) -> jax.Array:
+    """Returns the squared error of all batches, relative to the power of the targets."""
+    own = squares(results, data)
+    return own.error / jnp.where(own.power > 0, own.power, 1)

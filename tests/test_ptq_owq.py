@@ -1,0 +1,97 @@
+"""OWQ: inputs that stay floats, with GPTQ for the others."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import jaxq
+from jaxq import ptq
+from tests import data
+
+# The bits of sums do not matter here, and most time goes into compiling.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+INPUTS, OUTPUTS, KEPT = 32, 8, 3
+RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(16), outliers=jaxq.recipes.Outliers(0.1))
+PLAIN = jaxq.Recipe("int3", jaxq.PerBlock(16))
+
+
+def samples() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, INPUTS)) @ (np.eye(INPUTS) + 0.3 * rng.random((INPUTS, INPUTS)))
+    x[:, [4, 20, 21]] *= 6
+    return x.astype(np.float32)
+
+
+WEIGHT = np.random.default_rng(1).standard_normal((INPUTS, OUTPUTS)).astype(np.float32)
+HESSIAN = samples().T @ samples()
+
+
+def loss(values: np.ndarray) -> float:
+    return float(np.sum((samples().astype(np.float64) @ (values - WEIGHT)) ** 2))
+
+
+def reference() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the kept inputs, and the values of OBQ in float64, which rounds the others first."""
+    w = WEIGHT.astype(np.float64)
+    blocks = np.abs(w).reshape(-1, 16, OUTPUTS)
+    scale = np.repeat(blocks.max(1) / 3, 16, 0)
+    cost = np.diagonal(HESSIAN) * np.sum((np.round(w / scale) * scale - w) ** 2, 1)
+    kept = np.sort(np.argsort(-cost)[:KEPT])
+    others = np.setdiff1d(np.arange(INPUTS), kept)
+    left = w.copy()
+    left[kept] = 0
+    scale = np.repeat(np.abs(left).reshape(-1, 16, OUTPUTS).max(1) / 3, 16, 0)
+    hessian = HESSIAN.astype(np.float64)
+    hessian = hessian + 0.01 * np.mean(np.diagonal(hessian)) * np.eye(INPUTS)
+    inverse, moved, found = np.linalg.inv(hessian), w.copy(), w.copy()
+    for i in others:
+        found[i] = np.clip(np.round(moved[i] / scale[i]), -3, 3) * scale[i]
+        moved -= np.outer(inverse[:, i], (moved[i] - found[i]) / inverse[i, i])
+        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    found[kept] = moved[kept]
+    return kept, found
+
+
+@pytest.mark.parametrize("axis", data.each([0, 1], [1]))
+def test_owq_equals_obq_with_the_kept_inputs_last(axis: int):
+    weight = WEIGHT if axis == 0 else WEIGHT.T
+    q = ptq.owq(weight, HESSIAN, RECIPE, axis=axis, order=None)
+    values = np.asarray(q.dequantize())
+    values = values if axis == 0 else values.T
+    kept, expected = reference()
+    assert set(kept) >= {20, 21}
+    np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-5)
+    rounded = np.setdiff1d(np.arange(INPUTS), kept)
+    np.testing.assert_allclose(values[rounded], expected[rounded], rtol=1e-6)
+    # The form is that of the recipe: unused slots for outliers stay empty.
+    plain = jaxq.quantize(weight, RECIPE, axis=axis)
+    assert jax.tree.structure(q) == jax.tree.structure(plain)
+    assert [x.shape for x in jax.tree.leaves(q)] == [x.shape for x in jax.tree.leaves(plain)]
+
+
+@pytest.mark.slow
+def test_kept_inputs_reduce_the_error_of_the_outputs():
+    own = loss(ptq.owq(WEIGHT, HESSIAN, RECIPE).dequantize())
+    assert own < 0.7 * loss(ptq.gptq(WEIGHT, HESSIAN, PLAIN).dequantize())
+    assert own < 0.3 * loss(jaxq.quantize(WEIGHT, RECIPE, axis=0).dequantize())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "hessian", "message"),
+    [
+        (PLAIN, HESSIAN, "must have outliers without `sigma`"),
+        (
+            jaxq.Recipe("int3", outliers=jaxq.recipes.Outliers(0.01)),
+            HESSIAN,
+            "for at least one of the 32 inputs, got the fraction 0.01. Use at least 0.0312",
+        ),
+        (RECIPE, HESSIAN[:8], r"must have the shape \(n, n\)"),
+        (RECIPE, HESSIAN * np.nan, "must be positive semidefinite, finite"),
+        (RECIPE, jnp.zeros_like(HESSIAN), "must be positive semidefinite, finite"),
+    ],
+)
+def test_bad_calls_are_errors(recipe, hessian, message: str):
+    with pytest.raises(ValueError, match=message):
+        ptq.owq(WEIGHT.T, hessian, recipe, axis=1, order=None)

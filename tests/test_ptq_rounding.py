@@ -1,0 +1,310 @@
+"""Learned rounding of blocks: SignRound and AdaRound."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+from jax import numpy as jnp
+
+import jaxq
+from jaxq import ptq
+from tests import data
+
+# The bits of sums do not matter here, and most time goes into compiling.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+INPUTS, OUTPUTS, TOKENS = 16, 8, 24
+RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(8))
+KEY = jax.random.key(0)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def linear(w, x):
+    return x @ w
+
+
+def learned(method: Any, batches: list, recipe: Any = RECIPE) -> tuple[Any, ptq.LearnedBlock]:
+    (packed,), report = ptq.learn_rounding([linear], recipe, method=method)(
+        [WEIGHT], batches, key=KEY
+    )
+    return packed, report.rows[0]
+
+
+WEIGHT = normal(0, INPUTS, OUTPUTS)
+BATCH = normal(1, TOKENS, INPUTS) @ normal(2, INPUTS, INPUTS)
+RTN = jaxq.quantize_weights(linear, RECIPE)(WEIGHT, BATCH)
+
+
+class Reference:
+    """The squared error of a linear block in float64, and its best values so far."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, values: np.ndarray):
+        self.x, self.y = np.float64(x), np.float64(y)
+        self.values, self.error = values, np.inf
+        self.offer(values)
+
+    def offer(self, values: np.ndarray) -> None:
+        error = np.sum((self.x @ values - self.y) ** 2)
+        if error < self.error:
+            self.values, self.error = values, error
+
+    def gradient(self, values: np.ndarray) -> np.ndarray:
+        """Returns the gradient of the squared error, relative to the power of the targets."""
+        return 2 * self.x.T @ (self.x @ values - self.y) / np.sum(self.y**2)
+
+    def check(self, packed: jaxq.Quantized, row: ptq.LearnedBlock) -> None:
+        np.testing.assert_allclose(packed.dequantize(), self.values, rtol=1e-5, atol=1e-6)
+        assert row.loss == pytest.approx(self.error / np.sum(self.y**2), rel=1e-4)
+        assert row.loss < row.rtn
+
+
+def blocked(x: np.ndarray) -> np.ndarray:
+    """Returns the sum over each block of 8 inputs."""
+    return x.reshape(-1, 8, OUTPUTS).sum(1)
+
+
+def test_signround_takes_the_steps_of_the_published_algorithm():
+    steps, w = 16, WEIGHT.astype(np.float64)
+    scale = np.abs(w).reshape(-1, 8, OUTPUTS).max(1) / 3
+    offset, factor = np.zeros_like(w), np.ones_like(scale)
+    reference = Reference(BATCH, BATCH @ w, np.asarray(RTN.dequantize(), np.float64))
+    for step in range(steps + 1):
+        s = np.repeat(scale * factor, 8, 0)
+        units = w / s + offset
+        whole, inside = np.clip(np.round(units), -3, 3), np.abs(units) <= 3.5
+        reference.offer(whole * s)
+        g = reference.gradient(whole * s)
+        # round(w / s + v) s by v and by s, where the gradient passes through the rounding.
+        by_offset, by_scale = g * s * inside, g * np.where(inside, whole - w / s, whole)
+        rate = (1 - step / steps) / steps
+        offset = np.clip(offset - rate * np.sign(by_offset), -0.5, 0.5)
+        factor = np.clip(factor - rate * np.sign(blocked(by_scale) * scale), 0, 1)
+    packed, row = learned(ptq.SignRound(steps=steps), [BATCH])
+    reference.check(packed, row)
+    assert np.any(packed.scales != RTN.scales)
+
+
+def test_adaround_takes_the_steps_of_the_published_algorithm_on_packed_inputs():
+    # Scales that are powers of two, so that no weight lies on the grid.
+    recipe = jaxq.Recipe("int3", jaxq.PerBlock(8), jaxq.recipes.MX("ceil"))
+    steps, rate, strength = 20, 0.2, 0.5
+    square, w = normal(7, INPUTS, INPUTS), WEIGHT.astype(np.float64)
+    method = ptq.AdaRound(steps, rate, strength)
+    (before, packed), report = ptq.learn_rounding([linear, linear], recipe, method=method)(
+        [square, WEIGHT], [BATCH], key=KEY
+    )
+    nearest = jaxq.quantize_weights(linear, recipe)(WEIGHT, BATCH)
+    np.testing.assert_array_equal(packed.scales, nearest.scales)
+    s = np.repeat(np.asarray(nearest.scales, np.float64), 8, 0)
+    below = np.floor(w / s)
+    v = -np.log(1.2 / (w / s - below + 0.1) - 1)
+    reference = Reference(
+        BATCH @ before.dequantize(), BATCH @ square @ w, np.asarray(nearest.dequantize())
+    )
+    first, second = np.zeros_like(v), np.zeros_like(v)
+    for step in range(steps):
+        sigmoid = 1 / (1 + np.exp(-v))
+        h = np.clip(1.2 * sigmoid - 0.1, 0, 1)
+        slope = 1.2 * sigmoid * (1 - sigmoid) * ((h > 0) & (h < 1))
+        g = reference.gradient((below + h) * s) * s * slope
+        if step >= 0.2 * steps:
+            beta = 2 + 18 * (steps - step) / (0.8 * steps)
+            t = 2 * h - 1
+            g -= strength * beta * np.abs(t) ** (beta - 1) * np.sign(t) * 2 * slope / w.size
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
+        unbiased = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        v = v - rate * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
+        reference.offer((below + (v >= 0)) * s)
+    reference.check(packed, report.rows[1])
+
+
+GRIDS = [
+    data.slow(name, method)
+    for name in ("mxfp4", "nf4_g64", "nf4_dq", "uint4_channel", "q4_0", "q4_1")
+    for method in ptq.ROUNDING_METHODS
+]
+
+
+@pytest.mark.parametrize(("name", "method"), [("nvfp4", "signround"), *GRIDS])
+def test_learned_weights_stay_on_the_grid_of_their_recipe(name: str, method: str):
+    w, x = normal(3, 64, 4), normal(4, 2, 80, 64) + 2 * normal(5, 2, 80, 1)
+    how = {"signround": ptq.SignRound(100), "adaround": ptq.AdaRound(500)}[method]
+    (packed,), report = ptq.learn_rounding([linear], name, method=how)([w], list(x), key=KEY)
+    plain = jaxq.quantize_weights(linear, name)(w, x[0])
+    assert jax.tree.structure(packed) == jax.tree.structure(plain)
+    for own, other in zip(packed.second, plain.second, strict=True):
+        np.testing.assert_array_equal(own, other)
+    error = x @ (packed.dequantize() - w)
+    (row,) = report.rows
+    assert row.loss == pytest.approx(float(np.sum(error**2) / np.sum((x @ w) ** 2)), rel=1e-3)
+    assert row.loss < row.rtn
+
+
+def layer(params, x, mask):
+    """Computes two products and a residual sum for the tokens that count."""
+    h = jax.nn.relu(x @ params["up"].astype(jnp.float32)) @ params["down"].T
+    return x + jnp.where(mask[..., None], h, 0), mask
+
+
+LAYERS = [
+    {"up": jnp.asarray(normal(i, 16, 8), jnp.bfloat16), "down": normal(i + 9, 16, 8)}
+    for i in range(2)
+]
+
+
+def test_later_blocks_learn_on_the_packed_ones_before_them():
+    rules = {"up": jaxq.Recipe("int3", jaxq.PerChannel()), "1/down": "w8a8"}
+    mask = np.arange(6) < 4
+    x = np.where(mask[None, None, :, None], normal(5, 3, 2, 6, 16), 100)
+    masks = np.broadcast_to(mask, (2, 6))
+    batches = [(x[i], masks) for i in range(3)]
+    seen = []
+    learn = ptq.learn_rounding(
+        [layer, layer],
+        rules,
+        method=ptq.SignRound(steps=25),
+        mask=lambda _, mask: mask,
+        progress=seen.append,
+    )
+    packed, report = learn(LAYERS, batches, key=KEY)
+    assert packed[0]["up"].dtype == jnp.bfloat16
+    assert packed[0]["down"] is LAYERS[0]["down"]
+
+    def model(params, x):
+        return layer(params[1], *layer(params[0], x, masks))[0]
+
+    def error(params) -> float:
+        total = power = 0.0
+        for batch, _ in batches:
+            y, target = (np.asarray(f(p, batch)) for f, p in ((small, params), (model, LAYERS)))
+            total += np.sum((y - target)[:, mask] ** 2)
+            power += np.sum(target[:, mask] ** 2)
+        return float(total / power)
+
+    small = jaxq.quantize_fn(model, rules)
+    assert report.rows[1].loss == pytest.approx(error(packed), rel=1e-3)
+    assert [row.weights for row in report.rows] == [1, 2]
+    nearest = jaxq.quantize_weights(model, rules)(LAYERS, batches[0][0])
+    assert error(packed) < 0.7 * error(nearest)
+    assert [row.step for row in seen if row.block == 1][:2] == [0, 1]
+    assert seen[-1].step == 25
+    assert "rtn" in str(report)
+
+
+@pytest.mark.slow
+def test_equal_keys_give_equal_codes():
+    batches = [BATCH[:12], BATCH[12:]]
+    one, other, third = (
+        ptq.learn_rounding([linear], RECIPE, method=ptq.SignRound(steps=16))(
+            [WEIGHT], batches, key=jax.random.key(seed)
+        )[0][0]
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one.codes, other.codes)
+    assert np.any(one.codes != third.codes)
+
+
+@pytest.mark.slow
+def test_equal_blocks_are_compiled_once():
+    def compilations(count: int) -> int:
+        found = []
+
+        def listen(event: str, _: float, **__: object) -> None:
+            found.append(event == "/jax/core/compile/backend_compile_duration")
+
+        square = [normal(i, INPUTS, INPUTS) for i in range(count)]
+        learn = ptq.learn_rounding([linear] * count, RECIPE, method=ptq.SignRound(steps=3))
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            learn(square, [BATCH], key=KEY)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        return sum(found)
+
+    compilations(2)  # Compiles the small operations too.
+    assert compilations(4) == compilations(2) <= 8
+
+
+@pytest.mark.slow
+def test_signround_without_scales_keeps_those_of_the_recipe():
+    kept, _ = learned(ptq.SignRound(steps=16, scales=False), [BATCH])
+    np.testing.assert_array_equal(kept.scales, RTN.scales)
+
+
+@pytest.mark.slow
+def test_stacked_layers_of_one_block_learn_as_separate_ones():
+    def scanned(params, x):
+        return lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, params)[0]
+
+    def unrolled(params, x):
+        for w in params:
+            x = x + jnp.tanh(x @ w)
+        return x
+
+    w, x = normal(0, 2, 8, 8), [normal(1, 40, 8)]
+    method = ptq.SignRound(steps=30)
+    found = [
+        ptq.learn_rounding([fn], RECIPE, method=method)([params], x, key=KEY)[0][0]
+        for fn, params in ((scanned, w), (unrolled, list(w)))
+    ]
+    for i in range(2):
+        np.testing.assert_array_equal(found[0].codes[i], found[1][i].codes)
+
+
+@pytest.mark.slow
+def test_learned_rounding_beats_nearest_on_a_transformer_block():
+    def attention(params, x):
+        q, k, v = (x @ params[name] for name in "qkv")
+        weights = jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2) / 4)
+        x = x + weights @ v @ params["o"]
+        return x + jax.nn.gelu(x @ params["up"]) @ params["down"]
+
+    shapes = {"q": (32, 16), "k": (32, 16), "v": (32, 16), "o": (16, 32)}
+    shapes |= {"up": (32, 64), "down": (64, 32)}
+    params = {n: normal(i, *s) / np.sqrt(s[0]) for i, (n, s) in enumerate(shapes.items())}
+    mixing = normal(9, 32, 32) / 6
+    batches = [normal(10 + i, 8, 16, 32) @ mixing for i in range(8)]
+    for method in (ptq.SignRound(), ptq.AdaRound()):
+        learn = ptq.learn_rounding([attention], RECIPE, method=method)
+        _, report = learn([params], batches, key=KEY)
+        assert report.rows[0].loss < 0.5 * report.rows[0].rtn
+
+
+def test_weights_that_are_not_stored_are_reported():
+    def blocks(params, x):
+        return x @ (params["w"] * params["g"][:, None])
+
+    learn = ptq.learn_rounding([blocks], "int4_channel", method=ptq.SignRound(steps=2))
+    _, report = learn([{"w": WEIGHT, "g": normal(6, INPUTS)}], [BATCH], key=KEY)
+    assert report.rows[0].weights == 0
+    assert "computed from" in report.rows[0].note
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ptq.SignRound(steps=0), "`steps` must be positive"),
+        (lambda: ptq.AdaRound(warm_up=1), "`warm_up` must be in"),
+        (lambda: ptq.learn_rounding([], RECIPE), "`blocks` must be a sequence"),
+        (lambda: ptq.get_rounding_method("adarond"), "adaround"),
+        (lambda: learned("signround", []), "at least one batch"),
+        (lambda: learned("signround", [BATCH], {"1/w": RECIPE}), "matches no weight"),
+        (lambda: learned("signround", [BATCH * np.nan]), "those of block 0 have a NaN"),
+        (
+            lambda: learned("adaround", [BATCH], jaxq.Recipe("int4", rounding="stochastic")),
+            "must not draw random numbers",
+        ),
+        (
+            lambda: ptq.learn_rounding([linear], RECIPE)(WEIGHT, [BATCH], key=KEY),
+            "`params` must be a list with one pytree for each of the 1 blocks",
+        ),
+    ],
+)
+def test_bad_calls_are_errors(call, message: str):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -122,7 +122,7 @@ def arguments(
     doc: str | None,
     argv: Sequence[str] | None,
     picture: str | None = None,
-    **amounts: tuple[int, str],
+    **options: tuple[int | str, str],
 ) -> argparse.Namespace:
     """Parses the command line of an example.
 
@@ -130,12 +130,12 @@ def arguments(
       doc: the docstring of the example; its first line is the help text.
       argv: the arguments; None takes those of the command line.
       picture: the default file name of the picture; None if the example draws none.
-      **amounts: the default and the help text of each integer option.
+      **options: the default and the help text of each option, which has the default's type.
     """
     parser = argparse.ArgumentParser(description=str(doc).splitlines()[0])
-    for name, (default, meaning) in amounts.items():
+    for name, (default, meaning) in options.items():
         parser.add_argument(
-            f"--{name}", type=int, default=default, help=f"{meaning} (default {default})"
+            f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default})"
         )
     parser.add_argument(
         "--short", action="store_true", help="a quick run with fewer cases and steps"

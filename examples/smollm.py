@@ -47,11 +47,12 @@ class Config(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model: its sizes, its parameters, and a function from text to tokens."""
+    """A model: its sizes, its parameters, a function from text to tokens, and the first tokens."""
 
     config: Config
     params: dict[str, Any]
     tokenize: Any
+    first: tuple[int, ...] = ()
 
 
 def _norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
@@ -84,9 +85,19 @@ def _layer(config: Config, x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
 
 
 def logits(params: dict[str, Any], tokens: jax.Array, config: Config) -> jax.Array:
-    """Returns the logits of the next token, `[batch, time, vocabulary]`."""
+    """Returns the logits of the next token, `[batch, time, vocabulary]`.
+
+    Args:
+      params: the parameters; the layers are stacked, or a list of dictionaries.
+      tokens: the tokens, `[batch, time]`.
+      config: the sizes.
+    """
     x = params["embedding"][tokens]
-    x, _ = lax.scan(lambda x, w: (_layer(config, x, w), None), x, params["layers"])
+    if isinstance(params["layers"], list):
+        for w in params["layers"]:
+            x = _layer(config, x, w)
+    else:
+        x, _ = lax.scan(lambda x, w: (_layer(config, x, w), None), x, params["layers"])
     return _norm(x, params["norm"], config.epsilon) @ params["embedding"].T
 
 

@@ -266,7 +266,8 @@ class TestRecipes:
         recipe = jaxq.get_recipe(name)
         text = repr(recipe)
         assert len(text) < 300
-        assert eval(text, vars(jaxq) | vars(jaxq.recipes)) == recipe
+        names = vars(jaxq) | vars(jaxq.recipes) | vars(jaxq.numerics)
+        assert eval(text, names) == recipe
 
     def test_fake_quant_is_idempotent(self, name):
         """Skips recipes with a zero point or a mean, which are not idempotent."""

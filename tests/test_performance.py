@@ -63,7 +63,7 @@ def test_product_is_lowered_to_few_lines(name: str):
 
 
 def test_gradient_of_scan_keeps_one_array_of_keys():
-    """Each array that a loop keeps is a kernel in both loops, and keys cannot share it."""
+    """Counts arrays, because each one that a loop keeps is a kernel in both loops."""
 
     def loss(x, weights, keys):
         def step(x, parts):

@@ -103,6 +103,7 @@ def test_other_ragged_modes():
     close(got, want)
 
 
+@pytest.mark.slow
 def test_vmap_computes_scales_per_element():
     recipe = dataclasses.replace(jaxq.get_product_recipe("fp8_training"), residuals="original")
 
@@ -200,6 +201,7 @@ def test_stored_experts_match_bitwise(recipe, block):
     assert (row.bits, row.bytes) == (4 + 32 / block[1], up.nbytes)
 
 
+@pytest.mark.slow
 def test_static_scales_and_delayed_scaling():
     rules = [("experts", jaxq.ProductRecipe("int8_tensor", "int8_channel"))]
     y, state = jaxq.observe(moe, rules)(PARAMS, X, SIZES)

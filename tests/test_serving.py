@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import serving
+from tests import data
 
 HEADS, CHANNELS, CAPACITY = 2, 16, 16
 
@@ -253,7 +254,7 @@ def test_errors_say_what_to_do(call, message: str):
     assert len(str(error.value)) <= 300
 
 
-@pytest.mark.parametrize("name", ["int8_token", "kivi"])
+@pytest.mark.parametrize("name", [data.slow("int8_token"), "kivi"])
 def test_rules_by_operation_quantize_keys_and_values_as_the_cache_does(name: str):
     keys, values = tokens(16)
     query = jax.random.normal(jax.random.key(3), (16, 2 * HEADS, CHANNELS))

@@ -11,9 +11,11 @@ from jax import numpy as jnp
 import jaxq
 from jaxq.interop import gguf
 from jaxq.products import stored_dot_general
+from tests import data
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
+AFFINE = jaxq.Recipe("uint4", jaxq.PerBlock(32), jaxq.Affine())
 OUTLIERS = jaxq.Recipe("int4", outliers=jaxq.Outliers(0.01))
 ALONG_OUTPUTS = (((1,), (1,)), ((), ()))
 KERNEL = (((1,), (0,)), ((), ()))
@@ -33,9 +35,9 @@ def temporary(function, *arguments) -> int:
     ("recipe", "numbers", "shape", "chunk"),
     [
         ("int4_g32", ALONG_OUTPUTS, (45, 64), 7 * 64),  # The last part overlaps.
-        ("int3_g128", KERNEL, (64, 384), 64 * 128),  # Packed along the free axis.
+        data.slow("int3_g128", KERNEL, (64, 384), 64 * 128),  # Packed along the free axis.
         ("nf4_dq", KERNEL, (64, 64), 8 * 64),  # The blocks span the outputs: parts of the sum.
-        (jaxq.Recipe("uint4", jaxq.PerBlock(32), jaxq.Affine()), BATCHED, (3, 16, 32), 600),
+        data.slow(AFFINE, BATCHED, (3, 16, 32), 600),
     ],
 )
 def test_parts_give_the_product_of_the_whole_weight(recipe, numbers, shape: tuple, chunk: int):

@@ -95,11 +95,11 @@ def _pairs(data: jax.Array, numbers: jax.Array) -> jax.Array:
 
 def _bits(shape: tuple[int, ...], data: jax.Array) -> jax.Array:
     words = [jnp.broadcast_to(data[i], shape) for i in range(2)]
-    strides = [np.uint32(math.prod(shape[axis + 1 :])) for axis in range(len(shape))]
+    strides = {a: np.uint32(math.prod(shape[a + 1 :])) for a, n in enumerate(shape) if n > 1}
     # The places of the numbers plus the second word. That word is added to each index before it is
     # multiplied, because XLA would move an array of places out of loops.
-    second = words[1] * np.uint32((1 - sum(map(int, strides))) % 2**32)
-    for axis, stride in enumerate(strides):
+    second = words[1] * np.uint32((1 - sum(map(int, strides.values()))) % 2**32)
+    for axis, stride in strides.items():
         second = second + (lax.broadcasted_iota(jnp.uint32, shape, axis) + words[1]) * stride
     return lax.bitwise_xor(*_cipher(words, second))
 

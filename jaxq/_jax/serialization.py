@@ -159,7 +159,8 @@ def named_tuple(cls: _C) -> _C:
 
     JAX and Flax already support named tuples.
     """
-    cls.__repr__ = array_repr
+    changed: Any = cls
+    changed.__repr__ = array_repr
     _NAMED[name_of(cls)] = cls
     return export.register_namedtuple_serialization(cls, serialized_name=_name(cls))
 

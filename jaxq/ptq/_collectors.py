@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
 from jaxq.models import CONVERSIONS, LOOK_UP, VIEWS, Node, Product, axes_of
 from jaxq.products import Axes
-from jaxq.ptq._statistics import Statistics, collect, collect_groups, nothing
+from jaxq.ptq._statistics import Statistics, collect, collect_groups, drift_of, nothing
 
 __all__ = ["Collector", "Layout", "Matrix", "matrix_of", "shared_inputs"]
 
@@ -74,6 +75,18 @@ class Collector:
         Raises:
           ValueError: if a mask does not fit the operand.
         """
+        tokens = self.tokens(x, mask)
+        if self.grouped:
+            return collect_groups(tokens, others[0], self.hessian)
+        own = None if mask is None else mask.reshape(-1)
+        return collect(tokens, own, hessian=self.hessian)
+
+    def tokens(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Returns an operand as tokens `[batch, tokens, inputs]`, or `[tokens, inputs]` if grouped.
+
+        Raises:
+          ValueError: if a mask does not fit the operand.
+        """
         if self.patches is not None:
             x = lax.conv_general_dilated_patches(
                 x.astype(jnp.float32),
@@ -85,11 +98,23 @@ class Collector:
         lengths = x.shape[len(batch) : len(batch) + len(free)]
         if mask is not None:
             self.check_mask("ptq.observe", mask.shape, lengths)
-            mask = mask.reshape(-1)
         if self.grouped:
-            return collect_groups(x.reshape(-1, self.inputs), others[0], self.hessian)
-        x = x.reshape((*self.batch, math.prod(lengths), self.inputs))
-        return collect(x, mask, hessian=self.hessian)
+            return x.reshape(-1, self.inputs)
+        return x.reshape((*self.batch, math.prod(lengths), self.inputs))
+
+    def drift(self, x: jax.Array, reference: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Returns the sum of `(y - x) x^T` over the tokens of an operand.
+
+        Args:
+          x: the operand.
+          reference: the operand y of the model with float weights.
+          mask: as in `measure`.
+        """
+        first, other = (self.tokens(own, mask).astype(jnp.float32) for own in (x, reference))
+        if mask is not None:
+            keep = mask.reshape(-1)[:, None]
+            first, other = (jnp.where(keep, own, np.float32(0)) for own in (first, other))
+        return drift_of(first, other)
 
     def check_mask(self, owner: str, mask: tuple[int, ...], lengths: tuple[int, ...]) -> None:
         """Raises a ValueError unless a mask of a shape has one element per token.

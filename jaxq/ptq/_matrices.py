@@ -16,7 +16,7 @@ from jaxq._base.bits import where
 from jaxq.quantizers import Levels, snap
 from jaxq.recipes import Recipe
 
-__all__ = ["Solution", "output_error", "solve"]
+__all__ = ["Settings", "Solution", "output_error", "solve"]
 
 _BLOCK = 128  # The number of inputs that are rounded between two large products.
 _RAISES = 6  # The damping is raised this many times by this factor if H has no Cholesky factor.
@@ -39,17 +39,33 @@ class Solution(NamedTuple):
 
 def output_error(error: jax.Array, hessian: jax.Array) -> jax.Array:
     """Returns `tr(E^T H E)`, the squared error of a product's outputs over all tokens."""
-    product = jnp.matmul(hessian, error, precision=lax.Precision.HIGHEST)
-    return jnp.sum(error * product)
+    return jnp.sum(error * _product(hessian, error))
+
+
+class Settings(NamedTuple):
+    """The settings of GPTQ.
+
+    Attributes:
+      damping: the least damping, relative to the mean of H's diagonal.
+      order: `"static"` rounds the inputs with the largest diagonal entries of H first; None rounds
+        them as they stand.
+      asymmetry: the factor of GPTAQ's correction.
+      propagation: the factor of QEP's correction.
+    """
+
+    damping: float
+    order: str | None
+    asymmetry: float = 0.0
+    propagation: float = 0.0
 
 
 def solve(
     weight: jax.Array,
     levels: Levels,
     hessian: jax.Array,
+    drift: jax.Array | None,
     recipe: Recipe,
-    damping: float,
-    order: str | None,
+    settings: Settings,
 ) -> Solution:
     """Rounds the inputs of a matrix one by one, each correcting the errors of those before it.
 
@@ -59,14 +75,18 @@ def solve(
     inverse of H, without an inverse. Blocks of inputs take the corrections of all blocks before
     them by one product.
 
+    The drift `D = sum (y - x) x^T` corrects the difference of the input x from the input y that
+    float weights before the product would give. QEP adds `c H^-1 D^T w` to w first. GPTAQ replaces
+    w_i by `w_i + sum_{j<i} v_j P_ji`, where v_j is the value at which input j was rounded, and
+    `P = a striu(D V^-T) V^-1`, with the part above the diagonal.
+
     Args:
       weight: the float32 weight, `[inputs, outputs]`.
       levels: the levels of its elements.
       hessian: the float32 Hessian.
+      drift: the float32 drift, or None.
       recipe: the recipe, whose element format and rounding are used.
-      damping: the least damping, relative to the mean of H's diagonal.
-      order: `"static"` rounds the inputs with the largest diagonal entries of H first; None rounds
-        them as they stand.
+      settings: the settings.
     """
     diagonal = jnp.diagonal(hessian)
     mean = jnp.mean(diagonal)
@@ -77,16 +97,50 @@ def solve(
     dead = jnp.diagonal(scaled) <= 0
     scaled = scaled + jnp.diag(dead.astype(jnp.float32))
     rows = jnp.arange(len(hessian))
-    if order == "static":
+    if settings.order == "static":
         rows = jnp.argsort(-jnp.diagonal(scaled), stable=True)
     ordered = scaled[rows][:, rows]
-    factor, damping_used = _factor(ordered, damping)
+    factor, damping_used = _factor(ordered, settings.damping)
     found = jnp.all(jnp.isfinite(factor))
     factor = jnp.where(found, factor, jnp.eye(len(hessian), dtype=jnp.float32))
-    own = jax.tree.map(lambda x: x[rows], levels)
-    numbers = _rounded(weight[rows], own, factor / jnp.diagonal(factor)[None], recipe)
+    weight, shifts = weight[rows], None
+    if drift is not None and (settings.propagation or settings.asymmetry):
+        found = found & jnp.all(jnp.isfinite(drift))
+        own = jnp.where(found, drift / unit, np.float32(0))[rows][:, rows]
+        if settings.propagation:
+            weight = weight + np.float32(settings.propagation) * _corrected(factor, own, weight)
+        if settings.asymmetry:
+            shifts = np.float32(settings.asymmetry) * _shifts(factor, own)
+    levels = jax.tree.map(lambda x: x[rows], levels)
+    feedback = _Feedback(factor / jnp.diagonal(factor)[None], shifts)
+    numbers = _rounded(weight, levels, feedback, recipe)
     back = jnp.argsort(rows)
     return Solution(numbers[back], damping_used, has_data & found)
+
+
+def _corrected(factor: jax.Array, drift: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns `H^-1 D^T w`, the change of a weight that makes up for the drift, for H = V V^T."""
+    pulled = _product(drift.T, weight)
+    half = lax.linalg.triangular_solve(factor, pulled, left_side=True)
+    return lax.linalg.triangular_solve(factor, half, left_side=True, transpose_a=True)
+
+
+def _shifts(factor: jax.Array, drift: jax.Array) -> jax.Array:
+    """Returns `striu(D V^-T) V^-1`."""
+    half = lax.linalg.triangular_solve(factor, drift, transpose_a=True)
+    return lax.linalg.triangular_solve(factor, jnp.triu(half, 1))
+
+
+class _Feedback(NamedTuple):
+    """The matrices by which inputs change those after them, `[inputs, inputs]`.
+
+    Attributes:
+      errors: V with each column divided by its diagonal entry.
+      shifts: P, or None.
+    """
+
+    errors: jax.Array
+    shifts: jax.Array | None
 
 
 def _factor(hessian: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
@@ -112,13 +166,13 @@ def _factor(hessian: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
     return result, used
 
 
-def _rounded(weight: jax.Array, levels: Levels, upper: jax.Array, recipe: Recipe) -> jax.Array:
+def _rounded(weight: jax.Array, levels: Levels, feedback: _Feedback, recipe: Recipe) -> jax.Array:
     """Returns the numbers of a matrix whose inputs are in the order of rounding.
 
     Args:
       weight: the weight, `[inputs, outputs]`.
       levels: the levels of its elements.
-      upper: V with each column divided by its diagonal entry.
+      feedback: the effects of inputs on those after them.
       recipe: the recipe.
     """
     n, m = weight.shape
@@ -129,46 +183,79 @@ def _rounded(weight: jax.Array, levels: Levels, upper: jax.Array, recipe: Recipe
     def cut(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, more), (0, 0)]).reshape(count, size, m)
 
-    columns = jnp.pad(upper, [(0, more), (0, more)])
+    square = jax.tree.map(lambda x: jnp.pad(x, [(0, more), (0, more)]), feedback)
 
-    def block(errors: jax.Array, own: tuple) -> tuple[jax.Array, jax.Array]:
+    def block(state: _Rounded, own: tuple) -> tuple[_Rounded, jax.Array]:
         number, weight, levels = own
         start = number * size
-        mine = lax.dynamic_slice(columns, (0, start), (count * size, size))
-        # The errors of the blocks that are still to come are 0.
-        target = weight - jnp.matmul(mine.T, errors, precision=lax.Precision.HIGHEST)
-        within = lax.dynamic_slice(mine, (start, 0), (size, size)).T
+        mine = jax.tree.map(
+            lambda x: lax.dynamic_slice(x, (0, start), (count * size, size)), square
+        )
+        # The errors and values of the blocks that are still to come are 0.
+        if state.values is not None:
+            weight = weight + _product(mine.shifts.T, state.values)
+        target = weight - _product(mine.errors.T, state.errors)
+        within = jax.tree.map(lambda x: lax.dynamic_slice(x, (start, 0), (size, size)).T, mine)
         step = functools.partial(_step, _Block(within, target, weight, levels), recipe)
-        error, numbers = lax.fori_loop(0, size, step, (jnp.zeros_like(weight),) * 2)
-        return lax.dynamic_update_slice(errors, error, (start, 0)), numbers
+        zeros = jnp.zeros_like(weight)
+        first = _Rounded(zeros, None if state.values is None else zeros)
+        found, numbers = lax.fori_loop(0, size, step, (first, zeros))
+        whole = jax.tree.map(
+            lambda x, part: lax.dynamic_update_slice(x, part, (start, 0)), state, found
+        )
+        return whole, numbers
 
     xs = jnp.arange(count), cut(weight), jax.tree.map(cut, levels)
-    _, numbers = lax.scan(block, jnp.zeros((count * size, m), jnp.float32), xs)
+    zeros = jnp.zeros((count * size, m), jnp.float32)
+    start = _Rounded(zeros, None if feedback.shifts is None else zeros)
+    _, numbers = lax.scan(block, start, xs)
     return numbers.reshape(count * size, m)[:n]
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+
+
+class _Rounded(NamedTuple):
+    """The inputs that were rounded; 0 for the others.
+
+    Attributes:
+      errors: the chosen values minus those of the weight.
+      values: the values at which they were rounded; None if no shifts depend on them.
+    """
+
+    errors: jax.Array
+    values: jax.Array | None
 
 
 class _Block(NamedTuple):
     """A block of inputs.
 
     Attributes:
-      within: for each input, the share of the error of each input that it corrects.
+      within: the effects of its inputs on each other, transposed.
       target: the weight, corrected by the errors of the blocks before.
       weight: the weight.
       levels: the levels of its elements.
     """
 
-    within: jax.Array
+    within: _Feedback
     target: jax.Array
     weight: jax.Array
     levels: Levels
 
 
 def _step(
-    block: _Block, recipe: Recipe, i: jax.Array, state: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+    block: _Block, recipe: Recipe, i: jax.Array, state: tuple[_Rounded, jax.Array]
+) -> tuple[_Rounded, jax.Array]:
     """Rounds input i of a block, corrected by the errors of the inputs before it."""
-    errors, numbers = state
-    # The errors of the inputs still to come are 0.
-    moved = block.target[i] - jnp.sum(block.within[i][:, None] * errors, axis=0)
+    (errors, values), numbers = state
+    weight, target = block.weight[i], block.target[i]
+    # The errors and values of the inputs still to come are 0.
+    if values is not None:
+        shift = jnp.sum(block.within.shifts[i][:, None] * values, axis=0)
+        weight, target = weight + shift, target + shift
+    moved = target - jnp.sum(block.within.errors[i][:, None] * errors, axis=0)
     number, value = snap(moved, jax.tree.map(lambda x: x[i], block.levels), recipe)
-    return errors.at[i].set(value - block.weight[i]), numbers.at[i].set(number)
+    if values is not None:
+        values = values.at[i].set(moved)
+    return _Rounded(errors.at[i].set(value - weight), values), numbers.at[i].set(number)

@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from jaxq._base.registry import Registry
 from jaxq.products import is_stochastic
 from jaxq.ptq._half_quadratic import HQQ
-from jaxq.ptq._matrices import Solution, solve
+from jaxq.ptq._matrices import Settings, Solution, solve
 from jaxq.ptq._searching import Search
 from jaxq.ptq._statistics import Statistics, nothing
 from jaxq.quantizers import Levels, Quantized, levels, numbers_of, quantize, with_levels
@@ -33,6 +33,7 @@ __all__ = [
     "check_search",
     "get_solver",
     "gptq",
+    "needs_drift",
     "search_of",
     "solved",
 ]
@@ -57,7 +58,8 @@ class Problem(NamedTuple):
 class Solver(Protocol):
     """A frozen record that chooses the codes of a weight.
 
-    If it has an attribute `search`, a `ScaleSearch` or `HQQ`, the scales are searched first.
+    If it has an attribute `search`, a `ScaleSearch` or `HQQ`, the scales are searched first. If it
+    has an attribute `needs_drift` that is true, the statistics have a drift where it is known.
     """
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
@@ -102,41 +104,71 @@ class GPTQ:
       order: `"static"` solves the inputs with the largest diagonal entries of H first; None solves
         them as they stand.
       search: a search for the scales before the codes are solved; None keeps the recipe's scales.
+      asymmetry: the factor of GPTAQ's correction, 0.25 in the paper: the outputs shall be those of
+        the model with float weights, although the packed weights before the product change its
+        input. 0, the default, aims at the outputs of the float weight on the changed input.
+      propagation: the factor of QEP's correction with the same aim, 0.5 in the paper: the weight is
+        moved once, before it is rounded, by this share of the least-squares solution.
 
     Raises:
-      ValueError: if `damping` is negative or `order` is unknown.
+      ValueError: if `damping` or a factor is negative, both factors are positive, or `order` is
+        unknown.
 
     References:
       Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
       Transformers" (2023). Chee et al., "QuIP: 2-Bit Quantization of Large Language Models With
-      Guarantees" (2023), for the form without an inverse (LDLQ).
+      Guarantees" (2023), for the form without an inverse (LDLQ). Li et al., "GPTAQ: Efficient
+      Finetuning-Free Quantization for Asymmetric Calibration" (2025). Arai and Ichikawa,
+      "Quantization Error Propagation: Revisiting Layer-Wise Post-Training Quantization" (2025).
     """
 
     damping: float = 0.01
     order: str | None = "static"
     search: Search | None = None
+    asymmetry: float = 0.0
+    propagation: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.damping >= 0:
-            raise ValueError(f"GPTQ: `damping` must not be negative, got {self.damping}. Use 0.01.")
+        for name, usual in (("damping", 0.01), ("asymmetry", 0.25), ("propagation", 0.5)):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"GPTQ: `{name}` must not be negative, got {value}. Use {usual}.")
+        if self.asymmetry and self.propagation:
+            raise ValueError(
+                "GPTQ: `asymmetry` and `propagation` must not both be positive, because both "
+                f"correct the same difference, got {self.asymmetry} and {self.propagation}."
+            )
         if self.order not in ("static", None):
             raise ValueError(
                 f"GPTQ: `order` must be 'static' or None, got {self.order!r}. 'static' is the "
                 "order that others call activation order with static groups."
             )
 
+    @property
+    def needs_drift(self) -> bool:
+        """True if the statistics must have a drift, which only sequential solving knows."""
+        return bool(self.asymmetry or self.propagation)
+
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
         """Returns grid values with a small error of the outputs."""
-        hessian = problem.statistics.hessian
-        assert hessian is not None, "all callers pass one"
-        found = solve(problem.weight, problem.levels, hessian, recipe, self.damping, self.order)
+        weight, levels, _, statistics = problem
+        assert statistics.hessian is not None, "all callers pass one"
+        settings = Settings(self.damping, self.order, self.asymmetry, self.propagation)
+        hessian, drift = statistics.hessian, statistics.drift
+        found = solve(weight, levels, hessian, drift, recipe, settings)
         return found._replace(numbers=jnp.where(found.solved, found.numbers, problem.nearest))
 
 
 SOLVERS: Registry[Any] = Registry(
     "solver",
-    {"rtn": RTN(), "gptq": GPTQ(), "hqq": RTN(HQQ())},
-    synonyms={"round": "rtn", "nearest": "rtn", "optq": "gptq", "ldlq": "gptq"},
+    {
+        "rtn": RTN(),
+        "gptq": GPTQ(),
+        "gptaq": GPTQ(asymmetry=0.25),
+        "qep": GPTQ(propagation=0.5),
+        "hqq": RTN(HQQ()),
+    },
+    synonyms={"round": "rtn", "nearest": "rtn", "optq": "gptq", "ldlq": "gptq", "gptqv2": "gptaq"},
 )
 
 
@@ -153,6 +185,11 @@ def get_solver(solver: str | Solver) -> Solver:
 def search_of(solver: Solver) -> Search | None:
     """Returns the search for scales that a solver asks for, or None."""
     return getattr(solver, "search", None)
+
+
+def needs_drift(solver: Solver) -> bool:
+    """Returns whether a solver asks for the drift of inputs."""
+    return getattr(solver, "needs_drift", False)
 
 
 def check_search(owner: str, recipe: Recipe, solver: Solver) -> None:

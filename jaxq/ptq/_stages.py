@@ -10,44 +10,20 @@ their programs too.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq.models import Assigned, Extra, Node, Planned, Product, Program, run, unpacked
+from jaxq.models import Assigned, Node, Planned, Product, unpacked
 from jaxq.ptq._flat import Flat, anonymous, arguments_of, flatten, signature
 from jaxq.ptq._leaves import Frame, LeafKey, Leaves, Outer
 from jaxq.ptq._observing import Sought
+from jaxq.ptq._parts import Environment, Lane, Part, Place, Solve, compiled, drift, merged
 from jaxq.ptq._statistics import Statistics
 
-__all__ = ["Place", "Stages"]
-
-_Env = dict[Any, Any]
-
-
-class Place(NamedTuple):
-    """A product at one iteration of the loops around it.
-
-    Attributes:
-      product: the product.
-      frame: the program in which it is.
-      variable: the operand that is its weight.
-      iterations: the iterations of the scans in which each iteration has another weight.
-    """
-
-    product: Product
-    frame: Frame
-    variable: Any
-    iterations: tuple[int, ...]
-
-
-class _Part(NamedTuple):
-    """A compiled part of a program, and the names of its observed products."""
-
-    call: Callable[..., Any]
-    names: tuple[str, ...]
+__all__ = ["Stages"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -59,7 +35,7 @@ class Stages:
       sought: the products to solve.
       chosen: the assignments of all products, without the recipes of the weights to solve.
       leaves: the leaves.
-      solve: the function that solves one product.
+      solve: the function that solves one product; it gets a function that returns the statistics.
       masks: the mask of each batch, or None.
     """
 
@@ -67,20 +43,24 @@ class Stages:
     sought: Sought
     chosen: Sequence[Assigned | None]
     leaves: Leaves
-    solve: Callable[[Place, Statistics], None]
+    solve: Solve
     masks: Sequence[jax.Array | None]
     _flats: dict[int, tuple[Node, Flat]] = dataclasses.field(default_factory=dict)
-    _parts: dict[Any, _Part] = dataclasses.field(default_factory=dict)
+    _parts: dict[Any, Part] = dataclasses.field(default_factory=dict)
 
-    def root(self) -> Frame:
-        """Returns the frame of the whole program, without its results, which are not needed."""
+    def root(self, leaves: Leaves | None = None) -> Frame:
+        """Returns the frame of the whole program, without its results, which are not needed.
+
+        Args:
+          leaves: the leaves of another run of the model; None takes those to solve.
+        """
         flat = self._flat(self.planned.node)
         flat = dataclasses.replace(flat, body=flat.body._replace(outvars=[]))
         pairs = zip(flat.body.invars, self.planned.traced.origins, strict=True)
         sources = {v: LeafKey(i) for i, (v, o) in enumerate(pairs) if o is not None}
-        return Frame(flat, sources, 0, self.leaves)
+        return Frame(flat, sources, 0, leaves or self.leaves)
 
-    def observed(self, frame: Frame, envs: list[_Env]) -> dict[str, Statistics]:
+    def observed(self, frame: Frame, envs: list[Environment]) -> dict[str, Statistics]:
         """Returns the statistics of all distinct inputs, from one run of the float model."""
         data = [i for i in range(len(frame.flat.body.eqns)) if not frame.is_fixed(i)]
         return self._run(frame, data, self._wanted(frame.flat, data), envs, [])
@@ -89,10 +69,19 @@ class Stages:
         """Solves all products from the statistics of `observed`."""
         for i in range(len(frame.flat.body.eqns)):
             for number in sorted(frame.flat.numbers(i) & set(self.sought.matrices)):
-                self._solve(frame, i, number, states)
+                self._solve(frame, i, number, lambda: states)
 
-    def in_order(self, frame: Frame, envs: list[_Env]) -> list[list[Any]]:
-        """Solves products in the order of the program, and returns its results for each batch."""
+    def in_order(self, lanes: Sequence[Lane]) -> list[list[list[Any]]]:
+        """Solves products in the order of the program.
+
+        Args:
+          lanes: the run to solve, and perhaps a second one with float weights, from which the drift
+            of inputs is measured.
+
+        Returns:
+          The results of the program for each lane and batch.
+        """
+        frame = lanes[0].frame
         flat, body = frame.flat, frame.flat.body
         pending: list[int] = []
         done: set[int] = set()
@@ -101,13 +90,17 @@ class Stages:
                 continue
             new = self._wanted(flat, [i]) - done
             if new and self._has_turns(frame, i):
-                envs = self._advance(frame, pending, i, envs)
+                for lane in lanes:
+                    self._advance(lane, pending, i)
                 pending = []
-                self._iterate(frame, i, envs)
+                self._iterate(lanes, i)
                 continue
             if new:
                 observed = {n for n in new if self.sought.first[n] == n}
-                states = self._observe(frame, pending, i, observed, envs)
+                for lane in lanes:
+                    self._advance(lane, pending, i)
+                # A program of its own, so that values do not depend on whether it runs.
+                states = functools.cache(functools.partial(self._observe, lanes, i, observed))
                 pending = []
                 members = {n for n in self.sought.matrices if self.sought.first[n] in observed}
                 for k in range(i, len(body.eqns)):
@@ -115,10 +108,40 @@ class Stages:
                         self._solve(frame, k, number, states)
                 done |= members
             pending.append(i)
-        envs = self._advance(frame, pending, len(body.eqns), envs)
-        return [[self._value(frame, env, v) for v in body.outvars] for env in envs]
+        for lane in lanes:
+            self._advance(lane, pending, len(body.eqns))
+        return [
+            [[self._value(frame, env, v) for v in body.outvars] for env in envs]
+            for frame, envs in lanes
+        ]
 
-    def _value(self, frame: Frame, env: _Env, variable: Any) -> Any:
+    def _observe(self, lanes: Sequence[Lane], i: int, observed: set[int]) -> dict[str, Statistics]:
+        """Returns the statistics of the inputs of the products in equation i."""
+        (frame, envs), *others = lanes
+        states = self._run(frame, [], observed, envs, self._live(frame, i), i)
+        for other in others:
+            states = self._with_drift(lanes[0], other, i, states)
+        return states
+
+    def _with_drift(
+        self, lane: Lane, other: Lane, i: int, states: dict[str, Statistics]
+    ) -> dict[str, Statistics]:
+        """Returns statistics with the drift of the input of equation i, if that is a product."""
+        product = lane.frame.flat.products.get(i)
+        if product is None or product.name not in states:
+            return states
+        matrix = self.sought.matrices[product.number]
+        variable = lane.frame.flat.body.eqns[i].invars[int(matrix.swapped)]
+        if matrix.collector.grouped or variable in lane.frame.fixed:
+            return states
+        total = None
+        for own, reference, mask in zip(lane.envs, other.envs, self.masks, strict=True):
+            part = drift(own[variable], reference[variable], mask, matrix.collector.shared())
+            total = part if total is None else total + part
+        found = dataclasses.replace(states[product.name], drift=total)
+        return {**states, product.name: found}
+
+    def _value(self, frame: Frame, env: Environment, variable: Any) -> Any:
         """Returns the value of a variable for one batch as an array."""
         if not compat.is_literal(variable) and variable in env:
             return env[variable]
@@ -132,17 +155,9 @@ class Stages:
             self._flats[id(node)] = node, flatten(node, self.sought.matrices)
         return self._flats[id(node)][1]
 
-    def _observe(
-        self, frame: Frame, pending: list[int], i: int, observed: set[int], envs: list[_Env]
-    ) -> dict[str, Statistics]:
-        """Runs equations up to one with products, and returns the statistics of their inputs."""
-        live = self._live(frame, i)
-        return self._run(frame, pending, observed, envs, live, i)
-
-    def _advance(self, frame: Frame, pending: list[int], to: int, envs: list[_Env]) -> list[_Env]:
+    def _advance(self, lane: Lane, pending: list[int], to: int) -> None:
         """Runs equations, and keeps the values that the equations from `to` on need."""
-        self._run(frame, pending, set(), envs, self._live(frame, to))
-        return envs
+        self._run(lane.frame, pending, set(), lane.envs, self._live(lane.frame, to))
 
     def _live(self, frame: Frame, start: int) -> list[Any]:
         """Returns the variables of data that the equations from a place on, or results, need."""
@@ -160,7 +175,7 @@ class Stages:
         frame: Frame,
         equations: Sequence[int],
         observed: set[int],
-        envs: list[_Env],
+        envs: list[Environment],
         live: list[Any],
         extra: int | None = None,
     ) -> dict[str, Statistics]:
@@ -191,7 +206,7 @@ class Stages:
             names, values = part.names, [frame.value(v) for v in fixed]
             for env, mask in zip(envs, self.masks, strict=True):
                 results, seen = part.call(values, [env[v] for v in data], mask)
-                total = _merged(total, seen) if total else seen
+                total = merged(total, seen) if total else seen
                 env.update(zip(outvars, results, strict=True))
         for env in envs:
             for variable in [v for v in env if v not in live]:
@@ -204,7 +219,7 @@ class Stages:
         equations: list[int],
         variables: tuple[list[Any], list[Any], list[Any]],
         observed: set[int],
-    ) -> _Part:
+    ) -> Part:
         """Returns the compiled form of some equations."""
         quick = id(frame.flat), tuple(equations), frozenset(observed)
         if quick in self._parts:
@@ -219,8 +234,8 @@ class Stages:
         part = anonymous(named, {a.name: str(k) for k, a in enumerate(named.all())})
         key = signature(part), frame.depth, len(fixed), tuple(observed and [0])
         if key not in self._parts:
-            self._parts[key] = _Part(_compiled(part, frame.depth), ())
-        self._parts[quick] = _Part(self._parts[key].call, seen)
+            self._parts[key] = Part(compiled(part, frame.depth), ())
+        self._parts[quick] = Part(self._parts[key].call, seen)
         return self._parts[quick]
 
     def _assigned(self, number: int) -> Assigned:
@@ -236,44 +251,60 @@ class Stages:
             frame.depth in products[n].stacked for n in numbers
         )
 
-    def _iterate(self, frame: Frame, i: int, envs: list[_Env]) -> None:
+    def _iterate(self, lanes: Sequence[Lane], i: int) -> None:
         """Runs a scan iteration by iteration."""
-        eqn = frame.flat.body.eqns[i]
+        eqn = lanes[0].frame.flat.body.eqns[i]
         consts, count = compat.loop_counts(eqn)
         first, length = consts + count, eqn.params["length"]
-        carried = [[self._value(frame, env, v) for v in eqn.invars[consts:first]] for env in envs]
-        rows: list[list[Any]] = [[None] * length for _ in envs]
+        carried = [
+            [[self._value(frame, env, v) for v in eqn.invars[consts:first]] for env in envs]
+            for frame, envs in lanes
+        ]
+        rows: list[list[list[Any]]] = [[[None] * length for _ in lane.envs] for lane in lanes]
         iterations = range(length)
         for iteration in reversed(iterations) if eqn.params["reverse"] else iterations:
-            inside = self._child(frame, i, 0, iteration)
-            inside.iterations = (*frame.iterations, iteration)
-            invars = inside.flat.body.invars
-            own = []
-            for env, carry in zip(envs, carried, strict=True):
-                values = [
-                    *(
-                        None if v in inside.sources else self._value(frame, env, o)
-                        for v, o in zip(invars[:consts], eqn.invars[:consts], strict=True)
-                    ),
-                    *carry,
-                    *(
-                        None if v in inside.sources else self._value(frame, env, o)[iteration]
-                        for v, o in zip(invars[first:], eqn.invars[first:], strict=True)
-                    ),
-                ]
-                pairs = zip(invars, values, strict=True)
-                own.append({v: x for v, x in pairs if v not in inside.sources})
-            results = self.in_order(inside, own)
-            carried = [result[:count] for result in results]
-            for row, result in zip(rows, results, strict=True):
-                row[iteration] = result[count:]
-        live = set(self._live(frame, i + 1))
-        for env, carry, row in zip(envs, carried, rows, strict=True):
-            stacked = [jnp.stack(values) for values in zip(*row, strict=True)]
-            pairs = zip(eqn.outvars, [*carry, *stacked], strict=True)
-            env.update((v, x) for v, x in pairs if v in live)
-            for variable in [v for v in env if v not in live]:
-                del env[variable]
+            inside = [
+                self._turn(lane, i, iteration, carry)
+                for lane, carry in zip(lanes, carried, strict=True)
+            ]
+            results = self.in_order(inside)
+            carried = [[result[:count] for result in own] for own in results]
+            for row, own in zip(rows, results, strict=True):
+                for values, result in zip(row, own, strict=True):
+                    values[iteration] = result[count:]
+        for (frame, envs), carries, row in zip(lanes, carried, rows, strict=True):
+            live = set(self._live(frame, i + 1))
+            for env, carry, own in zip(envs, carries, row, strict=True):
+                stacked = [jnp.stack(values) for values in zip(*own, strict=True)]
+                pairs = zip(eqn.outvars, [*carry, *stacked], strict=True)
+                env.update((v, x) for v, x in pairs if v in live)
+                for variable in [v for v in env if v not in live]:
+                    del env[variable]
+
+    def _turn(self, lane: Lane, i: int, iteration: int, carried: list[list[Any]]) -> Lane:
+        """Returns one iteration of a scan, with the values that it starts from."""
+        frame, eqn = lane.frame, lane.frame.flat.body.eqns[i]
+        consts, count = compat.loop_counts(eqn)
+        first = consts + count
+        inside = self._child(frame, i, 0, iteration)
+        inside.iterations = (*frame.iterations, iteration)
+        invars = inside.flat.body.invars
+        own = []
+        for env, carry in zip(lane.envs, carried, strict=True):
+            values = [
+                *(
+                    None if v in inside.sources else self._value(frame, env, o)
+                    for v, o in zip(invars[:consts], eqn.invars[:consts], strict=True)
+                ),
+                *carry,
+                *(
+                    None if v in inside.sources else self._value(frame, env, o)[iteration]
+                    for v, o in zip(invars[first:], eqn.invars[first:], strict=True)
+                ),
+            ]
+            pairs = zip(invars, values, strict=True)
+            own.append({v: x for v, x in pairs if v not in inside.sources})
+        return Lane(inside, own)
 
     def _child(self, frame: Frame, i: int, which: int, iteration: int | None) -> Frame:
         """Returns the frame of a program within an equation.
@@ -298,22 +329,25 @@ class Stages:
             else:
                 sources[inner] = Outer(frame, outer, row)
         depth = frame.depth + (eqn.primitive.name == "scan")
-        return Frame(flat, sources, depth, self.leaves, frame.iterations)
+        return Frame(flat, sources, depth, frame.leaves, frame.iterations)
 
     def _is_stack(self, frame: Frame, variable: Any, key: LeafKey) -> bool:
         """Returns whether a leaf is used only in the rows of one scan, and stored row by row."""
-        storage = self.leaves.storage(key)
+        storage = frame.leaves.storage(key)
         return frame.uses(variable) == 1 and storage is not None and storage.leading > 0
 
-    def _solve(self, frame: Frame, i: int, number: int, states: Mapping[str, Statistics]) -> None:
+    def _solve(
+        self, frame: Frame, i: int, number: int, states: Callable[[], Mapping[str, Statistics]]
+    ) -> None:
         """Solves one product in equation i, for every iteration of the scans in the equation."""
         product = self.planned.products[number]
-        seen = states[self.planned.products[self.sought.first[number]].name]
+        name = self.planned.products[self.sought.first[number]].name
+
+        def seen(iterations: tuple[int, ...]) -> Statistics:
+            return jax.tree.map(lambda x: x[iterations] if iterations else x, states()[name])
+
         for place in self._places(frame, i, product, ()):
-            own = jax.tree.map(
-                lambda x, iterations=place.iterations: x[iterations] if iterations else x, seen
-            )
-            self.solve(place, own)
+            self.solve(place, functools.partial(seen, place.iterations))
 
     def _places(
         self, frame: Frame, i: int, product: Product, iterations: tuple[int, ...]
@@ -336,22 +370,3 @@ class Stages:
                 else:
                     child = self._child(frame, i, which, None)
                     yield from self._places(child, k, product, iterations)
-
-
-def _compiled(part: Program, depth: int) -> Callable[..., Any]:
-    """Returns a jitted function that runs a part of a program."""
-    names = [a.name for a in part.all() if any(a.calibrated)]
-
-    @jax.jit
-    def call(fixed: list[Any], data: list[Any], mask: jax.Array | None) -> Any:
-        extra = Extra.empty(mask)
-        results, states = run(part, extra, [*fixed, *data], depth, observing=bool(names))
-        return list(map(unpacked, results)), [states[name][0] for name in names]
-
-    return call
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _merged(total: list[Statistics], seen: list[Statistics]) -> list[Statistics]:
-    # Without names, so that equal products share one program.
-    return [own.merge(other) for own, other in zip(total, seen, strict=True)]

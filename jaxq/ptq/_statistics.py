@@ -7,10 +7,12 @@ import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jaxq._jax.meshes import spec_of
 from jaxq._jax.serialization import pytree
 
-__all__ = ["Statistics", "collect", "collect_groups", "nothing"]
+__all__ = ["Statistics", "collect", "collect_groups", "drift_of", "nothing"]
 
 
 @pytree()
@@ -29,6 +31,8 @@ class Statistics:
       square: the sum of x^2, `[inputs]`.
       amax: the largest |x|, `[inputs]`; NaN if any x is, or x has both infinities.
       hessian: the sum of x x^T, `[inputs, inputs]`; None if it was not asked for.
+      drift: the sum of (y - x) x^T, `[inputs, inputs]`, with y the input that float weights before
+        the product give; None if it is not known.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,6 +49,7 @@ class Statistics:
     square: jax.Array
     amax: jax.Array
     hessian: jax.Array | None
+    drift: jax.Array | None = None
 
     @property
     def inputs(self) -> int:
@@ -53,9 +58,14 @@ class Statistics:
 
     def merge(self, other: "Statistics") -> "Statistics":
         """Returns the statistics of the data of both. Associative, up to the rounding of sums."""
+        if (self.drift is None) != (other.drift is None):
+            return self._without_drift().merge(other._without_drift())
         added = jax.tree.map(jnp.add, self, other)
         amax = _with_nan(jnp.maximum(self.amax, other.amax), added.total)
         return dataclasses.replace(added, amax=amax)
+
+    def _without_drift(self) -> "Statistics":
+        return dataclasses.replace(self, drift=None)
 
     def gather(self, axis_name: str) -> "Statistics":
         """Merges the statistics of all devices along an axis of `jax.shard_map` or `jax.vmap`."""
@@ -98,7 +108,7 @@ def collect(
     magnitude, total = jnp.abs(x), jnp.sum(x, -2)
     gram = None
     if hessian:
-        gram = jnp.einsum("...ti,...tj->...ij", x, x, precision=lax.Precision.HIGHEST)
+        gram = _outer(x, x)
     return Statistics(
         tokens=jnp.broadcast_to(count, x.shape[:-2]),
         total=total,
@@ -107,6 +117,24 @@ def collect(
         amax=_with_nan(jnp.max(magnitude, -2, initial=0), total),
         hessian=gram,
     )
+
+
+def drift_of(x: jax.Array, reference: jax.Array) -> jax.Array:
+    """Returns the sum of `(y - x) x^T` of tokens, `[..., inputs, inputs]`.
+
+    Args:
+      x: the tokens, `[..., tokens, inputs]`, 0 for padding.
+      reference: the tokens y, 0 for padding.
+    """
+    return _outer(reference - x, x)
+
+
+def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the sum of the outer products of tokens, on all devices of a mesh."""
+    spec = spec_of(y)
+    sharding = PartitionSpec(*spec[:-2], None, None) if any(spec) else None
+    precision = lax.Precision.HIGHEST
+    return jnp.einsum("...ti,...tj->...ij", x, y, precision=precision, out_sharding=sharding)
 
 
 def collect_groups(x: jax.Array, sizes: jax.Array, hessian: bool) -> Statistics:

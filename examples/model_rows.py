@@ -1,0 +1,160 @@
+"""The results of `real_models.py`: rows, comparisons that tell noise from differences, pictures."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import common
+import numpy as np
+from common import BLUE, GRAY, GREEN, ORANGE, PURPLE, plt
+
+__all__ = ["Row", "cells", "compared", "interval", "picture", "table"]
+
+COLORS = {
+    "nearest": ORANGE,
+    "nearest, with inputs": GRAY,
+    "search": PURPLE,
+    "GPTQ": BLUE,
+    "search + GPTQ": GREEN,
+    "budget": "black",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The results of one recipe and method.
+
+    Attributes:
+      model: the model.
+      measure: the name of its quality.
+      recipe: the recipe, or "float32".
+      method: the method.
+      nbytes: the bytes of the quantized weights.
+      bits: the storage bits per quantized weight.
+      seconds: the time of quantization.
+      quality: the quality of each document.
+      weight: the weight of each document.
+      error: the divergence from the float model of each document.
+    """
+
+    model: str
+    measure: str
+    recipe: str
+    method: str
+    nbytes: int
+    bits: float
+    seconds: float
+    quality: list[float]
+    weight: list[float]
+    error: list[float]
+
+
+def interval(values: Sequence[float], weight: Sequence[float]) -> tuple[float, float]:
+    """Returns the 95 % interval of a weighted mean, from a bootstrap over documents."""
+    draws = np.random.default_rng(0).integers(0, len(values), (4000, len(values)))
+    x, w = np.asarray(values), np.asarray(weight)
+    means = (x[draws] * w[draws]).sum(1) / w[draws].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean(values: Sequence[float], weight: Sequence[float]) -> float:
+    """Returns a weighted mean."""
+    return float(np.average(values, weights=weight))
+
+
+def compared(own: Sequence[float], other: Sequence[float], weight: Sequence[float]) -> str:
+    """Returns "better" if a mean error is below another one, "worse", or "=" within the noise."""
+    low, high = interval(np.subtract(own, other).tolist(), weight)
+    return "worse" if low > 0 else "better" if high < 0 else "="
+
+
+HEADS = ("model", "recipe", "method", "bits", "MB", "quality", "float", "KL", "nearest", "seconds")
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Returns the cells of the table for the rows of one model.
+
+    The column "float" compares the quality with that of the float model, and "nearest" the error
+    with that of the nearest levels of the same recipe.
+    """
+    base = next(r for r in rows if r.recipe == "float32")
+    nearest = {r.recipe: r for r in rows if r.method == "nearest"}
+    grid = []
+    for r in rows:
+        quality = mean(r.quality, r.weight)
+        quality = np.exp(quality) if r.measure == "perplexity" else quality
+        own = [r.model, r.recipe, r.method, f"{r.bits:.2f}", "", f"{r.measure} {quality:.4f}"]
+        if r is base:
+            grid.append([*own, "", "", "", ""])
+            continue
+        is_loss = r.measure != "cosine"  # A cosine to the float model is 1 only for that model.
+        low, high = interval(r.error, r.weight)
+        plain = nearest.get(r.recipe, r)
+        is_solved = plain is not r and "inputs" not in r.method
+        grid.append(
+            [
+                *own,
+                compared(r.quality, base.quality, r.weight) if is_loss else "",
+                f"{mean(r.error, r.weight):.5f} [{low:.5f}, {high:.5f}]",
+                compared(r.error, plain.error, r.weight) if is_solved else "",
+                f"{r.seconds:.0f}",
+            ]
+        )
+        grid[-1][4] = f"{r.nbytes / 1e6:.1f}"
+    return grid
+
+
+def table(rows: Sequence[Row]) -> common.Table:
+    """Returns the table of results; "=" marks differences within the noise."""
+    grid = common.Table(title="Quantized layers of real models")
+    for head in HEADS:
+        grid.add_column(head, justify="left" if head in HEADS[:3] else "right")
+    for name in dict.fromkeys(r.model for r in rows):
+        for line in cells([r for r in rows if r.model == name]):
+            grid.add_row(*line)
+        grid.add_section()
+    return grid
+
+
+def picture(rows: Sequence[Row]) -> common.Figure:
+    """Draws the error against bits per weight, one panel per model."""
+    names = list(dict.fromkeys(r.model for r in rows))
+    figure, panels = plt.subplots(
+        1, len(names), figsize=(1 + 3.6 * len(names), 4.2), layout="constrained", squeeze=False
+    )
+    for name, axes in zip(names, panels[0], strict=True):
+        own = [r for r in rows if r.model == name and r.method in COLORS]
+        for method, color in COLORS.items():
+            points = sorted((r for r in own if r.method == method), key=lambda r: r.bits)
+            if not points:
+                continue
+            errors = [mean(r.error, r.weight) for r in points]
+            ends = np.transpose([interval(r.error, r.weight) for r in points])
+            bars = np.abs(ends - errors)
+            bits = [r.bits for r in points]
+            axes.errorbar(
+                bits, errors, bars, fmt="o", color=color, markersize=4, elinewidth=1, label=method
+            )
+        for r in own:
+            if r.method == "nearest":
+                axes.annotate(
+                    r.recipe,
+                    (r.bits, mean(r.error, r.weight)),
+                    (4, 3),
+                    textcoords="offset points",
+                    fontsize=6,
+                    color=GRAY,
+                )
+        axes.set_yscale("log")
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(3, 13)  # With room for names.
+        axes.set_xticks([3, 4, 5, 6, 8], ["3", "4", "5", "6", "8"])
+        axes.set_xlabel("bits per weight, including scales")
+        is_cosine = any(r.measure == "cosine" for r in own)
+        axes.set_ylabel("1 − cosine" if is_cosine else "KL from the float model (nats)")
+        axes.set_title(name, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#eeeeee")
+        axes.set_axisbelow(True)
+    panels[0][0].legend(frameon=False, fontsize=7)
+    return figure

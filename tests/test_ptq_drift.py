@@ -1,5 +1,7 @@
 """GPTAQ and QEP, which correct the drift of inputs that packed weights cause."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -25,6 +27,19 @@ def model(params, x):
 
 PARAMS = {"up": normal(0, 24, SIZE), "down": normal(1, SIZE, 8)}
 BATCHES = [normal(2, TOKENS // 2, 24), normal(3, TOKENS // 2, 24)]
+
+
+SOLVERS = {
+    "gptq": ptq.GPTQ(order=None),
+    "gptaq": ptq.GPTQ(order=None, asymmetry=ALPHA),
+    "qep": ptq.GPTQ(order=None, propagation=PROPAGATION),
+}
+
+
+@functools.cache
+def solved(name: str):
+    """Returns the packed parameters and the report of a solver."""
+    return ptq.quantize_weights(model, RECIPE, solver=SOLVERS[name])(PARAMS, BATCHES)
 
 
 def drifted(packed) -> tuple[np.ndarray, np.ndarray]:
@@ -58,9 +73,7 @@ def gptaq(
 
 @pytest.mark.parametrize("name", ["gptaq", "qep"])
 def test_codes_equal_the_published_formulas_in_float64(name: str):
-    factors = {"gptaq": {"asymmetry": ALPHA}, "qep": {"propagation": PROPAGATION}}[name]
-    solver = ptq.GPTQ(order=None, **factors)
-    packed, report = ptq.quantize_weights(model, RECIPE, solver=solver)(PARAMS, BATCHES)
+    packed, report = solved(name)
     gram, drift, upper = matrices(*drifted(packed))
     weight, alpha = PARAMS["down"].T.astype(np.float64), ALPHA
     if name == "qep":
@@ -74,14 +87,14 @@ def test_codes_equal_the_published_formulas_in_float64(name: str):
 def test_correction_brings_the_outputs_closer_to_the_float_model():
     x = np.concatenate(BATCHES)
     errors = {}
-    for name in ("gptq", "gptaq", "qep"):
-        packed, _ = ptq.quantize_weights(model, RECIPE, solver=name)(PARAMS, BATCHES)
-        y = model(jaxq.dequantize_tree(packed), x) - model(PARAMS, x)
+    for name in SOLVERS:
+        y = model(jaxq.dequantize_tree(solved(name)[0]), x) - model(PARAMS, x)
         errors[name] = float(np.sum(np.square(y)))
     assert errors["gptaq"] < 0.97 * errors["gptq"]
     assert errors["qep"] < 0.97 * errors["gptq"]
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_are_corrected_and_loops_are_reported():
     def scanned(w, x):
         x, _ = lax.scan(lambda x, own: (jnp.tanh(x @ own), None), x, w["layers"])
@@ -102,6 +115,7 @@ def test_layers_of_a_scan_are_corrected_and_loops_are_reported():
     assert "without the drift of its input" in row.fallback
 
 
+@pytest.mark.slow
 def test_padding_has_no_drift():
     keep = np.arange(60) < 50
     padded = np.concatenate([normal(2, 50, 24), np.full((10, 24), 1e3, np.float32)])

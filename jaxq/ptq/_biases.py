@@ -17,7 +17,7 @@ from jaxq.ptq._collectors import Layout, shared_inputs
 from jaxq.ptq._leaves import LeafKey, Leaves, followed
 from jaxq.ptq._models import stages_of
 from jaxq.ptq._observing import Sought, sought
-from jaxq.ptq._stages import Place
+from jaxq.ptq._parts import Place
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Quantized
 
@@ -215,8 +215,9 @@ class _Correction:
                     f"outputs of {product.where}, got {leaf.shape}. Name another leaf."
                 )
 
-    def solve(self, place: Place, statistics: Statistics) -> None:
+    def solve(self, place: Place, observed: Callable[[], Statistics]) -> None:
         """Corrects the bias of one product at one iteration."""
+        statistics = observed()
         product, path = place.product, self._biases[place.product.name]
         if not bool(jnp.all(jnp.isfinite(statistics.amax))):
             raise ValueError(

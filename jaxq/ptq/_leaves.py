@@ -108,6 +108,15 @@ class Leaves:
         if is_last:
             del self._work[key]
 
+    def restore(self, key: LeafKey, q: Quantized) -> None:
+        """Stores a leaf that an earlier run solved."""
+        self._packed[key] = q
+        self.forget(key)
+
+    def packed(self, key: LeafKey) -> Quantized:
+        """Returns a solved leaf."""
+        return self._packed[key]
+
     def rescale(self, key: LeafKey, start: Quantized) -> None:
         """Changes the scales of a leaf that is being solved."""
         work = self.work(key)

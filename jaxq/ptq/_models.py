@@ -1,17 +1,19 @@
 """Post-training quantization of whole models."""
 
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from jaxq.models import Rules
 from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
+from jaxq.ptq._journal import journal_of
 from jaxq.ptq._leaves import Leaves
+from jaxq.ptq._parts import Lane, Solve
 from jaxq.ptq._reports import SolvedProduct
 from jaxq.ptq._solvers import Solver, get_solver, needs_drift
 from jaxq.ptq._solving import Solving
-from jaxq.ptq._stages import Lane, Place, Stages
-from jaxq.ptq._statistics import Statistics
+from jaxq.ptq._stages import Stages
 
 __all__ = ["quantize_weights", "stages_of"]
 
@@ -24,6 +26,7 @@ def quantize_weights(
     sequential: bool = True,
     mask: Callable[..., Any] | None = None,
     progress: Callable[[SolvedProduct], None] | None = None,
+    resume: str | pathlib.Path | None = None,
 ) -> Callable[..., Any]:
     """Returns a function that packs the parameters that rules quantize, with solved codes.
 
@@ -55,6 +58,9 @@ def quantize_weights(
       mask: a function of the arguments of `fn` after the parameters that returns a boolean array,
         False for padding, as in `jaxq.ptq.observe`.
       progress: a function that is called with the report of each solved product.
+      resume: a folder for the solved products, one file each, or None. If it holds products of an
+        interrupted run with the same model, rules, solver and batches, these are not solved again,
+        and the result is that of an uninterrupted run. The model still runs on the batches.
 
     Returns:
       `(params, batches) -> (packed params, Report)`, or `(batches) -> ...` if `fn` is a pytree.
@@ -65,7 +71,8 @@ def quantize_weights(
     Raises:
       TypeError: as in `jaxq.quantize_fn`.
       ValueError: as in `jaxq.quantize_fn`; if there are no batches, or their shapes differ; if the
-        solver does not support a recipe; if an input is not finite; or if the mask does not fit.
+        solver does not support a recipe; if an input is not finite; or if the mask does not fit; or
+        if `resume` holds products of another run.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -97,6 +104,8 @@ def quantize_weights(
         calls = read_calls("ptq.quantize_weights", fn, mask, args)
         model = calls.plan(rules)
         solving = Solving(calls.owner, model, record, progress)
+        if resume is not None:
+            solving.journal = journal_of(pathlib.Path(resume), calls, model, (record, sequential))
         stages = stages_of(calls, model, solving.leaves, solving.solve)
         root = stages.root()
         envs = calls.environments(model, root.flat.body.invars)
@@ -114,9 +123,7 @@ def quantize_weights(
     return packed
 
 
-def stages_of(
-    calls: Calls, model: Model, leaves: Leaves, solve: Callable[[Place, Statistics], None]
-) -> Stages:
+def stages_of(calls: Calls, model: Model, leaves: Leaves, solve: Solve) -> Stages:
     """Returns a run of a model in which a function solves its products."""
     planned = model.planned
     chosen = [without_weight(p, a) for p, a in zip(planned.products, planned.chosen, strict=True)]

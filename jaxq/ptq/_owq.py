@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from jaxq.numerics import encode
 from jaxq.products import is_stochastic
-from jaxq.ptq._matrices import Solution, solve
+from jaxq.ptq._matrices import Settings, Solution, solve
 from jaxq.quantizers import (
     Levels,
     Quantized,
@@ -185,4 +185,4 @@ def _solved(
     factor = jax.scipy.linalg.cho_factor(damped[most][:, most])
     share = jax.scipy.linalg.cho_solve(factor, between)
     schur = damped[rest][:, rest] - jnp.matmul(between.T, share, precision=lax.Precision.HIGHEST)
-    return solve(weight, own, schur, how.recipe, 0.0, how.order), share
+    return solve(weight, own, schur, None, how.recipe, Settings(0.0, how.order)), share

@@ -22,7 +22,9 @@ class SolvedProduct:
       damping: the damping used, relative to the mean of the Hessian's diagonal; NaN if none was.
       rtn: the loss of the nearest levels: `tr(E^T H E)` relative to `power`; NaN, like the next
         two, if the product was not solved.
-      loss: the loss of the stored weight, likewise.
+      loss: the loss of the stored weight, likewise. It may be larger than `rtn` with a solver that
+        corrects the drift of inputs, since it counts the difference to the float weight on the same
+        input.
       power: the power of the outputs, `tr(W^T H W)`, per token.
       fallback: the reason why the product was not solved, or only in part; or "".
     """

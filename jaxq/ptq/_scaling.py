@@ -19,8 +19,8 @@ from jaxq.ptq._input_scales import InputProblem, InputScaler, get_input_scaler
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._models import stages_of
 from jaxq.ptq._observing import sought
+from jaxq.ptq._parts import Place
 from jaxq.ptq._scaled_functions import InputScales
-from jaxq.ptq._stages import Place
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Recipe
@@ -142,12 +142,13 @@ class _Scaling:
         self._factors: dict[str, np.ndarray] = {}
         self._arrays: dict[int, np.ndarray] = {}
 
-    def solve(self, place: Place, statistics: Statistics) -> None:
+    def solve(self, place: Place, observed: Callable[[], Statistics]) -> None:
         """Takes one product at one iteration; after the last one of an input, chooses its scales.
 
         Raises:
           ValueError: if an input is not finite.
         """
+        statistics = observed()
         number = place.product.number
         if not bool(jnp.all(jnp.isfinite(statistics.amax))):
             raise ValueError(

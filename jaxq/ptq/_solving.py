@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 from jax import numpy as jnp
 
 from jaxq.models import LOOK_UP, Product, QuantizedWeight, weight_of
@@ -15,12 +16,13 @@ from jaxq.products import Axes
 from jaxq.ptq._calls import Model
 from jaxq.ptq._collectors import Layout
 from jaxq.ptq._experts import by_leaf, by_recipe, own_levels
+from jaxq.ptq._journal import Entry, Journal
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
 from jaxq.ptq._matrices import output_error
+from jaxq.ptq._parts import Place
 from jaxq.ptq._reports import Report, SolvedProduct
 from jaxq.ptq._searching import Blocks, Search, Searching, run_length, searched
 from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, needs_drift, search_of
-from jaxq.ptq._stages import Place
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import block_numbers, values_of
 from jaxq.recipes import Recipe
@@ -78,6 +80,7 @@ class Solving:
       planned: the plan of the model.
       leaves: the leaves.
       outcomes: the losses of the solved products.
+      journal: the stored products of an interrupted run, or None.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Solving:
         self.planned, self.found, self.solver = planned, found, solver
         self.leaves = Leaves(planned)
         self.outcomes: list[Outcome] = []
+        self.journal: Journal | None = None
         self._owner, self._progress = owner, progress
         self._rows: list[SolvedProduct] = []
         self._seen: set[int] = set()
@@ -124,10 +128,18 @@ class Solving:
             if leaf not in self._expected:
                 self.leaves.pack(LeafKey(leaf))
 
-    def solve(self, place: Place, statistics: Statistics) -> None:
-        """Solves one product at one iteration."""
+    def solve(self, place: Place, observed: Callable[[], Statistics]) -> None:
+        """Solves one product at one iteration.
+
+        Args:
+          place: the product.
+          observed: a function that returns the statistics of its input.
+        """
         product = place.product
         self._seen.add(product.number)
+        if self.journal is not None and self._restored(place, self.journal):
+            return
+        statistics = observed()
         if not bool(jnp.all(jnp.isfinite(statistics.amax))):
             raise ValueError(
                 f"{self._owner}: inputs must be finite, but {product.where} has a NaN or an "
@@ -144,6 +156,19 @@ class Solving:
             self._add(self._unsolved(place, statistics, seen))
             return
         self._solve(place, seen.keys, seen, statistics)
+
+    def _restored(self, place: Place, journal: Journal) -> bool:
+        """Returns whether a product was taken from the journal, and takes it."""
+        entry = journal.read(len(self._rows))
+        if entry is None:
+            return False
+        keys = place.frame.leaves_of(place.variable)
+        self._solves.update(keys)
+        for key, q in zip(keys, entry.packed, strict=True):
+            self.leaves.restore(key, q)
+        self.outcomes.append(Outcome(tuple(dict.fromkeys(key.leaf for key in keys)), *entry.sums))
+        self._add(entry.row)
+        return True
 
     def _solve(
         self, place: Place, keys: tuple[LeafKey, ...], seen: Seen, statistics: Statistics
@@ -182,7 +207,12 @@ class Solving:
         if not all(map(self._is_last, keys)):
             one = _Earlier(seen.x, matrix.axes, statistics, outcome)
             self._earlier[keys] = [*earlier, one]
-        self._add(self._row(place, statistics, answer, outcome, note))
+        row = self._row(place, statistics, answer, outcome, note)
+        # A weight of several products needs the statistics of all of them, so it is solved again.
+        if self.journal is not None and all(map(self._is_only, keys)):
+            packed = [self.leaves.packed(key) for key in keys]
+            self.journal.write(len(self._rows), Entry(row, outcome[1:], packed))
+        self._add(row)
 
     def _searched(
         self, place: Place, seen: Seen, problem: Problem, search: Search
@@ -219,8 +249,15 @@ class Solving:
 
     def _is_last(self, key: LeafKey) -> bool:
         """Returns whether no other product or iteration solves a leaf or row."""
-        rows = math.prod(self.planned.traced.arrays[key.leaf].shape[: len(key.rows)])
-        return self._solves[key] * rows >= self._expected[key.leaf]
+        return self._solves[key] * self._count(key) >= self._expected[key.leaf]
+
+    def _is_only(self, key: LeafKey) -> bool:
+        """Returns whether one product solves a leaf or row."""
+        return self._count(key) >= self._expected[key.leaf]
+
+    def _count(self, key: LeafKey) -> int:
+        """Returns the number of rows like this one."""
+        return math.prod(self.planned.traced.arrays[key.leaf].shape[: len(key.rows)])
 
     def _row(
         self,
@@ -377,14 +414,22 @@ def _answer(problem: Problem, recipe: Recipe, solver: Solver) -> _Answer:
         def loss(numbers: jax.Array) -> jax.Array:
             return output_error(values_of(numbers, levels, recipe) - weight, hessian)
 
+        def aim(numbers: jax.Array) -> jax.Array:
+            """Returns the loss, up to a constant that depends on the drift."""
+            if statistics.drift is None:
+                return loss(numbers)
+            error = values_of(numbers, levels, recipe) - weight
+            pulled = jnp.matmul(statistics.drift.T, weight, precision=lax.Precision.HIGHEST)
+            return output_error(error, hessian) - 2 * jnp.sum(error * pulled)
+
         found = solver.solve(problem, recipe)
         before, after = loss(nearest), loss(found.numbers)
-        worse = after > before
+        worse = aim(found.numbers) > aim(nearest)
         numbers = jnp.where(worse, nearest, found.numbers)
         return _Answer(
             numbers=numbers,
             before=before,
-            after=jnp.minimum(before, after),
+            after=jnp.where(worse, before, after),
             power=output_error(weight, hessian),
             damping=found.damping,
             solved=found.solved,

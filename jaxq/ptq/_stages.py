@@ -10,57 +10,20 @@ their programs too.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq.models import Assigned, Extra, Node, Planned, Product, Program, run, unpacked
-from jaxq.ptq._collectors import Collector
+from jaxq.models import Assigned, Node, Planned, Product, unpacked
 from jaxq.ptq._flat import Flat, anonymous, arguments_of, flatten, signature
 from jaxq.ptq._leaves import Frame, LeafKey, Leaves, Outer
 from jaxq.ptq._observing import Sought
+from jaxq.ptq._parts import Environment, Lane, Part, Place, Solve, compiled, drift, merged
 from jaxq.ptq._statistics import Statistics
 
-__all__ = ["Lane", "Place", "Stages"]
-
-_Env = dict[Any, Any]
-
-
-class Place(NamedTuple):
-    """A product at one iteration of the loops around it.
-
-    Attributes:
-      product: the product.
-      frame: the program in which it is.
-      variable: the operand that is its weight.
-      iterations: the iterations of the scans in which each iteration has another weight.
-    """
-
-    product: Product
-    frame: Frame
-    variable: Any
-    iterations: tuple[int, ...]
-
-
-class Lane(NamedTuple):
-    """A run of a program on all batches.
-
-    Attributes:
-      frame: the program with its weights.
-      envs: the values of each batch by variable.
-    """
-
-    frame: Frame
-    envs: list[_Env]
-
-
-class _Part(NamedTuple):
-    """A compiled part of a program, and the names of its observed products."""
-
-    call: Callable[..., Any]
-    names: tuple[str, ...]
+__all__ = ["Stages"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,7 +35,7 @@ class Stages:
       sought: the products to solve.
       chosen: the assignments of all products, without the recipes of the weights to solve.
       leaves: the leaves.
-      solve: the function that solves one product.
+      solve: the function that solves one product; it gets a function that returns the statistics.
       masks: the mask of each batch, or None.
     """
 
@@ -80,10 +43,10 @@ class Stages:
     sought: Sought
     chosen: Sequence[Assigned | None]
     leaves: Leaves
-    solve: Callable[[Place, Statistics], None]
+    solve: Solve
     masks: Sequence[jax.Array | None]
     _flats: dict[int, tuple[Node, Flat]] = dataclasses.field(default_factory=dict)
-    _parts: dict[Any, _Part] = dataclasses.field(default_factory=dict)
+    _parts: dict[Any, Part] = dataclasses.field(default_factory=dict)
 
     def root(self, leaves: Leaves | None = None) -> Frame:
         """Returns the frame of the whole program, without its results, which are not needed.
@@ -97,7 +60,7 @@ class Stages:
         sources = {v: LeafKey(i) for i, (v, o) in enumerate(pairs) if o is not None}
         return Frame(flat, sources, 0, leaves or self.leaves)
 
-    def observed(self, frame: Frame, envs: list[_Env]) -> dict[str, Statistics]:
+    def observed(self, frame: Frame, envs: list[Environment]) -> dict[str, Statistics]:
         """Returns the statistics of all distinct inputs, from one run of the float model."""
         data = [i for i in range(len(frame.flat.body.eqns)) if not frame.is_fixed(i)]
         return self._run(frame, data, self._wanted(frame.flat, data), envs, [])
@@ -106,7 +69,7 @@ class Stages:
         """Solves all products from the statistics of `observed`."""
         for i in range(len(frame.flat.body.eqns)):
             for number in sorted(frame.flat.numbers(i) & set(self.sought.matrices)):
-                self._solve(frame, i, number, states)
+                self._solve(frame, i, number, lambda: states)
 
     def in_order(self, lanes: Sequence[Lane]) -> list[list[list[Any]]]:
         """Solves products in the order of the program.
@@ -134,10 +97,10 @@ class Stages:
                 continue
             if new:
                 observed = {n for n in new if self.sought.first[n] == n}
-                states = self._observe(lanes[0], pending, i, observed)
-                for lane in lanes[1:]:
+                for lane in lanes:
                     self._advance(lane, pending, i)
-                    states = self._with_drift(lanes[0], lane, i, states)
+                # A program of its own, so that values do not depend on whether it runs.
+                states = functools.cache(functools.partial(self._observe, lanes, i, observed))
                 pending = []
                 members = {n for n in self.sought.matrices if self.sought.first[n] in observed}
                 for k in range(i, len(body.eqns)):
@@ -152,6 +115,14 @@ class Stages:
             for frame, envs in lanes
         ]
 
+    def _observe(self, lanes: Sequence[Lane], i: int, observed: set[int]) -> dict[str, Statistics]:
+        """Returns the statistics of the inputs of the products in equation i."""
+        (frame, envs), *others = lanes
+        states = self._run(frame, [], observed, envs, self._live(frame, i), i)
+        for other in others:
+            states = self._with_drift(lanes[0], other, i, states)
+        return states
+
     def _with_drift(
         self, lane: Lane, other: Lane, i: int, states: dict[str, Statistics]
     ) -> dict[str, Statistics]:
@@ -165,12 +136,12 @@ class Stages:
             return states
         total = None
         for own, reference, mask in zip(lane.envs, other.envs, self.masks, strict=True):
-            drift = _drift(own[variable], reference[variable], mask, matrix.collector.shared())
-            total = drift if total is None else total + drift
+            part = drift(own[variable], reference[variable], mask, matrix.collector.shared())
+            total = part if total is None else total + part
         found = dataclasses.replace(states[product.name], drift=total)
         return {**states, product.name: found}
 
-    def _value(self, frame: Frame, env: _Env, variable: Any) -> Any:
+    def _value(self, frame: Frame, env: Environment, variable: Any) -> Any:
         """Returns the value of a variable for one batch as an array."""
         if not compat.is_literal(variable) and variable in env:
             return env[variable]
@@ -183,13 +154,6 @@ class Stages:
         if id(node) not in self._flats:
             self._flats[id(node)] = node, flatten(node, self.sought.matrices)
         return self._flats[id(node)][1]
-
-    def _observe(
-        self, lane: Lane, pending: list[int], i: int, observed: set[int]
-    ) -> dict[str, Statistics]:
-        """Runs equations up to one with products, and returns the statistics of their inputs."""
-        live = self._live(lane.frame, i)
-        return self._run(lane.frame, pending, observed, lane.envs, live, i)
 
     def _advance(self, lane: Lane, pending: list[int], to: int) -> None:
         """Runs equations, and keeps the values that the equations from `to` on need."""
@@ -211,7 +175,7 @@ class Stages:
         frame: Frame,
         equations: Sequence[int],
         observed: set[int],
-        envs: list[_Env],
+        envs: list[Environment],
         live: list[Any],
         extra: int | None = None,
     ) -> dict[str, Statistics]:
@@ -242,7 +206,7 @@ class Stages:
             names, values = part.names, [frame.value(v) for v in fixed]
             for env, mask in zip(envs, self.masks, strict=True):
                 results, seen = part.call(values, [env[v] for v in data], mask)
-                total = _merged(total, seen) if total else seen
+                total = merged(total, seen) if total else seen
                 env.update(zip(outvars, results, strict=True))
         for env in envs:
             for variable in [v for v in env if v not in live]:
@@ -255,7 +219,7 @@ class Stages:
         equations: list[int],
         variables: tuple[list[Any], list[Any], list[Any]],
         observed: set[int],
-    ) -> _Part:
+    ) -> Part:
         """Returns the compiled form of some equations."""
         quick = id(frame.flat), tuple(equations), frozenset(observed)
         if quick in self._parts:
@@ -270,8 +234,8 @@ class Stages:
         part = anonymous(named, {a.name: str(k) for k, a in enumerate(named.all())})
         key = signature(part), frame.depth, len(fixed), tuple(observed and [0])
         if key not in self._parts:
-            self._parts[key] = _Part(_compiled(part, frame.depth), ())
-        self._parts[quick] = _Part(self._parts[key].call, seen)
+            self._parts[key] = Part(compiled(part, frame.depth), ())
+        self._parts[quick] = Part(self._parts[key].call, seen)
         return self._parts[quick]
 
     def _assigned(self, number: int) -> Assigned:
@@ -372,15 +336,18 @@ class Stages:
         storage = frame.leaves.storage(key)
         return frame.uses(variable) == 1 and storage is not None and storage.leading > 0
 
-    def _solve(self, frame: Frame, i: int, number: int, states: Mapping[str, Statistics]) -> None:
+    def _solve(
+        self, frame: Frame, i: int, number: int, states: Callable[[], Mapping[str, Statistics]]
+    ) -> None:
         """Solves one product in equation i, for every iteration of the scans in the equation."""
         product = self.planned.products[number]
-        seen = states[self.planned.products[self.sought.first[number]].name]
+        name = self.planned.products[self.sought.first[number]].name
+
+        def seen(iterations: tuple[int, ...]) -> Statistics:
+            return jax.tree.map(lambda x: x[iterations] if iterations else x, states()[name])
+
         for place in self._places(frame, i, product, ()):
-            own = jax.tree.map(
-                lambda x, iterations=place.iterations: x[iterations] if iterations else x, seen
-            )
-            self.solve(place, own)
+            self.solve(place, functools.partial(seen, place.iterations))
 
     def _places(
         self, frame: Frame, i: int, product: Product, iterations: tuple[int, ...]
@@ -403,29 +370,3 @@ class Stages:
                 else:
                     child = self._child(frame, i, which, None)
                     yield from self._places(child, k, product, iterations)
-
-
-def _compiled(part: Program, depth: int) -> Callable[..., Any]:
-    """Returns a jitted function that runs a part of a program."""
-    names = [a.name for a in part.all() if any(a.calibrated)]
-
-    @jax.jit
-    def call(fixed: list[Any], data: list[Any], mask: jax.Array | None) -> Any:
-        extra = Extra.empty(mask)
-        results, states = run(part, extra, [*fixed, *data], depth, observing=bool(names))
-        return list(map(unpacked, results)), [states[name][0] for name in names]
-
-    return call
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _merged(total: list[Statistics], seen: list[Statistics]) -> list[Statistics]:
-    # Without names, so that equal products share one program.
-    return [own.merge(other) for own, other in zip(total, seen, strict=True)]
-
-
-@functools.partial(jax.jit, static_argnames="collector")
-def _drift(
-    x: jax.Array, reference: jax.Array, mask: jax.Array | None, collector: Collector
-) -> jax.Array:
-    return collector.drift(x, reference, mask)

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jaxq._jax.meshes import spec_of
 from jaxq._jax.serialization import pytree
 
 __all__ = ["Statistics", "collect", "collect_groups", "drift_of", "nothing"]
@@ -106,7 +108,7 @@ def collect(
     magnitude, total = jnp.abs(x), jnp.sum(x, -2)
     gram = None
     if hessian:
-        gram = jnp.einsum("...ti,...tj->...ij", x, x, precision=lax.Precision.HIGHEST)
+        gram = _outer(x, x)
     return Statistics(
         tokens=jnp.broadcast_to(count, x.shape[:-2]),
         total=total,
@@ -124,8 +126,15 @@ def drift_of(x: jax.Array, reference: jax.Array) -> jax.Array:
       x: the tokens, `[..., tokens, inputs]`, 0 for padding.
       reference: the tokens y, 0 for padding.
     """
+    return _outer(reference - x, x)
+
+
+def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the sum of the outer products of tokens, on all devices of a mesh."""
+    spec = spec_of(y)
+    sharding = PartitionSpec(*spec[:-2], None, None) if any(spec) else None
     precision = lax.Precision.HIGHEST
-    return jnp.einsum("...ti,...tj->...ij", reference - x, x, precision=precision)
+    return jnp.einsum("...ti,...tj->...ij", x, y, precision=precision, out_sharding=sharding)
 
 
 def collect_groups(x: jax.Array, sizes: jax.Array, hessian: bool) -> Statistics:

@@ -1,0 +1,123 @@
+"""The solved products of a run in a folder, from which an interrupted run goes on."""
+
+import dataclasses
+import hashlib
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxq._jax import compat
+from jaxq.interop import load, save
+from jaxq.ptq._calls import Calls, Model
+from jaxq.ptq._reports import SolvedProduct
+from jaxq.quantizers import Quantized
+
+__all__ = ["Entry", "Journal", "journal_of"]
+
+_RUN = "run.safetensors"
+
+
+class Entry(NamedTuple):
+    """A solved product.
+
+    Attributes:
+      row: its row of the report.
+      sums: its losses: of the nearest levels, of the chosen ones, and the power of the outputs.
+      packed: the leaves, or rows of leaves, that it solved.
+    """
+
+    row: SolvedProduct
+    sums: tuple[float, float, float]
+    packed: list[Quantized]
+
+
+@dataclasses.dataclass(frozen=True)
+class Journal:
+    """A folder with one file for each solved product, which appears when it is complete.
+
+    Attributes:
+      folder: the folder.
+    """
+
+    folder: pathlib.Path
+
+    def _path(self, number: int) -> pathlib.Path:
+        return self.folder / f"{number:05}.safetensors"
+
+    def read(self, number: int) -> Entry | None:
+        """Returns the product solved as number `number`, or None if it is not there."""
+        path = self._path(number)
+        if not path.exists():
+            return None
+        tree = load(path)
+        fields = dict(zip(tree["names"], np.asarray(tree["numbers"]).tolist(), strict=True))
+        whole = {name: int(fields[name]) for name in ("tokens", "inputs")}
+        row = SolvedProduct(**{**fields, **whole, **tree["texts"]})
+        first, second, power = np.asarray(tree["sums"]).tolist()
+        return Entry(row, (first, second, power), tree["packed"])
+
+    def write(self, number: int, entry: Entry) -> None:
+        """Stores a solved product."""
+        fields = dataclasses.asdict(entry.row)
+        texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+        names = [name for name in fields if name not in texts]
+        tree = {
+            "texts": texts,
+            "names": names,
+            "numbers": np.array([fields[name] for name in names], np.float64),
+            "sums": np.array(entry.sums, np.float64),
+            "packed": entry.packed,
+        }
+        save(self._path(number), tree)
+
+
+def journal_of(folder: pathlib.Path, calls: Calls, model: Model, how: Any) -> Journal:
+    """Returns the journal of a run in a folder, which is made if it is missing.
+
+    Args:
+      folder: the folder.
+      calls: the parameters and batches.
+      model: the planned model.
+      how: the other settings of the run, whose `repr` must be that of the run in the folder.
+
+    Raises:
+      ValueError: if the folder holds something else.
+    """
+    run = _fingerprint(calls, model, how)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _RUN
+    found = load(path)["run"] if path.exists() else None
+    if found != run and (found is not None or any(folder.iterdir())):
+        what = "products of another run" if found else "other files"
+        raise ValueError(
+            f"{calls.owner}: `resume` must be a new folder, or that of a run with the same model, "
+            f"rules, solver, params and batches, but {folder.name!r} holds {what}. Pass another "
+            "folder, or remove this one."
+        )
+    if found is None:
+        save(path, {"run": run})
+    return Journal(folder)
+
+
+def _fingerprint(calls: Calls, model: Model, how: Any) -> str:
+    """Returns a hash of all that a result depends on."""
+    planned = model.planned
+    texts = [repr(how), str(planned.traced.jaxpr)]
+    for product, assigned in zip(planned.products, planned.chosen, strict=True):
+        texts.append(f"{product.name} {None if assigned is None else assigned.recipe}")
+    # The addresses of functions differ between processes.
+    text = re.sub(r"0x[0-9a-f]+", "", "\n".join(texts))
+    digest = hashlib.sha256(text.encode())
+    module = None if jax.tree_util.all_leaves([calls.fn]) else calls.fn
+    for leaf in _arrays([module, calls.calls, calls.masks]):
+        digest.update(repr((leaf.shape, leaf.dtype)).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _arrays(tree: Any) -> Sequence[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if compat.is_array(leaf)]

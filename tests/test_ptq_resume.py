@@ -1,0 +1,80 @@
+"""Runs of `jaxq.ptq.quantize_weights` that were interrupted and continued."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+from jax import numpy as jnp
+
+import jaxq
+from jaxq import ptq
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+RULES = "int4_channel"
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def model(w, x):
+    x, _ = lax.scan(lambda x, own: (jnp.tanh(x @ own), None), x, w["layers"])
+    return jax.nn.relu(x @ w["twice"]) @ w["twice"] @ w["out"]
+
+
+PARAMS = {"layers": normal(0, 2, 8, 8), "twice": normal(1, 8, 8), "out": normal(2, 8, 8)}
+BATCHES = [normal(3, 20, 8), normal(4, 20, 8)]
+
+
+def test_interrupted_run_goes_on_with_the_same_result(tmp_path: pathlib.Path):
+    plain, expected = ptq.quantize_weights(model, RULES, solver="qep")(PARAMS, BATCHES)
+    folder, seen = tmp_path / "run", []
+
+    def interrupt(row: ptq.SolvedProduct) -> None:
+        seen.append(row.product)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    def solve(progress=None):
+        return ptq.quantize_weights(model, RULES, solver="qep", progress=progress, resume=folder)(
+            PARAMS, BATCHES
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        solve(interrupt)
+    count = len([*folder.iterdir()])
+    for _ in range(2):  # Goes on, and then takes all that can be taken.
+        packed, report = solve()
+        assert str(report) == str(expected)
+        assert jax.tree.structure(packed) == jax.tree.structure(plain)
+        for own, other in zip(jax.tree.leaves(packed), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_array_equal(own, other)
+    assert len([*folder.iterdir()]) == count + 1  # Products of a shared weight have no file.
+
+
+def test_stored_products_are_not_solved_again(tmp_path: pathlib.Path):
+    solve = ptq.quantize_weights(model, RULES, resume=tmp_path / "run")
+    solve(PARAMS, BATCHES)
+    path = tmp_path / "run" / "00000.safetensors"
+    entry = jaxq.load(path)
+    entry["texts"]["fallback"] = "from the file"
+    jaxq.save(path, entry)
+    _, report = solve(PARAMS, BATCHES)
+    assert [row.fallback for row in report.rows][:2] == ["from the file", ""]
+
+
+def test_folder_of_another_run_is_an_error(tmp_path: pathlib.Path):
+    folder = tmp_path / "run"
+    ptq.quantize_weights(model, RULES, solver="rtn", resume=folder)(PARAMS, BATCHES)
+    changed = {**PARAMS, "out": 2 * PARAMS["out"]}
+    for solver, params in (("gptq", PARAMS), ("rtn", changed)):
+        solve = ptq.quantize_weights(model, RULES, solver=solver, resume=folder)
+        with pytest.raises(ValueError, match=r"`resume` must be a new folder.*of another run"):
+            solve(params, BATCHES)
+    (tmp_path / "file").touch()
+    solve = ptq.quantize_weights(model, RULES, solver="rtn", resume=tmp_path)
+    with pytest.raises(ValueError, match="holds other files"):
+        solve(PARAMS, BATCHES)

@@ -1,0 +1,71 @@
+"""Statistics of tokens that are spread over devices."""
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+from jax import numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxq import ptq
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+RULES = "int4_channel"
+TOKENS = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)
+KEEP = np.arange(32) % 5 > 0
+PARAMS = {
+    "layers": np.random.default_rng(1).standard_normal((2, 8, 8)).astype(np.float32),
+    "out": np.random.default_rng(2).standard_normal((8, 4)).astype(np.float32),
+}
+
+
+def model(params, x):
+    x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+    return x @ params["out"]
+
+
+def mesh(kind: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices()[:4])
+
+
+def check_equal(found, expected) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for own, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_shards_merge_into_those_of_all_tokens():
+    observe = ptq.observe(model, RULES, mask=lambda *_: KEEP)
+    _, expected = observe(PARAMS, TOKENS)
+    assert expected["out"].tokens == KEEP.sum()
+
+    def own(params, x, keep):
+        _, seen = ptq.observe(model, RULES, mask=lambda *_: keep)(params, x)
+        return seen.gather("data")
+
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+    gathered = jax.jit(jax.shard_map(own, mesh=mesh(AxisType.Auto), **specs))
+    check_equal(gathered(PARAMS, TOKENS, KEEP), expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_statistics_of_a_sharded_array_are_those_of_all_tokens(kind: AxisType):
+    x = jax.device_put(TOKENS, NamedSharding(mesh(kind), P("data")))
+    with jax.set_mesh(mesh(kind)):
+        check_equal(jax.jit(ptq.collect)(x), ptq.collect(TOKENS))
+
+
+@pytest.mark.slow
+def test_weights_are_solved_on_sharded_batches():
+    def sharded(x):
+        return jax.device_put(x, NamedSharding(mesh(AxisType.Auto), P("data")))
+
+    one, _ = ptq.quantize_weights(model, RULES, solver="gptaq")(PARAMS, [TOKENS, 2 * TOKENS])
+    batches = [sharded(TOKENS), sharded(2 * TOKENS)]
+    other, report = ptq.quantize_weights(model, RULES, solver="gptaq")(PARAMS, batches)
+    assert [row.tokens for row in report.rows] == [64, 64, 64]
+    for name, leaf in one.items():
+        # Sums in another order may change a code that lies near the middle of two levels.
+        assert np.mean(np.asarray(leaf.codes) != np.asarray(other[name].codes)) < 0.05

@@ -27,7 +27,7 @@ import safetensors.numpy
 
 from jaxq.cli import main
 
-TYPES = ("q8_0", "q4_0", "q4_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+TYPES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 RECIPES = "int8_tensor,int8_token,fp8_e4m3_tensor,mxfp8_e4m3,int4_g32,nf4_g64,mxfp4,nvfp4"
 COLUMNS = 4096
 NAME = "double_blocks.0.img_attn.proj.weight"  # libgguf's converter knows diffusion models only.
@@ -129,7 +129,7 @@ Made with Python {platform.python_version()}, jax {jax.__version__}, on
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measures the speed of checkpoints.")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out/checkpoints.md"))
     options = parser.parse_args()
     text = page(options.rows, options.rounds)

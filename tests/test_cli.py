@@ -527,7 +527,7 @@ def test_quantize_writes_gguf_with_fallbacks_and_rules(capsys, tmp_path: pathlib
     rules.write_text('[["w", "q4_k"], ["v", null]]')
     code, out, _ = run(capsys, "quantize", source, str(target), "--rules", str(rules))
     assert code == 0
-    assert "q5_0 in place of q4_k: w" in out
+    assert "1 tensor: q5_0 in place of q4_k\n  w" in out
     code, out, _ = run(capsys, "inspect", str(target), "--json")
     assert code == 0
     listed = {row["tensor"]: row["dtype"] for row in json.loads(out)["tensors"]}

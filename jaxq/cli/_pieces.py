@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import lax
-from jax import numpy as jnp
 
 from jaxq.analysis import Energies
 from jaxq.formats import Format
@@ -147,8 +146,8 @@ def _errors(rows: _Rows, kind: Format | Recipe) -> Errors:
     return Errors(noise, largest)
 
 
-def packed_in_pieces(x: np.ndarray, type: str) -> tuple[gguf.Packed, Errors]:
-    """Returns a tensor in a block type of GGUF, quantized on all cores, and its errors.
+def packed_in_pieces(x: np.ndarray, type: str) -> tuple[np.ndarray, Errors]:
+    """Returns the bytes of a tensor in a block type of GGUF, made on all cores, and its errors.
 
     Args:
       x: a float32 tensor.
@@ -173,7 +172,7 @@ def packed_in_pieces(x: np.ndarray, type: str) -> tuple[gguf.Packed, Errors]:
         math.fsum(part.noise for part in parts), max((part.max_error for part in parts), default=0)
     )
     shape = (*x.shape[:-1], x.shape[-1] // layout.block * layout.size)
-    return gguf.Packed(jnp.asarray(data.reshape(shape)), type, x.dtype), errors
+    return data.reshape(shape), errors
 
 
 @functools.partial(jax.jit, static_argnames="type")

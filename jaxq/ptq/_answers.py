@@ -1,4 +1,4 @@
-"""Solutions of stacks of matrices, with their losses."""
+"""Solutions of the matrices of a product, with their losses."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from jaxq.ptq._solvers import Problem, Solver
 from jaxq.quantizers import values_of
 from jaxq.recipes import Recipe
 
-__all__ = ["Answer", "answer_of", "answers_of"]
+__all__ = ["Answer", "answer_of", "answers"]
 
 
 class Answer(NamedTuple):
@@ -40,7 +40,7 @@ class Answer(NamedTuple):
     worse: jax.Array
 
 
-def answers_of(
+def answers(
     problem: Problem, recipes: Sequence[tuple[Recipe, np.ndarray]], solver: Solver
 ) -> Answer:
     """Solves a stack of matrices that may have different recipes."""

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from jaxq.models import LOOK_UP, Product, QuantizedWeight, weight_of
 from jaxq.products import Axes
-from jaxq.ptq._answers import Answer, answer_of, answers_of
+from jaxq.ptq._answers import Answer, answer_of, answers
 from jaxq.ptq._calls import Model
 from jaxq.ptq._collectors import Layout
 from jaxq.ptq._experts import by_leaf, by_recipe
@@ -163,8 +163,6 @@ class Solving:
         self._solves.update(keys)
         for key, q in zip(keys, entry.packed, strict=True):
             self.leaves.restore(key, q)
-        # Only `sensitivity`, which has no journal, reads the shares.
-        self.outcomes.append(Outcome({}, *entry.sums))
         self._add(entry.row)
         return True
 
@@ -184,7 +182,7 @@ class Solving:
         problem = _problem(seen, layout, layout.stacked(statistics))
         search, note = search_of(self.solver), ""
         if search is None or weight.experts is not None:
-            answer = answers_of(problem, by_recipe(weight, layout), self.solver)
+            answer = answers(problem, by_recipe(weight, layout), self.solver)
             note = "" if search is None else "scales of experts with different recipes"
             note = note and f"{note} are not searched"
         else:
@@ -209,12 +207,12 @@ class Solving:
         # A weight of several products needs the statistics of all of them, so it is solved again.
         if self.journal is not None and all(map(self._is_only, keys)):
             packed = [self.leaves.packed(key) for key in keys]
-            self.journal.write(len(self._rows), Entry(row, outcome[1:], packed))
+            self.journal.write(len(self._rows), Entry(row, packed))
         self._add(row)
 
     def _searched(
         self, place: Place, seen: Seen, problem: Problem, search: Search
-    ) -> tuple[Seen, Answer, str]:
+    ) -> tuple[Seen, "Answer", str]:
         """Solves a product after a search for its scales.
 
         Returns:
@@ -261,7 +259,7 @@ class Solving:
         self,
         place: Place,
         statistics: Statistics,
-        answer: Answer,
+        answer: "Answer",
         outcome: Outcome,
         note: str,
     ) -> SolvedProduct:

@@ -246,13 +246,14 @@ def table(results: Sequence[Result]) -> common.Table:
         grid.add_column(head, justify="left" if head in ("recipe", "method") else "right")
     for (recipe, method), own in grouped(results).items():
         scores = [result.perplexity for result in own]
-        losses = [[float(np.mean(x)) for x in (r.losses, r.nearest)] for r in own if r.losses]
+        losses = [[np.mean(x) for x in (r.losses, r.nearest)] for r in own if r.losses]
+        means = np.mean(losses, axis=0) if losses else []
         grid.add_row(
             recipe,
             method,
             f"{own[0].bits:.2f}",
             *(f"{value:.2f}" for value in (np.mean(scores), min(scores), max(scores))),
-            *(f"{value:.5f}" for value in np.mean(losses, axis=0) if losses),
+            *(f"{value:.5f}" for value in means),
         )
     return grid
 
@@ -288,14 +289,14 @@ def picture(results: Sequence[Result]) -> common.Figure:
     left.set_ylim(0.8 * min(values), 1.6 * max(values))
     left.set_title("Perplexity", loc="left")
     left.legend(frameon=False, fontsize=8)
-    for own in rest:
-        if own.recipe == recipes[0] and own.subset == 0 and own.losses:
-            color = colors[own.method]
-            right.plot(own.losses, ".", color=color, markersize=4, label=own.method)
-    right.set_yscale("log")
+    shown = [own for own in rest if own.recipe == recipes[0] and own.subset == 0 and own.losses]
+    for own in shown:
+        right.plot(own.losses, ".", color=colors[own.method], markersize=4, label=own.method)
+    if shown:
+        right.set_yscale("log")
+        right.legend(frameon=False, fontsize=8)
     right.set_xlabel("products, in the order of the model")
     right.set_title(f"Loss of each product, {recipes[0]}", loc="left")
-    right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")

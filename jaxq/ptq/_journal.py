@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxq._jax import compat
 from jaxq.interop import load, save
+from jaxq.models import weight_of
 from jaxq.ptq._calls import Calls, Model
 from jaxq.ptq._reports import SolvedProduct
 from jaxq.quantizers import Quantized
@@ -26,12 +27,10 @@ class Entry(NamedTuple):
 
     Attributes:
       row: its row of the report.
-      sums: its losses: of the nearest levels, of the chosen ones, and the power of the outputs.
       packed: the leaves, or rows of leaves, that it solved.
     """
 
     row: SolvedProduct
-    sums: tuple[float, float, float]
     packed: list[Quantized]
 
 
@@ -57,8 +56,7 @@ class Journal:
         fields = dict(zip(tree["names"], np.asarray(tree["numbers"]).tolist(), strict=True))
         whole = {name: int(fields[name]) for name in ("tokens", "inputs")}
         row = SolvedProduct(**{**fields, **whole, **tree["texts"]})
-        first, second, power = np.asarray(tree["sums"]).tolist()
-        return Entry(row, (first, second, power), tree["packed"])
+        return Entry(row, tree["packed"])
 
     def write(self, number: int, entry: Entry) -> None:
         """Stores a solved product."""
@@ -69,7 +67,6 @@ class Journal:
             "texts": texts,
             "names": names,
             "numbers": np.array([fields[name] for name in names], np.float64),
-            "sums": np.array(entry.sums, np.float64),
             "packed": entry.packed,
         }
         save(self._path(number), tree)
@@ -108,7 +105,9 @@ def _fingerprint(calls: Calls, model: Model, how: Any) -> str:
     planned = model.planned
     texts = [repr(how), str(planned.traced.jaxpr)]
     for product, assigned in zip(planned.products, planned.chosen, strict=True):
+        weight = None if assigned is None else weight_of(product, assigned)
         texts.append(f"{product.name} {None if assigned is None else assigned.recipe}")
+        texts.append(str(None if weight is None else weight.recipes))
     # The addresses of functions differ between processes.
     text = re.sub(r"0x[0-9a-f]+", "", "\n".join(texts))
     digest = hashlib.sha256(text.encode())

@@ -251,8 +251,9 @@ def _step(
     (errors, values), numbers = state
     weight, target = block.weight[i], block.target[i]
     # The errors and values of the inputs still to come are 0.
-    if values is not None:
-        shift = jnp.sum(block.within.shifts[i][:, None] * values, axis=0)
+    shifts = block.within.shifts
+    if values is not None and shifts is not None:
+        shift = jnp.sum(shifts[i][:, None] * values, axis=0)
         weight, target = weight + shift, target + shift
     moved = target - jnp.sum(block.within.errors[i][:, None] * errors, axis=0)
     number, value = snap(moved, jax.tree.map(lambda x: x[i], block.levels), recipe)

@@ -19,8 +19,8 @@ from jaxq.ptq._input_changes import check_same, named_inputs, reason_of, with_ar
 from jaxq.ptq._leaves import Leaves, followed
 from jaxq.ptq._models import stages_of
 from jaxq.ptq._observing import sought
+from jaxq.ptq._parts import Place
 from jaxq.ptq._scaled_functions import changed
-from jaxq.ptq._stages import Place
 
 __all__ = ["InputRotations", "rotate_inputs"]
 

@@ -1,31 +1,28 @@
 """Solution of the products of a model one by one, and the rows of its report."""
 
 import collections
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import lax
 from jax import numpy as jnp
 
 from jaxq.models import LOOK_UP, Product, QuantizedWeight, weight_of
 from jaxq.products import Axes
+from jaxq.ptq._answers import Answer, answer_of, answers
 from jaxq.ptq._calls import Model
 from jaxq.ptq._collectors import Layout
-from jaxq.ptq._experts import by_leaf, by_recipe, own_levels
+from jaxq.ptq._experts import by_leaf, by_recipe
 from jaxq.ptq._journal import Entry, Journal
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
-from jaxq.ptq._matrices import output_error
 from jaxq.ptq._parts import Place
 from jaxq.ptq._reports import Report, SolvedProduct
 from jaxq.ptq._searching import Blocks, Search, Searching, run_length, searched
 from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, needs_drift, search_of
 from jaxq.ptq._statistics import Statistics
-from jaxq.quantizers import block_numbers, values_of
-from jaxq.recipes import Recipe
+from jaxq.quantizers import block_numbers
 
 __all__ = ["Outcome", "Solving"]
 
@@ -166,7 +163,6 @@ class Solving:
         self._solves.update(keys)
         for key, q in zip(keys, entry.packed, strict=True):
             self.leaves.restore(key, q)
-        self.outcomes.append(Outcome(tuple(dict.fromkeys(key.leaf for key in keys)), *entry.sums))
         self._add(entry.row)
         return True
 
@@ -186,7 +182,7 @@ class Solving:
         problem = _problem(seen, layout, layout.stacked(statistics))
         search, note = search_of(self.solver), ""
         if search is None or weight.experts is not None:
-            answer = _answers(problem, by_recipe(weight, layout), self.solver)
+            answer = answers(problem, by_recipe(weight, layout), self.solver)
             note = "" if search is None else "scales of experts with different recipes"
             note = note and f"{note} are not searched"
         else:
@@ -211,12 +207,12 @@ class Solving:
         # A weight of several products needs the statistics of all of them, so it is solved again.
         if self.journal is not None and all(map(self._is_only, keys)):
             packed = [self.leaves.packed(key) for key in keys]
-            self.journal.write(len(self._rows), Entry(row, outcome[1:], packed))
+            self.journal.write(len(self._rows), Entry(row, packed))
         self._add(row)
 
     def _searched(
         self, place: Place, seen: Seen, problem: Problem, search: Search
-    ) -> tuple[Seen, "_Answer", str]:
+    ) -> tuple[Seen, "Answer", str]:
         """Solves a product after a search for its scales.
 
         Returns:
@@ -235,17 +231,17 @@ class Solving:
         is_product = place.product.operation != "conv_general_dilated"
         how = Searching(search, recipe, run_length(recipe, inputs) if is_product else inputs)
         found = searched(problem.weight, problem.levels, blocks, problem.statistics, how)
-        before = _answer(problem, recipe, RTN()).before
+        before = answer_of(problem, recipe, RTN()).before
         for key, q in zip(seen.keys, found, strict=True):
             self.leaves.rescale(key, q)
         new = followed(place.frame, place.variable)
         assert isinstance(new, Seen), "it was followed before"
-        answer = _answer(_problem(new, layout, problem.statistics), recipe, solver)
+        answer = answer_of(_problem(new, layout, problem.statistics), recipe, solver)
         if bool(jnp.sum(answer.after) <= jnp.sum(before)):
             return new, answer._replace(before=before), ""
         for key, q in zip(seen.keys, starts, strict=True):
             self.leaves.rescale(key, q)
-        return seen, _answer(problem, recipe, solver), "the searched scales have more loss"
+        return seen, answer_of(problem, recipe, solver), "the searched scales have more loss"
 
     def _is_last(self, key: LeafKey) -> bool:
         """Returns whether no other product or iteration solves a leaf or row."""
@@ -263,7 +259,7 @@ class Solving:
         self,
         place: Place,
         statistics: Statistics,
-        answer: "_Answer",
+        answer: "Answer",
         outcome: Outcome,
         note: str,
     ) -> SolvedProduct:
@@ -362,78 +358,3 @@ def _problem(seen: Seen, layout: Layout, statistics: Statistics) -> Problem:
         nearest=layout.matrices(seen.nearest),
         statistics=statistics,
     )
-
-
-class _Answer(NamedTuple):
-    """The solutions of matrices, with their losses.
-
-    Attributes:
-      numbers: the grid values, `[matrices, inputs, outputs]`.
-      before: the loss of the nearest levels, `[matrices]`.
-      after: the loss of the solution, `[matrices]`.
-      power: the power of the outputs, `[matrices]`.
-      damping: the damping, `[matrices]`.
-      solved: False where the solver gave up, `[matrices]`.
-      worse: True where the nearest levels have less loss and were taken, `[matrices]`.
-    """
-
-    numbers: jax.Array
-    before: jax.Array
-    after: jax.Array
-    power: jax.Array
-    damping: jax.Array
-    solved: jax.Array
-    worse: jax.Array
-
-
-def _answers(
-    problem: Problem, recipes: Sequence[tuple[Recipe, np.ndarray]], solver: Solver
-) -> _Answer:
-    """Solves a stack of matrices that may have different recipes."""
-    if len(recipes) == 1:
-        recipe, _ = recipes[0]
-        return _answer(problem._replace(levels=own_levels(problem.levels, recipe)), recipe, solver)
-    found = []
-    for recipe, places in recipes:
-        part: Problem = jax.tree.map(lambda x, at=places: x[at], problem)
-        part = part._replace(levels=own_levels(part.levels, recipe))
-        found.append(_answer(part, recipe, solver))
-    back = np.argsort(np.concatenate([places for _, places in recipes]))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *found)
-
-
-@functools.partial(jax.jit, static_argnames=("recipe", "solver"))
-def _answer(problem: Problem, recipe: Recipe, solver: Solver) -> _Answer:
-    """Solves a stack of matrices."""
-
-    def one(problem: Problem) -> _Answer:
-        weight, levels, nearest, statistics = problem
-        hessian = statistics.hessian
-        assert hessian is not None
-
-        def loss(numbers: jax.Array) -> jax.Array:
-            return output_error(values_of(numbers, levels, recipe) - weight, hessian)
-
-        def aim(numbers: jax.Array) -> jax.Array:
-            """Returns the loss, up to a constant that depends on the drift."""
-            if statistics.drift is None:
-                return loss(numbers)
-            error = values_of(numbers, levels, recipe) - weight
-            pulled = jnp.matmul(statistics.drift.T, weight, precision=lax.Precision.HIGHEST)
-            return output_error(error, hessian) - 2 * jnp.sum(error * pulled)
-
-        found = solver.solve(problem, recipe)
-        before, after = loss(nearest), loss(found.numbers)
-        worse = aim(found.numbers) > aim(nearest)
-        numbers = jnp.where(worse, nearest, found.numbers)
-        return _Answer(
-            numbers=numbers,
-            before=before,
-            after=jnp.where(worse, before, after),
-            power=output_error(weight, hessian),
-            damping=found.damping,
-            solved=found.solved,
-            worse=worse,
-        )
-
-    return jax.vmap(one)(problem)

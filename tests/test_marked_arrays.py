@@ -95,6 +95,7 @@ def test_marked_arrays_have_a_row_for_each_layer():
     assert_agree(got["scores"], expected(G), "cotangent")
 
 
+@pytest.mark.slow
 def test_runs_of_a_mark_in_a_loop_without_layers_are_merged():
     def loop(w, x):
         def step(x, _):
@@ -139,6 +140,7 @@ def sqnr_db(exact, y) -> float:
     return float(10 * np.log10((exact**2).sum() / ((y - exact) ** 2).sum()))
 
 
+@pytest.mark.slow
 def test_error_of_emulated_accumulation_is_separate():
     narrow = jaxq.Accumulation("bfloat16", 4)
     single = jaxq.SingleProduct("fp8_e5m2_tensor", "fp8_e4m3_tensor", execution=narrow)
@@ -161,6 +163,7 @@ def test_error_of_emulated_accumulation_is_separate():
     assert "dlhs/accumulation/sqnr_db" not in got, "its sums are not emulated"
 
 
+@pytest.mark.slow
 def test_counterfactuals_of_outputs_match_numpy():
     request = Monitoring(
         tensors="output",

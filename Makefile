@@ -59,9 +59,9 @@ bench: $(READY)  ## measures speed against a plain pass and against other librar
 	@$(BIN)/python benchmarks/models.py
 	@$(BIN)/python benchmarks/optimizers.py
 	@$(BIN)/python benchmarks/monitoring.py
-	@$(BIN)/python benchmarks/ptq.py
 	@$(BIN)/python benchmarks/serving.py
 	@$(BIN)/python benchmarks/checkpoints.py
+	@$(BIN)/python benchmarks/ptq.py
 
 pictures: $(READY)  ## draws the gallery of docs/pictures.md again
 	@$(BIN)/python tools/pictures.py

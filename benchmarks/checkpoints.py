@@ -129,7 +129,7 @@ Made with Python {platform.python_version()}, jax {jax.__version__}, on
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measures the speed of checkpoints.")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out/checkpoints.md"))
     options = parser.parse_args()
     text = page(options.rows, options.rounds)

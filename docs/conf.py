@@ -94,6 +94,8 @@ nitpick_ignore = [
     ("py:class", "jaxq.serving._halves.Half"),
     ("py:class", "jaxq.models._states.Switch"),
     ("py:class", "jaxq.quantizers._levels.Levels"),
+    ("py:class", "jaxq.quantizers._slices.Slices"),
+    ("py:class", "jaxq.products._stored.Stored"),
 ]
 linkcheck_anchors = False
 

@@ -56,11 +56,15 @@ class Config(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model: its sizes, its parameters, and a function from text to tokens."""
+    """A model: its sizes, its parameters, a function from text to tokens, and the first tokens.
+
+    Every text must begin with the first tokens; without them, perplexities are far higher.
+    """
 
     config: Config
     params: dict[str, Any]
     tokenize: Any
+    first: tuple[int, ...]
 
 
 def _norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
@@ -166,8 +170,8 @@ def _read(file: interop.TensorFile) -> Model:
     )
     tokens, scores = own["tokenizer.ggml.tokens"], own["tokenizer.ggml.scores"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    first = int(own["tokenizer.ggml.bos_token_id"])
-    return Model(config, params, lambda text: [first, *_tokenize(text, vocabulary, scores)])
+    first = (int(own["tokenizer.ggml.bos_token_id"]),)
+    return Model(config, params, lambda text: _tokenize(text, vocabulary, scores), first)
 
 
 def _tokenize(text: str, vocabulary: dict[str, int], scores: Any) -> list[int]:

@@ -47,11 +47,12 @@ class Config(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model: its sizes, its parameters, and a function from text to tokens."""
+    """A model: its sizes, its parameters, a function from text to tokens, and the first tokens."""
 
     config: Config
     params: dict[str, Any]
     tokenize: Any
+    first: tuple[int, ...] = ()
 
 
 def _norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:

@@ -38,7 +38,7 @@ TEST = (
     # Jane Austen, Pride and Prejudice.
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
     "must be in want of a wife. However little known the feelings or views of such a man may be "
-    "on his first entering a neighbourhood, this truth is well fixed.",
+    "on his first entering a neighborhood, this truth is well fixed.",
     # Charles Dickens, A Tale of Two Cities.
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the "
     "age of foolishness, it was the season of light, it was the season of darkness, it was the "

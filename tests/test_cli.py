@@ -161,6 +161,17 @@ def test_errors_of_pieces_are_those_of_whole_tensors(tmp_path: pathlib.Path, cap
         assert row["mse"] == pytest.approx(np.mean(error**2), rel=1e-6)
 
 
+def test_block_types_of_gguf_are_compared(tmp_path: pathlib.Path, capsys):
+    x = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
+    safetensors.numpy.save_file({"w": x, "v": x[:, :64].copy()}, tmp_path / "a.safetensors")
+    result = compared(capsys, str(tmp_path / "a.safetensors"), "--recipes", "tq2_0")
+    rows = {row["tensor"]: row for row in result["tensors"]}
+    error = np.float64(gguf.fake_quant(x, "tq2_0")) - x
+    assert rows["w"]["mse"] == pytest.approx(np.mean(error**2))
+    assert rows["w"]["bytes"] == 6 * 66
+    assert rows["v"]["note"] == "blocks of 256 do not divide rows of 64"
+
+
 def test_tables_and_csv(capsys, checkpoint: pathlib.Path):
     code, out, err = run(capsys, "compare", str(checkpoint), "--recipes", RECIPES)
     assert (code, err) == (0, "")
@@ -516,7 +527,7 @@ def test_quantize_writes_gguf_with_fallbacks_and_rules(capsys, tmp_path: pathlib
     rules.write_text('[["w", "q4_k"], ["v", null]]')
     code, out, _ = run(capsys, "quantize", source, str(target), "--rules", str(rules))
     assert code == 0
-    assert "q5_0 in place of q4_k: w" in out
+    assert "1 tensor: q5_0 in place of q4_k\n  w" in out
     code, out, _ = run(capsys, "inspect", str(target), "--json")
     assert code == 0
     listed = {row["tensor"]: row["dtype"] for row in json.loads(out)["tensors"]}

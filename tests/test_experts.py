@@ -182,6 +182,14 @@ def joined(params, x):
             [("experts/0", jaxq.Recipe("int8", rounding="stochastic")), ("", INT4)],
             "rounded deterministically",
         ),
+        (
+            ragged,
+            [
+                (name, jaxq.ProductRecipe(None, recipe, hadamard=jaxq.Hadamard(8, (1,) * 8)))
+                for name, recipe in (("experts/0", UINT4), ("", INT4))
+            ],
+            "no Hadamard transform",
+        ),
         (ragged, [("experts/0", jaxq.Recipe("int4", jaxq.PerBlock(5))), ("", INT4)], "divide"),
     ],
 )

@@ -12,6 +12,7 @@ from gguf.constants import GGMLQuantizationType
 from jax import numpy as jnp
 
 import jaxq
+from jaxq.cli import main
 from jaxq.interop import gguf
 from tests import data
 from tests.oracle import assert_same
@@ -220,6 +221,27 @@ def test_files_of_gguf_are_read_and_written_again_identically(tmp_path: pathlib.
         ]
         gguf.write(second, again, file.metadata)
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_nvfp4_values_are_multiplied_by_the_scale_tensor(tmp_path: pathlib.Path):
+    path, again = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    scale, data = np.float32([0.25]), GOLDEN["nvfp4"]
+    tensors = [
+        gguf.Tensor("a.weight", "nvfp4", X.shape, lambda: data),
+        gguf.Tensor("a.scale", "f32", (1,), lambda: scale),
+    ]
+    gguf.write(path, tensors, {})
+    with jaxq.interop.open_tensors(path) as file:
+        want = 0.25 * quants.dequantize(data, GGMLQuantizationType.NVFP4)
+        np.testing.assert_array_equal(file.read(file.entries[0]), want)
+    assert main(["quantize", str(path), str(again), "--recipe", "q8_0"]) == 0
+    with jaxq.interop.open_tensors(again) as file:
+        assert [entry.name for entry in file.entries] == ["a.weight"]
+    wrong = tensors[1]._replace(shape=(2,), read=lambda: np.zeros(2, np.float32))
+    gguf.write(path, [tensors[0], wrong], {})
+    with jaxq.interop.open_tensors(path) as file:
+        with pytest.raises(jaxq.interop.FileError, match="must hold 1 or 12 float32"):
+            file.read(file.entries[0])
 
 
 def test_writing_checks_its_arguments(tmp_path: pathlib.Path):

@@ -15,7 +15,7 @@ from tests import data
 # The bits of sums do not matter here, and most time goes into compiling.
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
-INPUTS, OUTPUTS, TOKENS = 16, 8, 24
+INPUTS, OUTPUTS, TOKENS = 16, 16, 40  # Square, so that two blocks share one program.
 RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(8))
 KEY = jax.random.key(0)
 
@@ -125,12 +125,12 @@ def test_adaround_takes_the_steps_of_the_published_algorithm_on_packed_inputs():
 
 GRIDS = [
     data.slow(name, method)
-    for name in ("mxfp4", "nf4_g64", "nf4_dq", "uint4_channel", "q4_0", "q4_1")
+    for name in ("nvfp4", "mxfp4", "nf4_g64", "nf4_dq", "uint4_channel", "q4_0", "q4_1")
     for method in ptq.ROUNDING_METHODS
 ]
 
 
-@pytest.mark.parametrize(("name", "method"), [("nvfp4", "signround"), *GRIDS])
+@pytest.mark.parametrize(("name", "method"), GRIDS)
 def test_learned_weights_stay_on_the_grid_of_their_recipe(name: str, method: str):
     w, x = normal(3, 64, 4), normal(4, 2, 80, 64) + 2 * normal(5, 2, 80, 1)
     how = {"signround": ptq.SignRound(100), "adaround": ptq.AdaRound(500)}[method]
@@ -158,7 +158,7 @@ LAYERS = [
 
 
 def test_later_blocks_learn_on_the_packed_ones_before_them():
-    rules = {"up": jaxq.Recipe("int3", jaxq.PerChannel()), "1/down": "w8a8"}
+    rules = {"up": jaxq.Recipe("int3", jaxq.PerChannel()), "down": "w8a8"}
     mask = np.arange(6) < 4
     x = np.where(mask[None, None, :, None], normal(5, 3, 2, 6, 16), 100)
     masks = np.broadcast_to(mask, (2, 6))
@@ -173,24 +173,19 @@ def test_later_blocks_learn_on_the_packed_ones_before_them():
     )
     packed, report = learn(LAYERS, batches, key=KEY)
     assert packed[0]["up"].dtype == jnp.bfloat16
-    assert packed[0]["down"] is LAYERS[0]["down"]
 
     def model(params, x):
         return layer(params[1], *layer(params[0], x, masks))[0]
 
-    def error(params) -> float:
-        total = power = 0.0
-        for batch, _ in batches:
-            y, target = (np.asarray(f(p, batch)) for f, p in ((small, params), (model, LAYERS)))
-            total += np.sum((y - target)[:, mask] ** 2)
-            power += np.sum(target[:, mask] ** 2)
-        return float(total / power)
-
+    total = power = 0.0
     small = jaxq.quantize_fn(model, rules)
-    assert report.rows[1].loss == pytest.approx(error(packed), rel=1e-3)
-    assert [row.weights for row in report.rows] == [1, 2]
-    nearest = jaxq.quantize_weights(model, rules)(LAYERS, batches[0][0])
-    assert error(packed) < 0.7 * error(nearest)
+    for batch, _ in batches:
+        y, target = np.asarray(small(packed, batch)), np.asarray(model(LAYERS, batch))
+        total += np.sum((y - target)[:, mask] ** 2)
+        power += np.sum(target[:, mask] ** 2)
+    assert report.rows[1].loss == pytest.approx(float(total / power), rel=1e-3)
+    assert [row.weights for row in report.rows] == [2, 2]
+    assert report.rows[1].loss < 0.8 * report.rows[1].rtn
     assert [row.step for row in seen if row.block == 1][:2] == [0, 1]
     assert seen[-1].step == 25
     assert "rtn" in str(report)

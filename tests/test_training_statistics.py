@@ -162,6 +162,42 @@ def test_scales_of_a_product_are_drawn_with_their_range():
     assert len(axes.collections) == 1, "the band of the smaller scales"
 
 
+def test_recipes_are_logged_and_their_ranges_drawn(tmp_path: pathlib.Path):
+    def loss(params, x):
+        return ((x @ params["w"]) ** 2).sum()
+
+    params, path = {"w": PARAMS["out"]}, tmp_path / "run.log"
+    request = Monitoring(tensors=("lhs", "cotangent"), statistics=("amax", "smallest", "exponents"))
+    state = monitor(loss, "fp8_training", request)(params, X)
+    log = StatisticsLog(path)
+    run = jax.jit(jax.grad(lambda state, x: jaxq.quantize_fn(loss, state)(params, x)))
+    for step in range(3):
+        log.append(step, run(state, X * (step + 1)))
+    found = read_log(path)
+    assert found.recipes["w/lhs"] == ("fp8_e4m3_tensor", 448, 2**-9)
+    assert found.recipes["w/dlhs/cotangent"] == ("fp8_e5m2_tensor", 57344, 2**-16)
+    for tensor, ratio in (("lhs", 2**-9 / 448), ("cotangent", 2**-16 / 57344)):
+        lines = plots.magnitudes_by_step(found, tensor).axes[0].lines
+        drawn = next(line for line in lines if line.get_label().startswith("smallest of fp8"))
+        want = found.values[f"w/{tensor}/amax"] * ratio
+        np.testing.assert_allclose(drawn.get_ydata(), want, rtol=1e-6)
+    (drawn,) = plots.exponents_by_step(found, "w/lhs").axes[0].lines
+    want = np.log2(found.values["w/lhs/amax"] * 2**-9 / 448)
+    np.testing.assert_allclose(drawn.get_ydata(), want, rtol=1e-6)
+    wide = {
+        "w/lhs/scale_amax": np.float32([4, 8, 4]),
+        "w/lhs/scale_smallest": np.float32([2, 4, 4]),
+    }
+    both = Log(found.steps, {**found.values, **wide}, found.recipes)
+    lines = plots.magnitudes_by_step(both, "lhs").axes[0].lines
+    ends = {line.get_label(): line.get_ydata().tolist() for line in lines}
+    assert ends["largest of fp8_e4m3_tensor"] == [4 * 448, 8 * 448, 4 * 448]
+    assert ends["smallest of fp8_e4m3_tensor"] == [2 * 2**-9, 4 * 2**-9, 4 * 2**-9]
+    other = monitor(loss, "w8a8", request)(params, X)
+    with pytest.raises(ValueError, match="fp8_e4m3_tensor for w/lhs, not int8_token"):
+        StatisticsLog(path).append(3, other)
+
+
 def test_gradient_errors_are_logged_and_drawn(tmp_path: pathlib.Path):
     path = tmp_path / "run.log"
     log = StatisticsLog(path)

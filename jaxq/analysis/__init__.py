@@ -13,7 +13,7 @@ from jaxq.analysis._codes import CodeUsage, code_usage, ulp_error
 from jaxq.analysis._diagnostics import Diagnostics, diagnostics
 from jaxq.analysis._divergences import kl_of_logits, kl_of_values
 from jaxq.analysis._live import LiveRow, LiveTable
-from jaxq.analysis._logs import Log, StatisticsLog, read_log
+from jaxq.analysis._logs import Log, LoggedRecipe, StatisticsLog, read_log
 from jaxq.analysis._memory import Memory, fits_table, memory, memory_table
 from jaxq.analysis._metrics import (
     Comparison,
@@ -51,6 +51,7 @@ __all__ = [
     "LiveTable",
     "LloydMax",
     "Log",
+    "LoggedRecipe",
     "Memory",
     "Model",
     "Monitoring",

@@ -16,9 +16,9 @@ from jaxq.analysis._sums import blocks_of, largest_magnitude, over_blocks
 from jaxq.formats import Format
 from jaxq.numerics import widen
 from jaxq.quantizers import check_takes_scales, measured
-from jaxq.recipes import Recipe
+from jaxq.recipes import Recipe, Scales
 
-__all__ = ["Diagnostics", "diagnostics", "in_a_recipe"]
+__all__ = ["Diagnostics", "diagnostics", "scaled_ends"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -97,7 +97,7 @@ def diagnostics(
 @functools.partial(jax.jit, static_argnames="kind")
 def _diagnostics(x: jax.Array, scale: jax.Array | None, kind: Format | Recipe) -> Diagnostics:
     wide = widen(x)
-    bounds = in_a_recipe(x, scale, kind) if isinstance(kind, Recipe) else ends(kind)
+    bounds = _in_a_recipe(x, scale, kind) if isinstance(kind, Recipe) else ends(kind)
     top = largest_magnitude(wide, _FLOAT32)
     bits = _FLOAT32.bits(wide)
     magnitude = bits & _FLOAT32.magnitude_mask
@@ -117,32 +117,34 @@ def _diagnostics(x: jax.Array, scale: jax.Array | None, kind: Format | Recipe) -
     return Diagnostics(_FLOAT32.floats(top), *rates)
 
 
-def in_a_recipe(
-    x: jax.Array,
-    scale: jax.Array | None,
-    recipe: Recipe,
-    zero_point: jax.Array | None = None,
-) -> Ends:
+def _in_a_recipe(x: jax.Array, scale: jax.Array | None, recipe: Recipe) -> Ends:
     """Returns the ends of the scaled grid for each element.
 
     Args:
       x: the tensor.
       scale: given scales, broadcastable to one per block, or None.
       recipe: the recipe.
-      zero_point: given zero points, likewise.
     """
-    cut, end = recipe.cut(x.shape), ends(recipe.element)
+    cut = recipe.cut(x.shape)
     if recipe.outliers is not None:
         x, _ = recipe.outliers.take(x)
     if scale is None:
         scales = measured(widen(cut.split(x)), None, recipe.to_nearest(), cut)
     else:
-        scale, zero_point = (
-            None if given is None else cut.spread(jnp.broadcast_to(given, cut.counts))
-            for given in (scale, zero_point)
-        )
-        assert scale is not None
-        scales = recipe.scaling.given(scale, zero_point, recipe.element)
+        scale = cut.spread(jnp.broadcast_to(scale, cut.counts))
+        scales = recipe.scaling.given(scale, None, recipe.element)
+    return scaled_ends(x.shape, scales, recipe)
+
+
+def scaled_ends(shape: tuple[int, ...], scales: Scales, recipe: Recipe) -> Ends:
+    """Returns the ends of the scaled grid for each element of a tensor.
+
+    Args:
+      shape: the shape of the tensor.
+      scales: its scales.
+      recipe: the recipe.
+    """
+    cut, end = recipe.cut(shape), ends(recipe.element)
     unit, shift, origin = scales.divisor, np.float32(0), np.float32(0)
     if scales.zero_point is not None:
         shift = scales.zero_point

@@ -6,17 +6,32 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxq.analysis._steps import GradientError
 from jaxq.models import Monitored
+from jaxq.recipes import Recipe, title_of
 
-__all__ = ["Log", "StatisticsLog", "read_log"]
+__all__ = ["Log", "LoggedRecipe", "StatisticsLog", "read_log"]
 
-_KIND, _VERSION = "jaxq statistics", 1
+_KIND, _VERSION = "jaxq statistics", 2
+
+
+class LoggedRecipe(NamedTuple):
+    """The recipe of a tensor in a log.
+
+    Attributes:
+      name: the name of the recipe, or its format, granularity and other fields.
+      largest: the largest value of its element format.
+      smallest: the smallest positive value of its element format.
+    """
+
+    name: str
+    largest: float
+    smallest: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +43,22 @@ class Log:
       values: float32 arrays `[steps, ...]` by names such as `"layers/up/lhs/sqnr_db"`; a product in
         a scan over layers has an axis of layers after that of steps. Gradient errors have names
         such as `"layers/up/gradient/cosine"`, and are NaN in steps without them.
+      recipes: the recipes of the tensors by names such as `"layers/up/lhs"` and
+        `"layers/up/dlhs/cotangent"`; tensors without a recipe are left out.
     """
 
     steps: np.ndarray
     values: Mapping[str, np.ndarray]
+    recipes: Mapping[str, LoggedRecipe] = dataclasses.field(default_factory=dict)
 
 
 class StatisticsLog:
     """An append-only log of the statistics of a training run.
 
-    The file has one line of JSON that names the columns, and one line per step with the exact
-    float32 values. A line that a crash cut off is removed at the next opening. If a run resumes at
-    an earlier step, the later record of a step replaces the earlier one when the log is read.
+    The file has one line of JSON with the names of the columns and the recipes of the tensors, and
+    one line per step with the exact float32 values. A line that a crash cut off is removed at the
+    next opening. If a run resumes at an earlier step, the later record of a step replaces the
+    earlier one when the log is read.
 
     Args:
       path: the file, which is made at the first `append`, or continued.
@@ -78,7 +97,8 @@ class StatisticsLog:
             it, later steps may have it or not. Default: None.
 
         Raises:
-          ValueError: if the file is a log of another model, request or version.
+          ValueError: if the file is a log of another model, request, version, or other recipes; or
+            if `seen` is a state and not a gradient.
         """
         if self._header is None:
             self._header = self._existing()
@@ -92,20 +112,25 @@ class StatisticsLog:
                 for name, value in error._asdict().items():
                     values[f"{path}/gradient/{name}"] = np.asarray(value, np.float32)
         elif self._header is not None:
-            for name, shape in _columns(self.path, self._header):
+            for name, shape in _parsed(self.path, self._header).columns:
                 if "/gradient/" in name and name not in values:
                     values[name] = np.full(shape, np.nan, np.float32)
         columns = [[name, list(value.shape)] for name, value in values.items()]
-        header = json.dumps({"kind": _KIND, "version": _VERSION, "columns": columns})
+        recipes = {name: _logged(recipe) for name, recipe in seen.recipes.items()}
+        header = json.dumps(
+            {"kind": _KIND, "version": _VERSION, "columns": columns, "recipes": recipes}
+        )
         if self._header is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(header + "\n")
             self._header = header
         if header != self._header:
             raise ValueError(
-                f"StatisticsLog: {self.path.name} holds the statistics of another model or "
-                f"request, {_short(self._header)}, not {_short(header)}. Write to a new file."
+                f"StatisticsLog: {self.path.name} holds the statistics of "
+                f"{_difference(_parsed(self.path, self._header), _parsed(self.path, header))}. "
+                "Write to a new file."
             )
+        seen.check_gradient("StatisticsLog.append")
         if all(_is_empty(name, value) for name, value in values.items()):
             return
         data = np.concatenate([value.reshape(-1) for value in values.values()])
@@ -125,7 +150,7 @@ class StatisticsLog:
         if not whole:
             return None
         first = whole.split(b"\n", 1)[0].decode()
-        _columns(self.path, first)
+        _parsed(self.path, first)
         return first
 
 
@@ -145,7 +170,8 @@ def read_log(path: str | os.PathLike[str]) -> Log:
     """
     path = pathlib.Path(path)
     lines = path.read_bytes().split(b"\n")[:-1]
-    columns = _columns(path, lines[0].decode(errors="replace") if lines else "")
+    header = _parsed(path, lines[0].decode(errors="replace") if lines else "")
+    columns = header.columns
     sizes = [int(np.prod(shape)) for _, shape in columns]
     rows: dict[int, np.ndarray] = {}
     for number, line in enumerate(lines[1:], 2):
@@ -168,16 +194,23 @@ def read_log(path: str | os.PathLike[str]) -> Log:
         name: part.reshape(len(steps), *shape)
         for (name, shape), part in zip(columns, parts, strict=True)
     }
-    return Log(steps, values)
+    return Log(steps, values, header.recipes)
 
 
-def _columns(path: pathlib.Path, header: str) -> list[Any]:
-    """Returns the columns of a log from its first line."""
+class _Header(NamedTuple):
+    """The first line of a log: the names and shapes of its columns, and the recipes."""
+
+    columns: list[Any]
+    recipes: dict[str, LoggedRecipe]
+
+
+def _parsed(path: pathlib.Path, header: str) -> _Header:
+    """Returns the contents of the first line of a log."""
     try:
         found = json.loads(header)
-        kind, version, columns = found["kind"], found["version"], found["columns"]
+        kind, version = found["kind"], found["version"]
     except (ValueError, KeyError, TypeError):
-        kind, version, columns = None, None, []
+        found, kind, version = {}, None, None
     if kind != _KIND:
         raise ValueError(f"read_log: {path.name} is not a log of jaxq.analysis.StatisticsLog.")
     if version != _VERSION:
@@ -185,9 +218,29 @@ def _columns(path: pathlib.Path, header: str) -> list[Any]:
             f"read_log: {path.name} has version {version}, and this jaxq reads {_VERSION}. Read it "
             "with the version that wrote it."
         )
-    return columns
+    recipes = {name: LoggedRecipe(*fields) for name, fields in found["recipes"].items()}
+    return _Header(found["columns"], recipes)
 
 
-def _short(header: str) -> str:
-    names = [name for name, _ in json.loads(header)["columns"]]
+def _logged(recipe: Recipe) -> LoggedRecipe:
+    fmt = recipe.element
+    return LoggedRecipe(title_of(recipe), float(fmt.max), float(fmt.min_positive))
+
+
+def _difference(old: _Header, new: _Header) -> str:
+    """Returns the first difference between the contents of a log and what is to be appended."""
+    if old.columns != new.columns:
+        return f"another model or request, {_short(old)}, not {_short(new)}"
+    for name in {**old.recipes, **new.recipes}:
+        before, after = (
+            header.recipes[name].name if name in header.recipes else "no recipe"
+            for header in (old, new)
+        )
+        if old.recipes.get(name) != new.recipes.get(name):
+            return f"other recipes, {before} for {name}, not {after}"
+    return "another model"
+
+
+def _short(header: _Header) -> str:
+    names = [name for name, _ in header.columns]
     return f"{len(names)} columns from {names[0] if names else 'none'}"

@@ -2,16 +2,27 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from jaxq.analysis._arguments import format_or_recipe
-from jaxq.analysis._tallies import Quantization, difference_of, errors_of, finished, tensor_of
+from jaxq.analysis._finishing import finished
+from jaxq.analysis._tallies import Sums, difference_of, errors_of, quantized, sums_of
 from jaxq.formats import FORMATS, Format
 from jaxq.models import Monitored, Rules, check_pattern, monitored
-from jaxq.products import Axes, Running, Tally, is_stochastic, placed
+from jaxq.products import (
+    Axes,
+    Gradient,
+    Operands,
+    Results,
+    Running,
+    Tally,
+    is_stochastic,
+    placed,
+)
 from jaxq.products import Tensor as Operand
 from jaxq.recipes import Granularity, PerBlock, Recipe, title_of
 
@@ -38,7 +49,8 @@ STATISTICS = (
     *_SCALES,
     "product",
 )
-_EMPTY = Tally({}, {}, {})
+_OF_ERRORS = {*_ERRORS, "block_range_bits", "codes_used", *_SCALES}
+_OF_PRODUCTS = ("product", "accumulation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +59,8 @@ class Monitoring:
 
     A product has up to five tensors: `"lhs"`, `"rhs"` (the weight, on either side), `"output"`, the
     `"cotangent"` of the output, and the `"residual"` of each operand, which the gradient's products
-    may quantize again. The statistics of each tensor, by name:
+    may quantize again. An array that the function marks by `jax.ad_checkpoint.checkpoint_name` has
+    two: `"output"`, the array itself, and its `"cotangent"`. The statistics of a tensor, by name:
 
     - of its finite elements: `"amax"`, `"smallest"` (nonzero magnitude), `"rms"`, `"mean"`,
       `"zeros"` (the fraction), `"range_bits"`, which is log2(amax / smallest), and `"exponents"`,
@@ -60,17 +73,21 @@ class Monitoring:
     - of its scales: `"scale_amax"`, `"scale_smallest"`, `"scale_range_bits"`, and `"scale_ends"`,
       the fraction at an end of the scales' format;
     - `"product"`: the errors of the output, and of the two products of the gradient, relative to
-      the float products of the original operands. Costs up to four more products.
+      the float products of the original operands. Costs up to four more products. If the recipe
+      emulates accumulation, `"accumulation"` has the part of the error that is due to it: the error
+      relative to the same product with sums in float32, in the same order.
 
     Attributes:
       products: regular expressions; a product is monitored if one of them is found in its name, as
-        `jaxq.explain` lists it. A string means one of them. Default: all products.
+        `jaxq.explain` lists it, and a marked array if one is found in the name of its mark. A
+        string means one of them. Default: all products and marked arrays.
       tensors: the names of the tensors. Default: all but `"residual"`.
       statistics: the names of the statistics. Default: those of the elements and the error except
         `"exponents"`, `"block_range_bits"` and `"codes_used"`.
-      counterfactuals: recipes or formats, or their names, that are applied to the same operands
-        and cotangents for comparison, without changing the step. A granularity refers to the
-        operand as a matrix, as in `jaxq.SingleProduct`; a last block may be shorter. Default:
+      counterfactuals: recipes or formats, or their names, that are applied to the same tensors for
+        comparison, without changing the step. For operands and cotangents of products, a
+        granularity refers to the tensor as a matrix, as in `jaxq.SingleProduct`; for outputs and
+        marked arrays, to their own axes, as in `jaxq.Rule`. A last block may be shorter. Default:
         none.
       every: the number of steps from one step with statistics to the next; see `Monitored.at`.
         Default: 1.
@@ -171,43 +188,66 @@ class _Statistics:
         """True if the backward pass needs the values of the operands."""
         return "residual" in self.request.tensors or "product" in self.request.statistics
 
-    def forward(self, running: Running, y: jax.Array, output: Recipe | None) -> Tally:
+    def forward(
+        self, running: Running, operands: Operands, y: jax.Array, output: Recipe | None
+    ) -> Tally:
         """Returns the statistics of the operands and the output."""
-        tally, axes = _EMPTY, running.operation.contraction.axes
-        for i, (name, operand) in enumerate(zip(("lhs", "rhs"), running.forward, strict=True)):
+        tally, axes = Tally.empty(), running.operation.contraction.axes
+        for i, name in enumerate(("lhs", "rhs")):
             if name in self.request.tensors:
-                own = self._tensor(operand.value).join(self._errors(operand, axes[i]))
-                tally = tally.join(own.prefixed(name))
+                own = self._sums(operands[i])
+                others = self._counterfactuals(operands[i].value, axes[i])
+                tally = tally.join(own.tensor.join(own.errors).join(others).prefixed(name))
         if "output" in self.request.tensors:
-            own = self._tensor(y)
+            result = Operand(y, y)
             if output is not None:
-                own = own.join(
-                    self._error(
-                        Quantization.of(y, output.to_nearest() if is_stochastic(output) else output)
-                    )
-                )
-            tally = tally.join(own.prefixed("output"))
-            tally = tally.join(self._product(lambda: running.results(y), "output/product"))
+                result = quantized(y, output.to_nearest() if is_stochastic(output) else output)
+            own = self._sums(result)
+            others = self._counterfactuals(y, None)
+            tally = tally.join(own.tensor.join(own.errors).join(others).prefixed("output"))
+            tally = tally.join(self._product(lambda: running.results(y)).prefixed("output"))
         return tally
 
-    def backward(self, running: Running, cotangent: jax.Array) -> Tally:
+    def backward(
+        self,
+        running: Running,
+        operands: Operands | None,
+        gradients: tuple[Gradient, Gradient],
+        cotangent: jax.Array,
+    ) -> Tally:
         """Returns the statistics of the cotangent and the products of the gradient."""
-        tally, contraction = _EMPTY, running.operation.contraction
-        if "cotangent" in self.request.tensors:
-            tally = self._tensor(cotangent).prefixed("cotangent")
-        if not {"cotangent", "residual"} & {*self.request.tensors}:
-            return tally
+        asked, contraction = {*self.request.tensors}, running.operation.contraction
+        tally, first = Tally.empty(), gradients[0].cotangent
+        # The statistics of tensors that both products quantize in the same way are computed once.
+        known: dict[Any, Tally] = {}
+        if "cotangent" in asked:
+            same = first.value is cotangent
+            own = self._sums(first if same else Operand(cotangent, cotangent))
+            tally = own.tensor.prefixed("cotangent")
+            known |= {_identity(first): own.errors} if same else {}
         for of, (name, axes) in enumerate(
             (("dlhs", contraction.dlhs.axes), ("drhs", contraction.drhs.axes))
         ):
-            gradient = running.gradient(of, cotangent)
             for i, part in enumerate(("cotangent", "residual")):
-                if part in self.request.tensors:
-                    own = self._errors(getattr(gradient, part), axes[i])
-                    tally = tally.join(own.prefixed(f"{name}/{part}"))
-            if "cotangent" in self.request.tensors:
-                tally = tally.join(self._product(gradient.results, f"{name}/product"))
+                operand = gradients[of][i]
+                if part not in asked or operand is None:
+                    continue
+                if _identity(operand) not in known:
+                    known[_identity(operand)] = self._errors(operand)
+                own = known[_identity(operand)]
+                own = own.join(self._counterfactuals(operand.value, axes[i], known))
+                tally = tally.join(own.prefixed(f"{name}/{part}"))
+            if "cotangent" in asked and operands is not None:
+                results = functools.partial(running.gradient_results, of, cotangent, operands)
+                tally = tally.join(self._product(results).prefixed(name))
         return tally
+
+    def array(self, tensor: str, x: jax.Array) -> Tally:
+        """Returns the statistics of a marked array or of its cotangent."""
+        if tensor not in self.request.tensors:
+            return Tally.empty()
+        own = self._sums(Operand(x, x)).tensor
+        return own.join(self._counterfactuals(x, None)).prefixed(tensor)
 
     def finish(self, tally: Tally) -> dict[str, jax.Array]:
         """Returns the requested statistics by name."""
@@ -215,40 +255,65 @@ class _Statistics:
         return {
             name: value
             for name, value in finished(tally).items()
-            if name.rpartition("/")[2] in asked or "/product/" in name
+            if name.rpartition("/")[2] in asked or name.split("/")[-2] in _OF_PRODUCTS
         }
 
-    def _tensor(self, x: jax.Array) -> Tally:
-        asked = {*self.request.statistics}
-        if not asked & {*_VALUES, "exponents"}:
-            return _EMPTY
-        return tensor_of(x, histogram="exponents" in asked)
+    @property
+    def _asked(self) -> set[str]:
+        return {*self.request.statistics}
 
-    def _errors(self, operand: Operand, axes: Axes) -> Tally:
-        """Returns the statistics of an operand's recipe and of the counterfactual ones."""
-        tally = _EMPTY
-        value, quantized, recipe, scales = operand
-        if recipe is not None:
-            tally = self._error(Quantization(value, quantized, recipe, scales))
+    def _sums(self, operand: Operand) -> Sums:
+        """Returns the sums of a tensor and of its recipe's error."""
+        if not self._asked & {*_VALUES, "exponents"}:
+            return Sums(Tally.empty(), self._errors(operand))
+        errors = operand.recipe is not None and bool(self._asked & _OF_ERRORS)
+        return sums_of(operand, self._asked, errors)
+
+    def _errors(self, operand: Operand) -> Tally:
+        """Returns the sums of a recipe's error."""
+        if operand.recipe is None or not self._asked & _OF_ERRORS:
+            return Tally.empty()
+        return errors_of(operand, self._asked)
+
+    def _counterfactuals(
+        self, x: jax.Array, axes: Axes | None, known: dict[Any, Tally] | None = None
+    ) -> Tally:
+        """Returns the sums of the errors of the counterfactual recipes.
+
+        Args:
+          x: the tensor.
+          axes: its axes in a product, or None to read granularities on the tensor's own axes.
+          known: the sums that are known already, which are extended.
+        """
+        tally, known = Tally.empty(), {} if known is None else known
         for kind in self.request.counterfactuals:
             assert not isinstance(kind, str)
             own = kind
             if isinstance(kind, Recipe):
-                granularity = placed(_padded(kind.granularity), value.shape, axes)
+                granularity = _padded(kind.granularity)
+                if axes is not None:
+                    granularity = placed(granularity, x.shape, axes)
                 own = dataclasses.replace(kind, granularity=granularity)
-            tally = tally.join(self._error(Quantization.of(value, own)).prefixed(_label(kind)))
+            if (id(x), own) not in known:
+                known[id(x), own] = self._errors(quantized(x, own))
+            tally = tally.join(known[id(x), own].prefixed(_label(kind)))
         return tally
 
-    def _error(self, q: Quantization) -> Tally:
-        asked = {*self.request.statistics}
-        if not asked & {*_ERRORS, "block_range_bits", "codes_used", *_SCALES}:
-            return _EMPTY
-        return errors_of(q, asked)
-
-    def _product(self, results: Callable[[], Any], prefix: str) -> Tally:
+    def _product(self, results: Callable[[], Results]) -> Tally:
+        """Returns the sums of the errors of a product's result."""
         if "product" not in self.request.statistics:
-            return _EMPTY
-        return difference_of(*results()).prefixed(prefix)
+            return Tally.empty()
+        found = results()
+        tally = difference_of(found.exact, found.quantized).prefixed("product")
+        if found.wide is not None:
+            due = difference_of(found.wide, found.quantized)
+            tally = tally.join(due.prefixed("accumulation"))
+        return tally
+
+
+def _identity(operand: Operand) -> tuple:
+    """Returns a key that is equal for two operands of equal arrays and recipes."""
+    return id(operand.value), id(operand.quantized), operand.recipe
 
 
 def _padded(granularity: Granularity) -> Granularity:
@@ -283,8 +348,13 @@ def monitor(
     statistics on in every n-th step, and a `lax.cond` skips them in the others. Gradients of
     micro-batches are added, but their statistics are merged by `seen.merge(more)`.
 
-    Look-ups, and products in a `while` loop or in a function with a custom derivative, are not
-    monitored. NaN and infinity are counted and left out of all other statistics.
+    Arrays that the function marks by `jax.ad_checkpoint.checkpoint_name(x, name)` are monitored
+    under that name, with one row per layer in a scan that slices parameters. If the name occurs
+    twice or is that of a product, a number is added, as in `"hidden#2"`.
+
+    Not monitored are look-ups, products and marks in a `while` loop or in a function with a custom
+    derivative, and those that no floating-point result depends on differentiably, for example
+    because of `stop_gradient`. NaN and infinity are counted and left out of all other statistics.
 
     Args:
       fn: as in `jaxq.quantize_fn`.
@@ -297,7 +367,8 @@ def monitor(
       `(*args) -> jaxq.models.Monitored`. Only the shapes and dtypes of the arguments are used.
       `seen.statistics()` has names such as `"lhs/sqnr_db"`, `"cotangent/amax"`,
       `"dlhs/cotangent/flushed"` (the cotangent as the product that gives the gradient of lhs
-      quantizes it), `"lhs/mxfp4/sqnr_db"` (a counterfactual) and `"drhs/product/cosine"`.
+      quantizes it), `"lhs/mxfp4/sqnr_db"` (a counterfactual), `"drhs/product/cosine"` and
+      `"output/accumulation/sqnr_db"`.
 
     Raises:
       TypeError: as in `jaxq.quantize_fn`.

@@ -17,9 +17,17 @@ from jaxq._base.bits import Layout, extended_bits, where
 from jaxq._base.cutting import Cut
 from jaxq.recipes import Granularity
 
-__all__ = ["blocks_of", "largest_magnitude", "over_all", "over_blocks", "power_of_two"]
+__all__ = [
+    "Combine",
+    "blocks_of",
+    "fold",
+    "largest_magnitude",
+    "over_blocks",
+    "power_of_two",
+]
 
 _IN_ORDER = 256  # The number of elements that are added sequentially.
+_LONGEST, PARTS = 1024, 512  # The same in `over_rows`, and the length of its results.
 
 Combine = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -87,27 +95,33 @@ def over_blocks(
     return result
 
 
-def over_all(arrays: Sequence[jax.Array], combine: Sequence[Combine]) -> list[jax.Array]:
-    """Returns sums, or maxima of nonnegative numbers, of arrays of one shape.
+def fold(x: jax.Array) -> jax.Array:
+    """Returns an array as `PARTS` rows, `[PARTS, ...]`, padded with zeros."""
+    rest = max(-(-x.size // PARTS), 1)
+    loops = -(-rest // _LONGEST)
+    shape = (PARTS, rest) if loops == 1 else (PARTS, loops, -(-rest // loops))
+    padding = math.prod(shape) - x.size
+    x = x.reshape(-1)
+    if padding:
+        x = lax.pad(x, np.zeros((), x.dtype), [(0, padding, 0)])
+    return x.reshape(shape)
 
-    Unlike in `over_blocks`, all steps are loops that the arrays share, so that a program with many
-    such sums compiles faster.
+
+def over_rows(arrays: Sequence[jax.Array], combine: Sequence[Combine]) -> list[jax.Array]:
+    """Returns sums, or maxima of nonnegative numbers, over the rows of arrays, `[PARTS]`.
+
+    They are computed in loops that the arrays share. All results have the same length, whatever
+    that of the arrays, so XLA compiles what is done with them only once.
 
     Args:
-      arrays: arrays of one shape.
+      arrays: results of `fold` for arrays of one shape.
       combine: `lax.add` or `lax.max` for each array.
     """
-    zeros = [np.zeros((), a.dtype) for a in arrays]
-    rows, size = [a.reshape(-1) for a in arrays], math.prod(arrays[0].shape)
-    while size > 1:
-        step = min(_IN_ORDER, size)
-        padded = [
-            lax.pad(a, zero, [(0, -size % step, 0)]).reshape(-1, step)
-            for a, zero in zip(rows, zeros, strict=True)
-        ]
-        rows = lax.reduce(tuple(padded), tuple(zeros), _together(combine), (1,))
-        size = -(-size // step)
-    return [row.reshape(()) for row in rows]
+    zeros = tuple(np.zeros((), a.dtype) for a in arrays)
+    rows = tuple(arrays)
+    for axis in reversed(range(1, arrays[0].ndim)):
+        rows = lax.reduce(rows, zeros, _together(combine), (axis,))
+    return list(rows)
 
 
 def _together(combine: Sequence[Combine]) -> Callable[[tuple, tuple], tuple]:

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxq.analysis import format_or_recipe, plots
+from jaxq.analysis import plots
 from jaxq.cli._inputs import Inputs, opened
-from jaxq.cli._measure import DEFAULT, Row, Selection, Total, rows_of, totals
+from jaxq.cli._measure import DEFAULT, Row, Selection, Total, kind_of, rows_of, totals
 from jaxq.cli._output import (
     UsageError,
     atomic,
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     recipes = list(dict.fromkeys(args.recipes or DEFAULT))
     for recipe in recipes:
         with bad_input():
-            format_or_recipe(recipe)
+            kind_of(recipe)
     if args.worst is not None and args.worst < 1:
         raise UsageError(f"--worst must be at least 1, got {args.worst}")
     with opened(args.files) as file, contextlib.ExitStack() as stack:
@@ -46,10 +46,11 @@ def run(args: argparse.Namespace) -> None:
         # Opened first, so that an unwritable path fails before the work.
         page = stack.enter_context(atomic(args.html)) if args.html else None
         rows: list[Row] = []
-        with progress("comparing", len(selection.chosen)) as advance:
+        work = sum(entry.size for entry in selection.chosen)
+        with progress("comparing", work) as advance:
             for some in rows_of(file, selection.chosen, recipes, args.min_axes, args.axis):
                 rows += some
-                advance(1, some[0].tensor)
+                advance(some[0].elements, some[0].tensor)
         before = sum(entry.nbytes for entry in selection.chosen)
         sums = totals(rows, recipes, before)
         if page is not None:
@@ -173,6 +174,9 @@ def _pictures(file: Inputs, rows: Sequence[Row], axis: int) -> tuple[list[tuple[
     for name in list(dict.fromkeys(row.tensor for row in sorted_by_sqnr(drawn)))[:_PICTURES]:
         entry = next(e for e in file.entries if e.name == name)
         recipes = [row.recipe for row in drawn if row.tensor == name]
+        recipes = [recipe for recipe in recipes if not isinstance(kind_of(recipe), str)]
+        if not recipes:
+            return [], "no picture: block types of GGUF have none"
         try:
             figure = plots.PLOTS["compression"](file.read(entry), recipes, axis=axis)
         except ImportError as error:

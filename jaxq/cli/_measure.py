@@ -17,13 +17,23 @@ from jaxq.analysis import Energies, format_or_recipe
 from jaxq.analysis import total as total_of
 from jaxq.cli._inputs import Inputs
 from jaxq.cli._output import bad_input, one_line
-from jaxq.cli._pieces import Errors, energy, errors_in_pieces, errors_of
+from jaxq.cli._pieces import Errors, energy, errors_in_pieces, errors_of, packed_in_pieces
 from jaxq.formats import Format
-from jaxq.interop import Entry
+from jaxq.interop import Entry, gguf
 from jaxq.quantizers import fake_quant
-from jaxq.recipes import Recipe
+from jaxq.recipes import RECIPES, Recipe
 
-__all__ = ["DEFAULT", "Row", "Selection", "Tensor", "Total", "measure", "rows_of", "totals"]
+__all__ = [
+    "DEFAULT",
+    "Row",
+    "Selection",
+    "Tensor",
+    "Total",
+    "kind_of",
+    "measure",
+    "rows_of",
+    "totals",
+]
 
 DEFAULT = (
     "int8_tensor",
@@ -133,12 +143,28 @@ def _whole(x: jax.Array, recipe: Recipe, axis: int) -> jax.Array:
     return fake_quant(x, recipe, axis=axis)
 
 
-def _bytes(shape: tuple[int, ...], recipe: Format | Recipe, axis: int) -> int:
+def kind_of(name: str) -> Format | Recipe | str:
+    """Returns a recipe, a format for a cast, or the name of a block type of GGUF.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    if name in gguf.TYPES and name not in RECIPES:
+        return name
+    return format_or_recipe(name)
+
+
+def _bytes(shape: tuple[int, ...], recipe: Format | Recipe | str, axis: int) -> int:
     """Returns the stored size of a tensor in bytes.
 
     Raises:
       ValueError: if the recipe does not fit the shape.
     """
+    if isinstance(recipe, str):
+        layout, length = gguf.TYPES[recipe], shape[axis] if shape else 0
+        if not length or length % layout.block:
+            raise ValueError(f"blocks of {layout.block} do not divide rows of {length}")
+        return math.prod(shape) // layout.block * layout.size
     if not isinstance(recipe, Recipe):
         return -(-math.prod(shape) * recipe.bits // 8)
     return recipe.along(axis, len(shape)).nbytes(shape)
@@ -171,16 +197,20 @@ def measure(tensor: Tensor, recipe: str, axis: int = -1) -> Row:
 
     Args:
       tensor: the tensor.
-      recipe: a recipe's name, or a format's name, which means a cast without a scale.
+      recipe: the name of a recipe, of a block type of GGUF, or of a format, which means a cast
+        without a scale.
       axis: the contracted axis, as in `jaxq.fake_quant`.
     """
     entry, x, note, signal = tensor
-    kind = format_or_recipe(recipe)
+    kind = kind_of(recipe)
     if note:
         return _row(entry, recipe, note)
     try:
         taken = _bytes(x.shape, kind, axis)
-        errors = errors_in_pieces(x, kind, axis)
+        if isinstance(kind, str):
+            errors = packed_in_pieces(np.moveaxis(x, axis, -1), kind)[1]
+        else:
+            errors = errors_in_pieces(x, kind, axis)
         if errors is None:
             assert isinstance(kind, Recipe)
             errors = errors_of(x, np.asarray(_whole(x, kind, axis)))

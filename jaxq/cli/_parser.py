@@ -122,7 +122,9 @@ def _show(parser: argparse.ArgumentParser) -> None:
 def _compare(parser: argparse.ArgumentParser) -> None:
     several = f"{_FILES}; a pattern such as 'models/*.gguf'; or - for standard input"
     parser.add_argument("files", nargs="+", metavar="FILE", help=several)
-    recipe_list = "recipes, or formats for a cast without a scale, separated by commas"
+    recipe_list = (
+        "recipes, block types of GGUF, or formats for a cast without a scale, separated by commas"
+    )
     parser.add_argument("--recipes", type=_names, metavar="NAMES", help=recipe_list)
     parser.add_argument("--include", metavar="REGEX", help="compare only tensors whose names match")
     parser.add_argument("--exclude", metavar="REGEX", help="skip tensors whose names match")

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import lax
-from jax import numpy as jnp
 
 from jaxq.analysis import Energies
 from jaxq.formats import Format
@@ -28,8 +27,9 @@ from jaxq.recipes import Affine, PerBlock, PerToken, Recipe, Symmetric
 
 __all__ = ["Errors", "energy", "errors_in_pieces", "errors_of", "packed_in_pieces"]
 
-_SIZE = 2**17  # Elements of a piece.
+_SIZE = 2**18  # Elements of a piece.
 _SEGMENT = 128  # Elements of a segment of a long block.
+_ROW = 2**12  # Elements of a row of blocks of GGUF.
 _LONGEST = 1024  # Elements of the longest blocks that are not cut.
 _SUMMED = 2**13  # Elements that are added at a time; OpenBLAS starts threads for more than 10,000.
 
@@ -146,23 +146,25 @@ def _errors(rows: _Rows, kind: Format | Recipe) -> Errors:
     return Errors(noise, largest)
 
 
-def packed_in_pieces(x: np.ndarray, type: str) -> tuple[gguf.Packed, Errors]:
-    """Returns a tensor in a block type of GGUF, quantized on all cores, and its errors.
+def packed_in_pieces(x: np.ndarray, type: str) -> tuple[np.ndarray, Errors]:
+    """Returns the bytes of a tensor in a block type of GGUF, made on all cores, and its errors.
 
     Args:
       x: a float32 tensor.
       type: a name in `jaxq.interop.gguf.TYPES`, whose blocks divide the last axis.
     """
     layout = gguf.TYPES[type]
-    rows = _Rows(x.reshape(-1, layout.block), layout.block)
-    data = np.empty((len(rows.blocks), layout.size), np.uint8)
+    size = x.size // layout.block * layout.size
+    rows, width = _Rows(x.reshape(1, -1), _ROW), _ROW // layout.block * layout.size
+    data = np.empty(size, np.uint8)
 
     def quantized(numbered: tuple[int, tuple[np.ndarray, np.ndarray | None]]) -> Errors:
         number, (piece, _) = numbered
-        packed = gguf.quantize(piece, type)
-        own = data[number * len(piece) : (number + 1) * len(piece)]
-        own[:] = np.asarray(packed.data)[: len(own)]
-        return errors_of(piece, np.asarray(packed.dequantize()))
+        packed, y = _packed(piece, type)
+        start = number * len(piece) * width
+        own = data[start : start + len(piece) * width]
+        own[:] = np.asarray(packed).reshape(-1)[: own.size]
+        return errors_of(piece, np.asarray(y))
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(quantized, enumerate(rows.pieces())))
@@ -170,7 +172,14 @@ def packed_in_pieces(x: np.ndarray, type: str) -> tuple[gguf.Packed, Errors]:
         math.fsum(part.noise for part in parts), max((part.max_error for part in parts), default=0)
     )
     shape = (*x.shape[:-1], x.shape[-1] // layout.block * layout.size)
-    return gguf.Packed(jnp.asarray(data.reshape(shape)), type, x.dtype), errors
+    return data.reshape(shape), errors
+
+
+@functools.partial(jax.jit, static_argnames="type")
+def _packed(piece: jax.Array, type: str) -> tuple[jax.Array, jax.Array]:
+    """Returns the bytes of a piece in a block type, and its quantized values."""
+    packed = gguf.quantize(piece, type)
+    return packed.data, packed.dequantize()
 
 
 def errors_of(x: np.ndarray, y: np.ndarray, buffer: np.ndarray | None = None) -> Errors:

@@ -164,7 +164,10 @@ def _plans(
                 name = conversion.name(entry.name)
         if name is not None:
             plans.append(_plan(Plan(entry, name, None), rules, args, target))
-    return plans
+    # Reading a tensor applies its scale, which must not be applied again.
+    scales = [file.scale_of(plan.entry) for plan in plans if plan.recipe is not None]
+    applied = {scale.name for scale in scales if scale is not None}
+    return [plan for plan in plans if plan.entry.name not in applied]
 
 
 def _plan(plan: Plan, rules: Sequence, args: argparse.Namespace, target: str) -> Plan:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -83,9 +83,10 @@ class Job:
             if isinstance(plan.recipe, str):
                 weights = self.importance.get(plan.name)
                 if weights is None:
-                    q, errors = packed_in_pieces(x, plan.recipe)
+                    data, errors = packed_in_pieces(x, plan.recipe)
                     self._add(plan, x, errors)
-                    return q
+                    # A NumPy array, because it goes to a file as it is.
+                    return gguf.Packed(cast(Any, data), plan.recipe, x.dtype)
                 q = gguf.quantize(x, plan.recipe, importance=weights)
             else:
                 assert plan.recipe is not None

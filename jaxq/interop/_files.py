@@ -56,12 +56,18 @@ class TensorFile:
     def read(self, entry: Entry) -> np.ndarray:
         """Returns the numbers of an entry as float32; only float64 numbers are rounded.
 
+        The values of an NVFP4 tensor in GGUF are multiplied by its scale (see `scale_of`).
+
         Raises:
           FileError: if the file has changed, or an archive's member is damaged.
         """
         if entry.packed is not None or entry.layout is not None:
             value = self.quantized(entry)
-            return value if isinstance(value, np.ndarray) else np.asarray(value.dequantize())
+            array = value if isinstance(value, np.ndarray) else np.asarray(value.dequantize())
+            scale = self.scale_of(entry)
+            if scale is None:
+                return array
+            return array * self.read(scale).reshape(-1, *(1,) * (array.ndim - 1))
         array = self.raw(entry)
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(array, np.float32).reshape(entry.shape)
@@ -89,6 +95,28 @@ class TensorFile:
             return entry.layout.build(arrays)
         except FileError as error:
             raise FileError(f"{self.path}: {entry.name!r}: {error}") from error
+
+    def scale_of(self, entry: Entry) -> Entry | None:
+        """Returns the float32 tensor by which the values of an NVFP4 tensor are multiplied.
+
+        Files that were converted from ModelOpt have it beside the weight, as `NAME.scale` for
+        `NAME.weight`: one number, or one per index of the first axis. None for any other tensor.
+
+        Raises:
+          FileError: the tensor has another dtype or another number of elements.
+        """
+        if entry.packed != "nvfp4":
+            return None
+        name = entry.name.removesuffix(".weight") + ".scale"
+        for other in self.entries:
+            if other.name == name:
+                if other.dtype != "F32" or other.size not in (1, entry.shape[0]):
+                    raise FileError(
+                        f"{self.path}: {name!r:.80} must hold 1 or {entry.shape[0]} float32 "
+                        f"numbers, got {other.dtype} of shape {other.shape}."
+                    )
+                return other
+        return None
 
     def packed(self, entry: Entry) -> Packed:
         """Returns an entry of a block type, still packed."""

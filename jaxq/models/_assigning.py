@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxq.models._experts import Experts
+from jaxq.models._marks import Mark
 from jaxq.models._matching import first_match, rules_of_parts, unused
 from jaxq.models._observers import Observable, Observer
 from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
@@ -26,6 +27,7 @@ __all__ = [
     "assign",
     "axes_of",
     "naming",
+    "of_mark",
     "on_axes",
     "unassigned",
     "weight_of",
@@ -239,6 +241,23 @@ def unassigned(product: Product) -> Assigned:
         table=None,
         calibrated=(None, None),
         reverse=product.reverse,
+    )
+
+
+def of_mark(mark: Mark) -> Assigned:
+    """Returns the assignment of a marked array, which is not a product."""
+    return Assigned(
+        recipe=None,
+        output=None,
+        swapped=False,
+        name=mark.name,
+        where=mark.where,
+        number=-1,
+        loops=mark.loops,
+        stacked=mark.stacked,
+        table=None,
+        calibrated=(None, None),
+        reverse=mark.reverse,
     )
 
 

@@ -109,6 +109,13 @@ def experts_of(owner: str, product: Product, operand: int, rules: Sequence[Rule 
             "differ only in the recipe of the weight, got other recipes for other tensors. Use "
             "recipes of the weight only, such as 'int4_g32', or one rule."
         )
+    recipe, _ = next(iter(others))
+    if recipe.hadamard or recipe.execution != "emulated" or recipe.residuals != "quantized":
+        raise ValueError(
+            f"{owner}: weights that {product.where} multiplies as one array with different recipes "
+            "must have no Hadamard transform, execution='emulated' and residuals='quantized', got "
+            "another product recipe. Give them one rule."
+        )
     return Experts(operand, axis, tuple(parts), others.pop())
 
 

@@ -115,7 +115,7 @@ def run_planned(
 ) -> tuple[list[Any], Mapping[str, Any]]:
     """Runs a planned function and returns its results and the calibration states."""
     traced, packed = planned.traced, planned.packed
-    what = program(planned.node, planned.chosen, bool(packed))
+    what = program(planned.node, planned.chosen, bool(packed), planned.marked)
     drawing = [a for a in what.all() if a.draws]
     needing = [a for a in drawing if a.needs_key]
     if needing and key is None:

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.records import state_repr
 from jaxq.models._states import Delayed, Frozen, Switched
 from jaxq.products import Probe, Row
+from jaxq.recipes import Recipe
 
 __all__ = ["Monitored"]
 
@@ -47,6 +49,15 @@ class Monitored:
 
     def __repr__(self) -> str:
         return state_repr(self, self.rows)
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipes of the monitored tensors by names such as `"up/lhs"`."""
+        return {
+            f"{product}/{tensor}": recipe
+            for product, row in self.rows.items()
+            for tensor, recipe in row.recipes
+        }
 
     def at(self, step: jax.typing.ArrayLike) -> "Monitored":
         """Returns the state for a step, in which statistics are computed if `every` divides it.
@@ -142,12 +153,29 @@ class Monitored:
         """
         return _statistics(self.rows, self.probe)
 
+    def check_gradient(self, owner: str) -> None:
+        """Raises a ValueError if this is a state and not the gradient with respect to one.
+
+        Args:
+          owner: the name of the calling function, for the error.
+        """
+        # The flag of a state is 1 in steps with statistics; a gradient with respect to it is 0.
+        if any(np.any(np.asarray(row.active) > 0) for row in self.rows.values()):
+            raise ValueError(
+                f"{owner}: statistics exist only in the gradient with respect to a state, got the "
+                "state. Differentiate the loss: value_and_grad(loss, (0, 1))(params, state)."
+            )
+
     def flat(self) -> dict[str, float]:
         """Returns the statistics as Python numbers by names such as `"up/lhs/sqnr_db"`.
 
         A layer of a scan over layers has its number after the product's name, as in
         `"layers/up/3/lhs/sqnr_db"`. Histograms are left out. Must not be called in `jax.jit`.
+
+        Raises:
+          ValueError: if this is a state and not the gradient with respect to one.
         """
+        self.check_gradient("Monitored.flat")
         found: dict[str, float] = {}
         for product, own in jax.device_get(self.statistics()).items():
             rank = self.rows[product].values.ndim - 1

@@ -1,31 +1,37 @@
 """Initial states of models whose products are monitored or switched."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import numpy as jnp
 
 from jaxq.models._assigning import Assigned, naming, unassigned
+from jaxq.models._marks import Mark
 from jaxq.models._monitored import Monitored
 from jaxq.models._operations import QUANTIZED, operation_of
 from jaxq.models._planning import plan
+from jaxq.models._reached import unreached
 from jaxq.models._reading import Product
 from jaxq.models._rules import Rules, as_rules, unmatched
 from jaxq.models._states import Delayed, Frozen, Switch, Switched
 from jaxq.products import (
     NO_SCALES,
+    PassLayouts,
     Probe,
     ProductRecipe,
     Row,
-    RowLayout,
     Running,
+    array_layouts,
     keys_of,
-    layout_of,
+    layouts_of,
 )
+from jaxq.recipes import Recipe
 
 __all__ = ["monitored", "switch", "switched"]
+
+_UNREACHED = "no floating-point result of the function is differentiable with respect to it"
 
 
 def monitored(
@@ -49,19 +55,20 @@ def monitored(
 
     def first(*args: Any, **kwargs: Any) -> Monitored:
         planned = plan(owner, fn, rules, argnums, args, kwargs)
-        rows = {}
-        chosen = _chosen(owner, patterns, planned.products)
+        reasons = {p.name: _reason(p) for p in (*planned.products, *planned.marks)}
+        for p in unreached(planned.node):
+            reasons[p.name] = reasons[p.name] or _UNREACHED
+        chosen = _chosen(owner, patterns, [*planned.products, *planned.marks], reasons)
+        rows: dict[str, Row] = {}
         for product, assigned in zip(planned.products, planned.chosen, strict=True):
-            if product.number not in chosen:
-                continue
-            with naming(owner, product.where):
-                layout = _layout(probe, product, assigned or unassigned(product))
-            rows[product.name] = Row(
-                jnp.zeros((*product.stacks, layout.size), jnp.float32),
-                jnp.ones(product.stacks, jnp.float32),
-                layout,
-                probe,
-            )
+            if product.name in chosen:
+                with naming(owner, product.where):
+                    rows[product.name] = _row(probe, product, assigned or unassigned(product))
+        for mark in planned.marks:
+            if mark.name in chosen:
+                with naming(owner, mark.where):
+                    rows[mark.name] = _empty(mark.stacks, array_layouts(probe, mark.out), probe)
+        rows = {name: row for name, row in rows.items() if row.layout.size}
         scaling = rules if isinstance(rules, Frozen | Delayed | Switched) else None
         return Monitored(rows, scaling, as_rules(owner, rules), probe)
 
@@ -137,13 +144,25 @@ def switched(
     return first
 
 
-def _chosen(owner: str, patterns: Sequence[str], products: Sequence[Product]) -> set[int]:
-    """Returns the numbers of the products to monitor."""
-    found: set[int] = set()
+def _chosen(
+    owner: str,
+    patterns: Sequence[str],
+    products: Sequence[Product | Mark],
+    reasons: Mapping[str, str],
+) -> dict[str, Product | Mark]:
+    """Returns the products and marked arrays to monitor, by their names.
+
+    Args:
+      owner: the name of the calling function, for errors.
+      patterns: the regular expressions of the request.
+      products: all products and marked arrays.
+      reasons: for each name, the reason why it cannot be monitored, or "".
+    """
+    found: dict[str, Product | Mark] = {}
     names = {product.name: product for product in products}
     for pattern in patterns:
         matching = [p for name, p in names.items() if re.search(pattern, name)]
-        able = [p for p in matching if not _reason(p)]
+        able = [p for p in matching if not reasons[p.name]]
         if not matching:
             raise ValueError(
                 f"{owner}: `products`: "
@@ -152,17 +171,17 @@ def _chosen(owner: str, patterns: Sequence[str], products: Sequence[Product]) ->
         if not able:
             raise ValueError(
                 f"{owner}: `products` {pattern!r} matches only {matching[0].where}, which cannot "
-                f"be monitored: {_reason(matching[0])}. Remove the pattern."
+                f"be monitored: {reasons[matching[0].name]}. Remove the pattern."
             )
-        found.update(p.number for p in able)
+        found.update({p.name: p for p in able})
     return found
 
 
-def _reason(product: Product) -> str:
-    """Returns the reason why a product cannot be monitored, or ""."""
-    if product.operation not in QUANTIZED:
-        return "only matrix products and convolutions are"
-    if product.barred:
+def _reason(product: Product | Mark) -> str:
+    """Returns the reason why a product or a marked array cannot be monitored, or ""."""
+    if isinstance(product, Product) and product.operation not in QUANTIZED:
+        return "only matrix products, convolutions and marked arrays are"
+    if isinstance(product, Product) and product.barred:
         return product.barred
     if not product.reverse:
         return "its cotangent is unknown in a while loop or under a custom derivative"
@@ -171,14 +190,28 @@ def _reason(product: Product) -> str:
     return ""
 
 
-def _layout(probe: Probe, product: Product, assigned: Assigned) -> RowLayout:
-    """Returns the layout of a product's row."""
+def _row(probe: Probe, product: Product, assigned: Assigned) -> Row:
+    """Returns the row of a product."""
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in product.eqn.invars]
     first, second = assigned.order(shapes[:2])
     arguments: Any = tuple(shapes[2:])
     operation = operation_of(product.eqn, product.where, assigned.swapped, arguments)
     recipe = assigned.recipe or ProductRecipe()
     keys = jax.eval_shape(lambda: keys_of(jax.random.key(0))) if recipe.draws else None
-    return layout_of(
-        probe, Running(operation, (first, second), recipe, keys, NO_SCALES), assigned.output
-    )
+    running = Running(operation, (first, second), recipe, keys, NO_SCALES)
+    recipes = running.recipes
+    if assigned.output is not None:
+        recipes["output"] = assigned.output
+    layout = layouts_of(probe, running, assigned.output)
+    return _empty(product.stacks, layout, probe, tuple(recipes.items()))
+
+
+def _empty(
+    stacks: tuple[int, ...],
+    layout: PassLayouts,
+    probe: Probe,
+    recipes: tuple[tuple[str, Recipe], ...] = (),
+) -> Row:
+    """Returns a row without statistics, or one for each layer."""
+    values = jnp.zeros((*stacks, layout.size), jnp.float32)
+    return Row(values, jnp.ones(stacks, jnp.float32), layout, probe, recipes)

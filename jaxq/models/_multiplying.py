@@ -15,6 +15,7 @@ from jaxq._jax.draws import fold_in, one_of
 from jaxq.models._adapting import adapter_product
 from jaxq.models._assigning import TENSORS, Assigned, naming
 from jaxq.models._looking_up import look_up
+from jaxq.models._marks import MARK
 from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
 from jaxq.models._programs import Extra, Records, States
 from jaxq.models._stored_views import unpacked
@@ -30,6 +31,7 @@ from jaxq.products import (
     keys_of,
     product,
     record,
+    record_array,
     record_row,
 )
 from jaxq.quantizers import fake_quant
@@ -79,7 +81,7 @@ def multiply(
     operands: list[Any],
     observing: bool,
 ) -> tuple[jax.Array, States]:
-    """Computes one product and its calibration states.
+    """Computes one product and its calibration states, or returns a marked array.
 
     Args:
       eqn: the product's equation.
@@ -89,7 +91,13 @@ def multiply(
       operands: arrays, with `StoredView`s for stored weights.
       observing: True to collect calibration states.
     """
-    adapter = extra.records.get(assigned.name, Records()).adapter
+    records = extra.records.get(assigned.name, Records())
+    if eqn.primitive.name == MARK:
+        (y,) = compat.bind(eqn, list(map(unpacked, operands)))
+        assert records.row is not None
+        with compat.within(eqn), naming(assigned.where):
+            return record_array(y, records.row), {}
+    adapter = records.adapter
     if adapter is None:
         return _multiplied(eqn, assigned, extra, keys, operands, observing)
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxq.models._adapting import Adapted
-from jaxq.models._assigning import Assigned, assign, naming, unassigned, weight_of
+from jaxq.models._assigning import Assigned, assign, naming, of_mark, unassigned, weight_of
+from jaxq.models._marks import Mark
 from jaxq.models._monitored import Monitored
 from jaxq.models._programs import Records
 from jaxq.models._reading import Node, Product, read
@@ -30,6 +31,7 @@ class Planned:
       traced: the function's program and its arguments.
       node: the tree of the program's products.
       products: all products, in order.
+      marks: all marked arrays, in order.
       chosen: the assignment of each product, without the recipe of a stored weight.
       stored: the storage of the weights that rules quantize, and reasons for those not stored.
       scales: the scales from calibration, by the products' names.
@@ -39,10 +41,16 @@ class Planned:
     traced: Traced
     node: Node
     products: list[Product]
+    marks: list[Mark]
     chosen: list[Assigned | None]
     stored: Storages
     scales: Mapping[str, Any]
     records: Mapping[str, Records]
+
+    @property
+    def marked(self) -> dict[str, Assigned]:
+        """The assignments of the marked arrays that have records, by their names."""
+        return {mark.name: of_mark(mark) for mark in self.marks if mark.name in self.records}
 
     @property
     def packed(self) -> dict[int, StoredView]:
@@ -76,11 +84,11 @@ def plan(
     adapters = rules.adapters if isinstance(rules, Adapted) else {}
     traced = trace(owner, fn, argnums, args, kwargs)
     refuse_states(owner, traced.parameters[0])
-    node, products = read(traced.jaxpr, traced.origins)
+    node, products, marks = read(traced.jaxpr, traced.origins)
     closed = any(np.ndim(array) > 1 for array in traced.jaxpr.consts)
     chosen = assign(owner, as_rules(owner, rules), products, traced.paths, closed=closed)
     _check_state(owner, rules, chosen)
-    _check_rows(owner, rows, products)
+    _check_rows(owner, rows, [*products, *marks])
     chosen = [
         unassigned(product) if assigned is None and product.name in rows else assigned
         for product, assigned in zip(products, chosen, strict=True)
@@ -96,7 +104,7 @@ def plan(
             _without_weight(owner, product, assigned, packed, stored)
             for product, assigned in zip(products, chosen, strict=True)
         ]
-    return Planned(traced, node, products, chosen, stored, scales, records)
+    return Planned(traced, node, products, marks, chosen, stored, scales, records)
 
 
 def _packed(traced: Traced) -> dict[int, Quantized]:
@@ -135,15 +143,15 @@ def _check_adapters(owner: str, rules: Adapted, chosen: Sequence[Assigned | None
             )
 
 
-def _check_rows(owner: str, rows: Mapping[str, Row], products: Sequence[Product]) -> None:
-    """Checks that a function has all products that a state monitors."""
+def _check_rows(owner: str, rows: Mapping[str, Row], products: Sequence[Product | Mark]) -> None:
+    """Checks that a function has all products and arrays that a state monitors."""
     known = {product.name: product for product in products}
     for name, row in rows.items():
         if name not in known:
             raise ValueError(
-                f"{owner}: the state passed as `rules` monitors product {name!r}, which the "
-                f"function lacks. Its products are {', '.join(sorted(known)[:3])}. Make the state "
-                "by jaxq.analysis.monitor from this function."
+                f"{owner}: the state passed as `rules` monitors {name!r}, which the function "
+                f"lacks. Its products and marked arrays are {', '.join(sorted(known)[:3])}. Make "
+                "the state by jaxq.analysis.monitor from this function."
             )
         if row.active.shape != known[name].stacks:
             raise ValueError(

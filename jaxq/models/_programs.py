@@ -6,6 +6,7 @@ per layer, with one leading axis for every scan between the program and the prod
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -153,7 +154,12 @@ class Extra(NamedTuple):
         return self._replace(scales=scales, records=records, vectors=vectors)
 
 
-def program(node: Node, chosen: Sequence[Assigned | None], stored: bool = False) -> Program:
+def program(
+    node: Node,
+    chosen: Sequence[Assigned | None],
+    stored: bool = False,
+    marked: Mapping[str, Assigned] = MappingProxyType({}),
+) -> Program:
     """Returns the program of a node with the assignments of its products.
 
     Args:
@@ -161,11 +167,13 @@ def program(node: Node, chosen: Sequence[Assigned | None], stored: bool = False)
       chosen: the assignment of each product, or None.
       stored: True if weights are stored, so that programs that return them are also run equation
         by equation.
+      marked: the assignments of the marked arrays to monitor, by their names.
     """
     products = [(i, chosen[product.number]) for i, product in node.products.items()]
+    products += [(i, marked.get(mark.name)) for i, mark in node.marks.items()]
     inner = []
-    for i, nodes in node.inner.items():
-        programs = tuple(program(n, chosen, stored) for n in nodes)
+    for i, nodes in {**node.inner, **(node.marked if marked else {})}.items():
+        programs = tuple(program(n, chosen, stored, marked) for n in nodes)
         if any(any(p.all()) for p in programs) or (stored and nodes[0].returns_weights):
             inner.append((i, programs))
     return Program(

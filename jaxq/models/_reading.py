@@ -10,19 +10,20 @@ normalization, is also a weight.
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
+from jaxq.models._marks import MARK, Mark
 from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED, contraction_of
 from jaxq.models._origins import CONSTANT, Origin
 from jaxq.models._views import computed, through
 from jaxq.products import Axes
 
-__all__ = ["Node", "Product", "flops", "read", "table_axes"]
+__all__ = ["Node", "Product", "Reading", "flops", "read", "table_axes"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -92,19 +93,37 @@ class Product:
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """A program with its products and the nodes of its inner programs, both by equation.
+    """A program with its products, marks and the nodes of its inner programs, by equation.
 
     Attributes:
       jaxpr: the program.
       products: its products by equation.
       inner: the nodes, by equation, of inner programs that have products or return weights.
       returns_weights: True if a result is a view of parameters.
+      marks: its marked arrays by equation.
+      marked: the nodes, by equation, of inner programs that have marks but are not in `inner`.
     """
 
     jaxpr: Any
     products: dict[int, Product] = dataclasses.field(default_factory=dict)
     inner: dict[int, tuple["Node", ...]] = dataclasses.field(default_factory=dict)
     returns_weights: bool = False
+    marks: dict[int, Mark] = dataclasses.field(default_factory=dict)
+    marked: dict[int, tuple["Node", ...]] = dataclasses.field(default_factory=dict)
+
+
+class Reading(NamedTuple):
+    """The result of `read`.
+
+    Attributes:
+      node: the program's node.
+      products: all products in the order in which they run.
+      marks: all marked arrays in the order in which they are computed.
+    """
+
+    node: Node
+    products: list[Product]
+    marks: list[Mark]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,17 +136,15 @@ class _Frame:
     loops: tuple[int, ...] = ()
     barred: str = ""
     reverse: bool = True
+    stacked: frozenset[int] = frozenset()
 
 
-def read(jaxpr: Any, origins: Sequence[Origin | None]) -> tuple[Node, list[Product]]:
-    """Finds the products of a program.
+def read(jaxpr: Any, origins: Sequence[Origin | None]) -> Reading:
+    """Finds the products and the marked arrays of a program.
 
     Args:
       jaxpr: the result of `jax.make_jaxpr`.
       origins: the origins of its arguments.
-
-    Returns:
-      The program's node, and all products in the order in which they run.
     """
     products: list[Product] = []
     node, _ = _read(jaxpr, origins, _Frame(), products)
@@ -140,7 +157,21 @@ def read(jaxpr: Any, origins: Sequence[Origin | None]) -> tuple[Node, list[Produ
         seen[base] = seen.get(base, 0) + 1
         product.name = base if seen[base] == 1 else f"{base}#{seen[base]}"
         product.number = number
-    return node, products
+    marks = list(_marks(node))
+    for mark in marks:
+        base = mark.name
+        seen[base] = seen.get(base, 0) + 1
+        mark.name = base if seen[base] == 1 else f"{base}#{seen[base]}"
+    return Reading(node, products, marks)
+
+
+def _marks(node: Node) -> Iterator[Mark]:
+    """Yields all marks of a node in the order in which they are computed."""
+    for i in sorted({*node.marks, *node.inner, *node.marked}):
+        if i in node.marks:
+            yield node.marks[i]
+        for inside in (*node.inner.get(i, ()), *node.marked.get(i, ())):
+            yield from _marks(inside)
 
 
 def _read(
@@ -175,12 +206,27 @@ def _read(
             returns = eqn.primitive.name in compat.AROUND and nodes[0].returns_weights
             if returns or any(inner.products or inner.inner for inner in nodes):
                 node.inner[i] = nodes
+            elif any(inner.marks or inner.marked for inner in nodes):
+                node.marked[i] = nodes
         else:
             results = through(eqn, operands)
+            if eqn.primitive.name == MARK and not frame.barred:
+                node.marks[i] = _mark(eqn, frame)
         known.update(zip(eqn.outvars, results, strict=True))
     results = [origin(variable) for variable in body.outvars]
     node.returns_weights = any(o is not None and not o.computed for o in results)
     return node, results
+
+
+def _mark(eqn: Any, frame: _Frame) -> Mark:
+    return Mark(
+        _shape(eqn.outvars[0].aval),
+        compat.source_of(eqn, frame.source),
+        frame.loops,
+        frame.stacked,
+        frame.reverse,
+        eqn.params["name"],
+    )
 
 
 def _joined(*parts: str) -> str:
@@ -272,7 +318,14 @@ def _inside(
         times = None if frame.times is None else frame.times * count
         depth = len(frame.loops)
         slices = [o and o.rows(depth) for o in origins[first:]]
-        node, results = run(inner[0], own + slices, times=times, loops=(*frame.loops, count))
+        layers = {depth} if any(o is not None and o.leaves for o in origins[first:]) else set()
+        node, results = run(
+            inner[0],
+            own + slices,
+            times=times,
+            loops=(*frame.loops, count),
+            stacked=frame.stacked | layers,
+        )
         return (node,), own[consts:] + nothing[carry:]
     if name == "while":
         conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]

@@ -101,9 +101,8 @@ def storages(products: Sequence[Product], chosen: Sequence[Assigned | None]) -> 
         if weight is None:
             continue
         weights[product.number] = weight.origin
-        assert assigned is not None
-        assert assigned.recipe is not None
-        if assigned.recipe.hadamard is not None:
+        recipe = None if assigned is None else assigned.recipe
+        if recipe is not None and recipe.hadamard is not None:
             reasons[product.number] = "its product quantizes its Hadamard transform"
             continue
         try:

@@ -25,6 +25,7 @@ from jaxq.products._dots import (
 from jaxq.products._execution import Codes, DotOfCodes
 from jaxq.products._hadamard import Hadamard
 from jaxq.products._histories import History, can_delay, record
+from jaxq.products._layouts import PassLayouts, Scaled, Tally
 from jaxq.products._operation import Operation
 from jaxq.products._plan import Pair
 from jaxq.products._products import NO_SCALES, check, check_gradients, keys_of, product
@@ -35,9 +36,9 @@ from jaxq.products._recipe import (
     is_stochastic,
     product_records,
 )
-from jaxq.products._rows import Probe, Row, RowLayout, Scaled, Tally, layout_of, record_row
+from jaxq.products._rows import Probe, Row, array_layouts, layouts_of, record_array, record_row
 from jaxq.products._stored import in_parts, stored_dot_general
-from jaxq.products._tensors import Results, Running, Tensor
+from jaxq.products._tensors import Gradient, Operands, Results, Running, Tensor
 
 __all__ = [
     "PRODUCT_RECIPES",

@@ -87,11 +87,11 @@ class Plan(NamedTuple):
 
     def prepare(self, lhs: jax.Array, rhs: jax.Array, keys: Key, scales: Pair) -> Prepared:
         """Returns the operands after the Hadamard transform and after fake quantization."""
-        values = self._rotated(lhs, rhs, keys)
-        given = self._given(*values, scales)
+        values = self.rotated(lhs, rhs, keys)
+        given = self.given(*values, scales)
         return Prepared(values, self._quantized(*values, keys, given), given)
 
-    def _rotated(self, lhs: jax.Array, rhs: jax.Array, keys: Key) -> tuple[jax.Array, jax.Array]:
+    def rotated(self, lhs: jax.Array, rhs: jax.Array, keys: Key) -> tuple[jax.Array, jax.Array]:
         """Returns the operands after the Hadamard transform."""
         if self.hadamard is None:
             return lhs, rhs
@@ -102,7 +102,7 @@ class Plan(NamedTuple):
             rotated.append(y if x.dtype == y.dtype else cast(y, x.dtype).astype(x.dtype))
         return rotated[0], rotated[1]
 
-    def _given(
+    def given(
         self, lhs: jax.Array, rhs: jax.Array, scales: Pair
     ) -> tuple[Calibrated | None, Calibrated | None]:
         """Returns the precomputed scales of the operands, with `Amax` converted to scales."""

@@ -4,169 +4,27 @@
     y   = record_row(product, row, …)         sends statistics to the row's cotangent
 
 Statistics of cotangents exist only in the backward pass, so they leave as amax values do in delayed
-scaling (`_histories.py`). A row has three kinds of numbers, which merge by addition, by a maximum,
-and by an addition of values that have exponents of their own. A row of zeros is neutral, because
-JAX creates cotangents of zeros for branches that do not run.
+scaling (`_histories.py`). `_layouts.py` defines the places of the numbers in a row.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import numpy as np
 from jax import lax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxq._jax.arithmetic import barrier
-from jaxq._jax.meshes import varying
+from jaxq._jax.meshes import like, varying
 from jaxq.products._cotangents import with_transpose
-from jaxq.products._tensors import Running
+from jaxq.products._layouts import PassLayouts, RowLayout, Tally
+from jaxq.products._tensors import Gradient, Operands, Running
 from jaxq.recipes import Recipe
 
-__all__ = ["Probe", "Row", "RowLayout", "Scaled", "Tally", "layout_of", "record_row"]
-
-
-class Scaled(NamedTuple):
-    """A float32 number value · 2^exponent that cannot overflow; 0 whenever the value is 0."""
-
-    value: jax.Array
-    exponent: jax.Array
-
-
-class Tally(NamedTuple):
-    """Numbers by name, each with the way in which two of them merge.
-
-    Attributes:
-      added: float32 vectors that are added.
-      largest: nonnegative float32 scalars of which the larger one counts.
-      scaled: numbers with an exponent that are added.
-    """
-
-    added: Mapping[str, jax.Array]
-    largest: Mapping[str, jax.Array]
-    scaled: Mapping[str, Scaled]
-
-    def join(self, other: "Tally") -> "Tally":
-        """Returns a tally with the names of both."""
-        return Tally(
-            {**self.added, **other.added},
-            {**self.largest, **other.largest},
-            {**self.scaled, **other.scaled},
-        )
-
-    def prefixed(self, prefix: str) -> "Tally":
-        """Returns the tally with a prefix and a slash before every name."""
-        return Tally(
-            {f"{prefix}/{name}": x for name, x in self.added.items()},
-            {f"{prefix}/{name}": x for name, x in self.largest.items()},
-            {f"{prefix}/{name}": x for name, x in self.scaled.items()},
-        )
-
-    def split(self) -> "dict[str, Tally]":
-        """Returns the tallies from which `prefixed` has made this one, by their prefixes."""
-        found: dict[str, Tally] = {}
-        for kind, part in enumerate(self):
-            for path, x in part.items():
-                prefix, _, name = path.rpartition("/")
-                own: Any = found.setdefault(prefix, Tally({}, {}, {}))[kind]
-                own[name] = x
-        return found
-
-
-@dataclasses.dataclass(frozen=True)
-class RowLayout:
-    """The places of a tally's numbers in a row.
-
-    Attributes:
-      added: the names of the added vectors and their lengths.
-      largest: the names of the largest values.
-      scaled: the names of the numbers with exponents.
-    """
-
-    added: tuple[tuple[str, int], ...]
-    largest: tuple[str, ...]
-    scaled: tuple[str, ...]
-
-    @classmethod
-    def of(cls, tally: Tally) -> "RowLayout":
-        """Returns the layout of a tally of arrays or of their shapes."""
-        added = tuple((name, math.prod(x.shape)) for name, x in sorted(tally.added.items()))
-        return cls(added, tuple(sorted(tally.largest)), tuple(sorted(tally.scaled)))
-
-    @property
-    def ends(self) -> tuple[int, int, int, int]:
-        """The ends of the four parts: added, largest, values and exponents."""
-        first = sum(n for _, n in self.added)
-        second = first + len(self.largest)
-        return first, second, second + len(self.scaled), second + 2 * len(self.scaled)
-
-    @property
-    def size(self) -> int:
-        """The number of elements of a row."""
-        return self.ends[-1]
-
-    def pack(self, tally: Tally) -> jax.Array:
-        """Returns the row of a tally."""
-        parts = [part.astype(jnp.float32) for part in self._parts(tally)]
-        return jnp.concatenate(parts) if parts else jnp.zeros(0, jnp.float32)
-
-    def order(self, first: "RowLayout", second: "RowLayout") -> np.ndarray:
-        """Returns the indices of this row's elements in the concatenation of two rows."""
-        tallies = first.unpack(np.arange(first.size)), second.unpack(np.arange(second.size))
-        moved = jax.tree.map(lambda x: x + first.size, tallies[1])
-        return np.concatenate(self._parts(tallies[0].join(moved)))
-
-    def _parts(self, tally: Tally) -> list[Any]:
-        parts = [tally.added[name].reshape(-1) for name, _ in self.added]
-        parts += [tally.largest[name].reshape(1) for name in self.largest]
-        parts += [tally.scaled[name].value.reshape(1) for name in self.scaled]
-        return parts + [tally.scaled[name].exponent.reshape(1) for name in self.scaled]
-
-    def unpack(self, row: Any) -> Tally:
-        """Returns the tally of a row, or of rows with leading axes."""
-        added, at = {}, 0
-        for name, n in self.added:
-            added[name] = row[..., at : at + n]
-            at += n
-        largest = {name: row[..., at + i] for i, name in enumerate(self.largest)}
-        values, exponents = self.ends[1], self.ends[2]
-        scaled = {
-            name: Scaled(row[..., values + i], row[..., exponents + i])
-            for i, name in enumerate(self.scaled)
-        }
-        return Tally(added, largest, scaled)
-
-    def merge(self, rows: jax.Array) -> jax.Array:
-        """Merges rows along the first axis."""
-        first, second, third, _ = self.ends
-        values, exponents = rows[..., second:third], rows[..., third:]
-        used = jnp.where(values != 0, exponents, -jnp.inf)
-        top = used.max(0)
-        top = jnp.where(jnp.isfinite(top), top, np.float32(0))
-        # Terms that are smaller by more than the range of float32 become 0.
-        steps = lax.clamp(
-            np.float32(-127), jnp.where(values != 0, used - top[None], 0), np.float32(0)
-        )
-        factors = jnp.where(steps > -127, _power_of_two(steps), np.float32(0))
-        return jnp.concatenate(
-            [
-                rows[..., :first].sum(0),
-                rows[..., first:second].max(0),
-                (values * factors).sum(0),
-                top,
-            ],
-            -1,
-        )
-
-
-def _power_of_two(exponent: jax.Array) -> jax.Array:
-    """Returns 2^exponent for whole float32 exponents from -126 to 127, exactly."""
-    bits = (lax.max(exponent, np.float32(-126)).astype(jnp.int32) + np.int32(127)) << np.int32(23)
-    return lax.bitcast_convert_type(bits, jnp.float32)
+__all__ = ["Probe", "Row", "array_layouts", "layouts_of", "record_array", "record_row"]
 
 
 class Probe(Protocol):
@@ -182,18 +40,43 @@ class Probe(Protocol):
         """True if the backward pass needs the values of the operands."""
         ...
 
-    def forward(self, running: Running, y: jax.Array, output: Recipe | None) -> Tally:
+    def forward(
+        self, running: Running, operands: Operands, y: jax.Array, output: Recipe | None
+    ) -> Tally:
         """Returns the statistics that are known in the forward pass.
 
         Args:
-          running: the product with its operands.
+          running: the product.
+          operands: its operands before and after quantization.
           y: its result.
           output: the recipe of the result, if it has one.
         """
         ...
 
-    def backward(self, running: Running, cotangent: jax.Array) -> Tally:
-        """Returns the statistics that are known in the backward pass."""
+    def backward(
+        self,
+        running: Running,
+        operands: Operands | None,
+        gradients: tuple[Gradient, Gradient],
+        cotangent: jax.Array,
+    ) -> Tally:
+        """Returns the statistics that are known in the backward pass.
+
+        Args:
+          running: the product; its operands are zeros unless `keeps_operands`.
+          operands: as in `forward`, or None unless `keeps_operands`.
+          gradients: the operands of the two products of the gradient.
+          cotangent: the cotangent of the result.
+        """
+        ...
+
+    def array(self, tensor: str, x: jax.Array) -> Tally:
+        """Returns the statistics of a marked array or of its cotangent.
+
+        Args:
+          tensor: `"output"` for the array, `"cotangent"` for its cotangent.
+          x: the array.
+        """
         ...
 
     def finish(self, tally: Tally) -> dict[str, jax.Array]:
@@ -204,7 +87,7 @@ class Probe(Protocol):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "active"],
-    meta_fields=["layout", "probe"],
+    meta_fields=["layout", "probe", "recipes"],
 )
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -213,14 +96,16 @@ class Row:
     Attributes:
       values: float32 `[..., size]`.
       active: float32 `[...]`; 0 in steps without statistics.
-      layout: the places of the statistics.
+      layout: the places of the statistics of both passes.
       probe: the definition of the statistics.
+      recipes: the names of the quantized tensors and their recipes.
     """
 
     values: jax.Array
     active: jax.Array
-    layout: RowLayout
+    layout: PassLayouts
     probe: Probe
+    recipes: tuple[tuple[str, Recipe], ...] = ()
 
     def spread(self, count: int) -> "Row":
         """Copies the row for `count` products; its cotangent merges theirs."""
@@ -234,8 +119,8 @@ class Row:
         return dataclasses.replace(self, values=values, active=active)
 
 
-def layout_of(probe: Probe, running: Running, output: Recipe | None) -> RowLayout:
-    """Returns the layout of a product's row, from shapes alone.
+def layouts_of(probe: Probe, running: Running, output: Recipe | None) -> PassLayouts:
+    """Returns the layouts of a product's row, from shapes alone.
 
     Args:
       probe: the definition of the statistics.
@@ -243,20 +128,26 @@ def layout_of(probe: Probe, running: Running, output: Recipe | None) -> RowLayou
       output: the recipe of the result, if it has one.
     """
 
-    def both(operands: Any, keys: Any, scales: Any) -> Tally:
+    def both(operands: Any, keys: Any, scales: Any) -> tuple[Tally, Tally]:
         own = dataclasses.replace(running, operands=operands, keys=keys, scales=scales)
-        y = own.operation.function(*operands, *own.operation.arguments)
-        return probe.forward(own, y, output).join(probe.backward(own, y))
+        y, tensors = own.operation.function(*operands, *own.operation.arguments), own.forward
+        forward = probe.forward(own, tensors, y, output)
+        return forward, probe.backward(own, tensors, own.gradients(y, tensors), y)
 
-    return RowLayout.of(jax.eval_shape(both, running.operands, running.keys, running.scales))
+    tallies = jax.eval_shape(both, running.operands, running.keys, running.scales)
+    return PassLayouts(*map(RowLayout.of, tallies))
 
 
-def record_row(
-    y: jax.Array,
-    row: Row,
-    running: Running,
-    output: Recipe | None = None,
-) -> jax.Array:
+def array_layouts(probe: Probe, x: jax.ShapeDtypeStruct) -> PassLayouts:
+    """Returns the layouts of the row of a marked array, from its shape and dtype."""
+
+    def both(x: jax.Array) -> tuple[Tally, Tally]:
+        return probe.array("output", x), probe.array("cotangent", x)
+
+    return PassLayouts(*map(RowLayout.of, jax.eval_shape(both, x)))
+
+
+def record_row(y: jax.Array, row: Row, running: Running, output: Recipe | None = None) -> jax.Array:
     """Returns a product whose gradient records statistics in a row.
 
     Args:
@@ -268,43 +159,103 @@ def record_row(
     Returns:
       y.
     """
-    devices, shared = varying(y), varying(row.values)
-    layout, probe = row.layout, row.probe
-    operation, recipe = running.operation, running.recipe
+    probe, operation = row.probe, running.operation
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in running.operands]
-    arrays = (running.operands, operation.arguments, running.keys, running.scales)
+    rest = (operation.arguments, running.keys, running.scales)
 
-    def restored(arrays: Any) -> Running:
-        operands, arguments, keys, scales = arrays
+    def restored(operands: Any, rest: Any) -> Running:
+        arguments, keys, scales = rest
         own = dataclasses.replace(operation, arguments=arguments)
-        return Running(own, operands, recipe, keys, scales)
+        return Running(own, operands, running.recipe, keys, scales)
 
-    def forward(y: jax.Array, arrays: Any) -> Tally:
-        return probe.forward(restored(arrays), y, output)
+    def forward(y: jax.Array, operands: Any, rest: Any) -> _Stage:
+        tensors = restored(operands, rest).forward
+        y, operands, tensors = _separate((y, operands, tensors))
+        kept = (operands, tensors) if probe.keeps_operands else None
+        own = restored(operands, rest)
+        return _Stage(lambda: probe.forward(own, tensors, y, output), (kept, rest))
 
-    def backward(cotangent: jax.Array, arrays: Any) -> Tally:
-        return probe.backward(restored(arrays), cotangent)
+    def backward(cotangent: jax.Array, kept: Any, rest: Any) -> _Stage:
+        # Shapes suffice without `kept`, so that the operands are not kept in memory.
+        operands, tensors = kept or (tuple(map(jnp.zeros_like, shapes)), None)
+        own = restored(operands, rest)
+        cotangent, gradients = _separate((cotangent, own.gradients(cotangent, tensors)))
+        return _Stage(lambda: probe.backward(own, tensors, gradients, cotangent))
 
-    before, after = (RowLayout.of(jax.eval_shape(f, y, arrays)) for f in (forward, backward))
-    order = layout.order(before, after)
+    return _recorded(y, row, (running.operands, rest), forward, backward)
+
+
+def record_array(x: jax.Array, row: Row) -> jax.Array:
+    """Returns an array whose gradient records its statistics and those of its cotangent in a row.
+
+    Args:
+      x: the array.
+      row: the row of the array.
+
+    Returns:
+      x.
+    """
+
+    def stage(tensor: str) -> Callable[..., _Stage]:
+        def found(x: jax.Array) -> _Stage:
+            x = _separate(x)
+            return _Stage(lambda: row.probe.array(tensor, x))
+
+        return found
+
+    return _recorded(x, row, (), stage("output"), stage("cotangent"))
+
+
+class _Stage(NamedTuple):
+    """The statistics of the forward or of the backward pass.
+
+    The tensors that `tally` uses are computed in every step, not only in those with statistics. As
+    the product computes equal ones, XLA computes them once.
+
+    Attributes:
+      tally: a function that computes the statistics.
+      kept: the arrays that the backward pass needs.
+    """
+
+    tally: Callable[[], Tally]
+    kept: tuple[Any, ...] = ()
+
+
+def _recorded(
+    y: jax.Array,
+    row: Row,
+    arrays: tuple[Any, ...],
+    forward: Callable[..., _Stage],
+    backward: Callable[..., _Stage],
+) -> jax.Array:
+    """Returns y; statistics are the cotangent of the row.
+
+    Args:
+      y: the array.
+      row: the row.
+      arrays: further arguments of `forward`.
+      forward: `(y, *arrays) -> _Stage`.
+      backward: `(cotangent, *kept) -> _Stage`.
+    """
+    devices, shared = varying(y), varying(row.values)
+    sharding = like(y).sharding
+    layout, probe = row.layout, row.probe
 
     def everywhere(x: jax.Array) -> jax.Array:
         return lax.pcast(x, tuple(devices - varying(x)), to="varying")
 
-    def run(part: RowLayout, function: Callable[..., Tally], active: jax.Array, *of: Any) -> Any:
-        def measured(*of: Any) -> jax.Array:
-            return everywhere(part.pack(function(*of)))
+    def run(part: RowLayout, active: jax.Array, tally: Callable[[], Tally]) -> jax.Array:
+        def measured() -> jax.Array:
+            return everywhere(part.pack(tally()))
 
-        def skipped(*_: Any) -> jax.Array:
+        def skipped() -> jax.Array:
             return everywhere(jnp.zeros(part.size, jnp.float32))
 
-        if row.probe.every == 1:
-            return measured(*of)
-        return lax.cond(active > 0, measured, skipped, *of)
+        return measured() if probe.every == 1 else lax.cond(active > 0, measured, skipped)
 
     def zeros(values: jax.Array, *_: Any) -> jax.Array:
         del values
-        return everywhere(jnp.zeros(y.shape, y.dtype))
+        return everywhere(jnp.zeros(y.shape, y.dtype, device=sharding))
 
     @jax.custom_jvp
     def recorded(y: jax.Array, values: jax.Array, active: jax.Array, arrays: Any) -> jax.Array:
@@ -317,25 +268,19 @@ def record_row(
         if isinstance(moved_values, SymbolicZero):
             return primals[0], parts[0] if parts else jnp.zeros_like(primals[0])
         y, _, active, arrays = jax.tree.map(lax.stop_gradient, primals)
-        # XLA must neither compute statistics of constants when it compiles, which is slow, nor fuse
-        # them with the step, which could change its bits.
-        y, operands = barrier((y, arrays[0]))
-        arrays = (operands, *arrays[1:])
-        known = run(before, forward, active, y, arrays)
-        if not probe.keeps_operands:
-            arrays = (None, *arrays[1:])
-        leaves, structure = jax.tree.flatten((known, active, arrays))
+        stage = forward(y, *arrays)
+        known = run(layout.forward, active, stage.tally)
+        leaves, structure = jax.tree.flatten((known, active, stage.kept))
 
         def seen(cotangent: jax.Array, element: jax.Array, *leaves: Any) -> jax.Array:
             del element  # It is batched whenever the product is.
-            known, active, arrays = jax.tree.unflatten(structure, leaves)
-            if arrays[0] is None:  # Shapes suffice, so that the operands are not kept in memory.
-                arrays = (tuple(map(jnp.zeros_like, shapes)), *arrays[1:])
-            later = run(after, backward, active, cotangent, arrays)
-            whole = jnp.concatenate([known, later])[order]
+            known, active, kept = jax.tree.unflatten(structure, leaves)
+            later = run(layout.backward, active, backward(cotangent, *kept).tally)
+            whole = jnp.concatenate([known, later])
             return _over_devices(whole, tuple(sorted(devices - shared)), layout)
 
-        element = y[(0,) * y.ndim]
+        # A scalar that JAX can compute on any mesh.
+        element = jnp.sum(y[:0], dtype=y.dtype) if y.ndim else y
         moved_y = with_transpose(zeros, seen, moved_values, element, *leaves, join=layout.merge)
         parts.append(moved_y)
         return primals[0], sum(parts[1:], start=parts[0])
@@ -344,7 +289,19 @@ def record_row(
     return recorded(y, row.values, row.active, arrays)
 
 
-def _over_devices(row: jax.Array, axes: tuple[str, ...], layout: RowLayout) -> jax.Array:
+def _separate(tree: Any) -> Any:
+    """Returns a tree of arrays that XLA sees as unrelated to what they are computed from.
+
+    XLA must neither compute statistics of constants when it compiles, which is slow, nor fuse them
+    with the step, which could change its bits. Equal arrays stay equal objects.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    different = {id(leaf): leaf for leaf in leaves}
+    found = dict(zip(different, barrier(tuple(different.values())), strict=True))
+    return jax.tree.unflatten(structure, [found[id(leaf)] for leaf in leaves])
+
+
+def _over_devices(row: jax.Array, axes: tuple[str, ...], layout: PassLayouts) -> jax.Array:
     """Merges the rows of all devices along mesh axes, by a sum that all of them receive."""
     if not axes:
         return row

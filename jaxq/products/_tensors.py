@@ -1,58 +1,88 @@
 """The tensors of a product before and after quantization, for statistics."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+from jax import numpy as jnp
 
 from jaxq._jax.meshes import like
+from jaxq.formats import Format
+from jaxq.products._accumulation import Accumulation
 from jaxq.products._operation import Operation
 from jaxq.products._plan import Key, Pair, Plan
 from jaxq.products._products import NO_SCALES, keys_by_product, product
-from jaxq.products._recipe import PerProduct, ProductRecipe, SingleProduct
+from jaxq.products._recipe import PerProduct, ProductRecipe
+from jaxq.quantizers import simulate
 from jaxq.quantizers.calibration import Calibrated
-from jaxq.recipes import Recipe
+from jaxq.recipes import Recipe, Scales
 
-__all__ = ["Gradient", "Results", "Running", "Tensor"]
+__all__ = ["Gradient", "Operands", "Results", "Running", "Tensor"]
 
 
-class Tensor(NamedTuple):
-    """An operand of a product before and after quantization.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["value", "quantized", "scales", "given"],
+    meta_fields=["recipe"],
+)
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor before and after quantization: a pytree.
 
     Attributes:
-      value: the operand, after a Hadamard transform.
-      quantized: the operand after quantization; `value` itself without a recipe.
-      recipe: the recipe, on the operand's own axes, or None.
-      scales: the scales that were given, or None if they were computed from the operand.
+      value: the tensor; for an operand of a product, after its Hadamard transform.
+      quantized: the tensor after quantization; `value` itself without a recipe.
+      recipe: the recipe, on the tensor's own axes, or the format to which it was cast, or None.
+      scales: the scales that were used, or None without a recipe.
+      given: the scales that were given, or None if they were computed from the tensor.
     """
 
     value: jax.Array
     quantized: jax.Array
-    recipe: Recipe | None
-    scales: Calibrated | None
+    recipe: Recipe | Format | None = None
+    scales: Scales | None = None
+    given: Calibrated | None = None
+
+    @classmethod
+    def of(
+        cls, value: jax.Array, recipe: Recipe | None, key: Key, given: Calibrated | None
+    ) -> "Tensor":
+        """Quantizes an operand of a product."""
+        if recipe is None:
+            return cls(value, value)
+        found = simulate(value, recipe, key=key, **({} if given is None else given._asdict()))
+        return cls(value, found.values, recipe, found.scales, given)
+
+
+Operands: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Results(NamedTuple):
-    """A float product and the quantized product of the same operands."""
+    """The results of a product of the same operands, computed in several ways.
+
+    Attributes:
+      exact: the float product of the operands before all quantization.
+      wide: the quantized product with sums in float32, in the same order, if the recipe emulates
+        accumulation in a narrower format; otherwise None.
+      quantized: the quantized product.
+    """
 
     exact: jax.Array
+    wide: jax.Array | None
     quantized: jax.Array
 
 
 class Gradient(NamedTuple):
-    """One of the two products of a gradient.
+    """The operands of one of the two products of a gradient.
 
     Attributes:
       cotangent: the cotangent.
-      residual: the residual of the other operand.
-      results: a function that computes the product in float, from the operand before all
-        quantization, and by the recipe.
+      residual: the residual of the other operand; None if the operands are unknown.
     """
 
     cotangent: Tensor
-    residual: Tensor
-    results: Callable[[], Results]
+    residual: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,46 +104,114 @@ class Running:
     scales: PerProduct[Pair]
 
     @property
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> Operands:
         """The operands of the forward product."""
-        key, scales = self._keys.forward, self.scales.forward
-        return _tensors(self.operation, self.operands, self.recipe.forward, key, scales)
+        plan = Plan.of(self.recipe.forward, self.operation, *self.operands)
+        key = self._keys.forward
+        values = plan.rotated(*self.operands, key)
+        given = plan.given(*values, self.scales.forward)
+        left, right = map(Tensor.of, values, plan.quantizers, plan.keys(key), given)
+        return left, right
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipes of the quantized tensors by their names in statistics."""
+        products = self.recipe.products
+        names = (("", ("lhs", "rhs")), ("dlhs/", ("cotangent", "residual")))
+        names = (*names, ("drhs/", ("cotangent", "residual")))
+        return {
+            f"{prefix}{part}": recipe
+            for single, (prefix, parts) in zip(products, names, strict=True)
+            for part, recipe in zip(parts, single.operands, strict=True)
+            if recipe is not None
+        }
 
     def results(self, y: jax.Array) -> Results:
-        """Returns the float product of the operands, and the product y itself."""
-        return Results(self.operation.function(*self.operands, *self.operation.arguments), y)
+        """Returns the results of the forward product, of which y is the quantized one."""
+        exact = self.operation.function(*self.operands, *self.operation.arguments)
+        wide = _with_wide_sums(self.recipe)
+        if wide is not None:
+            wide = product(self.operation, *self.operands, wide, self.keys, self.scales)
+        return Results(exact, wide, y)
 
-    def gradient(self, of: int, cotangent: jax.Array) -> Gradient:
-        """Returns the product that gives the gradient of operand 0 or 1."""
-        operand = self.forward[1 - of]
-        original = self.recipe.residuals == "original"
-        residual = operand.value if original else operand.quantized
-        operation = self.operation.gradient(of, like(self.operands[of]))
-        single, key = self.recipe.products.gradients[of], self._keys.gradients[of]
-        scales = self.scales.gradients[of]
+    def gradients(
+        self, cotangent: jax.Array, operands: Operands | None
+    ) -> tuple[Gradient, Gradient]:
+        """Returns the operands of the products of the gradient.
 
-        def results() -> Results:
-            exact = operation.function(cotangent, operand.value, *operation.arguments)
-            own = ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution)
-            keys = None if key is None else key[None]
-            given = NO_SCALES._replace(forward=scales)
-            return Results(exact, product(operation, cotangent, residual, own, keys, given))
+        Args:
+          cotangent: the cotangent of the product.
+          operands: the result of `forward`, or None if the residuals are not needed.
 
-        pair = _tensors(operation, (cotangent, residual), single, key, scales)
-        return Gradient(*pair, results)
+        Returns:
+          The operands of the products that give the gradients of operands 0 and 1. A tensor that
+          both products quantize equally is quantized once.
+        """
+        known: dict[Any, Tensor] = {}
+
+        def tensor(value: jax.Array, recipe: Recipe | None, key: Key, pair: tuple) -> Tensor:
+            source, given = pair
+            if key is not None:
+                return Tensor.of(value, recipe, key, given)
+            place = id(value), recipe, id(source)
+            if place not in known:
+                known[place] = Tensor.of(value, recipe, None, given)
+            return known[place]
+
+        def gradient(of: int) -> Gradient:
+            residual = jnp.zeros_like(self.operands[1 - of])
+            if operands is not None:
+                residual = self._residual(of, operands)
+            single, key = self.recipe.products.gradients[of], self._keys.gradients[of]
+            plan = Plan.of(single, self._gradient(of), cotangent, residual)
+            values, scales = plan.rotated(cotangent, residual, key), self.scales.gradients[of]
+            pairs = zip(scales, plan.given(*values, scales), strict=True)
+            parts = zip(values, plan.quantizers, plan.keys(key), pairs, strict=True)
+            first, second = parts
+            return Gradient(tensor(*first), None if operands is None else tensor(*second))
+
+        return gradient(0), gradient(1)
+
+    def gradient_results(self, of: int, cotangent: jax.Array, operands: Operands) -> Results:
+        """Returns the results of the product that gives the gradient of operand 0 or 1.
+
+        Args:
+          of: 0 or 1.
+          cotangent: the cotangent of the product.
+          operands: the result of `forward`.
+        """
+        operation, single = self._gradient(of), self.recipe.products.gradients[of]
+        exact = operation.function(cotangent, operands[1 - of].value, *operation.arguments)
+        own, key = (
+            ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution),
+            self._keys.gradients[of],
+        )
+        residual, keys = self._residual(of, operands), None if key is None else key[None]
+        given = NO_SCALES._replace(forward=self.scales.gradients[of])
+
+        def by(recipe: ProductRecipe) -> jax.Array:
+            return product(operation, cotangent, residual, recipe, keys, given)
+
+        wide = _with_wide_sums(own)
+        return Results(exact, None if wide is None else by(wide), by(own))
+
+    def _residual(self, of: int, operands: Operands) -> jax.Array:
+        """Returns the residual that the gradient of operand 0 or 1 is computed from."""
+        operand = operands[1 - of]
+        return operand.value if self.recipe.residuals == "original" else operand.quantized
+
+    def _gradient(self, of: int) -> Operation:
+        return self.operation.gradient(of, like(self.operands[of]))
 
     @property
     def _keys(self) -> PerProduct[Key]:
         return keys_by_product(self.recipe, self.keys)
 
 
-def _tensors(
-    operation: Operation, operands: tuple[Any, Any], single: SingleProduct, key: Key, scales: Pair
-) -> tuple[Tensor, Tensor]:
-    if single.operands == (None, None) and single.hadamard is None:
-        left, right = (Tensor(x, x, None, None) for x in operands)
-        return left, right
-    plan = Plan.of(single, operation, *operands)
-    values, quantized, given = plan.prepare(*operands, key, scales)
-    left, right = map(Tensor, values, quantized, plan.quantizers, given)
-    return left, right
+def _with_wide_sums(recipe: ProductRecipe) -> ProductRecipe | None:
+    """Returns the recipe with sums in float32; None if it does not emulate accumulation."""
+    execution = recipe.execution
+    if not isinstance(execution, Accumulation):
+        return None
+    execution = dataclasses.replace(execution, format="float32", outer_format=None)
+    return dataclasses.replace(recipe, execution=execution)

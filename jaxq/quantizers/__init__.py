@@ -18,6 +18,7 @@ from jaxq.quantizers._levels import (
 from jaxq.quantizers._quantized import Quantized, QuantizedArrays, dequantize
 from jaxq.quantizers._quantizers import fake_quant, neighbors, quantize
 from jaxq.quantizers._sharding import quantized_sharding
+from jaxq.quantizers._simulation import simulate
 from jaxq.quantizers._slices import Slices, slices
 from jaxq.quantizers._snapping import ends_of, measured, numbers, restored, units_of
 

@@ -15,48 +15,24 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxq._base.bits import where
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import is_symbolic
 from jaxq._jax.meshes import as_first, automatic, spec_of
 from jaxq._jax.opaque import opaque
 from jaxq.formats import Format, get_format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
-from jaxq.numerics import BinaryGrid, as_dtype, encode, pack, widen
+from jaxq.numerics import BinaryGrid, encode, pack, widen
 from jaxq.quantizers._arguments import Given, checked, given_scales
 from jaxq.quantizers._parts import Parts, parts_of, whole
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized
 from jaxq.quantizers._sharding import quantized_sharding
-from jaxq.quantizers._snapping import codes, interval, measured, numbers, restored
-from jaxq.recipes import Recipe, Scales
+from jaxq.quantizers._simulation import Values, quantized_values, scales_of
+from jaxq.quantizers._snapping import codes
+from jaxq.recipes import Recipe
 
 __all__ = ["fake_quant", "neighbors", "quantize"]
 
 _FLOAT32 = get_format("float32")
-
-
-class _Values(NamedTuple):
-    """The quantized values of a split tensor, with intermediate results.
-
-    Attributes:
-      y: the values, in the tensor's dtype like the next four.
-      low: the low end of the range; -inf at outliers.
-      high: the high end of the range; inf at outliers.
-      below: the lower neighbor on the grid of each element; None if not needed.
-      above: the upper neighbor; None if not needed.
-      numbers: the values in units of the scales, minus the zero point.
-      scales: the scales.
-      is_outlier: the mask of outliers; None for a recipe without outliers.
-    """
-
-    y: jax.Array
-    low: jax.Array
-    high: jax.Array
-    below: jax.Array | None
-    above: jax.Array | None
-    numbers: jax.Array
-    scales: Scales
-    is_outlier: jax.Array | None
 
 
 def fake_quant(
@@ -241,9 +217,9 @@ def _snapped(
     Only the tensor itself and given scales are differentiable.
     """
     cut = parts.recipe.cut(x.shape)
-    function = functools.partial(_values, recipe=parts.recipe, around=around)
+    function = functools.partial(quantized_values, recipe=parts.recipe, around=around)
     constants = lax.stop_gradient((x, given, parts.grid))
-    values: _Values = opaque(function, *constants, key)
+    values: Values = opaque(function, *constants, key)
     y, low, high, below, above = values[:5]
     scales = None
     if given is not None:
@@ -253,43 +229,7 @@ def _snapped(
     return _Snapped(Snap(cut.split(x), y, low, high, below, above), scales)
 
 
-def _values(
-    x: jax.Array,
-    given: Given | None,
-    grid: BinaryGrid | None,
-    key: jax.Array | None,
-    recipe: Recipe,
-    around: bool,
-) -> _Values:
-    """Returns the quantized values of a tensor, with the neighbors if `around` is True."""
-    recipe = whole(grid, recipe)
-    cut, rest = recipe.cut(x.shape), x
-    outliers, is_outlier = (), None
-    if recipe.outliers is not None:
-        rest, outliers = recipe.outliers.take(x)
-    rest = widen(cut.split(rest))
-    scales = _scales(rest, given, key, recipe, cut)
-    values = numbers(rest, scales, key, recipe, given=given is not None)
-    y = restored(values, scales.step, scales.minimum, recipe)
-    pair = interval(rest, scales, recipe) if around else (None, None)
-    low, high = scales.low, scales.high
-    if recipe.outliers is not None:  # Outliers are not clipped.
-        y = cut.split(recipe.outliers.put(cut.merge(y), outliers))
-        is_outlier = cut.split(recipe.outliers.mask(x.shape, outliers))
-        low, high = (
-            where(is_outlier, np.float32(none), jnp.broadcast_to(end, is_outlier.shape))
-            for none, end in ((-np.inf, low), (np.inf, high))
-        )
-        pair = tuple(None if v is None else where(is_outlier, y, v) for v in pair)
-    low, high = (as_dtype(end, x.dtype) for end in (low, high))
-    y, below, above = (
-        None if a is None else as_dtype(a, x.dtype, overflow="propagate") for a in (y, *pair)
-    )
-    assert y is not None
-    return _Values(y, low, high, below, above, values, scales, is_outlier)
-
-
-def _given_scales(given: Given, values: _Values, recipe: Recipe, cut: Cut) -> GivenScales:
+def _given_scales(given: Given, values: Values, recipe: Recipe, cut: Cut) -> GivenScales:
     """Returns the given scales in differentiable form, rounded as they are used."""
     scales = values.scales
 
@@ -328,7 +268,7 @@ def _quantize(
     if recipe.outliers is not None:
         x, outliers = recipe.outliers.take(x)
     split = widen(cut.split(x))
-    scales = _scales(split, given, key, recipe, cut)
+    scales = scales_of(split, given, key, recipe, cut)
     packed = cut.merge(codes(split, scales, key, recipe))
     packed = packed if x.ndim else packed[None]
     if fmt.bits not in WHOLE_BYTES:
@@ -349,19 +289,6 @@ def _quantize(
         block=tuple(None if is_symbolic(n) else n for n in cut.block),
         length=x.shape[-1] if x.ndim else None,
     )
-
-
-def _scales(
-    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe, cut: Cut
-) -> Scales:
-    """Returns the given scales, broadcast over blocks, or else those of the split tensor."""
-    if given is None:
-        return measured(x, key, recipe, cut)
-    scale, zero_point = (
-        None if a is None else cut.spread(jnp.broadcast_to(a, cut.counts)) for a in given
-    )
-    assert scale is not None
-    return recipe.scaling.given(scale, zero_point, recipe.element)
 
 
 def _encoded(scales: jax.Array, recipe: Recipe) -> jax.Array:

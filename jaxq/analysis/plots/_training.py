@@ -1,7 +1,7 @@
 """Plots of the statistics that a training run has logged."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -134,6 +134,8 @@ def exponents_by_step(
 ) -> "Figure":
     """Draws a tensor's exponents over the steps of a run, with the range of a format.
 
+    The range of the tensor's recipe is drawn as in `magnitudes_by_step`.
+
     Args:
       log: a log with the statistic `"exponents"`.
       tensor: the tensor's name, such as `"layers/up/cotangent"`; layers are added up.
@@ -170,6 +172,10 @@ def exponents_by_step(
         _draw_range(
             axes, {name: float(np.log2(end)) for name, end in ends.items()}, (low - 4, high + 4)
         )
+    for line in _recipe_range(log, tensor):
+        heights = np.ma.log2(line.values)
+        axes.plot(np.arange(len(log.steps)) + 0.5, heights, ":", color=ORANGE, label=line.label)
+        axes.legend()
     places = np.unique(np.linspace(0, len(log.steps) - 1, min(len(log.steps), 8)).astype(int))
     axes.set_xticks(places + 0.5, [str(log.steps[i]) for i in places])
     axes.set_xlabel("step")
@@ -191,7 +197,11 @@ def magnitudes_by_step(
     """Draws the amax of a tensor, or of its scales, over the steps, a line per product.
 
     A band from the line down to the smallest nonzero magnitude is drawn if the log has it. Of a
-    product in a scan over layers, the largest and smallest values of all layers are drawn.
+    product in a scan over layers, the largest and smallest values of all layers are drawn. A dotted
+    line is the smallest value that the tensor's recipe can represent with the scale of that step;
+    values below half of it become zero. If the log has the statistics of scales, a second dotted
+    line is the largest value. Otherwise the scale is assumed to map the amax to the largest value,
+    as scales that are computed from the whole tensor do.
 
     Args:
       log: a log with the statistic `"amax"`, or `"scale_amax"`.
@@ -238,6 +248,10 @@ def magnitudes_by_step(
             least = _positive(_column(log, "magnitudes_by_step", low)).min(1)
             axes.fill_between(log.steps, least, top, color=color, alpha=0.12, linewidth=0)
             data.append(least.compressed())
+        for line in () if scales else _recipe_range(log, f"{product}/{tensor}"):
+            labels = {old.get_label() for old in axes.lines}
+            label = "" if line.label in labels else line.label
+            axes.plot(log.steps, line.values, ":", color=color, linewidth=1, label=label)
     axes.set_yscale("log", base=2)
     values = np.concatenate(data)
     if ends is not None and values.size:
@@ -313,6 +327,36 @@ def _range(owner: str, fmt: str | Format) -> dict[str, float]:
         )
     ends = {"max": fmt.max, "normal": fmt.smallest_normal, "subnormal": fmt.min_positive}
     return {f"{fmt.name} {label}": float(end) for label, end in ends.items()}
+
+
+class _Line(NamedTuple):
+    """A line over the steps of a run, of positive values."""
+
+    label: str
+    values: "np.ma.MaskedArray"
+
+
+def _recipe_range(log: Log, tensor: str) -> list[_Line]:
+    """Returns the ends of the range of a tensor's recipe over the steps, if the log has it."""
+    product, _, last = tensor.rpartition("/")
+    names = (tensor, f"{product}/dlhs/{last}", f"{product}/drhs/{last}")
+    name = next((name for name in names if name in log.recipes), None)
+    if name is None:
+        return []
+    recipe = log.recipes[name]
+
+    def line(end: str, column: str, factor: float) -> _Line:
+        values = _positive(log.values[column].reshape(len(log.steps), -1) * np.float64(factor))
+        return _Line(
+            f"{end} of {recipe.name}", values.min(1) if end == "smallest" else values.max(1)
+        )
+
+    if f"{name}/scale_amax" in log.values and f"{name}/scale_smallest" in log.values:
+        low = line("smallest", f"{name}/scale_smallest", recipe.smallest)
+        return [low, line("largest", f"{name}/scale_amax", recipe.largest)]
+    if f"{tensor}/amax" in log.values:
+        return [line("smallest", f"{tensor}/amax", recipe.smallest / recipe.largest)]
+    return []
 
 
 def _draw_range(

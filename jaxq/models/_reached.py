@@ -1,0 +1,46 @@
+"""Products and marked arrays whose results cannot get a cotangent."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax import numpy as jnp
+
+from jaxq._jax import compat
+from jaxq.models._marks import Mark
+from jaxq.models._reading import Node, Product
+
+__all__ = ["unreached"]
+
+
+def unreached(node: Node) -> list[Product | Mark]:
+    """Returns the products and marks that no floating-point result depends on differentiably.
+
+    Results of `stop_gradient`, integers and booleans end the search. All results of a loop or a
+    branch are assumed to be needed.
+    """
+    return list(_unreached(node, [True] * len(compat.body(node.jaxpr).outvars)))
+
+
+def _unreached(node: Node, needed: Sequence[bool]) -> Iterator[Product | Mark]:
+    body = compat.body(node.jaxpr)
+    pairs = zip(body.outvars, needed, strict=True)
+    live = {v for v, need in pairs if need and not compat.is_literal(v) and _is_float(v)}
+    for i, eqn in reversed(list(enumerate(body.eqns))):
+        outs = [v in live for v in eqn.outvars]
+        nodes = (*node.inner.get(i, ()), *node.marked.get(i, ()))
+        if not any(outs):
+            yield from (found[i] for found in (node.products, node.marks) if i in found)
+            for inside in nodes:
+                yield from _unreached(inside, [False] * len(compat.body(inside.jaxpr).outvars))
+            continue
+        exact = eqn.primitive.name in compat.AROUND
+        for inside in nodes:
+            count = len(compat.body(inside.jaxpr).outvars)
+            yield from _unreached(inside, outs if exact else [True] * count)
+        if eqn.primitive.name != "stop_gradient":
+            live |= {v for v in eqn.invars if not compat.is_literal(v) and _is_float(v)}
+
+
+def _is_float(variable: Any) -> bool:
+    dtype = getattr(variable.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)

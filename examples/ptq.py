@@ -207,7 +207,7 @@ def solve(
 
 
 def run(study: Study, recipes: Sequence[str], methods: Sequence[str], path: Any) -> list[Result]:
-    """Returns the results of all recipes and methods; those in a file, of the same sizes, are taken from there.
+    """Returns all results; those in a file, of the same sizes, are taken from there.
 
     Args:
       study: the model and its data.

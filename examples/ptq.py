@@ -118,7 +118,7 @@ class Study:
 
     def __init__(self, model: smollm.Model, sizes: tuple[int, int, int], subsets: int) -> None:
         calibration, test, length = sizes
-        self.params = model.params
+        self.params, self.sizes = model.params, sizes
         self.apply = functools.partial(smollm.logits, config=model.config)
         # A token has fewer than 12 letters on average.
         tokens, other = (
@@ -207,7 +207,7 @@ def solve(
 
 
 def run(study: Study, recipes: Sequence[str], methods: Sequence[str], path: Any) -> list[Result]:
-    """Returns the results of all recipes and methods; those in a file are taken from there.
+    """Returns all results; those in a file, of the same sizes, are taken from there.
 
     Args:
       study: the model and its data.
@@ -217,7 +217,8 @@ def run(study: Study, recipes: Sequence[str], methods: Sequence[str], path: Any)
     """
     known = []
     if path is not None and path.exists():
-        known = [Result(**json.loads(line)) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        known = [Result(**x["result"]) for x in lines if x["sizes"] == [*study.sizes]]
     found = {(own.recipe, own.method, own.subset): own for own in known}
     wanted = [("float32", "", 0)]
     for subset in range(len(study.subsets)):
@@ -234,7 +235,8 @@ def run(study: Study, recipes: Sequence[str], methods: Sequence[str], path: Any)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
-                file.write(json.dumps(dataclasses.asdict(own)) + "\n")
+                line = {"sizes": study.sizes, "result": dataclasses.asdict(own)}
+                file.write(json.dumps(line) + "\n")
     return [found[key] for key in wanted]
 
 

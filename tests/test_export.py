@@ -190,5 +190,5 @@ def test_error_names_recipe_axis_and_remedy():
     with pytest.raises(ValueError, match=r"int4: PerBlock.* axis 0 .* \(b, 4\). Export .* '16\*n'"):
         jax.eval_shape(lambda x: jaxq.fake_quant(x, recipe), symbolic("b, 4"))
     gradient = jax.grad(lambda w, x: jaxq.einsum("bi,io->bo", x, w, recipe="mxfp8_training").sum())
-    with pytest.raises(ValueError, match=r"blocks of 32 .* is b of .* Export .* '32\*n'"):
+    with pytest.raises(ValueError, match=r"blocks of 32 .* have b elements .* Export .* '32\*n'"):
         jax.eval_shape(gradient, array(32, 32), symbolic("b, 32"))

@@ -83,7 +83,10 @@ def test_gradient_of_scan_keeps_one_array_of_keys():
 
 
 def test_statistics_of_equal_tensors_are_traced_once():
-    """Counts reductions: inner functions that are traced again would appear again in the text."""
+    """Counts reductions: inner functions that are traced again would appear again in the text.
+
+    Each product reduces its two operands for their scales; its statistics add no reductions.
+    """
 
     def reductions(layers: int) -> int:
         params = {f"w{i}": jnp.ones((8, 8)) for i in range(layers)}
@@ -99,7 +102,7 @@ def test_statistics_of_equal_tensors_are_traced_once():
         state = monitor(loss, {"": "int8_tensor"})(params, jnp.ones((4, 8)))
         return jax.jit(jax.grad(objective, (0, 1))).lower(params, state).as_text().count("reduce(")
 
-    assert 0 < reductions(4) == reductions(2)
+    assert reductions(4) == reductions(2) + 2 * 2
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ RULES = [
 
 
 # Pytrees that exist only while a function is traced or within a training step.
-WITHIN_A_STEP = {"StoredView", "Monitored", "Row", "Switch", "Switched"}
+WITHIN_A_STEP = {"StoredView", "Monitored", "Row", "Switch", "Switched", "Tensor"}
 
 
 def model(params, x):
@@ -82,6 +82,9 @@ def make_examples() -> dict:
         "its amax": [h.largest() for h in delayed.histories["b"] if h is not None],
         "inputs of products": inputs,
         "input scales": jaxq.ptq.InputScales({"a": X[0]}, (("a", "a"),), (("b", "is tied"),)),
+        "input rotations": jaxq.ptq.InputRotations(
+            {"a": jnp.ones(64)}, (("a", 64),), (("a", "a"),), (("b", "is tied"),)
+        ),
         "adapted": lora.adapt(model, "int4_g32", lora.QLoRA(2))(PARAMS, X),
         "cache": serving.KVCache.empty((256, 2, 32), "kivi2").append(TOKENS, -TOKENS),
         "block types": jaxq.interop.gguf.quantize(W, "q8_0"),

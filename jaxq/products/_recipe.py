@@ -153,7 +153,8 @@ class ProductRecipe(SingleProduct):
     Example:
       >>> dlhs = SingleProduct("fp8_e5m2_tensor")
       >>> recipe = ProductRecipe("int8_token", "int8_channel", dlhs=dlhs)
-      >>> recipe.draws, get_product_recipe("nvfp4_training").draws
+      >>> from jaxq.products import PRODUCT_RECIPES
+      >>> recipe.draws, PRODUCT_RECIPES["nvfp4_training"].draws
       ((), ('dlhs.lhs', 'drhs.lhs'))
     """
 

@@ -5,7 +5,7 @@ are rounded to the nearest levels, or solved by `jaxq.ptq.quantize_weights`, als
 scales of AWQ (`jaxq.ptq.scale_inputs`) and after a search for the scale of each block
 (`jaxq.ptq.ScaleSearch`). Two of the recipes differ between layers: "raised" has 3 bits in most
 layers and 4 bits in the first and the last one, and "mixed" is chosen by `jaxq.ptq.budget` within
-the bytes of "raised".
+the bytes of "raised", by the effect of each weight's error on the loss.
 
 The table shows the perplexity on text that was not used for calibration. With several subsets of
 calibration data, it is the mean over them, with the least and the largest value. The embedding,
@@ -158,8 +158,9 @@ class Study:
         packed = jaxq.quantize_weights(self.apply, raised)(self.unrolled, batches[0])
         limit = sum(q.nbytes for q in quantized(packed))
         candidates = list(map(recipe_of, CANDIDATES))
-        scoring = ptq.sensitivity(self.apply, candidates, weights=LAYERS)
-        return ptq.budget(scoring(self.unrolled, batches), nbytes=limit).rules
+        scoring = ptq.sensitivity(self._score, candidates, weights=LAYERS, gradient=True)
+        scores = scoring(self.unrolled, batches)
+        return ptq.budget(scores, nbytes=limit, by="gradient").rules
 
     def result(self, recipe: str, method: str, subset: int) -> Result:
         """Quantizes the model and measures it."""

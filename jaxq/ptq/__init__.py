@@ -34,6 +34,7 @@ from jaxq.ptq._rounding_methods import (
 from jaxq.ptq._scale_search import ScaleSearch
 from jaxq.ptq._scaled_functions import InputScales
 from jaxq.ptq._scaling import scale_inputs
+from jaxq.ptq._searching import Blocks, Search, Searching, SearchProblem
 from jaxq.ptq._sensitivity import Score, Scores, sensitivity
 from jaxq.ptq._solvers import (
     GPTQ,
@@ -58,6 +59,7 @@ __all__ = [
     "AdaRound",
     "BiasChange",
     "BiasReport",
+    "Blocks",
     "Budget",
     "FrontRow",
     "InputProblem",
@@ -76,6 +78,9 @@ __all__ = [
     "ScaleSearch",
     "Score",
     "Scores",
+    "Search",
+    "SearchProblem",
+    "Searching",
     "SignRound",
     "SmoothQuant",
     "Solution",

@@ -147,7 +147,7 @@ def fold_rotation(
     """Returns a function that rotates vectors inside a model by changing its weights only.
 
     A vector x of the model, such as the residual stream, becomes `x R`. Every leaf that adds to it
-    or multiplies it is named with its axis along x, and that axis is multiplied by R:
+    or multiplies it is named with its axis along x, and that axis is multiplied by R::
 
         axes = {"embed": -1, "layers/q": -2, "layers/o": -1, "layers/up": -2, "layers/down": -1,
                 "head": -2}                          # R1: the residual stream.

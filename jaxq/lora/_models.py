@@ -170,29 +170,29 @@ def adapt(
       >>> jaxq.quantize_fn(model, state)(small, x).shape
       (2, 8)
     """
-    how = get_method(method)
+    resolved = get_method(method)
 
     @functools.wraps(fn, updated=())
     def adapted(*args: Any) -> AdaptedModel:
         own = _Observation("lora.adapt", fn, rules, argnums, args)
-        changes = how.iterations > 1
+        changes = resolved.iterations > 1
         weights = own.weights(args[argnums])
-        before = {name: how.first(w) for name, w in weights.items()}
+        before = {name: resolved.first(w) for name, w in weights.items()}
         if packed is not None and (changes or any(f is not None for f in before.values())):
             raise ValueError(
-                f"lora.adapt: `packed` must be None for {type(how).__name__}, which quantizes "
+                f"lora.adapt: `packed` must be None for {type(resolved).__name__}, which quantizes "
                 "changed weights. Use EoRA, QLoRA or LoftQ(iterations=1)."
             )
         small = packed
-        for _ in range(how.iterations):
+        for _ in range(resolved.iterations):
             if packed is None:
                 small = own.quantized(args, before)
             seen = own.weights(small)
             before = {
-                name: how.fit(w, seen[name], before[name], name) for name, w in weights.items()
+                name: resolved.fit(w, seen[name], before[name], name) for name, w in weights.items()
             }
         adapters = {
-            name: LoRA(factors.a, factors.b, how.scaling)
+            name: LoRA(factors.a, factors.b, resolved.scaling)
             for name, factors in before.items()
             if factors is not None
         }
@@ -306,9 +306,9 @@ class _Observation:
             seen = _Seen(axes_of(product)[operand], tuple(product.operands[operand].shape))
             own = unassigned(product)
             chosen.append(dataclasses.replace(own, swapped=operand == 0, calibrated=(None, seen)))
-        what = program(planned.node, chosen, bool(planned.packed))
+        runnable = program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
-        _, states = run(what, Extra(None, {}, {}, {}), arrays, observing=True)
+        _, states = run(runnable, Extra(None, {}, {}, {}), arrays, observing=True)
         return {name: states[name][1] for name in self.names}
 
     def moved(self, args: tuple, deltas: Mapping[str, jax.Array]) -> Any:

@@ -115,8 +115,8 @@ def run_planned(
 ) -> tuple[list[Any], Mapping[str, Any]]:
     """Runs a planned function and returns its results and the calibration states."""
     traced, packed = planned.traced, planned.packed
-    what = program(planned.node, planned.chosen, bool(packed), planned.marked)
-    drawing = [a for a in what.all() if a.draws]
+    runnable = program(planned.node, planned.chosen, bool(packed), planned.marked)
+    drawing = [a for a in runnable.all() if a.draws]
     needing = [a for a in drawing if a.needs_key]
     if needing and key is None:
         raise ValueError(
@@ -129,7 +129,7 @@ def run_planned(
         )
     arrays = [packed.get(i, array) for i, array in enumerate(traced.arrays)]
     extra = Extra(key=key, scales=planned.scales, records=planned.records, places={})
-    results, seen = run(what, extra, arrays, observing=observing)
+    results, seen = run(runnable, extra, arrays, observing=observing)
     return [unpacked(result) for result in results], seen
 
 

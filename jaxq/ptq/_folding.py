@@ -58,7 +58,7 @@ def random_rotation(n: int, key: jax.Array, *, keep_mean: bool = False) -> np.nd
       n: the size, at least 1.
       key: a key of `jax.random`.
       keep_mean: True for a matrix that maps the vector of ones to itself, so that it commutes with
-        the subtraction of the mean in a LayerNorm; such a matrix is no Hadamard matrix.
+        the subtraction of the mean in a LayerNorm; such a matrix is not a Hadamard matrix.
 
     Returns:
       A float64 NumPy array `[n, n]`.
@@ -172,7 +172,7 @@ def fold_rotation(
       the dtypes of the old ones.
 
     Raises:
-      ValueError: if R is not orthogonal; if a leaf does not exist, is no float array, or has
+      ValueError: if R is not orthogonal; if a leaf does not exist, is not a float array, or has
         another length; if a reader of a norm is an embedding that is looked up too (a tied
         embedding); or if the outputs change by more than rounding, because a leaf is missing.
 

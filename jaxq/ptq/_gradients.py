@@ -61,13 +61,13 @@ def by_gradient(
         chosen[n] = dataclasses.replace(unassigned(product), swapped=swapped, scored=recipes)
         leaves[product.name] = tuple(found[0].origin.leaves.values()) if found[0] else ()
         zeros[product.name] = jnp.zeros((*product.stacks, len(plans)), jnp.float32)
-    what = program(first.node, chosen)
+    runnable = program(first.node, chosen)
 
     @jax.jit
     def scores(zeros: dict[str, jax.Array], arrays: list[Any]) -> dict[str, jax.Array]:
         def loss(vectors: dict[str, jax.Array]) -> jax.Array:
             extra = Extra(None, {}, {}, {}, vectors=vectors)
-            return unpacked(run(what, extra, arrays)[0][0])
+            return unpacked(run(runnable, extra, arrays)[0][0])
 
         return jax.grad(loss)(zeros)
 

@@ -72,27 +72,27 @@ class Journal:
         save(self._path(number), tree)
 
 
-def journal_of(folder: pathlib.Path, calls: Calls, model: Model, how: Any) -> Journal:
+def journal_of(folder: pathlib.Path, calls: Calls, model: Model, settings: Any) -> Journal:
     """Returns the journal of a run in a folder, which is made if it is missing.
 
     Args:
       folder: the folder.
       calls: the parameters and batches.
       model: the planned model.
-      how: the other settings of the run, whose `repr` must be that of the run in the folder.
+      settings: the other settings of the run, whose `repr` must be that of the run in the folder.
 
     Raises:
       ValueError: if the folder holds something else.
     """
-    run = _fingerprint(calls, model, how)
+    run = _fingerprint(calls, model, settings)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _RUN
     found = load(path)["run"] if path.exists() else None
     if found != run and (found is not None or any(folder.iterdir())):
-        what = "products of another run" if found else "other files"
+        kind = "products of another run" if found else "other files"
         raise ValueError(
             f"{calls.owner}: `resume` must be a new folder, or that of a run with the same model, "
-            f"rules, solver, params and batches, but {folder.name!r} holds {what}. Pass another "
+            f"rules, solver, params and batches, but {folder.name!r} holds {kind}. Pass another "
             "folder, or remove this one."
         )
     if found is None:
@@ -100,10 +100,10 @@ def journal_of(folder: pathlib.Path, calls: Calls, model: Model, how: Any) -> Jo
     return Journal(folder)
 
 
-def _fingerprint(calls: Calls, model: Model, how: Any) -> str:
+def _fingerprint(calls: Calls, model: Model, settings: Any) -> str:
     """Returns a hash of all that a result depends on."""
     planned = model.planned
-    texts = [repr(how), str(planned.traced.jaxpr)]
+    texts = [repr(settings), str(planned.traced.jaxpr)]
     for product, assigned in zip(planned.products, planned.chosen, strict=True):
         weight = None if assigned is None else weight_of(product, assigned)
         texts.append(f"{product.name} {None if assigned is None else assigned.recipe}")

@@ -121,7 +121,7 @@ def learn_rounding(
       Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of
       LLMs" (2024).
     """
-    how, blocks = get_rounding_method(method), list(blocks)
+    resolved, blocks = get_rounding_method(method), list(blocks)
     if not blocks or not all(map(callable, blocks)):
         raise ValueError(
             f"{_OWNER}: `blocks` must be a sequence of functions (params, x) -> y, got "
@@ -142,7 +142,7 @@ def learn_rounding(
                 "w[i], layers)."
             )
         calls = read_calls(_OWNER, model, mask, (list(params), batches))
-        return _Learning(calls, blocks, how, progress).run(rules, key)
+        return _Learning(calls, blocks, resolved, progress).run(rules, key)
 
     return learned
 

@@ -175,9 +175,9 @@ def observe(
         ]
         padding = None if mask is None else jnp.asarray(mask(*args, **kwargs))
         extra = Extra.empty(padding)
-        what = program(planned.node, chosen, bool(planned.packed))
+        runnable = program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
-        results, states = run(what, extra, arrays, observing=True)
+        results, states = run(runnable, extra, arrays, observing=True)
         names = [product.name for product in planned.products]
         seen = {names[n]: states[names[n]][0] for n in own.matrices if own.first[n] == n}
         inputs = tuple((names[n], names[own.first[n]]) for n in own.matrices)

@@ -106,7 +106,7 @@ def rotate_inputs(
     Returns:
       `(params, *args, *, key) -> (params, InputRotations)`. The arguments are those of `fn`, and
       `key` is a key of `jax.random` for the signs. The new parameters have the dtypes of the old
-      ones. The products that `ptq.scale_inputs` leaves alone have no rotations either, nor have
+      ones. The products that `ptq.scale_inputs` leaves alone have no rotations either, nor do
       those with an odd number of inputs; `InputRotations.left` lists them.
 
     Raises:

@@ -55,9 +55,9 @@ def changed(
             )
             for product in planned.products
         ]
-        what = program(planned.node, chosen, bool(planned.packed))
+        runnable = program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
-        results, _ = run(what, Extra(None, {}, {}, {}, vectors=factors), arrays)
+        results, _ = run(runnable, Extra(None, {}, {}, {}, vectors=factors), arrays)
         return planned.traced.rebuild(list(map(unpacked, results)))
 
     return run_changed

@@ -81,10 +81,10 @@ class Trainers:
 
     def get(self, program: Program, leaves: tuple[Leaf, ...]) -> "Trainer":
         """Returns the trainer of a block."""
-        what = anonymous(program, {a.name: str(k) for k, a in enumerate(program.all())})
-        key = signature(what), leaves
+        unnamed = anonymous(program, {a.name: str(k) for k, a in enumerate(program.all())})
+        key = signature(unnamed), leaves
         if key not in self._known:
-            self._known[key] = Trainer(what, leaves, self._method)
+            self._known[key] = Trainer(unnamed, leaves, self._method)
         return self._known[key]
 
 

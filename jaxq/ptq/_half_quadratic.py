@@ -22,7 +22,7 @@ class _State(NamedTuple):
       count: the number of iterations so far.
       zero: the zero point of each block.
       error: the smallest mean magnitude of the error so far.
-      falls: whether the last iteration made it smaller.
+      falls: True if the last iteration made it smaller.
     """
 
     count: jax.Array

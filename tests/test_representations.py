@@ -7,7 +7,7 @@ import jax
 from jax import numpy as jnp
 
 import jaxq
-from jaxq import analysis
+from jaxq import analysis, ptq
 from jaxq.recipes import PerBlock
 
 
@@ -65,6 +65,20 @@ def test_notebooks_show_tables_as_html():
         assert len(cells.rows) == len(table.rows) + 1
         assert cells.rows[1][0] == "<w>"  # Escaped, and therefore intact.
         assert repr(table) == str(table)
+
+
+def test_notebooks_show_reports_as_html_with_notes():
+    """Checks that all reports of PTQ take their text and HTML from one class."""
+    row = ptq.LearnedBlock(0, 20, 0.5, 0.25, 2, "<note>")
+    reports = {ptq.Report, ptq.BiasReport, ptq.RoundingReport, ptq.Scores, ptq.InputScales}
+    for kind in reports | {ptq.InputRotations}:
+        assert kind.__repr__ is ptq.RoundingReport.__repr__, kind
+    cells = Cells(ptq.RoundingReport((row,))._repr_html_())
+    assert cells.rows[1] == ["0", "20", "0.5", "0.25", "2", "<note>"]
+    batches = [jnp.ones((4, 8))]
+    _, report = ptq.quantize_weights(lambda w, x: x @ w, "int4_tensor")(jnp.eye(8), batches)
+    assert "<p>mean loss of 1 products" in report._repr_html_()
+    assert "\nmean loss of 1 products" in repr(report)
 
 
 def test_explain_shows_granularity():

@@ -5,7 +5,7 @@ import html
 import math
 from typing import Any
 
-__all__ = ["Table", "binary_size", "figure"]
+__all__ = ["Table", "Tabular", "binary_size", "figure"]
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -71,6 +71,27 @@ class Table:
     @property
     def _values(self) -> list[list[Any]]:
         return [[getattr(row, head) for head in self._heads] for row in self.rows]
+
+
+class Tabular:
+    """A record that is shown as a table and lines of text below it.
+
+    Subclasses are dataclasses with `repr=False`.
+    """
+
+    def _table(self) -> Table:
+        raise NotImplementedError
+
+    def _notes(self) -> list[str]:
+        """Returns the lines below the table."""
+        return []
+
+    def __repr__(self) -> str:
+        return "\n".join([str(self._table()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"\n<p>{html.escape(note)}</p>" for note in self._notes())
+        return self._table()._repr_html_() + notes
 
 
 def figure(value: float, digits: int = 4) -> str:

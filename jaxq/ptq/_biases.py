@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.tables import Table
+from jaxq._base.tables import Table, Tabular
 from jaxq.models import Rules, not_floating
 from jaxq.ptq._calls import Model, read_calls
 from jaxq.ptq._collectors import Layout, shared_inputs
@@ -45,8 +45,8 @@ class BiasChange:
     largest: float
 
 
-@dataclasses.dataclass(frozen=True)
-class BiasReport:
+@dataclasses.dataclass(frozen=True, repr=False)
+class BiasReport(Tabular):
     """The report of `jaxq.ptq.correct_biases`; its `str` is a table.
 
     Attributes:
@@ -55,8 +55,8 @@ class BiasReport:
 
     rows: tuple[BiasChange, ...]
 
-    def __repr__(self) -> str:
-        return str(Table(self.rows))
+    def _table(self) -> Table:
+        return Table(self.rows)
 
 
 def correct_biases(

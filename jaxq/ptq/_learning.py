@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
-from jaxq._base.tables import Table
+from jaxq._base.tables import Table, Tabular
 from jaxq._jax import compat
 from jaxq.models import Planned, Rules, plan, program
 from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
@@ -49,8 +49,8 @@ class LearnedBlock:
     note: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class RoundingReport:
+@dataclasses.dataclass(frozen=True, repr=False)
+class RoundingReport(Tabular):
     """The report of `jaxq.ptq.learn_rounding`; its `str` is a table.
 
     Attributes:
@@ -59,8 +59,8 @@ class RoundingReport:
 
     rows: tuple[LearnedBlock, ...]
 
-    def __repr__(self) -> str:
-        return str(Table(self.rows))
+    def _table(self) -> Table:
+        return Table(self.rows)
 
 
 def learn_rounding(

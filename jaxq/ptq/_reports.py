@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
-from jaxq._base.tables import Table
+from jaxq._base.tables import Table, Tabular
 
 __all__ = ["Report", "SolvedProduct"]
 
@@ -64,8 +65,8 @@ class _Line:
     note: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Report(Tabular):
     """The report of `jaxq.ptq.quantize_weights`; its `str` is a table.
 
     Attributes:
@@ -79,16 +80,22 @@ class Report:
         """The products that were not solved, or only in part."""
         return tuple(row for row in self.rows if row.fallback)
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
+        return Table(tuple(map(_line, self._shown)))
+
+    @property
+    def _shown(self) -> Sequence[SolvedProduct]:
+        """All products, or those with the largest losses if there are many."""
         worst = sorted(
             self.rows, key=lambda r: (not r.fallback, -r.loss if r.loss == r.loss else 0.0)
         )
-        shown = self.rows if len(self.rows) <= _SHOWN else worst[:_SHOWN]
-        table = str(Table(tuple(map(_line, shown))))
+        return self.rows if len(self.rows) <= _SHOWN else worst[:_SHOWN]
+
+    def _notes(self) -> list[str]:
         known = [row for row in self.rows if not math.isnan(row.loss)]
-        lines = [table]
-        if len(shown) < len(self.rows):
-            lines.append(f"... and {len(self.rows) - len(shown)} other products")
+        lines = []
+        if len(self._shown) < len(self.rows):
+            lines.append(f"... and {len(self.rows) - len(self._shown)} other products")
         if known:
             rtn, loss = (sum(getattr(r, name) for r in known) / len(known) for name in _LOSSES)
             lines.append(f"mean loss of {len(known)} products: {loss:.4g}, to nearest: {rtn:.4g}")
@@ -96,7 +103,7 @@ class Report:
             lines.append(
                 f"{len(self.fallbacks)} products were not solved, or only in part; see `note`"
             )
-        return "\n".join(lines)
+        return lines
 
 
 _LOSSES = ("rtn", "loss")

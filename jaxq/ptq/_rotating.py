@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.tables import Table
+from jaxq._base.tables import Table, Tabular
 from jaxq._jax.serialization import pytree
 from jaxq.models import Rules
 from jaxq.products import Hadamard
@@ -36,8 +36,8 @@ class _Line:
 
 
 @pytree(static=("lengths", "inputs", "left"))
-@dataclasses.dataclass(frozen=True)
-class InputRotations:
+@dataclasses.dataclass(frozen=True, repr=False)
+class InputRotations(Tabular):
     """The rotations of the inputs of a model's products: a pytree; its `str` is a table.
 
     Attributes:
@@ -71,11 +71,11 @@ class InputRotations:
         lengths = dict(self.lengths)
         return changed("InputRotations.apply", fn, dict(self.inputs), self.signs, lengths)
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         lengths = dict(self.lengths)
         lines = [_Line(name, first, lengths[first], "") for name, first in self.inputs]
         lines += [_Line(name, "-", "-", reason) for name, reason in self.left]
-        return str(Table(tuple(lines)))
+        return Table(tuple(lines))
 
 
 def rotate_inputs(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from jaxq._base.tables import Table
+from jaxq._base.tables import Table, Tabular
 from jaxq._jax.serialization import pytree
 from jaxq.models import Extra, Product, not_floating, plan, program, run, unassigned, unpacked
 from jaxq.quantizers import Quantized
@@ -71,8 +71,8 @@ class _Line:
 
 
 @pytree(static=("inputs", "left"))
-@dataclasses.dataclass(frozen=True)
-class InputScales:
+@dataclasses.dataclass(frozen=True, repr=False)
+class InputScales(Tabular):
     """The factors of the inputs of a model's products: a pytree; its `str` is a table.
 
     Attributes:
@@ -160,10 +160,10 @@ class InputScales:
         )
         return jax.tree.unflatten(structure, leaves), rest
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         lines = [_Line(name, first, "") for name, first in self.inputs]
         lines += [_Line(name, "-", reason) for name, reason in self.left]
-        return str(Table(tuple(lines)))
+        return Table(tuple(lines))
 
 
 def _is_left(product: Product) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxq._base.tables import Table
+from jaxq._base.tables import Table, Tabular
 from jaxq.models import Rule
 from jaxq.ptq._calls import read_calls
 from jaxq.ptq._gradients import by_gradient
@@ -66,8 +66,8 @@ class _Line:
     tokens: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Scores(Tabular):
     """The scores of all weights and candidates; its `str` is a table.
 
     Attributes:
@@ -85,12 +85,12 @@ class Scores:
         """Returns the scores of one weight."""
         return tuple(row for row in self.rows if row.weight == weight)
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         lines = [
             _Line(r.weight, r.name, r.nbytes, r.loss, r.relative, r.gradient, r.tokens)
             for r in self.rows
         ]
-        return str(Table(tuple(lines)))
+        return Table(tuple(lines))
 
 
 def sensitivity(

@@ -95,13 +95,12 @@ def _pairs(data: jax.Array, numbers: jax.Array) -> jax.Array:
 
 def _bits(shape: tuple[int, ...], data: jax.Array) -> jax.Array:
     words = [jnp.broadcast_to(data[i], shape) for i in range(2)]
-    strides = {a: np.uint32(math.prod(shape[a + 1 :])) for a, n in enumerate(shape) if n > 1}
-    # The places of the numbers plus the second word. That word is added to each index before it is
-    # multiplied, because XLA would move an array of places out of loops.
-    second = words[1] * np.uint32((1 - sum(map(int, strides.values()))) % 2**32)
-    for axis, stride in strides.items():
-        second = second + (lax.broadcasted_iota(jnp.uint32, shape, axis) + words[1]) * stride
-    return lax.bitwise_xor(*_cipher(words, second))
+    places = jnp.zeros(shape, jnp.uint32)
+    for axis, n in enumerate(shape):
+        if n > 1:
+            stride = np.uint32(math.prod(shape[axis + 1 :]))
+            places = places + lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    return lax.bitwise_xor(*_cipher(words, places + words[1]))
 
 
 def _cipher(words: Sequence[jax.Array], second: jax.Array) -> tuple[jax.Array, jax.Array]:

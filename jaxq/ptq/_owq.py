@@ -100,7 +100,7 @@ def owq(
             f"owq: `recipe` must have outliers for at least one of the {inputs} inputs, got the "
             f"fraction {record.outliers.fraction}. Use at least {1 / inputs:.3g}."
         )
-    result, solved = _owq(weight, gram, _How(record, axis, damping, order, kept))
+    result, solved = _owq(weight, gram, _Options(record, axis, damping, order, kept))
     is_known_to_fail = False
     with contextlib.suppress(jax.errors.ConcretizationTypeError):  # Under `jit`.
         is_known_to_fail = not bool(solved)
@@ -113,7 +113,7 @@ def owq(
     return result
 
 
-class _How(NamedTuple):
+class _Options(NamedTuple):
     """The static arguments; `kept` is the number of inputs that stay floats."""
 
     recipe: Recipe
@@ -123,10 +123,10 @@ class _How(NamedTuple):
     kept: int
 
 
-@functools.partial(jax.jit, static_argnames="how")
-def _owq(weight: jax.Array, hessian: jax.Array, how: _How) -> tuple[Quantized, jax.Array]:
+@functools.partial(jax.jit, static_argnames="options")
+def _owq(weight: jax.Array, hessian: jax.Array, options: _Options) -> tuple[Quantized, jax.Array]:
     """Returns the quantized weight, and False if the Hessian cannot be solved."""
-    recipe, axis, kept = how.recipe, how.axis, how.kept
+    recipe, axis, kept = options.recipe, options.axis, options.kept
     plain = dataclasses.replace(recipe, outliers=None)
     moved = jnp.moveaxis(weight, axis, 0).shape
 
@@ -145,7 +145,7 @@ def _owq(weight: jax.Array, hessian: jax.Array, how: _How) -> tuple[Quantized, j
     start = quantize(back(jnp.where(is_kept[:, None], 0, w)).astype(weight.dtype), plain, axis=axis)
     own = jax.tree.map(lambda x: matrix(x)[rest], levels(start))
     numbers = matrix(numbers_of(start))
-    found, share = _solved(w[rest], own, hessian, how._replace(recipe=plain), (rest, most))
+    found, share = _solved(w[rest], own, hessian, options._replace(recipe=plain), (rest, most))
     chosen = jnp.where(found.solved, found.numbers, numbers[rest])
     error = values_of(chosen, own, plain) - w[rest]
     change = jnp.matmul(share, error, precision=lax.Precision.HIGHEST)
@@ -166,7 +166,7 @@ def _solved(
     weight: jax.Array,
     own: Levels,
     hessian: jax.Array,
-    how: _How,
+    options: _Options,
     rows: tuple[jax.Array, jax.Array],
 ) -> tuple[Solution, jax.Array]:
     """Solves the inputs that are rounded.
@@ -180,9 +180,9 @@ def _solved(
     """
     rest, most = rows
     mean = jnp.mean(jnp.diagonal(hessian))
-    damped = hessian + how.damping * mean * jnp.eye(len(hessian), dtype=jnp.float32)
+    damped = hessian + options.damping * mean * jnp.eye(len(hessian), dtype=jnp.float32)
     between = damped[most][:, rest]
     factor = jax.scipy.linalg.cho_factor(damped[most][:, most])
     share = jax.scipy.linalg.cho_solve(factor, between)
     schur = damped[rest][:, rest] - jnp.matmul(between.T, share, precision=lax.Precision.HIGHEST)
-    return solve(weight, own, schur, None, how.recipe, Settings(0.0, how.order)), share
+    return solve(weight, own, schur, None, options.recipe, Settings(0.0, options.order)), share

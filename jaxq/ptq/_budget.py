@@ -98,7 +98,8 @@ def budget(
       groups: regular expressions; weights that match the same one share a recipe, such as
         `"/(q|k|v)$"`. If an expression has capture groups, only weights with equal captures share:
         `"(layers/\d+)/(?:q|k|v)$"`.
-      by: the damage that is summed: `"relative"`, `"loss"` or `"gradient"` of a `Score`.
+      by: the damage that is summed: `"relative"`, `"loss"` or `"gradient"` of a `Score`. Scores by
+        gradients need a loss (see `sensitivity`) and gave much better language models.
 
     Returns:
       The best choice, optimal unless `is_exact` is False.

@@ -88,7 +88,8 @@ def decibels(kernels: dict[str, np.ndarray], name: str) -> float:
             rounded = jaxq.fake_quant(rows, recipe)
         return jnp.stack([(rows**2).sum(), ((rounded - rows) ** 2).sum()])
 
-    signal, noise = np.sum([sums(w) for w in kernels.values()], 0, dtype=np.float64)
+    totals = np.array([sums(w) for w in kernels.values()], np.float64).sum(0)
+    signal, noise = totals
     return float(10 * np.log10(signal / noise))
 
 

@@ -1,4 +1,4 @@
-"""Malformed files are rejected with one line, and valid files read as other libraries read them."""
+"""Hostile and damaged files are rejected with one line; valid ones read as in other libraries."""
 
 import io
 import json

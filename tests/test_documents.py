@@ -47,8 +47,11 @@ def identifier(path: pathlib.Path) -> str:
 
 def cells(path: pathlib.Path) -> list[str]:
     """Returns the code of a page, which readers see in a column of 80 characters."""
-    block = r"^```(?:python|py|\{code-cell\}[^\n]*)\n(.*?)^```"
-    found = re.findall(block, path.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        r"^```(?:python|py|\{code-cell\})[^\n]*\n(.*?)^```",
+        path.read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
     return [re.sub(r"\A---\n.*?\n---\n", "", code, flags=re.DOTALL) for code in found]
 
 

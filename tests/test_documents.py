@@ -160,5 +160,7 @@ def test_named_files_exist(path: pathlib.Path):
 def test_architecture_names_modules_that_exist():
     modules = {path.stem for path in (ROOT / "jaxq").rglob("*.py")}
     packages = {path.name for path in (ROOT / "jaxq").rglob("*") if path.is_dir()}
-    named = re.findall(r"`(?:\w+\.)*(_[a-z]\w*)(?:\.[A-Z]\w+)?`", (DOCS / "architecture.md").read_text())
+    named = re.findall(
+        r"`(?:\w+\.)*(_[a-z]\w*)(?:\.[A-Z]\w+)?`", (DOCS / "architecture.md").read_text()
+    )
     assert {*named} <= modules | packages

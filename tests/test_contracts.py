@@ -427,7 +427,7 @@ class TestStructures:
 
 
 @pytest.mark.parametrize("name", data.each(PRODUCT_RECIPES, data.product_kinds()))
-class TestDotRecipes:
+class TestProductRecipes:
     """Contracts of product recipes; `test_dots.py` compares their gradients with formulas."""
 
     SIZE = 128  # Divisible by the block sizes of all recipes.

@@ -90,7 +90,7 @@ def test_no_recipe_equals_jax():
 
 
 def along(quantizer, contracted: int):
-    """Returns a matrix quantizer with explicit axes for the contracted axis."""
+    """Returns a recipe for a matrix with explicit axes for the contracted axis."""
     if quantizer is None:
         return lambda x, _: x
     granularity, stochastic = quantizer.granularity, quantizer.rounding == "stochastic"
@@ -156,7 +156,7 @@ class TestPublishedRecipes:
 
     @staticmethod
     def of(quantizer):
-        """Returns the main fields of a quantizer."""
+        """Returns the main fields of a recipe."""
         return (
             quantizer.element.name,
             quantizer.granularity,

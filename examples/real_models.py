@@ -75,7 +75,8 @@ CASES = (
 )
 SHORT = CASES[:2]
 NAMES = {"minilm": "MiniLM", "whisper": "Whisper", "smollm2": "SmolLM2", "gemma": "Gemma 3"}
-CANDIDATES = ("int3_g64", "int4_g64", "int8_channel")  # A budget of the bytes of int4_g64 chooses among these.
+# The choices of the budget, which has the bytes of int4_g64.
+CANDIDATES = ("int3_g64", "int4_g64", "int8_channel")
 
 
 class Documents(NamedTuple):

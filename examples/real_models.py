@@ -316,7 +316,7 @@ def sizes(packed: Any) -> tuple[int, int]:
 
 
 def dequantized(params: Any) -> Any:
-    """Returns parameters with the float values of all quantized ones."""
+    """Returns the parameters with the quantized ones as floats."""
 
     def is_packed(leaf: Any) -> bool:
         return isinstance(leaf, jaxq.Quantized)

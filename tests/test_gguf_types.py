@@ -20,7 +20,7 @@ from tools.golden_gguf import tensors
 
 X, IMPORTANCE = tensors()
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "gguf.npz")
-# The search of each kind once; the others are slow.
+# One type for each kind of search; the others are slow tests.
 FEW = ["nvfp4", "tq1_0", "q4_0", "q6_k"]
 
 

@@ -154,7 +154,7 @@ def test_hessian_without_a_solution_is_an_error(gram: np.ndarray):
         ("int4_chanel", 0, "int4_channel"),
     ],
 )
-def test_arguments_that_gptq_cannot_serve_are_errors(recipe, axis: int, message: str):
+def test_arguments_that_gptq_does_not_support_are_errors(recipe, axis: int, message: str):
     with pytest.raises(ValueError, match=message):
         ptq.gptq(kernel(), np.eye(INPUTS), recipe, axis=axis)
 

@@ -66,7 +66,7 @@ def test_biases_lose_the_mean_error_of_their_products():
     assert all(new["layers"][n] is packed["layers"][n] for n in ("up", "down"))
 
 
-def test_products_with_one_bias_and_masked_tokens():
+def test_products_that_share_a_bias_are_corrected_without_masked_tokens():
     def fn(params, x, y):
         return x @ params["a"] + y @ params["b"] + params["bias"].astype(x.dtype)
 

@@ -346,7 +346,7 @@ def test_observed_inputs_are_shared_stacked_and_mergeable():
 
 
 @pytest.mark.slow
-def test_stacks_that_are_reshaped_or_shared_are_solved_in_every_turn():
+def test_reshaped_or_shared_stacks_are_solved_in_every_iteration():
     def model(w, x):
         pairs = w["pairs"].reshape(2, 2, 8, 8)
         x, _ = lax.scan(lambda x, own: (jnp.tanh(x @ own[0]) @ own[1], None), x, pairs)

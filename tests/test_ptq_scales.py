@@ -125,7 +125,7 @@ def test_smoothquant_moves_outliers_of_activations_into_weights():
 
 
 @pytest.mark.slow
-def test_experts_have_scales_of_their_own():
+def test_each_expert_has_its_own_scales():
     apply = lambda w, x: jnp.einsum("edf,etd->etf", w, x)
     w, x = normal(0, 3, 8, 8), normal(1, 3, 40, 8) * SIZES
     x[1] = 0  # An expert without data.

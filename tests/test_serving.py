@@ -116,7 +116,7 @@ def test_appending_does_not_change_past_tokens():
     assert len(known) == 20
 
 
-def test_one_append_equals_many():
+def test_one_append_equals_many_appends():
     keys, values = tokens(27)
     cache = serving.KVCache.empty((CAPACITY, HEADS, CHANNELS), KIVI)
     for start in range(0, 27, 9):

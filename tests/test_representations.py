@@ -3,6 +3,7 @@
 import re
 from html.parser import HTMLParser
 
+import equinox
 import jax
 from jax import numpy as jnp
 
@@ -30,6 +31,12 @@ def test_stored_array_without_arrays_has_representation():
     stored = jaxq.quantize(jnp.ones(4), "int8_tensor")
     assert "Quantized" in repr(jax.tree.map(lambda _: "axis", stored))
     assert repr(stored) == "int8_tensor[4] 8 B"
+
+
+def test_equinox_shows_stored_weights_in_short_form():
+    layer = equinox.nn.Linear(64, 2, use_bias=False, key=jax.random.key(0))
+    layer = jaxq.quantize_tree(layer, "int8_tensor", axis=-1)
+    assert "weight=int8_tensor[2×64] 132 B" in repr(layer)
 
 
 class Cells(HTMLParser):

@@ -247,7 +247,7 @@ def _packed_errors(numbers: Numbers, type: str, axis: int) -> Errors:
     """Returns the errors of a tensor in a block type of GGUF, whose blocks lie along an axis."""
     if axis not in (-1, len(numbers.shape) - 1):
         numbers = Numbers.of(np.moveaxis(numbers.whole, axis, -1))
-    parts = (errors_in(part.error) for part in pack_in_pieces(numbers, type))
+    parts = (part.errors for part in pack_in_pieces(numbers, type, errors_in))
     return functools.reduce(operator.add, parts, Errors(0.0, 0.0))
 
 

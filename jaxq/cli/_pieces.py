@@ -21,7 +21,7 @@ from jaxq.analysis import Energies
 from jaxq.formats import Format
 from jaxq.interop import gguf
 from jaxq.numerics import cast
-from jaxq.quantizers import fake_quant
+from jaxq.quantizers import fake_quant, simulate
 from jaxq.recipes import Affine, PerBlock, PerToken, Recipe, Symmetric
 
 __all__ = [
@@ -140,6 +140,8 @@ def errors_in_pieces(
       kinds: recipes, or formats for a cast.
       axis: the contracted axis, as in `jaxq.fake_quant`.
     """
+    if 0 < sums.signal < _LEAST:  # XLA on CPU takes subnormal errors for 0.
+        return [None] * len(kinds)
     cuts = [_cut_of(numbers, sums, kind, axis) for kind in kinds]
     errors = [None if cut is None else Errors(0.0, 0.0) for cut in cuts]
     shared = [(i, cut) for i, cut in enumerate(cuts) if cut is not None and cut.blocks is None]
@@ -151,8 +153,9 @@ def errors_in_pieces(
         for part in parts:
             for piece, used in _pieces_of(part, length):
                 for i, cut in group:
-                    y = _quantized(*cut.arguments(piece, start))
-                    found = errors_of(piece[:used], np.asarray(y).reshape(-1)[:used])
+                    error = _errors(*cut.arguments(piece, start))
+                    found = errors_in(np.asarray(error).reshape(-1)[:used])
+                    del error  # So that the next piece uses its memory.
                     errors[i] = errors[i] + found
                 start += used
     return errors
@@ -258,14 +261,26 @@ def _pieces_of(part: np.ndarray, length: int = 1) -> Iterator[tuple[np.ndarray, 
 
 
 @functools.partial(jax.jit, static_argnames="kind")
-def _quantized(rows: jax.Array, more: jax.Array | None, kind: Format | Recipe) -> jax.Array:
-    """Returns the quantized rows of a piece."""
+def _errors(rows: jax.Array, more: jax.Array | None, kind: Format | Recipe) -> jax.Array:
+    """Returns the quantized rows of a piece minus the rows.
+
+    Args:
+      rows: the rows.
+      more: the lowest and the largest number of the block of each row, `[rows, 2]`; or a row to
+        append; or None.
+      kind: a recipe with one block per row, or a format.
+    """
     if not isinstance(kind, Recipe):
-        return cast(rows, kind, overflow="saturate")
-    if more is None:
-        return fake_quant(rows, kind)
-    whole = lax.concatenate([rows, more], int(len(more) == len(rows)))
-    return fake_quant(whole, kind)[: rows.shape[0], : rows.shape[1]]
+        y = cast(rows, kind, overflow="saturate")
+    elif more is None:
+        y = fake_quant(rows, kind)
+    elif len(more) != len(rows):
+        y = fake_quant(lax.concatenate([rows, more], 0), kind)[: len(rows)]
+    elif isinstance(kind.scaling, Symmetric) and kind.scaling.takes_scales:
+        y = fake_quant(rows, kind, scale=simulate(more, kind).scales.step.reshape(-1, 1))
+    else:
+        y = fake_quant(lax.concatenate([rows, more], 1), kind)[:, : rows.shape[1]]
+    return rounded(y) - rows
 
 
 class PackedPart(NamedTuple):
@@ -273,21 +288,26 @@ class PackedPart(NamedTuple):
 
     Attributes:
       data: their bytes.
+      count: the number of elements.
       signal: the sum of squares of the elements.
-      error: the quantized elements minus the elements.
+      errors: the errors of the quantized elements.
     """
 
     data: np.ndarray
+    count: int
     signal: float
-    error: np.ndarray
+    errors: Errors
 
 
-def pack_in_pieces(numbers: Numbers, type: str) -> Iterator[PackedPart]:
+def pack_in_pieces(
+    numbers: Numbers, type: str, measure: Callable[[np.ndarray], Errors]
+) -> Iterator[PackedPart]:
     """Yields a tensor in a block type of GGUF, part by part.
 
     Args:
       numbers: the numbers of the tensor.
       type: a name in `jaxq.interop.gguf.TYPES`, whose blocks divide the last axis.
+      measure: returns the errors of a part from the quantized elements minus the elements.
     """
     layout = gguf.TYPES[type]
     for part in numbers.stream(LARGE):
@@ -295,16 +315,20 @@ def pack_in_pieces(numbers: Numbers, type: str) -> Iterator[PackedPart]:
             data, error = (np.asarray(a) for a in _packed(piece.reshape(-1, _ROW), type))
             signal = energy(piece)
             if signal < _LEAST:  # XLA on CPU takes subnormal errors for 0.
-                error = np.asarray(gguf.dequantize(data, type)) - piece.reshape(-1, _ROW)
+                error = np.asarray(gguf.dequantize(data, type)).reshape(-1) - piece
+            errors = measure(error.reshape(-1)[:count])
+            del error  # So that the next piece uses its memory.
             own = data.reshape(-1)[: count // layout.block * layout.size]
-            yield PackedPart(own, signal, error.reshape(-1)[:count])
+            yield PackedPart(own, count, signal, errors)
 
 
 @functools.partial(jax.jit, static_argnames="type")
 def _packed(piece: jax.Array, type: str) -> tuple[jax.Array, jax.Array]:
     """Returns the bytes of a piece in a block type, and the errors of its quantized values."""
     packed, values = gguf.quantize_with_values(piece, type)
-    return packed.data, rounded(values) - piece
+    # As rows of blocks, for which XLA on CPU makes vector code.
+    blocks = (-1, gguf.TYPES[type].block)
+    return packed.data, rounded(values.reshape(blocks)) - piece.reshape(blocks)
 
 
 def errors_of(x: np.ndarray, y: np.ndarray) -> Errors:

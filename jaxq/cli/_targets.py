@@ -86,10 +86,9 @@ class Job:
             numbers = Numbers(entry.shape, functools.partial(self.file.stream, entry), read)
         done = 0
         with _naming(entry.name):
-            for part in pack_in_pieces(numbers, plan.recipe):
-                errors, count = Errors(energy(part.error), 0.0), part.error.size
-                self.energies.append(errors.energies(part.signal, count))
-                before, done = done, done + count
+            for part in pack_in_pieces(numbers, plan.recipe, _noise):
+                self.energies.append(part.errors.energies(part.signal, part.count))
+                before, done = done, done + part.count
                 self.advance(
                     entry.nbytes * done // entry.size - entry.nbytes * before // entry.size
                 )
@@ -138,6 +137,11 @@ class Job:
         if plan.entry.layout is not None:
             return self.file.quantized(plan.entry)
         return self.file.raw(plan.entry)
+
+
+def _noise(error: np.ndarray) -> Errors:
+    """Returns errors without the largest one, which the summary does not show."""
+    return Errors(energy(error), 0.0)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from jaxq.interop.gguf._layouts import LAYOUTS, Layout
 from jaxq.interop.gguf._legacy import PACKED_RECIPES, pack
 from jaxq.interop.gguf._searched_types import SEARCHED
 from jaxq.interop.gguf._searches import product, sums
-from jaxq.interop.gguf._small_types import SMALL
+from jaxq.interop.gguf._small_types import SMALL, of_recipe
 from jaxq.quantizers import Slices
 from jaxq.quantizers import fake_quant as fake_quant_by_recipe
 from jaxq.quantizers import quantize as quantize_by_recipe
@@ -176,6 +176,10 @@ def _quantize(
     x = lax.stop_gradient(x).astype(jnp.float32)
     if type in PACKED_RECIPES and (importance is None or type not in _QUANTIZERS):
         x = _without_minus_zero(x, type)
+        if type != "q8_0":
+            fields = of_recipe(x, type)
+            data = layout.write(fields).reshape(*shape[:-1], -1)
+            return _Result(data, layout.values_of(fields).reshape(shape) if values else None)
         data = pack(quantize_by_recipe(x, type))
         return _Result(data, fake_quant_by_recipe(x, type) if values else None)
     columns = x.reshape(-1, layout.block).T

@@ -4,6 +4,7 @@ import functools
 import pathlib
 import tracemalloc
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_stored_equals_simulated_with_a_straight_through_gradient():
 
 def test_packed_is_a_pytree_that_is_saved(tmp_path: pathlib.Path):
     q = packed("q4_0")
-    assert q.shape == X.shape
+    chex.assert_shape(q, X.shape)
     assert q.nbytes == 12 * 8 * 18
     jaxq.save(tmp_path / "a.safetensors", q)
     again = jaxq.load(tmp_path / "a.safetensors")

@@ -1,5 +1,6 @@
 """Correction of biases for the mean error of quantized weights."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -83,8 +84,8 @@ def test_products_that_share_a_bias_are_corrected_without_masked_tokens():
         np.float64(v)[mask].mean(0) @ (np.float64(packed[n].dequantize()) - np.float64(params[n]))
         for n, v in (("a", x), ("b", y))
     )
-    assert new["bias"].dtype == jnp.bfloat16
-    assert new["bias"].shape == (1, 3)
+    chex.assert_type(new["bias"], jnp.bfloat16)
+    chex.assert_shape(new["bias"], (1, 3))
     np.testing.assert_allclose(np.float64(new["bias"][0]), 1 - shift, rtol=1e-2)
 
 

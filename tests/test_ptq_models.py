@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -336,7 +337,7 @@ def test_observed_inputs_are_shared_stacked_and_mergeable():
     merged = states[0].merge(states[1]).merge(states[2])
     assert [*merged] == ["layers/q", "layers/gate", "layers/out", "embed#2"]
     assert [*merged.statistics] == ["embed#2", "layers/out", "layers/q"]
-    assert merged["layers/gate"].hessian.shape == (2, 8, 8)
+    chex.assert_shape(merged["layers/gate"].hessian, (2, 8, 8))
     assert merged["layers/q"].tokens.tolist() == [84] * 2
     assert merged.unseen == ()
     x = stacked()["embed"][np.concatenate(BATCHES)].reshape(-1, 8)

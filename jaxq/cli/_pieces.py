@@ -142,7 +142,7 @@ def errors_in_pieces(
     if 0 < sums.signal < LEAST:  # XLA on CPU takes subnormal errors for 0.
         return [None] * len(kinds)
     cuts = [_cut_of(numbers, sums, kind, axis) for kind in kinds]
-    errors = [None if cut is None else Errors(0.0, 0.0) for cut in cuts]
+    errors = {i: Errors(0.0, 0.0) for i, cut in enumerate(cuts) if cut is not None}
     shared = [(i, cut) for i, cut in enumerate(cuts) if cut is not None and cut.blocks is None]
     own = [(i, cut) for i, cut in enumerate(cuts) if cut is not None and cut.blocks is not None]
     passes = [(numbers.stream(LARGE), _SEGMENT, shared)] if shared else []
@@ -157,7 +157,7 @@ def errors_in_pieces(
                     del error  # So that the next piece uses its memory.
                     errors[i] = errors[i] + found
                 start += used
-    return errors
+    return [errors.get(i) for i in range(len(kinds))]
 
 
 class _Cut(NamedTuple):

@@ -47,9 +47,10 @@ class Pace:
 def _excluding_compilation(pace: Pace) -> Iterator[None]:
     """Excludes compilations inside the context from a pace."""
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        del kwargs
         if event.startswith(_COMPILATION) and not event.endswith(_NESTED):
-            pace.exclude(seconds)
+            pace.exclude(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

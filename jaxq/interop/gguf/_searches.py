@@ -177,7 +177,8 @@ def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: 
     def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
         return product(w, x, _f(q)), product(w, _f(q), _f(q))
 
-    codes = _Codes(*sums(terms, x, weights, start), start)
+    sum_lx, sum_l2 = sums(terms, x, weights, start)
+    codes = _Codes(sum_lx, sum_l2, start)
     return lax.fori_loop(0, 5, lambda _, codes: _sweep(x, weights, codes, low, high), codes)
 
 

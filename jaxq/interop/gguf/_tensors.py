@@ -169,8 +169,8 @@ class Importance(NamedTuple):
       squares: the mean square of the row of each block, in ggml's order of summation.
     """
 
-    weights: jax.Array
-    squares: jax.Array
+    weights: jax.Array | np.ndarray
+    squares: jax.Array | np.ndarray
 
 
 def quantize_with_values(
@@ -186,9 +186,9 @@ def quantize_with_values(
 @functools.partial(jax.jit, static_argnames=("type", "values"))
 def _quantize(
     x: jax.Array,
-    importance: jax.Array | None,
+    importance: jax.typing.ArrayLike | None,
     type: str,
-    squares: jax.Array | None = None,
+    squares: jax.typing.ArrayLike | None = None,
     values: bool = False,
 ) -> _Result:
     layout, shape = TYPES[type], x.shape
@@ -209,8 +209,8 @@ def _quantize(
             total = sums(lambda v: (product(v, v),), rows.T)[0]
             square = divide(total, jnp.full(total.shape, shape[-1], jnp.float32))
             squares = jnp.repeat(square, shape[-1] // layout.block)
-        weights = importance.reshape(-1, layout.block).T
-        blocks = Blocks(columns, weights, squares)
+        weights = jnp.asarray(importance).reshape(-1, layout.block).T
+        blocks = Blocks(columns, weights, jnp.asarray(squares))
 
     def quantized(part: Blocks) -> _Result:
         fields = _QUANTIZERS[type](part)

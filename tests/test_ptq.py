@@ -145,7 +145,6 @@ def test_hessian_without_a_solution_is_an_error(gram: np.ndarray):
     ("recipe", "axis", "message"),
     [
         (jaxq.Recipe("int4", rounding="stochastic"), 0, "rounds stochastically"),
-        (jaxq.Recipe("int4", outliers=jaxq.Outliers(0.01)), 0, "stores outliers separately"),
         (
             "int4_channel",
             1,

@@ -266,8 +266,9 @@ def affine(
         # As in ggml, each attempt starts at the best minimum so far.
         offset, least_error = best[1], best[-1]
         width = high - offset
+        # Rounded, because XLA adds the two constants first (JAX 0.10 to 0.12).
         factor = np.float32(steps.first) + product(np.float32(steps.step), i.astype(jnp.float32))
-        factor = jnp.broadcast_to(factor + np.float32(limit), width.shape)
+        factor = jnp.broadcast_to(rounded(factor) + np.float32(limit), width.shape)
         inverse = quotient(factor, jnp.where(flat, np.float32(1), width))
 
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:

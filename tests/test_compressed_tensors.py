@@ -102,7 +102,10 @@ def test_wrong_checkpoints_are_refused(tmp_path: pathlib.Path):
     q = jaxq.quantize(W, "int8_token")
     cases = [
         ({"a": q}, "names that end in .weight"),
-        ({"a.weight": jaxq.quantize(np.ones((2, 2, 32), np.float32), "mxfp4")}, "matrices"),
+        (
+            {"a.weight": jaxq.quantize(np.ones((2, 2, 32), np.float32), "mxfp4")},
+            "Split a stack of experts",
+        ),
         ({"a.weight": jaxq.quantize(W, "nf4_g64")}, "no scheme stores nf4"),
         ({"a.weight": jaxq.quantize(W[:32], "int4_g32", axis=-2)}, "no scheme stores int4"),
         ({"a.weight": jaxq.quantize(W, "int8_tensor")}, "no scheme stores int8"),

@@ -20,10 +20,10 @@ from jaxq.cli._output import (
     print_csv,
     print_json,
     print_table,
-    progress,
     safe,
 )
 from jaxq.cli._plot import image
+from jaxq.cli._progress import progress
 from jaxq.cli._report import Report, html, sorted_by_sqnr
 
 __all__ = ["convention", "run"]

@@ -18,6 +18,7 @@ from jaxq.analysis import Energies, format_or_recipe
 from jaxq.analysis import total as total_of
 from jaxq.cli._inputs import Inputs
 from jaxq.cli._output import bad_input, one_line
+from jaxq.cli._packing import pack_in_pieces
 from jaxq.cli._pieces import (
     Errors,
     Numbers,
@@ -25,7 +26,6 @@ from jaxq.cli._pieces import (
     errors_in,
     errors_in_pieces,
     errors_of,
-    pack_in_pieces,
     sums_of,
 )
 from jaxq.formats import Format

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from jaxq.interop import atomic as complete
@@ -20,7 +20,6 @@ __all__ = [
     "print_csv",
     "print_json",
     "print_table",
-    "progress",
     "safe",
 ]
 
@@ -134,32 +133,6 @@ def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({k: safe(v) if isinstance(v, str) else v for k, v in row.items()})
-
-
-@contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yields `advance(count, title)`, which moves a bar on a terminal if rich is installed.
-
-    Args:
-      title: the text beside the bar, until a call of `advance` passes another one.
-      total: the sum of all counts.
-    """
-    try:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.progress import Progress
-    except ImportError:
-        yield lambda *_: None
-        return
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
-
-        def advance(count: int, title: str | None = None) -> None:
-            text = None if title is None else escape(safe(title))
-            bar.update(task, advance=count, description=text)
-
-        yield advance
 
 
 @contextlib.contextmanager

@@ -19,21 +19,21 @@ from jax import lax
 from jaxq._jax.arithmetic import rounded
 from jaxq.analysis import Energies
 from jaxq.formats import Format
-from jaxq.interop import gguf
 from jaxq.numerics import cast
 from jaxq.quantizers import fake_quant, simulate
 from jaxq.recipes import Affine, PerBlock, PerToken, Recipe, Symmetric
 
 __all__ = [
+    "LARGE",
+    "LEAST",
     "Errors",
     "Numbers",
-    "PackedPart",
     "Sums",
     "energy",
     "errors_in",
     "errors_in_pieces",
     "errors_of",
-    "pack_in_pieces",
+    "pieces_of",
     "sums_of",
 ]
 
@@ -41,12 +41,11 @@ __all__ = [
 # to its threads, which takes 0.1 ms per piece, or 0.1 ns per element of a large one.
 LARGE, _SMALL = 2**20, 2**17
 _SEGMENT = 128  # Elements of a segment of a long block.
-_ROW = 2**12  # Elements of a row of blocks of GGUF.
 _LONGEST = 1024  # Elements of the longest blocks that are not cut.
 # Elements that are added in float32 before their sum is added in float64. OpenBLAS starts threads
 # for more than 10,000.
 _SUMMED = 2**11
-_LEAST = 1e-18  # Sums of squares from here on are accurate although smaller squares are lost.
+LEAST = 1e-18  # Sums of squares from here on are accurate although smaller squares are lost.
 
 
 class Errors(NamedTuple):
@@ -140,10 +139,10 @@ def errors_in_pieces(
       kinds: recipes, or formats for a cast.
       axis: the contracted axis, as in `jaxq.fake_quant`.
     """
-    if 0 < sums.signal < _LEAST:  # XLA on CPU takes subnormal errors for 0.
+    if 0 < sums.signal < LEAST:  # XLA on CPU takes subnormal errors for 0.
         return [None] * len(kinds)
     cuts = [_cut_of(numbers, sums, kind, axis) for kind in kinds]
-    errors = [None if cut is None else Errors(0.0, 0.0) for cut in cuts]
+    errors = {i: Errors(0.0, 0.0) for i, cut in enumerate(cuts) if cut is not None}
     shared = [(i, cut) for i, cut in enumerate(cuts) if cut is not None and cut.blocks is None]
     own = [(i, cut) for i, cut in enumerate(cuts) if cut is not None and cut.blocks is not None]
     passes = [(numbers.stream(LARGE), _SEGMENT, shared)] if shared else []
@@ -151,14 +150,14 @@ def errors_in_pieces(
     for parts, length, group in passes:
         start = 0
         for part in parts:
-            for piece, used in _pieces_of(part, length):
+            for piece, used in pieces_of(part, length):
                 for i, cut in group:
                     error = _errors(*cut.arguments(piece, start))
                     found = errors_in(np.asarray(error).reshape(-1)[:used])
                     del error  # So that the next piece uses its memory.
                     errors[i] = errors[i] + found
                 start += used
-    return errors
+    return [errors.get(i) for i in range(len(kinds))]
 
 
 class _Cut(NamedTuple):
@@ -246,7 +245,7 @@ def _parts_of(cut: _Cut) -> Iterator[np.ndarray]:
     return Numbers.of(blocks).stream(LARGE // cut.length * cut.length)
 
 
-def _pieces_of(part: np.ndarray, length: int = 1) -> Iterator[tuple[np.ndarray, int]]:
+def pieces_of(part: np.ndarray, length: int = 1) -> Iterator[tuple[np.ndarray, int]]:
     """Yields a part in pieces padded with zeros, and the number of elements of each.
 
     Args:
@@ -281,54 +280,6 @@ def _errors(rows: jax.Array, more: jax.Array | None, kind: Format | Recipe) -> j
     else:
         y = fake_quant(lax.concatenate([rows, more], 1), kind)[:, : rows.shape[1]]
     return rounded(y) - rows
-
-
-class PackedPart(NamedTuple):
-    """Consecutive blocks of a tensor in a block type of GGUF.
-
-    Attributes:
-      data: their bytes.
-      count: the number of elements.
-      signal: the sum of squares of the elements.
-      errors: the errors of the quantized elements.
-    """
-
-    data: np.ndarray
-    count: int
-    signal: float
-    errors: Errors
-
-
-def pack_in_pieces(
-    numbers: Numbers, type: str, measure: Callable[[np.ndarray], Errors]
-) -> Iterator[PackedPart]:
-    """Yields a tensor in a block type of GGUF, part by part.
-
-    Args:
-      numbers: the numbers of the tensor.
-      type: a name in `jaxq.interop.gguf.TYPES`, whose blocks divide the last axis.
-      measure: returns the errors of a part from the quantized elements minus the elements.
-    """
-    layout = gguf.TYPES[type]
-    for part in numbers.stream(LARGE):
-        for piece, count in _pieces_of(part):
-            data, error = (np.asarray(a) for a in _packed(piece.reshape(-1, _ROW), type))
-            signal = energy(piece)
-            if signal < _LEAST:  # XLA on CPU takes subnormal errors for 0.
-                error = np.asarray(gguf.dequantize(data, type)).reshape(-1) - piece
-            errors = measure(error.reshape(-1)[:count])
-            del error  # So that the next piece uses its memory.
-            own = data.reshape(-1)[: count // layout.block * layout.size]
-            yield PackedPart(own, count, signal, errors)
-
-
-@functools.partial(jax.jit, static_argnames="type")
-def _packed(piece: jax.Array, type: str) -> tuple[jax.Array, jax.Array]:
-    """Returns the bytes of a piece in a block type, and the errors of its quantized values."""
-    packed, values = gguf.quantize_with_values(piece, type)
-    # As rows of blocks, for which XLA on CPU makes vector code.
-    blocks = (-1, gguf.TYPES[type].block)
-    return packed.data, rounded(values.reshape(blocks)) - piece.reshape(blocks)
 
 
 def errors_of(x: np.ndarray, y: np.ndarray) -> Errors:
@@ -372,7 +323,7 @@ def energy(x: np.ndarray) -> float:
         runs = x[:full].reshape(-1, _SUMMED)
         total = float(np.vecdot(runs, runs).sum(dtype=np.float64))
         total += float(np.vecdot(x[full:], x[full:]))
-    if _LEAST < total < math.inf or not x.size:
+    if LEAST < total < math.inf or not x.size:
         return total
     wide = x.astype(np.float64)
     return float(np.vecdot(wide, wide))

@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxq.analysis import Energies
 from jaxq.analysis import total as total_of
-from jaxq.cli._output import UsageError, bad_input, one_line, print_json, print_table, progress
+from jaxq.cli._output import UsageError, bad_input, one_line, print_json, print_table
+from jaxq.cli._progress import progress
 from jaxq.cli._recipes import NAMES
 from jaxq.cli._targets import WRITERS, Job, Plan, shape_of
 from jaxq.formats import FORMATS, IntFormat
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             raise UsageError("--imatrix applies to the block types of GGUF only, and none is used")
         metadata = _tokenizer(args, plans, target)
         advance = stack.enter_context(
-            progress("quantizing", sum(plan.entry.nbytes for plan in plans))
+            progress("quantizing", sum(plan.work(plan.name in importance) for plan in plans))
         )
         energies: list[Energies] = []
         job = Job(

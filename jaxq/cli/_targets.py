@@ -13,7 +13,8 @@ from jax import numpy as jnp
 
 from jaxq.analysis import Energies
 from jaxq.cli._output import UsageError, bad_input, one_line
-from jaxq.cli._pieces import Errors, Numbers, energy, errors_of, pack_in_pieces
+from jaxq.cli._packing import pack_in_pieces
+from jaxq.cli._pieces import Errors, Numbers, energy, errors_of
 from jaxq.interop import Entry, TensorFile, compressed_tensors, gguf, save_streamed
 from jaxq.quantizers import quantize
 from jaxq.recipes import Recipe
@@ -26,6 +27,24 @@ _PLAIN |= {f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)}
 # Files of a model that are copied along with its tensors.
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _LEFT = ("config.json", "quantize_config.json", "hf_quant_config.json")
+
+
+# Nanoseconds per number on one core, for the estimate of the progress bar: without and with an
+# importance matrix.
+_COSTS = {
+    "q2_k": (50, 105),
+    "q3_k": (28, 40),
+    "q4_k": (75, 125),
+    "q5_k": (65, 130),
+    "q6_k": (33, 35),
+    "iq4_nl": (180, 180),
+    "iq4_xs": (170, 175),
+    "q4_0": (3, 55),
+    "q4_1": (3, 170),
+    "q5_0": (6, 60),
+    "q5_1": (7, 180),
+}
+_COST, _COPY = (10, 10), 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +63,13 @@ class Plan:
     recipe: Recipe | str | None
     note: str = ""
 
+    def work(self, important: bool) -> int:
+        """Returns an estimate of the time it takes, given whether it has an importance matrix."""
+        if self.recipe is None:
+            return self.entry.size * _COPY
+        cost = _COSTS.get(self.recipe, _COST) if isinstance(self.recipe, str) else _COST
+        return self.entry.size * cost[important]
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -55,7 +81,7 @@ class Job:
       axis: the contracted axis.
       importance: the importance of the inputs of tensors, by name.
       energies: the list to which the energies of each quantized tensor are added.
-      advance: a function to call with the number of bytes that are done.
+      advance: a function to call with the work that is done, of that which `Plan.work` returns.
       conversion: the conversion to GGUF of a model of Hugging Face; None to keep the tensors.
       config: the content of the model's `config.json`.
       metadata: further metadata of a GGUF file, such as the tokenizer.
@@ -84,31 +110,39 @@ class Job:
             numbers = Numbers.of(read())
         else:
             numbers = Numbers(entry.shape, functools.partial(self.file.stream, entry), read)
-        done = 0
         with _naming(entry.name):
-            for part in pack_in_pieces(numbers, plan.recipe, _noise):
+            for part in pack_in_pieces(numbers, plan.recipe, _noise, self._importance(plan)):
                 self.energies.append(part.errors.energies(part.signal, part.count))
-                before, done = done, done + part.count
-                self.advance(
-                    entry.nbytes * done // entry.size - entry.nbytes * before // entry.size
-                )
+                self.advance(self._work(plan) * part.count / entry.size)
                 yield part.data
 
     def quantized(self, plan: Plan) -> Any:
         """Returns the quantized tensor of a plan."""
-        weights = self.importance.get(plan.name)
-        if isinstance(plan.recipe, str) and weights is None:
+        if isinstance(plan.recipe, str):
             data = np.concatenate([*self.packed(plan)]).reshape(_bytes_of(plan.entry, plan.recipe))
             # A NumPy array, because it goes to a file as it is.
             return gguf.Packed(cast(Any, data), plan.recipe, np.dtype(np.float32))
+        assert plan.recipe is not None
         x = self.values(plan)
         with _naming(plan.entry.name):
-            if isinstance(plan.recipe, str):
-                q = gguf.quantize(x, plan.recipe, importance=weights)
-            else:
-                assert plan.recipe is not None
-                q = quantize(x, plan.recipe, axis=self.axis)
+            q = quantize(x, plan.recipe, axis=self.axis)
         return self._measured(plan, x, q)
+
+    def _importance(self, plan: Plan) -> np.ndarray | None:
+        """Returns the importance of the inputs of a tensor, if its type uses it."""
+        weights, shape = self.importance.get(plan.name), plan.entry.shape
+        if weights is None:
+            return None
+        try:
+            fits = np.broadcast_shapes(weights.shape, shape) == shape
+        except ValueError:
+            fits = False
+        if not fits or weights.shape[-1] != shape[-1]:
+            raise ValueError(
+                f"its importance has the shape {weights.shape}, but it has the shape {shape}; the "
+                "importance matrix must be of this model"
+            )
+        return weights
 
     def fused(self, plan: Plan) -> Any:
         """Returns the quantized tensor of a plan, quantized together with those fused with it."""
@@ -129,11 +163,14 @@ class Job:
 
     def _add(self, plan: Plan, x: np.ndarray, errors: Errors) -> None:
         self.energies.append(errors.energies(energy(x.reshape(-1)), x.size))
-        self.advance(plan.entry.nbytes)
+        self.advance(self._work(plan))
+
+    def _work(self, plan: Plan) -> int:
+        return plan.work(plan.name in self.importance)
 
     def kept(self, plan: Plan) -> Any:
         """Returns the tensor of a plan as it is in the file."""
-        self.advance(plan.entry.nbytes)
+        self.advance(self._work(plan))
         if plan.entry.layout is not None:
             return self.file.quantized(plan.entry)
         return self.file.raw(plan.entry)
@@ -208,7 +245,7 @@ def _write_gguf(path: str, job: Job) -> None:
             job.conversion is not None and entry.is_float and entry.packed is None
         )
         if isinstance(plan.recipe, str):
-            kind, read = plan.recipe, functools.partial(_packed_bytes, job, plan)
+            kind, read = plan.recipe, functools.partial(job.packed, plan)
         elif changed:
             # llama.cpp multiplies vectors, such as those of norms, in float32 only.
             wide = len(entry.shape) < 2 or dtype not in ("float16", "bfloat16")
@@ -233,13 +270,9 @@ def _write_gguf(path: str, job: Job) -> None:
 
 
 def _kept_values(job: Job, plan: Plan, kind: str) -> np.ndarray:
-    job.advance(plan.entry.nbytes)
+    job.advance(plan.work(False))
     dtypes = {name: dtype for dtype, name in _PLAIN.items()}
     return job.values(plan).astype(np.dtype(dtypes[kind]))
-
-
-def _packed_bytes(job: Job, plan: Plan) -> Any:
-    return job.quantized(plan).data if plan.name in job.importance else job.packed(plan)
 
 
 def _gguf_metadata(file: TensorFile) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jaxq.interop.gguf._legacy import pack, unpack
 from jaxq.interop.gguf._names import ARCHITECTURES, Architecture, Conversion, conversion
 from jaxq.interop.gguf._tensors import (
     TYPES,
+    Importance,
     Packed,
     dequantize,
     fake_quant,

@@ -177,7 +177,8 @@ def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: 
     def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
         return product(w, x, _f(q)), product(w, _f(q), _f(q))
 
-    codes = _Codes(*sums(terms, x, weights, start), start)
+    sum_lx, sum_l2 = sums(terms, x, weights, start)
+    codes = _Codes(sum_lx, sum_l2, start)
     return lax.fori_loop(0, 5, lambda _, codes: _sweep(x, weights, codes, low, high), codes)
 
 
@@ -265,8 +266,9 @@ def affine(
         # As in ggml, each attempt starts at the best minimum so far.
         offset, least_error = best[1], best[-1]
         width = high - offset
+        # Rounded, because XLA adds the two constants first (JAX 0.10 to 0.12).
         factor = np.float32(steps.first) + product(np.float32(steps.step), i.astype(jnp.float32))
-        factor = jnp.broadcast_to(factor + np.float32(limit), width.shape)
+        factor = jnp.broadcast_to(rounded(factor) + np.float32(limit), width.shape)
         inverse = quotient(factor, jnp.where(flat, np.float32(1), width))
 
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:

@@ -27,6 +27,7 @@ from jaxq.interop.gguf._blocks import (
 from jaxq.interop.gguf._layouts import E2M1, Fields, e8m0_half, ue4m3_half
 from jaxq.interop.gguf._searches import affine, largest, symmetric
 from jaxq.quantizers import simulate
+from jaxq.recipes import get_recipe
 
 __all__ = ["SMALL", "of_recipe"]
 
@@ -76,20 +77,16 @@ def of_recipe(x: jax.Array, name: str) -> Fields:
       x: rows of blocks, float32 `[rows, elements]`.
       name: the name of the type, and of the recipe that gives its scales.
     """
-    scales, limit = simulate(x, name).scales, {"4": 15, "5": 31}[name[1]]
-    divisor, step, origin = (
-        None if s is None else s.reshape(-1) for s in (scales.divisor, scales.step, scales.origin)
-    )
-    blocks, zero = x.reshape(-1, 32), divisor == 0
-    inverse = reciprocal(jnp.where(zero, np.float32(1), divisor))
-    inverse = materialize(jnp.where(zero, np.float32(0), inverse))
-    if origin is not None:
+    scales, limit = simulate(x, get_recipe(name)).scales, {"4": 15, "5": 31}[name[1]]
+    divisor, blocks = scales.divisor.reshape(-1), x.reshape(-1, 32)
+    inverse = reciprocal(jnp.where(divisor == 0, np.float32(1), divisor))
+    inverse = materialize(jnp.where(divisor == 0, np.float32(0), inverse))
+    fields, half = {"d": scales.step.reshape(-1)}, np.float32(limit / 2 + 1)
+    if scales.origin is not None:
         assert scales.minimum is not None
-        numbers, half = (blocks - origin[:, None]) * inverse[:, None], np.float32(0.5)
-        fields = {"d": step, "m": scales.minimum.reshape(-1)}
-    else:
-        numbers, half = blocks * inverse[:, None], np.float32(limit / 2 + 1)
-        fields = {"d": step}
+        fields["m"], half = scales.minimum.reshape(-1), np.float32(0.5)
+        blocks = blocks - scales.origin.reshape(-1, 1)
+    numbers = blocks * inverse[:, None]
     q = jnp.clip((rounded(numbers) + half).astype(jnp.int32), 0, limit).astype(jnp.uint8)
     if limit == 15:
         return {**fields, "q": q}

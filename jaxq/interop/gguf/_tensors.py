@@ -161,16 +161,35 @@ class _Result(NamedTuple):
     values: jax.Array | None
 
 
-def quantize_with_values(x: jax.Array, type: str) -> tuple[Packed, jax.Array]:
+class Importance(NamedTuple):
+    """The importance of the elements of a part of a tensor.
+
+    Attributes:
+      weights: the importance of each element.
+      squares: the mean square of the row of each block, in ggml's order of summation.
+    """
+
+    weights: jax.Array | np.ndarray
+    squares: jax.Array | np.ndarray
+
+
+def quantize_with_values(
+    x: jax.Array, type: str, importance: Importance | None = None
+) -> tuple[Packed, jax.Array]:
     """Returns a quantized tensor and its values, computed with fewer operations than from bytes."""
-    result = _quantize(x, None, type, values=True)
+    weights, squares = (None, None) if importance is None else importance
+    result = _quantize(x, weights, type, squares, values=True)
     assert result.values is not None
     return Packed(result.data, type, np.dtype(x.dtype)), result.values
 
 
 @functools.partial(jax.jit, static_argnames=("type", "values"))
 def _quantize(
-    x: jax.Array, importance: jax.Array | None, type: str, values: bool = False
+    x: jax.Array,
+    importance: jax.typing.ArrayLike | None,
+    type: str,
+    squares: jax.typing.ArrayLike | None = None,
+    values: bool = False,
 ) -> _Result:
     layout, shape = TYPES[type], x.shape
     x = lax.stop_gradient(x).astype(jnp.float32)
@@ -185,11 +204,13 @@ def _quantize(
     columns = x.reshape(-1, layout.block).T
     blocks = Blocks(columns, None, None)
     if importance is not None:
-        per_row, rows = shape[-1] // layout.block, x.reshape(-1, shape[-1])
-        total = sums(lambda v: (product(v, v),), rows.T)[0]
-        square = divide(total, jnp.full(total.shape, shape[-1], jnp.float32))
-        weights = importance.reshape(-1, layout.block).T
-        blocks = Blocks(columns, weights, jnp.repeat(square, per_row))
+        if squares is None:
+            rows = x.reshape(-1, shape[-1])
+            total = sums(lambda v: (product(v, v),), rows.T)[0]
+            square = divide(total, jnp.full(total.shape, shape[-1], jnp.float32))
+            squares = jnp.repeat(square, shape[-1] // layout.block)
+        weights = jnp.asarray(importance).reshape(-1, layout.block).T
+        blocks = Blocks(columns, weights, jnp.asarray(squares))
 
     def quantized(part: Blocks) -> _Result:
         fields = _QUANTIZERS[type](part)

@@ -1,0 +1,107 @@
+"""Tensors in block types of GGUF, packed and measured in pieces of few shapes."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxq._jax.arithmetic import rounded
+from jaxq.cli._pieces import LARGE, LEAST, Errors, Numbers, energy, pieces_of
+from jaxq.interop import gguf
+
+__all__ = ["PackedPart", "pack_in_pieces"]
+
+_ROW = 2**12  # Elements of a row of blocks.
+
+
+class PackedPart(NamedTuple):
+    """Consecutive blocks of a tensor in a block type of GGUF.
+
+    Attributes:
+      data: their bytes.
+      count: the number of elements.
+      signal: the sum of squares of the elements.
+      errors: the errors of the quantized elements.
+    """
+
+    data: np.ndarray
+    count: int
+    signal: float
+    errors: Errors
+
+
+def pack_in_pieces(
+    numbers: Numbers,
+    type: str,
+    measure: Callable[[np.ndarray], Errors],
+    importance: np.ndarray | None = None,
+) -> Iterator[PackedPart]:
+    """Yields a tensor in a block type of GGUF, part by part.
+
+    Args:
+      numbers: the numbers of the tensor.
+      type: a name in `jaxq.interop.gguf.TYPES`, whose blocks divide the last axis.
+      measure: returns the errors of a part from the quantized elements minus the elements.
+      importance: as in `jaxq.interop.gguf.quantize`.
+    """
+    layout, length, start = gguf.TYPES[type], numbers.shape[-1], 0
+    for part in numbers.stream(LARGE if importance is None else max(LARGE // length, 1) * length):
+        more = None
+        if importance is not None:
+            # `accumulate` adds one number after another, as ggml does.
+            squares = np.add.accumulate(np.square(part.reshape(-1, length)), axis=1)[:, -1]
+            squares = np.repeat(squares / np.float32(length), length // layout.block)
+            more = gguf.Importance(_weights(importance, numbers.shape, start, part.size), squares)
+        at = 0
+        for piece, count in pieces_of(part):
+            own = None if more is None else _cut_importance(more, at, piece.size)
+            data, error = (np.asarray(a) for a in _packed(piece.reshape(-1, _ROW), type, own))
+            signal = energy(piece)
+            if signal < LEAST:  # XLA on CPU takes subnormal errors for 0.
+                error = np.asarray(gguf.dequantize(data, type)).reshape(-1) - piece
+            errors = measure(error.reshape(-1)[:count])
+            del error  # So that the next piece uses its memory.
+            size = count // layout.block * layout.size
+            yield PackedPart(data.reshape(-1)[:size], count, signal, errors)
+            at += count
+        start += part.size
+
+
+def _weights(importance: np.ndarray, shape: tuple[int, ...], start: int, count: int) -> np.ndarray:
+    """Returns the importance of consecutive elements of a tensor.
+
+    Args:
+      importance: one row, or one for each index of leading axes of the tensor.
+      shape: the shape of the tensor.
+      start: the index of the first element.
+      count: the number of elements.
+    """
+    length = shape[-1]
+    rows = importance.reshape(-1, length).astype(np.float32, copy=False)
+    each = math.prod(shape) // len(rows)  # Elements of the tensor per row of weights.
+    index = np.arange(start, start + count)
+    return rows.reshape(-1)[index // each * length + index % length]
+
+
+def _cut_importance(whole: gguf.Importance, start: int, size: int) -> gguf.Importance:
+    """Returns the importance of a piece, padded with zeros."""
+    per_block = whole.weights.size // whole.squares.size
+    parts = []
+    for values, step in ((whole.weights, 1), (whole.squares, per_block)):
+        own = values[start // step : (start + size) // step]
+        parts.append(np.pad(own, (0, size // step - own.size)))
+    return gguf.Importance(parts[0].reshape(-1, _ROW), parts[1])
+
+
+@functools.partial(jax.jit, static_argnames="type")
+def _packed(
+    piece: jax.Array, type: str, importance: gguf.Importance | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the bytes of a piece in a block type, and the errors of its quantized values."""
+    packed, values = gguf.quantize_with_values(piece, type, importance)
+    # As rows of blocks, for which XLA on CPU makes vector code.
+    blocks = (-1, gguf.TYPES[type].block)
+    return packed.data, rounded(values.reshape(blocks)) - piece.reshape(blocks)

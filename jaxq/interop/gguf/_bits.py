@@ -22,9 +22,11 @@ def spread(data: jax.Array, width: int, bits: int) -> jax.Array:
     Returns:
       uint8 `[blocks, 8 / bits · bytes]`.
     """
-    shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
-    runs = data.reshape(data.shape[0], data.shape[1] // width, 1, width) >> shifts
-    return (runs & np.uint8(2**bits - 1)).reshape(data.shape[0], data.shape[1] * 8 // bits)
+    # A stack, because XLA on CPU (JAX 0.12) does not vectorize shifts by an array in a loop: see
+    # `benchmarks/serving.py`.
+    runs, mask = data.reshape(data.shape[0], data.shape[1] // width, width), np.uint8(2**bits - 1)
+    codes = jnp.stack([runs >> np.uint8(i) & mask for i in range(0, 8, bits)], 2)
+    return codes.reshape(data.shape[0], data.shape[1] * 8 // bits)
 
 
 def gather(codes: jax.Array, width: int, bits: int) -> jax.Array:

@@ -25,10 +25,15 @@ def spread(data: jax.Array, width: int, bits: int) -> jax.Array:
     Returns:
       uint8 `[blocks, 8 / bits · bytes]`.
     """
-    # A stack, because XLA on CPU (JAX 0.12) does not vectorize shifts by an array in a loop: see
-    # `benchmarks/serving.py`.
     runs, mask = data.reshape(data.shape[0], data.shape[1] // width, width), np.uint8(2**bits - 1)
-    codes = jnp.stack([runs >> np.uint8(i) & mask for i in range(0, 8, bits)], 2)
+    if bits == 4:
+        # XLA on CPU (JAX 0.12) does not vectorize shifts by an array in a loop, and a stack of more
+        # parts is slower than they are: see `benchmarks/serving.py`.
+        codes = jnp.stack([runs & mask, runs >> np.uint8(4)], 2)
+    else:
+        codes = (
+            runs[:, :, None] >> np.arange(0, 8, bits, dtype=np.uint8)[None, None, :, None] & mask
+        )
     return codes.reshape(data.shape[0], data.shape[1] * 8 // bits)
 
 

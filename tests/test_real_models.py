@@ -54,7 +54,7 @@ def test_cached_decoding_equals_decoding_of_the_whole_prefix():
 
 
 def test_word_errors_count_changed_missing_and_added_words():
-    word_errors = load("real_models").word_errors
+    word_errors = load("model_data").word_errors
     assert word_errors("Measure twice, cut once.", "measure twice cut once") == (0, 4)
     assert word_errors("one two three", "one too three four") == (2, 3)
     assert word_errors("one two three", "three") == (2, 3)

@@ -302,8 +302,10 @@ def _unpacked(packed: jax.Array, bits: int, n: int) -> jax.Array:
     *leading, size = packed.shape
     per_group, group_bytes = _groups(bits)
     if group_bytes == 1:  # No code spans two bytes, so one vectorized operation unpacks all.
-        shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape((1,) * packed.ndim + (-1,))
-        codes = packed[..., None] >> shifts & np.uint8(2**bits - 1)
+        # A stack, because XLA on CPU (JAX 0.12) does not vectorize shifts by an array in a loop:
+        # see `benchmarks/serving.py`.
+        mask = np.uint8(2**bits - 1)
+        codes = jnp.stack([packed >> np.uint8(i) & mask for i in range(0, 8, bits)], -1)
         return codes.reshape(*leading, size * per_group)[..., :n]
     groups = -(-n // per_group)
     padding = [(0, 0, 0)] * len(leading) + [(0, groups * group_bytes - size, 0)]

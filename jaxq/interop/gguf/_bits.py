@@ -25,9 +25,16 @@ def spread(data: jax.Array, width: int, bits: int) -> jax.Array:
     Returns:
       uint8 `[blocks, 8 / bits · bytes]`.
     """
-    shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(1, 1, -1, 1)
-    runs = data.reshape(data.shape[0], data.shape[1] // width, 1, width) >> shifts
-    return (runs & np.uint8(2**bits - 1)).reshape(data.shape[0], data.shape[1] * 8 // bits)
+    runs, mask = data.reshape(data.shape[0], data.shape[1] // width, width), np.uint8(2**bits - 1)
+    if bits == 4:
+        # XLA on CPU (JAX 0.12) does not vectorize shifts by an array in a loop, and a stack of more
+        # parts is slower than they are: see `benchmarks/serving.py`.
+        codes = jnp.stack([runs & mask, runs >> np.uint8(4)], 2)
+    else:
+        codes = (
+            runs[:, :, None] >> np.arange(0, 8, bits, dtype=np.uint8)[None, None, :, None] & mask
+        )
+    return codes.reshape(data.shape[0], data.shape[1] * 8 // bits)
 
 
 def gather(codes: jax.Array, width: int, bits: int) -> jax.Array:

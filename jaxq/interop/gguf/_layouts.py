@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._jax.arithmetic import materialize
 from jaxq.interop.gguf._bits import gather, halves, join_halves, spread
 
 __all__ = ["E2M1", "IQ4", "LAYOUTS", "Fields", "Layout", "e8m0_half", "ue4m3_half"]
@@ -110,7 +111,7 @@ def _float(codes: jax.Array, offset: int = 0) -> jax.Array:
 def _scaled(scale: jax.Array, q: jax.Array) -> jax.Array:
     """Returns products of scales `[blocks, parts]` and numbers `[blocks, elements]`."""
     parts = q.reshape(*scale.shape, -1)
-    return (scale[..., None] * parts).reshape(q.shape)
+    return (materialize(scale)[..., None] * parts).reshape(q.shape)
 
 
 def _one(offset: int, minimum: bool = False) -> Callable[[Fields], jax.Array]:
@@ -145,14 +146,14 @@ def two_scales_bytes(s: jax.Array, m: jax.Array) -> jax.Array:
 def _k_affine(f: Fields) -> jax.Array:
     s, m = _two_scales(f["scales"])
     q = f["q"] | f["high"] << np.uint8(4) if "high" in f else f["q"]
-    low = f["m"][:, None] * _float(m)
+    low = materialize(f["m"][:, None] * _float(m))
     y = _scaled(f["d"][:, None] * _float(s), _float(q))
     return (y.reshape(*low.shape, -1) - low[..., None]).reshape(y.shape)
 
 
 def _q2_k(f: Fields) -> jax.Array:
     s, m = f["scales"] & np.uint8(15), f["scales"] >> np.uint8(4)
-    low = f["m"][:, None] * _float(m)
+    low = materialize(f["m"][:, None] * _float(m))
     y = _scaled(f["d"][:, None] * _float(s), _float(f["q"]))
     return (y.reshape(*low.shape, -1) - low[..., None]).reshape(y.shape)
 

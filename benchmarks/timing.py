@@ -112,7 +112,7 @@ def page(title: str, what: str, columns: dict[str, dict[tuple[str, str], float]]
     heads = [name + end for name in columns for end in ("", ", old version")[: 1 + compared]]
     version = "\n*Old version* is the version of jaxq given by `--old`.\n" if compared else ""
     sizes = {name: 8 * np.prod([int(n) for n in name.split("x")]) for name in columns}
-    bases = ", ".join(
+    bases = "; ".join(
         f"{name}: {1e3 * times[BASE]:.2f} ms, {1e-9 * sizes[name] / times[BASE]:.0f} GB/s"
         for name, times in columns.items()
     )

@@ -1,7 +1,9 @@
 """Measures the speed of casts against a plain pass and against other libraries.
 
-python benchmarks/casts.py [--rounds N] [--shapes RxC ...] [--output PAGE]
+python benchmarks/casts.py [--rounds N] [--shapes RxC ...] [--output PAGE] [--old FOLDER]
 """
+
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -15,41 +17,43 @@ DETERMINISTIC = ("nearest_away", "toward_zero", "up", "down", "to_odd")
 E4M3 = "float8_e4m3fn"
 
 
-def ours(x: jax.Array) -> Cases:
-    """Returns the cases of jaxq, JAX and NumPy."""
+def ours(x: jax.Array, library: Any) -> Cases:
+    """Returns the cases of a version of jaxq."""
     cases: Cases = {}
-    for name, fmt in jaxq.formats.FORMATS.items():
+    for name, fmt in library.formats.FORMATS.items():
         if fmt.bits <= 8 or name in ("float16", "bfloat16", "tf32"):
-            cast = compiled(lambda x, name=name: jaxq.cast(x, name), x)
+            cast = compiled(lambda x, name=name: library.cast(x, name), x)
             cases["jaxq.cast, nearest even", name] = cast
     for mode in DETERMINISTIC:
-        run = compiled(lambda x, mode=mode: jaxq.cast(x, E4M3, rounding=mode), x)
+        run = compiled(lambda x, mode=mode: library.cast(x, E4M3, rounding=mode), x)
         cases[f"jaxq.cast to {E4M3}", mode] = run
     key = jax.random.key(0)
-    run = compiled(lambda x: jaxq.cast(x, E4M3, overflow="saturate"), x)
+    run = compiled(lambda x: library.cast(x, E4M3, overflow="saturate"), x)
     cases[f"jaxq.cast to {E4M3}", "nearest even, saturating"] = run
     for bits in (8, 16, 23):
-        mode = jaxq.Stochastic(bits)
+        mode = library.Stochastic(bits)
         dtype = mode.random_dtype
-        run = compiled(lambda x, k, m=mode: jaxq.cast(x, E4M3, rounding=m, key=k), x, key)
+        run = compiled(lambda x, k, m=mode: library.cast(x, E4M3, rounding=m, key=k), x, key)
         draw = compiled(lambda k, d=dtype: jax.random.bits(k, x.shape, d), key)
         cases[f"jaxq.cast to {E4M3}", f"stochastic, {bits} bits"] = run
         cases[f"jaxq.cast to {E4M3}", f"drawing the {bits} random bits alone"] = draw
 
     def value_and_pullback(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, pull_back = jax.vjp(lambda x: jaxq.cast(x, E4M3), x)
+        y, pull_back = jax.vjp(lambda x: library.cast(x, E4M3), x)
         return y, pull_back(cotangent)[0]
 
     run = compiled(value_and_pullback, x, x + 1)
     cases[f"jaxq.cast to {E4M3}", "nearest even, with its gradient"] = run
     for name in (E4M3, "float4_e2m1fn", "int8", "nf4"):
-        codes = jaxq.encode(x, name)
-        encode = compiled(lambda x, n=name: jaxq.encode(x, n), x)
-        decode = compiled(lambda c, n=name: jaxq.decode(c, n), codes)
+        codes = library.encode(x, name)
+        encode = compiled(lambda x, n=name: library.encode(x, n), x)
+        decode = compiled(lambda c, n=name: library.decode(c, n), codes)
         cases["jaxq.encode", name], cases["jaxq.decode", name] = encode, decode
-    codes = jaxq.encode(x, "float6_e2m3fn")
-    cases["jaxq.numerics.pack", "6-bit codes"] = compiled(lambda c: jaxq.numerics.pack(c, 6), codes)
-    return cases | jax_peers(x) | numpy_peers(x)
+    codes = library.encode(x, "float6_e2m3fn")
+    cases["jaxq.numerics.pack", "6-bit codes"] = compiled(
+        lambda c: library.numerics.pack(c, 6), codes
+    )
+    return cases
 
 
 def jax_peers(x: jax.Array) -> Cases:
@@ -123,5 +127,5 @@ if __name__ == "__main__":
         "the time of one pass over an array",
         "out/benchmarks.md",
         ours,
-        (gfloat_peers, torch_peers, pychop_peers),
+        (jax_peers, numpy_peers, gfloat_peers, torch_peers, pychop_peers),
     )

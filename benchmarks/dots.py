@@ -84,14 +84,14 @@ def run_times(size: int, rounds: int) -> dict[str, float]:
 
 
 def compile_times(make: Callable, arguments: tuple, repeats: int, what: str) -> dict[str, float]:
-    """Returns the seconds to trace and compile, the fastest of several runs without caches."""
+    """Returns the least processor seconds to trace and compile, of several runs without caches."""
     best = dict.fromkeys(NAMES, np.inf)
     for _ in track(range(repeats), description=f"compiling {what}"):
         for name in NAMES:
             jax.clear_caches()
-            start = time.perf_counter()
+            start = time.process_time()
             jax.jit(make(name)).lower(*arguments).compile()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], time.process_time() - start)
     return best
 
 
@@ -107,8 +107,8 @@ def page(size: int, columns: dict[str, dict[str, float]]) -> str:
 `make bench` writes this page: the time of `jaxq.dot_general` with a recipe, as a ratio to the time
 of the same product in float32 in the same run. *Run* is a product of two square matrices of size
 {size} with both gradients, the fastest of many interleaved rounds. *Compile* is tracing and
-compiling, for that product alone and for a training step with eight products, four normalizations
-and Adam.
+compiling in processor time, which a busy machine changes little, for that product alone and for a
+training step with eight products, four normalizations and Adam.
 
 In float32: {bases}.
 

@@ -1,40 +1,39 @@
 """Measures the speed of quantizers against a plain pass and against other libraries.
 
-python benchmarks/quantizers.py [--rounds N] [--shapes RxC ...] [--output PAGE]
+python benchmarks/quantizers.py [--rounds N] [--shapes RxC ...] [--output PAGE] [--old FOLDER]
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 from timing import Cases, compiled, main
 
-import jaxq
-
 STORED = ("int8_token", "uint8_channel", "int4_g128", "nf4_g64", "mxfp8_e4m3", "mxfp4", "nvfp4")
 SIZES = {"int4_g128": 128, "nf4_g64": 64, "mxfp8_e4m3": 32, "mxfp4": 32, "nvfp4": 16}
 
 
-def ours(x: jax.Array) -> Cases:
-    """Returns the cases of jaxq."""
+def ours(x: jax.Array, library: Any) -> Cases:
+    """Returns the cases of a version of jaxq."""
 
-    def with_gradient(x: jax.Array, recipe: str | jaxq.Recipe) -> jax.Array:
+    def with_gradient(x: jax.Array, recipe: Any) -> jax.Array:
         """Returns the value, computed together with the residuals of the gradient."""
-        return jax.vjp(lambda x: jaxq.fake_quant(x, recipe), x)[0]
+        return jax.vjp(lambda x: library.fake_quant(x, recipe), x)[0]
 
     cases: Cases = {}
-    for name in jaxq.recipes.RECIPES:
+    for name in library.recipes.RECIPES:
         run = compiled(lambda x, r=name: with_gradient(x, r), x)
         cases["jaxq.fake_quant and its residuals", name] = run
     for name, size in SIZES.items():
-        granularity = jaxq.PerBlock(size, axes=0)
-        recipe = dataclasses.replace(jaxq.get_recipe(name), granularity=granularity)
+        granularity = library.PerBlock(size, axes=0)
+        recipe = dataclasses.replace(library.get_recipe(name), granularity=granularity)
         run = compiled(lambda x, r=recipe: with_gradient(x, r), x)
         cases["jaxq.fake_quant and its residuals, blocks on axis 0", name] = run
     for name in STORED:
-        cases["jaxq.quantize", name] = compiled(lambda x, r=name: jaxq.quantize(x, r), x)
+        cases["jaxq.quantize", name] = compiled(lambda x, r=name: library.quantize(x, r), x)
     for name in STORED:
-        cases["jaxq.dequantize", name] = compiled(jaxq.dequantize, jaxq.quantize(x, name))
+        cases["jaxq.dequantize", name] = compiled(library.dequantize, library.quantize(x, name))
     return cases
 
 

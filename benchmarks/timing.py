@@ -2,26 +2,34 @@
 
 Each round runs every case once, so that a busy machine slows all cases alike, and the time of a
 case is that of its fastest round. Times are reported as ratios to `x * 1.0001`, jitted, on the same
-float32 array in the same rounds. Libraries that are not installed are left out.
+float32 array in the same rounds. Libraries that are not installed are left out. Another version of
+jaxq, in a folder that holds its package, can be measured beside the installed one.
 """
 
 import argparse
+import importlib
 import os
 import pathlib
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from rich.progress import track
+
+import jaxq
 
 Cases = dict[
     tuple[str, str], Callable[[], object]
 ]  # From (operation, case) to a function that runs the case.
 
 BASE = ("plain pass", "x * 1.0001")
+OLD = "old version of "  # Precedes the operations of the other version of jaxq.
 
 
 def compiled(function: Callable, *arguments: object) -> Callable[[], object]:
@@ -30,9 +38,33 @@ def compiled(function: Callable, *arguments: object) -> Callable[[], object]:
     return lambda: jax.block_until_ready(jitted(*arguments))
 
 
-def collect(x: jax.Array, ours: Callable, peers: Sequence[Callable]) -> Cases:
+def version_in(folder: pathlib.Path) -> Any:
+    """Imports the version of jaxq in a folder, beside the one that is already imported."""
+
+    def take() -> dict[str, Any]:
+        """Removes and returns the modules of jaxq that are imported."""
+        names = [name for name in sys.modules if name.split(".")[0] == "jaxq"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    installed = take()
+    sys.path.insert(0, str(folder.resolve()))
+    # `jax.export` takes each name of a pytree only once.
+    names = ("register_pytree_node_serialization", "register_namedtuple_serialization")
+    ignored = dict.fromkeys(names, lambda kind, **_: kind)
+    try:
+        with mock.patch.multiple(jax.export, **ignored):
+            return importlib.import_module("jaxq")
+    finally:
+        sys.path.pop(0)
+        take()
+        sys.modules.update(installed)
+
+
+def collect(x: jax.Array, ours: Callable, peers: Sequence[Callable], old: Any = None) -> Cases:
     """Returns all cases, and prints which libraries are not installed."""
-    cases: Cases = {BASE: compiled(lambda x: x * 1.0001, x)} | ours(x)
+    cases: Cases = {BASE: compiled(lambda x: x * 1.0001, x)} | ours(x, jaxq)
+    if old is not None:
+        cases |= {(OLD + what, label): run for (what, label), run in ours(x, old).items()}
     for find in peers:
         try:
             with warnings.catch_warnings():
@@ -66,11 +98,19 @@ def measure(cases: Cases, rounds: int, label: str) -> dict[tuple[str, str], floa
 
 def page(title: str, what: str, columns: dict[str, dict[tuple[str, str], float]]) -> str:
     """Returns the documentation page with the table of ratios."""
+    first = next(iter(columns.values()))
+    compared = any(what.startswith(OLD) for what, _ in first)
     rows = []
-    for case in next(iter(columns.values())):
-        operation, label = case
-        ratios = " | ".join(f"{times[case] / times[BASE]:.2f}" for times in columns.values())
-        rows.append(f"| {operation} | {label} | {ratios} |")
+    for what, label in first:
+        if what.startswith(OLD):
+            continue
+        cells = []
+        for times in columns.values():
+            found = [times.get((prefix + what, label)) for prefix in ("", OLD)[: 1 + compared]]
+            cells += ["" if t is None else f"{t / times[BASE]:.2f}" for t in found]
+        rows.append(f"| {what} | {label} | {' | '.join(cells)} |")
+    heads = [name + end for name in columns for end in ("", ", old version")[: 1 + compared]]
+    version = "\n*Old version* is the version of jaxq given by `--old`.\n" if compared else ""
     sizes = {name: 8 * np.prod([int(n) for n in name.split("x")]) for name in columns}
     bases = "; ".join(
         f"{name}: {1e3 * times[BASE]:.2f} ms, {1e-9 * sizes[name] / times[BASE]:.0f} GB/s"
@@ -85,13 +125,13 @@ def page(title: str, what: str, columns: dict[str, dict[tuple[str, str], float]]
 `make bench` writes this page: {what}, as a ratio to the time of
 `x * 1.0001` on the same float32 array of normal random numbers, both jitted, in the same run. Each
 time is that of the fastest of many interleaved rounds.
-
+{version}
 Time and bandwidth (reads and writes) of the plain pass: {bases}.
 
 Made with {versions}.
 
-| operation | case | {" | ".join(columns)} |
-|---|---|{"---:|" * len(columns)}
+| operation | case | {" | ".join(heads)} |
+|---|---|{"---:|" * len(heads)}
 {chr(10).join(rows)}
 """
 
@@ -100,7 +140,7 @@ def main(
     title: str,
     what: str,
     output: str,
-    ours: Callable[[jax.Array], Cases],
+    ours: Callable[[jax.Array, Any], Cases],
     peers: Sequence[Callable],
 ) -> None:
     """Runs a benchmark from its command line and writes the page.
@@ -109,20 +149,22 @@ def main(
       title: the title of the page.
       what: the measured quantity in words, for the page and the help text.
       output: the default path of the page.
-      ours: a function from a float32 array to the cases of jaxq.
+      ours: a function from a float32 array and a version of jaxq to the cases of that version.
       peers: functions from a float32 array to the cases of another library, which they import.
     """
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--shapes", nargs="+", default=["1024x4096", "8192x4096"])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(output))
+    parser.add_argument("--old", type=pathlib.Path, help="a folder with another version of jaxq")
     arguments = parser.parse_args()
+    old = arguments.old and version_in(arguments.old)
     columns = {}
     for shape in arguments.shapes:
         height, width = map(int, shape.split("x"))
         x = jax.random.normal(jax.random.key(0), (height, width))
         rounds = max(5, arguments.rounds * 1024 * 4096 // x.size)
-        columns[shape] = measure(collect(x, ours, peers), rounds, shape)
+        columns[shape] = measure(collect(x, ours, peers, old), rounds, shape)
     text = page(title, what, columns)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text)

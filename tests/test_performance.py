@@ -45,6 +45,20 @@ def test_cast_has_at_most_25_equations(name: str):
     assert 10 < equations(jaxpr.jaxpr) <= (30 if name in POWERS_OF_TWO else 25)
 
 
+@pytest.mark.parametrize(("name", "most"), [("takum8", 55), ("posit8", 33)])
+def test_cast_to_tapered_format_has_few_equations(name: str, most: int):
+    jaxpr = jax.make_jaxpr(lambda x: jaxq.cast(x, name))(jnp.ones(8))
+    assert 25 < equations(jaxpr.jaxpr) <= most
+
+
+@pytest.mark.parametrize("name", ["dynamic8", "udynamic8"])
+def test_cast_to_256_levels_looks_up_two_tables(name: str):
+    """Counts gathers, which take most of the time: one for the bucket and one for the level."""
+    x = jax.ShapeDtypeStruct((8,), jnp.float32)
+    text = jax.jit(lambda x: jaxq.cast(x, name)).lower(x).as_text()
+    assert text.count('"stablehlo.gather"(') == 2
+
+
 # Lines of StableHLO of a product with both gradients, which bound the time to compile it.
 LINES = {"w8a8": 320, "int8_training": 930, "mxfp8_training": 590, "nvfp4_training": 1750}
 

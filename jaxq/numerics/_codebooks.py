@@ -2,8 +2,8 @@
 
 Values are compared as integers in the order of the floats, so that float32 subnormals are never
 treated as zero. Few levels use a chain of one comparison per two levels, which takes less than two
-plain passes for 16 levels. Many levels use a table indexed by the leading bits, which leaves one or
-a few comparisons.
+plain passes for 16 levels. Many levels use a table indexed by the leading bits, which leaves at
+most a few comparisons.
 """
 
 import fractions
@@ -105,12 +105,15 @@ def _take(table: np.ndarray, index: jax.Array) -> jax.Array:
 
 def _count(key: jax.Array, thresholds: tuple[int, ...], layout: Layout) -> jax.Array:
     """Counts the thresholds that each key exceeds, by a table lookup and a binary search."""
-    table = _table(thresholds, layout)
-    sign = layout.int_type(8 * key.dtype.itemsize - 1)
-    magnitude = lax.clamp(table.low, key ^ (key >> sign), table.high)
-    bucket = ((magnitude - table.low) >> table.shift).astype(jnp.int32)
-    bucket = where(key < 0, bucket + np.int32(len(table.starts) // 2), bucket)
-    count = _take(table.starts, bucket).astype(jnp.int32)
+    table, integer = _table(thresholds, layout), layout.int_type
+    sign = key >> integer(8 * key.dtype.itemsize - 1)
+    magnitude = lax.clamp(table.low, key ^ sign, table.high)
+    bucket = ((magnitude - table.low) >> table.shift) + (sign & integer(len(table.entries) // 2))
+    entry = _take(table.entries, bucket.astype(jnp.int32))
+    if not table.steps:
+        entry = entry + (key & integer((1 << int(table.shift)) - 1))
+    width = integer(8 * key.dtype.itemsize - 8)
+    count = lax.shift_right_logical(entry, width).astype(jnp.int32)
     for step in table.steps:
         above = key > _take(table.thresholds, count + (step - np.int32(1)))
         count = where(above, count + step, count)
@@ -123,9 +126,12 @@ class _Table(NamedTuple):
     low: np.signedinteger  # Magnitudes are clamped to the range from `low` to `high`.
     high: np.signedinteger
     shift: np.signedinteger
-    starts: np.ndarray  # The number of thresholds below each bucket; negative buckets come last.
+    # The number of thresholds below each bucket, in the upper 8 bits. The others complement the low
+    # bits of the bucket's only threshold, so that adding those of a key that exceeds it carries
+    # into the number. They are 0 without a threshold. Negative buckets come last.
+    entries: np.ndarray
     thresholds: np.ndarray  # Padded with maximal values, because a search may step past the end.
-    steps: tuple[np.int32, ...]  # The steps of a binary search within a bucket.
+    steps: tuple[np.int32, ...]  # Of a binary search in a bucket; empty if the entries suffice.
 
 
 @functools.cache
@@ -134,20 +140,30 @@ def _table(thresholds: tuple[int, ...], layout: Layout) -> _Table:
     integer, ends = layout.int_type, np.iinfo(layout.int_type)
     t = np.array(thresholds, integer)
     magnitudes = np.where(t < 0, ~t, t)
-    low, high = magnitudes.min(), magnitudes.max()
+    lowest, highest = int(magnitudes.min()), int(magnitudes.max())
+    width = ends.bits - 8
     best = None
-    for shift in range(ends.bits - 2, -1, -1):
-        buckets = (int(high - low) >> shift) + 1
+    for shift in range(width, -1, -1):
+        # The first and the last bucket have no threshold, so clamping a key keeps its count.
+        low = max((lowest >> shift) - 1, 0) << shift
+        high = min(((highest >> shift) + 1) << shift, int(ends.max))
+        buckets = (high - low >> shift) + 1
         if best and buckets > _BUCKETS // 2:
             break
-        first = low + (np.arange(buckets, dtype=integer) << integer(shift))
+        first = integer(low) + (np.arange(buckets, dtype=integer) << integer(shift))
         first[0] = 0
         last = np.append(first[1:] - integer(1), ends.max)
         starts = np.searchsorted(t, np.concatenate([first, ~last]))
-        most = int((np.searchsorted(t, np.concatenate([last, ~first])) - starts).max())
+        within = np.searchsorted(t, np.concatenate([last, ~first])) - starts
+        most = max(1, int(within.max()))
         steps = tuple(np.int32(1 << bit) for bit in reversed(range(most.bit_length())))
         filled = np.append(t, np.full(steps[0], ends.max, integer))
-        best = _Table(low, high, integer(shift), starts.astype(np.uint8), filled, steps)
+        only = filled[np.minimum(starts, len(t))] & integer((1 << shift) - 1)
+        only = np.where(within == 1, integer((1 << width) - 1) - only, integer(0))
+        entries = (starts.astype(np.uint64) << np.uint64(width)).astype(integer) | only
+        best = _Table(
+            integer(low), integer(high), integer(shift), entries, filled, () if most == 1 else steps
+        )
         if most == 1:
             break
     assert best is not None

@@ -122,12 +122,12 @@ def _snapped(
     if not _is_narrow(fmt, layout):  # The format has values beyond the range of the floats.
         exact = where(magnitude == layout.inf, most, exact)
     string, _, dropped = _split(exact, fmt, layout)
-    low = string & ((integer(2) << dropped) - integer(1))
     if rounding is nearest_even:  # Half a unit is added, or a little less if the code is even.
-        half = (integer(1) << dropped) >> integer(1)
-        odd = low >> dropped
-        up = (low + (half - integer(1)) + odd) >> dropped << dropped
-        return lax.clamp(least, exact - low + up, most)
+        ones = ~(integer(-1) << dropped)
+        odd = string >> dropped & integer(1)
+        # The ends of the clamp have codes, so no result is beyond them.
+        return ((string + (ones >> integer(1)) + odd) & ~ones) - (string - exact)
+    low = string & ((integer(2) << dropped) - integer(1))
     seen = low
     if fmt.exponent_bits != 0:  # More bits than a float holds are merged into one sticky bit.
         too_many = lax.max(dropped - integer(m), integer(0))
@@ -181,13 +181,14 @@ def _logarithm(value: float, layout: Layout) -> np.signedinteger:
 
 def _collapsed(y: jax.Array, layout: Layout) -> jax.Array:
     """Converts logarithms to float bits, subnormal or infinite where out of the normal range."""
-    integer, m = layout.int_type, layout.mantissa_bits
-    first, low = layout.shifted(1 - layout.bias), integer((1 << m) - 1)
-    # The significand in units of the smallest subnormal.
-    scale = (lax.clamp(layout.shifted(-m - 2), y - first, integer(0)) & ~low) + layout.field(0)
-    significand = ((y & low) | (low + integer(1))).astype(layout.float_type)
-    subnormal = significand * layout.floats(scale)
-    subnormal = lax.round(subnormal, lax.RoundingMethod.TO_NEAREST_EVEN).astype(integer)
+    first = layout.shifted(1 - layout.bias)
+    # Subnormals are counted in the bits of a sum: the value, times a power of two that makes it
+    # normal, plus the power of two whose last bit stands for the smallest subnormal.
+    up = layout.bias // 2
+    anchor = layout.field(up + 1 - layout.bias)
+    least = layout.shifted(layout.least_exponent - 2)
+    scaled = layout.floats(lax.max(y, least) + layout.field(up))
+    subnormal = layout.bits(scaled + layout.floats(anchor)) - anchor
     normal = lax.min(y, layout.shifted(layout.bias + 1)) + layout.field(0)
     return lax.select(y < first, subnormal, normal)
 

@@ -219,11 +219,12 @@ def test_layernorm_commutes_with_a_rotation_that_keeps_the_mean():
     def fn(params, x):
         x = x @ params["in"]
         x = (x - x.mean(-1, keepdims=True)) / jnp.std(x, -1, keepdims=True)
-        return (x * params["scale"][None]) @ params["out"]
+        return (x * params["scale"][None] + params["bias"][None]) @ params["out"]
 
     params = {"in": normal(0, 5, 12), "scale": normal(1, 12), "out": normal(2, 12, 3)}
+    params["bias"] = normal(4, 12)
     x = normal(3, 9, 5)
-    axes, norms = {"in": -1, "out": -2}, [ptq.Norm("scale", ["out"])]
+    axes, norms = {"in": -1, "out": -2}, [ptq.Norm("scale", ["out"], bias="bias")]
     rotation = ptq.random_rotation(12, KEY, keep_mean=True)
     np.testing.assert_allclose(np.ones(12) @ rotation, np.ones(12), atol=1e-12)
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(12), atol=1e-12)
@@ -231,6 +232,12 @@ def test_layernorm_commutes_with_a_rotation_that_keeps_the_mean():
     np.testing.assert_allclose(fn(new, x), fn(params, x), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="its outputs differ by"):
         ptq.fold_rotation(fn, ptq.random_rotation(12, KEY), axes, norms=norms)(params, x)
+    with pytest.raises(ValueError, match="a scale, a bias or a mean is missing"):
+        missing = [ptq.Norm("scale", ["out"])]
+        ptq.fold_rotation(fn, rotation, axes, norms=missing)(params, x)
+    dead = {**params, "scale": params["scale"] * (np.arange(12) > 0)}
+    with pytest.raises(ValueError, match="the bias 'bias' must .* be 0 where that is 0"):
+        ptq.fold_rotation(fn, rotation, axes, norms=norms)(dead, x)
 
 
 @pytest.mark.parametrize("n", [1, 2, 12, 20, 28, 36, 44, 60, 64, 76, 108, 140, 576])

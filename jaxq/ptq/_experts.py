@@ -65,10 +65,7 @@ def alike(found: list[Levels]) -> list[Levels]:
         others = any(getattr(other, name) is not None for other in found)
         return jnp.full_like(levels.step, fills[name]) if own is None and others else own
 
-    return [
-        levels._replace(**{name: filled(levels, name) for name in fills})
-        for levels in found
-    ]
+    return [levels._replace(**{name: filled(levels, name) for name in fills}) for levels in found]
 
 
 def own_levels(levels: Any, recipe: Recipe) -> Levels:

@@ -27,6 +27,7 @@ class Norm:
       readers: the paths of all weights that multiply the norm's result.
       offset: the number that the model adds to the scale: 0, or 1 for a norm that multiplies by
         `1 + scale`.
+      bias: the path of the vector that the norm adds to its result, as a LayerNorm does, or None.
 
     Example:
       >>> from jaxq import ptq
@@ -37,6 +38,7 @@ class Norm:
     scale: str
     readers: Sequence[str]
     offset: float = 0.0
+    bias: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.readers, str):
@@ -156,8 +158,9 @@ def fold_rotation(
     Between the leaves, x may only be added, multiplied by matrices, or divided by its norm. The
     scales of norms are therefore multiplied into the weights that read them first, and become 1. An
     RMSNorm then commutes with any R. A LayerNorm does with the R of
-    `random_rotation(..., keep_mean=True)`, if its bias is 0. Sums are computed in float64, and
-    outputs are compared with those of the original.
+    `random_rotation(..., keep_mean=True)`. Its bias b, with the scale g, becomes `(b / g) R`, so
+    that the readers see the same vector. Sums are computed in float64, and outputs are compared
+    with those of the original.
 
     Args:
       fn: a function of the parameters and the inputs.
@@ -174,7 +177,7 @@ def fold_rotation(
     Raises:
       ValueError: if R is not orthogonal; if a leaf does not exist, is not a float array, or has
         another length; if a reader of a norm is an embedding that is looked up too (a tied
-        embedding); or if the outputs change by more than rounding, because a leaf is missing.
+        embedding); if the bias of a norm is not 0 where its scale is; or if the outputs change by more than rounding, because a leaf is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -218,7 +221,8 @@ def fold_rotation(
         pairs, structure = jax.tree_util.tree_flatten_with_path(params)
         paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
         leaves = dict(zip(paths, (leaf for _, leaf in pairs), strict=True))
-        for path in (*axes, *(norm.scale for norm in norms)):
+        own = [path for norm in norms for path in (norm.scale, norm.bias) if path is not None]
+        for path in (*axes, *own):
             _check_leaf(path, leaves)
         if norms:
             _refuse_tied(fn, params, args, norms)
@@ -228,6 +232,9 @@ def fold_rotation(
             scale = np.asarray(leaves[norm.scale]).astype(np.float64) + norm.offset
             for path in norm.readers:
                 wide[path] = _multiplied(path, wide[path], scale, axes[path])
+            if norm.bias is not None:
+                bias = _divided(norm, np.asarray(leaves[norm.bias]).astype(np.float64), scale)
+                new[norm.bias] = _as(_turned(norm.bias, bias, matrix, -1), leaves[norm.bias])
             new[norm.scale] = _as(np.full(scale.shape, 1 - norm.offset), leaves[norm.scale])
         for path, axis in axes.items():
             new[path] = _as(_turned(path, wide[path], matrix, axis), leaves[path])
@@ -237,7 +244,7 @@ def fold_rotation(
             raise ValueError(
                 f"{_OWNER}: the function must not change, but its outputs differ by {error:.2g} "
                 "relative to their size. A leaf along the rotated vectors is missing in `axes`, or "
-                "a norm with a scale or a mean is missing in `norms`."
+                "a norm with a scale, a bias or a mean is missing in `norms`."
             )
         return result
 
@@ -292,6 +299,17 @@ def _multiplied(path: str, leaf: np.ndarray, scale: np.ndarray, axis: int) -> np
         )
     shape = [m if i < len(stacks) or i == at else 1 for i, m in enumerate(leaf.shape)]
     return leaf * scale.reshape(shape)
+
+
+def _divided(norm: Norm, bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Returns the bias of a norm whose scale is in its readers."""
+    if bias.shape != scale.shape or np.any((scale == 0) & (bias != 0)):
+        raise ValueError(
+            f"{_OWNER}: the bias {norm.bias!r} must have the shape of the scale {norm.scale!r} and "
+            f"be 0 where that is 0, got the shapes {bias.shape} and {scale.shape}. Leave the norm "
+            "and its readers out of the rotated vectors."
+        )
+    return np.divide(bias, scale, out=np.zeros_like(bias), where=scale != 0)
 
 
 def _turned(path: str, leaf: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:

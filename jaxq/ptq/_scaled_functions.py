@@ -103,21 +103,22 @@ class InputScales(Tabular):
         return changed("InputScales.apply", fn, dict(self.inputs), self.factors, {})
 
     def fold(
-        self, params: Any, into: Mapping[str, str | tuple[str, int]]
+        self, params: Any, into: Mapping[str, str | tuple[str, int] | list[Any]]
     ) -> tuple[Any, "InputScales"]:
         """Multiplies factors into leaves of the parameters, so that they cost nothing.
 
         This is right if the input of the products is proportional to the leaf, and nothing else
         depends on it: if it is the weight of the norm before them, or the kernel of the product
-        before them without a nonlinear function between. A norm that multiplies by `1 + weight` is
+        before them without a nonlinear function between. If a bias is added, as in a LayerNorm,
+        name it too, in a list with the leaf. A norm that multiplies by `1 + weight` is
         not proportional to its weight. Compare the outputs before and after.
 
         Args:
           params: the parameters of `ptq.scale_inputs`, before they are quantized.
           into: for a product's name, the path of the leaf; all products with the same input lose
             their factors. The factors lie along the last axis of the leaf; a pair (path, axis)
-            names another one, such as -2 for a kernel `[outputs, inputs]`. Layers of a scan lie
-            along the leading axes of both.
+            names another one, such as -2 for a kernel `[outputs, inputs]`; a list names several
+            leaves. Layers of a scan lie along the leading axes of both.
 
         Returns:
           The new parameters, and the factors that remain, with the others in `left`.
@@ -142,14 +143,16 @@ class InputScales(Tabular):
         leaves = [leaf for _, leaf in pairs]
         groups, folded = dict(self.inputs), {}
         for name, target in into.items():
-            path, axis = (target, -1) if isinstance(target, str) else target
             if name not in groups:
                 raise ValueError(_unknown("a product with factors", name, groups))
-            if path not in paths:
-                raise ValueError(_unknown("a leaf of `params`", path, paths))
-            at = paths.index(path)
-            leaves[at] = _multiplied(path, leaves[at], self.factors[groups[name]], axis)
-            folded[groups[name]] = f"folded into {path}"
+            targets = target if isinstance(target, list) else [target]
+            own = [(one, -1) if isinstance(one, str) else one for one in targets]
+            for path, axis in own:
+                if path not in paths:
+                    raise ValueError(_unknown("a leaf of `params`", path, paths))
+                at = paths.index(path)
+                leaves[at] = _multiplied(path, leaves[at], self.factors[groups[name]], axis)
+            folded[groups[name]] = f"folded into {' and '.join(path for path, _ in own)}"
         rest = InputScales(
             {name: x for name, x in self.factors.items() if name not in folded},
             tuple((name, first) for name, first in self.inputs if first not in folded),

@@ -17,12 +17,14 @@ from jaxq.ptq._collectors import Layout
 from jaxq.ptq._experts import by_leaf, by_recipe
 from jaxq.ptq._journal import Entry, Journal
 from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
+from jaxq.ptq._matrices import Settings
+from jaxq.ptq._owq import keep_inputs
 from jaxq.ptq._parts import Place
 from jaxq.ptq._reports import Report, SolvedProduct
 from jaxq.ptq._searching import Blocks, Search, Searching, run_length, searched
-from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, needs_drift, search_of
+from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver, check_search, needs_drift, search_of
 from jaxq.ptq._statistics import Statistics
-from jaxq.quantizers import block_numbers
+from jaxq.quantizers import block_numbers, numbers_of
 
 __all__ = ["Outcome", "Solving"]
 
@@ -181,7 +183,9 @@ class Solving:
         layout = Layout(matrix.axes, seen.x.shape)
         problem = _problem(seen, layout, layout.stacked(statistics))
         search, note = search_of(self.solver), ""
-        if search is None or weight.experts is not None:
+        if isinstance(self.solver, OWQ):
+            seen, answer, note = self._with_kept_inputs(place, seen, problem, self.solver)
+        elif search is None or weight.experts is not None:
             answer = answers(problem, by_recipe(weight, layout), self.solver)
             note = "" if search is None else "scales of experts with different recipes"
             note = note and f"{note} are not searched"
@@ -243,6 +247,41 @@ class Solving:
             self.leaves.rescale(key, q)
         return seen, answer_of(problem, recipe, solver), "the searched scales have more loss"
 
+    def _with_kept_inputs(
+        self, place: Place, seen: Seen, problem: Problem, solver: OWQ
+    ) -> tuple[Seen, Answer, str]:
+        """Solves a product, and keeps its most expensive inputs as outliers of its leaf.
+
+        Returns:
+          As `_searched`, for the recipe's own outliers in place of its scales.
+        """
+        weight, axes = self._weight(place.product), self.found.matrices[place.product.number].axes
+        layout, (key, *others) = Layout(axes, seen.x.shape), seen.keys
+        start, hessian = self.leaves.work(key).start, problem.statistics.hessian
+        assert hessian is not None, "all products to solve have one"
+        is_leaf = isinstance(place.frame.sources.get(place.variable), LeafKey) and not others
+        is_matrix = len(axes.contract) == 1 and not axes.batch and start.ndim == len(start.block)
+        settings, found = Settings(solver.damping, solver.order), None
+        if is_leaf and is_matrix:
+            found = keep_inputs(start, seen.x, hessian[0], axes.contract[0], settings)
+        recipes = by_recipe(weight, layout)
+        if found is None:
+            return seen, answers(problem, recipes, solver), "no inputs are kept as outliers"
+        q, solved = found
+        before = answers(problem, recipes, RTN()).before
+        self.leaves.rescale(key, q)
+        new = followed(place.frame, place.variable)
+        assert isinstance(new, Seen), "it was followed before"
+        chosen = _problem(new, layout, problem.statistics)
+        chosen = chosen._replace(nearest=layout.matrices(numbers_of(q)))
+        answer = answers(chosen, recipes, RTN())
+        if bool(solved) and bool(jnp.sum(answer.after) <= jnp.sum(before)):
+            answer = answer._replace(before=before, damping=jnp.full_like(before, solver.damping))
+            return new, answer, ""
+        self.leaves.rescale(key, start)
+        note = "the nearest levels have less loss than with kept inputs"
+        return seen, answers(problem, recipes, solver), note
+
     def _is_last(self, key: LeafKey) -> bool:
         """Returns whether no other product or iteration solves a leaf or row."""
         return self._solves[key] * self._count(key) >= self._expected[key.leaf]
@@ -267,7 +306,7 @@ class Solving:
         solved, worse = np.asarray(answer.solved), np.asarray(answer.worse)
         notes = [note] if note else []
         if needs_drift(self.solver) and statistics.drift is None:
-            notes.append("solved without the drift of its input, which is not known in loops")
+            notes.append("solved without the drift of its input, which is not known here")
         of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
         for mask, text in (
             (tokens == 0, "saw no token"),

@@ -232,11 +232,11 @@ def test_layernorm_commutes_with_a_rotation_that_keeps_the_mean():
     np.testing.assert_allclose(fn(new, x), fn(params, x), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="its outputs differ by"):
         ptq.fold_rotation(fn, ptq.random_rotation(12, KEY), axes, norms=norms)(params, x)
+    missing = [ptq.Norm("scale", ["out"])]
     with pytest.raises(ValueError, match="a scale, a bias or a mean is missing"):
-        missing = [ptq.Norm("scale", ["out"])]
         ptq.fold_rotation(fn, rotation, axes, norms=missing)(params, x)
     dead = {**params, "scale": params["scale"] * (np.arange(12) > 0)}
-    with pytest.raises(ValueError, match="the bias 'bias' must .* be 0 where that is 0"):
+    with pytest.raises(ValueError, match=r"the bias 'bias' must .* be 0 where that is 0"):
         ptq.fold_rotation(fn, rotation, axes, norms=norms)(dead, x)
 
 

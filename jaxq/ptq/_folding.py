@@ -177,7 +177,8 @@ def fold_rotation(
     Raises:
       ValueError: if R is not orthogonal; if a leaf does not exist, is not a float array, or has
         another length; if a reader of a norm is an embedding that is looked up too (a tied
-        embedding); if the bias of a norm is not 0 where its scale is; or if the outputs change by more than rounding, because a leaf is missing.
+        embedding); if the bias of a norm is not 0 where its scale is; or if the outputs change by
+        more than rounding, because a leaf is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -96,9 +96,9 @@ class GPTQ:
 
     With the Hessian `H = sum x x^T` of the calibration data, it looks for codes with a small error
     of the outputs, `tr(E^T H E)`, where E is the error of the weight `[inputs, outputs]`. Scales
-    are chosen before (static scales), so every recipe with deterministic rounding can be solved, and
-    no order of solving changes the stored form. Outliers of the recipe keep their values, and the
-    other weights of their inputs are solved.
+    are chosen before (static scales), so every recipe with deterministic rounding can be solved,
+    and no order of solving changes the stored form. Outliers of the recipe keep their values, and
+    the other weights of their inputs are solved.
 
     Attributes:
       damping: the number added to H's diagonal, relative to its mean. If H plus damping has no

@@ -157,8 +157,8 @@ NVFP4 also have two levels of scales, random bits and a transform. The
 reduced.
 
 `jaxq.explain` on a model of {PRODUCTS:,} products: {explained:.2f} s (limit {EXPLAIN_SECONDS:g} s).
-Scans in the jaxpr of the model: {scans[FLOAT32][0]}, quantized {scans["w8a8"][0]}. Products in it:
-{scans[FLOAT32][1]}, quantized {scans["w8a8"][1]}.
+Scans and products in the jaxpr of the model: {scans[FLOAT32][0]} and {scans[FLOAT32][1]} in
+float32, {scans["w8a8"][0]} and {scans["w8a8"][1]} with w8a8.
 """
 
 

@@ -167,7 +167,8 @@ def _short_types(
     def value(match: re.Match) -> str:
         return f"= {constants[match[1]]!r}" if match[1] in constants else match[0]
 
-    return _shortened(_CONSTANT.sub(value, signature or "")), _shortened(returns)
+    signature = signature and _CONSTANT.sub(value, signature)
+    return _shortened(signature), _shortened(returns)
 
 
 def _shortened(text: str) -> str:

@@ -284,7 +284,7 @@ class TestIndexing:
             ),
         ],
     )
-    def test_index_by_rows_and_slices(self, fmt, granularity):
+    def test_indexing_selects_rows_and_slices(self, fmt, granularity):
         q = jaxq.quantize(weights((8, 6, 64)), jaxq.Recipe(fmt, granularity))
         y = np.asarray(q.dequantize())
         for index in (0, -3, slice(4, 8), slice(0, 4), slice(4, None)):

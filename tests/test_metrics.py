@@ -156,7 +156,7 @@ class TestCompare:
             for name, a, b in zip(fields, got, want, strict=True):
                 assert float(a) == pytest.approx(b, rel=1e-6, abs=1e-6), (label, name)
 
-    def test_compare_works_under_vmap_and_has_no_gradient(self):
+    def test_compare_works_under_vmap_and_has_a_zero_gradient(self):
         x, y = pairs(4, 8)
         rows = jax.jit(jax.vmap(compare))(x, y)
         chex.assert_shape(rows.mse, (4,))

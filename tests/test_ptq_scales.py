@@ -158,7 +158,7 @@ def test_products_without_scales_are_listed_with_the_reason():
     np.testing.assert_array_equal(new["tied"], params["tied"])
     with pytest.raises(ValueError, match="none: 'loop': it is in a while loop"):
         ptq.scale_inputs(left, {"loop": "int4_channel"})(params, [x])
-    with pytest.raises(ValueError, match="must have all changed products, but lacks 'own'"):
+    with pytest.raises(ValueError, match="must contain all changed products, but lacks 'own'"):
         scales.apply(lambda params, x: x @ params["loop"])(params, x)
 
 

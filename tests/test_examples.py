@@ -108,15 +108,25 @@ def test_digits_recovers_accuracy_by_training(tmp_path: pathlib.Path, capsys):
 @pytest.mark.slow
 def test_ptq_has_less_loss_than_rounding(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "ptq.png"
-    base, *results = load("ptq").main(["--short", "--output", str(picture)])
+    options = ["--recipes", "int4_g64,raised,mixed", "--output", str(picture)]
+    methods = "nearest,GPTQ,AWQ + GPTQ,search + GPTQ,rotation + GPTQ"
+    base, *results = load("ptq").main(["--short", "--methods", methods, *options])
     assert base.recipe == "float32"
-    by_method = {result.method: result for result in results}
+    by_recipe = {result.recipe: result for result in results}
+    assert 3.5 < by_recipe["mixed"].bits <= by_recipe["raised"].bits < 4.5
+    by_method = {result.method: result for result in results if result.recipe == "int4_g64"}
     nearest = np.mean(by_method["GPTQ"].nearest)
     assert np.mean(by_method["GPTQ"].losses) < 0.5 * nearest
     assert np.mean(by_method["AWQ + GPTQ"].losses) < nearest
     assert np.mean(by_method["search + GPTQ"].losses) < nearest
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "layers/down[1]" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_learned_rounding_has_less_error_than_nearest():
+    errors = load("learned_rounding").main(["--short"])
+    assert errors["SignRound"] < errors["nearest"]
 
 
 @pytest.mark.slow

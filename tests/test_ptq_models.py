@@ -318,7 +318,7 @@ def test_more_layers_of_one_shape_compile_nothing_more():
             lambda: ptq.quantize_weights(two, jaxq.Recipe("int4", rounding="stochastic"))(
                 two_params(), [normal(0, 4, 8)]
             ),
-            "'up' .* must not draw random numbers",
+            "'up' .* must not use stochastic rounding",
         ),
         (
             lambda: ptq.observe(two, [])(two_params(), normal(0, 4, 8)),

@@ -72,3 +72,35 @@ def test_model_with_outliers_is_stored_as_reported():
     assert all(row.loss < row.rtn for row in report.rows)
     values = jaxq.quantize_fn(scanned, RECIPE)(packed, x)
     np.testing.assert_allclose(values, scanned(jaxq.dequantize_tree(packed), x), atol=1e-5)
+
+
+def test_owq_of_a_model_is_owq_of_each_weight():
+    large = np.ones(32, np.float32)
+    large[[3, 20]] = 20
+
+    def model(params, x):
+        return (large[None] * jnp.tanh(x @ params["up"])) @ params["down"]
+
+    params = {"up": normal(0, 16, 32), "down": normal(1, 32, 16)}
+    batches = [normal(2, 64, 16) * large[None, :16]]
+    recipe = jaxq.Recipe("int3", jaxq.PerBlock(16), outliers=jaxq.Outliers(0.07))
+    packed, report = ptq.quantize_weights(model, recipe, solver="owq")(params, batches)
+    x = batches[0]
+    for name, row in zip(("up", "down"), report.rows, strict=True):
+        expected = ptq.owq(params[name], x.T @ x, recipe)
+        np.testing.assert_array_equal(packed[name].outliers[1], expected.outliers[1])
+        np.testing.assert_allclose(packed[name].dequantize(), expected.dequantize(), atol=2e-2)
+        error = np.asarray(packed[name].dequantize()) - params[name]
+        loss = np.sum((x @ error) ** 2) / np.sum((x @ params[name]) ** 2)
+        np.testing.assert_allclose(row.loss, loss, rtol=1e-3)
+        assert row.loss < row.rtn
+        assert not row.fallback
+        if name == "up":
+            x = large[None] * np.tanh(x @ np.asarray(packed[name].dequantize()))
+
+
+def test_owq_says_where_no_inputs_are_kept():
+    rules = {"up": RECIPE, "down": jaxq.Recipe("int3", jaxq.PerBlock(16))}
+    params = {"up": normal(0, 2, 16, 32), "down": normal(1, 2, 32, 16)}
+    _, report = ptq.quantize_weights(scanned, rules, solver="owq")(params, [normal(2, 64, 16)])
+    assert [row.fallback for row in report.rows[::2]] == ["no inputs are kept as outliers"] * 2

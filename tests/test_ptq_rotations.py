@@ -115,7 +115,7 @@ def test_products_without_rotation_are_listed_with_the_reason():
     _, rotations = ptq.rotate_inputs(both, "int8_channel")(params, normal(4, 5, 3), key=KEY)
     assert rotations.inputs == (("own", "own"),)
     reasons = dict(rotations.left)
-    assert reasons["odd"] == "its 3 inputs have no block with a power of two"
+    assert reasons["odd"] == "the number of its inputs, 3, is odd"
     assert "also used by" in reasons["tied"]
     assert "is odd" in str(rotations)
 
@@ -219,18 +219,25 @@ def test_layernorm_commutes_with_a_rotation_that_keeps_the_mean():
     def fn(params, x):
         x = x @ params["in"]
         x = (x - x.mean(-1, keepdims=True)) / jnp.std(x, -1, keepdims=True)
-        return (x * params["scale"][None]) @ params["out"]
+        return (x * params["scale"][None] + params["bias"][None]) @ params["out"]
 
     params = {"in": normal(0, 5, 12), "scale": normal(1, 12), "out": normal(2, 12, 3)}
+    params["bias"] = normal(4, 12)
     x = normal(3, 9, 5)
-    axes, norms = {"in": -1, "out": -2}, [ptq.Norm("scale", ["out"])]
+    axes, norms = {"in": -1, "out": -2}, [ptq.Norm("scale", ["out"], bias="bias")]
     rotation = ptq.random_rotation(12, KEY, keep_mean=True)
     np.testing.assert_allclose(np.ones(12) @ rotation, np.ones(12), atol=1e-12)
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(12), atol=1e-12)
     new = ptq.fold_rotation(fn, rotation, axes, norms=norms)(params, x)
     np.testing.assert_allclose(fn(new, x), fn(params, x), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="its outputs differ by"):
+    with pytest.raises(ValueError, match="but they differ by"):
         ptq.fold_rotation(fn, ptq.random_rotation(12, KEY), axes, norms=norms)(params, x)
+    missing = [ptq.Norm("scale", ["out"])]
+    with pytest.raises(ValueError, match="with a scale or a bias to `norms`"):
+        ptq.fold_rotation(fn, rotation, axes, norms=missing)(params, x)
+    dead = {**params, "scale": params["scale"] * (np.arange(12) > 0)}
+    with pytest.raises(ValueError, match=r"the bias 'bias' must .* be 0 where that is 0"):
+        ptq.fold_rotation(fn, rotation, axes, norms=norms)(dead, x)
 
 
 @pytest.mark.parametrize("n", [1, 2, 12, 20, 28, 36, 44, 60, 64, 76, 108, 140, 576])
@@ -290,13 +297,17 @@ def rotate(axes, rotation=None, norms=(), params=None):
     [
         (lambda: rotate({"embed": -1}, np.ones((8, 8))), ValueError, "must be an orthogonal"),
         (lambda: rotate({"embd": -1}), ValueError, "'embd' must be the path .* embed"),
-        (lambda: rotate({"embed": 1}), ValueError, "axis of 'embed' from the end"),
+        (lambda: rotate({"embed": 1}), ValueError, "a negative axis of 'embed'"),
         (lambda: rotate({"embed": -2}), ValueError, r"multiple of 8, got -2 for the shape \(5, 8"),
-        (lambda: rotate({"embed": -1}), ValueError, "must not change, but its outputs differ by"),
+        (
+            lambda: rotate({"embed": -1}),
+            ValueError,
+            "must not change the outputs, but they",
+        ),
         (
             lambda: rotate({"embed": -1}, norms=[ptq.Norm("norm", ["head"])]),
             ValueError,
-            "all readers of the norm 'norm', but lacks 'head'",
+            "all readers of norm 'norm', but lacks 'head'",
         ),
         (
             lambda: rotate({"embed": -1}, params={**TIED, "embed": np.arange(40).reshape(5, 8)}),

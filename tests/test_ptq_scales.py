@@ -166,7 +166,7 @@ def normed(params, x):
     """Scans over layers with a norm before two products, and a third after a fourth."""
 
     def layer(x, w):
-        h = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)) * w["norm"][None]
+        h = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)) * w["norm"][None] + w["shift"][None]
         return x + (jax.nn.silu(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
 
     return lax.scan(lambda x, w: (layer(x, w), None), x, params)[0]
@@ -174,13 +174,14 @@ def normed(params, x):
 
 def test_factors_fold_into_the_norm_and_the_weight_before():
     params = {name: normal(i, 2, 8, 8) for i, name in enumerate(("gate", "up", "down"))}
-    params["norm"] = 1 + normal(3, 2, 8) / 8
+    params |= {"norm": 1 + normal(3, 2, 8) / 8, "shift": normal(5, 2, 8) / 4}
     x = normal(4, 30, 8) * SIZES
     new, scales = ptq.scale_inputs(normed, {"gate|up|down": "int4_channel"})(params, [x])
-    folded, rest = scales.fold(new, {"up": "norm", "down": ("up", -2)})
+    folded, rest = scales.fold(new, {"up": ["norm", "shift"], "down": ("up", -2)})
     assert rest.factors == {}
     assert dict(rest.left) == {
-        "gate": "folded into norm", "up": "folded into norm", "down": "folded into up"
+        "gate": "folded into norm and shift", "up": "folded into norm and shift",
+        "down": "folded into up",
     }  # fmt: skip
     y, run = normed(params, x), jax.jit(normed)
     np.testing.assert_allclose(run(folded, x), y, rtol=1e-4, atol=1e-4)
@@ -238,7 +239,7 @@ class Module:
                 normal(0, 8, 8), [BATCHES[0]]
             ),
             ValueError,
-            "must equal `fn`, but its outputs differ by .* outside of its product",
+            "must equal `fn`, but its outputs differ by .* outside its product",
         ),
         (
             lambda: ptq.scale_inputs(lambda w, x: x @ w, "int4_channel")(

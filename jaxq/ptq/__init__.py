@@ -38,6 +38,7 @@ from jaxq.ptq._searching import Blocks, Search, SearchOptions, SearchProblem
 from jaxq.ptq._sensitivity import Score, Scores, sensitivity
 from jaxq.ptq._solvers import (
     GPTQ,
+    OWQ,
     RTN,
     SOLVERS,
     Problem,
@@ -53,6 +54,7 @@ __all__ = [
     "GPTQ",
     "HQQ",
     "INPUT_SCALERS",
+    "OWQ",
     "ROUNDING_METHODS",
     "RTN",
     "SOLVERS",

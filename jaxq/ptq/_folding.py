@@ -27,6 +27,8 @@ class Norm:
       readers: the paths of all weights that multiply the norm's output.
       offset: the number that the model adds to the scale: 0 (the default), or 1 for a norm that
         multiplies by `1 + scale`.
+      bias: the path of the vector that the norm adds to its output, as a LayerNorm does; None (the
+        default) if it adds none.
 
     Example:
       >>> from jaxq import ptq
@@ -37,6 +39,7 @@ class Norm:
     scale: str
     readers: Sequence[str]
     offset: float = 0.0
+    bias: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.readers, str):
@@ -157,8 +160,9 @@ def fold_rotation(
 
     Between these leaves, the model may only add vectors x, multiply x by matrices, or divide x by
     its norm. The scale of each norm is therefore first multiplied into the weights that read its
-    output, and becomes 1. An RMSNorm then commutes with any R. A LayerNorm whose bias is 0 commutes
-    with a rotation from `random_rotation(..., keep_mean=True)`. New weights are computed in
+    output, and becomes 1. An RMSNorm then commutes with any R. A LayerNorm commutes with a
+    rotation from `random_rotation(..., keep_mean=True)`. Its bias b, with the scale g, becomes
+    `(b / g) R`, so that the product of its readers stays the same. New weights are computed in
     float64, and the outputs are compared with those of the original model.
 
     Args:
@@ -175,8 +179,9 @@ def fold_rotation(
 
     Raises:
       ValueError: if R is not orthogonal; if a leaf does not exist, is not a float array, or has the
-        wrong length; if a reader of a norm is also looked up (a tied embedding); or if the outputs
-        change by more than rounding errors, for example because a leaf is missing in `axes`.
+        wrong length; if a reader of a norm is also looked up (a tied embedding); if the bias of
+        a norm is not 0 where its scale is; or if the outputs change by more than rounding errors,
+        for example because a leaf is missing in `axes`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -220,7 +225,8 @@ def fold_rotation(
         pairs, structure = jax.tree_util.tree_flatten_with_path(params)
         paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
         leaves = dict(zip(paths, (leaf for _, leaf in pairs), strict=True))
-        for path in (*axes, *(norm.scale for norm in norms)):
+        own = [path for norm in norms for path in (norm.scale, norm.bias) if path is not None]
+        for path in (*axes, *own):
             _check_leaf(path, leaves)
         if norms:
             _check_not_tied(fn, params, args, norms)
@@ -230,6 +236,10 @@ def fold_rotation(
             scale = np.asarray(leaves[norm.scale]).astype(np.float64) + norm.offset
             for path in norm.readers:
                 wide[path] = _scale_axis(path, wide[path], scale, axes[path])
+            if norm.bias is not None:
+                bias = np.asarray(leaves[norm.bias]).astype(np.float64)
+                bias = _rotate_axis(norm.bias, _divide_bias(norm, bias, scale), matrix, -1)
+                new[norm.bias] = _convert_like(bias, leaves[norm.bias])
             new[norm.scale] = _convert_like(
                 np.full(scale.shape, 1 - norm.offset), leaves[norm.scale]
             )
@@ -241,7 +251,8 @@ def fold_rotation(
             raise ValueError(
                 f"{_OWNER}: the rotation must not change the outputs, but they differ by "
                 f"{error:.2g} relative to their norm. Add the missing leaves to `axes`, and norms "
-                "with a scale to `norms`; use keep_mean=True for norms that subtract the mean."
+                "with a scale or a bias to `norms`; use keep_mean=True for norms that subtract "
+                "the mean."
             )
         return result
 
@@ -296,6 +307,17 @@ def _scale_axis(path: str, leaf: np.ndarray, scale: np.ndarray, axis: int) -> np
         )
     shape = [m if i < len(stacks) or i == at else 1 for i, m in enumerate(leaf.shape)]
     return leaf * scale.reshape(shape)
+
+
+def _divide_bias(norm: Norm, bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Divides the bias of a norm by the scale that is multiplied into its readers."""
+    if bias.shape != scale.shape or np.any((scale == 0) & (bias != 0)):
+        raise ValueError(
+            f"{_OWNER}: the bias {norm.bias!r} must have the shape of the scale {norm.scale!r} and "
+            f"be 0 where that is 0, got the shapes {bias.shape} and {scale.shape}. Leave the norm "
+            "and its readers out of the rotated vectors."
+        )
+    return np.divide(bias, scale, out=np.zeros_like(bias), where=scale != 0)
 
 
 def _rotate_axis(path: str, leaf: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from jaxq.quantizers import (
 )
 from jaxq.recipes import Recipe, get_recipe
 
-__all__ = ["owq"]
+__all__ = ["keep_inputs", "owq"]
 
 
 def owq(
@@ -99,7 +99,7 @@ def owq(
             f"owq: `recipe` must have outliers for at least one of the {inputs} inputs, got the "
             f"fraction {record.outliers.fraction}. Use at least {1 / inputs:.3g}."
         )
-    result, solved = _owq(weight, gram, _Options(record, axis, damping, order, kept))
+    result, solved = _owq(weight, gram, _Options(record, axis, Settings(damping, order), kept))
     is_known_to_fail = False
     with contextlib.suppress(jax.errors.ConcretizationTypeError):  # Under `jit`.
         is_known_to_fail = not bool(solved)
@@ -112,14 +112,50 @@ def owq(
     return result
 
 
+def keep_inputs(
+    start: Quantized, weight: jax.Array, hessian: jax.Array, axis: int, settings: Settings
+) -> tuple[Quantized, jax.Array] | None:
+    """Returns a stored weight with the most expensive inputs as its outliers, as `owq` does.
+
+    Args:
+      start: the weight quantized to the nearest levels, whose recipe has its granularity on the
+        weight's own axes.
+      weight: the float32 weight that products see.
+      hessian: the sum of `x x^T`.
+      axis: the axis of inputs.
+      settings: the settings of GPTQ.
+
+    Returns:
+      The weight, and False if the Hessian cannot be solved; None if the recipe has no room for the
+      outliers of one input, or as many as the data wants.
+    """
+    outliers, inputs = start.recipe.outliers, weight.shape[axis]
+    if outliers is None or outliers.sigma is not None:
+        return None
+    kept = outliers.count(weight.size) // (weight.size // inputs)
+    if not 0 < kept < inputs:
+        return None
+    options = _Options(start.recipe, axis, settings, kept, is_placed=True)
+    q, solved = _owq(weight, hessian, options)
+    return dataclasses.replace(q, dtype=start.dtype), solved
+
+
 class _Options(NamedTuple):
-    """The static arguments; `kept` is the number of inputs that stay floats."""
+    """The static arguments.
+
+    Attributes:
+      recipe: the recipe.
+      axis: the axis of inputs.
+      settings: the settings of GPTQ.
+      kept: the number of inputs that stay floats.
+      is_placed: True if the recipe's granularity is on the weight's own axes.
+    """
 
     recipe: Recipe
     axis: int
-    damping: float
-    order: str | None
+    settings: Settings
     kept: int
+    is_placed: bool = False
 
 
 @functools.partial(jax.jit, static_argnames="options")
@@ -136,12 +172,14 @@ def _owq(weight: jax.Array, hessian: jax.Array, options: _Options) -> tuple[Quan
         return jnp.moveaxis(x.reshape(moved), 0, axis)
 
     w = matrix(weight.astype(jnp.float32))
-    nearest = matrix(dequantize(quantize(weight, plain, axis=axis)).astype(jnp.float32))
+    place = None if options.is_placed else axis
+    nearest = matrix(dequantize(quantize(weight, plain, axis=place)).astype(jnp.float32))
     cost = jnp.diagonal(hessian) * jnp.sum(jnp.square(nearest - w), axis=1)
     most = jnp.sort(lax.top_k(cost, kept)[1])
     is_kept = jnp.zeros(len(w), bool).at[most].set(True)
     rest = jnp.argsort(is_kept, stable=True)[: len(w) - kept]
-    start = quantize(back(jnp.where(is_kept[:, None], 0, w)).astype(weight.dtype), plain, axis=axis)
+    left = back(jnp.where(is_kept[:, None], 0, w)).astype(weight.dtype)
+    start = quantize(left, plain, axis=place)
     own = jax.tree.map(lambda x: matrix(x)[rest], levels(start))
     numbers = matrix(numbers_of(start))
     found, share = _solved(w[rest], own, hessian, options._replace(recipe=plain), (rest, most))
@@ -179,9 +217,11 @@ def _solved(
     """
     rest, most = rows
     mean = jnp.mean(jnp.diagonal(hessian))
-    damped = hessian + options.damping * mean * jnp.eye(len(hessian), dtype=jnp.float32)
+    damped = hessian + options.settings.damping * mean * jnp.eye(len(hessian), dtype=jnp.float32)
     between = damped[most][:, rest]
     factor = jax.scipy.linalg.cho_factor(damped[most][:, most])
     share = jax.scipy.linalg.cho_solve(factor, between)
     schur = damped[rest][:, rest] - jnp.matmul(between.T, share, precision=lax.Precision.HIGHEST)
-    return solve(weight, own, schur, None, options.recipe, Settings(0.0, options.order)), share
+    return solve(
+        weight, own, schur, None, options.recipe, options.settings._replace(damping=0.0)
+    ), share

@@ -103,13 +103,14 @@ class InputScales(Tabular):
         return changed("InputScales.apply", fn, dict(self.inputs), self.factors, {})
 
     def fold(
-        self, params: Any, into: Mapping[str, str | tuple[str, int]]
+        self, params: Any, into: Mapping[str, str | tuple[str, int] | list[Any]]
     ) -> tuple[Any, "InputScales"]:
         """Multiplies factors into leaves of the parameters, which removes their cost at run time.
 
         This is correct only if the input of the products is proportional to the leaf and nothing
         else depends on the leaf: for the weight of the norm before the products, or for the kernel
-        of the preceding product without a nonlinear function in between. The output of a norm that
+        of the preceding product without a nonlinear function in between. If a bias is added, as in
+        a LayerNorm, put both paths into a list. The output of a norm that
         multiplies by `1 + weight` is not proportional to the weight. Compare the model's outputs
         before and after.
 
@@ -118,7 +119,8 @@ class InputScales(Tabular):
           into: a mapping from a product's name to the path of a leaf. The factors are removed from
             all products with the same input. They are multiplied along the last axis of the leaf,
             or along another axis given as a pair (path, axis), such as -2 for a kernel
-            `[outputs, inputs]`. Layers of a scan are leading axes of both.
+            `[outputs, inputs]`; a list names several leaves. Layers of a scan are leading axes of
+            both.
 
         Returns:
           The new parameters, and the remaining factors. Products without factors are in `left`.
@@ -143,14 +145,16 @@ class InputScales(Tabular):
         leaves = [leaf for _, leaf in pairs]
         groups, folded = dict(self.inputs), {}
         for name, target in into.items():
-            path, axis = (target, -1) if isinstance(target, str) else target
             if name not in groups:
                 raise ValueError(_unknown_name("a product with factors", name, groups))
-            if path not in paths:
-                raise ValueError(_unknown_name("a leaf of `params`", path, paths))
-            at = paths.index(path)
-            leaves[at] = _scale_axis(path, leaves[at], self.factors[groups[name]], axis)
-            folded[groups[name]] = f"folded into {path}"
+            targets = target if isinstance(target, list) else [target]
+            own = [(one, -1) if isinstance(one, str) else one for one in targets]
+            for path, axis in own:
+                if path not in paths:
+                    raise ValueError(_unknown_name("a leaf of `params`", path, paths))
+                at = paths.index(path)
+                leaves[at] = _scale_axis(path, leaves[at], self.factors[groups[name]], axis)
+            folded[groups[name]] = f"folded into {' and '.join(path for path, _ in own)}"
         rest = InputScales(
             {name: x for name, x in self.factors.items() if name not in folded},
             tuple((name, first) for name, first in self.inputs if first not in folded),

@@ -24,6 +24,7 @@ from jaxq.recipes import Recipe, get_recipe
 
 __all__ = [
     "GPTQ",
+    "OWQ",
     "RTN",
     "SOLVERS",
     "Problem",
@@ -162,6 +163,43 @@ class GPTQ:
         return found._replace(numbers=jnp.where(found.solved, found.numbers, problem.nearest))
 
 
+@dataclasses.dataclass(frozen=True)
+class OWQ:
+    """GPTQ, except for the inputs whose errors would cost most, which are stored as outliers.
+
+    The recipe has `outliers` without `sigma`, and as many inputs are kept as fit into their number;
+    `ptq.owq` does the same to one weight. The scales are computed without the kept inputs, which
+    also take up the errors of the others. A weight that cannot be served so is solved by GPTQ with
+    the outliers of the recipe, and its row of the report says so: one with batch axes, of a
+    convolution or of several leaves, or a recipe without room for an input.
+
+    Attributes:
+      damping: as in `GPTQ`.
+      order: as in `GPTQ`.
+
+    Example:
+      >>> import jaxq
+      >>> from jaxq import ptq
+      >>> recipe = jaxq.Recipe("int3", jaxq.PerBlock(64), outliers=jaxq.Outliers(0.01))
+      >>> model = lambda params, x: x @ params["kernel"]
+      >>> quantize = ptq.quantize_weights(model, recipe, solver=ptq.OWQ())
+
+    References:
+      Lee et al., "OWQ: Outlier-Aware Weight Quantization for Efficient Fine-Tuning and Inference of
+      Large Language Models" (2024).
+    """
+
+    damping: float = 0.01
+    order: str | None = "static"
+
+    def __post_init__(self) -> None:
+        GPTQ(self.damping, self.order)  # Checks both.
+
+    def solve(self, problem: Problem, recipe: Recipe) -> Solution:
+        """Returns the grid values of GPTQ, for weights whose inputs cannot be kept."""
+        return GPTQ(self.damping, self.order).solve(problem, recipe)
+
+
 SOLVERS: Registry[Any] = Registry(
     "solver",
     {
@@ -170,6 +208,7 @@ SOLVERS: Registry[Any] = Registry(
         "gptaq": GPTQ(asymmetry=0.25),
         "qep": GPTQ(propagation=0.5),
         "hqq": RTN(HQQ()),
+        "owq": OWQ(),
     },
     synonyms={"round": "rtn", "nearest": "rtn", "optq": "gptq", "ldlq": "gptq", "gptqv2": "gptaq"},
 )

@@ -17,12 +17,14 @@ from jaxq.ptq._collectors import Layout
 from jaxq.ptq._experts import by_leaf, by_recipe
 from jaxq.ptq._journal import Entry, Journal
 from jaxq.ptq._leaves import LeafKey, Leaves, WeightView, trace_weight
+from jaxq.ptq._matrices import Settings
+from jaxq.ptq._owq import keep_inputs
 from jaxq.ptq._parts import Place
 from jaxq.ptq._reports import Report, SolvedProduct
 from jaxq.ptq._searching import Blocks, Search, SearchOptions, run_length, searched
-from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, needs_drift, search_of
+from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver, check_search, needs_drift, search_of
 from jaxq.ptq._statistics import Statistics
-from jaxq.quantizers import block_numbers
+from jaxq.quantizers import block_numbers, numbers_of
 
 __all__ = ["Outcome", "SolverRun"]
 
@@ -181,7 +183,9 @@ class SolverRun:
         layout = Layout(matrix.axes, view.x.shape)
         problem = _problem(view, layout, layout.stacked(statistics))
         search, note = search_of(self.solver), ""
-        if search is None or weight.experts is not None:
+        if isinstance(self.solver, OWQ):
+            view, answer, note = self._with_kept_inputs(place, view, problem, self.solver)
+        elif search is None or weight.experts is not None:
             answer = solve_stack(problem, by_recipe(weight, layout), self.solver)
             note = "" if search is None else "scales of experts with different recipes"
             note = note and f"{note} are not searched"
@@ -245,6 +249,40 @@ class SolverRun:
             self.leaves.rescale(key, q)
         return view, solve_matrices(problem, recipe, solver), "the searched scales have more loss"
 
+    def _with_kept_inputs(
+        self, place: Place, view: WeightView, problem: Problem, solver: OWQ
+    ) -> tuple[WeightView, SolvedMatrices, str]:
+        """Solves a product, and keeps its most expensive inputs as outliers of its leaf.
+
+        Returns:
+          As `_searched`, for the recipe's own outliers in place of its scales.
+        """
+        weight, axes = self._weight(place.product), self.found.matrices[place.product.number].axes
+        layout, (key, *others) = Layout(axes, view.x.shape), view.keys
+        start, hessian = self.leaves.work(key).start, problem.statistics.hessian
+        assert hessian is not None, "all products to solve have one"
+        is_leaf = isinstance(place.frame.sources.get(place.variable), LeafKey) and not others
+        is_matrix = len(axes.contract) == 1 and not axes.batch and start.ndim == len(start.block)
+        recipes, found = by_recipe(weight, layout), None
+        if is_leaf and is_matrix:
+            settings = Settings(solver.damping, solver.order)
+            found = keep_inputs(start, view.x, hessian[0], axes.contract[0], settings)
+        if found is None:
+            return view, solve_stack(problem, recipes, solver), "no inputs are kept as outliers"
+        q, solved = found
+        before = solve_stack(problem, recipes, RTN()).before
+        self.leaves.rescale(key, q)
+        new = trace_weight(place.frame, place.variable)
+        assert isinstance(new, WeightView), "it was followed before"
+        chosen = _problem(new, layout, problem.statistics)
+        chosen = chosen._replace(nearest=layout.matrices(numbers_of(q)))
+        answer = solve_stack(chosen, recipes, RTN())
+        if bool(solved) and bool(jnp.sum(answer.after) <= jnp.sum(before)):
+            damping = jnp.full_like(before, solver.damping)
+            return new, answer._replace(before=before, damping=damping), ""
+        self.leaves.rescale(key, start)
+        return view, solve_stack(problem, recipes, solver), "kept inputs have more loss"
+
     def _is_last(self, key: LeafKey) -> bool:
         """Returns whether no other product or iteration solves a leaf or row."""
         return self._solves[key] * self._count(key) >= self._expected[key.leaf]
@@ -269,7 +307,7 @@ class SolverRun:
         solved, worse = np.asarray(answer.solved), np.asarray(answer.worse)
         notes = [note] if note else []
         if needs_drift(self.solver) and statistics.drift is None:
-            notes.append("solved without input drift, which is unknown inside loops")
+            notes.append("solved without input drift, which is unknown here")
         of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
         for mask, text in (
             (tokens == 0, "saw no tokens"),

@@ -81,8 +81,8 @@ def test_front_has_no_dominated_point():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: ptq.budget(s, 10), "`nbytes` must be at least 400, which the smallest"),
-        (lambda s: ptq.budget(s, 1e6, groups=["/q$"]), "got '/q\\$', which matches none"),
+        (lambda s: ptq.budget(s, 10), "`nbytes` must be at least 400, the size with the smallest"),
+        (lambda s: ptq.budget(s, 1e6, groups=["/q$"]), "no earlier group matches, got '/q\\$'"),
         (lambda s: ptq.budget(s, 1e6, by="lost"), "'loss' or 'gradient', got 'lost'"),
         (lambda _: ptq.budget(ptq.Scores(()), 1e6), "at least one weight"),
     ],

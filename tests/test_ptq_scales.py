@@ -237,7 +237,7 @@ class Module:
                 normal(0, 8, 8), [BATCHES[0]]
             ),
             ValueError,
-            "must equal `fn`, but its outputs differ by .* outside of its product",
+            "must equal `fn`, but its outputs differ by .* outside its product",
         ),
         (
             lambda: ptq.scale_inputs(lambda w, x: x @ w, "int4_channel")(

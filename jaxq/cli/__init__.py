@@ -1,4 +1,4 @@
-"""The command line `jaxq`: `_parser` has the arguments, and each command has its own module."""
+"""The command line `jaxq`: `_parser` defines the arguments, and each command has its own module."""
 
 from jaxq.cli._main import main
 

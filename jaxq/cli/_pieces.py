@@ -1,4 +1,4 @@
-"""Errors of large tensors, measured in pieces of one shape that stay in the processor's cache.
+"""Errors of large tensors, measured in pieces of one shape that fit into the processor's cache.
 
 One program is compiled per recipe, whatever the shapes of the tensors. The rows of a piece are
 blocks, padded with rows of zeros. Blocks that are long, or whose length depends on the tensor, are
@@ -27,15 +27,16 @@ from jaxq.recipes import Affine, PerBlock, PerToken, Recipe, Symmetric
 
 __all__ = ["Errors", "energy", "errors_in_pieces", "errors_of", "packed_in_pieces"]
 
-_SIZE = 2**18  # Elements of a piece.
-_SEGMENT = 128  # Elements of a segment of a long block.
-_ROW = 2**12  # Elements of a row of blocks of GGUF.
-_LONGEST = 1024  # Elements of the longest blocks that are not cut.
-_SUMMED = 2**13  # Elements that are added at a time; OpenBLAS starts threads for more than 10,000.
+# Numbers of elements.
+_SIZE = 2**18  # A piece.
+_SEGMENT = 128  # A segment of a long block.
+_ROW = 2**12  # A row of blocks of GGUF.
+_LONGEST = 1024  # The longest block that is not cut into segments.
+_SUMMED = 2**13  # A partial sum; OpenBLAS starts threads for more than 10,000 elements.
 
 
 class Errors(NamedTuple):
-    """The errors of a tensor: the sum of their squares, and the largest; infinite if any is."""
+    """The sum of squared errors and the largest absolute error; infinite if any error is."""
 
     noise: float
     max_error: float
@@ -83,14 +84,14 @@ def _blocks(x: np.ndarray, block: tuple[int, ...]) -> np.ndarray:
 
 
 class _Rows(NamedTuple):
-    """The rows of a tensor, and the numbers that pieces of them need besides.
+    """The rows of a tensor, and the extreme values that its pieces need for their scales.
 
     Attributes:
       blocks: the blocks, float32 `[blocks, elements]`.
-      length: the length of the rows of a piece; each block takes a whole number of rows.
-      ends: the lowest and the largest number of each block, `[blocks, 2]`, appended to its rows;
-        None to append nothing.
-      top: the largest magnitude of the tensor, to append as a row; None to append nothing.
+      length: the length of the rows of a piece; each block occupies a whole number of rows.
+      ends: the lowest and the largest value of each block, `[blocks, 2]`, which are appended to its
+        rows; None if nothing is appended.
+      top: the amax of the tensor, which is appended as a row; None if nothing is appended.
     """
 
     blocks: np.ndarray
@@ -99,7 +100,7 @@ class _Rows(NamedTuple):
     top: float | None = None
 
     def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Yields pieces of one shape, and what is appended to each."""
+        """Yields pieces of one shape, each with the values appended to it or None."""
         count, size = self.blocks.shape
         each = -(-size // self.length)  # Rows per block.
         blocks = self.blocks
@@ -119,7 +120,7 @@ class _Rows(NamedTuple):
 
 
 def _padded(rows: np.ndarray, height: int) -> np.ndarray:
-    """Returns rows, with rows of zeros after them if there are fewer than `height`."""
+    """Pads rows with rows of zeros to `height` rows."""
     if len(rows) == height:
         return rows
     return np.pad(rows, [(0, height - len(rows)), (0, 0)])
@@ -147,7 +148,7 @@ def _errors(rows: _Rows, kind: Format | Recipe) -> Errors:
 
 
 def packed_in_pieces(x: np.ndarray, type: str) -> tuple[np.ndarray, Errors]:
-    """Returns the bytes of a tensor in a block type of GGUF, made on all cores, and its errors.
+    """Quantizes a tensor to a GGUF block type on all cores; returns its bytes and its errors.
 
     Args:
       x: a float32 tensor.
@@ -188,7 +189,7 @@ def errors_of(x: np.ndarray, y: np.ndarray, buffer: np.ndarray | None = None) ->
     Args:
       x: the tensor.
       y: its quantized values.
-      buffer: an array of the same shape to overwrite; None makes one.
+      buffer: an array of the same shape to overwrite; None (the default) allocates one.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.subtract(y, x, out=buffer).reshape(-1)
@@ -199,7 +200,7 @@ def errors_of(x: np.ndarray, y: np.ndarray, buffer: np.ndarray | None = None) ->
 
 
 def energy(x: np.ndarray) -> float:
-    """Returns the sum of squares of float32 numbers, in float64, which it cannot overflow."""
+    """Returns the sum of squares of float32 numbers, in float64, where it cannot overflow."""
     total, buffer = 0.0, np.empty(_SUMMED)
     for start in range(0, x.size, _SUMMED):
         part = x[start : start + _SUMMED]

@@ -1,4 +1,4 @@
-"""The kinds of files that `jaxq quantize` writes, each from the same plans of tensors."""
+"""Writers of the file formats that `jaxq quantize` supports."""
 
 import contextlib
 import dataclasses
@@ -47,7 +47,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything that writing needs.
+    """The input and the options of a writer.
 
     Attributes:
       file: the open input.
@@ -55,8 +55,8 @@ class Job:
       axis: the contracted axis.
       importance: the importance of the inputs of tensors, by name.
       energies: the list to which the energies of each quantized tensor are added.
-      advance: a function to call with the number of bytes that are done.
-      conversion: the conversion to GGUF of a model of Hugging Face; None to keep the tensors.
+      advance: a progress callback that takes the number of bytes written.
+      conversion: the conversion of a Hugging Face model to GGUF; None to keep names and layouts.
       config: the content of the model's `config.json`.
       metadata: further metadata of a GGUF file, such as the tokenizer.
     """
@@ -85,7 +85,7 @@ class Job:
                 if weights is None:
                     data, errors = packed_in_pieces(x, plan.recipe)
                     self._add(plan, x, errors)
-                    # A NumPy array, because it goes to a file as it is.
+                    # A NumPy array, because it is written to a file unchanged.
                     return gguf.Packed(cast(Any, data), plan.recipe, x.dtype)
                 q = gguf.quantize(x, plan.recipe, importance=weights)
             else:
@@ -94,7 +94,7 @@ class Job:
         return self._measured(plan, x, q)
 
     def fused(self, plan: Plan) -> Any:
-        """Returns the quantized tensor of a plan, quantized together with those fused with it."""
+        """Quantizes the tensor of a plan together with the tensors that vLLM fuses with it."""
         recipe = plan.recipe
         assert isinstance(recipe, Recipe)
         if recipe.scaling.second_level != "tensor":
@@ -115,7 +115,7 @@ class Job:
         self.advance(plan.entry.nbytes)
 
     def kept(self, plan: Plan) -> Any:
-        """Returns the tensor of a plan as it is in the file."""
+        """Returns the tensor of a plan unchanged."""
         self.advance(plan.entry.nbytes)
         if plan.entry.layout is not None:
             return self.file.quantized(plan.entry)
@@ -131,7 +131,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def shape_of(entry: Entry) -> jax.ShapeDtypeStruct:
-    """Returns the shape of a tensor that is read in float32."""
+    """Returns the shape and dtype of a tensor as read: float32."""
     return jax.ShapeDtypeStruct(entry.shape, np.dtype(np.float32))
 
 
@@ -236,7 +236,9 @@ def _write_compressed_tensors(path: str, job: Job) -> None:
             make = functools.partial(quantize, recipe=recipe, axis=job.axis)
             shapes[name] = jax.eval_shape(make, shape_of(entry))
         elif entry.layout is not None or entry.numpy_dtype is None:
-            raise UsageError(f"{name} is {entry.dtype}, which cannot be kept; give it a recipe")
+            raise UsageError(
+                f"{name}: the dtype {entry.dtype} cannot be copied; add a rule with a recipe"
+            )
         else:
             dtype = np.dtype(entry.numpy_dtype).newbyteorder("=")
             shapes[name] = jax.ShapeDtypeStruct(entry.shape, dtype)

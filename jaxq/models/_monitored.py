@@ -29,7 +29,7 @@ __all__ = ["Monitored"]
 )
 @dataclasses.dataclass(frozen=True)
 class Monitored:
-    """Rules with a request for statistics, as `jaxq.analysis.monitor` makes them: a pytree.
+    """Rules with a request for statistics, from `jaxq.analysis.monitor`. A pytree.
 
     It is passed in place of rules, and its gradient is a `Monitored` that holds the statistics.
 
@@ -144,7 +144,7 @@ class Monitored:
         )
 
     def statistics(self) -> dict[str, dict[str, jax.Array]]:
-        """Returns the statistics in a gradient with respect to a state: a pytree.
+        """Returns the statistics in a gradient with respect to a state. A pytree.
 
         Returns:
           A dictionary from products to dictionaries from names such as `"lhs/sqnr_db"` to float32

@@ -32,7 +32,7 @@ _Recipes = tuple[Recipe | None, ...]
 @pytree(static=("recipes",), kinds=records)
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """The calibration states of a model's products: a pytree.
+    """The calibration states of a model's products. A pytree.
 
     Attributes:
       states: a mapping from product names to the states of both operands, None for an operand that

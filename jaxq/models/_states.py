@@ -22,7 +22,7 @@ __all__ = ["Delayed", "Frozen", "Switch", "Switched", "refuse_states"]
 @pytree(static=("rules",), kinds=rule_records)
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """Rules with scales from calibration, as `jaxq.freeze` makes them: a pytree.
+    """Rules with scales from calibration, from `jaxq.freeze`. A pytree.
 
     Attributes:
       rules: the rules.
@@ -40,7 +40,7 @@ class Frozen:
 @pytree(static=("rules",), kinds=rule_records)
 @dataclasses.dataclass(frozen=True)
 class Delayed:
-    """Rules with delayed scaling, as `jaxq.delayed_scaling` makes them: a pytree.
+    """Rules with delayed scaling, from `jaxq.delayed_scaling`. A pytree.
 
     Attributes:
       rules: the rules.
@@ -127,7 +127,7 @@ def _is_history(x: Any) -> bool:
 @pytree()
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """A flag that turns the recipe of one product on: a pytree.
+    """A flag that turns the recipe of one product on. A pytree.
 
     Attributes:
       on: float32 `[...]`; 0 computes the product in float.

@@ -240,7 +240,7 @@ class _OfMoments:
         raise NotImplementedError
 
     def measure(self, x: jax.Array, cut: Cut, two_sided: bool) -> Moments:
-        """Returns the moments, computed in two passes after the one for the extremes."""
+        """Returns the moments, in two passes after a first pass that finds the extremes."""
         ends, size = AbsMax().measure(x, cut, two_sided), _sizes(cut)
         down, up = powers(_largest(ends))
         x = x * down

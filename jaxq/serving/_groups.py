@@ -60,7 +60,7 @@ class TokenGroups(QuantizedArrays):
 
         Args:
           groups: new groups, `[count, heads, tokens, head_dim]`.
-          places: the slot of each; one that does not exist leaves a group out.
+          places: the slot of each group; groups with a slot out of range are dropped.
         """
         scale = self._quantized(0, 1).scales[0] if self.static else None
         new = jax.vmap(lambda x: quantize(x, self.recipe, scale=scale))(groups)

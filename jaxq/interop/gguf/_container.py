@@ -89,7 +89,7 @@ def _refuse(reason: str) -> NoReturn:
 
 
 class _Reader:
-    """Reads the header, and never more bytes than the file has."""
+    """A reader of the header that never reads more bytes than the file has."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self.file, self.left = file, size
@@ -200,7 +200,7 @@ def read_contents(file: IO[bytes], size: int) -> Contents:
 
 
 def _entry(reader: _Reader) -> Entry:
-    """Returns a tensor, with an offset from the beginning of the data."""
+    """Reads the entry of a tensor, with its offset from the beginning of the data."""
     name = reader.text(64)
     axes = int(reader.number("uint32"))
     if axes > 4:
@@ -330,7 +330,7 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
         file.write(header + bytes(-len(header) % alignment))
         for tensor, size in zip(tensors, sizes, strict=True):
             array = np.ascontiguousarray(tensor.read())
-            # Files are little-endian, and arrays of other files may not be.
+            # Files are little-endian, but arrays read from other files may be big-endian.
             array = array.astype(array.dtype.newbyteorder("<"), copy=False)
             if array.nbytes != size:
                 raise ValueError(

@@ -115,7 +115,7 @@ def test_products_without_rotation_are_listed_with_the_reason():
     _, rotations = ptq.rotate_inputs(both, "int8_channel")(params, normal(4, 5, 3), key=KEY)
     assert rotations.inputs == (("own", "own"),)
     reasons = dict(rotations.left)
-    assert reasons["odd"] == "its 3 inputs have no block with a power of two"
+    assert reasons["odd"] == "the number of its inputs, 3, is odd"
     assert "also used by" in reasons["tied"]
     assert "is odd" in str(rotations)
 

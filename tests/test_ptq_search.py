@@ -142,7 +142,7 @@ def test_hqq_finds_the_zero_points_of_the_published_iteration():
             lambda: ptq.quantize_weights(lambda w, x: x @ w, "int4_g32", solver="hqq")(
                 kernel(), [samples()]
             ),
-            "must store a minimum per block .* Symmetric",
+            "must store a minimum per block.*Symmetric",
         ),
         (lambda: ptq.ScaleSearch("imatrix"), "`weighting` must be 'hessian' or 'square'"),
         (lambda: ptq.ScaleSearch(factors=(1.0, 0.0)), "`factors` must be positive"),

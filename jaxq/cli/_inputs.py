@@ -75,8 +75,8 @@ def _expanded(path: str) -> list[str]:
     if path == _STDIN or where.is_file():
         return [path]
     if where.is_dir():
-        one = where / "model.safetensors.index.json"
-        if one.exists() or any(where.glob("*.safetensors")):
+        index = where / "model.safetensors.index.json"
+        if index.exists() or any(where.glob("*.safetensors")):
             return [path]
         return sorted(str(f) for f in where.iterdir() if f.suffix in _KINDS) or [path]
     if glob.has_magic(path):

@@ -200,7 +200,7 @@ def _merged(first: Row, second: Row) -> jax.Array:
 
 
 def _check_same(owner: str, first: Monitored, second: Monitored) -> None:
-    layouts = [{name: row.layout for name, row in one.rows.items()} for one in (first, second)]
+    layouts = [{name: row.layout for name, row in state.rows.items()} for state in (first, second)]
     if layouts[0] != layouts[1]:
         raise ValueError(
             f"{owner}: `other` must have the products and statistics of this state, got products "

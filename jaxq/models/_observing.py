@@ -56,7 +56,7 @@ class Observed:
         if self.recipes != later.recipes:
             raise ValueError(
                 "Observed.merge: `later` must have the products and recipes of this state, got "
-                f"{_some(later.states)}, not {_some(self.states)}. Merge only states of one "
+                f"{_first_names(later.states)}, not {_first_names(self.states)}. Merge only states of one "
                 "function and one set of rules."
             )
         states = self._map(calibration.merge, self.states, later.states)
@@ -84,7 +84,7 @@ class Observed:
                 own = functools.partial(_called, function, recipe)
                 for _ in range(leading):
                     own = jax.vmap(own)
-                parts.append(own(*(one[name][i] for one in states)))
+                parts.append(own(*(state[name][i] for state in states)))
             result[name] = tuple(parts)
         return result
 
@@ -97,7 +97,7 @@ def _recipe(known: Observer | None) -> Recipe | None:
     return known.recipe if isinstance(known, Observable) else None
 
 
-def _some(states: Mapping[str, Any]) -> str:
+def _first_names(states: Mapping[str, Any]) -> str:
     """Returns the names of the first products of a state."""
     return ", ".join([*states][:3]) + (", ..." if len(states) > 3 else "")
 

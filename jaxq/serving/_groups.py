@@ -38,8 +38,10 @@ class TokenGroups(QuantizedArrays):
           recipe: the recipe.
           scale: the static scales, or None.
         """
-        one = quantize(group, recipe, scale=scale)
-        own = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
+        quantized = quantize(group, recipe, scale=scale)
+        own = {
+            field.name: getattr(quantized, field.name) for field in dataclasses.fields(quantized)
+        }
 
         def repeated(count: int) -> "TokenGroups":
             shape = (*batch, count)

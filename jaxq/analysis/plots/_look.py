@@ -163,7 +163,7 @@ def power(value: float) -> str:
     return f"{value:.6g}".replace("-", MINUS)
 
 
-def listed(name: str, what: str, items: "Iterable", least: int = 1) -> list:
+def listed(name: str, argument: str, items: "Iterable", least: int = 1) -> list:
     """Converts an iterable to a list; rejects strings and single items.
 
     Raises:
@@ -171,10 +171,10 @@ def listed(name: str, what: str, items: "Iterable", least: int = 1) -> list:
       TypeError: if `items` is a string or not iterable.
     """
     if isinstance(items, str) or not isinstance(items, Iterable):
-        raise TypeError(f"{name}: `{what}` must be a list, got {items!r}. Write [{items!r}].")
+        raise TypeError(f"{name}: `{argument}` must be a list, got {items!r}. Write [{items!r}].")
     found = list(items)
     if len(found) < least:
-        raise ValueError(f"{name}: `{what}` must hold at least {least}, got {len(found)}.")
+        raise ValueError(f"{name}: `{argument}` must hold at least {least}, got {len(found)}.")
     return found
 
 

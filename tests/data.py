@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -130,6 +130,18 @@ def normal(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> jax.Arr
     """Returns normally distributed float32 numbers, without compiling a conversion of dtypes."""
     numbers = scale * np.random.default_rng(seed).standard_normal(shape)
     return jax.device_put(numbers.astype(np.float32))
+
+
+def in_pieces(function: Callable, *arrays: np.ndarray) -> Any:
+    """Applies an elementwise function to flat arrays, 4096 elements at a time.
+
+    Without jit each operation compiles once for every shape. This function leaves one shape.
+    """
+    count = arrays[0].size
+    size = -(-count // 4096) * 4096
+    pieces = zip(*(np.resize(a, size).reshape(-1, 4096) for a in arrays), strict=True)
+    results = [function(*piece) for piece in pieces]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
 
 
 def all_float16() -> np.ndarray:

@@ -33,13 +33,6 @@ def inputs() -> np.ndarray:
     return np.concatenate([data.specials(), wide, normal])[:4016].reshape(8, -1)
 
 
-def random_argument(mode: str, shape: tuple[int, ...]) -> dict:
-    if mode != "stochastic":
-        return {}
-    bits = np.random.default_rng(2).integers(0, 2**23, shape, dtype=np.uint32)
-    return {"random_bits": jnp.asarray(bits)}
-
-
 EXTREMES = np.float32([3.4028235e38, -3.4028235e38, 1.2e-38, -1e-40, 1, 0])
 WIDE = [
     jaxq.FloatFormat("e9m6_ieee", 9, 6, inf=True, nan="ieee"),
@@ -55,18 +48,22 @@ WIDE = [
 @EAGER
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("fmt", data.each_format(WIDE), ids=lambda fmt: fmt.name)
-def test_codes_of_formats_wider_than_dtype(fmt: jaxq.FloatFormat, dtype: str):
+def test_formats_wider_than_the_dtype_keep_exact_codes(fmt: jaxq.FloatFormat, dtype: str):
     limits = np.finfo(dtype)
     rng = np.random.default_rng(0)
     x = np.concatenate([2.0 ** rng.uniform(-149, 127.9, 500), [0, 1, 1.75, 1e-45, np.inf, np.nan]])
     x = np.concatenate([x, limits.max / np.array([1, 1.5, 3]), [limits.tiny * 3]]).astype(dtype)
     x = np.concatenate([x, -x])
     with jax.enable_x64(dtype == "float64"):
-        y = np.asarray(jaxq.cast(x, fmt))
-        for overflow in (None, "saturate"):
-            codes = jaxq.encode(x, fmt, overflow=overflow)
-            assert_same(jaxq.decode(codes, fmt, dtype=dtype), jaxq.cast(x, fmt, overflow=overflow))
-        codes = np.asarray(jaxq.encode(x, fmt))
+        for overflow in ("saturate", None):
+
+            def all_of(x, overflow=overflow):
+                codes = jaxq.encode(x, fmt, overflow=overflow)
+                decoded = jaxq.decode(codes, fmt, dtype=dtype)
+                return codes, decoded, jaxq.cast(x, fmt, overflow=overflow)
+
+            codes, decoded, y = data.in_pieces(all_of, x)
+            assert_same(decoded, y)
     finite = np.isfinite(y) & (y != 0) & (np.abs(y) >= np.ldexp(1.0, max(fmt.emin, -1074)))
     significand, exponent = np.frexp(np.abs(y[finite]).astype(np.float64))
     want = (exponent - 1 + fmt.bias) * 2**fmt.mantissa_bits
@@ -144,21 +141,24 @@ class TestFormats:
         with np.errstate(over="ignore"):  # Takums have values outside the range of float32.
             values = fmt.values.astype(np.float32)
         values = values[values == fmt.values]
-        # Only two lengths for all formats, so that few operations are compiled again.
-        x = np.resize(values, 256 if fmt.bits <= 8 else 2**16)
-        assert_same(jaxq.cast(x, fmt), x)
-        codes = np.asarray(jaxq.encode(x, fmt))
+        assert_same(data.in_pieces(lambda x: jaxq.cast(x, fmt), values), values)
+        codes = data.in_pieces(lambda x: jaxq.encode(x, fmt), values)
         assert len(np.unique(codes)) == len(values)
-        assert_same(jaxq.decode(codes, fmt), x)
+        assert_same(data.in_pieces(lambda codes: jaxq.decode(codes, fmt), codes), values)
 
     @EAGER
     def test_cast_equals_decoded_codes_in_all_modes(self, fmt):
         x = inputs()
+        bits = np.random.default_rng(2).integers(0, 2**23, x.shape, dtype=np.uint32)
         for mode in ROUNDINGS:
-            random = random_argument(mode, x.shape)
-            y = np.asarray(jaxq.cast(x, fmt, rounding=mode, **random))
-            codes = jaxq.encode(x, fmt, rounding=mode, **random)
-            assert_same(jaxq.decode(codes, fmt), y, x)
+
+            def both(x, bits, mode=mode):
+                random = {"random_bits": bits} if mode == "stochastic" else {}
+                codes = jaxq.encode(x, fmt, rounding=mode, **random)
+                return jaxq.cast(x, fmt, rounding=mode, **random), jaxq.decode(codes, fmt)
+
+            y, decoded = data.in_pieces(both, x, bits)
+            assert_same(decoded, y, x)
 
     def test_eager_jit_vmap_and_sharded_agree(self, fmt):
         x = inputs()
@@ -365,7 +365,7 @@ class TestStructures:
         for x in difficult_tensors():
             assert_quantize_equals_fake_quant(x.astype(jnp.bfloat16), name)
 
-    def test_bits_inside_larger_program_with_gradient(self, name):
+    def test_larger_program_with_gradient_keeps_bits(self, name):
         x = data.normal(SHAPE)
 
         def step(carry, x):
@@ -427,7 +427,7 @@ class TestStructures:
 
 
 @pytest.mark.parametrize("name", data.each(PRODUCT_RECIPES, data.product_kinds()))
-class TestDotRecipes:
+class TestProductRecipes:
     """Contracts of product recipes; `test_dots.py` compares their gradients with formulas."""
 
     SIZE = 128  # Divisible by the block sizes of all recipes.
@@ -447,7 +447,7 @@ class TestDotRecipes:
         assert hash(again) == hash(recipe)
         assert eval(repr(recipe), vars(jaxq) | vars(jaxq.recipes)) == recipe
 
-    def test_inference_of_one_token_without_key(self, name):
+    def test_inference_of_one_token_needs_no_key(self, name):
         x, w = self.operands()
         y = jaxq.einsum("k,kn->n", x[0], w, recipe=name)
         chex.assert_shape(y, (self.SIZE,))

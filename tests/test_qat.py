@@ -22,7 +22,7 @@ def numbers(shape=(4, 16), seed=0) -> np.ndarray:
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", KINDS)
-def test_neighbors_in_every_kind_of_format(name: str):
+def test_neighbors_are_adjacent_values_in_every_kind_of_format(name: str):
     fmt = jaxq.Recipe(name).element
     with np.errstate(over="ignore"):
         values = np.unique(fmt.values.astype(np.float32))
@@ -32,10 +32,9 @@ def test_neighbors_in_every_kind_of_format(name: str):
     x = np.concatenate([inner, middle, values[[0, -1]], [values[-1] * 1.5 + 1, values[0] - 1]])
     if isinstance(fmt, jaxq.TaperedFormat):  # Tapered formats never round to 0.
         x = x[(x == 0) | (np.abs(x) > fmt.min_positive)]
-    # Few shapes, so that few operations are compiled.
-    x = np.resize(x, 32 if fmt.bits <= 4 else 512)
     recipe = jaxq.Recipe(fmt)
-    below, above = jaxq.neighbors(x.astype(np.float32), recipe, scale=1.0)
+    neighbors = lambda x: tuple(jaxq.neighbors(x, recipe, scale=1.0))
+    below, above = data.in_pieces(neighbors, x.astype(np.float32))
     at = np.clip(np.searchsorted(values, x, side="right"), 1, len(values) - 1)
     assert_same(below + 0, values[at - 1] + 0, x)
     assert_same(above + 0, values[at] + 0, x)
@@ -75,11 +74,14 @@ def test_dorefa_matches_its_formula(bits: int):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_dorefa_of_zeros_empty_and_invalid_widths():
+def test_dorefa_takes_zeros_and_empty_tensors():
     assert_same(qat.unit_tanh(jnp.zeros(3)), np.zeros(3, np.float32))
     chex.assert_tree_all_finite(jax.grad(lambda w: qat.unit_tanh(w).sum())(jnp.zeros(3)))
     chex.assert_shape(qat.dorefa(jnp.zeros((0, 2)), 4), (0, 2))
     chex.assert_type(qat.dorefa(jnp.ones(2, jnp.bfloat16), 4), jnp.bfloat16)
+
+
+def test_dorefa_with_one_bit_raises():
     with pytest.raises(ValueError, match="`bits` must be 2 to 16, got 1"):
         qat.dorefa(jnp.ones(2), 1)
 

@@ -56,8 +56,8 @@ class Observed:
         if self.recipes != later.recipes:
             raise ValueError(
                 "Observed.merge: `later` must have the products and recipes of this state, got "
-                f"{_first_names(later.states)}, not {_first_names(self.states)}. Merge only states of one "
-                "function and one set of rules."
+                f"{_first_names(later.states)}, not {_first_names(self.states)}. Merge only "
+                "states of one function and one set of rules."
             )
         states = self._map(calibration.merge, self.states, later.states)
         return Observed(states, self.recipes)

@@ -54,21 +54,26 @@ def _places(layout: Layout, axis: int) -> np.ndarray:
 
 
 def align_levels(found: list[Levels]) -> list[Levels]:
-    """Returns levels that have the same fields, with zeros for missing zero points and minima."""
+    """Returns levels that have the same fields, with values for the missing ones.
+
+    Missing zero points and minima become 0, and missing outliers NaN.
+    """
+    fills = {"zero_point": 0, "minimum": 0, "outlier": np.nan}
 
     def filled(levels: Levels, name: str) -> jax.Array | None:
         own = getattr(levels, name)
         others = any(getattr(other, name) is not None for other in found)
-        return jnp.zeros_like(levels.step) if own is None and others else own
+        return jnp.full_like(levels.step, fills[name]) if own is None and others else own
 
-    return [
-        Levels(levels.step, filled(levels, "zero_point"), filled(levels, "minimum"))
-        for levels in found
-    ]
+    return [levels._replace(**{name: filled(levels, name) for name in fills}) for levels in found]
 
 
 def levels_for(levels: Any, recipe: Recipe) -> Levels:
     """Returns levels without fields that a recipe does not have; the inverse of `align_levels`."""
     offset = recipe.scaling.zero_point
-    zero_point = levels.zero_point if offset == "integer" else None
-    return Levels(levels.step, zero_point, levels.minimum if offset == "minimum" else None)
+    return Levels(
+        step=levels.step,
+        zero_point=levels.zero_point if offset == "integer" else None,
+        minimum=levels.minimum if offset == "minimum" else None,
+        outlier=levels.outlier if recipe.outliers is not None else None,
+    )

@@ -78,11 +78,16 @@ class HQQ:
                 )
 
     def check(self, owner: str, recipe: Recipe) -> None:
-        """Raises a ValueError unless a recipe stores a minimum for each block."""
+        """Raises a ValueError unless a recipe stores a minimum for each block, and no outliers."""
         if recipe.scaling.zero_point != "minimum":
             raise ValueError(
                 f"{owner}: with HQQ, `recipe` must store a minimum per block, got the scaling "
                 f"{type(recipe.scaling).__name__}. Use jaxq.recipes.ScaleAndMin(stored=True)."
+            )
+        if recipe.outliers is not None:
+            raise ValueError(
+                f"{owner}: with HQQ, `recipe` must not store outliers, got {recipe.outliers}. Use "
+                "outliers=None, or a ptq.ScaleSearch."
             )
 
     def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:

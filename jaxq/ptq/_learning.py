@@ -211,7 +211,14 @@ class _LearningRun:
         for leaf, storage in model.planned.stored.leaves.items():
             origin = traced.origins[leaf]
             assert origin is not None, "only parameters are stored"
-            check_recipe(f"{_OWNER}: leaf {origin.paths[0]!r}", storage.recipe)
+            owner = f"{_OWNER}: leaf {origin.paths[0]!r}"
+            check_recipe(owner, storage.recipe)
+            if storage.recipe.outliers is not None:
+                raise ValueError(
+                    f"{owner}: `recipe` must round every element to its block's grid, got one of "
+                    f"{storage.recipe.element.name} that stores outliers separately. Use "
+                    "outliers=None, or ptq.quantize_weights."
+                )
 
     def _learned(
         self, block: "_Block", trainer: Trainer, data: Data, key: jax.Array

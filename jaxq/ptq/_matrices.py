@@ -19,6 +19,7 @@ from jaxq.recipes import Recipe
 __all__ = ["Settings", "Solution", "output_error", "solve"]
 
 _BLOCK = 128  # The number of inputs that are rounded between two large matrix products.
+_LARGE = 512  # The number of inputs of a block of the Hessian in a quadratic form.
 _MAX_RAISES = 6  # The number of times that the damping is raised if H has no Cholesky factor.
 _RAISE_FACTOR = 10.0
 
@@ -39,7 +40,16 @@ class Solution(NamedTuple):
 
 def output_error(error: jax.Array, hessian: jax.Array) -> jax.Array:
     """Returns `tr(E^T H E)`, the squared error of a product's outputs over all tokens."""
-    return jnp.sum(error * _product(hessian, error))
+    # H is symmetric, so each block above the diagonal counts twice, and no block below is read.
+    total, size = jnp.float32(0), _LARGE if len(hessian) >= 2 * _LARGE else len(hessian)
+    for start in range(0, len(hessian), size):
+        own, after = error[start : start + size], error[start + size :]
+        rows = hessian[start : start + size, start:]
+        pulled = _product(rows[:, : len(own)], own)
+        if len(after):
+            pulled = pulled + 2 * _product(rows[:, len(own) :], after)
+        total = total + jnp.sum(own * pulled)
+    return total
 
 
 class Settings(NamedTuple):
@@ -101,7 +111,7 @@ def solve(
         rows = jnp.argsort(-jnp.diagonal(scaled), stable=True)
     ordered = scaled[rows][:, rows]
     factor, damping_used = _factor(ordered, settings.damping)
-    found = jnp.all(jnp.isfinite(factor))
+    found = jnp.all(jnp.isfinite(jnp.diagonal(factor)))
     factor = jnp.where(found, factor, jnp.eye(len(hessian), dtype=jnp.float32))
     weight, shifts = weight[rows], None
     if drift is not None and (settings.propagation or settings.asymmetry):
@@ -154,7 +164,8 @@ def _factor(hessian: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
 
     def failed(state: tuple) -> jax.Array:
         count, _, result = state
-        return ~jnp.all(jnp.isfinite(result)) & (count < _MAX_RAISES)
+        # A factor that does not exist is NaN, also in its diagonal.
+        return ~jnp.all(jnp.isfinite(jnp.diagonal(result))) & (count < _MAX_RAISES)
 
     def again(state: tuple) -> tuple:
         count, damping, _ = state
@@ -255,7 +266,7 @@ def _step(
     if values is not None and shifts is not None:
         shift = jnp.sum(shifts[i][:, None] * values, axis=0)
         weight, target = weight + shift, target + shift
-    moved = target - jnp.sum(block.within.errors[i][:, None] * errors, axis=0)
+    moved = target - _product(block.within.errors[i], errors)
     number, value = snap(moved, jax.tree.map(lambda x: x[i], block.levels), recipe)
     if values is not None:
         values = values.at[i].set(moved)

@@ -150,7 +150,7 @@ class SignRound:
     ) -> jax.Array:
         """Returns the rounded values, with a straight-through gradient."""
         start, numbers, gap = self._choice(variables, problem, recipe)
-        step, zero_point, minimum = levels(start)
+        step, zero_point, minimum, _ = levels(start)
         if "factor" in variables:
             factor = per_element(problem.start, variables["factor"])
             step = step * factor / lax.stop_gradient(_nonzero(factor))

@@ -96,8 +96,9 @@ class GPTQ:
 
     With the Hessian `H = sum x x^T` of the calibration data and the error E of the weight
     `[inputs, outputs]`, the chosen codes make the output error `tr(E^T H E)` small. Scales are
-    computed before and do not change (static groups). Every recipe with deterministic rounding and
-    without outliers is supported, and the stored form does not depend on `order`.
+    computed before and do not change (static groups). Every recipe with deterministic rounding is
+    supported, and the stored form does not depend on `order`. Outliers of the recipe keep their
+    values, and the other weights of their inputs are solved.
 
     Attributes:
       damping: the number added to the diagonal of H, relative to the diagonal's mean. If the damped
@@ -203,16 +204,11 @@ def check_search(owner: str, recipe: Recipe, solver: Solver) -> None:
 
 def check_recipe(owner: str, recipe: Recipe) -> None:
     """Raises a ValueError if solvers cannot choose the codes of a recipe."""
-    reason = ""
     if is_stochastic(recipe):
-        reason = "rounds stochastically"
-    elif recipe.outliers is not None:
-        reason = "stores outliers separately"
-    if reason:
         raise ValueError(
-            f"{owner}: `recipe` must round every element deterministically to its block's grid, "
-            f"got a recipe of {recipe.element.name} that {reason}. Use rounding='nearest_even' and "
-            "outliers=None, or jaxq.quantize_weights."
+            f"{owner}: `recipe` must round deterministically, got a recipe of "
+            f"{recipe.element.name} that rounds stochastically. Use rounding='nearest_even', or "
+            "jaxq.quantize_weights."
         )
 
 
@@ -245,8 +241,8 @@ def gptq(
       `jit`; without `jit`, an error is raised.
 
     Raises:
-      ValueError: if the recipe is stochastic or has outliers, shapes do not fit, or the Hessian
-        cannot be factorized.
+      ValueError: if the recipe is stochastic, shapes do not fit, or the Hessian cannot be
+        factorized.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

@@ -176,7 +176,7 @@ def _narrow(name: str, operand: Operand, q: Quantized) -> jax.Array:
         return lax.bitcast_convert_type(q.unpack(), fmt.dtype)
     raise ValueError(
         f"{name}: {operand.name}: execution='native' multiplies integers of at most 8 bits, or "
-        f"float8 types that JAX has, got {fmt.name!r}."
+        f"float8 types that JAX has, got {fmt.name!r}. Use execution='emulated'."
     )
 
 

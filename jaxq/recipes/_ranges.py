@@ -67,7 +67,7 @@ class Calibrator(Protocol):
         ...
 
     def merge(self, first: Any, second: Any) -> Any:
-        """Returns the state of the data of two states."""
+        """Returns the state of both data sets together."""
         ...
 
     def finalize(self, state: Any, fmt: Format, two_sided: bool) -> Range:

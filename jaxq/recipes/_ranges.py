@@ -257,7 +257,7 @@ class _OfMoments:
         return Moments(zero, zero, zero, zero, AbsMax().nothing(cut, two_sided))
 
     def merge(self, first: Moments, second: Moments) -> Moments:
-        """Returns the moments of the data of both (Chan, Golub and LeVeque, 1979)."""
+        """Returns the moments of both data sets together (Chan, Golub and LeVeque, 1979)."""
         ends = AbsMax().merge(first.range, second.range)
         down, up = powers(_largest(ends))
         first, second = first.times(down), second.times(down)

@@ -193,7 +193,8 @@ def array(name: str, x: jax.typing.ArrayLike, *, ndim: int = 0) -> np.ndarray:
         )
     if y.ndim < ndim or not y.size:
         raise ValueError(
-            f"{name}: `x` must not be empty and must have at least {ndim} axes, got the shape {y.shape}."
+            f"{name}: `x` must not be empty and must have at least {ndim} axes, got the "
+            f"shape {y.shape}."
         )
     data = np.asarray(y).astype(np.float32)
     if not np.isfinite(data).all():

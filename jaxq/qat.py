@@ -161,12 +161,12 @@ def soft_round(
     """
     a, low, high = (v.astype(jnp.float32) for v in (x, below, above))
     width = high - low
-    some, inside = width > 0, (low <= a) & (a <= high)
-    t = (jnp.where(inside, a, low) - low) / _some(width) - 0.5
+    is_positive, inside = width > 0, (low <= a) & (a <= high)
+    t = (jnp.where(inside, a, low) - low) / _nonzero(width) - 0.5
     k = jnp.log(2 / jnp.asarray(alpha, jnp.float32) - 1)
     y = low + width * (0.5 + 0.5 * jnp.tanh(k * t) / jnp.tanh(k / 2))
     y = jnp.where(inside, y, jnp.clip(lax.stop_gradient(a), low, high))
-    return jnp.where(some, y, a).astype(x.dtype)
+    return jnp.where(is_positive, y, a).astype(x.dtype)
 
 
 def uniform_noise(x: jax.Array, below: jax.Array, above: jax.Array, key: jax.Array) -> jax.Array:
@@ -244,7 +244,7 @@ def adaround_init(w: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array
       As for `rectified_sigmoid`.
     """
     width = above - below
-    return rectified_sigmoid_inverse(jnp.where(width > 0, w - below, 0.5) / _some(width))
+    return rectified_sigmoid_inverse(jnp.where(width > 0, w - below, 0.5) / _nonzero(width))
 
 
 def adaround(v: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
@@ -327,6 +327,6 @@ def fractional_bits(at: Callable[[jax.Array], jax.Array], bits: jax.Array) -> ja
     return lower + (bits - whole).astype(lower.dtype) * (upper - lower)
 
 
-def _some(width: jax.Array) -> jax.Array:
+def _nonzero(width: jax.Array) -> jax.Array:
     """Returns the width as a divisor, with 1 in place of 0."""
     return jnp.where(width > 0, width, 1)

@@ -238,10 +238,10 @@ def test_named_recipes_serve_a_cache(name: str):
         ),
         (lambda: serving.KVCache.empty((18, 2, 16), KIVI), "multiple of 4"),
         (lambda: serving.KVCache.empty((16, 2), KIVI), "`shape` must be"),
-        (lambda: serving.KVCache.empty((16, 2, 16), "kv_fp8"), "Pass CacheScales"),
+        (lambda: serving.KVCache.empty((16, 2, 16), "kv_fp8"), "pass CacheScales"),
         (
             lambda: serving.KVCache.empty((16, 2, 16), "kv_int8", scales=serving.CacheScales(1.0)),
-            "Leave them out",
+            "Omit them",
         ),
         (lambda: serving.KVCache.empty((16, 2, 24), "quarot4"), "power of two"),
         (lambda: history()[0].append(*tokens(17)), "at most 16"),

@@ -317,13 +317,13 @@ def test_all_switches_off_give_the_float_function():
     ids = jnp.array([3, 1])
     state = jaxq.models.switched("test", model, rules, 0)(params, ids)
     assert len(state.names) == 4
-    run = jax.jit(lambda on: jaxq.quantize_fn(model, state.turned(on))(params, ids))
+    run = jax.jit(lambda on: jaxq.quantize_fn(model, state.with_flags(on))(params, ids))
     assert_same(run(jnp.zeros(4)), jax.jit(model)(params, ids))
     assert_same(run(jnp.ones(4)), jax.jit(jaxq.quantize_fn(model, rules))(params, ids))
     for i in range(4):
         assert (np.asarray(run(jnp.eye(4)[i])) != np.asarray(run(jnp.zeros(4)))).any()
     with pytest.raises(ValueError, match="one number per name, 4"):
-        state.turned(jnp.ones(3))
+        state.with_flags(jnp.ones(3))
 
 
 def test_a_recipe_switches_on_at_a_step_in_one_program():

@@ -87,7 +87,7 @@ def blame(
             def value(params: Any, mask: jax.Array) -> Any:
                 own = [*args]
                 own[argnums] = params
-                return quantize_fn(loss, state.turned(mask), argnums=argnums, key=key)(*own)
+                return quantize_fn(loss, state.with_flags(mask), argnums=argnums, key=key)(*own)
 
             def step(mask: jax.Array) -> Any:
                 return jax.value_and_grad(value)(args[argnums], mask)

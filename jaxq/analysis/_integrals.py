@@ -93,7 +93,7 @@ CHANCES: dict[str, Chance] = {
 
 
 class Grid(NamedTuple):
-    """A format and its rounding mode, as the probability of rounding up."""
+    """A format with its rounding mode, which is described by the probability of rounding up."""
 
     format: Format
     chance: Chance
@@ -242,7 +242,7 @@ def partial(
 
 
 def whole(grid: Grid, maps: Maps, distribution: Distribution, size: int) -> Moments:
-    """Integrates over the real line, per row; fourth powers up to the extreme of `size` numbers."""
+    """Integrates over the real line, per row; fourth powers up to the extreme of `size` draws."""
     far = float(distribution.beyond(np.array(0.5 / max(size, 2))))
     values = np.array([grid.format.min, grid.format.max])
     ends = (values - maps.shift[:, None]) * maps.step[:, None] + maps.back[:, None]

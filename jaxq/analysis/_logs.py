@@ -61,7 +61,7 @@ class StatisticsLog:
     earlier one when the log is read.
 
     Args:
-      path: the file, which is made at the first `append`, or continued.
+      path: the file, which the first `append` creates or continues.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq, pathlib, tempfile

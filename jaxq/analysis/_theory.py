@@ -183,8 +183,8 @@ def _clip(recipe: Recipe, n: int, d: Distribution) -> float:
 def _enough(name: str, count: float, least: int) -> None:
     """Raises an error if a block is too small for its range to match the distribution's."""
     if count < least:
-        what = f"for which range={name}() uses at least {least} numbers per block"
-        raise _no_theory(what, f"{count:.3g}")
+        purpose = f"for which range={name}() uses at least {least} numbers per block"
+        raise _no_theory(purpose, f"{count:.3g}")
 
 
 def _unscaled(grid: Grid, maps: Maps, d: Distribution, size: int) -> Expected:

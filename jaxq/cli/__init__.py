@@ -1,4 +1,4 @@
-"""The command line `jaxq`: `_parser` has the arguments, and each command has its own module.
+"""The command line `jaxq`: `_parser` defines the arguments; each command has its own module.
 
 To add a command, list it in `_COMMANDS` (`_parser.py`).
 """

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def convention(axis: int) -> str:
-    """Returns the sentence that says along which axis recipes are applied."""
+    """Returns a sentence that states the axis along which recipes are applied."""
     layout = {
         -1: ", as in weights [outputs, inputs]; use --axis -2 for kernels [inputs, outputs] (Flax)",
         -2: ", as in kernels [inputs, outputs]",
@@ -147,22 +147,22 @@ def _print(
     for note, cases in reasons.items():
         recipes, tensors = (list(dict.fromkeys(c[i] for c in cases)) for i in (0, 1))
         by = "all recipes" if len(recipes) == len(sums) else ", ".join(recipes)
-        print(f"kept by {by}: {_some(tensors)}: {note}")
+        print(f"kept by {by}: {_abbreviated(tensors)}: {note}")
     for reason, names in left.items():
-        print(f"not compared: {_some(names)}: {reason}")
+        print(f"not compared: {_abbreviated(names)}: {reason}")
 
 
 def _fixed(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
-def _some(names: Sequence[str]) -> str:
-    """Returns the first names of a list, and the number of the others."""
+def _abbreviated(names: Sequence[str]) -> str:
+    """Returns the first names of a list and the number of all others, as text."""
     few = ", ".join(safe(name) for name in names[:2])
     return few if len(names) <= 2 else f"{few} and {len(names) - 2} more"
 
 
-_PICTURES = 4  # Tensors with a picture in the report.
+_PICTURES = 4  # The number of tensors that have a picture in the report.
 
 
 def _pictures(file: Inputs, rows: Sequence[Row], axis: int) -> tuple[list[tuple[str, bytes]], str]:

@@ -28,8 +28,8 @@ class Inputs:
 
     Attributes:
       title: the name of the file, or the number of files.
-      entries: the tensors. If there are several files, a name begins with that of its file.
-      sources: the file and the entry in it of each tensor, by name.
+      entries: the tensors. If there are several files, tensor names begin with the file's name.
+      sources: the file of each tensor and its entry in the file, by the tensor's name.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Inputs:
 
 @contextlib.contextmanager
 def opened(paths: Sequence[str]) -> Iterator[Inputs]:
-    """Opens files, and closes them at the end.
+    """Opens files as a context manager.
 
     Args:
       paths: paths of files and folders, shell patterns, and `-` for standard input.
@@ -77,17 +77,17 @@ def opened(paths: Sequence[str]) -> Iterator[Inputs]:
 
 
 def _expanded(path: str) -> list[str]:
-    """Returns the files that an argument names."""
+    """Returns the files that an argument stands for: a path or a shell pattern."""
     where = pathlib.Path(path)
     if path == _STDIN or where.is_file():
         return [path]
     if where.is_dir():
-        one = where / "model.safetensors.index.json"
-        if one.exists() or any(where.glob("*.safetensors")):
+        index = where / "model.safetensors.index.json"
+        if index.exists() or any(where.glob("*.safetensors")):
             return [path]
         return sorted(str(f) for f in where.iterdir() if f.suffix in _KINDS) or [path]
     if glob.has_magic(path):
-        # `Path.glob` takes no absolute patterns.
+        # `Path.glob` does not support absolute patterns.
         found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207
         if not found:
             raise UsageError(f"{path}: no file matches this pattern")
@@ -97,7 +97,7 @@ def _expanded(path: str) -> list[str]:
 
 @contextlib.contextmanager
 def _stdin() -> Iterator[TensorFile]:
-    """Yields the file that standard input holds, of which it makes a temporary copy."""
+    """Yields the file on standard input, opened from a temporary copy."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         path = pathlib.Path(folder) / "stdin"
         with path.open("wb") as file:

@@ -10,7 +10,7 @@ from jaxq.interop import open_tensors
 
 __all__ = ["run"]
 
-_SHOWN = 8  # Items of an array, and 8 times as many characters of a text.
+_SHOWN = 8  # The number of array items shown, and an eighth of the number of characters of text.
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value of the metadata in types that JSON has."""
+    """Converts a metadata value to types that JSON supports."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 

@@ -12,7 +12,7 @@ from jaxq.interop import FileError
 
 __all__ = ["main"]
 
-_LONGEST = 600  # The longest error line; a hostile file may contain very long names.
+_LONGEST = 600  # The maximum length of an error line; a hostile file may contain very long names.
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The arguments of `jaxq`; the commands themselves are in modules of their own.
+"""The arguments of `jaxq`; each command has its own module.
 
 To add a command, write a function here that adds its arguments and a function elsewhere that runs
 it, and list both in `_COMMANDS`.

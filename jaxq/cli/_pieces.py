@@ -49,7 +49,7 @@ LEAST = 1e-18  # Sums of squares from here on are accurate although smaller squa
 
 
 class Errors(NamedTuple):
-    """The errors of a tensor: the sum of their squares, and the largest; infinite if any is."""
+    """The sum of squared errors and the largest absolute error; infinite if any error is."""
 
     noise: float
     max_error: float

@@ -81,7 +81,7 @@ def _numbers(args: argparse.Namespace) -> np.ndarray:
 
 
 def image(figure: Any, kind: str) -> bytes:
-    """Returns a matplotlib figure as bytes of a file of the given kind."""
+    """Renders a matplotlib figure as the bytes of a file, such as `"png"` or `"svg"`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=150)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The command `jaxq quantize`: a file with its tensors quantized, one in memory at a time."""
+"""The command `jaxq quantize`, which quantizes the tensors of a file one by one."""
 
 import argparse
 import contextlib
@@ -82,14 +82,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _config(file: TensorFile) -> dict[str, Any]:
-    """Returns the content of the `config.json` in the folder of an input; empty without one."""
+    """Returns the content of the `config.json` beside an input, or an empty dict."""
     folder = file.path if file.path.is_dir() else file.path.parent
     path = folder / "config.json"
     return read_json(path) if path.is_file() and file.kind in ("", ".safetensors") else {}
 
 
 def _conversion(args: argparse.Namespace, config: dict[str, Any]) -> gguf.Conversion | None:
-    """Returns the conversion of a model of Hugging Face; None if names are kept."""
+    """Returns the conversion of a Hugging Face model to GGUF; None to keep names."""
     if args.names == "keep" or "model_type" not in config:
         return None
     try:
@@ -119,7 +119,7 @@ def _tokenizer(args: argparse.Namespace, plans: Sequence[Plan], target: str) -> 
 
 
 def _rules(args: argparse.Namespace, target: str) -> list[tuple[re.Pattern[str], str | None]]:
-    """Returns the rules of the options, of which the first that matches a name counts."""
+    """Returns the rules given by the options. The first rule that matches a name applies."""
     rules: list[Any] = []
     with bad_input():
         if args.rules is not None:
@@ -208,7 +208,7 @@ def _plan(plan: Plan, rules: Sequence, args: argparse.Namespace, target: str) ->
 
 
 def _for_vllm(recipe: Recipe, entry: Entry) -> tuple[Recipe, str]:
-    """Returns a recipe with integer scales in the dtype of the model, as vLLM holds them."""
+    """Returns a recipe whose integer scales have the dtype of the model, as in vLLM."""
     narrow, scaling = entry.numpy_dtype in ("float16", "bfloat16"), recipe.scaling
     integers = isinstance(recipe.element, IntFormat)
     if narrow and integers and isinstance(scaling, Symmetric | Affine):
@@ -236,8 +236,8 @@ def _importance(path: str) -> dict[str, np.ndarray]:
                 counts = entries.get(f"{base}.counts")
                 if counts is None:
                     raise UsageError(f"{path}: {base} has no counts")
-                # One row per expert; a single row serves all rows of a tensor. As in llama.cpp,
-                # all inputs of an expert that saw no token are equally important.
+                # One row per expert; a single row applies to all rows of a tensor. As in llama.cpp,
+                # all inputs of an expert that saw no tokens are equally important.
                 count = file.read(counts).reshape(-1, 1)
                 sums = file.read(entry).reshape(len(count), -1)
                 rows = np.where(count > 0, sums / np.maximum(count, 1), np.float32(1))

@@ -21,7 +21,7 @@ class Report(NamedTuple):
       rows: one row per tensor and recipe.
       sums: the totals of each recipe.
       left: the names of the tensors that are not compared, by reason.
-      convention: the sentence that says along which axis recipes are applied.
+      convention: a sentence that states the axis along which recipes are applied.
       pictures: captions and SVG images as bytes.
       missing: the reason why there are no pictures; empty if there are some.
     """
@@ -78,7 +78,7 @@ def _totals(sums: Sequence[Total]) -> str:
 
 
 def sorted_by_sqnr(rows: Sequence[Row]) -> list[Row]:
-    """Returns rows with those of the tensor of the lowest SQNR first; tensors without one last."""
+    """Sorts rows by the lowest SQNR of their tensor; tensors without an SQNR come last."""
     lowest: dict[str, float] = {}
     for row in rows:
         if not row.note:
@@ -92,7 +92,7 @@ _HUES = (0, 30, 60, 140, 205, 260)
 
 
 def _level(sqnr_db: float, text: str, title: str = "") -> str:
-    """Returns text on the color of an SQNR."""
+    """Returns the markup of text on the background color of an SQNR."""
     hue = np.interp(sqnr_db, _LEVELS, _HUES)
     titled = f' title="{title}"' if title else ""
     return f'<span class="level" style="--hue:{hue:.0f}"{titled}>{text}</span>'

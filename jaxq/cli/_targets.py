@@ -1,4 +1,4 @@
-"""The kinds of files that `jaxq quantize` writes, each from the same plans of tensors."""
+"""Writers of the file formats that `jaxq quantize` supports."""
 
 import contextlib
 import dataclasses
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything that writing needs.
+    """The input and the options of a writer.
 
     Attributes:
       file: the open input.
@@ -145,7 +145,7 @@ class Job:
         return weights
 
     def fused(self, plan: Plan) -> Any:
-        """Returns the quantized tensor of a plan, quantized together with those fused with it."""
+        """Quantizes the tensor of a plan together with the tensors that vLLM fuses with it."""
         recipe = plan.recipe
         assert isinstance(recipe, Recipe)
         if recipe.scaling.second_level != "tensor":
@@ -190,7 +190,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def shape_of(entry: Entry) -> jax.ShapeDtypeStruct:
-    """Returns the shape of a tensor that is read in float32."""
+    """Returns the shape and dtype of a tensor as read: float32."""
     return jax.ShapeDtypeStruct(entry.shape, np.dtype(np.float32))
 
 
@@ -291,7 +291,9 @@ def _write_compressed_tensors(path: str, job: Job) -> None:
             make = functools.partial(quantize, recipe=recipe, axis=job.axis)
             shapes[name] = jax.eval_shape(make, shape_of(entry))
         elif entry.layout is not None or entry.numpy_dtype is None:
-            raise UsageError(f"{name} is {entry.dtype}, which cannot be kept; give it a recipe")
+            raise UsageError(
+                f"{name}: the dtype {entry.dtype} cannot be copied; add a rule with a recipe"
+            )
         else:
             dtype = np.dtype(entry.numpy_dtype).newbyteorder("=")
             shapes[name] = jax.ShapeDtypeStruct(entry.shape, dtype)

@@ -73,9 +73,9 @@ class GivenScales(NamedTuple):
 
     def moved(self, v: jax.Array) -> jax.Array:
         """Returns grid values whose derivatives follow the scale, zero point and minimum."""
-        some, m = self.scale != 0, 0 if self.minimum is None else self.minimum
-        level = (v.astype(jnp.float32) - m) / jnp.where(some, self.scale, 1)
-        units = lax.stop_gradient(jnp.where(some, level, 0))
+        nonzero, m = self.scale != 0, 0 if self.minimum is None else self.minimum
+        level = (v.astype(jnp.float32) - m) / jnp.where(nonzero, self.scale, 1)
+        units = lax.stop_gradient(jnp.where(nonzero, level, 0))
         if self.zero_point is not None:
             units = units - (self.zero_point - lax.stop_gradient(self.zero_point))
         return passed(v, (units * self.scale + m).astype(v.dtype))
@@ -140,9 +140,9 @@ def _halves(snap: Snap, scales: GivenScales, tangents: GivenScales) -> tuple[jax
     x, y = snap.x.astype(jnp.float32), snap.y.astype(jnp.float32)
     inner = outer = jnp.zeros_like(x)
     if _moves(tangents.scale):
-        some = scales.scale != 0
-        d_scale = jnp.where(some, tangents.scale, 0)
-        step = jnp.where(some, scales.scale, 1)
+        nonzero = scales.scale != 0
+        d_scale = jnp.where(nonzero, tangents.scale, 0)
+        step = jnp.where(nonzero, scales.scale, 1)
         if scales.minimum is not None:
             x, y = x - scales.minimum, y - scales.minimum
         units = jnp.where(jnp.isinf(x), 0, x) / step

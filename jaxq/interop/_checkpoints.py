@@ -1,8 +1,8 @@
-"""Parameter trees with quantized arrays in one safetensors file.
+"""Storage of parameter trees with quantized arrays in one safetensors file.
 
-Every array is a tensor of the file, named by its path in the tree. The metadata of the file have
-one key, `jaxq`, with JSON text: the version of this layout, and the tree, in which each array is
-the name of its tensor. The static fields of a `Quantized`, such as its recipe, stand there too.
+Every array is a tensor of the file, named by its path in the tree. The file's metadata has one key,
+`jaxq`, with JSON text: the version of this layout, and the tree with the name of its tensor in
+place of each array. It also contains static fields, such as the recipe of a `Quantized`.
 """
 
 import functools
@@ -32,18 +32,18 @@ _KEYS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
 
 
 class _TreeError(ValueError):
-    """An error about the argument `like` or a class of nodes; the file itself is valid."""
+    """An error about the argument `like` or the class of a node in a valid file."""
 
 
 class _Leaf(NamedTuple):
-    """A leaf of a tree that is being saved, with its place in the file."""
+    """A leaf of a tree that is being saved, with the name of its tensor."""
 
     name: str
     value: Any
 
 
 class _Stored(NamedTuple):
-    """The place of an array in a file."""
+    """A reference to an array in a file: its tensor's name, its dtype, and its random key type."""
 
     name: str
     dtype: str
@@ -51,17 +51,18 @@ class _Stored(NamedTuple):
 
 
 def save(path: str | pathlib.Path, tree: Any) -> None:
-    """Writes a tree of arrays, in which some may be quantized, to one safetensors file.
+    """Writes a tree of arrays and quantized arrays to one safetensors file.
 
     The file holds the packed codes, the scales and the recipes, so that `load` returns the same
-    tree bit for bit. Each array is a tensor under its path, such as `layers/0/kernel/codes`, which
-    any reader of safetensors can list. The file replaces an older one only when it is complete.
+    tree bit for bit. Each array is a tensor named by its path, such as `layers/0/kernel/codes`,
+    which any safetensors reader can list. An existing file is replaced only when the new one is
+    complete.
 
     Args:
       path: the path of the file, which should end in `.safetensors`.
       tree: a pytree of arrays, random keys, Python numbers, strings and jaxq's own pytrees:
-        `Quantized`, frozen rules, states of observers and of optimizers. It may have other classes
-        of nodes too, such as optax's states, if `load` gets a tree like it.
+        `Quantized`, frozen rules, and the states of observers and optimizers. Other node classes,
+        such as optax states, are allowed if `like` is passed to `load`.
 
     Raises:
       TypeError: a leaf cannot be stored, or a recipe holds a user-defined function.
@@ -122,7 +123,7 @@ def save_streamed(
 def load(path: str | pathlib.Path, *, like: Any = None, sharding: Any = None) -> Any:
     """Returns the tree that `save` wrote, bit for bit.
 
-    Tensors are read one by one, so the file is never in memory as a whole besides the result.
+    Tensors are read one by one, so memory never holds a second copy of the whole file.
 
     Args:
       path: the path of the file.
@@ -249,7 +250,10 @@ def _described_leaf(
         data = jax.eval_shape(jax.random.key_data, value)
         kind = value.dtype.name.removeprefix("key<").removesuffix(">")
         if kind not in _KEYS:
-            raise TypeError(f"save: {name!r} is a key of an unknown kind, {value.dtype}.")
+            raise TypeError(
+                f"save: {name!r} is a random key of an unsupported type, {value.dtype}. Store "
+                "jax.random.key_data(key) instead."
+            )
         return {"array": name, "dtype": data.dtype.name, "shape": shape, "key": _KEYS[kind]}
     return {"array": name, "dtype": value.dtype.name, "shape": shape}
 

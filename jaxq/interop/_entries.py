@@ -1,4 +1,4 @@
-"""The description of a tensor in a file, common to all kinds of files."""
+"""The description of a tensor in a file of any format."""
 
 import dataclasses
 import math
@@ -27,8 +27,7 @@ class Entry:
       name: the tensor's name.
       dtype: the name of its dtype in the file.
       shape: the tensor's shape.
-      numpy_dtype: the dtype with which its bytes are read; None if NumPy and ml_dtypes have none
-        with the same bytes.
+      numpy_dtype: the NumPy or ml_dtypes dtype with the same bytes; None if there is none.
       start: the offset of its first byte, in the file or in the archive's member.
       stop: the offset after its last byte.
       fortran: True if the elements are in Fortran (column-major) order.
@@ -64,7 +63,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes in the file, of all its parts."""
+        """The number of bytes of all its parts in the file."""
         return self.stop - self.start
 
 

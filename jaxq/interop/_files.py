@@ -275,7 +275,7 @@ def open_tensors(path: str | pathlib.Path, *, raw: bool = False) -> Iterator[Ten
 
 
 def _combined(file: TensorFile) -> TensorFile:
-    """Returns a file of which the tensors of a quantized weight are one entry."""
+    """Returns a file with one entry for all tensors of a quantized weight."""
     kinds = {part.kind for part in file.parts.values()} or {file.kind}
     if kinds != {".safetensors"} or "jaxq" in file.metadata:
         return file

@@ -23,10 +23,10 @@ def load_tensors(path: str | pathlib.Path, *, sharding: Any = None) -> dict[str,
 
     Returns:
       A dictionary from names to `jaxq.Quantized`, `jaxq.interop.gguf.Packed` (block types of GGUF)
-      or arrays. A quantized weight is `[outputs, inputs]`, and its `dequantize` gives the values
-      of its layout in float32, exactly except for results below 2^-126. A weight whose values no
-      recipe has, such as one of GPTQ in activation order, is a float32 array. Arrays of dtypes that
-      JAX represents only with x64 are NumPy arrays.
+      or arrays. A quantized weight is `[outputs, inputs]`, and its `dequantize` returns the exact
+      float32 values, except for results below 2^-126. A weight that no recipe can represent, such
+      as a GPTQ weight in activation order, is a float32 array. Arrays whose dtypes JAX supports
+      only with x64 are NumPy arrays.
 
     Raises:
       FileError: the file is damaged, or its layout is not supported.

@@ -90,8 +90,8 @@ def read_header(file: IO[bytes], size: int) -> Header:
     end = 8 + length
     for entry in entries:
         if entry.start != end:
-            what = "overlap" if entry.start < end else "leave a gap after"
-            _refuse(f"the bytes of {entry.name!r} {what} those before them")
+            relation = "overlap" if entry.start < end else "leave a gap after"
+            _refuse(f"the bytes of {entry.name!r} {relation} those before them")
         end = entry.stop
     if end != size:
         _refuse(f"its tensors end after {end} bytes, but the file has {size}")
@@ -107,8 +107,8 @@ def write_tensors(file: IO[bytes], tensors: Sequence[Tensor], metadata: Mapping[
       metadata: text to store in the header, by key.
 
     Raises:
-      ValueError: if the header is longer than `MAX_HEADER`, or a tensor has another size than
-        stated.
+      ValueError: if the header is longer than `MAX_HEADER`, or a tensor does not have the stated
+        shape.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
@@ -123,13 +123,13 @@ def write_tensors(file: IO[bytes], tensors: Sequence[Tensor], metadata: Mapping[
     if len(text) > MAX_HEADER:
         raise ValueError(
             f"A safetensors header may have {MAX_HEADER} bytes, got {len(text)} for "
-            f"{len(tensors)} tensors. Save parts of the tree in files of their own."
+            f"{len(tensors)} tensors. Save parts of the tree to separate files."
         )
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
         file.seek(8 + len(text) + header[tensor.name]["data_offsets"][0])
         array = np.ascontiguousarray(tensor.read())
-        # Files are little-endian, and arrays of other files may not be.
+        # Files are little-endian, but arrays read from other files may be big-endian.
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         if 8 * array.nbytes != DTYPES[tensor.dtype][0] * math.prod(tensor.shape):
             raise ValueError(f"{tensor.name!r} has {array.nbytes} bytes, not those of its shape.")
@@ -174,7 +174,7 @@ def _constant(text: str) -> NoReturn:
 
 
 def _entry(name: str, value: Any, begin: int, size: int) -> Entry:
-    """Returns the entry of one tensor after checking it by itself."""
+    """Checks the description of one tensor and returns its entry."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Files that appear under their names only when they are complete."""
+"""Atomic replacement of files."""
 
 import contextlib
 import os

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA) of quantized weights: first values, training, and merging.
+"""Low-rank adapters (LoRA) of quantized weights: initialization, training and merging.
 
-To add a method that chooses the first values, write a frozen dataclass with the methods of `Method`
-and list it in `METHODS` (`_methods.py`).
+To add a method of initialization, write a frozen dataclass with the methods of `Method` and list it
+in `METHODS` (`_methods.py`).
 """
 
 from jaxq.lora._matrices import Factors, low_rank

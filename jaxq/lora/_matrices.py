@@ -28,18 +28,18 @@ def low_rank(
     hessian: jax.typing.ArrayLike | None = None,
     damping: float = 0.01,
 ) -> Factors:
-    """Returns the best approximation of matrices by products of a low rank.
+    """Returns the best low-rank approximation of matrices as a product of two factors.
 
-    Without a Hessian it minimizes the squared error `|w - a b|^2`, by the largest singular values,
-    whose roots both factors share. With the Hessian `H = sum x x^T` of the inputs x it minimizes
-    the squared error of the outputs, `tr((w - a b)^T H (w - a b))`: with `H = Q L Q^T`, it
-    approximates `L^(1/2) Q^T w` and multiplies `a` by `Q L^(-1/2)`.
+    Without a Hessian, the product minimizes the squared error `|w - a b|^2`. It is the truncated
+    SVD, with the roots of the singular values in both factors. With the Hessian `H = sum x x^T` of
+    the inputs x, it minimizes the squared error of the outputs, `tr((w - a b)^T H (w - a b))`: for
+    `H = Q L Q^T`, it approximates `L^(1/2) Q^T w` and multiplies `a` by `Q L^(-1/2)`.
 
     Args:
       w: the matrices, `[..., inputs, outputs]`; computed in float32.
-      rank: the rank, at most the lesser of inputs and outputs.
-      hessian: the Hessians, `[..., inputs, inputs]`, of any scale; None (the default) weighs all
-        inputs alike.
+      rank: the rank, at most the smaller of the numbers of inputs and outputs.
+      hessian: the Hessians, `[..., inputs, inputs]`, up to a positive factor; None (the default)
+        gives all inputs the same weight.
       damping: the number added to the eigenvalues of H, relative to their mean; 0.01 by default. It
         bounds the inverse of H if there are fewer tokens than inputs.
 
@@ -72,7 +72,7 @@ def low_rank(
                 f"low_rank: `hessian` must have the shape {(*w.shape[:-1], inputs)}, got {h.shape}."
             )
         mean = jnp.trace(h, axis1=-2, axis2=-1)[..., None] / inputs
-        # Without data all inputs weigh alike.
+        # Without data all inputs have the same weight.
         unit = jnp.where(mean > 0, mean, 1)
         values, vectors = jnp.linalg.eigh(h / unit[..., None])
         values = jnp.where(mean > 0, lax.max(values, 0.0) + damping, 1)

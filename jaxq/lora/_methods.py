@@ -1,4 +1,4 @@
-"""Methods that choose the first values of adapters, and the weights that are then quantized."""
+"""Methods that initialize adapters and adjust the weights before they are quantized."""
 
 import dataclasses
 import math
@@ -17,8 +17,8 @@ __all__ = ["METHODS", "EoRA", "LoftQ", "Method", "PiSSA", "QLoRA", "get_method"]
 class Method(Protocol):
     """The interface of a method. All matrices are `[..., inputs, outputs]`.
 
-    The weight w is quantized `iterations` times, each time less the adapter so far: first that of
-    `first`, then those of `fit`.
+    The weight w is quantized `iterations` times, each time after the current adapter is subtracted:
+    first the result of `first`, then those of `fit`.
     """
 
     @property
@@ -28,7 +28,7 @@ class Method(Protocol):
 
     @property
     def scaling(self) -> float:
-        """The factor of the adapter in the product."""
+        """The factor by which the output of the adapter is multiplied."""
         ...
 
     def first(self, w: jax.Array) -> Factors | None:
@@ -54,9 +54,9 @@ def _approximation(w: jax.Array, rank: int, **weights: Any) -> Factors:
 
 @dataclasses.dataclass(frozen=True)
 class QLoRA:
-    """Adapters that change nothing at first: b = 0, and a is uniform, as in QLoRA.
+    """Adapters that are initially zero, as in QLoRA: b is 0 and a is random.
 
-    The entries of a are uniform between plus and minus `1 / sqrt(inputs)`.
+    The elements of a are uniform in `[-1 / sqrt(inputs), 1 / sqrt(inputs))`.
 
     Attributes:
       rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
@@ -76,7 +76,7 @@ class QLoRA:
 
     @property
     def scaling(self) -> float:
-        """The factor of the adapter in the product."""
+        """The factor by which the output of the adapter is multiplied."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def first(self, w: jax.Array) -> Factors | None:
@@ -97,9 +97,10 @@ class QLoRA:
 
 @dataclasses.dataclass(frozen=True)
 class LoftQ:
-    """Adapters that approximate the error of quantization, by alternation.
+    """Adapters that approximate the quantization error, by alternating optimization.
 
-    From `a b = 0`, each iteration quantizes `w - a b` to q and approximates `w - q` by `a b`.
+    Starting from `a b = 0`, each iteration quantizes `w - a b` to q and approximates `w - q` by
+    `a b`.
 
     Attributes:
       rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
@@ -120,7 +121,7 @@ class LoftQ:
         del w
 
     def fit(self, w: jax.Array, q: jax.Array, before: Factors | None, name: str) -> Factors:
-        """Returns the approximation of the error of quantization."""
+        """Returns the low-rank approximation of the quantization error."""
         del before, name
         return _approximation(w - q, self.rank)
 
@@ -155,7 +156,7 @@ class PiSSA:
 
 @dataclasses.dataclass(frozen=True)
 class EoRA:
-    """Adapters that compensate the error of the outputs on calibration data, without training.
+    """Adapters that compensate the output error on calibration data, without training.
 
     Attributes:
       inputs: the statistics of the products' inputs, from `jaxq.ptq.observe` with the same rules.

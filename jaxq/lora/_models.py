@@ -1,8 +1,8 @@
 """Adapters for whole models.
 
-Weights are observed as the products see them, as matrices `[inputs, outputs]`. These observed
-matrices are linear in the parameters, because views only move elements, so the transpose of the
-observation takes a change of a matrix back to its leaf.
+Weights are observed at their products, as matrices `[inputs, outputs]`. The operations between a
+leaf and its product only move elements, so these matrices are linear in the parameters, and the
+transpose of the observation maps a change of a matrix to its leaf.
 """
 
 import dataclasses
@@ -60,9 +60,10 @@ class MergeError(NamedTuple):
     """The error of one weight that an adapter was merged into. Norms are Frobenius norms.
 
     Attributes:
-      relative: the norm of the error of quantizing the merged weight, relative to that weight.
-      lost: the same norm relative to that of the adapter's change of the weight. Above 1, the
-        error is larger than the change.
+      relative: the norm of the merged weight's quantization error, relative to the norm of the
+        weight.
+      lost: the norm of the same error, relative to the norm of the adapter's change. If it exceeds
+        1, the error is larger than the change.
     """
 
     relative: jax.Array
@@ -75,8 +76,8 @@ class Merged(NamedTuple):
     Attributes:
       params: the merged parameters as floats.
       packed: the merged parameters, quantized again.
-      errors: the errors of quantizing them, by the products' names; one per layer for products in
-        a scan over layers.
+      errors: the quantization errors, by the products' names; one per layer for products in a scan
+        over layers.
     """
 
     params: Any
@@ -85,7 +86,7 @@ class Merged(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seen:
+class _WeightObserver:
     """The observer of a weight as a matrix. Hashable."""
 
     axes: Axes
@@ -121,7 +122,7 @@ def adapt(
     argnums: int = 0,
     packed: Any = None,
 ) -> Callable[..., AdaptedModel]:
-    """Returns a function that quantizes a model's weights and gives each an adapter.
+    """Returns a function that quantizes a model's weights and adds an adapter to each.
 
     `jaxq.quantize_fn(fn, state)` runs the model with the stored weights and adds
     `scaling * (x a) b` to the product of each weight that has an adapter. The state is a pytree of
@@ -134,26 +135,26 @@ def adapt(
             updates, opt_state = optimizer.update(jax.grad(objective)(state), opt_state)
             return optax.apply_updates(state, updates), opt_state
 
-    The weights stay packed between the forward and the backward pass, which dequantizes them
-    again. This holds for weights that the model multiplies as they are, transposed, or layer by
-    layer in a scan. Other views, such as slices, are dequantized first and kept as floats. Put
-    layers into a scan if memory matters: XLA on CPU before JAX 0.12 dequantizes the weights of
-    unrolled layers all at once.
+    The weights stay packed between the forward and the backward pass, which dequantizes them again.
+    This applies to weights that the model multiplies directly, transposed, or layer by layer in a
+    scan. Other views, such as slices, are dequantized first and saved as floats. To save memory,
+    put layers into a scan: XLA on CPU before JAX 0.12 dequantizes the weights of unrolled layers
+    all at once.
 
     Args:
       fn: as in `jaxq.quantize_fn`, for any JAX framework.
       rules: as in `jaxq.quantize_fn`. Each matrix product whose weight they quantize and that is
         stored gets an adapter, one for each expert in a ragged product; look-ups and convolutions
         get none.
-      method: the method that chooses the first values: a record such as `LoftQ(rank=8)` or
-        `EoRA(inputs)`, or a name in `jaxq.lora.METHODS`; `"qlora"` by default.
+      method: the method of initialization: a record such as `LoftQ(rank=8)` or `EoRA(inputs)`, or a
+        name in `jaxq.lora.METHODS`; `"qlora"` by default.
       argnums: the position of the argument that holds the parameters.
-      packed: parameters that are quantized already, as by `jaxq.ptq.quantize_weights`, whose
-        errors adapters of `EoRA` or `LoftQ(iterations=1)` compensate. None (the default)
+      packed: already quantized parameters, for example from `jaxq.ptq.quantize_weights`, whose
+        errors the adapters compensate (with `EoRA` or `LoftQ(iterations=1)`). None (the default)
         quantizes the parameters.
 
     Returns:
-      `(*args) -> AdaptedModel`. The arguments hold float parameters.
+      A function `(*args) -> AdaptedModel`, whose arguments contain the float parameters.
 
     Raises:
       TypeError: as in `jaxq.quantize_fn`; or if `fn` is a module, that is, a pytree.
@@ -214,7 +215,7 @@ def merge(fn: Callable[..., Any], state: Adapted, *, argnums: int = 0) -> Callab
       argnums: the position of the argument that holds the parameters.
 
     Returns:
-      `(*args) -> Merged`. The arguments hold the stored parameters.
+      A function `(*args) -> Merged`, whose arguments contain the stored parameters.
 
     Raises:
       ValueError: as in `adapt`.
@@ -279,7 +280,7 @@ class _Observation:
         if not self.names:
             raise ValueError(
                 f"{owner}: `rules` must quantize the stored weight of some matrix product, got "
-                "none. jaxq.explain(fn, rules)(*args) gives the reasons."
+                "none. Correct the rules; jaxq.explain(fn, rules)(*args) lists the reasons."
             )
 
     def weights(self, params: Any) -> dict[str, jax.Array]:
@@ -291,7 +292,7 @@ class _Observation:
             own = [x if x is not None else leaf for x, leaf in zip(arrays, leaves, strict=True)]
             return self._observed(jax.tree.unflatten(structure, own))
 
-        # Under `jax.jit` nothing but the weights is computed.
+        # Under `jax.jit`, XLA removes everything except the computation of the weights.
         return jax.jit(observed)(arrays)
 
     def _observed(self, params: Any) -> dict[str, jax.Array]:
@@ -303,7 +304,9 @@ class _Observation:
             if operand is None:
                 chosen.append(unassigned(product) if planned.packed else None)
                 continue
-            seen = _Seen(axes_of(product)[operand], tuple(product.operands[operand].shape))
+            seen = _WeightObserver(
+                axes_of(product)[operand], tuple(product.operands[operand].shape)
+            )
             own = unassigned(product)
             chosen.append(dataclasses.replace(own, swapped=operand == 0, calibrated=(None, seen)))
         runnable = program(planned.node, chosen, bool(planned.packed))
@@ -316,9 +319,9 @@ class _Observation:
         for name in deltas:
             if name in self.shared:
                 raise ValueError(
-                    f"{self.owner}: the weight of {name!r} must have no other use when it is "
-                    f"changed, but it is also used by {self.shared[name]!r}. Leave it out by a "
-                    "rule with the recipe None, or use QLoRA, EoRA or LoftQ(iterations=1)."
+                    f"{self.owner}: the weight of {name!r} must have no other use if the method "
+                    f"changes it, but {self.shared[name]!r} uses it too. Exclude it by a rule with "
+                    "the recipe None, or use QLoRA, EoRA or LoftQ(iterations=1)."
                 )
         params = args[self.argnums]
         leaves, structure = jax.tree.flatten(params)

@@ -19,7 +19,7 @@ __all__ = ["Adapted", "LoRA", "adapter_product", "can_adapt_ragged"]
 @pytree(static=("scaling",))
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """A low-rank adapter of one weight: a pytree. It adds `scaling * (x a) b` to a product `x w`.
+    """A low-rank adapter of one weight. A pytree. It adds `scaling * (x a) b` to a product `x w`.
 
     Attributes:
       a: float `[..., inputs, rank]`; the inputs are the contracted axes of the weight, merged.
@@ -71,7 +71,7 @@ class LoRA:
 @pytree(static=("rules",), kinds=rule_records)
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """Rules with low-rank adapters, as `jaxq.lora.adapt` makes them: a pytree.
+    """Rules with low-rank adapters, from `jaxq.lora.adapt`. A pytree.
 
     It is passed in place of rules to `jaxq.quantize_fn`, and differentiated to train the adapters.
 

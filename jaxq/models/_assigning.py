@@ -184,7 +184,7 @@ class QuantizedWeight(NamedTuple):
     Attributes:
       origin: its origin.
       recipes: the recipes of the pieces of its origin: all the same, except for experts with
-        different recipes, of which some may be None.
+        different recipes; some may be None.
       operand: its index among the product's operands.
       experts: the recipes of such experts, or None.
     """
@@ -295,7 +295,7 @@ def _with_experts(owner: str, product: Product, experts: Experts) -> Assigned:
 
 
 def _looked_up(assigned: Assigned, product: Product, weight: Recipe | None) -> Assigned:
-    """Returns the assignment of a look-up, of which only the table is quantized."""
+    """Returns the assignment of a look-up, which quantizes only the table."""
     table = on_axes(weight, product, 0)
     if table is None:
         return assigned

@@ -29,7 +29,7 @@ __all__ = ["Monitored"]
 )
 @dataclasses.dataclass(frozen=True)
 class Monitored:
-    """Rules with a request for statistics, as `jaxq.analysis.monitor` makes them: a pytree.
+    """Rules with a request for statistics, from `jaxq.analysis.monitor`. A pytree.
 
     It is passed in place of rules, and its gradient is a `Monitored` that holds the statistics.
 
@@ -144,7 +144,7 @@ class Monitored:
         )
 
     def statistics(self) -> dict[str, dict[str, jax.Array]]:
-        """Returns the statistics in a gradient with respect to a state: a pytree.
+        """Returns the statistics in a gradient with respect to a state. A pytree.
 
         Returns:
           A dictionary from products to dictionaries from names such as `"lhs/sqnr_db"` to float32
@@ -200,7 +200,7 @@ def _merged(first: Row, second: Row) -> jax.Array:
 
 
 def _check_same(owner: str, first: Monitored, second: Monitored) -> None:
-    layouts = [{name: row.layout for name, row in one.rows.items()} for one in (first, second)]
+    layouts = [{name: row.layout for name, row in state.rows.items()} for state in (first, second)]
     if layouts[0] != layouts[1]:
         raise ValueError(
             f"{owner}: `other` must have the products and statistics of this state, got products "

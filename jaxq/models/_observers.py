@@ -32,7 +32,7 @@ class Observer(Protocol):
         ...
 
     def merge(self, first: Any, second: Any) -> Any:
-        """Returns the state of the data of two states."""
+        """Returns the state of both data sets together."""
         ...
 
 
@@ -52,5 +52,5 @@ class Observable(NamedTuple):
         return calibration.update(self.empty(), x, self.recipe)
 
     def merge(self, first: Any, second: Any) -> Any:
-        """Returns the state of the data of two states."""
+        """Returns the state of both data sets together."""
         return calibration.merge(first, second, self.recipe)

@@ -32,7 +32,7 @@ _Recipes = tuple[Recipe | None, ...]
 @pytree(static=("recipes",), kinds=records)
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """The calibration states of a model's products: a pytree.
+    """The calibration states of a model's products. A pytree.
 
     Attributes:
       states: a mapping from product names to the states of both operands, None for an operand that
@@ -56,8 +56,8 @@ class Observed:
         if self.recipes != later.recipes:
             raise ValueError(
                 "Observed.merge: `later` must have the products and recipes of this state, got "
-                f"{_some(later.states)}, not {_some(self.states)}. Merge only states of one "
-                "function and one set of rules."
+                f"{_first_names(later.states)}, not {_first_names(self.states)}. Merge only "
+                "states of one function and one set of rules."
             )
         states = self._map(calibration.merge, self.states, later.states)
         return Observed(states, self.recipes)
@@ -84,7 +84,7 @@ class Observed:
                 own = functools.partial(_called, function, recipe)
                 for _ in range(leading):
                     own = jax.vmap(own)
-                parts.append(own(*(one[name][i] for one in states)))
+                parts.append(own(*(state[name][i] for state in states)))
             result[name] = tuple(parts)
         return result
 
@@ -97,7 +97,7 @@ def _recipe(known: Observer | None) -> Recipe | None:
     return known.recipe if isinstance(known, Observable) else None
 
 
-def _some(states: Mapping[str, Any]) -> str:
+def _first_names(states: Mapping[str, Any]) -> str:
     """Returns the names of the first products of a state."""
     return ", ".join([*states][:3]) + (", ..." if len(states) > 3 else "")
 

@@ -116,7 +116,7 @@ class Extra(NamedTuple):
         return self._replace(records=records)
 
     def folded(self, number: Any) -> jax.Array:
-        """Returns the keys for products or iterations of a loop, by number."""
+        """Returns the random key derived for the number of a product or of a loop iteration."""
         assert self.key is not None, "checked before anything runs"
         return fold_in(self.key, number)
 

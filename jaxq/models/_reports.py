@@ -139,16 +139,16 @@ def _shape(x: Any) -> str:
 
 def _left_alone(product: Product, rules: Sequence[Rule]) -> str:
     """Returns the recipe entry of a product without one, with the reason unless no rule matched."""
-    why = product.barred
-    if why:
+    reason = product.barred
+    if reason:
         n = first_match(rules, product)[0]
         if n is not None and rules[n].recipe is not None:
-            why += f"; {rules[n]} matches it"
+            reason += f"; {rules[n]} matches it"
     elif product.within:
-        why = f"part of {product.within[0].name}"
+        reason = f"part of {product.within[0].name}"
     elif product.sources and not any(product.origins):
-        why = f"an operand is computed from {', '.join(product.sources)}"
-    return f"- ({why})" if why else "-"
+        reason = f"an operand is computed from {', '.join(product.sources)}"
+    return f"- ({reason})" if reason else "-"
 
 
 def _recipe(product: Product, assigned: Assigned) -> str:

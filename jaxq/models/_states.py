@@ -22,7 +22,7 @@ __all__ = ["Delayed", "Frozen", "Switch", "Switched", "refuse_states"]
 @pytree(static=("rules",), kinds=rule_records)
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """Rules with scales from calibration, as `jaxq.freeze` makes them: a pytree.
+    """Rules with scales from calibration, from `jaxq.freeze`. A pytree.
 
     Attributes:
       rules: the rules.
@@ -40,7 +40,7 @@ class Frozen:
 @pytree(static=("rules",), kinds=rule_records)
 @dataclasses.dataclass(frozen=True)
 class Delayed:
-    """Rules with delayed scaling, as `jaxq.delayed_scaling` makes them: a pytree.
+    """Rules with delayed scaling, from `jaxq.delayed_scaling`. A pytree.
 
     Attributes:
       rules: the rules.
@@ -127,7 +127,7 @@ def _is_history(x: Any) -> bool:
 @pytree()
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """A flag that turns the recipe of one product on: a pytree.
+    """A flag that turns the recipe of one product on. A pytree.
 
     Attributes:
       on: float32 `[...]`; 0 computes the product in float.
@@ -143,7 +143,7 @@ class Switch:
 @pytree(static=("rules",), kinds=rule_records)
 @dataclasses.dataclass(frozen=True)
 class Switched:
-    """Rules whose recipes can be turned off by traced flags, as `jaxq.models.switch` makes them.
+    """Rules whose recipes can be turned off by traced flags, from `jaxq.models.switch`.
 
     A pytree. A product whose recipe is off is computed in float, at the cost of a float product.
 
@@ -188,13 +188,13 @@ class Switched:
         flag = jnp.asarray(on).astype(jnp.float32)
         if flag.ndim:
             raise ValueError(
-                f"Switched.where: `on` must be a scalar, got the shape {flag.shape}. Use `turned` "
-                "for one flag per layer."
+                f"Switched.where: `on` must be a scalar, got the shape {flag.shape}. Use "
+                "`with_flags` for one flag per layer."
             )
         new = {name: Switch(jnp.full(self.switches[name].on.shape, flag)) for name in found}
         return dataclasses.replace(self, switches={**self.switches, **new})
 
-    def turned(self, on: jax.typing.ArrayLike) -> "Switched":
+    def with_flags(self, on: jax.typing.ArrayLike) -> "Switched":
         """Returns the rules with new flags for all products and layers.
 
         Args:
@@ -206,8 +206,8 @@ class Switched:
         flags, switches, at = jnp.asarray(on).astype(jnp.float32), {}, 0
         if flags.shape != (len(self.names),):
             raise ValueError(
-                f"Switched.turned: `on` must have one number per name, {len(self.names)}, got the "
-                f"shape {flags.shape}."
+                f"Switched.with_flags: `on` must have one number per name, {len(self.names)}, got "
+                f"the shape {flags.shape}. Pass a vector in the order of `names`."
             )
         for name, switch in self.switches.items():
             n = switch.on.size

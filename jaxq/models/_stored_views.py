@@ -18,7 +18,7 @@ __all__ = ["StoredView", "unpacked"]
 )
 @dataclasses.dataclass(frozen=True)
 class StoredView:
-    """A view of stored weights between the arguments and a product: a pytree.
+    """A view of stored weights between the arguments and a product. A pytree.
 
     The stored values already include the model's conversions, so a conversion in the program only
     changes `dtype`.

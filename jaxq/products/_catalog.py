@@ -32,7 +32,7 @@ _MXFP8 = dataclasses.replace(get_recipe("mxfp8_e4m3"), scaling=MX("rceil"))
 _NVFP4 = get_recipe("nvfp4")
 _NVFP4_TILE = get_recipe("nvfp4_tile16")
 _NVFP4_GRADIENT = _stochastic(_NVFP4)
-# The vector of signs that TransformerEngine uses, fixed throughout training.
+# The sign vector of TransformerEngine, which is fixed throughout training.
 _SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 PRODUCT_RECIPES: Registry[ProductRecipe] = Registry(

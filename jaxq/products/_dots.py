@@ -47,7 +47,7 @@ def dot_general(
     Args:
       lhs: the first operand, as in `jax.lax.dot_general`; float16, bfloat16 or float32 if it is
         quantized.
-      rhs: the second operand, likewise.
+      rhs: the second operand, with the same dtypes.
       dimension_numbers: `((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))`.
       precision: as in JAX.
       preferred_element_type: as in JAX.
@@ -180,7 +180,7 @@ def conv_general_dilated(
 
     Args:
       lhs: the images, as in JAX; float16, bfloat16 or float32 if quantized.
-      rhs: the kernel, likewise.
+      rhs: the kernel, with the same dtypes.
       window_strides: as in JAX.
       padding: as in JAX.
       lhs_dilation: as in JAX.
@@ -270,7 +270,7 @@ def ragged_dot(
 
     Args:
       lhs: the rows, `[rows, contracted]`; float16, bfloat16 or float32 if quantized.
-      rhs: the groups' matrices, `[groups, contracted, outputs]`, likewise.
+      rhs: the groups' matrices, `[groups, contracted, outputs]`, with the same dtypes.
       group_sizes: integers `[groups]`, the number of rows in each group.
       precision: as in JAX.
       preferred_element_type: as in JAX.
@@ -324,7 +324,7 @@ def ragged_dot_general(
 
     Args:
       lhs: the first operand, as in JAX; float16, bfloat16 or float32 if quantized.
-      rhs: the second operand, likewise.
+      rhs: the second operand, with the same dtypes.
       group_sizes: as in JAX.
       ragged_dot_dimension_numbers: as in JAX. All three modes are supported. As in JAX, only the
         mode with the ragged axis among the free axes of `lhs` can be differentiated.

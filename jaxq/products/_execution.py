@@ -146,10 +146,10 @@ def _quantized(name: str, operand: Operand) -> Quantized:
     recipe = operand.recipe
     assert recipe is not None, "the recipe has checked it"
     if recipe.outliers is not None or recipe.scaling.zero_point == "minimum":
-        what = "outliers" if recipe.outliers is not None else "minima"
+        feature = "outliers" if recipe.outliers is not None else "minima"
         raise ValueError(
-            f"{name}: {operand.name}: only execution='emulated' multiplies a tensor with {what}, "
-            f"whose values are not codes times scales. Use it, or a recipe without {what}."
+            f"{name}: {operand.name}: only execution='emulated' multiplies a tensor with "
+            f"{feature}, whose values are not codes times scales. Use it, or a recipe without them."
         )
     given = {} if operand.scales is None else operand.scales._asdict()
     return quantize(operand.x, recipe, key=operand.key, **given)
@@ -176,7 +176,7 @@ def _narrow(name: str, operand: Operand, q: Quantized) -> jax.Array:
         return lax.bitcast_convert_type(q.unpack(), fmt.dtype)
     raise ValueError(
         f"{name}: {operand.name}: execution='native' multiplies integers of at most 8 bits, or "
-        f"float8 types that JAX has, got {fmt.name!r}."
+        f"float8 types that JAX has, got {fmt.name!r}. Use execution='emulated'."
     )
 
 

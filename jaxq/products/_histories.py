@@ -165,8 +165,8 @@ def _recorded_jvp(static: _Static, primals: tuple, tangents: tuple) -> tuple:
         del cotangent
         return static.row(amax, length)
 
-    def seen_backward(cotangent: jax.Array, some: jax.Array) -> jax.Array:
-        del some
+    def seen_backward(cotangent: jax.Array, residual: jax.Array) -> jax.Array:
+        del residual
         return static.row(_amax(cotangent, static.recipe), length)
 
     if operand is None:

@@ -28,7 +28,7 @@ class PerProduct(NamedTuple, Generic[T]):
     Attributes:
       forward: the value of the forward product.
       dlhs: the value of the product that gives the gradient of the first operand.
-      drhs: likewise for the gradient of the second operand.
+      drhs: the value of the product that gives the gradient of the second operand.
     """
 
     forward: T
@@ -55,7 +55,7 @@ class SingleProduct:
     Attributes:
       lhs: the first operand's recipe, as accepted by `jaxq.get_recipe`; None (the default)
         leaves the operand unquantized.
-      rhs: the second operand's recipe, likewise.
+      rhs: the second operand's recipe, in the same forms.
       hadamard: a `Hadamard`, or its size, to transform both operands along the contraction before
         they are quantized; None (the default) applies no transform.
       execution: `"emulated"` (the default) multiplies the dequantized operands in their own dtype.

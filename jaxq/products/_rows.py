@@ -91,7 +91,7 @@ class Probe(Protocol):
 )
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An array whose cotangent receives the statistics of one product: a pytree.
+    """An array whose cotangent receives the statistics of one product. A pytree.
 
     Attributes:
       values: float32 `[..., size]`.

@@ -28,7 +28,7 @@ __all__ = ["Gradient", "Operands", "Results", "Running", "Tensor"]
 )
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor before and after quantization: a pytree.
+    """A tensor before and after quantization. A pytree.
 
     Attributes:
       value: the tensor; for an operand of a product, after its Hadamard transform.
@@ -127,7 +127,7 @@ class Running:
         }
 
     def results(self, y: jax.Array) -> Results:
-        """Returns the results of the forward product, of which y is the quantized one."""
+        """Returns the results of the forward product, given its quantized result y."""
         exact = self.operation.function(*self.operands, *self.operation.arguments)
         wide = _with_wide_sums(self.recipe)
         if wide is not None:

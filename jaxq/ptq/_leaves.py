@@ -241,7 +241,7 @@ class Frame:
         return list(dict.fromkeys(v for v in read if v not in made))
 
     def leaves_of(self, variable: Any) -> tuple[LeafKey, ...]:
-        """Returns the leaves of which a value is a view."""
+        """Returns the leaves that a value is a view of."""
         found: dict[LeafKey, None] = {}
 
         def note(key: LeafKey) -> None:

@@ -310,7 +310,7 @@ class SolverRun:
             notes.append("solved without input drift, which is unknown here")
         of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
         for mask, text in (
-            (tokens == 0, "saw no tokens"),
+            (tokens == 0, "saw no token"),
             (~solved & (tokens > 0), "the Hessian cannot be factorized"),
             (worse, "the nearest levels have less loss"),
         ):

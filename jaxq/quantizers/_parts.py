@@ -37,5 +37,5 @@ def parts_of(recipe: Recipe) -> Parts:
 
 
 def whole(grid: BinaryGrid | None, recipe: Recipe) -> Recipe:
-    """Returns the recipe of which these are the parts."""
+    """Returns the recipe with these parts."""
     return recipe if grid is None else dataclasses.replace(recipe, format=grid)

@@ -146,7 +146,8 @@ class Quantized(QuantizedArrays):
             return self._rows(index, slice(None), (len(range(start, stop, step)), *rest))
         if block > 1 and (step != 1 or start % block or (stop % block and stop != n)):
             raise ValueError(
-                f"Quantized: a slice must take whole blocks of {block} rows, got {index}."
+                f"Quantized: a slice must consist of whole blocks of {block} rows, got {index}. "
+                "Dequantize first to take other rows."
             )
         blocks = index if block == 1 else slice(start // block, -(-stop // block))
         return self._rows(index, blocks, (block, *rest))

@@ -75,8 +75,8 @@ def interval(x: jax.Array, scales: Scales, recipe: Recipe) -> tuple[jax.Array, j
     units = units_of(x, scales, recipe)
     units = _positive_nan(units) if _lacks_nan(recipe) else units
     pair = enclosing(units, *ends_of(scales.zero_point, recipe), snap)
-    one, other = (restored(v, scales.step, scales.minimum, recipe) for v in pair)
-    return lax.min(one, other), lax.max(one, other)  # A scale may be negative.
+    first, second = (restored(v, scales.step, scales.minimum, recipe) for v in pair)
+    return lax.min(first, second), lax.max(first, second)  # A scale may be negative.
 
 
 def units_of(x: jax.Array, scales: Scales, recipe: Recipe) -> jax.Array:

@@ -121,7 +121,7 @@ def _update(state: Any, x: jax.Array, recipe: Recipe) -> Any:
 
 
 def merge(first: Any, second: Any, recipe: "str | Recipe") -> Any:
-    """Returns the state of the data of two states; an associative operation.
+    """Merges two states into the state of both data sets together. Associative.
 
     Args:
       first: a state.

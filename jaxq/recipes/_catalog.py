@@ -125,11 +125,11 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
 
 def _remedy(name: str) -> str:
     """Returns the advice for a format's name in place of a recipe's."""
-    made = f"jaxq.Recipe({name!r})" if name in FORMATS else "jaxq.Recipe(format)"
+    expression = f"jaxq.Recipe({name!r})" if name in FORMATS else "jaxq.Recipe(format)"
     same = [n for n, r in RECIPES.items() if r.element.name == name]
     if not same:
-        return f"Write {made} for one scale per tensor."
-    return f"Use a recipe such as {same[0]!r}, or {made} for one scale per tensor."
+        return f"Write {expression} for one scale per tensor."
+    return f"Use a recipe such as {same[0]!r}, or {expression} for one scale per tensor."
 
 
 def title_of(recipe: Recipe, *, fields: bool = True) -> str:
@@ -149,8 +149,8 @@ def title_of(recipe: Recipe, *, fields: bool = True) -> str:
       "int5_channel(gradient='lsq')"
     """
     kind = recipe.granularity
-    usual = dataclasses.replace(recipe, granularity=kind.on_last_axes)
-    name = RECIPES.name_of(usual)
+    standard = dataclasses.replace(recipe, granularity=kind.on_last_axes)
+    name = RECIPES.name_of(standard)
     if name is not None:
         return name
     title = f"{recipe.element.name}_{kind.label}"

@@ -67,7 +67,7 @@ class Calibrator(Protocol):
         ...
 
     def merge(self, first: Any, second: Any) -> Any:
-        """Returns the state of the data of two states."""
+        """Returns the state of both data sets together."""
         ...
 
     def finalize(self, state: Any, fmt: Format, two_sided: bool) -> Range:
@@ -240,7 +240,7 @@ class _OfMoments:
         raise NotImplementedError
 
     def measure(self, x: jax.Array, cut: Cut, two_sided: bool) -> Moments:
-        """Returns the moments, computed in two passes after the one for the extremes."""
+        """Returns the moments, in two passes after a first pass that finds the extremes."""
         ends, size = AbsMax().measure(x, cut, two_sided), _sizes(cut)
         down, up = powers(_largest(ends))
         x = x * down
@@ -257,7 +257,7 @@ class _OfMoments:
         return Moments(zero, zero, zero, zero, AbsMax().nothing(cut, two_sided))
 
     def merge(self, first: Moments, second: Moments) -> Moments:
-        """Returns the moments of the data of both (Chan, Golub and LeVeque, 1979)."""
+        """Returns the moments of both data sets together (Chan, Golub and LeVeque, 1979)."""
         ends = AbsMax().merge(first.range, second.range)
         down, up = powers(_largest(ends))
         first, second = first.times(down), second.times(down)

@@ -161,7 +161,7 @@ class Scaling:
 
     @property
     def takes_scales(self) -> bool:
-        """True if given scales, one per block, can replace the computed ones."""
+        """True if scales passed by the user, one per block, can replace the computed ones."""
         return self.stored and not self.search and self.second_level is None
 
     def element(self, fmt: Format) -> Format:

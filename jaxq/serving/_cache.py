@@ -2,7 +2,7 @@
 
 Token number p, counted from 0, belongs to group p // size. A group is quantized by itself, once,
 when it is complete and older than the window of unquantized tokens, and is stored in slot
-group % slots. The codes of a token therefore depend on its own group alone.
+group % slots. The codes of a token therefore depend only on its own group.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ class CacheScales(NamedTuple):
     """Static scales of a cache, as `KVCache.empty` takes them.
 
     Attributes:
-      keys: float32 scales of the keys that broadcast to one per block of `[heads, 1, head_dim]`,
-        such as a scalar, or `[heads, 1, 1]`; None if the recipe computes them.
-      values: the scales of the values, likewise.
+      keys: float32 scales of the keys, broadcastable to one per block of `[heads, 1, head_dim]`,
+        such as a scalar or `[heads, 1, 1]`; None if the recipe computes them.
+      values: the same for the values.
     """
 
     keys: jax.typing.ArrayLike | None = None
@@ -38,7 +38,7 @@ class CacheScales(NamedTuple):
 
 
 class CachedTokens(NamedTuple):
-    """Some tokens of a cache.
+    """The dequantized tokens in slots of a cache.
 
     Attributes:
       keys: the keys, `[*batch, slots, heads, head_dim]`.
@@ -55,7 +55,7 @@ class CachedTokens(NamedTuple):
 @pytree(static=("recipe", "capacity"), kinds=cache_records)
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """A ring buffer of the quantized keys and values of one attention layer: a pytree.
+    """A ring buffer of the quantized keys and values of one attention layer. A pytree.
 
     All methods are pure and can be jitted, vmapped, and used in a `jax.lax.scan`. A full cache
     overwrites its oldest tokens, so attention slides over the last `capacity` tokens. Caches of
@@ -66,10 +66,10 @@ class KVCache:
 
     Attributes:
       keys: the quantized groups of keys, with a leading axis of slots after the batch axes.
-      values: the quantized groups of values, likewise.
-      recent_keys: the newest keys, unquantized, `[*batch, tokens, heads, head_dim]`; rotated if the
-        recipe rotates.
-      recent_values: the newest values, likewise.
+      values: the quantized groups of values, with the same axes.
+      recent_keys: the newest keys, unquantized, `[*batch, tokens, heads, head_dim]`; rotated if
+        `recipe.rotate`.
+      recent_values: the newest values, of the same shape.
       length: the number of tokens appended so far, int32 `[*batch]`.
       recipe: the cache recipe.
       capacity: the number of tokens that attention sees.
@@ -119,7 +119,7 @@ class KVCache:
         if len(shape) < 3:
             raise ValueError(
                 "KVCache.empty: `shape` must be (*batch, capacity, heads, head_dim), got "
-                f"{tuple(shape)}."
+                f"{tuple(shape)}. Pass at least three lengths."
             )
         *batch, capacity, heads, head_dim = shape
         if capacity % recipe.step or capacity <= recipe.residual_length:
@@ -161,7 +161,7 @@ class KVCache:
         *,
         count: jax.typing.ArrayLike | None = None,
     ) -> "KVCache":
-        """Returns the cache with more tokens. One call or several give the same bits.
+        """Returns the cache with tokens appended. Several calls and one call give the same bits.
 
         Args:
           keys: the keys of new tokens, `[*batch, tokens, heads, head_dim]`; usually after rotary
@@ -215,7 +215,7 @@ class KVCache:
             dequantizes all tokens at once.
 
         Returns:
-          An array of the query's shape and dtype. A query that sees no token gives 0.
+          An array of the query's shape and dtype; 0 for a query that sees no tokens.
 
         Raises:
           ValueError: the shape does not fit the cache, or `chunk` does not divide the capacity.
@@ -280,17 +280,17 @@ def _check_scale(name: str, recipe: Recipe, scale: jax.typing.ArrayLike | None) 
     if needs_scale(recipe) and scale is None:
         raise ValueError(
             f"KVCache.empty: `scales` must have scales for the {name}, because their recipe has "
-            "one for all tokens, got none. Pass CacheScales(amax / 448, amax / 448) for FP8."
+            "one scale for all tokens, got none. For FP8, pass CacheScales(amax / 448, amax / 448)."
         )
     if not needs_scale(recipe) and scale is not None:
         raise ValueError(
             f"KVCache.empty: `scales` must have None for the {name}, because their recipe computes "
-            "scales from each group of tokens. Leave them out, or use PerTensor()."
+            "scales from each group of tokens. Omit them, or use PerTensor()."
         )
 
 
 def _rotated(x: jax.Array) -> jax.Array:
-    """Returns the last axis times the Hadamard matrix divided by its root; its own inverse."""
+    """Multiplies the last axis by the normalized Hadamard matrix, which is its own inverse."""
     n = x.shape[-1]
     if n == 1:
         return x
@@ -318,7 +318,7 @@ def _append(cache: KVCache, keys: jax.Array, values: jax.Array, count: jax.Array
 
 
 def tokens_of(cache: KVCache, start: Any, chunk: int) -> CachedTokens:
-    """Returns a chunk of the slots of one sequence, from a slot on that starts a group."""
+    """Returns `chunk` slots of one sequence from slot `start` on, the first slot of a group."""
     slots = start + jnp.arange(chunk, dtype=jnp.int32)
     last = cache.length - 1
     positions = last - (last - slots) % cache.capacity
@@ -334,12 +334,12 @@ def tokens_of(cache: KVCache, start: Any, chunk: int) -> CachedTokens:
 
 
 class _Running(NamedTuple):
-    """A softmax over the tokens so far: the largest logit, the sum of weights, and that of values.
+    """The state of a running softmax over the tokens so far.
 
     Attributes:
-      largest: `[T, heads, queries]`.
+      largest: the largest logit, `[T, heads, queries]`.
       total: the sum of `exp(logit - largest)`, of the same shape.
-      values: the sum of values with these weights, `[T, heads, queries, head_dim]`.
+      values: the sum of values with the same weights, `[T, heads, queries, head_dim]`.
     """
 
     largest: jax.Array
@@ -366,7 +366,7 @@ def _attend(cache: KVCache, query: jax.Array, factor: float, chunk: int) -> jax.
         largest = lax.max(running.largest, logits.max(-1))
         base = jnp.where(jnp.isfinite(largest), largest, 0)
         weights = jnp.exp(logits - base[..., None])
-        # A NaN or infinity in a slot that is not seen must not reach the sum.
+        # A NaN or infinity in a masked slot must not reach the sum.
         values = jnp.where((part.positions >= 0)[:, None, None], values, 0)
         old = jnp.exp(running.largest - base)
         total = running.total * old + weights.sum(-1)

@@ -27,9 +27,9 @@ class CacheRecipe:
     Attributes:
       keys: the recipe of the keys or its name.
       values: the recipe of the values or its name.
-      residual_length: the number of the newest tokens that are kept unquantized; 0 by default. A
-        group is quantized as soon as all of its tokens are older, so up to a group less one more
-        tokens are unquantized.
+      residual_length: the number of newest tokens that are always unquantized; 0 by default. A
+        group is quantized as soon as all of its tokens are older, so up to `group size - 1`
+        further tokens may be unquantized.
       rotate: True multiplies keys, values and queries by the Hadamard matrix of `head_dim`, divided
         by its square root, and the result by its inverse. This spreads the outliers of a few
         channels over all channels, and leaves attention unchanged except for rounding. `head_dim`
@@ -41,9 +41,9 @@ class CacheRecipe:
         negative.
 
     References:
-      Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache" (2024), whose
-      keys leave the window in groups of its whole length instead. Ashkboos et al., "QuaRot:
-      Outlier-Free 4-Bit Inference in Rotated LLMs" (2024), which rotates the values by its weights.
+      Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache" (2024), which
+      quantizes all keys of the window at once instead. Ashkboos et al., "QuaRot: Outlier-Free 4-Bit
+      Inference in Rotated LLMs" (2024), which folds the rotation of the values into weights.
 
     Example:
       >>> import jaxq
@@ -83,12 +83,12 @@ class CacheRecipe:
 
     @property
     def step(self) -> int:
-        """The least number of tokens that is whole groups of both keys and values."""
+        """The smallest number of tokens that is a multiple of both group sizes."""
         return math.lcm(*self.group_sizes)
 
 
 def needs_scale(recipe: Recipe) -> bool:
-    """Returns whether scales span all tokens and must be known before any token."""
+    """Returns whether scales are shared by all tokens, so that they must be known in advance."""
     return _tokens(recipe) is None
 
 

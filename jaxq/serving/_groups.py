@@ -38,8 +38,10 @@ class TokenGroups(QuantizedArrays):
           recipe: the recipe.
           scale: the static scales, or None.
         """
-        one = quantize(group, recipe, scale=scale)
-        own = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
+        quantized = quantize(group, recipe, scale=scale)
+        own = {
+            field.name: getattr(quantized, field.name) for field in dataclasses.fields(quantized)
+        }
 
         def repeated(count: int) -> "TokenGroups":
             shape = (*batch, count)
@@ -60,7 +62,7 @@ class TokenGroups(QuantizedArrays):
 
         Args:
           groups: new groups, `[count, heads, tokens, head_dim]`.
-          places: the slot of each; one that does not exist leaves a group out.
+          places: the slot of each group; groups with a slot out of range are dropped.
         """
         scale = self._quantized(0, 1).scales[0] if self.static else None
         new = jax.vmap(lambda x: quantize(x, self.recipe, scale=scale))(groups)

@@ -22,10 +22,10 @@ class Half(NamedTuple):
 def with_groups(
     half: Half, new: jax.Array, before: jax.Array, count: jax.Array, residual_length: int
 ) -> TokenGroups:
-    """Returns the quantized groups with those that new tokens complete.
+    """Adds the groups that new tokens complete to the quantized groups.
 
-    As many groups are quantized as `new` can complete; the others are not written. A branch for a
-    group that is not complete would not help, because `jax.vmap` runs both sides.
+    The largest number of groups that `new` can complete is always quantized, and incomplete groups
+    are not written. A `lax.cond` would save nothing, because `jax.vmap` runs both branches.
     """
     stored, recent, size = half
     tokens, slots = new.shape[0], stored.codes.shape[0]
@@ -43,7 +43,7 @@ def with_groups(
 def with_recent(
     recent: jax.Array, new: jax.Array, before: jax.Array, count: jax.Array
 ) -> jax.Array:
-    """Returns the window of unquantized tokens with the newest of some tokens."""
+    """Appends the newest tokens to the window of unquantized tokens."""
     window, turns = recent.shape[0], jnp.arange(new.shape[0], dtype=jnp.int32)
     kept = (turns < count) & (turns >= count - window)
     places = jnp.where(kept, (before + turns) % window, window)

@@ -163,7 +163,7 @@ def power(value: float) -> str:
     return f"{value:.6g}".replace("-", MINUS)
 
 
-def listed(name: str, what: str, items: "Iterable", least: int = 1) -> list:
+def listed(name: str, argument: str, items: "Iterable", least: int = 1) -> list:
     """Converts an iterable to a list; rejects strings and single items.
 
     Raises:
@@ -171,10 +171,10 @@ def listed(name: str, what: str, items: "Iterable", least: int = 1) -> list:
       TypeError: if `items` is a string or not iterable.
     """
     if isinstance(items, str) or not isinstance(items, Iterable):
-        raise TypeError(f"{name}: `{what}` must be a list, got {items!r}. Write [{items!r}].")
+        raise TypeError(f"{name}: `{argument}` must be a list, got {items!r}. Write [{items!r}].")
     found = list(items)
     if len(found) < least:
-        raise ValueError(f"{name}: `{what}` must hold at least {least}, got {len(found)}.")
+        raise ValueError(f"{name}: `{argument}` must hold at least {least}, got {len(found)}.")
     return found
 
 
@@ -193,7 +193,8 @@ def array(name: str, x: jax.typing.ArrayLike, *, ndim: int = 0) -> np.ndarray:
         )
     if y.ndim < ndim or not y.size:
         raise ValueError(
-            f"{name}: `x` must have numbers and at least {ndim} axes, got the shape {y.shape}."
+            f"{name}: `x` must not be empty and must have at least {ndim} axes, got the "
+            f"shape {y.shape}."
         )
     data = np.asarray(y).astype(np.float32)
     if not np.isfinite(data).all():

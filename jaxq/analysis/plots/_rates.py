@@ -183,7 +183,7 @@ def compression(
 
 
 def _along(recipe: Format | Recipe, axis: int | None, ndim: int) -> Format | Recipe:
-    """Returns a recipe relative to a contracted axis; formats and None change nothing."""
+    """Returns a recipe relative to a contracted axis; formats and None are returned unchanged."""
     return recipe if axis is None or not isinstance(recipe, Recipe) else recipe.along(axis, ndim)
 
 

@@ -65,7 +65,7 @@ _NEEDED = (".qweight", ".weight_packed")
 def combined(
     entries: Sequence[Entry], config: Config, raw: Callable[[Entry], np.ndarray]
 ) -> tuple[Entry, ...]:
-    """Returns the tensors of a checkpoint, with one entry for each weight stored as several.
+    """Combines the tensors that store one quantized weight into one entry.
 
     Args:
       entries: the tensors as they are stored.

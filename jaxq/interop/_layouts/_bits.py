@@ -12,7 +12,7 @@ def as_bytes(words: np.ndarray) -> np.ndarray:
 
 
 def unpack_bits(data: np.ndarray, bits: int, n: int) -> np.ndarray:
-    """Returns the codes in bytes, of which the lowest bit of the first byte comes first.
+    """Returns the codes packed in bytes, beginning with the lowest bit of the first byte.
 
     Args:
       data: uint8 `[..., bytes]`.

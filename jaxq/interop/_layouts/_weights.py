@@ -1,4 +1,4 @@
-"""Weights that files store as several tensors, and the quantized arrays made of them."""
+"""Weights that files store as several tensors, and their conversion to quantized arrays."""
 
 import dataclasses
 import math
@@ -57,8 +57,8 @@ class Layout:
     Attributes:
       method: the name of the method or program that defines the layout, such as `"gptq"`.
       shape: the shape of the weight, `[outputs, inputs]`.
-      recipe: the recipe of the `Quantized` that the tensors are read as; None if no recipe has such
-        values, and they are read as float32.
+      recipe: the recipe of the resulting `Quantized`; None if no recipe can represent the values,
+        which are then read as float32.
       parts: the tensors in the file, by their roles.
       build: a function from the arrays of the parts to the `Quantized` or a float32 array.
       note: the reason why there is no recipe; empty if there is one.
@@ -98,19 +98,19 @@ class Source(NamedTuple):
     raw: Callable[[Entry], np.ndarray]
 
     def small(self, entry: Entry) -> np.ndarray:
-        """Returns a small tensor, which is needed before weights are read."""
+        """Reads a small tensor, which is needed when the file is opened."""
         if entry.nbytes > _SMALL or entry.numpy_dtype is None:
             fail(entry.name, f"it has {entry.nbytes} bytes of {entry.dtype}, not a few numbers")
         return self.raw(entry)
 
     def need(self, name: str) -> Entry:
-        """Returns the entry of a tensor that must be there."""
+        """Returns the entry of a tensor, which must exist."""
         if name not in self.entries:
             raise FileError(f"the tensor {name!r:.120} is missing.")
         return self.entries[name]
 
     def ending(self, suffix: str) -> list[tuple[str, Entry]]:
-        """Returns the names that have an ending, without it, and their entries."""
+        """Returns the names that end in a suffix, without the suffix, and their entries."""
         return [
             (name.removesuffix(suffix), entry)
             for name, entry in self.entries.items()
@@ -126,12 +126,12 @@ class Source(NamedTuple):
 
 
 def fail(name: str, reason: str) -> NoReturn:
-    """Raises FileError about a tensor."""
+    """Raises a FileError about a tensor."""
     raise FileError(f"{name!r:.120}: {reason}.")
 
 
 def check(entry: Entry, shape: tuple[int, ...], *dtypes: str) -> None:
-    """Raises FileError unless a tensor has a shape and one of some dtypes."""
+    """Raises a FileError unless a tensor has the shape and one of the dtypes."""
     if entry.shape != shape or (dtypes and entry.numpy_dtype not in dtypes):
         wanted = " or ".join(dtypes) or "numbers"
         fail(
@@ -142,7 +142,7 @@ def check(entry: Entry, shape: tuple[int, ...], *dtypes: str) -> None:
 
 
 def groups(entry: Entry, length: int, count: int) -> int:
-    """Returns the length of the groups of a row, of which there are `count`."""
+    """Returns the length of each of the `count` groups of a row."""
     if count < 1 or length % count:
         fail(entry.name, f"{count} groups do not divide rows of {length}")
     return length // count

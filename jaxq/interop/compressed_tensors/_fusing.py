@@ -1,4 +1,4 @@
-"""Weights that vLLM multiplies as one, which must share the scale of a tensor."""
+"""Weights that vLLM fuses into one matrix, which must share the tensor scale."""
 
 import re
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def fused_with(name: str) -> tuple[str, ...]:
 def quantize_together(
     weights: Sequence[jax.typing.ArrayLike], recipe: str | Recipe
 ) -> tuple[Quantized, ...]:
-    """Quantizes weights that share the scale of a tensor, as fused weights must in NVFP4.
+    """Quantizes weights with one common tensor scale, as NVFP4 requires for fused weights.
 
     Args:
       weights: weights `[outputs, inputs]` with equal numbers of inputs.

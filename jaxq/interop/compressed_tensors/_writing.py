@@ -248,7 +248,7 @@ def _config(schemes: Mapping[str, Scheme], shapes: Mapping[str, Any]) -> dict[st
 
 @contextlib.contextmanager
 def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a folder that gets its name when it is complete, and is removed after an error."""
+    """Yields a temporary folder that is renamed when complete and removed after an error."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"compressed_tensors.write: {folder} exists. Remove it, or name another folder."

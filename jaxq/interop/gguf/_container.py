@@ -90,7 +90,7 @@ def _refuse(reason: str) -> NoReturn:
 
 
 class _Reader:
-    """Reads the header, and never more bytes than the file has."""
+    """A reader of the header that never reads more bytes than the file has."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self.file, self.left = file, size
@@ -201,7 +201,7 @@ def read_contents(file: IO[bytes], size: int) -> Contents:
 
 
 def _entry(reader: _Reader) -> Entry:
-    """Returns a tensor, with an offset from the beginning of the data."""
+    """Reads the entry of a tensor, with its offset from the beginning of the data."""
     name = reader.text(64)
     axes = int(reader.number("uint32"))
     if axes > 4:

@@ -114,7 +114,7 @@ def _scaled(scale: jax.Array, q: jax.Array) -> jax.Array:
     return (materialize(scale)[..., None] * parts).reshape(q.shape)
 
 
-def _one(offset: int, minimum: bool = False) -> Callable[[Fields], jax.Array]:
+def _single_scale(offset: int, minimum: bool = False) -> Callable[[Fields], jax.Array]:
     """Returns the values of types with one scale (and one minimum) per block."""
 
     def values(f: Fields) -> jax.Array:
@@ -230,16 +230,18 @@ def _tq1_0(f: Fields) -> jax.Array:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "q4_0": Layout(2, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _one(8)),
-    "q4_1": Layout(3, 32, {"d": _HALF, "m": _HALF, "q": _codes(16, 16, 4)}, _one(0, True)),
-    "q5_0": Layout(6, 32, {"d": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)}, _one(16)),
+    "q4_0": Layout(2, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _single_scale(8)),
+    "q4_1": Layout(3, 32, {"d": _HALF, "m": _HALF, "q": _codes(16, 16, 4)}, _single_scale(0, True)),
+    "q5_0": Layout(
+        6, 32, {"d": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)}, _single_scale(16)
+    ),
     "q5_1": Layout(
         7,
         32,
         {"d": _HALF, "m": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)},
-        _one(0, True),
+        _single_scale(0, True),
     ),
-    "q8_0": Layout(8, 32, {"d": _HALF, "q": _signed(32)}, _one(0)),
+    "q8_0": Layout(8, 32, {"d": _HALF, "q": _signed(32)}, _single_scale(0)),
     "q2_k": Layout(
         10, 256, {"scales": _bytes(16), "q": _codes(64, 32, 2), "d": _HALF, "m": _HALF}, _q2_k
     ),
@@ -289,7 +291,7 @@ LAYOUTS: dict[str, Layout] = {
         {"q": _trits(32, 32, 5), "q16": _trits(16, 16, 5), "q4": _trits(4, 4, 4), "d": _HALF},
         _tq1_0,
     ),
-    "tq2_0": Layout(35, 256, {"q": _codes(64, 32, 2), "d": _HALF}, _one(1)),
+    "tq2_0": Layout(35, 256, {"q": _codes(64, 32, 2), "d": _HALF}, _single_scale(1)),
     "mxfp4": Layout(39, 32, {"e": _bytes(1), "q": _codes(16, 16, 4)}, _mxfp4),
     "nvfp4": Layout(40, 64, {"scales": _bytes(4), "q": _codes(32, 8, 4)}, _nvfp4),
 }

@@ -1,7 +1,7 @@
-"""The searches for scales that ggml makes, one number of the block after another.
+"""ggml's searches for scales, with bitwise equal results.
 
-Sums are made in the order of the elements and every product is rounded before it is added, as in
-ggml's C code without fused multiplication and addition. Arrays are `[elements, blocks]`.
+Sums are computed in the order of the elements, and every product is rounded before it is added, as
+in ggml's C code without fused multiply-add. Arrays are `[elements, blocks]`.
 """
 
 from collections.abc import Callable

@@ -93,7 +93,7 @@ def of_recipe(x: jax.Array, name: str) -> Fields:
     return {**fields, "q": q & np.uint8(15), "high": q >> np.uint8(4)}
 
 
-def _away(x: jax.Array) -> jax.Array:
+def _round_half_away(x: jax.Array) -> jax.Array:
     """Returns the nearest integers, ties away from zero, as C's roundf."""
     whole = jnp.trunc(x)
     return whole + jnp.where(jnp.abs(x - whole) >= 0.5, jnp.sign(x), np.float32(0))
@@ -101,7 +101,7 @@ def _away(x: jax.Array) -> jax.Array:
 
 def _ternary(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     d = largest(x)[0]
-    return d, as_bytes(_away(rounded(x * over(1, d)[None])) + np.float32(1))
+    return d, as_bytes(_round_half_away(rounded(x * over(1, d)[None])) + np.float32(1))
 
 
 def _tq1_0(blocks: Blocks) -> Fields:

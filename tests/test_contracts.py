@@ -315,7 +315,10 @@ def test_scaling_by_powers_of_two_commutes(name):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     x = np.where(np.abs(x) < 0.01, np.float32(0.01), x)
     powers = np.float32([1, 2.0**120, 2.0**-100]).reshape(3, 1, 1)
-    y = np.asarray(jax.vmap(lambda x: jaxq.fake_quant(x, recipe))(x * powers))
+    if name in RECIPES:  # Compiled for other tests, too.
+        y = np.stack([jaxq.fake_quant(one, name) for one in x * powers])
+    else:
+        y = np.asarray(jax.vmap(lambda x: jaxq.fake_quant(x, recipe))(x * powers))
     assert_same(y, y[:1] * powers)
 
 

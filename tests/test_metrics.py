@@ -396,7 +396,7 @@ class TestDiagnostics:
             up, down = (np.nextafter(edge, np.float32(end)) for end in (np.inf, -np.inf))
         x = np.concatenate([edge, up, down])
         x = np.resize(x[np.isfinite(x)], 42)  # One shape, so that few operations are compiled.
-        y = np.asarray(jaxq.cast(x, fmt))
+        y = data.in_pieces(lambda x: jaxq.cast(x, fmt), x)
         if fmt.min >= 0 and getattr(fmt, "nan", None) is not None:
             return  # Negative numbers become NaN, also those that underflow.
         got = jax.vmap(lambda v: diagnostics(v, fmt))(x[:, None])

@@ -29,7 +29,7 @@ NAMES = (FLOAT32, *jaxq.products.PRODUCT_RECIPES)
 
 
 def product(name: str, key: jax.Array) -> Callable:
-    """Returns the matrix product with a product recipe, or in float32 for that name."""
+    """Returns the matrix product with a product recipe, or in float32 if that is its name."""
     recipe = None if name == FLOAT32 else jaxq.get_product_recipe(name)
     drawn = key if recipe is not None and recipe.draws else None
     return lambda x, w: jaxq.dot_general(x, w, MATMUL, recipe=recipe, key=drawn)

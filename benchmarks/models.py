@@ -120,7 +120,7 @@ def page(columns: dict[str, dict[str, float]], explained: float, scans: dict[str
         for name in NAMES[1:]
     ]
     bases = ", ".join(f"{what} {1e3 * t[FLOAT32]:.0f} ms" for what, t in columns.items())
-    limits = ", ".join(f"{what} {most:g} for {name}" for what, (most, name) in LIMITS.items())
+    limits = ", ".join(f"{what} {most:g} ({name})" for what, (most, name) in LIMITS.items())
     over = "; ".join(
         f"{what}: "
         + (
@@ -137,7 +137,7 @@ def page(columns: dict[str, dict[str, float]], explained: float, scans: dict[str
 is that of the fastest of several interleaved rounds. Tracing and compiling is measured in processor
 time, which a busy machine changes little; a training step is measured in wall time.
 
-Limits: {limits}.
+The benchmark fails if a ratio exceeds its limit: {limits}.
 
 In float32: {bases}.
 
@@ -148,7 +148,7 @@ Made with Python {platform.python_version()}, jax {jax.__version__}, on \
 |---|{"---:|" * len(columns)}
 {chr(10).join(rows)}
 
-Recipes above these ratios: {over}.
+Other recipes have no limit. Those above the ratios of the limits are: {over}.
 
 A recipe that quantizes both operands of all three products (`mxfp8_training`, `nvfp4_training`) has
 six quantizers where `w8a8` has two, and XLA on CPU compiles each for every shape. The quantizers of
@@ -157,8 +157,8 @@ NVFP4 also have two levels of scales, random bits and a transform. The
 reduced.
 
 `jaxq.explain` on a model of {PRODUCTS:,} products: {explained:.2f} s (limit {EXPLAIN_SECONDS:g} s).
-Scans in the jaxpr of the model: {scans[FLOAT32][0]}, quantized {scans["w8a8"][0]}. Products in it:
-{scans[FLOAT32][1]}, quantized {scans["w8a8"][1]}.
+Scans and products in the jaxpr of the model: {scans[FLOAT32][0]} and {scans[FLOAT32][1]} in
+float32, {scans["w8a8"][0]} and {scans["w8a8"][1]} with w8a8.
 """
 
 

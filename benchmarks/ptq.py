@@ -2,9 +2,9 @@
 
 The model scans over layers of two products, `[size, 4 size]` and back, with random weights. The
 Hessians are compared with a plain product of the same number of multiplications, in interleaved
-rounds. `quantize_weights` runs twice, and the second run, in which nothing new is compiled but the
-parts of the model, is the one that counts. Processor seconds of all cores are given beside the
-time, because a busy machine changes only the latter.
+rounds. `quantize_weights` runs twice. The second run counts: it compiles the parts of the model
+and nothing else. Processor seconds of all cores are given beside the time, because a busy machine
+changes mostly the latter.
 
     python benchmarks/ptq.py [--size 1024] [--layers 12] [--tokens 4096] [--rounds 5]
 """

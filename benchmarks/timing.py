@@ -72,7 +72,7 @@ def page(title: str, what: str, columns: dict[str, dict[tuple[str, str], float]]
         ratios = " | ".join(f"{times[case] / times[BASE]:.2f}" for times in columns.values())
         rows.append(f"| {operation} | {label} | {ratios} |")
     sizes = {name: 8 * np.prod([int(n) for n in name.split("x")]) for name in columns}
-    bases = ", ".join(
+    bases = "; ".join(
         f"{name}: {1e3 * times[BASE]:.2f} ms, {1e-9 * sizes[name] / times[BASE]:.0f} GB/s"
         for name, times in columns.items()
     )

@@ -5,6 +5,7 @@ reference, and on a cell that raises or writes to stderr. To add a page, write i
 `toctree` of its parent page.
 """
 
+import inspect
 import os
 import re
 import sys
@@ -150,20 +151,30 @@ _UNIONS = {
     " | ~typing.Mapping[~typing.Any, ArrayTree]": "ArrayTree",
 }
 _RULES = re.compile(r"\S*\.Frozen \| \S*\.Delayed \| .*?\| None\]\]\]?")
+# Defaults that are no Python expressions, for which Sphinx would show the signature as plain text.
+_CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+_FACTORY = "<factory>"
+_CONSTANT = re.compile(r"= (_[A-Z]+)\b")
 
 
 def _short_types(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
 ) -> tuple[str, str]:
-    """Replaces unions in a signature by their names."""
-    del app, what, name, obj, options
+    """Replaces unions and classes by their names, and private constants by their values."""
+    del app, what, name, options
+    constants = getattr(inspect.unwrap(obj), "__globals__", {}) if callable(obj) else {}
+
+    def value(match: re.Match) -> str:
+        return f"= {constants[match[1]]!r}" if match[1] in constants else match[0]
+
+    signature = signature and _CONSTANT.sub(value, signature)
     return _shortened(signature), _shortened(returns)
 
 
 def _shortened(text: str) -> str:
     for union, short in _UNIONS.items():
         text = text and text.replace(union, short)
-    return text and _RULES.sub("Rules", text)
+    return text and _RULES.sub("Rules", _CLASS.sub(r"\1", text).replace(_FACTORY, "..."))
 
 
 def _no_aliases(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> Any:

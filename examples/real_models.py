@@ -75,7 +75,8 @@ CASES = (
 )
 SHORT = CASES[:2]
 NAMES = {"minilm": "MiniLM", "whisper": "Whisper", "smollm2": "SmolLM2", "gemma": "Gemma 3"}
-CANDIDATES = ("int3_g64", "int4_g64", "int8_channel")  # Of the budget, which is that of int4_g64.
+# The choices of the budget, which has the bytes of int4_g64.
+CANDIDATES = ("int3_g64", "int4_g64", "int8_channel")
 
 
 class Documents(NamedTuple):
@@ -315,7 +316,7 @@ def sizes(packed: Any) -> tuple[int, int]:
 
 
 def dequantized(params: Any) -> Any:
-    """Returns parameters with the float values of all quantized ones."""
+    """Returns the parameters with the quantized ones as floats."""
 
     def is_packed(leaf: Any) -> bool:
         return isinstance(leaf, jaxq.Quantized)

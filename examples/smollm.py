@@ -66,8 +66,8 @@ def _rotate(x: jax.Array, base: float) -> jax.Array:
     angles = np.arange(time)[:, None] / base ** (np.arange(0, size, 2) / size)
     cos, sin = (jnp.asarray(f(angles), jnp.float32)[None, :, None] for f in (np.cos, np.sin))
     one, two = x[..., ::2], x[..., 1::2]
-    turned = jnp.stack([one * cos - two * sin, one * sin + two * cos], -1)
-    return turned.reshape(x.shape)
+    rotated = jnp.stack([one * cos - two * sin, one * sin + two * cos], -1)
+    return rotated.reshape(x.shape)
 
 
 def _layer(config: Config, x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:

@@ -46,7 +46,7 @@ _MEASURE = "Measure twice, and cut once."
 
 
 class Model(NamedTuple):
-    """A model.
+    """A Whisper model with its vocabulary.
 
     Attributes:
       params: the parameters.

@@ -118,7 +118,7 @@ def test_zero_points_are_subtracted_before_sum():
     assert_same(dot(x, w, recipe), sums * np.asarray(q.scales) * np.asarray(p.scales))
 
 
-def test_gradients_and_their_derivatives():
+def test_gradients_of_exact_sums_and_their_derivatives_equal_jax():
     """Checks that gradients of exact sums, and their derivatives, are those of JAX."""
     x, w = jnp.round(normal((4, 8)) * 4), jnp.round(normal((8, 2), 1) * 4)
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)

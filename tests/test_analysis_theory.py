@@ -262,8 +262,10 @@ class TestLimits:
         assert np.isnan(row.expected_db)
         assert row.gap_db == row.shannon_db - row.measured_db
 
-    def test_empty_tensor_and_unknown_distribution(self):
+    def test_empty_tensor_has_no_error(self):
         assert expected_error("int4_tensor", (0, 3)) == (0, 0)
+
+    def test_unknown_distributions_raise(self):
         with pytest.raises(ValueError, match="Did you mean gaussian"):
             get_distribution("normal")
         with pytest.raises(ValueError, match="above 2"):

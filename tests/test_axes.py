@@ -61,7 +61,7 @@ def test_directional_recipe_without_axis_raises(recipe):
     assert jaxq.quantize_tree({"w": WEIGHT}, "int8_tensor")["w"].block == WEIGHT.shape
 
 
-def test_calls_with_different_axes():
+def test_second_call_keeps_quantized_leaves():
     params = {"kernel": WEIGHT, "table": WEIGHT}
     small = jaxq.quantize_tree(params, {"kernel": "int4_g32"}, axis=-2)
     both = jaxq.quantize_tree(small, {"table": "int4_g32"}, axis=-1)
@@ -111,7 +111,7 @@ def test_default_is_last_axis(name):
         (jaxq.PerBlock(4, pad=True), -2, (6, 6), (4, 1)),
     ],
 )
-def test_blocks_along_an_axis(granularity, axis, shape, block):
+def test_along_places_blocks_on_the_axis(granularity, axis, shape, block):
     assert granularity.along(axis, len(shape)).block(shape) == block
 
 

@@ -200,7 +200,7 @@ def test_mx_formats_match_gfloat(name: str, theirs: str):
 @pytest.mark.parametrize(
     "scale_format", ["float16", data.slow("bfloat16"), "float8_e4m3fn", data.slow("float7_ue4m3fn")]
 )
-def test_narrow_scale_formats(scale_format: str):
+def test_scales_are_rounded_to_their_format_and_stored_in_it(scale_format: str):
     x = weights((6, 32))
     q = jaxq.quantize(
         x, jaxq.Recipe("int4", jaxq.PerBlock(16), Symmetric(scale_format=scale_format))
@@ -284,7 +284,7 @@ class TestIndexing:
             ),
         ],
     )
-    def test_index_by_rows_and_slices(self, fmt, granularity):
+    def test_indexing_selects_rows_and_slices(self, fmt, granularity):
         q = jaxq.quantize(weights((8, 6, 64)), jaxq.Recipe(fmt, granularity))
         y = np.asarray(q.dequantize())
         for index in (0, -3, slice(4, 8), slice(0, 4), slice(4, None)):

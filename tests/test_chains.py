@@ -8,7 +8,7 @@ import jaxq
 from tests.oracle import assert_same
 
 
-def test_chain_of_four_formats():
+def test_every_step_of_a_chain_matches_numpy():
     """Converts float32 to float16, float8 and int8 and back, and checks every step."""
     x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     steps = ["float16", "float8_e4m3fn", "int8_tensor", "float32"]
@@ -34,7 +34,7 @@ def test_chain_of_four_formats():
     assert rows[0].mse < rows[1].mse < rows[2].mse * 1.01
 
 
-def test_records_and_exactness():
+def test_chain_takes_records_and_exact_steps_have_no_error():
     x = np.float32([1.0, 2.0])
     rows = jaxq.analysis.chain_table(x, [jaxq.get_format("float16"), jaxq.Recipe("int8")]).rows
     assert [row.step for row in rows] == ["float16", "int8"]
@@ -42,7 +42,7 @@ def test_records_and_exactness():
     assert jaxq.analysis.chain(x, []) == []
 
 
-def test_overflow_in_chain():
+def test_overflow_gives_infinite_errors():
     x = np.float32([1.0, 1e6])
     first, second = jaxq.analysis.chain_table(x, ["float16", "float32"]).rows
     assert first.mse == first.added_mse == second.mse == np.inf

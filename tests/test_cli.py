@@ -136,9 +136,9 @@ def test_totals_equal_sums_over_tensors(capsys, checkpoint: pathlib.Path):
 def test_compiles_once_per_recipe(tmp_path: pathlib.Path, capsys):
     arrays = {f"w{i}": np.full((4, 8 + i), i, np.float32) for i in range(20)}
     safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
-    before = pieces._quantized._cache_size()
+    before = pieces._errors._cache_size()
     compared(capsys, str(tmp_path / "a.safetensors"), "--recipes", "fp8_e5m2_tensor")
-    assert pieces._quantized._cache_size() - before == 1
+    assert pieces._errors._cache_size() - before == 1
 
 
 EVERY_KIND = "int8_tensor,uint8_channel,mxfp4,nvfp4,nf4_dq,q4_1"

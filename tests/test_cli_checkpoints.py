@@ -35,7 +35,7 @@ def run(capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str, str]:
 
 @pytest.fixture
 def model(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Writes a model of Hugging Face with one layer."""
+    """Writes a Hugging Face model with one layer."""
     rng = np.random.default_rng(0)
     shapes = {
         "model.embed_tokens.weight": (32, 32),

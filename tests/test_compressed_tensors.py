@@ -70,7 +70,7 @@ def test_config_describes_groups(tmp_path: pathlib.Path):
     assert group["input_activations"]["strategy"] == "token"
 
 
-def test_large_checkpoints_are_cut_into_files(tmp_path: pathlib.Path):
+def test_large_checkpoints_are_split_into_files(tmp_path: pathlib.Path):
     params = {f"{i}.weight": jaxq.quantize(W + i, UNIFORM["int4"]) for i in range(3)}
     job = ct.Job(params, params.__getitem__, {}, largest=5000)
     ct.write_streamed(tmp_path / "model", job)

@@ -106,7 +106,7 @@ def test_quantized_einsum_and_gradients_match_numpy(subscripts: str):
     np.testing.assert_array_equal(dw, contracted(g, out, x, lhs, rhs))
 
 
-def test_padding_of_last_contracted_axis():
+def test_only_padded_blocks_may_leave_a_remainder():
     axes = of_einsum("xym,xyn->mn", 3, 3).axes[0]
     with pytest.raises(ValueError, match="which have 4 x 6 elements in"):
         placed(jaxq.PerBlock(5), (4, 6, 8), axes)

@@ -48,7 +48,7 @@ WIDE = [
 @EAGER
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("fmt", data.each_format(WIDE), ids=lambda fmt: fmt.name)
-def test_codes_of_formats_wider_than_dtype(fmt: jaxq.FloatFormat, dtype: str):
+def test_formats_wider_than_the_dtype_keep_exact_codes(fmt: jaxq.FloatFormat, dtype: str):
     limits = np.finfo(dtype)
     rng = np.random.default_rng(0)
     x = np.concatenate([2.0 ** rng.uniform(-149, 127.9, 500), [0, 1, 1.75, 1e-45, np.inf, np.nan]])
@@ -376,7 +376,7 @@ class TestStructures:
         for x in difficult_tensors():
             assert_quantize_equals_fake_quant(x.astype(jnp.bfloat16), name)
 
-    def test_bits_inside_larger_program_with_gradient(self, name):
+    def test_larger_program_with_gradient_keeps_bits(self, name):
         x = data.normal(SHAPE)
 
         def step(carry, x):
@@ -438,7 +438,7 @@ class TestStructures:
 
 
 @pytest.mark.parametrize("name", data.each(PRODUCT_RECIPES, data.product_kinds()))
-class TestDotRecipes:
+class TestProductRecipes:
     """Contracts of product recipes; `test_dots.py` compares their gradients with formulas."""
 
     SIZE = 128  # Divisible by the block sizes of all recipes.
@@ -458,7 +458,7 @@ class TestDotRecipes:
         assert hash(again) == hash(recipe)
         assert eval(repr(recipe), vars(jaxq) | vars(jaxq.recipes)) == recipe
 
-    def test_inference_of_one_token_without_key(self, name):
+    def test_inference_of_one_token_needs_no_key(self, name):
         x, w = self.operands()
         y = jaxq.einsum("k,kn->n", x[0], w, recipe=name)
         chex.assert_shape(y, (self.SIZE,))

@@ -30,7 +30,7 @@ FORMATS = ["float8_e4m3fn", "bfloat16", "int8", "nf4", "posit8"]
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("fmt", data.each(FORMATS, ["float8_e4m3fn", "nf4", "posit8"]))
-def test_every_kind_of_format(fmt: str):
+def test_cotangents_are_rounded_to_every_kind_of_format(fmt: str):
     # The shape of `data.in_pieces`, for which operations are compiled.
     x, cotangent = np.ones(4096, np.float32), np.resize(COTANGENT, 4096)
     for rounding, key in (("nearest_even", None), ("stochastic", KEYS["new"])):

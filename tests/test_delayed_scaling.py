@@ -174,7 +174,7 @@ def test_shard_map_records_the_largest(check):
         assert_same_trees(own, gradients)
 
 
-def test_values_under_forward_mode():
+def test_forward_mode_uses_recorded_scales():
     params, x = {"w": powers(0, (4, 4), 1)}, powers(1, (4, 4), 1)
     state = jaxq.delayed_scaling(weighted, FP8)(params, x, x)
     state = state.update(seen_by(weighted, state, params, x / 4, x)[1][1])
@@ -191,7 +191,7 @@ def test_values_under_forward_mode():
     assert jax.jvp(along, (state,), (state,))[1] == 0
 
 
-def test_unrecorded_products_and_nan():
+def test_nan_is_not_recorded_and_functions_without_records_raise():
     """Checks NaN, a loop without reverse mode and a function with custom derivatives."""
     params, x = {"w": jnp.eye(4)}, powers(1, (4, 4), 1)
     state = jaxq.delayed_scaling(weighted, FP8, history=2, margin=1)(params, x, x)
@@ -213,7 +213,7 @@ def test_unrecorded_products_and_nan():
         jaxq.delayed_scaling(weighted, FP8, history=0)
 
 
-def test_state_of_another_function():
+def test_state_without_a_product_of_the_function_raises():
     params, x = {"w": jnp.eye(4), "v": jnp.eye(4)}, jnp.ones((4, 4))
     rules = [("", jaxq.ProductRecipe("int8_tensor", "int8_tensor"))]
     one, two = lambda p, x: x @ p["w"], lambda p, x: x @ p["w"] @ p["v"]

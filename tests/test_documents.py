@@ -48,7 +48,9 @@ def identifier(path: pathlib.Path) -> str:
 def cells(path: pathlib.Path) -> list[str]:
     """Returns the code of a page, which readers see in a column of 80 characters."""
     found = re.findall(
-        r"^```(?:python|py|\{code-cell\}.*)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL
+        r"^```(?:python|py|\{code-cell\})[^\n]*\n(.*?)^```",
+        path.read_text(),
+        re.MULTILINE | re.DOTALL,
     )
     return [re.sub(r"\A---\n.*?\n---\n", "", code, flags=re.DOTALL) for code in found]
 
@@ -153,3 +155,12 @@ def test_named_files_exist(path: pathlib.Path):
     named = re.findall(rf"`((?:{folders})/[\w./]+)`", path.read_text())
     built = "docs/_build/"
     assert not [n for n in named if not n.startswith(built) and not (ROOT / n).exists()]
+
+
+def test_architecture_names_modules_that_exist():
+    modules = {path.stem for path in (ROOT / "jaxq").rglob("*.py")}
+    packages = {path.name for path in (ROOT / "jaxq").rglob("*") if path.is_dir()}
+    named = re.findall(
+        r"`(?:\w+\.)*(_[a-z]\w*)(?:\.[A-Z]\w+)?`", (DOCS / "architecture.md").read_text()
+    )
+    assert {*named} <= modules | packages

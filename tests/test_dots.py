@@ -90,7 +90,7 @@ def test_no_recipe_equals_jax():
 
 
 def along(quantizer, contracted: int):
-    """Returns a matrix quantizer with explicit axes for the contracted axis."""
+    """Returns a recipe for a matrix with explicit axes for the contracted axis."""
     if quantizer is None:
         return lambda x, _: x
     granularity, stochastic = quantizer.granularity, quantizer.rounding == "stochastic"
@@ -156,7 +156,7 @@ class TestPublishedRecipes:
 
     @staticmethod
     def of(quantizer):
-        """Returns the main fields of a quantizer."""
+        """Returns the main fields of a recipe."""
         return (
             quantizer.element.name,
             quantizer.granularity,
@@ -239,7 +239,7 @@ def test_residuals_are_quantized_or_original_operands():
             assert_same(got, gradient)
 
 
-def test_gradient_estimators_of_operands():
+def test_clipped_operands_have_no_gradient():
     clipped = jaxq.Recipe("int4", scaling=jaxq.Symmetric("absmean"), gradient="clipped")
     x, w = data.normal((8, 16)), data.normal((16, 4), 1)
     for residuals in ("quantized", "original"):
@@ -339,7 +339,7 @@ class TestKeys:
         seen += jax.vjp(lambda a, b: dot(a, b, recipe, KEY), eye, eye)[1](x)
         assert all((a != b).any() for a, b in itertools.combinations(seen, 2))
 
-    def test_under_jit_vmap_scan_and_remat(self):
+    def test_gradients_agree_under_jit_vmap_scan_and_remat(self):
         x, w = data.normal((4, 8)), data.normal((8, 3), 1)
         f = lambda x, key: (dot(x, w, "int8_training", key) ** 2).sum()
         keys = jax.random.split(KEY, 2)
@@ -376,7 +376,7 @@ def test_vmap_computes_scales_per_element():
             np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-4)
 
 
-def test_half_precision_dtypes():
+def test_bfloat16_operands_keep_their_dtype_and_bits():
     x, w = data.normal((16, 32)).astype(jnp.bfloat16), data.normal((32, 16), 1).astype(jnp.bfloat16)
     options = {"preferred_element_type": jnp.float32}
 

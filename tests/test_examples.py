@@ -179,7 +179,7 @@ def test_bfloat16_updates_need_stochastic_rounding(tmp_path: pathlib.Path, capsy
     assert "Adam at a rate of" in capsys.readouterr().out
 
 
-def test_minilm_of_one_recipe(tmp_path: pathlib.Path, capsys, monkeypatch):
+def test_minilm_keeps_its_embeddings_in_one_recipe(tmp_path: pathlib.Path, capsys, monkeypatch):
     script = load("minilm")
     monkeypatch.setattr(script, "SHORT", (script.SHORT[0], script.SHORT[-1]))
     int8, tiles = script.main(["--short", "--output", str(tmp_path / "minilm.png")])
@@ -211,7 +211,7 @@ def test_minilm_keeps_its_embeddings_in_int8(tmp_path: pathlib.Path, capsys):
     assert difference <= 0.00005 + 1e-6, "published similarities have four decimals"
 
 
-def test_tokenizer_and_sentences():
+def test_tokenizer_gives_the_published_tokens():
     encoder = load("encoder")
     tokens, mask = encoder.tokenize(["Caf\u00e9s, unaffable?", "a"])
     # The tokens are [CLS] cafes , una ##ffa ##ble ? [SEP].
@@ -254,7 +254,7 @@ def test_frameworks_give_equal_losses(capsys):
 
 
 @pytest.mark.slow
-def test_error_in_training(tmp_path: pathlib.Path, capsys):
+def test_error_in_training_ranks_formats_and_mixes_them(tmp_path: pathlib.Path, capsys):
     picture = tmp_path / "error_in_training.png"
     result = load("error_in_training").main(["--short", "--output", str(picture)])
     assert result.log.steps.tolist() == [0, 2]

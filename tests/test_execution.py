@@ -104,7 +104,7 @@ def test_block_formats_use_scaled_matmul_or_raise(name):
     assert_within_bound(got, dot(x, w, emulated), magnitudes, 64)
 
 
-def test_einsum_with_permuted_axes():
+def test_native_einsum_takes_permuted_axes():
     x, w = normal((2, 5, 3, 8)), normal((3, 8, 4, 2), 1)
     native, emulated = recipes("int8_token", "int8_token")
     subscripts = "bmhk,hknb->nhbm"
@@ -203,7 +203,7 @@ def test_unsupported_products_raise():
         )
 
 
-def test_dot_general_with_batch_axes():
+def test_native_dot_general_takes_batch_axes():
     x, w = normal((2, 3, 8)), normal((8, 2, 5), 1)
     numbers = (((2,), (0,)), ((0,), (1,)))
     native, emulated = recipes("int8_token", "int8_token")

@@ -70,7 +70,7 @@ def test_named_recipes_export_with_a_symbolic_batch():
 
 
 @pytest.mark.slow
-def test_all_named_recipes():
+def test_all_named_recipes_but_tiles_export():
     working = fake_quants(dict(RECIPES), "b, 256")
     assert set(RECIPES) - set(working) == {"fp8_e4m3_tile128", "nvfp4_tile16"}
     check_all(working, ("int8_tensor", "nvfp4", "mxfp4"), "b, 256", array(3, 256))
@@ -98,7 +98,7 @@ def test_calibrators_export_with_a_symbolic_batch():
         jax.eval_shape(one, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def test_rounding_modes_on_any_axis():
+def test_rounding_modes_export_with_any_symbolic_axis():
     def all_modes(x):
         return {
             name: jaxq.cast(
@@ -124,13 +124,13 @@ def test_other_recipes_export_with_symbolic_shapes():
     assert set(fake_quants(recipes, "20, b")) == {"minimum", "stochastic", "padded"}
 
 
-def test_gradient_of_given_scales():
+def test_gradient_of_given_scales_exports():
     recipe = jaxq.Recipe("int4", gradient="lsq")
     gradient = jax.grad(lambda scale, x: jaxq.fake_quant(x, recipe, scale=scale).sum())
     check(lambda x: gradient(jnp.float32(0.1), x), "b, 8", array(3, 8))
 
 
-def test_exported_quantized_result():
+def test_exported_function_returns_quantized():
     exported = export.export(jax.jit(lambda x: jaxq.quantize(x, "uint8_tensor")))
     x = array(3, 8)
     q = exported(symbolic("b, 8")).call(x)

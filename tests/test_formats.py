@@ -56,7 +56,7 @@ def test_properties_match_ml_dtypes_finfo(name: str):
     assert fmt.dtype == np.dtype(getattr(ml_dtypes, name))
 
 
-def test_table_of_common_formats():
+def test_table_has_the_published_figures():
     rows = {row.name: row for row in jaxq.formats_table().rows}
     assert rows["float8_e4m3fn"].max == 448.0, "not 240: only one magnitude is NaN"
     assert rows["float8_e5m2"].distinct_values == 247, "NaN, infinities and -0 are not counted"
@@ -152,7 +152,7 @@ def test_invalid_records_raise(make, text: str):
 
 
 @pytest.mark.parametrize("bits", data.each(range(1, 17), (1, 3, 4, 8, 13)))
-def test_pack_and_unpack(bits: int):
+def test_packed_bits_match_numpy_and_unpack_again(bits: int):
     rng, lengths = np.random.default_rng(bits), (0, 13, 64)
     dtype = np.uint8 if bits <= 8 else np.uint16
     rows = [rng.integers(0, 2**bits, (3, n)).astype(dtype) for n in lengths]

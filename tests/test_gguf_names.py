@@ -1,4 +1,4 @@
-"""Models of Hugging Face as GGUF: names, rows of queries and keys, norms and metadata."""
+"""Hugging Face models as GGUF: names, rows of queries and keys, norms and metadata."""
 
 from typing import Any
 

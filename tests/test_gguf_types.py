@@ -4,6 +4,7 @@ import functools
 import pathlib
 import tracemalloc
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tools.golden_gguf import tensors
 
 X, IMPORTANCE = tensors()
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "gguf.npz")
-# The search of each kind once; the others are slow.
+# One type for each kind of search; the others are slow tests.
 FEW = ["nvfp4", "tq1_0", "q4_0", "q6_k"]
 
 
@@ -86,7 +87,7 @@ def test_stored_equals_simulated_with_a_straight_through_gradient():
 
 def test_packed_is_a_pytree_that_is_saved(tmp_path: pathlib.Path):
     q = packed("q4_0")
-    assert q.shape == X.shape
+    chex.assert_shape(q, X.shape)
     assert q.nbytes == 12 * 8 * 18
     jaxq.save(tmp_path / "a.safetensors", q)
     again = jaxq.load(tmp_path / "a.safetensors")

@@ -200,7 +200,7 @@ def test_lsq_matches_paper():
     np.testing.assert_allclose(more, want * 2, rtol=1e-4, atol=1e-6)
 
 
-def test_lsq_initial_scale():
+def test_lsq_initial_scale_matches_paper():
     w = numbers((4, 6))
     recipe = jaxq.Recipe("int3", jaxq.PerBlock(4, pad=True))
     want = np.stack([np.abs(w[:, :4]).mean(1), np.abs(w[:, 4:]).mean(1)], 1) * 2 / np.sqrt(3)
@@ -336,7 +336,7 @@ class TestEstimators:
             dx = jax.grad(lambda x, fmt=fmt: jaxq.cast(x, fmt, gradient=name).sum())(x)
             assert (np.asarray(dx) != 0).all(), fmt
 
-    def test_dtypes_and_empty_or_nonfinite_data(self, name):
+    def test_gradients_keep_dtypes_and_take_empty_or_nonfinite_data(self, name):
         recipe = jaxq.Recipe("int4", CHANNEL, gradient=name)
 
         @jax.jit
@@ -412,7 +412,7 @@ def test_invalid_arguments_raise(spec, error, match):
         spec() if getattr(spec, "__name__", "") == "<lambda>" else get_gradient(spec)
 
 
-def test_trust_region_outside_range():
+def test_trust_region_ends_half_steps_outside_the_range():
     """Checks that gradients pass up to `factor` half steps outside the range."""
     x = jnp.asarray([7.4, 7.6, -8.4, -8.6, 0.5, 0.3])
     f = lambda x, rule: jaxq.cast(x, "int4", gradient=rule).sum()

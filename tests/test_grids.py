@@ -23,7 +23,7 @@ PAIRS = [(e, m) for e in range(2, 9) for m in range(1, 15)]
         *(data.slow(False, False, rounding) for rounding in ("up", "to_odd")),
     ],
 )
-def test_many_float_formats_in_one_program(inf: bool, nan: bool, rounding: str):
+def test_traced_float_widths_equal_each_format(inf: bool, nan: bool, rounding: str):
     x = np.concatenate([data.specials(), data.random_float32(3000)])
     compiled = jax.jit(
         jax.vmap(
@@ -40,7 +40,7 @@ def test_many_float_formats_in_one_program(inf: bool, nan: bool, rounding: str):
         assert_same(got, want, x)
 
 
-def test_formats_without_mantissa():
+def test_traced_formats_without_mantissa_equal_each_format():
     x = np.concatenate([data.specials(), data.random_float32(3000)])
     got = jax.vmap(lambda e: jaxq.cast(x, jaxq.float_grid(e, 0, inf=False, nan=False)))(
         jnp.arange(2, 9)
@@ -50,7 +50,7 @@ def test_formats_without_mantissa():
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_every_integer_width_in_one_program(signed: bool):
+def test_traced_integer_widths_equal_each_format(signed: bool):
     x = np.concatenate([data.specials(), data.random_float32(3000)])
     x = np.concatenate([x, np.random.default_rng(0).uniform(-70000, 70000, 3000).astype("f4")])
     widths = jnp.arange(2, 17)
@@ -59,7 +59,7 @@ def test_every_integer_width_in_one_program(signed: bool):
         assert_same(row, jaxq.cast(x, jaxq.IntFormat("traced", bits, signed=signed)), x)
 
 
-def test_width_sweep_inside_map():
+def test_error_falls_with_mantissa_bits_inside_map():
     x = jnp.linspace(-2, 2, 50)
     errors = jax.lax.map(
         lambda m: ((jaxq.cast(x, jaxq.float_grid(5, m)) - x) ** 2).mean(), jnp.arange(1, 10)

@@ -43,7 +43,7 @@ def reference(x: np.ndarray, fmt: jaxq.FloatFormat) -> tuple[np.ndarray, np.ndar
 
 @pytest.mark.parametrize("fmt", FLOATS, ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("source", INPUTS)
-def test_cast_and_encode(fmt: jaxq.FloatFormat, source: str):
+def test_values_and_codes_equal_ml_dtypes(fmt: jaxq.FloatFormat, source: str):
     x = INPUTS[source](fmt)
     codes, values = reference(x, fmt)
     y, encoded = jax.jit(lambda x: (jaxq.cast(x, fmt), jaxq.encode(x, fmt)))(x)
@@ -70,14 +70,14 @@ def test_nan_has_the_same_bits(fmt: jaxq.FloatFormat):
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("fmt", FLOATS, ids=lambda fmt: fmt.name)
-def test_cast_without_jit(fmt: jaxq.FloatFormat):
+def test_cast_without_jit_equals_ml_dtypes(fmt: jaxq.FloatFormat):
     """Checks casts without jit; `test_contracts` compares jit, vmap and sharding with them."""
     x = data.critical(fmt)
     assert_same(data.in_pieces(lambda x: jaxq.cast(x, fmt), x), reference(x, fmt)[1], x)
 
 
 @pytest.mark.parametrize("fmt", FLOATS, ids=lambda fmt: fmt.name)
-def test_decode_of_every_code(fmt: jaxq.FloatFormat):
+def test_every_code_decodes_to_its_value(fmt: jaxq.FloatFormat):
     dtype = np.asarray(jaxq.encode(np.float32(0), fmt)).dtype
     count = min(2**fmt.bits, 2**20)
     codes = np.linspace(0, 2**fmt.bits - 1, count).astype(dtype)
@@ -89,16 +89,16 @@ def test_decode_of_every_code(fmt: jaxq.FloatFormat):
 class TestMistakesOfHandWrittenConverters:
     """Regression tests for common mistakes in handwritten converters."""
 
-    def test_rounding_up_to_next_binade(self):
+    def test_rounding_up_reaches_the_next_binade(self):
         assert float(jaxq.cast(1.97, "float8_e4m3fn")) == 2.0
         assert float(jaxq.cast(0.0155, "float8_e4m3fn")) == 0.015625  # Subnormal to normal.
 
-    def test_nan_and_inf(self):
+    def test_infinity_becomes_nan_only_where_the_format_has_none(self):
         x = np.float32([np.nan, np.inf, -np.inf])
         assert_same(jaxq.cast(x, "float8_e5m2"), x)
         assert_same(jaxq.cast(x, "float8_e4m3fn"), np.full(3, np.nan, np.float32))
 
-    def test_threshold_of_zero(self):
+    def test_half_of_the_least_value_becomes_zero(self):
         least = np.float32(2.0**-9)
         x = np.float32([least / 2, np.nextafter(least / 2, np.float32(1))])
         assert_same(jaxq.cast(x, "float8_e4m3fn"), np.float32([0, least]))

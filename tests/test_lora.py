@@ -102,7 +102,7 @@ def dataclass_with(adapter: lora.LoRA, **changes) -> lora.LoRA:
     return lora.LoRA(**{"a": adapter.a, "b": adapter.b, "scaling": adapter.scaling, **changes})
 
 
-def test_first_values_follow_the_published_formulas():
+def test_initial_values_follow_the_published_formulas():
     params, _ = inputs()
     for name, w in matrices(params).items():
         for i, exact in enumerate(w.astype(np.float64)):

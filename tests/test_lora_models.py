@@ -154,7 +154,7 @@ def is_packed(x) -> bool:
     return isinstance(x, jaxq.Quantized)
 
 
-def test_a_module_that_is_no_argument_is_an_error():
+def test_module_that_is_not_an_argument_is_an_error():
     _, mlp = equinox()
     with pytest.raises(TypeError, match=r"got a module of type MLP. Pass, .* `lambda module, x"):
         lora.adapt(mlp, INT3)(jnp.ones(8))

@@ -52,7 +52,7 @@ def test_kv_cache_matches_arithmetic():
     assert m.total == m.weights + m.kv_cache + m.overhead
 
 
-def test_number_of_parameters_as_model():
+def test_memory_takes_a_number_of_parameters():
     assert analysis.memory(7e9, "float32", overhead=0) == (28e9, 0, 0)
     assert analysis.memory(7e9, "int4_g128", overhead=0).weights == 7e9 * 4.25 / 8
     assert analysis.memory(0.0, "bfloat16").total == 0

@@ -42,7 +42,7 @@ def test_quantizers_keep_explicit_shardings(name: str):
 
 
 @pytest.mark.parametrize("name", ["dynamic8", "float8_e8m0fnu"])
-def test_explicit_casts_and_codes(name: str):
+def test_casts_and_codes_work_on_explicit_axes(name: str):
     x = sharded(X, ("a", None))
     assert_same(jax.jit(lambda x: jaxq.cast(x, name))(x), jaxq.cast(X, name))
     assert_same(jaxq.decode(jaxq.encode(x, name), name), jaxq.cast(X, name))
@@ -78,7 +78,7 @@ def test_packing_works_on_explicit_axes():
 @pytest.mark.parametrize(
     "name", [data.slow("int4_g32"), data.slow("nvfp4"), "nf4_dq", "uint4_g128"]
 )
-def test_explicit_parts_of_a_quantized_tensor(name: str):
+def test_quantized_tensor_can_be_indexed_along_unsharded_axes(name: str):
     """Indexes rows along an axis that is not sharded."""
     q, whole = jaxq.quantize(sharded(X, (None, "b")), name), jaxq.quantize(X, name)
     np.testing.assert_array_equal(q.unpack(), whole.unpack())
@@ -88,7 +88,7 @@ def test_explicit_parts_of_a_quantized_tensor(name: str):
         assert_same(q[index].dequantize(), whole[index].dequantize())
 
 
-def test_explicit_products_of_codes():
+def test_native_products_work_on_explicit_axes():
     x, w = sharded(X, ("a", None)), sharded(X.T, (None, "b"))
     recipe = jaxq.ProductRecipe("int8_token", "int8_channel", execution="native")
     numbers = (((1,), (0,)), ((), ()))
@@ -97,7 +97,7 @@ def test_explicit_products_of_codes():
     assert_same(y, jaxq.dot_general(X, X.T, numbers, recipe=recipe))
 
 
-def test_explicit_products_after_a_hadamard_transform():
+def test_products_after_a_hadamard_transform_work_on_explicit_axes():
     """Uses integers and power-of-two scales, so that sums are exact in any order."""
     rng = np.random.default_rng(1)
     x, w = (rng.integers(-30, 31, shape).astype(np.float32) for shape in ((64, 32), (32, 64)))

@@ -26,7 +26,7 @@ def cast_alone(x: jax.Array, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_between_two_products(name: str):
+def test_cast_between_two_products_has_the_same_bits(name: str):
     a, b = normal(64, 32), normal(32, 48)
 
     @jax.jit
@@ -41,7 +41,7 @@ def test_between_two_products(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_a_layer_norm(name: str):
+def test_cast_in_a_layer_norm_has_the_same_bits(name: str):
     x, gain = normal(64, 32), 1 + normal(32) / 8
 
     @jax.jit
@@ -54,7 +54,7 @@ def test_in_a_layer_norm(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_a_scan(name: str):
+def test_cast_in_a_scan_has_the_same_bits(name: str):
     x = normal(16, 32)
 
     def step(state, row):

@@ -213,7 +213,7 @@ class TestQuantizedState:
         small = optim.quantize_state(tx, min_size=0)
         assert self.largest_update(small, gradients) < 4 * self.largest_update(tx, gradients)
 
-    def test_bytes_of_state(self):
+    def test_state_takes_one_byte_per_element_and_scales(self):
         init = optim.quantize_state(optax.adam(1e-3)).init
         state = jax.eval_shape(init, parameters())
         n = 70 * 77
@@ -266,7 +266,7 @@ class TestQuantizedState:
                 assert error <= 2e-3 * np.abs(np.asarray(b)).mean()
 
     @pytest.mark.slow
-    def test_nested_in_optax_wrappers(self):
+    def test_state_nests_in_optax_wrappers(self):
         params = parameters()
         inner = optim.quantize_state(optax.adam(1e-3), min_size=0)
         masked = optax.chain(optax.clip(1.0), optax.masked(inner, {"w": True, "b": False}))
@@ -329,7 +329,7 @@ class TestQuantizedState:
         mean = np.asarray(a.dequantize()).mean(0)
         np.testing.assert_allclose(mean, g["a"][0], atol=5 * 0.5 / 127 / 8)
 
-    def test_vmap_over_seeds_and_scan_over_steps(self):
+    def test_vmapped_seeds_equal_separate_runs(self):
         params = {"w": jnp.ones((64, 64))}
 
         def run(key):
@@ -394,7 +394,7 @@ class TestQuantizedState:
         bad = np.isnan(state.inner[0].trace["w"].dequantize())
         np.testing.assert_array_equal(np.flatnonzero(bad), np.arange(BLOCK, 2 * BLOCK))
 
-    def test_optax_tree_utilities(self):
+    def test_optax_tree_utilities_find_arrays_of_the_state(self):
         tx = optim.quantize_state(optax.adam(1e-3))
         state = jax.eval_shape(tx.init, parameters())
         chex.assert_shape(optax.tree_utils.tree_get(state, "count"), ())
@@ -477,7 +477,7 @@ class TestQuantizedGradients:
         assert (np.asarray(state.residual)[8:] != 0).any()
 
     @pytest.mark.slow
-    def test_rules_keys_and_chains(self):
+    def test_rules_select_leaves_and_keys_change_each_step(self):
         params = {**parameters(), "n": jnp.zeros((), jnp.int32)}
         rules = [("w", jaxq.Recipe("int4", rounding="stochastic"))]
         tx = optim.quantize_gradients(rules, key=jax.random.key(0))
@@ -538,7 +538,7 @@ class TestUpdates:
             got = optim.apply_updates(jnp.asarray(w), jnp.asarray(u), rounding="nearest_even")
             assert_same(got, (w.astype(np.float32) + u).astype(name))
 
-    def test_keys_leaves_and_dtypes(self):
+    def test_updates_draw_per_leaf_and_keep_other_dtypes(self):
         w = jnp.ones((64,), jnp.bfloat16)
         params = {"a": w, "b": w, "c": jnp.ones(3), "n": jnp.asarray(2), "none": None}
         u = {"a": jnp.full(64, 2.0**-9), "b": jnp.full(64, 2.0**-9), "c": jnp.full(3, 1e-6)}
@@ -559,7 +559,7 @@ class TestUpdates:
         rows = jax.jit(jax.vmap(lambda k: optim.apply_updates(w, u["a"], key=k)))(keys)
         assert_same(rows[1], optim.apply_updates(w, u["a"], key=keys[1]))
 
-    def test_saturation_and_nan(self):
+    def test_updates_saturate_and_keep_nan(self):
         w = jnp.asarray([448.0, -448, 448, np.nan], jnp.float8_e4m3fn)
         u = jnp.asarray([100.0, -1e30, np.inf, 1.0])
         new = optim.apply_updates(w, u, key=jax.random.key(0)).astype(jnp.float32)

@@ -95,7 +95,7 @@ def test_clipped_gradients_pass_outliers():
     np.testing.assert_array_equal(g != 0, inside | largest(np.asarray(x), 21))
 
 
-def test_other_formats_and_dtypes():
+def test_outliers_of_bfloat16_tensors_are_stored_exactly():
     x = heavy().astype(jnp.bfloat16)
     r = recipe(fraction=0.01, format="bfloat16")
     y = jaxq.fake_quant(x, r)

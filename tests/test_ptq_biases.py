@@ -1,5 +1,6 @@
 """Correction of biases for the mean error of quantized weights."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_biases_lose_the_mean_error_of_their_products():
     assert all(new["layers"][n] is packed["layers"][n] for n in ("up", "down"))
 
 
-def test_products_with_one_bias_and_masked_tokens():
+def test_products_that_share_a_bias_are_corrected_without_masked_tokens():
     def fn(params, x, y):
         return x @ params["a"] + y @ params["b"] + params["bias"].astype(x.dtype)
 
@@ -83,8 +84,8 @@ def test_products_with_one_bias_and_masked_tokens():
         np.float64(v)[mask].mean(0) @ (np.float64(packed[n].dequantize()) - np.float64(params[n]))
         for n, v in (("a", x), ("b", y))
     )
-    assert new["bias"].dtype == jnp.bfloat16
-    assert new["bias"].shape == (1, 3)
+    chex.assert_type(new["bias"], jnp.bfloat16)
+    chex.assert_shape(new["bias"], (1, 3))
     np.testing.assert_allclose(np.float64(new["bias"][0]), 1 - shift, rtol=1e-2)
 
 

@@ -175,7 +175,7 @@ def test_scores_by_gradient_weight_errors_of_outputs_by_the_gradient_of_the_loss
     plain = ptq.Scores(tuple(dataclasses.replace(row, gradient=np.nan) for row in scores.rows))
     with pytest.raises(ValueError, match="must have numbers in 'gradient', got NaN"):
         ptq.budget(plain, 500, by="gradient")
-    with pytest.raises(ValueError, match=r"must return one scalar, its loss, got .*\(10, 8\)"):
+    with pytest.raises(ValueError, match=r"must return a scalar loss, got .*\(10, 8\)"):
         ptq.sensitivity(lambda w, x: x @ w, ["int8_channel"], gradient=True)(
             params["in"][0], batches
         )

@@ -29,7 +29,7 @@ PARAMS = {"layers": normal(0, 2, 8, 8), "twice": normal(1, 8, 8), "out": normal(
 BATCHES = [normal(3, 20, 8), normal(4, 20, 8)]
 
 
-def test_interrupted_run_goes_on_with_the_same_result(tmp_path: pathlib.Path):
+def test_interrupted_run_continues_with_the_same_result(tmp_path: pathlib.Path):
     plain, expected = ptq.quantize_weights(model, RULES, solver="qep")(PARAMS, BATCHES)
     folder, seen = tmp_path / "run", []
 

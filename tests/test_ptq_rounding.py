@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -172,7 +173,7 @@ def test_later_blocks_learn_on_the_packed_ones_before_them():
         progress=seen.append,
     )
     packed, report = learn(LAYERS, batches, key=KEY)
-    assert packed[0]["up"].dtype == jnp.bfloat16
+    chex.assert_type(packed[0]["up"], jnp.bfloat16)
 
     def model(params, x):
         return layer(params[1], *layer(params[0], x, masks))[0]

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_smoothquant_moves_outliers_of_activations_into_weights():
 
 
 @pytest.mark.slow
-def test_experts_have_scales_of_their_own():
+def test_each_expert_has_its_own_scales():
     apply = lambda w, x: jnp.einsum("edf,etd->etf", w, x)
     w, x = normal(0, 3, 8, 8), normal(1, 3, 40, 8) * SIZES
     x[1] = 0  # An expert without data.
@@ -157,7 +158,7 @@ def test_products_without_scales_are_listed_with_the_reason():
     np.testing.assert_array_equal(new["tied"], params["tied"])
     with pytest.raises(ValueError, match="none: 'loop': it is in a while loop"):
         ptq.scale_inputs(left, {"loop": "int4_channel"})(params, [x])
-    with pytest.raises(ValueError, match="must have all changed products, but lacks 'own'"):
+    with pytest.raises(ValueError, match="must contain all changed products, but lacks 'own'"):
         scales.apply(lambda params, x: x @ params["loop"])(params, x)
 
 
@@ -206,8 +207,8 @@ def test_scaled_functions_are_differentiated_and_stay_in_bfloat16():
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), w)
     apply = lambda w, x: x @ w["w"]
     new, found = ptq.scale_inputs(apply, "int4_channel")(half, [jnp.asarray(x, jnp.bfloat16)])
-    assert new["w"].dtype == jnp.bfloat16
-    assert found.apply(apply)(new, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+    y = found.apply(apply)(new, jnp.asarray(x, jnp.bfloat16))
+    chex.assert_type([new["w"], y], jnp.bfloat16)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -264,6 +265,6 @@ def test_contract_of_input_scalers(name: str):
     seen = ptq.collect(x, hessian=scaler.needs_hessian)
     problem = ptq.InputProblem((normal(1, 2, 8, 4),), seen, lambda weights: list(weights))
     found = np.asarray(scaler.scales(problem))
-    assert found.shape == (2, 8)
-    assert np.isfinite(found).all()
+    chex.assert_shape(found, (2, 8))
+    chex.assert_tree_all_finite(found)
     assert (found > 0).all()

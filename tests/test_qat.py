@@ -22,7 +22,7 @@ def numbers(shape=(4, 16), seed=0) -> np.ndarray:
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", KINDS)
-def test_neighbors_in_every_kind_of_format(name: str):
+def test_neighbors_are_adjacent_values_in_every_kind_of_format(name: str):
     fmt = jaxq.Recipe(name).element
     with np.errstate(over="ignore"):
         values = np.unique(fmt.values.astype(np.float32))
@@ -74,11 +74,14 @@ def test_dorefa_matches_its_formula(bits: int):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_dorefa_of_zeros_empty_and_invalid_widths():
+def test_dorefa_takes_zeros_and_empty_tensors():
     assert_same(qat.unit_tanh(jnp.zeros(3)), np.zeros(3, np.float32))
     chex.assert_tree_all_finite(jax.grad(lambda w: qat.unit_tanh(w).sum())(jnp.zeros(3)))
     chex.assert_shape(qat.dorefa(jnp.zeros((0, 2)), 4), (0, 2))
     chex.assert_type(qat.dorefa(jnp.ones(2, jnp.bfloat16), 4), jnp.bfloat16)
+
+
+def test_dorefa_with_one_bit_raises():
     with pytest.raises(ValueError, match="`bits` must be 2 to 16, got 1"):
         qat.dorefa(jnp.ones(2), 1)
 

@@ -37,7 +37,7 @@ def whole(x, recipe: jaxq.Recipe):
         (12, (1, 2)),
     ],
 )
-def test_absmax_of_any_width_and_axis(bits: int, axes):
+def test_absmax_scales_and_codes_match_numpy(bits: int, axes):
     x = weights()
     granularity = jaxq.PerTensor() if axes is None else jaxq.PerChannel(axes)
     fmt = jaxq.get_format("int8") if bits == 8 else jaxq.IntFormat(f"int{bits}", bits)
@@ -62,7 +62,7 @@ def test_absmax_of_any_width_and_axis(bits: int, axes):
         *(data.slow(bits, True) for bits in (5, 16)),
     ],
 )
-def test_zero_point_of_any_width(bits: int, signed: bool):
+def test_zero_points_and_codes_match_numpy(bits: int, signed: bool):
     x = weights((6, 40)) + np.float32(0.7)
     fmt = jaxq.IntFormat("custom", bits, signed=signed)
     recipe = jaxq.Recipe(fmt, jaxq.PerChannel((0,)), jaxq.Affine())
@@ -128,7 +128,7 @@ def test_bits_per_weight_counts_scales():
         (jaxq.Recipe("int4", outliers=jaxq.Outliers(0.1)), (3, 5)),
     ],
 )
-def test_nbytes_from_shape(recipe, shape):
+def test_nbytes_equals_the_bytes_of_stored_arrays(recipe, shape):
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     q = jax.eval_shape(lambda x: jaxq.quantize(x, recipe), x)
     nbytes = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(q))

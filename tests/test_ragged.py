@@ -88,7 +88,7 @@ def test_products_match_numpy_per_group(name):
         close(a, b)
 
 
-def test_other_ragged_modes():
+def test_ragged_contraction_and_batch_match_numpy():
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
     recipe = jaxq.ProductRecipe("int8_token", "int8_channel")
     got = jaxq.products.ragged_dot_general(X, G, SIZES, numbers, recipe=recipe)
@@ -202,7 +202,7 @@ def test_stored_experts_match_bitwise(recipe, block):
 
 
 @pytest.mark.slow
-def test_static_scales_and_delayed_scaling():
+def test_experts_take_static_and_delayed_scales():
     rules = [("experts", jaxq.ProductRecipe("int8_tensor", "int8_channel"))]
     y, state = jaxq.observe(moe, rules)(PARAMS, X, SIZES)
     static = jax.jit(jaxq.quantize_fn(moe, jaxq.freeze(rules, state)))

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def _as_a_script(monkeypatch: pytest.MonkeyPatch):
-    """Lets scripts import each other, and allows dtype promotion, as in a program of a user."""
+    """Lets scripts import each other, and allows dtype promotion, as in a user's program."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     with jax.numpy_dtype_promotion("standard"):
         yield

@@ -3,6 +3,7 @@
 import re
 from html.parser import HTMLParser
 
+import equinox
 import jax
 from jax import numpy as jnp
 
@@ -30,6 +31,12 @@ def test_stored_array_without_arrays_has_representation():
     stored = jaxq.quantize(jnp.ones(4), "int8_tensor")
     assert "Quantized" in repr(jax.tree.map(lambda _: "axis", stored))
     assert repr(stored) == "int8_tensor[4] 8 B"
+
+
+def test_equinox_shows_stored_weights_in_short_form():
+    layer = equinox.nn.Linear(64, 2, use_bias=False, key=jax.random.key(0))
+    layer = jaxq.quantize_tree(layer, "int8_tensor", axis=-1)
+    assert "weight=int8_tensor[2×64] 132 B" in repr(layer)
 
 
 class Cells(HTMLParser):
@@ -84,6 +91,16 @@ def test_notebooks_show_reports_as_html_with_notes():
 def test_explain_shows_granularity():
     table = jaxq.explain(lambda p, x: x @ p, "w8a8")(jnp.ones((8, 8)), jnp.ones((2, 8)))
     assert table.rows[0].recipe == "int8_token int8_channel"
+
+
+def test_explain_in_notebook_names_cell_and_leaves_out_empty_columns():
+    code = compile("def model(p, x):\n    return x @ p", "/tmp/ipykernel_21/345.py", "exec")
+    exec(code, cell := {})
+    table = jaxq.explain(cell["model"], "w8a8")(jnp.ones((8, 8)), jnp.ones((2, 8)))
+    assert table.rows[0].source == "notebook cell:2 (model)"
+    heads = Cells(table._repr_html_()).rows[0]
+    assert "shapes" in heads
+    assert "scope" not in heads
 
 
 def test_large_figures_are_rounded():

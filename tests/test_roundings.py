@@ -146,7 +146,7 @@ def p3109_saturated(x, low, high, sat, mode, signed, extended):
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("mode", P3109_MODES)
 @pytest.mark.parametrize("precision", [1, 3])
-def test_p3109_saturation_modes(precision: int, mode: str):
+def test_p3109_saturation_matches_the_report(precision: int, mode: str):
     """Computes the values before saturation with one more exponent bit."""
     for signed, domain in itertools.product((True, False), ("extended", "finite")):
         fmt = jaxq.formats.p3109(6, precision, signed=signed, domain=domain)
@@ -227,7 +227,7 @@ def test_stochastic_bits_come_from_key_and_are_uncorrelated():
             assert abs(r) < 5 / n**0.5
 
 
-def test_custom_rounding_function():
+def test_own_function_defines_the_rounding():
     def half_down(units, negative, random):
         del negative, random
         return jax.numpy.ceil(units - 0.5)
@@ -251,7 +251,7 @@ CODEBOOKS = [
     data.each(CODEBOOKS, [fmt for fmt in CODEBOOKS if fmt.name not in ("fp4_bnb", "dynamic8")]),
     ids=lambda fmt: fmt.name,
 )
-def test_codebooks_in_every_mode(fmt: jaxq.CodebookFormat, mode: str):
+def test_codebooks_match_enumeration_in_every_mode(fmt: jaxq.CodebookFormat, mode: str):
     levels = fmt.values
     middles = (levels[:-1] + levels[1:]) / 2
     exact = np.concatenate([levels, middles, [0.0, -0.0, 2, -2]]).astype(np.float32)
@@ -282,7 +282,7 @@ def test_codebooks_in_every_mode(fmt: jaxq.CodebookFormat, mode: str):
 
 
 @pytest.mark.parametrize("fmt", CODEBOOKS, ids=lambda fmt: fmt.name)
-def test_codebooks_in_float64(fmt: jaxq.CodebookFormat):
+def test_codebooks_match_enumeration_in_float64(fmt: jaxq.CodebookFormat):
     middles = (fmt.values[:-1] + fmt.values[1:]) / 2
     exact = np.concatenate([fmt.values, middles])
     x = np.concatenate([exact, np.nextafter(exact, 9), np.nextafter(exact, -9), [np.nan, 1e300]])

@@ -174,7 +174,7 @@ def test_optimizer_explains_unquantized_arrays():
             tx.init(PARAMS)
 
 
-def test_rules_with_formats():
+def test_updates_take_rules_with_formats():
     params = {"a": jnp.ones(4), "b": jnp.ones(4)}
     update = jax.tree.map(lambda x: x * 0.3, params)
     key = jax.random.key(0)

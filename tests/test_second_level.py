@@ -50,7 +50,7 @@ def test_double_quantization_matches_qlora():
 @pytest.mark.parametrize(
     "shape", [data.slow((2, 64)), (3, 320), (0, 64), data.slow((64,))], ids=str
 )
-def test_tensors_with_few_or_no_scales(shape):
+def test_double_quantization_takes_few_or_no_scales(shape):
     x = np.resize(weights(), shape).astype(F)
     assert_same(jaxq.fake_quant(x, "nf4_dq"), jaxq.quantize(x, "nf4_dq").dequantize())
 

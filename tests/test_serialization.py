@@ -171,7 +171,7 @@ def test_restoring_with_another_recipe_raises():
         serialization.from_state_dict(jaxq.quantize(W, "nf4_g64"), state)
 
 
-def test_recipes_with_custom_functions():
+def test_recipes_with_own_functions_restore_into_a_target():
     def floor(units, negative, random):
         del negative, random
         return jnp.floor(units)
@@ -188,7 +188,7 @@ def test_recipes_with_custom_functions():
         "import jaxq, importlib.util; importlib.util.find_spec('flax.serialization')",
     ],
 )
-def test_any_order_of_imports(imports: str):
+def test_flax_may_be_imported_before_or_after(imports: str):
     code = f"""{imports}
 import sys, jax.numpy as jnp
 q = jaxq.quantize(jnp.ones(4), "int8_tensor")

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -116,7 +117,7 @@ def test_appending_does_not_change_past_tokens():
     assert len(known) == 20
 
 
-def test_one_append_equals_many():
+def test_one_append_equals_many_appends():
     keys, values = tokens(27)
     cache = serving.KVCache.empty((CAPACITY, HEADS, CHANNELS), KIVI)
     for start in range(0, 27, 9):
@@ -137,7 +138,7 @@ def test_sequences_of_a_batch_have_their_own_lengths():
             expected = serving.KVCache.empty((CAPACITY, HEADS, CHANNELS), KIVI)
         assert equal(jax.tree.map(lambda x, i=i: x[i], cache), expected)
     y = attend(cache, jnp.ones((3, 1, HEADS, CHANNELS)))
-    assert bool(jnp.isfinite(y).all())
+    chex.assert_tree_all_finite(y)
     assert bool((y[1] == 0).all())
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_bfloat16_sums_of_parts_are_float32():
     x = jnp.ones((1, 256), jnp.bfloat16).at[0, 0].set(3)
     y = stored_dot_general(x, w, KERNEL, chunk=2)
     # In bfloat16, which has 8 significant bits, the sum would stay at 256.
-    assert y.dtype == jnp.bfloat16
+    chex.assert_type(y, jnp.bfloat16)
     assert y.tolist() == [[258, 258]]
 
 

@@ -48,7 +48,7 @@ def value(code: int, bits: int, es: int | None) -> F:
 
 
 @pytest.mark.parametrize("fmt", FEW, ids=lambda fmt: fmt.name)
-def test_values_of_all_codes(fmt: jaxq.TaperedFormat):
+def test_all_codes_decode_by_the_definition(fmt: jaxq.TaperedFormat):
     codes = np.arange(2**fmt.bits)
     if fmt.bits > 12:
         codes = codes[::7]

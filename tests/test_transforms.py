@@ -157,7 +157,7 @@ def test_explain_lists_all_products(params):
         lambda p, x: lax.while_loop(lambda c: c[1] < 1, lambda c: (x @ p["w"], c[1] + 1), (x, 0))[0],  # noqa: E501
     ],
 )  # fmt: skip
-def test_products_in_functions_and_control_flow(operation):
+def test_products_inside_functions_and_control_flow_are_quantized(operation):
     """Covers products in functions and control flow, several of which Qwix leaves in float."""
     rng = np.random.default_rng(1)
     p, x = {"w": rng.standard_normal((16, 16))}, rng.standard_normal((4, 16))
@@ -182,7 +182,7 @@ def test_custom_derivatives_are_kept():
     assert_same(quantized({"w": w}, x), jaxq.fake_quant(w, INT2).sum())
 
 
-def test_outer_vmap_and_jvp():
+def test_vmap_and_jvp_of_a_quantized_function_match_formulas():
     w = data.normal((8, 4), 2)
     x = data.normal((5, 8), 3)
     f = jaxq.quantize_fn(lambda p, x: x @ p["w"], [("w", "w4a16")])
@@ -193,7 +193,7 @@ def test_outer_vmap_and_jvp():
     np.testing.assert_allclose(moved, want, rtol=1e-6)
 
 
-def test_convolutions_outputs_and_scopes():
+def test_rules_select_convolutions_by_scope_and_quantize_outputs():
     x, w = jnp.ones((1, 3, 6, 6)), {"k": jnp.full((4, 3, 3, 3), 0.37)}
 
     def conv(p, x):

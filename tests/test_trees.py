@@ -56,7 +56,7 @@ def test_report_counts_bytes():
     assert jaxq.tree_report(shapes) == report
 
 
-def test_quantized_tree_under_jit():
+def test_quantized_tree_passes_through_jit():
     params = parameters()
     rules = [("kernel", "int4_channel")]
     small = jax.jit(lambda p: jaxq.quantize_tree(p, rules, axis=-2))(params)

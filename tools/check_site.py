@@ -7,7 +7,7 @@ place, or a `chromium` on the path. Nothing outside the site is loaded, so that 
 without a network. Finds, on every page:
 
 - requests that fail or leave the site, and errors in the console;
-- a page wider than the window, and code or tables that are cut at 1400 pixels;
+- a page wider than the window, and code, tables or outputs that are cut at 1400 pixels;
 - pictures without alternative text, and pictures that do not load;
 - mathematics that is not rendered.
 
@@ -47,7 +47,7 @@ _MEASURE = """() => {
   }
   const visible = e => e.offsetParent !== null;
   if (window.innerWidth > 1000)
-    for (const e of document.querySelectorAll('article pre, article .table-wrapper'))
+    for (const e of document.querySelectorAll('article pre, .table-wrapper, .cell_output'))
       if (visible(e) && e.scrollWidth > e.clientWidth + 1)
         found.push(`<${e.localName}> is cut by ${e.scrollWidth - e.clientWidth}: ${name(e)}`);
   for (const e of document.querySelectorAll('img')) {

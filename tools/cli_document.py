@@ -15,7 +15,7 @@ import re
 import shlex
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "cli.md"
-# A long command goes on after a backslash at the end of a line.
+# A long command continues after a backslash at the end of a line.
 _BLOCK = re.compile(r"^```console\n\$ jaxq ((?:.*\\\n)*.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 
 

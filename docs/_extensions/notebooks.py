@@ -1,7 +1,7 @@
 """A Sphinx extension that offers every executed page as a notebook that plain Jupyter shows well.
 
 The notebook has the outputs of the build. Sentences contain the computed numbers instead of
-`{eval}`, admonitions are quotations, and solutions are folded.
+`{eval}`, admonitions are quotations, solutions are folded, and captions follow their pictures.
 """
 
 import json
@@ -109,10 +109,15 @@ def converted(
         if cell["cell_type"] == "markdown":
             cell = {**cell, "metadata": {}, "source": plain(source, left, pages, folder)}
         else:
+            caption = cell["metadata"].get("mystnb", {}).get("figure", {}).get("caption", "")
             hidden = "hide-cell" in tags
-            folded = {"source_hidden": hidden or "remove-input" in tags, "outputs_hidden": hidden}
+            short = hidden or not {"hide-input", "remove-input"}.isdisjoint(tags)
+            folded = {"source_hidden": short, "outputs_hidden": hidden}
             cell = {**cell, "source": source, "metadata": {"jupyter": folded} if tags else {}}
-        cell.pop("id", None)
+            if caption:
+                below = " ".join(caption.split())
+                cells.append(cell)
+                cell = {"cell_type": "markdown", "metadata": {}, "source": f"*{below}*"}
         cells.append(cell)
     cells = [{**cell, "id": f"cell-{i}"} for i, cell in enumerate(cells)]
     kept = ("kernelspec", "language_info")

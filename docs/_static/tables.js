@@ -1,4 +1,7 @@
-// Makes tables sortable by a click on a head, and long catalogs filterable.
+// Makes tables sortable by a click on a head, and long ones filterable.
+
+const FILTERED = 13;  // The number of rows from which a table can be filtered.
+const LONG = 30;  // The number of characters above which the text of a cell wraps.
 
 function valueOf(cell) {
   const text = cell.textContent.trim().replaceAll(",", "").replaceAll("−", "-");
@@ -37,7 +40,9 @@ function enhance(table) {
     head.addEventListener("click", () => sort(table, head));
     head.addEventListener("keydown", (event) => event.key === "Enter" && sort(table, head));
   }
-  if (!table.classList.contains("catalog")) return;
+  for (const cell of table.querySelectorAll("td:not(:first-child)"))
+    cell.classList.toggle("long", cell.textContent.length > LONG);
+  if (table.tBodies[0].rows.length < FILTERED) return;
   const input = document.createElement("input");
   input.className = "filter";
   input.type = "search";
@@ -54,5 +59,5 @@ function enhance(table) {
 }
 
 document.addEventListener("DOMContentLoaded", () => {
-  document.querySelectorAll("table.catalog, table.jaxq-table").forEach(enhance);
+  document.querySelectorAll("table.jaxq-table").forEach(enhance);
 });

@@ -15,7 +15,7 @@ class Table:
     """A table whose rows are records of one dataclass.
 
     Its `str` and `repr` are aligned text, and notebooks show it as an HTML table with rounded
-    figures.
+    figures and without empty columns.
 
     Attributes:
       rows: the records, one per row.
@@ -39,16 +39,18 @@ class Table:
         return str(self) if self.rows else "Table(rows=())"
 
     def _repr_html_(self) -> str:
-        values = self._values
-        numbers = [
-            any(_is_number(row[i]) for row in values)
-            and all(_is_number(row[i]) or row[i] == "" for row in values)
-            for i in range(len(self._heads))
+        columns = {
+            head: [getattr(row, head) for row in self.rows]
+            for head in self._heads
+            if any(getattr(row, head) != "" for row in self.rows)
+        }
+        aligned = [
+            "right" if all(_is_number(value) or value == "" for value in column) else "left"
+            for column in columns.values()
         ]
-        aligned = ["right" if number else "left" for number in numbers]
         head = "".join(
             f'<th style="text-align: {side}">{html.escape(name.replace("_", " "))}</th>'
-            for name, side in zip(self._heads, aligned, strict=True)
+            for name, side in zip(columns, aligned, strict=True)
         )
         body = "\n".join(
             "<tr>"
@@ -57,7 +59,7 @@ class Table:
                 for value, side in zip(row, aligned, strict=True)
             )
             + "</tr>"
-            for row in values
+            for row in zip(*columns.values(), strict=True)
         )
         return (
             f'<table class="jaxq-table">\n<thead><tr>{head}</tr></thead>\n'

@@ -7,6 +7,7 @@ interface of JAX and differ between versions, so all code that depends on them i
 import contextlib
 import os
 import pathlib
+import re
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,6 +44,8 @@ __all__ = [
 
 _HERE, _JAXQ = (str(folder) + os.sep for folder in pathlib.Path(__file__).parents[:2])
 _INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+# The file that ipykernel names for a cell; its numbers differ in every run.
+_CELL = re.compile(r".*\bipykernel_\d+[/\\]\d+\.py$")
 
 
 class Body(NamedTuple):
@@ -137,7 +140,7 @@ def _line(frames: Iterable[tuple[str, int, str]], around: str = "") -> str:
             break
         if not source_info_util.is_user_filename(file):
             continue
-        text = f"{file}:{line} ({function})"
+        text = f"{_CELL.sub('notebook cell', file)}:{line} ({function})"
         if not (file.startswith(_JAXQ) or any(folder in file for folder in _INSTALLED)):
             return text
         packages.append(text)

@@ -1,7 +1,8 @@
 """Analysis of number formats: tensor and tree errors, theory, bounds, memory, and plots.
 
 `import jaxq` loads this package at the first use of `jaxq.analysis`. To add an error metric, add a
-field to `Comparison` and its sum to `measure` (`_metrics.py`).
+field to `Comparison` and its sum to `measure` (`_metrics.py`); to add a statistic of `monitor`,
+list it in `STATISTICS` (`_monitoring.py`).
 """
 
 from jaxq.analysis import distributions, machines, plots

@@ -8,10 +8,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from jaxq.cli._output import UsageError
+from jaxq.cli._pieces import Numbers
 from jaxq.interop import Entry, FileError, TensorFile, open_tensors
 
 __all__ = ["Inputs", "opened"]
@@ -38,6 +40,11 @@ class Inputs:
         """Returns the numbers of a tensor as float32."""
         file, own = self.sources[entry.name]
         return file.read(own)
+
+    def numbers(self, entry: Entry) -> Numbers:
+        """Returns the numbers of a tensor, which are read when they are used."""
+        file, own = self.sources[entry.name]
+        return Numbers(own.shape, partial(file.stream, own), partial(file.read, own))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ A row without measurements gives the reason in its `note`; no tensor is skipped 
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,16 @@ from jaxq.analysis import Energies, format_or_recipe
 from jaxq.analysis import total as total_of
 from jaxq.cli._inputs import Inputs
 from jaxq.cli._output import bad_input, one_line
-from jaxq.cli._pieces import Errors, energy, errors_in_pieces, errors_of, packed_in_pieces
+from jaxq.cli._pieces import (
+    Errors,
+    Numbers,
+    Sums,
+    errors_in,
+    errors_in_pieces,
+    errors_of,
+    pack_in_pieces,
+    sums_of,
+)
 from jaxq.formats import Format
 from jaxq.interop import Entry, gguf
 from jaxq.quantizers import fake_quant
@@ -45,6 +55,9 @@ DEFAULT = (
     "mxfp4",
     "nvfp4",
 )
+
+
+_COUNTED = 2**20  # Elements that are read at a time to count those that are not finite.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,48 +188,67 @@ class Tensor(NamedTuple):
 
     Attributes:
       entry: its entry in the file.
-      x: its numbers in float32.
+      numbers: its numbers in float32.
       note: the reason why no recipe applies; empty if there is none.
-      signal: the sum of its squares.
+      sums: sums over the tensor, which all recipes share.
     """
 
     entry: Entry
-    x: np.ndarray
+    numbers: Numbers
     note: str
-    signal: float
+    sums: Sums
 
     @staticmethod
-    def of(entry: Entry, x: np.ndarray) -> "Tensor":
-        """Returns the tensor with its numbers, which are read once for all recipes."""
-        signal = energy(x.reshape(-1))
-        return Tensor(entry, x, "" if math.isfinite(signal) else _unfit(x), signal)
+    def of(entry: Entry, numbers: Numbers) -> "Tensor":
+        """Returns a tensor after a pass over its numbers."""
+        sums = sums_of(numbers)
+        note = "" if math.isfinite(sums.signal) else _unfit(numbers)
+        return Tensor(entry, numbers, note, sums)
 
 
-def measure(tensor: Tensor, recipe: str, axis: int = -1) -> Row:
-    """Returns the row of a tensor and a recipe.
+def measure(tensor: Tensor, recipes: Sequence[str], axis: int = -1) -> list[Row]:
+    """Returns the rows of a tensor, one per recipe.
 
     Args:
       tensor: the tensor.
-      recipe: the name of a recipe, of a block type of GGUF, or of a format, which means a cast
+      recipes: the names of recipes, of block types of GGUF, or of formats, which mean a cast
         without a scale.
       axis: the contracted axis, as in `jaxq.fake_quant`.
     """
-    entry, x, note, signal = tensor
-    kind = kind_of(recipe)
+    entry, numbers, note, sums = tensor
     if note:
-        return _row(entry, recipe, note)
-    try:
-        taken = _bytes(x.shape, kind, axis)
+        return [_row(entry, recipe, note) for recipe in recipes]
+    taken: dict[str, int | str] = {}
+    for recipe in recipes:
+        try:
+            taken[recipe] = _bytes(numbers.shape, kind_of(recipe), axis)
+        except ValueError as error:  # The blocks do not divide the shape, or an axis is missing.
+            taken[recipe] = one_line(error)
+    kinds = {r: kind_of(r) for r in recipes if isinstance(taken[r], int)}
+    cut = {r: kind for r, kind in kinds.items() if not isinstance(kind, str)}
+    found = errors_in_pieces(numbers, sums, list(cut.values()), axis)
+    errors: dict[str, Errors | None] = dict(zip(cut, found, strict=True))
+    for recipe, kind in kinds.items():
         if isinstance(kind, str):
-            errors = packed_in_pieces(np.moveaxis(x, axis, -1), kind)[1]
-        else:
-            errors = errors_in_pieces(x, kind, axis)
-        if errors is None:
+            errors[recipe] = _packed_errors(numbers, kind, axis)
+        elif errors[recipe] is None:
             assert isinstance(kind, Recipe)
-            errors = errors_of(x, np.asarray(_whole(x, kind, axis)))
-    except ValueError as error:  # The blocks do not divide the shape, or an axis is missing.
-        return _row(entry, recipe, one_line(error))
-    return _row(entry, recipe, "", taken, errors, signal)
+            x = numbers.whole
+            errors[recipe] = errors_of(x, np.asarray(_whole(x, kind, axis)))
+    return [
+        _row(entry, recipe, size)
+        if isinstance(size, str)
+        else _row(entry, recipe, "", size, errors[recipe], sums.signal)
+        for recipe, size in taken.items()
+    ]
+
+
+def _packed_errors(numbers: Numbers, type: str, axis: int) -> Errors:
+    """Returns the errors of a tensor in a block type of GGUF, whose blocks lie along an axis."""
+    if axis not in (-1, len(numbers.shape) - 1):
+        numbers = Numbers.of(np.moveaxis(numbers.whole, axis, -1))
+    parts = (part.errors for part in pack_in_pieces(numbers, type, errors_in))
+    return functools.reduce(operator.add, parts, Errors(0.0, 0.0))
 
 
 def _row(
@@ -247,13 +279,11 @@ def _row(
     )
 
 
-def _unfit(x: np.ndarray) -> str:
-    """Returns the reason why no recipe applies to a tensor; empty if there is none."""
-    finite = np.isfinite(x)
-    if finite.all():
-        return ""
-    nan = int(np.isnan(x).sum())
-    return f"not finite: {nan} NaN, {x.size - int(finite.sum()) - nan} infinite in float32"
+def _unfit(numbers: Numbers) -> str:
+    """Returns the reason why no recipe applies to a tensor with numbers that are not finite."""
+    counts = [(np.isnan(x).sum(), np.isinf(x).sum()) for x in numbers.stream(_COUNTED)]
+    nan, infinite = (int(sum(column)) for column in zip(*counts, strict=True))
+    return f"not finite: {nan} NaN, {infinite} infinite in float32"
 
 
 def rows_of(
@@ -272,9 +302,7 @@ def rows_of(
         if not entry.size:  # NumPy cannot represent every empty shape.
             yield [_row(entry, recipe, "empty") for recipe in recipes]
             continue
-        tensor = Tensor.of(entry, file.read(entry))
-        yield [measure(tensor, recipe, axis) for recipe in recipes]
-        del tensor  # Free the memory before the next tensor is read.
+        yield measure(Tensor.of(entry, file.numbers(entry)), recipes, axis)
 
 
 @dataclasses.dataclass(frozen=True)

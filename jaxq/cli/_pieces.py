@@ -1,37 +1,52 @@
-"""Errors of large tensors, measured in pieces of one shape that stay in the processor's cache.
+"""Errors of large tensors, measured in pieces of few shapes that stay in the processor's cache.
 
-One program is compiled per recipe, whatever the shapes of the tensors. The rows of a piece are
-blocks, padded with rows of zeros. Blocks that are long, or whose length depends on the tensor, are
-cut into segments; the lowest and the largest number of the whole block are appended to each of its
-segments, so that all of them get the block's scale.
+Two programs are compiled per recipe, one for large pieces and one for small ones, whatever the
+shapes of the tensors. The rows of a piece are blocks. Blocks that are long, or whose length depends
+on the tensor, are cut into segments; the lowest and the largest number of the whole block are
+appended to each of its segments, so that all of them get the block's scale.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
 
+from jaxq._jax.arithmetic import rounded
 from jaxq.analysis import Energies
 from jaxq.formats import Format
 from jaxq.interop import gguf
 from jaxq.numerics import cast
-from jaxq.quantizers import fake_quant
+from jaxq.quantizers import fake_quant, simulate
 from jaxq.recipes import Affine, PerBlock, PerToken, Recipe, Symmetric
 
-__all__ = ["Errors", "energy", "errors_in_pieces", "errors_of", "packed_in_pieces"]
+__all__ = [
+    "Errors",
+    "Numbers",
+    "PackedPart",
+    "Sums",
+    "energy",
+    "errors_in",
+    "errors_in_pieces",
+    "errors_of",
+    "pack_in_pieces",
+    "sums_of",
+]
 
-_SIZE = 2**18  # Elements of a piece.
+# Elements of the two kinds of pieces. XLA on CPU (JAX 0.10 to 0.12) passes the kernels of a program
+# to its threads, which takes 0.1 ms per piece, or 0.1 ns per element of a large one.
+LARGE, _SMALL = 2**20, 2**17
 _SEGMENT = 128  # Elements of a segment of a long block.
 _ROW = 2**12  # Elements of a row of blocks of GGUF.
 _LONGEST = 1024  # Elements of the longest blocks that are not cut.
-_SUMMED = 2**13  # Elements that are added at a time; OpenBLAS starts threads for more than 10,000.
+# Elements that are added in float32 before their sum is added in float64. OpenBLAS starts threads
+# for more than 10,000.
+_SUMMED = 2**11
+_LEAST = 1e-18  # Sums of squares from here on are accurate although smaller squares are lost.
 
 
 class Errors(NamedTuple):
@@ -45,33 +60,173 @@ class Errors(NamedTuple):
         values: Any = (self.noise, 0, signal, 0, count)
         return Energies(*values)
 
+    def __add__(self, other: Any) -> "Errors":
+        """Returns the errors of two parts of a tensor together."""
+        return Errors(self.noise + other.noise, max(self.max_error, other.max_error))
 
-def errors_in_pieces(x: np.ndarray, kind: Format | Recipe, axis: int) -> Errors | None:
-    """Returns the errors of a tensor; None if they cannot be computed in pieces.
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """The numbers of a tensor.
+
+    Attributes:
+      shape: the shape of the tensor.
+      stream: yields flat float32 parts of a size; a part is valid until the next but one is made.
+      read: returns the whole tensor in float32.
+    """
+
+    shape: tuple[int, ...]
+    stream: Callable[[int], Iterator[np.ndarray]]
+    read: Callable[[], np.ndarray]
+
+    @functools.cached_property
+    def whole(self) -> np.ndarray:
+        """The tensor in memory, for recipes that need it at once."""
+        return self.read()
+
+    @staticmethod
+    def of(x: np.ndarray) -> "Numbers":
+        """Returns the numbers of a float32 array."""
+        flat = x.reshape(-1)
+
+        def stream(size: int) -> Iterator[np.ndarray]:
+            return (flat[start : start + size] for start in range(0, flat.size, size))
+
+        return Numbers(x.shape, stream, lambda: x)
+
+
+class Sums(NamedTuple):
+    """Sums over a tensor that all recipes share.
+
+    Attributes:
+      signal: the sum of squares; not finite if a number is not.
+      ends: the lowest and the largest number of each row along the last axis, `[rows, 2]`.
+    """
+
+    signal: float
+    ends: np.ndarray
+
+
+def sums_of(numbers: Numbers) -> Sums:
+    """Returns sums over a tensor that is not empty, in one pass."""
+    length = numbers.shape[-1] if numbers.shape else 1
+    rows = math.prod(numbers.shape) // length
+    ends = np.empty((rows, 2), np.float32)
+    ends[:] = np.inf, -np.inf
+    signal, start = 0.0, 0
+    for part in numbers.stream(LARGE):
+        first, last = start // length, -(-(start + part.size) // length)
+        low, high = ends[first:last, 0], ends[first:last, 1]
+        if start % length == 0 and part.size % length == 0:
+            whole = part.reshape(-1, length)
+            low[:], high[:] = whole.min(axis=1), whole.max(axis=1)
+        else:
+            cuts = np.maximum(np.arange(first, last) * length - start, 0)
+            np.minimum(low, np.minimum.reduceat(part, cuts), out=low)
+            np.maximum(high, np.maximum.reduceat(part, cuts), out=high)
+        signal += energy(part)
+        start += part.size
+    return Sums(signal, ends)
+
+
+def errors_in_pieces(
+    numbers: Numbers, sums: Sums, kinds: Sequence[Format | Recipe], axis: int
+) -> list[Errors | None]:
+    """Returns the errors of a tensor by several recipes; None if they have no pieces.
 
     Args:
-      x: a finite float32 tensor.
-      kind: a recipe, or a format for a cast.
+      numbers: the numbers of the tensor, which are finite.
+      sums: the sums over them.
+      kinds: recipes, or formats for a cast.
       axis: the contracted axis, as in `jaxq.fake_quant`.
     """
+    if 0 < sums.signal < _LEAST:  # XLA on CPU takes subnormal errors for 0.
+        return [None] * len(kinds)
+    cuts = [_cut_of(numbers, sums, kind, axis) for kind in kinds]
+    errors = [None if cut is None else Errors(0.0, 0.0) for cut in cuts]
+    shared = [(i, cut) for i, cut in enumerate(cuts) if cut is not None and cut.blocks is None]
+    own = [(i, cut) for i, cut in enumerate(cuts) if cut is not None and cut.blocks is not None]
+    passes = [(numbers.stream(LARGE), _SEGMENT, shared)] if shared else []
+    passes += [(_parts_of(cut), cut.length, [(i, cut)]) for i, cut in own]
+    for parts, length, group in passes:
+        start = 0
+        for part in parts:
+            for piece, used in _pieces_of(part, length):
+                for i, cut in group:
+                    error = _errors(*cut.arguments(piece, start))
+                    found = errors_in(np.asarray(error).reshape(-1)[:used])
+                    del error  # So that the next piece uses its memory.
+                    errors[i] = errors[i] + found
+                start += used
+    return errors
+
+
+class _Cut(NamedTuple):
+    """The way in which a recipe is applied to pieces of a tensor.
+
+    Attributes:
+      kind: the recipe for rows of a piece, or the format.
+      length: the length of these rows.
+      size: the number of consecutive elements of a block, if it has several rows.
+      ends: the lowest and the largest number of each block, `[blocks, 2]`, appended to its rows;
+        None to append nothing.
+      top: the largest magnitude of the tensor, to append as a row; None to append nothing.
+      blocks: the blocks, `[blocks, elements]`, if they are not consecutive in the tensor.
+    """
+
+    kind: Format | Recipe
+    length: int
+    size: int = 1
+    ends: np.ndarray | None = None
+    top: float | None = None
+    blocks: np.ndarray | None = None
+
+    def arguments(self, piece: np.ndarray, start: int) -> tuple:
+        """Returns the arguments of the program for a piece that begins at an element."""
+        rows, more = piece.reshape(-1, self.length), None
+        if self.top is not None:
+            more = np.zeros((1, self.length), np.float32)
+            more[0, 0] = self.top
+        if self.ends is not None:
+            at = (start + self.length * np.arange(len(rows))) // self.size
+            more = self.ends[np.minimum(at, len(self.ends) - 1)]
+        return rows, more, self.kind
+
+
+def _cut_of(numbers: Numbers, sums: Sums, kind: Format | Recipe, axis: int) -> _Cut | None:
+    """Returns the way to cut a tensor for a recipe; None if there is none."""
     if not isinstance(kind, Recipe):
-        return _errors(_Rows(x.reshape(1, -1), _SEGMENT), kind)
-    scaling = kind.scaling
+        return _Cut(kind, _SEGMENT)
+    scaling, shape = kind.scaling, numbers.shape
     if kind.outliers is not None or scaling.second_level == "blocks":
         return None
-    block = kind.along(axis, x.ndim).cut(x.shape).block
+    block = kind.along(axis, len(shape)).cut(shape).block
     sizes = kind.granularity.sizes if isinstance(kind.granularity, PerBlock) else None
     length, fixed = math.prod(block), sizes is not None and math.prod(np.ravel(sizes))
     kind = dataclasses.replace(kind, granularity=PerToken())
+    consecutive = _is_consecutive(block, shape)
     if fixed == length <= _LONGEST:
-        top = np.abs(x).max() if scaling.second_level == "tensor" else None
-        return _errors(_Rows(_blocks(x, block), length, top=top), kind)
+        top = float(np.abs(sums.ends).max()) if scaling.second_level == "tensor" else None
+        if consecutive and _SMALL % length == 0:
+            return _Cut(kind, length, top=top)
+        return _Cut(kind, length, top=top, blocks=_blocks(numbers.whole, block))
     plain = scaling.range == "absmax" and not scaling.search and scaling.second_level is None
     if not plain or not isinstance(scaling, Symmetric | Affine):
         return None
-    blocks = _blocks(x, block)
+    count = math.prod(shape) // length
+    if consecutive and length % shape[-1] == 0 and (count == 1 or length % _SEGMENT == 0):
+        ends = sums.ends.reshape(count, -1, 2)
+        ends = np.stack([ends[..., 0].min(axis=1), ends[..., 1].max(axis=1)], axis=1)
+        return _Cut(kind, _SEGMENT, length, ends)
+    blocks = _blocks(numbers.whole, block)
     ends = np.stack([blocks.min(axis=1), blocks.max(axis=1)], axis=1)
-    return _errors(_Rows(blocks, _SEGMENT, ends), kind)
+    return _Cut(kind, _SEGMENT, -(-length // _SEGMENT) * _SEGMENT, ends, blocks=blocks)
+
+
+def _is_consecutive(block: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Returns whether the elements of each block are consecutive in the tensor."""
+    full = next((i for i in reversed(range(len(shape))) if block[i] != shape[i]), -1)
+    return all(n == 1 for n in block[: max(full, 0)])
 
 
 def _blocks(x: np.ndarray, block: tuple[int, ...]) -> np.ndarray:
@@ -82,128 +237,142 @@ def _blocks(x: np.ndarray, block: tuple[int, ...]) -> np.ndarray:
     return split.transpose(order).reshape(math.prod(counts), math.prod(block))
 
 
-class _Rows(NamedTuple):
-    """The rows of a tensor, and the numbers that pieces of them need besides.
+def _parts_of(cut: _Cut) -> Iterator[np.ndarray]:
+    """Yields the blocks of a cut in flat parts, each block padded with zeros to whole rows."""
+    assert cut.blocks is not None
+    blocks = cut.blocks
+    if cut.ends is not None and blocks.shape[1] != cut.size:
+        blocks = np.pad(blocks, [(0, 0), (0, cut.size - blocks.shape[1])])
+    return Numbers.of(blocks).stream(LARGE // cut.length * cut.length)
 
-    Attributes:
-      blocks: the blocks, float32 `[blocks, elements]`.
-      length: the length of the rows of a piece; each block takes a whole number of rows.
-      ends: the lowest and the largest number of each block, `[blocks, 2]`, appended to its rows;
-        None to append nothing.
-      top: the largest magnitude of the tensor, to append as a row; None to append nothing.
+
+def _pieces_of(part: np.ndarray, length: int = 1) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields a part in pieces padded with zeros, and the number of elements of each.
+
+    Args:
+      part: at most `LARGE` elements.
+      length: the length of rows, of which each piece has a whole number.
     """
-
-    blocks: np.ndarray
-    length: int
-    ends: np.ndarray | None = None
-    top: float | None = None
-
-    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Yields pieces of one shape, and what is appended to each."""
-        count, size = self.blocks.shape
-        each = -(-size // self.length)  # Rows per block.
-        blocks = self.blocks
-        if each * self.length != size:
-            blocks = np.pad(blocks, [(0, 0), (0, each * self.length - size)])
-        rows, height = blocks.reshape(-1, self.length), _SIZE // self.length
-        more = None
-        if self.top is not None:
-            more = np.zeros((1, self.length), np.float32)
-            more[0, 0] = self.top
-        for start in range(0, count * each, height):
-            piece = _padded(rows[start : start + height], height)
-            if self.ends is not None:
-                at = np.arange(start, min(start + height, count * each)) // each
-                more = _padded(self.ends[at], height)
-            yield piece, more
-
-
-def _padded(rows: np.ndarray, height: int) -> np.ndarray:
-    """Returns rows, with rows of zeros after them if there are fewer than `height`."""
-    if len(rows) == height:
-        return rows
-    return np.pad(rows, [(0, height - len(rows)), (0, 0)])
+    large, small = (size // length * length for size in (LARGE, _SMALL))
+    size = large if part.size > large // 2 else small
+    for start in range(0, part.size, size):
+        piece = part[start : start + size]
+        yield (piece if piece.size == size else np.pad(piece, (0, size - piece.size))), piece.size
 
 
 @functools.partial(jax.jit, static_argnames="kind")
-def _quantized(rows: jax.Array, more: jax.Array | None, kind: Format | Recipe) -> jax.Array:
-    """Returns the quantized rows of a piece."""
-    if not isinstance(kind, Recipe):
-        return cast(rows, kind, overflow="saturate")
-    if more is None:
-        return fake_quant(rows, kind)
-    whole = lax.concatenate([rows, more], int(len(more) == len(rows)))
-    return fake_quant(whole, kind)[: rows.shape[0], : rows.shape[1]]
-
-
-def _errors(rows: _Rows, kind: Format | Recipe) -> Errors:
-    noise, largest, buffer = 0.0, 0.0, None
-    for piece, more in rows.pieces():
-        # One buffer for all pieces, because fresh memory costs as much as the quantization.
-        buffer = np.empty_like(piece) if buffer is None else buffer
-        part = errors_of(piece, np.asarray(_quantized(piece, more, kind)), buffer)
-        noise, largest = noise + part.noise, max(largest, part.max_error)
-    return Errors(noise, largest)
-
-
-def packed_in_pieces(x: np.ndarray, type: str) -> tuple[np.ndarray, Errors]:
-    """Returns the bytes of a tensor in a block type of GGUF, made on all cores, and its errors.
+def _errors(rows: jax.Array, more: jax.Array | None, kind: Format | Recipe) -> jax.Array:
+    """Returns the quantized rows of a piece minus the rows.
 
     Args:
-      x: a float32 tensor.
+      rows: the rows.
+      more: the lowest and the largest number of the block of each row, `[rows, 2]`; or a row to
+        append; or None.
+      kind: a recipe with one block per row, or a format.
+    """
+    if not isinstance(kind, Recipe):
+        y = cast(rows, kind, overflow="saturate")
+    elif more is None:
+        y = fake_quant(rows, kind)
+    elif len(more) != len(rows):
+        y = fake_quant(lax.concatenate([rows, more], 0), kind)[: len(rows)]
+    elif isinstance(kind.scaling, Symmetric) and kind.scaling.takes_scales:
+        y = fake_quant(rows, kind, scale=simulate(more, kind).scales.step.reshape(-1, 1))
+    else:
+        y = fake_quant(lax.concatenate([rows, more], 1), kind)[:, : rows.shape[1]]
+    return rounded(y) - rows
+
+
+class PackedPart(NamedTuple):
+    """Consecutive blocks of a tensor in a block type of GGUF.
+
+    Attributes:
+      data: their bytes.
+      count: the number of elements.
+      signal: the sum of squares of the elements.
+      errors: the errors of the quantized elements.
+    """
+
+    data: np.ndarray
+    count: int
+    signal: float
+    errors: Errors
+
+
+def pack_in_pieces(
+    numbers: Numbers, type: str, measure: Callable[[np.ndarray], Errors]
+) -> Iterator[PackedPart]:
+    """Yields a tensor in a block type of GGUF, part by part.
+
+    Args:
+      numbers: the numbers of the tensor.
       type: a name in `jaxq.interop.gguf.TYPES`, whose blocks divide the last axis.
+      measure: returns the errors of a part from the quantized elements minus the elements.
     """
     layout = gguf.TYPES[type]
-    size = x.size // layout.block * layout.size
-    rows, width = _Rows(x.reshape(1, -1), _ROW), _ROW // layout.block * layout.size
-    data = np.empty(size, np.uint8)
-
-    def quantized(numbered: tuple[int, tuple[np.ndarray, np.ndarray | None]]) -> Errors:
-        number, (piece, _) = numbered
-        packed, y = _packed(piece, type)
-        start = number * len(piece) * width
-        own = data[start : start + len(piece) * width]
-        own[:] = np.asarray(packed).reshape(-1)[: own.size]
-        return errors_of(piece, np.asarray(y))
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(quantized, enumerate(rows.pieces())))
-    errors = Errors(
-        math.fsum(part.noise for part in parts), max((part.max_error for part in parts), default=0)
-    )
-    shape = (*x.shape[:-1], x.shape[-1] // layout.block * layout.size)
-    return data.reshape(shape), errors
+    for part in numbers.stream(LARGE):
+        for piece, count in _pieces_of(part):
+            data, error = (np.asarray(a) for a in _packed(piece.reshape(-1, _ROW), type))
+            signal = energy(piece)
+            if signal < _LEAST:  # XLA on CPU takes subnormal errors for 0.
+                error = np.asarray(gguf.dequantize(data, type)).reshape(-1) - piece
+            errors = measure(error.reshape(-1)[:count])
+            del error  # So that the next piece uses its memory.
+            own = data.reshape(-1)[: count // layout.block * layout.size]
+            yield PackedPart(own, count, signal, errors)
 
 
 @functools.partial(jax.jit, static_argnames="type")
 def _packed(piece: jax.Array, type: str) -> tuple[jax.Array, jax.Array]:
-    """Returns the bytes of a piece in a block type, and its quantized values."""
-    packed = gguf.quantize(piece, type)
-    return packed.data, packed.dequantize()
+    """Returns the bytes of a piece in a block type, and the errors of its quantized values."""
+    packed, values = gguf.quantize_with_values(piece, type)
+    # As rows of blocks, for which XLA on CPU makes vector code.
+    blocks = (-1, gguf.TYPES[type].block)
+    return packed.data, rounded(values.reshape(blocks)) - piece.reshape(blocks)
 
 
-def errors_of(x: np.ndarray, y: np.ndarray, buffer: np.ndarray | None = None) -> Errors:
+def errors_of(x: np.ndarray, y: np.ndarray) -> Errors:
     """Returns the errors y - x of a finite float32 tensor.
 
     Args:
       x: the tensor.
       y: its quantized values.
-      buffer: an array of the same shape to overwrite; None makes one.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        error = np.subtract(y, x, out=buffer).reshape(-1)
-        noise = energy(error)
+        return errors_in(np.subtract(y, x, out=_buffer(x.size).reshape(x.shape)))
+
+
+def errors_in(error: np.ndarray) -> Errors:
+    """Returns the sum of squares and the largest magnitude of errors."""
+    noise = energy(error)
     if not math.isfinite(noise):
         return Errors(math.inf, math.inf)
     return Errors(noise, max(-float(error.min()), float(error.max()), 0.0) if error.size else 0.0)
 
 
+def _buffer(size: int) -> np.ndarray:
+    """Returns memory that is used again, because fresh memory costs more than a subtraction."""
+    return _shared_buffer()[:size] if size <= LARGE else np.empty(size, np.float32)
+
+
+@functools.cache
+def _shared_buffer() -> np.ndarray:
+    return np.empty(LARGE, np.float32)
+
+
 def energy(x: np.ndarray) -> float:
-    """Returns the sum of squares of float32 numbers, in float64, which it cannot overflow."""
-    total, buffer = 0.0, np.empty(_SUMMED)
-    for start in range(0, x.size, _SUMMED):
-        part = x[start : start + _SUMMED]
-        wide = buffer[: part.size]
-        wide[:] = part
-        total += float(wide @ wide)
-    return total
+    """Returns the sum of squares of float32 numbers, which is not finite only if one of them is.
+
+    Short runs are added in float32 and their sums in float64, or everything in float64 if squares
+    are close to the limits of float32.
+    """
+    x = x.reshape(-1)
+    full = x.size // _SUMMED * _SUMMED
+    with np.errstate(over="ignore", invalid="ignore"):
+        runs = x[:full].reshape(-1, _SUMMED)
+        total = float(np.vecdot(runs, runs).sum(dtype=np.float64))
+        total += float(np.vecdot(x[full:], x[full:]))
+    if _LEAST < total < math.inf or not x.size:
+        return total
+    wide = x.astype(np.float64)
+    return float(np.vecdot(wide, wide))

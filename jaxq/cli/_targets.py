@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 from jaxq.analysis import Energies
 from jaxq.cli._output import UsageError, bad_input, one_line
-from jaxq.cli._pieces import Errors, energy, errors_of, packed_in_pieces
+from jaxq.cli._pieces import Errors, Numbers, energy, errors_of, pack_in_pieces
 from jaxq.interop import Entry, TensorFile, compressed_tensors, gguf, save_streamed
 from jaxq.quantizers import quantize
 from jaxq.recipes import Recipe
@@ -76,17 +76,34 @@ class Job:
         x = self.file.read(plan.entry)
         return x if self.conversion is None else self.conversion.values(plan.entry.name, x)
 
+    def packed(self, plan: Plan) -> Iterator[np.ndarray]:
+        """Yields the bytes of a plan's block type of GGUF, part by part."""
+        assert isinstance(plan.recipe, str)
+        entry, read = plan.entry, functools.partial(self.values, plan)
+        if self.conversion is not None and self.conversion.changes(entry.name):
+            numbers = Numbers.of(read())
+        else:
+            numbers = Numbers(entry.shape, functools.partial(self.file.stream, entry), read)
+        done = 0
+        with _naming(entry.name):
+            for part in pack_in_pieces(numbers, plan.recipe, _noise):
+                self.energies.append(part.errors.energies(part.signal, part.count))
+                before, done = done, done + part.count
+                self.advance(
+                    entry.nbytes * done // entry.size - entry.nbytes * before // entry.size
+                )
+                yield part.data
+
     def quantized(self, plan: Plan) -> Any:
         """Returns the quantized tensor of a plan."""
+        weights = self.importance.get(plan.name)
+        if isinstance(plan.recipe, str) and weights is None:
+            data = np.concatenate([*self.packed(plan)]).reshape(_bytes_of(plan.entry, plan.recipe))
+            # A NumPy array, because it goes to a file as it is.
+            return gguf.Packed(cast(Any, data), plan.recipe, np.dtype(np.float32))
         x = self.values(plan)
         with _naming(plan.entry.name):
             if isinstance(plan.recipe, str):
-                weights = self.importance.get(plan.name)
-                if weights is None:
-                    data, errors = packed_in_pieces(x, plan.recipe)
-                    self._add(plan, x, errors)
-                    # A NumPy array, because it goes to a file as it is.
-                    return gguf.Packed(cast(Any, data), plan.recipe, x.dtype)
                 q = gguf.quantize(x, plan.recipe, importance=weights)
             else:
                 assert plan.recipe is not None
@@ -122,6 +139,11 @@ class Job:
         return self.file.raw(plan.entry)
 
 
+def _noise(error: np.ndarray) -> Errors:
+    """Returns errors without the largest one, which the summary does not show."""
+    return Errors(energy(error), 0.0)
+
+
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
     try:
@@ -155,7 +177,7 @@ def _write_safetensors(path: str, job: Job) -> None:
             make = functools.partial(quantize, recipe=recipe, axis=job.axis)
             shapes[name] = jax.eval_shape(make, shape_of(entry))
         elif entry.packed is not None:
-            data = jax.ShapeDtypeStruct(_bytes_of(entry), np.dtype(np.uint8))
+            data = jax.ShapeDtypeStruct(_bytes_of(entry, entry.packed), np.dtype(np.uint8))
             packed = gguf.Packed(jnp.zeros(0), entry.packed, np.dtype(np.float32))
             shapes[name] = jax.tree.map(lambda _, data=data: data, packed)
         elif entry.numpy_dtype is not None:
@@ -171,9 +193,9 @@ def _write_safetensors(path: str, job: Job) -> None:
     save_streamed(path, shapes, read)
 
 
-def _bytes_of(entry: Entry) -> tuple[int, ...]:
-    assert entry.packed is not None
-    layout = gguf.TYPES[entry.packed]
+def _bytes_of(entry: Entry, type: str) -> tuple[int, ...]:
+    """Returns the shape of an entry in the bytes of a block type."""
+    layout = gguf.TYPES[type]
     return (*entry.shape[:-1], entry.shape[-1] // layout.block * layout.size)
 
 
@@ -216,8 +238,8 @@ def _kept_values(job: Job, plan: Plan, kind: str) -> np.ndarray:
     return job.values(plan).astype(np.dtype(dtypes[kind]))
 
 
-def _packed_bytes(job: Job, plan: Plan) -> jax.Array:
-    return job.quantized(plan).data
+def _packed_bytes(job: Job, plan: Plan) -> Any:
+    return job.quantized(plan).data if plan.name in job.importance else job.packed(plan)
 
 
 def _gguf_metadata(file: TensorFile) -> dict[str, Any]:

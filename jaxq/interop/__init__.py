@@ -1,4 +1,8 @@
-"""Checkpoints: quantized trees in files, and the layouts of other libraries and programs."""
+"""Checkpoints: quantized trees in files, and the layouts of other libraries and programs.
+
+To read the quantized weights of another program, list a function in `METHODS` of `_layouts/`; for
+another kind of file, extend `open_tensors` (`_files.py`).
+"""
 
 from jaxq.interop import compressed_tensors, gguf
 from jaxq.interop._checkpoints import load, save, save_streamed

@@ -30,6 +30,7 @@ from jaxq.quantizers import Quantized
 __all__ = ["TensorFile", "open_tensors"]
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Only Windows has and needs it.
+_STREAMED = ("float32", "float16", "bfloat16")  # The dtypes that are read in parts.
 _RATIO, _SMALL = 200, 2**26  # The highest compression ratio, for members above this many bytes.
 
 
@@ -71,6 +72,48 @@ class TensorFile:
         array = self.raw(entry)
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(array, np.float32).reshape(entry.shape)
+
+    def stream(self, entry: Entry, size: int) -> Iterator[np.ndarray]:
+        """Yields the numbers of an entry as `read` returns them, in flat float32 parts.
+
+        A plain float tensor is read part by part into two buffers, because fresh memory costs more
+        than the reading: a part is valid until the next but one is read.
+
+        Args:
+          entry: one of `entries`.
+          size: the number of elements in each part but the last.
+        """
+        if self.parts:
+            yield from self.parts[entry.name].stream(entry, size)
+            return
+        if not self._is_streamed(entry):
+            x = self.read(entry).reshape(-1)
+            yield from (x[start : start + size] for start in range(0, x.size, size))
+            return
+        assert self.source is not None
+        assert not isinstance(self.source, zipfile.ZipFile)
+        dtype = np.dtype(entry.numpy_dtype)
+        size = min(size, entry.size)
+        raw, wide = np.empty(size, dtype), [_aligned(size) for _ in range(2)]
+        for number, start in enumerate(range(0, entry.size, size)):
+            part = wide[number % 2][: entry.size - start]
+            own = part if dtype == np.float32 else raw[: part.size]
+            self.source.seek(entry.start + start * dtype.itemsize)
+            if not _fill(self.source, own.view(np.uint8)):
+                raise FileError(f"{self.path}: it became shorter after it was opened.")
+            if dtype.name == "bfloat16":  # Faster than the conversion of ml_dtypes.
+                bits = part.view(np.uint32)
+                bits[:] = own.view(np.uint16)
+                np.left_shift(bits, 16, out=bits)
+            elif own is not part:
+                part[:] = own
+            yield part
+
+    def _is_streamed(self, entry: Entry) -> bool:
+        """Returns whether `stream` reads an entry part by part."""
+        plain = entry.layout is None and entry.packed is None and entry.member is None
+        native = np.dtype(entry.numpy_dtype).isnative if plain else False
+        return native and not entry.fortran and np.dtype(entry.numpy_dtype).name in _STREAMED
 
     def quantized(self, entry: Entry) -> Quantized | Packed | np.ndarray:
         """Returns an entry as a quantized array, if it is one.
@@ -173,6 +216,13 @@ def _zlib_errors() -> tuple[type[Exception], ...]:
 
 
 _ZLIB = _zlib_errors()
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Returns float32 memory at a multiple of 64 bytes, which JAX uses without a copy."""
+    data = np.empty(4 * size + 64, np.uint8)
+    start = -data.ctypes.data % 64
+    return data[start : start + 4 * size].view(np.float32)
 
 
 def _fill(file: IO[bytes], data: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""Post-training quantization: statistics, solvers, sensitivity, and bit budgets.
+"""Post-training quantization: calibration statistics, solvers, sensitivity and byte budgets.
 
 To add a solver, write a frozen dataclass with the methods of `Solver` and list it in `SOLVERS`
 (`_solvers.py`). The contract tests then include it.
@@ -34,7 +34,7 @@ from jaxq.ptq._rounding_methods import (
 from jaxq.ptq._scale_search import ScaleSearch
 from jaxq.ptq._scaled_functions import InputScales
 from jaxq.ptq._scaling import scale_inputs
-from jaxq.ptq._searching import Blocks, Search, Searching, SearchProblem
+from jaxq.ptq._searching import Blocks, Search, SearchOptions, SearchProblem
 from jaxq.ptq._sensitivity import Score, Scores, sensitivity
 from jaxq.ptq._solvers import (
     GPTQ,
@@ -79,8 +79,8 @@ __all__ = [
     "Score",
     "Scores",
     "Search",
+    "SearchOptions",
     "SearchProblem",
-    "Searching",
     "SignRound",
     "SmoothQuant",
     "Solution",

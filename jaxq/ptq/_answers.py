@@ -1,4 +1,4 @@
-"""Solutions of the matrices of a product, with their losses."""
+"""Solution of the weight matrices of one product, and the losses before and after."""
 
 import functools
 from collections.abc import Sequence
@@ -9,26 +9,27 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.ptq._experts import own_levels
+from jaxq.ptq._experts import levels_for
 from jaxq.ptq._matrices import output_error
 from jaxq.ptq._solvers import Problem, Solver
 from jaxq.quantizers import values_of
 from jaxq.recipes import Recipe
 
-__all__ = ["Answer", "answer_of", "answers"]
+__all__ = ["SolvedMatrices", "solve_matrices", "solve_stack"]
 
 
-class Answer(NamedTuple):
-    """The solutions of matrices, with their losses.
+class SolvedMatrices(NamedTuple):
+    """The solutions of a stack of matrices, with their losses.
 
     Attributes:
-      numbers: the grid values, `[matrices, inputs, outputs]`.
+      numbers: the chosen grid values minus the zero points, `[matrices, inputs, outputs]`.
       before: the loss of the nearest levels, `[matrices]`.
-      after: the loss of the solution, `[matrices]`.
-      power: the power of the outputs, `[matrices]`.
-      damping: the damping, `[matrices]`.
-      solved: False where the solver gave up, `[matrices]`.
-      worse: True where the nearest levels have less loss and were taken, `[matrices]`.
+      after: the loss of the chosen levels, `[matrices]`.
+      power: the squared norm of the outputs, `tr(W^T H W)`, `[matrices]`.
+      damping: the damping that the solver used, `[matrices]`.
+      solved: False where the solver found no solution, `[matrices]`.
+      worse: True where the solution had more loss than the nearest levels, which were used
+        instead, `[matrices]`.
     """
 
     numbers: jax.Array
@@ -40,29 +41,29 @@ class Answer(NamedTuple):
     worse: jax.Array
 
 
-def answers(
+def solve_stack(
     problem: Problem, recipes: Sequence[tuple[Recipe, np.ndarray]], solver: Solver
-) -> Answer:
-    """Solves a stack of matrices that may have different recipes."""
+) -> SolvedMatrices:
+    """Solves a stack of matrices, each recipe with the indices of its matrices."""
     if len(recipes) == 1:
         recipe, _ = recipes[0]
-        return answer_of(
-            problem._replace(levels=own_levels(problem.levels, recipe)), recipe, solver
+        return solve_matrices(
+            problem._replace(levels=levels_for(problem.levels, recipe)), recipe, solver
         )
     found = []
     for recipe, places in recipes:
         part: Problem = jax.tree.map(lambda x, at=places: x[at], problem)
-        part = part._replace(levels=own_levels(part.levels, recipe))
-        found.append(answer_of(part, recipe, solver))
+        part = part._replace(levels=levels_for(part.levels, recipe))
+        found.append(solve_matrices(part, recipe, solver))
     back = np.argsort(np.concatenate([places for _, places in recipes]))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *found)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "solver"))
-def answer_of(problem: Problem, recipe: Recipe, solver: Solver) -> Answer:
-    """Solves a stack of matrices."""
+def solve_matrices(problem: Problem, recipe: Recipe, solver: Solver) -> SolvedMatrices:
+    """Solves a stack of matrices that share one recipe."""
 
-    def one(problem: Problem) -> Answer:
+    def solve_matrix(problem: Problem) -> SolvedMatrices:
         weight, levels, nearest, statistics = problem
         hessian = statistics.hessian
         assert hessian is not None
@@ -70,8 +71,8 @@ def answer_of(problem: Problem, recipe: Recipe, solver: Solver) -> Answer:
         def loss(numbers: jax.Array) -> jax.Array:
             return output_error(values_of(numbers, levels, recipe) - weight, hessian)
 
-        def aim(numbers: jax.Array) -> jax.Array:
-            """Returns the loss, up to a constant that depends on the drift."""
+        def objective(numbers: jax.Array) -> jax.Array:
+            """Returns the loss against the float model's outputs, up to a constant."""
             if statistics.drift is None:
                 return loss(numbers)
             error = values_of(numbers, levels, recipe) - weight
@@ -80,9 +81,9 @@ def answer_of(problem: Problem, recipe: Recipe, solver: Solver) -> Answer:
 
         found = solver.solve(problem, recipe)
         before, after = loss(nearest), loss(found.numbers)
-        worse = aim(found.numbers) > aim(nearest)
+        worse = objective(found.numbers) > objective(nearest)
         numbers = jnp.where(worse, nearest, found.numbers)
-        return Answer(
+        return SolvedMatrices(
             numbers=numbers,
             before=before,
             after=jnp.where(worse, before, after),
@@ -92,4 +93,4 @@ def answer_of(problem: Problem, recipe: Recipe, solver: Solver) -> Answer:
             worse=worse,
         )
 
-    return jax.vmap(one)(problem)
+    return jax.vmap(solve_matrix)(problem)

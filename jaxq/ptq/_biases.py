@@ -14,9 +14,9 @@ from jaxq._base.tables import Table, Tabular
 from jaxq.models import Rules, not_floating
 from jaxq.ptq._calls import Model, read_calls
 from jaxq.ptq._collectors import Layout, shared_inputs
-from jaxq.ptq._leaves import LeafKey, Leaves, followed
+from jaxq.ptq._leaves import LeafKey, Leaves, trace_weight
 from jaxq.ptq._models import stages_of
-from jaxq.ptq._observing import Sought, sought
+from jaxq.ptq._observing import Targets, find_targets
 from jaxq.ptq._parts import Place
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Quantized
@@ -33,7 +33,7 @@ class BiasChange:
     Attributes:
       product: the name of the product, with the layer in brackets if it is in a scan.
       bias: the path of the bias.
-      tokens: the number of tokens; for experts, of the one that saw the fewest.
+      tokens: the number of calibration tokens; for experts, the smallest number of any expert.
       rms: the root mean square of the correction over the outputs.
       largest: the largest absolute value of the correction.
     """
@@ -47,10 +47,10 @@ class BiasChange:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BiasReport(Tabular):
-    """The report of `jaxq.ptq.correct_biases`; its `str` is a table.
+    """The report of `jaxq.ptq.correct_biases`. Prints as a table.
 
     Attributes:
-      rows: the corrections, in the order of the program.
+      rows: the corrections, in the order in which the model computes the products.
     """
 
     rows: tuple[BiasChange, ...]
@@ -73,19 +73,19 @@ def correct_biases(
     added to the outputs, so the product has its original mean on the calibration data. The means of
     the inputs come from one run of the model with float weights. No Hessian is needed.
 
-    Products that add to the same bias are corrected for the sum of their shifts.
+    If several products are added to the same bias, the sum of their shifts is subtracted.
 
     Args:
       fn: a function of the parameters and the inputs, as in `jaxq.quantize_fn`.
-      rules: the rules by which the parameters were packed.
-      biases: for a product's name, the path of its bias in the parameters. The bias must be added
-        to the product's outputs before any other operation. It has the shape of one token's
-        outputs, or is flat; layers of a scan and experts lie along leading axes.
+      rules: the rules with which the parameters were packed.
+      biases: a mapping from the name of each product to the path of its bias in the parameters. The
+        bias must be added to the product's outputs before any other operation. It has the shape of
+        one token's outputs, or that shape flattened; layers of a scan and experts are leading axes.
       mask: as in `jaxq.ptq.quantize_weights`.
 
     Returns:
-      `(params, packed, batches) -> (corrected packed params, BiasReport)`. `params` are the
-      original parameters, `packed` those of `jaxq.quantize_weights` or `jaxq.ptq.quantize_weights`,
+      A function `(params, packed, batches) -> (packed, BiasReport)`. `params` are the original
+      parameters, `packed` is the result of `jaxq.quantize_weights` or `jaxq.ptq.quantize_weights`,
       and `batches` is a sequence as in `jaxq.ptq.quantize_weights`. Only biases change.
 
     Raises:
@@ -120,24 +120,24 @@ def correct_biases(
 
     def corrected(params: Any, packed: Any, batches: Any) -> tuple[Any, BiasReport]:
         calls = read_calls(_OWNER, fn, mask, (params, batches))
-        model = _restricted(calls.plan(rules), biases)
-        correction = _Correction(model, biases, params, packed)
+        model = _restrict(calls.plan(rules), biases)
+        correction = _CorrectionRun(model, biases, params, packed)
         stages = stages_of(calls, model, correction.leaves, correction.solve)
         root = stages.root()
         envs = calls.environments(model, root.flat.body.invars)
-        stages.together(root, stages.observed(root, envs))
+        stages.solve_together(root, stages.observed(root, envs))
         return correction.result()
 
     return corrected
 
 
-def _restricted(model: Model, biases: Mapping[str, str]) -> Model:
-    """Returns a model of which only the products with a bias are observed, without Hessians.
+def _restrict(model: Model, biases: Mapping[str, str]) -> Model:
+    """Returns the model with only the products in `biases` to observe, without Hessians.
 
     Raises:
-      ValueError: if a name is not that of a product whose stored weight the rules quantize.
+      ValueError: if a name belongs to no product with a stored weight.
     """
-    planned, found = model.planned, sought(model.planned, hessian=False)
+    planned, found = model.planned, find_targets(model.planned, hessian=False)
     numbers = {planned.products[n].name: n for n in found.matrices}
     failed = {planned.products[n].name: reason for n, reason in found.reasons.items()}
     for name in biases:
@@ -150,40 +150,40 @@ def _restricted(model: Model, biases: Mapping[str, str]) -> Model:
                 f"{_OWNER}: product {name!r} cannot be corrected: {failed[name]}. Remove it from "
                 "`biases`."
             )
-        raise ValueError(_unknown("a product whose weight `rules` quantize", name, numbers))
+        raise ValueError(_unknown_name("a product whose weight `rules` quantize", name, numbers))
     matrices = {numbers[name]: found.matrices[numbers[name]] for name in biases}
-    return Model(planned, Sought(matrices, {}, shared_inputs(planned.node, matrices)))
+    return Model(planned, Targets(matrices, {}, shared_inputs(planned.node, matrices)))
 
 
-def _unknown(noun: str, name: str, known: Iterable[str]) -> str:
-    """Returns the error for a name in `biases` that does not exist."""
+def _unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
+    """Returns the error message for a name in `biases` that does not exist."""
     near = ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"
     return f"{_OWNER}: `biases` must name {noun}, got {name!r}. The nearest are {near}."
 
 
-class _Correction:
-    """The state of a run: the corrections so far.
+class _CorrectionRun:
+    """The corrections made so far in one call of the function.
 
     Args:
-      model: the model, of the products to correct.
-      biases: the paths of the biases by product.
+      model: the model, restricted to the products to correct.
+      biases: the path of the bias of each product.
       params: the float parameters.
       packed: the packed parameters.
 
     Raises:
-      ValueError: if the parameters do not fit each other, or a path does not exist.
+      ValueError: if the structures of `params` and `packed` differ, or a path does not exist.
     """
 
     def __init__(self, model: Model, biases: Mapping[str, str], params: Any, packed: Any) -> None:
-        self._sought, self._biases = model.sought, biases
+        self._targets, self._biases = model.targets, biases
         self.leaves = Leaves(model.planned)
         pairs, self._structure = jax.tree_util.tree_flatten_with_path(packed, is_leaf=_is_quantized)
         if self._structure != jax.tree.structure(params):
             raise ValueError(
                 f"{_OWNER}: `packed` must have the structure of `params`, got "
                 f"{self._structure.num_leaves} leaves instead of "
-                f"{jax.tree.structure(params).num_leaves}, or other names. Pack the same "
-                "parameters by jaxq.quantize_weights."
+                f"{jax.tree.structure(params).num_leaves}, or other names. Pack `params` with "
+                "jaxq.quantize_weights."
             )
         self._paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in pairs]
         self._packed = [leaf for _, leaf in pairs]
@@ -192,31 +192,33 @@ class _Correction:
         self._values: dict[int, jax.Array] = {}
         self._new: dict[int, np.ndarray] = {}
         self._rows: list[BiasChange] = []
-        for number in model.sought.matrices:
+        for number in model.targets.matrices:
             product = model.planned.products[number]
             path = biases[product.name]
             if path not in self._paths:
-                raise ValueError(_unknown("a leaf of `packed`", path, self._paths))
+                raise ValueError(_unknown_name("a leaf of `packed`", path, self._paths))
             leaf = self._packed[self._paths.index(path)]
             reason = not_floating(leaf)
             if reason:
                 raise ValueError(
                     f"{_OWNER}: bias {path!r} must be a float array, but it {reason}. Exclude it "
-                    "by a rule with the recipe None."
+                    "with a rule whose recipe is None."
                 )
-            axes = model.sought.matrices[number].axes
-            weight = product.operands[0 if model.sought.matrices[number].swapped else 1].shape
+            axes = model.targets.matrices[number].axes
+            weight = product.operands[0 if model.targets.matrices[number].swapped else 1].shape
             batch, free = ([weight[a] for a in own] for own in (axes.batch, axes.free))
             leading = [*product.stacks, *batch]
             shapes = [[*leading, *free], [*leading, int(np.prod(free))]]
-            if _long(leaf.shape) not in [_long(shape) for shape in shapes]:
+            if _without_unit_axes(leaf.shape) not in [
+                _without_unit_axes(shape) for shape in shapes
+            ]:
                 raise ValueError(
                     f"{_OWNER}: bias {path!r} must have the shape {tuple(shapes[0])} of the "
                     f"outputs of {product.where}, got {leaf.shape}. Name another leaf."
                 )
 
     def solve(self, place: Place, observed: Callable[[], Statistics]) -> None:
-        """Corrects the bias of one product at one iteration."""
+        """Corrects the bias of one product, in one iteration of the scans around it."""
         statistics = observed()
         product, path = place.product, self._biases[place.product.name]
         if not bool(jnp.all(jnp.isfinite(statistics.amax))):
@@ -224,20 +226,20 @@ class _Correction:
                 f"{_OWNER}: inputs must be finite, but {product.where} has a NaN or an infinity "
                 "in its input. Look for it in the batches, or mask the padding."
             )
-        seen = followed(place.frame, place.variable)
-        if isinstance(seen, str):
+        view = trace_weight(place.frame, place.variable)
+        if isinstance(view, str):
             raise ValueError(
-                f"{_OWNER}: product {product.name!r} cannot be corrected: {seen}. Remove it from "
+                f"{_OWNER}: product {product.name!r} cannot be corrected: {view}. Remove it from "
                 "`biases`."
             )
-        stored = seen.move(*map(self._value, seen.keys))
-        layout = Layout(self._sought.matrices[product.number].axes, seen.x.shape)
+        stored = view.move(*map(self._value, view.keys))
+        layout = Layout(self._targets.matrices[product.number].axes, view.x.shape)
         own = layout.stacked(statistics)
         mean = own.total / lax.max(own.tokens, np.int32(1))[:, None].astype(jnp.float32)
-        error = layout.matrices(stored - seen.x)
+        error = layout.matrices(stored - view.x)
         shift = jnp.einsum("mio,mi->mo", error, mean, precision=lax.Precision.HIGHEST)
         self._subtract(path, product.stacks, place.iterations, np.asarray(shift))
-        for key in seen.keys:
+        for key in view.keys:
             self.leaves.forget(key)
         brackets = "".join(f"[{i}]" for i in (*place.frame.iterations, *place.iterations))
         self._rows.append(
@@ -251,7 +253,7 @@ class _Correction:
         )
 
     def _value(self, key: LeafKey) -> jax.Array:
-        """Returns the stored values of a leaf or a row of it, float32.
+        """Returns the dequantized values of a leaf, or of one row of it, float32.
 
         Raises:
           ValueError: if the leaf is not packed.
@@ -261,7 +263,7 @@ class _Correction:
             if not _is_quantized(leaf):
                 raise ValueError(
                     f"{_OWNER}: leaf {self._paths[self._index[key.leaf]]!r} of `packed` must be "
-                    "packed, got an array. Pack the parameters by jaxq.quantize_weights with the "
+                    "packed, got an array. Pack the parameters with jaxq.quantize_weights and the "
                     "same rules."
                 )
             self._values[key.leaf] = leaf.dequantize().astype(jnp.float32)
@@ -270,7 +272,7 @@ class _Correction:
     def _subtract(
         self, path: str, stacks: tuple[int, ...], iterations: tuple[int, ...], shift: np.ndarray
     ) -> None:
-        """Subtracts a shift from a bias or the layer of a bias."""
+        """Subtracts a shift from a bias, or from one layer of a stacked bias."""
         at = self._paths.index(path)
         if at not in self._new:
             self._new[at] = np.array(self._packed[at], np.float32)
@@ -278,7 +280,7 @@ class _Correction:
         layers[iterations] -= shift.reshape(-1)
 
     def result(self) -> tuple[Any, BiasReport]:
-        """Returns the packed parameters with new biases, and the report."""
+        """Returns the packed parameters with the corrected biases, and the report."""
         leaves = [
             jnp.asarray(self._new[i], leaf.dtype) if i in self._new else leaf
             for i, leaf in enumerate(self._packed)
@@ -286,8 +288,8 @@ class _Correction:
         return jax.tree.unflatten(self._structure, leaves), BiasReport(tuple(self._rows))
 
 
-def _long(shape: Iterable[int]) -> list[int]:
-    """Returns the lengths other than 1 of a shape."""
+def _without_unit_axes(shape: Iterable[int]) -> list[int]:
+    """Returns a shape without its axes of length 1."""
     return [n for n in shape if n != 1]
 
 

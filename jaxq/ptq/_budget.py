@@ -1,8 +1,8 @@
-"""The best recipes for the weights of a model under a budget of bytes.
+"""The choice of a recipe for each weight of a model under a budget of bytes.
 
-A multiple-choice knapsack: one recipe for every group of weights, with the least sum of damages.
-Groups are added one by one, and of all partial choices only those are kept that no other one beats
-in both bytes and damage (the Pareto front), so the result is optimal.
+This is a multiple-choice knapsack problem: choose one recipe for each group of weights so that the
+sum of damages is smallest. Groups are added one by one. After each, only the partial choices on the
+Pareto front of bytes and damage are kept, so the result is optimal.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from jaxq.recipes import Recipe
 
 __all__ = ["Budget", "FrontRow", "budget"]
 
-_MOST = 200_000  # Longer fronts are thinned out.
+_MAX_FRONT = 200_000  # Longer fronts are subsampled to this length.
 
 
 @dataclasses.dataclass(frozen=True)
 class FrontRow:
-    """One point of the Pareto front: no choice has both fewer bytes and less damage.
+    """One point of the Pareto front: no other choice has both fewer bytes and less damage.
 
     Attributes:
-      nbytes: the bytes of all weights.
-      damage: the sum of their damages.
+      nbytes: the total bytes of all weights.
+      damage: the sum of the damages of all weights.
     """
 
     nbytes: int
@@ -38,16 +38,16 @@ class FrontRow:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """The recipes that `budget` chose; its `str` is a table.
+    """The recipes that `budget` chose. Prints as a table.
 
     Attributes:
-      rules: rules for `jaxq.ptq.quantize_weights`, `jaxq.quantize_weights` and `jaxq.quantize_fn`,
-        one per weight.
-      nbytes: the bytes of all weights with these recipes.
-      damage: the sum of their damages.
-      choices: the chosen scores.
-      front: the Pareto front over all budgets, at most 200 points of it.
-      is_exact: False if the front was too long and was thinned out, so that slightly better choices
+      rules: one rule per weight, for `jaxq.ptq.quantize_weights`, `jaxq.quantize_weights` and
+        `jaxq.quantize_fn`.
+      nbytes: the total bytes of all weights with these recipes.
+      damage: the sum of the damages of all weights.
+      choices: the score of the chosen recipe for each weight.
+      front: at most 200 points of the Pareto front over all budgets.
+      is_exact: False if the front was too long and was subsampled, so that a slightly better choice
         may exist.
     """
 
@@ -64,7 +64,7 @@ class Budget:
 
 
 class _Option(NamedTuple):
-    """A recipe for a group, with its bytes, its damage, and the scores of its weights."""
+    """A recipe for a group: its total bytes and damage, and the score of each weight."""
 
     nbytes: int
     damage: float
@@ -72,13 +72,13 @@ class _Option(NamedTuple):
 
 
 class _Front(NamedTuple):
-    """Partial choices, by increasing bytes.
+    """The Pareto front of choices for the groups so far, sorted by bytes, as arrays `[points]`.
 
     Attributes:
-      nbytes: the bytes of each.
-      damage: the damage of each.
-      before: the index of the partial choice of the groups before.
-      option: the index of the option of the last group.
+      nbytes: the total bytes.
+      damage: the total damage.
+      before: the index of the point on the previous front that each choice extends.
+      option: the index of the option chosen for the last group.
     """
 
     nbytes: np.ndarray
@@ -90,23 +90,24 @@ class _Front(NamedTuple):
 def budget(
     scores: Scores, nbytes: float, *, groups: Sequence[str] = (), by: str = "relative"
 ) -> Budget:
-    r"""Returns the recipes with the least sum of damages whose stored bytes fit a budget.
+    r"""Returns the recipes with the smallest total damage whose stored bytes fit a budget.
 
     Args:
-      scores: the scores of `jaxq.ptq.sensitivity`.
-      nbytes: the largest number of bytes of all scored weights together, with their scales.
-      groups: regular expressions; weights that match the same one share a recipe, such as
-        `"/(q|k|v)$"`. If an expression has capture groups, only weights with equal captures share:
-        `"(layers/\d+)/(?:q|k|v)$"`.
-      by: the damage that is summed: `"relative"`, `"loss"` or `"gradient"` of a `Score`. Scores by
-        gradients need a loss (see `sensitivity`) and gave much better language models.
+      scores: the result of `jaxq.ptq.sensitivity`.
+      nbytes: the largest allowed number of bytes for all scored weights and their scales.
+      groups: regular expressions. Weights that match the same expression get the same recipe, such
+        as `"/(?:q|k|v)$"`. If the expression has capture groups, only weights with equal captures
+        form a group: `"(layers/\d+)/(?:q|k|v)$"` makes one group per layer.
+      by: the field of `Score` that is used as the damage: `"relative"` (the default), `"loss"` or
+        `"gradient"`. Gradient scores require a loss (see `sensitivity`); in our measurements they
+        gave much better language models.
 
     Returns:
       The best choice, optimal unless `is_exact` is False.
 
     Raises:
-      ValueError: if no choice fits, with the least possible bytes; a group has no common recipe; an
-        expression matches nothing; or `by` is unknown.
+      ValueError: if no choice fits (the message states the smallest possible budget); a group has
+        no common recipe; an expression matches nothing; or `by` is unknown.
 
     Example:
       >>> import jaxq
@@ -124,7 +125,7 @@ def budget(
     if any(math.isnan(getattr(score, by)) for score in scores.rows):
         raise ValueError(
             f"budget: `scores` must have numbers in {by!r}, got NaN. Pass gradient=True to "
-            "ptq.sensitivity, and leave out weights without such a score."
+            "ptq.sensitivity, and remove weights without such a score."
         )
     options = [_options(scores, members, by) for members in _members(scores, groups)]
     if not options:
@@ -134,8 +135,8 @@ def budget(
     fitting = int(np.searchsorted(last.nbytes, nbytes, side="right"))
     if not fitting:
         raise ValueError(
-            f"budget: `nbytes` must be at least {int(last.nbytes[0])}, which the smallest "
-            f"candidates need, got {nbytes:g}. Add candidates with fewer bits."
+            f"budget: `nbytes` must be at least {int(last.nbytes[0])}, the size with the smallest "
+            f"candidates, got {nbytes:g}. Add candidates with fewer bits."
         )
     at, choices = fitting - 1, []
     for front, own in zip(reversed(fronts), reversed(options), strict=True):
@@ -156,7 +157,7 @@ def budget(
 
 
 def _members(scores: Scores, groups: Sequence[str]) -> list[list[str]]:
-    """Returns the weights of each group; a weight in none is a group by itself."""
+    """Returns the weights of each group; a weight that matches no expression is its own group."""
     found: dict[object, list[str]] = {}
     used = set()
     for weight in scores.weights:
@@ -171,14 +172,14 @@ def _members(scores: Scores, groups: Sequence[str]) -> list[list[str]]:
     for pattern in groups:
         if pattern not in used:
             raise ValueError(
-                f"budget: `groups` must match weights, got {pattern!r}, which matches none that "
-                f"an earlier group leaves. Weights are {', '.join(scores.weights[:4])}."
+                f"budget: `groups` must match weights that no earlier group matches, got "
+                f"{pattern!r}. Weights are {', '.join(scores.weights[:4])}."
             )
     return [*found.values()]
 
 
 def _options(scores: Scores, members: Sequence[str], by: str) -> list[_Option]:
-    """Returns the recipes that all weights of a group have scores for."""
+    """Returns one option for each recipe that was scored for all weights of a group."""
     by_recipe: dict[Recipe | None, list[Score]] = {}
     for weight in members:
         for score in scores.of(weight):
@@ -189,12 +190,15 @@ def _options(scores: Scores, members: Sequence[str], by: str) -> list[_Option]:
         if len(own) == len(members)
     ]
     if not options:
-        raise ValueError(f"budget: `groups` must have a common recipe, but {members} have none.")
+        raise ValueError(
+            "budget: the weights of a group must have a scored recipe in common, but "
+            f"{', '.join(members[:4])} have none. Score the same candidates for all of them."
+        )
     return options
 
 
 def _fronts(options: Sequence[Sequence[_Option]]) -> tuple[list[_Front], bool]:
-    """Returns the Pareto fronts after each group, and False if one was thinned out."""
+    """Returns the Pareto front after each group, and False if one was subsampled."""
     fronts, is_exact = [], True
     nbytes, damage = np.zeros(1, np.int64), np.zeros(1)
     for own in options:
@@ -205,8 +209,8 @@ def _fronts(options: Sequence[Sequence[_Option]]) -> tuple[list[_Front], bool]:
         least = np.minimum.accumulate(ordered)
         better = np.concatenate([[True], ordered[1:] < least[:-1]])
         kept = order[better]
-        if len(kept) > _MOST:
-            kept, is_exact = kept[np.linspace(0, len(kept) - 1, _MOST).astype(int)], False
+        if len(kept) > _MAX_FRONT:
+            kept, is_exact = kept[np.linspace(0, len(kept) - 1, _MAX_FRONT).astype(int)], False
         nbytes, damage = all_bytes.ravel()[kept], all_damage.ravel()[kept]
         fronts.append(_Front(nbytes, damage, kept // len(own), kept % len(own)))
     return fronts, is_exact

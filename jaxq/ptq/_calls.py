@@ -1,4 +1,4 @@
-"""The calibration data of a model: its batches, checked, with the plan of the model."""
+"""The calls of a model on its calibration batches: reading, checking and planning."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq.models import Assigned, Planned, Product, Rules, plan, weight_of
 from jaxq.products import ProductRecipe
-from jaxq.ptq._observing import Sought, sought
+from jaxq.ptq._observing import Targets, find_targets
 from jaxq.ptq._solvers import check_recipe
 from jaxq.quantizers import Quantized
 
@@ -24,11 +24,11 @@ class Model:
 
     Attributes:
       planned: the plan, of float parameters.
-      sought: the products to solve.
+      targets: the products to solve.
     """
 
     planned: Planned
-    sought: Sought
+    targets: Targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Calls:
     """The calls of a function on all batches.
 
     Attributes:
-      owner: the name of the calling function, for errors.
-      fn: the function.
-      calls: the arguments of each call, the parameters first if `fn` does not hold them.
+      owner: the name of the public function that was called, for errors.
+      fn: the function of the model.
+      calls: the arguments of each call, with the parameters first unless `fn` is a module.
       masks: the mask of each batch, or None.
     """
 
@@ -48,18 +48,18 @@ class Calls:
     masks: Sequence[jax.Array | None]
 
     def plan(self, rules: Rules) -> Model:
-        """Returns the plan of the model by some rules, after checking it.
+        """Plans the model with some rules and checks the plan.
 
         Raises:
-          ValueError: if there is nothing to solve, or something that cannot be solved.
+          ValueError: if no weight is quantized, or a recipe is not supported.
         """
         planned = plan(self.owner, self.fn, rules, 0, self.calls[0], {})
-        model = Model(planned, sought(planned))
+        model = Model(planned, find_targets(planned))
         self._check(model)
         return model
 
     def environments(self, model: Model, invars: Sequence[Any]) -> list[dict[Any, Any]]:
-        """Returns the data of each call by variable.
+        """Returns the data arrays of each call, by input variable of the program.
 
         Raises:
           ValueError: if the calls differ in anything but the values of their arrays.
@@ -76,19 +76,19 @@ class Calls:
             if [(x.shape, x.dtype) for x in arrays] != known or static != first:
                 raise ValueError(
                     f"{self.owner}: all batches must have the same structure, shapes, dtypes and "
-                    f"Python values, but batch {n} differs from the first. Pad them to one length, "
-                    "and pass `mask`; pass values that differ as arrays."
+                    f"Python values, but batch {n} differs from the first. Pad all batches to one "
+                    "length and pass `mask`; pass Python values that differ as arrays."
                 )
             triples = zip(invars, arrays, model.planned.traced.origins, strict=True)
             result.append({v: jnp.asarray(x) for v, x, origin in triples if origin is None})
         return result
 
     def _check(self, model: Model) -> None:
-        planned, found = model.planned, model.sought
+        planned, found = model.planned, model.targets
         if not found.matrices and not planned.stored.leaves:
             raise ValueError(
-                f"{self.owner}: `rules` must quantize the weight of some product, got none. Add a "
-                "rule for a kernel; jaxq.explain(fn, rules)(params, batch) lists all products."
+                f"{self.owner}: `rules` must quantize the weight of some product, but match none. "
+                "Add a rule for a kernel; jaxq.explain(fn, rules)(params, batch) lists products."
             )
         if planned.packed:
             raise ValueError(
@@ -98,13 +98,13 @@ class Calls:
         for product, assigned in zip(planned.products, planned.chosen, strict=True):
             if assigned is not None and assigned.needs_key:
                 raise ValueError(
-                    f"{self.owner}: {product.where} must not draw random numbers. Use a recipe "
+                    f"{self.owner}: {product.where} must not use stochastic rounding. Use a recipe "
                     "with deterministic rounding."
                 )
             if assigned is not None and product.number in found.matrices:
                 self._check_product(product, assigned, found)
 
-    def _check_product(self, product: Product, assigned: Assigned, found: Sought) -> None:
+    def _check_product(self, product: Product, assigned: Assigned, found: Targets) -> None:
         weight, collector = weight_of(product, assigned), found.matrices[product.number].collector
         assert weight is not None
         for recipe in filter(None, weight.recipes):
@@ -119,22 +119,22 @@ class Calls:
 def read_calls(
     owner: str, fn: Any, mask: Callable[..., Any] | None, args: tuple[Any, ...]
 ) -> Calls:
-    """Returns the calls that the arguments `(params, batches)`, or `(batches)`, stand for.
+    """Reads the arguments `(params, batches)`, or `(batches,)` for a module, as calls of `fn`.
 
     Raises:
-      ValueError: if arguments are missing, or there are no batches.
+      ValueError: if arguments are missing, there are no batches, or masks differ in shape.
     """
     is_module = not jax.tree_util.all_leaves([fn])
     if len(args) != (1 if is_module else 2):
         raise ValueError(
-            f"{owner}: needs {'batches' if is_module else 'params and batches'}, got {len(args)} "
-            "arguments. Put several arguments of one call into a tuple, one tuple per batch."
+            f"{owner}: must be called with {'batches' if is_module else 'params and batches'}, got "
+            f"{len(args)} arguments. Pass several arguments of one call as a tuple per batch."
         )
     *own, batches = args
     if not isinstance(batches, Iterable) or isinstance(batches, (jax.Array, np.ndarray, dict)):
         raise ValueError(
-            f"{owner}: `batches` must be a sequence of batches, got one {type(batches).__name__}. "
-            "Put it into a list."
+            f"{owner}: `batches` must be a sequence of batches, got a single "
+            f"{type(batches).__name__}. Put it into a list."
         )
     data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not data:
@@ -144,13 +144,13 @@ def read_calls(
     if len(shapes) > 1:
         raise ValueError(
             f"{owner}: `mask` must return the same shape for all batches, got {sorted(shapes)}. "
-            "Pad them to one length."
+            "Pad the batches to one length."
         )
     return Calls(owner, fn, [(*own, *batch) for batch in data], masks)
 
 
 def without_weight(product: Product, assigned: Assigned | None) -> Assigned | None:
-    """Returns the assignment of a product without the recipe of its weight, and unobserved."""
+    """Returns the assignment of a product without its weight's recipe and without calibration."""
     if assigned is None:
         return None
     left = dataclasses.replace(assigned, calibrated=(None, None))

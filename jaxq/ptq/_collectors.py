@@ -1,7 +1,7 @@
-"""Collectors: which operand of a product is its input, and its statistics by shape.
+"""Collectors, which compute the statistics of the input of a product of any form.
 
-A product whose weight can be solved is, for each index of its batch axes, a matrix product of
-tokens `[tokens, inputs]` and a weight `[inputs, outputs]`.
+For each index of its batch axes, a product whose weight can be solved is a matrix product of tokens
+`[tokens, inputs]` and a weight `[inputs, outputs]`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq.models import CONVERSIONS, LOOK_UP, VIEWS, Node, Product, axes_of
 from jaxq.products import Axes
-from jaxq.ptq._statistics import Statistics, collect, collect_groups, drift_of, nothing
+from jaxq.ptq._statistics import Statistics, collect, collect_groups, drift_of, empty_statistics
 
 __all__ = ["Collector", "Layout", "Matrix", "matrix_of", "shared_inputs"]
 
@@ -42,10 +42,10 @@ class Collector:
     """The observer of a product's input. Hashable.
 
     Attributes:
-      where: the product's name, for errors.
-      axes: the axes of the operand by role.
+      where: the description of the product, for errors.
+      axes: the batch, free and contracted axes of the operand.
       batch: the lengths of its batch axes.
-      inputs: the number of inputs.
+      inputs: the length of the contraction.
       hessian: True to collect the Hessian.
       grouped: True for a ragged product, whose tokens belong to groups.
       patches: the windows of a convolution, or None.
@@ -61,16 +61,16 @@ class Collector:
 
     def empty(self) -> Statistics:
         """Returns the statistics of no tokens."""
-        return nothing(self.batch, self.inputs, self.hessian)
+        return empty_statistics(self.batch, self.inputs, self.hessian)
 
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
-        """Returns the statistics of the data of two statistics."""
+        """Returns the statistics of both sets of tokens together."""
         return first.merge(second)
 
     def measure(
         self, x: jax.Array, others: Sequence[jax.Array], mask: jax.Array | None
     ) -> Statistics:
-        """Returns the statistics of one input.
+        """Returns the statistics of one array of inputs.
 
         Raises:
           ValueError: if a mask does not fit the operand.
@@ -117,7 +117,7 @@ class Collector:
         return drift_of(first, other)
 
     def check_mask(self, owner: str, mask: tuple[int, ...], lengths: tuple[int, ...]) -> None:
-        """Raises a ValueError unless a mask of a shape has one element per token.
+        """Raises a ValueError unless a mask of this shape has one element per token.
 
         Args:
           owner: the name of the calling function.
@@ -128,14 +128,13 @@ class Collector:
         fits = lengths == mask or lengths == (size,)
         if self.grouped or self.patches is not None or self.batch or not fits:
             raise ValueError(
-                f"{owner}: `mask` must have one element per token of every product, but has the "
-                f"shape {mask}, and the input of {self.where} has tokens of shape "
-                f"{self.batch + lengths}. Exclude it by a rule with the recipe None, or pass data "
-                "without padding."
+                f"{owner}: `mask` must have one element per token of every product, got the shape "
+                f"{mask}, but the tokens of {self.where} have the shape {self.batch + lengths}. "
+                "Exclude the product by a rule with the recipe None, or pass data without padding."
             )
 
     def shared(self) -> "Collector":
-        """Returns the collector without a name: equal for products of the same input."""
+        """Returns the collector without `where`: equal for products with the same input."""
         return dataclasses.replace(self, where="")
 
 
@@ -143,7 +142,7 @@ class Matrix(NamedTuple):
     """A product as a matrix product of tokens and a weight.
 
     Attributes:
-      axes: the axes of the weight's operand by role.
+      axes: the batch, free and contracted axes of the weight.
       collector: the observer of the other operand.
       swapped: True if the weight is the first operand.
     """
@@ -154,10 +153,10 @@ class Matrix(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The order of a weight's axes as matrices `[matrices, inputs, outputs]`.
+    """The conversion between a weight and matrices `[matrices, inputs, outputs]`.
 
     Attributes:
-      axes: the axes of the weight by role.
+      axes: the batch, free and contracted axes of the weight.
       shape: the shape of the weight.
     """
 
@@ -176,22 +175,22 @@ class Layout(NamedTuple):
         return batch, contract, free
 
     def matrices(self, x: jax.Array) -> jax.Array:
-        """Returns a weight as matrices."""
+        """Reshapes a weight to matrices."""
         return x.transpose(self.order).reshape(self.sizes)
 
     def weight(self, x: jax.Array) -> jax.Array:
-        """Returns matrices as a weight."""
+        """Reshapes matrices back to the weight."""
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         return x.reshape([self.shape[axis] for axis in self.order]).transpose(back)
 
     def stacked(self, statistics: Statistics) -> Statistics:
-        """Returns statistics with their batch axes as one, `[matrices]`."""
+        """Returns statistics with their batch axes flattened into one axis, `[matrices]`."""
         split = len(self.axes.batch)
         return jax.tree.map(lambda x: x.reshape((self.sizes[0], *x.shape[split:])), statistics)
 
 
 def matrix_of(product: Product, operand: int, hessian: bool = True) -> Matrix | str:
-    """Returns a product as a matrix product, or the reason why it has no Hessian.
+    """Returns a product in the form of a matrix product, or the reason why it has no Hessian.
 
     Args:
       product: the product.
@@ -251,10 +250,10 @@ def _convolution(product: Product, operand: int, hessian: bool) -> Matrix | str:
 
 
 def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
-    """Returns for each product the first product that reads the same input.
+    """Returns the number of the first product that reads the same input, for each product.
 
-    Inputs are the same if they are one array of the program, also after equal conversions, changes
-    of shape, multiplications and rotations, and in programs of `jit` and `checkpoint`.
+    Inputs are the same if they come from one array of the program by equal conversions, reshapes,
+    multiplications and rotations, including those inside `jit` and `checkpoint`.
 
     Args:
       node: the program.
@@ -289,7 +288,8 @@ def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
                     if around:
                         known.update(zip(eqn.outvars, results, strict=True))
             elif eqn.primitive.name in (*VIEWS, *CONVERSIONS, *_CHANGES):
-                consts = getattr(eqn.params.get("jaxpr"), "consts", ())  # Not in the text.
+                # The text of a closed jaxpr does not show the values of its constants.
+                consts = getattr(eqn.params.get("jaxpr"), "consts", ())
                 name = eqn.primitive.name, str(eqn.params), *map(id, consts)
                 for k, variable in enumerate(eqn.outvars):
                     key = (k, name, *map(value, eqn.invars))

@@ -1,4 +1,4 @@
-"""The matrices of a stack of experts by their leaf and by their recipe."""
+"""Assignment of the matrices of a stack of experts to leaves and to recipes."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from jaxq.ptq._collectors import Layout
 from jaxq.quantizers import Levels
 from jaxq.recipes import Recipe
 
-__all__ = ["alike", "by_leaf", "by_recipe", "own_levels"]
+__all__ = ["align_levels", "by_leaf", "by_recipe", "levels_for"]
 
 
 def by_leaf(product: Product, weight: QuantizedWeight, layout: Layout) -> dict[int, np.ndarray]:
-    """Returns the share of each matrix that belongs to each leaf, float64 `[matrices]`.
+    """Returns for each leaf its share of each matrix, float64 `[matrices]`.
 
-    A matrix of several leaves gives each an equal share.
+    If a matrix consists of several leaves, they have equal shares.
     """
     leaves = tuple(weight.origin.leaves.values())
     axis = expert_axis(product, weight.operand)
@@ -34,7 +34,7 @@ def by_leaf(product: Product, weight: QuantizedWeight, layout: Layout) -> dict[i
 def by_recipe(weight: QuantizedWeight, layout: Layout) -> list[tuple[Recipe, np.ndarray]]:
     """Returns the recipes of a weight, each with the indices of its matrices.
 
-    All experts have a recipe.
+    No expert may stay a float.
     """
     if weight.experts is None:
         return [(weight.recipe, np.arange(layout.sizes[0]))]
@@ -53,22 +53,27 @@ def _places(layout: Layout, axis: int) -> np.ndarray:
     return np.indices(lengths)[layout.axes.batch.index(axis)].reshape(-1)
 
 
-def alike(found: list[Levels]) -> list[Levels]:
-    """Returns levels with the same fields: zeros for zero points and minima that only some have."""
+def align_levels(found: list[Levels]) -> list[Levels]:
+    """Returns levels that have the same fields, with values for the missing ones.
+
+    Missing zero points and minima become 0, and missing outliers NaN.
+    """
+    fills = {"zero_point": 0, "minimum": 0, "outlier": np.nan}
 
     def filled(levels: Levels, name: str) -> jax.Array | None:
         own = getattr(levels, name)
         others = any(getattr(other, name) is not None for other in found)
-        return jnp.zeros_like(levels.step) if own is None and others else own
+        return jnp.full_like(levels.step, fills[name]) if own is None and others else own
 
-    return [
-        Levels(levels.step, filled(levels, "zero_point"), filled(levels, "minimum"))
-        for levels in found
-    ]
+    return [levels._replace(**{name: filled(levels, name) for name in fills}) for levels in found]
 
 
-def own_levels(levels: Any, recipe: Recipe) -> Levels:
-    """Returns levels without the fields that a recipe does not have; the inverse of `alike`."""
-    kind = recipe.scaling.zero_point
-    zero_point = levels.zero_point if kind == "integer" else None
-    return Levels(levels.step, zero_point, levels.minimum if kind == "minimum" else None)
+def levels_for(levels: Any, recipe: Recipe) -> Levels:
+    """Returns levels without fields that a recipe does not have; the inverse of `align_levels`."""
+    offset = recipe.scaling.zero_point
+    return Levels(
+        step=levels.step,
+        zero_point=levels.zero_point if offset == "integer" else None,
+        minimum=levels.minimum if offset == "minimum" else None,
+        outlier=levels.outlier if recipe.outliers is not None else None,
+    )

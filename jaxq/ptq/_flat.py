@@ -1,7 +1,6 @@
-"""Programs without the calls of `jit` and `checkpoint` around the products to solve.
+"""Programs in which the `jit` and `checkpoint` calls around the products to solve are inlined.
 
-Only for running a model in parts: the parts begin and end at products, wherever the model calls
-them.
+Sequential solving runs a model in parts that begin and end at products, also inside such calls.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from jaxq.models import Assigned, Node, Product, Program, program
 
 __all__ = ["Flat", "anonymous", "arguments_of", "flatten", "signature"]
 
-_ANY_CALLABLE = ("custom_jvp_call", "custom_vjp_call")  # A forward pass ignores their rules.
+_CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call")  # A forward pass ignores their rules.
 
 
 @dataclasses.dataclass(eq=False)
@@ -23,8 +22,8 @@ class Flat:
 
     Attributes:
       body: the program.
-      products: its products by equation.
-      inner: the nodes, by equation, of inner programs with products.
+      products: the product of each equation that is one, by the equation's index.
+      inner: the nodes of inner programs with products, by the equation's index.
     """
 
     body: compat.Body
@@ -44,7 +43,7 @@ class Flat:
         outvars: Sequence[Any],
         chosen: Sequence[Assigned | None],
     ) -> Program:
-        """Returns some of the equations as a program.
+        """Returns a program that consists of some of the equations.
 
         Args:
           equations: the indices of the equations, in order.
@@ -66,11 +65,11 @@ def _numbers(node: Node) -> set[int]:
 
 
 def flatten(node: Node, wanted: Collection[int]) -> Flat:
-    """Returns a node as one list of equations.
+    """Inlines the calls of a node that contain wanted products.
 
     Args:
       node: the node.
-      wanted: the numbers of products; a `jit` or `checkpoint` that contains one is opened.
+      wanted: the numbers of products; a `jit` or `checkpoint` call that contains one is inlined.
     """
     counter = itertools.count()
     constvars: list[Any] = []
@@ -118,9 +117,9 @@ def flatten(node: Node, wanted: Collection[int]) -> Flat:
 def arguments_of(
     eqn: Any, body: compat.Body, which: int, iteration: int | None
 ) -> Iterator[tuple[Any, Any, int | None]]:
-    """Yields arguments of a program within an equation, with the operands that they are.
+    """Yields the arguments of a program within an equation, each with the operand passed to it.
 
-    Arguments that depend on the iteration of a loop are left out, except for the rows of a scan.
+    Arguments that change between the iterations of a loop are omitted, except the rows of a scan.
 
     Args:
       eqn: the equation.
@@ -129,7 +128,7 @@ def arguments_of(
       iteration: the iteration of a scan whose rows are yielded, or None for no rows.
 
     Yields:
-      The variable in the program, the operand, and the row of the operand or None.
+      The variable in the program, the operand, and the row of the operand, or None for all of it.
     """
     name, operands = eqn.primitive.name, list(eqn.invars)
     carried = rows = range(0)
@@ -157,7 +156,7 @@ def arguments_of(
 
 
 def anonymous(program: Program, names: Mapping[str, str]) -> Program:
-    """Returns a program whose products have other names and no source lines."""
+    """Returns a program with renamed products, without their numbers and source lines."""
 
     def renamed(assigned: Assigned) -> Assigned:
         known: Any = assigned.calibrated  # Collectors, which have names.
@@ -175,8 +174,8 @@ def anonymous(program: Program, names: Mapping[str, str]) -> Program:
 
 
 def signature(program: Program) -> tuple[Any, ...]:
-    """Returns a key that programs share if they compute the same, whatever they are called."""
-    return _of_jaxpr(program.jaxpr), _assignments(program)
+    """Returns a key that is equal for programs with the same computation."""
+    return _jaxpr_signature(program.jaxpr), _assignments(program)
 
 
 def _assignments(program: Program) -> tuple[Any, ...]:
@@ -185,7 +184,7 @@ def _assignments(program: Program) -> tuple[Any, ...]:
     )
 
 
-def _of_jaxpr(jaxpr: Any) -> tuple[Any, ...]:
+def _jaxpr_signature(jaxpr: Any) -> tuple[Any, ...]:
     body = compat.body(jaxpr)
     places: dict[Any, int] = {}
 
@@ -198,7 +197,7 @@ def _of_jaxpr(jaxpr: Any) -> tuple[Any, ...]:
     equations = [
         (
             eqn.primitive.name,
-            _of_params(eqn),
+            _params_signature(eqn),
             *map(place, eqn.invars),
             *((place(v), str(v.aval)) for v in eqn.outvars),
         )
@@ -208,13 +207,13 @@ def _of_jaxpr(jaxpr: Any) -> tuple[Any, ...]:
     return tuple(arguments), consts, tuple(equations), tuple(map(place, body.outvars))
 
 
-def _of_params(eqn: Any) -> tuple[Any, ...]:
-    def of(value: Any) -> Any:
+def _params_signature(eqn: Any) -> tuple[Any, ...]:
+    def hashable(value: Any) -> Any:
         if hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns"):
-            return _of_jaxpr(value)
+            return _jaxpr_signature(value)
         if isinstance(value, (tuple, list)):
-            return tuple(map(of, value))
-        if callable(value) and eqn.primitive.name in _ANY_CALLABLE:
+            return tuple(map(hashable, value))
+        if callable(value) and eqn.primitive.name in _CUSTOM_CALLS:
             return "rule"
         try:
             hash(value)
@@ -222,4 +221,4 @@ def _of_params(eqn: Any) -> tuple[Any, ...]:
             return id(value)
         return value
 
-    return tuple((name, of(eqn.params[name])) for name in sorted(eqn.params))
+    return tuple((name, hashable(eqn.params[name])) for name in sorted(eqn.params))

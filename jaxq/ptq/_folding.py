@@ -1,4 +1,4 @@
-"""Rotations that are folded into weights, so that they cost nothing: QuaRot's R1 and R2."""
+"""Rotations folded into weights, which add no operations to a model: QuaRot's R1 and R2."""
 
 import dataclasses
 import difflib
@@ -11,7 +11,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq.models import LOOK_UP, not_floating, plan
-from jaxq.ptq._input_changes import close
+from jaxq.ptq._input_changes import relative_difference
 
 __all__ = ["Norm", "fold_rotation", "random_rotation"]
 
@@ -20,13 +20,13 @@ _OWNER = "ptq.fold_rotation"
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """The scale of a norm, and the weights that multiply its result.
+    """A norm whose scale is folded into the weights that multiply its output.
 
     Attributes:
-      scale: the path of the scale.
-      readers: the paths of all weights that multiply the norm's result.
-      offset: the number that the model adds to the scale: 0, or 1 for a norm that multiplies by
-        `1 + scale`.
+      scale: the path of the norm's scale.
+      readers: the paths of all weights that multiply the norm's output.
+      offset: the number that the model adds to the scale: 0 (the default), or 1 for a norm that
+        multiplies by `1 + scale`.
 
     Example:
       >>> from jaxq import ptq
@@ -41,24 +41,26 @@ class Norm:
     def __post_init__(self) -> None:
         if isinstance(self.readers, str):
             raise TypeError(
-                f"Norm: `readers` must be a list of paths, got {self.readers!r}. Put it into one."
+                f"Norm: `readers` must be a list of paths, got {self.readers!r}. Pass "
+                f"[{self.readers!r}]."
             )
         object.__setattr__(self, "readers", tuple(self.readers))
 
 
 def random_rotation(n: int, key: jax.Array, *, keep_mean: bool = False) -> np.ndarray:
-    """Returns a random orthogonal matrix, a Hadamard matrix with random signs where one is known.
+    """Returns a random orthogonal matrix: a Hadamard matrix with random signs if one is known.
 
-    The matrix is `D H / sqrt(n)`, with a Hadamard matrix H and a diagonal D of random signs. H is
-    made by the constructions of Sylvester and Paley, which give one if n is a power of two, or a
-    power of two times 12, 20, 24, 28, 36 or another `q + 1` or `2 (q + 1)` with a suitable prime q.
-    For all other n the matrix comes from the QR decomposition of a normal one.
+    The matrix is `D H / sqrt(n)`, with a Hadamard matrix H and a diagonal matrix D of random signs.
+    H comes from the constructions of Sylvester and Paley. They cover powers of two, and powers of
+    two times 12, 20, 24, 28, 36 or another `q + 1` or `2 (q + 1)` with a suitable prime q. For all
+    other n the matrix is the Q factor of a matrix with standard normal elements.
 
     Args:
       n: the size, at least 1.
       key: a key of `jax.random`.
       keep_mean: True for a matrix that maps the vector of ones to itself, so that it commutes with
-        the subtraction of the mean in a LayerNorm; such a matrix is not a Hadamard matrix.
+        the subtraction of the mean in a LayerNorm; such a matrix is not a Hadamard matrix. False by
+        default.
 
     Returns:
       A float64 NumPy array `[n, n]`.
@@ -102,7 +104,7 @@ def _rotation(n: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def _hadamard(n: int) -> np.ndarray | None:
-    """Returns a Hadamard matrix, or None if none of the constructions gives one."""
+    """Returns a Hadamard matrix of size n, or None if no construction covers n."""
     if n == 1:
         return np.ones((1, 1))
     if n == 2:
@@ -130,7 +132,7 @@ def _is_prime(n: int) -> bool:
 
 
 def _residues(q: int) -> np.ndarray:
-    """Returns the quadratic character of i - j modulo a prime."""
+    """Returns the matrix of the quadratic characters of i - j modulo the prime q."""
     character = np.full(q, -1.0)
     character[np.arange(q, dtype=np.int64) ** 2 % q] = 1
     character[0] = 0
@@ -144,37 +146,37 @@ def fold_rotation(
     *,
     norms: Sequence[Norm] = (),
 ) -> Callable[..., Any]:
-    """Returns a function that rotates vectors inside a model by changing its weights only.
+    """Returns a function that rotates vectors inside a model by changing only its weights.
 
-    A vector x of the model, such as the residual stream, becomes `x R`. Every leaf that adds to it
-    or multiplies it is named with its axis along x, and that axis is multiplied by R::
+    A vector x of the model, such as the residual stream, becomes `x R`. `axes` names every leaf
+    that is added to x or multiplies it, with its axis along x. This axis is multiplied by R::
 
         axes = {"embed": -1, "layers/q": -2, "layers/o": -1, "layers/up": -2, "layers/down": -1,
                 "head": -2}                          # R1: the residual stream.
         axes = {"layers/v": -1, "layers/o": -2}      # R2: within each head, R of its size.
 
-    Between the leaves, x may only be added, multiplied by matrices, or divided by its norm. The
-    scales of norms are therefore multiplied into the weights that read them first, and become 1. An
-    RMSNorm then commutes with any R. A LayerNorm does with the R of
-    `random_rotation(..., keep_mean=True)`, if its bias is 0. Sums are computed in float64, and
-    outputs are compared with those of the original.
+    Between these leaves, the model may only add vectors x, multiply x by matrices, or divide x by
+    its norm. The scale of each norm is therefore first multiplied into the weights that read its
+    output, and becomes 1. An RMSNorm then commutes with any R. A LayerNorm whose bias is 0 commutes
+    with a rotation from `random_rotation(..., keep_mean=True)`. New weights are computed in
+    float64, and the outputs are compared with those of the original model.
 
     Args:
       fn: a function of the parameters and the inputs.
       rotation: an orthogonal matrix `[n, n]`, as `random_rotation` returns it.
-      axes: for the path of each leaf, its axis along x, counted from the end as a negative number.
-        Its length is n, or a multiple of n, in which every n neighbors are rotated. Layers stacked
-        for a scan lie along leading axes.
-      norms: the norms whose scales are folded. All their readers are in `axes`.
+      axes: a mapping from the path of each leaf to its axis along x, a negative number. The axis
+        has length n, or a multiple of n, in which case each group of n neighbors is rotated. Layers
+        stacked for a scan are leading axes.
+      norms: the norms whose scales are folded. All their readers must be in `axes`.
 
     Returns:
-      `(params, *args) -> params`, where the arguments are those of `fn`. The new parameters have
-      the dtypes of the old ones.
+      A function `(params, *args) -> params` with the arguments of `fn`. The new parameters have the
+      dtypes of the old ones.
 
     Raises:
-      ValueError: if R is not orthogonal; if a leaf does not exist, is not a float array, or has
-        another length; if a reader of a norm is an embedding that is looked up too (a tied
-        embedding); or if the outputs change by more than rounding, because a leaf is missing.
+      ValueError: if R is not orthogonal; if a leaf does not exist, is not a float array, or has the
+        wrong length; if a reader of a norm is also looked up (a tied embedding); or if the outputs
+        change by more than rounding errors, for example because a leaf is missing in `axes`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -210,7 +212,7 @@ def fold_rotation(
         for path in norm.readers:
             if path not in axes:
                 raise ValueError(
-                    f"{_OWNER}: `axes` must have all readers of the norm {norm.scale!r}, but lacks "
+                    f"{_OWNER}: `axes` must contain all readers of norm {norm.scale!r}, but lacks "
                     f"{path!r}. Add its axis, such as -2 for a kernel [inputs, outputs]."
                 )
 
@@ -221,23 +223,25 @@ def fold_rotation(
         for path in (*axes, *(norm.scale for norm in norms)):
             _check_leaf(path, leaves)
         if norms:
-            _refuse_tied(fn, params, args, norms)
+            _check_not_tied(fn, params, args, norms)
         wide = {path: np.asarray(leaves[path]).astype(np.float64) for path in axes}
         new = dict(leaves)
         for norm in norms:
             scale = np.asarray(leaves[norm.scale]).astype(np.float64) + norm.offset
             for path in norm.readers:
-                wide[path] = _multiplied(path, wide[path], scale, axes[path])
-            new[norm.scale] = _as(np.full(scale.shape, 1 - norm.offset), leaves[norm.scale])
+                wide[path] = _scale_axis(path, wide[path], scale, axes[path])
+            new[norm.scale] = _convert_like(
+                np.full(scale.shape, 1 - norm.offset), leaves[norm.scale]
+            )
         for path, axis in axes.items():
-            new[path] = _as(_turned(path, wide[path], matrix, axis), leaves[path])
+            new[path] = _convert_like(_rotate_axis(path, wide[path], matrix, axis), leaves[path])
         result = jax.tree.unflatten(structure, [new[path] for path in paths])
-        error = close(fn(params, *args), fn(result, *args))
+        error = relative_difference(fn(params, *args), fn(result, *args))
         if error:
             raise ValueError(
-                f"{_OWNER}: the function must not change, but its outputs differ by {error:.2g} "
-                "relative to their size. A leaf along the rotated vectors is missing in `axes`, or "
-                "a norm with a scale or a mean is missing in `norms`."
+                f"{_OWNER}: the rotation must not change the outputs, but they differ by "
+                f"{error:.2g} relative to their norm. Add the missing leaves to `axes`, and norms "
+                "with a scale to `norms`; use keep_mean=True for norms that subtract the mean."
             )
         return result
 
@@ -248,7 +252,7 @@ def _check_leaf(path: str, leaves: Mapping[str, Any]) -> None:
     if path not in leaves:
         raise ValueError(
             f"{_OWNER}: {path!r} must be the path of a leaf of `params`. The nearest are "
-            f"{_near(path, leaves)}."
+            f"{_nearest_names(path, leaves)}."
         )
     reason = not_floating(leaves[path])
     if reason:
@@ -258,12 +262,12 @@ def _check_leaf(path: str, leaves: Mapping[str, Any]) -> None:
         )
 
 
-def _near(name: str, known: Iterable[str]) -> str:
+def _nearest_names(name: str, known: Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"
 
 
-def _refuse_tied(fn: Callable[..., Any], params: Any, args: Any, norms: Sequence[Norm]) -> None:
-    """Raises a ValueError if a reader of a norm is a table of look-ups too."""
+def _check_not_tied(fn: Callable[..., Any], params: Any, args: Any, norms: Sequence[Norm]) -> None:
+    """Raises a ValueError if a reader of a norm is also an embedding table (a tied embedding)."""
     planned = plan(_OWNER, fn, [], 0, (params, *args), {})
     tables = {
         path
@@ -277,37 +281,37 @@ def _refuse_tied(fn: Callable[..., Any], params: Any, args: Any, norms: Sequence
         for path in tables & {*norm.readers}:
             raise ValueError(
                 f"{_OWNER}: the scale of norm {norm.scale!r} cannot be folded into {path!r}, which "
-                "is looked up too (a tied embedding). Give the head a leaf of its own, a copy of "
-                "the embedding (transposed if you like), and pass a function that uses it."
+                "is also looked up (a tied embedding). Copy the embedding to a separate leaf for "
+                "the head, and pass a function that uses this leaf."
             )
 
 
-def _multiplied(path: str, leaf: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
-    """Returns a leaf with an axis multiplied by the scales of a norm; layers lie in front."""
+def _scale_axis(path: str, leaf: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
+    """Multiplies a leaf by a norm's scale along an axis; layers are leading axes of both."""
     stacks, at = scale.shape[:-1], leaf.ndim + axis
     if at < len(stacks) or leaf.shape[: len(stacks)] != stacks or leaf.shape[at] != scale.shape[-1]:
         raise ValueError(
-            f"{_OWNER}: leaf {path!r} must have the axes of its norm's scale, of shape "
-            f"{scale.shape}, as its leading axes and axis {axis}, got the shape {leaf.shape}."
+            f"{_OWNER}: leaf {path!r} must match its norm's scale of shape {scale.shape} in its "
+            f"leading axes and axis {axis}, got the shape {leaf.shape}. Correct the axis in `axes`."
         )
     shape = [m if i < len(stacks) or i == at else 1 for i, m in enumerate(leaf.shape)]
     return leaf * scale.reshape(shape)
 
 
-def _turned(path: str, leaf: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:
-    """Returns a leaf with every n neighbors along an axis multiplied by the matrix."""
+def _rotate_axis(path: str, leaf: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:
+    """Multiplies each group of n neighbors along an axis of a leaf by the rotation `[n, n]`."""
     n = len(matrix)
     if not -leaf.ndim <= axis < 0 or leaf.shape[axis] % n:
         raise ValueError(
-            f"{_OWNER}: `axes` must name an axis of {path!r} from the end, whose length is a "
-            f"multiple of {n}, got {axis} for the shape {leaf.shape}."
+            f"{_OWNER}: `axes` must give a negative axis of {path!r} whose length is a multiple of "
+            f"{n}, got {axis} for the shape {leaf.shape}. Pass the axis along the rotated vectors."
         )
-    moved = np.moveaxis(leaf, axis, -1)
-    turned = moved.reshape(*moved.shape[:-1], -1, n) @ matrix
-    return np.moveaxis(turned.reshape(moved.shape), -1, axis)
+    last = np.moveaxis(leaf, axis, -1)
+    rotated = last.reshape(*last.shape[:-1], -1, n) @ matrix
+    return np.moveaxis(rotated.reshape(last.shape), -1, axis)
 
 
-def _as(x: np.ndarray, leaf: Any) -> Any:
-    """Returns an array in the dtype and of the kind of a leaf."""
+def _convert_like(x: np.ndarray, leaf: Any) -> Any:
+    """Converts an array to the dtype and array type (NumPy or JAX) of a leaf."""
     new = x.astype(leaf.dtype)
     return new if isinstance(leaf, np.ndarray) else jnp.asarray(new)

@@ -1,4 +1,4 @@
-"""Scores of recipes by the gradient of a loss with respect to the outputs of products."""
+"""Sensitivity scores that weight output errors by the gradient of a loss."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,32 +20,33 @@ from jaxq.models import (
     weight_of,
 )
 
-__all__ = ["by_gradient"]
+__all__ = ["gradient_scores"]
 
 
-def by_gradient(
+def gradient_scores(
     owner: str, plans: Sequence[Planned], data: Sequence[Sequence[Any]]
 ) -> dict[int, np.ndarray]:
     """Returns `sum (G dY)^2` for each leaf, one number per plan.
 
-    Every product computes the errors dY of its result for all recipes. They are the residuals of an
-    identity, in whose backward pass the cotangent G gives the scores, as the gradient of zeros.
+    Every product computes the errors dY of its output for all recipes, and saves them as residuals
+    of an identity function with an extra input of zeros. The backward pass of this function returns
+    the scores as the gradient of the zeros, computed from the cotangent G and the residuals.
 
     Args:
-      owner: the name of the calling function, for errors.
-      plans: the plans of one function for each recipe.
-      data: the arrays of each batch, None for parameters.
+      owner: the name of the public function that was called, for errors.
+      plans: the plans of one function, one per recipe.
+      data: the arrays of each batch, with None for parameters.
 
     Raises:
-      ValueError: if the function returns anything but one scalar.
+      ValueError: if the function does not return a single floating scalar.
     """
     first, *_ = plans
     results = first.traced.jaxpr.out_avals
     if [x.shape for x in results] != [()] or not jnp.issubdtype(results[0].dtype, jnp.floating):
         raise ValueError(
-            f"{owner}: with `gradient`, `fn` must return one scalar, its loss, got results of "
-            f"shapes {[x.shape for x in results[:3]]}. Pass a function that computes the loss, or "
-            "leave out `gradient`."
+            f"{owner}: with gradient=True, `fn` must return a scalar loss, got results of shapes "
+            f"{[x.shape for x in results[:3]]}. Pass a function that computes the loss, or use "
+            "gradient=False."
         )
     chosen: list[Assigned | None] = [None] * len(first.products)
     leaves: dict[str, tuple[int, ...]] = {}

@@ -1,4 +1,4 @@
-"""The zero points of HQQ, a search that needs no data."""
+"""HQQ, a search for zero points that needs no calibration data."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.ptq._searching import Searching, SearchProblem
+from jaxq.ptq._searching import SearchOptions, SearchProblem
 from jaxq.quantizers import Quantized, snap, with_minima
 from jaxq.recipes import Recipe
 
@@ -21,32 +21,32 @@ class _State(NamedTuple):
     Attributes:
       count: the number of iterations so far.
       zero: the zero point of each block.
-      error: the smallest mean magnitude of the error so far.
-      falls: True if the last iteration made it smaller.
+      error: the smallest mean absolute error so far.
+      improved: True if the last iteration reduced the error.
     """
 
     count: jax.Array
     zero: jax.Array
     error: jax.Array
-    falls: jax.Array
+    improved: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class HQQ:
-    r"""The half-quadratic search for the zero point of each block, as an option of a solver.
+    r"""Half-quadratic search for the zero point of each block, as the `search` of a solver.
 
-    With the scale s and the codes `q = clip(round(w / s + z))`, it looks for the zero point z, any
-    number, for which `sum |w - s (q - z)|^p` is small. An iteration shrinks the errors e of the
-    weight to `sign(e) max(|e| - |e|^(p - 1) / beta, 0)`, which stand for outliers, takes the mean
-    of `q - (w - e) / s` over a block as its zero point, and multiplies beta by kappa. It ends when
-    the mean of `|e|` over the weight does not fall. The minimum `-s z` is stored in the recipe's
-    scale format; scales stay. Only the weight matters, so this suits data that is scarce.
+    With the scale s and the codes `q = clip(round(w / s + z))`, the search minimizes
+    `sum |w - s (q - z)|^p` over a real zero point z. Each iteration shrinks the errors e of the
+    weight to `sign(e) max(|e| - |e|^(p - 1) / beta, 0)`, which model outliers, sets the zero point
+    of a block to the mean of `q - (w - e) / s`, and multiplies beta by kappa. The search stops when
+    the mean of `|e|` over the weight no longer falls. The minimum `-s z` is stored in the recipe's
+    scale format; scales do not change. The search uses no calibration data.
 
     Attributes:
       norm: the exponent p, in (0, 1].
-      beta: the first beta.
-      kappa: the factor of beta.
-      iterations: the largest number of iterations.
+      beta: the initial value of beta, positive.
+      kappa: the factor by which beta grows in each iteration, positive.
+      iterations: the maximum number of iterations, positive.
 
     Raises:
       ValueError: if a number is out of range.
@@ -73,20 +73,25 @@ class HQQ:
         for name in ("beta", "kappa", "iterations"):
             if not getattr(self, name) > 0:
                 raise ValueError(
-                    f"HQQ: `{name}` must be positive, got {getattr(self, name)}. Leave it out for "
-                    "its default."
+                    f"HQQ: `{name}` must be positive, got {getattr(self, name)}. Omit it to use "
+                    "the default."
                 )
 
     def check(self, owner: str, recipe: Recipe) -> None:
-        """Raises a ValueError unless a recipe stores a minimum for each block."""
+        """Raises a ValueError unless a recipe stores a minimum for each block, and no outliers."""
         if recipe.scaling.zero_point != "minimum":
             raise ValueError(
-                f"{owner}: `recipe` must store a minimum for each block for HQQ, got the scaling "
+                f"{owner}: with HQQ, `recipe` must store a minimum per block, got the scaling "
                 f"{type(recipe.scaling).__name__}. Use jaxq.recipes.ScaleAndMin(stored=True)."
             )
+        if recipe.outliers is not None:
+            raise ValueError(
+                f"{owner}: with HQQ, `recipe` must not store outliers, got {recipe.outliers}. Use "
+                "outliers=None, or a ptq.ScaleSearch."
+            )
 
-    def leaves(self, problem: SearchProblem, how: Searching) -> tuple[Quantized, ...]:
-        """Returns the leaves with the best minima, and their old codes and scales."""
+    def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:
+        """Returns the leaves with the best minima and with unchanged codes and scales."""
         weight, levels, numbers = problem.weight, problem.levels, problem.blocks.numbers
         assert levels.minimum is not None, "checked before"
         step = jnp.where(levels.step > 0, levels.step, np.float32(1))
@@ -98,22 +103,22 @@ class HQQ:
 
         def iterate(state: _State) -> _State:
             own = levels._replace(step=step, minimum=-state.zero[numbers] * step)
-            q, values = snap(weight, own, how.recipe)
+            q, values = snap(weight, own, options.recipe)
             error = weight - values
             size = jnp.abs(error)
             beta = np.float32(self.beta) * np.float32(self.kappa) ** state.count.astype(jnp.float32)
-            # 0 has no power p - 1.
+            # |e|^(p - 1) is infinite at 0.
             bound = jnp.where(size > 0, size, 1) ** np.float32(self.norm - 1) / beta
             outlier = jnp.sign(error) * lax.max(size - bound, np.float32(0))
             zero = mean(q - (weight - outlier) / step)
             now = jnp.mean(size)
             return _State(state.count + 1, zero, lax.min(now, state.error), now < state.error)
 
-        def goes_on(state: _State) -> jax.Array:
-            return (state.count < self.iterations) & state.falls
+        def keep_going(state: _State) -> jax.Array:
+            return (state.count < self.iterations) & state.improved
 
         first = mean(-levels.minimum / step)
         infinity = jnp.float32(np.inf)
         state = _State(jnp.int32(0), first, infinity, jnp.bool_(True))
-        zero = lax.while_loop(goes_on, iterate, state).zero
+        zero = lax.while_loop(keep_going, iterate, state).zero
         return tuple(with_minima(q, -own * q.scales) for q, own in problem.by_leaf(zero))

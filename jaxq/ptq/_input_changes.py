@@ -1,4 +1,4 @@
-"""Changes of the inputs of products that their weights undo: what scales and rotations share."""
+"""Common code of input scales and rotations, whose effect the weights of the products cancel."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -10,17 +10,24 @@ from jax import numpy as jnp
 from jaxq.models import Planned, Product
 from jaxq.ptq._calls import Calls, Model
 
-__all__ = ["check_same", "close", "named_inputs", "reason_of", "with_arrays"]
+__all__ = [
+    "check_equal_outputs",
+    "named_inputs",
+    "reason_of",
+    "relative_difference",
+    "replace_leaves",
+]
 
-_CLOSE = {"float32": 1e-3}  # The largest relative change of outputs by rounding; else _LOOSE.
-_LOOSE = 0.05
+# The largest relative change of outputs that rounding may cause, by dtype.
+_TOLERANCES = {"float32": 1e-3}
+_DEFAULT_TOLERANCE = 0.05
 
 
 def reason_of(model: Model, product: Product) -> str:
     """Returns the reason why the input of a product cannot be changed, or ""."""
     number, stored = product.number, model.planned.stored
-    if number in model.sought.reasons:
-        return model.sought.reasons[number]
+    if number in model.targets.reasons:
+        return model.targets.reasons[number]
     if product.operation != "dot_general":
         return "only matrix products have input scales and rotations"
     if not product.reverse:
@@ -35,30 +42,31 @@ def reason_of(model: Model, product: Product) -> str:
 
 
 def _leaves(product: Product) -> set[int]:
-    """Returns the leaves of which the operands of a product are made."""
+    """Returns the leaves that the operands of a product are made from."""
     return {leaf for origin in product.origins if origin for leaf in origin.leaves.values()}
 
 
 def named_inputs(
     owner: str, model: Model, left: Mapping[int, str], known: Collection[str]
 ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """Returns the names of the changed products with those of their inputs, and of all others.
+    """Returns pairs (product, input) of the changed products and (product, reason) of all others.
 
     Args:
-      owner: the name of the calling function, for errors.
+      owner: the name of the public function that was called, for errors.
       model: the model.
-      left: the numbers of products that are left alone, with the reasons.
-      known: the names of the changed inputs, each that of the first product that reads it.
+      left: the reasons why products were left unchanged, by their numbers.
+      known: the names of the changed inputs. An input has the name of the first product that reads
+        it.
 
     Raises:
       ValueError: if no product is changed.
     """
-    products, sought = model.planned.products, model.sought
-    names = {n: products[n].name for n in sorted({*sought.matrices, *left})}
+    products, targets = model.planned.products, model.targets
+    names = {n: products[n].name for n in sorted({*targets.matrices, *left})}
     inputs = tuple(
-        (name, products[sought.first[n]].name)
+        (name, products[targets.first[n]].name)
         for n, name in names.items()
-        if n not in left and products[sought.first[n]].name in known
+        if n not in left and products[targets.first[n]].name in known
     )
     found = {name for name, _ in inputs}
     why = "its input does not depend on data"
@@ -71,8 +79,8 @@ def named_inputs(
     return inputs, others
 
 
-def with_arrays(planned: Planned, arrays: Mapping[int, np.ndarray]) -> Any:
-    """Returns the parameters with other arrays in place of some leaves."""
+def replace_leaves(planned: Planned, arrays: Mapping[int, np.ndarray]) -> Any:
+    """Returns the parameters with some leaves replaced by other arrays."""
     tree, places = planned.traced.parameters
     (tree,) = tree  # The list of the arguments that hold parameters.
     leaves, structure = jax.tree.flatten(tree)
@@ -83,25 +91,25 @@ def with_arrays(planned: Planned, arrays: Mapping[int, np.ndarray]) -> Any:
     return jax.tree.unflatten(structure, new)
 
 
-def check_same(calls: Calls, changed: Callable[..., Any], params: Any) -> None:
-    """Raises a ValueError unless a changed function gives the outputs of the original."""
-    error = close(calls.fn(*calls.calls[0]), changed(params, *calls.calls[0][1:]))
+def check_equal_outputs(calls: Calls, changed: Callable[..., Any], params: Any) -> None:
+    """Raises a ValueError unless a changed function returns the outputs of the original."""
+    error = relative_difference(calls.fn(*calls.calls[0]), changed(params, *calls.calls[0][1:]))
     if error:
         raise ValueError(
             f"{calls.owner}: the changed function must equal `fn`, but its outputs differ by "
-            f"{error:.2g} relative to their size. A weight is probably used outside of its "
-            "product too. Exclude it by a rule with the recipe None."
+            f"{error:.2g} relative to their norm. A weight is probably also used outside its "
+            "product; exclude it with a rule whose recipe is None."
         )
 
 
-def close(before: Any, after: Any) -> float:
-    """Returns 0 if the floating results of two functions agree, or their relative difference."""
+def relative_difference(before: Any, after: Any) -> float:
+    """Returns the first relative difference of floating results beyond the tolerance, or 0."""
     pairs = zip(_floats(before), _floats(after), strict=True)
     for x, y in pairs:
-        one, other = (np.asarray(value, np.float64) for value in (x, y))
-        power = np.sqrt(np.sum(one**2))
-        error = float(np.sqrt(np.sum((one - other) ** 2)) / (power or 1.0))
-        if error > _CLOSE.get(str(jnp.asarray(x).dtype), _LOOSE):
+        expected, actual = (np.asarray(value, np.float64) for value in (x, y))
+        norm = np.sqrt(np.sum(expected**2))
+        error = float(np.sqrt(np.sum((expected - actual) ** 2)) / (norm or 1.0))
+        if error > _TOLERANCES.get(str(jnp.asarray(x).dtype), _DEFAULT_TOLERANCE):
             return error
     return 0.0
 

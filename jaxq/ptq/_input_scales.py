@@ -26,8 +26,8 @@ __all__ = [
     "get_input_scaler",
 ]
 
-_LEAST = 1e-4  # Inputs with a smaller mean magnitude, relative to the mean of all, count as this.
-_TINY = 1e-5  # The same for the largest magnitudes of SmoothQuant, which are absolute.
+_MIN_MAGNITUDE = 1e-4  # The lower bound of AWQ's mean magnitudes, relative to their mean.
+_MIN_AMAX = 1e-5  # The lower bound of SmoothQuant's absolute maxima.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class InputProblem:
     """The weights of all products that read one input, as matrices.
 
     Attributes:
-      weights: the weights, float32 `[matrices, inputs, outputs]` each.
+      weights: the weights, each float32 `[matrices, inputs, outputs]`.
       statistics: the statistics of the input, with a leading axis `[matrices]`.
-      quantized: a function that rounds weights of these shapes to their recipes' levels.
+      quantized: a function that fake-quantizes weights of these shapes, each with its recipe.
     """
 
     weights: Sequence[jax.Array]
@@ -45,7 +45,7 @@ class InputProblem:
     quantized: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]
 
     def loss(self, scales: jax.Array) -> jax.Array:
-        """Returns `tr(E^T H E)`, summed over the weights, where E is the error with scales.
+        """Returns `tr(E^T H E)` summed over the weights, where E is the error of a scaled weight.
 
         Args:
           scales: the scales, `[matrices, inputs]`.
@@ -54,7 +54,7 @@ class InputProblem:
           The losses, `[matrices]`.
         """
         hessian, own = self.statistics.hessian, scales[..., None]
-        assert hessian is not None, "the method asks for it"
+        assert hessian is not None, "the method has needs_hessian"
         total = jnp.zeros(scales.shape[:-1], jnp.float32)
         rounded = self.quantized([weight * own for weight in self.weights])
         for weight, value in zip(self.weights, rounded, strict=True):
@@ -79,13 +79,13 @@ class InputScaler(Protocol):
 class SmoothQuant:
     r"""Moves the outliers of an input into the weights that multiply it.
 
-    The scale of input i is `max|x_i|^alpha / max|W_i|^(1 - alpha)`, with the maximum over all
-    tokens, and over the outputs of all products that read the input. It is meant for recipes that
-    quantize the activations too, such as `"w8a8"`. An input that was always 0 has the scale 1.
+    The scale of input i is `max|x_i|^alpha / max|W_i|^(1 - alpha)`. The first maximum is over all
+    tokens, the second over the outputs of all products that read the input. The method is meant for
+    recipes that also quantize activations, such as `"w8a8"`. An input that is always 0 has scale 1.
 
     Attributes:
-      alpha: the share of the range that moves into the weights, between 0 and 1; more for
-        activations with large outliers.
+      alpha: the migration strength, between 0 and 1 (0.5 by default); larger values move more of
+        the range into the weights, which helps activations with large outliers.
 
     Raises:
       ValueError: if `alpha` is not between 0 and 1.
@@ -110,27 +110,27 @@ class SmoothQuant:
             )
 
     def scales(self, problem: InputProblem) -> jax.Array:
-        """Returns the scales of the formula."""
+        """Returns `max|x_i|^alpha / max|W_i|^(1 - alpha)`, float32 `[matrices, inputs]`."""
         amax = problem.statistics.amax
         of_weights = [jnp.max(jnp.abs(weight), axis=-1) for weight in problem.weights]
         largest = jnp.max(jnp.stack(of_weights), axis=0)
-        inputs, weights = (lax.max(x, np.float32(_TINY)) for x in (amax, largest))
+        inputs, weights = (lax.max(x, np.float32(_MIN_AMAX)) for x in (amax, largest))
         found = inputs ** np.float32(self.alpha) / weights ** np.float32(1 - self.alpha)
         return jnp.where(amax > 0, found, np.float32(1))
 
 
 @dataclasses.dataclass(frozen=True)
 class AWQ:
-    r"""Scales weights up where their inputs are large, so that rounding costs less there.
+    r"""Scales weights up where their inputs are large, which reduces the rounding error there.
 
     The scale of input i is `m_i^r`, divided by the geometric mean of the largest and the smallest
-    one, where `m_i` is the mean of `|x_i|` over the tokens. The exponent r is one of `steps + 1`
-    equally spaced numbers in [0, 1]: the one for which the nearest levels have the smallest error
-    of the outputs, `tr(E^T H E)`, summed over all products that read the input. r = 0 changes
-    nothing, so this loss never grows. The published method estimates it from a sample of tokens.
+    scale, where `m_i` is the mean of `|x_i|` over the tokens. The exponent r is chosen from
+    `steps + 1` equally spaced numbers in [0, 1] such that rounding to nearest gives the smallest
+    output error `tr(E^T H E)`, summed over all products that read the input. r = 0 changes nothing,
+    so this loss never grows. The published method estimates the loss from a sample of tokens.
 
     Attributes:
-      steps: the number of exponents besides 0.
+      steps: the number of exponents besides 0, at least 1.
 
     Raises:
       ValueError: if `steps` is less than 1.
@@ -157,17 +157,17 @@ class AWQ:
         magnitude = problem.statistics.magnitude
         mean = jnp.mean(magnitude, axis=-1, keepdims=True)
         relative = jnp.where(mean > 0, magnitude / jnp.where(mean > 0, mean, 1), 1)
-        relative = lax.max(relative, np.float32(_LEAST))
+        relative = lax.max(relative, np.float32(_MIN_MAGNITUDE))
 
-        def of(exponent: jax.Array) -> jax.Array:
+        def scales_for(exponent: jax.Array) -> jax.Array:
             scales = relative**exponent
             ends = jnp.max(scales, -1, keepdims=True) * jnp.min(scales, -1, keepdims=True)
             return scales / jnp.sqrt(ends)
 
         exponents = jnp.arange(self.steps + 1, dtype=jnp.float32) / np.float32(self.steps)
-        losses = lax.map(lambda exponent: problem.loss(of(exponent)), exponents)
+        losses = lax.map(lambda exponent: problem.loss(scales_for(exponent)), exponents)
         best = exponents[jnp.argmin(losses, axis=0)]
-        return of(best[:, None])
+        return scales_for(best[:, None])
 
 
 INPUT_SCALERS: Registry[Any] = Registry(
@@ -176,7 +176,7 @@ INPUT_SCALERS: Registry[Any] = Registry(
 
 
 def get_input_scaler(method: str | InputScaler) -> InputScaler:
-    """Returns the method with a name in `INPUT_SCALERS`; a record is returned unchanged.
+    """Looks up an input scaler by its name in `INPUT_SCALERS`; a record is returned unchanged.
 
     Raises:
       ValueError: if no method has that name.

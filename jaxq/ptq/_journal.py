@@ -1,4 +1,4 @@
-"""The solved products of a run in a folder, from which an interrupted run goes on."""
+"""A folder of solved products, from which an interrupted run resumes."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
     Attributes:
       row: its row of the report.
-      packed: the leaves, or rows of leaves, that it solved.
+      packed: the packed leaves, or rows of leaves, of its weight.
     """
 
     row: SolvedProduct
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Journal:
-    """A folder with one file for each solved product, which appears when it is complete.
+    """A folder with one file per solved product, which is moved there once it is complete.
 
     Attributes:
       folder: the folder.
@@ -48,18 +48,18 @@ class Journal:
         return self.folder / f"{number:05}.safetensors"
 
     def read(self, number: int) -> Entry | None:
-        """Returns the product solved as number `number`, or None if it is not there."""
+        """Returns the product with a position in the order of solving, or None if it is missing."""
         path = self._path(number)
         if not path.exists():
             return None
         tree = load(path)
         fields = dict(zip(tree["names"], np.asarray(tree["numbers"]).tolist(), strict=True))
-        whole = {name: int(fields[name]) for name in ("tokens", "inputs")}
-        row = SolvedProduct(**{**fields, **whole, **tree["texts"]})
+        integers = {name: int(fields[name]) for name in ("tokens", "inputs")}
+        row = SolvedProduct(**{**fields, **integers, **tree["texts"]})
         return Entry(row, tree["packed"])
 
     def write(self, number: int, entry: Entry) -> None:
-        """Stores a solved product."""
+        """Stores a solved product under its position in the order of solving."""
         fields = dataclasses.asdict(entry.row)
         texts = {name: value for name, value in fields.items() if isinstance(value, str)}
         names = [name for name in fields if name not in texts]
@@ -73,27 +73,27 @@ class Journal:
 
 
 def journal_of(folder: pathlib.Path, calls: Calls, model: Model, settings: Any) -> Journal:
-    """Returns the journal of a run in a folder, which is made if it is missing.
+    """Returns the journal of a run in a folder, which is created if it does not exist.
 
     Args:
       folder: the folder.
       calls: the parameters and batches.
       model: the planned model.
-      settings: the other settings of the run, whose `repr` must be that of the run in the folder.
+      settings: the other settings of the run, compared by their `repr`.
 
     Raises:
-      ValueError: if the folder holds something else.
+      ValueError: if the folder holds another run or other files.
     """
     run = _fingerprint(calls, model, settings)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _RUN
     found = load(path)["run"] if path.exists() else None
     if found != run and (found is not None or any(folder.iterdir())):
-        kind = "products of another run" if found else "other files"
+        contents = "products of another run" if found else "other files"
         raise ValueError(
             f"{calls.owner}: `resume` must be a new folder, or that of a run with the same model, "
-            f"rules, solver, params and batches, but {folder.name!r} holds {kind}. Pass another "
-            "folder, or remove this one."
+            f"rules, solver, params and batches, but {folder.name!r} holds {contents}. Pass "
+            "another folder, or remove this one."
         )
     if found is None:
         save(path, {"run": run})
@@ -101,7 +101,7 @@ def journal_of(folder: pathlib.Path, calls: Calls, model: Model, settings: Any) 
 
 
 def _fingerprint(calls: Calls, model: Model, settings: Any) -> str:
-    """Returns a hash of all that a result depends on."""
+    """Returns a hash of everything that the result depends on."""
     planned = model.planned
     texts = [repr(settings), str(planned.traced.jaxpr)]
     for product, assigned in zip(planned.products, planned.chosen, strict=True):

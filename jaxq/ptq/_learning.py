@@ -1,4 +1,4 @@
-"""Learned rounding of whole models, block by block."""
+"""Learned rounding of the weights of a model, block by block."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -33,12 +33,12 @@ class LearnedBlock:
 
     Attributes:
       block: the index of the block.
-      step: the number of steps so far; in a report, after which the best weights were found.
-      rtn: the squared error of the block's results with the nearest levels, relative to their
-        power.
-      loss: the same for the best weights so far.
+      step: the number of steps so far; in a report, the step at which the best weights were found.
+      rtn: the squared error of the block's outputs with rounding to nearest, relative to the power
+        of the float outputs.
+      loss: the same error with the best weights so far.
       weights: the number of leaves whose rounding is learned.
-      note: the weights that the rules quantize and that are not stored, with the reasons; or "".
+      note: the weights that the rules quantize but that are not stored, with the reasons; or "".
     """
 
     block: int
@@ -51,7 +51,7 @@ class LearnedBlock:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RoundingReport(Tabular):
-    """The report of `jaxq.ptq.learn_rounding`; its `str` is a table.
+    """The report of `jaxq.ptq.learn_rounding`. Prints as a table.
 
     Attributes:
       rows: the blocks, in order.
@@ -73,35 +73,36 @@ def learn_rounding(
 ) -> Callable[..., tuple[list[Any], RoundingReport]]:
     """Returns a function that packs the weights of a list of blocks, with learned rounding.
 
-    The blocks, applied one after the other, are the model. For each of them, gradient steps look
-    for codes with which the block gives the results of the float model, although its inputs are
-    those of the packed blocks before it. The loss is the squared error of the floating results,
-    relative to their power; a step sees one batch. At intervals the rounded weights are measured
-    on all batches, and the best ones are kept; the nearest levels are among them, so the final loss
-    is never larger than theirs.
+    The model is the composition of the blocks. For each block, gradient steps choose codes such
+    that its outputs, computed from the outputs of the packed blocks before it, match those of the
+    float model. The loss is the squared error of the floating outputs, relative to their power;
+    each step uses one batch. At regular intervals the rounded weights are measured on all batches.
+    The best weights are kept, starting from rounding to nearest, so the loss never exceeds that of
+    rounding to nearest.
 
-    Activations are quantized as the rules say. The inputs and results of one block for all batches
-    are kept in memory. Blocks with equal programs, such as equal layers, are compiled once.
+    Activations are quantized as the rules specify. The inputs and outputs of one block are kept in
+    memory for all batches. Blocks with equal programs, such as equal layers, are compiled once.
 
     Args:
-      blocks: functions `(params, x) -> y`. Each gets its own parameters and the result of the one
-        before; a tuple holds several arguments, such as hidden states and a mask.
+      blocks: functions `(params, x) -> y`. Each receives its own parameters and the output of the
+        previous block; a tuple is passed as several arguments, such as hidden states and a mask.
       rules: as in `jaxq.quantize_fn`. Paths begin with the index of the block, as in `"0/up"`.
-      method: a method, or its name in `jaxq.ptq.ROUNDING_METHODS`.
-      mask: a function of the arguments of the first block after the parameters that returns a
-        boolean array, False for padding. Its axes are the first axes of every result.
+      method: a rounding method, or its name in `jaxq.ptq.ROUNDING_METHODS`.
+      mask: a function of the inputs of the first block that returns a boolean array, False for
+        padding. Its shape must be a prefix of the shape of every output. None (the default) uses
+        all tokens.
       progress: a function that is called with the state of a block after each measurement.
 
     Returns:
-      `(params, batches, *, key) -> (packed, report)`. `params` is a sequence with one pytree per
-      block, `batches` a sequence of arguments of the first block, all of the same shapes, and `key`
-      a key of `jax.random` for the order of the batches. `packed` is the list of the blocks'
-      parameters with stored weights, for `jaxq.quantize_fn(blocks[k], ...)` or the whole model.
+      A function `(params, batches, *, key) -> (packed, RoundingReport)`. `params` is a sequence
+      with one pytree per block, `batches` is a sequence of inputs of the first block, all of the
+      same shapes, and `key` is a key of `jax.random` for the order of the batches. `packed` is the
+      list of the blocks' parameters with stored weights, for `jaxq.quantize_fn(blocks[k], ...)`.
 
     Raises:
       TypeError: as in `jaxq.quantize_fn`.
-      ValueError: as in `jaxq.ptq.quantize_weights`; or if there are not as many blocks as
-        parameters.
+      ValueError: as in `jaxq.ptq.quantize_weights`; or if `params` does not have one pytree per
+        block.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -138,11 +139,11 @@ def learn_rounding(
             count = len(params) if isinstance(params, (list, tuple)) else type(params).__name__
             raise ValueError(
                 f"{_OWNER}: `params` must be a list with one pytree for each of the {len(blocks)} "
-                f"blocks, got {count}. Take the layers of a stack apart by jax.tree.map(lambda w: "
-                "w[i], layers)."
+                f"blocks, got {count}. Split stacked layers with jax.tree.map(lambda w: w[i], "
+                "layers)."
             )
         calls = read_calls(_OWNER, model, mask, (list(params), batches))
-        return _Learning(calls, blocks, resolved, progress).run(rules, key)
+        return _LearningRun(calls, blocks, resolved, progress).run(rules, key)
 
     return learned
 
@@ -151,15 +152,15 @@ def _as_arguments(x: Any) -> tuple[Any, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
-class _First(NamedTuple):
-    """The numbers of the first leaf and the first product of a block in the whole model."""
+class _Offsets(NamedTuple):
+    """The indices of the first leaf and the first product of a block in the whole model."""
 
     leaf: int = 0
     product: int = 0
 
 
-class _Learning:
-    """A run over all blocks.
+class _LearningRun:
+    """One call of the function, which learns all blocks in order.
 
     Args:
       calls: the model and its batches.
@@ -180,10 +181,10 @@ class _Learning:
         self._trainers = Trainers(method)
 
     def run(self, rules: Rules, key: jax.Array) -> tuple[list[Any], RoundingReport]:
-        """Learns all blocks, and returns the packed parameters and the report."""
+        """Learns all blocks and returns the packed parameters and the report."""
         model = self._calls.plan(rules)
         self._check(model)
-        example, first, rows, packed = self._calls.calls[0][1:], _First(), [], []
+        example, first, rows, packed = self._calls.calls[0][1:], _Offsets(), [], []
         floats = _stacked([call[1:] for call in self._calls.calls])
         quantized = floats
         masked = [mask for mask in self._calls.masks if mask is not None]
@@ -210,12 +211,19 @@ class _Learning:
         for leaf, storage in model.planned.stored.leaves.items():
             origin = traced.origins[leaf]
             assert origin is not None, "only parameters are stored"
-            check_recipe(f"{_OWNER}: leaf {origin.paths[0]!r}", storage.recipe)
+            owner = f"{_OWNER}: leaf {origin.paths[0]!r}"
+            check_recipe(owner, storage.recipe)
+            if storage.recipe.outliers is not None:
+                raise ValueError(
+                    f"{owner}: `recipe` must round every element to its block's grid, got one of "
+                    f"{storage.recipe.element.name} that stores outliers separately. Use "
+                    "outliers=None, or ptq.quantize_weights."
+                )
 
     def _learned(
         self, block: "_Block", trainer: Trainer, data: Data, key: jax.Array
     ) -> tuple[LearnedBlock, dict[int, Rounded]]:
-        """Learns one block, and returns its report and the best choice."""
+        """Learns one block and returns its row of the report and the best levels of each leaf."""
         problems = block.problems()
         best = {at: Rounded(p.start, numbers_of(p.start)) for at, p in problems.items()}
 
@@ -251,16 +259,16 @@ class _Block:
 
     Args:
       number: its index.
-      own: the plan of the block alone, without rules.
+      own: the plan of the block by itself, without rules.
       whole: the plan of the model.
-      first: the numbers of the block's first leaf and first product.
+      first: the indices of the block's first leaf and first product in the model.
     """
 
-    def __init__(self, number: int, own: Planned, whole: Planned, first: _First) -> None:
+    def __init__(self, number: int, own: Planned, whole: Planned, first: _Offsets) -> None:
         self.number, self._own, self._whole, self._first = number, own, whole, first
         count = sum(origin is not None for origin in own.traced.origins)
         self.arrays = [jnp.asarray(x) for x in own.traced.arrays[:count]]
-        self.next = _First(first.leaf + count, first.product + len(own.products))
+        self.next = _Offsets(first.leaf + count, first.product + len(own.products))
         stored = whole.stored.leaves
         self._storages = {
             at: stored[first.leaf + at] for at in range(count) if first.leaf + at in stored
@@ -276,13 +284,13 @@ class _Block:
 
     @property
     def note(self) -> str:
-        """The weights that stay floats, with the reasons."""
+        """The names of weights that are not stored, with the reasons."""
         whole = self._whole
         pairs = [(whole.products[n].name, whole.stored.reasons.get(n)) for n in self._products]
         return "; ".join(f"{name}: not stored: {reason}" for name, reason in pairs if reason)
 
     def program(self) -> Any:
-        """Returns the program whose stored weights are arguments with the values of levels."""
+        """Returns the program of the block, whose stored weights are dequantized arguments."""
         whole = self._whole
         chosen = [
             whole.chosen[n]
@@ -293,7 +301,7 @@ class _Block:
         return program(self._own.node, chosen, True)
 
     def problems(self) -> dict[int, RoundingProblem]:
-        """Returns the leaves to learn, by their places among the arguments."""
+        """Returns the leaves to learn, by their index among the arguments."""
         return {
             at: RoundingProblem(
                 storage.converted(self.arrays[at]).astype(jnp.float32),
@@ -314,8 +322,8 @@ class _Block:
 def _check_finite(loss: float, block: int, noun: str) -> None:
     if loss != loss:
         raise ValueError(
-            f"{_OWNER}: {noun} must be finite, but those of block {block} have a NaN or an "
-            "infinity. Look for it in the batches; padding must be finite too, even under `mask`."
+            f"{_OWNER}: {noun} must be finite, but those of block {block} contain a NaN or an "
+            "infinity. Check the batches; padding must also be finite, even under `mask`."
         )
 
 
@@ -326,7 +334,7 @@ def _stacked(calls: Sequence[tuple[Any, ...]]) -> list[jax.Array]:
 
 
 def _order(key: jax.Array, steps: int, batches: int) -> jax.Array:
-    """Returns the batch of each step: all batches in random order, again and again."""
+    """Returns the index of each step's batch, from one random permutation after another."""
     keys = jax.random.split(key, -(-steps // batches))
     orders = jax.vmap(lambda key: jax.random.permutation(key, batches))(keys)
     return orders.reshape(-1)[:steps]

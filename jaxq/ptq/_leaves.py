@@ -1,8 +1,7 @@
-"""The weights of a model while they are solved: in their leaves, and as their products see them.
+"""The leaves of a model while they are solved, and their views as the weights of products.
 
-A weight is followed from its leaf to its product by running the operations between them, which only
-move elements, on its values and on their levels. The transpose of these operations takes the answer
-back.
+The operations between a leaf and its product only move elements. They are run on the leaf's values
+and levels to obtain the weight of the product, and their transpose moves the solution back.
 """
 
 import dataclasses
@@ -15,30 +14,30 @@ from jax import numpy as jnp
 
 from jaxq._jax import compat
 from jaxq.models import CONVERSIONS, Extra, Planned, Storage, StoredView, run
-from jaxq.ptq._experts import alike
+from jaxq.ptq._experts import align_levels
 from jaxq.ptq._flat import Flat
 from jaxq.quantizers import Levels, Quantized, levels, numbers_of, snap, with_levels
 
-__all__ = ["Frame", "LeafKey", "Leaves", "Outer", "Seen", "followed"]
+__all__ = ["Frame", "LeafKey", "Leaves", "Outer", "WeightView", "trace_weight"]
 
 
 class LeafKey(NamedTuple):
     """A leaf of the parameters, or a row of it.
 
     Attributes:
-      leaf: the index among the arguments' arrays.
-      rows: indices along leading axes of layers that a scan runs through.
+      leaf: the index among the arrays of the arguments.
+      rows: the indices of the row along the leading axes, which scans over layers iterate over.
     """
 
     leaf: int
     rows: tuple[int, ...] = ()
 
 
-class Work(NamedTuple):
+class LeafState(NamedTuple):
     """A leaf that is being solved; all arrays have its shape.
 
     Attributes:
-      x: the values that its products see, float32.
+      x: the float values that its products multiply, float32.
       levels: the levels of its elements.
       nearest: the nearest grid values.
       numbers: the chosen grid values.
@@ -63,7 +62,7 @@ class Leaves:
         self._arrays = planned.traced.arrays
         self._storage = planned.stored.leaves
         self._packed: dict[LeafKey, Quantized] = {}
-        self._work: dict[LeafKey, Work] = {}
+        self._work: dict[LeafKey, LeafState] = {}
 
     def array(self, key: LeafKey) -> Any:
         """Returns the float array of a leaf."""
@@ -75,7 +74,7 @@ class Leaves:
         return storage and storage._replace(leading=storage.leading - len(key.rows))
 
     def value(self, key: LeafKey) -> Any:
-        """Returns a leaf as programs take it: packed as far as it is solved, or an array."""
+        """Returns the argument for a leaf: packed if it is solved at least partly, or an array."""
         q = self._packed.get(key)
         if q is None and any(k.leaf == key.leaf for k in self._packed):
             q = self._stacked(key, {k.rows: q for k, q in self._packed.items() if k[0] == key[0]})
@@ -89,7 +88,7 @@ class Leaves:
         assert storage is not None, "only stored leaves are solved"
         return storage.quantize(self.array(key))
 
-    def work(self, key: LeafKey) -> Work:
+    def work(self, key: LeafKey) -> LeafState:
         """Returns the state of a leaf that is being solved."""
         if key not in self._work:
             storage = self.storage(key)
@@ -97,11 +96,11 @@ class Leaves:
             q = self.nearest(key)
             x = storage.converted(self.array(key)).astype(jnp.float32)
             numbers = numbers_of(q)
-            self._work[key] = Work(x, levels(q), numbers, numbers, q)
+            self._work[key] = LeafState(x, levels(q), numbers, numbers, q)
         return self._work[key]
 
     def put(self, key: LeafKey, numbers: jax.Array, is_last: bool) -> None:
-        """Stores the chosen grid values of a leaf; after the last ones, frees its state."""
+        """Stores the chosen grid values of a leaf; frees its state if no others follow."""
         work = self.work(key)
         self._packed[key] = with_levels(work.start, numbers)
         self._work[key] = work._replace(numbers=numbers)
@@ -118,7 +117,7 @@ class Leaves:
         return self._packed[key]
 
     def rescale(self, key: LeafKey, start: Quantized) -> None:
-        """Changes the scales of a leaf that is being solved."""
+        """Replaces the scales of a leaf that is being solved by those of `start`."""
         work = self.work(key)
         own = levels(start)
         nearest = snap(work.x, own, start.recipe)[0]
@@ -129,7 +128,7 @@ class Leaves:
         self._work.pop(key, None)
 
     def pack(self, key: LeafKey) -> None:
-        """Stores the nearest levels of a leaf."""
+        """Packs a leaf with the nearest levels."""
         self._packed[key] = self.nearest(key)
 
     def results(self) -> dict[int, Quantized]:
@@ -164,8 +163,7 @@ class Frame:
 
     Attributes:
       flat: the program.
-      sources: the leaves and the outer values that its arguments are, without those that depend
-        on data.
+      sources: the leaf or outer value of each argument that does not depend on data.
       depth: the number of scans around it.
       leaves: the leaves of the model.
       iterations: the iterations of the scans around it that run one at a time.
@@ -179,7 +177,7 @@ class Frame:
 
     @functools.cached_property
     def makers(self) -> dict[Any, int]:
-        """The index of the equation that makes each variable."""
+        """The index of the equation that computes each variable."""
         return {v: i for i, eqn in enumerate(self.flat.body.eqns) for v in eqn.outvars}
 
     @functools.cached_property
@@ -204,7 +202,7 @@ class Frame:
         return bool(outvars) and all(v in self.fixed for v in outvars)
 
     def fixed_before(self, equations: list[int]) -> list[int]:
-        """Returns the equations without data on which some equations depend."""
+        """Returns the data-independent equations that some equations depend on."""
         found: set[int] = set()
         left = [v for i in equations for v in self.flat.body.eqns[i].invars]
         while left:
@@ -236,7 +234,7 @@ class Frame:
         return run(part, Extra.empty(), [self.value(v) for v in read])[0][0]
 
     def arguments(self, equations: list[int]) -> list[Any]:
-        """Returns the variables that equations read and do not make, except for constants."""
+        """Returns the variables that equations read but do not compute, except constants."""
         eqns = [self.flat.body.eqns[i] for i in equations]
         made = {v for eqn in eqns for v in eqn.outvars} | {*self.flat.body.constvars}
         read = (v for eqn in eqns for v in eqn.invars if not compat.is_literal(v))
@@ -264,7 +262,10 @@ class Frame:
                 self._trace(v, leaf)
 
     def moved(self, variable: Any, arrays: Mapping[LeafKey, jax.Array]) -> jax.Array | None:
-        """Returns arrays of leaves' shapes moved as the leaves are; None for other values."""
+        """Applies the operations between leaves and a variable to arrays of the leaves' shapes.
+
+        Returns None if the variable does not depend on these leaves.
+        """
         if compat.is_literal(variable):
             return None
         source = self.sources.get(variable)
@@ -298,18 +299,18 @@ def _row(x: Any, row: int | None) -> Any:
     return StoredView(x.array[row], x.dtype)
 
 
-class Seen(NamedTuple):
-    """A weight as a product sees it, with the way back to its leaves.
+class WeightView(NamedTuple):
+    """The weight of a product as a view of leaves, with functions to move arrays between them.
 
     Attributes:
       keys: the leaves.
-      x: the values, float32.
+      x: the values of the weight, float32.
       levels: the levels of its elements.
       nearest: the nearest grid values.
-      pull: a function that moves an array of the weight's shape back to the leaves.
-      counts: how often the product multiplies each element of the leaves.
+      pull: a function that moves an array of the weight's shape to arrays of the leaves' shapes.
+      counts: the number of times that each element of the leaves occurs in the weight.
       numbers: the chosen grid values of the leaves.
-      move: a function that moves arrays of the leaves' shapes as the leaves are.
+      move: a function that moves arrays of the leaves' shapes to an array of the weight's shape.
     """
 
     keys: tuple[LeafKey, ...]
@@ -324,30 +325,30 @@ class Seen(NamedTuple):
     def back(
         self, x: jax.Array, others: Sequence[jax.typing.ArrayLike]
     ) -> dict[LeafKey, jax.Array]:
-        """Returns an array of the weight's shape in the shapes of the leaves.
+        """Moves an array of the weight's shape to arrays of the leaves' shapes.
 
         Args:
           x: the array.
-          others: for each leaf, the values of elements that the product does not multiply.
+          others: the values of elements that do not occur in the weight, one array per leaf.
         """
         parts = zip(self.keys, self.counts, self.pull(x), others, strict=True)
         return {key: jnp.where(count > 0, pulled, other) for key, count, pulled, other in parts}
 
 
-def followed(frame: Frame, variable: Any) -> Seen | str:
-    """Returns the weight of a product, an operand of it in a frame, or why it is not solved."""
+def trace_weight(frame: Frame, variable: Any) -> WeightView | str:
+    """Returns the weight held by a variable of a frame, or the reason why it is not solved."""
     if variable not in frame.fixed:
-        return "its weight is carried through a loop"
+        return "its weight changes in a loop"
     keys = frame.leaves_of(variable)
     if not keys:
-        return "its weight cannot be followed to its leaf"
-    seen = _seen_by(frame, variable, keys)
+        return "its weight is not a view of a leaf"
+    seen = _weight_view(frame, variable, keys)
     if any(bool(jnp.max(count) > 1) for count in seen.counts):
-        return "one product multiplies an element several times"
+        return "an element occurs several times in its weight"
     return seen
 
 
-def _seen_by(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> Seen:
+def _weight_view(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> WeightView:
     works = {key: frame.leaves.work(key) for key in keys}
 
     def move(*arrays: jax.Array) -> jax.Array:
@@ -355,17 +356,17 @@ def _seen_by(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> Seen:
         assert found is not None, "the operand is a view of these leaves"
         return found
 
-    def of(part: Callable[[Work], Any]) -> Any:
+    def of(part: Callable[[LeafState], Any]) -> Any:
         parts = [part(works[key]) for key in keys]
         return jax.tree.map(lambda *arrays: move(*arrays), *parts)
 
     x = of(lambda work: work.x)
     nearest = of(lambda work: work.nearest)
     own = jax.tree.map(
-        lambda *arrays: move(*arrays), *alike([work.levels for work in works.values()])
+        lambda *arrays: move(*arrays), *align_levels([work.levels for work in works.values()])
     )
     numbers = [work.numbers for work in works.values()]
     if isinstance(frame.sources.get(variable), LeafKey):
-        return Seen(keys, x, own, nearest, lambda x: [x], [jnp.ones(())], numbers, move)
+        return WeightView(keys, x, own, nearest, lambda x: [x], [jnp.ones(())], numbers, move)
     _, pull = jax.vjp(move, *(works[key].x for key in keys))
-    return Seen(keys, x, own, nearest, pull, pull(jnp.ones_like(x)), numbers, move)
+    return WeightView(keys, x, own, nearest, pull, pull(jnp.ones_like(x)), numbers, move)

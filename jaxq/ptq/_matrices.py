@@ -1,7 +1,7 @@
-"""GPTQ on one matrix: pure array algorithms, without recipes of models.
+"""GPTQ on one matrix: pure array functions.
 
 A weight is a matrix `[inputs, outputs]`, and the Hessian `H = sum x x^T` is `[inputs, inputs]`. The
-error of a layer's output over the calibration data is `tr(E^T H E)`, with E the weight's error.
+squared output error over the calibration data is `tr(E^T H E)`, with the weight's error E.
 """
 
 import functools
@@ -18,18 +18,19 @@ from jaxq.recipes import Recipe
 
 __all__ = ["Settings", "Solution", "output_error", "solve"]
 
-_BLOCK = 128  # The number of inputs that are rounded between two large products.
-_RAISES = 6  # The damping is raised this many times by this factor if H has no Cholesky factor.
-_FACTOR = 10.0
+_BLOCK = 128  # The number of inputs that are rounded between two large matrix products.
+_LARGE = 512  # The number of inputs of a block of the Hessian in a quadratic form.
+_MAX_RAISES = 6  # The number of times that the damping is raised if H has no Cholesky factor.
+_RAISE_FACTOR = 10.0
 
 
 class Solution(NamedTuple):
-    """The answer of a solver for one matrix.
+    """The solution of a solver for one matrix.
 
     Attributes:
       numbers: the chosen grid values minus the zero points, `[inputs, outputs]`.
-      damping: the damping used, relative to the mean of the Hessian's diagonal; NaN if none was.
-      solved: False if the problem has no solution, and the nearest levels must be used.
+      damping: the damping, relative to the mean of the Hessian's diagonal; NaN if none was used.
+      solved: False if the Hessian cannot be factorized, so that the nearest levels must be used.
     """
 
     numbers: jax.Array
@@ -39,16 +40,25 @@ class Solution(NamedTuple):
 
 def output_error(error: jax.Array, hessian: jax.Array) -> jax.Array:
     """Returns `tr(E^T H E)`, the squared error of a product's outputs over all tokens."""
-    return jnp.sum(error * _product(hessian, error))
+    # H is symmetric, so each block above the diagonal counts twice, and no block below is read.
+    total, size = jnp.float32(0), _LARGE if len(hessian) >= 2 * _LARGE else len(hessian)
+    for start in range(0, len(hessian), size):
+        own, after = error[start : start + size], error[start + size :]
+        rows = hessian[start : start + size, start:]
+        pulled = _product(rows[:, : len(own)], own)
+        if len(after):
+            pulled = pulled + 2 * _product(rows[:, len(own) :], after)
+        total = total + jnp.sum(own * pulled)
+    return total
 
 
 class Settings(NamedTuple):
     """The settings of GPTQ.
 
     Attributes:
-      damping: the least damping, relative to the mean of H's diagonal.
+      damping: the initial damping, relative to the mean of H's diagonal.
       order: `"static"` rounds the inputs with the largest diagonal entries of H first; None rounds
-        them as they stand.
+        them in their own order.
       asymmetry: the factor of GPTAQ's correction.
       propagation: the factor of QEP's correction.
     """
@@ -72,13 +82,13 @@ def solve(
     With the damped Hessian `H = V V^T`, V upper triangular, the error is
     `sum_i |V_ii e_i + sum_{j<i} V_ji e_j|^2`. Input i is therefore rounded at
     `w_i - sum_{j<i} e_j V_ji / V_ii`. This equals GPTQ's update by the Cholesky factor of the
-    inverse of H, without an inverse. Blocks of inputs take the corrections of all blocks before
-    them by one product.
+    inverse of H, but needs no inverse. The corrections of a block of inputs by all blocks before it
+    are computed by one matrix product.
 
-    The drift `D = sum (y - x) x^T` corrects the difference of the input x from the input y that
-    float weights before the product would give. QEP adds `c H^-1 D^T w` to w first. GPTAQ replaces
-    w_i by `w_i + sum_{j<i} v_j P_ji`, where v_j is the value at which input j was rounded, and
-    `P = a striu(D V^-T) V^-1`, with the part above the diagonal.
+    The drift `D = sum (y - x) x^T` is used to correct the difference between the input x and the
+    input y of the float model. QEP adds `c H^-1 D^T w` to w first, with c = `propagation`. GPTAQ
+    replaces w_i by `w_i + sum_{j<i} v_j P_ji`, where v_j is the value of input j before rounding,
+    and `P = a striu(D V^-T) V^-1`, with a = `asymmetry` and the strictly upper triangular part.
 
     Args:
       weight: the float32 weight, `[inputs, outputs]`.
@@ -93,7 +103,7 @@ def solve(
     has_data = (mean > 0) & jnp.all(jnp.isfinite(hessian))
     unit = where(has_data, mean, np.float32(1))
     scaled = jnp.where(has_data, hessian / unit, jnp.eye(len(hessian), dtype=jnp.float32))
-    # An input that was always 0 has no part in the error, and is rounded by itself.
+    # An input that is always 0 does not affect the error, and is rounded to nearest.
     dead = jnp.diagonal(scaled) <= 0
     scaled = scaled + jnp.diag(dead.astype(jnp.float32))
     rows = jnp.arange(len(hessian))
@@ -101,7 +111,7 @@ def solve(
         rows = jnp.argsort(-jnp.diagonal(scaled), stable=True)
     ordered = scaled[rows][:, rows]
     factor, damping_used = _factor(ordered, settings.damping)
-    found = jnp.all(jnp.isfinite(factor))
+    found = jnp.all(jnp.isfinite(jnp.diagonal(factor)))
     factor = jnp.where(found, factor, jnp.eye(len(hessian), dtype=jnp.float32))
     weight, shifts = weight[rows], None
     if drift is not None and (settings.propagation or settings.asymmetry):
@@ -119,7 +129,7 @@ def solve(
 
 
 def _corrected(factor: jax.Array, drift: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns `H^-1 D^T w`, the change of a weight that makes up for the drift, for H = V V^T."""
+    """Returns `H^-1 D^T w`, the change of a weight that compensates for the drift; H = V V^T."""
     pulled = _product(drift.T, weight)
     half = lax.linalg.triangular_solve(factor, pulled, left_side=True)
     return lax.linalg.triangular_solve(factor, half, left_side=True, transpose_a=True)
@@ -132,7 +142,7 @@ def _shifts(factor: jax.Array, drift: jax.Array) -> jax.Array:
 
 
 class _Feedback(NamedTuple):
-    """The matrices by which inputs change those after them, `[inputs, inputs]`.
+    """The matrices through which rounded inputs change later inputs, `[inputs, inputs]`.
 
     Attributes:
       errors: V with each column divided by its diagonal entry.
@@ -154,11 +164,12 @@ def _factor(hessian: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
 
     def failed(state: tuple) -> jax.Array:
         count, _, result = state
-        return ~jnp.all(jnp.isfinite(result)) & (count < _RAISES)
+        # A factor that does not exist is NaN, also in its diagonal.
+        return ~jnp.all(jnp.isfinite(jnp.diagonal(result))) & (count < _MAX_RAISES)
 
     def again(state: tuple) -> tuple:
         count, damping, _ = state
-        damping = lax.max(damping, np.float32(1e-3)) * np.float32(_FACTOR)
+        damping = lax.max(damping, np.float32(1e-3)) * np.float32(_RAISE_FACTOR)
         return count + 1, damping, factor(damping)
 
     first = jnp.float32(damping)
@@ -167,12 +178,12 @@ def _factor(hessian: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
 
 
 def _rounded(weight: jax.Array, levels: Levels, feedback: _Feedback, recipe: Recipe) -> jax.Array:
-    """Returns the numbers of a matrix whose inputs are in the order of rounding.
+    """Rounds a matrix whose inputs are in the order of rounding; returns the grid values.
 
     Args:
       weight: the weight, `[inputs, outputs]`.
       levels: the levels of its elements.
-      feedback: the effects of inputs on those after them.
+      feedback: the effects of rounded inputs on later inputs.
       recipe: the recipe.
     """
     n, m = weight.shape
@@ -191,7 +202,7 @@ def _rounded(weight: jax.Array, levels: Levels, feedback: _Feedback, recipe: Rec
         mine = jax.tree.map(
             lambda x: lax.dynamic_slice(x, (0, start), (count * size, size)), square
         )
-        # The errors and values of the blocks that are still to come are 0.
+        # The errors and values of later blocks are 0.
         if state.values is not None:
             weight = weight + _product(mine.shifts.T, state.values)
         target = weight - _product(mine.errors.T, state.errors)
@@ -217,11 +228,11 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class _Rounded(NamedTuple):
-    """The inputs that were rounded; 0 for the others.
+    """The results for the inputs rounded so far; 0 for all later inputs.
 
     Attributes:
-      errors: the chosen values minus those of the weight.
-      values: the values at which they were rounded; None if no shifts depend on them.
+      errors: the chosen values minus the values of the weight.
+      values: the corrected values before rounding; None if no shifts depend on them.
     """
 
     errors: jax.Array
@@ -233,7 +244,7 @@ class _Block(NamedTuple):
 
     Attributes:
       within: the effects of its inputs on each other, transposed.
-      target: the weight, corrected by the errors of the blocks before.
+      target: the weight, corrected by the errors of earlier blocks.
       weight: the weight.
       levels: the levels of its elements.
     """
@@ -250,12 +261,12 @@ def _step(
     """Rounds input i of a block, corrected by the errors of the inputs before it."""
     (errors, values), numbers = state
     weight, target = block.weight[i], block.target[i]
-    # The errors and values of the inputs still to come are 0.
+    # The errors and values of later inputs are 0.
     shifts = block.within.shifts
     if values is not None and shifts is not None:
         shift = jnp.sum(shifts[i][:, None] * values, axis=0)
         weight, target = weight + shift, target + shift
-    moved = target - jnp.sum(block.within.errors[i][:, None] * errors, axis=0)
+    moved = target - _product(block.within.errors[i], errors)
     number, value = snap(moved, jax.tree.map(lambda x: x[i], block.levels), recipe)
     if values is not None:
         values = values.at[i].set(moved)

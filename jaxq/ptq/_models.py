@@ -9,10 +9,10 @@ from jaxq.models import Rules
 from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
 from jaxq.ptq._journal import journal_of
 from jaxq.ptq._leaves import Leaves
-from jaxq.ptq._parts import Lane, Solve
+from jaxq.ptq._parts import BatchRun, Solve
 from jaxq.ptq._reports import SolvedProduct
 from jaxq.ptq._solvers import Solver, get_solver, needs_drift
-from jaxq.ptq._solving import Solving
+from jaxq.ptq._solving import SolverRun
 from jaxq.ptq._stages import Stages
 
 __all__ = ["quantize_weights", "stages_of"]
@@ -28,14 +28,15 @@ def quantize_weights(
     progress: Callable[[SolvedProduct], None] | None = None,
     resume: str | pathlib.Path | None = None,
 ) -> Callable[..., Any]:
-    """Returns a function that packs the parameters that rules quantize, with solved codes.
+    """Returns a function that packs a model's parameters, with codes chosen by a solver.
 
-    The packed parameters have the form of `jaxq.quantize_weights(fn, rules)(params, batch)`, with
-    the same scales, and are used in the same way: `jaxq.quantize_fn(fn, rules)(packed, batch)`. The
-    codes are chosen by the solver from the inputs that the products have on the batches.
+    The packed parameters have the form and the scales of
+    `jaxq.quantize_weights(fn, rules)(params, batch)`, and are used in the same way:
+    `jaxq.quantize_fn(fn, rules)(packed, batch)`. The solver chooses the codes from the inputs of
+    the products on the batches.
 
-    Sequential solving runs the model in parts. The weights of a product are solved on the inputs
-    that the packed weights before it produce, so later layers correct the errors of earlier ones.
+    Sequential solving runs the model in parts. The weight of a product is solved on the inputs that
+    the packed weights before it produce, so later layers correct the errors of earlier ones.
     Products that read the same array, such as queries, keys and values, are solved together. A scan
     over layers runs one iteration at a time. Products in other loops, in `cond` or `shard_map`, or
     under a custom derivative are solved after one run of the whole construct with float weights.
@@ -44,35 +45,36 @@ def quantize_weights(
     weights.
 
     A weight that several products multiply in the same way, such as one shared by layers, is
-    solved again at each of them, with the sum of their Hessians. Weights in look-ups are rounded to
-    the nearest levels, unless another product multiplies them too. Activations with a recipe are
-    quantized in the products that the calibration data passes; the Hessian of a product is computed
-    from its input before that.
+    solved again at each of them, with the sum of their Hessians. Embedding tables are rounded to
+    the nearest levels, unless a product multiplies them too. Activations that have a recipe are
+    quantized while the model runs on the calibration data; the Hessian of a product is computed
+    from its input before quantization.
 
     Args:
-      fn: as in `jaxq.quantize_fn`; its parameters are its first argument, or, if it is a pytree
-        itself, its own leaves.
+      fn: as in `jaxq.quantize_fn`. The parameters are its first argument; if `fn` is a pytree, such
+        as an Equinox module, they are its leaves.
       rules: as in `jaxq.quantize_fn`.
       solver: a solver, or its name in `jaxq.ptq.SOLVERS`.
       sequential: False to solve all products on the inputs of the model with float weights.
       mask: a function of the arguments of `fn` after the parameters that returns a boolean array,
-        False for padding, as in `jaxq.ptq.observe`.
+        False for padding, as in `jaxq.ptq.observe`. None (the default) uses all tokens.
       progress: a function that is called with the report of each solved product.
-      resume: a folder for the solved products, one file each, or None. If it holds products of an
-        interrupted run with the same model, rules, solver and batches, these are not solved again,
-        and the result is that of an uninterrupted run. The model still runs on the batches.
+      resume: a folder in which each solved product is stored as one file, or None. Products that an
+        interrupted run with the same model, rules, solver and batches stored there are not solved
+        again, and the result equals that of an uninterrupted run.
 
     Returns:
-      `(params, batches) -> (packed params, Report)`, or `(batches) -> ...` if `fn` is a pytree.
-      `batches` is a sequence of the arguments of `fn` after the parameters: a tuple holds several.
-      All have the same shapes. 32 sequences of 256 tokens are a small calibration set, 128 of 2048
-      a large one; the domain of the data matters more than its amount.
+      A function `(params, batches) -> (packed, Report)`, or `(batches) -> (packed, Report)` if `fn`
+      is a pytree. `batches` is a sequence with the arguments of `fn` after the parameters for each
+      call, as a tuple if there are several; all calls have the same shapes. 32 sequences of 256
+      tokens are a small calibration set, 128 sequences of 2048 tokens a large one. The domain of
+      the data matters more than its amount.
 
     Raises:
       TypeError: as in `jaxq.quantize_fn`.
       ValueError: as in `jaxq.quantize_fn`; if there are no batches, or their shapes differ; if the
-        solver does not support a recipe; if an input is not finite; or if the mask does not fit; or
-        if `resume` holds products of another run.
+        solver does not support a recipe; if an input is not finite; if the mask does not fit; or if
+        `resume` holds products of another run.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -96,14 +98,14 @@ def quantize_weights(
     if needs_drift(record) and not sequential:
         raise ValueError(
             "ptq.quantize_weights: `sequential` must be True for a solver that corrects the drift "
-            "of inputs, because all inputs are those of float weights otherwise. Use solver='gptq'."
+            "of inputs, because inputs do not drift otherwise. Use solver='gptq'."
         )
 
     @functools.wraps(fn, updated=())
     def packed(*args: Any) -> Any:
         calls = read_calls("ptq.quantize_weights", fn, mask, args)
         model = calls.plan(rules)
-        solving = Solving(calls.owner, model, record, progress)
+        solving = SolverRun(calls.owner, model, record, progress)
         if resume is not None:
             solving.journal = journal_of(pathlib.Path(resume), calls, model, (record, sequential))
         stages = stages_of(calls, model, solving.leaves, solving.solve)
@@ -111,20 +113,20 @@ def quantize_weights(
         envs = calls.environments(model, root.flat.body.invars)
         if sequential:
             solving.pack_rest()  # Look-ups before the first product use the stored tables.
-            lanes = [Lane(root, envs)]
+            runs = [BatchRun(root, envs)]
             if needs_drift(record):
                 floats = stages.root(Leaves(model.planned))
-                lanes.append(Lane(floats, calls.environments(model, root.flat.body.invars)))
-            stages.in_order(lanes)
+                runs.append(BatchRun(floats, calls.environments(model, root.flat.body.invars)))
+            stages.solve_in_order(runs)
         else:
-            stages.together(root, stages.observed(root, envs))
+            stages.solve_together(root, stages.observed(root, envs))
         return solving.result(), solving.report()
 
     return packed
 
 
 def stages_of(calls: Calls, model: Model, leaves: Leaves, solve: Solve) -> Stages:
-    """Returns a run of a model in which a function solves its products."""
+    """Returns a run of a model that calls `solve` for each product."""
     planned = model.planned
     chosen = [without_weight(p, a) for p, a in zip(planned.products, planned.chosen, strict=True)]
-    return Stages(planned, model.sought, chosen, leaves, solve, calls.masks)
+    return Stages(planned, model.targets, chosen, leaves, solve, calls.masks)

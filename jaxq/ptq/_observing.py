@@ -1,4 +1,4 @@
-"""Observation of a whole model: the statistics of the inputs of its products."""
+"""Collection of the input statistics of all products of a model."""
 
 import dataclasses
 import functools
@@ -23,18 +23,18 @@ from jaxq.models import (
 from jaxq.ptq._collectors import Matrix, matrix_of, shared_inputs
 from jaxq.ptq._statistics import Statistics
 
-__all__ = ["ObservedInputs", "Sought", "observe", "sought"]
+__all__ = ["ObservedInputs", "Targets", "find_targets", "observe"]
 
 
 @pytree(static=("inputs",))
 @dataclasses.dataclass(frozen=True)
 class ObservedInputs(Mapping):
-    """The statistics of a model's products, by the products' names: a mapping and a pytree.
+    """A mapping from product names to the statistics of their inputs. A pytree.
 
     Attributes:
-      statistics: the statistics of distinct inputs, by the name of the first product that reads
-        each. Products in a scan over layers have a leading axis, one entry per layer.
-      inputs: the names of all products, each with the name of its input's statistics.
+      statistics: the statistics of each distinct input, under the name of the first product that
+        reads it. Products in a scan over layers have a leading axis with one entry per layer.
+      inputs: a pair for each product: its name, and its input's key in `statistics`.
     """
 
     statistics: Mapping[str, Statistics]
@@ -50,10 +50,10 @@ class ObservedInputs(Mapping):
         return len(self.inputs)
 
     def merge(self, other: "ObservedInputs") -> "ObservedInputs":
-        """Returns the statistics of the data of both. Associative, up to the rounding of sums.
+        """Returns the statistics of both data sets together. Associative up to rounding errors.
 
         Raises:
-          ValueError: if `other` belongs to another model or other rules.
+          ValueError: if `other` comes from another model or other rules.
         """
         if self.inputs != other.inputs:
             names = ", ".join([*other][:3])
@@ -73,12 +73,12 @@ class ObservedInputs(Mapping):
 
     @property
     def unseen(self) -> tuple[str, ...]:
-        """The names of the products of which some matrix saw no token; needs concrete arrays."""
+        """The names of the products with a matrix that saw no token. Requires concrete arrays."""
         return tuple(name for name in self if bool(jnp.any(self[name].tokens == 0)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Sought:
+class Targets:
     """The products of a model whose inputs are observed.
 
     Attributes:
@@ -101,7 +101,7 @@ class Sought:
         )
 
 
-def sought(planned: Planned, hessian: bool = True) -> Sought:
+def find_targets(planned: Planned, hessian: bool = True) -> Targets:
     """Returns the products of a planned model whose weights the rules quantize."""
     matrices, reasons = {}, {}
     for product, assigned in zip(planned.products, planned.chosen, strict=True):
@@ -113,7 +113,7 @@ def sought(planned: Planned, hessian: bool = True) -> Sought:
             reasons[product.number] = found
         else:
             matrices[product.number] = found
-    return Sought(matrices, reasons, shared_inputs(planned.node, matrices))
+    return Targets(matrices, reasons, shared_inputs(planned.node, matrices))
 
 
 def observe(
@@ -124,23 +124,24 @@ def observe(
     hessian: bool = True,
     mask: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Returns the function with the statistics of its product inputs as a second result.
+    """Transforms a function to also return the statistics of the inputs of its products.
 
-    The function itself is not quantized. Products are observed if the rules quantize their weight.
+    The function is not quantized. A product is observed if the rules quantize its weight.
     Products that read the same array, such as those of queries, keys and values, share one entry.
 
     Args:
       fn: as in `jaxq.quantize_fn`.
-      rules: as in `jaxq.quantize_fn`; only the choice of weights matters.
+      rules: as in `jaxq.quantize_fn`; only which weights they quantize matters.
       argnums: as in `jaxq.quantize_fn`.
-      hessian: False leaves out the sums of `x x^T`, which only solvers need.
+      hessian: True (the default) to collect the sums of `x x^T`, which only solvers need.
       mask: a function of the arguments of `fn` that returns a boolean array, False for padding. Its
-        shape must be that of the tokens of every observed product, as in `[batch, sequence]`, or
-        the flattened shape, in the same order.
+        shape must be that of the tokens of every observed product, such as `[batch, sequence]`, or
+        that shape flattened. None (the default) uses all tokens.
 
     Returns:
-      `(*args) -> (result of fn, ObservedInputs)`. Each layer of a scanned stack has its own
-      statistics; all other loops, and devices of a `shard_map`, add to one.
+      A function `(*args) -> (result of fn, ObservedInputs)`. Each layer of a scan over layers has
+      its own statistics. The iterations of all other loops, and the devices of a `shard_map`, are
+      merged.
 
     Raises:
       TypeError: as in `jaxq.quantize_fn`.
@@ -160,12 +161,12 @@ def observe(
     @functools.wraps(fn, updated=())
     def observed(*args: Any, **kwargs: Any) -> Any:
         planned = plan("ptq.observe", fn, rules, argnums, args, kwargs)
-        own = sought(planned, hessian)
+        own = find_targets(planned, hessian)
         if not own.matrices:
-            reason = next(iter(own.reasons.values()), "they quantize no weight of a product")
+            reason = next(iter(own.reasons.values()), "no rule matches a weight")
             raise ValueError(
-                f"ptq.observe: `rules` must quantize the weight of some product, got none: "
-                f"{reason}. Add a rule for a kernel."
+                "ptq.observe: `rules` must quantize the weight of at least one product, but "
+                f"quantize none: {reason}. Add a rule for a kernel."
             )
         chosen = [
             own.observing(unassigned(product), product.number)

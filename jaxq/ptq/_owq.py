@@ -1,4 +1,4 @@
-"""OWQ: the inputs of a weight that matter most stay floats, and GPTQ solves the others."""
+"""OWQ: the most sensitive inputs of a weight stay floats, and GPTQ quantizes the others."""
 
 import contextlib
 import dataclasses
@@ -36,31 +36,30 @@ def owq(
     damping: float = 0.01,
     order: str | None = "static",
 ) -> Quantized:
-    """Quantizes a weight by GPTQ, except for the inputs whose errors would cost most.
+    """Quantizes a weight by GPTQ, except for the most sensitive inputs, which stay floats.
 
-    With the Hessian `H = sum x x^T` and the error E of the nearest levels, input j costs
-    `H_jj |E_j|^2`. All weights of the most expensive inputs are stored as the recipe's outliers,
-    without rounding to the levels, and the scales are computed without them. They also take up the
-    errors of the other inputs: for given codes they have the values with the smallest error of the
-    outputs.
+    With the Hessian `H = sum x x^T` and the error E of rounding to nearest, the sensitivity of
+    input j is `H_jj |E_j|^2`. The weights of the most sensitive inputs are stored as the recipe's
+    outliers, and the scales are computed without them. Their values are adjusted to the chosen
+    codes of the other inputs such that the output error is smallest.
 
     Args:
       weight: a float16, bfloat16 or float32 array of at least two axes.
       hessian: the sum of `x x^T` over the tokens, `[inputs, inputs]`, up to a positive factor.
-      recipe: a recipe with `outliers` without `sigma`; as many inputs are kept as fit into their
-        number. Its granularity is read relative to `axis`.
+      recipe: a recipe with `outliers` and without their `sigma`. As many inputs stay floats as fit
+        into the number of outliers. The granularity is relative to `axis`.
       axis: the axis of `weight` that products contract: 0 for a kernel `[inputs, outputs]`, 1 or -1
         for a weight `[outputs, inputs]`.
-      damping: the number added to H's diagonal, relative to its mean.
+      damping: the number added to the diagonal of H, relative to the diagonal's mean.
       order: as in `GPTQ`.
 
     Returns:
-      A `jaxq.Quantized`. Where the Hessian cannot be solved, the codes of the other inputs are the
-      nearest ones under `jit`, and an error is raised otherwise.
+      A `jaxq.Quantized`. If the Hessian cannot be factorized, the codes are those of rounding to
+      nearest under `jit`; without `jit`, an error is raised.
 
     Raises:
-      ValueError: if the recipe is stochastic or has no room for the outliers of one input, shapes
-        do not fit, or the Hessian cannot be solved.
+      ValueError: if the recipe is stochastic or has too few outliers for one input, shapes do not
+        fit, or the Hessian cannot be factorized.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -107,8 +106,8 @@ def owq(
     if is_known_to_fail:
         raise ValueError(
             "owq: `hessian` must be positive semidefinite, finite and not zero, got one with the "
-            f"mean diagonal {float(jnp.mean(jnp.diagonal(gram))):.3g}, which cannot be solved. "
-            "Look for NaN in the activations, or use more damping."
+            f"mean diagonal {float(jnp.mean(jnp.diagonal(gram))):.3g}, which cannot be factorized. "
+            "Check the activations for NaN, or increase `damping`."
         )
     return result
 
@@ -125,7 +124,7 @@ class _Options(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="options")
 def _owq(weight: jax.Array, hessian: jax.Array, options: _Options) -> tuple[Quantized, jax.Array]:
-    """Returns the quantized weight, and False if the Hessian cannot be solved."""
+    """Returns the quantized weight, and False if the Hessian cannot be factorized."""
     recipe, axis, kept = options.recipe, options.axis, options.kept
     plain = dataclasses.replace(recipe, outliers=None)
     moved = jnp.moveaxis(weight, axis, 0).shape
@@ -169,11 +168,11 @@ def _solved(
     options: _Options,
     rows: tuple[jax.Array, jax.Array],
 ) -> tuple[Solution, jax.Array]:
-    """Solves the inputs that are rounded.
+    """Solves the inputs r that are rounded, given the inputs k that stay floats.
 
-    The inputs that stay floats are at their best for any error E of the others if they change by
-    `-A E`, with `A = H_kk^-1 H_kr`. The error of the outputs is then `tr(E^T S E)` with the Schur
-    complement `S = H_rr - H_rk A`.
+    For an error E of the rounded inputs, the output error is smallest if the float inputs change by
+    `-A E`, with `A = H_kk^-1 H_kr`. It is then `tr(E^T S E)`, with the Schur complement
+    `S = H_rr - H_rk A`.
 
     Returns:
       The solution, and A.

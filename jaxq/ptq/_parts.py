@@ -1,4 +1,4 @@
-"""Compiled parts of a program, and the runs of a program on all batches."""
+"""Compiled parts of a program, and records that describe a run on all batches."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jaxq.ptq._collectors import Collector
 from jaxq.ptq._leaves import Frame
 from jaxq.ptq._statistics import Statistics
 
-__all__ = ["Environment", "Lane", "Part", "Place", "Solve", "compiled", "drift", "merged"]
+__all__ = ["BatchRun", "Environment", "Part", "Place", "Solve", "compiled", "drift", "merged"]
 
 Environment = dict[Any, Any]
 
@@ -23,7 +23,7 @@ class Place(NamedTuple):
       product: the product.
       frame: the program in which it is.
       variable: the operand that is its weight.
-      iterations: the iterations of the scans in which each iteration has another weight.
+      iterations: the iterations of the scans around it in which every iteration has its own weight.
     """
 
     product: Product
@@ -36,12 +36,12 @@ class Place(NamedTuple):
 Solve = Callable[[Place, Callable[[], Statistics]], None]
 
 
-class Lane(NamedTuple):
-    """A run of a program on all batches.
+class BatchRun(NamedTuple):
+    """A run of a program on all batches, with the original or with the packed weights.
 
     Attributes:
       frame: the program with its weights.
-      envs: the values of each batch by variable.
+      envs: the values of the variables, one dict per batch.
     """
 
     frame: Frame
@@ -70,7 +70,7 @@ def compiled(part: Program, depth: int) -> Callable[..., Any]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def merged(total: list[Statistics], seen: list[Statistics]) -> list[Statistics]:
-    # Without names, so that equal products share one program.
+    # Lists rather than dicts by name, so that equal products share one compiled program.
     return [own.merge(other) for own, other in zip(total, seen, strict=True)]
 
 

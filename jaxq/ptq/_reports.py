@@ -8,7 +8,7 @@ from jaxq._base.tables import Table, Tabular
 
 __all__ = ["Report", "SolvedProduct"]
 
-_SHOWN = 24  # Longer reports show this many rows, fallbacks and large losses first.
+_SHOWN = 24  # The number of rows printed of a longer report: fallbacks, then the largest losses.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +18,15 @@ class SolvedProduct:
     Attributes:
       product: the name of the product, with the layer in brackets if it is in a scan.
       recipe: the name of the weight's element format.
-      tokens: the number of tokens; for experts, of the one that saw the fewest.
+      tokens: the number of tokens; for experts, the smallest number of any expert.
       inputs: the length of the contraction.
-      damping: the damping used, relative to the mean of the Hessian's diagonal; NaN if none was.
-      rtn: the loss of the nearest levels: `tr(E^T H E)` relative to `power`; NaN, like the next
-        two, if the product was not solved.
-      loss: the loss of the stored weight, likewise. It may be larger than `rtn` with a solver that
-        corrects the drift of inputs, since it counts the difference to the float weight on the same
-        input.
-      power: the power of the outputs, `tr(W^T H W)`, per token.
-      fallback: the reason why the product was not solved, or only in part; or "".
+      damping: the damping, relative to the mean of the Hessian's diagonal; NaN if none was used.
+      rtn: the loss `tr(E^T H E)` of rounding to nearest, relative to `tr(W^T H W)`. NaN if the
+        product was not solved, like `loss` and `power`.
+      loss: the same loss of the stored weight. With a solver that corrects the drift of inputs it
+        may exceed `rtn`, because it compares with the float weight on the same input.
+      power: the power of the outputs per token, `tr(W^T H W) / tokens`.
+      fallback: the reason why the product was not solved, or only partly; or "".
     """
 
     product: str
@@ -42,12 +41,12 @@ class SolvedProduct:
 
     @property
     def rank(self) -> int:
-        """The largest rank that the Hessian of so few tokens can have."""
+        """The largest possible rank of the Hessian: the number of tokens or of inputs."""
         return min(self.tokens, self.inputs)
 
     @property
     def note(self) -> str:
-        """The remark of the table: the fallback, or that the Hessian is singular."""
+        """The note shown in the table: the fallback, or that the Hessian is singular."""
         if self.fallback or self.rank == self.inputs:
             return self.fallback
         return f"rank at most {self.rank} of {self.inputs}"
@@ -67,7 +66,7 @@ class _Line:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report(Tabular):
-    """The report of `jaxq.ptq.quantize_weights`; its `str` is a table.
+    """The report of `jaxq.ptq.quantize_weights`. Prints as a table.
 
     Attributes:
       rows: all products in the order in which they were solved.
@@ -77,7 +76,7 @@ class Report(Tabular):
 
     @property
     def fallbacks(self) -> tuple[SolvedProduct, ...]:
-        """The products that were not solved, or only in part."""
+        """The products that were not solved, or only partly."""
         return tuple(row for row in self.rows if row.fallback)
 
     def _table(self) -> Table:
@@ -101,7 +100,7 @@ class Report(Tabular):
             lines.append(f"mean loss of {len(known)} products: {loss:.4g}, to nearest: {rtn:.4g}")
         if self.fallbacks:
             lines.append(
-                f"{len(self.fallbacks)} products were not solved, or only in part; see `note`"
+                f"{len(self.fallbacks)} products were not solved, or only partly; see `note`"
             )
         return lines
 

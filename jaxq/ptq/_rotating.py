@@ -1,4 +1,4 @@
-"""Hadamard rotations of the inputs of products, undone by their weights."""
+"""Hadamard rotations of the inputs of products, which the weights undo."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ from jaxq.models import Rules
 from jaxq.products import Hadamard
 from jaxq.ptq._calls import Model, read_calls
 from jaxq.ptq._collectors import Layout
-from jaxq.ptq._input_changes import check_same, named_inputs, reason_of, with_arrays
-from jaxq.ptq._leaves import Leaves, followed
+from jaxq.ptq._input_changes import check_equal_outputs, named_inputs, reason_of, replace_leaves
+from jaxq.ptq._leaves import Leaves, trace_weight
 from jaxq.ptq._models import stages_of
-from jaxq.ptq._observing import sought
+from jaxq.ptq._observing import find_targets
 from jaxq.ptq._parts import Place
 from jaxq.ptq._scaled_functions import changed
 
@@ -38,16 +38,15 @@ class _Line:
 @pytree(static=("lengths", "inputs", "left"))
 @dataclasses.dataclass(frozen=True, repr=False)
 class InputRotations(Tabular):
-    """The rotations of the inputs of a model's products: a pytree; its `str` is a table.
+    """The rotations of the inputs of a model's products. A pytree that prints as a table.
 
     Attributes:
-      signs: the signs by which inputs are multiplied before the Hadamard transform, 1 or -1,
-        float32 `[inputs]`, by the name of the first product that reads each. Products in a scan
-        over layers have a leading axis, one entry per layer, and products with batch axes have
-        these before the inputs.
-      lengths: the lengths of the transformed blocks, by the same names.
-      inputs: the names of all rotated products, each with the name of its input's signs.
-      left: the names of the products without a rotation, each with the reason.
+      signs: the factors 1 or -1 by which inputs are multiplied before the Hadamard transform,
+        float32 `[inputs]`, under the name of the first product that reads the input. Products in a
+        scan over layers have a leading axis with one entry per layer; batch axes follow it.
+      lengths: pairs of an input's key in `signs` and the length of its transformed blocks.
+      inputs: pairs of a rotated product's name and its input's key in `signs`.
+      left: pairs of the name of a product without rotation and the reason.
     """
 
     signs: Mapping[str, jax.Array]
@@ -58,9 +57,9 @@ class InputRotations(Tabular):
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function whose products rotate their inputs.
 
-        With the parameters of `ptq.rotate_inputs` it equals `fn` with the original ones, up to
-        rounding. It is a plain function for `jaxq.quantize_fn`, `jaxq.ptq.quantize_weights` and
-        all others; its products have the names that they have in `fn`.
+        With the parameters that `ptq.rotate_inputs` returned, it equals `fn` with the original
+        parameters up to rounding errors. It can be passed to `jaxq.quantize_fn`,
+        `jaxq.ptq.quantize_weights` and all other transforms; product names are those of `fn`.
 
         Args:
           fn: the function that was passed to `ptq.rotate_inputs`.
@@ -84,18 +83,18 @@ def rotate_inputs(
     """Returns a function that rotates the inputs of products, and their weights to match.
 
     Each product `x W` whose weight the rules quantize becomes `(x R) (R^T W)`, where R is a random
-    Hadamard transform of blocks of the inputs, as in `jaxq.Hadamard`. It spreads outliers of the
-    inputs and of the weights over a block, which helps recipes with few bits whose blocks are long.
-    Blocks of 16, as in NVFP4, can lose by it, so compare losses. The rotation of x stays in the
-    program, so every layer can have one. Products that read the same array share theirs.
+    Hadamard transform of blocks of the inputs, as in `jaxq.Hadamard`. R spreads outliers of the
+    inputs and of the weights over a block, which helps recipes with few bits and long blocks. It
+    can increase the loss for blocks of 16, as in NVFP4, so compare losses. The rotation of x is
+    computed at run time, so every layer can have one. Products that read the same array share it.
 
         params, rotations = ptq.rotate_inputs(fn, rules)(params, x, key=key)
         rotated = rotations.apply(fn)  # The same function of the new parameters.
         packed, report = ptq.quantize_weights(rotated, rules)(params, batches)
         y = jaxq.quantize_fn(rotated, rules)(packed, x)
 
-    The field `hadamard` of a `ProductRecipe` rotates both operands in each call instead, which
-    also covers gradients, but such weights are not stored.
+    The field `hadamard` of a `ProductRecipe` instead rotates both operands in each call. It also
+    covers gradients, but such weights cannot be stored.
 
     Args:
       fn: a function of the parameters and the inputs, as in `jaxq.quantize_fn`.
@@ -104,10 +103,10 @@ def rotate_inputs(
         product; None (the default) takes the largest such power for each input.
 
     Returns:
-      `(params, *args, *, key) -> (params, InputRotations)`. The arguments are those of `fn`, and
-      `key` is a key of `jax.random` for the signs. The new parameters have the dtypes of the old
-      ones. The products that `ptq.scale_inputs` leaves alone have no rotations either, nor do
-      those with an odd number of inputs; `InputRotations.left` lists them.
+      A function `(params, *args, key) -> (params, InputRotations)`. The arguments are those of
+      `fn`, and `key` is a key of `jax.random` for the signs. The new parameters have the dtypes of
+      the old ones. Products that `ptq.scale_inputs` does not support, and products with an odd
+      number of inputs, are not rotated; `InputRotations.left` lists them.
 
     Raises:
       TypeError: if `fn` is a pytree, such as a module.
@@ -143,24 +142,24 @@ def rotate_inputs(
     def rotated(params: Any, *args: Any, key: jax.Array) -> tuple[Any, InputRotations]:
         calls = read_calls(_OWNER, fn, None, (params, [args]))
         model = calls.plan(rules)
-        model = Model(model.planned, sought(model.planned, hessian=False))
-        rotating = _Rotating(model, length, key)
+        model = Model(model.planned, find_targets(model.planned, hessian=False))
+        rotating = _RotationRun(model, length, key)
         stages = stages_of(calls, model, rotating.leaves, rotating.solve)
         nothing: Any = dict.fromkeys(product.name for product in model.planned.products)
-        stages.together(stages.root(), nothing)
+        stages.solve_together(stages.root(), nothing)
         params, rotations = rotating.result()
-        check_same(calls, rotations.apply(fn), params)
+        check_equal_outputs(calls, rotations.apply(fn), params)
         return params, rotations
 
     return rotated
 
 
-class _Rotating:
-    """The state of a run: the signs chosen so far, and the rotated leaves.
+class _RotationRun:
+    """The signs drawn and the leaves rotated so far in one call of the function.
 
     Args:
-      model: the model.
-      length: the length of a block, or None.
+      model: the planned model.
+      length: the length of a block, or None for the largest possible one.
       key: the key for the signs.
     """
 
@@ -171,15 +170,15 @@ class _Rotating:
         self._signs: dict[str, jax.Array] = {}
         self._lengths: dict[str, int] = {}
         self._left: dict[int, str] = {}
-        for n in (*model.sought.matrices, *model.sought.reasons):
+        for n in (*model.targets.matrices, *model.targets.reasons):
             product = model.planned.products[n]
             reason = reason_of(model, product)
-            inputs = 0 if reason else model.sought.matrices[n].collector.inputs
+            inputs = 0 if reason else model.targets.matrices[n].collector.inputs
             if length is not None and not reason:
                 self._check_length(length, inputs, product.where)
             own = inputs & -inputs if length is None else length
             if not reason and own < 2:
-                reason = f"its {inputs} inputs have no block with a power of two"
+                reason = f"the number of its inputs, {inputs}, is odd"
             if reason:
                 self._left[n] = reason
             else:
@@ -189,34 +188,34 @@ class _Rotating:
         if length < 2 or length & (length - 1) or inputs % length:
             raise ValueError(
                 f"{_OWNER}: `length` must be a power of two that divides the inputs of every "
-                f"product, got {length} for the {inputs} inputs of {where}. Leave it out."
+                f"product, got {length} for the {inputs} inputs of {where}. Use length=None."
             )
 
     def solve(self, place: Place, _: Any) -> None:
-        """Rotates the weight of one product at one iteration."""
+        """Rotates the weight of one product, in one iteration of the scans around it."""
         number = place.product.number
         if number in self._left:
             return
-        seen = followed(place.frame, place.variable)
-        if isinstance(seen, str):
-            self._left[number] = seen
+        view = trace_weight(place.frame, place.variable)
+        if isinstance(view, str):
+            self._left[number] = view
             return
-        first = self._planned.products[self._model.sought.first[number]]
-        layout = Layout(self._model.sought.matrices[number].axes, seen.x.shape)
+        first = self._planned.products[self._model.targets.first[number]]
+        layout = Layout(self._model.targets.matrices[number].axes, view.x.shape)
         batch, inputs, _ = layout.sizes
         if first.name not in self._signs:
-            shape = (*first.stacks, *(seen.x.shape[axis] for axis in layout.axes.batch), inputs)
+            shape = (*first.stacks, *(view.x.shape[axis] for axis in layout.axes.batch), inputs)
             drawn = jax.random.rademacher(jax.random.fold_in(self._key, first.number), shape)
             self._signs[first.name] = drawn.astype(jnp.float32)
         signs = self._signs[first.name][place.iterations].reshape(batch, inputs)
-        for key in seen.keys:
+        for key in view.keys:
             if key.leaf not in self._arrays:
                 self._arrays[key.leaf] = np.array(self._planned.traced.arrays[key.leaf])
-        # Not `seen.x`, which is rounded to the dtype of the product.
-        old = [np.asarray(self._arrays[k.leaf][k.rows], np.float32) for k in seen.keys]
-        weight = layout.matrices(seen.move(*map(jnp.asarray, old)))
+        # The leaf's own values, because `view.x` is rounded to the dtype of the product.
+        old = [np.asarray(self._arrays[k.leaf][k.rows], np.float32) for k in view.keys]
+        weight = layout.matrices(view.move(*map(jnp.asarray, old)))
         new = layout.weight(_rotated(weight, signs, self._lengths[first.name]))
-        for key, x in seen.back(new, old).items():
+        for key, x in view.back(new, old).items():
             self._arrays[key.leaf][key.rows] = np.asarray(x)
             self.leaves.forget(key)
 
@@ -224,12 +223,12 @@ class _Rotating:
         """Returns the rotated parameters and the rotations."""
         inputs, left = named_inputs(_OWNER, self._model, self._left, self._signs)
         lengths = tuple((name, self._lengths[name]) for name in self._signs)
-        params = with_arrays(self._planned, self._arrays)
+        params = replace_leaves(self._planned, self._arrays)
         return params, InputRotations(self._signs, lengths, inputs, left)
 
 
 @functools.partial(jax.jit, static_argnames="length")
 def _rotated(weight: jax.Array, signs: jax.Array, length: int) -> jax.Array:
-    """Returns matrices `[matrices, inputs, outputs]` whose inputs are rotated."""
+    """Rotates the inputs of matrices `[matrices, inputs, outputs]`."""
     ones = jnp.ones((length,), jnp.float32)
     return Hadamard(length).apply(weight * signs[..., None], {1: length}, ones)

@@ -50,8 +50,8 @@ class Rounded(NamedTuple):
     """A choice of levels for a leaf.
 
     Attributes:
-      start: the leaf with the scales of the choice; its codes do not count.
-      numbers: the grid values, minus the zero point.
+      start: the leaf with the chosen scales; its codes are ignored.
+      numbers: the chosen grid values minus the zero points.
     """
 
     start: Quantized
@@ -61,7 +61,7 @@ class Rounded(NamedTuple):
 class RoundingMethod(Protocol):
     """A frozen record that learns the rounding of weights by gradients.
 
-    All methods are traced. Variables are any pytree of arrays, one for each leaf.
+    All methods are traced by JAX. The trained variables of a leaf are any pytree of arrays.
     """
 
     @property
@@ -74,15 +74,15 @@ class RoundingMethod(Protocol):
         ...
 
     def variables(self, problem: RoundingProblem, recipe: Recipe) -> Any:
-        """Returns the first variables of a leaf."""
+        """Returns the initial variables of a leaf."""
         ...
 
     def soft(self, variables: Any, problem: RoundingProblem, recipe: Recipe) -> jax.Array:
-        """Returns the values of a leaf in a step, differentiable by the variables."""
+        """Returns the values of a leaf in a training step, differentiable in the variables."""
         ...
 
     def rounded(self, variables: Any, problem: RoundingProblem, recipe: Recipe) -> Rounded:
-        """Returns the levels that the variables stand for."""
+        """Returns the levels that the variables select."""
         ...
 
     def clipped(self, variables: Any) -> Any:
@@ -96,19 +96,19 @@ class RoundingMethod(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SignRound:
-    r"""Learns offsets of the rounding by the signs of gradients, as AutoRound does.
+    r"""Learns rounding offsets by signed gradient descent, as AutoRound does.
 
-    A weight w with the scale s becomes `s round(w / s + v)`, with v in [-1/2, 1/2], so that it is
-    rounded to one of the two levels around it. On grids that are not evenly spaced, v counts in
-    distances of these two levels. With `scales=True` each block also learns a factor of its scale
-    between 0 and 1, rounded to the recipe's scale format; zero points and minima stay. The gradient
-    passes through the rounding, and every step moves a variable by the learning rate, which falls
+    A weight w with the scale s becomes `s round(w / s + v)` with a learned v in [-1/2, 1/2], so it
+    is rounded to one of the two adjacent levels. On nonuniform grids, v is relative to the distance
+    of these two levels. With `scales=True` each block also learns a factor in [0, 1] for its scale,
+    which is rounded to the recipe's scale format; zero points and minima do not change. Gradients
+    are straight-through, and each step changes a variable by the learning rate, which decays
     linearly to 0.
 
     Attributes:
-      steps: the number of steps; each sees one batch.
-      learning_rate: the first learning rate; None (the default) means `1 / steps`.
-      scales: False keeps the recipe's own scales.
+      steps: the number of steps, each on one batch.
+      learning_rate: the initial learning rate; None (the default) means `1 / steps`.
+      scales: True (the default) to learn the factors of the scales.
 
     Raises:
       ValueError: if `steps` or `learning_rate` is not positive.
@@ -135,7 +135,7 @@ class SignRound:
         return 1 / max(self.steps, 1) if self.learning_rate is None else self.learning_rate
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Returns descent by signs, with a rate that falls linearly."""
+        """Returns signed gradient descent with a linearly decaying learning rate."""
         return optax.sign_sgd(optax.linear_schedule(self._rate, 0.0, self.steps))
 
     def variables(self, problem: RoundingProblem, recipe: Recipe) -> dict[str, jax.Array]:
@@ -148,14 +148,14 @@ class SignRound:
     def soft(
         self, variables: dict[str, jax.Array], problem: RoundingProblem, recipe: Recipe
     ) -> jax.Array:
-        """Returns the rounded values, whose gradient passes through the rounding."""
+        """Returns the rounded values, with a straight-through gradient."""
         start, numbers, gap = self._choice(variables, problem, recipe)
-        step, zero_point, minimum = levels(start)
+        step, zero_point, minimum, _ = levels(start)
         if "factor" in variables:
             factor = per_element(problem.start, variables["factor"])
-            step = step * factor / lax.stop_gradient(_some(factor))
+            step = step * factor / lax.stop_gradient(_nonzero(factor))
         low = np.float32(0) if minimum is None else minimum
-        units = (problem.weight - low) / _some(step) + variables["offset"] * gap
+        units = (problem.weight - low) / _nonzero(step) + variables["offset"] * gap
         # The gradient passes where the rounded value is on the grid without clipping.
         lowest, highest = ends_of(zero_point, recipe)
         inside = (units >= lowest - gap / 2) & (units <= highest + gap / 2)
@@ -182,12 +182,12 @@ class SignRound:
     def _choice(
         self, variables: dict[str, jax.Array], problem: RoundingProblem, recipe: Recipe
     ) -> tuple[Quantized, jax.Array, jax.Array]:
-        """Returns the leaf with its scales, the grid values, and the gaps around the weights."""
+        """Returns the rescaled leaf, the chosen grid values, and the gaps of adjacent levels."""
         variables = lax.stop_gradient(variables)
         start = problem.start
         if "factor" in variables:
             start = rescaled(start, variables["factor"])
-        own, below, above = _around(problem.weight, start, recipe)
+        own, below, above = _adjacent_levels(problem.weight, start, recipe)
         gap = above - below
         moved = problem.weight + variables["offset"] * gap * own.step
         return start, snap(moved, own, recipe)[0], gap
@@ -197,19 +197,19 @@ class SignRound:
 class AdaRound:
     r"""Learns for each weight whether it is rounded up or down, as AdaRound does.
 
-    Between the two levels around it a weight takes the share `h(v) = clip(1.2 sigmoid(v) - 0.1,
-    0, 1)`, at first its own place, so that training starts from the float weights. A penalty
-    `weight mean(1 - |2 h - 1|^beta)` for each leaf then drives h to 0 or 1. It starts after
-    `warm_up` of the steps, with a beta that falls linearly from 20 to 2. Scales are the recipe's
-    own. The published penalty is a sum with the weight 0.01, beside an absolute error, so its
-    effect depends on the sizes of weights and results; here both terms are relative.
+    A weight is interpolated between its two adjacent levels with the fraction
+    `h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)`, which initially reproduces the float weight. A
+    penalty `weight mean(1 - |2 h - 1|^beta)` for each leaf then drives h to 0 or 1. It starts after
+    the fraction `warm_up` of the steps, and beta falls linearly from 20 to 2. Scales do not change.
+    The published objective adds 0.01 times a sum to an absolute error, so its balance depends on
+    the size of the weights and outputs; here both terms are relative.
 
     Attributes:
-      steps: the number of steps of Adam; each sees one batch. The paper takes 10,000.
-      learning_rate: the learning rate. The paper's code takes 1e-3; fewer steps need more.
-      weight: the weight of the penalty against the squared error relative to the power of the
-        results.
-      warm_up: the share of the steps without the penalty.
+      steps: the number of Adam steps, each on one batch. The paper uses 10,000.
+      learning_rate: the learning rate. The paper's code uses 1e-3; fewer steps need a larger one.
+      weight: the weight of the penalty, relative to the squared error divided by the power of the
+        outputs.
+      warm_up: the fraction of the steps without the penalty, in [0, 1).
 
     Raises:
       ValueError: if a number is out of range.
@@ -241,20 +241,20 @@ class AdaRound:
         return optax.adam(self.learning_rate)
 
     def variables(self, problem: RoundingProblem, recipe: Recipe) -> jax.Array:
-        """Returns the variables for which `soft` returns the weights."""
-        own, below, above = _around(problem.weight, problem.start, recipe)
+        """Returns the variables with which `soft` reproduces the float weights."""
+        own, below, above = _adjacent_levels(problem.weight, problem.start, recipe)
         weight = problem.weight if own.minimum is None else problem.weight - own.minimum
         return adaround_init(in_units(weight, own.step, recipe.scale_format), below, above)
 
     def soft(self, variables: jax.Array, problem: RoundingProblem, recipe: Recipe) -> jax.Array:
-        """Returns the values between the two levels around each weight."""
-        own, below, above = _around(problem.weight, problem.start, recipe)
+        """Returns the values interpolated between the two levels adjacent to each weight."""
+        own, below, above = _adjacent_levels(problem.weight, problem.start, recipe)
         y = (below + (above - below) * rectified_sigmoid(variables)) * own.step
         return y if own.minimum is None else y + own.minimum
 
     def rounded(self, variables: jax.Array, problem: RoundingProblem, recipe: Recipe) -> Rounded:
         """Returns the upper level where the variable is not negative, else the lower one."""
-        _, below, above = _around(problem.weight, problem.start, recipe)
+        _, below, above = _adjacent_levels(problem.weight, problem.start, recipe)
         return Rounded(problem.start, jnp.where(variables >= 0, above, below))
 
     def clipped(self, variables: jax.Array) -> jax.Array:
@@ -273,20 +273,20 @@ def _check_positive(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(
-                f"{owner}: `{name}` must be positive, got {value}. Leave it out for its default."
+                f"{owner}: `{name}` must be positive, got {value}. Omit it to use the default."
             )
 
 
-def _around(
+def _adjacent_levels(
     weight: jax.Array, start: Quantized, recipe: Recipe
 ) -> tuple[Levels, jax.Array, jax.Array]:
-    """Returns the levels of a leaf and the two grid values around each weight."""
+    """Returns the levels of a leaf and the grid values below and above each weight."""
     own = levels(start)
     return own, *enclosing_numbers(weight, own, recipe)
 
 
-def _some(x: jax.Array) -> jax.Array:
-    """Returns a divisor, with 1 in place of 0."""
+def _nonzero(x: jax.Array) -> jax.Array:
+    """Replaces zeros by 1, for use as a divisor."""
     return jnp.where(x == 0, 1, x)
 
 
@@ -298,7 +298,7 @@ ROUNDING_METHODS: Registry[Any] = Registry(
 
 
 def get_rounding_method(method: str | RoundingMethod) -> RoundingMethod:
-    """Returns the method with a name in `ROUNDING_METHODS`; a record is returned unchanged.
+    """Looks up a rounding method by name in `ROUNDING_METHODS`; a record is returned unchanged.
 
     Raises:
       ValueError: if no method has that name.

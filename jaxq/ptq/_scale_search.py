@@ -1,4 +1,4 @@
-"""Search for the scales of a weight, with the errors weighted by the statistics of its input."""
+"""Search for the scales of a weight that minimize the output error on calibration data."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.ptq._searching import Searching, SearchProblem
+from jaxq.ptq._searching import SearchOptions, SearchProblem
 from jaxq.quantizers import Quantized, rescaled, snap
 from jaxq.recipes import Recipe
 
@@ -16,18 +16,18 @@ __all__ = ["ScaleSearch"]
 
 @dataclasses.dataclass(frozen=True)
 class ScaleSearch:
-    r"""A search for the scale of each block of a weight, as an option of a solver.
+    r"""A grid search for the scale of each block, as the `search` of a solver.
 
-    Each block tries its own scale times some factors, rounded to the recipe's scale format, and
-    takes the first one with the smallest error of the outputs when its elements are rounded to the
-    nearest levels. With e the error of the block and h the part of the Hessian that belongs to its
-    inputs, the error is `e^T h e`, or `sum h_ii e_i^2` if only the diagonal counts. The result has
-    the recipe's own scale format and blocks; zero points and tensor scales stay as they are.
+    For each block, the recipe's scale is multiplied by every factor and rounded to the recipe's
+    scale format. The block keeps the first of these scales for which rounding its elements to
+    nearest gives the smallest output error. With the block's error e and the submatrix h of the
+    Hessian for its inputs, the output error is `e^T h e`, or `sum h_ii e_i^2` if only the diagonal
+    is used. Blocks, scale format, zero points and tensor scales do not change.
 
     Attributes:
-      weighting: `"hessian"` uses the part of the Hessian that belongs to the block's inputs;
-        `"square"` only its diagonal, the sum of x^2, which others call importance matrix (imatrix).
-      factors: the tried factors of the scale. The first one wins among equals, so put 1 first.
+      weighting: `"hessian"` (the default) uses the submatrix of the Hessian for the block's inputs;
+        `"square"` uses only its diagonal, the sum of x^2, known as the importance matrix (imatrix).
+      factors: the factors to try. The first of equally good factors is chosen, so put 1 first.
 
     Raises:
       ValueError: if `weighting` is unknown, or `factors` are not positive.
@@ -50,29 +50,29 @@ class ScaleSearch:
             )
         if not self.factors or not all(0 < factor < np.inf for factor in self.factors):
             raise ValueError(
-                f"ScaleSearch: `factors` must be positive numbers, got {self.factors[:4]}. Leave "
-                "them out for 21 factors from 1 down to 0.5."
+                f"ScaleSearch: `factors` must be positive numbers, got {self.factors[:4]}. Omit "
+                "them to use 21 factors from 1 down to 0.5."
             )
 
     def check(self, owner: str, recipe: Recipe) -> None:
         """Raises a ValueError if the search cannot choose the scales of a recipe."""
         if recipe.scaling.second_level == "blocks":
             raise ValueError(
-                f"{owner}: `recipe` must store the scale of each block by itself for a "
-                f"ScaleSearch, got the scaling {type(recipe.scaling).__name__}. Use search=None."
+                f"{owner}: with ScaleSearch, `recipe` must store block scales without block-wise "
+                f"second-level scales, got {type(recipe.scaling).__name__}. Use search=None."
             )
 
-    def leaves(self, problem: SearchProblem, how: Searching) -> tuple[Quantized, ...]:
-        """Returns the leaves with the best scales, and their old codes."""
+    def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:
+        """Returns the leaves with the best scales and with unchanged codes."""
         weight, levels, blocks, statistics = problem
-        recipe, length, numbers = how.recipe, how.length, blocks.numbers
+        recipe, length, numbers = options.recipe, options.length, blocks.numbers
         matrices, inputs, outputs = weight.shape
         hessian = statistics.hessian
         assert hessian is not None, "all callers pass one"
         runs = inputs // length
         diagonal = hessian.reshape(matrices, runs, length, runs, length)
         diagonal = jnp.einsum("mrirj->mrij", diagonal)
-        # Blocks cover the same inputs in every output.
+        # A block covers the same inputs for every output, so the first output stands for all.
         own = numbers[:, :, 0].reshape(matrices, runs, length)
         diagonal = jnp.where(own[..., :, None] == own[..., None, :], diagonal, np.float32(0))
 

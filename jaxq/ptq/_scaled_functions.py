@@ -1,4 +1,4 @@
-"""Functions whose products multiply their inputs by factors, and the folding of these factors."""
+"""Functions whose products scale or rotate their inputs, and the folding of the scales."""
 
 import dataclasses
 import difflib
@@ -29,9 +29,9 @@ def changed(
     Args:
       owner: the name of the calling method, for errors.
       fn: the function.
-      inputs: the changed products, each with the name of its input.
+      inputs: the input of each changed product, by the product's name.
       factors: the factors of each input, as in `InputScales`.
-      lengths: the lengths of the blocks that are Hadamard transformed after that, by input.
+      lengths: the lengths of the blocks that are then Hadamard transformed, by input.
 
     Raises:
       ValueError: when called, if `fn` lacks one of the products.
@@ -43,8 +43,8 @@ def changed(
         missing = inputs.keys() - {product.name for product in planned.products}
         if missing:
             raise ValueError(
-                f"{owner}: `fn` must have all changed products, but lacks {sorted(missing)[0]!r}. "
-                "Pass the function with which they were found."
+                f"{owner}: `fn` must contain all changed products, but lacks "
+                f"{sorted(missing)[0]!r}. Pass the function for which they were computed."
             )
         chosen = [
             dataclasses.replace(
@@ -73,14 +73,14 @@ class _Line:
 @pytree(static=("inputs", "left"))
 @dataclasses.dataclass(frozen=True, repr=False)
 class InputScales(Tabular):
-    """The factors of the inputs of a model's products: a pytree; its `str` is a table.
+    """The factors of the inputs of a model's products. A pytree that prints as a table.
 
     Attributes:
-      factors: the factors by which inputs are multiplied, float32 `[inputs]`, by the name of the
-        first product that reads each. Products in a scan over layers have a leading axis, one entry
-        per layer, and products with batch axes have these before the inputs.
-      inputs: the names of all scaled products, each with the name of its input's factors.
-      left: the names of the products without factors, each with the reason.
+      factors: the factors by which inputs are multiplied, float32 `[inputs]`, under the name of the
+        first product that reads the input. Products in a scan over layers have a leading axis with
+        one entry per layer; batch axes follow it.
+      inputs: pairs of a scaled product's name and its input's key in `factors`.
+      left: pairs of the name of a product without factors and the reason.
     """
 
     factors: Mapping[str, jax.Array]
@@ -90,9 +90,9 @@ class InputScales(Tabular):
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function whose products multiply their inputs by the factors.
 
-        With the parameters of `ptq.scale_inputs` it equals `fn` with the original ones, up to
-        rounding. It is a plain function for `jaxq.quantize_fn`, `jaxq.ptq.quantize_weights` and
-        all others; its products have the names that they have in `fn`.
+        With the parameters that `ptq.scale_inputs` returned, it equals `fn` with the original
+        parameters up to rounding errors. It can be passed to `jaxq.quantize_fn`,
+        `jaxq.ptq.quantize_weights` and all other transforms; product names are those of `fn`.
 
         Args:
           fn: the function that was passed to `ptq.scale_inputs`.
@@ -105,22 +105,23 @@ class InputScales(Tabular):
     def fold(
         self, params: Any, into: Mapping[str, str | tuple[str, int]]
     ) -> tuple[Any, "InputScales"]:
-        """Multiplies factors into leaves of the parameters, so that they cost nothing.
+        """Multiplies factors into leaves of the parameters, which removes their cost at run time.
 
-        This is right if the input of the products is proportional to the leaf, and nothing else
-        depends on it: if it is the weight of the norm before them, or the kernel of the product
-        before them without a nonlinear function between. A norm that multiplies by `1 + weight` is
-        not proportional to its weight. Compare the outputs before and after.
+        This is correct only if the input of the products is proportional to the leaf and nothing
+        else depends on the leaf: for the weight of the norm before the products, or for the kernel
+        of the preceding product without a nonlinear function in between. The output of a norm that
+        multiplies by `1 + weight` is not proportional to the weight. Compare the model's outputs
+        before and after.
 
         Args:
-          params: the parameters of `ptq.scale_inputs`, before they are quantized.
-          into: for a product's name, the path of the leaf; all products with the same input lose
-            their factors. The factors lie along the last axis of the leaf; a pair (path, axis)
-            names another one, such as -2 for a kernel `[outputs, inputs]`. Layers of a scan lie
-            along the leading axes of both.
+          params: the parameters that `ptq.scale_inputs` returned, not yet quantized.
+          into: a mapping from a product's name to the path of a leaf. The factors are removed from
+            all products with the same input. They are multiplied along the last axis of the leaf,
+            or along another axis given as a pair (path, axis), such as -2 for a kernel
+            `[outputs, inputs]`. Layers of a scan are leading axes of both.
 
         Returns:
-          The new parameters, and the factors that remain, with the others in `left`.
+          The new parameters, and the remaining factors. Products without factors are in `left`.
 
         Raises:
           ValueError: if a product has no factors, a leaf does not exist or is not a float array, or
@@ -144,11 +145,11 @@ class InputScales(Tabular):
         for name, target in into.items():
             path, axis = (target, -1) if isinstance(target, str) else target
             if name not in groups:
-                raise ValueError(_unknown("a product with factors", name, groups))
+                raise ValueError(_unknown_name("a product with factors", name, groups))
             if path not in paths:
-                raise ValueError(_unknown("a leaf of `params`", path, paths))
+                raise ValueError(_unknown_name("a leaf of `params`", path, paths))
             at = paths.index(path)
-            leaves[at] = _multiplied(path, leaves[at], self.factors[groups[name]], axis)
+            leaves[at] = _scale_axis(path, leaves[at], self.factors[groups[name]], axis)
             folded[groups[name]] = f"folded into {path}"
         rest = InputScales(
             {name: x for name, x in self.factors.items() if name not in folded},
@@ -171,13 +172,13 @@ def _is_left(product: Product) -> bool:
     return product.origins[0] is not None
 
 
-def _unknown(noun: str, name: str, known: Iterable[str]) -> str:
-    """Returns the error for a name in `fold` that does not exist."""
+def _unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
+    """Returns the error message for a name in `into` that does not exist."""
     near = ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"
     return f"InputScales.fold: `into` must name {noun}, got {name!r}. The nearest are {near}."
 
 
-def _multiplied(path: str, leaf: Any, factor: jax.Array, axis: int) -> jax.Array:
+def _scale_axis(path: str, leaf: Any, factor: jax.Array, axis: int) -> jax.Array:
     """Returns a leaf multiplied by factors along an axis."""
     reason = not_floating(leaf)
     if reason:
@@ -190,9 +191,9 @@ def _multiplied(path: str, leaf: Any, factor: jax.Array, axis: int) -> jax.Array
     fits = len(stacks) <= at < ndim and leaf.shape[: len(stacks)] == stacks
     if not fits or leaf.shape[at] != factor.shape[-1]:
         raise ValueError(
-            f"InputScales.fold: leaf {path!r} must have factors of shape {factor.shape} along its "
-            f"leading axes and axis {axis}, got the shape {leaf.shape}. Pass (path, axis), or keep "
-            "the factors."
+            f"InputScales.fold: leaf {path!r} must match the factors of shape {factor.shape} in "
+            f"its leading axes and axis {axis}, got the shape {leaf.shape}. Pass (path, axis), or "
+            "remove it from `into`."
         )
     shape = [n if i < len(stacks) or i == at else 1 for i, n in enumerate(leaf.shape)]
     return (leaf.astype(jnp.float32) * factor.reshape(shape)).astype(leaf.dtype)

@@ -1,4 +1,4 @@
-"""The choice of input scales for a whole model."""
+"""Input scales for all products of a model."""
 
 import collections
 import dataclasses
@@ -14,11 +14,11 @@ from jaxq.models import Rules, weight_of
 from jaxq.products import Axes, placed
 from jaxq.ptq._calls import Model, read_calls
 from jaxq.ptq._collectors import Layout
-from jaxq.ptq._input_changes import check_same, named_inputs, reason_of, with_arrays
+from jaxq.ptq._input_changes import check_equal_outputs, named_inputs, reason_of, replace_leaves
 from jaxq.ptq._input_scales import InputProblem, InputScaler, get_input_scaler
-from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
+from jaxq.ptq._leaves import LeafKey, Leaves, WeightView, trace_weight
 from jaxq.ptq._models import stages_of
-from jaxq.ptq._observing import sought
+from jaxq.ptq._observing import find_targets
 from jaxq.ptq._parts import Place
 from jaxq.ptq._scaled_functions import InputScales
 from jaxq.ptq._statistics import Statistics
@@ -40,9 +40,10 @@ def scale_inputs(
     """Returns a function that scales the inputs of products and, inversely, their weights.
 
     Each product `x W` whose weight the rules quantize becomes `(x / s) (s W)`, with one scale for
-    each input. The scales stay in the program as a multiplication, so every layer can have them,
-    whatever precedes it. Products that read the same array, such as queries, keys and values, share
-    their scales. The scales come from one run of the float model, and solvers work on the result:
+    each input. The division remains in the program, so a layer can have scales regardless of what
+    precedes it. Products that read the same array, such as queries, keys and values, share their
+    scales. The scales are computed from one run of the float model. Solvers can then be applied to
+    the scaled function:
 
         params, scales = ptq.scale_inputs(fn, rules, method="awq")(params, batches)
         scaled = scales.apply(fn)  # The same function of the new parameters.
@@ -52,14 +53,14 @@ def scale_inputs(
     Args:
       fn: a function of the parameters and the inputs, as in `jaxq.quantize_fn`.
       rules: as in `jaxq.quantize_fn`.
-      method: a method, or its name in `jaxq.ptq.INPUT_SCALERS`.
+      method: an input scaler, or its name in `jaxq.ptq.INPUT_SCALERS`.
       mask: as in `jaxq.ptq.quantize_weights`.
 
     Returns:
-      `(params, batches) -> (params, InputScales)`, with the arguments of
+      A function `(params, batches) -> (params, InputScales)`, with the arguments of
       `jaxq.ptq.quantize_weights`. The new parameters have the dtypes of the old ones. Convolutions,
-      ragged products, products in `while` loops or under a custom derivative, and weights that
-      several products multiply have no scales; `InputScales.left` lists them.
+      ragged products, products in `while` loops or under a custom derivative, and products that
+      share their weight with another product are not scaled; `InputScales.left` lists them.
 
     Raises:
       TypeError: if `fn` is a pytree, such as a module.
@@ -91,14 +92,14 @@ def scale_inputs(
         calls = read_calls(_OWNER, fn, mask, args)
         model = calls.plan(rules)
         if not record.needs_hessian:
-            model = Model(model.planned, sought(model.planned, hessian=False))
-        scaling = _Scaling(model, record)
+            model = Model(model.planned, find_targets(model.planned, hessian=False))
+        scaling = _ScalingRun(model, record)
         stages = stages_of(calls, model, scaling.leaves, scaling.solve)
         root = stages.root()
         envs = calls.environments(model, root.flat.body.invars)
-        stages.together(root, stages.observed(root, envs))
+        stages.solve_together(root, stages.observed(root, envs))
         params, scales = scaling.result()
-        check_same(calls, scales.apply(calls.fn), params)
+        check_equal_outputs(calls, scales.apply(calls.fn), params)
         return params, scales
 
     return scaled
@@ -108,42 +109,42 @@ class _Member(NamedTuple):
     """A product that reads an input, with its weight."""
 
     place: Place
-    seen: Seen
+    view: WeightView
 
 
-class _Kind(NamedTuple):
-    """The static part of a weight: its layout and its recipe on its own axes."""
+class _WeightSpec(NamedTuple):
+    """The static description of a weight: its layout, and its recipe with explicit axes."""
 
     layout: Layout
     recipe: Recipe
 
 
-class _Scaling:
-    """The state of a run: the factors chosen so far, and the scaled leaves.
+class _ScalingRun:
+    """The factors chosen and the leaves scaled so far in one call of the function.
 
     Args:
-      model: the model.
-      method: the method.
+      model: the planned model.
+      method: the input scaler.
     """
 
     def __init__(self, model: Model, method: InputScaler) -> None:
-        self._model, self._planned, self._sought = model, model.planned, model.sought
+        self._model, self._planned, self._targets = model, model.planned, model.targets
         self._method = method
         self.leaves = Leaves(model.planned)
         self._left = {
             n: reason
-            for n in (*model.sought.matrices, *model.sought.reasons)
+            for n in (*model.targets.matrices, *model.targets.reasons)
             if (reason := reason_of(model, model.planned.products[n]))
         }
         self._waiting: dict[tuple[int, tuple[int, ...]], list[_Member | None]] = {}
         self._members = collections.Counter(
-            model.sought.first[n] for n in model.sought.matrices if n not in self._left
+            model.targets.first[n] for n in model.targets.matrices if n not in self._left
         )
         self._factors: dict[str, np.ndarray] = {}
         self._arrays: dict[int, np.ndarray] = {}
 
     def solve(self, place: Place, observed: Callable[[], Statistics]) -> None:
-        """Takes one product at one iteration; after the last one of an input, chooses its scales.
+        """Adds a product; once all products of an input are known, chooses the input's scales.
 
         Raises:
           ValueError: if an input is not finite.
@@ -157,12 +158,12 @@ class _Scaling:
             )
         if number in self._left:
             return
-        first = self._sought.first[number]
+        first = self._targets.first[number]
         waiting = self._waiting.setdefault((first, place.iterations), [])
-        seen = followed(place.frame, place.variable)
-        if isinstance(seen, str):
-            self._left[number] = seen
-        waiting.append(None if isinstance(seen, str) else _Member(place, seen))
+        view = trace_weight(place.frame, place.variable)
+        if isinstance(view, str):
+            self._left[number] = view
+        waiting.append(None if isinstance(view, str) else _Member(place, view))
         if len(waiting) == self._members[first]:
             members = [member for member in waiting if member is not None]
             if members:
@@ -176,35 +177,35 @@ class _Scaling:
         members: Sequence[_Member],
         statistics: Statistics,
     ) -> None:
-        """Chooses the scales of one input, and multiplies the weights by them."""
-        kinds = tuple(self._kind(member) for member in members)
-        own = kinds[0].layout.stacked(statistics)
-        scales = _chosen(tuple(m.seen.x for m in members), own, kinds, self._method)
+        """Chooses the scales of one input and multiplies the weights by them."""
+        specs = tuple(self._spec(member) for member in members)
+        own = specs[0].layout.stacked(statistics)
+        scales = _chosen(tuple(m.view.x for m in members), own, specs, self._method)
         product = self._planned.products[first]
         batch = statistics.amax.shape
         name, stacks = product.name, product.stacks
         factors = self._factors.setdefault(name, np.ones((*stacks, *batch), np.float32))
         factors[iterations] = np.asarray(1 / scales).reshape(batch)
-        for member, kind in zip(members, kinds, strict=True):
-            spread = jnp.broadcast_to(scales[..., None], kind.layout.sizes)
-            ones = [np.float32(1)] * len(member.seen.keys)
-            for key, factor in member.seen.back(kind.layout.weight(spread), ones).items():
+        for member, spec in zip(members, specs, strict=True):
+            spread = jnp.broadcast_to(scales[..., None], spec.layout.sizes)
+            ones = [np.float32(1)] * len(member.view.keys)
+            for key, factor in member.view.back(spec.layout.weight(spread), ones).items():
                 self._multiply(key, factor)
                 self.leaves.forget(key)
 
-    def _kind(self, member: _Member) -> _Kind:
+    def _spec(self, member: _Member) -> _WeightSpec:
         product = member.place.product
         assigned = self._planned.chosen[product.number]
         assert assigned is not None
         weight = weight_of(product, assigned)
         assert weight is not None
-        axes: Axes = self._sought.matrices[product.number].axes
-        granularity = placed(weight.recipe.granularity, member.seen.x.shape, axes)
+        axes: Axes = self._targets.matrices[product.number].axes
+        granularity = placed(weight.recipe.granularity, member.view.x.shape, axes)
         recipe = dataclasses.replace(weight.recipe, granularity=granularity)
-        return _Kind(Layout(axes, member.seen.x.shape), recipe)
+        return _WeightSpec(Layout(axes, member.view.x.shape), recipe)
 
     def _multiply(self, key: LeafKey, factor: jax.Array) -> None:
-        """Multiplies a leaf or a row of it."""
+        """Multiplies a leaf, or one row of it, by a factor."""
         if key.leaf not in self._arrays:
             self._arrays[key.leaf] = np.array(self._planned.traced.arrays[key.leaf])
         array = self._arrays[key.leaf]
@@ -217,25 +218,25 @@ class _Scaling:
           ValueError: if no product has scales.
         """
         named = named_inputs(_OWNER, self._model, self._left, self._factors)
-        params = with_arrays(self._planned, self._arrays)
+        params = replace_leaves(self._planned, self._arrays)
         factors = {name: jnp.asarray(x) for name, x in self._factors.items()}
         return params, InputScales(factors, *named)
 
 
-@functools.partial(jax.jit, static_argnames=("kinds", "method"))
+@functools.partial(jax.jit, static_argnames=("specs", "method"))
 def _chosen(
     weights: tuple[jax.Array, ...],
     statistics: Statistics,
-    kinds: tuple[_Kind, ...],
+    specs: tuple[_WeightSpec, ...],
     method: InputScaler,
 ) -> jax.Array:
     """Returns the scales of one input, `[matrices, inputs]`."""
 
     def quantized(matrices: Sequence[jax.Array]) -> list[jax.Array]:
         return [
-            kind.layout.matrices(fake_quant(kind.layout.weight(x), kind.recipe))
-            for x, kind in zip(matrices, kinds, strict=True)
+            spec.layout.matrices(fake_quant(spec.layout.weight(x), spec.recipe))
+            for x, spec in zip(matrices, specs, strict=True)
         ]
 
-    own = [kind.layout.matrices(x) for x, kind in zip(weights, kinds, strict=True)]
+    own = [spec.layout.matrices(x) for x, spec in zip(weights, specs, strict=True)]
     return method.scales(InputProblem(own, statistics, quantized))

@@ -1,4 +1,4 @@
-"""Searches that choose the scales of a weight before a solver chooses its codes."""
+"""The interface of searches, which choose the scales of a weight before its codes are solved."""
 
 import functools
 from typing import NamedTuple, Protocol
@@ -9,7 +9,7 @@ from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Levels, Quantized
 from jaxq.recipes import PerBlock, Recipe
 
-__all__ = ["Blocks", "Search", "SearchProblem", "Searching", "run_length", "searched"]
+__all__ = ["Blocks", "Search", "SearchOptions", "SearchProblem", "run_length", "searched"]
 
 
 class Blocks(NamedTuple):
@@ -17,8 +17,8 @@ class Blocks(NamedTuple):
 
     Attributes:
       leaves: the quantized leaves.
-      numbers: for each element of the weight as matrices, the number of its block, counted through
-        the leaves; int32 `[matrices, inputs, outputs]`.
+      numbers: the index of the block of each element, counted across all leaves, int32
+        `[matrices, inputs, outputs]`.
     """
 
     leaves: tuple[Quantized, ...]
@@ -46,7 +46,7 @@ class SearchProblem(NamedTuple):
         return sum(q.scale.size for q in self.blocks.leaves)
 
     def by_leaf(self, x: jax.Array) -> list[tuple[Quantized, jax.Array]]:
-        """Returns each leaf with its part of values of all blocks, in the shape of its scales."""
+        """Splits one value per block by leaf: pairs of a leaf and values of its scales' shape."""
         found, start = [], 0
         for q in self.blocks.leaves:
             found.append((q, x[start : start + q.scale.size].reshape(q.scale.shape)))
@@ -55,7 +55,7 @@ class SearchProblem(NamedTuple):
 
 
 def run_length(recipe: Recipe, inputs: int) -> int:
-    """Returns the number of neighboring inputs that a block of a matrix product's weight covers."""
+    """Returns the number of consecutive inputs that a block of a weight covers."""
     granularity = recipe.granularity
     if not isinstance(granularity, PerBlock):
         return inputs
@@ -70,26 +70,22 @@ class Search(Protocol):
     """A frozen record that chooses the scales of a weight before a solver chooses its codes."""
 
     def check(self, owner: str, recipe: Recipe) -> None:
-        """Raises a ValueError if the search cannot serve a recipe."""
+        """Raises a ValueError if the search does not support a recipe."""
         ...
 
-    def leaves(
-        self,
-        problem: SearchProblem,
-        how: "Searching",
-    ) -> tuple[Quantized, ...]:
-        """Returns the leaves of a weight with other scales, and their old codes; traced."""
+    def leaves(self, problem: SearchProblem, options: "SearchOptions") -> tuple[Quantized, ...]:
+        """Returns the leaves with new scales and unchanged codes. Traced under `jax.jit`."""
         ...
 
 
-class Searching(NamedTuple):
-    """The static inputs of a search.
+class SearchOptions(NamedTuple):
+    """The static arguments of a search.
 
     Attributes:
       search: the search.
-      recipe: the recipe.
-      length: the number of neighboring inputs that a block covers at most, which divides their
-        number; only the Hessian of such runs is read.
+      recipe: the recipe of the weight.
+      length: the largest number of consecutive inputs in a block, a divisor of the number of
+        inputs. Only diagonal blocks of the Hessian of this size are read.
     """
 
     search: Search
@@ -97,17 +93,21 @@ class Searching(NamedTuple):
     length: int
 
 
-@functools.partial(jax.jit, static_argnames="how")
+@functools.partial(jax.jit, static_argnames="options")
 def searched(
-    weight: jax.Array, levels: Levels, blocks: Blocks, statistics: Statistics, how: Searching
+    weight: jax.Array,
+    levels: Levels,
+    blocks: Blocks,
+    statistics: Statistics,
+    options: SearchOptions,
 ) -> tuple[Quantized, ...]:
-    """Returns the leaves of a weight with the scales of a search, and their old codes.
+    """Returns the leaves of a weight with searched scales and unchanged codes.
 
     Args:
       weight: the weight as matrices, float32 `[matrices, inputs, outputs]`.
       levels: the levels of its elements.
       blocks: its blocks.
       statistics: the statistics of its input, with a leading axis `[matrices]`.
-      how: the search.
+      options: the search and its static arguments.
     """
-    return how.search.leaves(SearchProblem(weight, levels, blocks, statistics), how)
+    return options.search.leaves(SearchProblem(weight, levels, blocks, statistics), options)

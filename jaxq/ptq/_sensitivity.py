@@ -1,4 +1,4 @@
-"""The expected damage of candidate recipes to the weights of a model."""
+"""Sensitivity analysis: the expected damage of candidate recipes to each weight of a model."""
 
 import dataclasses
 import math
@@ -10,10 +10,10 @@ import numpy as np
 from jaxq._base.tables import Table, Tabular
 from jaxq.models import Rule
 from jaxq.ptq._calls import read_calls
-from jaxq.ptq._gradients import by_gradient
+from jaxq.ptq._gradients import gradient_scores
 from jaxq.ptq._models import stages_of
 from jaxq.ptq._solvers import Solver, get_solver
-from jaxq.ptq._solving import Solving
+from jaxq.ptq._solving import SolverRun
 from jaxq.recipes import RECIPES, Recipe, get_recipe
 
 __all__ = ["Score", "Scores", "sensitivity"]
@@ -28,15 +28,16 @@ class Score:
     Attributes:
       weight: the path of the weight.
       recipe: the recipe, or None for the float weight.
-      nbytes: the bytes of the stored weight, with its scales.
+      nbytes: the bytes of the stored weight and its scales.
       loss: the squared error of the outputs of its products, `tr(E^T H E)`, summed over all tokens.
-        The experts of a stack have their own errors; any other product of several weights, such as
-        joined queries and keys, gives each an equal share.
-      relative: the same relative to the power of the outputs, summed over the products and layers.
-      gradient: the sum of `(G dY)^2` over all outputs of its products, with dY their error and G
-        the gradient of the loss with respect to them, in equal shares; NaN if it was not asked for.
-      tokens: the number of tokens that its products multiplied by it, in all layers. An expert that
-        saw no token has no loss, whatever its recipe.
+        If a product concatenates several weights, such as queries and keys, they have equal shares
+        of its loss; the experts of a stack have their own losses.
+      relative: the same loss relative to the power of the outputs, summed over products and layers.
+      gradient: the sum of `(G dY)^2` over all outputs of its products, with their error dY and the
+        gradient G of the loss with respect to them; NaN if it was not computed. Concatenated
+        weights have equal shares.
+      tokens: the number of tokens multiplied by the weight, in all layers. An expert that saw no
+        tokens has a loss of 0 with every recipe.
     """
 
     weight: str
@@ -49,7 +50,7 @@ class Score:
 
     @property
     def name(self) -> str:
-        """The recipe's name; that of its element format if it has none."""
+        """The name of the recipe, or of its element format if the recipe has no name."""
         if self.recipe is None:
             return "float"
         return RECIPES.name_of(self.recipe) or self.recipe.element.name
@@ -68,10 +69,10 @@ class _Line:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Scores(Tabular):
-    """The scores of all weights and candidates; its `str` is a table.
+    """The scores of all weights and candidates. Prints as a table.
 
     Attributes:
-      rows: the scores, by weight and then by candidate.
+      rows: the scores, ordered by weight and then by candidate.
     """
 
     rows: tuple[Score, ...]
@@ -105,31 +106,34 @@ def sensitivity(
     """Returns a function that scores candidate recipes for every weight of a model.
 
     The score of a weight is the squared error of the outputs of its products on the float model's
-    inputs, `tr(E^T H E)`, if it alone is quantized. One run over the data serves all candidates.
+    inputs, `tr(E^T H E)`, if only this weight is quantized. One run over the data is enough for all
+    candidates.
 
-    With `gradient`, errors count by their effect on a loss: the score is also `sum (G dY)^2`, with
-    dY the error of the outputs of a product and G the gradient of the loss with respect to them,
-    summed over all outputs and batches. This approximates the Hessian of the loss by squared
-    gradients (the diagonal Fisher information), and costs one backward pass per batch.
+    With `gradient=True`, weights also have the score `sum (G dY)^2`, which measures the effect on a
+    loss: dY is the error of a product's outputs, and G is the gradient of the loss with respect to
+    them. The sum is over all outputs and batches. It approximates the Hessian of the loss by
+    squared gradients (the diagonal of the empirical Fisher information), and costs one backward
+    pass per batch.
 
     Args:
       fn: as in `jaxq.ptq.quantize_weights`.
       candidates: recipes or their names; None stands for the float weight.
-      weights: a regular expression, searched for in the paths of weights; "" takes all.
+      weights: a regular expression that is searched for in the paths of weights; "" (the default)
+        matches all.
       solver: the solver that chooses the codes: `"rtn"` (the default) rounds to the nearest levels;
-        `"gptq"` gives the losses that remain after GPTQ, in more time.
-      gradient: True to compute the score by gradients too; `fn` must then return a scalar loss.
-        These scores are those of the nearest levels, whatever the solver.
+        `"gptq"` scores the losses that remain after GPTQ, and takes longer.
+      gradient: True to compute gradient scores too; `fn` must then return a scalar loss. Gradient
+        scores always measure rounding to nearest, whatever the solver.
       mask: as in `jaxq.ptq.quantize_weights`.
 
     Returns:
-      `(params, batches) -> Scores`, with the arguments of `jaxq.ptq.quantize_weights`. Weights that
-      are not stored, or only looked up, have no score.
+      A function `(params, batches) -> Scores`, with the arguments of `jaxq.ptq.quantize_weights`.
+      Weights that are not stored, or only looked up, have no score.
 
     Raises:
       TypeError: as in `jaxq.quantize_fn`.
       ValueError: as in `jaxq.ptq.quantize_weights`; if there are no candidates; or if `gradient` is
-        True and `fn` returns anything but a scalar.
+        True and `fn` does not return a scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -158,7 +162,7 @@ def sensitivity(
         states, found, data = None, [], []
         for recipe in filter(None, recipes):
             model = calls.plan([Rule(weights, recipe)])
-            solving = Solving(_OWNER, model, record)
+            solving = SolverRun(_OWNER, model, record)
             stages = stages_of(calls, model, solving.leaves, solving.solve)
             root = stages.root()
             if states is None:
@@ -166,23 +170,25 @@ def sensitivity(
                 envs = calls.environments(model, invars)
                 data = [[env.get(v) for v in invars] for env in envs] if gradient else []
                 states = stages.observed(root, envs)
-            stages.together(root, states)
+            stages.solve_together(root, states)
             found.append((recipe, solving))
-        gradients = by_gradient(_OWNER, [own.planned for _, own in found], data) if gradient else {}
+        gradients = (
+            gradient_scores(_OWNER, [own.planned for _, own in found], data) if gradient else {}
+        )
         return Scores(tuple(_rows(found, None in recipes, gradients)))
 
     return scored
 
 
 def _rows(
-    found: Sequence[tuple[Recipe, Solving]], floats: bool, gradients: Mapping[int, np.ndarray]
+    found: Sequence[tuple[Recipe, SolverRun]], floats: bool, gradients: Mapping[int, np.ndarray]
 ) -> list[Score]:
     """Returns the scores of all weights, by weight.
 
     Args:
       found: the recipes with the solved weights.
       floats: True to add the scores of float weights.
-      gradients: the scores by gradients of each leaf, one per recipe; empty if not asked for.
+      gradients: the gradient scores of each leaf, one per recipe; empty if not computed.
     """
     rows = []
     _, first = found[0]
@@ -192,7 +198,7 @@ def _rows(
             (recipe, solving, [o for o in solving.outcomes if leaf in o.leaves], float(score))
             for (recipe, solving), score in zip(found, gradients.get(leaf, nans), strict=True)
         ]
-        own = [one for one in own if one[2]]
+        own = [entry for entry in own if entry[2]]
         if not own:
             continue
         path = next(iter(_paths(first, leaf)))
@@ -217,6 +223,6 @@ def _rows(
     return rows
 
 
-def _paths(solving: Solving, leaf: int) -> list[str]:
+def _paths(solving: SolverRun, leaf: int) -> list[str]:
     origin = solving.planned.traced.origins[leaf]
     return [] if origin is None else [*origin.paths]

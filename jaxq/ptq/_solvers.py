@@ -1,7 +1,7 @@
 """Solvers, which choose the codes of a weight from the statistics of its input.
 
-A solver keeps the scales that the recipe computes from the weight, or that a search chooses in the
-same format, and so the answer is a `jaxq.Quantized` on the recipe's own grid.
+A solver does not change scales. They are computed by the recipe, or by a search in the same format,
+so the result is a `jaxq.Quantized` on the recipe's grid.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from jaxq.products import is_stochastic
 from jaxq.ptq._half_quadratic import HQQ
 from jaxq.ptq._matrices import Settings, Solution, solve
 from jaxq.ptq._searching import Search
-from jaxq.ptq._statistics import Statistics, nothing
+from jaxq.ptq._statistics import Statistics, empty_statistics
 from jaxq.quantizers import Levels, Quantized, levels, numbers_of, quantize, with_levels
 from jaxq.recipes import Recipe, get_recipe
 
@@ -58,8 +58,8 @@ class Problem(NamedTuple):
 class Solver(Protocol):
     """A frozen record that chooses the codes of a weight.
 
-    If it has an attribute `search`, a `ScaleSearch` or `HQQ`, the scales are searched first. If it
-    has an attribute `needs_drift` that is true, the statistics have a drift where it is known.
+    Two more attributes are optional: `search`, a `Search` that chooses the scales first, and
+    `needs_drift`, True to receive statistics with the drift of inputs where it is known.
     """
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
@@ -69,10 +69,11 @@ class Solver(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RTN:
-    """Rounds every element to the nearest level: the baseline, which uses no statistics.
+    """Rounds every element to the nearest level: the baseline, which needs no calibration data.
 
     Attributes:
-      search: a search for the scales, which does use them; None keeps the recipe's scales.
+      search: a search for the scales before rounding, which may use the statistics of the input;
+        None (the default) keeps the recipe's scales.
 
     Example:
       >>> import jaxq
@@ -93,22 +94,24 @@ class RTN:
 class GPTQ:
     """Rounds the inputs of a weight one by one, each correcting the errors of those before it.
 
-    With the Hessian `H = sum x x^T` of the calibration data, it looks for codes with a small error
-    of the outputs, `tr(E^T H E)`, where E is the error of the weight `[inputs, outputs]`. Scales
-    are chosen before (static scales), so every recipe with deterministic rounding and without
-    outliers can be solved, and no order of solving changes the stored form.
+    With the Hessian `H = sum x x^T` of the calibration data and the error E of the weight
+    `[inputs, outputs]`, the chosen codes make the output error `tr(E^T H E)` small. Scales are
+    computed before and do not change (static groups). Every recipe with deterministic rounding is
+    supported, and the stored form does not depend on `order`. Outliers of the recipe keep their
+    values, and the other weights of their inputs are solved.
 
     Attributes:
-      damping: the number added to H's diagonal, relative to its mean. If H plus damping has no
-        Cholesky factor, the damping is raised tenfold, up to six times.
-      order: `"static"` solves the inputs with the largest diagonal entries of H first; None solves
-        them as they stand.
-      search: a search for the scales before the codes are solved; None keeps the recipe's scales.
-      asymmetry: the factor of GPTAQ's correction, 0.25 in the paper: the outputs shall be those of
-        the model with float weights, although the packed weights before the product change its
-        input. 0, the default, aims at the outputs of the float weight on the changed input.
-      propagation: the factor of QEP's correction with the same aim, 0.5 in the paper: the weight is
-        moved once, before it is rounded, by this share of the least-squares solution.
+      damping: the number added to the diagonal of H, relative to the diagonal's mean. If the damped
+        H has no Cholesky factor, the damping is multiplied by 10, up to six times.
+      order: `"static"` (the default) solves the inputs with the largest diagonal entries of H
+        first, known as activation order; None solves them in their own order.
+      search: a search for the scales before the codes are solved; None (the default) keeps the
+        recipe's scales.
+      asymmetry: the factor of GPTAQ's correction, 0.25 in the paper. It aims at the outputs of the
+        float model, although packed weights before the product change its input. 0 (the default)
+        aims at the outputs of the float weight on the changed input.
+      propagation: the factor of QEP's correction, 0.5 in the paper, which has the same aim: before
+        rounding, the weight moves by this fraction toward the least-squares solution. 0 by default.
 
     Raises:
       ValueError: if `damping` or a factor is negative, both factors are positive, or `order` is
@@ -135,13 +138,13 @@ class GPTQ:
                 raise ValueError(f"GPTQ: `{name}` must not be negative, got {value}. Use {usual}.")
         if self.asymmetry and self.propagation:
             raise ValueError(
-                "GPTQ: `asymmetry` and `propagation` must not both be positive, because both "
-                f"correct the same difference, got {self.asymmetry} and {self.propagation}."
+                "GPTQ: `asymmetry` and `propagation` must not both be positive, because they "
+                f"correct the same error, got {self.asymmetry} and {self.propagation}. Use one."
             )
         if self.order not in ("static", None):
             raise ValueError(
-                f"GPTQ: `order` must be 'static' or None, got {self.order!r}. 'static' is the "
-                "order that others call activation order with static groups."
+                f"GPTQ: `order` must be 'static' or None, got {self.order!r}. Use 'static' for "
+                "activation order with static groups."
             )
 
     @property
@@ -150,7 +153,7 @@ class GPTQ:
         return bool(self.asymmetry or self.propagation)
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
-        """Returns grid values with a small error of the outputs."""
+        """Returns grid values with a small output error."""
         weight, levels, _, statistics = problem
         assert statistics.hessian is not None, "all callers pass one"
         settings = Settings(self.damping, self.order, self.asymmetry, self.propagation)
@@ -173,7 +176,7 @@ SOLVERS: Registry[Any] = Registry(
 
 
 def get_solver(solver: str | Solver) -> Solver:
-    """Returns the solver with a name in `SOLVERS`; a record is returned unchanged.
+    """Looks up a solver by its name in `SOLVERS`; a record is returned unchanged.
 
     Raises:
       ValueError: if no solver has that name.
@@ -183,12 +186,12 @@ def get_solver(solver: str | Solver) -> Solver:
 
 
 def search_of(solver: Solver) -> Search | None:
-    """Returns the search for scales that a solver asks for, or None."""
+    """Returns the scale search of a solver, or None."""
     return getattr(solver, "search", None)
 
 
 def needs_drift(solver: Solver) -> bool:
-    """Returns whether a solver asks for the drift of inputs."""
+    """Returns whether a solver needs the drift of inputs."""
     return getattr(solver, "needs_drift", False)
 
 
@@ -201,16 +204,11 @@ def check_search(owner: str, recipe: Recipe, solver: Solver) -> None:
 
 def check_recipe(owner: str, recipe: Recipe) -> None:
     """Raises a ValueError if solvers cannot choose the codes of a recipe."""
-    reason = ""
     if is_stochastic(recipe):
-        reason = "rounds stochastically"
-    elif recipe.outliers is not None:
-        reason = "stores outliers separately"
-    if reason:
         raise ValueError(
-            f"{owner}: `recipe` must round every element deterministically to its block's grid, "
-            f"got a recipe of {recipe.element.name} that {reason}. Use rounding='nearest_even' and "
-            "outliers=None, or jaxq.quantize_weights."
+            f"{owner}: `recipe` must round deterministically, got a recipe of "
+            f"{recipe.element.name} that rounds stochastically. Use rounding='nearest_even', or "
+            "jaxq.quantize_weights."
         )
 
 
@@ -223,26 +221,28 @@ def gptq(
     damping: float = 0.01,
     order: str | None = "static",
 ) -> Quantized:
-    """Quantizes a weight by GPTQ, with the Hessian of its input.
+    """Quantizes a weight by GPTQ with the Hessian of its input.
+
+    The codes make the output error `tr(E^T H E)` small, where E is the error of the weight.
 
     Args:
       weight: a float16, bfloat16 or float32 array of at least two axes.
       hessian: the sum of `x x^T` over the tokens, `[inputs, inputs]`, up to a positive factor.
-      recipe: as in `jaxq.quantize`; its granularity is read relative to `axis`.
+      recipe: as in `jaxq.quantize`; its granularity is relative to `axis`.
       axis: the axis of `weight` that products contract: 0 for a kernel `[inputs, outputs]`, 1 or -1
         for a weight `[outputs, inputs]`.
       damping: as in `GPTQ`.
       order: as in `GPTQ`.
 
     Returns:
-      A `jaxq.Quantized` with the scales of `jaxq.quantize(weight, recipe, axis=axis)`.
-      An input that was always zero is rounded by itself. Where the Hessian cannot be solved (it is
-      zero or indefinite, or holds a NaN), the codes are the nearest ones under `jit`, and an error
-      is raised otherwise. `jit`, and `vmap` over experts or layers, work as for any function.
+      A `jaxq.Quantized` with the scales of `jaxq.quantize(weight, recipe, axis=axis)`. Inputs that
+      are zero for all tokens are rounded to nearest. If the Hessian cannot be factorized (it is
+      zero or indefinite, or contains a NaN), the codes are those of rounding to nearest under
+      `jit`; without `jit`, an error is raised.
 
     Raises:
-      ValueError: if the recipe is stochastic or has outliers, shapes do not fit, or the Hessian
-        cannot be solved.
+      ValueError: if the recipe is stochastic, shapes do not fit, or the Hessian cannot be
+        factorized.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -267,7 +267,7 @@ def gptq(
             f"`weight`, which needs two axes or more, got {gram.shape} and {weight.shape} with "
             f"axis={axis}. Pass the axis of the inputs as `axis`."
         )
-    statistics = dataclasses.replace(nothing((), inputs, False), hessian=gram)
+    statistics = dataclasses.replace(empty_statistics((), inputs, False), hessian=gram)
     record = get_recipe(recipe)
     check_recipe("gptq", record)
     result, ok = solved(weight, statistics, record, GPTQ(damping, order), axis)
@@ -277,8 +277,8 @@ def gptq(
     if is_known_to_fail:
         raise ValueError(
             f"gptq: `hessian` must be positive semidefinite, finite and not zero, got one with the "
-            f"mean diagonal {float(jnp.mean(jnp.diagonal(gram))):.3g}, whose Cholesky factor does "
-            "not exist for any damping. Look for NaN in the activations."
+            f"mean diagonal {float(jnp.mean(jnp.diagonal(gram))):.3g}, which has no Cholesky "
+            "factor with any damping. Check the activations for NaN."
         )
     return result
 
@@ -287,7 +287,7 @@ def gptq(
 def solved(
     weight: jax.Array, statistics: Statistics, recipe: Recipe, solver: Solver, axis: int
 ) -> tuple[Quantized, jax.Array]:
-    """Returns a quantized weight, and False if the solver had to round to the nearest levels."""
+    """Returns the quantized weight, and False if the solver fell back to rounding to nearest."""
     start = quantize(weight, recipe, axis=axis)
     moved = jnp.moveaxis(weight, axis, 0).shape
 

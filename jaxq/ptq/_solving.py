@@ -1,4 +1,4 @@
-"""Solution of the products of a model one by one, and the rows of its report."""
+"""The solution of a model's products one by one, and the rows of the report."""
 
 import collections
 import math
@@ -11,30 +11,30 @@ from jax import numpy as jnp
 
 from jaxq.models import LOOK_UP, Product, QuantizedWeight, weight_of
 from jaxq.products import Axes
-from jaxq.ptq._answers import Answer, answer_of, answers
+from jaxq.ptq._answers import SolvedMatrices, solve_matrices, solve_stack
 from jaxq.ptq._calls import Model
 from jaxq.ptq._collectors import Layout
 from jaxq.ptq._experts import by_leaf, by_recipe
 from jaxq.ptq._journal import Entry, Journal
-from jaxq.ptq._leaves import LeafKey, Leaves, Seen, followed
+from jaxq.ptq._leaves import LeafKey, Leaves, WeightView, trace_weight
 from jaxq.ptq._parts import Place
 from jaxq.ptq._reports import Report, SolvedProduct
-from jaxq.ptq._searching import Blocks, Search, Searching, run_length, searched
+from jaxq.ptq._searching import Blocks, Search, SearchOptions, run_length, searched
 from jaxq.ptq._solvers import RTN, Problem, Solver, check_search, needs_drift, search_of
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import block_numbers
 
-__all__ = ["Outcome", "Solving"]
+__all__ = ["Outcome", "SolverRun"]
 
 
 class Outcome(NamedTuple):
     """The losses of one solved product, summed over all tokens and matrices.
 
     Attributes:
-      leaves: the part of the loss and the number of tokens of each leaf that its weight is a view
-        of, by index.
+      leaves: the share of the loss and the number of tokens of each leaf of its weight, by the
+        leaf's index.
       nearest: the loss of the nearest levels.
-      loss: the loss of the chosen ones.
+      loss: the loss of the chosen levels.
       power: the power of the outputs.
     """
 
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
 
 
 class Share(NamedTuple):
-    """The part of a product's loss that is due to one leaf, and the tokens that met the leaf."""
+    """The part of a product's loss that is due to one leaf, and the number of the leaf's tokens."""
 
     loss: float
     tokens: int
@@ -64,8 +64,8 @@ class _Earlier(NamedTuple):
     outcome: Outcome
 
 
-class Solving:
-    """The state of a run: the leaves and the rows of the report.
+class SolverRun:
+    """The state of one call of a solving function: the leaves and the rows of the report.
 
     Args:
       owner: the name of the calling function, for errors.
@@ -87,7 +87,7 @@ class Solving:
         solver: Solver,
         progress: Callable[[SolvedProduct], None] | None = None,
     ) -> None:
-        planned, found = model.planned, model.sought
+        planned, found = model.planned, model.targets
         self.planned, self.found, self.solver = planned, found, solver
         self.leaves = Leaves(planned)
         self.outcomes: list[Outcome] = []
@@ -126,10 +126,10 @@ class Solving:
                 self.leaves.pack(LeafKey(leaf))
 
     def solve(self, place: Place, observed: Callable[[], Statistics]) -> None:
-        """Solves one product at one iteration.
+        """Solves one product, in one iteration of the scans around it.
 
         Args:
-          place: the product.
+          place: the product and the iteration.
           observed: a function that returns the statistics of its input.
         """
         product = place.product
@@ -144,18 +144,18 @@ class Solving:
             )
         reason = self.planned.stored.reasons.get(product.number)
         if reason is not None:
-            seen: Seen | str = f"not stored: {reason}"
+            view: WeightView | str = f"not stored: {reason}"
         elif why := _unsolvable(self._weight(product), self.found.matrices[product.number].axes):
-            seen = why
+            view = why
         else:
-            seen = followed(place.frame, place.variable)
-        if isinstance(seen, str):
-            self._add(self._unsolved(place, statistics, seen))
+            view = trace_weight(place.frame, place.variable)
+        if isinstance(view, str):
+            self._add(self._unsolved(place, statistics, view))
             return
-        self._solve(place, seen.keys, seen, statistics)
+        self._solve(place, view.keys, view, statistics)
 
     def _restored(self, place: Place, journal: Journal) -> bool:
-        """Returns whether a product was taken from the journal, and takes it."""
+        """Restores a product from the journal; returns whether the journal contains it."""
         entry = journal.read(len(self._rows))
         if entry is None:
             return False
@@ -167,29 +167,29 @@ class Solving:
         return True
 
     def _solve(
-        self, place: Place, keys: tuple[LeafKey, ...], seen: Seen, statistics: Statistics
+        self, place: Place, keys: tuple[LeafKey, ...], view: WeightView, statistics: Statistics
     ) -> None:
         product = place.product
         matrix, weight = self.found.matrices[product.number], self._weight(product)
         earlier = self._earlier.get(keys, [])
-        for one in earlier:
-            if one.axes == matrix.axes and bool(jnp.array_equal(one.x, seen.x)):
-                statistics = statistics.merge(one.statistics)
-                # The loss below includes that of the product before.
-                self.outcomes.remove(one.outcome)
-                earlier = [other for other in earlier if other is not one]
-        layout = Layout(matrix.axes, seen.x.shape)
-        problem = _problem(seen, layout, layout.stacked(statistics))
+        for previous in earlier:
+            if previous.axes == matrix.axes and bool(jnp.array_equal(previous.x, view.x)):
+                statistics = statistics.merge(previous.statistics)
+                # The loss below includes that of the previous product.
+                self.outcomes.remove(previous.outcome)
+                earlier = [other for other in earlier if other is not previous]
+        layout = Layout(matrix.axes, view.x.shape)
+        problem = _problem(view, layout, layout.stacked(statistics))
         search, note = search_of(self.solver), ""
         if search is None or weight.experts is not None:
-            answer = answers(problem, by_recipe(weight, layout), self.solver)
+            answer = solve_stack(problem, by_recipe(weight, layout), self.solver)
             note = "" if search is None else "scales of experts with different recipes"
             note = note and f"{note} are not searched"
         else:
-            seen, answer, note = self._searched(place, seen, problem, search)
+            view, answer, note = self._searched(place, view, problem, search)
         numbers = layout.weight(answer.numbers)
         self._solves.update(keys)
-        for key, value in seen.back(numbers, seen.numbers).items():
+        for key, value in view.back(numbers, view.numbers).items():
             self.leaves.put(key, value, self._is_last(key))
         lost, tokens = np.asarray(answer.after), np.asarray(statistics.tokens).reshape(-1)
         shares = {
@@ -201,8 +201,8 @@ class Solving:
         self.outcomes.append(outcome)
         self._earlier.pop(keys, None)
         if not all(map(self._is_last, keys)):
-            one = _Earlier(seen.x, matrix.axes, statistics, outcome)
-            self._earlier[keys] = [*earlier, one]
+            current = _Earlier(view.x, matrix.axes, statistics, outcome)
+            self._earlier[keys] = [*earlier, current]
         row = self._row(place, statistics, answer, outcome, note)
         # A weight of several products needs the statistics of all of them, so it is solved again.
         if self.journal is not None and all(map(self._is_only, keys)):
@@ -211,37 +211,39 @@ class Solving:
         self._add(row)
 
     def _searched(
-        self, place: Place, seen: Seen, problem: Problem, search: Search
-    ) -> tuple[Seen, "Answer", str]:
+        self, place: Place, view: WeightView, problem: Problem, search: Search
+    ) -> tuple[WeightView, "SolvedMatrices", str]:
         """Solves a product after a search for its scales.
 
         Returns:
-          The weight with the scales that were taken, the answer with the loss of the nearest levels
-          on the recipe's scales, and a note if these were kept.
+          The weight with the scales that were chosen; the solution, whose `before` is the loss of
+          rounding to nearest with the recipe's scales; and a note if the recipe's scales were kept.
         """
         recipe, solver = self._weight(place.product).recipe, self.solver
-        layout = Layout(self.found.matrices[place.product.number].axes, seen.x.shape)
-        works = [self.leaves.work(key) for key in seen.keys]
+        layout = Layout(self.found.matrices[place.product.number].axes, view.x.shape)
+        works = [self.leaves.work(key) for key in view.keys]
         starts = tuple(work.start for work in works)
         counts = np.cumsum([0, *(q.scale.size for q in starts)])
         numbers = [block_numbers(q) + int(n) for q, n in zip(starts, counts, strict=False)]
-        blocks = Blocks(starts, layout.matrices(seen.move(*numbers)))
+        blocks = Blocks(starts, layout.matrices(view.move(*numbers)))
         inputs = layout.sizes[1]
-        # The inputs of a convolution are in another order than its blocks.
+        # The inputs of a convolution are ordered differently from its blocks.
         is_product = place.product.operation != "conv_general_dilated"
-        how = Searching(search, recipe, run_length(recipe, inputs) if is_product else inputs)
-        found = searched(problem.weight, problem.levels, blocks, problem.statistics, how)
-        before = answer_of(problem, recipe, RTN()).before
-        for key, q in zip(seen.keys, found, strict=True):
+        options = SearchOptions(
+            search, recipe, run_length(recipe, inputs) if is_product else inputs
+        )
+        found = searched(problem.weight, problem.levels, blocks, problem.statistics, options)
+        before = solve_matrices(problem, recipe, RTN()).before
+        for key, q in zip(view.keys, found, strict=True):
             self.leaves.rescale(key, q)
-        new = followed(place.frame, place.variable)
-        assert isinstance(new, Seen), "it was followed before"
-        answer = answer_of(_problem(new, layout, problem.statistics), recipe, solver)
+        new = trace_weight(place.frame, place.variable)
+        assert isinstance(new, WeightView), "it was followed before"
+        answer = solve_matrices(_problem(new, layout, problem.statistics), recipe, solver)
         if bool(jnp.sum(answer.after) <= jnp.sum(before)):
             return new, answer._replace(before=before), ""
-        for key, q in zip(seen.keys, starts, strict=True):
+        for key, q in zip(view.keys, starts, strict=True):
             self.leaves.rescale(key, q)
-        return seen, answer_of(problem, recipe, solver), "the searched scales have more loss"
+        return view, solve_matrices(problem, recipe, solver), "the searched scales have more loss"
 
     def _is_last(self, key: LeafKey) -> bool:
         """Returns whether no other product or iteration solves a leaf or row."""
@@ -252,14 +254,14 @@ class Solving:
         return self._count(key) >= self._expected[key.leaf]
 
     def _count(self, key: LeafKey) -> int:
-        """Returns the number of rows like this one."""
+        """Returns the number of rows of the key's leaf."""
         return math.prod(self.planned.traced.arrays[key.leaf].shape[: len(key.rows)])
 
     def _row(
         self,
         place: Place,
         statistics: Statistics,
-        answer: "Answer",
+        answer: "SolvedMatrices",
         outcome: Outcome,
         note: str,
     ) -> SolvedProduct:
@@ -267,11 +269,11 @@ class Solving:
         solved, worse = np.asarray(answer.solved), np.asarray(answer.worse)
         notes = [note] if note else []
         if needs_drift(self.solver) and statistics.drift is None:
-            notes.append("solved without the drift of its input, which is not known in loops")
+            notes.append("solved without input drift, which is unknown inside loops")
         of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
         for mask, text in (
-            (tokens == 0, "saw no token"),
-            (~solved & (tokens > 0), "the Hessian cannot be solved"),
+            (tokens == 0, "saw no tokens"),
+            (~solved & (tokens > 0), "the Hessian cannot be factorized"),
             (worse, "the nearest levels have less loss"),
         ):
             if mask.any():
@@ -308,7 +310,7 @@ class Solving:
             self._progress(row)
 
     def report(self) -> Report:
-        """Returns the report, with the products that were not solved at its end."""
+        """Returns the report; products that were not solved come last."""
         rows = list(self._rows)
         reasons = {
             n: "its input does not depend on data"
@@ -345,16 +347,16 @@ def _unsolvable(weight: QuantizedWeight, axes: Axes) -> str:
 
 
 def _formats(weight: QuantizedWeight) -> str:
-    """Returns the name of a weight's element format, or the names of those of experts."""
+    """Returns the name of a weight's element format; the formats of experts are joined by "|"."""
     names = ("float" if recipe is None else recipe.element.name for recipe in weight.recipes)
     return "|".join(dict.fromkeys(names))
 
 
-def _problem(seen: Seen, layout: Layout, statistics: Statistics) -> Problem:
+def _problem(view: WeightView, layout: Layout, statistics: Statistics) -> Problem:
     """Returns the problem of a weight, with the statistics of its input as matrices."""
     return Problem(
-        weight=layout.matrices(seen.x),
-        levels=jax.tree.map(layout.matrices, seen.levels),
-        nearest=layout.matrices(seen.nearest),
+        weight=layout.matrices(view.x),
+        levels=jax.tree.map(layout.matrices, view.levels),
+        nearest=layout.matrices(view.nearest),
         statistics=statistics,
     )

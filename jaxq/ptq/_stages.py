@@ -1,10 +1,10 @@
 """Solution of a model's weights in the order of its program.
 
-The program is run in parts, on all batches. A part ends before a product whose input was not seen
-yet; its statistics are added over the batches, the weights of all products with this input are
-solved, and the next part runs on the packed weights. A scan over layers runs one iteration at a
-time, with one compiled program per part for all iterations; equal parts of unrolled layers share
-their programs too.
+The program is run in parts, on all batches. A part ends before a product with a new input. The
+statistics of this input are merged over the batches, the weights of all products that read it are
+solved, and the next part runs with the packed weights. A scan over layers runs one iteration at a
+time, with one compiled program per part for all iterations; equal parts of unrolled layers also
+share one compiled program.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from jaxq._jax import compat
 from jaxq.models import Assigned, Node, Planned, Product, unpacked
 from jaxq.ptq._flat import Flat, anonymous, arguments_of, flatten, signature
 from jaxq.ptq._leaves import Frame, LeafKey, Leaves, Outer
-from jaxq.ptq._observing import Sought
-from jaxq.ptq._parts import Environment, Lane, Part, Place, Solve, compiled, drift, merged
+from jaxq.ptq._observing import Targets
+from jaxq.ptq._parts import BatchRun, Environment, Part, Place, Solve, compiled, drift, merged
 from jaxq.ptq._statistics import Statistics
 
 __all__ = ["Stages"]
@@ -32,15 +32,15 @@ class Stages:
 
     Attributes:
       planned: the model.
-      sought: the products to solve.
+      targets: the products to solve.
       chosen: the assignments of all products, without the recipes of the weights to solve.
-      leaves: the leaves.
-      solve: the function that solves one product; it gets a function that returns the statistics.
+      leaves: the leaves, float or packed.
+      solve: the function that solves one product, given a function that returns its statistics.
       masks: the mask of each batch, or None.
     """
 
     planned: Planned
-    sought: Sought
+    targets: Targets
     chosen: Sequence[Assigned | None]
     leaves: Leaves
     solve: Solve
@@ -52,7 +52,7 @@ class Stages:
         """Returns the frame of the whole program, without its results, which are not needed.
 
         Args:
-          leaves: the leaves of another run of the model; None takes those to solve.
+          leaves: the leaves of the frame; None (the default) means the leaves to solve.
         """
         flat = self._flat(self.planned.node)
         flat = dataclasses.replace(flat, body=flat.body._replace(outvars=[]))
@@ -65,23 +65,23 @@ class Stages:
         data = [i for i in range(len(frame.flat.body.eqns)) if not frame.is_fixed(i)]
         return self._run(frame, data, self._wanted(frame.flat, data), envs, [])
 
-    def together(self, frame: Frame, states: Mapping[str, Statistics]) -> None:
+    def solve_together(self, frame: Frame, states: Mapping[str, Statistics]) -> None:
         """Solves all products from the statistics of `observed`."""
         for i in range(len(frame.flat.body.eqns)):
-            for number in sorted(frame.flat.numbers(i) & set(self.sought.matrices)):
+            for number in sorted(frame.flat.numbers(i) & set(self.targets.matrices)):
                 self._solve(frame, i, number, lambda: states)
 
-    def in_order(self, lanes: Sequence[Lane]) -> list[list[list[Any]]]:
+    def solve_in_order(self, runs: Sequence[BatchRun]) -> list[list[list[Any]]]:
         """Solves products in the order of the program.
 
         Args:
-          lanes: the run to solve, and perhaps a second one with float weights, from which the drift
-            of inputs is measured.
+          runs: the run to solve, optionally followed by a run with float weights, from which the
+            drift of inputs is measured.
 
         Returns:
-          The results of the program for each lane and batch.
+          The results of the program for each run and batch.
         """
-        frame = lanes[0].frame
+        frame = runs[0].frame
         flat, body = frame.flat, frame.flat.body
         pending: list[int] = []
         done: set[int] = set()
@@ -89,53 +89,55 @@ class Stages:
             if frame.is_fixed(i):
                 continue
             new = self._wanted(flat, [i]) - done
-            if new and self._has_turns(frame, i):
-                for lane in lanes:
-                    self._advance(lane, pending, i)
+            if new and self._iterates_over_weights(frame, i):
+                for run in runs:
+                    self._advance(run, pending, i)
                 pending = []
-                self._iterate(lanes, i)
+                self._iterate(runs, i)
                 continue
             if new:
-                observed = {n for n in new if self.sought.first[n] == n}
-                for lane in lanes:
-                    self._advance(lane, pending, i)
-                # A program of its own, so that values do not depend on whether it runs.
-                states = functools.cache(functools.partial(self._observe, lanes, i, observed))
+                observed = {n for n in new if self.targets.first[n] == n}
+                for run in runs:
+                    self._advance(run, pending, i)
+                # Observed in a separate program, so that a resumed run has bitwise equal values.
+                states = functools.cache(functools.partial(self._observe, runs, i, observed))
                 pending = []
-                members = {n for n in self.sought.matrices if self.sought.first[n] in observed}
+                members = {n for n in self.targets.matrices if self.targets.first[n] in observed}
                 for k in range(i, len(body.eqns)):
                     for number in sorted(flat.numbers(k) & members):
                         self._solve(frame, k, number, states)
                 done |= members
             pending.append(i)
-        for lane in lanes:
-            self._advance(lane, pending, len(body.eqns))
+        for run in runs:
+            self._advance(run, pending, len(body.eqns))
         return [
             [[self._value(frame, env, v) for v in body.outvars] for env in envs]
-            for frame, envs in lanes
+            for frame, envs in runs
         ]
 
-    def _observe(self, lanes: Sequence[Lane], i: int, observed: set[int]) -> dict[str, Statistics]:
+    def _observe(
+        self, runs: Sequence[BatchRun], i: int, observed: set[int]
+    ) -> dict[str, Statistics]:
         """Returns the statistics of the inputs of the products in equation i."""
-        (frame, envs), *others = lanes
+        (frame, envs), *others = runs
         states = self._run(frame, [], observed, envs, self._live(frame, i), i)
         for other in others:
-            states = self._with_drift(lanes[0], other, i, states)
+            states = self._with_drift(runs[0], other, i, states)
         return states
 
     def _with_drift(
-        self, lane: Lane, other: Lane, i: int, states: dict[str, Statistics]
+        self, run: BatchRun, other: BatchRun, i: int, states: dict[str, Statistics]
     ) -> dict[str, Statistics]:
         """Returns statistics with the drift of the input of equation i, if that is a product."""
-        product = lane.frame.flat.products.get(i)
+        product = run.frame.flat.products.get(i)
         if product is None or product.name not in states:
             return states
-        matrix = self.sought.matrices[product.number]
-        variable = lane.frame.flat.body.eqns[i].invars[int(matrix.swapped)]
-        if matrix.collector.grouped or variable in lane.frame.fixed:
+        matrix = self.targets.matrices[product.number]
+        variable = run.frame.flat.body.eqns[i].invars[int(matrix.swapped)]
+        if matrix.collector.grouped or variable in run.frame.fixed:
             return states
         total = None
-        for own, reference, mask in zip(lane.envs, other.envs, self.masks, strict=True):
+        for own, reference, mask in zip(run.envs, other.envs, self.masks, strict=True):
             part = drift(own[variable], reference[variable], mask, matrix.collector.shared())
             total = part if total is None else total + part
         found = dataclasses.replace(states[product.name], drift=total)
@@ -148,19 +150,19 @@ class Stages:
         return unpacked(frame.value(variable))
 
     def _wanted(self, flat: Flat, equations: Sequence[int]) -> set[int]:
-        return {n for i in equations for n in flat.numbers(i)} & set(self.sought.matrices)
+        return {n for i in equations for n in flat.numbers(i)} & set(self.targets.matrices)
 
     def _flat(self, node: Node) -> Flat:
         if id(node) not in self._flats:
-            self._flats[id(node)] = node, flatten(node, self.sought.matrices)
+            self._flats[id(node)] = node, flatten(node, self.targets.matrices)
         return self._flats[id(node)][1]
 
-    def _advance(self, lane: Lane, pending: list[int], to: int) -> None:
-        """Runs equations, and keeps the values that the equations from `to` on need."""
-        self._run(lane.frame, pending, set(), lane.envs, self._live(lane.frame, to))
+    def _advance(self, run: BatchRun, pending: list[int], to: int) -> None:
+        """Runs equations and keeps the values that are read from equation `to` on."""
+        self._run(run.frame, pending, set(), run.envs, self._live(run.frame, to))
 
     def _live(self, frame: Frame, start: int) -> list[Any]:
-        """Returns the variables of data that the equations from a place on, or results, need."""
+        """Returns the data-dependent variables read by equations from `start` on or by results."""
         body = frame.flat.body
         read = [v for eqn in body.eqns[start:] for v in eqn.invars] + list(body.outvars)
         made = {v for eqn in body.eqns[start:] for v in eqn.outvars}
@@ -179,7 +181,7 @@ class Stages:
         live: list[Any],
         extra: int | None = None,
     ) -> dict[str, Statistics]:
-        """Runs equations on all batches, which changes the environments to the live values.
+        """Runs equations on all batches, and updates the environments to hold the live values.
 
         Args:
           frame: the program.
@@ -187,7 +189,7 @@ class Stages:
           observed: the numbers of products whose inputs are observed.
           envs: the values of each batch.
           live: the variables to keep.
-          extra: another equation to observe, whose results are not needed.
+          extra: one more equation, which is only observed, or None.
 
         Returns:
           The statistics of the observed products, by name, added over all batches.
@@ -220,13 +222,13 @@ class Stages:
         variables: tuple[list[Any], list[Any], list[Any]],
         observed: set[int],
     ) -> Part:
-        """Returns the compiled form of some equations."""
+        """Compiles some equations, or returns them from the cache."""
         quick = id(frame.flat), tuple(equations), frozenset(observed)
         if quick in self._parts:
             return self._parts[quick]
         fixed, data, outvars = variables
         chosen = [
-            self.sought.observing(self._assigned(n), n) if n in observed else self.chosen[n]
+            self.targets.observing(self._assigned(n), n) if n in observed else self.chosen[n]
             for n in range(len(self.chosen))
         ]
         named = frame.flat.part(equations, [*fixed, *data], outvars, chosen)
@@ -243,7 +245,7 @@ class Stages:
         assert assigned is not None, "a product to solve has an assignment"
         return assigned
 
-    def _has_turns(self, frame: Frame, i: int) -> bool:
+    def _iterates_over_weights(self, frame: Frame, i: int) -> bool:
         """Returns whether an equation is a scan in which each iteration has its own weights."""
         eqn, products = frame.flat.body.eqns[i], self.planned.products
         numbers = self._wanted(frame.flat, [i])
@@ -251,28 +253,28 @@ class Stages:
             frame.depth in products[n].stacked for n in numbers
         )
 
-    def _iterate(self, lanes: Sequence[Lane], i: int) -> None:
+    def _iterate(self, runs: Sequence[BatchRun], i: int) -> None:
         """Runs a scan iteration by iteration."""
-        eqn = lanes[0].frame.flat.body.eqns[i]
+        eqn = runs[0].frame.flat.body.eqns[i]
         consts, count = compat.loop_counts(eqn)
         first, length = consts + count, eqn.params["length"]
         carried = [
             [[self._value(frame, env, v) for v in eqn.invars[consts:first]] for env in envs]
-            for frame, envs in lanes
+            for frame, envs in runs
         ]
-        rows: list[list[list[Any]]] = [[[None] * length for _ in lane.envs] for lane in lanes]
+        rows: list[list[list[Any]]] = [[[None] * length for _ in run.envs] for run in runs]
         iterations = range(length)
         for iteration in reversed(iterations) if eqn.params["reverse"] else iterations:
             inside = [
-                self._turn(lane, i, iteration, carry)
-                for lane, carry in zip(lanes, carried, strict=True)
+                self._start_iteration(run, i, iteration, carry)
+                for run, carry in zip(runs, carried, strict=True)
             ]
-            results = self.in_order(inside)
+            results = self.solve_in_order(inside)
             carried = [[result[:count] for result in own] for own in results]
             for row, own in zip(rows, results, strict=True):
                 for values, result in zip(row, own, strict=True):
                     values[iteration] = result[count:]
-        for (frame, envs), carries, row in zip(lanes, carried, rows, strict=True):
+        for (frame, envs), carries, row in zip(runs, carried, rows, strict=True):
             live = set(self._live(frame, i + 1))
             for env, carry, own in zip(envs, carries, row, strict=True):
                 stacked = [jnp.stack(values) for values in zip(*own, strict=True)]
@@ -281,16 +283,18 @@ class Stages:
                 for variable in [v for v in env if v not in live]:
                     del env[variable]
 
-    def _turn(self, lane: Lane, i: int, iteration: int, carried: list[list[Any]]) -> Lane:
-        """Returns one iteration of a scan, with the values that it starts from."""
-        frame, eqn = lane.frame, lane.frame.flat.body.eqns[i]
+    def _start_iteration(
+        self, run: BatchRun, i: int, iteration: int, carried: list[list[Any]]
+    ) -> BatchRun:
+        """Returns the run of one iteration of a scan, with its initial values."""
+        frame, eqn = run.frame, run.frame.flat.body.eqns[i]
         consts, count = compat.loop_counts(eqn)
         first = consts + count
         inside = self._child(frame, i, 0, iteration)
         inside.iterations = (*frame.iterations, iteration)
         invars = inside.flat.body.invars
         own = []
-        for env, carry in zip(lane.envs, carried, strict=True):
+        for env, carry in zip(run.envs, carried, strict=True):
             values = [
                 *(
                     None if v in inside.sources else self._value(frame, env, o)
@@ -304,7 +308,7 @@ class Stages:
             ]
             pairs = zip(invars, values, strict=True)
             own.append({v: x for v, x in pairs if v not in inside.sources})
-        return Lane(inside, own)
+        return BatchRun(inside, own)
 
     def _child(self, frame: Frame, i: int, which: int, iteration: int | None) -> Frame:
         """Returns the frame of a program within an equation.
@@ -332,7 +336,7 @@ class Stages:
         return Frame(flat, sources, depth, frame.leaves, frame.iterations)
 
     def _is_stack(self, frame: Frame, variable: Any, key: LeafKey) -> bool:
-        """Returns whether a leaf is used only in the rows of one scan, and stored row by row."""
+        """Returns whether a leaf is only scanned over by one scan and has stored leading axes."""
         storage = frame.leaves.storage(key)
         return frame.uses(variable) == 1 and storage is not None and storage.leading > 0
 
@@ -341,7 +345,7 @@ class Stages:
     ) -> None:
         """Solves one product in equation i, for every iteration of the scans in the equation."""
         product = self.planned.products[number]
-        name = self.planned.products[self.sought.first[number]].name
+        name = self.planned.products[self.targets.first[number]].name
 
         def seen(iterations: tuple[int, ...]) -> Statistics:
             return jax.tree.map(lambda x: x[iterations] if iterations else x, states()[name])
@@ -355,7 +359,7 @@ class Stages:
         """Yields the places of a product in an equation."""
         eqn, flat = frame.flat.body.eqns[i], frame.flat
         if i in flat.products:
-            operand = 0 if self.sought.matrices[product.number].swapped else 1
+            operand = 0 if self.targets.matrices[product.number].swapped else 1
             yield Place(product, frame, eqn.invars[operand], iterations)
             return
         for which, node in enumerate(flat.inner[i]):

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of products, from which all solvers start."""
+"""Statistics of the inputs of products, which all solvers use."""
 
 import dataclasses
 from typing import Any
@@ -12,27 +12,27 @@ from jax.sharding import PartitionSpec
 from jaxq._jax.meshes import spec_of
 from jaxq._jax.serialization import pytree
 
-__all__ = ["Statistics", "collect", "collect_groups", "drift_of", "nothing"]
+__all__ = ["Statistics", "collect", "collect_groups", "drift_of", "empty_statistics"]
 
 
 @pytree()
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """The statistics of one product input over all tokens: a pytree.
+    """The statistics of one product input x over all tokens. A pytree.
 
-    A token is one vector that the product contracts with its weight, `[inputs]`. Statistics of
+    A token is one vector `[inputs]` that the product contracts with its weight. The statistics of
     several batches merge into those of the concatenated data. Products with batch axes, such as the
-    experts of a mixture, have one set of statistics for each of their matrices, along leading axes.
+    experts of a mixture, have one set of statistics per matrix, along leading axes.
 
     Attributes:
       tokens: the number of tokens, int32.
-      total: the sum of x, `[inputs]`, float32 like all others.
-      magnitude: the sum of |x|, `[inputs]`.
-      square: the sum of x^2, `[inputs]`.
-      amax: the largest |x|, `[inputs]`; NaN if any x is, or x has both infinities.
-      hessian: the sum of x x^T, `[inputs, inputs]`; None if it was not asked for.
-      drift: the sum of (y - x) x^T, `[inputs, inputs]`, with y the input that float weights before
-        the product give; None if it is not known.
+      total: the sum of x, float32 `[inputs]`.
+      magnitude: the sum of |x|, float32 `[inputs]`.
+      square: the sum of x^2, float32 `[inputs]`.
+      amax: the largest |x|, float32 `[inputs]`; NaN if x contains a NaN or both infinities.
+      hessian: the sum of x x^T, float32 `[inputs, inputs]`, or None if it was not collected.
+      drift: the sum of (y - x) x^T, float32 `[inputs, inputs]`, where y is the input in the float
+        model; None if it is unknown.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,7 +57,7 @@ class Statistics:
         return self.total.shape[-1]
 
     def merge(self, other: "Statistics") -> "Statistics":
-        """Returns the statistics of the data of both. Associative, up to the rounding of sums."""
+        """Returns the statistics of both data sets together. Associative up to rounding errors."""
         if (self.drift is None) != (other.drift is None):
             return self._without_drift().merge(other._without_drift())
         added = jax.tree.map(jnp.add, self, other)
@@ -79,7 +79,7 @@ def _with_nan(amax: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(total), total, amax)
 
 
-def nothing(batch: tuple[int, ...], inputs: int, hessian: bool) -> Statistics:
+def empty_statistics(batch: tuple[int, ...], inputs: int, hessian: bool) -> Statistics:
     """Returns the statistics of no tokens."""
     zeros = jnp.zeros((*batch, inputs), jnp.float32)
     square = jnp.zeros((*batch, inputs, inputs), jnp.float32) if hessian else None
@@ -92,12 +92,19 @@ def collect(
     """Returns the statistics of one array of tokens.
 
     Args:
-      x: a float array `[..., tokens, inputs]`; leading axes have statistics of their own.
-      mask: a boolean array `[tokens]`, False for padding; None counts all tokens.
-      hessian: False leaves out the sum of `x x^T`, which needs `inputs^2` floats.
+      x: a float array `[..., tokens, inputs]`; each index of the leading axes has its own
+        statistics.
+      mask: a boolean array `[tokens]`, False for padding; None (the default) uses all tokens.
+      hessian: True (the default) to compute the sum of `x x^T`, which has `inputs^2` elements.
 
     Returns:
-      The statistics. Sums are float32, and products have float32's full precision.
+      The statistics, computed in float32 with the highest matmul precision.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import ptq
+      >>> ptq.collect(jnp.array([[1.0, -3.0], [2.0, 0.0]])).amax.tolist()
+      [2.0, 3.0]
     """
     x = lax.stop_gradient(jnp.asarray(x)).astype(jnp.float32)
     count = jnp.int32(x.shape[-2])

@@ -23,10 +23,10 @@ class Leaf(NamedTuple):
     """A leaf to learn.
 
     Attributes:
-      place: its place among the arguments of the block.
-      recipe: its recipe, on the axes behind those of stacked layers.
-      stored: the dtype in which products have it.
-      dtype: its own dtype.
+      place: its index among the arguments of the block.
+      recipe: its recipe, for the axes after those of stacked layers.
+      stored: the dtype that products read.
+      dtype: the dtype of the leaf.
     """
 
     place: int
@@ -54,14 +54,14 @@ class Data(NamedTuple):
 
 
 class State(NamedTuple):
-    """The variables of a block, by the places of its leaves, and the state of the optimizer."""
+    """The variables of a block, by the indices of its leaves, and the state of the optimizer."""
 
     variables: dict[int, Any]
     optimizer: Any
 
 
 class Squares(NamedTuple):
-    """The squared error of results, their power, and the number of vectors."""
+    """The sums of squared errors and of squared targets, and the number of vectors."""
 
     error: jax.Array
     power: jax.Array
@@ -69,7 +69,7 @@ class Squares(NamedTuple):
 
 
 class Trainers:
-    """The trainers of a method, one for all blocks that compute the same.
+    """The trainers of a method, one for each distinct computation of a block.
 
     Args:
       method: the method.
@@ -115,14 +115,14 @@ class Trainer:
         return State(variables, self._optimizer.init(variables))
 
     def _rounded(self, state: State, problems: dict[int, RoundingProblem]) -> dict[int, Rounded]:
-        """Returns the levels that the variables stand for."""
+        """Returns the levels that the variables select."""
         return {
             at: self._method.rounded(own, problems[at], self._leaves[at].recipe)
             for at, own in state.variables.items()
         }
 
     def _values(self, choice: Mapping[int, Rounded]) -> dict[int, jax.Array]:
-        """Returns the values of leaves, bitwise those of the packed ones."""
+        """Returns the values of leaves, bitwise equal to the dequantized packed leaves."""
         return {
             at: values_of(own.numbers, levels(own.start), self._leaves[at].recipe)
             for at, own in choice.items()
@@ -156,7 +156,7 @@ class Trainer:
         data: Data,
         part: tuple[jax.Array, jax.Array, jax.Array],
     ) -> State:
-        """Takes some steps.
+        """Takes training steps.
 
         Args:
           state: the state.
@@ -180,7 +180,7 @@ class Trainer:
 
         def step(number: jax.Array, state: State) -> State:
             gradient = jax.grad(objective)(state.variables, data.batch(order[number]), number)
-            # optax mixes dtypes, which users may have forbidden.
+            # optax mixes dtypes, which fails under strict dtype promotion.
             with jax.numpy_dtype_promotion("standard"):
                 updates, own = self._optimizer.update(gradient, state.optimizer, state.variables)
                 variables: Any = optax.apply_updates(state.variables, updates)
@@ -208,7 +208,7 @@ def squares(results: Sequence[jax.Array], data: Data) -> Squares:
             more = (1,) * (error.ndim - data.masks.ndim)
             mask = data.masks.reshape(data.masks.shape + more)
             weight = jnp.broadcast_to(mask, error.shape).astype(jnp.float32)
-            # A product with 0 would keep the NaN of padding.
+            # Multiplication by a zero weight would keep the NaN of padding.
             error, power = (jnp.where(weight > 0, x, 0) for x in (error, power))
         total = [t + jnp.sum(x) for t, x in zip(total, (error, power, weight), strict=True)]
     return Squares(*total)

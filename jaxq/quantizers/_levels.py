@@ -33,22 +33,33 @@ __all__ = [
 class Levels(NamedTuple):
     """The stored scale of every element, with its zero point or minimum if it has one.
 
-    The levels of an element are `step * (grid value - zero_point) + minimum`.
+    The levels of an element are `step * (grid value - zero_point) + minimum`. An outlier, which is
+    stored apart, has one value instead, whatever its code.
+
+    Attributes:
+      step: the scales.
+      zero_point: the zero points, or None.
+      minimum: the minima, or None.
+      outlier: the values of outliers, NaN for all other elements; None for a recipe without them.
     """
 
     step: jax.Array
     zero_point: jax.Array | None
     minimum: jax.Array | None
+    outlier: jax.Array | None = None
 
 
 def levels(q: Quantized) -> Levels:
     """Returns the levels of each element, as float32 arrays of the tensor's shape."""
-    step = per_element(q, q.scales)
-    if q.zero_point is None:
-        return Levels(step, None, None)
-    if q.recipe.scaling.zero_point == "integer":
-        return Levels(step, per_element(q, q.zero_point.astype(jnp.float32)), None)
-    return Levels(step, None, per_element(q, decode(q.zero_point, q.recipe.scale_format)))
+    own = Levels(per_element(q, q.scales), None, None)
+    if q.zero_point is not None and q.recipe.scaling.zero_point == "integer":
+        own = own._replace(zero_point=per_element(q, q.zero_point.astype(jnp.float32)))
+    elif q.zero_point is not None:
+        own = own._replace(minimum=per_element(q, decode(q.zero_point, q.recipe.scale_format)))
+    if q.recipe.outliers is not None:
+        nothing = jnp.full_like(own.step, jnp.nan)
+        own = own._replace(outlier=q.recipe.outliers.put(nothing, q.outliers))
+    return own
 
 
 def block_numbers(q: Quantized) -> jax.Array:
@@ -76,7 +87,7 @@ def snap(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax.Array, jax.A
       The grid values, minus the zero point, and the levels that they stand for. The latter are
       bitwise those of `dequantize`.
     """
-    step, zero_point, minimum = levels
+    step, zero_point, minimum, _ = levels
     x = x if minimum is None else x - minimum
     units = in_units(x, step, recipe.scale_format)
     numbers = on_grid(units, zero_point, recipe.rounding, None, recipe)
@@ -88,7 +99,7 @@ def enclosing_numbers(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax
 
     Values beyond the grid have its two outermost ones.
     """
-    step, zero_point, minimum = levels
+    step, zero_point, minimum, _ = levels
     units = in_units(x if minimum is None else x - minimum, step, recipe.scale_format)
 
     def snap(units: jax.Array, mode: Rounding) -> jax.Array:
@@ -99,7 +110,10 @@ def enclosing_numbers(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax
 
 def values_of(numbers: jax.Array, levels: Levels, recipe: Recipe) -> jax.Array:
     """Returns the levels that grid values stand for, bitwise those of `dequantize`."""
-    return restored(numbers, levels.step, levels.minimum, recipe)
+    values = restored(numbers, levels.step, levels.minimum, recipe)
+    if levels.outlier is None:
+        return values
+    return jnp.where(jnp.isnan(levels.outlier), values, levels.outlier)
 
 
 def with_levels(q: Quantized, numbers: jax.Array) -> Quantized:

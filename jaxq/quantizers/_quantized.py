@@ -112,6 +112,13 @@ class Quantized(QuantizedArrays):
             return f"<Quantized of {self.codes!r}>"
         return f"{title_of(self.recipe)}[{'×'.join(map(str, self.shape))}] {size}"
 
+    def __pdoc__(self, **options: Any) -> Any:
+        """Returns the same text for wadler_lindig, by which Equinox shows its modules."""
+        del options
+        from wadler_lindig import TextDoc  # Only wadler_lindig calls this method.
+
+        return TextDoc(repr(self))
+
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError("len() of a Quantized scalar.")

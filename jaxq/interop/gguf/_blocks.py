@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._jax.arithmetic import barrier
 from jaxq.interop.gguf._bits import halves, join_halves
 from jaxq.interop.gguf._searches import Steps, product, quotient, sums
 
@@ -48,8 +49,11 @@ def as_half(x: jax.Array) -> jax.Array:
 
 
 def as_bytes(q: jax.Array) -> jax.Array:
-    """Returns codes `[elements, blocks]` as uint8 `[blocks, elements]`."""
-    return q.astype(jnp.uint8).T
+    """Returns codes `[elements, blocks]` as uint8 `[blocks, elements]`.
+
+    XLA on CPU would compute them again for each field of a layout that they are split into.
+    """
+    return barrier(q.astype(jnp.uint8).T)
 
 
 def split_bits(q: jax.Array) -> dict[str, jax.Array]:

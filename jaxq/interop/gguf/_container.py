@@ -11,7 +11,7 @@ References:
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -75,7 +75,8 @@ class Tensor(NamedTuple):
       type: a name in `jaxq.interop.gguf.TYPES`, or `"f32"`, `"f16"`, `"bf16"`, `"i8"`, `"i16"`,
         `"i32"`, `"i64"` or `"f64"`.
       shape: its shape, the contracted axis last.
-      read: a function that returns it: packed bytes as uint8, or an array of the type.
+      read: a function that returns it: packed bytes as uint8, or an array of the type; or an
+        iterator of arrays with consecutive parts of these.
     """
 
     name: str
@@ -329,13 +330,17 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
     with atomic(path) as file:
         file.write(header + bytes(-len(header) % alignment))
         for tensor, size in zip(tensors, sizes, strict=True):
-            array = np.ascontiguousarray(tensor.read())
-            # Files are little-endian, and arrays of other files may not be.
-            array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-            if array.nbytes != size:
+            value, written = tensor.read(), 0
+            for part in value if isinstance(value, Iterator) else (value,):
+                array = np.ascontiguousarray(part)
+                # Files are little-endian, and arrays of other files may not be.
+                array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+                written += array.nbytes
+                if written <= size:
+                    file.write(array.reshape(-1).view(np.uint8).data)
+            if written != size:
                 raise ValueError(
-                    f"gguf.write: {tensor.name!r} has {array.nbytes} bytes, but {tensor.type} of "
+                    f"gguf.write: {tensor.name!r} has {written} bytes, but {tensor.type} of "
                     f"shape {tensor.shape} takes {size}."
                 )
-            file.write(array.reshape(-1).view(np.uint8).data)
             file.write(bytes(-size % alignment))

@@ -73,6 +73,16 @@ class Layout(NamedTuple):
         """Returns the bytes of fields."""
         return self.join({name: part.write(fields[name]) for name, part in self.parts.items()})
 
+    def values_of(self, fields: Fields) -> jax.Array:
+        """Returns the values of fields that are written, whose numbers are then float16."""
+        own = {name: self.parts[name] for name in fields}
+        return self.values(
+            {
+                n: part.read(part.write(fields[n])) if part is _HALF else fields[n]
+                for n, part in own.items()
+            }
+        )
+
 
 def _bytes(size: int) -> Part:
     return Part(size, lambda data: data, lambda codes: codes)

@@ -203,6 +203,16 @@ class Conversion:
             f"{name!r:.120}. Leave it out of the checkpoint."
         )
 
+    def changes(self, name: str) -> bool:
+        """Returns whether `values` changes a tensor, given its name in Hugging Face."""
+        shifted = self.architecture.shifted_norms and name.endswith("norm.weight")
+        return shifted or self._is_permuted(name)
+
+    def _is_permuted(self, name: str) -> bool:
+        found = _LAYER.fullmatch(name)
+        module = found[2] if found is not None else ""
+        return self.architecture.permuted and module in ("self_attn.q_proj", "self_attn.k_proj")
+
     def values(self, name: str, x: np.ndarray) -> np.ndarray:
         """Returns a float32 tensor as GGUF holds it: permuted, or with 1 added, where necessary.
 
@@ -215,11 +225,9 @@ class Conversion:
         """
         if self.architecture.shifted_norms and name.endswith("norm.weight"):
             return x + np.float32(1)
-        found = _LAYER.fullmatch(name)
-        module = found[2] if found is not None else ""
-        if not self.architecture.permuted or module not in ("self_attn.q_proj", "self_attn.k_proj"):
+        if not self._is_permuted(name):
             return x
-        heads = self.heads[module == "self_attn.k_proj"]
+        heads = self.heads[".k_proj." in name]
         if x.shape[0] % (2 * heads):
             raise ValueError(
                 f"gguf.Conversion: {name!r:.80} must have a multiple of {2 * heads} rows, got "

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._jax.arithmetic import rounded
+from jaxq._jax.arithmetic import barrier, rounded
 from jaxq.interop.gguf._blocks import (
     IMPORTANT,
     Blocks,
@@ -104,8 +104,8 @@ def _k_affine(blocks: Blocks, kind: _KType) -> _Parts:
     scales, minima = (code.astype(jnp.uint8).T for code in codes)
     # The codes are computed again from the scales as stored. A part whose scale is 0 keeps those
     # of the search, whose scale and minimum are other numbers.
-    step = (as_half(d)[None] * codes[0].astype(jnp.float32)).reshape(-1)
-    low = (as_half(m)[None] * codes[1].astype(jnp.float32)).reshape(-1)
+    step = barrier((as_half(d)[None] * codes[0].astype(jnp.float32)).reshape(-1))
+    low = barrier((as_half(m)[None] * codes[1].astype(jnp.float32)).reshape(-1))
     safe = jnp.where(step != 0, step, np.float32(1))
     safe = jnp.broadcast_to(safe[None], x.shape)
     q = jnp.clip(nearest(quotient(x + low[None], safe)), 0, kind.limit)
@@ -135,7 +135,7 @@ def _requantized(
     x: jax.Array, d: jax.Array, scales: jax.Array, limit: int, found: jax.Array
 ) -> jax.Array:
     """Returns the codes of parts from scales as stored; those of the search where a scale is 0."""
-    step = (as_half(d)[None] * scales.astype(jnp.float32)).reshape(-1)
+    step = barrier((as_half(d)[None] * scales.astype(jnp.float32)).reshape(-1))
     safe = jnp.where(step != 0, step, np.float32(1))
     q = jnp.clip(nearest(quotient(x, jnp.broadcast_to(safe[None], x.shape))), -limit, limit - 1)
     return jnp.where((step != 0)[None], q, found)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._jax.arithmetic import divide, rounded
+from jaxq._jax.arithmetic import barrier, divide, rounded
 
 __all__ = ["Affine", "Scaled", "affine", "levels", "nearest", "positive", "sums", "symmetric"]
 __all__ += ["descent", "largest", "product", "quotient"]
@@ -134,41 +134,51 @@ def symmetric(x: jax.Array, limit: int, weights: jax.Array) -> Scaled:
     return Scaled(scale, jnp.where(empty[None], np.int32(-limit), codes(inverse)))
 
 
-def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: int) -> tuple:
-    """Returns sums and codes after up to five sweeps that improve one code after another.
+class _Codes(NamedTuple):
+    """The sums Σ w x q and Σ w q² of each block, and the codes q."""
 
-    Returns:
-      Σ w x q and Σ w q² of each block, and the codes.
-    """
+    sum_lx: jax.Array
+    sum_l2: jax.Array
+    q: jax.Array
 
-    def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
-        return product(w, x, _f(q)), product(w, _f(q), _f(q))
 
-    sum_lx, sum_l2 = sums(terms, x, weights, start)
+def _sweep(x: jax.Array, weights: jax.Array, codes: _Codes, low: int, high: int) -> _Codes:
+    """Improves one code after another."""
     positive = low == 0
 
     def element(totals: tuple, slices: tuple) -> tuple[tuple, jax.Array]:
         sum_lx, sum_l2 = totals
         x, w, q = slices
-        lx = sum_lx - product(w, x, _f(q))
+        wx = product(w, x)
+        lx = sum_lx - product(wx, _f(q))
         l2 = sum_l2 - product(w, _f(q), _f(q))
         usable = (lx > 0) & ((l2 > 0) if positive else True)
         safe = jnp.where(usable, lx, np.float32(1))
         new = jnp.clip(nearest(quotient(product(x, l2), safe)), low, high)
-        lx2 = lx + product(w, x, _f(new))
+        lx2 = lx + product(wx, _f(new))
         l22 = l2 + product(w, _f(new), _f(new))
         gain = product(lx2, lx2, sum_l2) > product(sum_lx, sum_lx, l22)
         better = usable & (new != q) & gain & (positive | (l22 > 0))
-        sum_lx, sum_l2, q = _chosen(better, (lx2, l22, new), (sum_lx, sum_l2, q))
-        return (sum_lx, sum_l2), q
+        # XLA on CPU would compute all of this again for each of the three results.
+        new = barrier(jnp.where(better, new, q))
+        changed = (lx + product(wx, _f(new)), l2 + product(w, _f(new), _f(new)))
+        return _chosen(new != q, changed, totals), new
 
-    # ggml stops after a sweep that changes nothing, which the next ones would not either.
-    def sweep(_: jax.Array, state: tuple) -> tuple:
-        totals, q = state
-        return lax.scan(element, totals, (x, weights, q))
+    (sum_lx, sum_l2), q = lax.scan(element, codes[:2], (x, weights, codes.q))
+    return _Codes(sum_lx, sum_l2, q)
 
-    (sum_lx, sum_l2), q = lax.fori_loop(0, 5, sweep, ((sum_lx, sum_l2), start))
-    return sum_lx, sum_l2, q
+
+def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: int) -> _Codes:
+    """Returns the codes after five sweeps.
+
+    ggml ends after a sweep that changes nothing, which the next ones would not either.
+    """
+
+    def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
+        return product(w, x, _f(q)), product(w, _f(q), _f(q))
+
+    codes = _Codes(*sums(terms, x, weights, start), start)
+    return lax.fori_loop(0, 5, lambda _, codes: _sweep(x, weights, codes, low, high), codes)
 
 
 def _f(q: jax.Array) -> jax.Array:

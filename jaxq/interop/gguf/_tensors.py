@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,8 +19,9 @@ from jaxq.interop.gguf._layouts import LAYOUTS, Layout
 from jaxq.interop.gguf._legacy import PACKED_RECIPES, pack
 from jaxq.interop.gguf._searched_types import SEARCHED
 from jaxq.interop.gguf._searches import product, sums
-from jaxq.interop.gguf._small_types import SMALL
+from jaxq.interop.gguf._small_types import SMALL, of_recipe
 from jaxq.quantizers import Slices
+from jaxq.quantizers import fake_quant as fake_quant_by_recipe
 from jaxq.quantizers import quantize as quantize_by_recipe
 
 __all__ = ["TYPES", "Packed", "dequantize", "fake_quant", "fallback", "quantize"]
@@ -146,19 +147,41 @@ def quantize(
                 f"of rows that broadcast to {x.shape}, got {importance.shape}."
             )
         importance = jnp.broadcast_to(importance.reshape(_to(x.ndim, importance.shape)), x.shape)
-    return Packed(_quantize(x, importance, type), type, np.dtype(x.dtype))
+    return Packed(_quantize(x, importance, type).data, type, np.dtype(x.dtype))
 
 
 def _to(ndim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1,) * (ndim - len(shape)) + shape
 
 
-@functools.partial(jax.jit, static_argnames="type")
-def _quantize(x: jax.Array, importance: jax.Array | None, type: str) -> jax.Array:
+class _Result(NamedTuple):
+    """The bytes of a tensor, and its quantized values or None."""
+
+    data: jax.Array
+    values: jax.Array | None
+
+
+def quantize_with_values(x: jax.Array, type: str) -> tuple[Packed, jax.Array]:
+    """Returns a quantized tensor and its values, computed with fewer operations than from bytes."""
+    result = _quantize(x, None, type, values=True)
+    assert result.values is not None
+    return Packed(result.data, type, np.dtype(x.dtype)), result.values
+
+
+@functools.partial(jax.jit, static_argnames=("type", "values"))
+def _quantize(
+    x: jax.Array, importance: jax.Array | None, type: str, values: bool = False
+) -> _Result:
     layout, shape = TYPES[type], x.shape
     x = lax.stop_gradient(x).astype(jnp.float32)
     if type in PACKED_RECIPES and (importance is None or type not in _QUANTIZERS):
-        return pack(quantize_by_recipe(_without_minus_zero(x, type), type))
+        x = _without_minus_zero(x, type)
+        if type != "q8_0":
+            fields = of_recipe(x, type)
+            data = layout.write(fields).reshape(*shape[:-1], -1)
+            return _Result(data, layout.values_of(fields).reshape(shape) if values else None)
+        data = pack(quantize_by_recipe(x, type))
+        return _Result(data, fake_quant_by_recipe(x, type) if values else None)
     columns = x.reshape(-1, layout.block).T
     blocks = Blocks(columns, None, None)
     if importance is not None:
@@ -167,8 +190,14 @@ def _quantize(x: jax.Array, importance: jax.Array | None, type: str) -> jax.Arra
         square = divide(total, jnp.full(total.shape, shape[-1], jnp.float32))
         weights = importance.reshape(-1, layout.block).T
         blocks = Blocks(columns, weights, jnp.repeat(square, per_row))
-    data = _in_chunks(lambda part: layout.write(_QUANTIZERS[type](part)), blocks, layout.block)
-    return data.reshape(*shape[:-1], shape[-1] // layout.block * layout.size)
+
+    def quantized(part: Blocks) -> _Result:
+        fields = _QUANTIZERS[type](part)
+        return _Result(layout.write(fields), layout.values_of(fields) if values else None)
+
+    result = _in_chunks(quantized, blocks, layout.block)
+    data = result.data.reshape(*shape[:-1], shape[-1] // layout.block * layout.size)
+    return _Result(data, None if result.values is None else result.values.reshape(shape))
 
 
 def _without_minus_zero(x: jax.Array, type: str) -> jax.Array:
@@ -180,7 +209,7 @@ def _without_minus_zero(x: jax.Array, type: str) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _in_chunks(function: Callable[[Blocks], jax.Array], blocks: Blocks, length: int) -> jax.Array:
+def _in_chunks(function: Callable[[Blocks], _Result], blocks: Blocks, length: int) -> _Result:
     """Applies a function to a number of blocks at a time, and joins its rows."""
     count = blocks.x.shape[1]
     if count <= _LANES:
@@ -193,7 +222,7 @@ def _in_chunks(function: Callable[[Blocks], jax.Array], blocks: Blocks, length: 
         return jnp.moveaxis(padded.reshape(*x.shape[:-1], chunks, rows, _LANES), (-3, -2), (0, 1))
 
     result = lax.map(jax.vmap(function), jax.tree.map(cut, blocks))
-    return result.reshape(chunks * rows * _LANES, -1)[:count]
+    return jax.tree.map(lambda x: x.reshape(chunks * rows * _LANES, -1)[:count], result)
 
 
 def dequantize(

@@ -1,4 +1,4 @@
-"""Malformed files are rejected with one line, and valid files read as other libraries read them."""
+"""Hostile and damaged files are rejected with one line; valid ones read as in other libraries."""
 
 import io
 import json
@@ -145,7 +145,7 @@ def test_only_regular_files_are_open_tensors(tmp_path: pathlib.Path):
                 pass
 
 
-def test_empty_shape_too_large_for_numpy(tmp_path: pathlib.Path):
+def test_empty_tensor_of_too_large_shape_raises_when_read(tmp_path: pathlib.Path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(packed({"a": tensor((2**60, 2**60, 0), 0, 0)}))
     with open_tensors(path) as file, pytest.raises(FileError, match="shape"):

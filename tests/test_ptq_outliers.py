@@ -1,0 +1,74 @@
+"""Solvers on recipes that store outliers apart."""
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+from jax import numpy as jnp
+
+import jaxq
+from jaxq import ptq
+
+# The bits of sums do not matter here, and most time goes into compiling.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+INPUTS, OUTPUTS = 32, 8
+RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(16), outliers=jaxq.Outliers(0.05))
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def obq(weight: np.ndarray, gram: np.ndarray, start: jaxq.Quantized) -> np.ndarray:
+    """Returns the values of OBQ in float64, with outliers that keep theirs."""
+    w, gram = weight.astype(np.float64), gram.astype(np.float64)
+    kept = np.zeros(w.size, bool)
+    kept[np.asarray(start.outliers[1])] = True
+    kept = kept.reshape(w.shape)
+    stored = np.asarray(start.dequantize(), np.float64)
+    blocks = np.abs(np.where(kept, 0, w)).reshape(-1, 16, OUTPUTS)
+    scale = np.repeat(blocks.max(1) / 3, 16, 0)
+    inverse = np.linalg.inv(gram + 0.01 * np.mean(np.diagonal(gram)) * np.eye(len(gram)))
+    found = np.zeros_like(w)
+    for i in range(len(w)):
+        snapped = np.clip(np.round(w[i] / scale[i]), -3, 3) * scale[i]
+        found[i] = np.where(kept[i], stored[i], snapped)
+        w -= np.outer(inverse[:, i], (w[i] - found[i]) / inverse[i, i])
+        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return found
+
+
+def test_gptq_with_outliers_gives_the_values_of_float64_obq():
+    x = normal(0, 200, INPUTS) @ (np.eye(INPUTS) + 0.2 * normal(1, INPUTS, INPUTS)).astype("f")
+    weight = normal(2, INPUTS, OUTPUTS)
+    start = jaxq.quantize(weight, RECIPE, axis=0)
+    q = ptq.gptq(weight, x.T @ x, RECIPE, axis=0, order=None)
+    np.testing.assert_array_equal(q.outliers[1], start.outliers[1])
+    np.testing.assert_allclose(q.dequantize(), obq(weight, x.T @ x, start), rtol=1e-6)
+
+
+def scanned(params, x):
+    def layer(x, w):
+        return x + 0.3 * jnp.tanh(jax.nn.relu(x @ w["up"]) @ w["down"]), None
+
+    return lax.scan(layer, x, params)[0]
+
+
+def test_model_with_outliers_is_stored_as_reported():
+    params = {"up": normal(0, 2, 16, 32), "down": normal(1, 2, 32, 16)}
+    batches = [normal(2, 64, 16), normal(3, 64, 16)]
+    # The search moves scales, and the outliers stay.
+    solver = ptq.GPTQ(search=ptq.ScaleSearch())
+    packed, report = ptq.quantize_weights(scanned, RECIPE, solver=solver)(params, batches)
+    nearest = jaxq.quantize_weights(scanned, RECIPE)(params, batches[0])
+    for name, q in packed.items():
+        for own, other in zip(q.outliers, nearest[name].outliers, strict=True):
+            np.testing.assert_array_equal(own, other)
+    x, first = np.concatenate(batches), report.rows[0]
+    weight, stored = params["up"][0], np.asarray(packed["up"].dequantize())[0]
+    loss = np.sum((x @ (stored - weight)) ** 2) / np.sum((x @ weight) ** 2)
+    np.testing.assert_allclose(first.loss, loss, rtol=1e-4)
+    assert all(row.loss < row.rtn for row in report.rows)
+    values = jaxq.quantize_fn(scanned, RECIPE)(packed, x)
+    np.testing.assert_allclose(values, scanned(jaxq.dequantize_tree(packed), x), atol=1e-5)

@@ -8,6 +8,7 @@ initial value of a learned scale (LSQ).
 `jaxq.neighbors(x, recipe)` returns the two neighbors, for every format and granularity.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -67,6 +68,11 @@ def lsq_scale(x: jax.typing.ArrayLike, recipe: "str | Recipe") -> jax.Array:
       Esser et al., "Learned Step Size Quantization" (2020), section 2.1.
     """
     recipe, x = get_recipe(recipe), floats("lsq_scale", x)
+    return _lsq_scale(x, recipe)
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _lsq_scale(x: jax.Array, recipe: Recipe) -> jax.Array:
     cut = recipe.cut(x.shape)
     mean = AbsMean().measure(cut.split(x.astype(jnp.float32)), cut, two_sided=False).magnitude
     return (mean * np.float32(2 / math.sqrt(recipe.element.scaled_max))).reshape(cut.counts)

@@ -71,7 +71,6 @@ def test_second_call_keeps_quantized_leaves():
         jaxq.quantize_tree(small, {"kernel": "int4_g32"}, axis=-2)
 
 
-@pytest.mark.usefixtures("eager")
 def test_scales_along_first_axis_match_numpy():
     w = np.asarray(WEIGHT)
     blocks = w.reshape(8, 32, 128)

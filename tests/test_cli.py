@@ -26,6 +26,7 @@ from jaxq.cli import main
 from jaxq.cli._formats import fields
 from jaxq.formats import FORMATS
 from jaxq.interop import gguf
+from tests import data
 from tools import cli_document
 
 RECIPES = "int8_token,int4_g32,bfloat16"
@@ -140,8 +141,16 @@ def test_compiles_once_per_recipe(tmp_path: pathlib.Path, capsys):
     assert pieces._errors._cache_size() - before == 1
 
 
-@pytest.mark.parametrize("axis", [-1, -2])
-def test_errors_of_pieces_are_those_of_whole_tensors(tmp_path: pathlib.Path, capsys, axis: int):
+EVERY_KIND = "int8_tensor,uint8_channel,mxfp4,nvfp4,nf4_dq,q4_1"
+
+
+@pytest.mark.parametrize(
+    ("axis", "recipes"),
+    [(-1, EVERY_KIND), (-2, "uint8_channel,nvfp4,q4_1"), data.slow(-2, EVERY_KIND)],
+)
+def test_errors_of_pieces_are_those_of_whole_tensors(
+    tmp_path: pathlib.Path, capsys, axis: int, recipes: str
+):
     """Compares with `fake_quant`; int8_tensor of `long` takes two pieces, nf4_dq is not cut."""
     rng = np.random.default_rng(0)
     arrays = {"w": rng.normal(size=(64, 192)), "long": rng.normal(size=(1, 3, 64, 1600))}
@@ -150,7 +159,6 @@ def test_errors_of_pieces_are_those_of_whole_tensors(tmp_path: pathlib.Path, cap
         for name, x in arrays.items()
     }
     safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
-    recipes = "int8_tensor,uint8_channel,mxfp4,nvfp4,nf4_dq,q4_1"
     result = compared(
         capsys, str(tmp_path / "a.safetensors"), "--recipes", recipes, "--axis", str(axis)
     )

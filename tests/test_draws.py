@@ -21,19 +21,29 @@ def data(keys):
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS[:2], slow(IMPLEMENTATIONS[2])])
 def test_bits_and_keys_match_jax(impl: str):
     key = jax.random.key(2**40 + 7, impl=impl)
-    for shape in ((), (3,), (2, 1, 5)):
-        for dtype in (jnp.uint8, jnp.uint16, jnp.uint32):
-            assert_same(draws.bits(key, shape, dtype), jax.random.bits(key, shape, dtype))
-    split = draws.split(key, 3)
-    assert_same(data(split), data(jax.random.split(key, 3)))
-    each = jnp.stack([jax.random.split(k, 2) for k in split])
-    assert_same(data(draws.split(split, 2)), data(each))
     numbers = np.array([0, 5, 2**31 - 1])
-    each = jnp.stack([jax.random.fold_in(key, n) for n in numbers])
-    assert_same(data(draws.fold_in(key, numbers)), data(each))
-    assert_same(data(draws.fold_in(key, 7)), data(jax.random.fold_in(key, 7)))
-    each = jnp.stack([jax.random.fold_in(k, 7) for k in split])
-    assert_same(data(draws.fold_in(split, 7)), data(each))
+
+    def drawn(module, key):
+        """Returns the bits of many shapes and dtypes, and the data of derived keys."""
+        shapes, dtypes = ((), (3,), (2, 1, 5)), (jnp.uint8, jnp.uint16, jnp.uint32)
+        bits = [module.bits(key, shape, dtype) for shape in shapes for dtype in dtypes]
+        return bits, data(module.split(key, 3)), data(module.fold_in(key, 7))
+
+    def of_many(key):
+        split = draws.split(key, 3)
+        keys = draws.split(split, 2), draws.fold_in(key, numbers), draws.fold_in(split, 7)
+        return drawn(draws, key), [data(k) for k in keys]
+
+    def one_by_one(key):
+        split = jax.random.split(key, 3)
+        keys = (
+            [jax.random.split(k, 2) for k in split],
+            [jax.random.fold_in(key, n) for n in numbers],
+            [jax.random.fold_in(k, 7) for k in split],
+        )
+        return drawn(jax.random, key), [data(jnp.stack(k)) for k in keys]
+
+    jax.tree.map(assert_same, jax.jit(of_many)(key), jax.jit(one_by_one)(key))
 
 
 def test_raw_keys_and_unpartitionable_threefry_match_jax():

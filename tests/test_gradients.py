@@ -80,6 +80,7 @@ SLOPES = {
 def test_cast_matches_formula(name: str, fmt: str):
     values = jaxq.get_format(fmt).values
     x = np.concatenate([numbers().ravel() * values[-1] / 4, values[[0, 2, -1]]]).astype(np.float32)
+    x = np.resize(x, 4096)  # The shape of `data.in_pieces`, for which operations are compiled.
     want = SLOPES[name](x.astype(np.float64), values)
     tangent = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
     f = functools.partial(jaxq.cast, fmt=fmt, gradient=name)
@@ -302,12 +303,10 @@ class TestEstimators:
         return jax.grad(f, (0, 1))(x, scale)
 
     def test_jit_vmap_scan_and_remat_agree(self, name):
-        x, scale = jnp.asarray(numbers((2, 3, 8))), jnp.full((2, 3, 1), 0.4)
+        x, scale = numbers((2, 3, 8)), np.full((2, 3, 1), 0.4, np.float32)
         f = functools.partial(self.gradients_of, name)
-        with jax.disable_jit():
-            want = [
-                np.stack(pair) for pair in zip(f(x[0], scale[0]), f(x[1], scale[1]), strict=True)
-            ]
+        pairs = zip(f(x[0], scale[0]), f(x[1], scale[1]), strict=True)
+        want = [np.stack(pair) for pair in pairs]
         recipe = jaxq.Recipe("int4", CHANNEL, gradient=name)
 
         @jax.checkpoint
@@ -332,8 +331,10 @@ class TestEstimators:
             pytest.skip("the true derivative is zero")
         for fmt in KINDS:
             end = jaxq.get_format(fmt).max or jaxq.get_format(fmt).min
-            x = jnp.float32([min(0.3 * end, 1.01)])
-            assert jax.grad(lambda x, fmt=fmt: jaxq.cast(x, fmt, gradient=name).sum())(x) != 0, fmt
+            # The shape of `data.in_pieces`, for which operations are compiled.
+            x = np.full(4096, min(0.3 * end, 1.01), np.float32)
+            dx = jax.grad(lambda x, fmt=fmt: jaxq.cast(x, fmt, gradient=name).sum())(x)
+            assert (np.asarray(dx) != 0).all(), fmt
 
     def test_gradients_keep_dtypes_and_take_empty_or_nonfinite_data(self, name):
         recipe = jaxq.Recipe("int4", CHANNEL, gradient=name)
@@ -343,14 +344,14 @@ class TestEstimators:
             y, pull = jax.vjp(lambda x, s: jaxq.fake_quant(x, recipe, scale=s), x, s)
             return y, *pull(jnp.ones_like(y))
 
-        scale = jnp.full((3, 1), 0.5)
+        scale = np.full((3, 1), 0.5, np.float32)
         bad = np.float32([[np.inf, -np.inf, *[1.0] * 6], [0.0, -0.0] * 4, [*range(1, 9)]])
         nan = np.float32([[np.nan, 1.0] * 4] * 3)
         for dtype in ("float32", "float16", "bfloat16"):
-            given = functools.partial(jnp.asarray, dtype=dtype)
+            given = lambda a, dtype=dtype: a.astype(jnp.dtype(dtype))
             ordinary = given(numbers())
             y, dx, ds = of(ordinary, scale)
-            wide = of(ordinary.astype(jnp.float32), scale)[2]
+            wide = of(ordinary.astype(np.float32), scale)[2]
             chex.assert_type([y, dx, ds], [jnp.dtype(dtype), jnp.dtype(dtype), jnp.float32])
             np.testing.assert_allclose(ds, wide, rtol=2e-2, atol=2e-3)
             chex.assert_shape(of(given(np.zeros((3, 0))), scale)[1], (3, 0))

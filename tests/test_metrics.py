@@ -402,7 +402,7 @@ class TestDiagnostics:
         x = np.resize(x[np.isfinite(x)], 42)  # One shape, so that few operations are compiled.
         if fmt.min >= 0 and getattr(fmt, "nan", None) is not None:
             pytest.skip("negative numbers become NaN, also those that underflow")
-        y = np.asarray(jaxq.cast(x, fmt))
+        y = data.in_pieces(lambda x: jaxq.cast(x, fmt), x)
         got = jax.vmap(lambda v: diagnostics(v, fmt))(x[:, None])
         over, under = np.asarray(got.overflow) > 0, np.asarray(got.underflow) > 0
         lost = ~np.isfinite(y)

@@ -64,7 +64,6 @@ class TestQuantizedState:
         values = levels.astype(np.float32)[codes] * scale[:, None]
         return codes.ravel()[: x.size], scale, values.ravel()[: x.size].reshape(x.shape)
 
-    @pytest.mark.usefixtures("eager")
     def test_adam_matches_numpy(self):
         """Compares codes and scales bitwise over several steps, and updates up to rounding."""
         params = parameters()
@@ -215,13 +214,15 @@ class TestQuantizedState:
         assert self.largest_update(small, gradients) < 4 * self.largest_update(tx, gradients)
 
     def test_state_takes_one_byte_per_element_and_scales(self):
-        state = optim.quantize_state(optax.adam(1e-3)).init(parameters())
+        init = optim.quantize_state(optax.adam(1e-3)).init
+        state = jax.eval_shape(init, parameters())
         n = 70 * 77
         moment = n + 4 * math.ceil(n / BLOCK)
-        assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 4 + 2 * moment + 2 * 4 * 77
+        sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        assert sum(sizes) == 4 + 2 * moment + 2 * 4 * 77
         report = {row.path: row for row in jaxq.tree_report(state).rows}
         assert report["inner/0/nu/w/root/row"].bytes_after == moment
-        big = jax.eval_shape(optim.quantize_state(optax.adam(1e-3)).init, jnp.zeros((4096, 4096)))
+        big = jax.eval_shape(init, jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
         row = jaxq.tree_report(big).rows[-1]
         assert row.bytes_after / row.bytes_before == pytest.approx((1 + 4 / 256) / 4, rel=1e-6)
 
@@ -261,7 +262,8 @@ class TestQuantizedState:
             updates, state = small.update(gradients(i), state, params)
             want, plain = tx.update(gradients(i), plain, params)
             for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(want), strict=True):
-                assert jnp.abs(a - b).mean() <= 2e-3 * jnp.abs(b).mean()
+                error = np.abs(np.asarray(a) - np.asarray(b)).mean()
+                assert error <= 2e-3 * np.abs(np.asarray(b)).mean()
 
     @pytest.mark.slow
     def test_state_nests_in_optax_wrappers(self):
@@ -285,23 +287,26 @@ class TestQuantizedState:
     def test_other_arrays_are_not_quantized(self):
         """Checks that learning rates and counts are not quantized."""
         tx = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
-        state = optim.quantize_state(tx, "int8_tensor", min_size=0).init(parameters())
+        init = optim.quantize_state(tx, "int8_tensor", min_size=0).init
+        state = jax.eval_shape(init, parameters())
         assert len(quantized_arrays(state)) == 4
-        assert isinstance(state.inner.hyperparams["learning_rate"], jax.Array)
+        assert isinstance(state.inner.hyperparams["learning_rate"], jax.ShapeDtypeStruct)
 
     def test_rules_match_paths_of_the_state(self):
-        params = {"nu": jnp.ones((64, 64)), "w": jnp.ones((64, 64)), "x": jnp.ones((64, 64))}
-        state = optim.quantize_state(optax.chain(optax.adam(1e-3))).init(params)
+        params = dict.fromkeys(("nu", "w", "x"), jax.ShapeDtypeStruct((64, 64), jnp.float32))
+        init = lambda *args: jax.eval_shape(optim.quantize_state(*args).init, params)
+        state = init(optax.chain(optax.adam(1e-3)))
         adam = state.inner[0][0]
         assert adam.mu["nu"].recipe.element.name == "dynamic8", (
             "the parameter named nu is not a second moment"
         )
         assert adam.nu["nu"].recipe.element.name == "udynamic8"
-        bare = optim.quantize_state(optax.adam(1e-3)).init(params["w"]).inner[0]
+        whole = optim.quantize_state(optax.adam(1e-3))
+        bare = jax.eval_shape(whole.init, params["w"]).inner[0]
         assert bare.nu.recipe.element.name == "udynamic8"
         token = jaxq.Recipe("int8", jaxq.PerToken())
         rules = [("/w", None), ("nu/", jaxq.Recipe("udynamic8")), ("mu/", token)]
-        state = optim.quantize_state(optax.adam(1e-3), rules).init(params)
+        state = init(optax.adam(1e-3), rules)
         chex.assert_shape(state.inner[0].mu["w"], (64, 64))
         chex.assert_shape(state.inner[0].mu["x"].scale, (64, 1))
         chex.assert_shape(state.inner[0].nu["x"].root.scale, (1, 1))
@@ -391,9 +396,9 @@ class TestQuantizedState:
 
     def test_optax_tree_utilities_find_arrays_of_the_state(self):
         tx = optim.quantize_state(optax.adam(1e-3))
-        state = tx.init(parameters())
-        assert optax.tree_utils.tree_get(state, "count") == 0
-        shapes = optax.tree_utils.tree_map_params(tx, jnp.shape, state)
+        state = jax.eval_shape(tx.init, parameters())
+        chex.assert_shape(optax.tree_utils.tree_get(state, "count"), ())
+        shapes = optax.tree_utils.tree_map_params(tx, lambda leaf: leaf.shape, state)
         assert shapes.inner[0].mu["b"] == (77,)
         assert shapes.inner[0].mu["w"].row.codes == (70 * 77,)
 
@@ -427,7 +432,6 @@ class TestQuantizedState:
 
 
 class TestQuantizedGradients:
-    @pytest.mark.usefixtures("eager")
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_error_feedback_matches_numpy(self, dtype: str):
         tx = optim.quantize_gradients("int4_tensor")

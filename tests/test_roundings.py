@@ -167,9 +167,11 @@ def test_p3109_saturation_matches_the_report(precision: int, mode: str):
             want = [p3109_saturated(float(v), fmt.min, fmt.max, *rule) for v in before]
             got = cast(x, fmt, rounding=mode, overflow=sat)
             assert_same(got, np.float32(want) + np.float32(0), x)
-            encode = lambda x, fmt=fmt, sat=sat: jaxq.encode(x, fmt, rounding=mode, overflow=sat)
-            again = data.in_pieces(lambda x, fmt=fmt, encode=encode: jaxq.decode(encode(x), fmt), x)
-            assert_same(again, got, x)
+
+            def decoded(x, fmt=fmt, sat=sat):
+                return jaxq.decode(jaxq.encode(x, fmt, rounding=mode, overflow=sat), fmt)
+
+            assert_same(data.in_pieces(decoded, x), got, x)
 
 
 @pytest.mark.parametrize("rule", ["A", "B", "C"])

@@ -303,7 +303,7 @@ def test_devices_of_shard_map_use_different_keys(check):
     rows, eye = jnp.broadcast_to(jnp.arange(1.0, 17)[None], (4, 16)), jnp.eye(16)
     f = mapped(lambda w, x: (x @ w)[None], check)
     key = jax.random.key(7)
-    got = jaxq.quantize_fn(f, [("", recipe)], key=key)(eye, rows)
+    got = jax.jit(jaxq.quantize_fn(f, [("", recipe)], key=key))(eye, rows)
     own = jax.random.fold_in(key, 0)  # The first product.
     for device, y in enumerate(got):
         drawn = jax.random.fold_in(own, device)

@@ -81,8 +81,8 @@ class Job:
       axis: the contracted axis.
       importance: the importance of the inputs of tensors, by name.
       energies: the list to which the energies of each quantized tensor are added.
-      advance: a function to call with the work that is done, of that which `Plan.work` returns.
-      conversion: the conversion to GGUF of a model of Hugging Face; None to keep the tensors.
+      advance: a progress callback that takes the work done, in the units of `Plan.work`.
+      conversion: the conversion of a Hugging Face model to GGUF; None to keep names and layouts.
       config: the content of the model's `config.json`.
       metadata: further metadata of a GGUF file, such as the tokenizer.
     """
@@ -169,7 +169,7 @@ class Job:
         return plan.work(plan.name in self.importance)
 
     def kept(self, plan: Plan) -> Any:
-        """Returns the tensor of a plan as it is in the file."""
+        """Returns the tensor of a plan unchanged."""
         self.advance(self._work(plan))
         if plan.entry.layout is not None:
             return self.file.quantized(plan.entry)

@@ -54,7 +54,7 @@ def matrix(path: pathlib.Path, rows: dict[str, np.ndarray]) -> pathlib.Path:
 
 
 def test_importance_in_parts_gives_the_bytes_of_whole_tensors(tmp_path: pathlib.Path):
-    """The rows are shorter than those of a piece, and each expert has weights of its own."""
+    """Uses rows shorter than a piece, and experts with weights of their own."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 3, 160)).astype(np.float32)
     sums = np.abs(rng.standard_normal((2, 160))) + 0.1

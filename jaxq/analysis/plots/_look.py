@@ -191,10 +191,15 @@ def array(name: str, x: jax.typing.ArrayLike, *, ndim: int = 0) -> np.ndarray:
             f"{name}: `x` must be float16, bfloat16 or float32, got float64. "
             "Convert it first: x.astype(jnp.float32)."
         )
-    if y.ndim < ndim or not y.size:
+    if not y.size:
         raise ValueError(
-            f"{name}: `x` must not be empty and must have at least {ndim} axes, got the "
-            f"shape {y.shape}."
+            f"{name}: `x` must have one element or more, got the shape {y.shape}. Pass a tensor "
+            "that is not empty."
+        )
+    if y.ndim < ndim:
+        raise ValueError(
+            f"{name}: `x` must have `ndim` of at least {ndim}, got the shape {y.shape}. "
+            "Reshape it, or stack several vectors."
         )
     data = np.asarray(y).astype(np.float32)
     if not np.isfinite(data).all():

@@ -194,7 +194,7 @@ def test_later_blocks_learn_on_the_packed_ones_before_them():
 
 @pytest.mark.slow
 def test_equal_keys_give_equal_codes():
-    batches = [BATCH[:12], BATCH[12:]]
+    batches = np.split(BATCH, 2)
     one, other, third = (
         ptq.learn_rounding([linear], RECIPE, method=ptq.SignRound(steps=16))(
             [WEIGHT], batches, key=jax.random.key(seed)

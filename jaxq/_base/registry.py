@@ -1,11 +1,11 @@
 """Read-only tables of named entries, with errors that suggest similar names."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "nearest_names"]
 
 _Entry = TypeVar("_Entry")
 
@@ -96,3 +96,8 @@ class Registry(Mapping[str, _Entry]):
         """Returns the error for an unknown name, which suggests the names in `near`."""
         hint = f"Did you mean {', '.join(near[:3])}?" if near else f"Known: {', '.join(self)}."
         return ValueError(f"No {self.kind} is named {name!r}. {hint}")
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """Returns the three known names that are nearest to a name, for errors; "none" without any."""
+    return ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"

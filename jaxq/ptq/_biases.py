@@ -1,7 +1,6 @@
 """Correction of biases for the mean error of quantized weights."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.registry import nearest_names
 from jaxq._base.tables import Table, Tabular
 from jaxq.models import Rules, not_floating
 from jaxq.ptq._calls import Model, read_calls
@@ -157,7 +157,7 @@ def _restrict(model: Model, biases: Mapping[str, str]) -> Model:
 
 def _unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     """Returns the error message for a name in `biases` that does not exist."""
-    near = ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"
+    near = nearest_names(name, known)
     return f"{_OWNER}: `biases` must name {noun}, got {name!r}. The nearest are {near}."
 
 

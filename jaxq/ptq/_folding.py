@@ -1,15 +1,15 @@
 """Rotations folded into weights, which add no operations to a model: QuaRot's R1 and R2."""
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.registry import nearest_names
 from jaxq.models import LOOK_UP, not_floating, plan
 from jaxq.ptq._input_changes import relative_difference
 
@@ -263,7 +263,7 @@ def _check_leaf(path: str, leaves: Mapping[str, Any]) -> None:
     if path not in leaves:
         raise ValueError(
             f"{_OWNER}: {path!r} must be the path of a leaf of `params`. The nearest are "
-            f"{_nearest_names(path, leaves)}."
+            f"{nearest_names(path, leaves)}."
         )
     reason = not_floating(leaves[path])
     if reason:
@@ -271,10 +271,6 @@ def _check_leaf(path: str, leaves: Mapping[str, Any]) -> None:
             f"{_OWNER}: leaf {path!r} must be a float array, but it {reason}. Fold before "
             "quantization."
         )
-
-
-def _nearest_names(name: str, known: Iterable[str]) -> str:
-    return ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"
 
 
 def _check_not_tied(fn: Callable[..., Any], params: Any, args: Any, norms: Sequence[Norm]) -> None:

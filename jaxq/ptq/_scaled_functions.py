@@ -1,7 +1,6 @@
 """Functions whose products scale or rotate their inputs, and the folding of the scales."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.registry import nearest_names
 from jaxq._base.tables import Table, Tabular
 from jaxq._jax.serialization import pytree
 from jaxq.models import Extra, Product, not_floating, plan, program, run, unassigned, unpacked
@@ -178,7 +178,7 @@ def _is_left(product: Product) -> bool:
 
 def _unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     """Returns the error message for a name in `into` that does not exist."""
-    near = ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"
+    near = nearest_names(name, known)
     return f"InputScales.fold: `into` must name {noun}, got {name!r}. The nearest are {near}."
 
 

@@ -81,8 +81,6 @@ nitpick_ignore = [
     ("py:class", "Console"),  # rich's
     ("py:class", "ArrayTree"),  # chex's
     ("py:class", "Rules"),
-    ("py:class", "_FormatLike"),
-    ("py:class", "_Pairs"),
     ("py:class", "jaxq._base.cutting.Cut"),
     ("py:class", "jaxq.recipes._ranges.Averages"),
     ("py:class", "jaxq.recipes._ranges.Moments"),

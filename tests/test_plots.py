@@ -262,7 +262,7 @@ def test_remedies_reduce_the_error_of_outliers():
     assert error["with outliers"] > 2 * error["without outliers"]
     for name in rows[2:]:
         assert error[name] < error["with outliers"], name
-    assert error["kept apart in float16"] == pytest.approx(error["without outliers"], rel=0.05)
+    assert error["stored in float16"] == pytest.approx(error["without outliers"], rel=0.05)
     spread = [patch.get_height() for patch in left.patches]
     assert sum(spread) == X.size
 

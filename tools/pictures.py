@@ -5,32 +5,23 @@
 Blocks marked ```py run only here; blocks marked ```python also run in the tests.
 """
 
-import io
 import pathlib
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
-
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "pictures.md"
 _BLOCK = re.compile(r"^```(?:python|py)\n(.*?)^```\n(?:\n!\[[^\]]*\]\((.*?)\))?", re.M | re.S)
 
 
 def save(figure: Any, path: pathlib.Path) -> None:
-    """Writes an SVG, or a PNG of at most 255 colors, a third of the bytes of a full-color PNG."""
+    """Writes an SVG."""
     path.parent.mkdir(exist_ok=True)
-    if path.suffix == ".svg":
-        drawn = figure._repr_svg_()
-        if drawn is None:
-            raise ValueError(f"{path.name} would have too many marks; name it .png in the page.")
-        path.write_text(drawn)
-        return
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    image = Image.open(file).convert("RGB")
-    image.quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
+    drawn = figure._repr_svg_()
+    if drawn is None:
+        raise ValueError(f"{path.name} would have too many marks; rasterize some of them.")
+    path.write_text(drawn)
 
 
 def main(names: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Updates of low-precision weights without a wider master copy."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +15,6 @@ from jaxq.numerics import Rounding, Stochastic, cast, code_dtype, decode, encode
 
 __all__ = ["apply_updates"]
 
-_FormatLike: TypeAlias = "str | Format | np.dtype | type"
-_Pairs: TypeAlias = "Sequence[tuple[str, _FormatLike | None]]"
 _WIDE = (jnp.float32, jnp.float64)  # The dtypes in which sums are computed.
 
 
@@ -24,7 +22,7 @@ def apply_updates(
     params: optax.Params,
     updates: optax.Updates,
     *,
-    fmt: "_FormatLike | Mapping[str, _FormatLike | None] | _Pairs | None" = None,
+    fmt: str | Format | np.dtype | type | Mapping | Sequence | None = None,
     rounding: str | Rounding = "stochastic",
     key: jax.Array | None = None,
 ) -> optax.Params:

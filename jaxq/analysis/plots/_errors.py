@@ -143,9 +143,9 @@ def _remedies(data: np.ndarray, spoiled: np.ndarray, element: Format, count: int
     share = Percentile(100 * (1 - 1.2 * count / data.size))  # Excludes all outliers.
     recipes = {
         "with outliers": plain,
-        "a scale a channel": dataclasses.replace(plain, granularity=PerChannel((-1,))),
+        "one scale per channel": dataclasses.replace(plain, granularity=PerChannel((-1,))),
         "blocks of 32": dataclasses.replace(plain, granularity=PerBlock(32)),
-        "kept apart in float16": dataclasses.replace(plain, outliers=Outliers(count / data.size)),
+        "stored in float16": dataclasses.replace(plain, outliers=Outliers(count / data.size)),
         "clipped, percentile": dataclasses.replace(plain, scaling=Symmetric(share)),
         "clipped, least MSE": dataclasses.replace(plain, scaling=Symmetric("mse")),
     }

@@ -117,7 +117,7 @@ def _figure_type() -> "type[Figure]":
         def _repr_svg_(self) -> str | None:
             data = io.StringIO()
             with mpl.rc_context({"svg.hashsalt": "jaxq"}):  # The same bytes every time.
-                self.savefig(data, format="svg", metadata={"Date": None})
+                self.savefig(data, format="svg", dpi=150, metadata={"Date": None})
             text = data.getvalue()
             return text if len(text) < _LARGEST_SVG else None
 

@@ -79,15 +79,14 @@ def quantized_values(
     stored = quantize(data, kind, key=key)
     y = np.asarray(stored.dequantize())
     errors = compare(data, y)
-    figure = new(12, 3.9, size, title)
+    figure = new(10, 3.6, size, title)
     left, middle, right = (frame(axes) for axes in figure.subplots(1, 3))
     before, after = data.ravel(), y.ravel()
     some = thinned(before.size, _POINTS)
     ends = [float(before.min()), float(before.max())]
     left.plot(ends, ends, color=GRAY, linewidth=1, linestyle="--", label="no error")
-    left.plot(
-        before[some], after[some], ".", color=BLUE, markersize=2.5, alpha=0.6, label="quantized"
-    )
+    style = {"color": BLUE, "markersize": 2.5, "alpha": 0.6, "label": "quantized"}
+    left.plot(before[some], after[some], ".", rasterized=True, **style)
     left.set_xlabel("original value")
     left.set_ylabel("dequantized value")
     left.legend(loc="upper left", markerscale=3)

@@ -47,7 +47,7 @@ _MEASURE = """() => {
   }
   const visible = e => e.offsetParent !== null;
   if (window.innerWidth > 1000)
-    for (const e of document.querySelectorAll('article pre, article .table-wrapper'))
+    for (const e of document.querySelectorAll('article pre, article .table-wrapper, .cell_output'))
       if (visible(e) && e.scrollWidth > e.clientWidth + 1)
         found.push(`<${e.localName}> is cut by ${e.scrollWidth - e.clientWidth}: ${name(e)}`);
   for (const e of document.querySelectorAll('img')) {

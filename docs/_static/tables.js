@@ -1,8 +1,9 @@
 // Makes tables sortable by a click on a head, and long ones filterable.
 
 const FILTERED = 13;  // The number of rows from which a table can be filtered.
-const LONG = 18;  // The number of characters above which the text of a cell wraps.
 const WIDE = 9;  // The number of columns from which a table is set smaller.
+// The numbers of characters above which the text of a cell wraps if the table is too wide.
+const LONG = 18, LONG_IN_WIDE = 14, LONG_NAME = 24;
 
 function valueOf(cell) {
   const text = cell.textContent.trim().replaceAll(",", "").replaceAll("−", "-");
@@ -41,9 +42,12 @@ function enhance(table) {
     head.addEventListener("click", () => sort(table, head));
     head.addEventListener("keydown", (event) => event.key === "Enter" && sort(table, head));
   }
-  table.classList.toggle("wide", table.tHead.rows[0].cells.length >= WIDE);
-  for (const cell of table.querySelectorAll("td:not(:first-child)"))
-    cell.classList.toggle("long", cell.textContent.length > LONG);
+  const wide = table.tHead.rows[0].cells.length >= WIDE;
+  table.classList.toggle("wide", wide);
+  for (const cell of table.querySelectorAll("td")) {
+    const most = cell.cellIndex === 0 ? LONG_NAME : wide ? LONG_IN_WIDE : LONG;
+    cell.classList.toggle("long", cell.textContent.length > most);
+  }
   if (table.tBodies[0].rows.length < FILTERED) return;
   const input = document.createElement("input");
   input.className = "filter";

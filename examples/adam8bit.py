@@ -154,7 +154,7 @@ def table(results: Sequence[Result]) -> common.Table:
 def picture(results: Sequence[Result]) -> common.Figure:
     """Draws the training loss over epochs on the left and the bytes of the state on the right."""
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1.25, 1)
+        1, 2, figsize=(9, 4), layout="constrained", width_ratios=(1.1, 1)
     )
     top = 3.0
     for r in results:
@@ -163,9 +163,10 @@ def picture(results: Sequence[Result]) -> common.Figure:
         with np.errstate(invalid="ignore"):
             diverged = not np.nanmean(r.losses[:, -1]) < top
         if diverged:
-            first = r.losses[:, 0].mean()
+            digit, exponent = f"{r.losses[:, 0].mean():.0e}".split("e")
+            first = f"{digit} · $10^{{{int(exponent)}}}$"
             left.annotate(
-                f"{r.label} diverges:\na loss of {first:.0e} in the first epoch",
+                f"{r.label} diverges:\na loss of {first} in the first epoch",
                 xy=(epochs[0], top),
                 xytext=(epochs[0] + 0.15 * epochs[-1], 1.6),
                 color=color,
@@ -205,7 +206,7 @@ def picture(results: Sequence[Result]) -> common.Figure:
     right.set_ylim(-0.6, len(rows) + 0.1)
     right.set_xlabel("kB")
     right.set_title("Bytes of state", loc="left")
-    right.legend(loc="upper right", frameon=False, ncols=3, fontsize=9, columnspacing=1)
+    right.legend(loc="lower right", frameon=False, fontsize=9)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y" if axes is left else "x", color="#eeeeee")
@@ -216,7 +217,7 @@ def picture(results: Sequence[Result]) -> common.Figure:
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
     args = common.arguments(
-        __doc__, argv, "adam8bit.png", seeds=(5, "networks"), epochs=(20, "passes over the data")
+        __doc__, argv, "adam8bit.svg", seeds=(5, "networks"), epochs=(20, "passes over the data")
     )
     labels = SHORT if args.short else tuple(OPTIMIZERS)
     seeds, epochs = (2, 3) if args.short else (args.seeds, args.epochs)

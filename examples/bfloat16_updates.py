@@ -143,7 +143,8 @@ def table(results: Sequence[Result]) -> common.Table:
 
 def picture(results: Sequence[Result]) -> common.Figure:
     """Draws the loss, the idle updates and the applied share of the updates over epochs."""
-    figure, panels = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    figure, mosaic = plt.subplot_mosaic("ab;ac", figsize=(9, 5), layout="constrained")
+    panels = list(mosaic.values())
     epochs = np.arange(1, results[0].losses.shape[1] + 1)
     contents = (
         ("Training loss", "losses", 1.0),
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     args = common.arguments(
         __doc__,
         argv,
-        "bfloat16_updates.png",
+        "bfloat16_updates.svg",
         seeds=(5, "networks"),
         epochs=(100, "passes over the data"),
     )

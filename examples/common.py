@@ -52,6 +52,8 @@ BATCH = 64
 OUT = pathlib.Path("out")  # The default folder of pictures, which git ignores.
 # From the palette of Okabe and Ito.
 BLUE, ORANGE, GREEN, GRAY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#767676", "#CC79A7"
+# Inverts the lightness of an SVG and keeps its hues, as docs/_static/jaxq.css does.
+DARK = "<style>svg { filter: invert(0.9) hue-rotate(180deg) }</style>"
 
 Params = list[dict[str, jax.Array]]
 
@@ -157,14 +159,27 @@ def progress(total: int, first: str = "training") -> Iterator[Callable[[str], No
         yield lambda label: bar.update(task, advance=1, description=label)
 
 
-def show(table: Table, figure: Figure, path: pathlib.Path) -> None:
-    """Prints a table, writes a picture and prints its path."""
+def show(table: Table, figure: Figure, path: pathlib.Path, dark: bool = False) -> None:
+    """Prints a table, writes a picture and prints its path.
+
+    Args:
+      table: the table to print.
+      figure: the picture.
+      path: the file of the picture; its suffix is the kind.
+      dark: True also writes the variant of an SVG for dark pages, with "-dark" in its name.
+    """
     console = Console()
     console.print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    is_svg = path.suffix == ".svg"
+    with mpl.rc_context({"svg.hashsalt": "jaxq"}):  # The same bytes every time.
+        figure.savefig(path, dpi=130, metadata={"Date": None} if is_svg else None)
     plt.close(figure)
     console.print(f"Picture: {path}")
+    if dark and is_svg:
+        variant = path.with_stem(f"{path.stem}-dark")
+        variant.write_text(path.read_text().replace("<style", f"{DARK}<style", 1))
+        console.print(f"Picture: {variant}")
 
 
 def format_percent(values: np.ndarray) -> str:

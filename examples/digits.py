@@ -265,13 +265,13 @@ def picture(results: Sequence[Result]) -> common.Figure:
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
     args = common.arguments(
-        __doc__, argv, "digits.png", seeds=(5, "networks"), epochs=(30, "passes over the data")
+        __doc__, argv, "digits.svg", seeds=(5, "networks"), epochs=(30, "passes over the data")
     )
     labels = SHORT if args.short else tuple(FORMATS)
     seeds, epochs = (2, 15) if args.short else (args.seeds, args.epochs)
     with common.progress(len(labels), "training in float32") as report:
         results = run(labels, seeds, epochs, report)
-    common.show(table(results), picture(results), args.output)
+    common.show(table(results), picture(results), args.output, dark=True)
     return results
 
 

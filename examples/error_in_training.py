@@ -245,9 +245,8 @@ def table(outcomes: Sequence[Outcome]) -> common.Table:
 
 def picture(result: Result) -> common.Figure:
     """Draws the errors by layers and steps, the ranking, and the losses."""
-    figure, axes = plt.subplots(
-        1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.2, 0.9, 1)
-    )
+    figure, mosaic = plt.subplot_mosaic("aa;bc", figsize=(9, 8.5), layout="constrained")
+    axes = list(mosaic.values())
     _draw_map(figure, axes[0], result.log)
     ranking, names = result.ranking, [*mixed_formats.FORMATS]
     order, best = np.argsort(ranking.squares[:, 0]), ranking.best()
@@ -303,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         "seeds": (3, "of weights and batches"),
         "batch": (4, f"rows of {CONTEXT} bytes"),
     }
-    args = common.arguments(__doc__, argv, "error_in_training.png", **amounts)
+    args = common.arguments(__doc__, argv, "error_in_training.svg", **amounts)
     steps, seeds, batch = (3, 1, 2) if args.short else (args.steps, args.seeds, args.batch)
     recipes = COUNTERFACTUALS[2:] if args.short else COUNTERFACTUALS
     request = Monitoring(

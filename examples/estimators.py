@@ -179,7 +179,8 @@ STYLES = {
 
 def picture(results: Results) -> common.Figure:
     """Draws bias and deviation over the noise level, and the test error by bits."""
-    figure, panels = plt.subplots(1, 3, figsize=(13, 5.4), layout="constrained")
+    figure, mosaic = plt.subplot_mosaic("ab;cc", figsize=(9, 8), layout="constrained")
+    panels = list(mosaic.values())
     handles = {}
     for axes, field, title in (
         (panels[0], "bias", "Bias"),
@@ -216,6 +217,7 @@ def picture(results: Results) -> common.Figure:
     axes.axhline(base, color="#767676", linestyle="--", linewidth=1)
     right = {"ha": "right", "va": "top", "color": "#767676", "fontsize": 9}
     axes.text(len(widths) - 0.52, base * 0.97, "float32", **right)
+    axes.set_ylim(0.4, 100)
     axes.set_yscale("log")
     ticks = [0.5, 1, 2, 5, 10, 20, 50]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -230,7 +232,7 @@ def picture(results: Results) -> common.Figure:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False
     )
     return figure
 
@@ -238,7 +240,7 @@ def picture(results: Results) -> common.Figure:
 def main(argv: Sequence[str] | None = None) -> Results:
     """Runs the studies, prints the table, draws the picture and returns the results."""
     args = common.arguments(
-        __doc__, argv, "estimators.png", seeds=(3, "networks"), epochs=(30, "passes over the data")
+        __doc__, argv, "estimators.svg", seeds=(3, "networks"), epochs=(30, "passes over the data")
     )
     widths = WIDTHS[-1:] if args.short else WIDTHS
     names = SHORT if args.short else tuple(jaxq.gradients.ESTIMATORS)

@@ -124,28 +124,29 @@ def table(results: Sequence[Layers]) -> common.Table:
 
 def picture(results: Sequence[Layers]) -> common.Figure:
     """Draws distributions, channels, and signal-to-noise ratios."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, panels = plt.subplot_mosaic("ab;cc", figsize=(9, 6.5), layout="constrained")
+    density, channels, recipes = panels.values()
     centers = (EDGES[1:] + EDGES[:-1]) / 2
-    left.plot(centers, np.exp(-(centers**2) / 2) / np.sqrt(2 * np.pi), "k--", label="normal")
+    density.plot(centers, np.exp(-(centers**2) / 2) / np.sqrt(2 * np.pi), "k--", label="normal")
     for k, (r, color) in enumerate(zip(results, (BLUE, ORANGE), strict=True)):
-        left.stairs(r.density, EDGES, color=color, label=r.name)
+        density.stairs(r.density, EDGES, color=color, label=r.name)
         worst = max(r.spread, key=lambda path: r.spread[path])
         own = tops(r.matrices[worst])
-        middle.plot(np.linspace(0, 1, len(own)), own, color=color, label=f"{r.name}: {worst}")
+        channels.plot(np.linspace(0, 1, len(own)), own, color=color, label=f"{r.name}: {worst}")
         places = np.arange(len(r.db)) + 0.4 * (k - 0.5)
-        right.barh(places, list(r.db.values()), 0.38, color=color, label=r.name)
-    left.set_yscale("log")
-    left.set_ylim(1e-7, 1)
-    left.set_xlabel("weight / standard deviation of its matrix")
-    left.set_title("Distribution", loc="left")
-    middle.set_yscale("log")
-    middle.set_xlabel("share of input channels, from the largest")
-    middle.set_title("Largest magnitude / median channel", loc="left")
-    right.set_yticks(range(len(results[0].db)), list(results[0].db))
-    right.invert_yaxis()
-    right.set_xlabel("signal-to-noise ratio of all weights (dB)")
-    right.set_title("After quantization", loc="left")
-    for axes in (left, middle, right):
+        recipes.barh(places, list(r.db.values()), 0.38, color=color, label=r.name)
+    density.set_yscale("log")
+    density.set_ylim(1e-7, 1)
+    density.set_xlabel("weight / standard deviation of its matrix")
+    density.set_title("Distribution", loc="left")
+    channels.set_yscale("log")
+    channels.set_xlabel("share of input channels, from the largest")
+    channels.set_title("Largest magnitude / median channel", loc="left")
+    recipes.set_yticks(range(len(results[0].db)), list(results[0].db))
+    recipes.invert_yaxis()
+    recipes.set_xlabel("signal-to-noise ratio of all weights (dB)")
+    recipes.set_title("After quantization", loc="left")
+    for axes in panels.values():
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#eeeeee")
@@ -155,7 +156,7 @@ def picture(results: Sequence[Layers]) -> common.Figure:
 
 def main(argv: Sequence[str] | None = None) -> list[Layers]:
     """Measures both models, prints the table, draws the picture and returns the results."""
-    args = common.arguments(__doc__, argv, "layers.png")
+    args = common.arguments(__doc__, argv, "layers.svg")
     if args.short:
         params = whisper.tiny().params
         models = {"encoder": params["encoder"], "decoder": params["decoder"]}

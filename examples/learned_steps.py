@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     args = common.arguments(
         __doc__,
         argv,
-        "learned_steps.png",
+        "learned_steps.svg",
         seeds=(5, "networks"),
         epochs=(120, "passes over the data"),
     )

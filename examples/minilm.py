@@ -149,11 +149,12 @@ def table(results: Sequence[Result]) -> common.Table:
 
 
 def picture(results: Sequence[Result]) -> common.Figure:
-    """Draws the cosines of every recipe on the left and those over bits per weight on the right."""
+    """Draws the cosines of every recipe and, below them, those over bits per weight."""
     by_bits = sorted((r for r in results if not r.reason), key=lambda r: (r.bits, r.weights.cosine))
     rows = [*(r for r in results if r.reason), *by_bits]
+    height = 0.21 * len(rows) + 0.9
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(13, 0.21 * len(rows) + 1.8), layout="constrained"
+        2, 1, figsize=(9, height + 6.5), layout="constrained", height_ratios=(height, 6.5)
     )
     for part, (label, color, marker) in PARTS.items():
         errors = {r.name: 1 - getattr(r, part).cosine for r in by_bits}
@@ -202,6 +203,7 @@ def picture(results: Sequence[Result]) -> common.Figure:
     right.set_xlabel("bits per weight, including scales")
     right.set_title("Cosine by bits, best recipes connected", loc="left")
     right.legend(loc="upper left", frameon=False)
+    left.legend(*right.get_legend_handles_labels(), loc="lower right", frameon=False)
     left.set_xlabel("mean cosine to the float32 embeddings")
     left.set_title("all-MiniLM-L6-v2 with every named recipe", loc="left")
     left.set_xscale("log")
@@ -219,7 +221,7 @@ def picture(results: Sequence[Result]) -> common.Figure:
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
-    args = common.arguments(__doc__, argv, "minilm.png")
+    args = common.arguments(__doc__, argv, "minilm.svg")
     names = SHORT if args.short else tuple(jaxq.recipes.RECIPES)
     params = encoder.load()
 

@@ -1,6 +1,7 @@
 """The results of `real_models.py`: rows, comparisons that tell noise from differences, pictures."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import common
@@ -116,13 +117,21 @@ def table(rows: Sequence[Row]) -> common.Table:
     return grid
 
 
+def spread(values: np.ndarray, gap: float) -> np.ndarray:
+    """Returns values moved upward so that all differ by a gap at least."""
+    order, moved = np.argsort(values), np.array(values, float)
+    for below, above in itertools.pairwise(order):
+        moved[above] = max(moved[above], moved[below] + gap)
+    return moved
+
+
 def picture(rows: Sequence[Row]) -> common.Figure:
     """Draws the error against bits per weight, one panel per model."""
     names = list(dict.fromkeys(r.model for r in rows))
-    columns = min(len(names), 3)
+    columns = min(len(names), 2)
     lines = -(-len(names) // columns)
     figure, panels = plt.subplots(
-        lines, columns, figsize=(1 + 4 * columns, 4 * lines), layout="constrained", squeeze=False
+        lines, columns, figsize=(4.5 * columns, 3.8 * lines), layout="constrained", squeeze=False
     )
     for axes in panels.flat[len(names) :]:
         axes.set_axis_off()
@@ -140,19 +149,26 @@ def picture(rows: Sequence[Row]) -> common.Figure:
             axes.errorbar(
                 bits, errors, bars, fmt="o", color=color, markersize=4, elinewidth=1, label=method
             )
+        named = [r for r in own if r.method == "nearest" and r.recipe != "int4_g32"]
+        errors = [mean(r.error, r.weight) for r in named]
+        decades = np.ptp(np.log10([mean(r.error, r.weight) for r in own]))
+        heights = 10 ** spread(np.log10(errors), 0.055 * decades)  # So that no names overlap.
+        for r, error, height in zip(named, errors, heights, strict=True):
+            axes.annotate(  # The names of 4-bit recipes are in one column.
+                r.recipe,
+                (r.bits, error),
+                (0.94 * min(r.bits, 4.2 if r.bits < 5 else 8), height),
+                arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "shrinkA": 0},
+                fontsize=7,
+                ha="right",
+                va="center",
+                color=GRAY,
+            )
         for r in own:
-            if r.method == "nearest":
-                right = r.recipe == "int4_g32"  # Names at its left are those of other points.
-                axes.annotate(
-                    r.recipe,
-                    (r.bits, mean(r.error, r.weight)),
-                    (4 if right else -4, 0),
-                    textcoords="offset points",
-                    fontsize=6,
-                    ha="left" if right else "right",
-                    va="center",
-                    color=GRAY,
-                )
+            if r.method == "nearest" and r.recipe == "int4_g32":  # At the left are other names.
+                at = (r.bits, mean(r.error, r.weight))
+                style = {"fontsize": 7, "va": "center", "color": GRAY}
+                axes.annotate(r.recipe, at, (4, 0), textcoords="offset points", **style)
         axes.set_yscale("log")
         axes.set_xscale("log", base=2)
         axes.set_xlim(2.2, 10)  # With room for names.

@@ -300,7 +300,7 @@ def grouped(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
 
 def picture(results: Sequence[Result]) -> common.Figure:
     """Draws perplexities on the left, and the losses of all products of a recipe on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     base, *rest = results
     recipes, methods = (list(dict.fromkeys(x)) for x in zip(*grouped(rest), strict=True))
     colors = dict(zip(methods, COLORS, strict=False))
@@ -341,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     args = common.arguments(
         __doc__,
         argv,
-        "ptq.png",
+        "ptq.svg",
         recipes=(",".join(RECIPES), f"some of {', '.join(RECIPES)}"),
         methods=("", f"some of {', '.join(METHODS)}; without it, several that suit the recipe"),
         subsets=(1, "the number of subsets of calibration data"),

@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     args = common.arguments(
         __doc__,
         argv,
-        "real_models.png",
+        "real_models.svg",
         documents=(16, "the number of passages of text to test with"),
         length=(64, "the number of tokens of a passage"),
         calibration=(16, "the number of sentences or passages to calibrate with"),

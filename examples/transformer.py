@@ -236,9 +236,9 @@ def table(results: Sequence[Result]) -> common.Table:
 
 
 def picture(results: Sequence[Result]) -> common.Figure:
-    """Draws the losses over steps on the left and the final differences to float32 on the right."""
+    """Draws the losses over steps and, below them, the final differences to float32."""
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, 4.8), layout="constrained", width_ratios=(1.1, 1)
+        2, 1, figsize=(9, 8), layout="constrained", height_ratios=(1, 1.2)
     )
     for r in results:
         mean = r.held_out.mean(0)
@@ -285,7 +285,7 @@ def picture(results: Sequence[Result]) -> common.Figure:
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     """Runs the study, prints the table, draws the picture and returns the results."""
     amounts = {"steps": (300, "of training"), "seeds": (3, "of weights and batches")}
-    args = common.arguments(__doc__, argv, "transformer.png", **amounts)
+    args = common.arguments(__doc__, argv, "transformer.svg", **amounts)
     configurations = [c for c in CONFIGURATIONS if c.label in SHORT or not args.short]
     full = (args.seeds, args.steps, 20, 32)
     seeds, steps, evaluations, windows = (1, 8, 1, 4) if args.short else full

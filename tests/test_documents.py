@@ -95,8 +95,9 @@ def test_links_within_project_resolve(path: pathlib.Path):
 
 
 def links(path: pathlib.Path) -> list[str]:
-    """Returns the targets of a page's links within the project."""
-    found = re.findall(r"\]\(([^)\s]+)\)", without_code(path))
+    """Returns the targets of a page's links and pictures within the project."""
+    text = without_code(path)
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r' src(?:set)?="([^"]+)"', text)
     return [target for target in found if "://" not in target]
 
 
@@ -110,10 +111,12 @@ def without_code(path: pathlib.Path) -> str:
     return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_every_picture_is_shown():
+def test_every_picture_is_a_small_svg_and_shown():
     shown = {(path.parent / target).resolve() for path in DOCUMENTS for target in links(path)}
-    drawn = {p for p in (DOCS / "images").rglob("*") if p.suffix in (".png", ".svg")}
+    drawn = {path for path in (DOCS / "images").rglob("*") if path.is_file()}
     assert drawn <= shown
+    assert {path.suffix for path in drawn} == {".svg"}
+    assert max(path.stat().st_size for path in drawn) < 300_000
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -30,7 +30,7 @@ def test_default_outputs_are_ignored_by_git():
     root = EXAMPLES.parent
     if not (root / ".git").exists():
         pytest.skip("not a git checkout")
-    paths = {load("common").arguments("Draws.", [], "x.png").output.as_posix()}
+    paths = {load("common").arguments("Draws.", [], "x.svg").output.as_posix()}
     for script in (*EXAMPLES.glob("*.py"), *(root / "benchmarks").glob("*.py")):
         paths |= set(re.findall(r'"((?:out|docs)/[^"]+)"', script.read_text()))
     verify = (root / "tools" / "verify.py").read_text()
@@ -83,14 +83,14 @@ def traced(monkeypatch: pytest.MonkeyPatch):
 )
 def test_scripts_run_with_traced_programs(name: str, tmp_path: pathlib.Path, capsys):
     """Checks only that the scripts run; slow tests check their results."""
-    picture = tmp_path / "picture.png"
+    picture = tmp_path / "picture.svg"
     assert load(name).main(["--short", "--output", str(picture)])
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in picture.read_text()
     assert "Picture: " in capsys.readouterr().out
 
 
 def test_digits_recovers_accuracy_by_training(tmp_path: pathlib.Path, capsys):
-    picture = tmp_path / "digits.png"
+    picture = tmp_path / "digits.svg"
     results = load("digits").main(["--short", "--output", str(picture)])
     by_label = {r.label: r for r in results}
     base = by_label["float32"].rounded.mean()
@@ -101,13 +101,16 @@ def test_digits_recovers_accuracy_by_training(tmp_path: pathlib.Path, capsys):
     assert worst.trained.mean() > worst.rounded.mean() + 0.2, "training must recover accuracy"
     assert 2 < worst.bits_per_weight < 3
     assert by_label["int8 per tensor"].sqnr_db > 35
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    dark = (tmp_path / "digits-dark.svg").read_text()
+    assert "invert" in dark
+    assert "invert" not in picture.read_text()
+    assert len(dark) > len(picture.read_text())
     assert "Handwritten digits" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_ptq_has_less_loss_than_rounding(tmp_path: pathlib.Path, capsys):
-    picture = tmp_path / "ptq.png"
+    picture = tmp_path / "ptq.svg"
     options = ["--recipes", "int4_g64,raised,mixed", "--output", str(picture)]
     methods = "nearest,GPTQ,AWQ + GPTQ,search + GPTQ,rotation + GPTQ"
     base, *results = load("ptq").main(["--short", "--methods", methods, *options])
@@ -119,7 +122,7 @@ def test_ptq_has_less_loss_than_rounding(tmp_path: pathlib.Path, capsys):
     assert np.mean(by_method["GPTQ"].losses) < 0.5 * nearest
     assert np.mean(by_method["AWQ + GPTQ"].losses) < nearest
     assert np.mean(by_method["search + GPTQ"].losses) < nearest
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in picture.read_text()
     assert "layers/down[1]" in capsys.readouterr().out
 
 
@@ -131,20 +134,20 @@ def test_learned_rounding_has_less_error_than_nearest():
 
 @pytest.mark.slow
 def test_learned_steps_recover_accuracy(tmp_path: pathlib.Path, capsys):
-    picture = tmp_path / "learned_steps.png"
+    picture = tmp_path / "learned_steps.svg"
     results = load("learned_steps").main(["--short", "--output", str(picture)])
     base, rounded, straight, lsq = (r.accuracy.mean() for r in results)
     assert base > 0.95
     assert rounded < base - 0.3, "rounding alone must reduce the accuracy"
     assert lsq > straight + 0.03
     assert lsq > base - 0.05
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in picture.read_text()
     assert "learned steps" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_estimators_have_their_known_bias(tmp_path: pathlib.Path, capsys):
-    picture = tmp_path / "estimators.png"
+    picture = tmp_path / "estimators.svg"
     results = load("estimators").main(["--short", "--output", str(picture)])
     quality = results.quality
     np.testing.assert_allclose(quality["zero"].bias, 1)
@@ -155,13 +158,13 @@ def test_estimators_have_their_known_bias(tmp_path: pathlib.Path, capsys):
     accuracy = {name: a.mean() for (name, _), a in results.accuracy.items()}
     assert set(quality) > set(jaxq.gradients.ESTIMATORS)
     assert accuracy["lsq"] > accuracy["zero"] + 0.05
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in picture.read_text()
     assert "trust_region" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_adam8bit_learns_like_adam(tmp_path: pathlib.Path, capsys):
-    picture = tmp_path / "adam8bit.png"
+    picture = tmp_path / "adam8bit.svg"
     results = load("adam8bit").main(["--short", "--output", str(picture)])
     full, dynamic, linear = results
     assert abs(dynamic.losses[:, -1].mean() / full.losses[:, -1].mean() - 1) < 0.1
@@ -169,13 +172,13 @@ def test_adam8bit_learns_like_adam(tmp_path: pathlib.Path, capsys):
     large = 64 * 256 + 256 * 256
     assert full.bytes["first moment"] == 4 * large
     assert dynamic.bytes["first moment"] == large + 4 * large // 256
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in picture.read_text()
     assert "Adam's state" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_bfloat16_updates_need_stochastic_rounding(tmp_path: pathlib.Path, capsys):
-    picture = tmp_path / "bfloat16_updates.png"
+    picture = tmp_path / "bfloat16_updates.svg"
     results = load("bfloat16_updates").main(["--short", "--output", str(picture)])
     full, nearest, stochastic = results
     learned = full.losses[:, 0].mean() - full.losses[:, -1].mean()
@@ -185,14 +188,14 @@ def test_bfloat16_updates_need_stochastic_rounding(tmp_path: pathlib.Path, capsy
     assert nearest.idle.mean() > 0.9
     assert nearest.applied.mean() < 0.2
     assert abs(stochastic.applied.mean() - 1) < 0.02
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in picture.read_text()
     assert "Adam at a rate of" in capsys.readouterr().out
 
 
 def test_minilm_keeps_its_embeddings_in_one_recipe(tmp_path: pathlib.Path, capsys, monkeypatch):
     script = load("minilm")
     monkeypatch.setattr(script, "SHORT", (script.SHORT[0], script.SHORT[-1]))
-    int8, tiles = script.main(["--short", "--output", str(tmp_path / "minilm.png")])
+    int8, tiles = script.main(["--short", "--output", str(tmp_path / "minilm.svg")])
     assert int8.weights.cosine > 0.999
     assert int8.activations.cosine > 0.995
     assert int8.weights.rank > 0.999
@@ -204,7 +207,7 @@ def test_minilm_keeps_its_embeddings_in_one_recipe(tmp_path: pathlib.Path, capsy
 
 @pytest.mark.slow
 def test_minilm_keeps_its_embeddings_in_int8(tmp_path: pathlib.Path, capsys):
-    picture = tmp_path / "minilm.png"
+    picture = tmp_path / "minilm.svg"
     results = load("minilm").main(["--short", "--output", str(picture)])
     int8, int4, int2, tiles = results
     assert int8.weights.cosine > 0.999
@@ -215,7 +218,7 @@ def test_minilm_keeps_its_embeddings_in_int8(tmp_path: pathlib.Path, capsys):
         assert cosines == sorted(cosines, reverse=True)
     assert int4.bits == 5
     assert "30522" in tiles.reason
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in picture.read_text()
     output = capsys.readouterr().out
     difference = float(output.split("(four decimals): ")[1].split(".\n")[0])
     assert difference <= 0.00005 + 1e-6, "published similarities have four decimals"
@@ -234,14 +237,14 @@ def test_tokenizer_gives_the_published_tokens():
 
 @pytest.mark.slow
 def test_transformer_learns(tmp_path: pathlib.Path, capsys):
-    picture = tmp_path / "transformer.png"
+    picture = tmp_path / "transformer.svg"
     results = load("transformer").main(["--short", "--output", str(picture)])
     (full,), (fp8,) = (result.held_out for result in results)
     assert full[0] == pytest.approx(7), "all 128 bytes are equally likely at first"
     assert full[-1] < 5.5
     assert fp8[-1] == pytest.approx(full[-1], rel=0.01)
     assert fp8[-1] != full[-1]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in picture.read_text()
     assert "bits per byte" in capsys.readouterr().out
 
 
@@ -265,7 +268,7 @@ def test_frameworks_give_equal_losses(capsys):
 
 @pytest.mark.slow
 def test_error_in_training_ranks_formats_and_mixes_them(tmp_path: pathlib.Path, capsys):
-    picture = tmp_path / "error_in_training.png"
+    picture = tmp_path / "error_in_training.svg"
     result = load("error_in_training").main(["--short", "--output", str(picture)])
     assert result.log.steps.tolist() == [0, 2]
     up = {

@@ -1,5 +1,7 @@
 """Statistics of product inputs, and GPTQ on single weights."""
 
+import pathlib
+
 import chex
 import jax
 import numpy as np
@@ -82,6 +84,15 @@ def test_gptq_gives_the_codes_of_float64_obq_and_ldlq(order: str | None):
         expected = np.empty_like(weight, np.float64)
         expected[rows] = reference(weight[rows], gram[np.ix_(rows, rows)], scale[rows])
         np.testing.assert_allclose(q.dequantize(), expected, rtol=1e-6)
+
+
+def test_codes_equal_those_of_qwix():
+    golden = np.load(pathlib.Path(__file__).parent / "golden" / "ptq.npz")
+    recipe = jaxq.Recipe("int4", jaxq.PerChannel(), jaxq.recipes.Symmetric(rule="half"))
+    q = ptq.gptq(golden["weight"], golden["hessian"], recipe, order=None)
+    np.testing.assert_allclose(q.scales.ravel(), golden["scale"], rtol=1e-6)
+    codes = np.round(q.dequantize() / q.scales.reshape(1, -1))
+    np.testing.assert_array_equal(codes, golden["codes"])
 
 
 # One recipe for each kind of scale and element.

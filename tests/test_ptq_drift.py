@@ -84,6 +84,7 @@ def test_codes_equal_the_published_formulas_in_float64(name: str):
     assert not report.fallbacks
 
 
+@pytest.mark.slow
 def test_correction_brings_the_outputs_closer_to_the_float_model():
     x = np.concatenate(BATCHES)
     errors = {}

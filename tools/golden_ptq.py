@@ -11,6 +11,7 @@ stores, and runs on the CPU. This version of hqq does not increase beta, so it e
 # pyright: reportMissingImports=false
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,6 +51,7 @@ def hqq() -> dict[str, np.ndarray]:
     plain = jaxq.quantize(weight, jaxq.Recipe("uint4", jaxq.PerBlock(GROUP), scaling))
     scale = np.array(plain.scales, np.float32).reshape(-1, 1)
     scale = np.where(scale == 0, np.float32(1), scale)
+    assert plain.zero_point is not None
     minimum = np.array(plain.zero_point.view(jnp.float16), np.float32).reshape(-1, 1)
     groups, inverse, zero = map(
         torch.from_numpy, (weight.reshape(-1, GROUP), 1 / scale, -minimum / scale)
@@ -63,4 +65,5 @@ def hqq() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    np.savez_compressed(PATH, **gptq(), **hqq())
+    arrays: dict[str, Any] = {**gptq(), **hqq()}
+    np.savez_compressed(PATH, **arrays)

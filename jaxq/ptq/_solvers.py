@@ -148,8 +148,8 @@ class GPTQ:
             )
         if self.order not in ("static", "group", None):
             raise ValueError(
-                f"GPTQ: `order` must be 'static', 'group' or None, got {self.order!r}. Use 'static' "
-                "for activation order with static groups."
+                f"GPTQ: `order` must be 'static', 'group' or None, got {self.order!r}. Use "
+                "'static' for activation order with static groups."
             )
 
     @property

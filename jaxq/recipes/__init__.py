@@ -18,6 +18,17 @@ from jaxq.recipes._arithmetic import (
     times,
     zero_point_of,
 )
+from jaxq.recipes._blocks import (
+    IMPORTANT,
+    Blocks,
+    divided,
+    in_chunks,
+    mean_square,
+    over,
+    sub_blocks,
+    weighted,
+    whole,
+)
 from jaxq.recipes._calibrators import CALIBRATORS, get_calibrator
 from jaxq.recipes._catalog import RECIPES, get_recipe, title_of
 from jaxq.recipes._granularity import Granularity, PerBlock, PerChannel, PerTensor, PerToken
@@ -39,6 +50,18 @@ from jaxq.recipes._recipe import Recipe, records
 from jaxq.recipes._scale_rules import MX_RULES, SCALE_RULES, ScaleRule
 from jaxq.recipes._scaling import Scales, Scaling, StoredScales, limits
 from jaxq.recipes._scalings import SCALINGS
+from jaxq.recipes._searches import (
+    EPS,
+    affine,
+    largest,
+    levels,
+    nearest,
+    product,
+    quotient,
+    sums,
+    symmetric,
+)
+from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES, Found
 from jaxq.recipes._symmetric import MX, SignedScale, Symmetric
 from jaxq.recipes._two_level import DoubleQuant, TwoLevel
 

@@ -4,178 +4,80 @@ Each function takes blocks and returns the fields of the type's layout.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._jax.arithmetic import barrier, rounded
-from jaxq.interop.gguf._blocks import (
-    IMPORTANT,
-    Blocks,
-    as_bytes,
-    as_half,
-    divided,
-    mean_square,
-    over,
-    split_bits,
-    sub_blocks,
-    weighted,
-    whole,
-)
+from jaxq._jax.arithmetic import rounded
+from jaxq.interop.gguf._blocks import as_bytes, split_bits
 from jaxq.interop.gguf._layouts import IQ4, Fields, two_scales_bytes
-from jaxq.interop.gguf._searches import (
+from jaxq.recipes import (
     EPS,
-    Steps,
-    affine,
-    descent,
+    SUPER_BLOCK_RULES,
+    Blocks,
+    Found,
     largest,
     levels,
+    mean_square,
     nearest,
-    positive,
+    over,
     product,
     quotient,
+    sub_blocks,
     sums,
-    symmetric,
+    weighted,
+    whole,
 )
 
 __all__ = ["SEARCHED"]
 
 
-# K-quants: blocks of 256, whose parts have scales that are quantized themselves.
+# K-quants, whose scales the recipes with their names find in the same way.
 
 
-class _KType(NamedTuple):
-    """The parameters in which Q2_K, Q4_K and Q5_K differ.
-
-    Attributes:
-      length: the number of elements in a part.
-      limit: the largest code.
-      scales: the largest code of a scale.
-      steps: the scales to try without an importance matrix.
-      factor: the factor of a block's mean square in its weights.
-    """
-
-    length: int
-    limit: int
-    scales: int
-    steps: Steps
-    factor: float
+def _found(name: str, blocks: Blocks) -> Found:
+    return SUPER_BLOCK_RULES[name].search(blocks)
 
 
-def _parts_of(x: jax.Array, count: int) -> jax.Array:
-    """Returns one number per part, `[parts, blocks]`."""
-    return x.reshape(-1, count)
-
-
-class _Parts(NamedTuple):
-    d: jax.Array
-    m: jax.Array
-    scales: jax.Array
-    minima: jax.Array
-    q: jax.Array
-
-
-def _k_affine(blocks: Blocks, kind: _KType) -> _Parts:
-    count, x = blocks.x.shape[1], sub_blocks(blocks.x, kind.length)
-    if blocks.weights is None:
-        magnitude = jnp.abs(x)
-        absolute = kind.limit == 3
-        w = magnitude if absolute else jnp.sqrt(mean_square(x, 1.0))[None] + magnitude
-        found = affine(x, kind.limit, w, kind.steps, absolute)
-        scale, minimum = (_parts_of(part, count) for part in (found.scale, found.minimum))
-        top = [jnp.maximum(part.max(axis=0), np.float32(0)) for part in (scale, minimum)]
-        codes = [
-            jnp.minimum(nearest(over(kind.scales, most)[None] * part), kind.scales)
-            for most, part in zip(top, (scale, minimum), strict=True)
-        ]
-        d, m = (divided(most, kind.scales) for most in top)
-    else:
-        square = mean_square(blocks.x, kind.factor)
-        each = jnp.tile(square, 256 // kind.length)
-        w = weighted(sub_blocks(blocks.weights, kind.length), x, each)
-        found = affine(x, kind.limit, w, IMPORTANT)
-        total = _parts_of(sums(lambda v: (v,), w)[0], count)
-        scale, minimum = (_parts_of(part, count) for part in (found.scale, found.minimum))
-        (d, first), (m, second) = (positive(v, kind.scales, total) for v in (scale, minimum))
-        codes = [first, second]
-    scales, minima = (code.astype(jnp.uint8).T for code in codes)
-    # The codes are computed again from the scales as stored. A part whose scale is 0 keeps those
-    # of the search, whose scale and minimum are other numbers.
-    step = barrier((as_half(d)[None] * codes[0].astype(jnp.float32)).reshape(-1))
-    low = barrier((as_half(m)[None] * codes[1].astype(jnp.float32)).reshape(-1))
-    safe = jnp.where(step != 0, step, np.float32(1))
-    safe = jnp.broadcast_to(safe[None], x.shape)
-    q = jnp.clip(nearest(quotient(x + low[None], safe)), 0, kind.limit)
-    q = jnp.where((step != 0)[None], q, found.codes)
-    return _Parts(d, m, scales, minima, whole(q, count))
+def _with_minima(name: str, blocks: Blocks) -> dict[str, jax.Array]:
+    """Returns the fields of a type with minima, and its scales and minima as uint8."""
+    found = _found(name, blocks)
+    assert found.m is not None
+    assert found.minima is not None
+    scales, minima = (codes.astype(jnp.uint8) for codes in (found.scales, found.minima))
+    return {"d": found.d, "m": found.m, "scales": scales, "minima": minima, "q": found.codes}
 
 
 def _q2_k(blocks: Blocks) -> Fields:
-    parts = _k_affine(blocks, _KType(16, 3, 15, Steps(-0.5, 0.1, 15), 1.0))
-    scales = parts.scales | parts.minima << np.uint8(4)
-    return {"scales": scales, "q": as_bytes(parts.q), "d": parts.d, "m": parts.m}
+    fields = _with_minima("q2_k", blocks)
+    scales = fields["scales"] | fields.pop("minima") << np.uint8(4)
+    return {**fields, "scales": scales, "q": as_bytes(fields["q"])}
 
 
 def _q4_k(blocks: Blocks) -> Fields:
-    parts = _k_affine(blocks, _KType(32, 15, 63, Steps(-1.0, 0.1, 20), 2.0))
-    scales = two_scales_bytes(parts.scales, parts.minima)
-    return {"d": parts.d, "m": parts.m, "scales": scales, "q": as_bytes(parts.q)}
+    fields = _with_minima("q4_k", blocks)
+    scales = two_scales_bytes(fields["scales"], fields.pop("minima"))
+    return {**fields, "scales": scales, "q": as_bytes(fields["q"])}
 
 
 def _q5_k(blocks: Blocks) -> Fields:
-    parts = _k_affine(blocks, _KType(32, 31, 63, Steps(-0.5, 0.1, 15), 2.0))
-    scales = two_scales_bytes(parts.scales, parts.minima)
-    return {"d": parts.d, "m": parts.m, "scales": scales, **split_bits(parts.q)}
-
-
-def _requantized(
-    x: jax.Array, d: jax.Array, scales: jax.Array, limit: int, found: jax.Array
-) -> jax.Array:
-    """Returns the codes of parts from scales as stored; those of the search where a scale is 0."""
-    step = barrier((as_half(d)[None] * scales.astype(jnp.float32)).reshape(-1))
-    safe = jnp.where(step != 0, step, np.float32(1))
-    q = jnp.clip(nearest(quotient(x, jnp.broadcast_to(safe[None], x.shape))), -limit, limit - 1)
-    return jnp.where((step != 0)[None], q, found)
+    fields = _with_minima("q5_k", blocks)
+    scales = two_scales_bytes(fields["scales"], fields.pop("minima"))
+    return {**fields, "scales": scales, **split_bits(fields["q"])}
 
 
 def _q3_k(blocks: Blocks) -> Fields:
-    count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
-    if blocks.weights is None:
-        scale, found = descent(x, 4)
-        scale = _parts_of(scale, count)
-        most = largest(scale)[1]
-        inverse = over(-32, most)
-        scales = jnp.clip(nearest(inverse[None] * scale), -32, 31)
-        scales = jnp.where((most != 0)[None], scales, -32)
-        d = over(1, inverse)
-    else:
-        each = jnp.tile(mean_square(blocks.x, 2.0), 16)
-        w = weighted(sub_blocks(blocks.weights, 16), x, each)
-        scale, found = symmetric(x, 4, w)
-        total = _parts_of(sums(lambda v: (v,), w)[0], count)
-        d, scales = symmetric(_parts_of(scale, count), 32, total)
-    q = as_bytes(whole(_requantized(x, d, scales, 4, found), count) + 4)
-    codes = (scales + 32).astype(jnp.uint8).T
+    found = _found("q3_k", blocks)
+    q, codes = as_bytes(found.codes + 4), (found.scales + 32).astype(jnp.uint8)
     high, low, four = q >> np.uint8(2), q & np.uint8(3), np.uint8(4)
-    return {"high": high, "q": low, "low": codes & np.uint8(15), "top": codes >> four, "d": d}
+    return {"high": high, "q": low, "low": codes & np.uint8(15), "top": codes >> four, "d": found.d}
 
 
 def _q6_k(blocks: Blocks) -> Fields:
-    count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
-    w = product(x, x) if blocks.weights is None else sub_blocks(blocks.weights, 16)
-    scale, found = symmetric(x, 32, w)
-    scale = _parts_of(scale, count)
-    amax, most = largest(scale)
-    empty = amax < EPS
-    inverse = over(-128, jnp.where(empty, np.float32(1), most))
-    scales = jnp.where(empty[None], 0, jnp.minimum(nearest(inverse[None] * scale), 127))
-    d = jnp.where(empty, np.float32(0), over(1, inverse))
-    q = whole(_requantized(x, d, scales, 32, found), count)
-    q = jnp.where(empty[None], -32, q)
-    return {**split_bits(q + 32), "scales": scales.astype(jnp.int8).T, "d": d}
+    found = _found("q6_k", blocks)
+    return {**split_bits(found.codes + 32), "scales": found.scales.astype(jnp.int8), "d": found.d}
 
 
 # Types with a table of levels.
@@ -223,7 +125,12 @@ def _iq4_weights(blocks: Blocks, x: jax.Array, parts: int) -> jax.Array:
 
 def _iq4_nl(blocks: Blocks) -> Fields:
     d = _iq4_scales(blocks.x, _iq4_weights(blocks, blocks.x, 1))
-    return {"d": d, "q": as_bytes(levels(rounded(blocks.x * over(1, d)[None]), IQ4))}
+    return {"d": d, "q": as_bytes(levels(rounded(blocks.x * over(1, d)[None]), IQ4).T)}
+
+
+def _parts_of(x: jax.Array, count: int) -> jax.Array:
+    """Returns one number per part, `[parts, blocks]`."""
+    return x.reshape(-1, count)
 
 
 def _iq4_xs(blocks: Blocks) -> Fields:
@@ -232,7 +139,7 @@ def _iq4_xs(blocks: Blocks) -> Fields:
     d = largest(scale)[1] * np.float32(-1 / 32)
     scales = jnp.clip(nearest(over(1, d)[None] * scale), -32, 31)
     step = product(d[None], scales.astype(jnp.float32)).reshape(-1)
-    q = as_bytes(whole(levels(rounded(x * over(1, step)[None]), IQ4), count))
+    q = as_bytes(whole(levels(rounded(x * over(1, step)[None]), IQ4), count).T)
     codes = (scales + 32).astype(jnp.uint8).T
     return {"d": d, "top": codes >> np.uint8(4), "low": codes & np.uint8(15), "q": q}
 

@@ -19,20 +19,18 @@ from jaxq._base.cutting import Cut
 from jaxq._base.shapes import is_symbolic
 from jaxq._jax.meshes import as_first, automatic, spec_of
 from jaxq._jax.opaque import opaque
-from jaxq.formats import Format, get_format
+from jaxq.formats import Format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
-from jaxq.numerics import BinaryGrid, encode, pack, widen
+from jaxq.numerics import BinaryGrid, pack, widen
 from jaxq.quantizers._arguments import Given, checked, given_scales
 from jaxq.quantizers._parts import Parts, parts_of, whole
-from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized
+from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, encoded
 from jaxq.quantizers._sharding import quantized_sharding
 from jaxq.quantizers._simulation import Values, quantized_values, scales_of
 from jaxq.quantizers._snapping import codes
 from jaxq.recipes import Recipe
 
 __all__ = ["fake_quant", "neighbors", "quantize"]
-
-_FLOAT32 = get_format("float32")
 
 
 def fake_quant(
@@ -273,15 +271,16 @@ def _quantize(
     packed = packed if x.ndim else packed[None]
     if fmt.bits not in WHOLE_BYTES:
         packed = pack(packed, fmt.bits)
-    zero_point = None
+    storage, zero_point = scales.storage, None
     if scales.zero_point is not None:
         zero_point = scales.zero_point.reshape(cut.counts).astype(_integer_dtype(fmt))
     elif scales.minimum is not None:
-        zero_point = _encoded(scales.minimum.reshape(cut.counts), recipe)
+        minimum = scales.minimum if storage.minimum is None else storage.minimum
+        zero_point = encoded(minimum.reshape(cut.counts), cut, recipe)
     return Quantized(
         codes=packed,
-        scale=_encoded(scales.storage.scale.reshape(cut.counts), recipe),
-        second=scales.storage.second,
+        scale=encoded(storage.scale.reshape(cut.counts), cut, recipe),
+        second=storage.second,
         zero_point=zero_point,
         outliers=outliers,
         recipe=recipe,
@@ -289,11 +288,6 @@ def _quantize(
         block=tuple(None if is_symbolic(n) else n for n in cut.block),
         length=x.shape[-1] if x.ndim else None,
     )
-
-
-def _encoded(scales: jax.Array, recipe: Recipe) -> jax.Array:
-    """Returns scales as stored: float32 scales unchanged, those of other formats as codes."""
-    return scales if recipe.scale_format == _FLOAT32 else encode(scales, recipe.scale_format)
 
 
 def _integer_dtype(fmt: Format) -> np.dtype:

@@ -45,8 +45,10 @@ def slices(q: Quantized) -> Slices | None:
         assert scales is not None
         for _ in range(stacked):
             scales = jax.vmap(scales)
-        recipe = dataclasses.replace(q.recipe, scaling=Symmetric())
-        q = dataclasses.replace(q, scale=scales(q), second=(), recipe=recipe)
+        scaling = Symmetric() if q.recipe.scaling.run == 1 else Symmetric(rule="half")
+        recipe = dataclasses.replace(q.recipe, scaling=scaling)
+        own = {"scale": scales(q), "zero_point": q.minima, "second": (), "recipe": recipe}
+        q = dataclasses.replace(q, **own)
     cut, bits = q.cut, q.recipe.element.bits
     of_bytes = 8 // math.gcd(bits, 8)  # Codes on the last axis are cut between bytes.
 

@@ -61,6 +61,7 @@ from jaxq.recipes._searches import (
     sums,
     symmetric,
 )
+from jaxq.recipes._super_block_scaling import SuperBlocks
 from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES, Found
 from jaxq.recipes._symmetric import MX, SignedScale, Symmetric
 from jaxq.recipes._two_level import DoubleQuant, TwoLevel
@@ -98,6 +99,7 @@ __all__ = [
     "Sigmas",
     "SignedScale",
     "StoredScales",
+    "SuperBlocks",
     "Symmetric",
     "TwoLevel",
     "get_calibrator",

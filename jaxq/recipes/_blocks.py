@@ -61,10 +61,11 @@ def in_chunks(function: Callable[[Blocks], Any], blocks: Blocks, length: int) ->
       length: the number of elements in a block.
     """
     count = blocks.x.shape[1]
-    if is_symbolic(count) or count <= _LANES:
+    if is_symbolic(count) or 0 < count <= _LANES:
         return function(blocks)
-    rows = min(_CHUNK // length // _LANES, -(-count // _LANES))
-    chunks = -(-count // (rows * _LANES))
+    # An empty tensor has one chunk of padding, because the searches need a block.
+    rows = max(1, min(_CHUNK // length // _LANES, -(-count // _LANES)))
+    chunks = max(1, -(-count // (rows * _LANES)))
 
     def cut(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * rows * _LANES - count)])

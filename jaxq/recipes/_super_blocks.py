@@ -67,6 +67,7 @@ class SuperBlockRule(NamedTuple):
       scale_format: the name of the format of the parts' scales and minima.
       length: the number of elements in a part.
       minimum: True if parts have a minimum.
+      fallback: the recipe that llama.cpp uses for rows that 256 does not divide.
       search: the search.
     """
 
@@ -74,6 +75,7 @@ class SuperBlockRule(NamedTuple):
     scale_format: str
     length: int
     minimum: bool
+    fallback: str
     search: Callable[[Blocks], Found]
 
 
@@ -191,9 +193,9 @@ def _q6_k(blocks: Blocks) -> Found:
 
 
 SUPER_BLOCK_RULES: dict[str, SuperBlockRule] = {
-    "q2_k": SuperBlockRule("uint2", "uint4", 16, True, _q2_k),
-    "q3_k": SuperBlockRule("int3", "int6", 16, False, _q3_k),
-    "q4_k": SuperBlockRule("uint4", "uint6", 32, True, _q4_k),
-    "q5_k": SuperBlockRule("uint5", "uint6", 32, True, _q5_k),
-    "q6_k": SuperBlockRule("int6", "int8", 16, False, _q6_k),
+    "q2_k": SuperBlockRule("uint2", "uint4", 16, True, "q4_0", _q2_k),
+    "q3_k": SuperBlockRule("int3", "int6", 16, False, "q4_0", _q3_k),
+    "q4_k": SuperBlockRule("uint4", "uint6", 32, True, "q5_0", _q4_k),
+    "q5_k": SuperBlockRule("uint5", "uint6", 32, True, "q5_1", _q5_k),
+    "q6_k": SuperBlockRule("int6", "int8", 16, False, "q8_0", _q6_k),
 }

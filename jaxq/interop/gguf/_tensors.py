@@ -20,7 +20,7 @@ from jaxq.interop.gguf._small_types import SMALL, of_recipe
 from jaxq.quantizers import Slices
 from jaxq.quantizers import fake_quant as fake_quant_by_recipe
 from jaxq.quantizers import quantize as quantize_by_recipe
-from jaxq.recipes import Blocks, in_chunks, product, sums
+from jaxq.recipes import SUPER_BLOCK_RULES, Blocks, in_chunks, product, sums
 
 __all__ = ["TYPES", "Packed", "dequantize", "fake_quant", "fallback", "quantize"]
 
@@ -291,10 +291,8 @@ def fake_quant(
 
 
 _SMALLER = {
-    **dict.fromkeys(("q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),
-    "q4_k": "q5_0",
-    "q5_k": "q5_1",
-    "q6_k": "q8_0",
+    **{name: rule.fallback for name, rule in SUPER_BLOCK_RULES.items()},
+    **dict.fromkeys(("tq1_0", "tq2_0"), "q4_0"),
     "iq4_xs": "iq4_nl",
 }
 

@@ -1,8 +1,9 @@
-"""Quantization to K-quants and to the types with a table of levels, as ggml does it.
+"""Quantization to K-quants (`_k_types.py`) and to types with a table of levels, as ggml does it.
 
 Each function takes blocks and returns the fields of the type's layout.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,13 +12,13 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax.arithmetic import rounded
-from jaxq.interop.gguf._blocks import as_bytes, split_bits
-from jaxq.interop.gguf._layouts import IQ4, Fields, two_scales_bytes
+from jaxq.interop.gguf._blocks import as_bytes
+from jaxq.interop.gguf._k_types import searched
+from jaxq.interop.gguf._layouts import IQ4, Fields
 from jaxq.recipes import (
     EPS,
     SUPER_BLOCK_RULES,
     Blocks,
-    Found,
     largest,
     levels,
     mean_square,
@@ -32,55 +33,6 @@ from jaxq.recipes import (
 )
 
 __all__ = ["SEARCHED"]
-
-
-# K-quants, whose scales the recipes with their names find in the same way.
-
-
-def _found(name: str, blocks: Blocks) -> Found:
-    return SUPER_BLOCK_RULES[name].search(blocks)
-
-
-def _with_minima(name: str, blocks: Blocks) -> dict[str, jax.Array]:
-    """Returns the fields of a type with minima, and its scales and minima as uint8."""
-    found = _found(name, blocks)
-    assert found.m is not None
-    assert found.minima is not None
-    scales, minima = (codes.astype(jnp.uint8) for codes in (found.scales, found.minima))
-    return {"d": found.d, "m": found.m, "scales": scales, "minima": minima, "q": found.codes}
-
-
-def _q2_k(blocks: Blocks) -> Fields:
-    fields = _with_minima("q2_k", blocks)
-    scales = fields["scales"] | fields.pop("minima") << np.uint8(4)
-    return {**fields, "scales": scales, "q": as_bytes(fields["q"])}
-
-
-def _q4_k(blocks: Blocks) -> Fields:
-    fields = _with_minima("q4_k", blocks)
-    scales = two_scales_bytes(fields["scales"], fields.pop("minima"))
-    return {**fields, "scales": scales, "q": as_bytes(fields["q"])}
-
-
-def _q5_k(blocks: Blocks) -> Fields:
-    fields = _with_minima("q5_k", blocks)
-    scales = two_scales_bytes(fields["scales"], fields.pop("minima"))
-    return {**fields, "scales": scales, **split_bits(fields["q"])}
-
-
-def _q3_k(blocks: Blocks) -> Fields:
-    found = _found("q3_k", blocks)
-    q, codes = as_bytes(found.codes + 4), (found.scales + 32).astype(jnp.uint8)
-    high, low, four = q >> np.uint8(2), q & np.uint8(3), np.uint8(4)
-    return {"high": high, "q": low, "low": codes & np.uint8(15), "top": codes >> four, "d": found.d}
-
-
-def _q6_k(blocks: Blocks) -> Fields:
-    found = _found("q6_k", blocks)
-    return {**split_bits(found.codes + 32), "scales": found.scales.astype(jnp.int8), "d": found.d}
-
-
-# Types with a table of levels.
 
 
 def _iq4_scales(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -145,11 +97,7 @@ def _iq4_xs(blocks: Blocks) -> Fields:
 
 
 SEARCHED: dict[str, Callable[[Blocks], Fields]] = {
-    "q2_k": _q2_k,
-    "q3_k": _q3_k,
-    "q4_k": _q4_k,
-    "q5_k": _q5_k,
-    "q6_k": _q6_k,
+    **{name: functools.partial(searched, name) for name in SUPER_BLOCK_RULES},
     "iq4_nl": _iq4_nl,
     "iq4_xs": _iq4_xs,
 }

@@ -22,7 +22,7 @@ from jaxq._jax.opaque import opaque
 from jaxq.formats import Format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
 from jaxq.numerics import BinaryGrid, pack, widen
-from jaxq.quantizers._arguments import Given, checked, given_scales
+from jaxq.quantizers._arguments import Given, Importance, checked, given_scales, importance_of
 from jaxq.quantizers._parts import Parts, parts_of, whole
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, encoded
 from jaxq.quantizers._sharding import quantized_sharding
@@ -39,6 +39,7 @@ def fake_quant(
     *,
     scale: jax.typing.ArrayLike | None = None,
     zero_point: jax.typing.ArrayLike | None = None,
+    importance: jax.typing.ArrayLike | None = None,
     axis: int | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -56,6 +57,10 @@ def fake_quant(
         that they can be learned; `jax.lax.stop_gradient` makes them constants.
       zero_point: zero points to use with `scale`, required if the recipe has zero points. Integer
         zero points are rounded to the integers of the format.
+      importance: the weights of squared errors in the search for the scales of a recipe with
+        `SuperBlocks`, as in an importance matrix of llama.cpp: the mean squares of the inputs that
+        meet the weights, float32 `[n]` along the axis of the blocks, or an array that broadcasts to
+        `x`. Not differentiable. An error for other recipes. Default: None.
       axis: the axis of `x` that products contract, as in `jaxq.quantize_tree`: -2 for a kernel
         `[inputs, outputs]`, -1 for a weight `[outputs, inputs]`; the granularity is read relative
         to it. None (the default) reads it on the axes of `x` as it stands: blocks and the vectors
@@ -88,7 +93,7 @@ def fake_quant(
              [1., 1.]], dtype=float32)
     """
     array, recipe = checked("fake_quant", x, recipe, axis, grids=True)
-    given = given_scales("fake_quant", array.shape, recipe, scale, zero_point)
+    given = _given("fake_quant", array.shape, recipe, _Arguments(scale, zero_point, importance))
     return _fake_quant(array, given, key, *parts_of(recipe))
 
 
@@ -139,6 +144,7 @@ def quantize(
     *,
     scale: jax.typing.ArrayLike | None = None,
     zero_point: jax.typing.ArrayLike | None = None,
+    importance: jax.typing.ArrayLike | None = None,
     axis: int | None = None,
     key: jax.Array | None = None,
 ) -> Quantized:
@@ -149,6 +155,7 @@ def quantize(
       recipe: as in `fake_quant`.
       scale: as in `fake_quant`.
       zero_point: as in `fake_quant`.
+      importance: as in `fake_quant`.
       axis: as in `fake_quant`.
       key: as in `fake_quant`.
 
@@ -172,15 +179,33 @@ def quantize(
             f"must have a known length, got the symbolic shape {array.shape}. Export it with a "
             "fixed length, or move another axis to the end."
         )
-    given = given_scales("quantize", array.shape, recipe, scale, zero_point)
+    given = _given("quantize", array.shape, recipe, _Arguments(scale, zero_point, importance))
     return _quantize(lax.stop_gradient(array), lax.stop_gradient(given), key, recipe)
+
+
+class _Arguments(NamedTuple):
+    """The arguments `scale`, `zero_point` and `importance`."""
+
+    scale: jax.typing.ArrayLike | None
+    zero_point: jax.typing.ArrayLike | None
+    importance: jax.typing.ArrayLike | None
+
+
+def _given(
+    name: str, shape: tuple[int, ...], recipe: Recipe, arguments: _Arguments
+) -> Given | Importance | None:
+    """Checks and returns given scales or a given importance."""
+    given = given_scales(name, shape, recipe, arguments.scale, arguments.zero_point)
+    if arguments.importance is None:
+        return given
+    return lax.stop_gradient(importance_of(name, shape, recipe, arguments.importance))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 @automatic(as_first)
 def _fake_quant(
     x: jax.Array,
-    given: Given | None,
+    given: Given | Importance | None,
     key: jax.Array | None,
     grid: BinaryGrid | None,
     recipe: Recipe,
@@ -208,7 +233,11 @@ class _Snapped(NamedTuple):
 
 
 def _snapped(
-    x: jax.Array, given: Given | None, key: jax.Array | None, parts: Parts, around: bool
+    x: jax.Array,
+    given: Given | Importance | None,
+    key: jax.Array | None,
+    parts: Parts,
+    around: bool,
 ) -> _Snapped:
     """Returns a split tensor with its quantized values, and with its neighbors if `around` is True.
 
@@ -220,7 +249,7 @@ def _snapped(
     values: Values = opaque(function, *constants, key)
     y, low, high, below, above = values[:5]
     scales = None
-    if given is not None:
+    if isinstance(given, Given):
         scales = _given_scales(given, values, whole(*parts), cut)
         if below is not None and above is not None:
             below, above = scales.moved(below), scales.moved(above)
@@ -260,7 +289,7 @@ def _of_parts(mesh: Any, result: Quantized, x: jax.Array, *others: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="recipe")
 @automatic(_of_parts)
 def _quantize(
-    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe
+    x: jax.Array, given: Given | Importance | None, key: jax.Array | None, recipe: Recipe
 ) -> Quantized:
     cut, fmt, outliers = recipe.cut(x.shape), recipe.element, ()
     if recipe.outliers is not None:

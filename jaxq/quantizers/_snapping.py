@@ -31,11 +31,17 @@ _AT_ONCE = 4
 _WHOLE = BinaryGrid(24, 24, 24, 2.0**24, 2.0**24, inf=False, nan=False, negative_zero=False)
 
 
-def measured(x: jax.Array, key: jax.Array | None, recipe: Recipe, cut: Cut) -> Scales:
+def measured(
+    x: jax.Array,
+    key: jax.Array | None,
+    recipe: Recipe,
+    cut: Cut,
+    importance: jax.Array | None = None,
+) -> Scales:
     """Returns the scales computed from a split float32 tensor itself."""
     scaling, fmt = recipe.scaling, recipe.element
     if scaling.searches_elements:
-        return scaling.of_elements(x, cut, fmt)
+        return scaling.of_elements(x, cut, fmt, importance)
     ends = scaling.calibrator.finalize(recipe.measure(x, cut), fmt, scaling.two_sided)
     factor = _searched(x, ends, key, recipe, cut) if scaling.search else None
     return scaling.scales(ends, fmt, factor)

@@ -221,13 +221,17 @@ class Scaling:
         """Returns the minima that are added to the scaled grid values; None without minima."""
         return stored.minimum
 
-    def of_elements(self, x: jax.Array, cut: Cut, fmt: Format) -> Scales:
+    def of_elements(
+        self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
+    ) -> Scales:
         """Returns the scales of a split float32 tensor, if `searches_elements` is True.
 
         Args:
           x: the tensor in the layout of `Cut.split`.
           cut: its division into blocks.
           fmt: the format of the grid values.
+          importance: the weights of the elements' squared errors, in the layout of `Cut.split`;
+            None for those of the search itself.
         """
         raise NotImplementedError
 

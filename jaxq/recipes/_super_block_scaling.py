@@ -130,10 +130,13 @@ class SuperBlocks(Scaling):
         """Returns the minima that are added to the scaled grid values; None without minima."""
         return None if stored.minimum is None else -_times(stored.minimum, stored.second[1])
 
-    def of_elements(self, x: jax.Array, cut: Cut, fmt: Format) -> Scales:
+    def of_elements(
+        self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
+    ) -> Scales:
         """Returns the scales of a split tensor; see `Scaling.of_elements`."""
         places = _Places.of(cut)
-        found = in_chunks(self._found, Blocks(places.columns(x)), SUPER_BLOCK)
+        weights = None if importance is None else places.columns(importance)
+        found = in_chunks(self._found, Blocks(places.columns(x), weights), SUPER_BLOCK)
         scale = places.parts(found.scales).astype(jnp.float32)
         minimum = None if found.minima is None else places.parts(found.minima).astype(jnp.float32)
         second = tuple(places.factors(d) for d in (found.d, found.m) if d is not None)

@@ -64,12 +64,7 @@ FLOAT_FEATURES = ("inf", "nan", "signed", "zero", "subnormals", "parity")
 
 
 def recipe_features(recipe: jaxq.Recipe) -> set:
-    """Returns the kind of each field of a recipe; of one that searches, only the scaling's.
-
-    Searches take long to compile, and differ in little else: see test_super_blocks.py.
-    """
-    if recipe.scaling.searches_elements:
-        return {("scaling", type(recipe.scaling))}
+    """Returns the kind of each field of a recipe."""
     return {
         ("element", type(recipe.element)),
         ("granularity", type(recipe.granularity)),
@@ -89,8 +84,16 @@ def is_bounded(recipe: jaxq.Recipe) -> bool:
 
 @functools.cache
 def kinds() -> list[str]:
-    """Returns recipes that together have every kind of each field."""
-    return cover({name: recipe_features(recipe) for name, recipe in RECIPES.items()})
+    """Returns recipes without a search that together have every kind of each field."""
+    return cover({name: recipe_features(recipe) for name, recipe in unsearched().items()})
+
+
+def unsearched() -> dict[str, jaxq.Recipe]:
+    """Returns the recipes that do not search over elements, which takes long to compile.
+
+    `test_super_blocks.py` has fast tests of the others.
+    """
+    return {name: r for name, r in RECIPES.items() if not r.scaling.searches_elements}
 
 
 @functools.cache
@@ -100,8 +103,7 @@ def few() -> list[str]:
     return cover(
         {
             name: {feature for feature in recipe_features(recipe) if feature[0] in fields}
-            for name, recipe in RECIPES.items()
-            if not recipe.scaling.searches_elements
+            for name, recipe in unsearched().items()
         }
     )
 
@@ -118,12 +120,9 @@ def structures() -> list[str]:
             ("element and scales", type(recipe.element), recipe.scale_format),
             ("granularity and zero point", type(recipe.granularity), recipe.scaling.zero_point),
         }
-        for name, recipe in RECIPES.items()
-        if not recipe.scaling.searches_elements
+        for name, recipe in unsearched().items()
     }
-    initial = kinds()
-    pairs |= {name: pairs.get(name, set()) for name in initial}
-    return cover(pairs, initial=initial)
+    return [*cover(pairs, initial=kinds()), "q4_k", "q6_k"]
 
 
 @functools.cache

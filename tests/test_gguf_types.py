@@ -21,8 +21,8 @@ from tools.golden_gguf import tensors
 
 X, IMPORTANCE = tensors()
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "gguf.npz")
-# One type for each kind of search; the others are slow tests.
-FEW = ["nvfp4", "tq1_0", "q4_0", "q6_k"]
+# `test_super_blocks.py` has fast tests of the searches of K-quants.
+FEW = ["nvfp4", "tq1_0", "q4_0"]
 
 
 @functools.cache

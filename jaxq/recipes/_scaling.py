@@ -103,6 +103,7 @@ class Scaling:
         `scales` is not supported.
       run: the number of consecutive blocks whose scales share a second scale and whole bytes; 1 if
         each scale has bytes of its own.
+      is_local: True if the scales of a run of blocks depend on no element of another run.
       largest_scale: the largest finite scale that can be stored.
     """
 
@@ -177,6 +178,11 @@ class Scaling:
     def run(self) -> int:
         """The number of consecutive blocks whose scales are packed together."""
         return 1
+
+    @property
+    def is_local(self) -> bool:
+        """True if the scales of a run of blocks depend on no element of another run."""
+        return self.second_level is None or self.run > 1
 
     @property
     def largest_scale(self) -> float:

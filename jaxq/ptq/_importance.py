@@ -94,13 +94,12 @@ def _rescaled(q: Quantized, other: Quantized, own: jax.Array) -> Quantized:
     runs = q.second[0].shape[axis]
     own = lax.slice_in_dim(own, 0, own.shape[axis], own.shape[axis] // runs, axis)
 
-    def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+    def chosen(new: jax.Array | None, old: jax.Array) -> jax.Array:
         # A super-block has one or several numbers in each array, one after the other.
+        assert new is not None
         return jnp.where(jnp.repeat(own, old.shape[axis] // runs, axis), new, old)
 
-    zero_point = q.zero_point
-    if zero_point is not None:
-        zero_point = chosen(other.zero_point, zero_point)
+    zero_point = None if q.zero_point is None else chosen(other.zero_point, q.zero_point)
     second = tuple(map(chosen, other.second, q.second))
     return dataclasses.replace(
         q, scale=chosen(other.scale, q.scale), second=second, zero_point=zero_point

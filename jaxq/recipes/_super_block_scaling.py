@@ -55,7 +55,6 @@ class SuperBlocks(Scaling):
 
     second_level = "blocks"
     searches_elements: ClassVar[bool] = True
-    takes_scales = False
 
     def __post_init__(self) -> None:
         names, known = ", ".join(SUPER_BLOCK_RULES), self.rule in SUPER_BLOCK_RULES
@@ -158,7 +157,7 @@ class SuperBlocks(Scaling):
         )
 
     def _found(self, blocks: Blocks) -> Found:
-        """Returns the scales of super-blocks with codes as factors: NaN if an element is not finite."""
+        """Returns scales with float16 codes as factors, of NaN if an element is not finite."""
         finite = jnp.isfinite(blocks.x).all(axis=0)
         found = self._rule.search(blocks._replace(x=jnp.where(finite, blocks.x, np.float32(0))))
 
@@ -171,6 +170,7 @@ class SuperBlocks(Scaling):
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
         """Raises ValueError, because the scales depend on all elements."""
+        del ends, fmt, factor
         raise ValueError(
             f"The scales of {self.rule} are found by a search over the elements and cannot be "
             "computed from a range."
@@ -178,6 +178,7 @@ class SuperBlocks(Scaling):
 
     def nbytes(self, blocks: int, fmt: Format) -> int:
         """Returns the bytes that scales, minima and factors take for a number of blocks."""
+        del fmt
         own = blocks * self.scale_format.bits // 8 + 2 * (blocks // self.run)
         return own * (2 if self._rule.minimum else 1)
 

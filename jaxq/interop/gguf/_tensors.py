@@ -32,6 +32,7 @@ TYPES: Registry[Layout] = Registry(
 
 _QUANTIZERS = {**SMALL, **SEARCHED}
 
+
 @pytree(static=("type", "dtype"))
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:

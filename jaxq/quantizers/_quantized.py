@@ -51,11 +51,12 @@ class Quantized(QuantizedArrays):
       codes: the codes of the elements, packed along the last axis by
         `jaxq.numerics.pack`; uint8, or uint16 for 16-bit formats.
       scale: the stored scales, one per block, in the shape of the blocks: float32, or codes of the
-        recipe's `scale_format` if that is another format. `scales` has their values.
+        recipe's `scale_format` if that is another format. With `SuperBlocks`, codes of less than 8
+        bits are packed along the axis of the blocks. `scales` has their values.
       second: the arrays of the scaling's second level, from which it restores the scales; () if it
         has none.
       zero_point: the zero points, one per block: integers, or minima stored as the scales are; None
-        for a symmetric recipe.
+        for a symmetric recipe. `minima` has the values of minima.
       outliers: the codes of the outliers and their positions in the flattened tensor; () if the
         recipe has none.
       recipe: the recipe.

@@ -110,7 +110,8 @@ def test_importance_of_calibration_data_reaches_the_search():
     packed, report = ptq.quantize_weights(model, "q6_k", solver=solver)(X.T, [x])
     statistics = ptq.collect(x)
     want = jaxq.quantize(X, "q6_k", importance=statistics.square / 32)
-    assert_same(packed.dequantize().T, want.dequantize())
+    # Zeros of blocks with scale 0 may have another sign.
+    np.testing.assert_array_equal(packed.dequantize().T, want.dequantize())
     assert report.rows[0].loss < report.rows[0].rtn
 
 
@@ -126,7 +127,7 @@ def test_parts_of_a_fused_leaf_have_their_own_importance():
     square = ptq.collect(x).square / 32
     first = jaxq.quantize(X[:6], "q4_k", importance=square).dequantize()
     second = jaxq.quantize(X[6:], "q4_k", importance=4 * square).dequantize()
-    assert_same(packed.dequantize().T, np.concatenate([first, second]))
+    np.testing.assert_array_equal(packed.dequantize().T, np.concatenate([first, second]))
 
 
 @pytest.mark.slow

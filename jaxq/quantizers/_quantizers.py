@@ -72,10 +72,11 @@ def fake_quant(
       An array of x's shape and dtype. A block (the elements that share a scale) that holds a NaN or
       an infinity becomes all NaN and does not affect other blocks (with `DoubleQuant` and
       `SuperBlocks`, all blocks that share its second scale become NaN). An all-zero block stays
-      zero, and an empty tensor stays empty. Finite input never gives an infinity or a NaN, unless a scale is infinite:
-      results beyond the dtype become its largest value. With given scales, infinities saturate like
-      large finite values, and any NaN is converted as a positive one is by `jaxq.cast`. On CPU,
-      float32 subnormals (below 2^-126) count as zero, in the input and in the result.
+      zero, and an empty tensor stays empty. Finite input never gives an infinity or a NaN, unless a
+      scale is infinite: results beyond the dtype become its largest value. With given scales,
+      infinities saturate like large finite values, and any NaN is converted as a positive one is by
+      `jaxq.cast`. On CPU, float32 subnormals (below 2^-126) count as zero, in the input and in the
+      result.
 
     Raises:
       TypeError: x has another dtype.

@@ -1,4 +1,4 @@
-"""Recipes of GGUF's K-quants: bytes against libgguf, values against gguf, storage, importance."""
+"""Recipes of GGUF that search for their scales: bytes against libgguf, values against gguf."""
 
 import functools
 import pathlib
@@ -24,6 +24,7 @@ X, IMPORTANCE = tensors()
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "gguf.npz")
 PACK, UNPACK = jax.jit(gguf.pack), jax.jit(gguf.unpack, static_argnums=1)
 BITS = {"q2_k": 2.625, "q3_k": 3.4375, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}
+BITS |= {"iq4_nl": 4.5, "iq4_xs": 4.25}
 # One rule with minima and one without, one of them with an importance matrix.
 FEW = ["q4_k", "q6_k importance"]
 CASES = [f"{name}{suffix}" for name in BITS for suffix in ("", " importance")]
@@ -44,7 +45,7 @@ def test_bytes_and_values_equal_libgguf(case: str):
     assert_same(q.dequantize(), want)
 
 
-@pytest.mark.parametrize("name", data.each(BITS, ["q3_k", "q5_k"]))
+@pytest.mark.parametrize("name", data.each(BITS, ["q3_k", "q5_k", "iq4_xs"]))
 def test_bytes_are_unpacked_and_packed_without_loss(name: str):
     for case in (name, f"{name} importance"):
         content = GOLDEN[case].reshape(6, -1)  # Two super-blocks in a row.

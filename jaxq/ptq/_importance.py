@@ -91,8 +91,9 @@ def _as_leaf(x: jax.Array, q: Quantized) -> jax.Array:
 def _rescaled(q: Quantized, other: Quantized, own: jax.Array) -> Quantized:
     """Returns a leaf with the scales of another in the blocks whose elements are `own`."""
     axis = _axis(q)
-    runs = q.second[0].shape[axis]
-    own = lax.slice_in_dim(own, 0, own.shape[axis], own.shape[axis] // runs, axis)
+    size = q.cut.block[axis] * q.recipe.scaling.run
+    runs = q.shape[axis] // size
+    own = lax.slice_in_dim(own, 0, own.shape[axis], size, axis)
 
     def chosen(new: jax.Array | None, old: jax.Array) -> jax.Array:
         # A super-block has one or several numbers in each array, one after the other.

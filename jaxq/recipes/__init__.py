@@ -21,9 +21,9 @@ from jaxq.recipes._arithmetic import (
 from jaxq.recipes._blocks import (
     IMPORTANT,
     Blocks,
+    Found,
     divided,
     in_chunks,
-    mean_square,
     over,
     sub_blocks,
     weighted,
@@ -50,19 +50,9 @@ from jaxq.recipes._recipe import Recipe, records
 from jaxq.recipes._scale_rules import MX_RULES, SCALE_RULES, ScaleRule
 from jaxq.recipes._scaling import Scales, Scaling, StoredScales, limits
 from jaxq.recipes._scalings import SCALINGS
-from jaxq.recipes._searches import (
-    EPS,
-    affine,
-    largest,
-    levels,
-    nearest,
-    product,
-    quotient,
-    sums,
-    symmetric,
-)
+from jaxq.recipes._searches import affine, largest, product, sums, symmetric
 from jaxq.recipes._super_block_scaling import SuperBlocks
-from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES, Found
+from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES
 from jaxq.recipes._symmetric import MX, SignedScale, Symmetric
 from jaxq.recipes._two_level import DoubleQuant, TwoLevel
 

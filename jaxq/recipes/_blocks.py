@@ -16,6 +16,7 @@ from jaxq.recipes._searches import Steps, product, quotient, sums
 __all__ = [
     "IMPORTANT",
     "Blocks",
+    "Found",
     "as_half",
     "divided",
     "in_chunks",
@@ -50,6 +51,25 @@ class Blocks(NamedTuple):
     x: jax.Array
     weights: jax.Array | None = None
     row: jax.Array | None = None
+
+
+class Found(NamedTuple):
+    """The result of a search, one row per super-block.
+
+    Attributes:
+      d: the factor of the scales, `[blocks]`, float32 before it is rounded to float16.
+      scales: the quantized scales of the parts, int32 `[blocks, parts]`; None if the block is one
+        part, whose scale is d.
+      codes: the grid values of the elements, int32 `[blocks, elements]`, or indices of levels.
+      m: the factor of the minima; None in a rule without them.
+      minima: the quantized minima of the parts, which are subtracted; None without them.
+    """
+
+    d: jax.Array
+    scales: jax.Array | None
+    codes: jax.Array
+    m: jax.Array | None = None
+    minima: jax.Array | None = None
 
 
 def in_chunks(function: Callable[[Blocks], Any], blocks: Blocks, length: int) -> Any:

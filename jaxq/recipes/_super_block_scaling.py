@@ -12,12 +12,12 @@ from jax import numpy as jnp
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import is_symbolic
 from jaxq._jax.arithmetic import materialize
-from jaxq.formats import Format, get_format
+from jaxq.formats import CodebookFormat, Format, get_format
 from jaxq.numerics import decode, encode
-from jaxq.recipes._blocks import Blocks, in_chunks
+from jaxq.recipes._blocks import Blocks, Found, in_chunks
 from jaxq.recipes._ranges import Range
 from jaxq.recipes._scaling import Scales, Scaling, StoredScales
-from jaxq.recipes._super_blocks import SUPER_BLOCK, SUPER_BLOCK_RULES, Found, SuperBlockRule
+from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES, SuperBlockRule
 
 __all__ = ["SuperBlocks"]
 
@@ -26,17 +26,18 @@ _FLOAT16 = get_format("float16")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SuperBlocks(Scaling):
-    """Scales, and minima in some rules, that are searched and quantized, as in GGUF's K-quants.
+    """Scales that a search over the elements finds, as in GGUF's K-quants, IQ4_NL and IQ4_XS.
 
     A super-block of 256 elements has a float16 factor d, and each of its blocks of 16 or 32
     elements has a quantized scale s: y = d s q. In rules with minima, y = d s q - d' m, with a
-    second factor d' and a quantized minimum m. As in ggml, d and s minimize a weighted error over
+    second factor d' and a quantized minimum m. (`"iq4_nl"` has one float16 scale per block of 32.)
+    As in ggml, d and s minimize a weighted error over
     the elements, and the bits are the same. The codes are those of the search with the rounding
     mode `"nearest_even"`; another mode rounds the elements by the stored scales.
 
     Attributes:
-      rule: the name of the block type, one of `"q2_k"`, `"q3_k"`, `"q4_k"`, `"q5_k"` and `"q6_k"`.
-        It fixes the element format and the block length.
+      rule: the name of the block type, one of `"q2_k"`, `"q3_k"`, `"q4_k"`, `"q5_k"`, `"q6_k"`,
+        `"iq4_nl"` and `"iq4_xs"`. It fixes the element format and the block length.
 
     Raises:
       ValueError: the rule is unknown.
@@ -53,7 +54,6 @@ class SuperBlocks(Scaling):
 
     rule: str
 
-    second_level = "blocks"
     searches_elements: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -76,14 +76,24 @@ class SuperBlocks(Scaling):
         return "minimum" if self._rule.minimum else None
 
     @property
+    def second_level(self) -> str | None:
+        """`"blocks"` if super-blocks have several blocks, else None."""
+        return "blocks" if self.run > 1 else None
+
+    @property
+    def takes_scales(self) -> bool:
+        """False, because scales are found together with codes."""
+        return False
+
+    @property
     def run(self) -> int:
         """The number of blocks in a super-block."""
-        return SUPER_BLOCK // self._rule.length
+        return self._rule.size // self._rule.length
 
     @property
     def largest_scale(self) -> float:
         """The largest finite scale."""
-        return _FLOAT16.max * self.scale_format.max
+        return _FLOAT16.max * (self.scale_format.max if self.run > 1 else 1)
 
     def check_scale_format(self, scale_format: Format) -> None:
         """Accepts the format of the rule."""
@@ -106,10 +116,13 @@ class SuperBlocks(Scaling):
                 f"{self.rule} needs blocks along one axis of known length, got blocks of "
                 f"{cut.block} for shape {cut.shape}. Use PerBlock({rule.length})."
             )
-        if cut.shape[axis] % SUPER_BLOCK:
+        if cut.shape[axis] % rule.size:
+            other = "Choose another recipe."
+            if rule.fallback is not None:
+                other = f"Use {rule.fallback!r}, as llama.cpp does, if 32 divides it."
             raise ValueError(
-                f"{self.rule} needs an axis of blocks that {SUPER_BLOCK} divides, got axis {axis} "
-                f"of shape {cut.shape}. Use {rule.fallback!r}, as llama.cpp does, if 32 divides it."
+                f"{self.rule} needs an axis of blocks that {rule.size} divides, got axis {axis} "
+                f"of shape {cut.shape}. {other}"
             )
         if lengths != [rule.length]:
             raise ValueError(
@@ -123,7 +136,7 @@ class SuperBlocks(Scaling):
 
     def restore(self, stored: StoredScales) -> jax.Array:
         """Returns the scales by which grid values are multiplied."""
-        return _times(stored.scale, stored.second[0])
+        return _times(stored.scale, stored.second[0]) if stored.second else stored.scale
 
     def restore_minimum(self, stored: StoredScales) -> jax.Array | None:
         """Returns the minima that are added to the scaled grid values; None without minima."""
@@ -133,13 +146,20 @@ class SuperBlocks(Scaling):
         self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
     ) -> Scales:
         """Returns the scales of a split tensor; see `Scaling.of_elements`."""
-        places = _Places.of(cut)
+        places = _Places.of(cut, self._rule.size)
         weights = None if importance is None else places.columns(importance)
-        found = in_chunks(self._found, Blocks(places.columns(x), weights), SUPER_BLOCK)
-        scale = places.parts(found.scales).astype(jnp.float32)
-        minimum = None if found.minima is None else places.parts(found.minima).astype(jnp.float32)
-        second = tuple(places.factors(d) for d in (found.d, found.m) if d is not None)
-        stored = StoredScales(scale, second, minimum)
+        found = in_chunks(self._found, Blocks(places.columns(x), weights), places.size)
+        if found.scales is None:
+            stored = StoredScales(decode(places.parts(found.d[:, None]), _FLOAT16))
+        else:
+            codes = [None if c is None else places.parts(c) for c in (found.scales, found.minima)]
+            scale, minimum = (None if c is None else c.astype(jnp.float32) for c in codes)
+            assert scale is not None
+            second = tuple(places.factors(d) for d in (found.d, found.m) if d is not None)
+            stored = StoredScales(scale, second, minimum)
+        numbers = found.codes.astype(jnp.float32)
+        if isinstance(fmt, CodebookFormat):
+            numbers = jnp.asarray(fmt.levels, jnp.float32)[found.codes]
         step, minimum = self.restore(stored), self.restore_minimum(stored)
         ends = [step * np.float32(end) for end in (fmt.min, fmt.max)]
         low, high = lax.min(*ends), lax.max(*ends)  # A scale may be negative.
@@ -153,7 +173,7 @@ class SuperBlocks(Scaling):
             high=high,
             minimum=minimum,
             origin=minimum,
-            numbers=places.elements(found.codes, x.shape).astype(jnp.float32),
+            numbers=places.elements(numbers, x.shape),
         )
 
     def _found(self, blocks: Blocks) -> Found:
@@ -179,7 +199,9 @@ class SuperBlocks(Scaling):
     def nbytes(self, blocks: int, fmt: Format) -> int:
         """Returns the bytes that scales, minima and factors take for a number of blocks."""
         del fmt
-        own = blocks * self.scale_format.bits // 8 + 2 * (blocks // self.run)
+        own = blocks * self.scale_format.bits // 8
+        if self.run > 1:
+            own += 2 * (blocks // self.run)
         return own * (2 if self._rule.minimum else 1)
 
 
@@ -193,6 +215,7 @@ class _Places:
       before: the product of the lengths of the axes before it.
       runs: the number of super-blocks along it.
       after: the product of the lengths of the axes after it.
+      size: the number of elements in a super-block.
     """
 
     counts: tuple[int, ...]
@@ -200,18 +223,19 @@ class _Places:
     before: int
     runs: int
     after: int
+    size: int
 
     @staticmethod
-    def of(cut: Cut) -> "_Places":
+    def of(cut: Cut, size: int) -> "_Places":
         axis = _axis(cut.block)
         before, after = math.prod(cut.shape[:axis]), math.prod(cut.shape[axis + 1 :])
-        return _Places(cut.counts, axis, before, cut.shape[axis] // SUPER_BLOCK, after)
+        return _Places(cut.counts, axis, before, cut.shape[axis] // size, after, size)
 
     def columns(self, x: jax.Array) -> jax.Array:
-        """Returns the elements of a split tensor as `[256, super-blocks]`."""
-        x = x.reshape(self.before, self.runs, SUPER_BLOCK, self.after)
+        """Returns the elements of a split tensor as `[elements, super-blocks]`."""
+        x = x.reshape(self.before, self.runs, self.size, self.after)
         count = self.before * self.runs * self.after
-        return x.transpose(2, 0, 1, 3).reshape(SUPER_BLOCK, count)
+        return x.transpose(2, 0, 1, 3).reshape(self.size, count)
 
     def elements(self, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Returns `[super-blocks, n]` with the n numbers along the axis of the blocks."""

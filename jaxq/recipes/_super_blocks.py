@@ -1,6 +1,6 @@
-"""ggml's searches for the scales of super-blocks: 256 elements whose parts have quantized scales.
+"""Rules for the scales of super-blocks, and ggml's searches for those of K-quants.
 
-Each search takes blocks `[256, blocks]` and returns the scales of both levels and the codes.
+Each search takes blocks `[elements, blocks]` and returns the scales of both levels and the codes.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from jaxq._jax.arithmetic import barrier
 from jaxq.recipes._blocks import (
     IMPORTANT,
     Blocks,
+    Found,
     as_half,
     divided,
     mean_square,
@@ -35,28 +36,11 @@ from jaxq.recipes._searches import (
     sums,
     symmetric,
 )
+from jaxq.recipes._table_searches import iq4_nl, iq4_xs
 
-__all__ = ["SUPER_BLOCK", "SUPER_BLOCK_RULES", "Found", "SuperBlockRule"]
+__all__ = ["SUPER_BLOCK_RULES", "SuperBlockRule"]
 
-SUPER_BLOCK = 256  # The number of elements in a super-block.
-
-
-class Found(NamedTuple):
-    """The result of a search, one row per super-block.
-
-    Attributes:
-      d: the factor of the scales, `[blocks]`, float32 before it is rounded to float16.
-      scales: the quantized scales of the parts, int32 `[blocks, parts]`.
-      codes: the grid values of the elements, int32 `[blocks, 256]`.
-      m: the factor of the minima; None in a rule without them.
-      minima: the quantized minima of the parts, which are subtracted; None without them.
-    """
-
-    d: jax.Array
-    scales: jax.Array
-    codes: jax.Array
-    m: jax.Array | None = None
-    minima: jax.Array | None = None
+_SIZE = 256  # The number of elements in a super-block of a K-quant.
 
 
 class SuperBlockRule(NamedTuple):
@@ -64,19 +48,22 @@ class SuperBlockRule(NamedTuple):
 
     Attributes:
       element: the name of the format of the elements.
-      scale_format: the name of the format of the parts' scales and minima.
+      scale_format: the name of the format of the parts' scales and minima; float16 if a super-block
+        is one part.
       length: the number of elements in a part.
-      minimum: True if parts have a minimum.
-      fallback: the recipe that llama.cpp uses for rows that 256 does not divide.
+      fallback: the recipe that llama.cpp uses for rows that a super-block does not divide.
       search: the search.
+      minimum: True if parts have a minimum.
+      size: the number of elements in a super-block.
     """
 
     element: str
     scale_format: str
     length: int
-    minimum: bool
-    fallback: str
+    fallback: str | None
     search: Callable[[Blocks], Found]
+    minimum: bool = False
+    size: int = _SIZE
 
 
 class _Kind(NamedTuple):
@@ -118,7 +105,7 @@ def _with_minima(kind: _Kind, blocks: Blocks) -> Found:
         d, m = (divided(most, kind.scales) for most in top)
     else:
         square = mean_square(blocks.x, kind.factor)
-        each = jnp.tile(square, SUPER_BLOCK // kind.length)
+        each = jnp.tile(square, _SIZE // kind.length)
         w = weighted(sub_blocks(blocks.weights, kind.length), x, each)
         found = affine(x, kind.limit, w, IMPORTANT)
         total = _parts_of(sums(lambda v: (v,), w)[0], count)
@@ -193,9 +180,11 @@ def _q6_k(blocks: Blocks) -> Found:
 
 
 SUPER_BLOCK_RULES: dict[str, SuperBlockRule] = {
-    "q2_k": SuperBlockRule("uint2", "uint4", 16, True, "q4_0", _q2_k),
-    "q3_k": SuperBlockRule("int3", "int6", 16, False, "q4_0", _q3_k),
-    "q4_k": SuperBlockRule("uint4", "uint6", 32, True, "q5_0", _q4_k),
-    "q5_k": SuperBlockRule("uint5", "uint6", 32, True, "q5_1", _q5_k),
-    "q6_k": SuperBlockRule("int6", "int8", 16, False, "q8_0", _q6_k),
+    "q2_k": SuperBlockRule("uint2", "uint4", 16, "q4_0", _q2_k, minimum=True),
+    "q3_k": SuperBlockRule("int3", "int6", 16, "q4_0", _q3_k),
+    "q4_k": SuperBlockRule("uint4", "uint6", 32, "q5_0", _q4_k, minimum=True),
+    "q5_k": SuperBlockRule("uint5", "uint6", 32, "q5_1", _q5_k, minimum=True),
+    "q6_k": SuperBlockRule("int6", "int8", 16, "q8_0", _q6_k),
+    "iq4_nl": SuperBlockRule("iq4", "float16", 32, None, iq4_nl, size=32),
+    "iq4_xs": SuperBlockRule("iq4", "int6", 32, "iq4_nl", iq4_xs),
 }

@@ -16,14 +16,14 @@ from jax import numpy as jnp
 from jaxq._jax.arithmetic import materialize
 from jaxq.interop.gguf._bits import gather, halves, join_halves, spread
 
-__all__ = ["E2M1", "IQ4", "LAYOUTS", "Fields", "Layout", "e8m0_half", "two_scales"]
+__all__ = ["E2M1", "LAYOUTS", "Fields", "Layout", "e8m0_half", "two_scales"]
 __all__ += ["two_scales_bytes", "ue4m3_half"]
 
 Fields = Mapping[str, jax.Array]
 Reader = Callable[[jax.Array], jax.Array]
 Writer = Callable[[jax.Array], jax.Array]
 
-IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # Doubled.
 
 
@@ -174,12 +174,12 @@ def _table(levels: np.ndarray, codes: jax.Array) -> jax.Array:
 
 
 def _iq4_nl(f: Fields) -> jax.Array:
-    return f["d"][:, None] * _table(IQ4, f["q"])
+    return f["d"][:, None] * _table(_IQ4, f["q"])
 
 
 def _iq4_xs(f: Fields) -> jax.Array:
     s = f["low"] | f["top"] << np.uint8(4)
-    return _scaled(f["d"][:, None] * _float(s, 32), _table(IQ4, f["q"]))
+    return _scaled(f["d"][:, None] * _float(s, 32), _table(_IQ4, f["q"]))
 
 
 def e8m0_half(e: jax.Array) -> jax.Array:

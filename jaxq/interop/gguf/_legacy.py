@@ -27,7 +27,7 @@ def pack(q: Quantized) -> jax.Array:
 
     Args:
       q: a tensor `[..., n]` quantized by `jaxq.quantize` with a recipe that has the name of a block
-        type: `q8_0`, `q4_0`, `q4_1`, `q5_0`, `q5_1`, or `q2_k` to `q6_k`.
+        type: `q8_0`, `q4_0`, `q4_1`, `q5_0`, `q5_1`, `q2_k` to `q6_k`, `iq4_nl` or `iq4_xs`.
 
     Returns:
       uint8 `[..., n / block · bytes per block]`.

@@ -1,9 +1,9 @@
-"""Quantized tensors of the recipes `q2_k` to `q6_k` as bytes of GGUF."""
+"""Quantized tensors of recipes with the scaling `SuperBlocks` as bytes of GGUF."""
 
 import jax
 from jax import numpy as jnp
 
-from jaxq.formats import Format
+from jaxq.formats import CodebookFormat, Format
 from jaxq.interop.gguf._bits import bytes_of, halves_of
 from jaxq.interop.gguf._k_types import Integers, fields_of, integers_of
 from jaxq.interop.gguf._layouts import LAYOUTS
@@ -29,11 +29,14 @@ def pack_super_blocks(q: Quantized, name: str) -> jax.Array:
             codes = unpack_bits(codes, fmt.bits, codes.shape[-1] * 8 // fmt.bits)
         return decode(codes, fmt).astype(jnp.int32).reshape(-1, recipe.scaling.run)
 
-    codes = decode(q.unpack(), recipe.element).astype(jnp.int32).reshape(-1, layout.block)
+    codes = q.unpack()
+    if not isinstance(recipe.element, CodebookFormat):
+        codes = decode(codes, recipe.element).astype(jnp.int32)
+    scales = integers(q.scale) if q.second else None
     minima = None if q.zero_point is None else integers(q.zero_point)
-    fields = fields_of(name, Integers(integers(q.scale), codes, minima))
+    fields = fields_of(name, Integers(scales, codes.reshape(-1, layout.block), minima))
     columns = {name: layout.parts[name].write(field) for name, field in fields.items()}
-    factors = [bytes_of(codes.reshape(-1)) for codes in q.second]
+    factors = [bytes_of(codes.reshape(-1)) for codes in q.second or (q.scale,)]
     data = layout.join({**columns, **dict(zip(_FACTORS, factors, strict=False))})
     return data.reshape(*q.shape[:-1], q.shape[-1] // layout.block * layout.size)
 
@@ -52,15 +55,18 @@ def unpack_super_blocks(
     def encoded(values: jax.Array, fmt: Format) -> jax.Array:
         """Returns integers of super-blocks as stored codes."""
         shape = (*leading, runs * values.shape[1])
-        codes = encode(values.astype(jnp.float32), fmt).reshape(shape)
+        codes = values
+        if not isinstance(fmt, CodebookFormat):
+            codes = encode(values.astype(jnp.float32), fmt)
+        codes = codes.reshape(shape)
         return codes if fmt.bits in WHOLE_BYTES else pack_bits(codes, fmt.bits)
 
     length, fmt, minima = runs * layout.block, recipe.scale_format, integers.minima
     last = SUPER_BLOCK_RULES[name].length if length else 1
     return Quantized(
         codes=encoded(integers.codes, recipe.element),
-        scale=encoded(integers.scales, fmt),
-        second=factors,
+        scale=factors[0] if integers.scales is None else encoded(integers.scales, fmt),
+        second=() if integers.scales is None else factors,
         zero_point=None if minima is None else encoded(minima, fmt),
         outliers=(),
         recipe=recipe,

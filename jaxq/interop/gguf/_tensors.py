@@ -13,9 +13,9 @@ from jaxq._base.registry import Registry
 from jaxq._jax.arithmetic import divide
 from jaxq._jax.serialization import pytree
 from jaxq.gradients import passed
+from jaxq.interop.gguf._k_types import SEARCHED
 from jaxq.interop.gguf._layouts import LAYOUTS, Layout
 from jaxq.interop.gguf._legacy import PACKED_RECIPES, pack
-from jaxq.interop.gguf._searched_types import SEARCHED
 from jaxq.interop.gguf._small_types import SMALL, of_recipe
 from jaxq.quantizers import Slices
 from jaxq.quantizers import fake_quant as fake_quant_by_recipe
@@ -294,7 +294,6 @@ def fake_quant(
 _SMALLER = {
     **{name: rule.fallback for name, rule in SUPER_BLOCK_RULES.items()},
     **dict.fromkeys(("tq1_0", "tq2_0"), "q4_0"),
-    "iq4_xs": "iq4_nl",
 }
 
 

@@ -25,8 +25,6 @@ GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "gguf.npz")
 PACK, UNPACK = jax.jit(gguf.pack), jax.jit(gguf.unpack, static_argnums=1)
 BITS = {"q2_k": 2.625, "q3_k": 3.4375, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625}
 BITS |= {"iq4_nl": 4.5, "iq4_xs": 4.25}
-# One rule with minima and one without, one of them with an importance matrix.
-FEW = ["q4_k", "q6_k importance"]
 CASES = [f"{name}{suffix}" for name in BITS for suffix in ("", " importance")]
 
 
@@ -35,7 +33,7 @@ def quantized(case: str, x: np.ndarray = X, axis: int = -1) -> jaxq.Quantized:
     return jaxq.quantize(x, name, importance=IMPORTANCE if important else None, axis=axis)
 
 
-@pytest.mark.parametrize("case", data.each(CASES, FEW))
+@pytest.mark.parametrize("case", data.each(CASES, ["q4_k"]))
 def test_bytes_and_values_equal_libgguf(case: str):
     name, q = case.split()[0], quantized(case)
     np.testing.assert_array_equal(PACK(q), GOLDEN[case])
@@ -45,7 +43,7 @@ def test_bytes_and_values_equal_libgguf(case: str):
     assert_same(q.dequantize(), want)
 
 
-@pytest.mark.parametrize("name", data.each(BITS, ["q3_k", "q5_k", "iq4_xs"]))
+@pytest.mark.parametrize("name", data.each(BITS, ["q5_k"]))
 def test_bytes_are_unpacked_and_packed_without_loss(name: str):
     for case in (name, f"{name} importance"):
         content = GOLDEN[case].reshape(6, -1)  # Two super-blocks in a row.
@@ -57,14 +55,15 @@ def test_bytes_are_unpacked_and_packed_without_loss(name: str):
 
 @jax.jit
 def simulated(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the values of blocks along the first axis, and a gradient."""
-    y, pull = jax.vjp(lambda x: jaxq.fake_quant(x, "q6_k", axis=0), x)
+    """Returns the values of blocks along the first axis with an importance, and a gradient."""
+    f = lambda x: jaxq.fake_quant(x, "q6_k", axis=0, importance=IMPORTANCE)
+    y, pull = jax.vjp(f, x)
     return y, *pull(y)
 
 
 def test_simulated_equals_stored_with_a_straight_through_gradient():
     y, gradient = simulated(X.T)
-    want = quants.dequantize(GOLDEN["q6_k"], GGMLQuantizationType.Q6_K)
+    want = quants.dequantize(GOLDEN["q6_k importance"], GGMLQuantizationType.Q6_K)
     assert_same(np.asarray(y).T, want)
     assert_same(gradient, y)
 
@@ -94,12 +93,21 @@ def test_stored_tensor_is_cut_and_sharded_in_super_blocks():
         assert_same(placed.dequantize(), values)
 
 
+@pytest.mark.slow
 def test_codes_of_slices_may_be_the_lowest():
     q = UNPACK(GOLDEN["q3_k"].reshape(6, -1), "q3_k")
     part = slices(q)
     assert part is not None
     assert (np.asarray(jaxq.decode(q.unpack(), "int3")) == -4).any()
     assert_same(part.take(0, 0, 6), q.dequantize())
+
+
+@pytest.mark.slow
+def test_slices_of_tables_equal_the_whole():
+    q = UNPACK(GOLDEN["iq4_xs"].reshape(6, -1), "iq4_xs")
+    part = slices(q)
+    assert part is not None
+    assert_same(part.take(1, 256, 256), q.dequantize()[:, 256:])
 
 
 @pytest.mark.slow
@@ -160,9 +168,9 @@ def test_invalid_arguments_raise():
         (lambda: jaxq.quantize(X, recipe()), "blocks along one axis"),
         (lambda: jaxq.quantize(X[:, :64], "q4_k"), "256 divides.* Use 'q5_0'"),
         (lambda: jaxq.quantize(X, "q4_k", importance=IMPORTANCE[:5]), "one weight for each"),
+        (lambda: jaxq.quantize(X.T, "q4_k", axis=0, importance=X.T[:5]), "one weight for each"),
         (lambda: jaxq.quantize(X, "q4_0", importance=IMPORTANCE), "searches for its scales"),
         (lambda: jaxq.quantize(X, "q4_k", scale=1.0), "computes its scales"),
-        (lambda: gguf.unpack(GOLDEN["q4_k"], "q4_k")[0][0], "two axes"),
         (lambda: ptq.ImportanceMatrix().check("f", jaxq.get_recipe("q4_0")), "such as 'q4_k'"),
         (lambda: ptq.ScaleSearch().check("f", jaxq.get_recipe("q4_k")), "ImportanceMatrix"),
     ]:

@@ -114,7 +114,7 @@ def importance_of(
     fits = missing >= 0 and all(
         n in (1, m) for n, m in zip(weights.shape, shape[missing:], strict=True)
     )
-    if not fits or weights.shape[axis - missing] != shape[axis]:
+    if not fits or axis < missing or weights.shape[axis - missing] != shape[axis]:
         raise ValueError(
             f"{name}: `importance` must have one weight for each of the {shape[axis]} indices of "
             f"axis {axis}, or broadcast to {shape} with them, got shape {jnp.shape(importance)}."

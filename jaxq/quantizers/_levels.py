@@ -55,8 +55,8 @@ def levels(q: Quantized) -> Levels:
     own = Levels(per_element(q, q.scales), None, None)
     if q.zero_point is not None and q.recipe.scaling.zero_point == "integer":
         own = own._replace(zero_point=per_element(q, q.zero_point.astype(jnp.float32)))
-    elif q.minima is not None:
-        own = own._replace(minimum=per_element(q, q.minima))
+    elif (minimum := q.minima) is not None:
+        own = own._replace(minimum=per_element(q, minimum))
     if q.recipe.outliers is not None:
         nothing = jnp.full_like(own.step, jnp.nan)
         own = own._replace(outlier=q.recipe.outliers.put(nothing, q.outliers))

@@ -168,7 +168,7 @@ class Quantized(QuantizedArrays):
             )
         outliers = tuple(array[index] for array in outliers)
         second = self.second
-        if self.recipe.scaling.run > 1 and len(self.block) == self.ndim and self.cut.block[0] > 1:
+        if self.recipe.scaling.run > 1 and self.ndim <= len(self.block) and self.cut.block[0] > 1:
             raise ValueError(
                 "Quantized: the rows share packed scales with other rows. Dequantize the tensor "
                 "first."
@@ -227,7 +227,8 @@ def dequantize(q: Quantized) -> jax.Array:
     values = cut.split(decode(q.unpack(), recipe.element))
     if q.zero_point is not None and recipe.scaling.zero_point == "integer":
         values = values - cut.spread(q.zero_point).astype(jnp.float32)
-    minimum = None if q.minima is None else cut.spread(q.minima)
+    minimum = q.minima
+    minimum = None if minimum is None else cut.spread(minimum)
     y = cut.merge(restored(values, cut.spread(q.scales), minimum, recipe))
     if recipe.outliers is not None:
         y = recipe.outliers.put(y, q.outliers)

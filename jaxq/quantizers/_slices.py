@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
+from jaxq.formats import IntFormat
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, dequantize
 from jaxq.recipes import Symmetric
 
@@ -45,7 +46,9 @@ def slices(q: Quantized) -> Slices | None:
         assert scales is not None
         for _ in range(stacked):
             scales = jax.vmap(scales)
-        scaling = Symmetric() if q.recipe.scaling.run == 1 else Symmetric(rule="half")
+        # The rule "half" keeps the lowest code of integers, which `SuperBlocks` uses.
+        lowest = q.recipe.scaling.run > 1 and isinstance(q.recipe.element, IntFormat)
+        scaling = Symmetric(rule="half") if lowest else Symmetric()
         recipe = dataclasses.replace(q.recipe, scaling=scaling)
         own = {"scale": scales(q), "zero_point": q.minima, "second": (), "recipe": recipe}
         q = dataclasses.replace(q, **own)

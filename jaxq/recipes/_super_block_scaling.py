@@ -31,9 +31,9 @@ class SuperBlocks(Scaling):
     A super-block of 256 elements has a float16 factor d, and each of its blocks of 16 or 32
     elements has a quantized scale s: y = d s q. In rules with minima, y = d s q - d' m, with a
     second factor d' and a quantized minimum m. (`"iq4_nl"` has one float16 scale per block of 32.)
-    As in ggml, d and s minimize a weighted error over
-    the elements, and the bits are the same. The codes are those of the search with the rounding
-    mode `"nearest_even"`; another mode rounds the elements by the stored scales.
+    As in ggml, d and s minimize a weighted error over the elements, and the bits are the same. With
+    the rounding mode `"nearest_even"`, the codes are those of ggml; another mode rounds the
+    elements by the stored scales.
 
     Attributes:
       rule: the name of the block type, one of `"q2_k"`, `"q3_k"`, `"q4_k"`, `"q5_k"`, `"q6_k"`,

@@ -61,7 +61,8 @@ def snap(
             return where(y == y, y, layout.floats(layout.nan | layout.sign))
         result = layout.bits(y)
     else:  # `_signed` handles NaN in the input.
-        result = lax.min(layout.bits(y), layout.bits(layout.constant(grid.max)))
+        limit = layout.constant(grid.max)
+        result = layout.bits(where(y > limit, limit, y))
     return layout.floats(_signed(result, args))
 
 
@@ -213,7 +214,7 @@ def _integer(y: jax.Array, args: _Snap) -> jax.Array:
     y = where(args.magnitude > layout.inf, layout.float_type(0), y)
     y = where(args.negative, layout.float_type(0) - y, y)
     low, high = layout.constant(grid.min), layout.constant(grid.max)
-    return lax.clamp(low, y, high) if grid.static else jnp.clip(y, low, high)
+    return where(y > high, high, where(y < low, low, y))
 
 
 def _limited(y: jax.Array, args: _Snap) -> jax.Array:

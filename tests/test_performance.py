@@ -71,7 +71,7 @@ def product_with_gradients(name: str):
 
 
 # Lines of StableHLO of a product with both gradients, which bound the time to compile it.
-LINES = {"w8a8": 335, "int8_training": 930, "mxfp8_training": 590, "nvfp4_training": 1750}
+LINES = {"w8a8": 335, "int8_training": 930, "mxfp8_training": 590, "nvfp4_training": 1770}
 
 
 @pytest.mark.parametrize("name", data.each(LINES, ["nvfp4_training"]))
@@ -83,7 +83,7 @@ def test_product_is_lowered_to_few_lines(name: str):
 
 # Loops in the compiled program of the gradients of a product. Each loop is a kernel, and XLA on CPU
 # takes about as long to compile one as the whole product in float32, which has none.
-LOOPS = {"w4a16": 2, "w8a8": 4, "int8_training": 6, "mxfp8_training": 8, "nvfp4_training": 37}
+LOOPS = {"w4a16": 2, "w8a8": 4, "int8_training": 6, "mxfp8_training": 8, "nvfp4_training": 29}
 
 
 @pytest.mark.parametrize("name", data.each(LOOPS, ["w8a8"]))

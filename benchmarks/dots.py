@@ -114,8 +114,8 @@ compiling in processor time, which a busy machine changes little, for that produ
 training step with eight products, four normalizations and Adam.
 
 XLA on CPU compiles no kernel for a product in float32, which is a call of a library. The row
-*{KERNEL}* adds 0.5 to an operand: that takes one kernel, and each further one takes nearly as long.
-A recipe needs at least two kernels for each layout in which it quantizes a tensor.
+*{KERNEL}* adds 0.5 to an operand: that takes one kernel, and each further one takes
+nearly as long. A recipe needs at least two kernels for each layout in which it quantizes a tensor.
 
 In float32: {bases}.
 

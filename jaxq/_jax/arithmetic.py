@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import Layout, where
 from jaxq._jax.opaque import by_platform
 
-__all__ = ["barrier", "divide", "materialize", "reciprocal", "rounded"]
+__all__ = ["barrier", "divide", "materialize", "reciprocal", "rounded", "spread"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -24,6 +24,15 @@ def materialize(x: jax.Array) -> jax.Array:
     """
     bits = lax.rem(lax.bitcast_convert_type(x, jnp.uint32), np.uint32(2**32 - 1))
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def spread(bits: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns an int32 scalar, copied to the shape of a float32 array in a way hidden from XLA.
+
+    XLA on CPU computes with a broadcast scalar before the broadcast, in a kernel for each division.
+    Computing once for each block instead takes no kernel of its own.
+    """
+    return bits | _FLOAT32.bits(_zeros(like))
 
 
 def barrier(tree: Any) -> Any:
@@ -61,9 +70,14 @@ def reciprocal(x: jax.Array) -> jax.Array:
 
 def _divide_by_array(a: jax.Array, b: jax.Array) -> jax.Array:
     """Divides on platforms with correctly rounded division, hiding the broadcast from XLA."""
-    # Only bits of numbers below 2 are used, so that an infinite `a` does not make the divisor NaN.
-    small = _FLOAT32.floats(_FLOAT32.bits(a) & (_FLOAT32.field(1) - np.int32(1)))
-    return a / (b + small * np.float32(0))
+    return lax.div(a, lax.add(b, _zeros(a)))
+
+
+def _zeros(like: jax.Array) -> jax.Array:
+    """Returns zeros that XLA takes for different numbers."""
+    # Only bits of numbers below 2 are used, because infinity times 0 is NaN.
+    small = lax.bitwise_and(_FLOAT32.bits(like), _FLOAT32.field(1) - np.int32(1))
+    return lax.mul(_FLOAT32.floats(small), np.float32(0))
 
 
 def _divide_in_integers(a: jax.Array, b: jax.Array, quotient: Callable = lax.div) -> jax.Array:

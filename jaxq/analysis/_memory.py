@@ -147,8 +147,8 @@ def memory_table(
     Example:
       >>> print(memory_table(params=7e9, recipes=["bfloat16", "int4_g128"]))
       model       recipe  bits  weights_gib  kv_gib  overhead_gib  total_gib   device
-      7 × 10⁹   bfloat16    16      13.0385       0       1.30385    14.3424  tpu-v5e
-      7 × 10⁹  int4_g128  4.25      3.46336       0      0.346336    3.80969  tpu-v5e
+      7 × 10⁹   bfloat16    16        13.04       0         1.304      14.34  tpu-v5e
+      7 × 10⁹  int4_g128  4.25        3.463       0        0.3463       3.81  tpu-v5e
     """
     if (model is None) == (params is None):
         raise ValueError(
@@ -254,9 +254,9 @@ def fits_table(
 
     Example:
       >>> print(fits_table(["llama-3.1-8b"], ["bfloat16", "int4_g128"], ["rtx-4090"]))
-      model            recipe    device  total_gib     share  fits  devices  tokens
-      llama-3.1-8b   bfloat16  rtx-4090    17.5533  0.731387  True        1   56202
-      llama-3.1-8b  int4_g128  rtx-4090    7.05172  0.293822  True        1  134410
+      model            recipe    device  total_gib   share  fits  devices  tokens
+      llama-3.1-8b   bfloat16  rtx-4090      17.55  0.7314  True        1   56202
+      llama-3.1-8b  int4_g128  rtx-4090      7.052  0.2938  True        1  134410
     """
     recipes, places = tuple(recipes), [named("device", d, DEVICES) for d in devices]
     rows = []

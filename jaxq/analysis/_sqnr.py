@@ -70,10 +70,10 @@ def sqnr_table(
 
     Example:
       >>> print(sqnr_table(["int4_g32", "mxfp4", "nvfp4"], measure=False))
-      recipe       bits  measured_db  expected_db  deviation_db  shannon_db   gap_db
-      int4_g32        5            -      20.2642     0.0103...      30.103  9.838...
-      mxfp4        4.25            -      18.788...     0.0112...     25.5875  6.799...
-      nvfp4     4.50003            -       20.4...    0.009...     27.0929  6.65...
+      recipe    bits  measured_db  expected_db  deviation_db  shannon_db  gap_db
+      int4_g32     5            -        20.26       0.01...        30.1   9.8...
+      mxfp4     4.25            -        18.7...       0.01...       25.59   6.7...
+      nvfp4      4.5            -        20.4...       0.009...       27.09   6.6...
     """
     d = get_distribution(distribution)
     x = None
@@ -149,10 +149,10 @@ def bounds_table(
 
     Example:
       >>> print(bounds_table([1, 2, 4]))
-      bits  uniform_db  lloyd_max_db  shannon_db   gap_db
-      1        4.39639       4.39639      6.0206  1.62421
-      2        9.25...       9.30029     12.0412  2.74...
-      4        19.37...       20.2223     24.0824   3.86...
+      bits  uniform_db  lloyd_max_db  shannon_db  gap_db
+      1          4.396         4.396       6.021   1.624
+      2           9.25           9.3       12.04   2.741
+      4          19.38         20.22       24.08    3.86
     """
     d, rows = get_distribution(distribution), []
     for width in bits:

@@ -59,8 +59,8 @@ def chain(x: jax.typing.ArrayLike, steps: Sequence[FormatOrRecipe]) -> list[jax.
 
 
 def _convert(x: jax.Array, step: FormatOrRecipe) -> jax.Array:
-    found = format_or_recipe(step)
-    return fake_quant(x, found) if isinstance(found, Recipe) else cast(x, found)
+    target = format_or_recipe(step)
+    return fake_quant(x, target) if isinstance(target, Recipe) else cast(x, target)
 
 
 def chain_table(x: jax.typing.ArrayLike, steps: Sequence[FormatOrRecipe]) -> Table:

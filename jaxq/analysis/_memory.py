@@ -92,8 +92,8 @@ def memory(
 
 def _bits(recipe: FormatOrRecipe, shape: tuple[int, ...]) -> float:
     """Returns the bits per element of a tensor, including scales."""
-    kind = format_or_recipe(recipe)
-    return kind.bits_per_weight(shape) if isinstance(kind, Recipe) else float(kind.bits)
+    target = format_or_recipe(recipe)
+    return target.bits_per_weight(shape) if isinstance(target, Recipe) else float(target.bits)
 
 
 def _check(ok: bool, requirement: str, got: object) -> None:
@@ -152,15 +152,15 @@ def memory_table(
     """
     if (model is None) == (params is None):
         raise ValueError(
-            "memory_table: pass either a model or `params`, a number of parameters, got "
+            "memory_table: either `model` or `params`, a number of parameters, must be given, got "
             f"{'neither' if model is None else 'both'}."
         )
-    known = params if model is None else model
-    assert known is not None
+    size_or_model = params if model is None else model
+    assert size_or_model is not None
     rows = []
     for recipe in recipes:
         m = memory(
-            known,
+            size_or_model,
             recipe,
             context=context,
             batch=batch,
@@ -168,13 +168,17 @@ def memory_table(
             embeddings=embeddings,
             overhead=overhead,
         )
-        count = known if not isinstance(known, str | Model) else _parameters(known)
+        count = (
+            size_or_model
+            if not isinstance(size_or_model, str | Model)
+            else _parameters(size_or_model)
+        )
         holding = [d for d in DEVICES.values() if d.memory >= m.total]
         smallest = min(holding, key=lambda d: d.gib).name if holding else "none alone"
         bits = 8 * m.weights / count if count else math.nan
         rows.append(
             MemoryRow(
-                model=_title(known),
+                model=_title(size_or_model),
                 recipe=label(recipe),
                 bits=bits,
                 weights_gib=m.weights / 2**30,

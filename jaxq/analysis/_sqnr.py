@@ -81,11 +81,11 @@ def sqnr_table(
         x = d.sample(np.random.default_rng(seed), shape).astype(np.float32)
     rows = []
     for spec in RECIPES if recipes is None else recipes:
-        kind = format_or_recipe(spec)
-        bits = kind.bits_per_weight(shape) if isinstance(kind, Recipe) else float(kind.bits)
-        measured = math.nan if x is None else _measured(x, kind, seed)
+        target = format_or_recipe(spec)
+        bits = target.bits_per_weight(shape) if isinstance(target, Recipe) else float(target.bits)
+        measured = math.nan if x is None else _measured(x, target, seed)
         try:
-            expected = expected_error(kind, shape, d)
+            expected = expected_error(target, shape, d)
             db, deviation = expected.sqnr_db, math.nan
             if expected.mse > 0:
                 deviation = 10 / math.log(10) * expected.deviation / expected.mse
@@ -97,12 +97,12 @@ def sqnr_table(
     return Table(tuple(rows))
 
 
-def _measured(x: np.ndarray, kind: FormatOrRecipe, seed: int) -> float:
-    if isinstance(kind, Recipe):
-        random = kind.rounding == "stochastic" or isinstance(kind.rounding, Stochastic)
-        y = fake_quant(x, kind, key=jax.random.key(seed) if random else None)
+def _measured(x: np.ndarray, target: FormatOrRecipe, seed: int) -> float:
+    if isinstance(target, Recipe):
+        random = target.rounding == "stochastic" or isinstance(target.rounding, Stochastic)
+        y = fake_quant(x, target, key=jax.random.key(seed) if random else None)
     else:
-        y = cast(x, kind, overflow="saturate")
+        y = cast(x, target, overflow="saturate")
     mse = float(compare(x, y).mse)
     return -10 * math.log10(mse) if mse > 0 else math.inf
 

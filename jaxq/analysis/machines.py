@@ -142,7 +142,7 @@ DEVICES = MappingProxyType(
 _Record = TypeVar("_Record", Model, Device)
 
 
-def named(kind: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Record:
+def named(noun: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Record:
     """Returns the record of `MODELS` or `DEVICES` with a name; a record is returned unchanged.
 
     Raises:
@@ -152,6 +152,6 @@ def named(kind: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Re
         return spec
     if spec not in known:
         near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
-        hint = f"Did you mean {', '.join(near)}?" if near else f"There are {', '.join(known)}."
-        raise ValueError(f"No {kind} is named {spec!r}. {hint}")
+        hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(known)}."
+        raise ValueError(f"No {noun} is named {spec!r}. {hint}")
     return known[spec]

@@ -206,9 +206,12 @@ def is_directed(rounding: Rounding) -> bool:
 
 
 def pins(rounding: Rounding) -> tuple[bool, bool]:
-    """Returns whether a mode keeps finite overflow at the maximum, for (positive, negative) values.
+    """Returns whether finite values beyond the range saturate: a flag for each sign.
 
     By IEEE 754, section 7.4, a mode directed inward never rounds a finite value to infinity.
+
+    Returns:
+      The flags for positive and for negative values.
     """
     inward_positive = rounding in (toward_zero, down)
     inward_negative = rounding in (toward_zero, up)

@@ -211,5 +211,5 @@ class TestBadInput:
             jaxq.decode(jnp.ones(3), "int8")
         with pytest.raises(ValueError, match="at least 16 bits"):
             jaxq.decode(jnp.uint8(3), "bfloat16")
-        with pytest.raises(ValueError, match="must have 2 bytes .* got 1"):
+        with pytest.raises(ValueError, match=r"must have 2 bytes .* got 1"):
             jaxq.numerics.unpack(jnp.zeros(1, jnp.uint8), 4, 3)

@@ -165,8 +165,13 @@ def read_log(path: str | os.PathLike[str]) -> Log:
     Args:
       path: the file.
 
+    Returns:
+      The contents of the log, with its steps in ascending order.
+
     Raises:
-      ValueError: if the file is not a log, or one of another version.
+      ValueError: if the file is not a log, has another version, or has a damaged line.
+
+    Example: see `StatisticsLog`.
     """
     path = pathlib.Path(path)
     lines = path.read_bytes().split(b"\n")[:-1]

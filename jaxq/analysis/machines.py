@@ -28,6 +28,10 @@ class Model:
       tied: True if the output layer shares the embedding's weights.
       bias: True if the query, key and value projections have a bias.
       experts: the number of feed-forward experts per layer; above 1, each layer has a router.
+
+    Example:
+      >>> MODELS["llama-2-7b"].parameters
+      6738415616
     """
 
     name: str
@@ -103,6 +107,10 @@ class Device:
       name: the device's name in tables.
       gib: its memory in GiB. Vendors write GB but mean 2^30 bytes, of which the driver and error
         correction reserve a few percent.
+
+    Example:
+      >>> Device("my-gpu", gib=24).memory
+      25769803776
     """
 
     name: str

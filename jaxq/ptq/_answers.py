@@ -50,13 +50,13 @@ def solve_stack(
         return solve_matrices(
             problem._replace(levels=levels_for(problem.levels, recipe)), recipe, solver
         )
-    found = []
+    solutions = []
     for recipe, places in recipes:
         part: Problem = jax.tree.map(lambda x, at=places: x[at], problem)
         part = part._replace(levels=levels_for(part.levels, recipe))
-        found.append(solve_matrices(part, recipe, solver))
+        solutions.append(solve_matrices(part, recipe, solver))
     back = np.argsort(np.concatenate([places for _, places in recipes]))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *found)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *solutions)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "solver"))
@@ -79,17 +79,17 @@ def solve_matrices(problem: Problem, recipe: Recipe, solver: Solver) -> SolvedMa
             pulled = jnp.matmul(statistics.drift.T, weight, precision=lax.Precision.HIGHEST)
             return output_error(error, hessian) - 2 * jnp.sum(error * pulled)
 
-        found = solver.solve(problem, recipe)
-        before, after = loss(nearest), loss(found.numbers)
-        worse = objective(found.numbers) > objective(nearest)
-        numbers = jnp.where(worse, nearest, found.numbers)
+        solution = solver.solve(problem, recipe)
+        before, after = loss(nearest), loss(solution.numbers)
+        worse = objective(solution.numbers) > objective(nearest)
+        numbers = jnp.where(worse, nearest, solution.numbers)
         return SolvedMatrices(
             numbers=numbers,
             before=before,
             after=jnp.where(worse, before, after),
             power=output_error(weight, hessian),
-            damping=found.damping,
-            solved=found.solved,
+            damping=solution.damping,
+            solved=solution.solved,
             worse=worse,
         )
 

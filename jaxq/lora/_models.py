@@ -188,11 +188,8 @@ def adapt(
         for _ in range(resolved.iterations):
             if packed is None:
                 small = observation.quantized(args, before)
-            dequantized = observation.weights(small)
-            before = {
-                name: resolved.fit(w, dequantized[name], before[name], name)
-                for name, w in weights.items()
-            }
+            stored = observation.weights(small)
+            before = {n: resolved.fit(w, stored[n], before[n], n) for n, w in weights.items()}
         adapters = {
             name: LoRA(factors.a, factors.b, resolved.scaling)
             for name, factors in before.items()
@@ -290,10 +287,9 @@ class _Observation:
         arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
 
         def observed(arrays: list[Any]) -> dict[str, jax.Array]:
-            full_leaves = [
-                x if x is not None else leaf for x, leaf in zip(arrays, leaves, strict=True)
-            ]
-            return self._observed(jax.tree.unflatten(structure, full_leaves))
+            pairs = zip(arrays, leaves, strict=True)
+            merged = [x if x is not None else leaf for x, leaf in pairs]
+            return self._observed(jax.tree.unflatten(structure, merged))
 
         # Under `jax.jit`, XLA removes everything except the computation of the weights.
         return jax.jit(observed)(arrays)
@@ -307,13 +303,10 @@ class _Observation:
             if operand is None:
                 chosen.append(unassigned(product) if planned.packed else None)
                 continue
-            seen = _WeightObserver(
-                axes_of(product)[operand], tuple(product.operands[operand].shape)
-            )
-            assigned = unassigned(product)
-            chosen.append(
-                dataclasses.replace(assigned, swapped=operand == 0, calibrated=(None, seen))
-            )
+            shape = tuple(product.operands[operand].shape)
+            seen = _WeightObserver(axes_of(product)[operand], shape)
+            fields = {"swapped": operand == 0, "calibrated": (None, seen)}
+            chosen.append(dataclasses.replace(unassigned(product), **fields))
         runnable = program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
         _, states = run(runnable, Extra(None, {}, {}, {}), arrays, observing=True)

@@ -131,7 +131,10 @@ def ends(fmt: Format) -> Ends:
 
 
 def _within(end: float, outward: bool) -> np.float32:
-    """Returns the last float32 not clipped: the end, or its neighbor if ties round outward."""
+    """Returns the float32 of largest magnitude that is not clipped at an end of the grid.
+
+    This is the end itself, or its neighbor toward 0 if a tie at the end rounds outward.
+    """
     largest = float(np.finfo(np.float32).max)
     near = np.float32(min(max(end, -largest), largest))
     clips = outward and float(near) == end and end != 0

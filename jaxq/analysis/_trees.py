@@ -147,7 +147,7 @@ def _total(rows: list[ErrorRow], sizes: np.ndarray, energies: list[Energies]) ->
         return np.array([getattr(row, name) for row in rows], np.float64)
 
     def mean(values: np.ndarray) -> float:
-        # A zero value adds nothing, whatever its weight.
+        # Zeros do not contribute to the sum, so their weights are set to 0.
         weights = np.where(values == 0, 0, finite)
         return float((values * weights).sum() / finite.sum()) if finite.any() else 0.0
 

@@ -200,7 +200,7 @@ def array(name: str, x: jax.typing.ArrayLike, *, ndim: int = 0) -> np.ndarray:
         )
     if y.ndim < ndim:
         raise ValueError(
-            f"{name}: `x` must have at least {ndim} axes, got the shape {y.shape}. "
+            f"{name}: `x` must have {ndim} or more axes, got the shape {y.shape}. "
             "Reshape it, or stack several vectors."
         )
     data = np.asarray(y).astype(np.float32)

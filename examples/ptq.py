@@ -194,14 +194,14 @@ class Study:
 
     def result(self, recipe: str, method: str, subset: int) -> Result:
         """Quantizes the model and measures it."""
-        batches, how = self.subsets[subset], METHODS[method]
+        batches, settings = self.subsets[subset], METHODS[method]
         rules = self.rules(recipe, batches)
         function, score, report = self.apply, None, ptq.Report(())
         params = self.unrolled if recipe in ("raised", "mixed") else self.params
-        if how.scales:
+        if settings.scales:
             params, scales = ptq.scale_inputs(function, rules, method="awq")(params, batches)
             function = scales.apply(function)
-        if how.rotates:
+        if settings.rotates:
             rotate, key = ptq.rotate_inputs(function, rules), jax.random.key(subset)
             params, rotations = rotate(params, batches[0], key=key)
             function = rotations.apply(function)
@@ -210,10 +210,10 @@ class Study:
             score = jax.jit(lambda params, x: smollm.perplexity(quantized_fn(params, x), x))
         elif function is not self.apply:
             score = jax.jit(lambda params, x: smollm.perplexity(function(params, x), x))
-        if how.solver == ptq.RTN():
+        if settings.solver == ptq.RTN():
             packed = jaxq.quantize_weights(function, rules)(params, batches[0])
         else:
-            packed, report = solve(function, rules, params, batches, how)
+            packed, report = solve(function, rules, params, batches, settings)
         stored = quantized(packed)
         bits = 8 * sum(q.nbytes for q in stored) / sum(math.prod(q.shape) for q in stored)
         losses, nearest = ([getattr(r, name) for r in report.rows] for name in ("loss", "rtn"))
@@ -229,7 +229,11 @@ def quantized(params: Any) -> list[jaxq.Quantized]:
 
 
 def solve(
-    apply: Callable[..., Any], rules: Any, params: Any, batches: Sequence[np.ndarray], how: Method
+    apply: Callable[..., Any],
+    rules: Any,
+    params: Any,
+    batches: Sequence[np.ndarray],
+    settings: Method,
 ) -> tuple[Any, ptq.Report]:
     """Quantizes the weights with a progress bar."""
     is_stacked = isinstance(params["layers"], dict)
@@ -239,8 +243,8 @@ def solve(
         solving = ptq.quantize_weights(
             apply,
             rules,
-            solver=how.solver,
-            sequential=how.sequential,
+            solver=settings.solver,
+            sequential=settings.sequential,
             progress=lambda row: advance(row.product),
         )
         return solving(params, batches)

@@ -69,8 +69,8 @@ def checked_inside(primitive: Any, function: Callable[..., Callable[..., Any]]) 
         values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
         values.update(zip(closed.jaxpr.invars, operands, strict=True))
         (eqn,) = closed.jaxpr.eqns
-        own = [v.val if hasattr(v, "val") else values[v] for v in eqn.invars]
-        error, results = error_checks[eqn.primitive](*leading, *own, **eqn.params)
+        inputs = [v.val if hasattr(v, "val") else values[v] for v in eqn.invars]
+        error, results = error_checks[eqn.primitive](*leading, *inputs, **eqn.params)
         values.update(zip(eqn.outvars, results, strict=True))
         results = [values[v] for v in closed.jaxpr.outvars]
         return error, results if primitive.multiple_results else results[0]

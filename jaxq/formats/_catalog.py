@@ -54,11 +54,11 @@ def p3109(
     name = f"binary{bits}p{precision}{'s' if signed else 'u'}{domain[:1]}"
     if not (3 <= bits <= 15 and 1 <= precision <= bits - int(signed)):
         raise ValueError(
-            f"P3109 format {name!r}: `bits` must be 3 to 15 and `precision` 1 to "
+            f"p3109: for {name!r}, `bits` must be 3 to 15 and `precision` 1 to "
             f"{'bits - 1' if signed else 'bits'}, got bits={bits}, precision={precision}."
         )
     if domain not in ("extended", "finite"):
-        raise ValueError(f"P3109 `domain` must be 'extended' or 'finite', got {domain!r}.")
+        raise ValueError(f"p3109: `domain` must be 'extended' or 'finite', got {domain!r}.")
     exponent_bits = bits - precision + 1 - int(signed)
     return FloatFormat(
         name,
@@ -254,14 +254,15 @@ def get_format(spec: "str | Format | np.dtype | type") -> Format:
             name = np.dtype(spec).name
         except TypeError as error:
             raise TypeError(
-                f"A format must be a name, a dtype or a jaxq format, got {type(spec).__name__}."
+                "get_format: `spec` must be a name such as 'float8_e4m3fn', a dtype or a format, "
+                f"got {type(spec).__name__}."
             ) from error
     return FORMATS.find(name)
 
 
 @dataclasses.dataclass(frozen=True)
 class FormatRow:
-    """One row of `formats_table`, with the units of the format's properties."""
+    """One row of `formats_table`: properties of a format, in the units of its attributes."""
 
     name: str
     bits: int
@@ -287,7 +288,7 @@ def formats_table(formats: "Iterable[str | Format] | None" = None) -> Table:
     Example:
       >>> print(formats_table(["float8_e4m3fn", "int4"]))  # doctest: +NORMALIZE_WHITESPACE
       name  bits  max  smallest_normal  min_positive  precision_at_1  distinct_values ...
-      float8_e4m3fn     8  448         0.015625    0.00195312           0.125              253 ...
+      float8_e4m3fn     8  448         0.015625    0.001953           0.125              253 ...
       int4              4    7                1             1               1               16 ...
     """
     chosen = [get_format(spec) for spec in (FORMATS.values() if formats is None else formats)]

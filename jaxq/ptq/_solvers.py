@@ -65,7 +65,12 @@ class Solver(Protocol):
     """
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
-        """Returns grid values for one matrix; traced under `jax.jit` and `jax.vmap`."""
+        """Returns grid values for one matrix; traced under `jax.jit` and `jax.vmap`.
+
+        Args:
+          problem: the weight, its levels and the statistics of its inputs.
+          recipe: the recipe of the weight.
+        """
         ...
 
 
@@ -224,11 +229,22 @@ SOLVERS: Registry[Any] = Registry(
 
 
 def get_solver(solver: str | Solver) -> Solver:
-    """Looks up a solver by its name in `SOLVERS`; a record is returned unchanged.
+    """Returns the solver with a name.
+
+    Args:
+      solver: a name in `jaxq.ptq.SOLVERS`, or a record, which is returned unchanged.
+
+    Returns:
+      The record.
 
     Raises:
-      ValueError: if no solver has that name.
+      ValueError: if no solver has that name. The message suggests similar names.
       TypeError: if the argument is neither a name nor a solver.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.get_solver("rtn")
+      RTN(search=None)
     """
     return SOLVERS.resolve(solver, "solver", "solve")
 

@@ -72,10 +72,10 @@ def quantize_tree(
         if recipe is None:
             result.append(leaf)
             continue
-        own = None if key is None else jax.random.fold_in(key, i)
+        leaf_key = None if key is None else jax.random.fold_in(key, i)
         with naming("quantize_tree", path):
             _check_axis(recipe, axis)
-            result.append(quantize(leaf, recipe, axis=axis, key=own))
+            result.append(quantize(leaf, recipe, axis=axis, key=leaf_key))
     return jax.tree_util.tree_unflatten(structure, result)
 
 
@@ -95,8 +95,8 @@ def naming(owner: str, path: tuple) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{owner}: leaf {_path(path)!r}: {error}") from error
+        error_type = TypeError if isinstance(error, TypeError) else ValueError
+        raise error_type(f"{owner}: leaf {_path(path)!r}: {error}") from error
 
 
 def not_floating(leaf: Any) -> str:
@@ -179,6 +179,12 @@ def dequantize_tree(params: Any) -> Any:
 
     Returns:
       The tree with arrays in place of the quantized leaves.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> small = quantize_tree({"w": jnp.ones((4, 2))}, "int8_tensor")
+      >>> dequantize_tree(small)["w"].shape
+      (4, 2)
     """
     return jax.tree.map(
         lambda leaf: leaf.dequantize() if _is_quantized(leaf) else leaf,

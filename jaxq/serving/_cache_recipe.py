@@ -67,7 +67,8 @@ class CacheRecipe:
                 )
         if self.residual_length < 0:
             raise ValueError(
-                f"CacheRecipe: `residual_length` must be at least 0, got {self.residual_length}."
+                f"CacheRecipe: `residual_length` must be at least 0, got {self.residual_length}. "
+                "Use 0 to quantize every complete group."
             )
 
     @property
@@ -137,6 +138,9 @@ def get_cache_recipe(recipe: str | CacheRecipe) -> CacheRecipe:
     Args:
       recipe: a name in `jaxq.serving.CACHE_RECIPES`; a `CacheRecipe` is returned unchanged.
 
+    Returns:
+      The cache recipe.
+
     Raises:
       ValueError: no cache recipe has that name; the message suggests the nearest names.
       TypeError: the argument is neither a name nor a `CacheRecipe`.
@@ -150,6 +154,6 @@ def get_cache_recipe(recipe: str | CacheRecipe) -> CacheRecipe:
     if isinstance(recipe, str):
         return CACHE_RECIPES.find(recipe)
     raise TypeError(
-        "A cache recipe must be a name or a jaxq.serving.CacheRecipe, got "
+        "get_cache_recipe: `recipe` must be a name or a jaxq.serving.CacheRecipe, got "
         f"{type(recipe).__name__}. Write CacheRecipe(keys, values)."
     )

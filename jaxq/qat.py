@@ -316,7 +316,7 @@ def adaround_penalty(v: jax.Array, beta: jax.typing.ArrayLike) -> jax.Array:
 
 
 def fractional_bits(at: Callable[[jax.Array], jax.Array], bits: jax.Array) -> jax.Array:
-    """Interpolates a function of an integer number of bits linearly, so that bits can be learned.
+    """Interpolates a function of an integer bit width linearly, so that the width can be learned.
 
         y = (1 - f) at(n) + f at(n + 1),   n = floor(bits), f = bits - n
 

@@ -73,7 +73,7 @@ def test_spelling_is_american():
     assert not bad, "\n".join(bad)
 
 
-# Packages whose docstrings are not complete yet. Only ever remove names from this set.
+# Packages whose docstrings are not complete yet. Only remove names from this set.
 NOT_CHECKED = frozenset(
     {
         "jaxq",

@@ -217,7 +217,7 @@ def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array])
 
 
 def _rotated(x: jax.Array, axes: tuple[int, ...], length: int) -> jax.Array:
-    """Returns the Hadamard transform of blocks along some axes, taken as one."""
+    """Returns the Hadamard transform of blocks along several axes, merged into one."""
     other_axes = tuple(axis for axis in range(x.ndim) if axis not in axes)
     order = (*other_axes, *axes)
     transposed = x.transpose(order)

@@ -31,7 +31,7 @@ States = dict[str, tuple[Any, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jaxpr with its equations that are products to quantize and those that contain some."""
+    """A jaxpr with its products to quantize and its inner programs, both by equation."""
 
     jaxpr: Any
     products: tuple[tuple[int, Assigned], ...]

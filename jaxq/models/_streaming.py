@@ -69,7 +69,7 @@ def _is_packed(x: Any) -> bool:
 
 
 def _slices(view: StoredView) -> Slices | None:
-    """Returns a view of a packed weight as slices, in the dtype and the order of its axes."""
+    """Returns a view of a packed weight as slices, in the view's dtype and axis order."""
     assert isinstance(view.data, Quantized)
     sliced = slices(view.data)
     if sliced is None:

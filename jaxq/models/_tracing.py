@@ -1,4 +1,4 @@
-"""Tracing of a function, with its arguments split into arrays, parameters and static values."""
+"""Tracing of a function whose arguments are arrays, parameters and static values."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

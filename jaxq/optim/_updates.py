@@ -110,6 +110,6 @@ def _wide(x: jax.Array) -> jax.Array:
     if fmt.bits != 8 * x.dtype.itemsize or fmt.bits not in (8, 16):
         raise ValueError(
             f"the dtype of a parameter must fill one or two bytes, got {x.dtype}. Store such "
-            f"weights as float32 and pass fmt={fmt.name!r}."
+            f"weights as float32 with fmt={fmt.name!r}."
         )
     return decode(lax.bitcast_convert_type(x, code_dtype(fmt)), fmt)

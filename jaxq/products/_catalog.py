@@ -112,7 +112,7 @@ def get_product_recipe(recipe: str | ProductRecipe) -> ProductRecipe:
         return recipe
     if not isinstance(recipe, str):
         raise TypeError(
-            "get_product_recipe: `recipe` must be a name or a jaxq.ProductRecipe, got "
+            "A product recipe must be a name or a jaxq.ProductRecipe, got "
             f"{type(recipe).__name__}. Use a name in jaxq.products.PRODUCT_RECIPES."
         )
     if recipe in RECIPES or recipe in FORMATS:
@@ -120,7 +120,7 @@ def get_product_recipe(recipe: str | ProductRecipe) -> ProductRecipe:
         suggestions = PRODUCT_RECIPES.near(recipe)
         advice = f"Use a product recipe such as {suggestions[0]!r}, or" if suggestions else "Write"
         raise ValueError(
-            f"get_product_recipe: {recipe!r} is a {category}, not a product recipe. {advice} "
+            f"{recipe!r} is a {category}, not a product recipe. {advice} "
             "jaxq.ProductRecipe(lhs, rhs) with a recipe for each operand."
         )
     return PRODUCT_RECIPES.find(recipe)

@@ -307,7 +307,7 @@ def block_along(
         if any(is_symbolic(shape[axis]) for axis in axes):
             remedy = f"Export it with a symbolic length such as '{size}*n'."
         raise ValueError(
-            f"{owner}: the block size {size} must divide the axes that it spans, which have "
+            f"{owner}: blocks of {size} must divide the axes along which they lie, which have "
             f"{lengths} elements in a tensor of shape {shape}. {remedy}"
         )
     return dict(reversed(sizes.items()))

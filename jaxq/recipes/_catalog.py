@@ -103,19 +103,19 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         if isinstance(recipe.format, BinaryGrid):
             raise TypeError(
-                "get_recipe: `recipe` must have a format with fixed widths, got a BinaryGrid, "
+                "The recipe must have a format with fixed widths, got a BinaryGrid, "
                 "which only fake_quant and neighbors take. Use a FloatFormat or an IntFormat."
             )
         return recipe
     if isinstance(recipe, BinaryGrid):
         raise TypeError(
-            "get_recipe: `recipe` must be a name or a jaxq.Recipe, got a BinaryGrid. Write "
+            "A recipe must be a name or a jaxq.Recipe, got a BinaryGrid. Write "
             "jaxq.Recipe(grid) for one scale per tensor, and use it with fake_quant."
         )
     name = recipe.name if isinstance(recipe, Format) else recipe
     if not isinstance(name, str):
         raise TypeError(
-            f"get_recipe: `recipe` must be a name or a jaxq.Recipe, got {type(recipe).__name__}. "
+            f"A recipe must be a name or a jaxq.Recipe, got {type(recipe).__name__}. "
             "Use a name in jaxq.recipes.RECIPES."
         )
     if isinstance(recipe, Format) or name in FORMATS:

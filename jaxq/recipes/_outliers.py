@@ -128,7 +128,7 @@ class Outliers:
 
 
 def _largest(key: jax.Array, count: int) -> jax.Array:
-    """Returns the ascending positions of the largest non-negative integers; the first on ties.
+    """Returns the positions, ascending, of the largest non-negative integers; the first on ties.
 
     The smallest selected integer is found bit by bit, with one count per bit: a sort takes seven
     times as long.

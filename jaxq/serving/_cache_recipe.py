@@ -154,6 +154,6 @@ def get_cache_recipe(recipe: str | CacheRecipe) -> CacheRecipe:
     if isinstance(recipe, str):
         return CACHE_RECIPES.find(recipe)
     raise TypeError(
-        "get_cache_recipe: `recipe` must be a name or a jaxq.serving.CacheRecipe, got "
+        "A cache recipe must be a name or a jaxq.serving.CacheRecipe, got "
         f"{type(recipe).__name__}. Write CacheRecipe(keys, values)."
     )

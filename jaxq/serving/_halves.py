@@ -24,7 +24,7 @@ def with_groups(
 ) -> TokenGroups:
     """Adds the groups that new tokens complete to the quantized groups.
 
-    A call always quantizes as many groups as `new` can complete, and does not write the incomplete
+    Each call quantizes as many groups as `new` can complete at most, and does not write the incomplete
     ones. A `lax.cond` would save nothing, because `jax.vmap` runs both branches.
     """
     stored, recent, size = half

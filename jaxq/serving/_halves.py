@@ -24,8 +24,8 @@ def with_groups(
 ) -> TokenGroups:
     """Adds the groups that new tokens complete to the quantized groups.
 
-    Each call quantizes as many groups as `new` can complete at most, and does not write the incomplete
-    ones. A `lax.cond` would save nothing, because `jax.vmap` runs both branches.
+    Each call quantizes the largest number of groups that `new` can complete, and drops those that
+    are incomplete. A `lax.cond` would save nothing, because `jax.vmap` runs both branches.
     """
     stored, recent, size = half
     tokens, slots = new.shape[0], stored.codes.shape[0]

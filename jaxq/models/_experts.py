@@ -132,7 +132,7 @@ def expert_axis(product: Product, operand: int) -> int | None:
 
 
 def _stacked(pieces: Sequence[Piece], axis: int, shape: tuple[int, ...]) -> bool:
-    """Returns whether pieces of a view lie one after another along an axis."""
+    """Returns whether a view is the concatenation of its pieces along an axis."""
     expected_start = 0
     if any(piece.axes is None for piece in pieces):
         return False

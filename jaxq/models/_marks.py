@@ -1,4 +1,4 @@
-"""Arrays that a function marks with a name."""
+"""Arrays that a function marks by `jax.ad_checkpoint.checkpoint_name`."""
 
 import dataclasses
 from typing import Any

@@ -110,7 +110,7 @@ def unused(
     for path, leaf in leaves.items():
         if re.search(rule.weight, path):
             return f"{rule} matches only leaf {path!r}, which {_no_weight(leaf)}."
-    remedy = "jaxq.explain(fn, [])(*args) lists all."
+    remedy = "Use jaxq.explain(fn, [])(*args) to list all."
     if closed and not any(weights):  # A data array that is a whole argument has the path ''.
         return (
             f"{rule} matches no weight. `fn` closes over arrays, as jax.vmap(module) does, and "
@@ -128,7 +128,7 @@ def _unmet(rule: Rule, products: Sequence[Product]) -> str:
     scopes = ", ".join(sorted({p.scope for p in products if p.scope})[:3]) or "none"
     return (
         f"{rule} matches no product. Operations are {operations}; scopes are {scopes}. "
-        "jaxq.explain(fn, [])(*args) lists all."
+        "Use jaxq.explain(fn, [])(*args) to list all."
     )
 
 

@@ -169,7 +169,9 @@ def _chosen(
         if not matching:
             raise ValueError(
                 f"{owner}: `products`: "
-                + unmatched(pattern, "product", names, "jaxq.explain(fn, [])(*args) lists all.")
+                + unmatched(
+                    pattern, "product", names, "Use jaxq.explain(fn, [])(*args) to list all."
+                )
             )
         if not available:
             raise ValueError(

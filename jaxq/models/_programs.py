@@ -219,7 +219,7 @@ def _stacks(assigned: Assigned, depth: int) -> list[int]:
 
 
 def unseen(programs: Sequence[Program], extra: Extra, depth: int) -> States:
-    """Returns empty states for the products of some programs at a depth of scans."""
+    """Returns the calibration states before any data for the products of some programs."""
 
     def of_operand(observer: Observer | None, stacks: list[int]) -> Any:
         if observer is None:

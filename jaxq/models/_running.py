@@ -348,7 +348,7 @@ def _custom(call: _Call) -> tuple[list[Any], States]:
 
 
 def _with(views: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
-    """Returns arrays with those that have a view of stored weights replaced by the view."""
+    """Returns the arrays, with the view of a stored weight in place of its array."""
     return [x if view is None else view for view, x in zip(views, arrays, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Rules with scales from calibration or from previous steps, as pytrees."""
+"""Rules that hold arrays: scales from calibration, amax histories, or switches. All are pytrees."""
 
 import dataclasses
 import re
@@ -115,7 +115,7 @@ class Delayed:
         return tuple(jax.tree.map(lambda amax, i=i: amax[i], spread) for i in range(count))
 
     def merge(self, other: "Delayed") -> "Delayed":
-        """Merges the amax values of two micro-batches of one step: the larger, never the sum.
+        """Merges two micro-batches of one step by taking the larger of their amax values.
 
         Args:
           other: the gradient with respect to the same state, from another micro-batch.

@@ -80,7 +80,7 @@ def quantize_tree(
 
 
 def _check_axis(recipe: Recipe, axis: int | None) -> None:
-    """Checks that a recipe whose blocks have a direction has an axis."""
+    """Checks that `axis` is given for a recipe whose scales depend on the contracted axis."""
     if axis is None and not isinstance(recipe.granularity, PerTensor):
         raise ValueError(
             f"{described(recipe)} needs `axis`, the axis that products contract, got None. Pass "
@@ -195,7 +195,7 @@ def dequantize_tree(params: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class LeafRow:
-    """One leaf in a `tree_report`: bytes before and after, and bits per element after."""
+    """One leaf in a `tree_report`: bytes before and after quantization, and bits per element."""
 
     path: str
     shape: str
@@ -248,7 +248,7 @@ def _is_quantized(leaf: Any) -> bool:
 
 
 def _nbytes(leaf: Any) -> int:
-    """Returns the bytes of a leaf, which may be a shape without values."""
+    """Returns the bytes of a leaf, given its arrays or their shapes and dtypes."""
     return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(leaf))
 
 

@@ -203,8 +203,9 @@ def of_einsum(subscripts: str, lhs_ndim: int, rhs_ndim: int) -> Contraction:
 def of_conv(numbers: lax.ConvDimensionNumbers) -> Contraction:
     """Returns the contraction of a convolution.
 
-    The window's axes of the operands and the result have different labels, so they count as
-    contracted, and vary slowest. Channels vary fastest; in the gradient of the kernel, the batch.
+    The window axes have different labels in the operands and in the result, so they count as
+    contracted. Among the contracted axes they vary slowest; channels vary fastest, or the batch in
+    the gradient of the kernel.
     """
     window_ndim = len(numbers.lhs_spec) - 2
     channel, feature, batch = range(3 * window_ndim, 3 * window_ndim + 3)

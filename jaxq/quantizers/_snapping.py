@@ -58,7 +58,7 @@ def numbers(
 
 
 def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -> jax.Array:
-    """Returns the codes of a split float32 tensor: of `numbers` plus the zero point."""
+    """Returns the codes of a split float32 tensor, which encode `numbers` plus the zero point."""
     if scales.zero_point is not None:
         return encode(numbers(x, scales, key, recipe) + scales.zero_point, recipe.element)
     units = units_of(x, scales, recipe)

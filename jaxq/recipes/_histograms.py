@@ -178,7 +178,7 @@ class Percentile(_OfHistogram):
 
 
 class _Seen(NamedTuple):
-    """Bins quantized over a range: arrays `[..., bins]`, and the range's ends `[..., 1]`."""
+    """The bins of a histogram, quantized with one range: `[..., bins]`; its ends are `[..., 1]`."""
 
     counts: jax.Array
     x: jax.Array  # The centers of the bins.

@@ -282,7 +282,7 @@ class KVCache:
         )
 
     def _batched(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function of one sequence as a function of all sequences of the batch."""
+        """Maps a function of one sequence over the batch axes."""
         for _ in range(self.length.ndim):
             function = jax.vmap(function)
         return function

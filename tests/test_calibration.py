@@ -327,7 +327,7 @@ def test_invalid_arguments_raise():
         jaxq.Symmetric(CALIBRATORS["ema"].__class__)
     with pytest.raises(ValueError, match="must be plain numbers"):
         calibration.init((4, 32), "nvfp4")
-    with pytest.raises(ValueError, match="the state is for"):
+    with pytest.raises(ValueError, match="as the state has"):
         calibration.update(
             calibration.init((4, 3), "int8_channel"), np.ones((4, 2), "f4"), "int8_channel"
         )

@@ -322,7 +322,7 @@ class TestKeys:
         forward = jaxq.ProductRecipe(jaxq.Recipe("int8", rounding="stochastic"))
         with pytest.raises(ValueError, match=r"dot_general: the recipe draws .* for lhs"):
             dot(x, w, forward)
-        with pytest.raises(ValueError, match="draws no random numbers, got a key"):
+        with pytest.raises(ValueError, match="draws no random bits, got a key"):
             dot(x, w, "w8a8", KEY)
         signs = jaxq.ProductRecipe("int8_tensor", "int8_tensor", hadamard=8)
         with pytest.raises(ValueError, match="random numbers for hadamard"):

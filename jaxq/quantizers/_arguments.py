@@ -1,4 +1,4 @@
-"""The checks of the arguments that the functions of tensors share."""
+"""Argument checks shared by the functions that quantize tensors."""
 
 from typing import NamedTuple
 
@@ -74,8 +74,12 @@ def given_scales(
     check_takes_scales(name, recipe)
     two_sided = recipe.scaling.two_sided
     if two_sided != (zero_point is not None):
-        wanted = "needs both `scale` and `zero_point`." if two_sided else "takes no `zero_point`."
-        raise ValueError(f"{name}: a recipe with {recipe.scaling!r:.120} {wanted}")
+        requirement = (
+            "needs both `scale` and `zero_point`. Pass both."
+            if two_sided
+            else "takes no `zero_point`. Omit it."
+        )
+        raise ValueError(f"{name}: a recipe with {recipe.scaling!r:.120} {requirement}")
     counts = recipe.cut(shape).counts
     result = []
     for label, value in (("scale", scale), ("zero_point", zero_point)):
@@ -83,16 +87,16 @@ def given_scales(
             result.append(None)
             continue
         array = jnp.asarray(value, jnp.float32)
-        missing = len(counts) - array.ndim
-        fits = missing >= 0 and all(
-            n in (1, m) for n, m in zip(array.shape, counts[missing:], strict=True)
+        missing_ndim = len(counts) - array.ndim
+        fits = missing_ndim >= 0 and all(
+            n in (1, m) for n, m in zip(array.shape, counts[missing_ndim:], strict=True)
         )
         if not fits:
             raise ValueError(
                 f"{name}: `{label}` must broadcast to one number per block, shape {counts}, got "
-                f"{array.shape}."
+                f"{array.shape}. Use the scales of jaxq.calibration.finalize, or a scalar."
             )
-        result.append(array.reshape((1,) * missing + array.shape))
+        result.append(array.reshape((1,) * missing_ndim + array.shape))
     return Given(result[0], result[1])
 
 

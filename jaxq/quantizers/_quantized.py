@@ -64,6 +64,12 @@ class Quantized(QuantizedArrays):
       block: the length of a block on each axis; None for the whole of an axis whose length was
         symbolic.
       length: the length of the last axis; None for a scalar.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp
+      >>> q = jaxq.quantize(jnp.ones((8, 64)), "int4_g32")
+      >>> q, q.nbytes, q[2].shape
+      (int4_g32[8×64] 320 B, 320, (64,))
     """
 
     @property
@@ -95,8 +101,8 @@ class Quantized(QuantizedArrays):
     @property
     def cut(self) -> Cut:
         """The division of the tensor into blocks."""
-        more = self.ndim - len(self.block)
-        block = (1,) * more + self.block[max(-more, 0) :]
+        extra_ndim = self.ndim - len(self.block)
+        block = (1,) * extra_ndim + self.block[max(-extra_ndim, 0) :]
         whole = (n if b is None else b for n, b in zip(self.shape, block, strict=True))
         return Cut(self.shape, tuple(whole))
 
@@ -127,7 +133,7 @@ class Quantized(QuantizedArrays):
 
     def __len__(self) -> int:
         if not self.shape:
-            raise TypeError("len() of a Quantized scalar.")
+            raise TypeError("Quantized: len() needs at least one axis, got a scalar. Use `shape`.")
         return self.shape[0]
 
     def __getitem__(self, index: int | slice) -> "Quantized":
@@ -140,7 +146,10 @@ class Quantized(QuantizedArrays):
             with other rows.
         """
         if self.ndim < 2:
-            raise TypeError("Quantized: indexing needs at least two axes. Dequantize it first.")
+            raise TypeError(
+                f"Quantized: indexing needs at least two axes, got shape {self.shape}. Dequantize "
+                "the tensor first."
+            )
         n, block, rest = self.shape[0], self.cut.block[0], self.cut.block[1:]
         if not isinstance(index, slice):
             at = operator.index(index)
@@ -153,7 +162,7 @@ class Quantized(QuantizedArrays):
         if block > 1 and (step != 1 or start % block or (stop % block and stop != n)):
             raise ValueError(
                 f"Quantized: a slice must consist of whole blocks of {block} rows, got {index}. "
-                "Dequantize first to take other rows."
+                "Dequantize the tensor first to select other rows."
             )
         blocks = index if block == 1 else slice(start // block, -(-stop // block))
         return self._rows(index, blocks, (block, *rest))
@@ -176,8 +185,8 @@ class Quantized(QuantizedArrays):
         if second and second[-1].ndim:  # One per row, or per tensor that `jax.vmap` stacked.
             second = tuple(array[index] for array in second)
         else:
-            places = np.arange(self.scale.size).reshape(self.scale.shape)[blocks]
-            second = self.recipe.scaling.take(second, places)
+            positions = np.arange(self.scale.size).reshape(self.scale.shape)[blocks]
+            second = self.recipe.scaling.take(second, positions)
         arrays = (codes, scale, second, zero_point, outliers)
         return Quantized(*arrays, self.recipe, self.dtype, block, self.length)
 

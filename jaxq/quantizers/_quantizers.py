@@ -212,7 +212,7 @@ def _fake_quant(
     recipe: Recipe,
 ) -> jax.Array:
     estimator = get_gradient(recipe.gradient)
-    snapped = _snapped(x, given, key, Parts(grid, recipe), wants_neighbors(estimator))
+    snapped = _snap_tensor(x, given, key, Parts(grid, recipe), wants_neighbors(estimator))
     return recipe.cut(x.shape).merge(attach(estimator, snapped.snap, snapped.scales))
 
 
@@ -222,24 +222,24 @@ def _neighbors(
     x: jax.Array, given: Given | None, grid: BinaryGrid | None, recipe: Recipe
 ) -> tuple[jax.Array, jax.Array]:
     cut = recipe.cut(x.shape)
-    snap = _snapped(x, given, None, Parts(grid, recipe), True).snap
+    snap = _snap_tensor(x, given, None, Parts(grid, recipe), True).snap
     return cut.merge(snap.below), cut.merge(snap.above)
 
 
-class _Snapped(NamedTuple):
+class _SnappedTensor(NamedTuple):
     """A snap, and the given scales with respect to which it is differentiable."""
 
     snap: Snap
     scales: GivenScales | None
 
 
-def _snapped(
+def _snap_tensor(
     x: jax.Array,
     given: Given | Importance | None,
     key: jax.Array | None,
     parts: Parts,
     around: bool,
-) -> _Snapped:
+) -> _SnappedTensor:
     """Returns a split tensor with its quantized values, and with its neighbors if `around` is True.
 
     Only the tensor itself and given scales are differentiable.
@@ -254,7 +254,7 @@ def _snapped(
         scales = _given_scales(given, values, whole(*parts), cut)
         if below is not None and above is not None:
             below, above = scales.moved(below), scales.moved(above)
-    return _Snapped(Snap(cut.split(x), y, low, high, below, above), scales)
+    return _SnappedTensor(Snap(cut.split(x), y, low, high, below, above), scales)
 
 
 def _given_scales(given: Given, values: Values, recipe: Recipe, cut: Cut) -> GivenScales:

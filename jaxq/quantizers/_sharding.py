@@ -42,7 +42,8 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
     mesh, names = sharding.mesh, tuple(sharding.spec)
     if len(names) > q.ndim:
         raise ValueError(
-            f"quantized_sharding: a spec of at most {q.ndim} axes is needed, got {sharding.spec}."
+            f"quantized_sharding: `sharding` must have a spec of at most {q.ndim} axes, got "
+            f"{sharding.spec}. Remove the other entries."
         )
     names = names + (None,) * (q.ndim - len(names))
     parts = [math.prod(mesh.shape[name] for name in axes_of(entry)) for entry in names]
@@ -50,10 +51,10 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
     for axis, (n, count) in enumerate(zip(q.shape, parts, strict=True)):
         packed = axis == q.ndim - 1 and bits not in (8, 16)
         if n % count or (packed and n // count * bits % 8):
-            whole = f" of whole bytes of {bits}-bit codes" if packed else ""
+            suffix = f" of whole bytes of {bits}-bit codes" if packed else ""
             raise ValueError(
                 f"quantized_sharding: axis {axis} of shape {q.shape} does not divide into {count} "
-                f"shards{whole}. Leave that axis out of the spec, or choose another mesh."
+                f"shards{suffix}. Leave that axis out of the spec, or choose another mesh."
             )
     counts, run = q.cut.counts, q.recipe.scaling.run
     runs = [n if b == 1 else n // run for n, b in zip(counts, q.cut.block, strict=True)]

@@ -33,19 +33,9 @@ from jaxq.recipes._calibrators import CALIBRATORS, get_calibrator
 from jaxq.recipes._catalog import RECIPES, get_recipe, title_of
 from jaxq.recipes._granularity import Granularity, PerBlock, PerChannel, PerTensor, PerToken
 from jaxq.recipes._histograms import Entropy, MeanSquaredError, Percentile
+from jaxq.recipes._moments import AbsMean, Gaussian, Laplace, Moments, Sigmas
 from jaxq.recipes._outliers import Outliers
-from jaxq.recipes._ranges import (
-    EMA,
-    AbsMax,
-    AbsMean,
-    Calibrator,
-    Extremum,
-    Gaussian,
-    Laplace,
-    Moments,
-    Range,
-    Sigmas,
-)
+from jaxq.recipes._ranges import EMA, AbsMax, Calibrator, Extremum, Range
 from jaxq.recipes._recipe import Recipe, records
 from jaxq.recipes._scale_rules import MX_RULES, SCALE_RULES, ScaleRule
 from jaxq.recipes._scaling import Scales, Scaling, StoredScales, limits

@@ -90,10 +90,10 @@ def _flipped(bits: Any) -> Any:
 
 
 def powers(amax: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a power of two that takes `amax` into [2, 4), and its inverse, both normal numbers.
+    """Returns a power of two that scales `amax` into [2, 4), and its inverse, both normal numbers.
 
     Values up to `amax`, multiplied by that power, have sums and squares that neither overflow nor
-    vanish. Their bits do not change if all values, and so `amax`, are multiplied by a power of two.
+    vanish. If all values are multiplied by a power of two, the scaled values stay the same.
     """
     exponent = _FLOAT32.bits(amax) & _FLOAT32.inf
     exponent = lax.clamp(_FLOAT32.field(-125), exponent, _FLOAT32.field(127)) - _FLOAT32.shifted(1)
@@ -128,9 +128,9 @@ def finite(x: jax.Array) -> jax.Array:
     return _FLOAT32.floats(bits - infinite.astype(jnp.int32))
 
 
-def signed_as(magnitude: jax.Array, of: jax.Array) -> jax.Array:
+def signed_as(magnitude: jax.Array, signed: jax.Array) -> jax.Array:
     """Returns a magnitude with the sign of another number."""
-    return _FLOAT32.floats(_FLOAT32.bits(magnitude) | (_FLOAT32.bits(of) & _FLOAT32.sign))
+    return _FLOAT32.floats(_FLOAT32.bits(magnitude) | (_FLOAT32.bits(signed) & _FLOAT32.sign))
 
 
 def span(low: jax.Array, high: jax.Array, fmt: IntFormat) -> jax.Array:
@@ -143,7 +143,7 @@ def span(low: jax.Array, high: jax.Array, fmt: IntFormat) -> jax.Array:
 def zero_point_of(
     low: jax.Array, scale: jax.Array, fmt: IntFormat, scale_format: Format
 ) -> jax.Array:
-    """Returns qmin - rne(low / s) within [qmin, qmax], the integer to which 0 maps; 0 for NaN."""
+    """Returns the integer to which 0 maps, qmin - round(low / s), in [qmin, qmax]; 0 for NaN."""
     lowest, highest = np.float32(fmt.min_int), np.float32(fmt.max_int)
     units = in_units(low, scale, scale_format)
     zero_point = lowest - lax.round(units, lax.RoundingMethod.TO_NEAREST_EVEN)

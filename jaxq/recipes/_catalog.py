@@ -109,8 +109,8 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         if isinstance(recipe.format, BinaryGrid):
             raise TypeError(
-                "The recipe must have a format with fixed widths, got one with a BinaryGrid, which "
-                "only fake_quant and neighbors take. Use a jaxq.FloatFormat or jaxq.IntFormat."
+                "The recipe must have a format with fixed widths, got a BinaryGrid, "
+                "which only fake_quant and neighbors take. Use a FloatFormat or an IntFormat."
             )
         return recipe
     if isinstance(recipe, BinaryGrid):
@@ -120,10 +120,15 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
         )
     name = recipe.name if isinstance(recipe, Format) else recipe
     if not isinstance(name, str):
-        raise TypeError(f"A recipe must be a name or a jaxq.Recipe, got {type(recipe).__name__}.")
+        raise TypeError(
+            f"A recipe must be a name or a jaxq.Recipe, got {type(recipe).__name__}. "
+            "Use a name in jaxq.recipes.RECIPES."
+        )
     if isinstance(recipe, Format) or name in FORMATS:
-        kind = TypeError if isinstance(recipe, Format) else ValueError
-        raise kind(f"{name!r} is a number format, which does not say how to scale. {_remedy(name)}")
+        error_type = TypeError if isinstance(recipe, Format) else ValueError
+        raise error_type(
+            f"{name!r} is a number format, which does not say how to scale. {_remedy(name)}"
+        )
     if name not in RECIPES:
         raise RECIPES.unknown(name, RECIPES.near(name))
     return RECIPES[name]
@@ -132,10 +137,10 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
 def _remedy(name: str) -> str:
     """Returns the advice for a format's name in place of a recipe's."""
     expression = f"jaxq.Recipe({name!r})" if name in FORMATS else "jaxq.Recipe(format)"
-    same = [n for n, r in RECIPES.items() if r.element.name == name]
-    if not same:
+    names = [n for n, r in RECIPES.items() if r.element.name == name]
+    if not names:
         return f"Write {expression} for one scale per tensor."
-    return f"Use a recipe such as {same[0]!r}, or {expression} for one scale per tensor."
+    return f"Use a recipe such as {names[0]!r}, or {expression} for one scale per tensor."
 
 
 def title_of(recipe: Recipe, *, fields: bool = True) -> str:
@@ -154,12 +159,12 @@ def title_of(recipe: Recipe, *, fields: bool = True) -> str:
       >>> title_of(Recipe("int5", PerChannel((0,)), gradient="lsq"))
       "int5_channel(gradient='lsq')"
     """
-    kind = recipe.granularity
-    standard = dataclasses.replace(recipe, granularity=kind.on_last_axes)
+    granularity = recipe.granularity
+    standard = dataclasses.replace(recipe, granularity=granularity.on_last_axes)
     name = RECIPES.name_of(standard)
     if name is not None:
         return name
-    title = f"{recipe.element.name}_{kind.label}"
+    title = f"{recipe.element.name}_{granularity.label}"
     others = [
         f"{field.name}={field_text(getattr(recipe, field.name))}"
         for field in dataclasses.fields(recipe)

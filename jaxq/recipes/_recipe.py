@@ -93,13 +93,13 @@ class Recipe:
         object.__setattr__(self, "format", fmt)
         get_rounding(self.rounding)
         get_gradient(self.gradient)
-        for name, kind, examples in (
+        for name, record_type, examples in (
             ("granularity", Granularity, "PerTensor() or PerChannel(axes)"),
             ("scaling", Scaling, "Symmetric() or Affine()"),
             ("outliers", Outliers | None, "Outliers(0.01), or None"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, kind):
+            if not isinstance(value, record_type):
                 raise ValueError(
                     f"Recipe: `{name}` must be a record of jaxq.recipes, such as {examples}, got "
                     f"{value!r:.80}."
@@ -228,8 +228,8 @@ class Recipe:
 
 def records() -> dict[str, type]:
     """Returns the frozen records that a recipe may hold, by name."""
-    kinds = [*get_args(Granularity), *get_args(Format), *SCALINGS]
-    kinds += [type(calibrator) for calibrator in CALIBRATORS.values()]
-    kinds += [type(g) for g in ESTIMATORS.values() if dataclasses.is_dataclass(g)]
-    kinds += [Stochastic, HalfUp, Outliers, Recipe]
-    return {kind.__name__: kind for kind in kinds}
+    record_types = [*get_args(Granularity), *get_args(Format), *SCALINGS]
+    record_types += [type(calibrator) for calibrator in CALIBRATORS.values()]
+    record_types += [type(g) for g in ESTIMATORS.values() if dataclasses.is_dataclass(g)]
+    record_types += [Stochastic, HalfUp, Outliers, Recipe]
+    return {record_type.__name__: record_type for record_type in record_types}

@@ -1,4 +1,4 @@
-"""The protocol of scaling records, which say how the scales of a recipe are computed and stored.
+"""The base class of scaling records, which define how scales are computed and stored.
 
 To add a scaling, write a frozen dataclass that derives from `Scaling`, override the attributes and
 methods in which it differs, and list it in `SCALINGS` (`_scalings.py`).
@@ -34,6 +34,12 @@ class StoredScales(NamedTuple):
         without one.
       minimum: the minima on the grid of the scale format, with which `Scaling.restore_minimum`
         computes the minima; None without minima.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> stored = StoredScales(jnp.array([2.0]), (jnp.float32(0.5),))
+      >>> jaxq.get_recipe("nvfp4").scaling.restore(stored).tolist()
+      [1.0]
     """
 
     scale: jax.Array
@@ -58,6 +64,12 @@ class Scales(NamedTuple):
         was computed in float32. None without a minimum.
       numbers: the grid values that a search has chosen together with the scales, in the layout of
         `Cut.split`; None if elements are rounded to the nearest ones.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> ends = jnp.array([-14.0]), jnp.array([14.0])
+      >>> jaxq.recipes.Symmetric().scales(ends, jaxq.get_recipe("int4_tensor").element).step
+      Array([2.], dtype=float32)
     """
 
     divisor: jax.Array
@@ -77,10 +89,10 @@ class Scales(NamedTuple):
 
 
 class Scaling:
-    """The base class of scaling records, which say how scales are computed and stored.
+    """The base class of scaling records, which define how scales are computed and stored.
 
     A scaling maps the range of a block to a scale s and defines the values y that the grid values q
-    of the element format stand for: y = s q; or y = s (q - z), with an integer zero point z; or
+    of the element format represent: y = s q; or y = s (q - z), with an integer zero point z; or
     y = s q + m, with a minimum m. The defaults below describe symmetric scales, y = s q, that map
     the largest magnitude to the largest grid value and are rounded to a narrower format.
 
@@ -105,6 +117,11 @@ class Scaling:
         each scale has bytes of its own.
       is_local: True if the scales of a run of blocks depend on no element of another run.
       largest_scale: the largest finite scale that can be stored.
+
+    Example:
+      >>> import jaxq
+      >>> isinstance(jaxq.get_recipe("mxfp4").scaling, Scaling)
+      True
     """
 
     takes_grids: ClassVar[bool] = False
@@ -118,15 +135,15 @@ class Scaling:
     search: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        given: Any = self  # Every scaling is a dataclass, though this class is not.
-        names = {field.name for field in dataclasses.fields(given)}
+        record: Any = self  # Every scaling is a dataclass, though this class is not.
+        names = {field.name for field in dataclasses.fields(record)}
         if "scale_format" in names:
             object.__setattr__(self, "scale_format", get_format(self.scale_format))
         if "search" in names:
             object.__setattr__(self, "search", tuple(self.search))
         two_sided = self.calibrator.two_sided or not self.two_sided
-        wanted = "`range` must be a calibrator that measures both extremes"
-        self.require(two_sided, wanted, self.range, "Use range='absmax'.")
+        requirement = "`range` must be a calibrator that measures both extremes"
+        self.require(two_sided, requirement, self.range, "Use range='absmax'.")
         positive = all(factor > 0 for factor in self.search)
         self.require(positive, "`search` must hold positive factors", self.search)
         self.check_scale_format(get_format(self.scale_format))
@@ -154,8 +171,10 @@ class Scaling:
         """Raises ValueError unless the scaling supports an element format."""
         if isinstance(fmt, BinaryGrid):
             fits = self.takes_grids and BinaryGrid in self.calibrator.formats
-            wanted = "with this scaling and this `range`, `format` must have fixed widths"
-            self.require(fits, wanted, fmt.name, "Use Symmetric() or MX() with range='absmax'.")
+            requirement = "with this scaling and this `range`, `format` must have fixed widths"
+            self.require(
+                fits, requirement, fmt.name, "Use Symmetric() or MX() with range='absmax'."
+            )
             return
         self.require(fmt.max > 0, "needs an element format with a positive `max`", fmt.name)
         self.require(

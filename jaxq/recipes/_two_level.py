@@ -111,7 +111,7 @@ class TwoLevel(Scaling):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class DoubleQuant(Scaling):
-    """Double quantization, as in QLoRA: the scales minus their mean, quantized in their own blocks.
+    """Double quantization, as in QLoRA: the scales minus their mean are quantized in blocks too.
 
     The mean is computed in integers to 2^-22 of the largest scale, so that it does not depend on
     the order of summation. The blocks run over the flattened scales. A NaN scale makes all scales
@@ -196,8 +196,8 @@ class DoubleQuant(Scaling):
         runs = np.arange(places.size) % block + np.repeat(firsts, block)[: places.size]
         if (firsts % block).any() or (places != runs).any():
             raise ValueError(
-                f"Quantized: the rows share second scales, one per {block} scales, with other "
-                "rows. Dequantize the tensor first."
+                f"Quantized: the selected rows share second-level scales, one per {block} scales, "
+                "with other rows. Dequantize the tensor first."
             )
         return second[0][firsts // block], second[1]
 

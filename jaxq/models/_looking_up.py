@@ -42,7 +42,7 @@ def look_up(
 
 def _of_rows(params: Any, shape: tuple[int, ...], recipe: Recipe) -> Recipe | None:
     """Returns the recipe for gathered rows; None if quantizing rows alone would change values."""
-    spans_rows = recipe.scaling.second_level is not None or recipe.outliers is not None
+    spans_rows = not recipe.scaling.is_local or recipe.outliers is not None
     fill = params["fill_value"]  # None also fills with NaN.
     if spans_rows or is_stochastic(recipe) or not (fill is None or np.isnan(fill)):
         return None

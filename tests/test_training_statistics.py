@@ -194,7 +194,7 @@ def test_recipes_are_logged_and_their_ranges_drawn(tmp_path: pathlib.Path):
     assert ends["largest of fp8_e4m3_tensor"] == [4 * 448, 8 * 448, 4 * 448]
     assert ends["smallest of fp8_e4m3_tensor"] == [2 * 2**-9, 4 * 2**-9, 4 * 2**-9]
     other = monitor(loss, "w8a8", request)(params, X)
-    with pytest.raises(ValueError, match="fp8_e4m3_tensor for w/lhs, not int8_token"):
+    with pytest.raises(ValueError, match="int8_token for w/lhs instead of fp8_e4m3_tensor"):
         StatisticsLog(path).append(3, other)
 
 

@@ -58,13 +58,13 @@ def solve_stack(
     problem: Problem, recipes: Sequence[tuple[Recipe, np.ndarray]], solver: Solver
 ) -> SolvedMatrices:
     """Solves a stack of matrices, each recipe with the indices of its matrices."""
-    found = [
+    solutions = [
         _solve_matrices(part, recipe, solver) for recipe, _, part in parts_of(problem, recipes)
     ]
-    if len(found) == 1:
-        return found[0]
+    if len(solutions) == 1:
+        return solutions[0]
     back = np.argsort(np.concatenate([places for _, places in recipes]))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *found)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *solutions)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "solver"))
@@ -87,17 +87,17 @@ def _solve_matrices(problem: Problem, recipe: Recipe, solver: Solver) -> SolvedM
             pulled = jnp.matmul(statistics.drift.T, weight, precision=lax.Precision.HIGHEST)
             return output_error(error, hessian) - 2 * jnp.sum(error * pulled)
 
-        found = solver.solve(problem, recipe)
-        before, after = loss(nearest), loss(found.numbers)
-        worse = objective(found.numbers) > objective(nearest)
-        numbers = jnp.where(worse, nearest, found.numbers)
+        solution = solver.solve(problem, recipe)
+        before, after = loss(nearest), loss(solution.numbers)
+        worse = objective(solution.numbers) > objective(nearest)
+        numbers = jnp.where(worse, nearest, solution.numbers)
         return SolvedMatrices(
             numbers=numbers,
             before=before,
             after=jnp.where(worse, before, after),
             power=output_error(weight, hessian),
-            damping=found.damping,
-            solved=found.solved,
+            damping=solution.damping,
+            solved=solution.solved,
             worse=worse,
         )
 

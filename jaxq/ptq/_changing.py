@@ -1,5 +1,6 @@
 """Solution of a product that also changes its leaves: their scales, or their outliers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -120,7 +121,7 @@ def _numbers(
     for key, q in starts.items():
         is_own = key in own
         numbers.append(block_numbers(q) + count if is_own else jnp.zeros(q.shape, jnp.int32))
-        count += q.scale.size if is_own else 0
+        count += math.prod(q.cut.counts) if is_own else 0
     return stack.layout.matrices(stack.view.move(*numbers))
 
 

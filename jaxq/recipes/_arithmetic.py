@@ -107,7 +107,9 @@ def to_scale_format(scale: jax.Array, amax: jax.Array, scale_format: Format) -> 
     The result is 0 for a block of zeros, else at least the smallest positive value of the format,
     so that a block of tiny values does not become zeros.
     """
-    magnitude = jnp.abs(scale)
+    # Two uses of a quotient would be two kernels, because XLA on CPU does not compute it twice.
+    bits = _FLOAT32.bits(scale)
+    magnitude = _FLOAT32.floats(bits & _FLOAT32.magnitude_mask)
     if scale_format.name != "float32":
         magnitude = cast(magnitude, scale_format, overflow="saturate")
     if scale_format == E8M0:  # It has no zero, and its smallest value is exact.
@@ -115,7 +117,8 @@ def to_scale_format(scale: jax.Array, amax: jax.Array, scale_format: Format) -> 
     least = np.float32(max(scale_format.min_positive, _LEAST_SCALE))
     magnitude = where(magnitude < least, least, magnitude)
     zero = (_FLOAT32.bits(amax) & _FLOAT32.magnitude_mask) == 0
-    return signed_as(where(zero, np.float32(0), magnitude), scale)
+    magnitude = _FLOAT32.bits(where(zero, np.float32(0), magnitude))
+    return _FLOAT32.floats(magnitude | (bits & _FLOAT32.sign))
 
 
 def finite(x: jax.Array) -> jax.Array:

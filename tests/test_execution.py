@@ -22,6 +22,8 @@ from tests.data import normal
 from tests.oracle import assert_same
 from tests.test_dots import both_gradients, dot
 
+pytestmark = pytest.mark.optimized
+
 HALF_EPS = float(np.finfo(np.float32).eps) / 2
 # jaxlib for CPU supports scaled_matmul since version 0.11.
 SCALED_MATMUL = jax.__version_info__ >= (0, 11)
@@ -53,7 +55,7 @@ def integers(x, recipe):
 @pytest.mark.parametrize(
     ("lhs", "rhs"),
     [
-        ("int8_token", "int8_channel"),
+        data.slow("int8_token", "int8_channel"),
         data.slow("int8_tensor", "int4_channel"),
         (TILES, jaxq.Recipe("uint4", jaxq.PerToken())),
     ],
@@ -86,7 +88,7 @@ def test_float8_products_are_within_bound(lhs, rhs):
     assert_within_bound(dot(x, w, native), dot(x, w, emulated), magnitudes, 32)
 
 
-@pytest.mark.parametrize("name", [data.slow("mxfp8_e4m3"), "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", [data.slow("mxfp8_e4m3"), data.slow("mxfp4"), "nvfp4"])
 def test_block_formats_use_scaled_matmul_or_raise(name):
     """Checks that a backend without scaled_matmul raises an error when the product is lowered."""
     x, w = normal((6, 64)), normal((64, 4), 1)

@@ -12,7 +12,7 @@ import jaxq
 from jaxq import ptq
 from tests.oracle import assert_same, assert_same_trees
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INT4 = jaxq.Recipe("int4", jaxq.PerBlock(8))
 UINT4 = jaxq.Recipe("uint4", jaxq.PerBlock(4), jaxq.Affine())

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import ptq
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 SIZE, TOKENS, ALPHA, PROPAGATION = 160, 400, 0.25, 0.5
 RECIPE = jaxq.Recipe("int3", jaxq.PerChannel())

@@ -10,7 +10,7 @@ import jaxq
 from jaxq import ptq
 
 # The bits of sums do not matter here, and most time goes into compiling.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INPUTS, OUTPUTS = 32, 8
 RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(16), outliers=jaxq.Outliers(0.05))

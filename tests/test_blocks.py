@@ -16,8 +16,6 @@ from jaxq.recipes import ScaleAndMin, SignedScale
 from tests import data
 from tests.oracle import assert_same
 
-pytestmark = pytest.mark.optimized
-
 E8M0 = "float8_e8m0fnu"
 
 

@@ -22,8 +22,6 @@ from tests.data import normal
 from tests.oracle import assert_same
 from tests.test_dots import both_gradients, dot
 
-pytestmark = pytest.mark.optimized
-
 HALF_EPS = float(np.finfo(np.float32).eps) / 2
 # jaxlib for CPU supports scaled_matmul since version 0.11.
 SCALED_MATMUL = jax.__version_info__ >= (0, 11)

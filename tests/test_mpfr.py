@@ -8,8 +8,6 @@ import jaxq
 from tests import data
 from tests.oracle import assert_same
 
-pytestmark = pytest.mark.optimized
-
 MODES = {
     "nearest_even": gmpy2.RoundToNearest,
     "toward_zero": gmpy2.RoundToZero,

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 import jaxq
 from tests.oracle import assert_same, same
 
-pytestmark = pytest.mark.optimized
-
 MODES = ["nearest_even", "nearest_away", "toward_zero", "up", "down", "to_odd"]
 SYMMETRIC = ("nearest_even", "nearest_away", "toward_zero", "to_odd")
 

@@ -16,8 +16,6 @@ from jaxq.numerics import ROUNDINGS
 from tests import data, oracle
 from tests.oracle import assert_same
 
-pytestmark = pytest.mark.optimized
-
 DETERMINISTIC = [name for name in ROUNDINGS if name != "stochastic"]
 FLOATS = [
     fmt

@@ -24,8 +24,6 @@ from jaxq.recipes import CALIBRATORS
 from tests import data
 from tests.oracle import assert_same
 
-pytestmark = pytest.mark.optimized
-
 Program = tuple[str, Callable, tuple]
 
 KEY = jax.random.key(0)

@@ -158,6 +158,8 @@ def test_first_program_compiles_once():
 
 @pytest.mark.parametrize("name", data.each(data.structures(), data.few()))
 def test_quantizer_temporaries_have_size_of_scales(name: str):
+    if jaxq.get_recipe(name).scaling.searches_elements:
+        pytest.skip("a search holds blocks of elements and their codes")
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
 
     def both(x, cotangent):

@@ -139,7 +139,7 @@ def _rounding_name(recipe: Recipe) -> str:
     tapered = isinstance(recipe.element, TaperedFormat) and mode == "stochastic"
     if recipe.outliers is not None:
         raise _no_theory("without `outliers`", "outliers")
-    if recipe.scaling.search:
+    if recipe.scaling.search or recipe.scaling.searches_elements:
         raise _no_theory("without a `search`", "a search")
     if mode not in CHANCES or tapered:
         where = " to posits and takums" if tapered else ""

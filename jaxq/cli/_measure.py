@@ -28,10 +28,11 @@ from jaxq.cli._pieces import (
     errors_of,
     sums_of,
 )
+from jaxq.cli._recipes import BLOCK_TYPES
 from jaxq.formats import Format
 from jaxq.interop import Entry, gguf
 from jaxq.quantizers import fake_quant
-from jaxq.recipes import RECIPES, Recipe
+from jaxq.recipes import Recipe
 
 __all__ = [
     "DEFAULT",
@@ -162,7 +163,7 @@ def kind_of(name: str) -> Format | Recipe | str:
     Raises:
       ValueError: the name is unknown.
     """
-    if name in gguf.TYPES and name not in RECIPES:
+    if name in BLOCK_TYPES:
         return name
     return format_or_recipe(name)
 

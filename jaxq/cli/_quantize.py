@@ -18,7 +18,7 @@ from jaxq.analysis import Energies
 from jaxq.analysis import total as total_of
 from jaxq.cli._output import UsageError, bad_input, one_line, print_json, print_table
 from jaxq.cli._progress import progress
-from jaxq.cli._recipes import NAMES
+from jaxq.cli._recipes import BLOCK_TYPES, NAMES
 from jaxq.cli._targets import WRITERS, Job, Plan, shape_of
 from jaxq.formats import FORMATS, IntFormat
 from jaxq.interop import Entry, TensorFile, gguf, open_tensors, read_json
@@ -181,7 +181,8 @@ def _plan(plan: Plan, rules: Sequence, args: argparse.Namespace, target: str) ->
         return dataclasses.replace(plan, note=f"dtype {entry.dtype}")
     if len(entry.shape) < args.min_axes:
         return dataclasses.replace(plan, note=f"fewer than {args.min_axes} axes")
-    if target != "gguf" and name in RECIPES:
+    by_blocks = name in BLOCK_TYPES and args.axis in (-1, len(entry.shape) - 1)
+    if target != "gguf" and name in RECIPES and (target != "safetensors" or not by_blocks):
         recipe, note = get_recipe(name), ""
         if target == "compressed-tensors":
             recipe, note = _for_vllm(recipe, entry)

@@ -117,6 +117,11 @@ _NF4_LEVELS = (
     0.7229568362236023,
     1.0,
 )
+# GGUF's IQ4_NL and IQ4_XS.
+_IQ4_LEVELS = (
+    *(-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0),
+    *(1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0),
+)
 # In code order, with the sign in the top bit; bitsandbytes' code 8 is a second zero.
 _BNB_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _BNB_FP4_LEVELS = tuple(sign * level / 12 for sign in (1, -1) for level in _BNB_FP4_TWELFTHS)
@@ -191,6 +196,7 @@ _FORMATS: tuple[Format, ...] = (
     CodebookFormat("dynamic8", _dynamic_levels(signed=True)),
     CodebookFormat("udynamic8", _dynamic_levels(signed=False)),
     CodebookFormat("binary", (-1.0, 1.0), ties="up"),
+    CodebookFormat("iq4", _IQ4_LEVELS, ties="up"),
 )
 
 FORMATS: Registry[Format] = Registry(

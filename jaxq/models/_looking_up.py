@@ -42,7 +42,7 @@ def look_up(
 
 def _of_rows(params: Any, shape: tuple[int, ...], recipe: Recipe) -> Recipe | None:
     """Returns a table's recipe on the axes of the result; None if the values would differ."""
-    whole = recipe.scaling.second_level is not None or recipe.outliers is not None
+    whole = not recipe.scaling.is_local or recipe.outliers is not None
     fill = params["fill_value"]  # None also fills with NaN.
     if whole or is_stochastic(recipe) or not (fill is None or np.isnan(fill)):
         return None

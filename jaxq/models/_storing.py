@@ -188,8 +188,8 @@ def _anywhere(recipe: Recipe) -> Recipe:
 
 
 def _shares(recipe: Recipe) -> bool:
-    """Returns whether blocks share a second-level scale or outliers."""
-    return recipe.scaling.second_level is not None or recipe.outliers is not None
+    """Returns whether all blocks share a second-level scale or outliers."""
+    return not recipe.scaling.is_local or recipe.outliers is not None
 
 
 def _granularity(block: tuple[int, ...], shape: tuple[int, ...]) -> Granularity:
@@ -222,7 +222,7 @@ def _demands(product: Product, weight: QuantizedWeight) -> list[tuple[Piece, _De
         block = placed(recipe.granularity, shape, axes).block(shape)
         if 0 in block:
             raise _CannotStoreError("it is empty")
-        on_leaf = _on_leaf(piece, shape, block)
+        on_leaf = _on_leaf(piece, shape, block, recipe.scaling.run)
         leading = _leading(piece)
         if _shares(recipe):
             _check_whole(piece, shape, recipe, leading)
@@ -238,10 +238,17 @@ def _demands(product: Product, weight: QuantizedWeight) -> list[tuple[Piece, _De
     return result
 
 
-def _on_leaf(piece: Piece, shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
-    """Converts the blocks of an operand to blocks of a leaf."""
+def _on_leaf(
+    piece: Piece, shape: tuple[int, ...], block: tuple[int, ...], run: int
+) -> tuple[int, ...]:
+    """Converts the blocks of an operand, of which `run` are stored together, to those of a leaf."""
     if piece.axes is None:
         raise _CannotStoreError(f"{piece.path!r} is not multiplied in whole blocks of its axes")
+    if run > 1:
+        runs = _on_leaf(piece, shape, tuple(b * run if b > 1 else b for b in block), 1)
+        if sorted(runs)[:-1] != [1] * (len(runs) - 1):
+            raise _CannotStoreError(f"super-blocks cut the merged axes of {piece.path!r}")
+        return tuple(b // run if b > 1 else b for b in runs)
     lengths: list[tuple[Digit, int]] = []
     for digits, n, length, at, size in zip(
         piece.axes, shape, block, piece.at, piece.box, strict=True

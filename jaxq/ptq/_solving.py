@@ -227,7 +227,7 @@ class SolverRun:
         layout = Layout(self.found.matrices[place.product.number].axes, view.x.shape)
         works = [self.leaves.work(key) for key in view.keys]
         starts = tuple(work.start for work in works)
-        counts = np.cumsum([0, *(q.scale.size for q in starts)])
+        counts = np.cumsum([0, *(math.prod(q.cut.counts) for q in starts)])
         numbers = [block_numbers(q) + int(n) for q, n in zip(starts, counts, strict=False)]
         blocks = Blocks(starts, layout.matrices(view.move(*numbers)))
         inputs = layout.sizes[1]

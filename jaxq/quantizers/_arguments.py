@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from jaxq.numerics import floats
 from jaxq.recipes import Recipe, get_recipe
 
-__all__ = ["Given", "check_takes_scales", "checked", "given_scales"]
+__all__ = ["Given", "Importance", "check_takes_scales", "checked", "given_scales", "importance_of"]
 
 
 class Given(NamedTuple):
@@ -16,6 +16,12 @@ class Given(NamedTuple):
 
     scale: jax.Array
     zero_point: jax.Array | None
+
+
+class Importance(NamedTuple):
+    """Weights of the squared errors of elements, which broadcast to the tensor."""
+
+    weights: jax.Array
 
 
 def checked(
@@ -88,3 +94,29 @@ def given_scales(
             )
         result.append(array.reshape((1,) * missing + array.shape))
     return Given(result[0], result[1])
+
+
+def importance_of(
+    name: str, shape: tuple[int, ...], recipe: Recipe, importance: jax.typing.ArrayLike
+) -> Importance:
+    """Checks and returns an importance: one weight per index of the axis of the blocks, or more."""
+    if not recipe.scaling.searches_elements:
+        raise ValueError(
+            f"{name}: `importance` needs a recipe that searches for its scales, such as 'q4_k', "
+            f"got {type(recipe.scaling).__name__}. Omit it, or use jaxq.ptq.ScaleSearch."
+        )
+    weights = jnp.asarray(importance, jnp.float32)
+    block = recipe.cut(shape).block
+    axis = next((axis for axis, n in enumerate(block) if n != 1), len(block) - 1)
+    if weights.ndim == 1:
+        weights = weights.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    missing = len(shape) - weights.ndim
+    fits = missing >= 0 and all(
+        n in (1, m) for n, m in zip(weights.shape, shape[missing:], strict=True)
+    )
+    if not fits or axis < missing or weights.shape[axis - missing] != shape[axis]:
+        raise ValueError(
+            f"{name}: `importance` must have one weight for each of the {shape[axis]} indices of "
+            f"axis {axis}, or broadcast to {shape} with them, got shape {jnp.shape(importance)}."
+        )
+    return Importance(weights.reshape((1,) * missing + weights.shape))

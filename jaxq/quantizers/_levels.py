@@ -5,6 +5,7 @@ rounds values to `levels`, and stores the result by `with_levels`. `rescaled` ch
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -54,8 +55,8 @@ def levels(q: Quantized) -> Levels:
     own = Levels(per_element(q, q.scales), None, None)
     if q.zero_point is not None and q.recipe.scaling.zero_point == "integer":
         own = own._replace(zero_point=per_element(q, q.zero_point.astype(jnp.float32)))
-    elif q.zero_point is not None:
-        own = own._replace(minimum=per_element(q, decode(q.zero_point, q.recipe.scale_format)))
+    elif (minimum := q.minima) is not None:
+        own = own._replace(minimum=per_element(q, minimum))
     if q.recipe.outliers is not None:
         nothing = jnp.full_like(own.step, jnp.nan)
         own = own._replace(outlier=q.recipe.outliers.put(nothing, q.outliers))
@@ -64,7 +65,8 @@ def levels(q: Quantized) -> Levels:
 
 def block_numbers(q: Quantized) -> jax.Array:
     """Returns the number of the block of each element, in the order of the scales; int32."""
-    return per_element(q, jnp.arange(q.scale.size, dtype=jnp.int32).reshape(q.scale.shape))
+    counts = q.cut.counts
+    return per_element(q, jnp.arange(math.prod(counts), dtype=jnp.int32).reshape(counts))
 
 
 def per_element(q: Quantized, x: jax.Array) -> jax.Array:
@@ -138,7 +140,7 @@ def rescaled(q: Quantized, factor: jax.typing.ArrayLike) -> Quantized:
         rounded to the scale format.
     """
     fmt = q.recipe.scale_format
-    scale = q.recipe.scaling.rounded(decoded(q.scale, q.recipe) * factor)
+    scale = q.recipe.scaling.rounded(decoded(q.scale, q) * factor)
     return dataclasses.replace(q, scale=scale if fmt.name == "float32" else encode(scale, fmt))
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
+from jaxq.formats import IntFormat
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, dequantize
 from jaxq.recipes import Symmetric
 
@@ -45,8 +46,12 @@ def slices(q: Quantized) -> Slices | None:
         assert scales is not None
         for _ in range(stacked):
             scales = jax.vmap(scales)
-        recipe = dataclasses.replace(q.recipe, scaling=Symmetric())
-        q = dataclasses.replace(q, scale=scales(q), second=(), recipe=recipe)
+        # The rule "half" keeps the lowest code of integers, which `SuperBlocks` uses.
+        lowest = q.recipe.scaling.run > 1 and isinstance(q.recipe.element, IntFormat)
+        scaling = Symmetric(rule="half") if lowest else Symmetric()
+        recipe = dataclasses.replace(q.recipe, scaling=scaling)
+        own = {"scale": scales(q), "zero_point": q.minima, "second": (), "recipe": recipe}
+        q = dataclasses.replace(q, **own)
     cut, bits = q.cut, q.recipe.element.bits
     of_bytes = 8 // math.gcd(bits, 8)  # Codes on the last axis are cut between bytes.
 

@@ -31,9 +31,17 @@ _AT_ONCE = 4
 _WHOLE = BinaryGrid(24, 24, 24, 2.0**24, 2.0**24, inf=False, nan=False, negative_zero=False)
 
 
-def measured(x: jax.Array, key: jax.Array | None, recipe: Recipe, cut: Cut) -> Scales:
+def measured(
+    x: jax.Array,
+    key: jax.Array | None,
+    recipe: Recipe,
+    cut: Cut,
+    importance: jax.Array | None = None,
+) -> Scales:
     """Returns the scales computed from a split float32 tensor itself."""
     scaling, fmt = recipe.scaling, recipe.element
+    if scaling.searches_elements:
+        return scaling.of_elements(x, cut, fmt, importance)
     ends = scaling.calibrator.finalize(recipe.measure(x, cut), fmt, scaling.two_sided)
     factor = _searched(x, ends, key, recipe, cut) if scaling.search else None
     return scaling.scales(ends, fmt, factor)
@@ -52,6 +60,8 @@ def numbers(
       given: True if the scales were not computed from the tensor, so that a NaN may have a scale
         that is a number.
     """
+    if scales.numbers is not None and recipe.rounding == "nearest_even":
+        return scales.numbers
     units = units_of(x, scales, recipe)
     units = _positive_nan(units) if given and _lacks_nan(recipe) else units
     return on_grid(units, scales.zero_point, recipe.rounding, key, recipe)
@@ -61,6 +71,8 @@ def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -
     """Returns the codes of a split float32 tensor: of `numbers` plus the zero point."""
     if scales.zero_point is not None:
         return encode(numbers(x, scales, key, recipe) + scales.zero_point, recipe.element)
+    if scales.numbers is not None:
+        return encode(numbers(x, scales, key, recipe), recipe.element)
     units = units_of(x, scales, recipe)
     units = _positive_nan(units) if isinstance(recipe.element, FloatFormat) else units
     return encode(units, recipe.element, rounding=recipe.rounding, overflow="saturate", key=key)
@@ -143,10 +155,10 @@ def restored(
     y = times(values, step, scale_format)
     if minimum is not None:
         y = y + minimum  # The product is exact, because the scaling has checked the widths.
-    bounded = (fmt.max - fmt.min) * scale_format.max < 2.0**127
+    bounded = (fmt.max - fmt.min) * recipe.scaling.largest_scale < 2.0**127
     if traced:
         return where(jnp.broadcast_to(bounded, y.shape), y, finite(y))
-    if bounded and recipe.scaling.second_level is None:
+    if bounded:
         return y  # Only an infinite scale makes this infinite.
     return finite(y)
 

@@ -11,6 +11,8 @@ from jaxq.numerics import BinaryGrid, HalfUp
 from jaxq.recipes._affine import Affine, ScaleAndMin
 from jaxq.recipes._granularity import PerBlock, PerChannel, PerToken
 from jaxq.recipes._recipe import Recipe
+from jaxq.recipes._super_block_scaling import SuperBlocks
+from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES
 from jaxq.recipes._symmetric import MX, SignedScale, Symmetric
 from jaxq.recipes._texts import field_text
 from jaxq.recipes._two_level import DoubleQuant, TwoLevel
@@ -75,6 +77,10 @@ RECIPES: Registry[Recipe] = Registry(
         "q5_0": Recipe("int5", PerBlock(32), SignedScale(), rounding=HalfUp(16)),
         "q4_1": Recipe("uint4", PerBlock(32), ScaleAndMin(), rounding=HalfUp()),
         "q5_1": Recipe("uint5", PerBlock(32), ScaleAndMin(), rounding=HalfUp()),
+        **{
+            name: Recipe(rule.element, PerBlock(rule.length), SuperBlocks(name))
+            for name, rule in SUPER_BLOCK_RULES.items()
+        },
         # BitNet b1.58 (2024), XNOR-Net (2016).
         "ternary_absmean": Recipe("ternary", scaling=Symmetric(range="absmean")),
         "binary_absmean": Recipe("binary", scaling=Symmetric(range="absmean")),

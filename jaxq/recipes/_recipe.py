@@ -38,8 +38,8 @@ class Recipe:
       granularity: the granularity, which defines the elements that share a scale; `PerTensor()` by
         default.
       scaling: the record that says how scales are computed and stored: `Symmetric` (the default),
-        `Affine`, `MX`, `TwoLevel` (NVFP4), `DoubleQuant` (QLoRA), `SignedScale` or `ScaleAndMin`
-        (both GGUF).
+        `Affine`, `MX`, `TwoLevel` (NVFP4), `DoubleQuant` (QLoRA), or one of GGUF's: `SignedScale`,
+        `ScaleAndMin` and `SuperBlocks`.
       outliers: the elements to store separately in a wider format, or None (the default).
       rounding: a rounding mode or its name in `jaxq.numerics.ROUNDINGS`; `"nearest_even"` by
         default. With `"stochastic"`, functions that take the recipe need a key.
@@ -158,9 +158,12 @@ class Recipe:
           ValueError: if the recipe does not fit the shape, or needs the length of a symbolic axis.
         """
         if not any(is_symbolic(n) for n in shape):
-            return Cut(shape, self.granularity.block(shape))
+            cut = Cut(shape, self.granularity.block(shape))
+            self.scaling.check_cut(cut)
+            return cut
         with self._named():
             cut = Cut(shape, self.granularity.block(shape))
+            self.scaling.check_cut(cut)
             for name, missing in (
                 ("outliers", self.outliers is not None),
                 ("search", bool(self.scaling.search) and is_symbolic(cut.block[-1])),

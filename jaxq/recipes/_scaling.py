@@ -5,12 +5,14 @@ methods in which it differs, and list it in `SCALINGS` (`_scalings.py`).
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import materialize
 from jaxq.formats import FloatFormat, Format, IntFormat, get_format
 from jaxq.numerics import BinaryGrid, cast, code_dtype
@@ -30,10 +32,13 @@ class StoredScales(NamedTuple):
       scale: the scales on the grid of their format, relative to any second level.
       second: the arrays of a second level, with which `Scaling.restore` computes the scales; ()
         without one.
+      minimum: the minima on the grid of the scale format, with which `Scaling.restore_minimum`
+        computes the minima; None without minima.
     """
 
     scale: jax.Array
     second: tuple[jax.Array, ...] = ()
+    minimum: jax.Array | None = None
 
 
 class Scales(NamedTuple):
@@ -51,6 +56,8 @@ class Scales(NamedTuple):
         `Scaling.zero_point` is `"minimum"`.
       origin: the minimum that is subtracted before the division: the stored one, or the one that
         was computed in float32. None without a minimum.
+      numbers: the grid values that a search has chosen together with the scales, in the layout of
+        `Cut.split`; None if elements are rounded to the nearest ones.
     """
 
     divisor: jax.Array
@@ -61,6 +68,7 @@ class Scales(NamedTuple):
     zero_point: jax.Array | None = None
     minimum: jax.Array | None = None
     origin: jax.Array | None = None
+    numbers: jax.Array | None = None
 
     @property
     def offset(self) -> jax.Array | None:
@@ -91,9 +99,16 @@ class Scaling:
       search: the factors of the range that each block tries; () for none.
       takes_grids: True if a `jaxq.numerics.BinaryGrid`, whose widths may be traced, can be the
         element format.
+      searches_elements: True if `of_elements` finds the scales by a search over the elements, and
+        `scales` is not supported.
+      run: the number of consecutive blocks whose scales share a second scale and whole bytes; 1 if
+        each scale has bytes of its own.
+      is_local: True if the scales of a run of blocks depend on no element of another run.
+      largest_scale: the largest finite scale that can be stored.
     """
 
     takes_grids: ClassVar[bool] = False
+    searches_elements: ClassVar[bool] = False
     zero_point: ClassVar[Literal["integer", "minimum"] | None] = None
     second_level: ClassVar[Literal["tensor", "blocks"] | None] = None
     range: str | Calibrator = "absmax"
@@ -160,9 +175,28 @@ class Scaling:
         return self.zero_point is not None
 
     @property
+    def run(self) -> int:
+        """The number of consecutive blocks whose scales are packed together."""
+        return 1
+
+    @property
+    def is_local(self) -> bool:
+        """True if the scales of a run of blocks depend on no element of another run."""
+        return self.second_level is None or self.run > 1
+
+    @property
+    def largest_scale(self) -> float:
+        """The largest finite scale; infinity if only float32 limits it."""
+        return math.inf if self.second_level else get_format(self.scale_format).max
+
+    @property
     def takes_scales(self) -> bool:
         """True if scales passed by the user, one per block, can replace the computed ones."""
         return self.stored and not self.search and self.second_level is None
+
+    def check_cut(self, cut: Cut) -> None:
+        """Raises ValueError unless the scaling supports a division into blocks."""
+        del cut
 
     def element(self, fmt: Format) -> Format:
         """Returns the format of the grid values; symmetric scalings exclude the lowest integer."""
@@ -188,6 +222,24 @@ class Scaling:
     def restore(self, stored: StoredScales) -> jax.Array:
         """Returns the scales by which grid values are multiplied."""
         return stored.scale
+
+    def restore_minimum(self, stored: StoredScales) -> jax.Array | None:
+        """Returns the minima that are added to the scaled grid values; None without minima."""
+        return stored.minimum
+
+    def of_elements(
+        self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
+    ) -> Scales:
+        """Returns the scales of a split float32 tensor, if `searches_elements` is True.
+
+        Args:
+          x: the tensor in the layout of `Cut.split`.
+          cut: its division into blocks.
+          fmt: the format of the grid values.
+          importance: the weights of the elements' squared errors, in the layout of `Cut.split`;
+            None for those of the search itself.
+        """
+        raise NotImplementedError
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
         """Returns the scales for a range.

@@ -13,7 +13,7 @@ from jaxq import ptq
 from tests import data
 from tests.oracle import assert_same, assert_same_trees
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INT4 = jaxq.Recipe("int4", jaxq.PerBlock(8))
 UINT4 = jaxq.Recipe("uint4", jaxq.PerBlock(4), jaxq.Affine())

@@ -160,9 +160,7 @@ def model(params, x):
     return x @ params["out"]
 
 
-@pytest.mark.parametrize(
-    "kind", [data.slow("quantized"), "stored", data.slow("static"), "observed"]
-)
+@pytest.mark.parametrize("kind", ["stored", *map(data.slow, ["quantized", "static", "observed"])])
 def test_quantized_functions_export_with_a_symbolic_batch(kind):
     params = {"table": array(50, 16), "layers": array(3, 16, 16), "out": array(16, 4)}
     drawing = jaxq.Recipe("int8", jaxq.PerToken(), rounding="stochastic")

@@ -17,6 +17,8 @@ from jaxq.analysis import monitor
 from jaxq.recipes import absmax
 from tests import data
 
+pytestmark = pytest.mark.optimized
+
 
 def equations(jaxpr) -> int:
     """Counts the computing equations of a jaxpr, including those of inner calls."""

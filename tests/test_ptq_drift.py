@@ -12,7 +12,7 @@ import jaxq
 from jaxq import ptq
 from tests import data
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 SIZE, TOKENS, ALPHA, PROPAGATION = 160, 400, 0.25, 0.5
 RECIPE = jaxq.Recipe("int3", jaxq.PerChannel())

@@ -10,7 +10,7 @@ from jaxq import ptq
 from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INPUTS, OUTPUTS, KEPT = 32, 8, 3
 RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(16), outliers=jaxq.recipes.Outliers(0.1))

@@ -13,7 +13,7 @@ from jaxq import ptq
 from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INPUTS, OUTPUTS, GROUP = 64, 8, 32
 FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6)

@@ -32,6 +32,9 @@ from jaxq.analysis import (
 from tests import data
 from tests.oracle import assert_same
 
+# Without optimizations the sums of a product depend on the program around it.
+pytestmark = pytest.mark.optimized
+
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return data.normal(shape, seed)

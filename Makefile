@@ -48,8 +48,8 @@ docs: $(DOCS_READY)  ## builds the site into docs/_build/html and runs its noteb
 linkcheck: $(DOCS_READY)  ## checks the site's links to other sites
 	$(SPHINX) -D nb_execution_mode=off -b linkcheck docs docs/_build/linkcheck
 
-verify: $(READY)  ## runs the slow tests, and checks every format on all 2^32 float32 inputs
-	$(BIN)/pytest -n 2 -m slow
+verify: $(READY)  ## runs all tests with all optimizations of XLA, and every format on all 2^32 float32 inputs
+	$(BIN)/pytest -n 2 -m "" --optimize
 	@$(BIN)/python tools/verify.py
 
 bench: $(READY)  ## measures speed against a plain pass and against other libraries

@@ -25,11 +25,14 @@ import jaxq
 
 MATMUL = (((1,), (0,)), ((), ()))
 FLOAT32 = "float32"
-NAMES = (FLOAT32, *jaxq.products.PRODUCT_RECIPES)
+KERNEL = "float32 and one kernel"
+NAMES = (FLOAT32, KERNEL, *jaxq.products.PRODUCT_RECIPES)
 
 
 def product(name: str, key: jax.Array) -> Callable:
-    """Returns the matrix product with a product recipe, or in float32 if that is its name."""
+    """Returns the matrix product with a product recipe, or in float32, alone or after a sum."""
+    if name == KERNEL:
+        return lambda x, w: jaxq.dot_general(x + 0.5, w, MATMUL)
     recipe = None if name == FLOAT32 else jaxq.get_product_recipe(name)
     drawn = key if recipe is not None and recipe.draws else None
     return lambda x, w: jaxq.dot_general(x, w, MATMUL, recipe=recipe, key=drawn)
@@ -109,6 +112,10 @@ of the same product in float32 in the same run. *Run* is a product of two square
 {size} with both gradients, the fastest of many interleaved rounds. *Compile* is tracing and
 compiling in processor time, which a busy machine changes little, for that product alone and for a
 training step with eight products, four normalizations and Adam.
+
+XLA on CPU compiles no kernel for a product in float32, which is a call of a library. The row
+*{KERNEL}* adds 0.5 to an operand: that takes one kernel, and each further one takes
+nearly as long. A recipe needs at least two kernels for each layout in which it quantizes a tensor.
 
 In float32: {bases}.
 

@@ -99,16 +99,17 @@ def measure(cases: Cases, rounds: int, label: str) -> dict[tuple[str, str], floa
 def page(title: str, what: str, columns: dict[str, dict[tuple[str, str], float]]) -> str:
     """Returns the documentation page with the table of ratios."""
     first = next(iter(columns.values()))
-    compared = any(what.startswith(OLD) for what, _ in first)
+    compared = any(operation.startswith(OLD) for operation, _ in first)
     rows = []
-    for what, label in first:
-        if what.startswith(OLD):
+    for operation, label in first:
+        if operation.startswith(OLD):
             continue
         cells = []
         for times in columns.values():
-            found = [times.get((prefix + what, label)) for prefix in ("", OLD)[: 1 + compared]]
+            prefixes = ("", OLD)[: 1 + compared]
+            found = [times.get((prefix + operation, label)) for prefix in prefixes]
             cells += ["" if t is None else f"{t / times[BASE]:.2f}" for t in found]
-        rows.append(f"| {what} | {label} | {' | '.join(cells)} |")
+        rows.append(f"| {operation} | {label} | {' | '.join(cells)} |")
     heads = [name + end for name in columns for end in ("", ", old version")[: 1 + compared]]
     version = "\n*Old version* is the version of jaxq given by `--old`.\n" if compared else ""
     sizes = {name: 8 * np.prod([int(n) for n in name.split("x")]) for name in columns}

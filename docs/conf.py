@@ -83,7 +83,7 @@ nitpick_ignore = [
     ("py:class", "Rules"),
     ("py:class", "jaxq._base.cutting.Cut"),
     ("py:class", "jaxq.recipes._ranges.Averages"),
-    ("py:class", "jaxq.recipes._ranges.Moments"),
+    ("py:class", "jaxq.recipes._moments.Moments"),
     ("py:class", "jaxq.recipes._histograms.Histogram"),
     ("py:class", "jaxq.recipes._histograms._Seen"),
     ("py:class", "jaxq.products._histories.Amax"),

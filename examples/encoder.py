@@ -109,8 +109,8 @@ def load() -> Any:
         }
 
     def layer(name: str) -> dict[str, Any]:
-        own = ("query", "key", "value")
-        attention = {part: dense(f"{name}.attention.self.{part}") for part in own}
+        projections = ("query", "key", "value")
+        attention = {part: dense(f"{name}.attention.self.{part}") for part in projections}
         return {
             "attention": {
                 **attention,

@@ -91,8 +91,8 @@ def _normalize(params: Any, x: jax.Array) -> jax.Array:
 
 def logits(params: Any, tokens: jax.Array) -> jax.Array:
     """Returns the logits of the kinds, `[batch, 214]`, for tokens `[batch, 2048]`."""
-    own, layers = params["embedding"], params["layers"]
-    x = jax.nn.gelu(own["kernel"][tokens] + own["bias"])
+    embedding_params, layers = params["embedding"], params["layers"]
+    x = jax.nn.gelu(embedding_params["kernel"][tokens] + embedding_params["bias"])
     x = _normalize(params["norm"], x.reshape(len(x), 512, 256))  # Four bytes at each place.
     x = lax.conv_general_dilated(
         x, layers["convolution"]["kernel"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")

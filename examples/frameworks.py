@@ -68,9 +68,9 @@ class NnxModel(nnx.Module):
         self.head = nnx.Linear(WIDTH, VOCABULARY, use_bias=False, rngs=rngs)
         self.embedding.embedding[...] = params["embedding"]
         self.head.kernel[...] = params["head"]
-        own = params["layers"]
+        layer_params = params["layers"]
         for name in PRODUCTS:
-            part = own["mlp" if name in ("up", "down") else "attention"]
+            part = layer_params["mlp" if name in ("up", "down") else "attention"]
             getattr(self.layers, name).kernel[...] = part[name]
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -92,12 +92,12 @@ class EqxLayer(eqx.Module):
     norms: jax.Array
 
     def __init__(self, params: Any) -> None:
-        own, mlp = params["attention"], params["mlp"]
+        attention_params, mlp = params["attention"], params["mlp"]
         self.query, self.key, self.value, self.output = (
-            _linear(own[name]) for name in ("query", "key", "value", "output")
+            _linear(attention_params[name]) for name in ("query", "key", "value", "output")
         )
         self.up, self.down = _linear(mlp["up"]), _linear(mlp["down"])
-        self.norms = jnp.stack([own["norm"], mlp["norm"]])
+        self.norms = jnp.stack([attention_params["norm"], mlp["norm"]])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x plus the outputs of attention and of the perceptron."""

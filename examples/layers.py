@@ -68,8 +68,8 @@ def matrices(params: Any) -> dict[str, np.ndarray]:
 
 def tops(w: np.ndarray) -> np.ndarray:
     """Returns the largest magnitudes of the input channels over their median, sorted."""
-    own = np.sort(np.abs(w).max(1))[::-1]
-    return own / np.median(own)
+    amax = np.sort(np.abs(w).max(1))[::-1]
+    return amax / np.median(amax)
 
 
 def decibels(kernels: dict[str, np.ndarray], name: str) -> float:

@@ -48,8 +48,8 @@ def errors(
     run = jax.jit(model)
 
     def error(packed: Any) -> float:
-        own = jaxq.dequantize_tree(packed)
-        pairs = [(run(own, x), run(params, x)) for x in tests]
+        dequantized = jaxq.dequantize_tree(packed)
+        pairs = [(run(dequantized, x), run(params, x)) for x in tests]
         lost = sum(float(jnp.sum((y - expected) ** 2)) for y, expected in pairs)
         return lost / sum(float(jnp.sum(expected**2)) for _, expected in pairs)
 

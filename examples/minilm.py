@@ -83,8 +83,8 @@ def check(params: Any) -> float:
     """Returns the largest difference from the published similarities, which have four decimals."""
     texts = list(dict.fromkeys(text for *pair, _ in encoder.PUBLISHED for text in pair))
     embeddings = np.asarray(jax.jit(encoder.encode)(params, *encoder.tokenize(texts)))
-    own = dict(zip(texts, embeddings, strict=True))
-    return max(abs(own[a] @ own[b] - similarity) for a, b, similarity in encoder.PUBLISHED)
+    by_text = dict(zip(texts, embeddings, strict=True))
+    return max(abs(by_text[a] @ by_text[b] - similarity) for a, b, similarity in encoder.PUBLISHED)
 
 
 def similarities(embeddings: np.ndarray) -> np.ndarray:

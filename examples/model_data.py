@@ -139,10 +139,10 @@ def of_text(name: str, model: Any, logits: Any, documents: int, length: int, cou
 
     def passages_of(part: int, count: int) -> list[np.ndarray]:
         # A token has fewer than 12 letters on average.
-        own = length - len(model.first)
-        tokens = model.tokenize(smollm.text(part)[: 12 * count * own])[: count * own]
+        width = length - len(model.first)
+        tokens = model.tokenize(smollm.text(part)[: 12 * count * width])[: count * width]
         starts = np.tile(np.array(model.first, np.int32), (count, 1))
-        rows = np.concatenate([starts, np.array(tokens, np.int32).reshape(count, own)], 1)
+        rows = np.concatenate([starts, np.array(tokens, np.int32).reshape(count, width)], 1)
         return np.split(rows, max(1, count // 4))
 
     held_out = passages_of(1, documents)

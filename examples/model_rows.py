@@ -63,9 +63,9 @@ def mean(values: Sequence[float], weight: Sequence[float]) -> float:
     return float(np.average(values, weights=weight))
 
 
-def compared(own: Sequence[float], other: Sequence[float], weight: Sequence[float]) -> str:
+def compared(scores: Sequence[float], other: Sequence[float], weight: Sequence[float]) -> str:
     """Returns "better" if a mean error is below another one, "worse", or "=" within the noise."""
-    low, high = interval(np.subtract(own, other).tolist(), weight)
+    low, high = interval(np.subtract(scores, other).tolist(), weight)
     return "worse" if low > 0 else "better" if high < 0 else "="
 
 

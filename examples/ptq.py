@@ -6,7 +6,8 @@ variants GPTAQ and QEP, after a search for the scale of each block (`jaxq.ptq.Sc
 inputs that are scaled by AWQ (`jaxq.ptq.scale_inputs`), or rotated by random Hadamard transforms
 (`jaxq.ptq.rotate_inputs`). Two of the recipes differ between layers: "raised" has 3 bits in most
 layers and 4 bits in the first and the last one, and "mixed" is chosen by `jaxq.ptq.budget` within
-the bytes of "raised", by the effect of each weight's error on the loss.
+the bytes of "raised", by the effect of each weight's error on the loss. "int4_both" and
+"mxfp4_both" also quantize the activations: to int4 with one scale per token, and to MXFP4.
 
 The table shows the perplexity on text that was not used for calibration. With several subsets of
 calibration data, it is the mean over them, with the least and the largest value; each subset also
@@ -41,6 +42,11 @@ from jaxq import ptq
 
 LAYERS = "^layers/"
 COLORS = (ORANGE, BLUE, GRAY, GREEN, PURPLE, "#56B4E9", "#F0E442", "#A0522D", "#000000")
+# With quantized activations.
+BOTH = {
+    "int4_both": jaxq.ProductRecipe(jaxq.Recipe("int4", jaxq.PerToken()), "int4_g64"),
+    "mxfp4_both": jaxq.ProductRecipe("mxfp4", "mxfp4"),
+}
 CANDIDATES = ("int2_g64", "int3_g64", "int4_g64")
 
 
@@ -86,6 +92,8 @@ RECIPES = {
     "mxfp4": _MOST,
     "raised": ("nearest", "GPTQ"),
     "mixed": ("nearest", "GPTQ"),
+    "int4_both": ("nearest", "rotation"),
+    "mxfp4_both": ("nearest", "rotation"),
 }
 
 
@@ -158,8 +166,7 @@ class Study:
         return {**self.params, "layers": listed}
 
     def perplexity(self, params: Any, score: Any = None) -> float:
-        """Returns the perplexity of float or packed parameters."""
-        params = jaxq.dequantize_tree(params)
+        """Returns the perplexity of parameters, by another scoring function if one is given."""
         # A function with scales or rotations belongs to one form of the layers.
         if isinstance(params["layers"], list) and score is None:
             stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])
@@ -169,6 +176,8 @@ class Study:
 
     def rules(self, name: str, batches: Sequence[np.ndarray]) -> Any:
         """Returns the rules of a recipe, for unrolled layers if they differ."""
+        if name in BOTH:
+            return {LAYERS: BOTH[name]}
         if name not in ("raised", "mixed"):
             return {LAYERS: recipe_of(name)}
         last = len(self.unrolled["layers"]) - 1
@@ -185,26 +194,30 @@ class Study:
 
     def result(self, recipe: str, method: str, subset: int) -> Result:
         """Quantizes the model and measures it."""
-        batches, how = self.subsets[subset], METHODS[method]
+        batches, settings = self.subsets[subset], METHODS[method]
         rules = self.rules(recipe, batches)
         function, score, report = self.apply, None, ptq.Report(())
         params = self.unrolled if recipe in ("raised", "mixed") else self.params
-        if how.scales:
+        if settings.scales:
             params, scales = ptq.scale_inputs(function, rules, method="awq")(params, batches)
             function = scales.apply(function)
-        if how.rotates:
+        if settings.rotates:
             rotate, key = ptq.rotate_inputs(function, rules), jax.random.key(subset)
             params, rotations = rotate(params, batches[0], key=key)
             function = rotations.apply(function)
-        if function is not self.apply:
+        if recipe in BOTH:
+            quantized_fn = jaxq.quantize_fn(function, rules)
+            score = jax.jit(lambda params, x: smollm.perplexity(quantized_fn(params, x), x))
+        elif function is not self.apply:
             score = jax.jit(lambda params, x: smollm.perplexity(function(params, x), x))
-        if how.solver == ptq.RTN():
+        if settings.solver == ptq.RTN():
             packed = jaxq.quantize_weights(function, rules)(params, batches[0])
         else:
-            packed, report = solve(function, rules, params, batches, how)
+            packed, report = solve(function, rules, params, batches, settings)
         stored = quantized(packed)
         bits = 8 * sum(q.nbytes for q in stored) / sum(math.prod(q.shape) for q in stored)
         losses, nearest = ([getattr(r, name) for r in report.rows] for name in ("loss", "rtn"))
+        packed = packed if recipe in BOTH else jaxq.dequantize_tree(packed)
         perplexity = self.perplexity(packed, score)
         return Result(recipe, method, subset, bits, perplexity, losses, nearest)
 
@@ -216,7 +229,11 @@ def quantized(params: Any) -> list[jaxq.Quantized]:
 
 
 def solve(
-    apply: Callable[..., Any], rules: Any, params: Any, batches: Sequence[np.ndarray], how: Method
+    apply: Callable[..., Any],
+    rules: Any,
+    params: Any,
+    batches: Sequence[np.ndarray],
+    settings: Method,
 ) -> tuple[Any, ptq.Report]:
     """Quantizes the weights with a progress bar."""
     is_stacked = isinstance(params["layers"], dict)
@@ -226,8 +243,8 @@ def solve(
         solving = ptq.quantize_weights(
             apply,
             rules,
-            solver=how.solver,
-            sequential=how.sequential,
+            solver=settings.solver,
+            sequential=settings.sequential,
             progress=lambda row: advance(row.product),
         )
         return solving(params, batches)

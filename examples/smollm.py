@@ -132,8 +132,8 @@ def load() -> Model:
 
     count = field("llama.block_count")
     layers = {
-        name: jnp.asarray(np.stack([array(f"blk.{i}.{own}") for i in range(count)]))
-        for name, own in _LEAVES.items()
+        name: jnp.asarray(np.stack([array(f"blk.{i}.{leaf}") for i in range(count)]))
+        for name, leaf in _LEAVES.items()
     }
     params = {
         "embedding": jnp.asarray(array("token_embd")),

@@ -215,6 +215,11 @@ def rectified_sigmoid(v: jax.Array) -> jax.Array:
     Returns:
       The fraction of the interval by which each element is rounded up, from 0 to 1.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rectified_sigmoid(jnp.array([-9.0, 0.0, 9.0])).tolist()
+      [0.0, 0.5, 1.0]
+
     References:
       Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020),
       equation 23.
@@ -224,6 +229,12 @@ def rectified_sigmoid(v: jax.Array) -> jax.Array:
 
 def rectified_sigmoid_inverse(h: jax.Array) -> jax.Array:
     """Returns the v for which `rectified_sigmoid(v)` equals h, clipped to [0, 1].
+
+    Args:
+      h: fractions of the interval, of any shape.
+
+    Returns:
+      The variables, in the shape of h.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np
@@ -245,6 +256,11 @@ def adaround_init(w: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array
     Returns:
       An array like w. For weights beyond the grid, `adaround` initially returns the end of the
       grid. Variables of intervals of width 0 start at 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> abs(float(adaround_init(jnp.float32(0.5), jnp.float32(0), jnp.float32(1)))) < 1e-6
+      True
 
     References:
       As for `rectified_sigmoid`.
@@ -288,6 +304,11 @@ def adaround_penalty(v: jax.Array, beta: jax.typing.ArrayLike) -> jax.Array:
     Returns:
       A scalar; 0 if every h(v) is 0 or 1.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> adaround_penalty(jnp.array([-9.0, 0.0, 9.0]), 2.0)
+      Array(1., dtype=float32)
+
     References:
       As for `rectified_sigmoid`, equation 24.
     """
@@ -295,7 +316,7 @@ def adaround_penalty(v: jax.Array, beta: jax.typing.ArrayLike) -> jax.Array:
 
 
 def fractional_bits(at: Callable[[jax.Array], jax.Array], bits: jax.Array) -> jax.Array:
-    """Interpolates a function of an integer number of bits linearly, so that bits can be learned.
+    """Interpolates a function of an integer bit width linearly, so that the width can be learned.
 
         y = (1 - f) at(n) + f at(n + 1),   n = floor(bits), f = bits - n
 

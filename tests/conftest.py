@@ -20,15 +20,36 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 gc.set_threshold(50_000, 20, 50)  # Traced programs are many small objects, few of them garbage.
 
 
-class _Compilations:
-    """Clears JAX's caches after 600 compilations, because all programs together take gigabytes."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--optimize", action="store_true", help="compile all files with optimizations")
 
-    def __init__(self):
+
+class _Compilations:
+    """Chooses XLA's optimizations for each test, and limits the memory of compiled programs.
+
+    Programs are compiled without most optimizations, which takes three quarters of the time, except
+    in tests marked `optimized` and, with the option `--optimize` that `make verify` passes, in all
+    tests not marked `unoptimized`.
+
+    JAX's caches are cleared after 600 compilations, because all programs together take gigabytes,
+    and when the optimizations change, because they are not part of the keys of these caches.
+    """
+
+    def __init__(self, optimize: bool):
+        self.optimize = optimize
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self.listen)
 
     def listen(self, event: str, _: float, **__: object) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        never = item.get_closest_marker("unoptimized")
+        optimized = item.get_closest_marker("optimized") or (self.optimize and not never)
+        if jax.config.read("jax_disable_most_optimizations") == bool(optimized):
+            jax.clear_caches()
+            jax.config.update("jax_disable_most_optimizations", not optimized)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self) -> None:
@@ -39,7 +60,7 @@ class _Compilations:
 
 def pytest_configure(config: pytest.Config) -> None:
     # Registered as a plugin, because a hook in this file would not run for the doctests of `jaxq`.
-    config.pluginmanager.register(_Compilations())
+    config.pluginmanager.register(_Compilations(config.getoption("--optimize")))
 
 
 @pytest.fixture
@@ -47,17 +68,3 @@ def eager():
     """Disables jit during a test."""
     with jax.disable_jit():
         yield
-
-
-@pytest.fixture(scope="module")
-def unoptimized():
-    """Disables most XLA optimizations in a file of large programs, which halves compile time.
-
-    Must not be used in bitwise tests of casts, quantizers or products: optimizations may affect
-    their bits.
-    """
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()

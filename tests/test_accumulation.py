@@ -14,6 +14,8 @@ from tests.data import normal
 from tests.oracle import assert_same, assert_same_trees
 from tests.test_dots import MATMUL, dot
 
+pytestmark = pytest.mark.optimized
+
 # A format close to the 22-bit accumulator of Hopper's float8 products.
 E8M13 = jaxq.FloatFormat("e8m13", 8, 13, inf=True, nan="ieee")
 

@@ -19,7 +19,7 @@ EACH_LAYOUT = pytest.mark.parametrize(("axis", "multiply"), LAYOUTS.values(), id
 
 
 @EACH_LAYOUT
-@pytest.mark.parametrize("names", [data.few(), data.slow([*RECIPES])], ids=["few", "all"])
+@pytest.mark.parametrize("names", [data.few()[:3], data.slow([*RECIPES])], ids=["few", "all"])
 def test_quantize_tree_equals_quantize_weights(axis, multiply, names):
     params = {name: {"kernel": WEIGHT, "bias": jnp.ones(3)} for name in names}
     rules = {f"^{name}/kernel$": name for name in names}
@@ -79,7 +79,7 @@ def test_scales_along_first_axis_match_numpy():
     for axis in (-2, 0):
         np.testing.assert_array_equal(jaxq.fake_quant(w, "int4_g32", axis=axis), want)
     np.testing.assert_array_equal(jaxq.quantize(w, "int4_g32", axis=-2).dequantize(), want)
-    below, above = jaxq.neighbors(w, "int4_g32", axis=-2)
+    below, above = jax.jit(lambda w: jaxq.neighbors(w, "int4_g32", axis=-2))(w)
     assert ((below == want) | (above == want)).all()
 
 

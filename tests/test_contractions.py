@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq.products import of_conv, of_dot, of_einsum, placed
+from tests.data import slow
 from tests.oracle import assert_same
 
 GRANULARITIES = {
@@ -79,7 +80,7 @@ def test_blocks_of_all_three_products_follow_contraction(subscripts: str, name: 
             assert pairs.shape[1] == len(np.unique(got)) == len(np.unique(want))
 
 
-@pytest.mark.parametrize("subscripts", ["km,nk->nm", "abk,ckd->bcad"])
+@pytest.mark.parametrize("subscripts", [slow("km,nk->nm"), "abk,ckd->bcad"])
 def test_quantized_einsum_and_gradients_match_numpy(subscripts: str):
     """Uses MXFP4 in blocks of 4, for which all products and sums are exact in any order."""
     inputs, out = subscripts.split("->")

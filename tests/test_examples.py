@@ -13,7 +13,7 @@ import pytest
 
 import jaxq
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 

@@ -53,7 +53,7 @@ def integers(x, recipe):
 @pytest.mark.parametrize(
     ("lhs", "rhs"),
     [
-        ("int8_token", "int8_channel"),
+        data.slow("int8_token", "int8_channel"),
         data.slow("int8_tensor", "int4_channel"),
         (TILES, jaxq.Recipe("uint4", jaxq.PerToken())),
     ],
@@ -86,7 +86,7 @@ def test_float8_products_are_within_bound(lhs, rhs):
     assert_within_bound(dot(x, w, native), dot(x, w, emulated), magnitudes, 32)
 
 
-@pytest.mark.parametrize("name", [data.slow("mxfp8_e4m3"), "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", [data.slow("mxfp8_e4m3"), data.slow("mxfp4"), "nvfp4"])
 def test_block_formats_use_scaled_matmul_or_raise(name):
     """Checks that a backend without scaled_matmul raises an error when the product is lowered."""
     x, w = normal((6, 64)), normal((64, 4), 1)

@@ -10,9 +10,10 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import ptq
+from tests import data
 from tests.oracle import assert_same, assert_same_trees
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INT4 = jaxq.Recipe("int4", jaxq.PerBlock(8))
 UINT4 = jaxq.Recipe("uint4", jaxq.PerBlock(4), jaxq.Affine())
@@ -131,12 +132,23 @@ def test_scores_of_experts_count_their_own_tokens():
     assert jaxq.quantize_weights(ragged, best.rules)(params, x)["experts"][1].nbytes == int4
 
 
-def test_solver_gives_every_expert_the_codes_of_its_recipe():
+SEARCH = ptq.ScaleSearch(factors=(1.0, 0.95, 0.9))
+SOLVERS = [ptq.GPTQ(search=SEARCH), ptq.RTN(search=SEARCH), ptq.GPTQ()]
+
+
+@pytest.mark.parametrize("solver", data.each(SOLVERS, SOLVERS[:1]))
+def test_solver_gives_every_expert_what_it_would_have_alone(solver):
     params, x = experts()
     rules = [("experts/0", UINT4), ("experts/1", "int8_channel"), ("", INT4)]
-    packed, report = ptq.quantize_weights(ragged, rules)(params, [(x,)])
-    alone, _ = ptq.quantize_weights(ragged, UINT4)(params, [(x,)])
-    assert_same_trees(packed["experts"][0], alone["experts"][0])
+    packed, report = ptq.quantize_weights(ragged, rules, solver=solver)(params, [(x,)])
+    plain = jaxq.quantize_weights(ragged, rules)(params, x)
+    for i, recipe, tokens in ((0, UINT4, x[:5]), (2, INT4, x[5:])):
+        alone = ptq.quantize_weights(lambda w, x: x @ w, recipe, solver=solver)
+        alone, _ = alone(params["experts"][i], [(tokens,)])
+        assert_same_trees(packed["experts"][i], alone)
+        has_new_scales = np.any(alone.scale != plain["experts"][i].scale)
+        assert has_new_scales == (solver.search is not None)
+    assert_same_trees(packed["experts"][1], plain["experts"][1])
     (row,) = report.rows
     assert (row.recipe, row.tokens) == ("uint4|int8|int4", 0)
     assert row.fallback == "1 of 3 matrices: saw no token"

@@ -122,7 +122,7 @@ def test_formats_are_found_by_name_and_dtype():
         jaxq.get_format("float8_e4m3f")
     with pytest.raises(ValueError, match="No number format is named 'complex64'"):
         jaxq.get_format(np.dtype("complex64"))
-    with pytest.raises(TypeError, match="a name, a dtype or a jaxq format"):
+    with pytest.raises(TypeError, match="a dtype or a format, got float"):
         jaxq.get_format(3.5)
 
 
@@ -132,12 +132,12 @@ def test_formats_are_found_by_name_and_dtype():
         (lambda: jaxq.FloatFormat("x", 0, 3), "`exponent_bits` must be at least 1"),
         (lambda: jaxq.FloatFormat("x", 4, -1), "`mantissa_bits` must be at least 0"),
         (lambda: jaxq.FloatFormat("x", 4, 24), "`mantissa_bits` must be at most 23"),
-        (lambda: jaxq.FloatFormat("x", 9, 10), "at most 16 bits"),
+        (lambda: jaxq.FloatFormat("x", 9, 10), "at most 8 in a format of more than 16 bits"),
         (lambda: jaxq.FloatFormat("x", 4, 3, nan="fnuz"), "`nan` must be"),
         (lambda: jaxq.FloatFormat("x", 4, 3, signed=False, nan="negative_zero"), "signed"),
         (lambda: jaxq.IntFormat("x", 17), "`bits` must be 1 to 16"),
         (lambda: jaxq.IntFormat("x", 1, narrow=True), "2 signed bits"),
-        (lambda: jaxq.CodebookFormat("x", (1.0, 1.0)), "must differ"),
+        (lambda: jaxq.CodebookFormat("x", (1.0, 1.0)), "two different values"),
         (lambda: jaxq.CodebookFormat("x", (1.0, math.inf)), "finite"),
         (lambda: jaxq.formats.p3109(16, 3), "`bits` must be 3 to 15"),
         (lambda: jaxq.formats.p3109(8, 8), "`precision` 1 to bits - 1"),
@@ -187,7 +187,7 @@ class TestBadInput:
             jaxq.cast(1.0, "int8", key=key)
         with pytest.raises(ValueError, match="of shape"):
             jaxq.cast(1.0, "int8", rounding="stochastic", random_bits=key)
-        with pytest.raises(ValueError, match="at least as wide"):
+        with pytest.raises(ValueError, match="at least 32 bits per element"):
             jaxq.cast(1.0, "int8", rounding="stochastic", random_bits=np.uint8(3))
 
     def test_unknown_names_raise(self):
@@ -209,7 +209,7 @@ class TestBadInput:
     def test_invalid_codes_raise(self):
         with pytest.raises(TypeError, match="unsigned integers"):
             jaxq.decode(jnp.ones(3), "int8")
-        with pytest.raises(ValueError, match="codes of 16 bits"):
+        with pytest.raises(ValueError, match="at least 16 bits"):
             jaxq.decode(jnp.uint8(3), "bfloat16")
-        with pytest.raises(ValueError, match="fill 2 bytes, got 1"):
+        with pytest.raises(ValueError, match=r"must have 2 bytes .* got 1"):
             jaxq.numerics.unpack(jnp.zeros(1, jnp.uint8), 4, 3)

@@ -27,7 +27,7 @@ import jaxq
 from tests import data
 from tests.oracle import assert_same, assert_same_trees
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (4, 8))
 IMAGES = jax.random.normal(jax.random.key(2), (2, 5, 5, 3))

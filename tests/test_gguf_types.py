@@ -21,8 +21,8 @@ from tools.golden_gguf import tensors
 
 X, IMPORTANCE = tensors()
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "gguf.npz")
-# One type for each kind of search; the others are slow tests.
-FEW = ["nvfp4", "tq1_0", "q4_0", "q6_k"]
+# `test_super_blocks.py` has fast tests of the searches of K-quants.
+FEW = ["nvfp4", "tq1_0", "q4_0"]
 
 
 @functools.cache
@@ -38,13 +38,14 @@ def test_bytes_equal_libgguf(name: str):
 IMPORTANT = sorted(name.split()[0] for name in GOLDEN if "importance" in name)
 
 
-@pytest.mark.parametrize("name", data.each(IMPORTANT, ["q4_0"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMPORTANT)
 def test_bytes_with_an_importance_matrix_equal_libgguf(name: str):
     got = gguf.quantize(X, name, importance=IMPORTANCE)
     np.testing.assert_array_equal(got.data, GOLDEN[f"{name} importance"])
 
 
-@pytest.mark.parametrize("name", data.each(gguf.TYPES, ["q3_k", "q4_k", "tq1_0", "nvfp4"]))
+@pytest.mark.parametrize("name", data.each(gguf.TYPES, ["q4_k", "tq1_0", "nvfp4"]))
 def test_values_equal_gguf(name: str):
     """Compares random bytes, too, which hold every code; scales are made finite."""
     layout = gguf.TYPES[name]

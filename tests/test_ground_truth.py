@@ -10,6 +10,8 @@ import jaxq
 from tests import data
 from tests.oracle import assert_same
 
+pytestmark = pytest.mark.optimized
+
 FLOATS = [
     fmt
     for fmt in jaxq.formats.FORMATS.values()

@@ -1,11 +1,18 @@
 """The language rules of CONTRIBUTING.md that a program can check."""
 
 import ast
+import importlib
+import inspect
 import pathlib
+import pkgutil
 import re
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+import jaxq
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = ("jaxq", "tests", "examples", "benchmarks", "tools", "docs")
@@ -63,4 +70,62 @@ def test_spelling_is_american():
         words = {found[0] for found in BRITISH.finditer(path.read_text())}
         if words:
             bad.append(f"{path.relative_to(ROOT)}: {', '.join(sorted(words))}")
+    assert not bad, "\n".join(bad)
+
+
+# Packages whose docstrings are not complete yet. Only remove names from this set.
+NOT_CHECKED = frozenset(
+    {
+        "jaxq",
+        "jaxq.analysis",
+        "jaxq.analysis.distributions",
+        "jaxq.analysis.machines",
+        "jaxq.analysis.plots",
+        "jaxq.cli",
+        "jaxq.interop",
+        "jaxq.interop.compressed_tensors",
+        "jaxq.interop.gguf",
+        "jaxq.lora",
+        "jaxq.numerics",
+        "jaxq.ptq",
+    }
+)
+
+
+def public_modules() -> Iterator[str]:
+    """Yields the modules with public names: those whose path has no underscore."""
+    yield "jaxq"
+    for module in pkgutil.walk_packages(jaxq.__path__, "jaxq."):
+        if not any(part.startswith("_") for part in module.name.split(".")[1:]):
+            yield module.name
+
+
+def omissions(value: Any) -> list[str]:
+    """Returns the parts that the docstring of a public function or class lacks."""
+    text = inspect.getdoc(value) or ""
+    missing = [] if ">>> " in text or is_error(value) else ["an example"]
+    parameters = [name for name in inspect.signature(value).parameters if name != "self"]
+    missing += [f"`{name}`" for name in parameters if not re.search(rf"\b{name}\b", text)]
+    if isinstance(value, types.FunctionType):
+        missing += ["Args"] * (bool(parameters) and "Args:" not in text)
+        returns = inspect.signature(value).return_annotation not in (None, "None")
+        missing += ["Returns"] * (returns and not re.search(r"(Returns|Yields):", text))
+    return missing
+
+
+def is_error(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Exception)
+
+
+@pytest.mark.parametrize("name", list(public_modules()))
+def test_public_docstrings_are_complete(name: str):
+    if name in NOT_CHECKED:
+        pytest.skip("docstrings of this package are not complete yet")
+    module = importlib.import_module(name)
+    bad = []
+    for public in getattr(module, "__all__", []):
+        value = inspect.unwrap(getattr(module, public))
+        is_protocol = getattr(value, "_is_protocol", False)
+        if isinstance(value, type | types.FunctionType) and not is_protocol:
+            bad += [f"{name}.{public} lacks {part}" for part in omissions(value)]
     assert not bad, "\n".join(bad)

@@ -47,7 +47,9 @@ ROW, WHOLE = jaxq.PerChannel(0), TABLE.shape
         data.slow(read, ROW, ROW, (2, 2, 6, 32)),
         data.slow(filled, ROW, ROW, (2, 2, 6, 32)),
         (parts, ROW, ROW, (2, 2, 6, 32)),
-        (read, jaxq.PerBlock((1, 10), pad=True), jaxq.PerBlock(10, pad=True), (2, 2, 6, 32)),
+        data.slow(
+            read, jaxq.PerBlock((1, 10), pad=True), jaxq.PerBlock(10, pad=True), (2, 2, 6, 32)
+        ),
         (columns, ROW, jaxq.PerChannel(2), (40, 6, 2, 2)),
         data.slow(read, jaxq.PerTensor(), jaxq.PerTensor(), WHOLE),
         (read, jaxq.PerBlock((8, 32)), jaxq.PerBlock((8, 1, 32)), WHOLE),

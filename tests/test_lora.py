@@ -12,7 +12,7 @@ import jaxq
 from jaxq import lora, ptq
 from tests import data
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INT3 = jaxq.Recipe("int3", jaxq.PerBlock(16))
 

@@ -91,5 +91,5 @@ def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="finite, 0 or more"):
         analysis.memory(np.nan)
     for arguments in ({}, {"model": "llama-2-7b", "params": 7e9}):
-        with pytest.raises(ValueError, match="either a model or `params`"):
+        with pytest.raises(ValueError, match="either `model` or `params`"):
             analysis.memory_table(**arguments)

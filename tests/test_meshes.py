@@ -126,14 +126,16 @@ def test_optimizer_works_on_explicit_axes():
         params, state = {"w": x}, optimizer.init({"w": x})
         for _ in range(2):
             updates, state = optimizer.update(params, state, params)
-        return updates["w"]
+        # Without the state among the results, XLA fuses optax's sums in another way, and the last
+        # bits of updates differ between programs.
+        return updates["w"], state
 
     x = sharded(X, ("a", "b"))
     with jax.set_mesh(x.sharding.mesh), jax.numpy_dtype_promotion("standard"):  # optax needs it.
-        y = steps(x)
-        assert jax.typeof(y).sharding.spec == PartitionSpec("a", "b")
+        got = steps(x)
+        assert jax.typeof(got[0]).sharding.spec == PartitionSpec("a", "b")
     with jax.numpy_dtype_promotion("standard"):
-        assert_same(y, steps(jnp.asarray(X)))
+        assert_same_trees(got, steps(jnp.asarray(X)))
 
 
 @pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp4", "int4_g128"])

@@ -382,7 +382,7 @@ class TestCodes:
         assert (int(empty.used), float(empty.entropy)) == (0, 0)
 
     def test_usage_without_a_recipe_or_of_many_bits_raises(self):
-        with pytest.raises(ValueError, match="needs `recipe`"):
+        with pytest.raises(ValueError, match="`recipe` must be given"):
             analysis.code_usage(np.ones(2, np.float32))
         with pytest.raises(TypeError, match="at most 16 bits"):
             analysis.code_usage(np.ones(2, np.float32), "float32")

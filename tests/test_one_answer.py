@@ -10,6 +10,8 @@ import jaxq
 from tests import data
 from tests.oracle import assert_same
 
+pytestmark = pytest.mark.optimized
+
 NAMES = data.each(
     ["bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn", "int8", "nf4"],
     ["bfloat16", "float8_e4m3fn", "int8", "nf4"],

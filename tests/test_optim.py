@@ -238,7 +238,7 @@ class TestQuantizedState:
             data.slow(optax.adabelief(1e-3), 2),
             data.slow(optax.lamb(1e-3, weight_decay=0.1), 2),
             (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), 2),
-            (optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), 2),
+            data.slow(optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), 2),
             (optax.masked(optax.adam(1e-3), {"w": True, "b": False}), 2),
             (optax.apply_if_finite(optax.adam(1e-3), 3), 2),
             (optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation(), 3),
@@ -432,7 +432,7 @@ class TestQuantizedState:
 
 
 class TestQuantizedGradients:
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("dtype", [data.slow("float32"), "bfloat16"])
     def test_error_feedback_matches_numpy(self, dtype: str):
         tx = optim.quantize_gradients("int4_tensor")
         state = tx.init(jnp.zeros((8, 16), dtype))

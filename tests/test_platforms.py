@@ -27,6 +27,8 @@ from tests import data
 from tests.interpreter import Program
 from tests.oracle import same
 
+pytestmark = pytest.mark.optimized
+
 PLATFORMS = ("cuda", "tpu")
 OVERFLOWS = (None, *get_args(get_args(Overflow)[0]))
 # Calibrators with float sums in XLA's order, and one with logarithms.

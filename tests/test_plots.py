@@ -330,7 +330,7 @@ def test_fits_has_a_cell_for_every_case():
             "one element or more",
         ),
         (lambda: plots.quantized_values(np.ones(2, np.int32)), TypeError, "int32"),
-        (lambda: plots.channel_errors(np.float32(1)), ValueError, "`ndim` of at least 1"),
+        (lambda: plots.channel_errors(np.float32(1)), ValueError, "1 or more axes"),
         (lambda: plots.sqnr_by_bits([9]), ValueError, "2 to 8"),
         (lambda: plots.outliers(X, count=500), ValueError, "at most a quarter"),
         (lambda: plots.outliers(X[:, :20]), ValueError, "multiple of 32"),

@@ -1,5 +1,7 @@
 """Statistics of product inputs, and GPTQ on single weights."""
 
+import pathlib
+
 import chex
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from jaxq import ptq
 from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INPUTS, OUTPUTS = 64, 16
 
@@ -63,16 +65,34 @@ def ldlq(weight: np.ndarray, gram: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize("order", data.each([None, "static"], ["static"]))
+def order_of(diagonal: np.ndarray, order: str | None) -> np.ndarray:
+    """Returns the order of solving, for groups of 32 inputs."""
+    if order == "group":
+        groups = np.arange(INPUTS).reshape(-1, 32)
+        groups = sorted(groups, key=lambda own: -diagonal[own].max())
+        return np.concatenate([sorted(own, key=lambda i: -diagonal[i]) for own in groups])
+    return np.argsort(-diagonal, kind="stable") if order else np.arange(INPUTS)
+
+
+@pytest.mark.parametrize("order", data.each([None, "static", "group"], ["static", "group"]))
 def test_gptq_gives_the_codes_of_float64_obq_and_ldlq(order: str | None):
     weight, gram = kernel(), hessian(samples())
     q = ptq.gptq(weight, gram, "int4_g32", order=order)
     scale = np.repeat(np.asarray(q.scales, np.float64), 32, axis=0)
-    rows = np.argsort(-np.diag(gram), kind="stable") if order else np.arange(INPUTS)
+    rows = order_of(np.diag(gram), order)
     for reference in (obq, ldlq):
         expected = np.empty_like(weight, np.float64)
         expected[rows] = reference(weight[rows], gram[np.ix_(rows, rows)], scale[rows])
         np.testing.assert_allclose(q.dequantize(), expected, rtol=1e-6)
+
+
+def test_codes_equal_those_of_qwix():
+    golden = np.load(pathlib.Path(__file__).parent / "golden" / "ptq.npz")
+    recipe = jaxq.Recipe("int4", jaxq.PerChannel(), jaxq.recipes.Symmetric(rule="half"))
+    q = ptq.gptq(golden["weight"], golden["hessian"], recipe, order=None)
+    np.testing.assert_allclose(q.scales.ravel(), golden["scale"], rtol=1e-6)
+    codes = np.round(q.dequantize() / q.scales.reshape(1, -1))
+    np.testing.assert_array_equal(codes, golden["codes"])
 
 
 # One recipe for each kind of scale and element.

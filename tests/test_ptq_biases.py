@@ -10,7 +10,7 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import ptq
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 RULES = {"layers": jaxq.Recipe("int2", jaxq.PerChannel())}
 BIASES = {"layers/up": "layers/up_bias", "layers/down": "layers/down_bias"}

@@ -92,7 +92,7 @@ def test_bad_budgets_are_errors(call, message: str):
         call(random_scores(5))
 
 
-@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.unoptimized
 def test_sensitivity_is_the_error_of_the_outputs_and_its_budget_runs():
     rng = np.random.default_rng(0)
     params = {
@@ -148,7 +148,7 @@ def perturbed_loss(shifts, params, x):
     return jnp.mean(jnp.square(x))
 
 
-@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.unoptimized
 def test_scores_by_gradient_weight_errors_of_outputs_by_the_gradient_of_the_loss():
     rng = np.random.default_rng(0)
     params = {n: rng.standard_normal((2, 8, 8)).astype(np.float32) for n in ("in", "out")}

@@ -10,8 +10,9 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import ptq
+from tests import data
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 SIZE, TOKENS, ALPHA, PROPAGATION = 160, 400, 0.25, 0.5
 RECIPE = jaxq.Recipe("int3", jaxq.PerChannel())
@@ -71,7 +72,7 @@ def gptaq(
     return result
 
 
-@pytest.mark.parametrize("name", ["gptaq", "qep"])
+@pytest.mark.parametrize("name", data.each(["gptaq", "qep"], ["gptaq"]))
 def test_codes_equal_the_published_formulas_in_float64(name: str):
     packed, report = solved(name)
     gram, drift, upper = matrices(*drifted(packed))
@@ -84,6 +85,7 @@ def test_codes_equal_the_published_formulas_in_float64(name: str):
     assert not report.fallbacks
 
 
+@pytest.mark.slow
 def test_correction_brings_the_outputs_closer_to_the_float_model():
     x = np.concatenate(BATCHES)
     errors = {}

@@ -10,7 +10,7 @@ import jaxq
 from jaxq import ptq
 
 # The bits of sums do not matter here, and most time goes into compiling.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INPUTS, OUTPUTS = 32, 8
 RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(16), outliers=jaxq.Outliers(0.05))
@@ -61,7 +61,7 @@ def test_model_with_outliers_is_stored_as_reported():
     # The search moves scales, and the outliers stay.
     solver = ptq.GPTQ(search=ptq.ScaleSearch())
     packed, report = ptq.quantize_weights(scanned, RECIPE, solver=solver)(params, batches)
-    nearest = jaxq.quantize_weights(scanned, RECIPE)(params, batches[0])
+    nearest = jax.jit(jaxq.quantize_weights(scanned, RECIPE))(params, batches[0])
     for name, q in packed.items():
         for own, other in zip(q.outliers, nearest[name].outliers, strict=True):
             np.testing.assert_array_equal(own, other)
@@ -70,8 +70,9 @@ def test_model_with_outliers_is_stored_as_reported():
     loss = np.sum((x @ (stored - weight)) ** 2) / np.sum((x @ weight) ** 2)
     np.testing.assert_allclose(first.loss, loss, rtol=1e-4)
     assert all(row.loss < row.rtn for row in report.rows)
-    values = jaxq.quantize_fn(scanned, RECIPE)(packed, x)
-    np.testing.assert_allclose(values, scanned(jaxq.dequantize_tree(packed), x), atol=1e-5)
+    values = jax.jit(jaxq.quantize_fn(scanned, RECIPE))(packed, x)
+    want = jax.jit(lambda packed, x: scanned(jaxq.dequantize_tree(packed), x))(packed, x)
+    np.testing.assert_allclose(values, want, atol=1e-5)
 
 
 def test_owq_of_a_model_is_owq_of_each_weight():

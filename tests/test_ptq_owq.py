@@ -10,7 +10,7 @@ from jaxq import ptq
 from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INPUTS, OUTPUTS, KEPT = 32, 8, 3
 RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(16), outliers=jaxq.recipes.Outliers(0.1))
@@ -95,3 +95,12 @@ def test_kept_inputs_reduce_the_error_of_the_outputs():
 def test_bad_calls_are_errors(recipe, hessian, message: str):
     with pytest.raises(ValueError, match=message):
         ptq.owq(WEIGHT.T, hessian, recipe, axis=1, order=None)
+
+
+def test_order_by_groups_is_an_error():
+    for call in (
+        lambda: ptq.OWQ(order="group"),
+        lambda: ptq.owq(WEIGHT, HESSIAN, RECIPE, order=""),
+    ):
+        with pytest.raises(ValueError, match="`order` must be 'static' or None"):
+            call()

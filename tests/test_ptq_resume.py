@@ -11,7 +11,7 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import ptq
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 RULES = "int4_channel"
 

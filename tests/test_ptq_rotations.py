@@ -11,7 +11,7 @@ from jaxq import ptq
 from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 KEY = jax.random.key(0)
 EPS = float(np.finfo(np.float32).eps)

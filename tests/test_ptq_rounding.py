@@ -14,7 +14,7 @@ from jaxq import ptq
 from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INPUTS, OUTPUTS, TOKENS = 16, 16, 40  # Square, so that two blocks share one program.
 RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(8))

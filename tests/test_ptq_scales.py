@@ -14,7 +14,7 @@ from jaxq import ptq
 from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 RULES = {"layers": "int4_channel"}
 

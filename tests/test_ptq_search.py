@@ -1,6 +1,9 @@
 """Searches for the scales of weights, weighted by the statistics of their inputs."""
 
+import pathlib
+
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from jax import numpy as jnp
@@ -10,7 +13,7 @@ from jaxq import ptq
 from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 INPUTS, OUTPUTS, GROUP = 64, 8, 32
 FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -45,7 +48,7 @@ def expected_factors(weighting: str) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("weighting", ["hessian", "square"])
+@pytest.mark.parametrize("weighting", data.each(["hessian", "square"], ["hessian"]))
 def test_search_takes_the_best_factor_of_each_block(weighting: str):
     model = lambda w, x: x @ w.reshape(OUTPUTS, INPUTS).T
     w = kernel().T.reshape(2, OUTPUTS // 2, INPUTS)
@@ -74,6 +77,55 @@ def test_search_stays_on_the_grid_of_the_scales(name: str):
     for own, other in zip(packed.second, plain.second, strict=True):
         np.testing.assert_array_equal(own, other)
     assert np.any(packed.scale != plain.scale)
+
+
+def fp4_losses(scales: np.ndarray, blocks: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the weighted squared errors of blocks `[inputs, n]` for scales `[trials, n]`."""
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    levels = np.concatenate([-levels[:0:-1], levels])
+    near = np.abs(blocks[None] / scales[:, None] - levels[:, None, None, None]).argmin(0)
+    return np.sum(weights[:, None] * (levels[near] * scales[:, None] - blocks) ** 2, axis=1)
+
+
+# The tries of MXFP4 are the neighbors of an exponent. Those of NVFP4 are so dense that they reach
+# every float8_e4m3fn code from a quarter to the fourfold of the scale.
+FP4 = {"mxfp4": (1.0, 2.0, 0.5), "nvfp4": (1.0, *(2 ** (i / 16) for i in range(-32, 33)))}
+
+
+@pytest.mark.parametrize("name", data.each(FP4, ["nvfp4"]))
+def test_search_finds_the_best_of_all_stored_scales(name: str):
+    model = lambda w, x: x @ w
+    x = np.diag(np.abs(samples()).max(0))  # One input at a time, so that errors do not correlate.
+    solver = ptq.RTN(search=ptq.ScaleSearch("square", FP4[name]))
+    packed, _ = ptq.quantize_weights(model, name, solver=solver)(kernel(), [x])
+    plain = jaxq.quantize_weights(model, name)(kernel(), x)
+    weights, size = np.square(x, dtype=np.float64).sum(0), 32 if name == "mxfp4" else 16
+    dtype = ml_dtypes.float8_e8m0fnu if name == "mxfp4" else ml_dtypes.float8_e4m3fn
+    stored = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
+    stored = stored[(stored > 0) & (stored < np.inf)]
+    nearest, own = (np.asarray(q.scales, np.float64).reshape(-1, OUTPUTS) for q in (plain, packed))
+    scale = np.asarray(plain.scale).view(dtype).astype(np.float64).reshape(nearest.shape)
+    bound = 2.01 if name == "mxfp4" else 3.99
+    for g in range(INPUTS // size):
+        rows = slice(g * size, (g + 1) * size)
+        tried = stored[:, None] * nearest[g] / scale[g]
+        near = np.abs(np.log(tried / nearest[g])) < np.log(bound)
+        losses = fp4_losses(tried, kernel()[rows], weights[rows])
+        best = np.where(near, losses, np.inf).min(0)
+        found = fp4_losses(own[g][None], kernel()[rows], weights[rows])[0]
+        assert np.all(found <= best * (1 + 1e-5))
+    assert np.any(own != nearest)
+
+
+def test_a_search_of_one_factor_gives_rceil_with_another_largest_value():
+    scaling = jaxq.recipes.MX("rceil", search=(6 / 7.25,))
+    recipe = jaxq.Recipe("float4_e2m1fn", jaxq.PerBlock(GROUP), scaling)
+    ends = np.float32(7.25) * np.exp2(np.arange(-20, 20, dtype=np.float32))
+    amax = np.concatenate([np.nextafter(ends, np.float32(0)), ends, np.nextafter(ends, np.inf)])
+    x = np.zeros((len(amax), GROUP), np.float32)
+    x[:, 3] = -amax
+    expected = np.exp2(np.ceil(np.log2(amax.astype(np.float64) / 7.25)))
+    np.testing.assert_array_equal(jaxq.quantize(x, recipe).scales.ravel(), expected)
 
 
 @pytest.mark.slow
@@ -106,30 +158,34 @@ def expected_zero_points(
     return zero
 
 
-def test_hqq_finds_the_zero_points_of_the_published_iteration():
-    w = np.random.default_rng(2).standard_t(3, (OUTPUTS, INPUTS)).astype(np.float32)
-    w[0, :GROUP] = 0
+def test_hqq_equals_the_published_iteration_and_the_hqq_package():
+    golden = np.load(pathlib.Path(__file__).parent / "golden" / "ptq.npz")
+    w = golden["hqq_weight"]
     model = lambda w, x: x @ w.T
     recipe = jaxq.Recipe("uint4", jaxq.PerBlock(GROUP), jaxq.recipes.ScaleAndMin(stored=True))
-    found, ends = [], []
-    for iterations in (2, 20):
-        solver = ptq.RTN(search=ptq.HQQ(iterations=iterations))
-        independent = np.eye(INPUTS, dtype=np.float32)
+    independent = np.eye(INPUTS, dtype=np.float32)
+    plain = jaxq.quantize_weights(model, recipe)(w, independent)
+    scale = np.float64(plain.scales).reshape(-1, 1)
+    step = np.where(scale == 0, 1, scale)
+    minimum = np.float64(plain.zero_point.view(jnp.float16)).reshape(-1, 1)
+    zero = expected_zero_points(np.float64(w).reshape(-1, GROUP), step, minimum, 2)
+    # The package does not increase beta.
+    cases = (
+        (ptq.HQQ(iterations=2), -zero * scale),
+        (ptq.HQQ(kappa=1.0), golden["hqq_minimum"]),
+    )
+    found = []
+    for search, expected in cases:
+        solver = ptq.RTN(search=search)
         packed, report = ptq.quantize_weights(model, recipe, solver=solver)(w, [independent])
-        plain = jaxq.quantize_weights(model, recipe)(w, independent)
-        scale = np.float64(plain.scales).reshape(-1, 1)
-        minimum = np.float64(plain.zero_point.view(jnp.float16)).reshape(-1, 1)
-        blocks = np.float64(w).reshape(-1, GROUP)
-        step = np.where(scale == 0, 1, scale)
-        zero = expected_zero_points(blocks, step, minimum, iterations)
         own = packed.zero_point.view(jnp.float16).reshape(-1, 1)
         # Half of the last bit of float16, and of float32 sums of 32 codes.
-        np.testing.assert_allclose(own, -zero * scale, rtol=2**-11 + 1e-5, atol=1e-5)
+        np.testing.assert_allclose(own, expected, rtol=2**-11 + 1e-5, atol=1e-5)
         np.testing.assert_array_equal(packed.scale, plain.scale)
         found.append(report.rows[0])
-        ends.append(np.asarray(own))
-    assert np.any(ends[0] != ends[1])
     assert found[1].loss < found[0].loss < found[0].rtn
+    codes = (packed.dequantize().reshape(-1, GROUP) - own.astype(jnp.float32)) / step
+    np.testing.assert_array_equal(np.round(codes).reshape(w.shape), golden["hqq_codes"])
     assert not packed.dequantize()[0, :GROUP].any()
 
 

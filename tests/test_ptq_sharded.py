@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxq import ptq
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 RULES = "int4_channel"
 TOKENS = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)

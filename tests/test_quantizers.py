@@ -14,6 +14,8 @@ from jaxq._jax.arithmetic import _divide_in_integers, divide
 from tests import data
 from tests.oracle import assert_same
 
+pytestmark = pytest.mark.optimized
+
 
 def weights(shape=(12, 8, 5)) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)

@@ -21,7 +21,7 @@ def mesh():
         data.slow("int4_g128", ("a", "b"), ("a", "b")),
         ("int4_g128", ("b", "a"), ("b", None)),  # Two blocks cannot be split into four shards.
         data.slow("int4_channel", ("a", "b"), (None, "b")),
-        ("int8_token", (("a", "b"),), (("a", "b"), None)),
+        data.slow("int8_token", (("a", "b"),), (("a", "b"), None)),
         ("nvfp4", (None, ("a", "b")), (None, ("a", "b"))),
         data.slow("q4_1", ("a", "b"), ("a", "b")),
         data.slow("nf4_dq", ("a", "b"), ("a", "b")),

@@ -14,7 +14,7 @@ from jaxq.interop import gguf
 from jaxq.products import stored_dot_general
 from tests import data
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.unoptimized
 
 AFFINE = jaxq.Recipe("uint4", jaxq.PerBlock(32), jaxq.Affine())
 OUTLIERS = jaxq.Recipe("int4", outliers=jaxq.Outliers(0.01))

@@ -141,6 +141,11 @@ STORED = [name for name, case in CASES.items() if case.stored is True]
 COMBINATIONS = {
     "split along outputs, per tensor",
     "split along inputs",
+    "split between blocks",
+    "swapped merged axes",
+    "one of stacked",
+    "part of a concatenation",
+    "through two dtypes",
     "merged outputs",
     "split axis",
     "stacked in the middle",

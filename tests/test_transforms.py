@@ -304,13 +304,14 @@ def test_devices_of_shard_map_use_different_keys(check):
     f = mapped(lambda w, x: (x @ w)[None], check)
     key = jax.random.key(7)
     got = jax.jit(jaxq.quantize_fn(f, [("", recipe)], key=key))(eye, rows)
+    numbers = (((1,), (0,)), ((), ()))
+    by_hand = jax.jit(lambda k: jaxq.dot_general(rows[:2], eye, numbers, recipe=recipe, key=k))
     own = jax.random.fold_in(key, 0)  # The first product.
     for device, y in enumerate(got):
         drawn = jax.random.fold_in(own, device)
         if not check:  # JAX does not know that the value is the same along "model".
             drawn = jax.random.fold_in(drawn, 0)
-        numbers = (((1,), (0,)), ((), ()))
-        assert_same(y, jaxq.dot_general(rows[:2], eye, numbers, recipe=recipe, key=drawn))
+        assert_same(y, by_hand(drawn))
     assert not np.array_equal(*got)
 
 

@@ -2,10 +2,13 @@
 
 import chex
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 import jaxq
 from tests.oracle import assert_same, assert_same_trees
+
+pytestmark = pytest.mark.optimized
 
 W = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
 X = np.random.default_rng(1).standard_normal((2, 4)).astype(np.float32)

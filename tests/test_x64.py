@@ -57,7 +57,7 @@ def recipes() -> Iterator[Program]:
         "padded": jaxq.Recipe("int4", jaxq.PerBlock(48, pad=True)),
     }
     for name, recipe in {
-        **{n: jaxq.recipes.RECIPES[n] for n in data.kinds()},
+        **{n: jaxq.recipes.RECIPES[n] for n in data.few()},
         **extra,
     }.items():
         yield f"fake_quant {name}", lambda x, r=recipe: jaxq.fake_quant(x, r), (X,)
@@ -68,7 +68,7 @@ def recipes() -> Iterator[Program]:
 
 
 def more_recipes() -> Iterator[Program]:
-    for name in {*data.structures()} - {*data.kinds()}:
+    for name in {*data.structures()} - {*data.few()}:
         yield f"fake_quant {name}", lambda x, n=name: jaxq.fake_quant(x, n), (X,)
         yield f"quantize {name}", lambda x, n=name: jaxq.quantize(x, n), (X,)
 

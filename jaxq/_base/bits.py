@@ -64,7 +64,7 @@ class Layout(NamedTuple):
         return exponent.astype(self.int_type) << self.mantissa_bits
 
     def constant(self, value: Any) -> Any:
-        """Converts a number to the working dtype; it becomes infinite if out of range."""
+        """Converts a number to the working dtype; numbers out of range become infinite."""
         if isinstance(value, jax.Array):
             return value.astype(self.float_type)
         with np.errstate(over="ignore"):
@@ -85,7 +85,7 @@ class Layout(NamedTuple):
 
 def extended_bits(magnitude: jax.Array, layout: Layout) -> jax.Array:
     """Returns the normalized bits of a magnitude: subnormals get an exponent field below 1."""
-    # The bits of a subnormal are its value in units of the smallest one.
+    # The bits of a subnormal number, read as an integer, are its multiple of the smallest one.
     lead = layout.bits(magnitude.astype(layout.float_type))
     lead = lead + layout.shifted(layout.least_exponent)
     return lax.select(magnitude < layout.shifted(1), lead, magnitude)

@@ -49,13 +49,13 @@ class Cut:
     @property
     def inside(self) -> np.ndarray | None:
         """A broadcastable mask of a split tensor's elements without padding; None if unpadded."""
-        inside, whole = np.ones((), bool), True
+        inside, unpadded = np.ones((), bool), True
         for n, b, count in zip(self.shape, self.block, self.counts, strict=True):
-            own = np.ones((1, 1), bool)
+            inside_axis = np.ones((1, 1), bool)
             if not is_symbolic(n) and count * b > n:
-                own, whole = (np.arange(count * b) < n).reshape(count, b), False
-            inside = inside[..., None, None] & own
-        return None if whole else inside
+                inside_axis, unpadded = (np.arange(count * b) < n).reshape(count, b), False
+            inside = inside[..., None, None] & inside_axis
+        return None if unpadded else inside
 
     def split(self, x: jax.Array) -> jax.Array:
         """Reshapes a tensor to `[n0 / b0, b0, n1 / b1, b1, …]`, zero-padding the last blocks."""
@@ -67,9 +67,9 @@ class Cut:
 
     def merge(self, y: jax.Array) -> jax.Array:
         """Reshapes a split tensor back to its original shape, without the padding."""
-        whole = tuple(c * b for c, b in zip(self.counts, self.block, strict=True))
-        y = y.reshape(whole)
-        return y if whole == self.shape else lax.slice(y, [0] * len(whole), self.shape)
+        padded = tuple(c * b for c, b in zip(self.counts, self.block, strict=True))
+        y = y.reshape(padded)
+        return y if padded == self.shape else lax.slice(y, [0] * len(padded), self.shape)
 
     def spread(self, scale: jax.Array) -> jax.Array:
         """Reshapes scales of shape `counts` so that they broadcast against a split tensor."""

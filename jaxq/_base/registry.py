@@ -67,24 +67,26 @@ class Registry(Mapping[str, _Entry]):
         """
         if isinstance(value, str):
             return self.find(value)
-        need = (
+        requirement = (
             f"`{argument}` must be a name or {'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
         )
         if isinstance(value, type):
             raise TypeError(
-                f"{need}, got the class {value.__name__}. "
+                f"{requirement}, got the class {value.__name__}. "
                 f"Pass an instance, such as {value.__name__}()."
             )
         if not hasattr(value, method):
-            raise TypeError(f"{need}, got {type(value).__name__}. Names are {', '.join(self)}.")
+            raise TypeError(
+                f"{requirement}, got {type(value).__name__}. Names are {', '.join(self)}."
+            )
         return value
 
     def name_of(self, entry: object) -> str | None:
         """Returns the first name of an entry, or None if it is not in the registry."""
-        return next((name for name, own in self.items() if own == entry), None)
+        return next((name for name, value in self.items() if value == entry), None)
 
     def near(self, name: str) -> list[str]:
-        """Returns up to three names that are near to a misspelled one, the best first."""
+        """Returns up to three names similar to a misspelled one, the most similar first."""
         spelled = name.lower()
         near = difflib.get_close_matches(spelled, self._entries, n=3, cutoff=0.5)
         if spelled in self.synonyms:
@@ -93,11 +95,11 @@ class Registry(Mapping[str, _Entry]):
         return near[:3]
 
     def unknown(self, name: str, near: list[str]) -> ValueError:
-        """Returns the error for an unknown name, which suggests the names in `near`."""
+        """Returns the error for an unknown name, which suggests the given similar names."""
         hint = f"Did you mean {', '.join(near[:3])}?" if near else f"Known: {', '.join(self)}."
         return ValueError(f"No {self.kind} is named {name!r}. {hint}")
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
-    """Returns the three known names that are nearest to a name, for errors; "none" without any."""
+    """Returns the three known names most similar to a name, as text; "none" if none are known."""
     return ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"

@@ -5,7 +5,7 @@ import html
 import math
 from typing import Any
 
-__all__ = ["Table", "Tabular", "binary_size", "figure"]
+__all__ = ["Table", "Tabular", "binary_size", "figure", "plain_figure"]
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -14,11 +14,17 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 class Table:
     """A table whose rows are records of one dataclass.
 
-    Its `str` and `repr` are aligned text, and notebooks show it as an HTML table with rounded
-    figures and without empty columns.
+    Its `str` and `repr` are aligned text, and notebooks show it as an HTML table without empty
+    columns. Both round floats to four significant digits; the records hold the exact values.
 
     Attributes:
       rows: the records, one per row.
+
+    Example:
+      >>> import jaxq
+      >>> table = jaxq.formats_table(["float16", "bfloat16"])
+      >>> [(row.name, row.max) for row in table.rows]
+      [('float16', 65504.0), ('bfloat16', 3.3895313892515355e+38)]
     """
 
     rows: tuple[Any, ...]
@@ -112,8 +118,7 @@ def figure(value: float, digits: int = 4) -> str:
         return "–"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    whole = float(value).is_integer() or abs(value) >= 10**digits
-    if whole and abs(value) < 1e6:
+    if _has_no_fraction(value, digits):
         return f"{value:,.0f}".replace("-", "−")
     mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
     power = f" × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}" if exponent else ""
@@ -137,9 +142,32 @@ def _is_number(value: object) -> bool:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.6g}"
-    return str(value)
+    return plain_figure(value) if isinstance(value, float) else str(value)
+
+
+def plain_figure(value: float, digits: int = 4) -> str:
+    """Returns a number for people to read as ASCII text, rounded to `digits` significant digits.
+
+    Args:
+      value: the number; NaN becomes a dash. Numbers below a million keep all digits before the
+        point, and numbers that six digits represent exactly are not rounded.
+      digits: the number of significant digits.
+
+    Example:
+      >>> plain_figure(147.3081), plain_figure(65504.0), plain_figure(0.015625)
+      ('147.3', '65504', '0.015625')
+    """
+    if math.isnan(value):
+        return "-"
+    if _has_no_fraction(value, digits):
+        return f"{value:.0f}"
+    exact = f"{value:.6g}"
+    return exact if float(exact) == value else f"{value:.{digits}g}"
+
+
+def _has_no_fraction(value: float, digits: int) -> bool:
+    """Returns whether a number is shown with all digits before the point and none after it."""
+    return abs(value) < 1e6 and (float(value).is_integer() or abs(value) >= 10**digits)
 
 
 def _shown(value: Any) -> str:

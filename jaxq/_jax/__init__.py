@@ -19,6 +19,8 @@ says otherwise, and the check that passes without the workaround once the behavi
 - `arithmetic.materialize`: a value per block is computed again for each element; MX formats take 2
   to 7 times as long, and products of K-quants in parts 4 times. Remove it when
   `benchmarks/quantizers.py` and `benchmarks/serving.py` show equal times without it.
+- `arithmetic.spread`: two divisions of a number per tensor are two kernels, which take long to
+  compile. Remove it when `test_product_compiles_few_kernels` passes without it.
 - `reductions`: a reduction of blocks is not vectorized; quantizers take up to 9 times as long.
   Remove it when `benchmarks/quantizers.py` shows equal times with `jnp.max`.
 - `draws`: Threefry is a loop of kernels with large intermediate arrays. Remove it when

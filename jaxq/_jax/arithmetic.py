@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import Layout, where
 from jaxq._jax.opaque import by_platform
 
-__all__ = ["barrier", "divide", "materialize", "reciprocal", "rounded"]
+__all__ = ["barrier", "divide", "materialize", "reciprocal", "rounded", "spread"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -24,6 +24,15 @@ def materialize(x: jax.Array) -> jax.Array:
     """
     bits = lax.rem(lax.bitcast_convert_type(x, jnp.uint32), np.uint32(2**32 - 1))
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def spread(bits: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns an int32 scalar, copied to the shape of a float32 array in a way hidden from XLA.
+
+    XLA on CPU computes with a broadcast scalar before the broadcast, in a kernel for each division.
+    Computing once for each block instead takes no kernel of its own.
+    """
+    return bits | _FLOAT32.bits(_zeros(like))
 
 
 def barrier(tree: Any) -> Any:
@@ -52,8 +61,7 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
 def reciprocal(x: jax.Array) -> jax.Array:
     """Returns correctly rounded float32 reciprocals on every backend, for nonzero numbers.
 
-    Nothing needs to be hidden from XLA on CPU, whose rewriting of quotients leaves `1 / x` as it
-    is.
+    XLA on CPU does not rewrite `1 / x`, so unlike in `divide` the operands are not hidden from it.
     """
     one = jnp.ones_like(x)
     return by_platform(lax.div, _divide_in_integers, one, x)
@@ -61,9 +69,14 @@ def reciprocal(x: jax.Array) -> jax.Array:
 
 def _divide_by_array(a: jax.Array, b: jax.Array) -> jax.Array:
     """Divides on platforms with correctly rounded division, hiding the broadcast from XLA."""
-    # Only bits of numbers below 2 are used, so that an infinite `a` does not make the divisor NaN.
-    small = _FLOAT32.floats(_FLOAT32.bits(a) & (_FLOAT32.field(1) - np.int32(1)))
-    return a / (b + small * np.float32(0))
+    return lax.div(a, lax.add(b, _zeros(a)))
+
+
+def _zeros(like: jax.Array) -> jax.Array:
+    """Returns zeros that XLA takes for different numbers."""
+    # Only bits of numbers below 2 are used, because infinity times 0 is NaN.
+    small = lax.bitwise_and(_FLOAT32.bits(like), _FLOAT32.field(1) - np.int32(1))
+    return lax.mul(_FLOAT32.floats(small), np.float32(0))
 
 
 def _divide_in_integers(a: jax.Array, b: jax.Array, quotient: Callable = lax.div) -> jax.Array:
@@ -73,17 +86,21 @@ def _divide_in_integers(a: jax.Array, b: jax.Array, quotient: Callable = lax.div
     a_bits, b_bits = (layout.bits(v) & layout.magnitude_mask for v in (a, b))
     a_significand, b_significand = (bits & low | np.int32(2**23) for bits in (a_bits, b_bits))
     below = (a_significand < b_significand).astype(jnp.int32)
-    near = quotient(layout.floats(a_bits & low | one), layout.floats(b_bits & low | one))
-    # The 24-bit quotient, too low by 0 to 6, and its remainder. The products may wrap, but their
-    # difference is exact.
-    whole = (near * (1 + below).astype(jnp.float32) * np.float32(2**23)).astype(jnp.int32) - 3
-    rest = (a_significand << (23 + below)) - whole * b_significand
+    approximate = quotient(layout.floats(a_bits & low | one), layout.floats(b_bits & low | one))
+    # The 24-bit quotient, too low by 0 to 6, and its remainder. The two products may overflow, but
+    # their difference is exact.
+    integer_quotient = (approximate * (1 + below).astype(jnp.float32) * np.float32(2**23)).astype(
+        jnp.int32
+    ) - 3
+    remainder = (a_significand << (23 + below)) - integer_quotient * b_significand
     for step in (4, 2, 1):
-        more = (rest >= b_significand * step).astype(jnp.int32) * step
-        whole, rest = whole + more, rest - b_significand * more
-    whole = whole + (2 * rest > b_significand).astype(jnp.int32)  # A quotient is never half way.
-    exponent = (a_bits >> 23) - (b_bits >> 23) - below + (whole >> 24) + layout.bias
-    magnitude = (exponent << 23) + (whole & low)
+        more = (remainder >= b_significand * step).astype(jnp.int32) * step
+        integer_quotient, remainder = integer_quotient + more, remainder - b_significand * more
+    integer_quotient = integer_quotient + (2 * remainder > b_significand).astype(
+        jnp.int32
+    )  # A quotient is never half way.
+    exponent = (a_bits >> 23) - (b_bits >> 23) - below + (integer_quotient >> 24) + layout.bias
+    magnitude = (exponent << 23) + (integer_quotient & low)
     infinite = (exponent > 2 * layout.bias) | (a_bits == layout.inf)
     magnitude = where(infinite, layout.inf, magnitude)
     zero = (exponent < 1) | (a_bits <= low) | (b_bits == layout.inf)

@@ -90,12 +90,12 @@ def is_literal(variable: Any) -> bool:
 
 def bodies(eqn: Any) -> list[Any]:
     """Returns the jaxprs contained in an equation of any primitive."""
-    found = []
+    jaxprs = []
     for value in eqn.params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
-                found.append(part)
-    return found
+                jaxprs.append(part)
+    return jaxprs
 
 
 def loop_counts(eqn: Any) -> tuple[int, int]:
@@ -116,7 +116,7 @@ def source_of(eqn: Any, around: str = "") -> str:
 
     Args:
       eqn: the equation.
-      around: the line of the equation that contains it, if any, used as the fallback.
+      around: the line of the enclosing equation, which is returned if no user code is found.
     """
     frames = source_info_util.user_frames(eqn.source_info.traceback)
     return _line(((f.file_name, f.start_line, f.function_name) for f in frames), around)
@@ -257,6 +257,7 @@ def _shard_map(params: Any, function: Callable[..., Any], specs: Any) -> Callabl
     )
 
 
+# For each primitive that `call_inside` supports, a function that wraps the new body in it.
 AROUND: MappingProxyType[str, Callable[..., Callable[..., Any]]] = MappingProxyType(
     {
         "jit": _jit,

@@ -60,7 +60,10 @@ def _typed(key: jax.Array) -> jax.Array:
 
 
 def _written_out(key: jax.Array) -> bool:
-    """Returns whether a key is a Threefry key and JAX uses its default, partitionable counters."""
+    """Returns whether this module computes the bits of a key.
+
+    True for Threefry keys if JAX uses its default, partitionable counters.
+    """
     config: Any = jax.config
     return config.jax_threefry_partitionable and jax.random.key_impl(key) == "threefry2x32"
 
@@ -87,10 +90,10 @@ def _pairs(data: jax.Array, numbers: jax.Array) -> jax.Array:
     words = [jnp.broadcast_to(data[..., i, None, None], shape) for i in range(2)]
     words = _cipher(words, jnp.broadcast_to(numbers[..., None, None], shape) + words[1])
     masks = (np.outer(row, row) * np.uint32(2**32 - 1) for row in np.eye(2, dtype=np.uint32))
-    own = (
+    masked = (
         lax.bitwise_and(w, jnp.broadcast_to(m, shape)) for w, m in zip(words, masks, strict=True)
     )
-    return jnp.sum(lax.bitwise_or(*own), axis=-1, dtype=jnp.uint32)
+    return jnp.sum(lax.bitwise_or(*masked), axis=-1, dtype=jnp.uint32)
 
 
 def _bits(shape: tuple[int, ...], data: jax.Array) -> jax.Array:
@@ -104,7 +107,7 @@ def _bits(shape: tuple[int, ...], data: jax.Array) -> jax.Array:
 
 
 def _cipher(words: Sequence[jax.Array], second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes the Threefry-2x32 cipher with 20 rounds for the counters `(0, number)`.
+    """Computes the Threefry-2x32 cipher with 20 rounds for counters `(0, number)`.
 
     Args:
       words: the two words of the keys.

@@ -16,7 +16,7 @@ from jax import lax
 # At the top: `jax.extend` imports Pallas, and an import of Pallas while a function is traced makes
 # JAX 0.12 compile that function again at its next call. See `test_first_program_compiles_once`.
 from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 __all__ = ["by_platform", "checked_inside", "opaque"]
 
@@ -33,7 +33,7 @@ def opaque(function: Callable[..., Any], *arguments: Any) -> Any:
         are differentiated.
     """
     jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    results = _opaque().bind(*jax.tree.leaves(arguments), jaxpr=jaxpr)
+    results = _opaque().bind(*jax.tree.leaves(arguments), call_jaxpr=jaxpr)
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
 
@@ -44,7 +44,8 @@ def by_platform(cpu: Function, default: Function, *operands: jax.Array) -> jax.A
     functions at every call and emit a conditional.
 
     Args:
-      cpu: an elementwise function of arrays of the same shape, used on CPU.
+      cpu: an elementwise function of arrays of the same shape and dtype that returns that dtype,
+        used on CPU.
       default: a function with the same results, used on other platforms.
       operands: the arrays.
     """
@@ -68,8 +69,8 @@ def checked_inside(primitive: Any, function: Callable[..., Callable[..., Any]]) 
         values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
         values.update(zip(closed.jaxpr.invars, operands, strict=True))
         (eqn,) = closed.jaxpr.eqns
-        own = [v.val if hasattr(v, "val") else values[v] for v in eqn.invars]
-        error, results = error_checks[eqn.primitive](*leading, *own, **eqn.params)
+        inputs = [v.val if hasattr(v, "val") else values[v] for v in eqn.invars]
+        error, results = error_checks[eqn.primitive](*leading, *inputs, **eqn.params)
         values.update(zip(eqn.outvars, results, strict=True))
         results = [values[v] for v in closed.jaxpr.outvars]
         return error, results if primitive.multiple_results else results[0]
@@ -83,24 +84,28 @@ def _opaque() -> Any:
     primitive = Primitive("jaxq_opaque")
     primitive.multiple_results = True
     primitive.def_impl(_apply)
-    primitive.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
+    primitive.def_abstract_eval(lambda *_, call_jaxpr: call_jaxpr.out_avals)
     batching.primitive_batchers[primitive] = _batch
     mlir.register_lowering(primitive, _lower)
+    # Results that no one uses are not lowered.
+    partial_eval.dce_rules[primitive] = partial_eval.dce_jaxpr_closed_call_rule
     checked_inside(primitive, lambda **params: functools.partial(_apply, **params))
     return primitive
 
 
-def _apply(*operands: Any, jaxpr: Any) -> list[Any]:
-    return jaxpr_as_fun(jaxpr)(*operands)
+def _apply(*operands: Any, call_jaxpr: Any) -> list[Any]:
+    return jaxpr_as_fun(call_jaxpr)(*operands)
 
 
-def _lower(context: Any, *operands: Any, jaxpr: Any) -> Any:
+def _lower(context: Any, *operands: Any, call_jaxpr: Any) -> Any:
     # `mlir.lower_fun` would trace the jaxpr once more.
-    return mlir.core_call_lowering(context, *operands, name="opaque", call_jaxpr=jaxpr)
+    return mlir.core_call_lowering(context, *operands, name="opaque", call_jaxpr=call_jaxpr)
 
 
-def _batch(operands: Sequence[Any], axes: Sequence[Any], *, jaxpr: Any) -> tuple[Any, list[int]]:
-    function = jax.vmap(functools.partial(_apply, jaxpr=jaxpr), in_axes=tuple(axes))
+def _batch(
+    operands: Sequence[Any], axes: Sequence[Any], *, call_jaxpr: Any
+) -> tuple[Any, list[int]]:
+    function = jax.vmap(functools.partial(_apply, call_jaxpr=call_jaxpr), in_axes=tuple(axes))
     results = opaque(function, *operands)
     return results, [0] * len(results)
 
@@ -110,7 +115,7 @@ def _by_platform() -> Any:
     """Returns the primitive with its rules."""
     primitive = Primitive("jaxq_by_platform")
     primitive.def_impl(_either)
-    primitive.def_abstract_eval(lambda *x, cpu, **_: jax.make_jaxpr(cpu)(*x).out_avals[0])
+    primitive.def_abstract_eval(lambda x, *_, **__: x.update(weak_type=False))
     batching.primitive_batchers[primitive] = _batch_each
     ad.primitive_jvps[primitive] = _jvp
     for platform in (None, "cpu"):

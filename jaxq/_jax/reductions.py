@@ -31,9 +31,8 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
       combine: `lax.max` or `lax.min`.
       x: an int32 array, split by `cut.split`.
       cut: the division into blocks.
-      none: the result for an empty block, and a bound for all others: elements below it (above it,
-        for `lax.min`) count as `none`. Must not be the int32 minimum or maximum, or XLA removes the
-        clamp.
+      none: the result for an empty block. Elements below it (above it, for `lax.min`) are replaced
+        by it. Must not be the int32 minimum or maximum, or XLA removes the clamp.
 
     Returns:
       An int32 array in which the axes within a block have length 1.
@@ -45,24 +44,24 @@ def reduced(combine: Callable, x: jax.Array, cut: Cut, none: np.int32) -> jax.Ar
 
     shape = tuple(1 if axis in cut.axes else n for axis, n in enumerate(x.shape))
     x, parts, axes = _in_parts(x, cut)
-    begun = False
+    started = False
     for axis in reversed(axes):
         if x.shape[axis] == 1:
             continue
-        if begun and not is_symbolic(x.shape[axis]):
+        if started and not is_symbolic(x.shape[axis]):
             x = _halves(combine, x, axis)
         along = _along_last if axis == x.ndim - 1 else _along
         x = along(combine, reduce, x, axis)
-        begun = True
-    x = x if begun else combine(x, none)
+        started = True
+    x = x if started else combine(x, none)
     return reduce(x, parts).reshape(shape) if parts else x
 
 
 def largest(x: jax.Array) -> jax.Array:
     """Returns the maximum of all elements of a non-negative int32 array, 0 if there are none.
 
-    XLA on CPU makes three loops of a reduction along more than 32 elements, because the middle one
-    takes neither the computation of x nor the last step.
+    XLA on CPU compiles a reduction along more than 32 elements to three loops: it fuses neither the
+    computation of x nor the last step into the reduction.
     """
     shape: list[Any] = []
     outer = []
@@ -182,7 +181,7 @@ def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) ->
 
 
 def _along(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
-    """Reduces an axis that is not the last, with one loop per step over the previous result."""
+    """Reduces an axis that is not the last in several steps, each a loop over the last result."""
     n = x.shape[axis]
     step = 1 if is_symbolic(n) else _step(n)
     if step in (1, n):

@@ -104,10 +104,10 @@ def _from_plain(owner: str, value: Any, kinds: Mapping[str, type]) -> Any:
     fields = {k: _from_plain(owner, item, kinds) for k, item in value.items() if k != "type"}
     if value.get("type") == "dtype":
         return np.dtype(fields["name"])
-    kind = kinds.get(value.get("type", ""))
-    if kind is None:
+    record_class = kinds.get(value.get("type", ""))
+    if record_class is None:
         raise ValueError(f"{owner}: no record is called {value.get('type')!r}.")
-    return kind(**fields)
+    return record_class(**fields)
 
 
 def pytree(

@@ -75,10 +75,13 @@ def checked(name: str, x: jax.typing.ArrayLike, recipe: FormatOrRecipe) -> tuple
 
 
 class Ends(NamedTuple):
-    """The bounds beyond which rounding to nearest clips, and within which it gives 0.
+    """The intervals in which rounding to nearest clips a number or turns it into 0.
 
-    Numbers above `high` or below `low` are clipped. Other numbers from -`negative` to `positive`
-    become 0; both are -1 if no number but 0 itself does.
+    Attributes:
+      low: numbers below it are clipped.
+      high: numbers above it are clipped.
+      negative: the magnitude of the lowest number that becomes 0; -1 if only 0 itself does.
+      positive: the largest number that becomes 0; -1 if only 0 itself does.
     """
 
     low: np.float32 | jax.Array
@@ -105,8 +108,8 @@ def ends(fmt: Format) -> Ends:
     if isinstance(fmt, FloatFormat):  # Above a power of two the next step is wider.
         wide = math.ldexp(1.0, fmt.emax - fmt.mantissa_bits)
         steps = wide if fmt.signed else values[1] - values[0], wide
-    lost = isinstance(fmt, FloatFormat) and not fmt.signed and fmt.nan is not None
-    low = 0.0 if lost else fmt.min - steps[0] / 2
+    negative_is_nan = isinstance(fmt, FloatFormat) and not fmt.signed and fmt.nan is not None
+    low = 0.0 if negative_is_nan else fmt.min - steps[0] / 2
     high = fmt.max + steps[1] / 2
     bounds = [_within(end, outward) for end in (low, high)]
     flush = (-1.0, -1.0)
@@ -128,7 +131,10 @@ def ends(fmt: Format) -> Ends:
 
 
 def _within(end: float, outward: bool) -> np.float32:
-    """Returns the last float32 not clipped: the end, or its neighbor if ties round outward."""
+    """Returns the float32 of largest magnitude that is not clipped at an end of the grid.
+
+    This is the end itself, or its neighbor toward 0 if a tie at the end rounds outward.
+    """
     largest = float(np.finfo(np.float32).max)
     near = np.float32(min(max(end, -largest), largest))
     clips = outward and float(near) == end and end != 0

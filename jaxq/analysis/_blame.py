@@ -50,8 +50,8 @@ def blame(
 
     One program computes the loss and its gradient for every set of quantized products: none, all,
     each product alone, and all but each product. Flags choose the products, so the program is
-    compiled once; a product that is turned off costs what it costs in float. With n products and
-    layers the function costs 2 n + 2 steps.
+    compiled once, and a product that is turned off takes as long as in float. For n products
+    (counted once per layer) the function takes the time of 2 n + 2 training steps.
 
     Args:
       loss: a function that returns a scalar, as in `jaxq.quantize_fn`.
@@ -85,9 +85,11 @@ def blame(
         @jax.jit
         def run(masks: jax.Array, args: tuple) -> Any:
             def value(params: Any, mask: jax.Array) -> Any:
-                own = [*args]
-                own[argnums] = params
-                return quantize_fn(loss, state.with_flags(mask), argnums=argnums, key=key)(*own)
+                arguments = [*args]
+                arguments[argnums] = params
+                return quantize_fn(loss, state.with_flags(mask), argnums=argnums, key=key)(
+                    *arguments
+                )
 
             def step(mask: jax.Array) -> Any:
                 return jax.value_and_grad(value)(args[argnums], mask)
@@ -95,8 +97,8 @@ def blame(
             value_of_float, exact = step(jnp.zeros(len(names)))
 
             def errors(mask: jax.Array) -> Any:
-                own, gradient = step(mask)
-                return own - value_of_float, _relative(gradient, exact)
+                loss_value, gradient = step(mask)
+                return loss_value - value_of_float, _relative(gradient, exact)
 
             return lax.map(errors, masks)
 

@@ -69,24 +69,24 @@ def lloyd_max(count: int, distribution: "str | Distribution" = "gaussian") -> Ll
     half = _dense(count, d)  # The positive levels; the negative ones follow by symmetry.
     for _ in range(1000):
         mass, first, second = _cells(half, odd, d)
-        away = first / mass
-        if np.abs(away).max() <= 1e-13 * half[-1]:
+        offset = first / mass
+        if np.abs(offset).max() <= 1e-13 * half[-1]:
             break
-        tried, size = half, 1.0
+        trial, size = half, 1.0
         while size > 1e-3:  # Halve the step until the levels stay ordered and the error falls.
-            tried = half - size * _newton(half, odd, mass, first, d)
-            if tried[0] > 0 and (np.diff(tried) > 0).all() and tried[-1] <= d.support:
-                now = _cells(tried, odd, d)
-                closer = np.abs(now[1]).max() < np.abs(first).max()
-                if closer or now[2].sum() < second.sum() * (1 - 1e-9):
+            trial = half - size * _newton(half, odd, mass, first, d)
+            if trial[0] > 0 and (np.diff(trial) > 0).all() and trial[-1] <= d.support:
+                trial_cells = _cells(trial, odd, d)
+                closer = np.abs(trial_cells[1]).max() < np.abs(first).max()
+                if closer or trial_cells[2].sum() < second.sum() * (1 - 1e-9):
                     break
             size /= 2
         else:
             # Lloyd's own step always lowers the error, up to rounding.
-            if np.abs(away).max() <= 1e-9 * half[-1]:
+            if np.abs(offset).max() <= 1e-9 * half[-1]:
                 break
-            tried = half + away
-        half = tried
+            trial = half + offset
+        half = trial
     levels = np.concatenate([-half[::-1], np.zeros(int(odd)), half])
     mse = 2 * float(_cells(half, odd, d)[2].sum())
     if odd:  # Add the cell of the level 0.
@@ -125,9 +125,9 @@ def _moments(
     low, width = below[narrow, None], (above - below)[narrow, None]
     x = low + width * nodes
     f = width * weights * d.density(x)
-    away = x - levels[narrow, None]
+    offset = x - levels[narrow, None]
     for k, moment in enumerate(moments):
-        moment[narrow] = (f * away**k).sum(1)
+        moment[narrow] = (f * offset**k).sum(1)
     return moments
 
 

@@ -59,8 +59,8 @@ def chain(x: jax.typing.ArrayLike, steps: Sequence[FormatOrRecipe]) -> list[jax.
 
 
 def _convert(x: jax.Array, step: FormatOrRecipe) -> jax.Array:
-    found = format_or_recipe(step)
-    return fake_quant(x, found) if isinstance(found, Recipe) else cast(x, found)
+    target = format_or_recipe(step)
+    return fake_quant(x, target) if isinstance(target, Recipe) else cast(x, target)
 
 
 def chain_table(x: jax.typing.ArrayLike, steps: Sequence[FormatOrRecipe]) -> Table:
@@ -80,10 +80,10 @@ def chain_table(x: jax.typing.ArrayLike, steps: Sequence[FormatOrRecipe]) -> Tab
     Example:
       >>> import jax.numpy as jnp
       >>> print(chain_table(jnp.array([0.3, 2.0]), ["float16", "float8_e5m2", "int8_tensor"]))
-      step                 mse    max_error  sqnr_db    added_mse
-      float16      1.19151e-09  4.88162e-05   92.346  1.19151e-09
-      float8_e5m2  7.81249e-05       0.0125   44.179  7.75158e-05
-      int8_tensor   0.00011191    0.0149606  42.6182  3.02735e-06
+      step               mse  max_error  sqnr_db  added_mse
+      float16      1.192e-09  4.882e-05    92.35  1.192e-09
+      float8_e5m2  7.812e-05     0.0125    44.18  7.752e-05
+      int8_tensor  0.0001119    0.01496    42.62  3.027e-06
     """
     first = np.asarray(floats("chain_table", x)).astype(np.float64)
     rows, before = [], first

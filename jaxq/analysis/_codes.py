@@ -116,22 +116,23 @@ def code_usage(
     """
     if isinstance(x, Quantized) != (recipe is None):
         raise ValueError(
-            "code_usage: a tensor needs `recipe`, a format or a recipe; a Quantized takes none, "
-            f"got {type(x).__name__} and {recipe!r:.60}."
+            "code_usage: `recipe` must be given for a tensor and left out for a Quantized, got "
+            f"{type(x).__name__} and {recipe!r:.60}."
         )
     if isinstance(x, Quantized):
         codes, bits = x.unpack(), x.recipe.element.bits
     else:
         assert recipe is not None
-        array, kind = checked("code_usage", x, recipe)
-        if isinstance(kind, Recipe):
-            codes, bits = quantize(array, kind, key=key).unpack(), kind.element.bits
+        array, target = checked("code_usage", x, recipe)
+        if isinstance(target, Recipe):
+            codes, bits = quantize(array, target, key=key).unpack(), target.element.bits
         else:
-            if kind.bits > 16:
+            if target.bits > 16:
                 raise TypeError(
-                    f"code_usage: `recipe` must have at most 16 bits, got {kind.name}, {kind.bits}."
+                    "code_usage: `recipe` must have at most 16 bits, got "
+                    f"{target.name} with {target.bits}."
                 )
-            codes, bits = encode(array, kind), kind.bits
+            codes, bits = encode(array, target), target.bits
     return _usage(codes, bits, per)
 
 

@@ -46,8 +46,8 @@ def diagnostics(
     """Returns the overflow and underflow rates of a tensor in a format, without rounding it.
 
     The tensor is read once; a recipe that computes its scales from the tensor needs one more pass,
-    unless `scale` is given. Rounding to nearest is assumed, whatever the recipe's rounding, and the
-    ends of a scaled grid are themselves rounded.
+    unless `scale` is given. Rounding to nearest is assumed for every recipe, and the ends of a
+    scaled grid are rounded to float32.
 
     Args:
       x: a float16, bfloat16 or float32 tensor of any shape.
@@ -71,15 +71,15 @@ def diagnostics(
       >>> [float(v) for v in diagnostics(grads, "float16")]
       [70000.0, 0.25, 0.25, 0.25]
     """
-    x, kind = checked("diagnostics", x, recipe)
+    x, target = checked("diagnostics", x, recipe)
     if scale is not None:
-        if not isinstance(kind, Recipe) or kind.scaling.two_sided:
+        if not isinstance(target, Recipe) or target.scaling.two_sided:
             raise ValueError(
                 f"diagnostics: `scale` requires a symmetric recipe, got {recipe!r:.60}. Leave it "
                 "out, or use a recipe such as 'fp8_e4m3_tensor'."
             )
-        check_takes_scales("diagnostics", kind)
-        counts = kind.cut(x.shape).counts
+        check_takes_scales("diagnostics", target)
+        counts = target.cut(x.shape).counts
         scale = jnp.asarray(scale, jnp.float32)
         try:
             fits = np.broadcast_shapes(scale.shape, counts) == counts
@@ -91,13 +91,13 @@ def diagnostics(
                 f"{scale.shape}."
             )
         scale = lax.stop_gradient(scale)
-    return _diagnostics(lax.stop_gradient(x), scale, kind)
+    return _diagnostics(lax.stop_gradient(x), scale, target)
 
 
-@functools.partial(jax.jit, static_argnames="kind")
-def _diagnostics(x: jax.Array, scale: jax.Array | None, kind: Format | Recipe) -> Diagnostics:
+@functools.partial(jax.jit, static_argnames="target")
+def _diagnostics(x: jax.Array, scale: jax.Array | None, target: Format | Recipe) -> Diagnostics:
     wide = widen(x)
-    bounds = _in_a_recipe(x, scale, kind) if isinstance(kind, Recipe) else ends(kind)
+    bounds = _in_a_recipe(x, scale, target) if isinstance(target, Recipe) else ends(target)
     top = largest_magnitude(wide, _FLOAT32)
     bits = _FLOAT32.bits(wide)
     magnitude = bits & _FLOAT32.magnitude_mask
@@ -122,7 +122,7 @@ def _in_a_recipe(x: jax.Array, scale: jax.Array | None, recipe: Recipe) -> Ends:
 
     Args:
       x: the tensor.
-      scale: given scales, broadcastable to one per block, or None.
+      scale: scales from the caller, broadcastable to one per block; None computes them.
       recipe: the recipe.
     """
     cut = recipe.cut(x.shape)

@@ -43,7 +43,8 @@ def kl_of_logits(x: jax.typing.ArrayLike, y: jax.typing.ArrayLike, *, axis: int 
     """
     x, y = pair("kl_of_logits", x, y)
     p, q = jax.nn.log_softmax(x, axis), jax.nn.log_softmax(y, axis)
-    # p - q may be so large that a subnormal probability matters; its square root is normal.
+    # A large p - q makes even a subnormal probability matter, and XLA flushes subnormals to 0. The
+    # square root of the probability is a normal number.
     root = jnp.exp(p * x.dtype.type(0.5))
     terms = where(root == 0, x.dtype.type(0) * root, root * (root * (p - q)))
     return lax.max(jnp.sum(terms, axis=axis), x.dtype.type(0))

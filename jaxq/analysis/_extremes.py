@@ -51,8 +51,8 @@ def magnitude_nodes(edges: np.ndarray, n: int, d: Distribution) -> tuple[np.ndar
     with np.errstate(divide="ignore"):
         log = (n - 1) * np.log1p(-2 * d.tail(a).mass)
     weight = weight * d.density(a) * np.exp(log - log.max())
-    some = weight * a**2 > (weight * a**2).max() * 1e-16  # Drop negligible nodes to save time.
-    return a[some], weight[some] / weight[some].sum()
+    relevant = weight * a**2 > (weight * a**2).max() * 1e-16  # Drop negligible nodes to save time.
+    return a[relevant], weight[relevant] / weight[relevant].sum()
 
 
 def highest_nodes(n: int, d: Distribution) -> tuple[np.ndarray, np.ndarray]:

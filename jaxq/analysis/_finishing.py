@@ -16,59 +16,61 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 def finished(tally: Tally) -> dict[str, jax.Array]:
     """Returns the statistics of a tally by name; the leading axes of its numbers are kept."""
-    found = {}
-    for prefix, own in tally.split().items():
-        named = {**_of_tensor(own), **_of_errors(own), **_of_scales(own)}
-        found |= {f"{prefix}/{name}": x for name, x in named.items()}
-    return found
+    statistics = {}
+    for prefix, sums in tally.split().items():
+        named = {**_of_tensor(sums), **_of_errors(sums), **_of_scales(sums)}
+        statistics |= {f"{prefix}/{name}": x for name, x in named.items()}
+    return statistics
 
 
-def _of_tensor(own: Tally) -> dict[str, jax.Array]:
-    if "count" not in own.counts:
+def _of_tensor(sums: Tally) -> dict[str, jax.Array]:
+    if "count" not in sums.counts:
         return {}
-    count, lost = own.counts["count"], own.counts["nonfinite"]
-    finite = count - lost
-    amax, small = own.largest["amax"], _decoded(own.largest["small"])
-    found = {
+    count, nonfinite = sums.counts["count"], sums.counts["nonfinite"]
+    finite = count - nonfinite
+    amax, small = sums.largest["amax"], _decoded(sums.largest["small"])
+    statistics = {
         "amax": _known(amax, count),
         "smallest": _known(small, amax),
-        "rms": _root_mean(own.scaled["squares"], finite),
-        "mean": _mean(own.scaled["sum"], finite),
-        "zeros": _share(own.counts["zeros"], finite),
-        "nonfinite": _share(lost, count),
+        "rms": _root_mean(sums.scaled["squares"], finite),
+        "mean": _mean(sums.scaled["sum"], finite),
+        "zeros": _share(sums.counts["zeros"], finite),
+        "nonfinite": _share(nonfinite, count),
         "range_bits": _known(jnp.log2(amax) - jnp.log2(small), amax),
     }
-    if "exponents" in own.added:
-        found["exponents"] = own.added["exponents"]
-    return found
+    if "exponents" in sums.added:
+        statistics["exponents"] = sums.added["exponents"]
+    return statistics
 
 
-def _of_errors(own: Tally) -> dict[str, jax.Array]:
-    if "kept" not in own.counts:
+def _of_errors(sums: Tally) -> dict[str, jax.Array]:
+    if "kept" not in sums.counts:
         return {}
-    kept, lost = own.counts["kept"], own.counts["lost"]
-    signal, noise = own.scaled["signal"], own.scaled["noise"]
+    kept, lost = sums.counts["kept"], sums.counts["lost"]
+    signal, noise = sums.scaled["signal"], sums.scaled["noise"]
     octaves = (signal.exponent - noise.exponent) * np.float32(10 * np.log10(2))
     ratio = jnp.log10(where(noise.value > 0, signal.value / noise.value, _ONE))
     decibels = where(noise.value > 0, octaves + np.float32(10) * ratio, np.float32(np.inf))
-    found = {
+    statistics = {
         "sqnr_db": _known(decibels, kept),
         "mse": _mean(noise, kept),
         "lost": _share(lost, kept + lost),
     }
-    if "drift" in own.scaled:
-        found["bias"] = _mean(own.scaled["drift"], kept)
-    if "inner" in own.scaled:
-        found["cosine"] = _known(_cosine(signal, own.scaled["energy"], own.scaled["inner"]), kept)
+    if "drift" in sums.scaled:
+        statistics["bias"] = _mean(sums.scaled["drift"], kept)
+    if "inner" in sums.scaled:
+        statistics["cosine"] = _known(
+            _cosine(signal, sums.scaled["energy"], sums.scaled["inner"]), kept
+        )
     for name in ("clipped", "flushed"):
-        if name in own.counts:
-            found[name] = _share(own.counts[name], kept + lost)
-    if "block_range" in own.largest:
-        found["block_range_bits"] = _known(own.largest["block_range"], kept)
-    if "codes" in own.added:
-        used = (own.added["codes"] > 0).astype(jnp.float32)
-        found["codes_used"] = _known(used.mean(-1), kept)
-    return found
+        if name in sums.counts:
+            statistics[name] = _share(sums.counts[name], kept + lost)
+    if "block_range" in sums.largest:
+        statistics["block_range_bits"] = _known(sums.largest["block_range"], kept)
+    if "codes" in sums.added:
+        used = (sums.added["codes"] > 0).astype(jnp.float32)
+        statistics["codes_used"] = _known(used.mean(-1), kept)
+    return statistics
 
 
 def _cosine(signal: Scaled, energy: Scaled, inner: Scaled) -> jax.Array:
@@ -79,16 +81,16 @@ def _cosine(signal: Scaled, energy: Scaled, inner: Scaled) -> jax.Array:
     return where(norms > 0, lax.clamp(-_ONE, cosine, _ONE), same)
 
 
-def _of_scales(own: Tally) -> dict[str, jax.Array]:
-    if "scales" not in own.counts:
+def _of_scales(sums: Tally) -> dict[str, jax.Array]:
+    if "scales" not in sums.counts:
         return {}
-    count = own.counts["scales"]
-    amax, small = own.largest["scale_amax"], _decoded(own.largest["scale_small"])
+    count = sums.counts["scales"]
+    amax, small = sums.largest["scale_amax"], _decoded(sums.largest["scale_small"])
     return {
         "scale_amax": _known(amax, count),
         "scale_smallest": _known(small, amax),
         "scale_range_bits": _known(jnp.log2(amax) - jnp.log2(small), amax),
-        "scale_ends": _share(own.counts["scale_ends"], count),
+        "scale_ends": _share(sums.counts["scale_ends"], count),
     }
 
 

@@ -229,14 +229,14 @@ def partial(
     rows = max(1, _AT_ONCE // (len(nodes) * (len(breaks) + len(coarse) + 2)))
     for start in range(0, len(low), rows):
         part = slice(start, start + rows)
-        some, a, b = maps.rows(part), low[part, None], high[part, None]
-        edges = (breaks - some.shift) * some.divisor + some.origin
+        row_maps, a, b = maps.rows(part), low[part, None], high[part, None]
+        edges = (breaks - row_maps.shift) * row_maps.divisor + row_maps.origin
         edges = np.concatenate([edges, np.broadcast_to(coarse, (len(a), len(coarse))), a, b], 1)
         edges = np.sort(np.clip(edges, a, b), axis=1)
         width = np.diff(edges)[..., None]
         x = (edges[:, :-1, None] + width * nodes).reshape(len(a), -1)
         f = (width * weights).reshape(x.shape) * distribution.density(x)
-        moments = squares(grid, some, x)
+        moments = squares(grid, row_maps, x)
         second[part], fourth[part] = ((m * f).sum(1) for m in moments)
     return Moments(second, fourth)
 

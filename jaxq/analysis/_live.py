@@ -41,8 +41,8 @@ class LiveTable:
     The rows of a statistic are its worst tensors in the last step with statistics, the worst one
     first; among equal tensors, those that were worse before come first. `"sqnr_db"`, `"cosine"`,
     `"codes_used"` and the smallest magnitudes are worse if they are lower, all others if their
-    magnitude is larger. A tensor without a fault is not shown: an SQNR of infinity, or a statistic
-    that has always been 0. If the output is not a terminal, only the last table is printed, at
+    magnitude is larger. A tensor whose SQNR has always been infinite, or whose statistic has always
+    been 0, is not shown. If the output is not a terminal, only the last table is printed, at
     the end of the `with` block. Needs rich (`pip install rich`).
 
     Args:
@@ -101,9 +101,9 @@ class LiveTable:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         """Ends the display; the last table remains."""
         self._live.stop()

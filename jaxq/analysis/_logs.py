@@ -104,8 +104,8 @@ class StatisticsLog:
             self._header = self._existing()
         values = {
             f"{product}/{name}": np.asarray(value, np.float32)
-            for product, own in jax.device_get(seen.statistics()).items()
-            for name, value in own.items()
+            for product, statistics in jax.device_get(seen.statistics()).items()
+            for name, value in statistics.items()
         }
         if gradients is not None:
             for path, error in jax.device_get(dict(gradients)).items():
@@ -126,7 +126,7 @@ class StatisticsLog:
             self._header = header
         if header != self._header:
             raise ValueError(
-                f"StatisticsLog: {self.path.name} holds the statistics of "
+                f"StatisticsLog.append: `seen` must match the log {self.path.name}, got "
                 f"{_difference(_parsed(self.path, self._header), _parsed(self.path, header))}. "
                 "Write to a new file."
             )
@@ -143,13 +143,13 @@ class StatisticsLog:
         if not self.path.exists():
             return None
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
+        complete = content[: content.rfind(b"\n") + 1]
+        if len(complete) < len(content):
             with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        if not whole:
+                file.truncate(len(complete))
+        if not complete:
             return None
-        first = whole.split(b"\n", 1)[0].decode()
+        first = complete.split(b"\n", 1)[0].decode()
         _parsed(self.path, first)
         return first
 
@@ -165,8 +165,13 @@ def read_log(path: str | os.PathLike[str]) -> Log:
     Args:
       path: the file.
 
+    Returns:
+      The contents of the log, with its steps in ascending order.
+
     Raises:
-      ValueError: if the file is not a log, or one of another version.
+      ValueError: if the file is not a log, has another version, or has a damaged line.
+
+    Example: see `StatisticsLog`.
     """
     path = pathlib.Path(path)
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -180,7 +185,10 @@ def read_log(path: str | os.PathLike[str]) -> Log:
             row = np.frombuffer(base64.b64decode(record["data"]), "<f4")
             step = int(record["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"read_log: line {number} of {path.name} is damaged.") from error
+            raise ValueError(
+                f"read_log: line {number} of {path.name} must be a record of a step, got damaged "
+                "data. Delete the line to read the other steps."
+            ) from error
         if row.size != sum(sizes):
             raise ValueError(
                 f"read_log: line {number} of {path.name} must have {sum(sizes)} numbers, got "
@@ -207,10 +215,10 @@ class _Header(NamedTuple):
 def _parsed(path: pathlib.Path, header: str) -> _Header:
     """Returns the contents of the first line of a log."""
     try:
-        found = json.loads(header)
-        kind, version = found["kind"], found["version"]
+        content = json.loads(header)
+        kind, version = content["kind"], content["version"]
     except (ValueError, KeyError, TypeError):
-        found, kind, version = {}, None, None
+        content, kind, version = {}, None, None
     if kind != _KIND:
         raise ValueError(f"read_log: {path.name} is not a log of jaxq.analysis.StatisticsLog.")
     if version != _VERSION:
@@ -218,8 +226,8 @@ def _parsed(path: pathlib.Path, header: str) -> _Header:
             f"read_log: {path.name} has version {version}, and this jaxq reads {_VERSION}. Read it "
             "with the version that wrote it."
         )
-    recipes = {name: LoggedRecipe(*fields) for name, fields in found["recipes"].items()}
-    return _Header(found["columns"], recipes)
+    recipes = {name: LoggedRecipe(*fields) for name, fields in content["recipes"].items()}
+    return _Header(content["columns"], recipes)
 
 
 def _logged(recipe: Recipe) -> LoggedRecipe:
@@ -230,14 +238,14 @@ def _logged(recipe: Recipe) -> LoggedRecipe:
 def _difference(old: _Header, new: _Header) -> str:
     """Returns the first difference between the contents of a log and what is to be appended."""
     if old.columns != new.columns:
-        return f"another model or request, {_short(old)}, not {_short(new)}"
+        return f"another model or request: {_short(new)} instead of {_short(old)}"
     for name in {**old.recipes, **new.recipes}:
         before, after = (
             header.recipes[name].name if name in header.recipes else "no recipe"
             for header in (old, new)
         )
         if old.recipes.get(name) != new.recipes.get(name):
-            return f"other recipes, {before} for {name}, not {after}"
+            return f"other recipes: {after} for {name} instead of {before}"
     return "another model"
 
 

@@ -92,8 +92,8 @@ def memory(
 
 def _bits(recipe: FormatOrRecipe, shape: tuple[int, ...]) -> float:
     """Returns the bits per element of a tensor, including scales."""
-    kind = format_or_recipe(recipe)
-    return kind.bits_per_weight(shape) if isinstance(kind, Recipe) else float(kind.bits)
+    target = format_or_recipe(recipe)
+    return target.bits_per_weight(shape) if isinstance(target, Recipe) else float(target.bits)
 
 
 def _check(ok: bool, requirement: str, got: object) -> None:
@@ -147,20 +147,20 @@ def memory_table(
     Example:
       >>> print(memory_table(params=7e9, recipes=["bfloat16", "int4_g128"]))
       model       recipe  bits  weights_gib  kv_gib  overhead_gib  total_gib   device
-      7 × 10⁹   bfloat16    16      13.0385       0       1.30385    14.3424  tpu-v5e
-      7 × 10⁹  int4_g128  4.25      3.46336       0      0.346336    3.80969  tpu-v5e
+      7 × 10⁹   bfloat16    16        13.04       0         1.304      14.34  tpu-v5e
+      7 × 10⁹  int4_g128  4.25        3.463       0        0.3463       3.81  tpu-v5e
     """
     if (model is None) == (params is None):
         raise ValueError(
-            "memory_table: pass either a model or `params`, a number of parameters, got "
+            "memory_table: either `model` or `params`, a number of parameters, must be given, got "
             f"{'neither' if model is None else 'both'}."
         )
-    known = params if model is None else model
-    assert known is not None
+    size_or_model = params if model is None else model
+    assert size_or_model is not None
     rows = []
     for recipe in recipes:
         m = memory(
-            known,
+            size_or_model,
             recipe,
             context=context,
             batch=batch,
@@ -168,13 +168,17 @@ def memory_table(
             embeddings=embeddings,
             overhead=overhead,
         )
-        count = known if not isinstance(known, str | Model) else _parameters(known)
+        count = (
+            size_or_model
+            if not isinstance(size_or_model, str | Model)
+            else _parameters(size_or_model)
+        )
         holding = [d for d in DEVICES.values() if d.memory >= m.total]
         smallest = min(holding, key=lambda d: d.gib).name if holding else "none alone"
         bits = 8 * m.weights / count if count else math.nan
         rows.append(
             MemoryRow(
-                model=_title(known),
+                model=_title(size_or_model),
                 recipe=label(recipe),
                 bits=bits,
                 weights_gib=m.weights / 2**30,
@@ -254,9 +258,9 @@ def fits_table(
 
     Example:
       >>> print(fits_table(["llama-3.1-8b"], ["bfloat16", "int4_g128"], ["rtx-4090"]))
-      model            recipe    device  total_gib     share  fits  devices  tokens
-      llama-3.1-8b   bfloat16  rtx-4090    17.5533  0.731387  True        1   56202
-      llama-3.1-8b  int4_g128  rtx-4090    7.05172  0.293822  True        1  134410
+      model            recipe    device  total_gib   share  fits  devices  tokens
+      llama-3.1-8b   bfloat16  rtx-4090      17.55  0.7314  True        1   56202
+      llama-3.1-8b  int4_g128  rtx-4090      7.052  0.2938  True        1  134410
     """
     recipes, places = tuple(recipes), [named("device", d, DEVICES) for d in devices]
     rows = []

@@ -160,43 +160,60 @@ def measure(
     """
     layout, cut = Layout.of(x.dtype), blocks_of(x.shape, per)
     zero, one, none = layout.float_type(0), layout.float_type(1), layout.int_type(0)
-    counts, kept = jnp.isfinite(x), jnp.isfinite(x) & jnp.isfinite(y)
+    x_finite, both_finite = jnp.isfinite(x), jnp.isfinite(x) & jnp.isfinite(y)
     octave = _difference(x, y, layout).octave
-    tops = [where(kept, largest_magnitude(v, layout), none) for v in (x, y)]
-    tops += [largest_magnitude(x, layout), where(kept, octave, none)]
+    tops = [where(both_finite, largest_magnitude(v, layout), none) for v in (x, y)]
+    tops += [largest_magnitude(x, layout), where(both_finite, octave, none)]
     *tops, e_top = over_blocks(tops, cut, per, [lax.max] * 4)
     # Without the barrier XLA on CPU (JAX 0.10 and 0.12) stores tensor-sized values that both passes
     # compute, which takes up to twice as long.
     x, y, e_top = barrier((x, y, e_top))
-    counts, kept = jnp.isfinite(x), jnp.isfinite(x) & jnp.isfinite(y)
+    x_finite, both_finite = jnp.isfinite(x), jnp.isfinite(x) & jnp.isfinite(y)
     difference = _difference(x, y, layout)
     # The largest magnitude is scaled to 2^47, so that the sum of 2^32 squares fits in float32 and
     # the squares of magnitudes down to 2^-63 are normal.
-    room = layout.int_type(47 if layout.float_type is np.float32 else 400)
+    top_exponent = layout.int_type(47 if layout.float_type is np.float32 else 400)
     exponents = [
-        room - (extended_bits(top, layout) >> layout.mantissa_bits) + layout.int_type(layout.bias)
+        top_exponent
+        - (extended_bits(top, layout) >> layout.mantissa_bits)
+        + layout.int_type(layout.bias)
         for top in tops
     ]
     exponents = [where(t == 0, none, e) for t, e in zip(tops, exponents, strict=True)]
-    up = where(e_top == 0, none, room + layout.int_type(_LIFT * layout.bias) - e_top)
+    up = where(e_top == 0, none, top_exponent + layout.int_type(_LIFT * layout.bias) - e_top)
     spread = [v if per is None else to_elements(v, x, cut) for v in (*exponents, up)]
-    a, b, every = (_lifted(v, k, layout) for v, k in zip((x, y, x), spread[:3], strict=True))
-    a, b, every = (where(some, v, zero) for some, v in ((kept, a), (kept, b), (counts, every)))
+    a, b, all_x = (_lifted(v, k, layout) for v, k in zip((x, y, x), spread[:3], strict=True))
+    a, b, all_x = (
+        where(nonzero_count, v, zero)
+        for nonzero_count, v in ((both_finite, a), (both_finite, b), (x_finite, all_x))
+    )
     exponent = lax.clamp(
         layout.int_type(1 - layout.bias),
         difference.exponent + spread[3],
         layout.int_type(layout.bias),
     )
-    error = where(kept, difference.units * layout.floats(layout.field(exponent)), zero)
-    nonzero = kept & (layout.bits(x) & layout.magnitude_mask != 0)
+    error = where(both_finite, difference.units * layout.floats(layout.field(exponent)), zero)
+    nonzero = both_finite & (layout.bits(x) & layout.magnitude_mask != 0)
     # Scaled down so that the sum cannot overflow; no ratio but 0 is below 2^-54.
     ratios = difference.units * layout.float_type(1 / _ROOM)
     relative = where(nonzero, ratios / where(nonzero, difference.original, one), zero)
-    arrays = [error * error, error, relative, every * every, a * a, b * b, a * b, error]
-    arrays += [v.astype(x.dtype) for v in (counts, kept, nonzero)]
+    arrays = [error * error, error, relative, all_x * all_x, a * a, b * b, a * b, error]
+    arrays += [v.astype(x.dtype) for v in (x_finite, both_finite, nonzero)]
     sums = over_blocks(arrays, cut, per, [lax.add] * 7 + [lax.max] + [lax.add] * 3)
-    squares, total, ratio, signal, own, other, inner, largest, count, both, some = sums
-    n, lost = lax.max(count, one), count - both
+    (
+        squares,
+        total,
+        ratio,
+        signal,
+        x_energy,
+        y_energy,
+        inner,
+        largest,
+        count,
+        kept_count,
+        nonzero_count,
+    ) = sums
+    n, lost = lax.max(count, one), count - kept_count
     size = _sizes(cut, per, x.dtype)
     infinite = layout.float_type(np.inf)
 
@@ -207,14 +224,14 @@ def measure(
     sqnr = _decibels(signal, squares, two * (up - exponents[2]), layout)
     sqnr = where(signal == 0, -infinite, sqnr)
     sqnr = where(squares == 0, infinite, sqnr)
-    norms = jnp.sqrt(own) * jnp.sqrt(other)
+    norms = jnp.sqrt(x_energy) * jnp.sqrt(y_energy)
     cosine = lax.clamp(-one, inner / where(norms == 0, one, norms), one)
-    cosine = where(norms == 0, where(own == other, one, zero), cosine)
+    cosine = where(norms == 0, where(x_energy == y_energy, one, zero), cosine)
     comparison = Comparison(
         mse=errors(power_of_two(squares / n, -two * up, layout)),
         max_error=errors(power_of_two(largest, -up, layout)),
         mean_error=errors(power_of_two(total / n, -up, layout)),
-        mean_relative_error=errors(ratio / lax.max(some, one) * layout.float_type(_ROOM)),
+        mean_relative_error=errors(ratio / lax.max(nonzero_count, one) * layout.float_type(_ROOM)),
         power=power_of_two(signal / n, -two * exponents[2], layout),
         sqnr_db=where(lost > 0, -infinite, sqnr),
         cosine=cosine,

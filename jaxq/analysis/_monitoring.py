@@ -118,22 +118,26 @@ class Monitoring:
         check_names("Monitoring", "statistics", self.statistics, STATISTICS)
         if self.every < 1:
             raise ValueError(f"Monitoring: `every` must be at least 1, got {self.every}.")
-        given = self.counterfactuals
-        given = (given,) if isinstance(given, str | Recipe | Format) else given
-        object.__setattr__(self, "counterfactuals", tuple(map(_counterfactual, given)))
+        counterfactuals = self.counterfactuals
+        counterfactuals = (
+            (counterfactuals,)
+            if isinstance(counterfactuals, str | Recipe | Format)
+            else counterfactuals
+        )
+        object.__setattr__(self, "counterfactuals", tuple(map(_counterfactual, counterfactuals)))
         self._check_counterfactuals()
 
     def _check_counterfactuals(self) -> None:
-        labels = [_label(kind) for kind in self.counterfactuals if not isinstance(kind, str)]
+        labels = [_label(target) for target in self.counterfactuals if not isinstance(target, str)]
         if len({*labels}) != len(labels):
             raise ValueError(
                 "Monitoring: `counterfactuals` must have distinct names, got "
                 f"{', '.join(labels)}. Monitor one of them in another request."
             )
         elements = [
-            k.element if isinstance(k, Recipe) else k
-            for k in self.counterfactuals
-            if not isinstance(k, str)
+            target.element if isinstance(target, Recipe) else target
+            for target in self.counterfactuals
+            if not isinstance(target, str)
         ]
         wide = [fmt.name for fmt in elements if fmt.bits > 16]
         if wide and "codes_used" in self.statistics:
@@ -152,24 +156,24 @@ def check_names(owner: str, field: str, names: Sequence[str], known: Sequence[st
             raise ValueError(f"{owner}: `{field}` has no {name!r}. {hint}")
 
 
-def _counterfactual(given: str | Recipe | Format) -> Recipe | Format:
+def _counterfactual(name_or_target: str | Recipe | Format) -> Recipe | Format:
     try:
-        kind = format_or_recipe(given)
+        target = format_or_recipe(name_or_target)
     except (TypeError, ValueError) as error:
         raise type(error)(f"Monitoring: `counterfactuals`: {error}") from error
-    if isinstance(kind, Recipe) and is_stochastic(kind):
+    if isinstance(target, Recipe) and is_stochastic(target):
         raise ValueError(
             "Monitoring: `counterfactuals` must round without random bits, got "
-            f"{_label(kind)}. Use dataclasses.replace(recipe, rounding='nearest_even')."
+            f"{_label(target)}. Use dataclasses.replace(recipe, rounding='nearest_even')."
         )
-    return kind
+    return target
 
 
-def _label(kind: Recipe | Format) -> str:
+def _label(target: Recipe | Format) -> str:
     """Returns the name of a recipe or format for statistics."""
-    if isinstance(kind, Format):
-        return FORMATS.name_of(kind) or kind.name
-    return title_of(kind)
+    if isinstance(target, Format):
+        return FORMATS.name_of(target) or target.name
+    return title_of(target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,16 +199,16 @@ class _Statistics:
         tally, axes = Tally.empty(), running.operation.contraction.axes
         for i, name in enumerate(("lhs", "rhs")):
             if name in self.request.tensors:
-                own = self._sums(operands[i])
+                sums = self._sums(operands[i])
                 others = self._counterfactuals(operands[i].value, axes[i])
-                tally = tally.join(own.tensor.join(own.errors).join(others).prefixed(name))
+                tally = tally.join(sums.tensor.join(sums.errors).join(others).prefixed(name))
         if "output" in self.request.tensors:
             result = Operand(y, y)
             if output is not None:
                 result = quantized(y, output.to_nearest() if is_stochastic(output) else output)
-            own = self._sums(result)
+            sums = self._sums(result)
             others = self._counterfactuals(y, None)
-            tally = tally.join(own.tensor.join(own.errors).join(others).prefixed("output"))
+            tally = tally.join(sums.tensor.join(sums.errors).join(others).prefixed("output"))
             tally = tally.join(self._product(lambda: running.results(y)).prefixed("output"))
         return tally
 
@@ -222,23 +226,23 @@ class _Statistics:
         known: dict[Any, Tally] = {}
         if "cotangent" in asked:
             same = first.value is cotangent
-            own = self._sums(first if same else Operand(cotangent, cotangent))
-            tally = own.tensor.prefixed("cotangent")
-            known |= {_identity(first): own.errors} if same else {}
-        for of, (name, axes) in enumerate(
+            sums = self._sums(first if same else Operand(cotangent, cotangent))
+            tally = sums.tensor.prefixed("cotangent")
+            known |= {_identity(first): sums.errors} if same else {}
+        for index, (name, axes) in enumerate(
             (("dlhs", contraction.dlhs.axes), ("drhs", contraction.drhs.axes))
         ):
             for i, part in enumerate(("cotangent", "residual")):
-                operand = gradients[of][i]
+                operand = gradients[index][i]
                 if part not in asked or operand is None:
                     continue
                 if _identity(operand) not in known:
                     known[_identity(operand)] = self._errors(operand)
-                own = known[_identity(operand)]
-                own = own.join(self._counterfactuals(operand.value, axes[i], known))
-                tally = tally.join(own.prefixed(f"{name}/{part}"))
+                sums = known[_identity(operand)]
+                sums = sums.join(self._counterfactuals(operand.value, axes[i], known))
+                tally = tally.join(sums.prefixed(f"{name}/{part}"))
             if "cotangent" in asked and operands is not None:
-                results = functools.partial(running.gradient_results, of, cotangent, operands)
+                results = functools.partial(running.gradient_results, index, cotangent, operands)
                 tally = tally.join(self._product(results).prefixed(name))
         return tally
 
@@ -246,8 +250,8 @@ class _Statistics:
         """Returns the statistics of a marked array or of its cotangent."""
         if tensor not in self.request.tensors:
             return Tally.empty()
-        own = self._sums(Operand(x, x)).tensor
-        return own.join(self._counterfactuals(x, None)).prefixed(tensor)
+        sums = self._sums(Operand(x, x)).tensor
+        return sums.join(self._counterfactuals(x, None)).prefixed(tensor)
 
     def finish(self, tally: Tally) -> dict[str, jax.Array]:
         """Returns the requested statistics by name."""
@@ -286,28 +290,28 @@ class _Statistics:
           known: the sums that are known already, which are extended.
         """
         tally, known = Tally.empty(), {} if known is None else known
-        for kind in self.request.counterfactuals:
-            assert not isinstance(kind, str)
-            own = kind
-            if isinstance(kind, Recipe):
-                granularity = _padded(kind.granularity)
+        for target in self.request.counterfactuals:
+            assert not isinstance(target, str)
+            placed_target = target
+            if isinstance(target, Recipe):
+                granularity = _padded(target.granularity)
                 if axes is not None:
                     granularity = placed(granularity, x.shape, axes)
-                own = dataclasses.replace(kind, granularity=granularity)
-            if (id(x), own) not in known:
-                known[id(x), own] = self._errors(quantized(x, own))
-            tally = tally.join(known[id(x), own].prefixed(_label(kind)))
+                placed_target = dataclasses.replace(target, granularity=granularity)
+            if (id(x), placed_target) not in known:
+                known[id(x), placed_target] = self._errors(quantized(x, placed_target))
+            tally = tally.join(known[id(x), placed_target].prefixed(_label(target)))
         return tally
 
     def _product(self, results: Callable[[], Results]) -> Tally:
         """Returns the sums of the errors of a product's result."""
         if "product" not in self.request.statistics:
             return Tally.empty()
-        found = results()
-        tally = difference_of(found.exact, found.quantized).prefixed("product")
-        if found.wide is not None:
-            due = difference_of(found.wide, found.quantized)
-            tally = tally.join(due.prefixed("accumulation"))
+        outputs = results()
+        tally = difference_of(outputs.exact, outputs.quantized).prefixed("product")
+        if outputs.wide is not None:
+            from_accumulation = difference_of(outputs.wide, outputs.quantized)
+            tally = tally.join(from_accumulation.prefixed("accumulation"))
         return tally
 
 

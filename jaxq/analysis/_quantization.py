@@ -41,8 +41,8 @@ class QuantizationError(NamedTuple):
       rounding_mse: the part of the mean squared error that is due to all other elements.
       mean_ulp: the mean error in units of the grid's spacing at the element; clipped elements use
         the spacing at the end of the grid.
-      max_ulp: the largest such error; at most 1/2 for elements that are not clipped and rounding to
-        nearest, up to the rounding error of the scaling.
+      max_ulp: the largest error in the same units. With rounding to nearest it is at most 1/2 for
+        elements that are not clipped, up to the rounding error of the scaling.
     """
 
     errors: Comparison
@@ -87,34 +87,34 @@ def quantization_error(
       >>> float(e.clipped), float(e.flushed), float(e.rounded)
       (0.5, 0.25, 0.25)
     """
-    x, kind = checked("quantization_error", x, recipe)
-    return _quantization_error(lax.stop_gradient(x), key, kind, per)
+    x, target = checked("quantization_error", x, recipe)
+    return _quantization_error(lax.stop_gradient(x), key, target, per)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "per"))
+@functools.partial(jax.jit, static_argnames=("target", "per"))
 def _quantization_error(
-    x: jax.Array, key: jax.Array | None, kind: Format | Recipe, per: Granularity | None
+    x: jax.Array, key: jax.Array | None, target: Format | Recipe, per: Granularity | None
 ) -> QuantizationError:
     wide = widen(x)
-    if isinstance(kind, Recipe):
-        y, units, snap, apart, shift = _in_units(x, key, kind)
-        fmt = kind.element
+    if isinstance(target, Recipe):
+        y, units, snap, is_outlier, shift = _in_units(x, key, target)
+        fmt = target.element
     else:
-        y, fmt, apart = cast(wide, kind), kind, np.zeros((), bool)
-        units, snap, shift = wide, cast(wide, kind, overflow="saturate"), np.float32(0)
+        y, fmt, is_outlier = cast(wide, target), target, np.zeros((), bool)
+        units, snap, shift = wide, cast(wide, target, overflow="saturate"), np.float32(0)
     finite = jnp.isfinite(wide)
     end = ends(fmt)
     clipped = (units > end.high - shift) | (units < end.low - shift)
-    clipped = clipped & finite & ~jnp.broadcast_to(apart, finite.shape)
+    clipped = clipped & finite & ~jnp.broadcast_to(is_outlier, finite.shape)
     zero = (_FLOAT32.bits(y) & _FLOAT32.magnitude_mask) == 0
     flushed = zero & ((_FLOAT32.bits(wide) & _FLOAT32.magnitude_mask) != 0) & ~clipped & finite
-    moved = (_FLOAT32.bits(y + np.float32(0)) != _FLOAT32.bits(wide + np.float32(0))) & finite
-    moved = moved & ~clipped & ~flushed
+    changed = (_FLOAT32.bits(y + np.float32(0)) != _FLOAT32.bits(wide + np.float32(0))) & finite
+    changed = changed & ~clipped & ~flushed
     spacing = spacing_exponent(units + shift, fmt)
     ulp = jnp.abs(power_of_two(snap, -spacing, _FLOAT32) - power_of_two(units, -spacing, _FLOAT32))
-    ulp = where(finite & jnp.isfinite(ulp) & ~jnp.broadcast_to(apart, ulp.shape), ulp, _ZERO)
+    ulp = where(finite & jnp.isfinite(ulp) & ~jnp.broadcast_to(is_outlier, ulp.shape), ulp, _ZERO)
     cut = blocks_of(x.shape, per)
-    parts = [v.astype(jnp.float32) for v in (finite, clipped, flushed, moved)]
+    parts = [v.astype(jnp.float32) for v in (finite, clipped, flushed, changed)]
     sums = over_blocks([*parts, ulp, ulp], cut, per, [lax.add] * 5 + [lax.max])
     n = lax.max(sums[0], np.float32(1))
     errors = compare(wide, y, per=per)
@@ -133,15 +133,16 @@ def _quantization_error(
 
 
 def _in_units(x: jax.Array, key: jax.Array | None, recipe: Recipe) -> tuple:
-    """Returns the result, scaled numbers, their rounded values, the outlier mask, and zero point.
+    """Returns the intermediate values of `jaxq.fake_quant`, in float32.
 
-    They are as in `jaxq.fake_quant`, in float32. The zero point is subtracted from the scaled
-    numbers.
+    Returns:
+      The quantized tensor; the tensor divided by its scales; these numbers after rounding; the
+      mask of outliers; and the zero point, which is already subtracted from the scaled numbers.
     """
-    cut, rest, outliers = recipe.cut(x.shape), x, ()
+    cut, inliers, outliers = recipe.cut(x.shape), x, ()
     if recipe.outliers is not None:
-        rest, outliers = recipe.outliers.take(x)
-    split = widen(cut.split(rest))
+        inliers, outliers = recipe.outliers.take(x)
+    split = widen(cut.split(inliers))
     scales = measured(split, key, recipe, cut)
     values = numbers(split, scales, key, recipe)
     y = cut.merge(restored(values, scales.step, scales.minimum, recipe))
@@ -149,9 +150,9 @@ def _in_units(x: jax.Array, key: jax.Array | None, recipe: Recipe) -> tuple:
     shift = _ZERO
     if scales.zero_point is not None:
         shift = cut.merge(jnp.broadcast_to(scales.zero_point, units.shape))
-    apart = np.zeros((), bool)
+    is_outlier = np.zeros((), bool)
     if recipe.outliers is not None:
-        y, apart = recipe.outliers.put(y, outliers), recipe.outliers.mask(x.shape, outliers)
+        y, is_outlier = recipe.outliers.put(y, outliers), recipe.outliers.mask(x.shape, outliers)
     # Round the result to the tensor's own dtype.
     y = widen(y if x.dtype == jnp.float32 else cast(y, get_format(x.dtype)))
-    return y, cut.merge(units), cut.merge(values), apart, shift
+    return y, cut.merge(units), cut.merge(values), is_outlier, shift

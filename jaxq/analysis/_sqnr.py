@@ -70,10 +70,10 @@ def sqnr_table(
 
     Example:
       >>> print(sqnr_table(["int4_g32", "mxfp4", "nvfp4"], measure=False))
-      recipe       bits  measured_db  expected_db  deviation_db  shannon_db   gap_db
-      int4_g32        5            -      20.2642     0.0103...      30.103  9.838...
-      mxfp4        4.25            -      18.788...     0.0112...     25.5875  6.799...
-      nvfp4     4.50003            -       20.4...    0.009...     27.0929  6.65...
+      recipe    bits  measured_db  expected_db  deviation_db  shannon_db  gap_db
+      int4_g32     5            -        20.26       0.01...        30.1   9.8...
+      mxfp4     4.25            -        18.7...       0.01...       25.59   6.7...
+      nvfp4      4.5            -        20.4...       0.009...       27.09   6.6...
     """
     d = get_distribution(distribution)
     x = None
@@ -81,11 +81,11 @@ def sqnr_table(
         x = d.sample(np.random.default_rng(seed), shape).astype(np.float32)
     rows = []
     for spec in RECIPES if recipes is None else recipes:
-        kind = format_or_recipe(spec)
-        bits = kind.bits_per_weight(shape) if isinstance(kind, Recipe) else float(kind.bits)
-        measured = math.nan if x is None else _measured(x, kind, seed)
+        target = format_or_recipe(spec)
+        bits = target.bits_per_weight(shape) if isinstance(target, Recipe) else float(target.bits)
+        measured = math.nan if x is None else _measured(x, target, seed)
         try:
-            expected = expected_error(kind, shape, d)
+            expected = expected_error(target, shape, d)
             db, deviation = expected.sqnr_db, math.nan
             if expected.mse > 0:
                 deviation = 10 / math.log(10) * expected.deviation / expected.mse
@@ -97,12 +97,12 @@ def sqnr_table(
     return Table(tuple(rows))
 
 
-def _measured(x: np.ndarray, kind: FormatOrRecipe, seed: int) -> float:
-    if isinstance(kind, Recipe):
-        random = kind.rounding == "stochastic" or isinstance(kind.rounding, Stochastic)
-        y = fake_quant(x, kind, key=jax.random.key(seed) if random else None)
+def _measured(x: np.ndarray, target: FormatOrRecipe, seed: int) -> float:
+    if isinstance(target, Recipe):
+        random = target.rounding == "stochastic" or isinstance(target.rounding, Stochastic)
+        y = fake_quant(x, target, key=jax.random.key(seed) if random else None)
     else:
-        y = cast(x, kind, overflow="saturate")
+        y = cast(x, target, overflow="saturate")
     mse = float(compare(x, y).mse)
     return -10 * math.log10(mse) if mse > 0 else math.inf
 
@@ -149,10 +149,10 @@ def bounds_table(
 
     Example:
       >>> print(bounds_table([1, 2, 4]))
-      bits  uniform_db  lloyd_max_db  shannon_db   gap_db
-      1        4.39639       4.39639      6.0206  1.62421
-      2        9.25...       9.30029     12.0412  2.74...
-      4        19.37...       20.2223     24.0824   3.86...
+      bits  uniform_db  lloyd_max_db  shannon_db  gap_db
+      1          4.396         4.396       6.021   1.624
+      2           9.25           9.3       12.04   2.741
+      4          19.38         20.22       24.08    3.86
     """
     d, rows = get_distribution(distribution), []
     for width in bits:

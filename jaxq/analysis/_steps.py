@@ -68,15 +68,19 @@ def gradient_errors(
             )
         samples = (g if sampled else g[None]).astype(jnp.float32)
         f = f.astype(jnp.float32)
-        # Near 1, so that no square overflows or vanishes.
+        # Scale the values to magnitudes near 1, so that no square overflows or underflows.
         unit = lax.max(jnp.abs(f).max(initial=0), jnp.float32(_TINY))
         samples, f = samples / unit, f / unit
         mean = samples.mean(0)
-        own, other = _norm(mean), _norm(f)
-        both = own * other
-        cosine = jnp.where(both > 0, (mean * f).sum() / jnp.where(both > 0, both, 1), 0)
+        mean_norm, exact_norm = _norm(mean), _norm(f)
+        norm_product = mean_norm * exact_norm
+        cosine = jnp.where(
+            norm_product > 0, (mean * f).sum() / jnp.where(norm_product > 0, norm_product, 1), 0
+        )
         spread = jnp.sqrt(((samples - mean[None]) ** 2).sum() / np.float32(samples.shape[0]))
-        return GradientError(cosine, own / other, _norm(mean - f) / other, spread / other)
+        return GradientError(
+            cosine, mean_norm / exact_norm, _norm(mean - f) / exact_norm, spread / exact_norm
+        )
 
     return _by_path("gradient_errors", "gradient", of_leaf, gradient, exact)
 
@@ -144,9 +148,12 @@ def _by_path(
     """Returns the results of a function for pairs of leaves of two trees, by their paths."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(first)
     if structure != jax.tree.structure(second):
-        raise ValueError(f"{owner}: both trees must have the same structure; check `{name}`.")
-    found = {}
+        raise ValueError(
+            f"{owner}: `{name}` must have the structure {jax.tree.structure(second)!s:.80}, got "
+            f"{structure!s:.80}."
+        )
+    results = {}
     for (path, a), b in zip(leaves, jax.tree.leaves(second), strict=True):
         key = jax.tree_util.keystr(path, simple=True, separator="/")
-        found[key] = function(key, jnp.asarray(a), jnp.asarray(b))
-    return found
+        results[key] = function(key, jnp.asarray(a), jnp.asarray(b))
+    return results

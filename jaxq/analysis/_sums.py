@@ -27,7 +27,8 @@ __all__ = [
 ]
 
 _IN_ORDER = 256  # The number of elements that are added sequentially.
-_LONGEST, PARTS = 1024, 512  # The same in `over_rows`, and the length of its results.
+_LONGEST = 1024  # The number of elements that `over_rows` adds sequentially.
+PARTS = 512  # The length of the results of `over_rows`.
 
 Combine = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -110,8 +111,8 @@ def fold(x: jax.Array) -> jax.Array:
 def over_rows(arrays: Sequence[jax.Array], combine: Sequence[Combine]) -> list[jax.Array]:
     """Returns sums, or maxima of nonnegative numbers, over the rows of arrays, `[PARTS]`.
 
-    They are computed in loops that the arrays share. All results have the same length, whatever
-    that of the arrays, so XLA compiles what is done with them only once.
+    The arrays share the loops. All results have length `PARTS`, whatever the size of the arrays, so
+    XLA compiles the operations on them only once.
 
     Args:
       arrays: results of `fold` for arrays of one shape.
@@ -148,16 +149,16 @@ def power_of_two(x: jax.Array, exponent: jax.Array, layout: Layout) -> jax.Array
     digits, m = layout.int_type((1 << layout.mantissa_bits) - 1), layout.mantissa_bits
     bits = layout.bits(x)
     magnitude = bits & layout.magnitude_mask
-    full = extended_bits(magnitude, layout)
-    place = (full >> m) + exponent  # The exponent field of the result.
+    normalized = extended_bits(magnitude, layout)
+    place = (normalized >> m) + exponent  # The exponent field of the result.
     one = layout.int_type(1)
     shift = lax.clamp(layout.int_type(0), one - place, layout.int_type(m + 2))
-    whole = full & digits | one << m
+    significand = normalized & digits | one << m
     # Round to nearest even: add half a unit in the last place, minus one if the last bit is 0.
-    half = where(shift > 0, ((one << shift) >> one) - one + (whole >> shift & one), one - one)
-    small = (whole + half) >> shift
+    half = where(shift > 0, ((one << shift) >> one) - one + (significand >> shift & one), one - one)
+    small = (significand + half) >> shift
     field = lax.clamp(one, place, layout.int_type(2 * layout.bias + 1))
-    result = where(place < one, small, (field << m) | (full & digits))
+    result = where(place < one, small, (field << m) | (normalized & digits))
     result = where(place > layout.int_type(2 * layout.bias), layout.inf, result)
     same = (magnitude == 0) | (magnitude >= layout.inf)
     return layout.floats(where(same, bits, result | (bits & layout.sign)))

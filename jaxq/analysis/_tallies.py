@@ -46,8 +46,8 @@ def quantized(x: jax.Array, recipe: Recipe | Format) -> Tensor:
     """Returns a tensor quantized to nearest, with scales from the tensor, or cast to a format."""
     if isinstance(recipe, Format):
         return Tensor(x, cast(x, recipe), recipe)
-    found = simulate(x, recipe)
-    return Tensor(x, found.values, recipe, found.scales)
+    simulated = simulate(x, recipe)
+    return Tensor(x, simulated.values, recipe, simulated.scales)
 
 
 def sums_of(tensor: Tensor, asked: Collection[str], errors: bool) -> Sums:
@@ -55,8 +55,8 @@ def sums_of(tensor: Tensor, asked: Collection[str], errors: bool) -> Sums:
 
     Args:
       tensor: the tensor.
-      asked: the names of the statistics that need the sums.
-      errors: True for the sums of the error.
+      asked: the names of the requested statistics; sums that none of them needs are left out.
+      errors: True to compute the sums of the error, too.
     """
     return _sums(tensor, frozenset(asked), True, errors)
 
@@ -66,7 +66,7 @@ def errors_of(tensor: Tensor, asked: Collection[str]) -> Tally:
 
     Args:
       tensor: the tensor.
-      asked: the names of the statistics that need them.
+      asked: the names of the requested statistics; sums that none of them needs are left out.
     """
     return _sums(tensor, frozenset(asked), False, True).errors
 
@@ -99,21 +99,21 @@ def _replicated(mesh: Any, result: Any, *arguments: Any) -> Any:
 
 
 # One trace per shape and recipe instead of one per tensor of a model.
-@functools.partial(jax.jit, static_argnames=("asked", "own", "errors"))
+@functools.partial(jax.jit, static_argnames=("asked", "of_tensor", "errors"))
 @automatic(_replicated)
-def _sums(of: Tensor, asked: frozenset[str], own: bool, errors: bool) -> Sums:
-    """Returns the sums of a tensor if `own` is True, and of its error if `errors` is."""
-    wide, y, clipped = of.value.astype(jnp.float32), None, None
+def _sums(tensor: Tensor, asked: frozenset[str], of_tensor: bool, errors: bool) -> Sums:
+    """Returns the sums of the elements if `of_tensor` is true, and of the error if `errors` is."""
+    wide, y, clipped = tensor.value.astype(jnp.float32), None, None
     if errors:
-        y = fold(of.quantized.astype(jnp.float32))
-        if of.recipe is not None and "clipped" in asked:
-            clipped = fold(_clipped(wide, of.scales, of.recipe))
+        y = fold(tensor.quantized.astype(jnp.float32))
+        if tensor.recipe is not None and "clipped" in asked:
+            clipped = fold(_clipped(wide, tensor.scales, tensor.recipe))
     folded = _Folded(fold(wide), y, clipped, fold(wide).size - wide.size)
-    tops, counts = _extremes(folded, asked, own)
-    sums = _totals(folded, tops, asked, own)
+    tops, counts = _extremes(folded, asked, of_tensor)
+    sums = _totals(folded, tops, asked, of_tensor)
     size, first, second = jnp.full(1, wide.size, jnp.int32), Tally.empty(), Tally.empty()
     lost = counts.pop("nonfinite")
-    if own:
+    if of_tensor:
         histogram = {"exponents": _exponents(wide)} if "exponents" in asked else {}
         first = Tally(
             {"count": size, "nonfinite": lost, "zeros": counts.pop("zeros")},
@@ -124,24 +124,24 @@ def _sums(of: Tensor, asked: frozenset[str], own: bool, errors: bool) -> Sums:
     if errors:
         counts["lost"] = size - lost - counts["kept"]
         second = Tally(counts, {}, {}, sums)
-        if of.recipe is not None:
-            second = second.join(_of_recipe(of, asked))
+        if tensor.recipe is not None:
+            second = second.join(_of_recipe(tensor, asked))
     return Sums(first, second)
 
 
-# XLA keeps in memory what both passes share. The passes therefore share only x and y: the first one
-# computes with bits, and takes the error with the opposite sign.
+# XLA on CPU (JAX 0.10 and 0.12) stores every array that both passes compute. So that they share
+# only x and y, the first one computes on bits, and takes the error with the opposite sign.
 
 
 def _extremes(
-    folded: _Folded, asked: Collection[str], own: bool
+    folded: _Folded, asked: Collection[str], of_tensor: bool
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns the bits of extreme magnitudes, and counts."""
     x, y, clipped, padding = folded
     bits, none = _magnitude(x), jnp.zeros(x.shape, jnp.int32)
     finite, zero = bits < _FLOAT32.inf, bits == 0
     tops, masks = {}, {"nonfinite": ~finite}
-    if own:
+    if of_tensor:
         tops["all"] = lax.select(finite, bits, none)
         tops["small"] = lax.select(finite & ~zero, _FLOAT32.inf - bits, none)
         masks["zeros"] = zero
@@ -159,16 +159,16 @@ def _extremes(
             masks["flushed"] = (after == 0) & ~zero & finite
     arrays = [*tops.values(), *(mask.astype(jnp.int32) for mask in masks.values())]
     combine = [lax.max] * len(tops) + [lax.add] * len(masks)
-    found = over_rows(arrays, combine)
-    found = over_rows([part[None] for part in found], combine)
-    extremes, counts = found[: len(tops)], dict(zip(masks, found[len(tops) :], strict=True))
+    results = over_rows(arrays, combine)
+    results = over_rows([part[None] for part in results], combine)
+    extremes, counts = results[: len(tops)], dict(zip(masks, results[len(tops) :], strict=True))
     if padding:
         counts |= {n: counts[n] - np.int32(padding) for n in ("zeros", "kept") if n in counts}
     return dict(zip(tops, extremes, strict=True)), counts
 
 
 def _totals(
-    folded: _Folded, tops: dict[str, jax.Array], asked: Collection[str], own: bool
+    folded: _Folded, tops: dict[str, jax.Array], asked: Collection[str], of_tensor: bool
 ) -> dict[str, Scaled]:
     """Returns the sums of values in units of their extremes."""
     x, y = folded.x, folded.y
@@ -180,7 +180,7 @@ def _totals(
         return lax.select(counted, value * spread, zeros)
 
     values, pairs, finite = {}, {}, lax.is_finite(x)
-    if own:
+    if of_tensor:
         values["all"] = scaled("all", x, finite)
         pairs |= {"sum": ("all",), "squares": ("all", "all")}
     if y is not None:
@@ -192,7 +192,8 @@ def _totals(
         if "cosine" in asked:
             values["y"] = scaled("y", y, kept)
             pairs |= {"energy": ("y", "y"), "inner": ("x", "y")}
-    pairs = dict(sorted(pairs.items()))  # The order of a row, which XLA then need not change.
+    # JAX sorts the keys of a dictionary, so that XLA does not have to reorder the results.
+    pairs = dict(sorted(pairs.items()))
     terms = [
         math.prod([values[part] for part in parts[1:]], start=values[parts[0]])
         for parts in pairs.values()
@@ -245,7 +246,7 @@ def _clipped(x: jax.Array, scales: Scales | None, recipe: Recipe | Format) -> ja
 
 
 def _of_recipe(q: Tensor, asked: Collection[str]) -> Tally:
-    """Returns the numbers that depend on a recipe's blocks, codes and scales."""
+    """Returns the sums and extremes that depend on a recipe's blocks, codes and scales."""
     assert q.recipe is not None
     ranges, codes = {}, {}
     if "block_range_bits" in asked:
@@ -278,8 +279,8 @@ def _codes(q: Tensor) -> jax.Array:
         codes, bits = encode(q.value.astype(jnp.float32), q.recipe), q.recipe.bits
     else:
         assert q.recipe is not None
-        given: dict[str, Any] = {} if q.given is None else q.given._asdict()
-        codes = quantize(q.value, q.recipe.to_nearest(), **given).unpack()
+        given_scales: dict[str, Any] = {} if q.given is None else q.given._asdict()
+        codes = quantize(q.value, q.recipe.to_nearest(), **given_scales).unpack()
         bits = q.recipe.element.bits
     places = codes.astype(jnp.int32).reshape(-1)
     return jnp.zeros(2**bits, jnp.int32).at[places].add(1).astype(jnp.float32)

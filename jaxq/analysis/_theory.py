@@ -51,7 +51,7 @@ _ENOUGH = 4096, 256  # The fewest numbers for a range by moments and by a percen
 
 
 class NoTheoryError(ValueError):
-    """The recipe has no formula for its expected error."""
+    """The error of `expected_error` for a recipe without a formula for its expected error."""
 
 
 class Expected(NamedTuple):
@@ -113,20 +113,20 @@ def expected_error(
       >>> round(expected_error("mxfp4", (64, 64), "laplace").sqnr_db, 1)
       18.0
     """
-    kind, d = format_or_recipe(recipe), get_distribution(distribution)
+    target, d = format_or_recipe(recipe), get_distribution(distribution)
     size = math.prod(shape)
     if size == 0:
         return Expected(0.0, 0.0)
-    if not isinstance(kind, Recipe):
-        grid = Grid(kind, CHANCES["nearest_even"])
+    if not isinstance(target, Recipe):
+        grid = Grid(target, CHANCES["nearest_even"])
         return _unscaled(grid, Maps.of(np.ones(1)), d, size)
-    grid = Grid(kind.element, CHANCES[_rounding_name(kind)])
-    cut = kind.cut(shape)
+    grid = Grid(target.element, CHANCES[_rounding_name(target)])
+    cut = target.cut(shape)
     n, blocks = math.prod(cut.block), math.prod(cut.counts)
-    clip = _clip(kind, n, d)
-    if kind.scaling.two_sided:
-        return _two_sided(kind, grid, n, blocks, d, clip)
-    return _one_sided(kind, grid, n, blocks, d, clip)
+    clip = _clip(target, n, d)
+    if target.scaling.two_sided:
+        return _two_sided(target, grid, n, blocks, d, clip)
+    return _one_sided(target, grid, n, blocks, d, clip)
 
 
 def _rounding_name(recipe: Recipe) -> str:
@@ -139,7 +139,7 @@ def _rounding_name(recipe: Recipe) -> str:
     tapered = isinstance(recipe.element, TaperedFormat) and mode == "stochastic"
     if recipe.outliers is not None:
         raise _no_theory("without `outliers`", "outliers")
-    if recipe.scaling.search:
+    if recipe.scaling.search or recipe.scaling.searches_elements:
         raise _no_theory("without a `search`", "a search")
     if mode not in CHANCES or tapered:
         where = " to posits and takums" if tapered else ""
@@ -156,9 +156,9 @@ def _no_theory(wanted: str, got: str) -> NoTheoryError:
 
 
 def _clip(recipe: Recipe, n: int, d: Distribution) -> float:
-    """Returns the range a calibrator finds for a distribution; infinity for absmax and extremum."""
+    """Returns the range that a calibrator computes; infinity for the absmax and the extremum."""
     calibrator, two_sided = recipe.scaling.calibrator, recipe.scaling.two_sided
-    if isinstance(calibrator, AbsMax | Extremum | EMA):  # The average of one absmax is itself.
+    if isinstance(calibrator, AbsMax | Extremum | EMA):  # EMA averages one value here.
         return math.inf
     name, fmt = type(calibrator).__name__, recipe.element
     if isinstance(calibrator, Percentile):
@@ -205,17 +205,17 @@ def _maps(recipe: Recipe, low: np.ndarray, high: np.ndarray) -> Maps:
         size = count
     parts = []
     for start in range(0, count, size):
-        some = [end[start : start + size] for end in (low, high)]
+        ranges = [end[start : start + size] for end in (low, high)]
         if size != count:  # Pad all chunks to one shape, so that each operation compiles once.
-            more = _AT_ONCE - len(some[0])
-            some = [
-                np.append(s, np.full(more, e[-1])) for s, e in zip(some, (low, high), strict=True)
+            more = _AT_ONCE - len(ranges[0])
+            ranges = [
+                np.append(s, np.full(more, e[-1])) for s, e in zip(ranges, (low, high), strict=True)
             ]
         with jax.ensure_compile_time_eval():
-            ends = [jnp.asarray(end, jnp.float32) for end in some]
+            ends = [jnp.asarray(end, jnp.float32) for end in ranges]
             scales = recipe.scaling.scales((ends[0], ends[1]), recipe.element)
         arrays = (scales.divisor, scales.step, scales.origin, scales.zero_point, scales.minimum)
-        zeros = np.zeros(len(some[0]))
+        zeros = np.zeros(len(ranges[0]))
         parts.append([zeros if a is None else np.asarray(a, np.float64) for a in arrays])
     divisor, *others = (
         np.concatenate([part[i][:size] for part in parts])[:count] for i in range(5)
@@ -229,7 +229,7 @@ def _one_sided(
 ) -> Expected:
     """Returns the error averaged over the largest magnitude of a block."""
     if recipe.scaling.second_level == "blocks":
-        # Typical scales of a tensor, in random order, because they are quantized together.
+        # Scales at evenly spaced quantiles, shuffled because blocks of them share a scale.
         count = min(blocks, _SCALES)
         chance = np.random.default_rng(0).permutation((np.arange(count) + 0.5) / count)
         coarse = fine = largest_of(chance, n, d), np.full(count, 1 / count)
@@ -250,8 +250,8 @@ def _one_sided(
         maps = _maps(recipe, *_range(a, clip))
         second, fourth = (m / (1 - 2 * d.tail(a).mass) for m in partial(grid, maps, -a, a, d))
         others = Moments(second, fourth)
-        own = _own(recipe, grid, maps, a)
-        second, fourth = (((n - 1) * o + e) / n for o, e in zip(others, own, strict=True))
+        extreme = _own(recipe, grid, maps, a)
+        second, fourth = (((n - 1) * o + e) / n for o, e in zip(others, extreme, strict=True))
         block = Moments(second, fourth)
         parts.append(_mean(block, weight, n, blocks)[1])
         b, share = _up_to(top, *fine)
@@ -297,8 +297,8 @@ def _jumps(recipe: Recipe, low: float, high: float, clip: float) -> np.ndarray:
         middle = (below + above) / 2
         same = scales(middle) == first
         below, above = np.where(same, middle, below), np.where(same, above, middle)
-    found = np.log2(above)
-    return found[(found > low) & (found < high)]
+    jumps = np.log2(above)
+    return jumps[(jumps > low) & (jumps < high)]
 
 
 def _up_to(top: float | None, a: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -312,8 +312,8 @@ def _own(recipe: Recipe, grid: Grid, maps: Maps, a: np.ndarray) -> Moments:
     """Returns the error moments of the number with the largest magnitude."""
     # A signed scale carries the sign of the number.
     ends = [a] if isinstance(recipe.scaling.calibrator, Extremum) else [a, -a]
-    found = [_of_extreme(recipe, grid, maps, end) for end in ends]
-    second, fourth = (np.mean([f[k] for f in found], axis=0) for k in range(2))
+    moments = [_of_extreme(recipe, grid, maps, end) for end in ends]
+    second, fourth = (np.mean([f[k] for f in moments], axis=0) for k in range(2))
     return Moments(second, fourth)
 
 
@@ -345,18 +345,21 @@ def _two_sided(
     high, weight = highest_nodes(n, d)
     low, high = (m.ravel() for m in np.meshgrid(-high, high, indexing="ij"))
     weight = np.outer(weight, weight).ravel()
-    some = high > low
-    low, high, weight = low[some], high[some], weight[some]
+    relevant = high > low
+    low, high, weight = low[relevant], high[relevant], weight[relevant]
     inside = probability_below(high, d) - probability_below(low, d)
     with np.errstate(divide="ignore"):
         log = (n - 2) * np.log(np.maximum(inside, 0))
     weight = weight * d.density(low) * d.density(high) * np.exp(log - log.max())
-    some = weight * (high - low) ** 2 > (weight * (high - low) ** 2).max() * 1e-10
-    low, high, weight, inside = low[some], high[some], weight[some], inside[some]
+    relevant = weight * (high - low) ** 2 > (weight * (high - low) ** 2).max() * 1e-10
+    low, high, weight, inside = low[relevant], high[relevant], weight[relevant], inside[relevant]
     maps = _maps(recipe, np.maximum(low, -clip), np.minimum(high, clip))
     others = partial(grid, maps, low, high, d)
-    own = [_of_extreme(recipe, grid, maps, end) for end in (low, high)]
-    block = [((n - 2) * cut / inside + own[0][k] + own[1][k]) / n for k, cut in enumerate(others)]
+    extremes = [_of_extreme(recipe, grid, maps, end) for end in (low, high)]
+    block = [
+        ((n - 2) * cut / inside + extremes[0][k] + extremes[1][k]) / n
+        for k, cut in enumerate(others)
+    ]
     return Expected(*_mean(Moments(*block), weight / weight.sum(), n, blocks))
 
 

@@ -147,13 +147,13 @@ def _total(rows: list[ErrorRow], sizes: np.ndarray, energies: list[Energies]) ->
         return np.array([getattr(row, name) for row in rows], np.float64)
 
     def mean(values: np.ndarray) -> float:
-        # A zero value adds nothing, whatever its weight.
+        # Zeros do not contribute to the sum, so their weights are set to 0.
         weights = np.where(values == 0, 0, finite)
         return float((values * weights).sum() / finite.sum()) if finite.any() else 0.0
 
     errors = total(energies)
-    held = column("entropy")
-    coded = np.isfinite(held)
+    entropies = column("entropy")
+    coded = np.isfinite(entropies)
     return ErrorRow(
         path="total",
         shape="",
@@ -165,7 +165,7 @@ def _total(rows: list[ErrorRow], sizes: np.ndarray, energies: list[Energies]) ->
         mean_relative_error=mean(column("mean_relative_error")),
         cosine=math.nan,
         lost=mean(column("lost")),
-        entropy=float((held * sizes)[coded].sum() / sizes[coded].sum())
+        entropy=float((entropies * sizes)[coded].sum() / sizes[coded].sum())
         if coded.any()
         else math.nan,
     )

@@ -28,6 +28,10 @@ class Model:
       tied: True if the output layer shares the embedding's weights.
       bias: True if the query, key and value projections have a bias.
       experts: the number of feed-forward experts per layer; above 1, each layer has a router.
+
+    Example:
+      >>> MODELS["llama-2-7b"].parameters
+      6738415616
     """
 
     name: str
@@ -103,6 +107,10 @@ class Device:
       name: the device's name in tables.
       gib: its memory in GiB. Vendors write GB but mean 2^30 bytes, of which the driver and error
         correction reserve a few percent.
+
+    Example:
+      >>> Device("my-gpu", gib=24).memory
+      25769803776
     """
 
     name: str
@@ -142,7 +150,7 @@ DEVICES = MappingProxyType(
 _Record = TypeVar("_Record", Model, Device)
 
 
-def named(kind: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Record:
+def named(noun: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Record:
     """Returns the record of `MODELS` or `DEVICES` with a name; a record is returned unchanged.
 
     Raises:
@@ -152,6 +160,6 @@ def named(kind: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Re
         return spec
     if spec not in known:
         near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
-        hint = f"Did you mean {', '.join(near)}?" if near else f"There are {', '.join(known)}."
-        raise ValueError(f"No {kind} is named {spec!r}. {hint}")
+        hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(known)}."
+        raise ValueError(f"No {noun} is named {spec!r}. {hint}")
     return known[spec]

@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> None:
         rows: list[Row] = []
         work = sum(entry.size for entry in selection.chosen)
         with progress("comparing", work) as advance:
-            for some in rows_of(file, selection.chosen, recipes, args.min_axes, args.axis):
-                rows += some
-                advance(some[0].elements, some[0].tensor)
+            for tensor_rows in rows_of(file, selection.chosen, recipes, args.min_axes, args.axis):
+                rows += tensor_rows
+                advance(tensor_rows[0].elements, tensor_rows[0].tensor)
         before = sum(entry.nbytes for entry in selection.chosen)
         sums = totals(rows, recipes, before)
         if page is not None:
@@ -108,8 +108,8 @@ def _print(
     else:
         chosen = []
         for total in sums:
-            mine = [row for row in rows if row.recipe == total.recipe and not row.note]
-            chosen += sorted(mine, key=lambda row: row.sqnr_db)[:worst]
+            recipe_rows = [row for row in rows if row.recipe == total.recipe and not row.note]
+            chosen += sorted(recipe_rows, key=lambda row: row.sqnr_db)[:worst]
         lines = [
             {
                 "recipe": row.recipe,

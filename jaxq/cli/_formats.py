@@ -37,7 +37,7 @@ def list_formats(args: argparse.Namespace) -> None:
     if args.json:
         return print_json(listed)
     for name, lines in listed.items():
-        print_table(lines, name)
+        print_table(lines, name, digits=12)
     return None
 
 

@@ -38,13 +38,15 @@ class Inputs:
 
     def read(self, entry: Entry) -> np.ndarray:
         """Returns the numbers of a tensor as float32."""
-        file, own = self.sources[entry.name]
-        return file.read(own)
+        file, file_entry = self.sources[entry.name]
+        return file.read(file_entry)
 
     def numbers(self, entry: Entry) -> Numbers:
         """Returns the numbers of a tensor, which are read when they are used."""
-        file, own = self.sources[entry.name]
-        return Numbers(own.shape, partial(file.stream, own), partial(file.read, own))
+        file, file_entry = self.sources[entry.name]
+        return Numbers(
+            file_entry.shape, partial(file.stream, file_entry), partial(file.read, file_entry)
+        )
 
 
 @contextlib.contextmanager
@@ -88,10 +90,10 @@ def _expanded(path: str) -> list[str]:
         return sorted(str(f) for f in where.iterdir() if f.suffix in _KINDS) or [path]
     if glob.has_magic(path):
         # `Path.glob` does not support absolute patterns.
-        found = sorted(glob.glob(path, recursive=True))  # noqa: PTH207
-        if not found:
+        matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207
+        if not matches:
             raise UsageError(f"{path}: no file matches this pattern")
-        return [name for match in found for name in _expanded(match)]
+        return [name for match in matches for name in _expanded(match)]
     return [path]
 
 

@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
         }
         metadata = {key: _plain(value) for key, value in file.metadata.items()}
         elements = sum(entry.size for entry in file.entries)
-    taken = sum(row["bytes"] for row in rows)
-    total = {"tensors": len(rows), "elements": elements, "bytes": taken}
+    nbytes = sum(row["bytes"] for row in rows)
+    total = {"tensors": len(rows), "elements": elements, "bytes": nbytes}
     if args.json:
         for row in rows:
             if notes.get(row["tensor"]):
@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> None:
     if metadata:
         print()
     print_table(rows, left=["dtype"])
-    bits = f", {8 * taken / elements:.4g} bits each" if elements else ""
-    print(f"\n{len(rows)} tensors, {elements:,} elements, {taken:,} bytes{bits}")
+    bits = f", {8 * nbytes / elements:.4g} bits each" if elements else ""
+    print(f"\n{len(rows)} tensors, {elements:,} elements, {nbytes:,} bytes{bits}")
     for note in dict.fromkeys(filter(None, notes.values())):
-        names = [safe(name) for name, own in notes.items() if own == note]
+        names = [safe(name) for name, entry_note in notes.items() if entry_note == note]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         print(f"no recipe: {names[0]}{more}: {note}")
     return None

@@ -28,10 +28,11 @@ from jaxq.cli._pieces import (
     errors_of,
     sums_of,
 )
+from jaxq.cli._recipes import BLOCK_TYPES
 from jaxq.formats import Format
 from jaxq.interop import Entry, gguf
 from jaxq.quantizers import fake_quant
-from jaxq.recipes import RECIPES, Recipe
+from jaxq.recipes import Recipe
 
 __all__ = [
     "DEFAULT",
@@ -162,7 +163,7 @@ def kind_of(name: str) -> Format | Recipe | str:
     Raises:
       ValueError: the name is unknown.
     """
-    if name in gguf.TYPES and name not in RECIPES:
+    if name in BLOCK_TYPES:
         return name
     return format_or_recipe(name)
 
@@ -218,28 +219,28 @@ def measure(tensor: Tensor, recipes: Sequence[str], axis: int = -1) -> list[Row]
     entry, numbers, note, sums = tensor
     if note:
         return [_row(entry, recipe, note) for recipe in recipes]
-    taken: dict[str, int | str] = {}
+    sizes: dict[str, int | str] = {}
     for recipe in recipes:
         try:
-            taken[recipe] = _bytes(numbers.shape, kind_of(recipe), axis)
+            sizes[recipe] = _bytes(numbers.shape, kind_of(recipe), axis)
         except ValueError as error:  # The blocks do not divide the shape, or an axis is missing.
-            taken[recipe] = one_line(error)
-    kinds = {r: kind_of(r) for r in recipes if isinstance(taken[r], int)}
-    cut = {r: kind for r, kind in kinds.items() if not isinstance(kind, str)}
-    found = errors_in_pieces(numbers, sums, list(cut.values()), axis)
-    errors: dict[str, Errors | None] = dict(zip(cut, found, strict=True))
-    for recipe, kind in kinds.items():
-        if isinstance(kind, str):
-            errors[recipe] = _packed_errors(numbers, kind, axis)
+            sizes[recipe] = one_line(error)
+    targets = {r: kind_of(r) for r in recipes if isinstance(sizes[r], int)}
+    cut = {r: target for r, target in targets.items() if not isinstance(target, str)}
+    piecewise = errors_in_pieces(numbers, sums, list(cut.values()), axis)
+    errors: dict[str, Errors | None] = dict(zip(cut, piecewise, strict=True))
+    for recipe, target in targets.items():
+        if isinstance(target, str):
+            errors[recipe] = _packed_errors(numbers, target, axis)
         elif errors[recipe] is None:
-            assert isinstance(kind, Recipe)
+            assert isinstance(target, Recipe)
             x = numbers.whole
-            errors[recipe] = errors_of(x, np.asarray(_whole(x, kind, axis)))
+            errors[recipe] = errors_of(x, np.asarray(_whole(x, target, axis)))
     return [
         _row(entry, recipe, size)
         if isinstance(size, str)
         else _row(entry, recipe, "", size, errors[recipe], sums.signal)
-        for recipe, size in taken.items()
+        for recipe, size in sizes.items()
     ]
 
 
@@ -255,25 +256,25 @@ def _row(
     entry: Entry,
     recipe: str,
     note: str,
-    taken: int | None = None,
+    nbytes: int | None = None,
     errors: Errors | None = None,
     signal: float = 0.0,
 ) -> Row:
     """Returns a row with measurements, or with a note only."""
-    numbers, energies = dict.fromkeys(("sqnr_db", "mse", "max_error", "power"), math.nan), None
+    metrics, energies = dict.fromkeys(("sqnr_db", "mse", "max_error", "power"), math.nan), None
     if errors is not None:
         energies = errors.energies(signal, entry.size)
-        numbers = total_of([energies])._asdict() | {"max_error": errors.max_error}
-    taken = entry.nbytes if taken is None else taken
+        metrics = total_of([energies])._asdict() | {"max_error": errors.max_error}
+    nbytes = entry.nbytes if nbytes is None else nbytes
     return Row(
         tensor=entry.name,
         shape="x".join(map(str, entry.shape)) or "scalar",
         dtype=entry.dtype,
         recipe=recipe,
-        **numbers,
+        **metrics,
         elements=entry.size,
-        bytes=taken,
-        bits=8 * taken / entry.size if entry.size else math.nan,
+        bytes=nbytes,
+        bits=8 * nbytes / entry.size if entry.size else math.nan,
         note=note,
         energies=energies,
     )
@@ -342,17 +343,17 @@ def totals(rows: Sequence[Row], recipes: Sequence[str], before: int) -> list[Tot
     """
     result = []
     for recipe in recipes:
-        mine = [row for row in rows if row.recipe == recipe]
-        done = [row for row in mine if not row.note]
+        recipe_rows = [row for row in rows if row.recipe == recipe]
+        done = [row for row in recipe_rows if not row.note]
         elements = sum(row.elements for row in done)
         energies = [row.energies for row in done if row.energies is not None]
-        after = sum(row.bytes for row in mine)
+        after = sum(row.bytes for row in recipe_rows)
         worst = min(done, key=lambda row: row.sqnr_db, default=None)
         result.append(
             Total(
                 recipe=recipe,
                 tensors=len(done),
-                kept=len(mine) - len(done),
+                kept=len(recipe_rows) - len(done),
                 sqnr_db=total_of(energies).sqnr_db if done else math.nan,
                 bits=8 * sum(row.bytes for row in done) / elements if elements else math.nan,
                 bytes=after,

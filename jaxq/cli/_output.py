@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
+from jaxq._base.tables import plain_figure
 from jaxq.interop import atomic as complete
 
 __all__ = [
@@ -47,15 +48,19 @@ def safe(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def number(value: object, digits: int = 6) -> str:
+def number(value: object, digits: int = 4) -> str:
     """Formats a value as the text of a table cell; NaN and None become a dash."""
     if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.{digits}g}"
+        return plain_figure(value, digits)
     return "-" if value is None else safe(str(value))
 
 
 def print_table(
-    rows: Sequence[Mapping[str, Any]], title: str = "", left: Sequence[str] = ()
+    rows: Sequence[Mapping[str, Any]],
+    title: str = "",
+    left: Sequence[str] = (),
+    *,
+    digits: int = 4,
 ) -> None:
     """Prints records, with rich on a terminal that is wide enough, else as aligned text.
 
@@ -63,11 +68,12 @@ def print_table(
       rows: records with the same keys, which are the column heads.
       title: a line above the table.
       left: the columns that are left-aligned, in addition to the first.
+      digits: the number of significant digits of floats. Default: 4.
     """
     if not rows:
         return
     heads = list(rows[0])
-    cells = [[number(row[head]) for head in heads] for row in rows]
+    cells = [[number(row[head], digits) for head in heads] for row in rows]
     to_left = [i == 0 or head in left for i, head in enumerate(heads)]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     if sys.stdout.isatty() and _rich_table(title, heads, cells, to_left, widths):

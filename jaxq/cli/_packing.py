@@ -49,16 +49,24 @@ def pack_in_pieces(
     """
     layout, length, start = gguf.TYPES[type], numbers.shape[-1], 0
     for part in numbers.stream(LARGE if importance is None else max(LARGE // length, 1) * length):
-        more = None
+        part_importance = None
         if importance is not None:
             # `accumulate` adds one number after another, as ggml does.
             squares = np.add.accumulate(np.square(part.reshape(-1, length)), axis=1)[:, -1]
             squares = np.repeat(squares / np.float32(length), length // layout.block)
-            more = gguf.Importance(_weights(importance, numbers.shape, start, part.size), squares)
+            part_importance = gguf.Importance(
+                _weights(importance, numbers.shape, start, part.size), squares
+            )
         at = 0
         for piece, count in pieces_of(part):
-            own = None if more is None else _cut_importance(more, at, piece.size)
-            data, error = (np.asarray(a) for a in _packed(piece.reshape(-1, _ROW), type, own))
+            piece_importance = (
+                None
+                if part_importance is None
+                else _cut_importance(part_importance, at, piece.size)
+            )
+            data, error = (
+                np.asarray(a) for a in _packed(piece.reshape(-1, _ROW), type, piece_importance)
+            )
             signal = energy(piece)
             if signal < LEAST:  # XLA on CPU takes subnormal errors for 0.
                 error = np.asarray(gguf.dequantize(data, type)).reshape(-1) - piece
@@ -91,8 +99,8 @@ def _cut_importance(whole: gguf.Importance, start: int, size: int) -> gguf.Impor
     per_block = whole.weights.size // whole.squares.size
     parts = []
     for values, step in ((whole.weights, 1), (whole.squares, per_block)):
-        own = values[start // step : (start + size) // step]
-        parts.append(np.pad(own, (0, size // step - own.size)))
+        part = values[start // step : (start + size) // step]
+        parts.append(np.pad(part, (0, size // step - part.size)))
     return gguf.Importance(parts[0].reshape(-1, _ROW), parts[1])
 
 

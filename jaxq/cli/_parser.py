@@ -58,7 +58,7 @@ def _count(text: str) -> float:
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise argparse.ArgumentTypeError("names, separated by commas, are needed")
+        raise argparse.ArgumentTypeError("it must be a list of names, separated by commas")
     return names
 
 
@@ -73,9 +73,7 @@ def build() -> argparse.ArgumentParser:
     version = importlib.metadata.version("jaxq")
     parser.add_argument("--version", action="version", version=f"jaxq {version}")
     common = _Parser(add_help=False)
-    common.add_argument(
-        "--debug", action="store_true", help="show where an error comes from: a traceback"
-    )
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (about, add, run) in _COMMANDS.items():
         sub = commands.add_parser(
@@ -87,8 +85,10 @@ def build() -> argparse.ArgumentParser:
 
 
 def _formats(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes; all by default")
-    parser.add_argument("--values", action="store_true", help="every value, of at most 8 bits")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="formats; all by default")
+    parser.add_argument(
+        "--values", action="store_true", help="list every value, for formats of at most 8 bits"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -147,14 +147,15 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 
 def _axis(parser: argparse.ArgumentParser, default: int | None) -> None:
     """Adds `--axis`, the contracted axis of the tensors of a file."""
-    kept = "the last axis" if default is None else str(default)
+    default_text = "the last axis" if default is None else str(default)
     parser.add_argument(
         "--axis",
         type=int,
         default=default,
         metavar="N",
         help="the axis that products contract, along which blocks lie: -1 for weights "
-        f"[outputs, inputs] (PyTorch), -2 for kernels [inputs, outputs] (Flax); default: {kept}",
+        "[outputs, inputs] (PyTorch), -2 for kernels [inputs, outputs] (Flax); default: "
+        f"{default_text}",
     )
 
 
@@ -164,26 +165,34 @@ def _plot(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="a .png, .svg or .pdf file")
     for option in ("--formats", "--recipes", "--models", "--devices"):
-        names = "separated by commas"
+        names = "names, separated by commas"
         parser.add_argument(option, type=_names, metavar="NAMES", help=names)
-    parser.add_argument("--context", type=int, help="tokens in the cache")
-    parser.add_argument("--batch", type=int, help="sequences")
-    parser.add_argument("--title", help="above the picture")
-    parser.add_argument("--file", metavar="FILE", help="where numbers come from; else normal ones")
-    parser.add_argument("--tensor", metavar="NAME", help="which of the file's tensors")
+    parser.add_argument("--context", type=int, help="the number of cached tokens")
+    parser.add_argument("--batch", type=int, help="the number of sequences")
+    parser.add_argument("--title", help="the title above the picture")
+    parser.add_argument(
+        "--file", metavar="FILE", help="the file with the tensor (default: random normal numbers)"
+    )
+    parser.add_argument("--tensor", metavar="NAME", help="the name of the tensor in the file")
     _axis(parser, default=None)
-    parser.add_argument("--seed", type=int, default=0, help="of the normal numbers")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the random numbers")
 
 
 def _memory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}")
     parser.add_argument(
-        "--params", type=_count, action="append", metavar="N", help="parameters, such as 7B or 7e9"
+        "models", nargs="*", metavar="MODEL", help=f"one or more of {', '.join(MODELS)}"
     )
-    names = "separated by commas"
+    parser.add_argument(
+        "--params",
+        type=_count,
+        action="append",
+        metavar="N",
+        help="a number of parameters, such as 7B or 7e9",
+    )
+    names = "names, separated by commas"
     parser.add_argument("--recipes", type=_names, metavar="NAMES", help=names)
-    parser.add_argument("--context", type=int, help="tokens of each sequence in the cache")
-    parser.add_argument("--batch", type=int, help="sequences")
+    parser.add_argument("--context", type=int, help="the number of cached tokens per sequence")
+    parser.add_argument("--batch", type=int, help="the number of sequences")
     parser.add_argument("--kv", metavar="RECIPE", help="the recipe of keys and values")
     parser.add_argument(
         "--embeddings", metavar="RECIPE", help="the recipe of the embedding and the output layer"
@@ -196,7 +205,7 @@ def _memory(parser: argparse.ArgumentParser) -> None:
 
 def _fits(parser: argparse.ArgumentParser) -> None:
     _memory(parser)
-    known = f"of {', '.join(DEVICES)}, separated by commas"
+    known = f"some of {', '.join(DEVICES)}, separated by commas"
     parser.add_argument("--devices", type=_names, metavar="NAMES", help=known)
 
 
@@ -204,7 +213,11 @@ def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("log", metavar="LOG", help="a file of jaxq.analysis.StatisticsLog")
     parser.add_argument("-o", "--output", metavar="PAGE.html", help="write a page with pictures")
     parser.add_argument(
-        "--worst", type=int, default=3, metavar="N", help="tensors of each statistic (default: 3)"
+        "--worst",
+        type=int,
+        default=3,
+        metavar="N",
+        help="the number of tensors per statistic (default: 3)",
     )
     parser.add_argument(
         "--format", metavar="NAME", help="a float format whose range is drawn in the pictures"
@@ -255,10 +268,14 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
         "(default: auto)",
     )
     parser.add_argument(
-        "--tokenizer", metavar="FILE", help="a .gguf whose tokenizer a GGUF output takes"
+        "--tokenizer",
+        metavar="FILE",
+        help="a .gguf file whose tokenizer is copied to a GGUF output",
     )
     parser.add_argument(
-        "--imatrix", metavar="FILE", help="importance for GGUF types, a .gguf of llama-imatrix"
+        "--imatrix",
+        metavar="FILE",
+        help="an importance matrix for GGUF types: a .gguf that llama-imatrix wrote",
     )
     parser.add_argument(
         "--min-axes",

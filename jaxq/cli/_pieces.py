@@ -144,18 +144,20 @@ def errors_in_pieces(
     cuts = [_cut_of(numbers, sums, kind, axis) for kind in kinds]
     errors = {i: Errors(0.0, 0.0) for i, cut in enumerate(cuts) if cut is not None}
     shared = [(i, cut) for i, cut in enumerate(cuts) if cut is not None and cut.blocks is None]
-    own = [(i, cut) for i, cut in enumerate(cuts) if cut is not None and cut.blocks is not None]
+    separate = [
+        (i, cut) for i, cut in enumerate(cuts) if cut is not None and cut.blocks is not None
+    ]
     passes = [(numbers.stream(LARGE), _SEGMENT, shared)] if shared else []
-    passes += [(_parts_of(cut), cut.length, [(i, cut)]) for i, cut in own]
+    passes += [(_parts_of(cut), cut.length, [(i, cut)]) for i, cut in separate]
     for parts, length, group in passes:
         start = 0
         for part in parts:
             for piece, used in pieces_of(part, length):
                 for i, cut in group:
                     error = _errors(*cut.arguments(piece, start))
-                    found = errors_in(np.asarray(error).reshape(-1)[:used])
+                    piece_errors = errors_in(np.asarray(error).reshape(-1)[:used])
                     del error  # So that the next piece uses its memory.
-                    errors[i] = errors[i] + found
+                    errors[i] = errors[i] + piece_errors
                 start += used
     return [errors.get(i) for i in range(len(kinds))]
 

@@ -32,31 +32,31 @@ def run(args: argparse.Namespace) -> None:
     if kind not in ("png", "svg", "pdf"):
         raise UsageError(f"the output file must end in .png, .svg or .pdf, got {args.output}")
     draw = plots.PLOTS[args.name]
-    wanted = _arguments(args, list(inspect.signature(draw).parameters))
+    arguments = _arguments(args, list(inspect.signature(draw).parameters))
     with atomic(args.output, "wb") as file:
         with bad_input():
-            figure = draw(**wanted)
+            figure = draw(**arguments)
         file.write(image(figure, kind))
     return None
 
 
 def _arguments(args: argparse.Namespace, takes: list[str]) -> dict[str, Any]:
     """Returns the given options as keyword arguments of the plot function."""
-    wanted = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    arguments = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     for single, option in _ONE.items():
-        if option in wanted and single in takes:
-            value = wanted.pop(option)
+        if option in arguments and single in takes:
+            value = arguments.pop(option)
             if single != "steps" and len(value) != 1:
                 raise UsageError(f"plot {args.name} takes one name in --{option}, got {len(value)}")
-            wanted[single] = value if single == "steps" else value[0]
-    for name in wanted:
+            arguments[single] = value if single == "steps" else value[0]
+    for name in arguments:
         if name not in takes:
             raise UsageError(f"plot {args.name} has no --{name}; it takes {', '.join(takes)}")
     if "x" in takes:
-        wanted["x"] = _numbers(args)
+        arguments["x"] = _numbers(args)
     elif args.file is not None:
         raise UsageError(f"plot {args.name} does not draw a tensor: leave --file out")
-    return wanted
+    return arguments
 
 
 def _numbers(args: argparse.Namespace) -> np.ndarray:

@@ -18,7 +18,7 @@ from jaxq.analysis import Energies
 from jaxq.analysis import total as total_of
 from jaxq.cli._output import UsageError, bad_input, one_line, print_json, print_table
 from jaxq.cli._progress import progress
-from jaxq.cli._recipes import NAMES
+from jaxq.cli._recipes import BLOCK_TYPES, NAMES
 from jaxq.cli._targets import WRITERS, Job, Plan, shape_of
 from jaxq.formats import FORMATS, IntFormat
 from jaxq.interop import Entry, TensorFile, gguf, open_tensors, read_json
@@ -105,8 +105,8 @@ def _tokenizer(args: argparse.Namespace, plans: Sequence[Plan], target: str) -> 
     if target != "gguf":
         raise UsageError("--tokenizer applies to GGUF only; other kinds copy the model's files")
     with open_tensors(args.tokenizer) as file:
-        found = {k: v for k, v in file.metadata.items() if k.startswith("tokenizer.")}
-    tokens = found.get("tokenizer.ggml.tokens")
+        metadata = {k: v for k, v in file.metadata.items() if k.startswith("tokenizer.")}
+    tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise UsageError(f"{args.tokenizer}: it has no tokenizer.ggml.tokens; it must be GGUF")
     for plan in plans:
@@ -115,7 +115,7 @@ def _tokenizer(args: argparse.Namespace, plans: Sequence[Plan], target: str) -> 
                 f"{args.tokenizer}: it has {len(tokens)} tokens, but the embedding has "
                 f"{plan.entry.shape[0]} rows"
             )
-    return found
+    return metadata
 
 
 def _rules(args: argparse.Namespace, target: str) -> list[tuple[re.Pattern[str], str | None]]:
@@ -133,8 +133,8 @@ def _rules(args: argparse.Namespace, target: str) -> list[tuple[re.Pattern[str],
             if not good:
                 raise UsageError(f"{args.rules}: it must be a list of pairs [expression, recipe]")
         if args.recipe is not None:
-            kept = [[_NOT_LINEAR, None]] if target == "compressed-tensors" else []
-            rules = [*rules, *kept, ["", args.recipe]]
+            exceptions = [[_NOT_LINEAR, None]] if target == "compressed-tensors" else []
+            rules = [*rules, *exceptions, ["", args.recipe]]
         if not rules:
             raise UsageError("quantize needs --recipe NAME or --rules FILE")
         for _, name in rules:
@@ -173,15 +173,16 @@ def _plans(
 
 def _plan(plan: Plan, rules: Sequence, args: argparse.Namespace, target: str) -> Plan:
     entry = plan.entry
-    found = [name for pattern, name in rules if pattern.search(plan.name)]
-    if not found or found[0] is None:
-        return dataclasses.replace(plan, note="kept by a rule" if found else "no rule")
-    name = found[0]
+    matches = [name for pattern, name in rules if pattern.search(plan.name)]
+    if not matches or matches[0] is None:
+        return dataclasses.replace(plan, note="kept by a rule" if matches else "no rule")
+    name = matches[0]
     if not entry.is_float:
         return dataclasses.replace(plan, note=f"dtype {entry.dtype}")
     if len(entry.shape) < args.min_axes:
         return dataclasses.replace(plan, note=f"fewer than {args.min_axes} axes")
-    if target != "gguf" and name in RECIPES:
+    by_blocks = name in BLOCK_TYPES and args.axis in (-1, len(entry.shape) - 1)
+    if target != "gguf" and name in RECIPES and (target != "safetensors" or not by_blocks):
         recipe, note = get_recipe(name), ""
         if target == "compressed-tensors":
             recipe, note = _for_vllm(recipe, entry)

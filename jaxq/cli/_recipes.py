@@ -7,12 +7,15 @@ from jaxq._base.registry import Registry
 from jaxq.cli._output import bad_input, print_json, print_table
 from jaxq.formats import FORMATS
 from jaxq.interop import gguf
-from jaxq.recipes import RECIPES, get_recipe
+from jaxq.recipes import RECIPES, SUPER_BLOCK_RULES, get_recipe
 
-__all__ = ["NAMES", "run"]
+__all__ = ["BLOCK_TYPES", "NAMES", "run"]
 
 # Recipes and block types of GGUF, for look-ups.
 NAMES: Registry[Any] = Registry("recipe", {**RECIPES, **gguf.TYPES}, {**gguf.TYPES.synonyms})
+
+# Types that the commands quantize piece by piece instead of as recipes, with an importance matrix.
+BLOCK_TYPES = tuple(name for name in gguf.TYPES if name not in RECIPES or name in SUPER_BLOCK_RULES)
 
 _SHAPE = (4096, 4096)
 

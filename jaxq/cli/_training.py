@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.log}: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
-    worst = [found for statistic in _MAPS for found in _worst(log, statistic, args.worst)]
+    worst = [row for statistic in _MAPS for row in _worst(log, statistic, args.worst)]
     print_table(
         [{**w._asdict(), "value": number(w.value, 4)} for w in worst], left=["statistic", "tensor"]
     )
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _worst(log: Log, statistic: str, count: int) -> Iterator[_Worst]:
     """Yields the worst tensors of a statistic, each at its worst step."""
-    found = []
+    rows = []
     for name, values in log.values.items():
         path, _, last = name.rpartition("/")
         if last != statistic or not len(log.steps):
@@ -65,9 +65,9 @@ def _worst(log: Log, statistic: str, count: int) -> Iterator[_Worst]:
                 continue
             at = int(np.nanargmin(column) if statistic == "sqnr_db" else np.nanargmax(column))
             where = path if values.ndim == 1 else f"{path} [{i}]"
-            found.append(_Worst(statistic, where, int(log.steps[at]), float(column[at])))
+            rows.append(_Worst(statistic, where, int(log.steps[at]), float(column[at])))
     sign = 1 if statistic == "sqnr_db" else -1
-    yield from sorted(found, key=lambda w: sign * w.value)[:count]
+    yield from sorted(rows, key=lambda w: sign * w.value)[:count]
 
 
 def _page(name: str, log: Log, worst: list[_Worst], fmt: str | None) -> str:
@@ -102,7 +102,7 @@ def _magnitudes(log: Log, fmt: str | None) -> Iterator[str]:
     for statistic, tensors, scales in kinds:
         for tensor in tensors:
             if any(column.endswith(f"/{tensor}/{statistic}") for column in log.values):
-                own = None if scales else fmt
-                figure = plots.magnitudes_by_step(log, tensor, own, scales=scales)
+                drawn_format = None if scales else fmt
+                figure = plots.magnitudes_by_step(log, tensor, drawn_format, scales=scales)
                 title = f"{'Scales' if scales else 'Magnitudes'} of {tensor}"
                 yield picture(image(figure, "png"), "png", title)

@@ -54,11 +54,11 @@ def p3109(
     name = f"binary{bits}p{precision}{'s' if signed else 'u'}{domain[:1]}"
     if not (3 <= bits <= 15 and 1 <= precision <= bits - int(signed)):
         raise ValueError(
-            f"P3109 format {name!r}: `bits` must be 3 to 15 and `precision` 1 to "
+            f"p3109: for {name!r}, `bits` must be 3 to 15 and `precision` 1 to "
             f"{'bits - 1' if signed else 'bits'}, got bits={bits}, precision={precision}."
         )
     if domain not in ("extended", "finite"):
-        raise ValueError(f"P3109 `domain` must be 'extended' or 'finite', got {domain!r}.")
+        raise ValueError(f"p3109: `domain` must be 'extended' or 'finite', got {domain!r}.")
     exponent_bits = bits - precision + 1 - int(signed)
     return FloatFormat(
         name,
@@ -116,6 +116,11 @@ _NF4_LEVELS = (
     0.5626170039176941,
     0.7229568362236023,
     1.0,
+)
+# GGUF's IQ4_NL and IQ4_XS.
+_IQ4_LEVELS = (
+    *(-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0),
+    *(1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0),
 )
 # In code order, with the sign in the top bit; bitsandbytes' code 8 is a second zero.
 _BNB_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -191,6 +196,7 @@ _FORMATS: tuple[Format, ...] = (
     CodebookFormat("dynamic8", _dynamic_levels(signed=True)),
     CodebookFormat("udynamic8", _dynamic_levels(signed=False)),
     CodebookFormat("binary", (-1.0, 1.0), ties="up"),
+    CodebookFormat("iq4", _IQ4_LEVELS, ties="up"),
 )
 
 FORMATS: Registry[Format] = Registry(
@@ -248,14 +254,15 @@ def get_format(spec: "str | Format | np.dtype | type") -> Format:
             name = np.dtype(spec).name
         except TypeError as error:
             raise TypeError(
-                f"A format must be a name, a dtype or a jaxq format, got {type(spec).__name__}."
+                "get_format: `spec` must be a name such as 'float8_e4m3fn', a dtype or a format, "
+                f"got {type(spec).__name__}."
             ) from error
     return FORMATS.find(name)
 
 
 @dataclasses.dataclass(frozen=True)
 class FormatRow:
-    """One row of `formats_table`, with the units of the format's properties."""
+    """One row of `formats_table`: properties of a format, in the units of its attributes."""
 
     name: str
     bits: int
@@ -281,7 +288,7 @@ def formats_table(formats: "Iterable[str | Format] | None" = None) -> Table:
     Example:
       >>> print(formats_table(["float8_e4m3fn", "int4"]))  # doctest: +NORMALIZE_WHITESPACE
       name  bits  max  smallest_normal  min_positive  precision_at_1  distinct_values ...
-      float8_e4m3fn     8  448         0.015625    0.00195312           0.125              253 ...
+      float8_e4m3fn     8  448         0.015625    0.001953           0.125              253 ...
       int4              4    7                1             1               1               16 ...
     """
     chosen = [get_format(spec) for spec in (FORMATS.values() if formats is None else formats)]

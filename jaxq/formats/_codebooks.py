@@ -40,10 +40,19 @@ class CodebookFormat(Derived):
         check = functools.partial(require, "CodebookFormat", self.name)
         check(2 <= len(self.levels) <= 256, "`levels` must hold 2 to 256 values", len(self.levels))
         levels = np.asarray(self.levels, np.float32)
-        check(bool(np.isfinite(levels).all()), "`levels` must be finite", self.levels)
-        check(len(np.unique(levels)) >= 2, "`levels` must differ", self.levels)
+        finite = np.isfinite(levels)
+        check(bool(finite.all()), "`levels` must be finite", levels[~finite].tolist()[:3])
+        check(
+            len(np.unique(levels)) >= 2,
+            "`levels` must hold two different values",
+            levels[:1].tolist(),
+        )
         subnormal = (levels != 0) & (np.abs(levels) < np.finfo(np.float32).tiny)
-        check(not subnormal.any(), "`levels` must not be float32 subnormals", self.levels)
+        check(
+            not subnormal.any(),
+            "`levels` must not be float32 subnormals",
+            levels[subnormal].tolist()[:3],
+        )
         check(self.ties in ("down", "up"), "`ties` must be 'down' or 'up'", self.ties)
         object.__setattr__(self, "levels", tuple(float(v) + 0.0 for v in levels))
 

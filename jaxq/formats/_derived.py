@@ -12,13 +12,13 @@ _ENUMERABLE_BITS = 16  # Formats wider than this have too many values to list.
 
 
 def require(owner: str, name: str, ok: bool, requirement: str, got: object) -> None:
-    """Raises a ValueError with the owner, the requirement and the value, unless `ok` is true."""
+    """Raises a ValueError that names the class, the format and the requirement, unless `ok`."""
     if not ok:
         raise ValueError(f"{owner} {name!r}: {requirement}, got {got!r}.")
 
 
 def width(owner: str, name: str, argument: str, value: object, remedy: str) -> int:
-    """Returns a width as a Python integer, or raises a TypeError, such as under `jax.vmap`."""
+    """Returns a width as a Python integer; raises a TypeError for others, such as tracers."""
     if not isinstance(value, int | np.integer):
         got = "a traced value" if "Tracer" in type(value).__name__ else type(value).__name__
         raise TypeError(
@@ -50,14 +50,14 @@ class Derived:
             type(self).__name__,
             self.name,
             self.bits <= _ENUMERABLE_BITS,
-            f"`values` lists formats of at most {_ENUMERABLE_BITS} bits",
+            f"`values` needs a format of at most {_ENUMERABLE_BITS} bits",
             f"{self.bits} bits",
         )
         return _listed(self).copy()
 
     @property
     def _values(self) -> np.ndarray:
-        raise TypeError(f"{type(self).__name__} lists no values.")
+        raise NotImplementedError
 
     @property
     def max(self) -> float:
@@ -113,7 +113,7 @@ def _dtypes() -> dict[str, np.dtype]:
     """Returns the NumPy and ml_dtypes dtypes that can correspond to a format, by name."""
     named = {n: np.dtype(n) for n in ("float16", "float32", "int8", "uint8", "int16", "uint16")}
     for name in ml_dtypes.__all__:
-        kind = getattr(ml_dtypes, name)
-        if isinstance(kind, type) and issubclass(kind, np.generic):
-            named[name] = np.dtype(kind)
+        scalar_type = getattr(ml_dtypes, name)
+        if isinstance(scalar_type, type) and issubclass(scalar_type, np.generic):
+            named[name] = np.dtype(scalar_type)
     return named

@@ -69,10 +69,10 @@ class FloatFormat(Derived):
         check(e >= 1, "`exponent_bits` must be at least 1 (else use IntFormat)", e)
         check(m >= 0, "`mantissa_bits` must be at least 0", m)
         check(m <= 23, "`mantissa_bits` must be at most 23", m)
-        check(self.bits <= 32, "at most 32 bits in all", self.bits)
+        check(self.bits <= 32, "the format must have at most 32 bits", self.bits)
         check(
             self.bits <= 16 or e <= 8,
-            "`exponent_bits` beyond 8 need a format of at most 16 bits",
+            "`exponent_bits` must be at most 8 in a format of more than 16 bits",
             e,
         )
         check(
@@ -85,13 +85,21 @@ class FloatFormat(Derived):
             "nan='negative_zero' needs a signed format with a zero",
             f"signed={self.signed}, zero={self.zero}",
         )
-        check(self.zero or m == 0 or self.subnormals, "zero=False leaves no subnormals to drop", m)
+        check(
+            self.zero or m == 0 or self.subnormals,
+            "`subnormals` must be True if zero=False, because E = 0 is then a normal binade",
+            self.subnormals,
+        )
         check(
             self.nan != "ieee" or self.inf or m > 0,
             "nan='ieee' needs a mantissa bit or inf=True",
             f"mantissa_bits={m}",
         )
-        check(self.max_code >= int(self.zero), "some finite value must remain", self.max_code)
+        check(
+            self.max_code >= int(self.zero),
+            "`inf` and `nan` must leave a code for a finite value",
+            f"inf={self.inf}, nan={self.nan!r}",
+        )
         if self.bias is None:
             object.__setattr__(self, "bias", 2 ** (e - 1) - 1)
 
@@ -211,8 +219,14 @@ class FloatFormat(Derived):
 
     @property
     def _values(self) -> np.ndarray:
-        lost = math.isinf(self.max) or self.min_positive == 0
-        require("FloatFormat", self.name, not lost, "`values` must lie within float64", self.emax)
+        out_of_range = math.isinf(self.max) or self.min_positive == 0
+        require(
+            "FloatFormat",
+            self.name,
+            not out_of_range,
+            "`values` must lie within float64",
+            self.emax,
+        )
         magnitudes = [self.magnitude(code) for code in range(self.max_code + 1)]
         positive = np.unique(np.array(magnitudes, np.float64))
         return np.unique(np.concatenate([-positive, positive])) + 0.0 if self.signed else positive

@@ -51,10 +51,10 @@ class TaperedFormat(Derived):
 
     def __post_init__(self) -> None:
         check = functools.partial(require, "TaperedFormat", self.name)
-        least = 6 if self.exponent_bits is None else 5
-        check(least <= self.bits <= 16, f"`bits` must be {least} to 16", self.bits)
-        possible = self.exponent_bits is None or 0 <= self.exponent_bits <= 3
-        check(possible, "`exponent_bits` must be 0 to 3, or None for a takum", self.exponent_bits)
+        min_bits = 6 if self.exponent_bits is None else 5
+        check(min_bits <= self.bits <= 16, f"`bits` must be {min_bits} to 16", self.bits)
+        valid = self.exponent_bits is None or 0 <= self.exponent_bits <= 3
+        check(valid, "`exponent_bits` must be 0 to 3, or None for a takum", self.exponent_bits)
 
     @property
     def signed(self) -> bool:

@@ -1,4 +1,4 @@
-"""The single definition of all gradients: a snapped value, its estimator and the chain rule.
+"""The definition of all gradients: a snapped value, its estimator and the chain rule.
 
 Everything around the snap follows the chain rule. With a scale s, grid values q, and a zero point z
 or a minimum m, the quantized value is y = s q + m with q = snap(u) and u = (x - m) / s. For a given
@@ -24,7 +24,7 @@ __all__ = ["GivenScales", "Gradient", "Snap", "attach", "passed", "wants_neighbo
 
 
 class Snap(NamedTuple):
-    """The arguments of an estimator: arrays that broadcast against x.
+    """The input and output of a snap, which an estimator receives: arrays that broadcast against x.
 
     Attributes:
       x: the input.
@@ -34,6 +34,13 @@ class Snap(NamedTuple):
       below: the largest grid value at or below x, except the maximum; None unless the estimator has
         `neighbors = True`. Outside the range it is the lower end of the outermost interval.
       above: the grid value after `below`; equal to `below` where an element is not quantized.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq.gradients import get_gradient
+      >>> snap = Snap(jnp.array([0.4, 9.0]), jnp.array([0.0, 7.0]), low=-7.0, high=7.0)
+      >>> get_gradient("clipped")(jnp.ones(2), snap).tolist()
+      [1.0, 0.0]
     """
 
     x: jax.Array
@@ -45,7 +52,7 @@ class Snap(NamedTuple):
 
 
 class GivenScales(NamedTuple):
-    """The scales of a snap: float32 arrays that broadcast against x.
+    """The scales of a snap that were passed by the user: float32 arrays that broadcast against x.
 
     Attributes:
       scale: the scale s.
@@ -54,6 +61,12 @@ class GivenScales(NamedTuple):
       level: the grid values q, with the zero point subtracted.
       count: the number of elements that share each scale.
       largest: the largest value of the element format, called Qp in LSQ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scales = GivenScales(jnp.array(0.5), None, None, jnp.array([1.0, 7.0]), 2, 7.0)
+      >>> float(scales.differing(lambda v: 2 * v).scale)
+      1.0
     """
 
     scale: jax.Array
@@ -132,10 +145,10 @@ def _attach_jvp(estimator: Gradient, primals: tuple, tangents: tuple) -> tuple:
 
 
 def _halves(snap: Snap, scales: GivenScales, tangents: GivenScales) -> tuple[jax.Array, jax.Array]:
-    """Returns the tangents due to scale, zero point and minimum before and after the snap.
+    """Returns the tangents due to scale, zero point and minimum, before and after the snap.
 
-    The former are in units of x. A scale of 0 gets no gradient. An infinite x counts as 0 before
-    the snap: an estimator that masks it could not cancel an infinite tangent.
+    The tangents before the snap are in units of x. A scale of 0 gets no gradient. An infinite x
+    counts as 0 before the snap: an estimator that masks it could not cancel an infinite tangent.
     """
     x, y = snap.x.astype(jnp.float32), snap.y.astype(jnp.float32)
     inner = outer = jnp.zeros_like(x)

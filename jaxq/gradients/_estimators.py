@@ -83,6 +83,11 @@ class LSQ:
     Raises:
       ValueError: if `count` is below 1.
 
+    Example:
+      >>> import jaxq
+      >>> jaxq.Recipe("int4", gradient=LSQ(count=64)).gradient.count
+      64
+
     References:
       Esser et al., "Learned Step Size Quantization" (2020), section 2; Bhalgat et al., "LSQ+"
       (2020).
@@ -92,7 +97,9 @@ class LSQ:
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
-            raise ValueError(f"LSQ: `count` must be at least 1, or None, got {self.count}.")
+            raise ValueError(
+                f"LSQ: `count` must be at least 1, or None, got {self.count}. Use None for weights."
+            )
 
     def __call__(self, tangent: jax.Array, snap: Snap) -> jax.Array:
         """Returns the tangent strictly inside the range, and zero elsewhere."""
@@ -112,6 +119,12 @@ class PACT:
 
     With the clipping level a = Qp s, given as `scale=a / Qp`: dy/dx = 1 where low <= x < a, and
     dy/da = 1 where x >= a, else 0. Unlike in `LSQ`, rounding errors give the scale no gradient.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> snap = Snap(jnp.array([0.4, 9.0]), jnp.array([0.0, 7.0]), low=0.0, high=7.0)
+      >>> PACT()(jnp.ones(2), snap).tolist()
+      [1.0, 0.0]
 
     References:
       Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks" (2018),
@@ -145,6 +158,11 @@ class TrustRegion:
     Raises:
       ValueError: if `factor` is not positive.
 
+    Example:
+      >>> import jaxq
+      >>> jaxq.Recipe("float4_e2m1fn", gradient=TrustRegion(2.0)).gradient
+      TrustRegion(factor=2.0)
+
     References:
       Panferov et al., "QuEST: Stable Training of LLMs with 1-Bit Weights and Activations" (2025),
       section 3.3.
@@ -155,7 +173,10 @@ class TrustRegion:
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
-            raise ValueError(f"TrustRegion: `factor` must be positive, got {self.factor}.")
+            raise ValueError(
+                f"TrustRegion: `factor` must be positive, got {self.factor}. Use 1.0 for "
+                "half a step."
+            )
 
     def __call__(self, tangent: jax.Array, snap: Snap) -> jax.Array:
         """Returns the tangent where the error is within the bound, and zero elsewhere."""
@@ -184,6 +205,14 @@ class DSQ:
     Raises:
       ValueError: if `alpha` is not in (0, 1).
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x, low, high = jnp.array([0.1, 0.5]), jnp.zeros(2), jnp.ones(2)
+      >>> snap = Snap(x, jnp.round(x), low=-7.0, high=7.0, below=low, above=high)
+      >>> slope = DSQ(alpha=0.2)(jnp.ones(2), snap)
+      >>> bool(slope[0] < 1 < slope[1])  # Steepest at the rounding threshold.
+      True
+
     References:
       Gong et al., "Differentiable Soft Quantization" (2019), section 3.1; Agustsson and Theis,
       "Universally Quantized Neural Compression" (2020), section 4.
@@ -194,7 +223,9 @@ class DSQ:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
-            raise ValueError(f"DSQ: `alpha` must be in (0, 1), got {self.alpha}.")
+            raise ValueError(
+                f"DSQ: `alpha` must be in (0, 1), got {self.alpha}. Use, for example, 0.2."
+            )
 
     def __call__(self, tangent: jax.Array, snap: Snap) -> jax.Array:
         """Returns the tangent times the slope of the staircase."""
@@ -242,6 +273,10 @@ def get_gradient(gradient: str | Gradient) -> Gradient:
     Raises:
       ValueError: no estimator has that name.
       TypeError: the argument is neither a name nor a function.
+
+    Example:
+      >>> get_gradient("trust_region")
+      TrustRegion(factor=1.0)
     """
     return ESTIMATORS.resolve(gradient, "gradient")
 

@@ -57,19 +57,19 @@ def read_npy_header(file: IO[bytes], size: int, name: str) -> Entry:
     descr, bytes_of, dtype = header["descr"], size - start, None
     if isinstance(descr, str) and _NAMED.fullmatch(descr):
         try:
-            found = np.dtype(descr)
+            array_dtype = np.dtype(descr)
         except (TypeError, ValueError, OverflowError):  # A dtype of ml_dtypes, for example.
             return Entry(name, descr, shape, None, start, size)
-        if found.hasobject:
+        if array_dtype.hasobject:
             _refuse(name, "it holds Python objects, which only unpickling could read")
         count = 1
         for n in shape:
             count *= n
-        if count * found.itemsize != bytes_of:
+        if count * array_dtype.itemsize != bytes_of:
             _refuse(name, f"shape {list(shape)} and {descr} cannot have {bytes_of} bytes")
-        if found.kind in "fiub" and found.itemsize <= 8:
-            dtype = found.str
-        return Entry(name, found.name, shape, dtype, start, size, fortran)
+        if array_dtype.kind in "fiub" and array_dtype.itemsize <= 8:
+            dtype = array_dtype.str
+        return Entry(name, array_dtype.name, shape, dtype, start, size, fortran)
     if "O" in str(descr):
         _refuse(name, "it may hold Python objects, which only unpickling could read")
     return Entry(name, "structured", shape, None, start, size)

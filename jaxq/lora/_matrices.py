@@ -43,6 +43,9 @@ def low_rank(
       damping: the number added to the eigenvalues of H, relative to their mean; 0.01 by default. It
         bounds the inverse of H if there are fewer tokens than inputs.
 
+    Returns:
+      The two factors, in float32.
+
     Raises:
       ValueError: the rank is out of range, or the Hessian has another shape.
 

@@ -32,7 +32,14 @@ class Method(Protocol):
         ...
 
     def first(self, w: jax.Array) -> Factors | None:
-        """Returns the factors that are subtracted from a weight before it is first quantized."""
+        """Returns the factors that are subtracted from a weight before it is first quantized.
+
+        Args:
+          w: the weight.
+
+        Returns:
+          The factors; None to quantize the weight itself.
+        """
         ...
 
     def fit(self, w: jax.Array, q: jax.Array, before: Factors | None, name: str) -> Factors:
@@ -62,6 +69,10 @@ class QLoRA:
       rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
       alpha: the numerator of the factor `alpha / rank`; None (the default) means the rank.
       seed: the seed of the random numbers.
+
+    Example:
+      >>> QLoRA(rank=64, alpha=16).scaling
+      0.25
 
     References:
       Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), which uses NF4 with
@@ -107,6 +118,13 @@ class LoftQ:
       iterations: the number of iterations; 5 by default, as in the paper. With 1, as in PEFT,
         the quantized weight is that of w itself.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> w, q = jnp.array([[3.25, 0.0], [0.0, 1.0]]), jnp.array([[3.0, 0.0], [0.0, 1.0]])
+      >>> a, b = LoftQ(rank=1).fit(w, q, None, "w")
+      >>> jnp.abs(a @ b).round(4).tolist()
+      [[0.25, 0.0], [0.0, 0.0]]
+
     References:
       Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models" (2023).
     """
@@ -132,6 +150,12 @@ class PiSSA:
 
     Attributes:
       rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> a, b = PiSSA(rank=1).first(jnp.array([[3.0, 0.0], [0.0, 1.0]]))
+      >>> jnp.abs(a @ b).round(4).tolist()
+      [[3.0, 0.0], [0.0, 0.0]]
 
     References:
       Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
@@ -200,7 +224,10 @@ def get_method(method: str | Method) -> Method:
     """Returns the method with a name.
 
     Args:
-      method: a name in `jaxq.lora.METHODS`; a record of a method is returned unchanged.
+      method: a name in `jaxq.lora.METHODS`, or a record of a method, which is returned unchanged.
+
+    Returns:
+      The record.
 
     Raises:
       ValueError: no method has that name; the message suggests the nearest names.

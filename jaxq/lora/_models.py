@@ -175,9 +175,9 @@ def adapt(
 
     @functools.wraps(fn, updated=())
     def adapted(*args: Any) -> AdaptedModel:
-        own = _Observation("lora.adapt", fn, rules, argnums, args)
+        observation = _Observation("lora.adapt", fn, rules, argnums, args)
         changes = resolved.iterations > 1
-        weights = own.weights(args[argnums])
+        weights = observation.weights(args[argnums])
         before = {name: resolved.first(w) for name, w in weights.items()}
         if packed is not None and (changes or any(f is not None for f in before.values())):
             raise ValueError(
@@ -187,11 +187,9 @@ def adapt(
         small = packed
         for _ in range(resolved.iterations):
             if packed is None:
-                small = own.quantized(args, before)
-            seen = own.weights(small)
-            before = {
-                name: resolved.fit(w, seen[name], before[name], name) for name, w in weights.items()
-            }
+                small = observation.quantized(args, before)
+            stored = observation.weights(small)
+            before = {n: resolved.fit(w, stored[n], before[n], n) for n, w in weights.items()}
         adapters = {
             name: LoRA(factors.a, factors.b, resolved.scaling)
             for name, factors in before.items()
@@ -235,12 +233,12 @@ def merge(fn: Callable[..., Any], state: Adapted, *, argnums: int = 0) -> Callab
     def merged(*args: Any) -> Merged:
         floats = dequantize_tree(args[argnums])
         args = (*args[:argnums], floats, *args[argnums + 1 :])
-        own = _Observation("lora.merge", fn, state.rules, argnums, args)
+        observation = _Observation("lora.merge", fn, state.rules, argnums, args)
         deltas = {name: -adapter.delta for name, adapter in state.adapters.items()}
-        params = own.moved(args, deltas)
+        params = observation.moved(args, deltas)
         args = (*args[:argnums], params, *args[argnums + 1 :])
         packed = quantize_weights(fn, state.rules, argnums=argnums)(*args)
-        exact, rounded = own.weights(params), own.weights(packed)
+        exact, rounded = observation.weights(params), observation.weights(packed)
         errors = {}
         for name, delta in deltas.items():
             error = _norm(rounded[name] - exact[name])
@@ -289,8 +287,9 @@ class _Observation:
         arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
 
         def observed(arrays: list[Any]) -> dict[str, jax.Array]:
-            own = [x if x is not None else leaf for x, leaf in zip(arrays, leaves, strict=True)]
-            return self._observed(jax.tree.unflatten(structure, own))
+            pairs = zip(arrays, leaves, strict=True)
+            merged = [x if x is not None else leaf for x, leaf in pairs]
+            return self._observed(jax.tree.unflatten(structure, merged))
 
         # Under `jax.jit`, XLA removes everything except the computation of the weights.
         return jax.jit(observed)(arrays)
@@ -304,11 +303,10 @@ class _Observation:
             if operand is None:
                 chosen.append(unassigned(product) if planned.packed else None)
                 continue
-            seen = _WeightObserver(
-                axes_of(product)[operand], tuple(product.operands[operand].shape)
-            )
-            own = unassigned(product)
-            chosen.append(dataclasses.replace(own, swapped=operand == 0, calibrated=(None, seen)))
+            shape = tuple(product.operands[operand].shape)
+            seen = _WeightObserver(axes_of(product)[operand], shape)
+            fields = {"swapped": operand == 0, "calibrated": (None, seen)}
+            chosen.append(dataclasses.replace(unassigned(product), **fields))
         runnable = program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
         _, states = run(runnable, Extra(None, {}, {}, {}), arrays, observing=True)
@@ -328,10 +326,10 @@ class _Observation:
         floating = [i for i, x in enumerate(leaves) if _is_floating(x)]
 
         def observed(floats: list[Any]) -> dict[str, jax.Array]:
-            own = list(leaves)
+            full_leaves = list(leaves)
             for i, x in zip(floating, floats, strict=True):
-                own[i] = x
-            seen = self._observed(jax.tree.unflatten(structure, own))
+                full_leaves[i] = x
+            seen = self._observed(jax.tree.unflatten(structure, full_leaves))
             return {name: seen[name] for name in deltas}
 
         @jax.jit

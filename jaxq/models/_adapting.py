@@ -79,6 +79,12 @@ class Adapted:
       adapters: the adapters, by the products' names. Products in a scan over layers have a leading
         axis, one adapter per layer.
       rules: the rules.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import lora
+      >>> Adapted({"w": lora.LoRA(jnp.ones((4, 1)), jnp.ones((1, 2)))}, ()).nbytes
+      24
     """
 
     adapters: Mapping[str, LoRA]
@@ -96,7 +102,7 @@ class Adapted:
 def adapter_product(
     contraction: Contraction, adapter: LoRA, x: jax.Array, weight: Any, arguments: Sequence[Any]
 ) -> Any:
-    """Returns the part of a product that an adapter adds.
+    """Returns the result of an adapter, which is added to a product.
 
     Args:
       contraction: the labels of the product, with the weight as its second operand.
@@ -110,19 +116,24 @@ def adapter_product(
     batch, free, contract = contraction.axes[1]
     rank = max(*contraction.lhs, *contraction.rhs, *contraction.out) + 1
 
-    def part(matrix: jax.Array, axes: tuple[int, ...], first: bool) -> tuple[jax.Array, list[int]]:
+    def unmerge(
+        matrix: jax.Array, axes: tuple[int, ...], first: bool
+    ) -> tuple[jax.Array, list[int]]:
         lengths = [weight.shape[i] for i in axes]
         labels = [contraction.rhs[i] for i in axes]
-        own = [*lengths, adapter.rank] if first else [adapter.rank, *lengths]
+        matrix_shape = [*lengths, adapter.rank] if first else [adapter.rank, *lengths]
         leading = [weight.shape[i] for i in batch]
-        names = [*labels, rank] if first else [rank, *labels]
-        return matrix.reshape(*leading, *own), [*(contraction.rhs[i] for i in batch), *names]
+        matrix_labels = [*labels, rank] if first else [rank, *labels]
+        return matrix.reshape(*leading, *matrix_shape), [
+            *(contraction.rhs[i] for i in batch),
+            *matrix_labels,
+        ]
 
-    a, of_a = part(adapter.a, contract, True)
-    b, of_b = part(adapter.b, free, False)
+    a, a_labels = unmerge(adapter.a, contract, True)
+    b, b_labels = unmerge(adapter.b, free, False)
     inner = [label for label in contraction.lhs if label in contraction.out] + [rank]
-    narrow = jnp.einsum(x.astype(a.dtype), list(contraction.lhs), a, of_a, inner)
-    y = jnp.einsum(narrow, inner, b, of_b, list(contraction.out))
+    narrow = jnp.einsum(x.astype(a.dtype), list(contraction.lhs), a, a_labels, inner)
+    y = jnp.einsum(narrow, inner, b, b_labels, list(contraction.out))
     return y * jnp.asarray(adapter.scaling, y.dtype)
 
 
@@ -137,7 +148,7 @@ def can_adapt_ragged(contraction: Contraction) -> bool:
 def _ragged(
     contraction: Contraction, adapter: LoRA, x: jax.Array, weight: Any, sizes: jax.Array
 ) -> jax.Array:
-    """Returns the part that the adapters of a ragged product's groups add."""
+    """Returns the result of the adapters of a ragged product's groups."""
     rows, free = contraction.axes[0].free[0], contraction.axes[1].free
     tokens = jnp.moveaxis(x, rows, 0).astype(adapter.a.dtype)
     y = lax.ragged_dot(lax.ragged_dot(tokens, adapter.a, sizes), adapter.b, sizes)

@@ -51,13 +51,13 @@ class Assigned:
       loops: the lengths of the scans around the product, outermost first.
       stacked: the depths of the scans in which every iteration has its own weight.
       table: the recipe of a look-up's table, on the table's own axes.
-      calibrated: for both operands, in the recipe's order, an observer or None: by default of an
-        activation with one scale per tensor, whose range may come from calibration.
+      calibrated: for both operands, in the recipe's order, an observer or None. By default, only an
+        activation with one scale per tensor, whose range may come from calibration, has one.
       reverse: True if reverse-mode differentiation goes through the product.
       factor: the name of the factor by which the input of a weight is multiplied first, or None.
       rotated: the length of the blocks of that input that are Hadamard transformed after the
         factor, or None.
-      scored: recipes whose errors are weighted by the cotangent of the result, for `ptq`.
+      scored: recipes whose errors, times the cotangent of the result, `ptq` uses as scores.
       experts: the recipes of the leaves of a stack of experts, in place of the weight's recipe, or
         None.
       chunk: the largest number of elements of a packed weight that are dequantized at a time, or
@@ -103,16 +103,16 @@ class Assigned:
 
     @property
     def delayed(self) -> tuple[Recipe | None, ...]:
-        """The first delayable recipe of each of `lhs`, `rhs` and the cotangent, or None."""
-        found: list[Recipe | None] = [None] * 3
+        """The first recipe with delayed scaling for lhs, rhs and the cotangent, or None."""
+        first_recipes: list[Recipe | None] = [None] * 3
         for recipes, tensors in zip(self.delayable, TENSORS, strict=True):
             for recipe, tensor in zip(recipes, tensors, strict=True):
-                found[tensor] = found[tensor] or recipe
-        return tuple(found)
+                first_recipes[tensor] = first_recipes[tensor] or recipe
+        return tuple(first_recipes)
 
     @property
     def vectors(self) -> tuple[str, ...]:
-        """The names of its vectors in `Extra.vectors`."""
+        """The names of the product's vectors in `Extra.vectors`."""
         factor = () if self.factor is None else (self.factor,)
         return (*factor, self.name) if self.scored else factor
 
@@ -308,30 +308,33 @@ def _calibrated(
 ) -> tuple[Observable | None, ...]:
     """Returns the operands of a product whose ranges may come from calibration."""
 
-    def of_operand(own: Recipe | None, i: int) -> Observable | None:
-        own = on_axes(own, product, i)
+    def of_operand(operand_recipe: Recipe | None, i: int) -> Observable | None:
+        operand_recipe = on_axes(operand_recipe, product, i)
         if (
-            own is None
+            operand_recipe is None
             or recipe.hadamard is not None
             or product.origins[i] is not None
-            or not isinstance(own.granularity, PerTensor)
-            or not own.scaling.takes_scales
+            or not isinstance(operand_recipe.granularity, PerTensor)
+            or not operand_recipe.scaling.takes_scales
         ):
             return None
-        return Observable(product.operands[i].shape, own)
+        return Observable(product.operands[i].shape, operand_recipe)
 
     order = (1, 0) if swapped else (0, 1)
-    return tuple(of_operand(own, i) for own, i in zip(recipe.operands, order, strict=True))
+    return tuple(
+        of_operand(operand_recipe, i)
+        for operand_recipe, i in zip(recipe.operands, order, strict=True)
+    )
 
 
 @contextlib.contextmanager
-def naming(*where: str) -> Iterator[None]:
+def naming(*prefixes: str) -> Iterator[None]:
     """Prefixes errors raised in the context with a function, and a product and its line."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(": ".join([*where, str(error)])) from error
+        error_type = TypeError if isinstance(error, TypeError) else ValueError
+        raise error_type(": ".join([*prefixes, str(error)])) from error
 
 
 def on_axes(recipe: Recipe | None, product: Product, i: int) -> Recipe | None:
@@ -353,7 +356,7 @@ def _check_one_way(
     owner: str, products: Sequence[Product], chosen: Sequence[Assigned | None]
 ) -> None:
     """Checks that all products that quantize a weight use the same recipe."""
-    seen: dict[str, tuple[Product, Recipe]] = {}
+    first_uses: dict[str, tuple[Product, Recipe]] = {}
     for product, assigned in zip(products, chosen, strict=True):
         weight = None if assigned is None else weight_of(product, assigned)
         if weight is None or weight.origin.computed:
@@ -362,11 +365,12 @@ def _check_one_way(
             if recipe is None:
                 continue
             path = piece.path
-            other, known = seen.setdefault(path, (product, recipe))
-            if known != recipe:
+            other, first_recipe = first_uses.setdefault(path, (product, recipe))
+            if first_recipe != recipe:
                 raise ValueError(
-                    f"{owner}: weight {path!r} must have one recipe, got {described(known)} in "
-                    f"{other.where} and {described(recipe)} in {product.where}. Write one rule for "
+                    f"{owner}: weight {path!r} must have one recipe, got "
+                    f"{described(first_recipe)} in {other.where} and {described(recipe)} in "
+                    f"{product.where}. Write one rule for "
                     "both products, or exclude one by an earlier rule with the recipe None."
                 )
 

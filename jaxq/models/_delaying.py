@@ -88,10 +88,13 @@ def delayed_scaling(
       `DelayedScaling` with `amax_compute_algo="max"`, whose first scale is 1 instead.
     """
     if history < 1:
-        raise ValueError(f"delayed_scaling: `history` must be at least 1, got {history}.")
+        raise ValueError(
+            f"delayed_scaling: `history` must be at least 1, got {history}. Use 1 for "
+            "the previous step only."
+        )
 
     @functools.wraps(fn, updated=())
-    def first(*args: Any, **kwargs: Any) -> Delayed:
+    def initial_state(*args: Any, **kwargs: Any) -> Delayed:
         planned = plan("delayed_scaling", fn, rules, argnums, args, kwargs)
         histories = {}
         for product, assigned in zip(planned.products, planned.chosen, strict=True):
@@ -109,4 +112,4 @@ def delayed_scaling(
             )
         return Delayed(as_rules("delayed_scaling", rules), histories)
 
-    return first
+    return initial_state

@@ -1,7 +1,7 @@
-"""Leaves with a recipe each that a product multiplies as one array, such as experts.
+"""Leaves with different recipes that a product multiplies as one array, such as experts.
 
-They lie one after another along an axis that the product does not contract: experts along a batch
-axis or a free one, or the outputs of weights that the model joins.
+The leaves are concatenated along an axis that the product does not contract: experts along a batch
+or free axis, or the outputs of several weights along a free axis.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class _Part(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """The recipes of leaves that a product multiplies as one array, a stack. Hashable.
+    """The recipes of the leaves of a stack, which a product multiplies as one array. Hashable.
 
     Attributes:
       operand: the index of the stack among the product's operands.
@@ -132,14 +132,14 @@ def expert_axis(product: Product, operand: int) -> int | None:
 
 
 def _stacked(pieces: Sequence[Piece], axis: int, shape: tuple[int, ...]) -> bool:
-    """Returns whether pieces of a view lie one after another along an axis."""
-    end = 0
+    """Returns whether a view is the concatenation of its pieces along an axis."""
+    expected_start = 0
     if any(piece.axes is None for piece in pieces):
         return False
     for piece in sorted(pieces, key=lambda piece: piece.at[axis]):
-        if piece.at[axis] != end:
+        if piece.at[axis] != expected_start:
             return False
-        end += piece.box[axis]
+        expected_start += piece.box[axis]
         if piece.box[:axis] + piece.box[axis + 1 :] != shape[:axis] + shape[axis + 1 :]:
             return False
-    return end == shape[axis]
+    return expected_start == shape[axis]

@@ -45,8 +45,8 @@ def quantize_fn(
     quantized as the product sees it. A rule that matches such a computed weight leaves the products
     that compute it, here `a @ b`, unchanged.
 
-    Leaves that a product multiplies as one array along its experts or its outputs, such as
-    `jnp.stack(params["experts"])`, may have a recipe each: every leaf is then quantized by itself.
+    Leaves that a product multiplies as one array, joined along its experts or its outputs, such as
+    `jnp.stack(params["experts"])`, may have different recipes: each leaf is quantized separately.
 
     Args:
       fn: any function of arrays. If it is a pytree itself, such as an Equinox module, its own
@@ -97,7 +97,10 @@ def quantize_fn(
       ValueError: quantize_fn: Rule('hiden') matches no weight. The nearest are hidden, out...
     """
     if chunk is not None and chunk < 1:
-        raise ValueError(f"quantize_fn: `chunk` must be at least 1, got {chunk}.")
+        raise ValueError(
+            f"quantize_fn: `chunk` must be at least 1, got {chunk}. Use None to "
+            "dequantize a weight at once."
+        )
 
     @functools.wraps(fn, updated=())
     def quantized(*args: Any, **kwargs: Any) -> Any:
@@ -125,7 +128,7 @@ def run_planned(
         )
     if key is not None and not drawing:
         raise ValueError(
-            f"{owner}: `key` must be None, as no recipe draws random bits, got a key. Leave it out."
+            f"{owner}: `key` must be None, as no recipe draws random bits, got a key. Omit it."
         )
     arrays = [packed.get(i, array) for i, array in enumerate(traced.arrays)]
     extra = Extra(key=key, scales=planned.scales, records=planned.records, places={})
@@ -207,7 +210,7 @@ def _report_left(planned: Planned, strict: bool) -> None:
     if strict:
         raise ValueError(
             "quantize_weights: with `strict`, all weights that rules quantize must be storable, "
-            f"got {first}. Exclude it by an earlier rule with recipe None, or leave out `strict`."
+            f"got {first}. Exclude it by an earlier rule with recipe None, or omit `strict`."
         )
     more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
     warnings.warn(

@@ -41,17 +41,17 @@ def look_up(
 
 
 def _of_rows(params: Any, shape: tuple[int, ...], recipe: Recipe) -> Recipe | None:
-    """Returns a table's recipe on the axes of the result; None if the values would differ."""
-    whole = recipe.scaling.second_level is not None or recipe.outliers is not None
+    """Returns the recipe for gathered rows; None if quantizing rows alone would change values."""
+    spans_rows = not recipe.scaling.is_local or recipe.outliers is not None
     fill = params["fill_value"]  # None also fills with NaN.
-    if whole or is_stochastic(recipe) or not (fill is None or np.isnan(fill)):
+    if spans_rows or is_stochastic(recipe) or not (fill is None or np.isnan(fill)):
         return None
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    left = [axis for axis in range(len(shape)) if axis not in gone]
+    removed_axes = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    remaining_axes = [axis for axis in range(len(shape)) if axis not in removed_axes]
     block = recipe.cut(shape).block
-    cuts = {*gone, *(axis for axis in left if sizes[axis] != shape[axis])}
-    if any(block[axis] != 1 for axis in cuts) or not left:
+    cut_axes = {*removed_axes, *(axis for axis in remaining_axes if sizes[axis] != shape[axis])}
+    if any(block[axis] != 1 for axis in cut_axes) or not remaining_axes:
         return None
-    lengths = tuple(block[axis] for axis in left)
+    lengths = tuple(block[axis] for axis in remaining_axes)
     return dataclasses.replace(recipe, granularity=PerBlock(lengths, numbers.offset_dims, pad=True))

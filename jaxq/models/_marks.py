@@ -1,4 +1,4 @@
-"""Arrays that a function marks with a name."""
+"""Arrays that a function marks by `jax.ad_checkpoint.checkpoint_name`."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ class Mark:
       loops: the lengths of the surrounding scans, outermost first.
       stacked: the depths of the scans over layers, which slice parameters.
       reverse: True if its cotangent is known, as in `Product`.
-      name: the given name; `read` makes it distinct from other marks and from products.
+      name: the name in `checkpoint_name`, which `read` makes unique among marks and products.
     """
 
     out: Any

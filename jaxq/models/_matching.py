@@ -1,4 +1,4 @@
-"""The test whether a rule matches a product, and the errors for rules that apply to nothing."""
+"""Matching of rules and products, and the errors for rules that apply to no product."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ def first_match(rules: Sequence[Rule], product: Product) -> tuple[int | None, bo
 
 
 def _match(rule: Rule, product: Product) -> bool | None:
-    """Returns whether a rule matches by the weight in operand 0; None if it does not match."""
+    """Returns None if a rule does not match a product, else True if its weight is operand 0."""
     if rule.operation not in (None, product.operation):
         return None
     if rule.scope is not None and not re.search(rule.scope, product.scope):
@@ -90,14 +90,14 @@ def unused(
     closed: bool,
 ) -> str:
     """Returns the reason why a rule applies to no product."""
-    matched = [p for p in products if first_match((rule,), p)[0] is not None]
-    barred = [p for p in matched if p.barred]
+    matches = [p for p in products if first_match((rule,), p)[0] is not None]
+    barred = [p for p in matches if p.barred]
     if barred:
         p = barred[0]
         return f"{rule} matches only {p.where}, which cannot be quantized: {p.barred}. Remove it."
-    if matched:
-        earlier = rules[first_match(rules, matched[0])[0] or 0]
-        return hidden(rule, matched[0].where, earlier)
+    if matches:
+        earlier = rules[first_match(rules, matches[0])[0] or 0]
+        return hidden(rule, matches[0].where, earlier)
     if rule.weight is None:
         return _unmet(rule, products)
     weights = {path: p for p in products for o in p.origins if o for path in o.paths}
@@ -110,7 +110,7 @@ def unused(
     for path, leaf in leaves.items():
         if re.search(rule.weight, path):
             return f"{rule} matches only leaf {path!r}, which {_no_weight(leaf)}."
-    remedy = "jaxq.explain(fn, [])(*args) lists all."
+    remedy = "Use jaxq.explain(fn, [])(*args) to list all."
     if closed and not any(weights):  # A data array that is a whole argument has the path ''.
         return (
             f"{rule} matches no weight. `fn` closes over arrays, as jax.vmap(module) does, and "
@@ -128,7 +128,7 @@ def _unmet(rule: Rule, products: Sequence[Product]) -> str:
     scopes = ", ".join(sorted({p.scope for p in products if p.scope})[:3]) or "none"
     return (
         f"{rule} matches no product. Operations are {operations}; scopes are {scopes}. "
-        "jaxq.explain(fn, [])(*args) lists all."
+        "Use jaxq.explain(fn, [])(*args) to list all."
     )
 
 

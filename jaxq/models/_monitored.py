@@ -1,7 +1,7 @@
 """Statistics of a model's products, as the gradient of a state.
 
-`jaxq.analysis.monitor` makes such states. The state's `Probe` defines the
-statistics, so that their definitions can be in `analysis`.
+`jaxq.analysis.monitor` creates such a state. Its `Probe`, which `analysis` implements,
+defines the statistics.
 """
 
 import dataclasses
@@ -40,6 +40,14 @@ class Monitored:
         None.
       rules: the rules.
       probe: the request.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> loss = lambda params, x: (x @ params["w"]).sum()
+      >>> params, x = {"w": jnp.ones((2, 2))}, jnp.ones((1, 2))
+      >>> state = jaxq.analysis.monitor(loss, "w8a8")(params, x)
+      >>> [*state.recipes]
+      ['w/lhs', 'w/rhs']
     """
 
     rows: Mapping[str, Row]
@@ -65,9 +73,9 @@ class Monitored:
         Args:
           step: the number of the step, which may be traced.
         """
-        on = jnp.asarray(step) % self.probe.every == 0
+        is_active = jnp.asarray(step) % self.probe.every == 0
         rows = {
-            name: dataclasses.replace(row, active=jnp.full_like(row.active, on))
+            name: dataclasses.replace(row, active=jnp.full_like(row.active, is_active))
             for name, row in self.rows.items()
         }
         return dataclasses.replace(self, rows=rows)
@@ -131,7 +139,9 @@ class Monitored:
           ValueError: if `count` is less than 1.
         """
         if count < 1:
-            raise ValueError(f"Monitored.copies: `count` must be at least 1, got {count}.")
+            raise ValueError(
+                f"Monitored.copies: `count` must be at least 1, got {count}. Use one per call."
+            )
         spread = {name: row.spread(count) for name, row in self.rows.items()}
         scaling: tuple[Any, ...] = (self.scaling,) * count
         if isinstance(self.scaling, Delayed):
@@ -176,18 +186,18 @@ class Monitored:
           ValueError: if this is a state and not the gradient with respect to one.
         """
         self.check_gradient("Monitored.flat")
-        found: dict[str, float] = {}
-        for product, own in jax.device_get(self.statistics()).items():
+        flat: dict[str, float] = {}
+        for product, statistics in jax.device_get(self.statistics()).items():
             rank = self.rows[product].values.ndim - 1
-            for name, values in own.items():
+            for name, values in statistics.items():
                 if values.ndim > rank:
                     continue
                 if rank == 0:
-                    found[f"{product}/{name}"] = float(values)
+                    flat[f"{product}/{name}"] = float(values)
                     continue
                 for i, value in enumerate(values.reshape(-1)):
-                    found[f"{product}/{i}/{name}"] = float(value)
-        return found
+                    flat[f"{product}/{i}/{name}"] = float(value)
+        return flat
 
 
 @functools.partial(jax.jit, static_argnames="probe")

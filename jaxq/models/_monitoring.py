@@ -53,7 +53,7 @@ def monitored(
       argnums: the positions of the parameters.
     """
 
-    def first(*args: Any, **kwargs: Any) -> Monitored:
+    def initial_state(*args: Any, **kwargs: Any) -> Monitored:
         planned = plan(owner, fn, rules, argnums, args, kwargs)
         reasons = {p.name: _reason(p) for p in (*planned.products, *planned.marks)}
         for p in unreached(planned.node):
@@ -72,7 +72,7 @@ def monitored(
         scaling = rules if isinstance(rules, Frozen | Delayed | Switched) else None
         return Monitored(rows, scaling, as_rules(owner, rules), probe)
 
-    return first
+    return initial_state
 
 
 def switch(
@@ -130,7 +130,7 @@ def switched(
       argnums: the positions of the parameters.
     """
 
-    def first(*args: Any, **kwargs: Any) -> Switched:
+    def initial_state(*args: Any, **kwargs: Any) -> Switched:
         planned = plan(owner, fn, rules, argnums, args, kwargs)
         switches = {}
         for product, assigned in zip(planned.products, planned.chosen, strict=True):
@@ -138,10 +138,13 @@ def switched(
             if recipes is not None:
                 switches[product.name] = Switch(jnp.ones(product.stacks, jnp.float32))
         if not switches:
-            raise ValueError(f"{owner}: `rules` must give some product a recipe, got none.")
+            raise ValueError(
+                f"{owner}: `rules` must give some product a recipe, got none. Use, for example, "
+                "'w8a8'."
+            )
         return Switched(as_rules(owner, rules), switches)
 
-    return first
+    return initial_state
 
 
 def _chosen(
@@ -158,23 +161,25 @@ def _chosen(
       products: all products and marked arrays.
       reasons: for each name, the reason why it cannot be monitored, or "".
     """
-    found: dict[str, Product | Mark] = {}
+    chosen: dict[str, Product | Mark] = {}
     names = {product.name: product for product in products}
     for pattern in patterns:
         matching = [p for name, p in names.items() if re.search(pattern, name)]
-        able = [p for p in matching if not reasons[p.name]]
+        available = [p for p in matching if not reasons[p.name]]
         if not matching:
             raise ValueError(
                 f"{owner}: `products`: "
-                + unmatched(pattern, "product", names, "jaxq.explain(fn, [])(*args) lists all.")
+                + unmatched(
+                    pattern, "product", names, "Use jaxq.explain(fn, [])(*args) to list all."
+                )
             )
-        if not able:
+        if not available:
             raise ValueError(
                 f"{owner}: `products` {pattern!r} matches only {matching[0].where}, which cannot "
                 f"be monitored: {reasons[matching[0].name]}. Remove the pattern."
             )
-        found.update({p.name: p for p in able})
-    return found
+        chosen.update({p.name: p for p in available})
+    return chosen
 
 
 def _reason(product: Product | Mark) -> str:

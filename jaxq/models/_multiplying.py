@@ -41,7 +41,7 @@ __all__ = ["Keys", "keys_for", "multiply"]
 
 
 class Keys(NamedTuple):
-    """The keys of one product: for its recipe, for its look-up table, and for its result."""
+    """The keys of one product: for its recipe, its look-up table and its result."""
 
     product: jax.Array | None = None
     table: jax.Array | None = None
@@ -51,26 +51,26 @@ class Keys(NamedTuple):
 def keys_for(
     extra: Extra, eqns: Sequence[Any], products: Mapping[int, Assigned]
 ) -> dict[int, Keys]:
-    """Returns the keys of products by equation, batched because each draw is slow to compile."""
+    """Returns the keys of products by equation, split together to save compile time."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, assigned in products.items():
         if extra.key is not None and assigned.draws:
             groups.setdefault(extra.differing_axes(eqns[i]), []).append(i)
-    found = dict.fromkeys(products, Keys())
+    keys = dict.fromkeys(products, Keys())
     for axes, members in groups.items():
-        own = extra.folded(np.array([products[i].number for i in members]))
+        product_keys = extra.folded(np.array([products[i].number for i in members]))
         for axis in axes:
-            own = fold_in(own, extra.places[axis])
-        nine: Any = keys_of(own)
-        for at, i in enumerate(members):
-            assigned, first = products[i], one_of(own, at)
+            product_keys = fold_in(product_keys, extra.places[axis])
+        split_keys: Any = keys_of(product_keys)
+        for position, i in enumerate(members):
+            assigned, product_key = products[i], one_of(product_keys, position)
             recipe_draws = assigned.recipe is not None and bool(assigned.recipe.draws)
-            found[i] = Keys(
-                one_of(nine, at) if recipe_draws and assigned.table is None else None,
-                first if recipe_draws and assigned.table is not None else None,
-                fold_in(first, 0) if assigned.output_draws else None,
+            keys[i] = Keys(
+                one_of(split_keys, position) if recipe_draws and assigned.table is None else None,
+                product_key if recipe_draws and assigned.table is not None else None,
+                fold_in(product_key, 0) if assigned.output_draws else None,
             )
-    return found
+    return keys
 
 
 def multiply(
@@ -112,8 +112,8 @@ def multiply(
     x, weight = assigned.order([unpacked(operand) for operand in operands[:2]])
     with compat.within(eqn):
         shape, arguments = jax.typeof(weight), [unpacked(operand) for operand in operands[2:]]
-        more = adapter_product(operation.contraction, adapter, x, shape, arguments)
-    return y + more.astype(y.dtype), seen
+        adapter_output = adapter_product(operation.contraction, adapter, x, shape, arguments)
+    return y + adapter_output.astype(y.dtype), seen
 
 
 def _multiplied(
@@ -139,8 +139,8 @@ def _multiplied(
         if observing and any(assigned.calibrated):
             seen[assigned.name] = extra.everywhere(
                 tuple(
-                    None if known is None else known.measure(x, arrays[2:], extra.mask)
-                    for x, known in zip(
+                    None if observer is None else observer.measure(x, arrays[2:], extra.mask)
+                    for x, observer in zip(
                         assigned.order(arrays[:2]), assigned.calibrated, strict=True
                     )
                 )
@@ -152,8 +152,8 @@ def _multiplied(
         def quantized() -> jax.Array:
             return _quantized(eqn, assigned, extra, keys, arrays)
 
-        on = None if records.switch is None else records.switch.on > 0
-        y = quantized() if on is None else lax.cond(on, quantized, plain)
+        is_on = None if records.switch is None else records.switch.on > 0
+        y = quantized() if is_on is None else lax.cond(is_on, quantized, plain)
         if assigned.scored:
             y = _scored(eqn, assigned, extra, arrays, y)
     return y, seen
@@ -164,11 +164,11 @@ def _scored(
 ) -> jax.Array:
     """Returns a result whose cotangent gives scores to the recipes in `Assigned.scored`."""
     assert extra.vectors is not None
-    fixed = [lax.stop_gradient(array) for array in arrays]
+    constants = [lax.stop_gradient(array) for array in arrays]
     errors = []
     for recipe in assigned.scored:
-        own = dataclasses.replace(assigned, recipe=recipe, scored=())
-        error = _quantized(eqn, own, extra, Keys(), fixed) - lax.stop_gradient(y)
+        candidate = dataclasses.replace(assigned, recipe=recipe, scored=())
+        error = _quantized(eqn, candidate, extra, Keys(), constants) - lax.stop_gradient(y)
         errors.append(error.astype(jnp.float32))
     return _with_scores(y, extra.vectors[assigned.name], errors)
 
@@ -198,8 +198,12 @@ def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array])
     """Returns the operands of a product with the input of its weight scaled and rotated."""
     assert extra.vectors is not None
     assert assigned.factor is not None
-    which = int(assigned.swapped)
-    x, factor, axes = arrays[which], extra.vectors[assigned.factor], contraction_of(eqn).axes[which]
+    input_index = int(assigned.swapped)
+    x, factor, axes = (
+        arrays[input_index],
+        extra.vectors[assigned.factor],
+        contraction_of(eqn).axes[input_index],
+    )
     order = (*axes.batch, *axes.contract)
     factor = factor.reshape([x.shape[axis] for axis in order])
     factor = factor.transpose(tuple(np.argsort(order).tolist()))
@@ -209,18 +213,18 @@ def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array])
         if assigned.rotated is not None:
             scaled = _rotated(scaled, axes.contract, assigned.rotated)
         scaled = scaled.astype(x.dtype)
-    return [scaled if i == which else array for i, array in enumerate(arrays)]
+    return [scaled if i == input_index else array for i, array in enumerate(arrays)]
 
 
 def _rotated(x: jax.Array, axes: tuple[int, ...], length: int) -> jax.Array:
-    """Returns the Hadamard transform of blocks along some axes, taken as one."""
-    kept = tuple(axis for axis in range(x.ndim) if axis not in axes)
-    order = (*kept, *axes)
-    moved = x.transpose(order)
-    flat = moved.reshape((*moved.shape[: len(kept)], -1))
+    """Returns the Hadamard transform of blocks along several axes, merged into one."""
+    other_axes = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    order = (*other_axes, *axes)
+    transposed = x.transpose(order)
+    flat = transposed.reshape((*transposed.shape[: len(other_axes)], -1))
     signs = jnp.ones((length,), jnp.float32)
     flat = Hadamard(length).apply(flat, {flat.ndim - 1: length}, signs)
-    return flat.reshape(moved.shape).transpose(tuple(np.argsort(order).tolist()))
+    return flat.reshape(transposed.shape).transpose(tuple(np.argsort(order).tolist()))
 
 
 def _quantized(
@@ -228,16 +232,16 @@ def _quantized(
 ) -> jax.Array:
     """Returns the result of a product or look-up, with its recipes applied."""
     if assigned.experts is not None:
-        which = assigned.experts.operand
+        stack_index = assigned.experts.operand
         with naming(assigned.where):
-            stack = assigned.experts.quantized(eqn, arrays[which])
-        arrays = [stack if i == which else x for i, x in enumerate(arrays)]
+            stack = assigned.experts.quantized(eqn, arrays[stack_index])
+        arrays = [stack if i == stack_index else x for i, x in enumerate(arrays)]
     records = extra.records.get(assigned.name, Records())
     if assigned.table is not None:
-        table, *places = arrays
+        table, *indices = arrays
 
         def gather(table: jax.Array) -> jax.Array:
-            return compat.bind(eqn, [table, *places])[0]
+            return compat.bind(eqn, [table, *indices])[0]
 
         with naming(assigned.where):
             y = look_up(eqn, gather, table, assigned.table, keys.table)
@@ -278,11 +282,11 @@ def _running(
 
 
 def _scales(
-    assigned: Assigned, given: Any, histories: Sequence[History | None]
+    assigned: Assigned, calibrated: Any, histories: Sequence[History | None]
 ) -> PerProduct[Pair]:
     """Returns the scales of a product's operands from calibration or histories."""
-    if given is not None:
-        return NO_SCALES._replace(forward=(given[0], given[1]))
+    if calibrated is not None:
+        return NO_SCALES._replace(forward=(calibrated[0], calibrated[1]))
     amaxes = [None if history is None else history.largest() for history in histories]
 
     def pair(recipes: Sequence[Recipe | None], tensors: Sequence[int]) -> Pair:

@@ -39,6 +39,14 @@ class Observed:
         needs no calibration. Products in a scan over layers have a leading axis, one state per
         layer.
       recipes: the product names, the recipes of both operands, and the number of leading axes.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> model = lambda params, x: x @ params["w"]
+      >>> rules = jaxq.ProductRecipe("int8_tensor", "int8_channel")
+      >>> _, state = jaxq.observe(model, rules)({"w": jnp.eye(2)}, jnp.array([[1.0, -2.54]]))
+      >>> state.merge(state).finalize()["w"][0].scale.tolist()
+      [[0.019999999552965164]]
     """
 
     states: Mapping[str, tuple[Any, ...]]
@@ -81,20 +89,20 @@ class Observed:
                 if recipe is None:
                     parts.append(None)
                     continue
-                own = functools.partial(_called, function, recipe)
+                mapped = functools.partial(_apply_with_recipe, function, recipe)
                 for _ in range(leading):
-                    own = jax.vmap(own)
-                parts.append(own(*(state[name][i] for state in states)))
+                    mapped = jax.vmap(mapped)
+                parts.append(mapped(*(state[name][i] for state in states)))
             result[name] = tuple(parts)
         return result
 
 
-def _called(function: Callable[..., Any], recipe: Recipe, *states: Any) -> Any:
+def _apply_with_recipe(function: Callable[..., Any], recipe: Recipe, *states: Any) -> Any:
     return function(*states, recipe)
 
 
-def _recipe(known: Observer | None) -> Recipe | None:
-    return known.recipe if isinstance(known, Observable) else None
+def _recipe(observer: Observer | None) -> Recipe | None:
+    return observer.recipe if isinstance(observer, Observable) else None
 
 
 def _first_names(states: Mapping[str, Any]) -> str:
@@ -170,5 +178,13 @@ def freeze(rules: Rules, state: Observed) -> Frozen:
 
     Returns:
       Rules for `jaxq.quantize_fn`: a pytree, so that they can be arguments of a jitted function.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> model = lambda params, x: x @ params["w"]
+      >>> params, rules = {"w": jnp.eye(2)}, jaxq.ProductRecipe("int8_tensor", "int8_channel")
+      >>> _, state = jaxq.observe(model, rules)(params, jnp.array([[1.0, -2.54]]))
+      >>> [*freeze(rules, state).scales]
+      ['w']
     """
     return Frozen(as_rules("freeze", rules), state.finalize())

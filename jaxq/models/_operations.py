@@ -1,8 +1,9 @@
 """The JAX primitives that multiply tensors: those that are quantized and those that are not.
 
-`QUANTIZED` and `LEFT_ALONE` together name every primitive that contracts axes, solves, decomposes
-or hides a kernel; `jaxq.explain` lists the latter with a reason. Elementwise multiplications
-(`mul`, `cumprod`) are in neither. To add a primitive, add a line to one of the two.
+`QUANTIZED` and `LEFT_ALONE` together name every primitive that contracts axes, solves a system,
+decomposes a matrix or hides a kernel. `jaxq.explain` lists those in `LEFT_ALONE` with a reason.
+Elementwise multiplications (`mul`, `cumprod`) are in neither. To add a primitive, add a line to one
+of the two.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ __all__ = ["LEFT_ALONE", "LOOK_UP", "OPERATIONS", "QUANTIZED", "contraction_of",
 LOOK_UP = "gather"
 
 
-class _Kind(NamedTuple):
+class _OperationParts(NamedTuple):
     """The parts of an `Operation` that are derived from a primitive's parameters.
 
     Attributes:
@@ -34,12 +35,12 @@ class _Kind(NamedTuple):
     grouped: bool = False
 
 
-def _dot(params: Mapping[str, Any], ndims: Sequence[int]) -> _Kind:
+def _dot(params: Mapping[str, Any], ndims: Sequence[int]) -> _OperationParts:
     contraction = of_dot(params["dimension_numbers"], *ndims)
-    return _Kind(contraction, DotOfCodes(contraction))
+    return _OperationParts(contraction, DotOfCodes(contraction))
 
 
-def _conv(params: Mapping[str, Any], ndims: Sequence[int]) -> _Kind:
+def _conv(params: Mapping[str, Any], ndims: Sequence[int]) -> _OperationParts:
     del ndims
     grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
 
@@ -47,14 +48,16 @@ def _conv(params: Mapping[str, Any], ndims: Sequence[int]) -> _Kind:
         options = {**params, "preferred_element_type": preferred_element_type}
         return lax.conv_general_dilated(lhs, rhs, **options)
 
-    return _Kind(of_conv(params["dimension_numbers"]), None if grouped else codes, grouped)
+    return _OperationParts(
+        of_conv(params["dimension_numbers"]), None if grouped else codes, grouped
+    )
 
 
-def _ragged_dot(params: Mapping[str, Any], ndims: Sequence[int]) -> _Kind:
-    return _Kind(of_ragged_dot(params["ragged_dot_dimension_numbers"], *ndims))
+def _ragged_dot(params: Mapping[str, Any], ndims: Sequence[int]) -> _OperationParts:
+    return _OperationParts(of_ragged_dot(params["ragged_dot_dimension_numbers"], *ndims))
 
 
-QUANTIZED: MappingProxyType[str, Callable[[Mapping[str, Any], Sequence[int]], _Kind]] = (
+QUANTIZED: MappingProxyType[str, Callable[[Mapping[str, Any], Sequence[int]], _OperationParts]] = (
     MappingProxyType(
         {"dot_general": _dot, "conv_general_dilated": _conv, "ragged_dot_general": _ragged_dot}
     )
@@ -121,10 +124,10 @@ LEFT_ALONE: MappingProxyType[str, str] = MappingProxyType(
 
 def contraction_of(eqn: Any) -> Contraction:
     """Returns the axis labels of an equation whose primitive is in `QUANTIZED`."""
-    return _kind(eqn).contraction
+    return _operation_parts(eqn).contraction
 
 
-def _kind(eqn: Any) -> _Kind:
+def _operation_parts(eqn: Any) -> _OperationParts:
     ndims = [len(variable.aval.shape) for variable in eqn.invars[:2]]
     return QUANTIZED[eqn.primitive.name](eqn.params, ndims)
 
@@ -140,7 +143,7 @@ def operation_of(
       swapped: True if the recipe's `rhs` is the equation's first operand.
       arguments: the equation's operands after the first two.
     """
-    contraction, codes, grouped = _kind(eqn)
+    contraction, codes, grouped = _operation_parts(eqn)
 
     def function(first: jax.Array, second: jax.Array, *arguments: jax.Array) -> jax.Array:
         operands = (second, first) if swapped else (first, second)

@@ -1,4 +1,4 @@
-"""The parameters that a value of a program comes from, as a view or by a computation.
+"""The origin of a value in a program: the parameters of which it is a view or a function.
 
 A view shows elements of parameters as they are: transposed, reshaped, sliced, split, concatenated,
 stacked, repeated, or converted to another dtype. Each `Piece` of a view is a box that holds
@@ -18,17 +18,17 @@ __all__ = ["CONSTANT", "Digit", "Digits", "Origin", "Piece", "of_leaf", "size_of
 
 @dataclasses.dataclass(frozen=True)
 class Digit:
-    """A digit of the index along one axis of a leaf, and the values of it that a view shows.
+    """A digit of the index along one axis of a leaf, and the range of its values in a view.
 
     The index of a leaf's axis of length 12 that is reshaped to (3, 4) has two digits: of 3 values
     with the stride 4, and of 4 values with the stride 1.
 
     Attributes:
       axis: the leaf's axis, or None where the view repeats its elements.
-      size: the number of values shown.
-      of: the number of values that there are.
+      size: the number of values in the view.
+      of: the number of values of the digit in the leaf.
       stride: the distance between neighbors along the leaf's axis.
-      start: the first value shown.
+      start: the first value in the view.
       flipped: True if the view shows the values in reverse.
     """
 
@@ -40,15 +40,17 @@ class Digit:
     flipped: bool = False
 
     def split(self, size: int) -> "tuple[Digit, Digit] | None":
-        """Returns the digit as two, the second of `size` values; None if it shows part of one."""
+        """Splits the digit in two, the second with `size` values; None if its range prevents it."""
         if self.size % size or self.start % size or self.of % size:
             return None
-        whole = {"stride": self.stride * size, "start": self.start // size}
-        first = dataclasses.replace(self, size=self.size // size, of=self.of // size, **whole)
+        major_fields = {"stride": self.stride * size, "start": self.start // size}
+        first = dataclasses.replace(
+            self, size=self.size // size, of=self.of // size, **major_fields
+        )
         return first, dataclasses.replace(self, size=size, of=size, start=0)
 
     def take(self, start: int, size: int) -> "Digit":
-        """Returns the digit with `size` of the values shown, from `start` on."""
+        """Returns the digit restricted to `size` values of the view, from `start` on."""
         start = self.size - start - size if self.flipped else start
         return dataclasses.replace(self, size=size, start=self.start + start)
 
@@ -69,8 +71,8 @@ class Piece:
       at: the box's first index along each axis of the view.
       steps: the conversions that may have changed values: dtypes, and the exponent and mantissa
         bits of `reduce_precision`.
-      dtype: a dtype that holds the values as they are now: the leaf's, or the last step's.
-      copies: the number of such boxes that the iterations of scans see.
+      dtype: a dtype that represents the values: that of the leaf or of the last step.
+      copies: the number of such boxes over all iterations of the scans.
     """
 
     path: str
@@ -89,7 +91,7 @@ class Piece:
 
     @property
     def opaque(self) -> "Piece":
-        """The piece, its digits unknown."""
+        """The piece with unknown digits."""
         return dataclasses.replace(self, axes=None, at=())
 
     def moved(self, axes: Sequence[Digits | None] | None, at: Sequence[int] = ()) -> "Piece":
@@ -97,10 +99,10 @@ class Piece:
         if axes is None or any(digits is None for digits in axes):
             return self.opaque
         # A digit with only one value is a fixed index.
-        kept = tuple(
+        nontrivial = tuple(
             tuple(d for d in digits if d.size > 1) for digits in axes if digits is not None
         )
-        return dataclasses.replace(self, axes=kept, at=tuple(at) or (0,) * len(kept))
+        return dataclasses.replace(self, axes=nontrivial, at=tuple(at) or (0,) * len(nontrivial))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +110,12 @@ class Origin:
     """The parameters that a value comes from.
 
     Attributes:
-      pieces: the boxes of a view; of a computed value, pieces of the leaves that went into it
-        element by element. In a scan over stacked layers, those of all iterations.
+      pieces: the boxes of a view; for a computed value, the pieces of the leaves from which it is
+        computed element by element. In a scan over stacked layers, those of all iterations.
       computed: True if the value is not a view. Without sources it is a constant.
       sources: the paths and places of all leaves that a computed value depends on.
       products: the products that a computed value depends on, by their numbers.
-      scans: the depths of the scans in which each iteration has another value.
+      scans: the depths of the scans in which the value differs between iterations.
     """
 
     pieces: tuple[Piece, ...] = ()
@@ -148,7 +150,7 @@ class Origin:
         return dataclasses.replace(self, pieces=tuple(p for p in pieces if p is not None))
 
     def rows(self, depth: int) -> "Origin":
-        """Returns one row of the view; each iteration of a scan sees another one."""
+        """Returns one row of the view, as an iteration of a scan over its rows receives it."""
 
         def row(piece: Piece) -> Piece:
             assert piece.axes is not None
@@ -168,17 +170,19 @@ def of_leaf(path: str, leaf: int, shape: tuple[int, ...], dtype: Any) -> Origin:
 
 
 def _joined(paths: Sequence[str]) -> str:
-    """Joins paths into one, with their common parts written once: `cell/{hf,hi}/kernel`."""
+    """Joins paths into one, with common parts written once: `cell/{hf,hi}/kernel`."""
     if len(paths) < 2:
         return "".join(paths)
     parts = [path.split("/") for path in paths]
-    least = min(map(len, parts)) - 1
-    ahead = next((i for i in range(least) if len({p[i] for p in parts}) > 1), least)
-    left = least - ahead
-    behind = next((i for i in range(left) if len({p[-1 - i] for p in parts}) > 1), left)
-    middle = ",".join("/".join(p[ahead : len(p) - behind]) for p in parts)
+    shortest = min(map(len, parts)) - 1
+    prefix_length = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
+    remaining = shortest - prefix_length
+    suffix_length = next(
+        (i for i in range(remaining) if len({p[-1 - i] for p in parts}) > 1), remaining
+    )
+    middle = ",".join("/".join(p[prefix_length : len(p) - suffix_length]) for p in parts)
     first = parts[0]
-    return "/".join([*first[:ahead], f"{{{middle}}}", *first[len(first) - behind :]])
+    return "/".join([*first[:prefix_length], f"{{{middle}}}", *first[len(first) - suffix_length :]])
 
 
 def size_of(digits: Digits) -> int:

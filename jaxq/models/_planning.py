@@ -1,4 +1,4 @@
-"""The plan of a model's function, from which all transforms start: products and assignments."""
+"""Tracing of a model and assignment of recipes to its products: the first step of transforms."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -85,8 +85,10 @@ def plan(
     traced = trace(owner, fn, argnums, args, kwargs)
     refuse_states(owner, traced.parameters[0])
     node, products, marks = read(traced.jaxpr, traced.origins)
-    closed = any(np.ndim(array) > 1 for array in traced.jaxpr.consts)
-    chosen = assign(owner, as_rules(owner, rules), products, traced.paths, closed=closed)
+    closes_over_matrices = any(np.ndim(array) > 1 for array in traced.jaxpr.consts)
+    chosen = assign(
+        owner, as_rules(owner, rules), products, traced.paths, closed=closes_over_matrices
+    )
     _check_state(owner, rules, chosen)
     _check_rows(owner, rows, [*products, *marks])
     chosen = [
@@ -115,31 +117,38 @@ def _packed(traced: Traced) -> dict[int, Quantized]:
 def _check_state(owner: str, rules: Rules, chosen: Sequence[Assigned | None]) -> None:
     """Checks that a state has an entry for every product that takes scales from it."""
     if isinstance(rules, Frozen):
-        wanted, known = [a for a in chosen if a is not None and any(a.calibrated)], rules.scales
+        required, available = (
+            [a for a in chosen if a is not None and any(a.calibrated)],
+            rules.scales,
+        )
     elif isinstance(rules, Delayed):
-        wanted, known = [a for a in chosen if a is not None and any(a.delayed)], rules.histories
+        required, available = (
+            [a for a in chosen if a is not None and any(a.delayed)],
+            rules.histories,
+        )
     elif isinstance(rules, Adapted):
         _check_adapters(owner, rules, chosen)
         return
     else:
         return
-    for assigned in wanted:
-        if assigned.name not in known:
+    for assigned in required:
+        if assigned.name not in available:
             raise ValueError(
                 f"{owner}: the state passed as `rules` must have scales for {assigned.where}, got "
-                f"{', '.join([*known][:3])}. Make the state from a function with the same products."
+                f"{', '.join([*available][:3])}. Make the state from a function with the same "
+                "products."
             )
 
 
 def _check_adapters(owner: str, rules: Adapted, chosen: Sequence[Assigned | None]) -> None:
     """Checks that a function has all products that have an adapter."""
-    known = {assigned.name for assigned in chosen if assigned is not None}
+    product_names = {assigned.name for assigned in chosen if assigned is not None}
     for name in rules.adapters:
-        if name not in known:
+        if name not in product_names:
             raise ValueError(
                 f"{owner}: the state passed as `rules` has an adapter for product {name!r}, which "
-                f"the function lacks. Its products are {', '.join(sorted(known)[:3])}. Make the "
-                "state by jaxq.lora.adapt from this function."
+                f"the function lacks. Its products are {', '.join(sorted(product_names)[:3])}. "
+                "Make the state by jaxq.lora.adapt from this function."
             )
 
 
@@ -174,27 +183,27 @@ def _without_weight(
         return assigned
     if assigned is None:
         return unassigned(product)
-    found = weight_of(product, assigned)
-    if found is None or not set(found.origin.leaves.values()) & set(packed):
+    weight = weight_of(product, assigned)
+    if weight is None or not set(weight.origin.leaves.values()) & set(packed):
         return assigned
     recipe = assigned.recipe or ProductRecipe()  # That of experts may be empty.
     with naming(owner, product.where):
-        floats = {
+        float_leaves = {
             piece.leaf
-            for piece, own in zip(found.origin.pieces, found.recipes, strict=True)
-            if own is None
+            for piece, piece_recipe in zip(weight.origin.pieces, weight.recipes, strict=True)
+            if piece_recipe is None
         }
-        for path, leaf in found.origin.leaves.items():
-            if leaf not in floats:
+        for path, leaf in weight.origin.leaves.items():
+            if leaf not in float_leaves:
                 _check_stored(product, path, packed.get(leaf), stored, leaf)
         if recipe.execution == "native":
             raise ValueError(
                 f"stored weights must be multiplied as floats, got execution='native' for "
-                f"{found.origin.name!r}. Use execution='emulated'."
+                f"{weight.origin.name!r}. Use execution='emulated'."
             )
-    left: ProductRecipe | None = dataclasses.replace(recipe, rhs=None)
-    left = None if left.plain else left
-    return dataclasses.replace(assigned, recipe=left, table=None, experts=None)
+    remaining: ProductRecipe | None = dataclasses.replace(recipe, rhs=None)
+    remaining = None if remaining.plain else remaining
+    return dataclasses.replace(assigned, recipe=remaining, table=None, experts=None)
 
 
 def _check_stored(

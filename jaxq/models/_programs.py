@@ -31,7 +31,7 @@ States = dict[str, tuple[Any, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jaxpr with its equations that are products to quantize and those that contain some."""
+    """A jaxpr with its products to quantize and its inner programs, both by equation."""
 
     jaxpr: Any
     products: tuple[tuple[int, Assigned], ...]
@@ -109,16 +109,16 @@ class Extra(NamedTuple):
     def switches(self) -> "Extra":
         """Returns the inputs without histories and rows, where no backward pass would fill them."""
         records = {
-            name: Records(switch=own.switch, adapter=own.adapter)
-            for name, own in self.records.items()
-            if own.switch is not None or own.adapter is not None
+            name: Records(switch=record.switch, adapter=record.adapter)
+            for name, record in self.records.items()
+            if record.switch is not None or record.adapter is not None
         }
         return self._replace(records=records)
 
-    def folded(self, number: Any) -> jax.Array:
+    def folded(self, index: Any) -> jax.Array:
         """Returns the random key derived for the number of a product or of a loop iteration."""
         assert self.key is not None, "checked before anything runs"
-        return fold_in(self.key, number)
+        return fold_in(self.key, index)
 
     def differing_axes(self, eqn: Any) -> tuple[str, ...]:
         """Returns the mesh axes along which devices draw different numbers for a product.
@@ -137,10 +137,10 @@ class Extra(NamedTuple):
         """Marks calibration states as device-varying inside `shard_map`."""
         axes = frozenset().union(*map(varying, self.places.values()))
 
-        def moved(x: jax.Array) -> jax.Array:
+        def as_varying(x: jax.Array) -> jax.Array:
             return lax.pcast(x, tuple(axes - varying(x)), to="varying")
 
-        return jax.tree.map(moved, states)
+        return jax.tree.map(as_varying, states)
 
     def within(self, programs: Sequence[Program]) -> "Extra":
         """Returns the inputs restricted to the products of some programs."""
@@ -187,10 +187,10 @@ def merged(program: Program, depth: int, earlier: States, later: States) -> Stat
     """Merges earlier and later calibration states of a program at a depth of scans."""
     products = {a.name: a for a in program.all()}
 
-    def of_operand(known: Observer | None, stacks: int, *states: Any) -> Any:
-        if known is None:
+    def of_operand(observer: Observer | None, stacks: int, *states: Any) -> Any:
+        if observer is None:
             return None
-        merge: Any = known.merge
+        merge: Any = observer.merge
         for _ in range(stacks):
             merge = jax.vmap(merge)
         return merge(*states)
@@ -199,7 +199,7 @@ def merged(program: Program, depth: int, earlier: States, later: States) -> Stat
     for name, states in later.items():
         calibrated, stacks = products[name].calibrated, len(_stacks(products[name], depth))
         operands = zip(calibrated, earlier[name], states, strict=True)
-        result[name] = tuple(of_operand(known, stacks, a, b) for known, a, b in operands)
+        result[name] = tuple(of_operand(observer, stacks, a, b) for observer, a, b in operands)
     return result
 
 
@@ -213,19 +213,21 @@ def of_all(program: Program, depth: int, states: States) -> States:
 
 def _stacks(assigned: Assigned, depth: int) -> list[int]:
     """Returns the lengths of the scans from a depth on that have one state per iteration."""
-    return [assigned.loops[own] for own in sorted(assigned.stacked) if own >= depth]
+    return [
+        assigned.loops[scan_depth] for scan_depth in sorted(assigned.stacked) if scan_depth >= depth
+    ]
 
 
 def unseen(programs: Sequence[Program], extra: Extra, depth: int) -> States:
-    """Returns empty states for the products of some programs at a depth of scans."""
+    """Returns the calibration states before any data for the products of some programs."""
 
-    def of_operand(known: Observer | None, stacks: list[int]) -> Any:
-        if known is None:
+    def of_operand(observer: Observer | None, stacks: list[int]) -> Any:
+        if observer is None:
             return None
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*stacks, *x.shape)), known.empty())
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*stacks, *x.shape)), observer.empty())
 
     states = {
-        a.name: tuple(of_operand(known, _stacks(a, depth)) for known in a.calibrated)
+        a.name: tuple(of_operand(observer, _stacks(a, depth)) for observer in a.calibrated)
         for inside in programs
         for a in inside.all()
         if any(a.calibrated)

@@ -1,4 +1,4 @@
-"""Products and marked arrays whose results cannot get a cotangent."""
+"""Detection of products and marked arrays that receive no cotangent."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,7 +29,9 @@ def _unreached(node: Node, needed: Sequence[bool]) -> Iterator[Product | Mark]:
         outs = [v in live for v in eqn.outvars]
         nodes = (*node.inner.get(i, ()), *node.marked.get(i, ()))
         if not any(outs):
-            yield from (found[i] for found in (node.products, node.marks) if i in found)
+            yield from (
+                by_equation[i] for by_equation in (node.products, node.marks) if i in by_equation
+            )
             for inside in nodes:
                 yield from _unreached(inside, [False] * len(compat.body(inside.jaxpr).outvars))
             continue

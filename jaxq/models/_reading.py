@@ -38,11 +38,11 @@ class Product:
       out: the shape and dtype of the result.
       scope: the surrounding named scopes.
       source: the line of the user's code.
-      times: the number of runs per call; None in a `while` loop.
+      times: the number of executions per call; None in a `while` loop.
       loops: the lengths of the surrounding scans, outermost first.
       barred: the reason why the product cannot be quantized, or "".
-      reverse: True if reverse mode goes through the product, which is not so in a function with a
-        custom derivative or in a `while` loop.
+      reverse: True if reverse mode differentiates the product; False in a function with a custom
+        derivative or in a `while` loop.
       name: the name in reports and states; `read` makes names distinct.
       number: the index among all products.
       within: the products whose computed weights depend on this product, as
@@ -77,7 +77,7 @@ class Product:
 
     @property
     def stacked(self) -> frozenset[int]:
-        """The depths of the scans in which each iteration multiplies another weight."""
+        """The depths of the scans in which each iteration has its own weight."""
         return frozenset(depth for o in self.origins if o is not None for depth in o.scans)
 
     @property
@@ -128,7 +128,7 @@ class Reading(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """The surroundings of a program."""
+    """The context of an inner program: its scope, source line and enclosing loops."""
 
     scope: str = ""
     source: str = ""
@@ -148,20 +148,28 @@ def read(jaxpr: Any, origins: Sequence[Origin | None]) -> Reading:
     """
     products: list[Product] = []
     node, _ = _read(jaxpr, origins, _Frame(), products)
-    seen: dict[str, int] = {}
+    name_counts: dict[str, int] = {}
     for number, product in enumerate(products):
-        found = [o.name for o in reversed(product.origins) if o is not None]
+        weight_names = [o.name for o in reversed(product.origins) if o is not None]
         for part in {n for o in product.origins if o is not None for n in o.products}:
             products[part].within += (product,)
-        base = found[0] if found else "/".join(filter(None, (product.scope, product.operation)))
-        seen[base] = seen.get(base, 0) + 1
-        product.name = base if seen[base] == 1 else f"{base}#{seen[base]}"
+        base_name = (
+            weight_names[0]
+            if weight_names
+            else "/".join(filter(None, (product.scope, product.operation)))
+        )
+        name_counts[base_name] = name_counts.get(base_name, 0) + 1
+        product.name = (
+            base_name if name_counts[base_name] == 1 else f"{base_name}#{name_counts[base_name]}"
+        )
         product.number = number
     marks = list(_marks(node))
     for mark in marks:
-        base = mark.name
-        seen[base] = seen.get(base, 0) + 1
-        mark.name = base if seen[base] == 1 else f"{base}#{seen[base]}"
+        base_name = mark.name
+        name_counts[base_name] = name_counts.get(base_name, 0) + 1
+        mark.name = (
+            base_name if name_counts[base_name] == 1 else f"{base_name}#{name_counts[base_name]}"
+        )
     return Reading(node, products, marks)
 
 
@@ -178,31 +186,31 @@ def _read(
     jaxpr: Any, origins: Sequence[Origin | None], frame: _Frame, products: list[Product]
 ) -> tuple[Node, list[Origin | None]]:
     body, node = compat.body(jaxpr), Node(jaxpr)
-    known: dict[Any, Origin | None] = dict(zip(body.invars, origins, strict=True))
-    # An array that the function closes over may be data.
-    known |= {variable: CONSTANT for variable in body.constvars if not variable.aval.shape}
+    origin_of: dict[Any, Origin | None] = dict(zip(body.invars, origins, strict=True))
+    # Arrays that the function closes over may be data, so only scalars count as constants.
+    origin_of |= {variable: CONSTANT for variable in body.constvars if not variable.aval.shape}
 
     def origin(variable: Any) -> Origin | None:
-        return CONSTANT if compat.is_literal(variable) else known.get(variable)
+        return CONSTANT if compat.is_literal(variable) else origin_of.get(variable)
 
     for i, eqn in enumerate(body.eqns):
         operands = [origin(variable) for variable in eqn.invars]
-        found = _found(eqn, operands, frame)
-        if found is not None:
+        product = _as_product(eqn, operands, frame)
+        if product is not None:
             value = computed(eqn, operands)
             if value is not None:
                 number = frozenset({len(products)})
                 value = dataclasses.replace(value, products=value.products | number)
             results = [value] * len(eqn.outvars)
-            node.products[i] = found
-            products.append(found)
+            node.products[i] = product
+            products.append(product)
         elif compat.bodies(eqn):
-            own = dataclasses.replace(
+            inner_frame = dataclasses.replace(
                 frame,
                 scope=_joined(frame.scope, compat.scope_of(eqn)),
                 source=compat.source_of(eqn, frame.source),
             )
-            nodes, results = _inside(eqn, operands, own, products)
+            nodes, results = _inside(eqn, operands, inner_frame, products)
             returns = eqn.primitive.name in compat.AROUND and nodes[0].returns_weights
             if returns or any(inner.products or inner.inner for inner in nodes):
                 node.inner[i] = nodes
@@ -212,7 +220,7 @@ def _read(
             results = through(eqn, operands)
             if eqn.primitive.name == MARK and not frame.barred:
                 node.marks[i] = _mark(eqn, frame)
-        known.update(zip(eqn.outvars, results, strict=True))
+        origin_of.update(zip(eqn.outvars, results, strict=True))
     results = [origin(variable) for variable in body.outvars]
     node.returns_weights = any(o is not None and not o.computed for o in results)
     return node, results
@@ -233,7 +241,7 @@ def _joined(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
-def _found(eqn: Any, origins: Sequence[Origin | None], frame: _Frame) -> Product | None:
+def _as_product(eqn: Any, origins: Sequence[Origin | None], frame: _Frame) -> Product | None:
     """Returns an equation as a product, or None if it multiplies no tensors."""
     name = eqn.primitive.name
     if name in QUANTIZED:
@@ -253,10 +261,10 @@ def _found(eqn: Any, origins: Sequence[Origin | None], frame: _Frame) -> Product
 def _is_look_up(eqn: Any, origins: Sequence[Origin | None]) -> bool:
     """Returns whether a gather reads a parameter at many indices."""
     numbers = eqn.params["dimension_numbers"]
-    many = len(eqn.outvars[0].aval.shape) > len(numbers.offset_dims)
+    is_many = len(eqn.outvars[0].aval.shape) > len(numbers.offset_dims)
     floating = jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
     is_view = origins[0] is not None and not origins[0].computed
-    return is_view and many and floating and not numbers.operand_batching_dims
+    return is_view and is_many and floating and not numbers.operand_batching_dims
 
 
 def _weights(origins: Sequence[Origin | None]) -> tuple[Origin | None, ...]:
@@ -354,8 +362,8 @@ def _unchanged(
     """Returns the origins of a loop's carried values, None for those that the loop changes."""
     invars = body.invars[consts : consts + carry]
     return [
-        origin if variable is out else None
-        for variable, out, origin in zip(
+        origin if variable is outvar else None
+        for variable, outvar, origin in zip(
             invars, body.outvars[:carry], origins[consts : consts + carry], strict=True
         )
     ]
@@ -365,9 +373,9 @@ def table_axes(product: Product) -> Axes:
     """Returns the axes of a look-up's table as a matrix `[index, element]`."""
     numbers, sizes = product.params["dimension_numbers"], product.params["slice_sizes"]
     shape = product.operands[0].shape
-    looked_up = [i for i in numbers.start_index_map if sizes[i] != shape[i]]
-    rest = tuple(i for i in range(len(shape)) if i not in looked_up)
-    return Axes((), tuple(sorted(looked_up)), rest)
+    index_axes = [i for i in numbers.start_index_map if sizes[i] != shape[i]]
+    element_axes = tuple(i for i in range(len(shape)) if i not in index_axes)
+    return Axes((), tuple(sorted(index_axes)), element_axes)
 
 
 def flops(product: Product) -> int:

@@ -42,14 +42,21 @@ class ProductRow:
         `"-"` if it is unchanged, with the reason if it cannot be quantized or computes a weight,
         with any rule that matches it nevertheless, and with the parameters that an operand is
         computed from if no rule can name it by a weight.
-      times: the number of runs per call; -1 if unknown.
-      flops: floating-point operations of all these runs; 0 for a look-up and for operations that
+      times: the number of executions per call; -1 if unknown.
+      flops: floating-point operations of all executions; 0 for a look-up and for operations that
         cannot be quantized.
       bits: bits per element of the weight, scales included; NaN without a weight.
       bytes: bytes of the weight in all stacked layers, as `jaxq.quantize_weights` stores it.
       stored: `"yes"` if `jaxq.quantize_weights` stores the weight packed, otherwise the reason why
         it does not; `"-"` if the weight is not quantized.
       source: the line of the code.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> model = lambda params, x: x @ params["w"]
+      >>> table = jaxq.explain(model, [])({"w": jnp.ones((4, 2))}, jnp.ones((1, 4)))
+      >>> table.rows[0].shapes, table.rows[0].recipe
+      ('1x4 4x2 -> 1x2', '-')
     """
 
     product: str
@@ -98,10 +105,10 @@ def explain(
     @functools.wraps(fn, updated=())
     def explained(*args: Any, **kwargs: Any) -> Table:
         planned = plan("explain", fn, rules, argnums, args, kwargs)
-        own = as_rules("explain", rules)
+        rule_records = as_rules("explain", rules)
         return Table(
             tuple(
-                _row(planned, product, assigned, own)
+                _row(planned, product, assigned, rule_records)
                 for product, assigned in zip(planned.products, planned.chosen, strict=True)
             )
         )
@@ -216,8 +223,8 @@ def _weight(planned: Planned, product: Product, assigned: Assigned | None) -> tu
             assert recipe is not None
             nbytes = recipe.nbytes(operand.shape) * count / max(size, 1)
         else:
-            for piece, own in zip(origin.pieces, weight.recipes, strict=True):
-                nbytes += _of_expert(product, i, piece, own, weight.experts)
+            for piece, piece_recipe in zip(origin.pieces, weight.recipes, strict=True):
+                nbytes += _of_expert(product, i, piece, piece_recipe, weight.experts)
     else:
         for piece in origin.pieces:
             array, share = arrays[piece.leaf], _elements(piece, size)
@@ -239,8 +246,8 @@ def _of_expert(
     if recipe is None:
         return share * x.dtype.itemsize
     granularity = placed(recipe.granularity, shape, axes_of(product)[operand])
-    own = dataclasses.replace(recipe, granularity=granularity)
-    return own.nbytes(shape) * share / max(math.prod(shape), 1)
+    placed_recipe = dataclasses.replace(recipe, granularity=granularity)
+    return placed_recipe.nbytes(shape) * share / max(math.prod(shape), 1)
 
 
 def _elements(piece: Piece, size: int) -> int:
@@ -251,6 +258,6 @@ def _elements(piece: Piece, size: int) -> int:
       size: the number of the operand's elements.
     """
     if piece.axes is not None:
-        own = (d.size for digits in piece.axes for d in digits if d.axis is not None)
-        size = math.prod(own)
+        shown_sizes = (d.size for digits in piece.axes for d in digits if d.axis is not None)
+        size = math.prod(shown_sizes)
     return piece.copies * size

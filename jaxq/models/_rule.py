@@ -97,9 +97,13 @@ def _recipe(recipe: Any) -> Recipe | ProductRecipe | None:
     if isinstance(recipe, str) and recipe in PRODUCT_RECIPES:
         return get_product_recipe(recipe)
     if isinstance(recipe, str) and recipe not in RECIPES and recipe not in FORMATS:
-        near = difflib.get_close_matches(recipe.lower(), [*PRODUCT_RECIPES, *RECIPES], 3, 0.5)
-        near = near or [*RECIPES.near(recipe), "jaxq.recipes.RECIPES"]
-        raise ValueError(f"Rule: no recipe is named {recipe!r}. The nearest are {', '.join(near)}.")
+        suggestions = difflib.get_close_matches(
+            recipe.lower(), [*PRODUCT_RECIPES, *RECIPES], 3, 0.5
+        )
+        suggestions = suggestions or [*RECIPES.near(recipe), "jaxq.recipes.RECIPES"]
+        raise ValueError(
+            f"Rule: no recipe is named {recipe!r}. The nearest are {', '.join(suggestions)}."
+        )
     try:
         return get_recipe(recipe)
     except (TypeError, ValueError) as error:

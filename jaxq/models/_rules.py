@@ -75,7 +75,7 @@ def pairs(
       TypeError: if a rule is a `Rule`.
       ValueError: if a pattern is not a regular expression, or `look_up` raises it.
     """
-    found = []
+    result = []
     for rule in _entries(owner, rules):
         if isinstance(rule, Rule):
             raise TypeError(
@@ -83,8 +83,8 @@ def pairs(
                 "pair (pattern, format)."
             )
         check_pattern(owner, "pattern", rule[0])
-        found.append((rule[0], None if rule[1] is None else look_up(rule[1])))
-    return found
+        result.append((rule[0], None if rule[1] is None else look_up(rule[1])))
+    return result
 
 
 def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
@@ -102,15 +102,15 @@ def as_rules(owner: str, rules: Rules) -> tuple[Rule, ...]:
         return rules.rules
     if rules is None:
         raise TypeError(f"{owner}: `rules` must be recipes, got None. Pass [] for no rules.")
-    found = []
+    result = []
     for rule in _entries(owner, rules):
         if not isinstance(rule, Rule):
             try:
                 rule = Rule(*rule)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{owner}: {error}") from error
-        found.append(rule)
-    return tuple(found)
+        result.append(rule)
+    return tuple(result)
 
 
 def rules_to_json(rules: Rules) -> str:
@@ -140,13 +140,24 @@ def rules_to_json(rules: Rules) -> str:
 def rules_from_json(text: str) -> tuple[Rule, ...]:
     """Returns the rules that `rules_to_json` wrote.
 
+    Args:
+      text: the JSON text.
+
+    Returns:
+      The rules as records.
+
     Raises:
       ValueError: if the text does not describe a list of rules.
+
+    Example:
+      >>> rules_from_json(rules_to_json({"kernel": "w8a8"}))[0].weight
+      'kernel'
     """
     rules = from_json("rules_from_json", text, rule_records(), tuple, "a list of rules")
     if not all(isinstance(rule, Rule) for rule in rules):
         raise ValueError(
-            "rules_from_json: the list must hold rules only. Write it by rules_to_json."
+            "rules_from_json: `text` must describe a list of rules only, got another record in it. "
+            "Write it by rules_to_json."
         )
     return rules
 
@@ -168,7 +179,7 @@ def leaf_rules(owner: str, rules: Rules) -> list[tuple[str, Recipe | None]]:
             f"{owner}: `rules` must be tensor recipes, got a {type(rules).__name__}, which holds "
             "scales of products. Pass the recipes of its weights."
         )
-    found = []
+    result = []
     for rule in as_rules(owner, rules):
         conditions = [n for n in ("operation", "scope", "output") if getattr(rule, n) is not None]
         if conditions:
@@ -179,15 +190,15 @@ def leaf_rules(owner: str, rules: Rules) -> list[tuple[str, Recipe | None]]:
         if isinstance(rule.recipe, ProductRecipe):
             raise ValueError(f"{owner}: {rule}: {_not_for_leaves(rule.recipe)}")
         assert rule.weight is not None
-        found.append((rule.weight, rule.recipe))
-    return found
+        result.append((rule.weight, rule.recipe))
+    return result
 
 
 def _not_for_leaves(recipe: ProductRecipe) -> str:
-    """Returns the requirement that a product recipe breaks in the rules of a tree, and a remedy."""
+    """Returns the error for a product recipe in the rules of a tree."""
     name, rhs = PRODUCT_RECIPES.name_of(recipe), recipe.operands[1]
-    own = None if rhs is None else RECIPES.name_of(rhs)
-    remedy = f"Use the recipe of its weight, {own!r}" if own else "Use its `rhs`"
+    weight_name = None if rhs is None else RECIPES.name_of(rhs)
+    remedy = f"Use the recipe of its weight, {weight_name!r}" if weight_name else "Use its `rhs`"
     if rhs is None:
         remedy = "Use a recipe such as 'int8_channel'"
     return (

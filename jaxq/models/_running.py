@@ -34,7 +34,7 @@ __all__ = ["run"]
 
 @dataclasses.dataclass(frozen=True)
 class _Inside:
-    """A program as a function. The program of one `jit` is compiled once."""
+    """A program as a hashable function, so that `jit` compiles it only once."""
 
     program: Program
     depth: int
@@ -71,7 +71,7 @@ def run(
     products, inner = dict(program.products), dict(program.inner)
     values: dict[Any, Any] = dict(zip(body.constvars, body.consts, strict=True))
     values.update(zip(body.invars, arguments, strict=True))
-    seen: States = {}
+    states: States = {}
 
     def value(variable: Any) -> Any:
         return variable.val if compat.is_literal(variable) else values[variable]
@@ -80,21 +80,23 @@ def run(
     for i, eqn in enumerate(body.eqns):
         operands = [value(variable) for variable in eqn.invars]
         if i in products:
-            result, more = multiply(eqn, products[i], extra, keys[i], operands, observing)
+            result, new_states = multiply(eqn, products[i], extra, keys[i], operands, observing)
             results = [result]
-            seen |= more
+            states |= new_states
         elif i in inner:
             handler = _INSIDE[eqn.primitive.name]
             with compat.within(eqn):
-                own = extra.within(inner[i])
-                results, more = handler(_Call(eqn, inner[i], own, operands, depth, observing))
-            seen |= more
+                inner_extra = extra.within(inner[i])
+                results, new_states = handler(
+                    _Call(eqn, inner[i], inner_extra, operands, depth, observing)
+                )
+            states |= new_states
         elif any(isinstance(operand, StoredView) for operand in operands):
             results = _viewed(eqn, operands)
         else:
             results = compat.bind(eqn, operands)
         values.update(zip(eqn.outvars, results, strict=True))
-    return [value(variable) for variable in body.outvars], seen
+    return [value(variable) for variable in body.outvars], states
 
 
 def _viewed(eqn: Any, operands: list[Any]) -> list[Any]:
@@ -172,8 +174,8 @@ class _OnDevice(_Inside):
     def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
         places = {**extra.places, **{axis: lax.axis_index(axis) for axis in self.axes}}
         records = jax.tree.map(lambda x: x[0], extra.records)
-        own = extra._replace(records=records, places=places)
-        results, seen = super().__call__(own, *operands)
+        device_extra = extra._replace(records=records, places=places)
+        results, seen = super().__call__(device_extra, *operands)
         return results, of_all(self.program, self.depth, jax.tree.map(self._gathered, seen))
 
     def _gathered(self, x: jax.Array) -> jax.Array:
@@ -205,12 +207,12 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     eqn, programs, extra, operands, depth, observing = call
     inside, params = programs[0], eqn.params
     consts, count = compat.loop_counts(eqn)
-    fixed, carried = operands[:consts], operands[consts : consts + count]
+    constants, carried = operands[:consts], operands[consts : consts + count]
     slices = [x if _has_rows(x) else unpacked(x) for x in operands[consts + count :]]
     keeps = _keeps(inside, consts, count)
     per_iteration = {a.name for a in inside.all() if depth in a.stacked}
     scales = {name: s for name, s in extra.scales.items() if name not in per_iteration}
-    own = {name: s for name, s in extra.scales.items() if name in per_iteration}
+    iteration_scales = {name: s for name, s in extra.scales.items() if name in per_iteration}
     records = {
         name: each if name in per_iteration else each.spread(params["length"])
         for name, each in extra.records.items()
@@ -221,17 +223,17 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
 
     def step(carry: list[Any], xs: Any) -> Any:
-        number, rows, given, records, own_vectors = xs
+        number, rows, scales_now, records, own_vectors = xs
         key = None if number is None else extra.folded(number)
         results, seen = run(
             inside,
             extra._replace(
                 key=key,
-                scales={**scales, **given},
+                scales={**scales, **scales_now},
                 records=records,
                 vectors={**vectors, **own_vectors},
             ),
-            [*fixed, *carry, *rows],
+            [*constants, *carry, *rows],
             depth + 1,
             observing,
         )
@@ -240,7 +242,7 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
     carry, (rows, seen) = lax.scan(
         step,
         _carried(carried, keeps),
-        (numbers, slices, own, records, stacked_vectors),
+        (numbers, slices, iteration_scales, records, stacked_vectors),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -277,21 +279,21 @@ def _while(call: _Call) -> tuple[list[Any], States]:
     of_test, of_step = operands[:conds], operands[conds : conds + bodies]
     extra = extra.switches()
 
-    def again(state: Any) -> jax.Array:
+    def condition(state: Any) -> jax.Array:
         return unpacked(run(test, extra, [*of_test, *state[1]], depth, False)[0][0])
 
     def step(state: Any) -> Any:
-        number, carry, before = state
+        number, carry, earlier = state
         key = None if extra.key is None else extra.folded(number)
         arguments = [*of_step, *carry]
         results, seen = run(inside, extra._replace(key=key), arguments, depth, observing)
-        return number + 1, _carried(results, keeps), merged(inside, depth, before, seen)
+        return number + 1, _carried(results, keeps), merged(inside, depth, earlier, seen)
 
     carried = operands[conds + bodies :]
     keeps = _keeps(inside, bodies, len(carried))
     start = _carried(carried, keeps)
     state = (jnp.int32(0), start, unseen([inside], extra, depth) if observing else {})
-    _, results, seen = lax.while_loop(again, step, state)
+    _, results, seen = lax.while_loop(condition, step, state)
     return results, seen
 
 
@@ -346,7 +348,7 @@ def _custom(call: _Call) -> tuple[list[Any], States]:
 
 
 def _with(views: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
-    """Returns arrays with those that have a view of stored weights replaced by the view."""
+    """Returns the arrays, with the view of a stored weight in place of its array."""
     return [x if view is None else view for view, x in zip(views, arrays, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Rules with scales from calibration or from previous steps, as pytrees."""
+"""Rules that hold arrays: scales from calibration, amax histories, or switches. All are pytrees."""
 
 import dataclasses
 import re
@@ -28,6 +28,14 @@ class Frozen:
       rules: the rules.
       scales: a mapping from product names to the result of `jaxq.calibration.finalize` for each of
         both operands.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> model = lambda params, x: x @ params["w"]
+      >>> params, rules = {"w": jnp.eye(2)}, jaxq.ProductRecipe("int8_tensor", "int8_channel")
+      >>> _, state = jaxq.observe(model, rules)(params, jnp.array([[1.0, -2.54]]))
+      >>> jaxq.freeze(rules, state).scales["w"][1] is None  # The weight's scales are computed.
+      True
     """
 
     rules: tuple[Rule, ...]
@@ -47,6 +55,14 @@ class Delayed:
       histories: a mapping from product names to the histories of both operands and the cotangent,
         None where no recipe has one scale per tensor. Products in a scan over layers have a
         leading axis, one history per layer.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> loss = lambda params, x: (x @ params["w"]).sum()
+      >>> params, x = {"w": jnp.eye(2)}, jnp.ones((1, 2))
+      >>> state = jaxq.delayed_scaling(loss, "fp8_training", history=4)(params, x)
+      >>> [history.amax.shape for history in state.histories["w"]]
+      [(4,), (4,), (4,)]
     """
 
     rules: tuple[Rule, ...]
@@ -62,10 +78,10 @@ class Delayed:
           seen: the gradient with respect to this state: the amax values of this step.
         """
 
-        def moved(history: jax.Array, seen: jax.Array) -> jax.Array:
+        def shift(history: jax.Array, seen: jax.Array) -> jax.Array:
             return jnp.concatenate([seen[..., :1], history[..., :-1]], -1)
 
-        return jax.tree.map(moved, self, seen)
+        return jax.tree.map(shift, self, seen)
 
     def copies(self, count: int) -> tuple["Delayed", ...]:
         """Returns copies of the state for several calls in one loss, one per call.
@@ -92,12 +108,14 @@ class Delayed:
           Array([6.], dtype=float32)
         """
         if count < 1:
-            raise ValueError(f"Delayed.copies: `count` must be at least 1, got {count}.")
+            raise ValueError(
+                f"Delayed.copies: `count` must be at least 1, got {count}. Use one per call."
+            )
         spread = jax.tree.map(lambda h: h.spread(count), self, is_leaf=_is_history)
         return tuple(jax.tree.map(lambda amax, i=i: amax[i], spread) for i in range(count))
 
     def merge(self, other: "Delayed") -> "Delayed":
-        """Merges the amax values of two micro-batches of one step: the larger, never the sum.
+        """Merges two micro-batches of one step by taking the larger of their amax values.
 
         Args:
           other: the gradient with respect to the same state, from another micro-batch.
@@ -111,8 +129,8 @@ class Delayed:
 
 def refuse_states(owner: str, params: Any) -> None:
     """Raises a ValueError if a tree of parameters contains a state of delayed scaling."""
-    found = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Delayed))
-    if any(isinstance(leaf, Delayed) for leaf in found):
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Delayed))
+    if any(isinstance(leaf, Delayed) for leaf in leaves):
         raise ValueError(
             f"{owner}: the parameters must not contain the state of delayed scaling, because an "
             "optimizer would average its amax values. Differentiate with argnums=(0, 1), update "
@@ -151,6 +169,14 @@ class Switched:
       rules: the rules.
       switches: the flags by the products' names. Products in a scan over layers have a leading
         axis, one flag per layer.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> loss = lambda params, x: (x @ params["w"]).sum()
+      >>> params, x = {"w": jnp.eye(2)}, jnp.ones((1, 2))
+      >>> rules = jaxq.models.switch(loss, "w8a8")(params, x)
+      >>> float(rules.where("w", False).switches["w"].on)
+      0.0
     """
 
     rules: tuple[Rule, ...]
@@ -162,11 +188,11 @@ class Switched:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the flags: those of the products, followed by the number of the layer."""
-        found: list[str] = []
+        names: list[str] = []
         for name, switch in self.switches.items():
             rows = np.ndindex(switch.on.shape)
-            found += ["/".join([name, *map(str, row)]) for row in rows]
-        return tuple(found)
+            names += ["/".join([name, *map(str, row)]) for row in rows]
+        return tuple(names)
 
     def where(self, pattern: str, on: jax.typing.ArrayLike) -> "Switched":
         """Returns the rules with new flags for some products, in all of their layers.
@@ -179,19 +205,19 @@ class Switched:
           ValueError: if the pattern matches no product with a recipe.
         """
         check_pattern("Switched.where", "pattern", pattern)
-        found = [name for name in self.switches if re.search(pattern, name)]
-        if not found:
+        matches = [name for name in self.switches if re.search(pattern, name)]
+        if not matches:
             raise ValueError(
-                f"Switched.where: `pattern` {pattern!r} matches no product with a recipe. They are "
-                f"{', '.join([*self.switches][:4])}."
+                f"Switched.where: `pattern` {pattern!r} matches no product with a recipe. Choose "
+                f"among {', '.join([*self.switches][:4])}."
             )
-        flag = jnp.asarray(on).astype(jnp.float32)
-        if flag.ndim:
+        value = jnp.asarray(on).astype(jnp.float32)
+        if value.ndim:
             raise ValueError(
-                f"Switched.where: `on` must be a scalar, got the shape {flag.shape}. Use "
+                f"Switched.where: `on` must be a scalar, got the shape {value.shape}. Use "
                 "`with_flags` for one flag per layer."
             )
-        new = {name: Switch(jnp.full(self.switches[name].on.shape, flag)) for name in found}
+        new = {name: Switch(jnp.full(self.switches[name].on.shape, value)) for name in matches}
         return dataclasses.replace(self, switches={**self.switches, **new})
 
     def with_flags(self, on: jax.typing.ArrayLike) -> "Switched":
@@ -203,14 +229,14 @@ class Switched:
         Raises:
           ValueError: if the vector does not have one number per name.
         """
-        flags, switches, at = jnp.asarray(on).astype(jnp.float32), {}, 0
+        flags, switches, start = jnp.asarray(on).astype(jnp.float32), {}, 0
         if flags.shape != (len(self.names),):
             raise ValueError(
                 f"Switched.with_flags: `on` must have one number per name, {len(self.names)}, got "
                 f"the shape {flags.shape}. Pass a vector in the order of `names`."
             )
         for name, switch in self.switches.items():
-            n = switch.on.size
-            switches[name] = Switch(flags[at : at + n].reshape(switch.on.shape))
-            at += n
+            count = switch.on.size
+            switches[name] = Switch(flags[start : start + count].reshape(switch.on.shape))
+            start += count
         return dataclasses.replace(self, switches=switches)

@@ -47,7 +47,7 @@ class StoredView:
         return array if self.permutation is None else array.transpose(self.permutation)
 
     def transpose(self, permutation: tuple[int, ...]) -> "StoredView":
-        """Returns the view with its axes in another order, still packed if it is."""
+        """Returns the view with its axes in another order; packed values stay packed."""
         if not isinstance(self.data, Quantized):
             return dataclasses.replace(self, data=self.data.transpose(permutation))
         if self.permutation is not None:

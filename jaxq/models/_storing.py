@@ -26,19 +26,19 @@ from jaxq.recipes import Granularity, PerBlock, PerChannel, PerTensor, Recipe
 
 __all__ = ["Storage", "Storages", "storages", "widest"]
 
-_OWN = ("float16", "bfloat16", "float32")  # Dtypes that a stored leaf keeps.
+_KEPT_DTYPES = ("float16", "bfloat16", "float32")  # Dtypes that a stored leaf keeps.
 
 
 class Storage(NamedTuple):
     """The stored form of a leaf.
 
     Attributes:
-      leading: the number of leading axes that are stacked: each of their elements is quantized by
-        itself.
-      recipe: the recipe, on the axes behind those.
+      leading: the number of leading axes of a stack, each of whose elements is quantized
+        separately.
+      recipe: the recipe, on the other axes.
       block: the lengths of a block on these axes.
       steps: the conversions between the leaf and its products.
-      dtype: the dtype in which products have it, the widest if they differ.
+      dtype: the dtype in which products use the leaf, the widest if they differ.
     """
 
     leading: int
@@ -55,7 +55,7 @@ class Storage(NamedTuple):
 
     def quantize(self, x: jax.Array) -> Quantized:
         """Returns the leaf packed, with the values that its products see."""
-        dtype = x.dtype if x.dtype in _OWN else self.dtype
+        dtype = x.dtype if x.dtype in _KEPT_DTYPES else self.dtype
 
         def function(x: jax.Array) -> Quantized:
             return quantize(x, self.recipe)
@@ -66,9 +66,9 @@ class Storage(NamedTuple):
 
     def differing(self, q: Quantized) -> list[str]:
         """Returns the fields other than `granularity` in which a stored leaf's recipe differs."""
-        own, other = (_anywhere(recipe) for recipe in (self.recipe, q.recipe))
+        recipe_here, recipe_there = (_anywhere(recipe) for recipe in (self.recipe, q.recipe))
         names = [field.name for field in dataclasses.fields(Recipe)]
-        return [name for name in names if getattr(own, name) != getattr(other, name)]
+        return [name for name in names if getattr(recipe_here, name) != getattr(recipe_there, name)]
 
     def blocks_differ(self, q: Quantized) -> bool:
         """Returns whether a stored leaf is divided into other blocks than these."""
@@ -87,13 +87,13 @@ class Storages(NamedTuple):
     reasons: Mapping[int, str]
 
     def dtype(self, leaf: int, default: Any) -> Any:
-        """Returns the dtype in which products have a leaf; a default if none quantizes it."""
+        """Returns the dtype in which products use a leaf; a default if none quantizes it."""
         return jnp.dtype(self.leaves[leaf].dtype if leaf in self.leaves else default)
 
 
 def storages(products: Sequence[Product], chosen: Sequence[Assigned | None]) -> Storages:
     """Returns the stored forms of quantized weights, and the reasons for those not stored."""
-    wanted: dict[int, list[tuple[int, _Demand]]] = {}
+    demands_of: dict[int, list[tuple[int, _Demand]]] = {}
     weights: dict[int, Origin] = {}
     reasons: dict[int, str] = {}
     for product, assigned in zip(products, chosen, strict=True):
@@ -107,43 +107,43 @@ def storages(products: Sequence[Product], chosen: Sequence[Assigned | None]) -> 
             continue
         try:
             for piece, demand in _demands(product, weight):
-                wanted.setdefault(piece.leaf, []).append((product.number, demand))
+                demands_of.setdefault(piece.leaf, []).append((product.number, demand))
         except _CannotStoreError as error:
             reasons[product.number] = str(error)
-    for demands in wanted.values():
+    for demands in demands_of.values():
         conflict = _conflict([demand for _, demand in demands])
         if conflict:
             names = " and ".join({products[number].name: None for number, _ in demands})
             reasons |= {number: f"{names} need {conflict}" for number, _ in demands}
     _propagate(weights, reasons)
-    left = {leaf for number in reasons for leaf in weights[number].leaves.values()}
+    unstored = {leaf for number in reasons for leaf in weights[number].leaves.values()}
     return Storages(
         {
             leaf: _storage([demand for _, demand in demands])
-            for leaf, demands in wanted.items()
-            if leaf not in left
+            for leaf, demands in demands_of.items()
+            if leaf not in unstored
         },
         reasons,
     )
 
 
 def _propagate(weights: Mapping[int, Origin], reasons: dict[int, str]) -> None:
-    """Adds the products whose weight is not stored because of another product."""
+    """Adds the reasons for weights that are not stored because another product prevents it."""
     while True:
-        left = {leaf: n for n in reasons for leaf in weights[n].leaves.values()}
-        more = {
-            number: f"{path!r} is not stored: {reasons[left[leaf]]}"
+        unstored = {leaf: n for n in reasons for leaf in weights[n].leaves.values()}
+        affected = {
+            number: f"{path!r} is not stored: {reasons[unstored[leaf]]}"
             for number, origin in weights.items()
             for path, leaf in origin.leaves.items()
-            if number not in reasons and leaf in left
+            if number not in reasons and leaf in unstored
         }
-        if not more:
+        if not affected:
             return
-        reasons |= more
+        reasons |= affected
 
 
 class _CannotStoreError(ValueError):
-    """A weight that cannot be stored."""
+    """The reason why a weight cannot be stored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +165,11 @@ def _conflict(demands: Sequence[_Demand]) -> str:
         return "different blocks"
     if len(steps) > 1:
         return "different conversions of it"
-    # If no scale is shared across layers, each stacked axis has blocks of length 1.
-    kinds = {(d.leading if _shares(d.recipe) else None, _anywhere(d.recipe)) for d in demands}
-    return "different recipes" if len(kinds) > 1 else ""
+    # Blocks have length 1 along stacked axes, so `leading` matters only for shared scales.
+    requirements = {
+        (d.leading if _shares(d.recipe) else None, _anywhere(d.recipe)) for d in demands
+    }
+    return "different recipes" if len(requirements) > 1 else ""
 
 
 def _storage(demands: Sequence[_Demand]) -> Storage:
@@ -188,8 +190,8 @@ def _anywhere(recipe: Recipe) -> Recipe:
 
 
 def _shares(recipe: Recipe) -> bool:
-    """Returns whether blocks share a second-level scale or outliers."""
-    return recipe.scaling.second_level is not None or recipe.outliers is not None
+    """Returns whether all blocks share a second-level scale or outliers."""
+    return not recipe.scaling.is_local or recipe.outliers is not None
 
 
 def _granularity(block: tuple[int, ...], shape: tuple[int, ...]) -> Granularity:
@@ -222,7 +224,7 @@ def _demands(product: Product, weight: QuantizedWeight) -> list[tuple[Piece, _De
         block = placed(recipe.granularity, shape, axes).block(shape)
         if 0 in block:
             raise _CannotStoreError("it is empty")
-        on_leaf = _on_leaf(piece, shape, block)
+        on_leaf = _on_leaf(piece, shape, block, recipe.scaling.run)
         leading = _leading(piece)
         if _shares(recipe):
             _check_whole(piece, shape, recipe, leading)
@@ -238,10 +240,17 @@ def _demands(product: Product, weight: QuantizedWeight) -> list[tuple[Piece, _De
     return result
 
 
-def _on_leaf(piece: Piece, shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
-    """Converts the blocks of an operand to blocks of a leaf."""
+def _on_leaf(
+    piece: Piece, shape: tuple[int, ...], block: tuple[int, ...], run: int
+) -> tuple[int, ...]:
+    """Converts the blocks of an operand, of which `run` are stored together, to those of a leaf."""
     if piece.axes is None:
         raise _CannotStoreError(f"{piece.path!r} is not multiplied in whole blocks of its axes")
+    if run > 1:
+        runs = _on_leaf(piece, shape, tuple(b * run if b > 1 else b for b in block), 1)
+        if sorted(runs)[:-1] != [1] * (len(runs) - 1):
+            raise _CannotStoreError(f"super-blocks cut the merged axes of {piece.path!r}")
+        return tuple(b // run if b > 1 else b for b in runs)
     lengths: list[tuple[Digit, int]] = []
     for digits, n, length, at, size in zip(
         piece.axes, shape, block, piece.at, piece.box, strict=True
@@ -259,31 +268,31 @@ def _of_digits(path: str, digits: Sequence[Digit], length: int) -> list[tuple[Di
     """Converts the blocks of an axis to blocks of each of its digits."""
     if len(digits) == 1:
         return [(digits[0], length)]
-    found = []
+    result = []
     for digit in reversed(digits):
-        own = math.gcd(length, digit.size)
-        if own not in (length, digit.size):
+        part = math.gcd(length, digit.size)
+        if part not in (length, digit.size):
             raise _CannotStoreError(f"blocks of {length} cut the merged axes of {path!r}")
-        found.append((digit, own))
-        length //= own
+        result.append((digit, part))
+        length //= part
     if length > 1:
         raise _CannotStoreError(f"blocks cut the merged axes of {path!r}")
-    return found
+    return result
 
 
 def _of_axis(path: str, n: int, digits: Sequence[tuple[Digit, int]]) -> int:
     """Returns the length of a block on a leaf's axis from the blocks of its digits."""
     length, expected, is_open = 1, 1, True
-    for digit, own in sorted(digits, key=lambda pair: pair[0].stride):
+    for digit, part in sorted(digits, key=lambda pair: pair[0].stride):
         is_open = is_open and digit.stride == expected
         end = digit.start + digit.size
-        short = digit.size % own and (end != digit.of or digit.flipped)
-        if own > 1 and (
-            not is_open or digit.start % own or short or (digit.of % own and digit.of != n)
+        is_partial = digit.size % part and (end != digit.of or digit.flipped)
+        if part > 1 and (
+            not is_open or digit.start % part or is_partial or (digit.of % part and digit.of != n)
         ):
             raise _CannotStoreError(f"its blocks do not coincide with blocks of {path!r}")
-        length *= own
-        is_open = is_open and own == digit.of
+        length *= part
+        is_open = is_open and part == digit.of
         expected = digit.stride * digit.of
     return length
 
@@ -304,15 +313,19 @@ def _check_whole(piece: Piece, shape: tuple[int, ...], recipe: Recipe, leading: 
     """Checks that blocks which share a scale or outliers are all blocks of one operand."""
     assert piece.axes is not None
     digits = [digit for axis in piece.axes for digit in axis]
-    own = [digit for digit in digits if digit.axis is not None]
-    whole = piece.box == shape and math.prod(d.size for d in own) == math.prod(
+    leaf_digits = [digit for digit in digits if digit.axis is not None]
+    whole = piece.box == shape and math.prod(d.size for d in leaf_digits) == math.prod(
         piece.shape[leading:]
     )
     if not whole:
         raise _CannotStoreError(f"{piece.path!r} is not multiplied whole, as its recipe needs")
     if recipe.scaling.second_level == "blocks" or recipe.outliers is not None:
-        order = [(d.axis, -d.stride) for d in own]
-        if len(own) < len(digits) or order != sorted(order) or any(d.flipped for d in own):
+        order = [(d.axis, -d.stride) for d in leaf_digits]
+        if (
+            len(leaf_digits) < len(digits)
+            or order != sorted(order)
+            or any(d.flipped for d in leaf_digits)
+        ):
             raise _CannotStoreError(f"{piece.path!r} is multiplied with its axes in another order")
 
 
@@ -321,8 +334,8 @@ def _converted(x: jax.Array, step: Any) -> jax.Array:
     if isinstance(step, tuple):
         return lax.reduce_precision(x, *step)
     if jnp.issubdtype(x.dtype, jnp.floating):
-        # XLA may drop a conversion that is followed by one back.
-        narrow = jnp.finfo(step)
-        if narrow.nmant < jnp.finfo(x.dtype).nmant:
-            x = lax.reduce_precision(x, narrow.nexp, narrow.nmant)
+        # XLA may drop a conversion to a narrower dtype if one back to the wider dtype follows.
+        info = jnp.finfo(step)
+        if info.nmant < jnp.finfo(x.dtype).nmant:
+            x = lax.reduce_precision(x, info.nexp, info.nmant)
     return x.astype(step)

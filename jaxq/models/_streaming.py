@@ -26,17 +26,23 @@ def streamed(
 ) -> jax.Array | None:
     """Returns a product of a packed weight, dequantized in parts of `assigned.chunk` elements.
 
-    None if the product has no packed weight, has a weight that cannot be sliced, or has a recipe
-    with a Hadamard transform, another execution, or quantized gradients.
+    Returns None if the product cannot be computed in parts: its weight is not packed or cannot be
+    sliced, or its recipe has a Hadamard transform, another execution or quantized gradients.
     """
     recipe, output = assigned.recipe or ProductRecipe(), assigned.output
     packed = [i for i, x in enumerate(operands[:2]) if _is_packed(x)]
-    usual = recipe.hadamard is None and recipe.execution == "emulated"
-    plain = recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized"
+    is_emulated = recipe.hadamard is None and recipe.execution == "emulated"
+    has_plain_gradient = recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized"
     name = eqn.primitive.name
     if assigned.chunk is None or name in (LOOK_UP, "conv_general_dilated") or output is not None:
         return None
-    if len(packed) != 1 or not usual or not plain or assigned.factor or assigned.scored:
+    if (
+        len(packed) != 1
+        or not is_emulated
+        or not has_plain_gradient
+        or assigned.factor
+        or assigned.scored
+    ):
         return None
     swapped = packed == [0]
     weight = _slices(operands[packed[0]])
@@ -54,8 +60,8 @@ def streamed(
     x = unpacked(operands[1 - packed[0]])
     with compat.within(eqn):
         shape: Any = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-        own = dataclasses.replace(operation, function=multiply)
-        return product(own, x, shape, recipe, keys, scales)
+        streaming = dataclasses.replace(operation, function=multiply)
+        return product(streaming, x, shape, recipe, keys, scales)
 
 
 def _is_packed(x: Any) -> bool:
@@ -63,18 +69,18 @@ def _is_packed(x: Any) -> bool:
 
 
 def _slices(view: StoredView) -> Slices | None:
-    """Returns a view of a packed weight as slices, in the dtype and the order of its axes."""
+    """Returns a view of a packed weight as slices, in the view's dtype and axis order."""
     assert isinstance(view.data, Quantized)
-    own = slices(view.data)
-    if own is None:
+    sliced = slices(view.data)
+    if sliced is None:
         return None
-    order = view.permutation or tuple(range(len(own.shape)))
+    order = view.permutation or tuple(range(len(sliced.shape)))
 
     def take(axis: int, start: Any, size: int) -> jax.Array:
-        array = own.take(order[axis], start, size).transpose(order)
+        array = sliced.take(order[axis], start, size).transpose(order)
         if array.dtype == view.dtype:
             return array
         return as_dtype(array.astype(jnp.float32), view.dtype)
 
-    shape, units = (tuple(x[axis] for axis in order) for x in (own.shape, own.units))
+    shape, units = (tuple(x[axis] for axis in order) for x in (sliced.shape, sliced.units))
     return Slices(shape, jnp.dtype(view.dtype), units, take)

@@ -1,4 +1,4 @@
-"""Tracing of a function, with its arguments split into arrays, parameters and static values."""
+"""Tracing of a function whose arguments are arrays, parameters and static values."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -60,28 +60,28 @@ def trace(
       ValueError: if `argnums` names no argument.
     """
     module = not jax.tree_util.all_leaves([fn])
-    which = [] if module else [argnums] if isinstance(argnums, int) else list(argnums)
-    for n in which:
+    positions = [] if module else [argnums] if isinstance(argnums, int) else list(argnums)
+    for n in positions:
         if not -len(args) <= n < len(args):
             raise ValueError(
                 f"{owner}: `argnums` must name positional arguments, got {n} for a call with "
                 f"{len(args)}. Pass the parameters by position."
             )
-    which = [n % len(args) for n in which]
+    positions = [n % len(args) for n in positions]
     call = (fn if module else None, args, kwargs)
     leaves, structure = jax.tree_util.tree_flatten_with_path(call, is_leaf=_is_quantized)
     places, arrays, origins, own, paths = [], [], [], [], {}
     for i, (path, leaf) in enumerate(leaves):
         where = path[0].idx, getattr(path[1], "idx", None) if len(path) > 1 else None
-        is_own = where[0] == 0 if module else where[0] == 1 and where[1] in which
+        is_parameter = where[0] == 0 if module else where[0] == 1 and where[1] in positions
         traced = compat.is_array(leaf) or _is_quantized(leaf)
         name = jax.tree_util.keystr(path[1 if module else 2 :], simple=True, separator="/")
-        if is_own:
+        if is_parameter:
             own.append(len(arrays) if traced else None)
             paths[name] = leaf
         if not traced:
             continue
-        origin = of_leaf(name, len(arrays), leaf.shape, leaf.dtype) if is_own else None
+        origin = of_leaf(name, len(arrays), leaf.shape, leaf.dtype) if is_parameter else None
         origins.append(origin)
         places.append(i)
         arrays.append(leaf)
@@ -91,8 +91,8 @@ def trace(
         full = [leaf for _, leaf in leaves]
         for i, array in zip(places, arrays, strict=True):
             full[i] = array
-        own, args, kwargs = jax.tree_util.tree_unflatten(structure, full)
-        out, results["tree"] = jax.tree.flatten((own if module else fn)(*args, **kwargs))
+        module_leaves, args, kwargs = jax.tree_util.tree_unflatten(structure, full)
+        out, results["tree"] = jax.tree.flatten((module_leaves if module else fn)(*args, **kwargs))
         results["leaves"] = [None if compat.is_array(leaf) else leaf for leaf in out]
         return [leaf for leaf in out if compat.is_array(leaf)]
 
@@ -101,22 +101,24 @@ def trace(
         for leaf in arrays
     ]
     try:
-        with jax.disable_jit(False):  # Else loops are unrolled: other states and keys.
+        with jax.disable_jit(
+            False
+        ):  # `disable_jit` would unroll loops, which changes states and keys.
             jaxpr = jax.make_jaxpr(flat)(*shapes)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
-        said = str(error).split("\n")[0].rstrip(".")
+        message = str(error).split("\n")[0].rstrip(".")
         raise TypeError(
             f"{owner}: `fn` cannot be traced, as it needs the values of arrays in "
-            f"{compat.source_of_error(error)}: {said}. Pass these values as Python values, or use "
-            "jax.lax.cond and jax.numpy."
+            f"{compat.source_of_error(error)}: {message}. Pass these values as Python values, or "
+            "use jax.lax.cond and jax.numpy."
         ) from error
 
     def rebuild(arrays: Sequence[Any]) -> Any:
-        left = iter(arrays)
+        remaining = iter(arrays)
         static = results["leaves"]
         # None marks an array here, because None is never a leaf itself.
-        full = [next(left) if leaf is None else leaf for leaf in static]
+        full = [next(remaining) if leaf is None else leaf for leaf in static]
         return jax.tree.unflatten(results["tree"], full)
 
-    parameters = fn if module else [args[n] for n in which]
+    parameters = fn if module else [args[n] for n in positions]
     return Traced(jaxpr, arrays, origins, (parameters, own), paths, rebuild)

@@ -72,15 +72,15 @@ def quantize_tree(
         if recipe is None:
             result.append(leaf)
             continue
-        own = None if key is None else jax.random.fold_in(key, i)
+        leaf_key = None if key is None else jax.random.fold_in(key, i)
         with naming("quantize_tree", path):
             _check_axis(recipe, axis)
-            result.append(quantize(leaf, recipe, axis=axis, key=own))
+            result.append(quantize(leaf, recipe, axis=axis, key=leaf_key))
     return jax.tree_util.tree_unflatten(structure, result)
 
 
 def _check_axis(recipe: Recipe, axis: int | None) -> None:
-    """Checks that a recipe whose blocks have a direction has an axis."""
+    """Checks that `axis` is given for a recipe whose scales depend on the contracted axis."""
     if axis is None and not isinstance(recipe.granularity, PerTensor):
         raise ValueError(
             f"{described(recipe)} needs `axis`, the axis that products contract, got None. Pass "
@@ -95,8 +95,8 @@ def naming(owner: str, path: tuple) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{owner}: leaf {_path(path)!r}: {error}") from error
+        error_type = TypeError if isinstance(error, TypeError) else ValueError
+        raise error_type(f"{owner}: leaf {_path(path)!r}: {error}") from error
 
 
 def not_floating(leaf: Any) -> str:
@@ -179,6 +179,12 @@ def dequantize_tree(params: Any) -> Any:
 
     Returns:
       The tree with arrays in place of the quantized leaves.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> small = quantize_tree({"w": jnp.ones((4, 2))}, "int8_tensor")
+      >>> dequantize_tree(small)["w"].shape
+      (4, 2)
     """
     return jax.tree.map(
         lambda leaf: leaf.dequantize() if _is_quantized(leaf) else leaf,
@@ -189,7 +195,7 @@ def dequantize_tree(params: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class LeafRow:
-    """One leaf in a `tree_report`: bytes before and after, and bits per element after."""
+    """One leaf in a `tree_report`: bytes before and after quantization, and bits per element."""
 
     path: str
     shape: str
@@ -242,7 +248,7 @@ def _is_quantized(leaf: Any) -> bool:
 
 
 def _nbytes(leaf: Any) -> int:
-    """Returns the bytes of a leaf, which may be a shape without values."""
+    """Returns the bytes of a leaf, given its arrays or their shapes and dtypes."""
     return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(leaf))
 
 

@@ -21,18 +21,18 @@ def through(eqn: Any, origins: Sequence[Origin | None]) -> list[Origin | None]:
     name = eqn.primitive.name
     if name == "optimization_barrier":
         return list(origins)
-    # The other operands of a slice say where it begins.
-    viewed = origins[:1] if name in ("dynamic_slice", "gather") else origins
-    views = [origin for origin in viewed if origin is not None and not origin.computed]
-    results = VIEWS[name](eqn, views) if name in VIEWS and len(views) == len(viewed) else None
+    # The other operands of a slice are its start indices.
+    sources = origins[:1] if name in ("dynamic_slice", "gather") else origins
+    views = [origin for origin in sources if origin is not None and not origin.computed]
+    results = VIEWS[name](eqn, views) if name in VIEWS and len(views) == len(sources) else None
     if results is None:
-        results = [computed(eqn, viewed if name == "dynamic_slice" else origins)]
+        results = [computed(eqn, sources if name == "dynamic_slice" else origins)]
         results *= len(eqn.outvars)
     return results
 
 
 def computed(eqn: Any, origins: Sequence[Origin | None]) -> Origin | None:
-    """Returns the origin of a value computed from others; None if one of those is data."""
+    """Returns the origin of an equation's result; None if an operand is data."""
     known = [origin for origin in origins if origin is not None]
     if len(known) != len(origins) or not eqn.outvars:
         return None
@@ -77,19 +77,19 @@ def _taken(digits: Digits, start: int, size: int) -> Digits | None:
 
 def _regrouped(digits: Digits, shape: Sequence[int]) -> list[Digits] | None:
     """Regroups row-major digits by the axes of another shape; None if an axis cuts a digit."""
-    left, result = list(digits), []
+    remaining, result = list(digits), []
     for n in reversed(shape):
-        own: Digits = ()
+        axis_digits: Digits = ()
         while n > 1:
-            digit = left.pop()
+            digit = remaining.pop()
             if n % digit.size:
                 pair = digit.split(n) if digit.size % n == 0 else None
                 if pair is None:
                     return None
-                left.append(pair[0])
+                remaining.append(pair[0])
                 digit = pair[1]
-            own, n = (digit, *own), n // digit.size
-        result.append(own)
+            axis_digits, n = (digit, *axis_digits), n // digit.size
+        result.append(axis_digits)
     return result[::-1]
 
 
@@ -101,8 +101,8 @@ def _same(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
 def _convert(eqn: Any, origins: list[Origin]) -> list[Origin | None] | None:
     before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
     if not jnp.issubdtype(after, jnp.floating):
-        whole = all(jnp.issubdtype(dtype, jnp.integer) for dtype in (before, after))
-        return [origins[0].opaque] if whole else None
+        are_integers = all(jnp.issubdtype(dtype, jnp.integer) for dtype in (before, after))
+        return [origins[0].opaque] if are_integers else None
 
     def converted(piece: Piece) -> Piece:
         if _holds(after, piece.dtype):
@@ -145,10 +145,10 @@ def _with_axes(piece: Piece, order: Sequence[int]) -> Piece:
     return piece.moved([axes[i] for i in order], [at[i] for i in order])
 
 
-def _without(origin: Origin, gone: Sequence[int]) -> Origin:
+def _without(origin: Origin, removed: Sequence[int]) -> Origin:
     """Returns a view without some of its axes, all of length 1."""
     return origin.each(
-        lambda piece: _with_axes(piece, [i for i in range(len(piece.at)) if i not in gone])
+        lambda piece: _with_axes(piece, [i for i in range(len(piece.at)) if i not in removed])
     )
 
 
@@ -235,23 +235,23 @@ def _of_group(
 
 
 def _reverse(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
-    shape, gone = eqn.invars[0].aval.shape, eqn.params["dimensions"]
+    shape, reversed_axes = eqn.invars[0].aval.shape, eqn.params["dimensions"]
 
-    def turned(piece: Piece) -> Piece:
+    def flip(piece: Piece) -> Piece:
         axes, at = _parts(piece)
         digits = [
             tuple(dataclasses.replace(d, flipped=not d.flipped) for d in axis)
-            if i in gone
+            if i in reversed_axes
             else axis
             for i, axis in enumerate(axes)
         ]
         begin = [
-            n - start - size if i in gone else start
+            n - start - size if i in reversed_axes else start
             for i, (n, start, size) in enumerate(zip(shape, at, piece.box, strict=True))
         ]
         return piece.moved(digits, begin)
 
-    return [origins[0].each(turned)]
+    return [origins[0].each(flip)]
 
 
 def _cut(
@@ -275,7 +275,7 @@ def _cut(
             else:
                 first, last = max(start, low), min(start + size, low + length)
                 if first >= last:
-                    return None  # Another piece has it.
+                    return None  # The box does not intersect this piece.
                 result.append(_taken(digits, first - low, last - first))
                 begin.append(first - start)
         return dataclasses.replace(piece.moved(result, begin), copies=copies)
@@ -296,7 +296,7 @@ def _dynamic_slice(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
 
 
 def _gather(eqn: Any, origins: list[Origin]) -> list[Origin | None] | None:
-    """Returns a gather at one index as a slice; a gather at many is a look-up, not a view."""
+    """Returns a gather at one index as a slice; a gather at several indices is no view."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     after = eqn.outvars[0].aval.shape
     if numbers.operand_batching_dims or len(after) != len(numbers.offset_dims):

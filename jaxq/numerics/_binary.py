@@ -61,7 +61,8 @@ def snap(
             return where(y == y, y, layout.floats(layout.nan | layout.sign))
         result = layout.bits(y)
     else:  # `_signed` handles NaN in the input.
-        result = lax.min(layout.bits(y), layout.bits(layout.constant(grid.max)))
+        limit = layout.constant(grid.max)
+        result = layout.bits(where(_exceeds(y, limit, args), limit, y))
     return layout.floats(_signed(result, args))
 
 
@@ -213,17 +214,16 @@ def _integer(y: jax.Array, args: _Snap) -> jax.Array:
     y = where(args.magnitude > layout.inf, layout.float_type(0), y)
     y = where(args.negative, layout.float_type(0) - y, y)
     low, high = layout.constant(grid.min), layout.constant(grid.max)
-    return lax.clamp(low, y, high) if grid.static else jnp.clip(y, low, high)
+    # Not `lax.clamp`: LLVM (JAX 0.10 to 0.12) takes three times as long to compile a minimum of
+    # numbers that depend on random bits. Use it when `benchmarks/dots.py` shows equal times.
+    return where(y > high, high, where(y < low, low, y))
 
 
 def _limited(y: jax.Array, args: _Snap) -> jax.Array:
     """Replaces magnitudes beyond the largest value according to `overflow`."""
     grid, layout, overflow = args.grid, args.layout, args.overflow
     limit = layout.constant(grid.max)
-    if args.narrow:
-        too_large = y > limit
-    else:  # Both may be subnormal. A NaN counts as too large here; `_signed` restores it.
-        too_large = layout.bits(y) > layout.bits(limit)
+    too_large = _exceeds(y, limit, args)
     if not grid.static or np.isinf(limit):
         too_large = too_large | (args.magnitude == layout.inf)
     p3109 = overflow in ("SatPropagate", "SatNone")
@@ -234,6 +234,14 @@ def _limited(y: jax.Array, args: _Snap) -> jax.Array:
     if stays is not None:
         beyond = where(stays, limit, beyond)
     return where(too_large, beyond, y)
+
+
+def _exceeds(y: jax.Array, limit: Any, args: _Snap) -> jax.Array:
+    """Returns a mask of magnitudes beyond a limit."""
+    if args.narrow:
+        return y > limit
+    # Both may be subnormal. A NaN counts as too large here; `_signed` replaces or restores it.
+    return args.layout.bits(y) > args.layout.bits(limit)
 
 
 def _stays(args: _Snap) -> jax.Array | None:

@@ -97,16 +97,19 @@ def cast(
       OCP 8-bit Floating Point Specification 1.0; IEEE 754-2019; IEEE SA P3109, interim report
       4.0 (June 2026), sections 4.7.4 and 4.7.5.
     """
-    kind = fmt if isinstance(fmt, BinaryGrid) else get_format(fmt)
+    target = fmt if isinstance(fmt, BinaryGrid) else get_format(fmt)
     x = floats("cast", x)
-    if isinstance(kind, BinaryGrid) and x.dtype == jnp.float64:
-        raise TypeError("cast: a BinaryGrid takes float16, bfloat16 or float32, got float64.")
+    if isinstance(target, BinaryGrid) and x.dtype == jnp.float64:
+        raise TypeError(
+            "cast: `x` must be float16, bfloat16 or float32 if `fmt` is a BinaryGrid, got float64. "
+            "Convert it first: x.astype(jnp.float32)."
+        )
     mode, overflow = _modes("cast", rounding, overflow)
     random = _random("cast", x, mode, key, random_bits)
-    traced, static = None, kind
-    low, high = kind.min, kind.max
-    if isinstance(kind, BinaryGrid) and not kind.static:
-        traced, static = kind, None
+    traced, static = None, target
+    low, high = target.min, target.max
+    if isinstance(target, BinaryGrid) and not target.static:
+        traced, static = target, None
     constant, estimator = lax.stop_gradient(x), get_gradient(gradient)
     y = _cast(constant, random, traced, static, mode, overflow)
     with np.errstate(over="ignore"):
@@ -179,7 +182,7 @@ def _cast(
         grid = fmt if isinstance(fmt, BinaryGrid) else BinaryGrid.of(fmt)
     assert grid is not None
     y = snap(wide, grid, rounding, overflow, random)
-    # Except at its ends, a coarser grid needs no more bits than x has.
+    # Values of a grid that is coarser than x's dtype fit in that dtype, except perhaps its ends.
     exact = grid.static and all(_holds(x.dtype, end) for end in (grid.max, grid.lowest))
     return as_dtype(y, x.dtype, exact=exact and grid.emin >= -126)
 
@@ -205,10 +208,10 @@ def _neighbors(
     x: jax.Array, grid: BinaryGrid | None, fmt: Format | BinaryGrid | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the two representable values that enclose each element."""
-    kind, wide = grid if fmt is None else fmt, widen(x)
-    assert kind is not None
+    target, wide = grid if fmt is None else fmt, widen(x)
+    assert target is not None
     with np.errstate(over="ignore"):
-        low, high = (lax.convert_element_type(end, wide.dtype) for end in (kind.min, kind.max))
+        low, high = (lax.convert_element_type(end, wide.dtype) for end in (target.min, target.max))
     pair = enclosing(wide, low, high, lambda a, mode: _cast(a, None, grid, fmt, mode, "saturate"))
     return as_dtype(pair[0], x.dtype), as_dtype(pair[1], x.dtype)
 
@@ -335,6 +338,7 @@ def _random(
         )
     if bits.dtype.itemsize < dtype.itemsize:
         raise ValueError(
-            f"{name}: `random_bits` must be at least as wide as {dtype}, got {bits.dtype}."
+            f"{name}: `random_bits` must have at least {8 * dtype.itemsize} bits per element, got "
+            f"{bits.dtype}. Draw them with jax.random.bits(key, x.shape, '{dtype}')."
         )
     return bits

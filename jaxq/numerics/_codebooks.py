@@ -64,9 +64,9 @@ def _midpoints(fmt: CodebookFormat, layout: Layout) -> tuple[int, ...]:
 def _picker(
     key: jax.Array, thresholds: tuple[int, ...], layout: Layout
 ) -> Callable[[list], jax.Array]:
-    """Returns a function that selects, for each key, one of n + 1 items by n thresholds.
+    """Returns a function that selects one of n + 1 items for each key.
 
-    The selected item has as its index the number of thresholds that the key exceeds.
+    The index of the selected item is the number of thresholds that the key exceeds.
 
     Args:
       key: ordered integers.
@@ -90,11 +90,11 @@ def _picker(
     def chain(items: list) -> jax.Array:
         """Searches both halves at once, because comparisons cost more than selections."""
         items = [*items, *items[-1:] * (len(limits) - len(thresholds))]
-        found = at(items[half + 1], items[0])
+        selected = at(items[half + 1], items[0])
         for i in range(half):
             above = lax.gt(key, at(limits[half + 1 + i], limits[i]))
-            found = lax.select(above, at(items[half + 2 + i], items[i + 1]), found)
-        return found
+            selected = lax.select(above, at(items[half + 2 + i], items[i + 1]), selected)
+        return selected
 
     return chain
 

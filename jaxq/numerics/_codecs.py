@@ -145,7 +145,8 @@ def decode(
         raise TypeError(f"decode: `codes` must be unsigned integers, got {codes.dtype}.")
     if 8 * codes.dtype.itemsize < fmt.bits:
         raise ValueError(
-            f"decode: {fmt.name} has codes of {fmt.bits} bits, got codes of {codes.dtype}."
+            f"decode: `codes` must have a dtype of at least {fmt.bits} bits for {fmt.name}, got "
+            f"codes of {codes.dtype}."
         )
     if dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"decode: `dtype` must be float32 or float64, got {dtype}.")
@@ -292,7 +293,8 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
         raise TypeError(f"unpack: `packed` must be uint8, got {packed.dtype}.")
     if size != -(-n * bits // 8):
         raise ValueError(
-            f"unpack: {n} codes of {bits} bits fill {-(-n * bits // 8)} bytes, got {size} bytes."
+            f"unpack: the last axis of `packed` must have {-(-n * bits // 8)} bytes for {n} codes "
+            f"of {bits} bits, got {size}."
         )
     return _unpacked(packed, bits, n)
 
@@ -327,7 +329,10 @@ def _unpacked(packed: jax.Array, bits: int, n: int) -> jax.Array:
 
 def _check_packing(name: str, array: jax.Array, bits: int) -> None:
     if not jnp.issubdtype(array.dtype, jnp.unsignedinteger):
-        raise TypeError(f"{name}: codes must be unsigned integers, got {array.dtype}.")
+        raise TypeError(
+            f"{name}: codes must be unsigned integers, got {array.dtype}. Convert them first, e.g. "
+            "codes.astype(jnp.uint8)."
+        )
     if not 1 <= bits <= 16:
         raise ValueError(f"{name}: `bits` must be 1 to 16, got {bits}.")
     if array.ndim == 0:

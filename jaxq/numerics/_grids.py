@@ -43,6 +43,12 @@ class BinaryGrid:
       subnormals: whether there are values between 0 and 2^emin.
       odd_codes: whether, without mantissa bits, "even" refers to the code instead of the
         significand.
+
+    Example:
+      >>> import jaxq
+      >>> grid = BinaryGrid.of(jaxq.get_format("float8_e4m3fn"))
+      >>> grid.max, grid.emin, grid.static
+      (448.0, -6, True)
     """
 
     mantissa_bits: Any

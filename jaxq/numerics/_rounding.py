@@ -99,6 +99,13 @@ class Stochastic:
     Raises:
       ValueError: if `bits` or `rule` is not one of these.
 
+    Example:
+      >>> import jax, jaxq, jax.numpy as jnp
+      >>> mode = jaxq.Stochastic(bits=8)
+      >>> y = jaxq.cast(jnp.full(1000, 0.25), "int4", rounding=mode, key=jax.random.key(0))
+      >>> round(float(y.mean()), 1) in (0.2, 0.3)
+      True
+
     References:
       IEEE SA P3109 Working Group, interim report 3, section on stochastic rounding.
     """
@@ -154,6 +161,11 @@ class HalfUp:
 
     Raises:
       ValueError: if `offset` is negative.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp
+      >>> jaxq.cast(jnp.array([-1.5, 0.5, 1.5]), "int4", rounding=HalfUp(8)).tolist()
+      [-1.0, 1.0, 2.0]
     """
 
     offset: int = 0
@@ -206,9 +218,12 @@ def is_directed(rounding: Rounding) -> bool:
 
 
 def pins(rounding: Rounding) -> tuple[bool, bool]:
-    """Returns whether a mode keeps finite overflow at the maximum, for (positive, negative) values.
+    """Returns whether finite values beyond the range saturate: a flag for each sign.
 
     By IEEE 754, section 7.4, a mode directed inward never rounds a finite value to infinity.
+
+    Returns:
+      The flags for positive and for negative values.
     """
     inward_positive = rounding in (toward_zero, down)
     inward_negative = rounding in (toward_zero, up)
@@ -227,5 +242,9 @@ def get_rounding(rounding: str | Rounding) -> Rounding:
     Raises:
       ValueError: no rounding mode has that name.
       TypeError: the argument is neither a name nor a function.
+
+    Example:
+      >>> get_rounding("stochastic")
+      Stochastic(bits=23, rule='A')
     """
     return ROUNDINGS.resolve(rounding, "rounding")

@@ -170,9 +170,9 @@ def _split(
 
 
 def _logarithm(value: float, layout: Layout) -> np.signedinteger:
-    """Returns exponent and fraction of a positive number as one integer: float bits without bias.
+    """Returns the exponent and fraction of a positive number as one integer.
 
-    Unlike the bits of a float, it can hold every exponent of a format.
+    It equals the bits of a float with a bias of 0, but can hold every exponent of a format.
     """
     significand, exponent = math.frexp(value)
     fraction = int(math.ldexp(2 * significand - 1, layout.mantissa_bits))

@@ -25,7 +25,7 @@ class RandomState(NamedTuple):
     def of(
         cls, owner: str, rules: Sequence[tuple[str, Recipe | None]], key: jax.Array | None
     ) -> "RandomState":
-        """Wraps a key; raises if a required key is missing or a given key is never used."""
+        """Wraps a key; raises ValueError if a key is missing or not needed."""
         modes = [get_rounding(recipe.rounding) for _, recipe in rules if recipe is not None]
         if key is None and any(isinstance(mode, Stochastic) for mode in modes):
             raise ValueError(
@@ -34,7 +34,7 @@ class RandomState(NamedTuple):
             )
         if key is not None and not any(map(may_draw, modes)):
             raise ValueError(
-                f"{owner}: no recipe draws random bits, got a key. Leave it out, or use recipes "
+                f"{owner}: no recipe draws random bits, got a key. Omit it, or use recipes "
                 "with rounding='stochastic'."
             )
         if key is None:

@@ -74,9 +74,9 @@ def quantize_gradients(
       Seide et al., "1-Bit Stochastic Gradient Descent" (2014); Karimireddy et al., "Error Feedback
       Fixes SignSGD and other Gradient Compression Schemes" (2019).
     """
-    found = leaf_rules("quantize_gradients", rules)
-    random = RandomState.of("quantize_gradients", found, key)
-    recipes_of = functools.partial(assign, "quantize_gradients", rules=found)
+    recipe_rules = leaf_rules("quantize_gradients", rules)
+    random = RandomState.of("quantize_gradients", recipe_rules, key)
+    recipes_of = functools.partial(assign, "quantize_gradients", rules=recipe_rules)
 
     def init(params: optax.Params) -> Any:
         refuse_states("quantize_gradients", params)
@@ -93,17 +93,21 @@ def quantize_gradients(
         del params
         leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
         later, now = random.split(state.key)
-        given, left = [leaf for _, leaf in leaves], structure.flatten_up_to(state.residual)
+        gradients, residuals = [leaf for _, leaf in leaves], structure.flatten_up_to(state.residual)
         for i, ((path, leaf), recipe) in enumerate(zip(leaves, recipes_of(updates), strict=True)):
             if recipe is None:
                 continue
-            total = leaf if left[i] is None else widen(leaf) + left[i]
+            total = leaf if residuals[i] is None else widen(leaf) + residuals[i]
             with naming("quantize_gradients", path):
                 rounded = fake_quant(total, recipe, key=own_key(recipe, now, i))
-            given[i] = as_dtype(rounded, leaf.dtype)
-            if left[i] is not None:
-                rest = total - widen(given[i])
-                left[i] = jnp.where(jnp.isfinite(rest), rest, jnp.zeros_like(rest))
-        return structure.unflatten(given), QuantizedGradients(structure.unflatten(left), later)
+            gradients[i] = as_dtype(rounded, leaf.dtype)
+            if residuals[i] is not None:
+                rounding_error = total - widen(gradients[i])
+                residuals[i] = jnp.where(
+                    jnp.isfinite(rounding_error), rounding_error, jnp.zeros_like(rounding_error)
+                )
+        return structure.unflatten(gradients), QuantizedGradients(
+            structure.unflatten(residuals), later
+        )
 
     return optax.GradientTransformation(init, update)

@@ -35,7 +35,8 @@ def bits_schedule(first: int, last: int, *, steps: int, begin: int = 0) -> optax
     if min(first, last, steps) < 1 or steps * max(change, 1) >= 2**31:
         raise ValueError(
             "bits_schedule: widths and `steps` must be at least 1 and steps * |last - first| below "
-            f"2^31, got first={first}, last={last}, steps={steps}."
+            f"2^31, got first={first}, last={last}, steps={steps}. "
+            "Use, for example, bits_schedule(8, 2, steps=600)."
         )
     sign = 1 if last > first else -1
 

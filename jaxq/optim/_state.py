@@ -135,11 +135,11 @@ def quantize_state(
     learning rate: the largest update of torchao 0.18's `Adam8bit` was 1.4e3 to 1.6e5, that of
     bitsandbytes 0.50.2 was 2 to 4, and that of float32 Adam was 2.
 
-    Rounding to nearest has two more effects. A moment that changes by less than half a level per
-    step keeps its code until the block's scale changes; stochastic rounding preserves the change in
-    the mean. And as the lowest value of `dynamic8` is -0.993, a negative extreme of a block loses
-    0.7% of its magnitude per step. `optax.rmsprop(centered=True)` subtracts one quantized moment
-    from another and is not protected: leave its state in float32.
+    Rounding to nearest has two more effects. First, a moment that changes by less than half a
+    level per step keeps its code until the block's scale changes; stochastic rounding preserves the
+    change in the mean. Second, the lowest value of `dynamic8` is -0.993, so a negative extreme of a
+    block loses 0.7% of its magnitude per step. `optax.rmsprop(centered=True)` subtracts one
+    quantized moment from another and is not protected: leave its state in float32.
 
     Args:
       tx: any optimizer.
@@ -178,8 +178,8 @@ def quantize_state(
       Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022); Li et al., "Memory
       Efficient Optimizers with 4-bit States" (2023), on second moments that become 0.
     """
-    found, strict = leaf_rules("quantize_state", rules), rules is not ADAM8BIT
-    random = RandomState.of("quantize_state", found, key)
+    recipe_rules, strict = leaf_rules("quantize_state", rules), rules is not ADAM8BIT
+    random = RandomState.of("quantize_state", recipe_rules, key)
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> Any:
@@ -191,11 +191,11 @@ def quantize_state(
                 return not_floating(leaf)
             if leaf.shape not in shapes:
                 return f"has the shape {leaf.shape} of no parameter"
-            few = leaf.size < min_size
-            return f"has {leaf.size} elements, fewer than min_size={min_size}" if few else ""
+            is_small = leaf.size < min_size
+            return f"has {leaf.size} elements, fewer than min_size={min_size}" if is_small else ""
 
         inner = tx.init(params)
-        recipes = assign("quantize_state", inner, found, unfit=unfit, strict=strict)
+        recipes = assign("quantize_state", inner, recipe_rules, unfit=unfit, strict=strict)
         squares = [] if second_moments is None else [(second_moments, True)]
         roots = assign("quantize_state", inner, squares, strict=False)
         later, now = random.split(random.data)

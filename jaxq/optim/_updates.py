@@ -78,9 +78,9 @@ def apply_updates(
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     result = []
     for i, ((path, p), u) in enumerate(zip(leaves, structure.flatten_up_to(updates), strict=True)):
-        own = None if key is None else jax.random.fold_in(key, i)
+        leaf_key = None if key is None else jax.random.fold_in(key, i)
         with naming("apply_updates", path):
-            result.append(_moved(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, own))
+            result.append(_moved(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, leaf_key))
     return structure.unflatten(result)
 
 
@@ -107,7 +107,7 @@ def _wide(x: jax.Array) -> jax.Array:
     fmt = get_format(x.dtype)
     if fmt.bits != 8 * x.dtype.itemsize or fmt.bits not in (8, 16):
         raise ValueError(
-            f"its dtype must fill one or two bytes, got {x.dtype}. Hold such weights "
-            f"as float32 with fmt={fmt.name!r}."
+            f"the dtype of a parameter must fill one or two bytes, got {x.dtype}. Store such "
+            f"weights as float32 with fmt={fmt.name!r}."
         )
     return decode(lax.bitcast_convert_type(x, code_dtype(fmt)), fmt)

@@ -60,7 +60,10 @@ class Accumulation:
         outer = self.format if self.outer_format is None else self.outer_format
         object.__setattr__(self, "outer_format", get_format(outer))
         if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"Accumulation: `chunk` must be at least 1, got {self.chunk}.")
+            raise ValueError(
+                f"Accumulation: `chunk` must be at least 1, got {self.chunk}. "
+                "Use None for one chunk."
+            )
         if self.order not in ("sequential", "pairwise"):
             raise ValueError(
                 f"Accumulation: `order` must be 'sequential' or 'pairwise', got {self.order!r}."
@@ -93,8 +96,8 @@ class Accumulation:
         )
         start = jnp.zeros((*a.shape[:-1], b.shape[-2]), jnp.float32)
 
-        def add(fmt: Format, total: jax.Array, more: jax.Array) -> jax.Array:
-            return cast(total + more, fmt)
+        def add(fmt: Format, total: jax.Array, term_value: jax.Array) -> jax.Array:
+            return cast(total + term_value, fmt)
 
         inner, outer = (functools.partial(add, get_format(f)) for f in (self.format, self._outer))
 

@@ -103,19 +103,24 @@ def get_product_recipe(recipe: str | ProductRecipe) -> ProductRecipe:
     Raises:
       ValueError: no product recipe has that name; the message suggests the nearest names.
       TypeError: the argument is neither a name nor a `ProductRecipe`.
+
+    Example:
+      >>> get_product_recipe("w8a8").rhs.granularity
+      PerChannel()
     """
     if isinstance(recipe, ProductRecipe):
         return recipe
     if not isinstance(recipe, str):
         raise TypeError(
-            f"A product recipe must be a name or a jaxq.ProductRecipe, got {type(recipe).__name__}."
+            "A product recipe must be a name or a jaxq.ProductRecipe, got "
+            f"{type(recipe).__name__}. Use a name in jaxq.products.PRODUCT_RECIPES."
         )
     if recipe in RECIPES or recipe in FORMATS:
-        kind = "recipe for one tensor" if recipe in RECIPES else "number format"
-        near = PRODUCT_RECIPES.near(recipe)
-        named = f"Use a product recipe such as {near[0]!r}, or" if near else "Write"
+        category = "recipe for one tensor" if recipe in RECIPES else "number format"
+        suggestions = PRODUCT_RECIPES.near(recipe)
+        advice = f"Use a product recipe such as {suggestions[0]!r}, or" if suggestions else "Write"
         raise ValueError(
-            f"{recipe!r} is a {kind}, not a product recipe. {named} jaxq.ProductRecipe(lhs, rhs) "
-            "with a recipe for each operand."
+            f"{recipe!r} is a {category}, not a product recipe. {advice} "
+            "jaxq.ProductRecipe(lhs, rhs) with a recipe for each operand."
         )
     return PRODUCT_RECIPES.find(recipe)

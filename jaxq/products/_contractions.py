@@ -100,13 +100,19 @@ class Contraction:
             tuple(self.rhs.index(label) for label in labels),
         )
 
-    def _axes(self, own: tuple[int, ...], other: tuple[int, ...]) -> Axes:
+    def _axes(self, labels: tuple[int, ...], other_labels: tuple[int, ...]) -> Axes:
         def having(condition: Callable[[int], bool]) -> tuple[int, ...]:
-            return tuple(own.index(label) for label in sorted(own) if condition(label))
+            return tuple(labels.index(label) for label in sorted(labels) if condition(label))
 
         return Axes(
-            having(lambda label: label == self.group or (label in self.out and label in other)),
-            having(lambda label: label != self.group and label in self.out and label not in other),
+            having(
+                lambda label: label == self.group or (label in self.out and label in other_labels)
+            ),
+            having(
+                lambda label: (
+                    label != self.group and label in self.out and label not in other_labels
+                )
+            ),
             having(lambda label: label != self.group and label not in self.out),
         )
 
@@ -151,7 +157,7 @@ def of_ragged_dot(
 
 
 def of_einsum(subscripts: str, lhs_ndim: int, rhs_ndim: int) -> Contraction:
-    """Returns the contraction of an einsum of two operands, with labels in order of appearance.
+    """Returns the contraction of an einsum, whose labels are numbered in order of appearance.
 
     Raises:
       ValueError: the subscripts do not describe two operands with these numbers of axes, or name an
@@ -162,49 +168,52 @@ def of_einsum(subscripts: str, lhs_ndim: int, rhs_ndim: int) -> Contraction:
     terms = inputs.split(",")
     if len(terms) != 2:
         raise ValueError(
-            f"einsum: a recipe needs exactly two operands, got {len(terms)} in {subscripts!r}. "
-            "Split a longer product into several."
+            f"einsum: with a recipe there must be exactly two operands, got {len(terms)} in "
+            f"{subscripts!r}. Split a longer product into several."
         )
     # The axes of an ellipsis get unused letters, aligned at the last axis as in broadcasting.
-    spare = [c for c in string.ascii_uppercase + string.ascii_lowercase if c not in text]
-    hidden = [
+    unused_letters = [c for c in string.ascii_uppercase + string.ascii_lowercase if c not in text]
+    ellipsis_ndims = [
         n - len(term.replace("...", ""))
         for n, term in zip((lhs_ndim, rhs_ndim), terms, strict=True)
     ]
-    widest = spare[: max(hidden)] if "..." in text else []
+    ellipsis_labels = unused_letters[: max(ellipsis_ndims)] if "..." in text else []
     lhs, rhs = (
-        term.replace("...", "".join(widest[len(widest) - count :]) if "..." in term else "")
-        for term, count in zip(terms, hidden, strict=True)
+        term.replace(
+            "...", "".join(ellipsis_labels[len(ellipsis_labels) - count :]) if "..." in term else ""
+        )
+        for term, count in zip(terms, ellipsis_ndims, strict=True)
     )
     if arrow:
-        out = output.replace("...", "".join(widest))
+        out = output.replace("...", "".join(ellipsis_labels))
     else:  # As in NumPy: the labels that occur once, in alphabetical order.
-        once = sorted(c for c in {*lhs, *rhs} - {*widest} if (lhs + rhs).count(c) == 1)
-        out = "".join([*widest, *once])
+        once = sorted(c for c in {*lhs, *rhs} - {*ellipsis_labels} if (lhs + rhs).count(c) == 1)
+        out = "".join([*ellipsis_labels, *once])
     for name, term, ndim in (("lhs", lhs, lhs_ndim), ("rhs", rhs, rhs_ndim)):
         if len(term) != ndim or len({*term}) != ndim:
             raise ValueError(
                 f"einsum: {subscripts!r} must name each of the {ndim} axes of `{name}` once. With "
                 "a recipe no axis may be named twice; take the diagonal first."
             )
-    numbers = {label: i for i, label in enumerate(dict.fromkeys(lhs + rhs))}
-    lhs, rhs, out = (tuple(numbers[label] for label in term) for term in (lhs, rhs, out))
+    label_numbers = {label: i for i, label in enumerate(dict.fromkeys(lhs + rhs))}
+    lhs, rhs, out = (tuple(label_numbers[label] for label in term) for term in (lhs, rhs, out))
     return Contraction(lhs, rhs, out)
 
 
 def of_conv(numbers: lax.ConvDimensionNumbers) -> Contraction:
     """Returns the contraction of a convolution.
 
-    The window's axes of the operands and the result have different labels, so they count as
-    contracted, and vary slowest. Channels vary fastest; in the gradient of the kernel, the batch.
+    The window axes have different labels in the operands and in the result, so they count as
+    contracted. Among the contracted axes they vary slowest; channels vary fastest, or the batch in
+    the gradient of the kernel.
     """
-    count = len(numbers.lhs_spec) - 2
-    channel, feature, batch = range(3 * count, 3 * count + 3)
+    window_ndim = len(numbers.lhs_spec) - 2
+    channel, feature, batch = range(3 * window_ndim, 3 * window_ndim + 3)
 
     def labels(spec: Sequence[int], names: Sequence[int]) -> tuple[int, ...]:
-        return tuple(names[spec.index(axis)] for axis in range(count + 2))
+        return tuple(names[spec.index(axis)] for axis in range(window_ndim + 2))
 
-    lhs, rhs, out = (range(i * count, (i + 1) * count) for i in range(3))
+    lhs, rhs, out = (range(i * window_ndim, (i + 1) * window_ndim) for i in range(3))
     return Contraction(
         labels(numbers.lhs_spec, (batch, channel, *lhs)),
         labels(numbers.rhs_spec, (feature, channel, *rhs)),
@@ -242,15 +251,15 @@ def _token(granularity: PerToken, shape: tuple[int, ...], axes: Axes) -> Granula
 
 
 def _channel(granularity: PerChannel, shape: tuple[int, ...], axes: Axes) -> Granularity:
-    count = len(axes.free)
-    wanted = granularity.axes if isinstance(granularity.axes, tuple) else (granularity.axes,)
-    for axis in wanted:
-        if not -count <= axis < count:
+    free_ndim = len(axes.free)
+    channel_axes = granularity.axes if isinstance(granularity.axes, tuple) else (granularity.axes,)
+    for axis in channel_axes:
+        if not -free_ndim <= axis < free_ndim:
             raise ValueError(
                 f"{granularity}: `axes` must index the free axes; a tensor of shape {shape} has "
-                f"{count} here. Use PerToken() for one scale per vector along the contraction."
+                f"{free_ndim} here. Use PerToken() for one scale per vector along the contraction."
             )
-    return PerChannel(axes.batch + tuple(sorted({axes.free[axis] for axis in wanted})))
+    return PerChannel(axes.batch + tuple(sorted({axes.free[axis] for axis in channel_axes})))
 
 
 def _block(granularity: PerBlock, shape: tuple[int, ...], axes: Axes) -> Granularity:
@@ -263,11 +272,11 @@ def _block(granularity: PerBlock, shape: tuple[int, ...], axes: Axes) -> Granula
                 f"{granularity}: an operand counts as a matrix [free, contract], whose axes are 0 "
                 f"(or -2) and 1 (or -1), got axis {axis}."
             )
-        part = axes.contract if axis % 2 else axes.free
-        if granularity.pad and part:
-            sizes[part[-1]] = size
+        merged_axes = axes.contract if axis % 2 else axes.free
+        if granularity.pad and merged_axes:
+            sizes[merged_axes[-1]] = size
         else:
-            sizes |= block_along(size, part, shape, str(granularity))
+            sizes |= block_along(size, merged_axes, shape, str(granularity))
     return PerBlock(tuple(sizes.values()), tuple(sizes), pad=granularity.pad)
 
 
@@ -284,14 +293,16 @@ def block_along(
     Raises:
       ValueError: the axes do not divide into such blocks.
     """
-    sizes, rest = {}, size
+    sizes, remaining = {}, size
     for axis in reversed(axes):
-        n = shape[axis]
-        sizes[axis] = rest if n % rest == 0 else n if rest % n == 0 else 0
+        length = shape[axis]
+        sizes[axis] = (
+            remaining if length % remaining == 0 else length if remaining % length == 0 else 0
+        )
         if not sizes[axis]:
             break
-        rest //= sizes[axis]
-    if rest > 1 or not axes:
+        remaining //= sizes[axis]
+    if remaining > 1 or not axes:
         lengths = " x ".join(str(shape[axis]) for axis in axes) or "no"
         remedy = "Choose a size that does, or pad the tensor."
         if any(is_symbolic(shape[axis]) for axis in axes):

@@ -127,20 +127,20 @@ def _jvp(
     transpose: Function,
     join: Function,
 ) -> tuple:
-    (x, *rest), (moved, *others) = primals, tangents
+    (x, *rest), (x_tangent, *rest_tangents) = primals, tangents
     y = with_transpose(function, transpose, x, *rest, join=join)
     parts = []
-    if type(moved) is not ad.Zero:
-        parts.append(with_transpose(function, transpose, moved, *rest, join=join))
-    moving = [i for i, other in enumerate(others) if type(other) is not ad.Zero]
-    if moving:
+    if type(x_tangent) is not ad.Zero:
+        parts.append(with_transpose(function, transpose, x_tangent, *rest, join=join))
+    active = [i for i, tangent in enumerate(rest_tangents) if type(tangent) is not ad.Zero]
+    if active:
 
         def of_rest(*values: jax.Array) -> jax.Array:
-            given = dict(zip(moving, values, strict=True))
-            return function(x, *(given.get(i, value) for i, value in enumerate(rest)))
+            replacements = dict(zip(active, values, strict=True))
+            return function(x, *(replacements.get(i, value) for i, value in enumerate(rest)))
 
-        values, steps = ([array[i] for i in moving] for array in (rest, others))
-        parts.append(jax.jvp(of_rest, values, steps)[1])
+        values, active_tangents = ([array[i] for i in active] for array in (rest, rest_tangents))
+        parts.append(jax.jvp(of_rest, values, active_tangents)[1])
     return y, sum(parts[1:], start=parts[0])
 
 

@@ -1,7 +1,7 @@
 """Products of codes: native execution, and emulation of narrow accumulators.
 
-Both separate the quantizers' codes from their scales, which multiply the result where they do not
-lie along the contraction. There is no fallback: unsupported cases raise an error.
+Both multiply codes and apply the scales to the result, unless the scales vary along the
+contraction. There is no fallback: unsupported cases raise an error.
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ class DotOfCodes:
 
     def ordered(self, y: jax.Array) -> jax.Array:
         """Transposes a result from (batch, free lhs, free rhs) axes to the order of the labels."""
-        have = _labels(self.contraction)
-        return y.transpose([have.index(label) for label in self.contraction.out])
+        labels = _labels(self.contraction)
+        return y.transpose([labels.index(label) for label in self.contraction.out])
 
 
 def _labels(contraction: Contraction) -> list[int]:
@@ -74,15 +74,18 @@ def check(execution: Any, name: str, contraction: Contraction, codes: Codes | No
     """Raises an error if an operation does not support an execution for any operands."""
     if execution == "emulated":
         return
-    named = "execution='native'" if execution == "native" else "an Accumulation"
+    execution_name = "execution='native'" if execution == "native" else "an Accumulation"
     if codes is None or (execution != "native" and not isinstance(codes, DotOfCodes)):
         raise ValueError(
-            f"{name}: {named} is not supported for this product. Use execution='emulated'."
+            f"{name}: {execution_name} is not supported for this product. Use execution='emulated'."
         )
-    both = len(contraction.shared[0])
-    if isinstance(codes, DotOfCodes) and any(len(a.contract) != both for a in contraction.axes):
+    shared_ndim = len(contraction.shared[0])
+    if isinstance(codes, DotOfCodes) and any(
+        len(a.contract) != shared_ndim for a in contraction.axes
+    ):
         raise ValueError(
-            f"{name}: {named} cannot sum over an axis that only one operand has. Sum first."
+            f"{name}: {execution_name} cannot sum over an axis that only one operand has. Sum that "
+            "operand over the axis first."
         )
 
 
@@ -119,25 +122,27 @@ def run(
                 f"{name}: {operand.name}: execution='native' multiplies codes and takes no zero "
                 "point. Use a symmetric recipe."
             )
-    along = [_lies_along(q, axes) for q, axes in zip(quantized, contraction.axes, strict=True)]
-    if all(along) and isinstance(codes, DotOfCodes):
+    has_inner_scales = [
+        _lies_along(q, axes) for q, axes in zip(quantized, contraction.axes, strict=True)
+    ]
+    if all(has_inner_scales) and isinstance(codes, DotOfCodes):
         return _scaled_matmul(name, codes, operands, quantized)
-    for operand, q, lies in zip(operands, quantized, along, strict=True):
-        if lies:
+    for operand, q, scaled_inside in zip(operands, quantized, has_inner_scales, strict=True):
+        if scaled_inside:
             raise ValueError(
                 f"{name}: {operand.name}: {q.recipe.granularity} puts scales along the "
                 "contraction, which execution='native' takes only for both operands of a dot, in "
                 "an MX format or NVFP4. Use PerTensor(), PerToken() or PerChannel()."
             )
-    kinds = {isinstance(q.recipe.element, IntFormat) for q in quantized}
-    if len(kinds) > 1:
+    integer_flags = {isinstance(q.recipe.element, IntFormat) for q in quantized}
+    if len(integer_flags) > 1:
         raise ValueError(
             f"{name}: execution='native' multiplies integers by integers and floats by floats, got "
-            f"{' and '.join(q.recipe.element.name for q in quantized)}."
+            f"{' and '.join(q.recipe.element.name for q in quantized)}. Use formats of one kind."
         )
-    left, right = (_narrow(name, o, q) for o, q in zip(operands, quantized, strict=True))
-    preferred = jnp.int32 if kinds == {True} else jnp.float32
-    y = codes(left, right, preferred).astype(jnp.float32)
+    lhs_codes, rhs_codes = (_narrow(name, o, q) for o, q in zip(operands, quantized, strict=True))
+    preferred = jnp.int32 if integer_flags == {True} else jnp.float32
+    y = codes(lhs_codes, rhs_codes, preferred).astype(jnp.float32)
     return _rescaled(y, contraction, [q.scales for q in quantized], quantized)
 
 
@@ -151,8 +156,8 @@ def _quantized(name: str, operand: Operand) -> Quantized:
             f"{name}: {operand.name}: only execution='emulated' multiplies a tensor with "
             f"{feature}, whose values are not codes times scales. Use it, or a recipe without them."
         )
-    given = {} if operand.scales is None else operand.scales._asdict()
-    return quantize(operand.x, recipe, key=operand.key, **given)
+    scales = {} if operand.scales is None else operand.scales._asdict()
+    return quantize(operand.x, recipe, key=operand.key, **scales)
 
 
 def _tensor_scale(q: Quantized) -> jax.Array | None:
@@ -185,15 +190,23 @@ def _rescaled(
 ) -> jax.Array:
     """Multiplies a result by the scales of lhs and then by those of rhs."""
     labels = (contraction.lhs, contraction.rhs)
-    for own, axes, scale, q in zip(labels, contraction.axes, scales, quantized, strict=True):
+    for operand_labels, axes, scale, q in zip(
+        labels, contraction.axes, scales, quantized, strict=True
+    ):
         if scale is None:
             continue
         if scale.ndim:
             scale = _repeat(scale, q, (*axes.batch, *axes.free))
             scale = lax.squeeze(scale, axes.contract)
-            left = sorted((*axes.batch, *axes.free))
-            order = [label for label in contraction.out if label in {own[i] for i in left}]
-            scale = scale.transpose([left.index(own.index(label)) for label in order])
+            result_axes = sorted((*axes.batch, *axes.free))
+            order = [
+                label
+                for label in contraction.out
+                if label in {operand_labels[i] for i in result_axes}
+            ]
+            scale = scale.transpose(
+                [result_axes.index(operand_labels.index(label)) for label in order]
+            )
             missing = [i for i, label in enumerate(contraction.out) if label not in order]
             scale = jnp.expand_dims(scale, missing)
         y = y * scale
@@ -220,7 +233,8 @@ def _scaled_matmul(
         if element.dtype is None or scales.dtype is None or scales.bits != 8 or not plain:
             raise ValueError(
                 f"{name}: {operand.name}: execution='native' takes blocks of an MX format or "
-                f"NVFP4, got {element.name!r} with scales in {scales.name!r}."
+                f"NVFP4, got {element.name!r} with scales in {scales.name!r}. Use a recipe "
+                "such as 'mxfp4'."
             )
         codes = q.unpack()
         if element.bits == 8:

@@ -32,6 +32,11 @@ class Hadamard:
     Raises:
       ValueError: the size is not a power of two, or the signs are not `size` numbers 1 or -1.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> Hadamard(2, signs=(1, -1)).apply(jnp.array([3.0, 1.0]), {0: 2}, jnp.array([1.0, -1.0]))
+      Array([1.4142135, 2.828427 ], dtype=float32)
+
     References:
       Tseng, Yu, Park (2025), "Training LLMs with MXFP4"; NVIDIA (2025), "Pretraining Large Language
       Models with NVFP4".
@@ -43,7 +48,8 @@ class Hadamard:
     def __post_init__(self) -> None:
         if self.size < 2 or self.size & (self.size - 1):
             raise ValueError(
-                f"Hadamard: `size` must be a power of two, at least 2, got {self.size}."
+                f"Hadamard: `size` must be a power of two, at least 2, got {self.size}. Use, for "
+                "example, 16."
             )
         if self.signs is not None:
             object.__setattr__(self, "signs", tuple(self.signs))

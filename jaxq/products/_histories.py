@@ -72,6 +72,11 @@ class History:
       amax: float32 `[..., length]`, newest first; 0 for a step in which no amax was observed.
       margin: the exponent of a factor 2^margin by which scales exceed those of the largest amax; 0
         by default.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(History(jnp.array([3.0, 8.0, 0.0])).largest().value)
+      8.0
     """
 
     amax: jax.Array
@@ -140,10 +145,10 @@ class _Static:
 
     def row(self, amax: jax.Array, length: int) -> jax.Array:
         """Returns a history's cotangent, whose first element is the amax over all devices."""
-        differing = tuple(self.devices - self.shared)
-        seen = jnp.where(jnp.isfinite(amax), amax, 0)
-        seen = lax.pmax(seen, differing) if differing else seen
-        return jnp.zeros(length, jnp.float32).at[0].set(seen)
+        extra_axes = tuple(self.devices - self.shared)
+        finite_amax = jnp.where(jnp.isfinite(amax), amax, 0)
+        finite_amax = lax.pmax(finite_amax, extra_axes) if extra_axes else finite_amax
+        return jnp.zeros(length, jnp.float32).at[0].set(finite_amax)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -155,24 +160,26 @@ def _recorded(static: _Static, y: jax.Array, history: jax.Array, operand: Any) -
 @functools.partial(_recorded.defjvp, symbolic_zeros=True)
 def _recorded_jvp(static: _Static, primals: tuple, tangents: tuple) -> tuple:
     y, history, operand = primals
-    moved, moved_history, _ = tangents
+    y_tangent, history_tangent, _ = tangents
     (length,) = history.shape
-    parts = [] if isinstance(moved, SymbolicZero) else [moved]
-    if isinstance(moved_history, SymbolicZero):
+    parts = [] if isinstance(y_tangent, SymbolicZero) else [y_tangent]
+    if isinstance(history_tangent, SymbolicZero):
         return y, parts[0] if parts else jnp.zeros_like(y)
 
-    def seen(cotangent: jax.Array, amax: jax.Array) -> jax.Array:
+    def record_operand(cotangent: jax.Array, amax: jax.Array) -> jax.Array:
         del cotangent
         return static.row(amax, length)
 
-    def seen_backward(cotangent: jax.Array, residual: jax.Array) -> jax.Array:
+    def record_cotangent(cotangent: jax.Array, residual: jax.Array) -> jax.Array:
         del residual
         return static.row(_amax(cotangent, static.recipe), length)
 
     if operand is None:
         # An element of the product, so that `vmap` batches it whenever it batches the product.
-        transpose, known = seen_backward, lax.stop_gradient(y[(0,) * y.ndim])
+        transpose, residual_array = record_cotangent, lax.stop_gradient(y[(0,) * y.ndim])
     else:
-        transpose, known = seen, _amax(operand, static.recipe)
-    parts.append(with_transpose(static.zeros, transpose, moved_history, known, join=_largest))
+        transpose, residual_array = record_operand, _amax(operand, static.recipe)
+    parts.append(
+        with_transpose(static.zeros, transpose, history_tangent, residual_array, join=_largest)
+    )
     return y, sum(parts[1:], start=parts[0])

@@ -1,8 +1,8 @@
-"""Numbers that merge over products, loops and devices, and their places in a row of float32.
+"""Statistics of products, and the layout in which one float32 row holds them.
 
-There are four kinds: counts, vectors that are added, largest values, and sums that have exponents
-of their own. A row of zeros is neutral, because JAX creates cotangents of zeros for branches that
-do not run.
+Statistics are merged over products, loop iterations and devices. There are four groups: counts,
+vectors that are added, largest values, and sums with separate exponents. Merging with a row of
+zeros changes nothing, because JAX creates cotangents of zeros for branches that do not run.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Scaled(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """Numbers by name, each with the way in which two of them merge.
+    """Statistics by name, grouped by the operation that merges two of them.
 
     Attributes:
       counts: int32 `[1]`, added without rounding; float32 scalars from a row.
@@ -44,7 +44,7 @@ class Tally(NamedTuple):
 
     @classmethod
     def empty(cls) -> "Tally":
-        """Returns a tally without numbers."""
+        """Returns a tally without statistics."""
         return cls({}, {}, {}, {})
 
     def join(self, other: "Tally") -> "Tally":
@@ -58,14 +58,14 @@ class Tally(NamedTuple):
         return Tally(*parts)
 
     def split(self) -> "dict[str, Tally]":
-        """Returns the tallies from which `prefixed` has made this one, by their prefixes."""
-        found: dict[str, Tally] = {}
-        for kind, part in enumerate(self):
+        """Splits a tally whose names have prefixes into one tally per prefix."""
+        tallies: dict[str, Tally] = {}
+        for index, part in enumerate(self):
             for path, x in part.items():
                 prefix, _, name = path.rpartition("/")
-                own: Any = found.setdefault(prefix, Tally.empty())[kind]
-                own[name] = x
-        return found
+                numbers: Any = tallies.setdefault(prefix, Tally.empty())[index]
+                numbers[name] = x
+        return tallies
 
 
 _HALF = 16  # A count n is stored as n >> 16 and n & 65535, whose float32 sums stay exact.
@@ -73,9 +73,9 @@ _HALF = 16  # A count n is stored as n >> 16 and n & 65535, whose float32 sums s
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """The places of a tally's numbers in a row.
+    """The positions of a tally's statistics in a row.
 
-    Numbers of one kind are adjacent, so that `pack` needs few operations, which compile slowly.
+    Each group is contiguous, so that `pack` needs few operations, which compile slowly.
 
     Attributes:
       counts: the names of the counts.
@@ -93,7 +93,7 @@ class RowLayout:
     def of(cls, tally: Tally) -> "RowLayout":
         """Returns the layout of a tally of arrays or of their shapes."""
         added = tuple((name, math.prod(x.shape)) for name, x in sorted(tally.added.items()))
-        counts, largest, scaled = (tuple(sorted(tally[kind])) for kind in (0, 2, 3))
+        counts, largest, scaled = (tuple(sorted(tally[index])) for index in (0, 2, 3))
         return cls(counts, added, largest, scaled)
 
     @property
@@ -131,12 +131,12 @@ class RowLayout:
         """Returns the tally of a row, or of rows with leading axes."""
         ends = np.cumsum(self.lengths)[:-1].tolist()
         high, low, vectors, tops, values, exponents = jnp.split(row, ends, axis=-1)
-        numbers, added, at = high * np.float32(2**_HALF) + low, {}, 0
+        counts, added, start = high * np.float32(2**_HALF) + low, {}, 0
         for name, n in self.added:
-            added[name] = vectors[..., at : at + n]
-            at += n
+            added[name] = vectors[..., start : start + n]
+            start += n
         return Tally(
-            {name: numbers[..., i] for i, name in enumerate(self.counts)},
+            {name: counts[..., i] for i, name in enumerate(self.counts)},
             added,
             {name: tops[..., i] for i, name in enumerate(self.largest)},
             {name: Scaled(values[..., i], exponents[..., i]) for i, name in enumerate(self.scaled)},
@@ -146,27 +146,31 @@ class RowLayout:
         """Merges rows along the first axis."""
         first, second, third = np.cumsum(self.lengths)[2:5].tolist()
         values, exponents = rows[..., second:third], rows[..., third:]
-        used = jnp.where(values != 0, exponents, -jnp.inf)
-        top = used.max(0)
-        top = jnp.where(jnp.isfinite(top), top, np.float32(0))
-        # Terms that are smaller by more than the range of float32 become 0.
-        steps = lax.clamp(
-            np.float32(-127), jnp.where(values != 0, used - top[None], 0), np.float32(0)
+        used_exponents = jnp.where(values != 0, exponents, -jnp.inf)
+        largest_exponent = used_exponents.max(0)
+        largest_exponent = jnp.where(
+            jnp.isfinite(largest_exponent), largest_exponent, np.float32(0)
         )
-        factors = jnp.where(steps > -127, _power_of_two(steps), np.float32(0))
+        # Terms that are smaller by more than the range of float32 become 0.
+        differences = lax.clamp(
+            np.float32(-127),
+            jnp.where(values != 0, used_exponents - largest_exponent[None], 0),
+            np.float32(0),
+        )
+        factors = jnp.where(differences > -127, _power_of_two(differences), np.float32(0))
         return jnp.concatenate(
             [
                 rows[..., :first].sum(0),
                 rows[..., first:second].max(0),
                 (values * factors).sum(0),
-                top,
+                largest_exponent,
             ],
             -1,
         )
 
 
 class PassLayouts(NamedTuple):
-    """The layouts of the two parts of a row, of the forward and of the backward pass."""
+    """The layouts of the two parts of a row: the forward pass, then the backward pass."""
 
     forward: RowLayout
     backward: RowLayout

@@ -70,11 +70,11 @@ class Plan(NamedTuple):
                 if (quantizer or hadamard) and str(x.dtype) not in _QUANTIZED:
                     raise TypeError(
                         f"must be of dtype {', '.join(_QUANTIZED)} to be quantized, got "
-                        f"{x.dtype}. Convert it, or give it no recipe."
+                        f"{x.dtype}. Convert it, or use None as its recipe."
                     )
                 quantizers.append(_on_axes(quantizer, x.shape, operation.contraction.axes[i]))
-                size = {} if hadamard is None else _along(hadamard, shared, x.shape)
-                sizes.append(size)
+                lengths = {} if hadamard is None else _along(hadamard, shared, x.shape)
+                sizes.append(lengths)
         return cls((quantizers[0], quantizers[1]), hadamard, (sizes[0], sizes[1]))
 
     def keys(self, keys: Key) -> tuple[Key, Key]:
@@ -106,12 +106,12 @@ class Plan(NamedTuple):
         self, lhs: jax.Array, rhs: jax.Array, scales: Pair
     ) -> tuple[Calibrated | None, Calibrated | None]:
         """Returns the precomputed scales of the operands, with `Amax` converted to scales."""
-        found = []
+        resolved = []
         for x, quantizer, scale in zip((lhs, rhs), self.quantizers, scales, strict=True):
             if isinstance(scale, Amax):
                 scale = None if quantizer is None else scale.scale(x, quantizer)
-            found.append(scale)
-        return found[0], found[1]
+            resolved.append(scale)
+        return resolved[0], resolved[1]
 
     def _quantized(
         self, lhs: jax.Array, rhs: jax.Array, keys: Key, scales: tuple[Calibrated | None, ...]
@@ -120,8 +120,10 @@ class Plan(NamedTuple):
         left, right = (
             x
             if quantizer is None
-            else fake_quant(x, quantizer, key=key, **({} if given is None else given._asdict()))
-            for x, quantizer, key, given in zip(
+            else fake_quant(
+                x, quantizer, key=key, **({} if calibrated is None else calibrated._asdict())
+            )
+            for x, quantizer, key, calibrated in zip(
                 (lhs, rhs), self.quantizers, self.keys(keys), scales, strict=True
             )
         )

@@ -61,7 +61,8 @@ def product(
     """
     if keys is not None and not recipe.draws:
         raise ValueError(
-            f"{operation.name}: the recipe draws no random numbers, got a key. Leave it out."
+            f"{operation.name}: `key` must be None, as the recipe draws no random bits, got a key. "
+            "Omit it."
         )
     _check_key(operation.name, recipe.forward, keys)
     return _product(operation, lhs, rhs, recipe, keys, scales)
@@ -148,8 +149,8 @@ def keys_by_product(recipe: ProductRecipe, keys: Key) -> PerProduct[Key]:
 def _check_key(name: str, recipe: SingleProduct, key: Key) -> None:
     if recipe.draws and key is None:
         raise ValueError(
-            f"{name}: the recipe draws random numbers for {' and '.join(recipe.draws)}. Pass "
-            "`key`, for example jax.random.key(seed)."
+            f"{name}: `key` must be given, as the recipe draws random bits for "
+            f"{' and '.join(recipe.draws)}, got None. Pass, for example, jax.random.key(seed)."
         )
 
 
@@ -195,20 +196,20 @@ def _product(
         )
         return as_dtype(result, out.dtype)
 
-    def tangent(primals: tuple, tangents: tuple) -> tuple:
+    def jvp(primals: tuple, tangents: tuple) -> tuple:
         operands, originals, keys, scales, arguments = primals
-        own = dataclasses.replace(operation, arguments=arguments)
+        current = dataclasses.replace(operation, arguments=arguments)
         residuals = operands if recipe.residuals == "quantized" else originals
         parts = []
         for of, single in enumerate(recipe.products.gradients):
-            moved, residual = tangents[0][of], residuals[1 - of]
-            if not isinstance(moved, SymbolicZero):
+            tangent, residual = tangents[0][of], residuals[1 - of]
+            if not isinstance(tangent, SymbolicZero):
                 part = _Part(of, single, out, keys if single.draws else None, scales.gradients[of])
-                parts.append(_linear(own, part, moved, residual))
+                parts.append(_linear(current, part, tangent, residual))
         y = multiply(*primals)
         return y, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(y)
 
-    multiply.defjvp(tangent, symbolic_zeros=True)
+    multiply.defjvp(jvp, symbolic_zeros=True)
     scales = scales._replace(forward=prepared.scales)
     return multiply(quantized, prepared.values, keys, scales, operation.arguments)
 
@@ -220,8 +221,8 @@ class _Part(NamedTuple):
       of: 0 for the gradient of `lhs`, 1 for the gradient of `rhs`.
       recipe: its recipe.
       cotangent: the shape and dtype of the cotangent.
-      keys: the keys of all three products, or None. The product takes its own ones in the backward
-        pass, so that a loop keeps one array of keys for each forward product.
+      keys: the keys of all three products, or None. The product selects its keys in the backward
+        pass, so that a loop stores one array of keys for each forward product.
       scales: the precomputed scales of the cotangent and the residual.
     """
 
@@ -232,28 +233,34 @@ class _Part(NamedTuple):
     scales: Pair
 
 
-def _linear(operation: Operation, part: _Part, moved: jax.Array, residual: jax.Array) -> jax.Array:
+def _linear(
+    operation: Operation, part: _Part, tangent: jax.Array, residual: jax.Array
+) -> jax.Array:
     """Applies the operation to an operand's tangent, with the gradient's product as transpose."""
     of, single = part.of, part.recipe
-    more, structure = jax.tree.flatten((operation.arguments, part.keys, part.scales))
+    flat_arguments, structure = jax.tree.flatten((operation.arguments, part.keys, part.scales))
 
-    def forward(moved: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
-        arguments = jax.tree.unflatten(structure, more)[0]
-        operands = (moved, residual) if of == 0 else (residual, moved)
+    def forward(tangent: jax.Array, residual: jax.Array, *flat_arguments: jax.Array) -> jax.Array:
+        arguments = jax.tree.unflatten(structure, flat_arguments)[0]
+        operands = (tangent, residual) if of == 0 else (residual, tangent)
         return operation.function(*operands, *arguments)
 
     if single.plain:
-        return forward(moved, residual, *more)
-    gradient = operation.gradient(of, like(moved))
+        return forward(tangent, residual, *flat_arguments)
+    gradient = operation.gradient(of, like(tangent))
     _check_key(gradient.name, single, part.keys)
     # Errors are raised in the forward pass already.
     Plan.of(single, gradient, part.cotangent, residual)
 
-    def backward(cotangent: jax.Array, residual: jax.Array, *more: jax.Array) -> jax.Array:
+    def backward(
+        cotangent: jax.Array, residual: jax.Array, *flat_arguments: jax.Array
+    ) -> jax.Array:
         recipe = ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution)
-        arguments, keys, scales = jax.tree.unflatten(structure, more)
+        arguments, keys, scales = jax.tree.unflatten(structure, flat_arguments)
         keys = None if keys is None else one_of(keys, 1 + of)[None]
-        own = dataclasses.replace(gradient, arguments=arguments)
-        return _product(own, cotangent, residual, recipe, keys, NO_SCALES._replace(forward=scales))
+        current = dataclasses.replace(gradient, arguments=arguments)
+        return _product(
+            current, cotangent, residual, recipe, keys, NO_SCALES._replace(forward=scales)
+        )
 
-    return with_transpose(forward, backward, moved, residual, *more)
+    return with_transpose(forward, backward, tangent, residual, *flat_arguments)

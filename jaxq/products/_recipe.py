@@ -66,6 +66,10 @@ class SingleProduct:
 
     Raises:
       ValueError: a name is unknown, or fields contradict each other.
+
+    Example:
+      >>> SingleProduct("int8_token", "int8_channel", execution="native").draws
+      ()
     """
 
     lhs: str | Recipe | None = None
@@ -75,9 +79,9 @@ class SingleProduct:
 
     def __post_init__(self) -> None:
         for name in ("lhs", "rhs"):
-            spec = getattr(self, name)
-            if spec is not None:
-                object.__setattr__(self, name, get_recipe(spec))
+            recipe = getattr(self, name)
+            if recipe is not None:
+                object.__setattr__(self, name, get_recipe(recipe))
         if isinstance(self.hadamard, int):
             object.__setattr__(self, "hadamard", Hadamard(self.hadamard))
         if not isinstance(self.execution, Accumulation):
@@ -129,7 +133,8 @@ class SingleProduct:
 class ProductRecipe(SingleProduct):
     """The quantization of a product and of the two products of its gradient.
 
-    The inherited fields describe the forward product of `lhs` and `rhs`. Given a cotangent g and a
+    The fields `lhs`, `rhs`, `hadamard` and `execution` describe the forward product, as in
+    `SingleProduct`. Given a cotangent g and a
     residual of each operand, the gradient is defined as
 
     - for lhs: the product of g and the residual of rhs, quantized by the recipe `dlhs`;
@@ -169,12 +174,12 @@ class ProductRecipe(SingleProduct):
             if type(getattr(self, name)) is not SingleProduct:
                 raise ValueError(
                     f"ProductRecipe: `{name}` must be a jaxq.SingleProduct, got "
-                    f"{getattr(self, name)!r}."
+                    f"{getattr(self, name)!r:.60}. Write SingleProduct(cotangent, residual)."
                 )
         if self.residuals not in ("quantized", "original"):
             raise ValueError(
                 "ProductRecipe: `residuals` must be 'quantized' or 'original', got "
-                f"{self.residuals!r}."
+                f"{self.residuals!r}. Use 'quantized' for the gradient of fake quantization."
             )
 
     @property
@@ -190,10 +195,10 @@ class ProductRecipe(SingleProduct):
     @property
     def draws(self) -> tuple[str, ...]:
         """The names of all fields that draw from the key, those of the gradient as `"dlhs.lhs"`."""
-        more = [
+        gradient_draws = [
             f"{name}.{field}" for name in ("dlhs", "drhs") for field in getattr(self, name).draws
         ]
-        return (*self.forward.draws, *more)
+        return (*self.forward.draws, *gradient_draws)
 
     def to_json(self) -> str:
         """Returns the recipe as JSON text, from which `from_json` makes an equal recipe.
@@ -216,10 +221,22 @@ class ProductRecipe(SingleProduct):
 
 def product_records() -> dict[str, type]:
     """Returns the frozen records that a product recipe may hold, by name."""
-    kinds = (ProductRecipe, SingleProduct, Hadamard, Accumulation)
-    return {**records(), **{kind.__name__: kind for kind in kinds}}
+    record_types = (ProductRecipe, SingleProduct, Hadamard, Accumulation)
+    return {**records(), **{record_type.__name__: record_type for record_type in record_types}}
 
 
 def is_stochastic(recipe: Recipe) -> bool:
-    """Returns whether a recipe draws random bits from a key."""
+    """Returns whether a recipe draws random bits from a key.
+
+    Args:
+      recipe: a recipe for one tensor.
+
+    Returns:
+      True if its rounding mode is stochastic; functions that take the recipe then need a key.
+
+    Example:
+      >>> from jaxq.recipes import Recipe
+      >>> is_stochastic(Recipe("int8", rounding="stochastic"))
+      True
+    """
     return isinstance(get_rounding(recipe.rounding), Stochastic)

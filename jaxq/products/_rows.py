@@ -4,7 +4,7 @@
     y   = record_row(product, row, …)         sends statistics to the row's cotangent
 
 Statistics of cotangents exist only in the backward pass, so they leave as amax values do in delayed
-scaling (`_histories.py`). `_layouts.py` defines the places of the numbers in a row.
+scaling (`_histories.py`). `_layouts.py` defines the layout of a row.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ class Row:
     Attributes:
       values: float32 `[..., size]`.
       active: float32 `[...]`; 0 in steps without statistics.
-      layout: the places of the statistics of both passes.
+      layout: the positions of the statistics of both passes in a row.
       probe: the definition of the statistics.
       recipes: the names of the quantized tensors and their recipes.
     """
@@ -128,23 +128,26 @@ def layouts_of(probe: Probe, running: Running, output: Recipe | None) -> PassLay
       output: the recipe of the result, if it has one.
     """
 
-    def both(operands: Any, keys: Any, scales: Any) -> tuple[Tally, Tally]:
-        own = dataclasses.replace(running, operands=operands, keys=keys, scales=scales)
-        y, tensors = own.operation.function(*operands, *own.operation.arguments), own.forward
-        forward = probe.forward(own, tensors, y, output)
-        return forward, probe.backward(own, tensors, own.gradients(y, tensors), y)
+    def tallies_of(operands: Any, keys: Any, scales: Any) -> tuple[Tally, Tally]:
+        traced = dataclasses.replace(running, operands=operands, keys=keys, scales=scales)
+        y, tensors = (
+            traced.operation.function(*operands, *traced.operation.arguments),
+            traced.forward,
+        )
+        forward = probe.forward(traced, tensors, y, output)
+        return forward, probe.backward(traced, tensors, traced.gradients(y, tensors), y)
 
-    tallies = jax.eval_shape(both, running.operands, running.keys, running.scales)
+    tallies = jax.eval_shape(tallies_of, running.operands, running.keys, running.scales)
     return PassLayouts(*map(RowLayout.of, tallies))
 
 
 def array_layouts(probe: Probe, x: jax.ShapeDtypeStruct) -> PassLayouts:
     """Returns the layouts of the row of a marked array, from its shape and dtype."""
 
-    def both(x: jax.Array) -> tuple[Tally, Tally]:
+    def tallies_of(x: jax.Array) -> tuple[Tally, Tally]:
         return probe.array("output", x), probe.array("cotangent", x)
 
-    return PassLayouts(*map(RowLayout.of, jax.eval_shape(both, x)))
+    return PassLayouts(*map(RowLayout.of, jax.eval_shape(tallies_of, x)))
 
 
 def record_row(y: jax.Array, row: Row, running: Running, output: Recipe | None = None) -> jax.Array:
@@ -165,22 +168,22 @@ def record_row(y: jax.Array, row: Row, running: Running, output: Recipe | None =
 
     def restored(operands: Any, rest: Any) -> Running:
         arguments, keys, scales = rest
-        own = dataclasses.replace(operation, arguments=arguments)
-        return Running(own, operands, running.recipe, keys, scales)
+        current = dataclasses.replace(operation, arguments=arguments)
+        return Running(current, operands, running.recipe, keys, scales)
 
     def forward(y: jax.Array, operands: Any, rest: Any) -> _Stage:
         tensors = restored(operands, rest).forward
         y, operands, tensors = _separate((y, operands, tensors))
-        kept = (operands, tensors) if probe.keeps_operands else None
-        own = restored(operands, rest)
-        return _Stage(lambda: probe.forward(own, tensors, y, output), (kept, rest))
+        residuals = (operands, tensors) if probe.keeps_operands else None
+        rebuilt = restored(operands, rest)
+        return _Stage(lambda: probe.forward(rebuilt, tensors, y, output), (residuals, rest))
 
-    def backward(cotangent: jax.Array, kept: Any, rest: Any) -> _Stage:
-        # Shapes suffice without `kept`, so that the operands are not kept in memory.
-        operands, tensors = kept or (tuple(map(jnp.zeros_like, shapes)), None)
-        own = restored(operands, rest)
-        cotangent, gradients = _separate((cotangent, own.gradients(cotangent, tensors)))
-        return _Stage(lambda: probe.backward(own, tensors, gradients, cotangent))
+    def backward(cotangent: jax.Array, residuals: Any, rest: Any) -> _Stage:
+        # Without residuals, zeros of the same shapes suffice, so no operand is kept in memory.
+        operands, tensors = residuals or (tuple(map(jnp.zeros_like, shapes)), None)
+        rebuilt = restored(operands, rest)
+        cotangent, gradients = _separate((cotangent, rebuilt.gradients(cotangent, tensors)))
+        return _Stage(lambda: probe.backward(rebuilt, tensors, gradients, cotangent))
 
     return _recorded(y, row, (running.operands, rest), forward, backward)
 
@@ -197,11 +200,11 @@ def record_array(x: jax.Array, row: Row) -> jax.Array:
     """
 
     def stage(tensor: str) -> Callable[..., _Stage]:
-        def found(x: jax.Array) -> _Stage:
+        def measure(x: jax.Array) -> _Stage:
             x = _separate(x)
             return _Stage(lambda: row.probe.array(tensor, x))
 
-        return found
+        return measure
 
     return _recorded(x, row, (), stage("output"), stage("cotangent"))
 
@@ -209,16 +212,16 @@ def record_array(x: jax.Array, row: Row) -> jax.Array:
 class _Stage(NamedTuple):
     """The statistics of the forward or of the backward pass.
 
-    The tensors that `tally` uses are computed in every step, not only in those with statistics. As
-    the product computes equal ones, XLA computes them once.
+    The tensors that `tally` uses are computed in every step, not only in steps with statistics. The
+    product needs the same tensors, so XLA computes them once.
 
     Attributes:
       tally: a function that computes the statistics.
-      kept: the arrays that the backward pass needs.
+      residuals: the arrays that the backward pass needs.
     """
 
     tally: Callable[[], Tally]
-    kept: tuple[Any, ...] = ()
+    residuals: tuple[Any, ...] = ()
 
 
 def _recorded(
@@ -235,7 +238,7 @@ def _recorded(
       row: the row.
       arrays: further arguments of `forward`.
       forward: `(y, *arrays) -> _Stage`.
-      backward: `(cotangent, *kept) -> _Stage`.
+      backward: `(cotangent, *residuals) -> _Stage`.
     """
     devices, shared = varying(y), varying(row.values)
     sharding = like(y).sharding
@@ -262,43 +265,45 @@ def _recorded(
         del values, active, arrays
         return y
 
-    def tangent(primals: tuple, tangents: tuple) -> tuple:
-        moved, moved_values, *_ = tangents
-        parts = [] if isinstance(moved, SymbolicZero) else [moved]
-        if isinstance(moved_values, SymbolicZero):
+    def jvp(primals: tuple, tangents: tuple) -> tuple:
+        y_tangent, values_tangent, *_ = tangents
+        parts = [] if isinstance(y_tangent, SymbolicZero) else [y_tangent]
+        if isinstance(values_tangent, SymbolicZero):
             return primals[0], parts[0] if parts else jnp.zeros_like(primals[0])
         y, _, active, arrays = jax.tree.map(lax.stop_gradient, primals)
         stage = forward(y, *arrays)
-        known = run(layout.forward, active, stage.tally)
-        leaves, structure = jax.tree.flatten((known, active, stage.kept))
+        forward_row = run(layout.forward, active, stage.tally)
+        leaves, structure = jax.tree.flatten((forward_row, active, stage.residuals))
 
-        def seen(cotangent: jax.Array, element: jax.Array, *leaves: Any) -> jax.Array:
+        def statistics(cotangent: jax.Array, element: jax.Array, *leaves: Any) -> jax.Array:
             del element  # It is batched whenever the product is.
-            known, active, kept = jax.tree.unflatten(structure, leaves)
-            later = run(layout.backward, active, backward(cotangent, *kept).tally)
-            whole = jnp.concatenate([known, later])
-            return _over_devices(whole, tuple(sorted(devices - shared)), layout)
+            forward_row, active, residuals = jax.tree.unflatten(structure, leaves)
+            backward_row = run(layout.backward, active, backward(cotangent, *residuals).tally)
+            full_row = jnp.concatenate([forward_row, backward_row])
+            return _over_devices(full_row, tuple(sorted(devices - shared)), layout)
 
         # A scalar that JAX can compute on any mesh.
         element = jnp.sum(y[:0], dtype=y.dtype) if y.ndim else y
-        moved_y = with_transpose(zeros, seen, moved_values, element, *leaves, join=layout.merge)
-        parts.append(moved_y)
+        statistics_tangent = with_transpose(
+            zeros, statistics, values_tangent, element, *leaves, join=layout.merge
+        )
+        parts.append(statistics_tangent)
         return primals[0], sum(parts[1:], start=parts[0])
 
-    recorded.defjvp(tangent, symbolic_zeros=True)
+    recorded.defjvp(jvp, symbolic_zeros=True)
     return recorded(y, row.values, row.active, arrays)
 
 
 def _separate(tree: Any) -> Any:
-    """Returns a tree of arrays that XLA sees as unrelated to what they are computed from.
+    """Returns a tree of arrays behind an optimization barrier.
 
     XLA must neither compute statistics of constants when it compiles, which is slow, nor fuse them
     with the step, which could change its bits. Equal arrays stay equal objects.
     """
     leaves, structure = jax.tree.flatten(tree)
-    different = {id(leaf): leaf for leaf in leaves}
-    found = dict(zip(different, barrier(tuple(different.values())), strict=True))
-    return jax.tree.unflatten(structure, [found[id(leaf)] for leaf in leaves])
+    distinct = {id(leaf): leaf for leaf in leaves}
+    separated = dict(zip(distinct, barrier(tuple(distinct.values())), strict=True))
+    return jax.tree.unflatten(structure, [separated[id(leaf)] for leaf in leaves])
 
 
 def _over_devices(row: jax.Array, axes: tuple[str, ...], layout: PassLayouts) -> jax.Array:

@@ -67,14 +67,16 @@ def stored_dot_general(
       >>> jaxq.products.stored_dot_general(x, w, numbers, chunk=1024).shape
       (2, 48)
     """
-    own = slices(rhs) if isinstance(rhs, Quantized) else rhs.slices
-    if own is None:
+    sliced = slices(rhs) if isinstance(rhs, Quantized) else rhs.slices
+    if sliced is None:
         raise ValueError(
             "stored_dot_general: `rhs` must be sliceable, got a tensor with outliers. Dequantize "
             "it, or use a recipe without outliers."
         )
     if chunk < 1:
-        raise ValueError(f"stored_dot_general: `chunk` must be at least 1, got {chunk}.")
+        raise ValueError(
+            f"stored_dot_general: `chunk` must be at least 1, got {chunk}. Omit it for 2^20."
+        )
     lhs = jnp.asarray(lhs)
 
     def function(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -86,12 +88,12 @@ def stored_dot_general(
             preferred_element_type=preferred_element_type,
         )
 
-    contraction = of_dot(dimension_numbers, lhs.ndim, len(own.shape))
-    return in_parts(function, contraction, lhs, own, chunk)
+    contraction = of_dot(dimension_numbers, lhs.ndim, len(sliced.shape))
+    return in_parts(function, contraction, lhs, sliced, chunk)
 
 
 class _Cut(NamedTuple):
-    """The parts of a tensor: an axis and the length of a part along it."""
+    """A division of a tensor into equal parts: the axis, and the length of a part along it."""
 
     axis: int
     size: int
@@ -117,31 +119,33 @@ def in_parts(
     if cut is None:
         return function(x, weight.take(0, 0, weight.shape[0]))
     axis, size = cut
-    n, label = weight.shape[axis], contraction.rhs[axis]
-    of_x = contraction.lhs.index(label) if label in contraction.lhs else None
+    length, label = weight.shape[axis], contraction.rhs[axis]
+    x_axis = contraction.lhs.index(label) if label in contraction.lhs else None
     whole = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
     out = jax.eval_shape(function, x, whole)
 
     @jax.checkpoint  # The backward pass dequantizes each part again.
     def part(x: jax.Array, start: jax.Array) -> jax.Array:
-        own = x if of_x is None else lax.dynamic_slice_in_dim(x, start, size, of_x)
-        return function(own, weight.take(axis, start, size))
+        x_part = x if x_axis is None else lax.dynamic_slice_in_dim(x, start, size, x_axis)
+        return function(x_part, weight.take(axis, start, size))
 
     if label in contraction.out:
-        along = contraction.out.index(label)
+        out_axis = contraction.out.index(label)
 
         def place(y: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-            return lax.dynamic_update_slice_in_dim(y, part(x, start), start, along), None
+            return lax.dynamic_update_slice_in_dim(y, part(x, start), start, out_axis), None
 
         # The last part may overlap the one before it; it has the same values there.
-        starts = lax.min(jnp.arange(0, n, size, dtype=jnp.int32), jnp.int32(n - size))
+        starts = lax.min(jnp.arange(0, length, size, dtype=jnp.int32), jnp.int32(length - size))
         return lax.scan(place, jnp.zeros(out.shape, out.dtype), starts)[0]
 
     def add(y: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
         return y + part(x, start).astype(y.dtype), None
 
-    wide = jnp.float32 if out.dtype.itemsize < 4 else out.dtype
-    y, _ = lax.scan(add, jnp.zeros(out.shape, wide), jnp.arange(0, n, size, dtype=jnp.int32))
+    sum_dtype = jnp.float32 if out.dtype.itemsize < 4 else out.dtype
+    y, _ = lax.scan(
+        add, jnp.zeros(out.shape, sum_dtype), jnp.arange(0, length, size, dtype=jnp.int32)
+    )
     return y.astype(out.dtype)
 
 
@@ -150,19 +154,19 @@ def _cut(contraction: Contraction, weight: Slices, chunk: int) -> _Cut | None:
     total = math.prod(weight.shape)
     if total <= chunk:
         return None
-    found = []
-    for axis, (n, unit) in enumerate(zip(weight.shape, weight.units, strict=True)):
+    candidates = []
+    for axis, (length, unit) in enumerate(zip(weight.shape, weight.units, strict=True)):
         label = contraction.rhs[axis]
         shared, in_out = label in contraction.lhs, label in contraction.out
-        if n % unit or label == contraction.group or not (shared or in_out):
+        if length % unit or label == contraction.group or not (shared or in_out):
             continue
-        largest = min(max(chunk * n // total // unit, 1), n // unit)
+        largest = min(max(chunk * length // total // unit, 1), length // unit)
         if not in_out:  # Parts of a sum must not overlap.
-            largest = next(k for k in range(largest, 0, -1) if n // unit % k == 0)
-        if largest * unit < n:
-            fits = largest * unit * (total // n) <= chunk
-            found.append((not fits, not in_out, axis, largest * unit))
-    if not found:
+            largest = next(k for k in range(largest, 0, -1) if length // unit % k == 0)
+        if largest * unit < length:
+            fits = largest * unit * (total // length) <= chunk
+            candidates.append((not fits, not in_out, axis, largest * unit))
+    if not candidates:
         return None
-    *_, axis, size = min(found)
+    *_, axis, size = min(candidates)
     return _Cut(axis, size)

@@ -51,8 +51,8 @@ class Tensor:
         """Quantizes an operand of a product."""
         if recipe is None:
             return cls(value, value)
-        found = simulate(value, recipe, key=key, **({} if given is None else given._asdict()))
-        return cls(value, found.values, recipe, found.scales, given)
+        simulated = simulate(value, recipe, key=key, **({} if given is None else given._asdict()))
+        return cls(value, simulated.values, recipe, simulated.scales, given)
 
 
 Operands: TypeAlias = tuple[Tensor, Tensor]
@@ -87,14 +87,16 @@ class Gradient(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """A product with everything that it is computed from, in the order of its recipe.
+    """A quantized product with all of its inputs, from which its statistics are computed.
+
+    The operands are in the order of the recipe: the weight is `rhs`.
 
     Attributes:
       operation: the bilinear function and the labels of its axes.
-      operands: both operands.
+      operands: both operands, before the Hadamard transform and quantization.
       recipe: the product recipe.
       keys: the result of `keys_of`, if the recipe draws random bits, otherwise None.
-      scales: the precomputed scales.
+      scales: the precomputed scales of the operands of the three products.
     """
 
     operation: Operation
@@ -147,16 +149,16 @@ class Running:
           The operands of the products that give the gradients of operands 0 and 1. A tensor that
           both products quantize equally is quantized once.
         """
-        known: dict[Any, Tensor] = {}
+        cache: dict[Any, Tensor] = {}
 
         def tensor(value: jax.Array, recipe: Recipe | None, key: Key, pair: tuple) -> Tensor:
             source, given = pair
             if key is not None:
                 return Tensor.of(value, recipe, key, given)
-            place = id(value), recipe, id(source)
-            if place not in known:
-                known[place] = Tensor.of(value, recipe, None, given)
-            return known[place]
+            cache_key = id(value), recipe, id(source)
+            if cache_key not in cache:
+                cache[cache_key] = Tensor.of(value, recipe, None, given)
+            return cache[cache_key]
 
         def gradient(of: int) -> Gradient:
             residual = jnp.zeros_like(self.operands[1 - of])
@@ -182,21 +184,21 @@ class Running:
         """
         operation, single = self._gradient(of), self.recipe.products.gradients[of]
         exact = operation.function(cotangent, operands[1 - of].value, *operation.arguments)
-        own, key = (
+        gradient_recipe, key = (
             ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution),
             self._keys.gradients[of],
         )
         residual, keys = self._residual(of, operands), None if key is None else key[None]
-        given = NO_SCALES._replace(forward=self.scales.gradients[of])
+        scales = NO_SCALES._replace(forward=self.scales.gradients[of])
 
-        def by(recipe: ProductRecipe) -> jax.Array:
-            return product(operation, cotangent, residual, recipe, keys, given)
+        def multiply(recipe: ProductRecipe) -> jax.Array:
+            return product(operation, cotangent, residual, recipe, keys, scales)
 
-        wide = _with_wide_sums(own)
-        return Results(exact, None if wide is None else by(wide), by(own))
+        wide = _with_wide_sums(gradient_recipe)
+        return Results(exact, None if wide is None else multiply(wide), multiply(gradient_recipe))
 
     def _residual(self, of: int, operands: Operands) -> jax.Array:
-        """Returns the residual that the gradient of operand 0 or 1 is computed from."""
+        """Returns the residual from which the gradient of operand 0 or 1 is computed."""
         operand = operands[1 - of]
         return operand.value if self.recipe.residuals == "original" else operand.quantized
 

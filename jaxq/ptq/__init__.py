@@ -8,6 +8,7 @@ from jaxq.ptq._biases import BiasChange, BiasReport, correct_biases
 from jaxq.ptq._budget import Budget, FrontRow, budget
 from jaxq.ptq._folding import Norm, fold_rotation, random_rotation
 from jaxq.ptq._half_quadratic import HQQ
+from jaxq.ptq._importance import ImportanceMatrix
 from jaxq.ptq._input_scales import (
     AWQ,
     INPUT_SCALERS,
@@ -64,6 +65,7 @@ __all__ = [
     "Blocks",
     "Budget",
     "FrontRow",
+    "ImportanceMatrix",
     "InputProblem",
     "InputRotations",
     "InputScaler",

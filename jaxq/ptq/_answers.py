@@ -15,7 +15,7 @@ from jaxq.ptq._solvers import Problem, Solver
 from jaxq.quantizers import values_of
 from jaxq.recipes import Recipe
 
-__all__ = ["SolvedMatrices", "solve_matrices", "solve_stack"]
+__all__ = ["SolvedMatrices", "parts_of", "solve_stack"]
 
 
 class SolvedMatrices(NamedTuple):
@@ -41,26 +41,34 @@ class SolvedMatrices(NamedTuple):
     worse: jax.Array
 
 
+def parts_of(
+    problem: Problem, recipes: Sequence[tuple[Recipe, np.ndarray]]
+) -> list[tuple[Recipe, np.ndarray, Problem]]:
+    """Returns the problem of the matrices of each recipe, with the recipe and their indices."""
+    found = []
+    for recipe, places in recipes:
+        part: Problem = problem
+        if len(recipes) > 1:
+            part = jax.tree.map(lambda x, at=places: x[at], problem)
+        found.append((recipe, places, part._replace(levels=levels_for(part.levels, recipe))))
+    return found
+
+
 def solve_stack(
     problem: Problem, recipes: Sequence[tuple[Recipe, np.ndarray]], solver: Solver
 ) -> SolvedMatrices:
     """Solves a stack of matrices, each recipe with the indices of its matrices."""
-    if len(recipes) == 1:
-        recipe, _ = recipes[0]
-        return solve_matrices(
-            problem._replace(levels=levels_for(problem.levels, recipe)), recipe, solver
-        )
-    found = []
-    for recipe, places in recipes:
-        part: Problem = jax.tree.map(lambda x, at=places: x[at], problem)
-        part = part._replace(levels=levels_for(part.levels, recipe))
-        found.append(solve_matrices(part, recipe, solver))
+    solutions = [
+        _solve_matrices(part, recipe, solver) for recipe, _, part in parts_of(problem, recipes)
+    ]
+    if len(solutions) == 1:
+        return solutions[0]
     back = np.argsort(np.concatenate([places for _, places in recipes]))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *found)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *solutions)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "solver"))
-def solve_matrices(problem: Problem, recipe: Recipe, solver: Solver) -> SolvedMatrices:
+def _solve_matrices(problem: Problem, recipe: Recipe, solver: Solver) -> SolvedMatrices:
     """Solves a stack of matrices that share one recipe."""
 
     def solve_matrix(problem: Problem) -> SolvedMatrices:
@@ -79,17 +87,17 @@ def solve_matrices(problem: Problem, recipe: Recipe, solver: Solver) -> SolvedMa
             pulled = jnp.matmul(statistics.drift.T, weight, precision=lax.Precision.HIGHEST)
             return output_error(error, hessian) - 2 * jnp.sum(error * pulled)
 
-        found = solver.solve(problem, recipe)
-        before, after = loss(nearest), loss(found.numbers)
-        worse = objective(found.numbers) > objective(nearest)
-        numbers = jnp.where(worse, nearest, found.numbers)
+        solution = solver.solve(problem, recipe)
+        before, after = loss(nearest), loss(solution.numbers)
+        worse = objective(solution.numbers) > objective(nearest)
+        numbers = jnp.where(worse, nearest, solution.numbers)
         return SolvedMatrices(
             numbers=numbers,
             before=before,
             after=jnp.where(worse, before, after),
             power=output_error(weight, hessian),
-            damping=found.damping,
-            solved=found.solved,
+            damping=solution.damping,
+            solved=solution.solved,
             worse=worse,
         )
 

@@ -79,7 +79,7 @@ class HQQ:
 
     def check(self, owner: str, recipe: Recipe) -> None:
         """Raises a ValueError unless a recipe stores a minimum for each block, and no outliers."""
-        if recipe.scaling.zero_point != "minimum":
+        if recipe.scaling.zero_point != "minimum" or recipe.scaling.second_level is not None:
             raise ValueError(
                 f"{owner}: with HQQ, `recipe` must store a minimum per block, got the scaling "
                 f"{type(recipe.scaling).__name__}. Use jaxq.recipes.ScaleAndMin(stored=True)."

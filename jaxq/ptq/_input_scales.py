@@ -176,10 +176,21 @@ INPUT_SCALERS: Registry[Any] = Registry(
 
 
 def get_input_scaler(method: str | InputScaler) -> InputScaler:
-    """Looks up an input scaler by its name in `INPUT_SCALERS`; a record is returned unchanged.
+    """Returns the input scaler with a name.
+
+    Args:
+      method: a name in `jaxq.ptq.INPUT_SCALERS`, or a record, which is returned unchanged.
+
+    Returns:
+      The record.
 
     Raises:
-      ValueError: if no method has that name.
-      TypeError: if the argument is neither a name nor a method.
+      ValueError: if no input scaler has that name. The message suggests similar names.
+      TypeError: if the argument is neither a name nor an input scaler.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.get_input_scaler("awq") == ptq.AWQ()
+      True
     """
     return INPUT_SCALERS.resolve(method, "method", "scales")

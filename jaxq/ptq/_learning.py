@@ -228,8 +228,8 @@ class _LearningRun:
         best = {at: Rounded(p.start, numbers_of(p.start)) for at, p in problems.items()}
 
         def measured(choice: dict[int, Rounded]) -> float:
-            found = trainer.outputs(trainer.values(choice), block.arrays, data.inputs)
-            return float(relative_error(found, data))
+            outputs = trainer.outputs(trainer.values(choice), block.arrays, data.inputs)
+            return float(relative_error(outputs, data))
 
         rtn = measured(best)
         row = LearnedBlock(block.number, 0, rtn, rtn, len(problems), block.note)

@@ -13,6 +13,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import where
+from jaxq.ptq._searching import run_length
 from jaxq.quantizers import Levels, snap
 from jaxq.recipes import Recipe
 
@@ -57,8 +58,9 @@ class Settings(NamedTuple):
 
     Attributes:
       damping: the initial damping, relative to the mean of H's diagonal.
-      order: `"static"` rounds the inputs with the largest diagonal entries of H first; None rounds
-        them in their own order.
+      order: `"static"` rounds the inputs with the largest diagonal entries of H first; `"group"`
+        does so within each group of the recipe, and takes the groups by their largest entries; None
+        rounds the inputs in their own order.
       asymmetry: the factor of GPTAQ's correction.
       propagation: the factor of QEP's correction.
     """
@@ -106,9 +108,7 @@ def solve(
     # An input that is always 0 does not affect the error, and is rounded to nearest.
     dead = jnp.diagonal(scaled) <= 0
     scaled = scaled + jnp.diag(dead.astype(jnp.float32))
-    rows = jnp.arange(len(hessian))
-    if settings.order == "static":
-        rows = jnp.argsort(-jnp.diagonal(scaled), stable=True)
+    rows = _order(jnp.diagonal(scaled), settings.order, recipe)
     ordered = scaled[rows][:, rows]
     factor, damping_used = _factor(ordered, settings.damping)
     found = jnp.all(jnp.isfinite(jnp.diagonal(factor)))
@@ -126,6 +126,19 @@ def solve(
     numbers = _rounded(weight, levels, feedback, recipe)
     back = jnp.argsort(rows)
     return Solution(numbers[back], damping_used, has_data & found)
+
+
+def _order(diagonal: jax.Array, order: str | None, recipe: Recipe) -> jax.Array:
+    """Returns the inputs in the order of rounding."""
+    inputs = len(diagonal)
+    if order is None:
+        return jnp.arange(inputs)
+    # Activation order is the group order of a single group.
+    length = run_length(recipe, inputs) if order == "group" else inputs
+    groups = diagonal.reshape(-1, length)
+    within = jnp.argsort(-groups, axis=1, stable=True)
+    within = within + length * jnp.arange(len(groups))[:, None]
+    return within[jnp.argsort(-jnp.max(groups, axis=1), stable=True)].reshape(-1)
 
 
 def _corrected(factor: jax.Array, drift: jax.Array, weight: jax.Array) -> jax.Array:

@@ -62,14 +62,19 @@ class ObservedInputs(Mapping):
                 f"{names}, ... Merge only states of one function and one set of rules."
             )
         return ObservedInputs(
-            {name: own.merge(other.statistics[name]) for name, own in self.statistics.items()},
+            {
+                name: statistics.merge(other.statistics[name])
+                for name, statistics in self.statistics.items()
+            },
             self.inputs,
         )
 
     def gather(self, axis_name: str) -> "ObservedInputs":
         """Merges the statistics of all devices along an axis of `jax.shard_map` or `jax.vmap`."""
-        found = {name: own.gather(axis_name) for name, own in self.statistics.items()}
-        return ObservedInputs(found, self.inputs)
+        gathered = {
+            name: statistics.gather(axis_name) for name, statistics in self.statistics.items()
+        }
+        return ObservedInputs(gathered, self.inputs)
 
     @property
     def unseen(self) -> tuple[str, ...]:
@@ -108,11 +113,11 @@ def find_targets(planned: Planned, hessian: bool = True) -> Targets:
         weight = None if assigned is None else weight_of(product, assigned)
         if weight is None:
             continue
-        found = matrix_of(product, weight.operand, hessian)
-        if isinstance(found, str):
-            reasons[product.number] = found
+        matrix = matrix_of(product, weight.operand, hessian)
+        if isinstance(matrix, str):
+            reasons[product.number] = matrix
         else:
-            matrices[product.number] = found
+            matrices[product.number] = matrix
     return Targets(matrices, reasons, shared_inputs(planned.node, matrices))
 
 

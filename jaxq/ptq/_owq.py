@@ -24,7 +24,7 @@ from jaxq.quantizers import (
 )
 from jaxq.recipes import Recipe, get_recipe
 
-__all__ = ["keep_inputs", "owq"]
+__all__ = ["check_owq_order", "keep_inputs", "owq"]
 
 
 def owq(
@@ -51,7 +51,7 @@ def owq(
       axis: the axis of `weight` that products contract: 0 for a kernel `[inputs, outputs]`, 1 or -1
         for a weight `[outputs, inputs]`.
       damping: the number added to the diagonal of H, relative to the diagonal's mean.
-      order: as in `GPTQ`.
+      order: `"static"` or None, as in `GPTQ`.
 
     Returns:
       A `jaxq.Quantized`. If the Hessian cannot be factorized, the codes are those of rounding to
@@ -59,7 +59,7 @@ def owq(
 
     Raises:
       ValueError: if the recipe is stochastic or has too few outliers for one input, shapes do not
-        fit, or the Hessian cannot be factorized.
+        fit, `order` is unknown, or the Hessian cannot be factorized.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -80,6 +80,7 @@ def owq(
         jnp.asarray(hessian, jnp.float32),
         get_recipe(recipe),
     )
+    check_owq_order("owq", order)
     inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None
     if weight.ndim < 2 or inputs is None or gram.shape != (inputs, inputs):
         raise ValueError(
@@ -110,6 +111,12 @@ def owq(
             "Check the activations for NaN, or increase `damping`."
         )
     return result
+
+
+def check_owq_order(owner: str, order: str | None) -> None:
+    """Raises a ValueError unless OWQ supports an order."""
+    if order not in ("static", None):
+        raise ValueError(f"{owner}: `order` must be 'static' or None, got {order!r}. Use 'static'.")
 
 
 def keep_inputs(

@@ -140,10 +140,10 @@ class SignRound:
 
     def variables(self, problem: RoundingProblem, recipe: Recipe) -> dict[str, jax.Array]:
         """Returns offsets of 0 and factors of 1."""
-        found = {"offset": jnp.zeros_like(problem.weight)}
+        variables = {"offset": jnp.zeros_like(problem.weight)}
         if self.scales and recipe.scaling.second_level != "blocks":
-            found["factor"] = jnp.ones(problem.start.scale.shape, jnp.float32)
-        return found
+            variables["factor"] = jnp.ones(problem.start.scale.shape, jnp.float32)
+        return variables
 
     def soft(
         self, variables: dict[str, jax.Array], problem: RoundingProblem, recipe: Recipe
@@ -242,15 +242,15 @@ class AdaRound:
 
     def variables(self, problem: RoundingProblem, recipe: Recipe) -> jax.Array:
         """Returns the variables with which `soft` reproduces the float weights."""
-        own, below, above = _adjacent_levels(problem.weight, problem.start, recipe)
-        weight = problem.weight if own.minimum is None else problem.weight - own.minimum
-        return adaround_init(in_units(weight, own.step, recipe.scale_format), below, above)
+        grid, below, above = _adjacent_levels(problem.weight, problem.start, recipe)
+        weight = problem.weight if grid.minimum is None else problem.weight - grid.minimum
+        return adaround_init(in_units(weight, grid.step, recipe.scale_format), below, above)
 
     def soft(self, variables: jax.Array, problem: RoundingProblem, recipe: Recipe) -> jax.Array:
         """Returns the values interpolated between the two levels adjacent to each weight."""
-        own, below, above = _adjacent_levels(problem.weight, problem.start, recipe)
-        y = (below + (above - below) * rectified_sigmoid(variables)) * own.step
-        return y if own.minimum is None else y + own.minimum
+        grid, below, above = _adjacent_levels(problem.weight, problem.start, recipe)
+        y = (below + (above - below) * rectified_sigmoid(variables)) * grid.step
+        return y if grid.minimum is None else y + grid.minimum
 
     def rounded(self, variables: jax.Array, problem: RoundingProblem, recipe: Recipe) -> Rounded:
         """Returns the upper level where the variable is not negative, else the lower one."""
@@ -281,8 +281,8 @@ def _adjacent_levels(
     weight: jax.Array, start: Quantized, recipe: Recipe
 ) -> tuple[Levels, jax.Array, jax.Array]:
     """Returns the levels of a leaf and the grid values below and above each weight."""
-    own = levels(start)
-    return own, *enclosing_numbers(weight, own, recipe)
+    grid = levels(start)
+    return grid, *enclosing_numbers(weight, grid, recipe)
 
 
 def _nonzero(x: jax.Array) -> jax.Array:
@@ -298,10 +298,21 @@ ROUNDING_METHODS: Registry[Any] = Registry(
 
 
 def get_rounding_method(method: str | RoundingMethod) -> RoundingMethod:
-    """Looks up a rounding method by name in `ROUNDING_METHODS`; a record is returned unchanged.
+    """Returns the rounding method with a name.
+
+    Args:
+      method: a name in `jaxq.ptq.ROUNDING_METHODS`, or a record, which is returned unchanged.
+
+    Returns:
+      The record.
 
     Raises:
-      ValueError: if no method has that name.
-      TypeError: if the argument is neither a name nor a method.
+      ValueError: if no rounding method has that name. The message suggests similar names.
+      TypeError: if the argument is neither a name nor a rounding method.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.get_rounding_method("adaround") == ptq.AdaRound()
+      True
     """
     return ROUNDING_METHODS.resolve(method, "method", "soft")

@@ -57,9 +57,10 @@ class ScaleSearch:
     def check(self, owner: str, recipe: Recipe) -> None:
         """Raises a ValueError if the search cannot choose the scales of a recipe."""
         if recipe.scaling.second_level == "blocks":
+            other = "ptq.ImportanceMatrix()" if recipe.scaling.searches_elements else "None"
             raise ValueError(
                 f"{owner}: with ScaleSearch, `recipe` must store block scales without block-wise "
-                f"second-level scales, got {type(recipe.scaling).__name__}. Use search=None."
+                f"second-level scales, got {type(recipe.scaling).__name__}. Use search={other}."
             )
 
     def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:

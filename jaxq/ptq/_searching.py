@@ -1,6 +1,7 @@
 """The interface of searches, which choose the scales of a weight before its codes are solved."""
 
 import functools
+import math
 from typing import NamedTuple, Protocol
 
 import jax
@@ -43,14 +44,15 @@ class SearchProblem(NamedTuple):
     @property
     def count(self) -> int:
         """The number of blocks."""
-        return sum(q.scale.size for q in self.blocks.leaves)
+        return sum(math.prod(q.cut.counts) for q in self.blocks.leaves)
 
     def by_leaf(self, x: jax.Array) -> list[tuple[Quantized, jax.Array]]:
         """Splits one value per block by leaf: pairs of a leaf and values of its scales' shape."""
         found, start = [], 0
         for q in self.blocks.leaves:
-            found.append((q, x[start : start + q.scale.size].reshape(q.scale.shape)))
-            start += q.scale.size
+            counts = q.cut.counts
+            found.append((q, x[start : start + math.prod(counts)].reshape(counts)))
+            start += math.prod(counts)
         return found
 
 

@@ -17,6 +17,7 @@ from jaxq._base.registry import Registry
 from jaxq.products import is_stochastic
 from jaxq.ptq._half_quadratic import HQQ
 from jaxq.ptq._matrices import Settings, Solution, solve
+from jaxq.ptq._owq import check_owq_order
 from jaxq.ptq._searching import Search
 from jaxq.ptq._statistics import Statistics, empty_statistics
 from jaxq.quantizers import Levels, Quantized, levels, numbers_of, quantize, with_levels
@@ -64,7 +65,12 @@ class Solver(Protocol):
     """
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
-        """Returns grid values for one matrix; traced under `jax.jit` and `jax.vmap`."""
+        """Returns grid values for one matrix; traced under `jax.jit` and `jax.vmap`.
+
+        Args:
+          problem: the weight, its levels and the statistics of its inputs.
+          recipe: the recipe of the weight.
+        """
         ...
 
 
@@ -105,7 +111,10 @@ class GPTQ:
       damping: the number added to the diagonal of H, relative to the diagonal's mean. If the damped
         H has no Cholesky factor, the damping is multiplied by 10, up to six times.
       order: `"static"` (the default) solves the inputs with the largest diagonal entries of H
-        first, known as activation order; None solves them in their own order.
+        first, known as activation order. `"group"` solves one group of inputs after another, those
+        with the largest entry first, and each group in activation order, known as group-aware
+        order (GAR). A group is the inputs of a block of the recipe; without blocks of inputs it is
+        all of them. None solves the inputs in their own order.
       search: a search for the scales before the codes are solved; None (the default) keeps the
         recipe's scales.
       asymmetry: the factor of GPTAQ's correction, 0.25 in the paper. It aims at the outputs of the
@@ -142,10 +151,10 @@ class GPTQ:
                 "GPTQ: `asymmetry` and `propagation` must not both be positive, because they "
                 f"correct the same error, got {self.asymmetry} and {self.propagation}. Use one."
             )
-        if self.order not in ("static", None):
+        if self.order not in ("static", "group", None):
             raise ValueError(
-                f"GPTQ: `order` must be 'static' or None, got {self.order!r}. Use 'static' for "
-                "activation order with static groups."
+                f"GPTQ: `order` must be 'static', 'group' or None, got {self.order!r}. Use "
+                "'static' for activation order with static groups."
             )
 
     @property
@@ -175,7 +184,11 @@ class OWQ:
 
     Attributes:
       damping: as in `GPTQ`.
-      order: as in `GPTQ`.
+      order: `"static"` or None, as in `GPTQ`. The other inputs of a group with kept inputs are not
+        contiguous, so there is no group order.
+
+    Raises:
+      ValueError: if `damping` is negative or `order` is unknown.
 
     Example:
       >>> import jaxq
@@ -193,7 +206,8 @@ class OWQ:
     order: str | None = "static"
 
     def __post_init__(self) -> None:
-        GPTQ(self.damping, self.order)  # Checks both.
+        GPTQ(self.damping)
+        check_owq_order("OWQ", self.order)
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
         """Returns the grid values of GPTQ, for weights whose inputs cannot be kept."""
@@ -215,11 +229,22 @@ SOLVERS: Registry[Any] = Registry(
 
 
 def get_solver(solver: str | Solver) -> Solver:
-    """Looks up a solver by its name in `SOLVERS`; a record is returned unchanged.
+    """Returns the solver with a name.
+
+    Args:
+      solver: a name in `jaxq.ptq.SOLVERS`, or a record, which is returned unchanged.
+
+    Returns:
+      The record.
 
     Raises:
-      ValueError: if no solver has that name.
+      ValueError: if no solver has that name. The message suggests similar names.
       TypeError: if the argument is neither a name nor a solver.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.get_solver("rtn")
+      RTN(search=None)
     """
     return SOLVERS.resolve(solver, "solver", "solve")
 

@@ -11,20 +11,17 @@ from jax import numpy as jnp
 
 from jaxq.models import LOOK_UP, Product, QuantizedWeight, weight_of
 from jaxq.products import Axes
-from jaxq.ptq._answers import SolvedMatrices, solve_matrices, solve_stack
+from jaxq.ptq._answers import SolvedMatrices, solve_stack
 from jaxq.ptq._calls import Model
+from jaxq.ptq._changing import Stack, with_kept_inputs, with_searched_scales
 from jaxq.ptq._collectors import Layout
 from jaxq.ptq._experts import by_leaf, by_recipe
 from jaxq.ptq._journal import Entry, Journal
 from jaxq.ptq._leaves import LeafKey, Leaves, WeightView, trace_weight
-from jaxq.ptq._matrices import Settings
-from jaxq.ptq._owq import keep_inputs
 from jaxq.ptq._parts import Place
 from jaxq.ptq._reports import Report, SolvedProduct
-from jaxq.ptq._searching import Blocks, Search, SearchOptions, run_length, searched
-from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver, check_search, needs_drift, search_of
+from jaxq.ptq._solvers import OWQ, Solver, check_search, needs_drift, search_of
 from jaxq.ptq._statistics import Statistics
-from jaxq.quantizers import block_numbers, numbers_of
 
 __all__ = ["Outcome", "SolverRun"]
 
@@ -181,16 +178,22 @@ class SolverRun:
                 self.outcomes.remove(previous.outcome)
                 earlier = [other for other in earlier if other is not previous]
         layout = Layout(matrix.axes, view.x.shape)
-        problem = _problem(view, layout, layout.stacked(statistics))
-        search, note = search_of(self.solver), ""
+        parts = by_leaf(product, weight, layout)
+        stack = Stack(
+            place=place,
+            view=view,
+            layout=layout,
+            recipes=by_recipe(weight, layout),
+            shares=parts,
+            statistics=layout.stacked(statistics),
+        )
+        search = search_of(self.solver)
         if isinstance(self.solver, OWQ):
-            view, answer, note = self._with_kept_inputs(place, view, problem, self.solver)
-        elif search is None or weight.experts is not None:
-            answer = solve_stack(problem, by_recipe(weight, layout), self.solver)
-            note = "" if search is None else "scales of experts with different recipes"
-            note = note and f"{note} are not searched"
+            view, answer, note = with_kept_inputs(stack, self.leaves, self.solver)
+        elif search is not None:
+            view, answer, note = with_searched_scales(stack, self.leaves, self.solver, search)
         else:
-            view, answer, note = self._searched(place, view, problem, search)
+            answer, note = solve_stack(stack.problem, stack.recipes, self.solver), ""
         numbers = layout.weight(answer.numbers)
         self._solves.update(keys)
         for key, value in view.back(numbers, view.numbers).items():
@@ -198,7 +201,7 @@ class SolverRun:
         lost, tokens = np.asarray(answer.after), np.asarray(statistics.tokens).reshape(-1)
         shares = {
             leaf: Share(float(np.sum(part * lost)), int(np.sum(tokens[part > 0])))
-            for leaf, part in by_leaf(product, weight, layout).items()
+            for leaf, part in parts.items()
         }
         sums = (float(jnp.sum(x)) for x in (answer.before, answer.after, answer.power))
         outcome = Outcome(shares, *sums)
@@ -213,75 +216,6 @@ class SolverRun:
             packed = [self.leaves.packed(key) for key in keys]
             self.journal.write(len(self._rows), Entry(row, packed))
         self._add(row)
-
-    def _searched(
-        self, place: Place, view: WeightView, problem: Problem, search: Search
-    ) -> tuple[WeightView, "SolvedMatrices", str]:
-        """Solves a product after a search for its scales.
-
-        Returns:
-          The weight with the scales that were chosen; the solution, whose `before` is the loss of
-          rounding to nearest with the recipe's scales; and a note if the recipe's scales were kept.
-        """
-        recipe, solver = self._weight(place.product).recipe, self.solver
-        layout = Layout(self.found.matrices[place.product.number].axes, view.x.shape)
-        works = [self.leaves.work(key) for key in view.keys]
-        starts = tuple(work.start for work in works)
-        counts = np.cumsum([0, *(q.scale.size for q in starts)])
-        numbers = [block_numbers(q) + int(n) for q, n in zip(starts, counts, strict=False)]
-        blocks = Blocks(starts, layout.matrices(view.move(*numbers)))
-        inputs = layout.sizes[1]
-        # The inputs of a convolution are ordered differently from its blocks.
-        is_product = place.product.operation != "conv_general_dilated"
-        options = SearchOptions(
-            search, recipe, run_length(recipe, inputs) if is_product else inputs
-        )
-        found = searched(problem.weight, problem.levels, blocks, problem.statistics, options)
-        before = solve_matrices(problem, recipe, RTN()).before
-        for key, q in zip(view.keys, found, strict=True):
-            self.leaves.rescale(key, q)
-        new = trace_weight(place.frame, place.variable)
-        assert isinstance(new, WeightView), "it was followed before"
-        answer = solve_matrices(_problem(new, layout, problem.statistics), recipe, solver)
-        if bool(jnp.sum(answer.after) <= jnp.sum(before)):
-            return new, answer._replace(before=before), ""
-        for key, q in zip(view.keys, starts, strict=True):
-            self.leaves.rescale(key, q)
-        return view, solve_matrices(problem, recipe, solver), "the searched scales have more loss"
-
-    def _with_kept_inputs(
-        self, place: Place, view: WeightView, problem: Problem, solver: OWQ
-    ) -> tuple[WeightView, SolvedMatrices, str]:
-        """Solves a product, and keeps its most expensive inputs as outliers of its leaf.
-
-        Returns:
-          As `_searched`, for the recipe's own outliers in place of its scales.
-        """
-        weight, axes = self._weight(place.product), self.found.matrices[place.product.number].axes
-        layout, (key, *others) = Layout(axes, view.x.shape), view.keys
-        start, hessian = self.leaves.work(key).start, problem.statistics.hessian
-        assert hessian is not None, "all products to solve have one"
-        is_leaf = isinstance(place.frame.sources.get(place.variable), LeafKey) and not others
-        is_matrix = len(axes.contract) == 1 and not axes.batch and start.ndim == len(start.block)
-        recipes, found = by_recipe(weight, layout), None
-        if is_leaf and is_matrix:
-            settings = Settings(solver.damping, solver.order)
-            found = keep_inputs(start, view.x, hessian[0], axes.contract[0], settings)
-        if found is None:
-            return view, solve_stack(problem, recipes, solver), "no inputs are kept as outliers"
-        q, solved = found
-        before = solve_stack(problem, recipes, RTN()).before
-        self.leaves.rescale(key, q)
-        new = trace_weight(place.frame, place.variable)
-        assert isinstance(new, WeightView), "it was followed before"
-        chosen = _problem(new, layout, problem.statistics)
-        chosen = chosen._replace(nearest=layout.matrices(numbers_of(q)))
-        answer = solve_stack(chosen, recipes, RTN())
-        if bool(solved) and bool(jnp.sum(answer.after) <= jnp.sum(before)):
-            damping = jnp.full_like(before, solver.damping)
-            return new, answer._replace(before=before, damping=damping), ""
-        self.leaves.rescale(key, start)
-        return view, solve_stack(problem, recipes, solver), "kept inputs have more loss"
 
     def _is_last(self, key: LeafKey) -> bool:
         """Returns whether no other product or iteration solves a leaf or row."""
@@ -388,13 +322,3 @@ def _formats(weight: QuantizedWeight) -> str:
     """Returns the name of a weight's element format; the formats of experts are joined by "|"."""
     names = ("float" if recipe is None else recipe.element.name for recipe in weight.recipes)
     return "|".join(dict.fromkeys(names))
-
-
-def _problem(view: WeightView, layout: Layout, statistics: Statistics) -> Problem:
-    """Returns the problem of a weight, with the statistics of its input as matrices."""
-    return Problem(
-        weight=layout.matrices(view.x),
-        levels=jax.tree.map(layout.matrices, view.levels),
-        nearest=layout.matrices(view.nearest),
-        statistics=statistics,
-    )

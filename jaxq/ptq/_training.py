@@ -49,7 +49,7 @@ class Data(NamedTuple):
     masks: jax.Array | None
 
     def batch(self, i: jax.Array) -> "Data":
-        """Returns one batch."""
+        """Returns the batch with an index."""
         return jax.tree.map(lambda x: x[i], self)
 
 

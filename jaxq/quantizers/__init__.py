@@ -15,7 +15,7 @@ from jaxq.quantizers._levels import (
     with_levels,
     with_minima,
 )
-from jaxq.quantizers._quantized import Quantized, QuantizedArrays, dequantize
+from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, QuantizedArrays, dequantize
 from jaxq.quantizers._quantizers import fake_quant, neighbors, quantize
 from jaxq.quantizers._sharding import quantized_sharding
 from jaxq.quantizers._simulation import simulate

@@ -1,4 +1,4 @@
-"""The checks of the arguments that the functions of tensors share."""
+"""Argument checks shared by the functions that quantize tensors."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from jaxq.numerics import floats
 from jaxq.recipes import Recipe, get_recipe
 
-__all__ = ["Given", "check_takes_scales", "checked", "given_scales"]
+__all__ = ["Given", "Importance", "check_takes_scales", "checked", "given_scales", "importance_of"]
 
 
 class Given(NamedTuple):
@@ -16,6 +16,12 @@ class Given(NamedTuple):
 
     scale: jax.Array
     zero_point: jax.Array | None
+
+
+class Importance(NamedTuple):
+    """Weights of the squared errors of elements, which broadcast to the tensor."""
+
+    weights: jax.Array
 
 
 def checked(
@@ -68,8 +74,12 @@ def given_scales(
     check_takes_scales(name, recipe)
     two_sided = recipe.scaling.two_sided
     if two_sided != (zero_point is not None):
-        wanted = "needs both `scale` and `zero_point`." if two_sided else "takes no `zero_point`."
-        raise ValueError(f"{name}: a recipe with {recipe.scaling!r:.120} {wanted}")
+        requirement = (
+            "needs both `scale` and `zero_point`. Pass both."
+            if two_sided
+            else "takes no `zero_point`. Omit it."
+        )
+        raise ValueError(f"{name}: a recipe with {recipe.scaling!r:.120} {requirement}")
     counts = recipe.cut(shape).counts
     result = []
     for label, value in (("scale", scale), ("zero_point", zero_point)):
@@ -77,14 +87,40 @@ def given_scales(
             result.append(None)
             continue
         array = jnp.asarray(value, jnp.float32)
-        missing = len(counts) - array.ndim
-        fits = missing >= 0 and all(
-            n in (1, m) for n, m in zip(array.shape, counts[missing:], strict=True)
+        missing_ndim = len(counts) - array.ndim
+        fits = missing_ndim >= 0 and all(
+            n in (1, m) for n, m in zip(array.shape, counts[missing_ndim:], strict=True)
         )
         if not fits:
             raise ValueError(
                 f"{name}: `{label}` must broadcast to one number per block, shape {counts}, got "
-                f"{array.shape}."
+                f"{array.shape}. Use the scales of jaxq.calibration.finalize, or a scalar."
             )
-        result.append(array.reshape((1,) * missing + array.shape))
+        result.append(array.reshape((1,) * missing_ndim + array.shape))
     return Given(result[0], result[1])
+
+
+def importance_of(
+    name: str, shape: tuple[int, ...], recipe: Recipe, importance: jax.typing.ArrayLike
+) -> Importance:
+    """Checks and returns an importance: one weight per index of the axis of the blocks, or more."""
+    if not recipe.scaling.searches_elements:
+        raise ValueError(
+            f"{name}: `importance` needs a recipe that searches for its scales, such as 'q4_k', "
+            f"got {type(recipe.scaling).__name__}. Omit it, or use jaxq.ptq.ScaleSearch."
+        )
+    weights = jnp.asarray(importance, jnp.float32)
+    block = recipe.cut(shape).block
+    axis = next((axis for axis, n in enumerate(block) if n != 1), len(block) - 1)
+    if weights.ndim == 1:
+        weights = weights.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    missing = len(shape) - weights.ndim
+    fits = missing >= 0 and all(
+        n in (1, m) for n, m in zip(weights.shape, shape[missing:], strict=True)
+    )
+    if not fits or axis < missing or weights.shape[axis - missing] != shape[axis]:
+        raise ValueError(
+            f"{name}: `importance` must have one weight for each of the {shape[axis]} indices of "
+            f"axis {axis}, or broadcast to {shape} with them, got shape {jnp.shape(importance)}."
+        )
+    return Importance(weights.reshape((1,) * missing + weights.shape))

@@ -1,10 +1,11 @@
-"""The levels of each element of a quantized tensor, and other values on them.
+"""The representable values (levels) of each element of a quantized tensor, for solvers.
 
 A solver that chooses codes other than the nearest ones starts from a `Quantized`, keeps its scales,
 rounds values to `levels`, and stores the result by `with_levels`. `rescaled` changes the scales.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -34,7 +35,7 @@ class Levels(NamedTuple):
     """The stored scale of every element, with its zero point or minimum if it has one.
 
     The levels of an element are `step * (grid value - zero_point) + minimum`. An outlier, which is
-    stored apart, has one value instead, whatever its code.
+    stored separately, has its stored value as its only level.
 
     Attributes:
       step: the scales.
@@ -51,20 +52,21 @@ class Levels(NamedTuple):
 
 def levels(q: Quantized) -> Levels:
     """Returns the levels of each element, as float32 arrays of the tensor's shape."""
-    own = Levels(per_element(q, q.scales), None, None)
+    result = Levels(per_element(q, q.scales), None, None)
     if q.zero_point is not None and q.recipe.scaling.zero_point == "integer":
-        own = own._replace(zero_point=per_element(q, q.zero_point.astype(jnp.float32)))
-    elif q.zero_point is not None:
-        own = own._replace(minimum=per_element(q, decode(q.zero_point, q.recipe.scale_format)))
+        result = result._replace(zero_point=per_element(q, q.zero_point.astype(jnp.float32)))
+    elif (minimum := q.minima) is not None:
+        result = result._replace(minimum=per_element(q, minimum))
     if q.recipe.outliers is not None:
-        nothing = jnp.full_like(own.step, jnp.nan)
-        own = own._replace(outlier=q.recipe.outliers.put(nothing, q.outliers))
-    return own
+        nothing = jnp.full_like(result.step, jnp.nan)
+        result = result._replace(outlier=q.recipe.outliers.put(nothing, q.outliers))
+    return result
 
 
 def block_numbers(q: Quantized) -> jax.Array:
     """Returns the number of the block of each element, in the order of the scales; int32."""
-    return per_element(q, jnp.arange(q.scale.size, dtype=jnp.int32).reshape(q.scale.shape))
+    counts = q.cut.counts
+    return per_element(q, jnp.arange(math.prod(counts), dtype=jnp.int32).reshape(counts))
 
 
 def per_element(q: Quantized, x: jax.Array) -> jax.Array:
@@ -84,8 +86,8 @@ def snap(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax.Array, jax.A
     """Rounds values to the levels, by the recipe's rounding.
 
     Returns:
-      The grid values, minus the zero point, and the levels that they stand for. The latter are
-      bitwise those of `dequantize`.
+      The grid values, minus the zero point, and the levels that they represent, which are bitwise
+      those of `dequantize`.
     """
     step, zero_point, minimum, _ = levels
     x = x if minimum is None else x - minimum
@@ -95,9 +97,9 @@ def snap(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax.Array, jax.A
 
 
 def enclosing_numbers(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-    """Returns the two grid values, minus the zero point, that enclose each value in its units.
+    """Returns the two grid values, minus the zero point, that enclose each value.
 
-    Values beyond the grid have its two outermost ones.
+    For values beyond the grid, these are the two outermost grid values.
     """
     step, zero_point, minimum, _ = levels
     units = in_units(x if minimum is None else x - minimum, step, recipe.scale_format)
@@ -109,7 +111,7 @@ def enclosing_numbers(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax
 
 
 def values_of(numbers: jax.Array, levels: Levels, recipe: Recipe) -> jax.Array:
-    """Returns the levels that grid values stand for, bitwise those of `dequantize`."""
+    """Returns the levels that grid values represent, bitwise those of `dequantize`."""
     values = restored(numbers, levels.step, levels.minimum, recipe)
     if levels.outlier is None:
         return values
@@ -138,7 +140,7 @@ def rescaled(q: Quantized, factor: jax.typing.ArrayLike) -> Quantized:
         rounded to the scale format.
     """
     fmt = q.recipe.scale_format
-    scale = q.recipe.scaling.rounded(decoded(q.scale, q.recipe) * factor)
+    scale = q.recipe.scaling.rounded(decoded(q.scale, q) * factor)
     return dataclasses.replace(q, scale=scale if fmt.name == "float32" else encode(scale, fmt))
 
 

@@ -1,4 +1,4 @@
-"""A recipe as an operand and a static record, for recipes whose format has traced widths."""
+"""Separation of a recipe with traced widths into arrays and a static record."""
 
 import dataclasses
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(recipe: Recipe) -> Parts:
-    """Returns the parts of a recipe, from which `whole` makes an equal one."""
+    """Splits a recipe into its parts; `whole` joins them again."""
     grid = recipe.format
     if not isinstance(grid, BinaryGrid):
         return Parts(None, recipe)

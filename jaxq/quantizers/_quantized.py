@@ -13,11 +13,11 @@ from jaxq._base.records import size_text
 from jaxq._jax.meshes import automatic, fitting, spec_of
 from jaxq._jax.serialization import pytree
 from jaxq.formats import get_format
-from jaxq.numerics import as_dtype, decode, unpack
+from jaxq.numerics import as_dtype, decode, encode, pack, unpack
 from jaxq.quantizers._snapping import restored
 from jaxq.recipes import Recipe, StoredScales, records, title_of
 
-__all__ = ["WHOLE_BYTES", "Quantized", "QuantizedArrays", "decoded", "dequantize"]
+__all__ = ["WHOLE_BYTES", "Quantized", "QuantizedArrays", "decoded", "dequantize", "encoded"]
 
 WHOLE_BYTES = (8, 16)  # Code widths, in bits, that need no packing.
 
@@ -51,11 +51,12 @@ class Quantized(QuantizedArrays):
       codes: the codes of the elements, packed along the last axis by
         `jaxq.numerics.pack`; uint8, or uint16 for 16-bit formats.
       scale: the stored scales, one per block, in the shape of the blocks: float32, or codes of the
-        recipe's `scale_format` if that is another format. `scales` has their values.
+        recipe's `scale_format` if that is another format. With `SuperBlocks`, codes of less than 8
+        bits are packed along the axis of the blocks. `scales` has their values.
       second: the arrays of the scaling's second level, from which it restores the scales; () if it
         has none.
       zero_point: the zero points, one per block: integers, or minima stored as the scales are; None
-        for a symmetric recipe.
+        for a symmetric recipe. `minima` has the values of minima.
       outliers: the codes of the outliers and their positions in the flattened tensor; () if the
         recipe has none.
       recipe: the recipe.
@@ -63,6 +64,12 @@ class Quantized(QuantizedArrays):
       block: the length of a block on each axis; None for the whole of an axis whose length was
         symbolic.
       length: the length of the last axis; None for a scalar.
+
+    Example:
+      >>> import jaxq, jax.numpy as jnp
+      >>> q = jaxq.quantize(jnp.ones((8, 64)), "int4_g32")
+      >>> q, q.nbytes, q[2].shape
+      (int4_g32[8×64] 320 B, 320, (64,))
     """
 
     @property
@@ -87,10 +94,15 @@ class Quantized(QuantizedArrays):
         return _scales(self)
 
     @property
+    def minima(self) -> jax.Array | None:
+        """The float32 values of the minima, in the shape of `scales`; None without minima."""
+        return _minima(self)
+
+    @property
     def cut(self) -> Cut:
         """The division of the tensor into blocks."""
-        more = self.ndim - len(self.block)
-        block = (1,) * more + self.block[max(-more, 0) :]
+        extra_ndim = self.ndim - len(self.block)
+        block = (1,) * extra_ndim + self.block[max(-extra_ndim, 0) :]
         whole = (n if b is None else b for n, b in zip(self.shape, block, strict=True))
         return Cut(self.shape, tuple(whole))
 
@@ -121,7 +133,7 @@ class Quantized(QuantizedArrays):
 
     def __len__(self) -> int:
         if not self.shape:
-            raise TypeError("len() of a Quantized scalar.")
+            raise TypeError("Quantized: len() needs at least one axis, got a scalar. Use `shape`.")
         return self.shape[0]
 
     def __getitem__(self, index: int | slice) -> "Quantized":
@@ -134,7 +146,10 @@ class Quantized(QuantizedArrays):
             with other rows.
         """
         if self.ndim < 2:
-            raise TypeError("Quantized: indexing needs at least two axes. Dequantize it first.")
+            raise TypeError(
+                f"Quantized: indexing needs at least two axes, got shape {self.shape}. Dequantize "
+                "the tensor first."
+            )
         n, block, rest = self.shape[0], self.cut.block[0], self.cut.block[1:]
         if not isinstance(index, slice):
             at = operator.index(index)
@@ -147,7 +162,7 @@ class Quantized(QuantizedArrays):
         if block > 1 and (step != 1 or start % block or (stop % block and stop != n)):
             raise ValueError(
                 f"Quantized: a slice must consist of whole blocks of {block} rows, got {index}. "
-                "Dequantize first to take other rows."
+                "Dequantize the tensor first to select other rows."
             )
         blocks = index if block == 1 else slice(start // block, -(-stop // block))
         return self._rows(index, blocks, (block, *rest))
@@ -162,11 +177,16 @@ class Quantized(QuantizedArrays):
             )
         outliers = tuple(array[index] for array in outliers)
         second = self.second
-        if second and second[-1].ndim:  # One per tensor that `jax.vmap` stacked.
+        if self.recipe.scaling.run > 1 and self.ndim <= len(self.block) and self.cut.block[0] > 1:
+            raise ValueError(
+                "Quantized: the rows share packed scales with other rows. Dequantize the tensor "
+                "first."
+            )
+        if second and second[-1].ndim:  # One per row, or per tensor that `jax.vmap` stacked.
             second = tuple(array[index] for array in second)
         else:
-            places = np.arange(self.scale.size).reshape(self.scale.shape)[blocks]
-            second = self.recipe.scaling.take(second, places)
+            positions = np.arange(self.scale.size).reshape(self.scale.shape)[blocks]
+            second = self.recipe.scaling.take(second, positions)
         arrays = (codes, scale, second, zero_point, outliers)
         return Quantized(*arrays, self.recipe, self.dtype, block, self.length)
 
@@ -179,7 +199,16 @@ def _of_scales(mesh: Any, result: jax.Array, q: Quantized) -> Any:
 @jax.jit
 @automatic(_of_scales)
 def _scales(q: Quantized) -> jax.Array:
-    return q.recipe.scaling.restore(StoredScales(decoded(q.scale, q.recipe), q.second))
+    return q.recipe.scaling.restore(StoredScales(decoded(q.scale, q), q.second))
+
+
+@jax.jit
+@automatic(_of_scales)
+def _minima(q: Quantized) -> jax.Array | None:
+    if q.zero_point is None or q.recipe.scaling.zero_point == "integer":
+        return None
+    minimum, scale = decoded(q.zero_point, q), jnp.zeros((), jnp.float32)
+    return q.recipe.scaling.restore_minimum(StoredScales(scale, q.second, minimum))
 
 
 def _of_codes(mesh: Any, result: jax.Array, q: Quantized) -> Any:
@@ -205,17 +234,40 @@ def dequantize(q: Quantized) -> jax.Array:
     """
     recipe, cut = q.recipe, q.cut
     values = cut.split(decode(q.unpack(), recipe.element))
-    minimum = None
     if q.zero_point is not None and recipe.scaling.zero_point == "integer":
         values = values - cut.spread(q.zero_point).astype(jnp.float32)
-    elif q.zero_point is not None:
-        minimum = decoded(cut.spread(q.zero_point), recipe)
+    minimum = q.minima
+    minimum = None if minimum is None else cut.spread(minimum)
     y = cut.merge(restored(values, cut.spread(q.scales), minimum, recipe))
     if recipe.outliers is not None:
         y = recipe.outliers.put(y, q.outliers)
     return as_dtype(y, q.dtype, overflow="propagate")
 
 
-def decoded(scales: jax.Array, recipe: Recipe) -> jax.Array:
-    """Returns the values of stored scales."""
-    return scales if recipe.scale_format == _FLOAT32 else decode(scales, recipe.scale_format)
+def encoded(scales: jax.Array, cut: Cut, recipe: Recipe) -> jax.Array:
+    """Returns scales or minima as stored: float32 unchanged, other formats as codes.
+
+    Codes of runs of blocks are packed into bytes along the axis of the blocks.
+    """
+    fmt = recipe.scale_format
+    codes = scales if fmt == _FLOAT32 else encode(scales, fmt)
+    if recipe.scaling.run == 1 or fmt.bits in WHOLE_BYTES:
+        return codes
+    axis = _blocked(cut.block)
+    return jnp.moveaxis(pack(jnp.moveaxis(codes, axis, -1), fmt.bits), -1, axis)
+
+
+def decoded(scales: jax.Array, q: QuantizedArrays) -> jax.Array:
+    """Returns the values of stored scales or minima of a quantized tensor."""
+    fmt = q.recipe.scale_format
+    if q.recipe.scaling.run > 1 and fmt.bits not in WHOLE_BYTES:
+        axis = _blocked(q.block) - len(q.block) + scales.ndim
+        packed = jnp.moveaxis(scales, axis, -1)
+        codes = unpack(packed, fmt.bits, packed.shape[-1] * 8 // fmt.bits)
+        scales = jnp.moveaxis(codes, -1, axis)
+    return scales if fmt == _FLOAT32 else decode(scales, fmt)
+
+
+def _blocked(block: tuple[int | None, ...]) -> int:
+    """Returns the one axis along which blocks have several elements."""
+    return next((axis for axis, n in enumerate(block) if n != 1), len(block) - 1)

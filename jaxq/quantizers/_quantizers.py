@@ -19,20 +19,18 @@ from jaxq._base.cutting import Cut
 from jaxq._base.shapes import is_symbolic
 from jaxq._jax.meshes import as_first, automatic, spec_of
 from jaxq._jax.opaque import opaque
-from jaxq.formats import Format, get_format
+from jaxq.formats import Format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
-from jaxq.numerics import BinaryGrid, encode, pack, widen
-from jaxq.quantizers._arguments import Given, checked, given_scales
+from jaxq.numerics import BinaryGrid, pack, widen
+from jaxq.quantizers._arguments import Given, Importance, checked, given_scales, importance_of
 from jaxq.quantizers._parts import Parts, parts_of, whole
-from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized
+from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, encoded
 from jaxq.quantizers._sharding import quantized_sharding
 from jaxq.quantizers._simulation import Values, quantized_values, scales_of
 from jaxq.quantizers._snapping import codes
 from jaxq.recipes import Recipe
 
 __all__ = ["fake_quant", "neighbors", "quantize"]
-
-_FLOAT32 = get_format("float32")
 
 
 def fake_quant(
@@ -41,6 +39,7 @@ def fake_quant(
     *,
     scale: jax.typing.ArrayLike | None = None,
     zero_point: jax.typing.ArrayLike | None = None,
+    importance: jax.typing.ArrayLike | None = None,
     axis: int | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -58,6 +57,10 @@ def fake_quant(
         that they can be learned; `jax.lax.stop_gradient` makes them constants.
       zero_point: zero points to use with `scale`, required if the recipe has zero points. Integer
         zero points are rounded to the integers of the format.
+      importance: the weights of squared errors in the search for the scales of a recipe with
+        `SuperBlocks`, as in an importance matrix of llama.cpp: the mean squares of the inputs that
+        meet the weights, float32 `[n]` along the axis of the blocks, or an array that broadcasts to
+        `x`. Not differentiable. An error for other recipes. Default: None.
       axis: the axis of `x` that products contract, as in `jaxq.quantize_tree`: -2 for a kernel
         `[inputs, outputs]`, -1 for a weight `[outputs, inputs]`; the granularity is read relative
         to it. None (the default) reads it on the axes of `x` as it stands: blocks and the vectors
@@ -67,12 +70,13 @@ def fake_quant(
 
     Returns:
       An array of x's shape and dtype. A block (the elements that share a scale) that holds a NaN or
-      an infinity becomes all NaN and does not affect other blocks (with `DoubleQuant`, all blocks
-      that share its second scale become NaN). An all-zero block stays zero, and an empty tensor
-      stays empty. Finite input never gives an infinity or a NaN, unless a scale is infinite:
-      results beyond the dtype become its largest value. With given scales, infinities saturate like
-      large finite values, and any NaN is converted as a positive one is by `jaxq.cast`. On CPU,
-      float32 subnormals (below 2^-126) count as zero, in the input and in the result.
+      an infinity becomes all NaN and does not affect other blocks (with `DoubleQuant` and
+      `SuperBlocks`, all blocks that share its second scale become NaN). An all-zero block stays
+      zero, and an empty tensor stays empty. Finite input never gives an infinity or a NaN, unless a
+      scale is infinite: results beyond the dtype become its largest value. With given scales,
+      infinities saturate like large finite values, and any NaN is converted as a positive one is by
+      `jaxq.cast`. On CPU, float32 subnormals (below 2^-126) count as zero, in the input and in the
+      result.
 
     Raises:
       TypeError: x has another dtype.
@@ -90,7 +94,7 @@ def fake_quant(
              [1., 1.]], dtype=float32)
     """
     array, recipe = checked("fake_quant", x, recipe, axis, grids=True)
-    given = given_scales("fake_quant", array.shape, recipe, scale, zero_point)
+    given = _given("fake_quant", array.shape, recipe, _Arguments(scale, zero_point, importance))
     return _fake_quant(array, given, key, *parts_of(recipe))
 
 
@@ -141,6 +145,7 @@ def quantize(
     *,
     scale: jax.typing.ArrayLike | None = None,
     zero_point: jax.typing.ArrayLike | None = None,
+    importance: jax.typing.ArrayLike | None = None,
     axis: int | None = None,
     key: jax.Array | None = None,
 ) -> Quantized:
@@ -151,6 +156,7 @@ def quantize(
       recipe: as in `fake_quant`.
       scale: as in `fake_quant`.
       zero_point: as in `fake_quant`.
+      importance: as in `fake_quant`.
       axis: as in `fake_quant`.
       key: as in `fake_quant`.
 
@@ -174,21 +180,39 @@ def quantize(
             f"must have a known length, got the symbolic shape {array.shape}. Export it with a "
             "fixed length, or move another axis to the end."
         )
-    given = given_scales("quantize", array.shape, recipe, scale, zero_point)
+    given = _given("quantize", array.shape, recipe, _Arguments(scale, zero_point, importance))
     return _quantize(lax.stop_gradient(array), lax.stop_gradient(given), key, recipe)
+
+
+class _Arguments(NamedTuple):
+    """The arguments `scale`, `zero_point` and `importance`."""
+
+    scale: jax.typing.ArrayLike | None
+    zero_point: jax.typing.ArrayLike | None
+    importance: jax.typing.ArrayLike | None
+
+
+def _given(
+    name: str, shape: tuple[int, ...], recipe: Recipe, arguments: _Arguments
+) -> Given | Importance | None:
+    """Checks and returns given scales or a given importance."""
+    given = given_scales(name, shape, recipe, arguments.scale, arguments.zero_point)
+    if arguments.importance is None:
+        return given
+    return lax.stop_gradient(importance_of(name, shape, recipe, arguments.importance))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 @automatic(as_first)
 def _fake_quant(
     x: jax.Array,
-    given: Given | None,
+    given: Given | Importance | None,
     key: jax.Array | None,
     grid: BinaryGrid | None,
     recipe: Recipe,
 ) -> jax.Array:
     estimator = get_gradient(recipe.gradient)
-    snapped = _snapped(x, given, key, Parts(grid, recipe), wants_neighbors(estimator))
+    snapped = _snap_tensor(x, given, key, Parts(grid, recipe), wants_neighbors(estimator))
     return recipe.cut(x.shape).merge(attach(estimator, snapped.snap, snapped.scales))
 
 
@@ -198,20 +222,24 @@ def _neighbors(
     x: jax.Array, given: Given | None, grid: BinaryGrid | None, recipe: Recipe
 ) -> tuple[jax.Array, jax.Array]:
     cut = recipe.cut(x.shape)
-    snap = _snapped(x, given, None, Parts(grid, recipe), True).snap
+    snap = _snap_tensor(x, given, None, Parts(grid, recipe), True).snap
     return cut.merge(snap.below), cut.merge(snap.above)
 
 
-class _Snapped(NamedTuple):
+class _SnappedTensor(NamedTuple):
     """A snap, and the given scales with respect to which it is differentiable."""
 
     snap: Snap
     scales: GivenScales | None
 
 
-def _snapped(
-    x: jax.Array, given: Given | None, key: jax.Array | None, parts: Parts, around: bool
-) -> _Snapped:
+def _snap_tensor(
+    x: jax.Array,
+    given: Given | Importance | None,
+    key: jax.Array | None,
+    parts: Parts,
+    around: bool,
+) -> _SnappedTensor:
     """Returns a split tensor with its quantized values, and with its neighbors if `around` is True.
 
     Only the tensor itself and given scales are differentiable.
@@ -222,11 +250,11 @@ def _snapped(
     values: Values = opaque(function, *constants, key)
     y, low, high, below, above = values[:5]
     scales = None
-    if given is not None:
+    if isinstance(given, Given):
         scales = _given_scales(given, values, whole(*parts), cut)
         if below is not None and above is not None:
             below, above = scales.moved(below), scales.moved(above)
-    return _Snapped(Snap(cut.split(x), y, low, high, below, above), scales)
+    return _SnappedTensor(Snap(cut.split(x), y, low, high, below, above), scales)
 
 
 def _given_scales(given: Given, values: Values, recipe: Recipe, cut: Cut) -> GivenScales:
@@ -262,7 +290,7 @@ def _of_parts(mesh: Any, result: Quantized, x: jax.Array, *others: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="recipe")
 @automatic(_of_parts)
 def _quantize(
-    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe
+    x: jax.Array, given: Given | Importance | None, key: jax.Array | None, recipe: Recipe
 ) -> Quantized:
     cut, fmt, outliers = recipe.cut(x.shape), recipe.element, ()
     if recipe.outliers is not None:
@@ -273,15 +301,16 @@ def _quantize(
     packed = packed if x.ndim else packed[None]
     if fmt.bits not in WHOLE_BYTES:
         packed = pack(packed, fmt.bits)
-    zero_point = None
+    storage, zero_point = scales.storage, None
     if scales.zero_point is not None:
         zero_point = scales.zero_point.reshape(cut.counts).astype(_integer_dtype(fmt))
     elif scales.minimum is not None:
-        zero_point = _encoded(scales.minimum.reshape(cut.counts), recipe)
+        minimum = scales.minimum if storage.minimum is None else storage.minimum
+        zero_point = encoded(minimum.reshape(cut.counts), cut, recipe)
     return Quantized(
         codes=packed,
-        scale=_encoded(scales.storage.scale.reshape(cut.counts), recipe),
-        second=scales.storage.second,
+        scale=encoded(storage.scale.reshape(cut.counts), cut, recipe),
+        second=storage.second,
         zero_point=zero_point,
         outliers=outliers,
         recipe=recipe,
@@ -289,11 +318,6 @@ def _quantize(
         block=tuple(None if is_symbolic(n) else n for n in cut.block),
         length=x.shape[-1] if x.ndim else None,
     )
-
-
-def _encoded(scales: jax.Array, recipe: Recipe) -> jax.Array:
-    """Returns scales as stored: float32 scales unchanged, those of other formats as codes."""
-    return scales if recipe.scale_format == _FLOAT32 else encode(scales, recipe.scale_format)
 
 
 def _integer_dtype(fmt: Format) -> np.dtype:

@@ -16,8 +16,9 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
     """Returns shardings of codes, scales and zero points that match the sharding of a tensor.
 
     Codes are sharded like the tensor, and so are scales along every axis on which shards consist of
-    whole blocks. Along other axes, and where one scale covers a whole axis, scales are replicated,
-    as are outliers and the arrays of a second level.
+    whole blocks, or of whole super-blocks with `SuperBlocks`. Along other axes, and where one scale
+    covers a whole axis, scales are replicated, as are outliers and the second level of other
+    scalings.
 
     Args:
       q: a quantized tensor, or its shapes as returned by `jax.eval_shape`.
@@ -41,7 +42,8 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
     mesh, names = sharding.mesh, tuple(sharding.spec)
     if len(names) > q.ndim:
         raise ValueError(
-            f"quantized_sharding: a spec of at most {q.ndim} axes is needed, got {sharding.spec}."
+            f"quantized_sharding: `sharding` must have a spec of at most {q.ndim} axes, got "
+            f"{sharding.spec}. Remove the other entries."
         )
     names = names + (None,) * (q.ndim - len(names))
     parts = [math.prod(mesh.shape[name] for name in axes_of(entry)) for entry in names]
@@ -49,16 +51,17 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
     for axis, (n, count) in enumerate(zip(q.shape, parts, strict=True)):
         packed = axis == q.ndim - 1 and bits not in (8, 16)
         if n % count or (packed and n // count * bits % 8):
-            whole = f" of whole bytes of {bits}-bit codes" if packed else ""
+            suffix = f" of whole bytes of {bits}-bit codes" if packed else ""
             raise ValueError(
                 f"quantized_sharding: axis {axis} of shape {q.shape} does not divide into {count} "
-                f"shards{whole}. Leave that axis out of the spec, or choose another mesh."
+                f"shards{suffix}. Leave that axis out of the spec, or choose another mesh."
             )
-    counts = q.cut.counts
+    counts, run = q.cut.counts, q.recipe.scaling.run
+    runs = [n if b == 1 else n // run for n, b in zip(counts, q.cut.block, strict=True)]
     scale = PartitionSpec(
         *(
             name if blocks > 1 and blocks % count == 0 else None
-            for name, blocks, count in zip(names, counts, parts, strict=True)
+            for name, blocks, count in zip(names, runs, parts, strict=True)
         )
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -66,7 +69,7 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
         q,
         codes=NamedSharding(mesh, PartitionSpec(*names)),
         scale=NamedSharding(mesh, scale),
-        second=tuple(everywhere for _ in q.second),
+        second=tuple(everywhere if run == 1 else NamedSharding(mesh, scale) for _ in q.second),
         zero_point=None if q.zero_point is None else NamedSharding(mesh, scale),
         outliers=tuple(everywhere for _ in q.outliers),
     )

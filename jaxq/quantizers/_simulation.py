@@ -13,7 +13,7 @@ from jaxq._base.cutting import Cut
 from jaxq._jax.meshes import as_first, automatic
 from jaxq._jax.opaque import opaque
 from jaxq.numerics import BinaryGrid, as_dtype, widen
-from jaxq.quantizers._arguments import Given, checked, given_scales
+from jaxq.quantizers._arguments import Given, Importance, checked, given_scales
 from jaxq.quantizers._parts import whole
 from jaxq.quantizers._snapping import interval, measured, numbers, restored
 from jaxq.recipes import Recipe, Scales
@@ -94,7 +94,7 @@ def _simulate(
 
 def quantized_values(
     x: jax.Array,
-    given: Given | None,
+    given: Given | Importance | None,
     grid: BinaryGrid | None,
     key: jax.Array | None,
     recipe: Recipe,
@@ -108,7 +108,7 @@ def quantized_values(
         rest, outliers = recipe.outliers.take(x)
     rest = widen(cut.split(rest))
     scales = scales_of(rest, given, key, recipe, cut)
-    values = numbers(rest, scales, key, recipe, given=given is not None)
+    values = numbers(rest, scales, key, recipe, given=isinstance(given, Given))
     y = restored(values, scales.step, scales.minimum, recipe)
     pair = interval(rest, scales, recipe) if around else (None, None)
     low, high = scales.low, scales.high
@@ -129,9 +129,16 @@ def quantized_values(
 
 
 def scales_of(
-    x: jax.Array, given: Given | None, key: jax.Array | None, recipe: Recipe, cut: Cut
+    x: jax.Array,
+    given: Given | Importance | None,
+    key: jax.Array | None,
+    recipe: Recipe,
+    cut: Cut,
 ) -> Scales:
     """Returns the given scales, broadcast over blocks, or else those of the split tensor."""
+    if isinstance(given, Importance):
+        weights = cut.split(jnp.broadcast_to(given.weights, cut.shape))
+        return measured(x, key, recipe, cut, weights)
     if given is None:
         return measured(x, key, recipe, cut)
     scale, zero_point = (

@@ -1,4 +1,4 @@
-"""Slices of a stored tensor, dequantized without the rest of it."""
+"""Slices of a stored tensor that are dequantized separately."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
+from jaxq.formats import IntFormat
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, dequantize
 from jaxq.recipes import Symmetric
 
@@ -35,7 +36,7 @@ class Slices(NamedTuple):
 def slices(q: Quantized) -> Slices | None:
     """Returns a stored tensor as slices; None for one with outliers, or of symbolic shape.
 
-    Scales that share second scales are computed at once, as float32 numbers.
+    With a second level of scales, the float32 values of all scales are computed first.
     """
     if q.recipe.outliers is not None or not q.ndim or not all(type(n) is int for n in q.shape):
         return None
@@ -45,14 +46,18 @@ def slices(q: Quantized) -> Slices | None:
         assert scales is not None
         for _ in range(stacked):
             scales = jax.vmap(scales)
-        recipe = dataclasses.replace(q.recipe, scaling=Symmetric())
-        q = dataclasses.replace(q, scale=scales(q), second=(), recipe=recipe)
+        # The rule "half" keeps the lowest code of integers, which `SuperBlocks` uses.
+        lowest = q.recipe.scaling.run > 1 and isinstance(q.recipe.element, IntFormat)
+        scaling = Symmetric(rule="half") if lowest else Symmetric()
+        recipe = dataclasses.replace(q.recipe, scaling=scaling)
+        own = {"scale": scales(q), "zero_point": q.minima, "second": (), "recipe": recipe}
+        q = dataclasses.replace(q, **own)
     cut, bits = q.cut, q.recipe.element.bits
-    of_bytes = 8 // math.gcd(bits, 8)  # Codes on the last axis are cut between bytes.
+    codes_per_boundary = 8 // math.gcd(bits, 8)  # Codes on the last axis are cut between bytes.
 
     def unit(axis: int) -> int:
         block = cut.block[axis] if cut.counts[axis] > 1 else 1
-        return math.lcm(block, of_bytes) if axis == q.ndim - 1 else block
+        return math.lcm(block, codes_per_boundary) if axis == q.ndim - 1 else block
 
     def take(axis: int, start: Any, size: int) -> jax.Array:
         def of(x: jax.Array, numerator: int = 1, denominator: int = 1) -> jax.Array:

@@ -31,9 +31,17 @@ _AT_ONCE = 4
 _WHOLE = BinaryGrid(24, 24, 24, 2.0**24, 2.0**24, inf=False, nan=False, negative_zero=False)
 
 
-def measured(x: jax.Array, key: jax.Array | None, recipe: Recipe, cut: Cut) -> Scales:
+def measured(
+    x: jax.Array,
+    key: jax.Array | None,
+    recipe: Recipe,
+    cut: Cut,
+    importance: jax.Array | None = None,
+) -> Scales:
     """Returns the scales computed from a split float32 tensor itself."""
     scaling, fmt = recipe.scaling, recipe.element
+    if scaling.searches_elements:
+        return scaling.of_elements(x, cut, fmt, importance)
     ends = scaling.calibrator.finalize(recipe.measure(x, cut), fmt, scaling.two_sided)
     factor = _searched(x, ends, key, recipe, cut) if scaling.search else None
     return scaling.scales(ends, fmt, factor)
@@ -42,7 +50,7 @@ def measured(x: jax.Array, key: jax.Array | None, recipe: Recipe, cut: Cut) -> S
 def numbers(
     x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe, *, given: bool = False
 ) -> jax.Array:
-    """Returns a split float32 tensor in units of its scales, on the grid minus the zero point.
+    """Returns the grid values of a split float32 tensor, minus the zero point.
 
     Args:
       x: the tensor.
@@ -52,15 +60,19 @@ def numbers(
       given: True if the scales were not computed from the tensor, so that a NaN may have a scale
         that is a number.
     """
+    if scales.numbers is not None and recipe.rounding == "nearest_even":
+        return scales.numbers
     units = units_of(x, scales, recipe)
     units = _positive_nan(units) if given and _lacks_nan(recipe) else units
     return on_grid(units, scales.zero_point, recipe.rounding, key, recipe)
 
 
 def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -> jax.Array:
-    """Returns the codes of a split float32 tensor: of `numbers` plus the zero point."""
+    """Returns the codes of a split float32 tensor, which encode `numbers` plus the zero point."""
     if scales.zero_point is not None:
         return encode(numbers(x, scales, key, recipe) + scales.zero_point, recipe.element)
+    if scales.numbers is not None:
+        return encode(numbers(x, scales, key, recipe), recipe.element)
     units = units_of(x, scales, recipe)
     units = _positive_nan(units) if isinstance(recipe.element, FloatFormat) else units
     return encode(units, recipe.element, rounding=recipe.rounding, overflow="saturate", key=key)
@@ -89,13 +101,13 @@ def units_of(x: jax.Array, scales: Scales, recipe: Recipe) -> jax.Array:
 
 
 def _lacks_nan(recipe: Recipe) -> bool:
-    """Returns whether a NaN becomes a zero with its sign, as in float formats without NaN."""
+    """Returns whether the element format is a float format without NaN, which maps NaN to zero."""
     fmt = recipe.element
     return not fmt.nan if isinstance(fmt, FloatFormat | BinaryGrid) else False
 
 
 def _positive_nan(units: jax.Array) -> jax.Array:
-    """Returns an array with positive NaN: backends give the NaN of arithmetic different signs."""
+    """Returns an array in which every NaN is positive, as its sign differs between backends."""
     bits = _FLOAT32.bits(units)
     nan = (bits & _FLOAT32.magnitude_mask) > _FLOAT32.inf
     return _FLOAT32.floats(where(nan, _FLOAT32.nan, bits))
@@ -132,9 +144,8 @@ def restored(
 ) -> jax.Array:
     """Returns values on the grid, minus any integer zero point, times their scales, plus minima.
 
-    Results beyond float32 become its largest value, so that no finite input gives an infinity.
-    An infinite scale stays visible, though: one that overflows float16 gives infinities, as in
-    GGUF.
+    Results beyond float32 become its largest value, so that no finite input gives an infinity. An
+    infinite scale gives infinities, as in GGUF, where a scale may overflow float16.
     """
     fmt, scale_format = recipe.element, recipe.scale_format
     traced = isinstance(fmt, BinaryGrid)
@@ -143,10 +154,10 @@ def restored(
     y = times(values, step, scale_format)
     if minimum is not None:
         y = y + minimum  # The product is exact, because the scaling has checked the widths.
-    bounded = (fmt.max - fmt.min) * scale_format.max < 2.0**127
+    bounded = (fmt.max - fmt.min) * recipe.scaling.largest_scale < 2.0**127
     if traced:
         return where(jnp.broadcast_to(bounded, y.shape), y, finite(y))
-    if bounded and recipe.scaling.second_level is None:
+    if bounded:
         return y  # Only an infinite scale makes this infinite.
     return finite(y)
 
@@ -171,8 +182,8 @@ def _searched(
         return _squared_error(x, y, amax, cut)
 
     def better(best: _Best, other: _Best) -> _Best:
-        less = other.error < best.error
-        return _Best(*(where(less, b, a) for a, b in zip(best, other, strict=True)))
+        is_better = other.error < best.error
+        return _Best(*(where(is_better, b, a) for a, b in zip(best, other, strict=True)))
 
     search = recipe.scaling.search
     best = _Best(jnp.full_like(amax, np.inf), jnp.full_like(amax, search[0]))
@@ -192,21 +203,21 @@ def _searched(
 def _squared_error(x: jax.Array, y: jax.Array, amax: jax.Array, cut: Cut) -> jax.Array:
     """Returns the sum of squared errors of each block, in units that depend on amax alone.
 
-    Sums are taken of integers, and do not depend on the order: equal errors, which are frequent for
-    data on a grid, stay equal in every program. For blocks longer than 128 on the last axis,
-    partial sums are added in float32.
+    Integers are summed, so the result does not depend on the order of summation. Equal errors,
+    which are frequent for data on a grid, therefore stay equal in every program. For blocks
+    longer than 128 on the last axis, partial sums are added in float32.
     """
     # Errors relative to the power of two above amax, as multiples of 2^-22.
     down, _ = powers(amax)
     nearest = lax.RoundingMethod.TO_NEAREST_EVEN
-    a, b = (lax.round(v * down * np.float32(2.0**20), nearest) for v in (x, y))
-    distance = a - b
+    x_units, y_units = (lax.round(v * down * np.float32(2.0**20), nearest) for v in (x, y))
+    distance = x_units - y_units
     if not cut.block:
         return distance * distance
     last = cut.block[-1]
     step = next(d for d in range(max(1, min(last, 128)), 0, -1) if last % d == 0)
-    room = 30 - math.ceil(math.log2(step))  # The number of bits that a square may have.
-    squares = lax.round(distance * distance * np.float32(2.0 ** (room - 44)), nearest)
+    square_bits = 30 - math.ceil(math.log2(step))  # The number of bits that a square may have.
+    squares = lax.round(distance * distance * np.float32(2.0 ** (square_bits - 44)), nearest)
     squares = squares.astype(jnp.int32)
     parts = squares.reshape(*squares.shape[:-1], last // step, step)
     sums = summed(parts).astype(jnp.float32)

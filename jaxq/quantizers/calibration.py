@@ -35,6 +35,12 @@ class Calibrated(NamedTuple):
     Attributes:
       scale: float32 scales, one per block.
       zero_point: float32 zero points, one per block; None for a symmetric recipe.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> scale = Calibrated(jnp.full((1, 1), 0.5), None).scale
+      >>> jaxq.fake_quant(jnp.array([[0.7, 9.0]]), "int4_tensor", scale=scale).tolist()
+      [[0.5, 3.5]]
     """
 
     scale: jax.Array
@@ -54,6 +60,11 @@ def init(shape: tuple[int, ...], recipe: "str | Recipe") -> Any:
 
     Raises:
       ValueError: the recipe does not fit the shape, or its scales are not plain numbers.
+
+    Example:
+      >>> low, high = init((2, 3), "int8_tensor")  # A range per block, by `AbsMax`.
+      >>> high.shape
+      (1, 1, 1, 1)
     """
     recipe = _checked("init", recipe)
     cut = recipe.cut(shape)
@@ -87,13 +98,16 @@ def update(state: Any, x: jax.typing.ArrayLike, recipe: "str | Recipe") -> Any:
     recipe = _checked("update", recipe)
     x = floats("update", x)
     if x.dtype == jnp.float64:
-        raise TypeError("update: `x` must be float16, bfloat16 or float32, got float64.")
+        raise TypeError(
+            "update: `x` must be float16, bfloat16 or float32, got float64. Convert it first: "
+            "x.astype(jnp.float32)."
+        )
     counts = recipe.cut(x.shape).counts
-    known = jax.tree.leaves(state)[0].shape[: 2 * len(counts) : 2]
-    if known != counts:
+    state_counts = jax.tree.leaves(state)[0].shape[: 2 * len(counts) : 2]
+    if state_counts != counts:
         raise ValueError(
-            f"update: the state is for {known} blocks, got {counts} blocks from `x` of shape "
-            f"{x.shape}. Pass the shape of the data to `init`."
+            f"update: `x` must have {state_counts} blocks, as the state has, got {counts} from "
+            f"shape {x.shape}. Pass the shape of the data to `init`."
         )
     return _update(state, x, recipe)
 
@@ -130,6 +144,13 @@ def merge(first: Any, second: Any, recipe: "str | Recipe") -> Any:
 
     Returns:
       A state of the same structure.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> first, second = (init((2,), "int8_tensor") for _ in range(2))
+      >>> second = update(second, jnp.array([1.0, -3.0]), "int8_tensor")
+      >>> merge(first, second, "int8_tensor")[1].tolist()
+      [[3.0]]
     """
     recipe = _checked("merge", recipe)
     return recipe.scaling.calibrator.merge(first, second)
@@ -146,6 +167,14 @@ def gather(state: Any, recipe: "str | Recipe", axis_name: str) -> Any:
 
     Returns:
       A state of the same structure.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> def state(x):
+      ...     low_high = update(init((1,), "int8_tensor"), x, "int8_tensor")
+      ...     return gather(low_high, "int8_tensor", "device")[1][0, 0]
+      >>> jax.vmap(state, axis_name="device")(jnp.array([[1.0], [-3.0]])).tolist()
+      [3.0, 3.0]
     """
     stacked = lax.all_gather(state, axis_name)
     size = jax.tree.leaves(stacked)[0].shape[0]
@@ -163,6 +192,12 @@ def finalize(state: Any, recipe: "str | Recipe") -> Calibrated:
     Returns:
       Scales for `jaxq.fake_quant` and `jaxq.quantize`. The scale is NaN for a block that saw a NaN
       or an infinity, and 0, which gives zeros, for a block that saw only zeros or no data.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> state = update(init((2,), "int8_tensor"), jnp.array([127.0, 1.0]), "int8_tensor")
+      >>> finalize(state, "int8_tensor").scale.tolist()
+      [1.0]
     """
     return _finalize(state, _checked("finalize", recipe))
 

@@ -23,9 +23,9 @@ class _TwoSided(Scaling):
 
     def check(self, fmt: Format) -> None:
         """Raises ValueError unless the scaling supports an element format."""
-        whole = isinstance(fmt, IntFormat) and fmt.fraction_bits == 0
-        wanted = "needs an integer format such as 'uint8'"
-        self.require(whole, wanted, fmt.name, "Or use Symmetric().")
+        is_integer = isinstance(fmt, IntFormat) and fmt.fraction_bits == 0
+        requirement = "needs an integer format such as 'uint8'"
+        self.require(is_integer, requirement, fmt.name, "Or use Symmetric().")
         super().check(fmt)
 
     def element(self, fmt: Format) -> Format:

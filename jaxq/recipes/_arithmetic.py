@@ -90,10 +90,10 @@ def _flipped(bits: Any) -> Any:
 
 
 def powers(amax: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a power of two that takes `amax` into [2, 4), and its inverse, both normal numbers.
+    """Returns a power of two that scales `amax` into [2, 4), and its inverse, both normal numbers.
 
     Values up to `amax`, multiplied by that power, have sums and squares that neither overflow nor
-    vanish. Their bits do not change if all values, and so `amax`, are multiplied by a power of two.
+    vanish. If all values are multiplied by a power of two, the scaled values stay the same.
     """
     exponent = _FLOAT32.bits(amax) & _FLOAT32.inf
     exponent = lax.clamp(_FLOAT32.field(-125), exponent, _FLOAT32.field(127)) - _FLOAT32.shifted(1)
@@ -107,7 +107,9 @@ def to_scale_format(scale: jax.Array, amax: jax.Array, scale_format: Format) -> 
     The result is 0 for a block of zeros, else at least the smallest positive value of the format,
     so that a block of tiny values does not become zeros.
     """
-    magnitude = jnp.abs(scale)
+    # Two uses of a quotient would be two kernels, because XLA on CPU does not compute it twice.
+    bits = _FLOAT32.bits(scale)
+    magnitude = _FLOAT32.floats(bits & _FLOAT32.magnitude_mask)
     if scale_format.name != "float32":
         magnitude = cast(magnitude, scale_format, overflow="saturate")
     if scale_format == E8M0:  # It has no zero, and its smallest value is exact.
@@ -115,7 +117,8 @@ def to_scale_format(scale: jax.Array, amax: jax.Array, scale_format: Format) -> 
     least = np.float32(max(scale_format.min_positive, _LEAST_SCALE))
     magnitude = where(magnitude < least, least, magnitude)
     zero = (_FLOAT32.bits(amax) & _FLOAT32.magnitude_mask) == 0
-    return signed_as(where(zero, np.float32(0), magnitude), scale)
+    magnitude = _FLOAT32.bits(where(zero, np.float32(0), magnitude))
+    return _FLOAT32.floats(magnitude | (bits & _FLOAT32.sign))
 
 
 def finite(x: jax.Array) -> jax.Array:
@@ -125,9 +128,9 @@ def finite(x: jax.Array) -> jax.Array:
     return _FLOAT32.floats(bits - infinite.astype(jnp.int32))
 
 
-def signed_as(magnitude: jax.Array, of: jax.Array) -> jax.Array:
+def signed_as(magnitude: jax.Array, signed: jax.Array) -> jax.Array:
     """Returns a magnitude with the sign of another number."""
-    return _FLOAT32.floats(_FLOAT32.bits(magnitude) | (_FLOAT32.bits(of) & _FLOAT32.sign))
+    return _FLOAT32.floats(_FLOAT32.bits(magnitude) | (_FLOAT32.bits(signed) & _FLOAT32.sign))
 
 
 def span(low: jax.Array, high: jax.Array, fmt: IntFormat) -> jax.Array:
@@ -140,7 +143,7 @@ def span(low: jax.Array, high: jax.Array, fmt: IntFormat) -> jax.Array:
 def zero_point_of(
     low: jax.Array, scale: jax.Array, fmt: IntFormat, scale_format: Format
 ) -> jax.Array:
-    """Returns qmin - rne(low / s) within [qmin, qmax], the integer to which 0 maps; 0 for NaN."""
+    """Returns the integer to which 0 maps, qmin - round(low / s), in [qmin, qmax]; 0 for NaN."""
     lowest, highest = np.float32(fmt.min_int), np.float32(fmt.max_int)
     units = in_units(low, scale, scale_format)
     zero_point = lowest - lax.round(units, lax.RoundingMethod.TO_NEAREST_EVEN)

@@ -1,20 +1,13 @@
 """Named calibrators, and the lookup by name.
 
-To add a calibrator, define it in `_ranges.py` or `_histograms.py` and list it in `CALIBRATORS`. The
-contract tests then cover it.
+To add a calibrator, define it in `_ranges.py`, `_moments.py` or `_histograms.py` and list it in
+`CALIBRATORS`. The contract tests then cover it.
 """
 
 from jaxq._base.registry import Registry
 from jaxq.recipes._histograms import Entropy, MeanSquaredError, Percentile
-from jaxq.recipes._ranges import (
-    EMA,
-    AbsMax,
-    AbsMean,
-    Calibrator,
-    Gaussian,
-    Laplace,
-    Sigmas,
-)
+from jaxq.recipes._moments import AbsMean, Gaussian, Laplace, Sigmas
+from jaxq.recipes._ranges import EMA, AbsMax, Calibrator
 
 __all__ = ["CALIBRATORS", "get_calibrator"]
 
@@ -57,5 +50,9 @@ def get_calibrator(calibrator: str | Calibrator) -> Calibrator:
     Raises:
       ValueError: no calibrator has that name.
       TypeError: the argument is neither a name nor a calibrator.
+
+    Example:
+      >>> get_calibrator("percentile")
+      Percentile(digits=7, percent=99.99)
     """
     return CALIBRATORS.resolve(calibrator, "range", "measure")

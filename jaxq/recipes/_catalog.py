@@ -11,6 +11,8 @@ from jaxq.numerics import BinaryGrid, HalfUp
 from jaxq.recipes._affine import Affine, ScaleAndMin
 from jaxq.recipes._granularity import PerBlock, PerChannel, PerToken
 from jaxq.recipes._recipe import Recipe
+from jaxq.recipes._super_block_scaling import SuperBlocks
+from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES
 from jaxq.recipes._symmetric import MX, SignedScale, Symmetric
 from jaxq.recipes._texts import field_text
 from jaxq.recipes._two_level import DoubleQuant, TwoLevel
@@ -75,6 +77,10 @@ RECIPES: Registry[Recipe] = Registry(
         "q5_0": Recipe("int5", PerBlock(32), SignedScale(), rounding=HalfUp(16)),
         "q4_1": Recipe("uint4", PerBlock(32), ScaleAndMin(), rounding=HalfUp()),
         "q5_1": Recipe("uint5", PerBlock(32), ScaleAndMin(), rounding=HalfUp()),
+        **{
+            name: Recipe(rule.element, PerBlock(rule.length), SuperBlocks(name))
+            for name, rule in SUPER_BLOCK_RULES.items()
+        },
         # BitNet b1.58 (2024), XNOR-Net (2016).
         "ternary_absmean": Recipe("ternary", scaling=Symmetric(range="absmean")),
         "binary_absmean": Recipe("binary", scaling=Symmetric(range="absmean")),
@@ -103,8 +109,8 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         if isinstance(recipe.format, BinaryGrid):
             raise TypeError(
-                "The recipe must have a format with fixed widths, got one with a BinaryGrid, which "
-                "only fake_quant and neighbors take. Use a jaxq.FloatFormat or jaxq.IntFormat."
+                "The recipe must have a format with fixed widths, got a BinaryGrid, "
+                "which only fake_quant and neighbors take. Use a FloatFormat or an IntFormat."
             )
         return recipe
     if isinstance(recipe, BinaryGrid):
@@ -114,10 +120,15 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
         )
     name = recipe.name if isinstance(recipe, Format) else recipe
     if not isinstance(name, str):
-        raise TypeError(f"A recipe must be a name or a jaxq.Recipe, got {type(recipe).__name__}.")
+        raise TypeError(
+            f"A recipe must be a name or a jaxq.Recipe, got {type(recipe).__name__}. "
+            "Use a name in jaxq.recipes.RECIPES."
+        )
     if isinstance(recipe, Format) or name in FORMATS:
-        kind = TypeError if isinstance(recipe, Format) else ValueError
-        raise kind(f"{name!r} is a number format, which does not say how to scale. {_remedy(name)}")
+        error_type = TypeError if isinstance(recipe, Format) else ValueError
+        raise error_type(
+            f"{name!r} is a number format, which does not say how to scale. {_remedy(name)}"
+        )
     if name not in RECIPES:
         raise RECIPES.unknown(name, RECIPES.near(name))
     return RECIPES[name]
@@ -126,10 +137,10 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
 def _remedy(name: str) -> str:
     """Returns the advice for a format's name in place of a recipe's."""
     expression = f"jaxq.Recipe({name!r})" if name in FORMATS else "jaxq.Recipe(format)"
-    same = [n for n, r in RECIPES.items() if r.element.name == name]
-    if not same:
+    names = [n for n, r in RECIPES.items() if r.element.name == name]
+    if not names:
         return f"Write {expression} for one scale per tensor."
-    return f"Use a recipe such as {same[0]!r}, or {expression} for one scale per tensor."
+    return f"Use a recipe such as {names[0]!r}, or {expression} for one scale per tensor."
 
 
 def title_of(recipe: Recipe, *, fields: bool = True) -> str:
@@ -148,12 +159,12 @@ def title_of(recipe: Recipe, *, fields: bool = True) -> str:
       >>> title_of(Recipe("int5", PerChannel((0,)), gradient="lsq"))
       "int5_channel(gradient='lsq')"
     """
-    kind = recipe.granularity
-    standard = dataclasses.replace(recipe, granularity=kind.on_last_axes)
+    granularity = recipe.granularity
+    standard = dataclasses.replace(recipe, granularity=granularity.on_last_axes)
     name = RECIPES.name_of(standard)
     if name is not None:
         return name
-    title = f"{recipe.element.name}_{kind.label}"
+    title = f"{recipe.element.name}_{granularity.label}"
     others = [
         f"{field.name}={field_text(getattr(recipe, field.name))}"
         for field in dataclasses.fields(recipe)

@@ -23,7 +23,12 @@ __all__ = ["Granularity", "PerBlock", "PerChannel", "PerTensor", "PerToken"]
 
 @dataclasses.dataclass(frozen=True)
 class PerTensor:
-    """One scale for the whole tensor."""
+    """One scale for the whole tensor.
+
+    Example:
+      >>> PerTensor().block((4, 64))
+      (4, 64)
+    """
 
     @property
     def label(self) -> str:
@@ -55,6 +60,10 @@ class PerChannel:
 
     Raises:
       ValueError: when used, if the tensor lacks an axis or an axis is named twice.
+
+    Example:
+      >>> PerChannel(-1).block((4, 64))
+      (4, 1)
     """
 
     axes: int | tuple[int, ...] = (-1,)
@@ -72,13 +81,13 @@ class PerChannel:
 
     @property
     def on_last_axes(self) -> "PerChannel":
-        """The granularity on as many of the last axes."""
+        """The granularity with the same number of axes, counted from the last one."""
         return PerChannel(tuple(range(-len(_tuple(self.axes)), 0)))
 
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the length of a block on each axis."""
-        kept = _axes(self, _tuple(self.axes), len(shape))
-        return tuple(1 if axis in kept else n for axis, n in enumerate(shape))
+        channel_axes = _axes(self, _tuple(self.axes), len(shape))
+        return tuple(1 if axis in channel_axes else n for axis, n in enumerate(shape))
 
     def along(self, axis: int, ndim: int) -> "PerChannel":
         """Returns the granularity with its axes counted among those other than `axis`.
@@ -109,6 +118,10 @@ class PerToken:
 
     Raises:
       ValueError: when used on a scalar.
+
+    Example:
+      >>> PerToken().block((4, 64))
+      (1, 64)
     """
 
     @property
@@ -170,9 +183,14 @@ class PerBlock:
         object.__setattr__(self, "sizes", sizes)
         object.__setattr__(self, "axes", axes)
         if not sizes or min(sizes) < 1:
-            raise ValueError(f"PerBlock: `sizes` must be at least 1, got {sizes}.")
+            raise ValueError(
+                f"PerBlock: `sizes` must be at least 1, got {sizes}. Use PerBlock(32), for example."
+            )
         if len(sizes) != len(axes):
-            raise ValueError(f"PerBlock: needs one axis per size, got sizes {sizes}, axes {axes}.")
+            raise ValueError(
+                f"PerBlock: `axes` must have one axis per size, got sizes {sizes}, axes {axes}. "
+                "Omit `axes` for the last axes."
+            )
 
     def __repr__(self) -> str:
         axes = "" if self == self.on_last_axes else f", axes={_text(self.axes)}"
@@ -186,7 +204,7 @@ class PerBlock:
 
     @property
     def on_last_axes(self) -> "PerBlock":
-        """The granularity on as many of the last axes."""
+        """The granularity with the same sizes on the last axes."""
         return dataclasses.replace(self, axes=None)
 
     def block(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -230,9 +248,9 @@ class PerBlock:
         """
         others = _others(self, axis, ndim)
         matrix = {-2: others[-1:], -1: (axis if axis < 0 else axis - ndim,)}
-        given = [a if a < 0 else a - 2 for a in _tuple(self.axes or ())]
-        axes = [a for name in given for a in matrix.get(name, ())]
-        if len(axes) < len(given) or len({*axes}) < len(axes):
+        from_end = [a if a < 0 else a - 2 for a in _tuple(self.axes or ())]
+        axes = [a for name in from_end for a in matrix.get(name, ())]
+        if len(axes) < len(from_end) or len({*axes}) < len(axes):
             raise ValueError(
                 f"{self}: with a contracted axis, `axes` must be 1 (or -1), which means that axis, "
                 f"or 0 (or -2), the last other one; got {ndim} axes. Use PerBlock(size)."
@@ -245,7 +263,7 @@ Granularity: TypeAlias = PerTensor | PerChannel | PerToken | PerBlock
 
 
 def _text(numbers: int | tuple[int, ...] | None) -> str:
-    """Returns the text of a tuple of numbers; that of the number itself if there is only one."""
+    """Returns a tuple as text; a tuple with one number as that number."""
     return str(numbers[0] if isinstance(numbers, tuple) and len(numbers) == 1 else numbers)
 
 
@@ -255,8 +273,8 @@ def _tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
 
 def _others(owner: Granularity, axis: int, ndim: int) -> tuple[int, ...]:
     """Returns all axes but one, counted from the end, after checking that the tensor has it."""
-    (own,) = _axes(owner, (axis,), ndim)
-    return tuple(other - ndim for other in range(ndim) if other != own)
+    (contracted,) = _axes(owner, (axis,), ndim)
+    return tuple(other - ndim for other in range(ndim) if other != contracted)
 
 
 def _axes(owner: Granularity, axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
@@ -268,10 +286,10 @@ def _axes(owner: Granularity, axes: tuple[int, ...], ndim: int) -> tuple[int, ..
                 f"{axis + 1 if axis >= 0 else -axis} axes, got {ndim}. Use PerTensor() for tensors "
                 "without channels."
             )
-    found = tuple(axis % ndim for axis in axes)
-    if len(set(found)) != len(found):
+    indices = tuple(axis % ndim for axis in axes)
+    if len(set(indices)) != len(indices):
         raise ValueError(
             f"{owner}: the axes of a tensor of {ndim} axes must be distinct, got {axes}. Name each "
             "once."
         )
-    return found
+    return indices

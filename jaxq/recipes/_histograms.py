@@ -71,7 +71,9 @@ class _OfHistogram:
     def __post_init__(self) -> None:
         if not 1 <= self.digits <= 12:
             name = type(self).__name__
-            raise ValueError(f"{name}: `digits` must be 1 to 12, got {self.digits}.")
+            raise ValueError(
+                f"{name}: `digits` must be 1 to 12, got {self.digits}. Omit it for the default."
+            )
 
     def measure(self, x: jax.Array, cut: Cut, two_sided: bool) -> Histogram:
         """Counts the elements in each bin. NaN and infinities affect only the extremes."""
@@ -92,8 +94,8 @@ class _OfHistogram:
             )
         if not fits:
             raise ValueError(
-                f"{self}: {blocks} blocks of {width} bins are too many. Use a coarser granularity "
-                "or fewer digits."
+                f"{self}: the histograms must have at most 2^31 - 1 bins, got {blocks} blocks of "
+                f"{width} bins. Use a coarser granularity or fewer digits."
             )
         number = cut.spread(jnp.arange(blocks, dtype=jnp.int32).reshape(cut.counts))
         place = jnp.broadcast_to(number, x.shape) * np.int32(width) + place
@@ -128,8 +130,15 @@ class Percentile(_OfHistogram):
       percent: the percentage of magnitudes below the upper end, in (0, 100]. If two-sided, the
         percentage of values below the upper end and of values above the lower end.
 
+      digits: the number of leading mantissa bits that define a bin, 1 to 12; 7 by default.
+
     Raises:
-      ValueError: `percent` is out of range.
+      ValueError: `percent` or `digits` is out of range.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.Recipe("int8", scaling=jaxq.recipes.Symmetric(range=Percentile(99.9))).scaling
+      Symmetric(range=Percentile(digits=7, percent=99.9))
     """
 
     percent: float = 99.99
@@ -137,7 +146,10 @@ class Percentile(_OfHistogram):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.percent <= 100:
-            raise ValueError(f"Percentile: `percent` must be in (0, 100], got {self.percent}.")
+            raise ValueError(
+                f"Percentile: `percent` must be in (0, 100], got {self.percent}. Use 99.99, for "
+                "example."
+            )
 
     def finalize(self, state: Histogram, fmt: Format, two_sided: bool) -> Range:
         """Returns the percentiles."""
@@ -152,19 +164,21 @@ class Percentile(_OfHistogram):
 
     def _end(self, counts: jax.Array, outer: np.ndarray, inner: np.ndarray) -> jax.Array:
         """Returns one end of the range, given bins in order from the outermost inward."""
-        beyond = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
-        outside = beyond[..., -1:].astype(jnp.float32) * np.float32(1 - self.percent / 100)
-        at = lax.argmax(beyond.astype(jnp.float32) > outside, beyond.ndim - 1, jnp.int32)[..., None]
-        inside = jnp.take_along_axis(counts, at, -1)
-        before = jnp.take_along_axis(beyond, at, -1) - inside
+        cumulative = jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
+        outside = cumulative[..., -1:].astype(jnp.float32) * np.float32(1 - self.percent / 100)
+        index = lax.argmax(
+            cumulative.astype(jnp.float32) > outside, cumulative.ndim - 1, jnp.int32
+        )[..., None]
+        inside = jnp.take_along_axis(counts, index, -1)
+        before = jnp.take_along_axis(cumulative, index, -1) - inside
         part = lax.max(inside, np.int32(1)).astype(jnp.float32)
         share = divide(outside - before.astype(jnp.float32), part)
-        first, last = jnp.asarray(outer)[at], jnp.asarray(inner)[at]
+        first, last = jnp.asarray(outer)[index], jnp.asarray(inner)[index]
         return (first + rounded((last - first) * share))[..., 0]
 
 
 class _Seen(NamedTuple):
-    """Bins quantized over a range: arrays `[..., bins]`, and the range's ends `[..., 1]`."""
+    """The bins of a histogram, quantized with one range: `[..., bins]`; its ends are `[..., 1]`."""
 
     counts: jax.Array
     x: jax.Array  # The centers of the bins.
@@ -191,7 +205,8 @@ class _Searched(_OfHistogram):
         super().__post_init__()
         if self.tries < 1:
             raise ValueError(
-                f"{type(self).__name__}: `tries` must be at least 1, got {self.tries}."
+                f"{type(self).__name__}: `tries` must be at least 1, got {self.tries}. Use 64, for "
+                "example."
             )
 
     def loss(self, seen: "_Seen", fmt: Format) -> jax.Array:
@@ -228,21 +243,21 @@ class _Searched(_OfHistogram):
         sides = jnp.split(counts, 1 + two_sided, axis=-1)
         if two_sided:
             sides[0] = sides[0][..., ::-1]
-        seen = []
+        window_counts = []
         for side in sides:
             first = lax.max(top - np.int32(size - 1), np.int32(0))
-            fresh = (behind == 1 - size) | (place > first)  # Near 0 an index is repeated.
-            taken = where(fresh, jnp.take_along_axis(side, place, -1), np.int32(0))
-            every, near = (
-                jnp.sum(part, -1, dtype=jnp.int32, keepdims=True) for part in (side, taken)
+            is_first = (behind == 1 - size) | (place > first)  # Near 0 an index is repeated.
+            side_counts = where(is_first, jnp.take_along_axis(side, place, -1), np.int32(0))
+            total, window_total = (
+                jnp.sum(part, -1, dtype=jnp.int32, keepdims=True) for part in (side, side_counts)
             )
-            rest = every - near
-            seen.append(taken + rest * (behind == 1 - size).astype(np.int32))
+            remaining = total - window_total
+            window_counts.append(side_counts + remaining * (behind == 1 - size).astype(np.int32))
         if not two_sided:
-            return middles, seen[0]
+            return middles, window_counts[0]
         return (
             jnp.concatenate([-middles[..., ::-1], middles], axis=-1),
-            jnp.concatenate([seen[0][..., ::-1], seen[1]], axis=-1),
+            jnp.concatenate([window_counts[0][..., ::-1], window_counts[1]], axis=-1),
         )
 
 
@@ -261,22 +276,35 @@ def _quantized(
     scale = span(low, high, fmt)
     zero_point = zero_point_of(low, scale, fmt, _SCALE_FORMAT)
     units = in_units(x, jnp.broadcast_to(scale, x.shape), _SCALE_FORMAT)
-    whole = lax.round(units, lax.RoundingMethod.TO_NEAREST_EVEN) + zero_point
-    codes = lax.clamp(np.float32(fmt.min_int), whole, np.float32(fmt.max_int))
+    integers = lax.round(units, lax.RoundingMethod.TO_NEAREST_EVEN) + zero_point
+    codes = lax.clamp(np.float32(fmt.min_int), integers, np.float32(fmt.max_int))
     return (codes - zero_point) * scale, (codes - np.float32(fmt.min_int)).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeanSquaredError(_Searched):
-    """The range with the least mean squared error."""
+    """The range with the least mean squared error.
+
+    Attributes:
+      tries: the number of ranges to try, each 2^(-1/16) times the previous one; 64 by default.
+      digits: the number of leading mantissa bits that define a bin, 1 to 12; 7 by default.
+
+    Raises:
+      ValueError: `tries` or `digits` is out of range.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.Recipe("int4", scaling=jaxq.recipes.Symmetric(range=MeanSquaredError())).scaling
+      Symmetric(range=MeanSquaredError(digits=7, tries=64))
+    """
 
     def loss(self, seen: _Seen, fmt: Format) -> jax.Array:
         """Returns the sum of squared errors, in units that depend on the largest bin alone."""
         del fmt
         down, _ = powers(seen.x[..., -1:])
         # The squares of the outermost bins, which ordinary data leave empty, are infinite.
-        away = (rounded(seen.y) - seen.x) * down
-        squares = where(seen.counts > 0, jnp.square(away), np.float32(0))
+        error = (rounded(seen.y) - seen.x) * down
+        squares = where(seen.counts > 0, jnp.square(error), np.float32(0))
         return _sum(rounded(seen.counts.astype(jnp.float32) * squares))
 
 
@@ -295,6 +323,18 @@ class Entropy(_Searched):
     P is the histogram with all counts beyond the range added to the outermost bin within it. Q has,
     for each code, the counts of the code's bins within the range (without those added), spread
     evenly over the bins that are not empty. The bins must be finer than the format's steps.
+
+    Attributes:
+      tries: the number of ranges to try, each 2^(-1/16) times the previous one; 64 by default.
+      digits: the number of leading mantissa bits that define a bin, 1 to 12; 9 by default.
+
+    Raises:
+      ValueError: `tries` or `digits` is out of range.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.Recipe("int8", scaling=jaxq.recipes.Symmetric(range=Entropy(tries=32))).scaling
+      Symmetric(range=Entropy(digits=9, tries=32))
 
     References:
       Migacz, "8-bit Inference with TensorRT" (GPU Technology Conference, 2017).

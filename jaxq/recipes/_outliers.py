@@ -68,9 +68,11 @@ class Outliers:
                 fmt.name,
             ),
         )
-        for ok, requirement, got in checks:
-            if not ok:
-                raise ValueError(f"Outliers: {requirement}, got {got!r}.")
+        for holds, requirement, value in checks:
+            if not holds:
+                raise ValueError(
+                    f"Outliers: {requirement}, got {value!r}. Use, for example, Outliers(0.005)."
+                )
 
     def __repr__(self) -> str:
         return text_of(self)
@@ -126,16 +128,16 @@ class Outliers:
 
 
 def _largest(key: jax.Array, count: int) -> jax.Array:
-    """Returns the ascending positions of the largest non-negative integers; the first on ties.
+    """Returns the positions, ascending, of the largest non-negative integers; the first on ties.
 
     The smallest selected integer is found bit by bit, with one count per bit: a sort takes seven
     times as long.
     """
 
     def step(i: jax.Array, least: jax.Array) -> jax.Array:
-        more = least | (np.int32(1) << (np.int32(30) - i))
-        enough = jnp.sum(key >= more, dtype=jnp.int32) >= count
-        return jnp.where(enough, more, least)
+        candidate = least | (np.int32(1) << (np.int32(30) - i))
+        enough = jnp.sum(key >= candidate, dtype=jnp.int32) >= count
+        return jnp.where(enough, candidate, least)
 
     least = lax.fori_loop(np.int32(0), np.int32(31), step, np.int32(0))
     above, equal = key > least, key == least

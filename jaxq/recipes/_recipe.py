@@ -38,8 +38,8 @@ class Recipe:
       granularity: the granularity, which defines the elements that share a scale; `PerTensor()` by
         default.
       scaling: the record that says how scales are computed and stored: `Symmetric` (the default),
-        `Affine`, `MX`, `TwoLevel` (NVFP4), `DoubleQuant` (QLoRA), `SignedScale` or `ScaleAndMin`
-        (both GGUF).
+        `Affine`, `MX`, `TwoLevel` (NVFP4), `DoubleQuant` (QLoRA), or one of GGUF's: `SignedScale`,
+        `ScaleAndMin` and `SuperBlocks`.
       outliers: the elements to store separately in a wider format, or None (the default).
       rounding: a rounding mode or its name in `jaxq.numerics.ROUNDINGS`; `"nearest_even"` by
         default. With `"stochastic"`, functions that take the recipe need a key.
@@ -93,13 +93,13 @@ class Recipe:
         object.__setattr__(self, "format", fmt)
         get_rounding(self.rounding)
         get_gradient(self.gradient)
-        for name, kind, examples in (
+        for name, record_type, examples in (
             ("granularity", Granularity, "PerTensor() or PerChannel(axes)"),
             ("scaling", Scaling, "Symmetric() or Affine()"),
             ("outliers", Outliers | None, "Outliers(0.01), or None"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, kind):
+            if not isinstance(value, record_type):
                 raise ValueError(
                     f"Recipe: `{name}` must be a record of jaxq.recipes, such as {examples}, got "
                     f"{value!r:.80}."
@@ -158,9 +158,12 @@ class Recipe:
           ValueError: if the recipe does not fit the shape, or needs the length of a symbolic axis.
         """
         if not any(is_symbolic(n) for n in shape):
-            return Cut(shape, self.granularity.block(shape))
+            cut = Cut(shape, self.granularity.block(shape))
+            self.scaling.check_cut(cut)
+            return cut
         with self._named():
             cut = Cut(shape, self.granularity.block(shape))
+            self.scaling.check_cut(cut)
             for name, missing in (
                 ("outliers", self.outliers is not None),
                 ("search", bool(self.scaling.search) and is_symbolic(cut.block[-1])),
@@ -225,8 +228,8 @@ class Recipe:
 
 def records() -> dict[str, type]:
     """Returns the frozen records that a recipe may hold, by name."""
-    kinds = [*get_args(Granularity), *get_args(Format), *SCALINGS]
-    kinds += [type(calibrator) for calibrator in CALIBRATORS.values()]
-    kinds += [type(g) for g in ESTIMATORS.values() if dataclasses.is_dataclass(g)]
-    kinds += [Stochastic, HalfUp, Outliers, Recipe]
-    return {kind.__name__: kind for kind in kinds}
+    record_types = [*get_args(Granularity), *get_args(Format), *SCALINGS]
+    record_types += [type(calibrator) for calibrator in CALIBRATORS.values()]
+    record_types += [type(g) for g in ESTIMATORS.values() if dataclasses.is_dataclass(g)]
+    record_types += [Stochastic, HalfUp, Outliers, Recipe]
+    return {record_type.__name__: record_type for record_type in record_types}

@@ -34,6 +34,11 @@ class ScaleRule(NamedTuple):
       formats: the classes of element formats that the rule supports.
       lowest: True if the rule is defined with the lowest integer of a signed format, which other
         symmetric recipes exclude.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> SCALE_RULES["max"].scale(jnp.float32(14), jaxq.get_format("int4"))
+      Array(2., dtype=float32)
     """
 
     scale: Callable[[jax.Array, Format], jax.Array]
@@ -76,7 +81,7 @@ def even(amax: jax.Array, fmt: Format) -> jax.Array:
 
 
 def rceil(amax: jax.Array, fmt: Format) -> jax.Array:
-    """Returns the power of two at or above amax * fl(1 / scaled_max), as NVIDIA's conversions."""
+    """Returns amax * fl(1 / scaled_max) rounded up to a power of two, as by NVIDIA."""
     # Small products are scaled up to avoid subnormals.
     lift = where(amax < np.float32(2.0**-60), np.int32(60), np.int32(0))
     if isinstance(fmt, BinaryGrid):

@@ -1,16 +1,18 @@
-"""The protocol of scaling records, which say how the scales of a recipe are computed and stored.
+"""The base class of scaling records, which define how scales are computed and stored.
 
 To add a scaling, write a frozen dataclass that derives from `Scaling`, override the attributes and
 methods in which it differs, and list it in `SCALINGS` (`_scalings.py`).
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import materialize
 from jaxq.formats import FloatFormat, Format, IntFormat, get_format
 from jaxq.numerics import BinaryGrid, cast, code_dtype
@@ -30,10 +32,19 @@ class StoredScales(NamedTuple):
       scale: the scales on the grid of their format, relative to any second level.
       second: the arrays of a second level, with which `Scaling.restore` computes the scales; ()
         without one.
+      minimum: the minima on the grid of the scale format, with which `Scaling.restore_minimum`
+        computes the minima; None without minima.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> stored = StoredScales(jnp.array([2.0]), (jnp.float32(0.5),))
+      >>> jaxq.get_recipe("nvfp4").scaling.restore(stored).tolist()
+      [1.0]
     """
 
     scale: jax.Array
     second: tuple[jax.Array, ...] = ()
+    minimum: jax.Array | None = None
 
 
 class Scales(NamedTuple):
@@ -51,6 +62,14 @@ class Scales(NamedTuple):
         `Scaling.zero_point` is `"minimum"`.
       origin: the minimum that is subtracted before the division: the stored one, or the one that
         was computed in float32. None without a minimum.
+      numbers: the grid values that a search has chosen together with the scales, in the layout of
+        `Cut.split`; None if elements are rounded to the nearest ones.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> ends = jnp.array([-14.0]), jnp.array([14.0])
+      >>> jaxq.recipes.Symmetric().scales(ends, jaxq.get_recipe("int4_tensor").element).step
+      Array([2.], dtype=float32)
     """
 
     divisor: jax.Array
@@ -61,6 +80,7 @@ class Scales(NamedTuple):
     zero_point: jax.Array | None = None
     minimum: jax.Array | None = None
     origin: jax.Array | None = None
+    numbers: jax.Array | None = None
 
     @property
     def offset(self) -> jax.Array | None:
@@ -69,10 +89,10 @@ class Scales(NamedTuple):
 
 
 class Scaling:
-    """The base class of scaling records, which say how scales are computed and stored.
+    """The base class of scaling records, which define how scales are computed and stored.
 
     A scaling maps the range of a block to a scale s and defines the values y that the grid values q
-    of the element format stand for: y = s q; or y = s (q - z), with an integer zero point z; or
+    of the element format represent: y = s q; or y = s (q - z), with an integer zero point z; or
     y = s q + m, with a minimum m. The defaults below describe symmetric scales, y = s q, that map
     the largest magnitude to the largest grid value and are rounded to a narrower format.
 
@@ -91,9 +111,21 @@ class Scaling:
       search: the factors of the range that each block tries; () for none.
       takes_grids: True if a `jaxq.numerics.BinaryGrid`, whose widths may be traced, can be the
         element format.
+      searches_elements: True if `of_elements` finds the scales by a search over the elements, and
+        `scales` is not supported.
+      run: the number of consecutive blocks whose scales share a second scale and whole bytes; 1 if
+        each scale has bytes of its own.
+      is_local: True if the scales of a run of blocks depend on no element of another run.
+      largest_scale: the largest finite scale that can be stored.
+
+    Example:
+      >>> import jaxq
+      >>> isinstance(jaxq.get_recipe("mxfp4").scaling, Scaling)
+      True
     """
 
     takes_grids: ClassVar[bool] = False
+    searches_elements: ClassVar[bool] = False
     zero_point: ClassVar[Literal["integer", "minimum"] | None] = None
     second_level: ClassVar[Literal["tensor", "blocks"] | None] = None
     range: str | Calibrator = "absmax"
@@ -103,15 +135,15 @@ class Scaling:
     search: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        given: Any = self  # Every scaling is a dataclass, though this class is not.
-        names = {field.name for field in dataclasses.fields(given)}
+        record: Any = self  # Every scaling is a dataclass, though this class is not.
+        names = {field.name for field in dataclasses.fields(record)}
         if "scale_format" in names:
             object.__setattr__(self, "scale_format", get_format(self.scale_format))
         if "search" in names:
             object.__setattr__(self, "search", tuple(self.search))
         two_sided = self.calibrator.two_sided or not self.two_sided
-        wanted = "`range` must be a calibrator that measures both extremes"
-        self.require(two_sided, wanted, self.range, "Use range='absmax'.")
+        requirement = "`range` must be a calibrator that measures both extremes"
+        self.require(two_sided, requirement, self.range, "Use range='absmax'.")
         positive = all(factor > 0 for factor in self.search)
         self.require(positive, "`search` must hold positive factors", self.search)
         self.check_scale_format(get_format(self.scale_format))
@@ -139,8 +171,10 @@ class Scaling:
         """Raises ValueError unless the scaling supports an element format."""
         if isinstance(fmt, BinaryGrid):
             fits = self.takes_grids and BinaryGrid in self.calibrator.formats
-            wanted = "with this scaling and this `range`, `format` must have fixed widths"
-            self.require(fits, wanted, fmt.name, "Use Symmetric() or MX() with range='absmax'.")
+            requirement = "with this scaling and this `range`, `format` must have fixed widths"
+            self.require(
+                fits, requirement, fmt.name, "Use Symmetric() or MX() with range='absmax'."
+            )
             return
         self.require(fmt.max > 0, "needs an element format with a positive `max`", fmt.name)
         self.require(
@@ -160,9 +194,28 @@ class Scaling:
         return self.zero_point is not None
 
     @property
+    def run(self) -> int:
+        """The number of consecutive blocks whose scales are packed together."""
+        return 1
+
+    @property
+    def is_local(self) -> bool:
+        """True if the scales of a run of blocks depend on no element of another run."""
+        return self.second_level is None or self.run > 1
+
+    @property
+    def largest_scale(self) -> float:
+        """The largest finite scale; infinity if only float32 limits it."""
+        return math.inf if self.second_level else get_format(self.scale_format).max
+
+    @property
     def takes_scales(self) -> bool:
         """True if scales passed by the user, one per block, can replace the computed ones."""
         return self.stored and not self.search and self.second_level is None
+
+    def check_cut(self, cut: Cut) -> None:
+        """Raises ValueError unless the scaling supports a division into blocks."""
+        del cut
 
     def element(self, fmt: Format) -> Format:
         """Returns the format of the grid values; symmetric scalings exclude the lowest integer."""
@@ -188,6 +241,24 @@ class Scaling:
     def restore(self, stored: StoredScales) -> jax.Array:
         """Returns the scales by which grid values are multiplied."""
         return stored.scale
+
+    def restore_minimum(self, stored: StoredScales) -> jax.Array | None:
+        """Returns the minima that are added to the scaled grid values; None without minima."""
+        return stored.minimum
+
+    def of_elements(
+        self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
+    ) -> Scales:
+        """Returns the scales of a split float32 tensor, if `searches_elements` is True.
+
+        Args:
+          x: the tensor in the layout of `Cut.split`.
+          cut: its division into blocks.
+          fmt: the format of the grid values.
+          importance: the weights of the elements' squared errors, in the layout of `Cut.split`;
+            None for those of the search itself.
+        """
+        raise NotImplementedError
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
         """Returns the scales for a range.

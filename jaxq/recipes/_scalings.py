@@ -6,6 +6,7 @@ here.
 
 from jaxq.recipes._affine import Affine, ScaleAndMin
 from jaxq.recipes._scaling import Scaling
+from jaxq.recipes._super_block_scaling import SuperBlocks
 from jaxq.recipes._symmetric import MX, SignedScale, Symmetric
 from jaxq.recipes._two_level import DoubleQuant, TwoLevel
 
@@ -19,4 +20,5 @@ SCALINGS: tuple[type[Scaling], ...] = (
     DoubleQuant,
     SignedScale,
     ScaleAndMin,
+    SuperBlocks,
 )

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, where
 from jaxq._base.shapes import as_number, is_symbolic
-from jaxq._jax.arithmetic import divide, materialize, reciprocal
+from jaxq._jax.arithmetic import divide, materialize, reciprocal, spread
 from jaxq._jax.reductions import largest
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast
@@ -79,15 +79,19 @@ class TwoLevel(Scaling):
         tried = amax if factor is None else amax * factor
         bits = _FLOAT32.bits(amax)
         top_bits = largest(where(bits <= _FLOAT32.inf, bits, np.int32(0)))
+        enlarge = self._enlarge(spread(top_bits, amax), fmt)
+        relative = tried * (enlarge * np.float32(1 / fmt.scaled_max))
+        relative = cast(relative, get_format(self.scale_format), overflow="saturate")
+        step = materialize(relative * reciprocal(enlarge))
+        stored = StoredScales(relative, (reciprocal(self._enlarge(top_bits, fmt)),))
+        return Scales(step, step, stored, *symmetric_range(tried, fmt))
+
+    def _enlarge(self, top_bits: jax.Array, fmt: Format) -> jax.Array:
+        """Returns the inverse of the tensor scale for the bits of the largest magnitude."""
         top = _FLOAT32.floats(top_bits)
         highest = np.float32(fmt.scaled_max * self.largest)
         enlarge = lax.min(divide(jnp.full_like(top, highest), top), np.float32(2.0**126))
-        enlarge = where(top_bits == 0, np.float32(1), enlarge)
-        relative = tried * (enlarge * np.float32(1 / fmt.scaled_max))
-        relative = cast(relative, get_format(self.scale_format), overflow="saturate")
-        stored = StoredScales(relative, (reciprocal(enlarge),))
-        step = self.restore(stored)
-        return Scales(step, step, stored, *symmetric_range(tried, fmt))
+        return where(top_bits == 0, np.float32(1), enlarge)
 
     def restore(self, stored: StoredScales) -> jax.Array:
         """Returns the scales by which grid values are multiplied."""
@@ -107,7 +111,7 @@ class TwoLevel(Scaling):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class DoubleQuant(Scaling):
-    """Double quantization, as in QLoRA: the scales minus their mean, quantized in their own blocks.
+    """Double quantization, as in QLoRA: the scales minus their mean are quantized in blocks too.
 
     The mean is computed in integers to 2^-22 of the largest scale, so that it does not depend on
     the order of summation. The blocks run over the flattened scales. A NaN scale makes all scales
@@ -192,8 +196,8 @@ class DoubleQuant(Scaling):
         runs = np.arange(places.size) % block + np.repeat(firsts, block)[: places.size]
         if (firsts % block).any() or (places != runs).any():
             raise ValueError(
-                f"Quantized: the rows share second scales, one per {block} scales, with other "
-                "rows. Dequantize the tensor first."
+                f"Quantized: the selected rows share second-level scales, one per {block} scales, "
+                "with other rows. Dequantize the tensor first."
             )
         return second[0][firsts // block], second[1]
 

@@ -31,6 +31,12 @@ class CacheScales(NamedTuple):
       keys: float32 scales of the keys, broadcastable to one per block of `[heads, 1, head_dim]`,
         such as a scalar or `[heads, 1, 1]`; None if the recipe computes them.
       values: the same for the values.
+
+    Example:
+      >>> from jaxq import serving
+      >>> scales = CacheScales(keys=8 / 448, values=4 / 448)  # The amax over 448, of FP8.
+      >>> serving.KVCache.empty((64, 2, 8), "kv_fp8", scales=scales).nbytes
+      2188
     """
 
     keys: jax.typing.ArrayLike | None = None
@@ -45,6 +51,11 @@ class CachedTokens(NamedTuple):
       values: the values, of the same shape.
       positions: the number of the token in each slot, counted from 0, int32 `[*batch, slots]`; -1
         for an empty slot.
+
+    Example:
+      >>> from jaxq import serving
+      >>> serving.KVCache.empty((4, 2, 8), "kv_int8").dequantize().positions.tolist()
+      [-1, -1, -1, -1]
     """
 
     keys: jax.Array
@@ -135,13 +146,13 @@ class KVCache:
                 f"{head_dim}. Use rotate=False."
             )
         halves, names = [], ("keys", "values")
-        given = scales or CacheScales()
-        for name, own, size, scale in zip(
-            names, recipe.recipes, recipe.group_sizes, given, strict=True
+        static_scales = scales or CacheScales()
+        for name, recipe_of_half, size, scale in zip(
+            names, recipe.recipes, recipe.group_sizes, static_scales, strict=True
         ):
-            _check_scale(name, own, scale)
+            _check_scale(name, recipe_of_half, scale)
             group = jnp.zeros((heads, size, head_dim), dtype)
-            stored = TokenGroups.empty(tuple(batch), capacity // size, group, own, scale)
+            stored = TokenGroups.empty(tuple(batch), capacity // size, group, recipe_of_half, scale)
             window = max(recipe.residual_length + size - 1, 1)
             halves.append((stored, jnp.zeros((*batch, window, heads, head_dim), dtype)))
         (keys, recent_keys), (values, recent_values) = halves
@@ -181,10 +192,11 @@ class KVCache:
             and keys.shape[-3] <= self.capacity
         )
         if not fits:
-            wanted = (*expected[:-3], "tokens", *expected[-2:])
+            required = (*expected[:-3], "tokens", *expected[-2:])
             raise ValueError(
-                f"KVCache.append: `keys` and `values` must have the shape {wanted} with at most "
-                f"{self.capacity} tokens, got {keys.shape} and {values.shape}."
+                f"KVCache.append: `keys` and `values` must have the shape {required} with at most "
+                f"{self.capacity} tokens, got {keys.shape} and {values.shape}. Append longer "
+                "sequences in several calls."
             )
         if self.recipe.rotate:
             keys, values = _rotated(keys), _rotated(values)
@@ -229,14 +241,15 @@ class KVCache:
         )
         if not fits:
             raise ValueError(
-                f"KVCache.attend: `query` must have the shape {(*expected[:-3], 'T')} + (a "
-                f"multiple of {heads} heads, {expected[-1]}), got {query.shape}."
+                "KVCache.attend: `query` must have the shape "
+                f"{(*expected[:-3], 'tokens', 'query_heads', expected[-1])} with a multiple of "
+                f"{heads} query heads, got {query.shape}. Reshape the queries."
             )
         chunk = self.capacity if chunk is None else chunk
         if chunk < 1 or self.capacity % chunk or chunk % self.recipe.step:
             raise ValueError(
                 f"KVCache.attend: `chunk` must divide the capacity {self.capacity} and be a "
-                f"multiple of {self.recipe.step}, got {chunk}."
+                f"multiple of {self.recipe.step}, got {chunk}. Use None for all tokens at once."
             )
         factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
@@ -255,10 +268,10 @@ class KVCache:
         def tokens(cache: "KVCache") -> CachedTokens:
             return tokens_of(cache, 0, cache.capacity)
 
-        found = self._batched(tokens)(self)
+        stored = self._batched(tokens)(self)
         if not self.recipe.rotate:
-            return found
-        return CachedTokens(_rotated(found.keys), _rotated(found.values), found.positions)
+            return stored
+        return CachedTokens(_rotated(stored.keys), _rotated(stored.values), stored.positions)
 
     def halves(self) -> tuple[Half, Half]:
         """Returns the keys and the values with their recipes."""
@@ -269,7 +282,7 @@ class KVCache:
         )
 
     def _batched(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function of one sequence as a function of all sequences of the batch."""
+        """Maps a function of one sequence over the batch axes."""
         for _ in range(self.length.ndim):
             function = jax.vmap(function)
         return function
@@ -327,9 +340,9 @@ def tokens_of(cache: KVCache, start: Any, chunk: int) -> CachedTokens:
     for stored, recent, size in cache.halves():
         values = stored.dequantize(start // size, chunk // size)
         end = lax.max(cache.length - cache.recipe.residual_length, 0) // size * size
-        own = recent[positions % recent.shape[0]]
+        recent_tokens = recent[positions % recent.shape[0]]
         is_stored = (positions < end)[:, None, None]
-        halves.append(jnp.where(is_stored, values.astype(recent.dtype), own))
+        halves.append(jnp.where(is_stored, values.astype(recent.dtype), recent_tokens))
     return CachedTokens(halves[0], halves[1], positions)
 
 
@@ -355,23 +368,23 @@ def _attend(cache: KVCache, query: jax.Array, factor: float, chunk: int) -> jax.
     if cache.recipe.rotate:
         query = _rotated(query)
     query = query.reshape(tokens, heads, query_heads // heads, head_dim)
-    own = cache.length - tokens + jnp.arange(tokens, dtype=jnp.int32)
+    query_positions = cache.length - tokens + jnp.arange(tokens, dtype=jnp.int32)
 
     def step(running: _Running, start: jax.Array) -> tuple[_Running, None]:
         part = tokens_of(cache, start, chunk)
         keys, values = (x.astype(jnp.float32) for x in part[:2])
         logits = jnp.einsum("thqd,shd->thqs", query, keys)
-        seen = (part.positions >= 0)[None] & (part.positions[None] <= own[:, None])
+        seen = (part.positions >= 0)[None] & (part.positions[None] <= query_positions[:, None])
         logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
         largest = lax.max(running.largest, logits.max(-1))
         base = jnp.where(jnp.isfinite(largest), largest, 0)
         weights = jnp.exp(logits - base[..., None])
         # A NaN or infinity in a masked slot must not reach the sum.
         values = jnp.where((part.positions >= 0)[:, None, None], values, 0)
-        old = jnp.exp(running.largest - base)
-        total = running.total * old + weights.sum(-1)
+        rescale = jnp.exp(running.largest - base)
+        total = running.total * rescale + weights.sum(-1)
         summed = jnp.einsum("thqs,shd->thqd", weights, values)
-        return _Running(largest, total, running.values * old[..., None] + summed), None
+        return _Running(largest, total, running.values * rescale[..., None] + summed), None
 
     shape = query.shape[:-1]
     start = _Running(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(query.shape))

@@ -67,7 +67,8 @@ class CacheRecipe:
                 )
         if self.residual_length < 0:
             raise ValueError(
-                f"CacheRecipe: `residual_length` must be at least 0, got {self.residual_length}."
+                f"CacheRecipe: `residual_length` must be at least 0, got {self.residual_length}. "
+                "Use 0 to quantize every complete group."
             )
 
     @property
@@ -136,6 +137,9 @@ def get_cache_recipe(recipe: str | CacheRecipe) -> CacheRecipe:
 
     Args:
       recipe: a name in `jaxq.serving.CACHE_RECIPES`; a `CacheRecipe` is returned unchanged.
+
+    Returns:
+      The cache recipe.
 
     Raises:
       ValueError: no cache recipe has that name; the message suggests the nearest names.

@@ -20,9 +20,24 @@ __all__ = ["TokenGroups"]
 class TokenGroups(QuantizedArrays):
     """Quantized groups of tokens, stacked along slots: a pytree with the arrays of a `Quantized`.
 
-    It has the fields of `jaxq.Quantized`. Its arrays have the axes `[*batch, slots, heads, tokens,
-    ...]`, and `block` refers to a group, `[heads, tokens, head_dim]`. Scales that span all tokens
-    are stored once, so `scale` then has one slot.
+    Its arrays have the axes `[*batch, slots, heads, tokens, ...]`. Scales that span all tokens are
+    stored once, so `scale` then has one slot.
+
+    Attributes:
+      codes: the codes, as in `jaxq.Quantized`, like the next four.
+      scale: the stored scales.
+      second: the arrays of a second level of scales.
+      zero_point: the zero points or minima, or None.
+      outliers: the codes and positions of outliers.
+      recipe: the recipe.
+      dtype: the dtype of the tokens.
+      block: the length of a block on each axis of a group, `[heads, tokens, head_dim]`.
+      length: the length of the last axis, `head_dim`.
+
+    Example:
+      >>> from jaxq import serving
+      >>> serving.KVCache.empty((64, 2, 8), "kv_int8").keys.codes.shape
+      (64, 2, 1, 8)
     """
 
     @staticmethod
@@ -39,14 +54,14 @@ class TokenGroups(QuantizedArrays):
           scale: the static scales, or None.
         """
         quantized = quantize(group, recipe, scale=scale)
-        own = {
+        fields = {
             field.name: getattr(quantized, field.name) for field in dataclasses.fields(quantized)
         }
 
         def repeated(count: int) -> "TokenGroups":
             shape = (*batch, count)
             return jax.tree.map(
-                lambda x: jnp.broadcast_to(x, (*shape, *x.shape)), TokenGroups(**own)
+                lambda x: jnp.broadcast_to(x, (*shape, *x.shape)), TokenGroups(**fields)
             )
 
         stacked = repeated(slots)
@@ -70,11 +85,11 @@ class TokenGroups(QuantizedArrays):
         def write(buffer: jax.Array, rows: jax.Array) -> jax.Array:
             return buffer.at[places].set(rows, mode="drop")
 
-        own = {name: getattr(new, name) for name in _ARRAYS}
-        known = {name: getattr(self, name) for name in _ARRAYS}
+        new_arrays = {name: getattr(new, name) for name in _ARRAYS}
+        old_arrays = {name: getattr(self, name) for name in _ARRAYS}
         if self.static:
-            own["scale"], known["scale"] = None, None
-        changed = jax.tree.map(write, known, own)
+            new_arrays["scale"], old_arrays["scale"] = None, None
+        changed = jax.tree.map(write, old_arrays, new_arrays)
         if self.static:
             changed["scale"] = self.scale
         return dataclasses.replace(self, **changed)
@@ -95,8 +110,8 @@ class TokenGroups(QuantizedArrays):
             scale = jnp.broadcast_to(self.scale, (count, *self.scale.shape[1:]))
         else:
             scale = rows(self.scale)
-        own = {name: jax.tree.map(rows, fields[name]) for name in _ARRAYS if name != "scale"}
-        return Quantized(**{**fields, **own, "scale": scale})
+        sliced = {name: jax.tree.map(rows, fields[name]) for name in _ARRAYS if name != "scale"}
+        return Quantized(**{**fields, **sliced, "scale": scale})
 
 
 _ARRAYS = ("codes", "scale", "second", "zero_point", "outliers")

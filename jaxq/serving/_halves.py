@@ -24,8 +24,8 @@ def with_groups(
 ) -> TokenGroups:
     """Adds the groups that new tokens complete to the quantized groups.
 
-    The largest number of groups that `new` can complete is always quantized, and incomplete groups
-    are not written. A `lax.cond` would save nothing, because `jax.vmap` runs both branches.
+    Each call quantizes the largest number of groups that `new` can complete, and drops those that
+    are incomplete. A `lax.cond` would save nothing, because `jax.vmap` runs both branches.
     """
     stored, recent, size = half
     tokens, slots = new.shape[0], stored.codes.shape[0]
@@ -44,7 +44,7 @@ def with_recent(
     recent: jax.Array, new: jax.Array, before: jax.Array, count: jax.Array
 ) -> jax.Array:
     """Appends the newest tokens to the window of unquantized tokens."""
-    window, turns = recent.shape[0], jnp.arange(new.shape[0], dtype=jnp.int32)
-    kept = (turns < count) & (turns >= count - window)
-    places = jnp.where(kept, (before + turns) % window, window)
+    window, offsets = recent.shape[0], jnp.arange(new.shape[0], dtype=jnp.int32)
+    is_recent = (offsets < count) & (offsets >= count - window)
+    places = jnp.where(is_recent, (before + offsets) % window, window)
     return recent.at[places].set(new, mode="drop")

@@ -79,6 +79,12 @@ PLOTS: "MappingProxyType[str, Callable[..., Figure]]" = MappingProxyType(
 def about(name: str) -> str:
     """Returns the caption of a plot, the first line of its docstring without the verb.
 
+    Args:
+      name: a name in `PLOTS`.
+
+    Returns:
+      The caption, which begins with a capital letter.
+
     Example:
       >>> about("number_line")
       'The values of formats as ticks on one number line, a row for each.'

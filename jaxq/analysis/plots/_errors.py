@@ -43,8 +43,8 @@ def outliers(
 ) -> "Figure":
     """Draws the error that outliers cause in all other numbers, and the error after each remedy.
 
-    Some numbers are replaced by large ones of either sign. Bars show the root mean squared error of
-    all other numbers, in units of the standard deviation of x; diamonds show the error of all
+    Some numbers of x are replaced by outliers of either sign. Bars show the root mean squared error
+    of all other numbers, in units of the standard deviation of x; diamonds show the error of all
     numbers, including the outliers. The remedies are finer scales (channels, blocks), outliers
     stored separately in float16, a range that clips them (the percentile, the least squared error),
     and the Hadamard transform, which spreads them.
@@ -73,7 +73,7 @@ def outliers(
     others = np.ones(data.size, bool)
     others[places] = False
     unit = float(np.std(data))
-    found = _remedies(data, spoiled, element, len(places))
+    remedies = _remedies(data, spoiled, element, len(places))
     figure = new(11.5, 4.6, size, title)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     frame(left)
@@ -86,10 +86,10 @@ def outliers(
     left.set_xlabel("value, in standard deviations")
     left.set_ylabel("numbers")
     left.legend(loc="upper right")
-    rows = np.arange(len(found))
-    colors = [GRAY, ORANGE] + [BLUE] * (len(found) - 2)
+    rows = np.arange(len(remedies))
+    colors = [GRAY, ORANGE] + [BLUE] * (len(remedies) - 2)
     parts, wholes = [], []
-    for i, remedy in enumerate(found):
+    for i, remedy in enumerate(remedies):
         source = data if i == 0 else spoiled
         result = remedy.result
         part = compare(source.ravel()[others], result.ravel()[others])
@@ -99,12 +99,12 @@ def outliers(
     right.plot(wholes, rows, "D", color="#000000", markersize=4.5, label="error of all numbers")
     bar = Patch(color=BLUE, alpha=0.75, linewidth=0, label="of the ordinary numbers")
     diamond = right.get_lines()[0]
-    right.set_yticks(rows, [r.name for r in found])
+    right.set_yticks(rows, [r.name for r in remedies])
     right.invert_yaxis()
     right.set_xlim(0, 1.06 * max(*parts, *wholes))
     right.tick_params(axis="y", length=0)
     beside = right.get_yaxis_transform()
-    for row, remedy in zip(rows, found, strict=True):
+    for row, remedy in zip(rows, remedies, strict=True):
         right.text(1.09, row, f"{remedy.bits:.2f}", transform=beside, va="center", ha="right")
     right.text(1.09, -0.9, "bits", transform=beside, ha="right", va="bottom", color=GRAY)
     right.set_xlabel("root mean squared error, in standard deviations")
@@ -149,17 +149,17 @@ def _remedies(data: np.ndarray, spoiled: np.ndarray, element: Format, count: int
         "clipped, percentile": dataclasses.replace(plain, scaling=Symmetric(share)),
         "clipped, least MSE": dataclasses.replace(plain, scaling=Symmetric("mse")),
     }
-    found = [
+    remedies = [
         _Remedy("without outliers", plain.bits_per_weight(data.shape), _quantized(data, plain))
     ]
-    found += [
+    remedies += [
         _Remedy(name, recipe.bits_per_weight(data.shape), _quantized(spoiled, recipe))
         for name, recipe in recipes.items()
     ]
-    turned = _quantized(_rotated(spoiled, back=False), plain)
-    turned = _rotated(turned, back=True)
-    found.append(_Remedy("Hadamard, 32", plain.bits_per_weight(data.shape), turned))
-    return found
+    rotated = _quantized(_rotated(spoiled, back=False), plain)
+    rotated = _rotated(rotated, back=True)
+    remedies.append(_Remedy("Hadamard, 32", plain.bits_per_weight(data.shape), rotated))
+    return remedies
 
 
 def _quantized(x: np.ndarray, recipe: Recipe) -> np.ndarray:

@@ -65,16 +65,18 @@ def place(
     order = sorted(range(n), key=lambda i: (-crowd[i], *points[i]))
     centers, taken = np.zeros((n, 2)), np.full((n, 4), np.inf)  # Overlaps nothing.
     for i in order * _SWEEPS:
-        tried = _candidates(points[i], sizes[i], radius)
-        boxes = np.concatenate([tried - sizes[i] / 2 - 1, tried + sizes[i] / 2 + 1], axis=1)
+        candidates = _candidates(points[i], sizes[i], radius)
+        boxes = np.concatenate(
+            [candidates - sizes[i] / 2 - 1, candidates + sizes[i] / 2 + 1], axis=1
+        )
         outside = np.maximum(0, left - boxes[:, 0]) + np.maximum(0, boxes[:, 2] - right)
         outside += np.maximum(0, bottom - boxes[:, 1]) + np.maximum(0, boxes[:, 3] - top)
         others = np.concatenate([fixed, np.delete(taken, i, axis=0)])
         cost = 1000 * outside + 40 * _shared(boxes, others) + 8 * _shared(boxes, marks)
-        away = np.maximum(np.abs(tried - points[i]) - sizes[i] / 2, 0)
-        cost += 0.05 * np.hypot(*away.T) ** 2 + 0.002 * np.hypot(*(tried - points[i]).T) ** 2
+        away = np.maximum(np.abs(candidates - points[i]) - sizes[i] / 2, 0)
+        cost += 0.05 * np.hypot(*away.T) ** 2 + 0.002 * np.hypot(*(candidates - points[i]).T) ** 2
         best = int(np.argmin(cost))
-        centers[i], taken[i] = tried[best], boxes[best]
+        centers[i], taken[i] = candidates[best], boxes[best]
     return centers
 
 
@@ -89,13 +91,13 @@ def _beads(line: np.ndarray) -> np.ndarray:
 
 def _candidates(point: np.ndarray, size: np.ndarray, radius: float) -> np.ndarray:
     """Returns candidate label centers around a point, in rings of increasing distance."""
-    found = []
+    candidates = []
     for ring in range(12):
         gap = radius + 2 + 9 * ring
         for turn in _ANGLES:
             x, y = math.cos(math.pi * turn), math.sin(math.pi * turn)
-            found.append(point + np.array([x, y]) * (gap + size / 2))
-    return np.array(found)
+            candidates.append(point + np.array([x, y]) * (gap + size / 2))
+    return np.array(candidates)
 
 
 def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -137,10 +139,10 @@ def annotate(
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     pixels = axes.transData.transform(np.asarray(points, float))
-    chosen = [i for i, label in enumerate(labels) if label]
+    labeled = [i for i, label in enumerate(labels) if label]
     colors = [colors] * len(labels) if isinstance(colors, str) else colors
-    found, sizes = [], []
-    for i in chosen:
+    notes, sizes = [], []
+    for i in labeled:
         note = axes.annotate(
             labels[i],
             points[i],
@@ -154,31 +156,31 @@ def annotate(
             arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6},
             **text,
         )
-        found.append(note)
+        notes.append(note)
         sizes.append(_size(note))
-    if not found:
-        return found
+    if not notes:
+        return notes
     legend = axes.get_legend()
     boxes = [] if legend is None else [legend.get_window_extent().extents]
-    boxes += [other.get_window_extent().extents for other in axes.texts if other not in found]
-    others = np.delete(pixels, chosen, axis=0)
+    boxes += [other.get_window_extent().extents for other in axes.texts if other not in notes]
+    others = np.delete(pixels, labeled, axis=0)
     boxes += [[x - 3, y - 3, x + 3, y + 3] for x, y in others]
     centers = place(
-        pixels[chosen],
+        pixels[labeled],
         np.array(sizes),
         axes.get_window_extent().extents,
         obstacles=np.array(boxes).reshape(-1, 4),
         line=None if line is None else axes.transData.transform(line),
     )
     for note, center, point, (width, height) in zip(
-        found, centers, pixels[chosen], sizes, strict=True
+        notes, centers, pixels[labeled], sizes, strict=True
     ):
         offset = (center - point) * 72 / figure.dpi
         note.set_position(tuple(offset))
         away = np.maximum(np.abs(center - point) - (width / 2, height / 2), 0)
         if note.arrow_patch is not None:
             note.arrow_patch.set_visible(bool(np.hypot(*away) > 14))
-    return found
+    return notes
 
 
 def _size(note: "Annotation") -> tuple[float, float]:
@@ -211,7 +213,7 @@ def heads(
     figure.draw_without_rendering()
     points = np.array([[place, 0.0] for place in places]).reshape(-1, 2)
     shares = axes.transAxes.inverted().transform(axes.get_xaxis_transform().transform(points))[:, 0]
-    least, last, found = gap / axes.get_window_extent().width, -np.inf, []
+    least, last, texts = gap / axes.get_window_extent().width, -np.inf, []
     for share, name in zip(shares, names, strict=True):
         last = max(float(share), last + least)
         axes.plot(
@@ -234,5 +236,5 @@ def heads(
             ha="left",
             va="center",
         )
-        found.append(text)
-    return found
+        texts.append(text)
+    return texts

@@ -68,23 +68,23 @@ def fields(fmt: Format) -> tuple[Field, ...]:
       [('sign', 1), ('exponent', 4), ('mantissa', 3)]
     """
     if isinstance(fmt, CodebookFormat):
-        found = [Field("index of a level", fmt.bits)]
+        all_fields = [Field("index of a level", fmt.bits)]
     elif isinstance(fmt, IntFormat):
         sign, fraction = int(fmt.signed), min(max(fmt.fraction_bits, 0), fmt.bits)
         whole = fmt.bits - sign - fraction
-        found = [Field("sign", sign), Field("integer", whole), Field("fraction", fraction)]
+        all_fields = [Field("sign", sign), Field("integer", whole), Field("fraction", fraction)]
     elif isinstance(fmt, TaperedFormat) and fmt.exponent_bits is None:
         rest = fmt.bits - 5
-        found = [Field("sign", 1), Field("direction", 1), Field("regime", 3)]
-        found += [Field("fraction", rest)]
+        all_fields = [Field("sign", 1), Field("direction", 1), Field("regime", 3)]
+        all_fields += [Field("fraction", rest)]
     elif isinstance(fmt, TaperedFormat):
         exponent = min(fmt.exponent_bits or 0, fmt.bits - 3)
-        found = [Field("sign", 1), Field("regime", 2), Field("exponent", exponent)]
-        found += [Field("fraction", fmt.bits - 3 - exponent)]
+        all_fields = [Field("sign", 1), Field("regime", 2), Field("exponent", exponent)]
+        all_fields += [Field("fraction", fmt.bits - 3 - exponent)]
     else:
-        found = [Field("sign", int(fmt.signed)), Field("exponent", fmt.exponent_bits)]
-        found += [Field("mantissa", fmt.mantissa_bits)]
-    return tuple(field for field in found if field.bits > 0)
+        all_fields = [Field("sign", int(fmt.signed)), Field("exponent", fmt.exponent_bits)]
+        all_fields += [Field("mantissa", fmt.mantissa_bits)]
+    return tuple(field for field in all_fields if field.bits > 0)
 
 
 def _notes(fmt: Format) -> str:

@@ -127,7 +127,7 @@ def _figure_type() -> "type[Figure]":
 def new(
     width: float, height: float, size: tuple[float, float] | None, title: str | None
 ) -> "Figure":
-    """Returns an empty figure of size (`width`, `height`) in inches, unless `size` is given."""
+    """Returns an empty figure of the given size in inches; `size` replaces width and height."""
     figure = _figure_type()(figsize=size or (width, height), dpi=100, layout="constrained")
     if title is not None:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
@@ -171,11 +171,13 @@ def listed(name: str, argument: str, items: "Iterable", least: int = 1) -> list:
       TypeError: if `items` is a string or not iterable.
     """
     if isinstance(items, str) or not isinstance(items, Iterable):
-        raise TypeError(f"{name}: `{argument}` must be a list, got {items!r}. Write [{items!r}].")
-    found = list(items)
-    if len(found) < least:
-        raise ValueError(f"{name}: `{argument}` must hold at least {least}, got {len(found)}.")
-    return found
+        raise TypeError(
+            f"{name}: `{argument}` must be a list, got {items!r:.60}. Write [{items!r:.60}]."
+        )
+    result = list(items)
+    if len(result) < least:
+        raise ValueError(f"{name}: `{argument}` must hold at least {least}, got {len(result)}.")
+    return result
 
 
 def array(name: str, x: jax.typing.ArrayLike, *, ndim: int = 0) -> np.ndarray:
@@ -198,7 +200,7 @@ def array(name: str, x: jax.typing.ArrayLike, *, ndim: int = 0) -> np.ndarray:
         )
     if y.ndim < ndim:
         raise ValueError(
-            f"{name}: `x` must have `ndim` of at least {ndim}, got the shape {y.shape}. "
+            f"{name}: `x` must have {ndim} or more axes, got the shape {y.shape}. "
             "Reshape it, or stack several vectors."
         )
     data = np.asarray(y).astype(np.float32)

@@ -48,7 +48,7 @@ def memory(
 ) -> "Figure":
     """Draws the memory of models in several formats: weights, key-value cache and overhead.
 
-    Dashed lines mark the memory of accelerators: a bar that ends to the left of one fits.
+    Dashed lines mark the memory of accelerators: a model fits if its bar ends to the left.
 
     Args:
       models: models, as in `jaxq.analysis.memory`; each has its own axes.
@@ -114,11 +114,11 @@ def memory(
 
 def _limits(devices: "Sequence[str | Device]") -> dict[float, str]:
     """Returns each memory size in GiB with the names of the devices of that size."""
-    found: dict[float, list[str]] = {}
+    names_by_size: dict[float, list[str]] = {}
     for spec in devices:
         device = named("device", spec, DEVICES)
-        found.setdefault(device.gib, []).append(device.name)
-    return {gib: ", ".join(names) for gib, names in sorted(found.items())}
+        names_by_size.setdefault(device.gib, []).append(device.name)
+    return {gib: ", ".join(names) for gib, names in sorted(names_by_size.items())}
 
 
 def _draw_limits(axes: "Axes", limits: dict[float, str], reach: float) -> None:
@@ -211,7 +211,7 @@ def fits(
     title: str | None = None,
     size: tuple[float, float] | None = None,
 ) -> "Figure":
-    """Draws a colored table of which models fit on which accelerators in several formats.
+    """Draws a table of the models that fit on each accelerator in several formats.
 
     A cell shows the percentage of one device's memory that is used, or the number of devices that
     are needed.

@@ -90,14 +90,14 @@ def range_and_precision(
         places.setdefault((*place, type(fmt).__name__), []).append(fmt)
     points = np.array([place[:2] for place in places])
     labels = ["\n".join(_pairs([fmt.name for fmt in group])) for group in places.values()]
-    for kind, label, color, marker in _FAMILIES:
-        mine = [place[:2] for place in places if place[2] == kind.__name__]
-        if mine:
-            x, y = np.array(mine).T
+    for family, label, color, marker in _FAMILIES:
+        family_points = [place[:2] for place in places if place[2] == family.__name__]
+        if family_points:
+            x, y = np.array(family_points).T
             axes.scatter(
                 x, y, s=30, color=color, marker=marker, label=label, clip_on=False, zorder=3
             )
-    palette = {kind.__name__: color for kind, _, color, _ in _FAMILIES}
+    palette = {family.__name__: color for family, _, color, _ in _FAMILIES}
     colors = [palette[place[2]] for place in places]
     axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.6)
     axes.set_yscale("symlog", base=2, linthresh=1, linscale=0.6)

@@ -44,8 +44,8 @@ def sqnr_by_bits(
 ) -> "Figure":
     """Plots the SQNR against bits, with a line of 6.02 dB per bit and theoretical bounds.
 
-    From the top: Shannon's bound, the levels of Lloyd and Max, the best evenly spaced levels, and
-    integers with absmax scaling and one scale per tensor, both expected and measured.
+    From top to bottom, the lines are Shannon's bound, the levels of Lloyd and Max, the best evenly
+    spaced levels, and integers with one absmax scale per tensor, expected and measured.
 
     Args:
       bits: the bit widths, integers from 2 to 8.
@@ -115,16 +115,15 @@ def compression(
 ) -> "Figure":
     """Plots the SQNR of recipes on a tensor against bits, with the Pareto front marked.
 
-    The line connects the recipes on the Pareto front: no recipe with fewer bits has as high a
-    ratio.
+    The line connects the recipes on the Pareto front: recipes with fewer bits have a lower SQNR.
 
     Args:
       x: a finite float16, bfloat16 or float32 tensor.
       recipes: recipes or formats, as the steps of `jaxq.analysis.chain`. Default: None, every
         recipe of the registry whose blocks fit x. Recipes that do not fit, are exact or overflow
         are not drawn, but named below the plot.
-      axis: the contracted axis of x, as in `jaxq.fake_quant`; None (the default) applies recipes on
-        the axes of x as it stands.
+      axis: the contracted axis of x, as in `jaxq.fake_quant`. Default: None, blocks lie along the
+        last axis and channels along the axes that the recipe names.
       title: a title above the plot.
       size: the width and height in inches.
 
@@ -145,10 +144,10 @@ def compression(
     chosen, missing = _fitting(data.shape, recipes, axis)
     bits, db = [], []
     for spec in chosen:
-        own = _along(format_or_recipe(spec), axis, data.ndim)
-        whole = isinstance(own, Recipe)
-        bits.append(own.bits_per_weight(data.shape) if whole else float(own.bits))
-        db.append(float(compare(data, chain(data, [own])[0]).sqnr_db))
+        target = _along(format_or_recipe(spec), axis, data.ndim)
+        is_recipe = isinstance(target, Recipe)
+        bits.append(target.bits_per_weight(data.shape) if is_recipe else float(target.bits))
+        db.append(float(compare(data, chain(data, [target])[0]).sqnr_db))
     sound = [i for i, ratio in enumerate(db) if np.isfinite(ratio)]
     notes = {
         "Blocks do not fit": missing,

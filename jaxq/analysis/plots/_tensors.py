@@ -75,8 +75,8 @@ def quantized_values(
       >>> len(figure.axes)
       3
     """
-    data, kind = array("quantized_values", x), get_recipe(recipe)
-    stored = quantize(data, kind, key=key)
+    data, recipe_record = array("quantized_values", x), get_recipe(recipe)
+    stored = quantize(data, recipe_record, key=key)
     y = np.asarray(stored.dequantize())
     errors = compare(data, y)
     figure = new(10, 3.6, size, title)
@@ -90,7 +90,9 @@ def quantized_values(
     left.set_xlabel("original value")
     left.set_ylabel("dequantized value")
     left.legend(loc="upper left", markerscale=3)
-    left.set_title(f"{label(recipe)}: {kind.bits_per_weight(data.shape):.4g} bits per number")
+    left.set_title(
+        f"{label(recipe)}: {recipe_record.bits_per_weight(data.shape):.4g} bits per number"
+    )
     middle.hist(after - before, bins=61, color=ORANGE, alpha=0.75)
     middle.set_xlabel(f"error: dequantized {MINUS} original")
     middle.set_ylabel("numbers")
@@ -168,13 +170,13 @@ def channel_errors(
     per = PerChannel((axis,))
     chosen = listed("channel_errors", "recipes", recipes)
     results = [chain(data, [spec])[0] for spec in chosen]
-    found = [compare(data, y, per=per) for y in results]
-    order = np.argsort(np.asarray(found[0].power).ravel(), kind="stable")
+    comparisons = [compare(data, y, per=per) for y in results]
+    order = np.argsort(np.asarray(comparisons[0].power).ravel(), kind="stable")
     places = np.arange(len(order))
     figure = new(9, 4.6, size, title)
     axes = frame(figure.add_subplot())
     many = len(order) > 150
-    for i, (spec, errors) in enumerate(zip(chosen, found, strict=True)):
+    for i, (spec, errors) in enumerate(zip(chosen, comparisons, strict=True)):
         db = np.asarray(errors.sqnr_db, np.float64).ravel()[order]
         db = np.where(np.isfinite(db), db, np.nan)
         color = COLORS[i % len(COLORS)]

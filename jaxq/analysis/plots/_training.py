@@ -196,12 +196,12 @@ def magnitudes_by_step(
 ) -> "Figure":
     """Draws the amax of a tensor, or of its scales, over the steps, a line per product.
 
-    A band from the line down to the smallest nonzero magnitude is drawn if the log has it. Of a
-    product in a scan over layers, the largest and smallest values of all layers are drawn. A dotted
-    line is the smallest value that the tensor's recipe can represent with the scale of that step;
-    values below half of it become zero. If the log has the statistics of scales, a second dotted
-    line is the largest value. Otherwise the scale is assumed to map the amax to the largest value,
-    as scales that are computed from the whole tensor do.
+    If the log has the smallest nonzero magnitude, a band extends from the line down to it. For a
+    product in a scan over layers, the largest and smallest values over all layers are drawn. A
+    dotted line shows the smallest value that the tensor's recipe can represent with the scale of
+    the step; values below half of it become zero. If the log has the statistics of scales, a second
+    dotted line shows the largest value. Otherwise the scale is assumed to map the amax to the
+    largest value, as scales that are computed from the whole tensor do.
 
     Args:
       log: a log with the statistic `"amax"`, or `"scale_amax"`.
@@ -222,12 +222,12 @@ def magnitudes_by_step(
       ImportError: if matplotlib is not installed.
     """
     names = ("scale_amax", "scale_smallest") if scales else ("amax", "smallest")
-    found = {
+    names_by_product = {
         name.removesuffix(f"/{tensor}/{names[0]}"): name
         for name in log.values
         if name.endswith(f"/{tensor}/{names[0]}")
     }
-    if not found or not len(log.steps):
+    if not names_by_product or not len(log.steps):
         last = f"/{names[0]}"
         known = [name.removesuffix(last) for name in log.values if name.endswith(last)]
         raise ValueError(
@@ -238,7 +238,7 @@ def magnitudes_by_step(
     figure = new(7.0, 3.6, size, title)
     axes = frame(figure.subplots())
     data = []
-    for i, (product, name) in enumerate(found.items()):
+    for i, (product, name) in enumerate(names_by_product.items()):
         color, dash = COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)]
         top = _positive(_column(log, "magnitudes_by_step", name)).max(1)
         axes.plot(log.steps, top, color=color, linestyle=dash, label=product or "product")
@@ -289,27 +289,27 @@ def gradient_cosines(
       ImportError: if matplotlib is not installed.
     """
     last = "/gradient/cosine"
-    found = {
+    cosines = {
         name.removesuffix(last): values
         for name, values in log.values.items()
         if name.endswith(last)
     }
-    if not found or not len(log.steps):
+    if not cosines or not len(log.steps):
         raise ValueError(
             "gradient_cosines: the log has no gradient errors. Append them with "
             "StatisticsLog.append(step, seen, gradients=gradient_errors(...))."
         )
-    lowest = {name: np.fmin.reduce(values, initial=1.0) for name, values in found.items()}
+    lowest = {name: np.fmin.reduce(values, initial=1.0) for name, values in cosines.items()}
     figure = new(7.0, 3.4, size, title)
     axes = frame(figure.subplots())
-    for i, name in enumerate(sorted(found, key=lowest.__getitem__)):
-        known = np.isfinite(found[name])
+    for i, name in enumerate(sorted(cosines, key=lowest.__getitem__)):
+        known = np.isfinite(cosines[name])
         dash = DASHES[i // len(COLORS) % len(DASHES)]
         style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "linestyle": dash}
         if i >= worst:
             style = {"color": GRAY, "alpha": 0.3, "zorder": 1}
         label = name if i < worst else ""
-        axes.plot(log.steps[known], found[name][known], marker=".", label=label, **style)
+        axes.plot(log.steps[known], cosines[name][known], marker=".", label=label, **style)
     axes.set_xlabel("step")
     axes.set_ylabel("cosine", color=GRAY)
     axes.set_title("quantized gradient against float gradient", color=BLUE)
@@ -362,7 +362,7 @@ def _recipe_range(log: Log, tensor: str) -> list[_Line]:
 def _draw_range(
     axes: "Axes", ends: dict[str, float], span: tuple[float, float], *, at: float = 0.2
 ) -> None:
-    """Draws the ends that are within a span as lines, with labels that begin at an abscissa."""
+    """Draws the ends within a span as horizontal lines; their labels begin at the abscissa `at`."""
     for label, height in ends.items():
         if span[0] <= height <= span[1]:
             axes.axhline(height, color=ORANGE, linewidth=1)
@@ -370,24 +370,24 @@ def _draw_range(
 
 
 def _positive(values: np.ndarray) -> "np.ma.MaskedArray":
-    """Returns values without those that a logarithmic axis cannot show."""
+    """Masks values that a logarithmic axis cannot show: NaN, infinities, 0 and negative values."""
     return np.ma.masked_invalid(np.where(values > 0, values, np.nan))
 
 
 def _rows(log: Log, owner: str, statistic: str) -> list[tuple[str, np.ndarray]]:
     """Returns the names and values of a statistic, one row for each tensor and layer."""
-    found = []
+    rows = []
     for name, values in log.values.items():
         path, _, last = name.rpartition("/")
         if last != statistic:
             continue
         columns = values.reshape(len(log.steps), -1)
         for i in range(columns.shape[1]):
-            found.append((path if values.ndim == 1 else f"{path} [{i}]", columns[:, i]))
-    if not found or not len(log.steps):
+            rows.append((path if values.ndim == 1 else f"{path} [{i}]", columns[:, i]))
+    if not rows or not len(log.steps):
         known = sorted({name.rpartition("/")[2] for name in log.values})
         raise ValueError(f"{owner}: the log has no {statistic!r}. It has {', '.join(known)}.")
-    return found
+    return rows
 
 
 def _column(log: Log, owner: str, name: str, raw: bool = False) -> np.ndarray:

@@ -78,8 +78,8 @@ def combined(
     method = config.method
     if method is None:
         names = [entry.name for entry in entries]
-        found = [sign for sign in _SIGNS if any(name.endswith(sign) for name in names)]
-        if not found:
+        signs = [sign for sign in _SIGNS if any(name.endswith(sign) for name in names)]
+        if not signs:
             needed = [name for name in names if name.endswith(_NEEDED)]
             if needed:
                 raise FileError(
@@ -87,7 +87,7 @@ def combined(
                     "config.json with a quantization_config. raw=True (--raw) reads it as stored."
                 )
             return tuple(entries)
-        method = _SIGNS[found[0]]
+        method = _SIGNS[signs[0]]
     if method not in METHODS:
         raise FileError(
             f"{config.path}: the quantization method {method!r:.40} is not supported; "

@@ -82,10 +82,10 @@ def compressed_tensors(source: Source) -> dict[str, Layout]:
 
 
 def _groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    found = config.get("config_groups", {})
-    if not isinstance(found, Mapping):
-        raise FileError(f"its config_groups must be a table, got {found!r:.40}.")
-    for scheme in found.values():
+    groups = config.get("config_groups", {})
+    if not isinstance(groups, Mapping):
+        raise FileError(f"its config_groups must be a table, got {groups!r:.40}.")
+    for scheme in groups.values():
         if isinstance(scheme, Mapping):  # A list names the modules of a preset.
             yield scheme
 
@@ -134,14 +134,14 @@ def _width(packed: Entry, length: int, widths: list[int]) -> tuple[int, bool]:
         for bits in widths
         if bits in (3, 5, 6, 7) and words == -(-length // (32 // bits))
     ]
-    found = fits or padded
-    if len(found) != 1:
+    candidates = fits or padded
+    if len(candidates) != 1:
         fail(
             packed.name,
-            f"{words} words for {length} elements fit {len(found)} of the widths of the "
+            f"{words} words for {length} elements fit {len(candidates)} of the widths of the "
             f"configuration, {widths}",
         )
-    return found[0]
+    return candidates[0]
 
 
 def _codes(words: np.ndarray, length: int, bits: int, dense: bool) -> np.ndarray:

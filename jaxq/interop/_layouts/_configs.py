@@ -65,7 +65,9 @@ def config_beside(folder: pathlib.Path) -> Config:
                 if method is None and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
                     method = "bitsandbytes"
                 if not isinstance(method, str):
-                    raise FileError(f"{path}: its quantization_config has no quant_method.")
+                    raise FileError(
+                        f"{path}: its quantization_config must name a method, got no quant_method."
+                    )
                 return Config(method, fields, path)
     path = folder / "quantize_config.json"
     if path.is_file():

@@ -46,10 +46,10 @@ def mlx(source: Source) -> dict[str, Layout]:
         words = source.entries.get(f"{module}.weight")
         if words is None or words.numpy_dtype != "uint32" or len(words.shape) < 2:
             continue
-        own = source.config.get(module, source.config)
-        if not isinstance(own, Mapping):
+        module_config = source.config.get(module, source.config)
+        if not isinstance(module_config, Mapping):
             fail(words.name, "its configuration must be a table")
-        result[f"{module}.weight"] = _module(source._replace(config=own), module)
+        result[f"{module}.weight"] = _module(source._replace(config=module_config), module)
     return result
 
 

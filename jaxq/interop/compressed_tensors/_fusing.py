@@ -29,11 +29,11 @@ def fused_with(name: str) -> tuple[str, ...]:
       >>> fused_with("layers.0.mlp.up_proj.weight")
       ('layers.0.mlp.gate_proj.weight', 'layers.0.mlp.up_proj.weight')
     """
-    found = _NAME.fullmatch(name)
-    if found is not None:
+    match = _NAME.fullmatch(name)
+    if match is not None:
         for modules in _FUSED:
-            if found[2] in modules:
-                return tuple(f"{found[1]}{module}.weight" for module in modules)
+            if match[2] in modules:
+                return tuple(f"{match[1]}{module}.weight" for module in modules)
     return (name,)
 
 

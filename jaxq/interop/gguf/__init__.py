@@ -2,10 +2,9 @@
 
 `quantize` and `dequantize` convert tensors to and from the block types of ggml, such as `q4_k`,
 with the same bytes as ggml. `pack` and `unpack` convert a `jaxq.Quantized` of the recipes `q8_0`,
-`q4_0`, `q4_1`, `q5_0` and `q5_1`, which are the types of the same names, to and from those bytes.
-The K-quants, `iq4_nl` and `iq4_xs` are not recipes of `jaxq.quantize`: a `jaxq.recipes.Scaling`
-computes scales from the range of each block, while these types search for them over the elements,
-with weights. `tq1_0` and `tq2_0` are functions only, too.
+`q4_0`, `q4_1`, `q5_0`, `q5_1`, `q2_k` to `q6_k`, `iq4_nl` and `iq4_xs`, which are the types of the
+same names, to and from those bytes. `tq1_0` and `tq2_0` are not recipes of `jaxq.quantize`, and
+the recipes `mxfp4` and `nvfp4` have other rules for scales and ties than the types of these names.
 
 `write` writes files, and `jaxq.interop.open_tensors` reads them. `conversion` gives the names and
 the metadata that a model of Hugging Face has in GGUF.

@@ -16,13 +16,14 @@ from jax import numpy as jnp
 from jaxq._jax.arithmetic import materialize
 from jaxq.interop.gguf._bits import gather, halves, join_halves, spread
 
-__all__ = ["E2M1", "IQ4", "LAYOUTS", "Fields", "Layout", "e8m0_half", "ue4m3_half"]
+__all__ = ["E2M1", "LAYOUTS", "Fields", "Layout", "e8m0_half", "two_scales"]
+__all__ += ["two_scales_bytes", "ue4m3_half"]
 
 Fields = Mapping[str, jax.Array]
 Reader = Callable[[jax.Array], jax.Array]
 Writer = Callable[[jax.Array], jax.Array]
 
-IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # Doubled.
 
 
@@ -125,7 +126,7 @@ def _single_scale(offset: int, minimum: bool = False) -> Callable[[Fields], jax.
     return values
 
 
-def _two_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+def two_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the 6-bit scales and minima of Q4_K and Q5_K from their 12 bytes."""
     low, middle, high = scales[:, :4], scales[:, 4:8], scales[:, 8:]
     six, four, two = np.uint8(63), np.uint8(4), np.uint8(6)
@@ -144,7 +145,7 @@ def two_scales_bytes(s: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def _k_affine(f: Fields) -> jax.Array:
-    s, m = _two_scales(f["scales"])
+    s, m = two_scales(f["scales"])
     q = f["q"] | f["high"] << np.uint8(4) if "high" in f else f["q"]
     low = materialize(f["m"][:, None] * _float(m))
     y = _scaled(f["d"][:, None] * _float(s), _float(q))
@@ -173,12 +174,12 @@ def _table(levels: np.ndarray, codes: jax.Array) -> jax.Array:
 
 
 def _iq4_nl(f: Fields) -> jax.Array:
-    return f["d"][:, None] * _table(IQ4, f["q"])
+    return f["d"][:, None] * _table(_IQ4, f["q"])
 
 
 def _iq4_xs(f: Fields) -> jax.Array:
     s = f["low"] | f["top"] << np.uint8(4)
-    return _scaled(f["d"][:, None] * _float(s, 32), _table(IQ4, f["q"]))
+    return _scaled(f["d"][:, None] * _float(s, 32), _table(_IQ4, f["q"]))
 
 
 def e8m0_half(e: jax.Array) -> jax.Array:

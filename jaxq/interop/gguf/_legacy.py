@@ -1,4 +1,4 @@
-"""Quantized tensors of the recipes `q8_0`, `q4_0`, `q4_1`, `q5_0` and `q5_1` as bytes of GGUF.
+"""Quantized tensors of the recipes with the names of block types as bytes of GGUF.
 
 The block types of the same names define the bytes (see `_layouts.py`). Signed codes of fewer than 8
 bits are stored as offsets from the lowest code.
@@ -9,29 +9,31 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq.interop.gguf._bits import bytes_of, halves_of
-from jaxq.interop.gguf._layouts import LAYOUTS, Layout
+from jaxq.interop.gguf._layouts import LAYOUTS
+from jaxq.interop.gguf._super_blocks import pack_super_blocks, unpack_super_blocks
 from jaxq.numerics import pack as pack_bits
 from jaxq.quantizers import Quantized
-from jaxq.recipes import Recipe, get_recipe
+from jaxq.recipes import SUPER_BLOCK_RULES, Recipe, get_recipe
 
 __all__ = ["PACKED_RECIPES", "pack", "unpack"]
 
 PACKED_RECIPES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 
-_TYPES = {get_recipe(name): name for name in PACKED_RECIPES}
+_TYPES = {get_recipe(name): name for name in (*PACKED_RECIPES, *SUPER_BLOCK_RULES)}
 
 
 def pack(q: Quantized) -> jax.Array:
     """Packs a quantized tensor into the bytes of a GGUF file.
 
     Args:
-      q: a tensor `[..., n]` quantized by `jaxq.quantize` with one of the recipes above.
+      q: a tensor `[..., n]` quantized by `jaxq.quantize` with a recipe that has the name of a block
+        type: `q8_0`, `q4_0`, `q4_1`, `q5_0`, `q5_1`, `q2_k` to `q6_k`, `iq4_nl` or `iq4_xs`.
 
     Returns:
-      uint8 `[..., n / 32 · bytes per block]`.
+      uint8 `[..., n / block · bytes per block]`.
 
     Raises:
-      ValueError: the recipe is not supported, or 32 does not divide the last axis.
+      ValueError: the recipe is not supported, or its block does not divide the last axis.
 
     Example:
       >>> import jaxq, jax.numpy as jnp
@@ -41,11 +43,14 @@ def pack(q: Quantized) -> jax.Array:
     References:
       The `gguf` package's quants module and ggml's quants.c.
     """
-    recipe, layout = _checked("pack", q.recipe)
+    recipe, name = _checked("pack", q.recipe)
+    layout = LAYOUTS[name]
     if not q.shape or q.shape[-1] % layout.block:
         raise ValueError(
             f"gguf.pack: {layout.block} must divide the last axis, got shape {q.shape}."
         )
+    if name in SUPER_BLOCK_RULES:
+        return pack_super_blocks(q, name)
     codes = (q.unpack() ^ np.uint8(_bias(recipe))).reshape(-1, layout.block)
     columns = {"d": bytes_of(q.scale.reshape(-1))}
     if q.zero_point is not None:
@@ -65,17 +70,19 @@ def unpack(
 
     Args:
       data: uint8 `[..., blocks · bytes per block]`.
-      recipe: the recipe of the data, one of those above.
+      recipe: the recipe of the data, one of those that `pack` supports.
       dtype: the dtype of the dequantized tensor; float32 by default.
 
     Returns:
-      A `Quantized` `[..., 32 · blocks]`.
+      A `Quantized` `[..., elements per block · blocks]`, whose values are those of
+        `jaxq.interop.gguf.dequantize`.
 
     Raises:
       TypeError: the data are not uint8.
       ValueError: the recipe is not supported, or the last axis does not hold whole blocks.
     """
-    recipe, layout = _checked("unpack", get_recipe(recipe))
+    recipe, name = _checked("unpack", get_recipe(recipe))
+    layout = LAYOUTS[name]
     data, bits = jnp.asarray(data), recipe.element.bits
     if data.dtype != jnp.uint8:
         raise TypeError(f"gguf.unpack: `data` must be uint8, got {data.dtype}.")
@@ -84,6 +91,8 @@ def unpack(
             f"gguf.unpack: a block of these has {layout.size} bytes, which must divide the last "
             f"axis, got shape {data.shape}."
         )
+    if name in SUPER_BLOCK_RULES:
+        return unpack_super_blocks(data, name, recipe, dtype)
     counts = (*data.shape[:-1], data.shape[-1] // layout.size)
     shape = (*counts[:-1], layout.block * counts[-1])
     columns = layout.split(data.reshape(-1, layout.size))
@@ -109,15 +118,15 @@ def unpack(
     )
 
 
-def _checked(name: str, recipe: Recipe) -> tuple[Recipe, Layout]:
-    """Returns a supported recipe, and the layout of the block type with its name."""
+def _checked(name: str, recipe: Recipe) -> tuple[Recipe, str]:
+    """Returns a supported recipe, and the block type with its name."""
     if recipe not in _TYPES:
         raise ValueError(
             f"gguf.{name}: `recipe` must be one of {', '.join(_TYPES.values())}, got "
             f"{recipe.element.name} with {recipe.granularity}. Blocks must lie along the last "
             "axis; transpose kernels [inputs, outputs]."
         )
-    return recipe, LAYOUTS[_TYPES[recipe]]
+    return recipe, _TYPES[recipe]
 
 
 def _bias(recipe: Recipe) -> int:

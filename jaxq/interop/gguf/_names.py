@@ -103,13 +103,13 @@ class _Config(NamedTuple):
     @property
     def rope(self) -> "_Config":
         """The parameters of the rotation, of the global layers if there are two kinds."""
-        found = self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {}
-        if isinstance(found, Mapping) and isinstance(found.get("full_attention"), Mapping):
-            found = found["full_attention"]
-        if not isinstance(found, Mapping):
-            raise ValueError(f"gguf.conversion: `rope_scaling` must be a table, got {found!r:.40}.")
+        table = self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {}
+        if isinstance(table, Mapping) and isinstance(table.get("full_attention"), Mapping):
+            table = table["full_attention"]
+        if not isinstance(table, Mapping):
+            raise ValueError(f"gguf.conversion: `rope_scaling` must be a table, got {table!r:.40}.")
         theta = self.fields.get("rope_theta")
-        return _Config({**found, **({} if theta is None else {"rope_theta": theta})})
+        return _Config({**table, **({} if theta is None else {"rope_theta": theta})})
 
 
 def _no_keys(config: _Config) -> dict[str, Any]:
@@ -193,11 +193,11 @@ class Conversion:
         """
         if _BUFFERS.fullmatch(name) or (self.architecture.tied and name == "lm_head.weight"):
             return None
-        found = _LAYER.fullmatch(name)
+        match = _LAYER.fullmatch(name)
         if name in _WHOLE:
             return _WHOLE[name]
-        if found is not None and found[2] in self.architecture.layer:
-            return f"blk.{found[1]}.{self.architecture.layer[found[2]]}.{found[3]}"
+        if match is not None and match[2] in self.architecture.layer:
+            return f"blk.{match[1]}.{self.architecture.layer[match[2]]}.{match[3]}"
         raise ValueError(
             f"gguf.Conversion: the architecture {self.architecture.name!r} has no tensor "
             f"{name!r:.120}. Leave it out of the checkpoint."
@@ -263,29 +263,29 @@ def conversion(config: Mapping[str, Any]) -> Conversion:
     """
     kind = config.get("model_type")
     architecture = ARCHITECTURES.find(str(kind))
-    own = _Config(config)
-    heads, rope = own.integer("num_attention_heads"), own.rope
+    values = _Config(config)
+    heads, rope = values.integer("num_attention_heads"), values.rope
     keys = {
-        "context_length": own.integer("max_position_embeddings"),
-        "embedding_length": own.integer("hidden_size"),
-        "block_count": own.integer("num_hidden_layers"),
-        "feed_forward_length": own.integer("intermediate_size"),
+        "context_length": values.integer("max_position_embeddings"),
+        "embedding_length": values.integer("hidden_size"),
+        "block_count": values.integer("num_hidden_layers"),
+        "feed_forward_length": values.integer("intermediate_size"),
         "attention.head_count": heads,
-        "attention.head_count_kv": own.kv_heads,
-        "attention.layer_norm_rms_epsilon": own.number("rms_norm_eps", 1e-6),
-        "attention.key_length": own.head_size,
-        "attention.value_length": own.head_size,
-        "rope.dimension_count": own.head_size,
+        "attention.head_count_kv": values.kv_heads,
+        "attention.layer_norm_rms_epsilon": values.number("rms_norm_eps", 1e-6),
+        "attention.key_length": values.head_size,
+        "attention.value_length": values.head_size,
+        "rope.dimension_count": values.head_size,
         "rope.freq_base": rope.number("rope_theta", 10000.0),
-        "vocab_size": own.integer("vocab_size"),
-        **architecture.keys(own),
+        "vocab_size": values.integer("vocab_size"),
+        **architecture.keys(values),
     }
     tensors = {}
     scaling = rope.fields.get("rope_type", rope.fields.get("type", "default"))
     if scaling == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope.number("factor", 1.0)}
     elif scaling == "llama3" and architecture.permuted:
-        tensors["rope_freqs.weight"] = _llama3_factors(own, rope)
+        tensors["rope_freqs.weight"] = _llama3_factors(values, rope)
     elif scaling != "default":
         raise ValueError(
             f"gguf.conversion: the rotation {scaling!r:.40} is not supported for {kind}; default, "
@@ -296,7 +296,7 @@ def conversion(config: Mapping[str, Any]) -> Conversion:
         "general.quantization_version": 2,
         **{f"{architecture.name}.{key}": value for key, value in keys.items()},
     }
-    return Conversion(architecture, metadata, tensors, (heads, own.kv_heads))
+    return Conversion(architecture, metadata, tensors, (heads, values.kv_heads))
 
 
 def _llama3_factors(config: _Config, rope: _Config) -> np.ndarray:

@@ -13,21 +13,22 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax.arithmetic import materialize, reciprocal, rounded
-from jaxq.interop.gguf._blocks import (
+from jaxq.interop.gguf._blocks import as_bytes, split_bits
+from jaxq.interop.gguf._layouts import E2M1, Fields, e8m0_half, ue4m3_half
+from jaxq.quantizers import simulate
+from jaxq.recipes import (
     IMPORTANT,
     Blocks,
-    as_bytes,
+    affine,
     divided,
+    get_recipe,
+    largest,
     over,
-    split_bits,
     sub_blocks,
+    symmetric,
     weighted,
     whole,
 )
-from jaxq.interop.gguf._layouts import E2M1, Fields, e8m0_half, ue4m3_half
-from jaxq.interop.gguf._searches import affine, largest, symmetric
-from jaxq.quantizers import simulate
-from jaxq.recipes import get_recipe
 
 __all__ = ["SMALL", "of_recipe"]
 
@@ -50,22 +51,22 @@ def _simple_affine(blocks: Blocks, limit: int) -> tuple[jax.Array, jax.Array, ja
 
 def _q4_0(blocks: Blocks) -> Fields:
     d, q = _simple_symmetric(blocks, 8)
-    return {"d": d, "q": as_bytes(q)}
+    return {"d": d, "q": as_bytes(q.T)}
 
 
 def _q5_0(blocks: Blocks) -> Fields:
     d, q = _simple_symmetric(blocks, 16)
-    return {"d": d, **split_bits(q)}
+    return {"d": d, **split_bits(q.T)}
 
 
 def _q4_1(blocks: Blocks) -> Fields:
     d, m, q = _simple_affine(blocks, 15)
-    return {"d": d, "m": m, "q": as_bytes(q)}
+    return {"d": d, "m": m, "q": as_bytes(q.T)}
 
 
 def _q5_1(blocks: Blocks) -> Fields:
     d, m, q = _simple_affine(blocks, 31)
-    return {"d": d, "m": m, **split_bits(q)}
+    return {"d": d, "m": m, **split_bits(q.T)}
 
 
 def of_recipe(x: jax.Array, name: str) -> Fields:
@@ -101,7 +102,7 @@ def _round_half_away(x: jax.Array) -> jax.Array:
 
 def _ternary(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     d = largest(x)[0]
-    return d, as_bytes(_round_half_away(rounded(x * over(1, d)[None])) + np.float32(1))
+    return d, as_bytes((_round_half_away(rounded(x * over(1, d)[None])) + np.float32(1)).T)
 
 
 def _tq1_0(blocks: Blocks) -> Fields:
@@ -151,7 +152,7 @@ def _mxfp4(blocks: Blocks) -> Fields:
     amax = largest(blocks.x)[0]
     e = _floored_log2(jnp.maximum(amax, np.float32(2**-126))) + 125
     e = jnp.where(amax > 0, e, 0).astype(jnp.uint8)
-    return {"e": e[:, None], "q": as_bytes(_nearest_e2m1(blocks.x, e8m0_half(e)))}
+    return {"e": e[:, None], "q": as_bytes(_nearest_e2m1(blocks.x, e8m0_half(e)).T)}
 
 
 def _ue4m3(x: jax.Array) -> jax.Array:
@@ -172,7 +173,7 @@ def _nvfp4(blocks: Blocks) -> Fields:
     scales = _ue4m3(divided(largest(x)[0], 6))
     q = _nearest_e2m1(x, ue4m3_half(scales))
     count = blocks.x.shape[1]
-    return {"scales": scales.reshape(-1, count).T, "q": as_bytes(whole(q, count))}
+    return {"scales": scales.reshape(-1, count).T, "q": as_bytes(whole(q, count).T)}
 
 
 SMALL: dict[str, Callable[[Blocks], Fields]] = {

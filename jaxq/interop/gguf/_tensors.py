@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +13,14 @@ from jaxq._base.registry import Registry
 from jaxq._jax.arithmetic import divide
 from jaxq._jax.serialization import pytree
 from jaxq.gradients import passed
-from jaxq.interop.gguf._blocks import Blocks
+from jaxq.interop.gguf._k_types import SEARCHED
 from jaxq.interop.gguf._layouts import LAYOUTS, Layout
 from jaxq.interop.gguf._legacy import PACKED_RECIPES, pack
-from jaxq.interop.gguf._searched_types import SEARCHED
-from jaxq.interop.gguf._searches import product, sums
 from jaxq.interop.gguf._small_types import SMALL, of_recipe
 from jaxq.quantizers import Slices
 from jaxq.quantizers import fake_quant as fake_quant_by_recipe
 from jaxq.quantizers import quantize as quantize_by_recipe
+from jaxq.recipes import SUPER_BLOCK_RULES, Blocks, in_chunks, product, sums
 
 __all__ = ["TYPES", "Packed", "dequantize", "fake_quant", "fallback", "quantize"]
 
@@ -33,12 +31,6 @@ TYPES: Registry[Layout] = Registry(
 )
 
 _QUANTIZERS = {**SMALL, **SEARCHED}
-
-_CHUNK = 2**16  # The number of elements quantized at a time, which fit into the cache.
-
-# The number of blocks in a row of a chunk. XLA on CPU (JAX 0.10 to 0.12) divides the rows between
-# threads; it divides one long row, too, but then computes it twice as slowly.
-_LANES = 64
 
 
 @pytree(static=("type", "dtype"))
@@ -216,7 +208,7 @@ def _quantize(
         fields = _QUANTIZERS[type](part)
         return _Result(layout.write(fields), layout.values_of(fields) if values else None)
 
-    result = _in_chunks(quantized, blocks, layout.block)
+    result = in_chunks(quantized, blocks, layout.block)
     data = result.data.reshape(*shape[:-1], shape[-1] // layout.block * layout.size)
     return _Result(data, None if result.values is None else result.values.reshape(shape))
 
@@ -228,22 +220,6 @@ def _without_minus_zero(x: jax.Array, type: str) -> jax.Array:
     bits, minus_zero = lax.bitcast_convert_type(x, jnp.uint32), np.uint32(1 << 31)
     bits = jnp.where(bits == minus_zero, np.uint32(0), bits)
     return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _in_chunks(function: Callable[[Blocks], _Result], blocks: Blocks, length: int) -> _Result:
-    """Applies a function to a number of blocks at a time, and joins its rows."""
-    count = blocks.x.shape[1]
-    if count <= _LANES:
-        return function(blocks)
-    rows = min(_CHUNK // length // _LANES, -(-count // _LANES))
-    chunks = -(-count // (rows * _LANES))
-
-    def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * rows * _LANES - count)])
-        return jnp.moveaxis(padded.reshape(*x.shape[:-1], chunks, rows, _LANES), (-3, -2), (0, 1))
-
-    result = lax.map(jax.vmap(function), jax.tree.map(cut, blocks))
-    return jax.tree.map(lambda x: x.reshape(chunks * rows * _LANES, -1)[:count], result)
 
 
 def dequantize(
@@ -316,11 +292,8 @@ def fake_quant(
 
 
 _SMALLER = {
-    **dict.fromkeys(("q2_k", "q3_k", "tq1_0", "tq2_0"), "q4_0"),
-    "q4_k": "q5_0",
-    "q5_k": "q5_1",
-    "q6_k": "q8_0",
-    "iq4_xs": "iq4_nl",
+    **{name: rule.fallback for name, rule in SUPER_BLOCK_RULES.items()},
+    **dict.fromkeys(("tq1_0", "tq2_0"), "q4_0"),
 }
 
 

@@ -1,0 +1,107 @@
+"""GGUF's searches for scales, weighted by the importance of the inputs on calibration data."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.ptq._searching import SearchOptions, SearchProblem
+from jaxq.ptq._statistics import Statistics
+from jaxq.quantizers import Quantized, quantize
+from jaxq.recipes import Recipe
+
+__all__ = ["ImportanceMatrix"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportanceMatrix:
+    """The search of a GGUF recipe, weighted by an importance matrix, as the `search` of a solver.
+
+    Recipes with `jaxq.recipes.SuperBlocks`, such as `"q4_k"`, search for the scales and minima of
+    their blocks. This record repeats that search with the mean square of each input as the weight
+    of its errors, as llama-quantize does with an importance matrix (imatrix). `RTN` then gives the
+    bytes of `jaxq.interop.gguf.quantize(weight, type, importance=mean_squares)`, up to the codes of
+    blocks with scale 0. If all inputs are 0, all are equally important.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> model = lambda params, x: x @ params["kernel"]
+      >>> solver = ptq.RTN(search=ptq.ImportanceMatrix())
+      >>> quantize = ptq.quantize_weights(model, "q4_k", solver=solver)
+    """
+
+    def check(self, owner: str, recipe: Recipe) -> None:
+        """Raises a ValueError unless a recipe searches for its scales over the elements."""
+        if not recipe.scaling.searches_elements:
+            raise ValueError(
+                f"{owner}: with ImportanceMatrix, `recipe` must have the scaling SuperBlocks, such "
+                f"as 'q4_k', got {type(recipe.scaling).__name__}. Use ptq.ScaleSearch('square')."
+            )
+
+    def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:
+        """Returns the leaves with new scales and minima, and with unchanged codes."""
+        leaves, numbers = problem.blocks
+        length = next(b for b in leaves[0].cut.block if b != 1)
+        if options.length != length:
+            raise ValueError(
+                f"ImportanceMatrix: blocks of {length} consecutive inputs are needed, got blocks "
+                f"of {options.length}. Exclude convolutions by a rule, or use search=None."
+            )
+        shape, size = problem.weight.shape, problem.count * length
+        inputs = lax.broadcasted_iota(jnp.int32, shape, 1)
+        places = numbers * np.int32(length) + inputs % np.int32(length)
+        importance = jnp.broadcast_to(_importance(problem.statistics)[..., None], shape)
+
+        def placed(x: jax.Array) -> jax.Array:
+            """Returns one number per element of the leaves, 0 for those of other products."""
+            flat = jnp.zeros(size, x.dtype).at[places.reshape(-1)].set(x.reshape(-1))
+            return flat.reshape(problem.count, length)
+
+        arrays = [placed(a) for a in (problem.weight, importance, jnp.ones(shape, bool))]
+        found, start = [], 0
+        for q in leaves:
+            end = start + math.prod(q.cut.counts)
+            x, weights, own = (_as_leaf(a[start:end], q) for a in arrays)
+            found.append(_rescaled(q, quantize(x, q.recipe, importance=weights), own))
+            start = end
+        return tuple(found)
+
+
+def _importance(statistics: Statistics) -> jax.Array:
+    """Returns the mean squares of the inputs, `[matrices, inputs]`; 1 if all of them are 0."""
+    tokens = jnp.maximum(statistics.tokens, 1).astype(jnp.float32)
+    square = statistics.square / tokens[..., None]
+    return jnp.where((square > 0).any(axis=-1, keepdims=True), square, np.float32(1))
+
+
+def _axis(q: Quantized) -> int:
+    """Returns the axis of a leaf along which its blocks lie."""
+    return next(axis for axis, n in enumerate(q.cut.block) if n != 1)
+
+
+def _as_leaf(x: jax.Array, q: Quantized) -> jax.Array:
+    """Returns numbers `[blocks, elements]` in the shape of a leaf."""
+    x = x.reshape(*q.cut.counts, x.shape[1])
+    return jnp.moveaxis(x, -1, _axis(q) + 1).reshape(q.shape)
+
+
+def _rescaled(q: Quantized, other: Quantized, own: jax.Array) -> Quantized:
+    """Returns a leaf with the scales of another in the blocks whose elements are `own`."""
+    axis = _axis(q)
+    size = q.cut.block[axis] * q.recipe.scaling.run
+    runs = q.shape[axis] // size
+    own = lax.slice_in_dim(own, 0, own.shape[axis], size, axis)
+
+    def chosen(new: jax.Array | None, old: jax.Array) -> jax.Array:
+        # A super-block has one or several numbers in each array, one after the other.
+        assert new is not None
+        return jnp.where(jnp.repeat(own, old.shape[axis] // runs, axis), new, old)
+
+    zero_point = None if q.zero_point is None else chosen(other.zero_point, q.zero_point)
+    second = tuple(map(chosen, other.second, q.second))
+    return dataclasses.replace(
+        q, scale=chosen(other.scale, q.scale), second=second, zero_point=zero_point
+    )

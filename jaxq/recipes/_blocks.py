@@ -1,0 +1,137 @@
+"""Blocks of elements whose scales are searched, and functions of them that the searches share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.shapes import is_symbolic
+from jaxq.formats import get_format
+from jaxq.numerics import cast
+from jaxq.recipes._searches import Steps, product, quotient, sums
+
+__all__ = [
+    "IMPORTANT",
+    "Blocks",
+    "Found",
+    "as_half",
+    "divided",
+    "in_chunks",
+    "mean_square",
+    "over",
+    "sub_blocks",
+    "weighted",
+    "whole",
+]
+
+# The scales that ggml tries with an importance matrix.
+IMPORTANT = Steps(-0.9, 0.05, 36)
+
+_CHUNK = 2**16  # The number of elements quantized at a time, which fit into the cache.
+
+# The number of blocks in a row of a chunk. XLA on CPU (JAX 0.10 to 0.12) divides the rows between
+# threads; it divides one long row, too, but then computes it twice as slowly.
+_LANES = 64
+
+_FLOAT16 = get_format("float16")
+
+
+class Blocks(NamedTuple):
+    """Blocks to quantize.
+
+    Attributes:
+      x: the elements, float32 `[elements, blocks]`.
+      weights: the importance of each element, of the same shape; None without a matrix.
+      row: the mean square of the row of each block; None without a matrix.
+    """
+
+    x: jax.Array
+    weights: jax.Array | None = None
+    row: jax.Array | None = None
+
+
+class Found(NamedTuple):
+    """The result of a search, one row per super-block.
+
+    Attributes:
+      d: the factor of the scales, `[blocks]`, float32 before it is rounded to float16.
+      scales: the quantized scales of the parts, int32 `[blocks, parts]`; None if the block is one
+        part, whose scale is d.
+      codes: the grid values of the elements, int32 `[blocks, elements]`, or indices of levels.
+      m: the factor of the minima; None in a rule without them.
+      minima: the quantized minima of the parts, which are subtracted; None without them.
+    """
+
+    d: jax.Array
+    scales: jax.Array | None
+    codes: jax.Array
+    m: jax.Array | None = None
+    minima: jax.Array | None = None
+
+
+def in_chunks(function: Callable[[Blocks], Any], blocks: Blocks, length: int) -> Any:
+    """Applies a function to a number of blocks at a time, and joins its results.
+
+    Args:
+      function: maps blocks to arrays `[blocks, ...]`.
+      blocks: all blocks.
+      length: the number of elements in a block.
+    """
+    count = blocks.x.shape[1]
+    if is_symbolic(count) or 0 < count <= _LANES:
+        return function(blocks)
+    # An empty tensor has one chunk of padding, because the searches need a block.
+    rows = max(1, min(_CHUNK // length // _LANES, -(-count // _LANES)))
+    chunks = max(1, -(-count // (rows * _LANES)))
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * rows * _LANES - count)])
+        return jnp.moveaxis(padded.reshape(*x.shape[:-1], chunks, rows, _LANES), (-3, -2), (0, 1))
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.reshape(chunks * rows * _LANES, *x.shape[3:])[:count]
+
+    return jax.tree.map(join, lax.map(jax.vmap(function), jax.tree.map(cut, blocks)))
+
+
+def as_half(x: jax.Array) -> jax.Array:
+    """Returns numbers rounded to float16."""
+    return cast(x, _FLOAT16)
+
+
+def over(numerator: float, x: jax.Array) -> jax.Array:
+    """Returns numerator / x, or 0 where x is 0."""
+    ok = x != 0
+    safe = jnp.where(ok, x, np.float32(1))
+    return jnp.where(ok, quotient(jnp.full(x.shape, numerator, jnp.float32), safe), np.float32(0))
+
+
+def divided(x: jax.Array, divisor: float) -> jax.Array:
+    """Returns correctly rounded quotients."""
+    return quotient(x, jnp.full(x.shape, divisor, jnp.float32))
+
+
+def sub_blocks(x: jax.Array, length: int) -> jax.Array:
+    """Returns `[length, parts · blocks]` from `[elements, blocks]`."""
+    parts = x.reshape(-1, length, x.shape[1])
+    return parts.swapaxes(0, 1).reshape(length, -1)
+
+
+def whole(x: jax.Array, blocks: int) -> jax.Array:
+    """Returns `[elements, blocks]` from `sub_blocks`."""
+    return x.reshape(x.shape[0], -1, blocks).swapaxes(0, 1).reshape(-1, blocks)
+
+
+def mean_square(x: jax.Array, factor: float) -> jax.Array:
+    """Returns the mean square of each block times a factor."""
+    return sums(lambda v: (product(v, v),), x)[0] * np.float32(factor / x.shape[0])
+
+
+def weighted(weights: jax.Array | None, x: jax.Array, square: jax.Array | None) -> jax.Array:
+    """Returns an importance times the root of the squares' sum, as ggml weights errors."""
+    assert weights is not None
+    assert square is not None
+    return product(weights, jnp.sqrt(square[None] + product(x, x)))

@@ -1,0 +1,275 @@
+"""The scaling of GGUF's K-quants, which searches for scales over the elements of super-blocks."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._base.cutting import Cut
+from jaxq._base.shapes import is_symbolic
+from jaxq._jax.arithmetic import materialize
+from jaxq.formats import CodebookFormat, Format, get_format
+from jaxq.numerics import decode, encode
+from jaxq.recipes._blocks import Blocks, Found, in_chunks
+from jaxq.recipes._ranges import Range
+from jaxq.recipes._scaling import Scales, Scaling, StoredScales
+from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES, SuperBlockRule
+
+__all__ = ["SuperBlocks"]
+
+_FLOAT16 = get_format("float16")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SuperBlocks(Scaling):
+    """Scales that a search over the elements finds, as in GGUF's K-quants, IQ4_NL and IQ4_XS.
+
+    A super-block of 256 elements has a float16 factor d, and each of its blocks of 16 or 32
+    elements has a quantized scale s: y = d s q. In rules with minima, y = d s q - d' m, with a
+    second factor d' and a quantized minimum m. (`"iq4_nl"` has one float16 scale per block of 32.)
+    As in ggml, d and s minimize a weighted error over the elements, and the bits are the same. With
+    the rounding mode `"nearest_even"`, the codes are those of ggml; another mode rounds the
+    elements by the stored scales.
+
+    Attributes:
+      rule: the name of the block type, one of `"q2_k"`, `"q3_k"`, `"q4_k"`, `"q5_k"`, `"q6_k"`,
+        `"iq4_nl"` and `"iq4_xs"`. It fixes the element format and the block length.
+
+    Raises:
+      ValueError: the rule is unknown.
+
+    References:
+      ggml's quantize_row_q4_K_ref and the functions beside it.
+
+    Example:
+      >>> import jaxq
+      >>> q4_k = jaxq.Recipe("uint4", jaxq.PerBlock(32), SuperBlocks("q4_k"))
+      >>> q4_k == jaxq.get_recipe("q4_k"), q4_k.bits_per_weight((1, 256))
+      (True, 4.5)
+    """
+
+    rule: str
+
+    searches_elements: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        names, known = ", ".join(SUPER_BLOCK_RULES), self.rule in SUPER_BLOCK_RULES
+        self.require(known, f"`rule` must be one of {names}", self.rule)
+        super().__post_init__()
+
+    @property
+    def _rule(self) -> SuperBlockRule:
+        return SUPER_BLOCK_RULES[self.rule]
+
+    @property
+    def scale_format(self) -> Format:
+        """The format of the quantized scales and minima."""
+        return get_format(self._rule.scale_format)
+
+    @property
+    def zero_point(self) -> str | None:
+        """`"minimum"` in a rule with minima, else None."""
+        return "minimum" if self._rule.minimum else None
+
+    @property
+    def second_level(self) -> str | None:
+        """`"blocks"` if super-blocks have several blocks, else None."""
+        return "blocks" if self.run > 1 else None
+
+    @property
+    def takes_scales(self) -> bool:
+        """False, because scales are found together with codes."""
+        return False
+
+    @property
+    def run(self) -> int:
+        """The number of blocks in a super-block."""
+        return self._rule.size // self._rule.length
+
+    @property
+    def largest_scale(self) -> float:
+        """The largest finite scale."""
+        return _FLOAT16.max * (self.scale_format.max if self.run > 1 else 1)
+
+    def check_scale_format(self, scale_format: Format) -> None:
+        """Accepts the format of the rule."""
+        del scale_format
+
+    def check(self, fmt: Format) -> None:
+        """Raises ValueError unless the element format is that of the rule."""
+        wanted = get_format(self._rule.element)
+        requirement = f"rule={self.rule!r} needs the element format {wanted.name!r}"
+        self.require(fmt == wanted, requirement, fmt.name)
+
+    def check_cut(self, cut: Cut) -> None:
+        """Raises ValueError unless super-blocks divide one axis."""
+        rule, lengths = self._rule, [n for n in cut.block if is_symbolic(n) or n != 1]
+        axis = _axis(cut.block)
+        if not lengths and 0 in cut.shape:  # An axis of length 0 has blocks of 1.
+            return
+        if len(lengths) != 1 or is_symbolic(cut.shape[axis]):
+            raise ValueError(
+                f"{self.rule} needs blocks along one axis of known length, got blocks of "
+                f"{cut.block} for shape {cut.shape}. Use PerBlock({rule.length})."
+            )
+        if cut.shape[axis] % rule.size:
+            other = "Choose another recipe."
+            if rule.fallback is not None:
+                other = f"Use {rule.fallback!r}, as llama.cpp does, if 32 divides it."
+            raise ValueError(
+                f"{self.rule} needs an axis of blocks that {rule.size} divides, got axis {axis} "
+                f"of shape {cut.shape}. {other}"
+            )
+        if lengths != [rule.length]:
+            raise ValueError(
+                f"{self.rule} needs blocks of {rule.length} elements, got {lengths[0]}. Use "
+                f"PerBlock({rule.length})."
+            )
+
+    def element(self, fmt: Format) -> Format:
+        """Returns the format of the grid values, which is the element format itself."""
+        return fmt
+
+    def restore(self, stored: StoredScales) -> jax.Array:
+        """Returns the scales by which grid values are multiplied."""
+        return _times(stored.scale, stored.second[0]) if stored.second else stored.scale
+
+    def restore_minimum(self, stored: StoredScales) -> jax.Array | None:
+        """Returns the minima that are added to the scaled grid values; None without minima."""
+        return None if stored.minimum is None else -_times(stored.minimum, stored.second[1])
+
+    def of_elements(
+        self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
+    ) -> Scales:
+        """Returns the scales of a split tensor; see `Scaling.of_elements`."""
+        places = _Places.of(cut, self._rule.size)
+        weights = None if importance is None else places.columns(importance)
+        found = in_chunks(self._found, Blocks(places.columns(x), weights), places.size)
+        if found.scales is None:
+            stored = StoredScales(decode(places.parts(found.d[:, None]), _FLOAT16))
+        else:
+            codes = [None if c is None else places.parts(c) for c in (found.scales, found.minima)]
+            scale, minimum = (None if c is None else c.astype(jnp.float32) for c in codes)
+            assert scale is not None
+            second = tuple(places.factors(d) for d in (found.d, found.m) if d is not None)
+            stored = StoredScales(scale, second, minimum)
+        numbers = found.codes.astype(jnp.float32)
+        if isinstance(fmt, CodebookFormat):
+            numbers = jnp.asarray(fmt.levels, jnp.float32)[found.codes]
+        step, minimum = self.restore(stored), self.restore_minimum(stored)
+        ends = [step * np.float32(end) for end in (fmt.min, fmt.max)]
+        low, high = lax.min(*ends), lax.max(*ends)  # A scale may be negative.
+        if minimum is not None:
+            low, high = low + minimum, high + minimum
+        return Scales(
+            divisor=step,
+            step=step,
+            storage=stored,
+            low=low,
+            high=high,
+            minimum=minimum,
+            origin=minimum,
+            numbers=places.elements(numbers, x.shape),
+        )
+
+    def _found(self, blocks: Blocks) -> Found:
+        """Returns scales with float16 codes as factors, of NaN if an element is not finite."""
+        finite = jnp.isfinite(blocks.x).all(axis=0)
+        found = self._rule.search(blocks._replace(x=jnp.where(finite, blocks.x, np.float32(0))))
+
+        def factor(d: jax.Array | None) -> jax.Array | None:
+            if d is None:
+                return None
+            return encode(jnp.where(finite, d, np.float32(np.nan)), _FLOAT16)
+
+        return found._replace(d=factor(found.d), m=factor(found.m))
+
+    def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
+        """Raises ValueError, because the scales depend on all elements."""
+        del ends, fmt, factor
+        raise ValueError(
+            f"The scales of {self.rule} are found by a search over the elements and cannot be "
+            "computed from a range."
+        )
+
+    def nbytes(self, blocks: int, fmt: Format) -> int:
+        """Returns the bytes that scales, minima and factors take for a number of blocks."""
+        del fmt
+        own = blocks * self.scale_format.bits // 8
+        if self.run > 1:
+            own += 2 * (blocks // self.run)
+        return own * (2 if self._rule.minimum else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """The order of the super-blocks of a split tensor.
+
+    Attributes:
+      counts: the number of blocks along each axis.
+      axis: the axis of the blocks.
+      before: the product of the lengths of the axes before it.
+      runs: the number of super-blocks along it.
+      after: the product of the lengths of the axes after it.
+      size: the number of elements in a super-block.
+    """
+
+    counts: tuple[int, ...]
+    axis: int
+    before: int
+    runs: int
+    after: int
+    size: int
+
+    @staticmethod
+    def of(cut: Cut, size: int) -> "_Places":
+        axis = _axis(cut.block)
+        before, after = math.prod(cut.shape[:axis]), math.prod(cut.shape[axis + 1 :])
+        return _Places(cut.counts, axis, before, cut.shape[axis] // size, after, size)
+
+    def columns(self, x: jax.Array) -> jax.Array:
+        """Returns the elements of a split tensor as `[elements, super-blocks]`."""
+        x = x.reshape(self.before, self.runs, self.size, self.after)
+        count = self.before * self.runs * self.after
+        return x.transpose(2, 0, 1, 3).reshape(self.size, count)
+
+    def elements(self, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Returns `[super-blocks, n]` with the n numbers along the axis of the blocks."""
+        rows = rows.reshape(self.before, self.runs, self.after, rows.shape[1])
+        return rows.transpose(0, 1, 3, 2).reshape(shape)
+
+    def factors(self, d: jax.Array) -> jax.Array:
+        """Returns numbers of super-blocks as an array with the axes of the tensor."""
+        shape = list(self.counts)
+        shape[self.axis] = self.runs
+        return d.reshape(shape)
+
+    def parts(self, rows: jax.Array) -> jax.Array:
+        """Returns numbers of blocks in the layout of `Cut.spread`."""
+        return self.elements(rows, tuple(n for count in self.counts for n in (count, 1)))
+
+
+def _axis(block: tuple[int, ...]) -> int:
+    """Returns the axis along which blocks have more than one element."""
+    return next((axis for axis, n in enumerate(block) if n != 1), len(block) - 1)
+
+
+def _times(scales: jax.Array, codes: jax.Array) -> jax.Array:
+    """Returns products of scales and the factors of their super-blocks.
+
+    Args:
+      scales: one number per block, with the axes of the tensor or in the layout of `Cut.spread`.
+      codes: the float16 codes of the factors, with the axes of the tensor.
+    """
+    factors = decode(codes, _FLOAT16)
+    if scales.ndim == 2 * factors.ndim:
+        factors = factors.reshape([n for count in factors.shape for n in (count, 1)])
+    pairs = zip(scales.shape, factors.shape, strict=True)
+    for axis, (n, runs) in enumerate(pairs):
+        if n != runs:
+            factors = jnp.repeat(factors, n // runs, axis=axis)
+    return materialize(scales * factors)

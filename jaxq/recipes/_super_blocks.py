@@ -1,0 +1,190 @@
+"""Rules for the scales of super-blocks, and ggml's searches for those of K-quants.
+
+Each search takes blocks `[elements, blocks]` and returns the scales of both levels and the codes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq._jax.arithmetic import barrier
+from jaxq.recipes._blocks import (
+    IMPORTANT,
+    Blocks,
+    Found,
+    as_half,
+    divided,
+    mean_square,
+    over,
+    sub_blocks,
+    weighted,
+    whole,
+)
+from jaxq.recipes._searches import (
+    EPS,
+    Steps,
+    affine,
+    descent,
+    largest,
+    nearest,
+    positive,
+    product,
+    quotient,
+    sums,
+    symmetric,
+)
+from jaxq.recipes._table_searches import iq4_nl, iq4_xs
+
+__all__ = ["SUPER_BLOCK_RULES", "SuperBlockRule"]
+
+_SIZE = 256  # The number of elements in a super-block of a K-quant.
+
+
+class SuperBlockRule(NamedTuple):
+    """A rule for the scales of super-blocks.
+
+    Attributes:
+      element: the name of the format of the elements.
+      scale_format: the name of the format of the parts' scales and minima; float16 if a super-block
+        is one part.
+      length: the number of elements in a part.
+      fallback: the recipe that llama.cpp uses for rows that a super-block does not divide.
+      search: the search.
+      minimum: True if parts have a minimum.
+      size: the number of elements in a super-block.
+    """
+
+    element: str
+    scale_format: str
+    length: int
+    fallback: str | None
+    search: Callable[[Blocks], Found]
+    minimum: bool = False
+    size: int = _SIZE
+
+
+class _Kind(NamedTuple):
+    """The parameters in which Q2_K, Q4_K and Q5_K differ.
+
+    Attributes:
+      length: the number of elements in a part.
+      limit: the largest code.
+      scales: the largest code of a scale.
+      steps: the scales to try without an importance matrix.
+      factor: the factor of a block's mean square in its weights.
+    """
+
+    length: int
+    limit: int
+    scales: int
+    steps: Steps
+    factor: float
+
+
+def _parts_of(x: jax.Array, count: int) -> jax.Array:
+    """Returns one number per part, `[parts, blocks]`."""
+    return x.reshape(-1, count)
+
+
+def _with_minima(kind: _Kind, blocks: Blocks) -> Found:
+    count, x = blocks.x.shape[1], sub_blocks(blocks.x, kind.length)
+    if blocks.weights is None:
+        magnitude = jnp.abs(x)
+        absolute = kind.limit == 3
+        w = magnitude if absolute else jnp.sqrt(mean_square(x, 1.0))[None] + magnitude
+        found = affine(x, kind.limit, w, kind.steps, absolute)
+        scale, minimum = (_parts_of(part, count) for part in (found.scale, found.minimum))
+        top = [jnp.maximum(part.max(axis=0), np.float32(0)) for part in (scale, minimum)]
+        codes = [
+            jnp.minimum(nearest(over(kind.scales, most)[None] * part), kind.scales)
+            for most, part in zip(top, (scale, minimum), strict=True)
+        ]
+        d, m = (divided(most, kind.scales) for most in top)
+    else:
+        square = mean_square(blocks.x, kind.factor)
+        each = jnp.tile(square, _SIZE // kind.length)
+        w = weighted(sub_blocks(blocks.weights, kind.length), x, each)
+        found = affine(x, kind.limit, w, IMPORTANT)
+        total = _parts_of(sums(lambda v: (v,), w)[0], count)
+        scale, minimum = (_parts_of(part, count) for part in (found.scale, found.minimum))
+        (d, first), (m, second) = (positive(v, kind.scales, total) for v in (scale, minimum))
+        codes = [first, second]
+    # The codes are computed again from the scales as stored. A part whose scale is 0 keeps those
+    # of the search, whose scale and minimum are other numbers.
+    step = barrier((as_half(d)[None] * codes[0].astype(jnp.float32)).reshape(-1))
+    low = barrier((as_half(m)[None] * codes[1].astype(jnp.float32)).reshape(-1))
+    safe = jnp.where(step != 0, step, np.float32(1))
+    safe = jnp.broadcast_to(safe[None], x.shape)
+    q = jnp.clip(nearest(quotient(x + low[None], safe)), 0, kind.limit)
+    q = jnp.where((step != 0)[None], q, found.codes)
+    return Found(d, codes[0].T, whole(q, count).T, m, codes[1].T)
+
+
+def _q2_k(blocks: Blocks) -> Found:
+    return _with_minima(_Kind(16, 3, 15, Steps(-0.5, 0.1, 15), 1.0), blocks)
+
+
+def _q4_k(blocks: Blocks) -> Found:
+    return _with_minima(_Kind(32, 15, 63, Steps(-1.0, 0.1, 20), 2.0), blocks)
+
+
+def _q5_k(blocks: Blocks) -> Found:
+    return _with_minima(_Kind(32, 31, 63, Steps(-0.5, 0.1, 15), 2.0), blocks)
+
+
+def _requantized(
+    x: jax.Array, d: jax.Array, scales: jax.Array, limit: int, found: jax.Array
+) -> jax.Array:
+    """Returns the codes of parts from scales as stored; those of the search where a scale is 0."""
+    step = barrier((as_half(d)[None] * scales.astype(jnp.float32)).reshape(-1))
+    safe = jnp.where(step != 0, step, np.float32(1))
+    q = jnp.clip(nearest(quotient(x, jnp.broadcast_to(safe[None], x.shape))), -limit, limit - 1)
+    return jnp.where((step != 0)[None], q, found)
+
+
+def _q3_k(blocks: Blocks) -> Found:
+    count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
+    if blocks.weights is None:
+        scale, found = descent(x, 4)
+        scale = _parts_of(scale, count)
+        most = largest(scale)[1]
+        inverse = over(-32, most)
+        scales = jnp.clip(nearest(inverse[None] * scale), -32, 31)
+        scales = jnp.where((most != 0)[None], scales, -32)
+        d = over(1, inverse)
+    else:
+        each = jnp.tile(mean_square(blocks.x, 2.0), 16)
+        w = weighted(sub_blocks(blocks.weights, 16), x, each)
+        scale, found = symmetric(x, 4, w)
+        total = _parts_of(sums(lambda v: (v,), w)[0], count)
+        d, scales = symmetric(_parts_of(scale, count), 32, total)
+    q = whole(_requantized(x, d, scales, 4, found), count)
+    return Found(d, scales.T, q.T)
+
+
+def _q6_k(blocks: Blocks) -> Found:
+    count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
+    w = product(x, x) if blocks.weights is None else sub_blocks(blocks.weights, 16)
+    scale, found = symmetric(x, 32, w)
+    scale = _parts_of(scale, count)
+    amax, most = largest(scale)
+    empty = amax < EPS
+    inverse = over(-128, jnp.where(empty, np.float32(1), most))
+    scales = jnp.where(empty[None], 0, jnp.minimum(nearest(inverse[None] * scale), 127))
+    d = jnp.where(empty, np.float32(0), over(1, inverse))
+    q = whole(_requantized(x, d, scales, 32, found), count)
+    return Found(d, scales.T, jnp.where(empty[None], -32, q).T)
+
+
+SUPER_BLOCK_RULES: dict[str, SuperBlockRule] = {
+    "q2_k": SuperBlockRule("uint2", "uint4", 16, "q4_0", _q2_k, minimum=True),
+    "q3_k": SuperBlockRule("int3", "int6", 16, "q4_0", _q3_k),
+    "q4_k": SuperBlockRule("uint4", "uint6", 32, "q5_0", _q4_k, minimum=True),
+    "q5_k": SuperBlockRule("uint5", "uint6", 32, "q5_1", _q5_k, minimum=True),
+    "q6_k": SuperBlockRule("int6", "int8", 16, "q8_0", _q6_k),
+    "iq4_nl": SuperBlockRule("iq4", "float16", 32, None, iq4_nl, size=32),
+    "iq4_xs": SuperBlockRule("iq4", "int6", 32, "iq4_nl", iq4_xs),
+}

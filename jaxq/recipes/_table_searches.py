@@ -1,0 +1,74 @@
+"""ggml's searches for the scales of IQ4_NL and IQ4_XS, whose elements are levels of a table."""
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq._jax.arithmetic import rounded
+from jaxq.formats import CodebookFormat, get_format
+from jaxq.recipes._blocks import Blocks, Found, mean_square, over, sub_blocks, weighted, whole
+from jaxq.recipes._searches import EPS, largest, levels, nearest, product, quotient, sums
+
+__all__ = ["iq4_nl", "iq4_xs"]
+
+_FORMAT = get_format("iq4")
+assert isinstance(_FORMAT, CodebookFormat)
+_IQ4 = np.array(_FORMAT.levels).astype(np.int64)
+
+
+def _iq4_scales(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the scales that fit the levels of IQ4_NL best."""
+    amax, signed = largest(x)
+    empty = amax < EPS
+    signed = jnp.where(empty, np.float32(1), signed)
+    table = jnp.asarray(_IQ4.astype(np.float32))
+
+    def fit(inverse: jax.Array) -> tuple[jax.Array, ...]:
+        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+            q = table[levels(rounded(inverse * x), _IQ4)]
+            wq = product(w, q)
+            return product(wq, x), product(wq, q)
+
+        return sums(terms, x, weights)
+
+    def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(b > 0, quotient(a, jnp.where(b > 0, b, np.float32(1))), np.float32(0))
+
+    def attempt(i: jax.Array, best: tuple) -> tuple:
+        d, score = best
+        factor = (i - 7 + int(_IQ4[0])).astype(jnp.float32)
+        sum_qx, sum_q2 = fit(quotient(jnp.broadcast_to(factor, signed.shape), signed))
+        better = (sum_q2 > 0) & (product(sum_qx, sum_qx) > product(score, sum_q2))
+        new = ratio(sum_qx, sum_q2)
+        return jnp.where(better, new, d), jnp.where(better, product(new, sum_qx), score)
+
+    first = over(1, quotient(-signed, jnp.full(signed.shape, _IQ4[0], jnp.float32)))
+    sum_qx, sum_q2 = fit(first)
+    d = ratio(sum_qx, sum_q2)
+    d, _ = lax.fori_loop(0, 15, attempt, (d, product(d, sum_qx)))
+    return jnp.where(empty, np.float32(0), d)
+
+
+def _iq4_weights(blocks: Blocks, x: jax.Array, parts: int) -> jax.Array:
+    if blocks.weights is None:
+        return product(x, x)
+    square = jnp.tile(mean_square(blocks.x, 2.0), parts)
+    return weighted(sub_blocks(blocks.weights, 32), x, square)
+
+
+def iq4_nl(blocks: Blocks) -> Found:
+    """Returns the scales of blocks of 32, and the indices of levels as codes."""
+    d = _iq4_scales(blocks.x, _iq4_weights(blocks, blocks.x, 1))
+    return Found(d, None, levels(rounded(blocks.x * over(1, d)[None]), _IQ4).T)
+
+
+def iq4_xs(blocks: Blocks) -> Found:
+    """Returns the scales of super-blocks, and the indices of levels as codes."""
+    count, x = blocks.x.shape[1], sub_blocks(blocks.x, 32)
+    scale = _iq4_scales(x, _iq4_weights(blocks, x, 8)).reshape(-1, count)
+    d = largest(scale)[1] * np.float32(-1 / 32)
+    scales = jnp.clip(nearest(over(1, d)[None] * scale), -32, 31)
+    step = product(d[None], scales.astype(jnp.float32)).reshape(-1)
+    q = whole(levels(rounded(x * over(1, step)[None]), _IQ4), count)
+    return Found(d, scales.T, q.T)

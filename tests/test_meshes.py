@@ -118,6 +118,7 @@ def test_products_after_a_hadamard_transform_work_on_explicit_axes():
     assert_same_trees(got, jax.jit(gradients)(x, w))
 
 
+@pytest.mark.optimized
 def test_optimizer_works_on_explicit_axes():
     optimizer = jaxq.optim.quantize_state(optax.adam(1e-3))
 

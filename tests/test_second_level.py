@@ -70,7 +70,7 @@ def test_selected_rows_keep_their_values_and_second_scales():
     y = np.asarray(q.dequantize())
     assert_same(q[2].dequantize(), y[2])
     assert_same(q[1:3].dequantize(), y[1:3])
-    with pytest.raises(ValueError, match="share second scales"):
+    with pytest.raises(ValueError, match="share second-level scales"):
         jaxq.quantize(weights(), "nf4_dq")[5]
     both = jax.vmap(lambda x: jaxq.quantize(x, "nf4_dq"))(jnp.stack([weights(), weights(seed=1)]))
     assert_same(both[1].dequantize(), jaxq.fake_quant(weights(seed=1), "nf4_dq"))

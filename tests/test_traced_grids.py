@@ -6,7 +6,16 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
-from jaxq.recipes import MX, SCALINGS, Outliers, PerBlock, PerChannel, PerTensor, Symmetric
+from jaxq.recipes import (
+    MX,
+    SCALINGS,
+    Outliers,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    SuperBlocks,
+    Symmetric,
+)
 
 WIDTHS = ((2, 1), (4, 3), (8, 0))  # The last one exceeds float32's range.
 BITS = (3, 8)
@@ -91,8 +100,9 @@ def test_other_functions_and_scalings_refuse_grids():
         jaxq.quantize(data(), recipe)
     for scaling in SCALINGS:
         if not scaling.takes_grids:
+            record = scaling("q4_k") if scaling is SuperBlocks else scaling()
             with pytest.raises(ValueError, match="BinaryGrid"):
-                jaxq.Recipe(jaxq.int_grid(4), scaling=scaling())
+                jaxq.Recipe(jaxq.int_grid(4), scaling=record)
     with pytest.raises(ValueError, match=r"fixed widths, got 'BinaryGrid'. Use Symmetric\(\)"):
         jaxq.Recipe(jaxq.int_grid(4), scaling=Symmetric(range="percentile"))
     with pytest.raises(ValueError, match=r"must be scalars.*Use jax.vmap over the widths"):

@@ -166,13 +166,13 @@ def quantize_state(
       >>> params = {"w": jnp.ones((64, 256)), "b": jnp.ones(256)}
       >>> tx = jaxq.optim.quantize_state(optax.adam(1e-3))
       >>> print(jaxq.tree_report(tx.init(params).inner))  # doctest: +NORMALIZE_WHITESPACE
-      path          shape    dtype     format  bytes_before  bytes_after     bits
-      0/count      scalar    int32          -             4            4       32
-      0/mu/b          256  float32          -          1024         1024       32
-      0/mu/w       64x256  float32   dynamic8         65536        16640    8.125
-      0/nu/b          256  float32          -          1024         1024       32
-      0/nu/w/root  64x256  float32  udynamic8         65536        16640    8.125
-      total                                          133124        35332  8.49301
+      path          shape    dtype     format  bytes_before  bytes_after   bits
+      0/count      scalar    int32          -             4            4     32
+      0/mu/b          256  float32          -          1024         1024     32
+      0/mu/w       64x256  float32   dynamic8         65536        16640  8.125
+      0/nu/b          256  float32          -          1024         1024     32
+      0/nu/w/root  64x256  float32  udynamic8         65536        16640  8.125
+      total                                          133124        35332  8.493
 
     References:
       Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022); Li et al., "Memory

@@ -365,5 +365,7 @@ def test_figures_are_images_in_notebooks():
     drawn = [plots.number_line(["int2"])._repr_svg_() for _ in range(2)]
     assert "<svg" in drawn[0]
     assert drawn[0] == drawn[1]
-    many = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
-    assert plots.quantized_values(many, "int4_tensor")._repr_svg_() is None
+    many = np.random.default_rng(0).standard_normal((4, 4096)).astype(np.float32)
+    points = plots.quantized_values(many, "int4_tensor")._repr_svg_()
+    assert points.count("<image") == 1, "dense points are rasterized inside the SVG"
+    assert plots.channel_errors(many)._repr_svg_() is None, "too many marks are shown as PNG"

@@ -86,7 +86,6 @@ NOT_CHECKED = frozenset(
         "jaxq.interop.compressed_tensors",
         "jaxq.interop.gguf",
         "jaxq.lora",
-        "jaxq.numerics",
         "jaxq.ptq",
     }
 )

@@ -85,7 +85,6 @@ NOT_CHECKED = frozenset(
         "jaxq.interop",
         "jaxq.interop.compressed_tensors",
         "jaxq.interop.gguf",
-        "jaxq.ptq",
     }
 )
 

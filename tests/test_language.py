@@ -85,9 +85,6 @@ NOT_CHECKED = frozenset(
         "jaxq.interop",
         "jaxq.interop.compressed_tensors",
         "jaxq.interop.gguf",
-        "jaxq.lora",
-        "jaxq.numerics",
-        "jaxq.ptq",
     }
 )
 

@@ -6,7 +6,8 @@ in `METHODS` (`_methods.py`).
 
 from jaxq.lora._matrices import Factors, low_rank
 from jaxq.lora._methods import METHODS, EoRA, LoftQ, Method, PiSSA, QLoRA, get_method
-from jaxq.lora._models import AdaptedModel, Merged, MergeError, adapt, merge
+from jaxq.lora._models import adapt, merge
+from jaxq.lora._results import AdaptedModel, Merged, MergeError
 from jaxq.models import Adapted, LoRA
 
 __all__ = [

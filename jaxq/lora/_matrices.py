@@ -15,6 +15,13 @@ class Factors(NamedTuple):
     Attributes:
       a: float32 `[..., inputs, rank]`.
       b: float32 `[..., rank, outputs]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import lora
+      >>> a, b = lora.Factors(a=jnp.ones((4, 1)), b=jnp.ones((1, 2)))
+      >>> (a @ b).shape
+      (4, 2)
     """
 
     a: jax.Array

@@ -66,7 +66,7 @@ class QLoRA:
     The elements of a are uniform in `[-1 / sqrt(inputs), 1 / sqrt(inputs))`.
 
     Attributes:
-      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
+      rank: the largest rank of the adapters, 16 by default; less for a smaller weight.
       alpha: the numerator of the factor `alpha / rank`; None (the default) means the rank.
       seed: the seed of the random numbers.
 
@@ -114,7 +114,7 @@ class LoftQ:
     `a b`.
 
     Attributes:
-      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
+      rank: the largest rank of the adapters, 16 by default; less for a smaller weight.
       iterations: the number of iterations; 5 by default, as in the paper. With 1, as in PEFT,
         the quantized weight is that of w itself.
 
@@ -149,7 +149,7 @@ class PiSSA:
     """Adapters that hold the largest singular values of the weight; the rest is quantized.
 
     Attributes:
-      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
+      rank: the largest rank of the adapters, 16 by default; less for a smaller weight.
 
     Example:
       >>> import jax.numpy as jnp
@@ -184,8 +184,16 @@ class EoRA:
 
     Attributes:
       inputs: the statistics of the products' inputs, from `jaxq.ptq.observe` with the same rules.
-      rank: the rank of the adapters; a weight with fewer inputs or outputs has that rank.
-      damping: as in `low_rank`.
+      rank: the largest rank of the adapters, 16 by default; less for a smaller weight.
+      damping: as in `low_rank`; 0.01 by default.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import ptq
+      >>> seen = {"w": ptq.collect(jnp.eye(2))}
+      >>> method = EoRA(ptq.ObservedInputs(seen, (("w", "w"),)), rank=8)
+      >>> method.rank, method.damping
+      (8, 0.01)
 
     References:
       Liu et al., "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank

@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import numpy as jnp
 
-from jaxq._jax.serialization import named_tuple
 from jaxq.lora._matrices import Factors
 from jaxq.lora._methods import Method, get_method
+from jaxq.lora._results import AdaptedModel, Merged, MergeError
 from jaxq.models import (
     Adapted,
     Extra,
@@ -39,50 +39,7 @@ from jaxq.models import (
 from jaxq.products import Axes
 from jaxq.quantizers import Quantized
 
-__all__ = ["AdaptedModel", "MergeError", "Merged", "adapt", "merge"]
-
-
-@named_tuple
-class AdaptedModel(NamedTuple):
-    """A model with stored weights and adapters.
-
-    Attributes:
-      params: the parameters, whose quantized weights are `jaxq.Quantized`.
-      state: the rules with adapters, to pass to `jaxq.quantize_fn` in place of rules.
-    """
-
-    params: Any
-    state: Adapted
-
-
-@named_tuple
-class MergeError(NamedTuple):
-    """The error of one weight that an adapter was merged into. Norms are Frobenius norms.
-
-    Attributes:
-      relative: the norm of the merged weight's quantization error, relative to the norm of the
-        weight.
-      lost: the norm of the same error, relative to the norm of the adapter's change. If it exceeds
-        1, the error is larger than the change.
-    """
-
-    relative: jax.Array
-    lost: jax.Array
-
-
-class Merged(NamedTuple):
-    """A model whose adapters were merged into its weights.
-
-    Attributes:
-      params: the merged parameters as floats.
-      packed: the merged parameters, quantized again.
-      errors: the quantization errors, by the products' names; one per layer for products in a scan
-        over layers.
-    """
-
-    params: Any
-    packed: Any
-    errors: dict[str, MergeError]
+__all__ = ["adapt", "merge"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,8 +93,8 @@ class Stochastic:
     is exact for every float32 in the normal range of any format.
 
     Attributes:
-      bits: the number N of random bits, 1 to 23.
-      rule: the rounding rule, `"A"`, `"B"` or `"C"`.
+      bits: the number N of random bits, 1 to 23; 23 by default.
+      rule: the rounding rule, `"A"` (the default), `"B"` or `"C"`.
 
     Raises:
       ValueError: if `bits` or `rule` is not one of these.
@@ -115,10 +115,13 @@ class Stochastic:
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 23:
-            raise ValueError(f"Stochastic rounding: `bits` must be 1 to 23, got {self.bits}.")
+            raise ValueError(
+                f"Stochastic rounding: `bits` must be 1 to 23, got {self.bits}. Use 23."
+            )
         if self.rule not in ("A", "B", "C"):
             raise ValueError(
-                f"Stochastic rounding: `rule` must be 'A', 'B' or 'C', got {self.rule!r}."
+                f"Stochastic rounding: `rule` must be 'A', 'B' or 'C', got {self.rule!r}. Leave "
+                "it out for the default, 'A'."
             )
 
     @property
@@ -157,7 +160,7 @@ class HalfUp:
 
     Attributes:
       offset: the non-negative number added to make the values positive, such as 8 for Q4_0 and 16
-        for Q5_0.
+        for Q5_0; 0 by default.
 
     Raises:
       ValueError: if `offset` is negative.
@@ -172,7 +175,9 @@ class HalfUp:
 
     def __post_init__(self) -> None:
         if self.offset < 0:
-            raise ValueError(f"HalfUp: `offset` must be at least 0, got {self.offset}.")
+            raise ValueError(
+                f"HalfUp: `offset` must be at least 0, got {self.offset}. Use 0 to add none."
+            )
 
     def __call__(
         self, units: jax.Array, negative: jax.Array, random: jax.Array | None

@@ -36,6 +36,11 @@ class BiasChange:
       tokens: the number of calibration tokens; for experts, the smallest number of any expert.
       rms: the root mean square of the correction over the outputs.
       largest: the largest absolute value of the correction.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.BiasChange("w", "b", tokens=32, rms=0.25, largest=0.5).largest
+      0.5
     """
 
     product: str
@@ -51,6 +56,12 @@ class BiasReport(Tabular):
 
     Attributes:
       rows: the corrections, in the order in which the model computes the products.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.BiasReport((ptq.BiasChange("w", "b", tokens=32, rms=0.25, largest=0.5),))
+      product  bias  tokens   rms  largest
+      w           b      32  0.25      0.5
     """
 
     rows: tuple[BiasChange, ...]

@@ -30,6 +30,11 @@ class FrontRow:
     Attributes:
       nbytes: the total bytes of all weights.
       damage: the sum of the damages of all weights.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.FrontRow(nbytes=150, damage=0.1)
+      FrontRow(nbytes=150, damage=0.1)
     """
 
     nbytes: int
@@ -49,6 +54,13 @@ class Budget:
       front: at most 200 points of the Pareto front over all budgets.
       is_exact: False if the front was too long and was subsampled, so that a slightly better choice
         may exist.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> scores = ptq.Scores((ptq.Score("w", None, nbytes=64, loss=0.0, relative=0.0),))
+      >>> best = ptq.budget(scores, 100)
+      >>> best.nbytes, best.is_exact
+      (64, True)
     """
 
     rules: tuple[Rule, ...]

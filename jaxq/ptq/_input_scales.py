@@ -38,6 +38,13 @@ class InputProblem:
       weights: the weights, each float32 `[matrices, inputs, outputs]`.
       statistics: the statistics of the input, with a leading axis `[matrices]`.
       quantized: a function that fake-quantizes weights of these shapes, each with its recipe.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import ptq
+      >>> weights, statistics = [jnp.ones((1, 4, 2))], ptq.collect(jnp.ones((1, 3, 4)))
+      >>> ptq.InputProblem(weights, statistics, quantized=list).weights[0].shape
+      (1, 4, 2)
     """
 
     weights: Sequence[jax.Array]

@@ -39,6 +39,12 @@ class LearnedBlock:
       loss: the same error with the best weights so far.
       weights: the number of leaves whose rounding is learned.
       note: the weights that the rules quantize but that are not stored, with the reasons; or "".
+
+    Example:
+      >>> from jaxq import ptq
+      >>> block = ptq.LearnedBlock(block=0, step=200, rtn=0.02, loss=0.01, weights=3)
+      >>> block.loss < block.rtn
+      True
     """
 
     block: int
@@ -55,6 +61,12 @@ class RoundingReport(Tabular):
 
     Attributes:
       rows: the blocks, in order.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> row = ptq.LearnedBlock(block=0, step=200, rtn=0.02, loss=0.01, weights=3)
+      >>> ptq.RoundingReport((row,)).rows[0].step
+      200
     """
 
     rows: tuple[LearnedBlock, ...]

@@ -32,6 +32,14 @@ class Solution(NamedTuple):
       numbers: the chosen grid values minus the zero points, `[inputs, outputs]`.
       damping: the damping, relative to the mean of the Hessian's diagonal; NaN if none was used.
       solved: False if the Hessian cannot be factorized, so that the nearest levels must be used.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import ptq
+      >>> numbers, damping = jnp.zeros((4, 2)), jnp.float32(0.01)
+      >>> solution = ptq.Solution(numbers, damping, solved=jnp.bool(True))
+      >>> solution.numbers.shape
+      (4, 2)
     """
 
     numbers: jax.Array

@@ -35,6 +35,14 @@ class ObservedInputs(Mapping):
       statistics: the statistics of each distinct input, under the name of the first product that
         reads it. Products in a scan over layers have a leading axis with one entry per layer.
       inputs: a pair for each product: its name, and its input's key in `statistics`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import ptq
+      >>> statistics = {"q": ptq.collect(jnp.array([[1.0, -3.0]]))}
+      >>> seen = ptq.ObservedInputs(statistics, (("q", "q"), ("k", "q")))
+      >>> [*seen], seen["k"].amax.tolist()
+      (['q', 'k'], [1.0, 3.0])
     """
 
     statistics: Mapping[str, Statistics]

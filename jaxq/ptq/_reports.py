@@ -27,6 +27,12 @@ class SolvedProduct:
         may exceed `rtn`, because it compares with the float weight on the same input.
       power: the power of the outputs per token, `tr(W^T H W) / tokens`.
       fallback: the reason why the product was not solved, or only partly; or "".
+
+    Example:
+      >>> from jaxq import ptq
+      >>> row = ptq.SolvedProduct("w", "int4", tokens=32, inputs=64)
+      >>> row.rank, row.note
+      (32, 'rank at most 32 of 64')
     """
 
     product: str
@@ -70,6 +76,12 @@ class Report(Tabular):
 
     Attributes:
       rows: all products in the order in which they were solved.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> report = ptq.Report((ptq.SolvedProduct("w", "int4", fallback="no tokens"),))
+      >>> [row.product for row in report.fallbacks]
+      ['w']
     """
 
     rows: tuple[SolvedProduct, ...]

@@ -47,6 +47,12 @@ class InputRotations(Tabular):
       lengths: pairs of an input's key in `signs` and the length of its transformed blocks.
       inputs: pairs of a rotated product's name and its input's key in `signs`.
       left: pairs of the name of a product without rotation and the reason.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import ptq
+      >>> ptq.InputRotations({"w": jnp.ones(8)}, (("w", 8),), (("w", "w"),), ()).lengths
+      (('w', 8),)
     """
 
     signs: Mapping[str, jax.Array]

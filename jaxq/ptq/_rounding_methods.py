@@ -40,6 +40,13 @@ class RoundingProblem(NamedTuple):
     Attributes:
       weight: the values that its products see, float32, in its shape.
       start: the leaf quantized to the nearest levels.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from jaxq import ptq
+      >>> weight = jnp.array([[0.4, 1.0], [0.4, -0.3]])
+      >>> ptq.RoundingProblem(weight, jaxq.quantize(weight, jaxq.Recipe("int2"))).start.shape
+      (2, 2)
     """
 
     weight: jax.Array
@@ -52,6 +59,13 @@ class Rounded(NamedTuple):
     Attributes:
       start: the leaf with the chosen scales; its codes are ignored.
       numbers: the chosen grid values minus the zero points.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from jaxq import ptq
+      >>> start = jaxq.quantize(jnp.array([[0.4, 1.0], [0.4, -0.3]]), jaxq.Recipe("int2"))
+      >>> ptq.Rounded(start, numbers=jnp.ones((2, 2))).numbers.shape
+      (2, 2)
     """
 
     start: Quantized

@@ -81,6 +81,13 @@ class InputScales(Tabular):
         one entry per layer; batch axes follow it.
       inputs: pairs of a scaled product's name and its input's key in `factors`.
       left: pairs of the name of a product without factors and the reason.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq import ptq
+      >>> scales = ptq.InputScales({"w": jnp.array([0.5, 2.0])}, (("w", "w"),), ())
+      >>> scales.factors["w"].tolist()
+      [0.5, 2.0]
     """
 
     factors: Mapping[str, jax.Array]

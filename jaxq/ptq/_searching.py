@@ -20,6 +20,13 @@ class Blocks(NamedTuple):
       leaves: the quantized leaves.
       numbers: the index of the block of each element, counted across all leaves, int32
         `[matrices, inputs, outputs]`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from jaxq import ptq
+      >>> q = jaxq.quantize(jnp.array([[0.4, 1.0], [0.4, -0.3]]), jaxq.Recipe("int2"))
+      >>> ptq.Blocks((q,), numbers=jnp.zeros((1, 2, 2), jnp.int32)).numbers.shape
+      (1, 2, 2)
     """
 
     leaves: tuple[Quantized, ...]
@@ -34,6 +41,11 @@ class SearchProblem(NamedTuple):
       levels: the levels of its elements.
       blocks: its blocks.
       statistics: the statistics of its input, with a leading axis `[matrices]`.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.SearchProblem._fields
+      ('weight', 'levels', 'blocks', 'statistics')
     """
 
     weight: jax.Array
@@ -88,6 +100,12 @@ class SearchOptions(NamedTuple):
       recipe: the recipe of the weight.
       length: the largest number of consecutive inputs in a block, a divisor of the number of
         inputs. Only diagonal blocks of the Hessian of this size are read.
+
+    Example:
+      >>> import jaxq
+      >>> from jaxq import ptq
+      >>> ptq.SearchOptions(ptq.HQQ(), jaxq.get_recipe("int4_g32"), length=32).length
+      32
     """
 
     search: Search

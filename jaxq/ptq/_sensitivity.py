@@ -38,6 +38,13 @@ class Score:
         weights have equal shares.
       tokens: the number of tokens multiplied by the weight, in all layers. An expert that saw no
         tokens has a loss of 0 with every recipe.
+
+    Example:
+      >>> import jaxq
+      >>> from jaxq import ptq
+      >>> recipe = jaxq.get_recipe("int4_channel")
+      >>> ptq.Score("w", recipe, nbytes=48, loss=2.0, relative=0.01).name
+      'int4_channel'
     """
 
     weight: str
@@ -73,6 +80,12 @@ class Scores(Tabular):
 
     Attributes:
       rows: the scores, ordered by weight and then by candidate.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> scores = ptq.Scores((ptq.Score("w", None, nbytes=64, loss=0.0, relative=0.0),))
+      >>> scores.weights, scores.of("w")[0].nbytes
+      (('w',), 64)
     """
 
     rows: tuple[Score, ...]

@@ -49,6 +49,11 @@ class Problem(NamedTuple):
       levels: the levels of its elements.
       nearest: the grid values nearest to the weight, minus the zero points.
       statistics: the statistics of its input.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.Problem._fields
+      ('weight', 'levels', 'nearest', 'statistics')
     """
 
     weight: jax.Array
@@ -126,6 +131,11 @@ class GPTQ:
     Raises:
       ValueError: if `damping` or a factor is negative, both factors are positive, or `order` is
         unknown.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> ptq.GPTQ(damping=0.05).order
+      'static'
 
     References:
       Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained

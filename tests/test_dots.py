@@ -325,7 +325,7 @@ class TestKeys:
         jax.grad(lambda w: dot(x, w, "int8_training").sum())(w)
         forward = jaxq.ProductRecipe(jaxq.Recipe("int8", rounding="stochastic"))
         with pytest.raises(
-            ValueError, match="dot_general: `key` must be given.*random bits for lhs"
+            ValueError, match=r"dot_general: `key` must be given.*random bits for lhs"
         ):
             dot(x, w, forward)
         with pytest.raises(ValueError, match="draws no random bits, got a key"):

@@ -148,9 +148,9 @@ def _restrict(model: Model, biases: Mapping[str, str]) -> Model:
     Raises:
       ValueError: if a name belongs to no product with a stored weight.
     """
-    planned, found = model.planned, find_targets(model.planned, hessian=False)
-    numbers = {planned.products[n].name: n for n in found.matrices}
-    failed = {planned.products[n].name: reason for n, reason in found.reasons.items()}
+    planned, targets = model.planned, find_targets(model.planned, hessian=False)
+    numbers = {planned.products[n].name: n for n in targets.matrices}
+    failed = {planned.products[n].name: reason for n, reason in targets.reasons.items()}
     for name in biases:
         if name in numbers and numbers[name] not in planned.stored.reasons:
             continue
@@ -162,7 +162,7 @@ def _restrict(model: Model, biases: Mapping[str, str]) -> Model:
                 "`biases`."
             )
         raise ValueError(_unknown_name("a product whose weight `rules` quantize", name, numbers))
-    matrices = {numbers[name]: found.matrices[numbers[name]] for name in biases}
+    matrices = {numbers[name]: targets.matrices[numbers[name]] for name in biases}
     return Model(planned, Targets(matrices, {}, shared_inputs(planned.node, matrices)))
 
 
@@ -217,7 +217,7 @@ class _CorrectionRun:
                 )
             axes = model.targets.matrices[number].axes
             weight = product.operands[0 if model.targets.matrices[number].swapped else 1].shape
-            batch, free = ([weight[a] for a in own] for own in (axes.batch, axes.free))
+            batch, free = ([weight[a] for a in group] for group in (axes.batch, axes.free))
             leading = [*product.stacks, *batch]
             shapes = [[*leading, *free], [*leading, int(np.prod(free))]]
             if _without_unit_axes(leaf.shape) not in [
@@ -245,8 +245,8 @@ class _CorrectionRun:
             )
         stored = view.move(*map(self._value, view.keys))
         layout = Layout(self._targets.matrices[product.number].axes, view.x.shape)
-        own = layout.stacked(statistics)
-        mean = own.total / lax.max(own.tokens, np.int32(1))[:, None].astype(jnp.float32)
+        stacked = layout.stacked(statistics)
+        mean = stacked.total / lax.max(stacked.tokens, np.int32(1))[:, None].astype(jnp.float32)
         error = layout.matrices(stored - view.x)
         shift = jnp.einsum("mio,mi->mo", error, mean, precision=lax.Precision.HIGHEST)
         self._subtract(path, product.stacks, place.iterations, np.asarray(shift))
@@ -257,7 +257,7 @@ class _CorrectionRun:
             BiasChange(
                 product=product.name + brackets,
                 bias=path,
-                tokens=int(jnp.min(own.tokens)),
+                tokens=int(jnp.min(stacked.tokens)),
                 rms=float(jnp.sqrt(jnp.mean(shift**2))),
                 largest=float(jnp.max(jnp.abs(shift))),
             )

@@ -151,8 +151,8 @@ def budget(
             f"candidates, got {nbytes:g}. Add candidates with fewer bits."
         )
     at, choices = fitting - 1, []
-    for front, own in zip(reversed(fronts), reversed(options), strict=True):
-        choices[:0] = own[front.option[at]].scores
+    for front, candidates in zip(reversed(fronts), reversed(options), strict=True):
+        choices[:0] = candidates[front.option[at]].scores
         at = front.before[at]
     order = {weight: i for i, weight in enumerate(scores.weights)}
     choices.sort(key=lambda score: order[score.weight])
@@ -170,7 +170,7 @@ def budget(
 
 def _members(scores: Scores, groups: Sequence[str]) -> list[list[str]]:
     """Returns the weights of each group; a weight that matches no expression is its own group."""
-    found: dict[object, list[str]] = {}
+    members: dict[object, list[str]] = {}
     used = set()
     for weight in scores.weights:
         key: object = weight
@@ -180,14 +180,14 @@ def _members(scores: Scores, groups: Sequence[str]) -> list[list[str]]:
                 key = pattern, match.groups()
                 used.add(pattern)
                 break
-        found.setdefault(key, []).append(weight)
+        members.setdefault(key, []).append(weight)
     for pattern in groups:
         if pattern not in used:
             raise ValueError(
                 f"budget: `groups` must match weights that no earlier group matches, got "
                 f"{pattern!r}. Weights are {', '.join(scores.weights[:4])}."
             )
-    return [*found.values()]
+    return [*members.values()]
 
 
 def _options(scores: Scores, members: Sequence[str], by: str) -> list[_Option]:
@@ -197,9 +197,9 @@ def _options(scores: Scores, members: Sequence[str], by: str) -> list[_Option]:
         for score in scores.of(weight):
             by_recipe.setdefault(score.recipe, []).append(score)
     options = [
-        _Option(sum(s.nbytes for s in own), sum(getattr(s, by) for s in own), tuple(own))
-        for own in by_recipe.values()
-        if len(own) == len(members)
+        _Option(sum(s.nbytes for s in rows), sum(getattr(s, by) for s in rows), tuple(rows))
+        for rows in by_recipe.values()
+        if len(rows) == len(members)
     ]
     if not options:
         raise ValueError(
@@ -213,9 +213,9 @@ def _fronts(options: Sequence[Sequence[_Option]]) -> tuple[list[_Front], bool]:
     """Returns the Pareto front after each group, and False if one was subsampled."""
     fronts, is_exact = [], True
     nbytes, damage = np.zeros(1, np.int64), np.zeros(1)
-    for own in options:
-        all_bytes = nbytes[:, None] + np.array([o.nbytes for o in own], np.int64)
-        all_damage = damage[:, None] + np.array([o.damage for o in own])
+    for candidates in options:
+        all_bytes = nbytes[:, None] + np.array([o.nbytes for o in candidates], np.int64)
+        all_damage = damage[:, None] + np.array([o.damage for o in candidates])
         order = np.lexsort((all_damage.ravel(), all_bytes.ravel()))
         ordered = all_damage.ravel()[order]
         least = np.minimum.accumulate(ordered)
@@ -224,5 +224,5 @@ def _fronts(options: Sequence[Sequence[_Option]]) -> tuple[list[_Front], bool]:
         if len(kept) > _MAX_FRONT:
             kept, is_exact = kept[np.linspace(0, len(kept) - 1, _MAX_FRONT).astype(int)], False
         nbytes, damage = all_bytes.ravel()[kept], all_damage.ravel()[kept]
-        fronts.append(_Front(nbytes, damage, kept // len(own), kept % len(own)))
+        fronts.append(_Front(nbytes, damage, kept // len(candidates), kept % len(candidates)))
     return fronts, is_exact

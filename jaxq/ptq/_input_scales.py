@@ -60,12 +60,12 @@ class InputProblem:
         Returns:
           The losses, `[matrices]`.
         """
-        hessian, own = self.statistics.hessian, scales[..., None]
+        hessian, factors = self.statistics.hessian, scales[..., None]
         assert hessian is not None, "the method has needs_hessian"
         total = jnp.zeros(scales.shape[:-1], jnp.float32)
-        rounded = self.quantized([weight * own for weight in self.weights])
+        rounded = self.quantized([weight * factors for weight in self.weights])
         for weight, value in zip(self.weights, rounded, strict=True):
-            total += jax.vmap(output_error)(value / own - weight, hessian)
+            total += jax.vmap(output_error)(value / factors - weight, hessian)
         return total
 
 
@@ -122,8 +122,8 @@ class SmoothQuant:
         of_weights = [jnp.max(jnp.abs(weight), axis=-1) for weight in problem.weights]
         largest = jnp.max(jnp.stack(of_weights), axis=0)
         inputs, weights = (lax.max(x, np.float32(_MIN_AMAX)) for x in (amax, largest))
-        found = inputs ** np.float32(self.alpha) / weights ** np.float32(1 - self.alpha)
-        return jnp.where(amax > 0, found, np.float32(1))
+        scales = inputs ** np.float32(self.alpha) / weights ** np.float32(1 - self.alpha)
+        return jnp.where(amax > 0, scales, np.float32(1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,12 +52,12 @@ def output_error(error: jax.Array, hessian: jax.Array) -> jax.Array:
     # H is symmetric, so each block above the diagonal counts twice, and no block below is read.
     total, size = jnp.float32(0), _LARGE if len(hessian) >= 2 * _LARGE else len(hessian)
     for start in range(0, len(hessian), size):
-        own, after = error[start : start + size], error[start + size :]
+        current, after = error[start : start + size], error[start + size :]
         rows = hessian[start : start + size, start:]
-        pulled = _product(rows[:, : len(own)], own)
+        pulled = _product(rows[:, : len(current)], current)
         if len(after):
-            pulled = pulled + 2 * _product(rows[:, len(own) :], after)
-        total = total + jnp.sum(own * pulled)
+            pulled = pulled + 2 * _product(rows[:, len(current) :], after)
+        total = total + jnp.sum(current * pulled)
     return total
 
 

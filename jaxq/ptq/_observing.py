@@ -174,16 +174,16 @@ def observe(
     @functools.wraps(fn, updated=())
     def observed(*args: Any, **kwargs: Any) -> Any:
         planned = plan("ptq.observe", fn, rules, argnums, args, kwargs)
-        own = find_targets(planned, hessian)
-        if not own.matrices:
-            reason = next(iter(own.reasons.values()), "no rule matches a weight")
+        targets = find_targets(planned, hessian)
+        if not targets.matrices:
+            reason = next(iter(targets.reasons.values()), "no rule matches a weight")
             raise ValueError(
                 "ptq.observe: `rules` must quantize the weight of at least one product, but "
                 f"quantize none: {reason}. Add a rule for a kernel."
             )
         chosen = [
-            own.observing(unassigned(product), product.number)
-            if product.number in own.matrices
+            targets.observing(unassigned(product), product.number)
+            if product.number in targets.matrices
             else None
             for product in planned.products
         ]
@@ -193,8 +193,8 @@ def observe(
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
         results, states = run(runnable, extra, arrays, observing=True)
         names = [product.name for product in planned.products]
-        seen = {names[n]: states[names[n]][0] for n in own.matrices if own.first[n] == n}
-        inputs = tuple((names[n], names[own.first[n]]) for n in own.matrices)
+        seen = {names[n]: states[names[n]][0] for n in targets.matrices if targets.first[n] == n}
+        inputs = tuple((names[n], names[targets.first[n]]) for n in targets.matrices)
         return planned.traced.rebuild(list(map(unpacked, results))), ObservedInputs(seen, inputs)
 
     return observed

@@ -182,13 +182,13 @@ class _RotationRun:
             inputs = 0 if reason else model.targets.matrices[n].collector.inputs
             if length is not None and not reason:
                 self._check_length(length, inputs, product.where)
-            own = inputs & -inputs if length is None else length
-            if not reason and own < 2:
+            block_length = inputs & -inputs if length is None else length
+            if not reason and block_length < 2:
                 reason = f"the number of its inputs, {inputs}, is odd"
             if reason:
                 self._left[n] = reason
             else:
-                self._lengths[product.name] = own
+                self._lengths[product.name] = block_length
 
     def _check_length(self, length: int, inputs: int, where: str) -> None:
         if length < 2 or length & (length - 1) or inputs % length:

@@ -201,10 +201,10 @@ class SignRound:
         start = problem.start
         if "factor" in variables:
             start = rescaled(start, variables["factor"])
-        own, below, above = _adjacent_levels(problem.weight, start, recipe)
+        grid, below, above = _adjacent_levels(problem.weight, start, recipe)
         gap = above - below
-        moved = problem.weight + variables["offset"] * gap * own.step
-        return start, snap(moved, own, recipe)[0], gap
+        moved = problem.weight + variables["offset"] * gap * grid.step
+        return start, snap(moved, grid, recipe)[0], gap
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,13 +155,13 @@ class InputScales(Tabular):
             if name not in groups:
                 raise ValueError(_unknown_name("a product with factors", name, groups))
             targets = target if isinstance(target, list) else [target]
-            own = [(one, -1) if isinstance(one, str) else one for one in targets]
-            for path, axis in own:
+            destinations = [(one, -1) if isinstance(one, str) else one for one in targets]
+            for path, axis in destinations:
                 if path not in paths:
                     raise ValueError(_unknown_name("a leaf of `params`", path, paths))
                 at = paths.index(path)
                 leaves[at] = _scale_axis(path, leaves[at], self.factors[groups[name]], axis)
-            folded[groups[name]] = f"folded into {' and '.join(path for path, _ in own)}"
+            folded[groups[name]] = f"folded into {' and '.join(path for path, _ in destinations)}"
         rest = InputScales(
             {name: x for name, x in self.factors.items() if name not in folded},
             tuple((name, first) for name, first in self.inputs if first not in folded),

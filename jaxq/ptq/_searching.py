@@ -60,12 +60,12 @@ class SearchProblem(NamedTuple):
 
     def by_leaf(self, x: jax.Array) -> list[tuple[Quantized, jax.Array]]:
         """Splits one value per block by leaf: pairs of a leaf and values of its scales' shape."""
-        found, start = [], 0
+        parts, start = [], 0
         for q in self.blocks.leaves:
             counts = q.cut.counts
-            found.append((q, x[start : start + math.prod(counts)].reshape(counts)))
+            parts.append((q, x[start : start + math.prod(counts)].reshape(counts)))
             start += math.prod(counts)
-        return found
+        return parts
 
 
 def run_length(recipe: Recipe, inputs: int) -> int:

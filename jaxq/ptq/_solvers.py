@@ -178,8 +178,10 @@ class GPTQ:
         assert statistics.hessian is not None, "all callers pass one"
         settings = Settings(self.damping, self.order, self.asymmetry, self.propagation)
         hessian, drift = statistics.hessian, statistics.drift
-        found = solve(weight, levels, hessian, drift, recipe, settings)
-        return found._replace(numbers=jnp.where(found.solved, found.numbers, problem.nearest))
+        solution = solve(weight, levels, hessian, drift, recipe, settings)
+        return solution._replace(
+            numbers=jnp.where(solution.solved, solution.numbers, problem.nearest)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,6 +376,6 @@ def solved(
         nearest=matrix(numbers_of(start)),
         statistics=statistics,
     )
-    found = solver.solve(problem, recipe)
-    numbers = jnp.moveaxis(found.numbers.reshape(moved), 0, axis)
-    return with_levels(start, numbers), found.solved
+    solution = solver.solve(problem, recipe)
+    numbers = jnp.moveaxis(solution.numbers.reshape(moved), 0, axis)
+    return with_levels(start, numbers), solution.solved

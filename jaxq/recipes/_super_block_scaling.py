@@ -148,18 +148,18 @@ class SuperBlocks(Scaling):
         """Returns the scales of a split tensor; see `Scaling.of_elements`."""
         places = _Places.of(cut, self._rule.size)
         weights = None if importance is None else places.columns(importance)
-        found = in_chunks(self._found, Blocks(places.columns(x), weights), places.size)
-        if found.scales is None:
-            stored = StoredScales(decode(places.parts(found.d[:, None]), _FLOAT16))
+        result = in_chunks(self._searched, Blocks(places.columns(x), weights), places.size)
+        if result.scales is None:
+            stored = StoredScales(decode(places.parts(result.d[:, None]), _FLOAT16))
         else:
-            codes = [None if c is None else places.parts(c) for c in (found.scales, found.minima)]
+            codes = [None if c is None else places.parts(c) for c in (result.scales, result.minima)]
             scale, minimum = (None if c is None else c.astype(jnp.float32) for c in codes)
             assert scale is not None
-            second = tuple(places.factors(d) for d in (found.d, found.m) if d is not None)
+            second = tuple(places.factors(d) for d in (result.d, result.m) if d is not None)
             stored = StoredScales(scale, second, minimum)
-        numbers = found.codes.astype(jnp.float32)
+        numbers = result.codes.astype(jnp.float32)
         if isinstance(fmt, CodebookFormat):
-            numbers = jnp.asarray(fmt.levels, jnp.float32)[found.codes]
+            numbers = jnp.asarray(fmt.levels, jnp.float32)[result.codes]
         step, minimum = self.restore(stored), self.restore_minimum(stored)
         ends = [step * np.float32(end) for end in (fmt.min, fmt.max)]
         low, high = lax.min(*ends), lax.max(*ends)  # A scale may be negative.
@@ -176,17 +176,17 @@ class SuperBlocks(Scaling):
             numbers=places.elements(numbers, x.shape),
         )
 
-    def _found(self, blocks: Blocks) -> Found:
+    def _searched(self, blocks: Blocks) -> Found:
         """Returns scales with float16 codes as factors, of NaN if an element is not finite."""
         finite = jnp.isfinite(blocks.x).all(axis=0)
-        found = self._rule.search(blocks._replace(x=jnp.where(finite, blocks.x, np.float32(0))))
+        result = self._rule.search(blocks._replace(x=jnp.where(finite, blocks.x, np.float32(0))))
 
         def factor(d: jax.Array | None) -> jax.Array | None:
             if d is None:
                 return None
             return encode(jnp.where(finite, d, np.float32(np.nan)), _FLOAT16)
 
-        return found._replace(d=factor(found.d), m=factor(found.m))
+        return result._replace(d=factor(result.d), m=factor(result.m))
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
         """Raises ValueError, because the scales depend on all elements."""
@@ -199,10 +199,10 @@ class SuperBlocks(Scaling):
     def nbytes(self, blocks: int, fmt: Format) -> int:
         """Returns the bytes that scales, minima and factors take for a number of blocks."""
         del fmt
-        own = blocks * self.scale_format.bits // 8
+        size = blocks * self.scale_format.bits // 8
         if self.run > 1:
-            own += 2 * (blocks // self.run)
-        return own * (2 if self._rule.minimum else 1)
+            size += 2 * (blocks // self.run)
+        return size * (2 if self._rule.minimum else 1)
 
 
 @dataclasses.dataclass(frozen=True)

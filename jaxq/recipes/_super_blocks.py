@@ -66,20 +66,20 @@ class SuperBlockRule(NamedTuple):
     size: int = _SIZE
 
 
-class _Kind(NamedTuple):
+class _AffineRule(NamedTuple):
     """The parameters in which Q2_K, Q4_K and Q5_K differ.
 
     Attributes:
       length: the number of elements in a part.
-      limit: the largest code.
-      scales: the largest code of a scale.
+      code_limit: the largest code.
+      scale_limit: the largest code of a scale.
       steps: the scales to try without an importance matrix.
       factor: the factor of a block's mean square in its weights.
     """
 
     length: int
-    limit: int
-    scales: int
+    code_limit: int
+    scale_limit: int
     steps: Steps
     factor: float
 
@@ -89,28 +89,28 @@ def _parts_of(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(-1, count)
 
 
-def _with_minima(kind: _Kind, blocks: Blocks) -> Found:
-    count, x = blocks.x.shape[1], sub_blocks(blocks.x, kind.length)
+def _with_minima(rule: _AffineRule, blocks: Blocks) -> Found:
+    count, x = blocks.x.shape[1], sub_blocks(blocks.x, rule.length)
     if blocks.weights is None:
         magnitude = jnp.abs(x)
-        absolute = kind.limit == 3
+        absolute = rule.code_limit == 3
         w = magnitude if absolute else jnp.sqrt(mean_square(x, 1.0))[None] + magnitude
-        found = affine(x, kind.limit, w, kind.steps, absolute)
-        scale, minimum = (_parts_of(part, count) for part in (found.scale, found.minimum))
+        fit = affine(x, rule.code_limit, w, rule.steps, absolute)
+        scale, minimum = (_parts_of(part, count) for part in (fit.scale, fit.minimum))
         top = [jnp.maximum(part.max(axis=0), np.float32(0)) for part in (scale, minimum)]
         codes = [
-            jnp.minimum(nearest(over(kind.scales, most)[None] * part), kind.scales)
+            jnp.minimum(nearest(over(rule.scale_limit, most)[None] * part), rule.scale_limit)
             for most, part in zip(top, (scale, minimum), strict=True)
         ]
-        d, m = (divided(most, kind.scales) for most in top)
+        d, m = (divided(most, rule.scale_limit) for most in top)
     else:
-        square = mean_square(blocks.x, kind.factor)
-        each = jnp.tile(square, _SIZE // kind.length)
-        w = weighted(sub_blocks(blocks.weights, kind.length), x, each)
-        found = affine(x, kind.limit, w, IMPORTANT)
+        square = mean_square(blocks.x, rule.factor)
+        each = jnp.tile(square, _SIZE // rule.length)
+        w = weighted(sub_blocks(blocks.weights, rule.length), x, each)
+        fit = affine(x, rule.code_limit, w, IMPORTANT)
         total = _parts_of(sums(lambda v: (v,), w)[0], count)
-        scale, minimum = (_parts_of(part, count) for part in (found.scale, found.minimum))
-        (d, first), (m, second) = (positive(v, kind.scales, total) for v in (scale, minimum))
+        scale, minimum = (_parts_of(part, count) for part in (fit.scale, fit.minimum))
+        (d, first), (m, second) = (positive(v, rule.scale_limit, total) for v in (scale, minimum))
         codes = [first, second]
     # The codes are computed again from the scales as stored. A part whose scale is 0 keeps those
     # of the search, whose scale and minimum are other numbers.
@@ -118,37 +118,52 @@ def _with_minima(kind: _Kind, blocks: Blocks) -> Found:
     low = barrier((as_half(m)[None] * codes[1].astype(jnp.float32)).reshape(-1))
     safe = jnp.where(step != 0, step, np.float32(1))
     safe = jnp.broadcast_to(safe[None], x.shape)
-    q = jnp.clip(nearest(quotient(x + low[None], safe)), 0, kind.limit)
-    q = jnp.where((step != 0)[None], q, found.codes)
+    q = jnp.clip(nearest(quotient(x + low[None], safe)), 0, rule.code_limit)
+    q = jnp.where((step != 0)[None], q, fit.codes)
     return Found(d, codes[0].T, whole(q, count).T, m, codes[1].T)
 
 
 def _q2_k(blocks: Blocks) -> Found:
-    return _with_minima(_Kind(16, 3, 15, Steps(-0.5, 0.1, 15), 1.0), blocks)
+    return _with_minima(
+        _AffineRule(
+            length=16, code_limit=3, scale_limit=15, steps=Steps(-0.5, 0.1, 15), factor=1.0
+        ),
+        blocks,
+    )
 
 
 def _q4_k(blocks: Blocks) -> Found:
-    return _with_minima(_Kind(32, 15, 63, Steps(-1.0, 0.1, 20), 2.0), blocks)
+    return _with_minima(
+        _AffineRule(
+            length=32, code_limit=15, scale_limit=63, steps=Steps(-1.0, 0.1, 20), factor=2.0
+        ),
+        blocks,
+    )
 
 
 def _q5_k(blocks: Blocks) -> Found:
-    return _with_minima(_Kind(32, 31, 63, Steps(-0.5, 0.1, 15), 2.0), blocks)
+    return _with_minima(
+        _AffineRule(
+            length=32, code_limit=31, scale_limit=63, steps=Steps(-0.5, 0.1, 15), factor=2.0
+        ),
+        blocks,
+    )
 
 
 def _requantized(
-    x: jax.Array, d: jax.Array, scales: jax.Array, limit: int, found: jax.Array
+    x: jax.Array, d: jax.Array, scales: jax.Array, limit: int, searched_codes: jax.Array
 ) -> jax.Array:
     """Returns the codes of parts from scales as stored; those of the search where a scale is 0."""
     step = barrier((as_half(d)[None] * scales.astype(jnp.float32)).reshape(-1))
     safe = jnp.where(step != 0, step, np.float32(1))
     q = jnp.clip(nearest(quotient(x, jnp.broadcast_to(safe[None], x.shape))), -limit, limit - 1)
-    return jnp.where((step != 0)[None], q, found)
+    return jnp.where((step != 0)[None], q, searched_codes)
 
 
 def _q3_k(blocks: Blocks) -> Found:
     count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
     if blocks.weights is None:
-        scale, found = descent(x, 4)
+        scale, searched_codes = descent(x, 4)
         scale = _parts_of(scale, count)
         most = largest(scale)[1]
         inverse = over(-32, most)
@@ -158,24 +173,24 @@ def _q3_k(blocks: Blocks) -> Found:
     else:
         each = jnp.tile(mean_square(blocks.x, 2.0), 16)
         w = weighted(sub_blocks(blocks.weights, 16), x, each)
-        scale, found = symmetric(x, 4, w)
+        scale, searched_codes = symmetric(x, 4, w)
         total = _parts_of(sums(lambda v: (v,), w)[0], count)
         d, scales = symmetric(_parts_of(scale, count), 32, total)
-    q = whole(_requantized(x, d, scales, 4, found), count)
+    q = whole(_requantized(x, d, scales, 4, searched_codes), count)
     return Found(d, scales.T, q.T)
 
 
 def _q6_k(blocks: Blocks) -> Found:
     count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
     w = product(x, x) if blocks.weights is None else sub_blocks(blocks.weights, 16)
-    scale, found = symmetric(x, 32, w)
+    scale, searched_codes = symmetric(x, 32, w)
     scale = _parts_of(scale, count)
     amax, most = largest(scale)
     empty = amax < EPS
     inverse = over(-128, jnp.where(empty, np.float32(1), most))
     scales = jnp.where(empty[None], 0, jnp.minimum(nearest(inverse[None] * scale), 127))
     d = jnp.where(empty, np.float32(0), over(1, inverse))
-    q = whole(_requantized(x, d, scales, 32, found), count)
+    q = whole(_requantized(x, d, scales, 32, searched_codes), count)
     return Found(d, scales.T, jnp.where(empty[None], -32, q).T)
 
 

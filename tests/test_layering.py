@@ -18,6 +18,7 @@ ROOMS = [
     "formats",
     "gradients",
     "numerics",
+    "_ggml",
     "recipes",
     "quantizers",
     "qat",
@@ -32,7 +33,7 @@ ROOMS = [
     "cli",
 ]
 # Rooms without public names, whose private modules all other rooms may import.
-INTERNAL = {"_base", "_jax"}
+INTERNAL = {"_base", "_jax", "_ggml"}
 # Tests that replace or call what is private: a failing write, compilations, places of labels.
 LOOKING_INSIDE = {"test_cli.py", "test_cli_streaming.py", "test_plots.py"}
 # Functions with the parameters of the functions of JAX with the same names.

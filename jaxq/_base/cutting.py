@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from jaxq._base.shapes import as_number, is_symbolic
 
-__all__ = ["Cut"]
+__all__ = ["Cut", "axis_of_blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,3 +74,8 @@ class Cut:
     def spread(self, scale: jax.Array) -> jax.Array:
         """Reshapes scales of shape `counts` so that they broadcast against a split tensor."""
         return scale.reshape(tuple(itertools.chain(*((c, 1) for c in self.counts))))
+
+
+def axis_of_blocks(block: tuple[int | None, ...]) -> int:
+    """Returns the first axis along which a block has several elements, or else the last axis."""
+    return next((axis for axis, n in enumerate(block) if n != 1), len(block) - 1)

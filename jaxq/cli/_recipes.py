@@ -4,10 +4,11 @@ import argparse
 from typing import Any
 
 from jaxq._base.registry import Registry
+from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.cli._output import bad_input, print_json, print_table
 from jaxq.formats import FORMATS
 from jaxq.interop import gguf
-from jaxq.recipes import RECIPES, SUPER_BLOCK_RULES, get_recipe
+from jaxq.recipes import RECIPES, get_recipe
 
 __all__ = ["BLOCK_TYPES", "NAMES", "run"]
 

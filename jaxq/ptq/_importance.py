@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.cutting import axis_of_blocks
 from jaxq.ptq._searching import SearchOptions, SearchProblem
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Quantized, quantize
@@ -44,7 +45,8 @@ class ImportanceMatrix:
     def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:
         """Returns the leaves with new scales and minima, and with unchanged codes."""
         leaves, numbers = problem.blocks
-        length = next(b for b in leaves[0].cut.block if b != 1)
+        block = leaves[0].cut.block
+        length = block[axis_of_blocks(block)]
         if options.length != length:
             raise ValueError(
                 f"ImportanceMatrix: blocks of {length} consecutive inputs are needed, got blocks "
@@ -77,20 +79,15 @@ def _importance(statistics: Statistics) -> jax.Array:
     return jnp.where((square > 0).any(axis=-1, keepdims=True), square, np.float32(1))
 
 
-def _axis(q: Quantized) -> int:
-    """Returns the axis of a leaf along which its blocks lie."""
-    return next(axis for axis, n in enumerate(q.cut.block) if n != 1)
-
-
 def _as_leaf(x: jax.Array, q: Quantized) -> jax.Array:
     """Returns numbers `[blocks, elements]` in the shape of a leaf."""
     x = x.reshape(*q.cut.counts, x.shape[1])
-    return jnp.moveaxis(x, -1, _axis(q) + 1).reshape(q.shape)
+    return jnp.moveaxis(x, -1, axis_of_blocks(q.cut.block) + 1).reshape(q.shape)
 
 
 def _rescaled(q: Quantized, other: Quantized, own: jax.Array) -> Quantized:
     """Returns a leaf with the scales of another in the blocks whose elements are `own`."""
-    axis = _axis(q)
+    axis = axis_of_blocks(q.cut.block)
     size = q.cut.block[axis] * q.recipe.scaling.run
     runs = q.shape[axis] // size
     own = lax.slice_in_dim(own, 0, own.shape[axis], size, axis)

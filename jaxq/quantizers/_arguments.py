@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.cutting import axis_of_blocks
 from jaxq.numerics import floats
 from jaxq.recipes import Recipe, get_recipe
 
@@ -111,7 +112,7 @@ def importance_of(
         )
     weights = jnp.asarray(importance, jnp.float32)
     block = recipe.cut(shape).block
-    axis = next((axis for axis, n in enumerate(block) if n != 1), len(block) - 1)
+    axis = axis_of_blocks(block)
     if weights.ndim == 1:
         weights = weights.reshape([-1 if i == axis else 1 for i in range(len(shape))])
     missing = len(shape) - weights.ndim

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.cutting import Cut
+from jaxq._base.cutting import Cut, axis_of_blocks
 from jaxq._base.records import size_text
 from jaxq._jax.meshes import automatic, fitting, spec_of
 from jaxq._jax.serialization import pytree
@@ -253,7 +253,7 @@ def encoded(scales: jax.Array, cut: Cut, recipe: Recipe) -> jax.Array:
     codes = scales if fmt == _FLOAT32 else encode(scales, fmt)
     if recipe.scaling.run == 1 or fmt.bits in WHOLE_BYTES:
         return codes
-    axis = _blocked(cut.block)
+    axis = axis_of_blocks(cut.block)
     return jnp.moveaxis(pack(jnp.moveaxis(codes, axis, -1), fmt.bits), -1, axis)
 
 
@@ -261,13 +261,8 @@ def decoded(scales: jax.Array, q: QuantizedArrays) -> jax.Array:
     """Returns the values of stored scales or minima of a quantized tensor."""
     fmt = q.recipe.scale_format
     if q.recipe.scaling.run > 1 and fmt.bits not in WHOLE_BYTES:
-        axis = _blocked(q.block) - len(q.block) + scales.ndim
+        axis = axis_of_blocks(q.block) - len(q.block) + scales.ndim
         packed = jnp.moveaxis(scales, axis, -1)
         codes = unpack(packed, fmt.bits, packed.shape[-1] * 8 // fmt.bits)
         scales = jnp.moveaxis(codes, -1, axis)
     return scales if fmt == _FLOAT32 else decode(scales, fmt)
-
-
-def _blocked(block: tuple[int | None, ...]) -> int:
-    """Returns the one axis along which blocks have several elements."""
-    return next((axis for axis, n in enumerate(block) if n != 1), len(block) - 1)

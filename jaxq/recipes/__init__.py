@@ -18,17 +18,6 @@ from jaxq.recipes._arithmetic import (
     times,
     zero_point_of,
 )
-from jaxq.recipes._blocks import (
-    IMPORTANT,
-    Blocks,
-    Found,
-    divided,
-    in_chunks,
-    over,
-    sub_blocks,
-    weighted,
-    whole,
-)
 from jaxq.recipes._calibrators import CALIBRATORS, get_calibrator
 from jaxq.recipes._catalog import RECIPES, get_recipe, title_of
 from jaxq.recipes._granularity import Granularity, PerBlock, PerChannel, PerTensor, PerToken
@@ -40,9 +29,7 @@ from jaxq.recipes._recipe import Recipe, records
 from jaxq.recipes._scale_rules import MX_RULES, SCALE_RULES, ScaleRule
 from jaxq.recipes._scaling import Scales, Scaling, StoredScales, limits
 from jaxq.recipes._scalings import SCALINGS
-from jaxq.recipes._searches import affine, largest, product, sums, symmetric
 from jaxq.recipes._super_block_scaling import SuperBlocks
-from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES
 from jaxq.recipes._symmetric import MX, SignedScale, Symmetric
 from jaxq.recipes._two_level import DoubleQuant, TwoLevel
 

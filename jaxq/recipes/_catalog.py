@@ -6,13 +6,13 @@ To add a recipe, add a line to `RECIPES`. The contract tests then include it.
 import dataclasses
 
 from jaxq._base.registry import Registry
+from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.formats import FORMATS, Format
 from jaxq.numerics import BinaryGrid, HalfUp
 from jaxq.recipes._affine import Affine, ScaleAndMin
 from jaxq.recipes._granularity import PerBlock, PerChannel, PerToken
 from jaxq.recipes._recipe import Recipe
 from jaxq.recipes._super_block_scaling import SuperBlocks
-from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES
 from jaxq.recipes._symmetric import MX, SignedScale, Symmetric
 from jaxq.recipes._texts import field_text
 from jaxq.recipes._two_level import DoubleQuant, TwoLevel

@@ -9,15 +9,15 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.cutting import Cut
+from jaxq._base.cutting import Cut, axis_of_blocks
 from jaxq._base.shapes import is_symbolic
+from jaxq._ggml.blocks import Blocks, QuantizedBlocks, in_chunks
+from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES, SuperBlockRule
 from jaxq._jax.arithmetic import materialize
 from jaxq.formats import CodebookFormat, Format, get_format
 from jaxq.numerics import decode, encode
-from jaxq.recipes._blocks import Blocks, Found, in_chunks
 from jaxq.recipes._ranges import Range
 from jaxq.recipes._scaling import Scales, Scaling, StoredScales
-from jaxq.recipes._super_blocks import SUPER_BLOCK_RULES, SuperBlockRule
 
 __all__ = ["SuperBlocks"]
 
@@ -108,7 +108,7 @@ class SuperBlocks(Scaling):
     def check_cut(self, cut: Cut) -> None:
         """Raises ValueError unless super-blocks divide one axis."""
         rule, lengths = self._rule, [n for n in cut.block if is_symbolic(n) or n != 1]
-        axis = _axis(cut.block)
+        axis = axis_of_blocks(cut.block)
         if not lengths and 0 in cut.shape:  # An axis of length 0 has blocks of 1.
             return
         if len(lengths) != 1 or is_symbolic(cut.shape[axis]):
@@ -176,7 +176,7 @@ class SuperBlocks(Scaling):
             numbers=places.elements(numbers, x.shape),
         )
 
-    def _searched(self, blocks: Blocks) -> Found:
+    def _searched(self, blocks: Blocks) -> QuantizedBlocks:
         """Returns scales with float16 codes as factors, of NaN if an element is not finite."""
         finite = jnp.isfinite(blocks.x).all(axis=0)
         result = self._rule.search(blocks._replace(x=jnp.where(finite, blocks.x, np.float32(0))))
@@ -193,7 +193,7 @@ class SuperBlocks(Scaling):
         del ends, fmt, factor
         raise ValueError(
             f"The scales of {self.rule} are found by a search over the elements and cannot be "
-            "computed from a range."
+            "computed from a range. Use `of_elements`."
         )
 
     def nbytes(self, blocks: int, fmt: Format) -> int:
@@ -227,7 +227,7 @@ class _Places:
 
     @staticmethod
     def of(cut: Cut, size: int) -> "_Places":
-        axis = _axis(cut.block)
+        axis = axis_of_blocks(cut.block)
         before, after = math.prod(cut.shape[:axis]), math.prod(cut.shape[axis + 1 :])
         return _Places(cut.counts, axis, before, cut.shape[axis] // size, after, size)
 
@@ -251,11 +251,6 @@ class _Places:
     def parts(self, rows: jax.Array) -> jax.Array:
         """Returns numbers of blocks in the layout of `Cut.spread`."""
         return self.elements(rows, tuple(n for count in self.counts for n in (count, 1)))
-
-
-def _axis(block: tuple[int, ...]) -> int:
-    """Returns the axis along which blocks have more than one element."""
-    return next((axis for axis, n in enumerate(block) if n != 1), len(block) - 1)
 
 
 def _times(scales: jax.Array, codes: jax.Array) -> jax.Array:

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._ggml.blocks import Blocks, QuantizedBlocks
+from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.interop.gguf._blocks import as_bytes, split_bits
 from jaxq.interop.gguf._layouts import Fields, two_scales, two_scales_bytes
-from jaxq.recipes import SUPER_BLOCK_RULES, Blocks, Found
 
 __all__ = ["SEARCHED", "Integers", "fields_of", "integers_of"]
 
@@ -33,9 +34,9 @@ class Integers(NamedTuple):
 
 def _searched(name: str, blocks: Blocks) -> Fields:
     """Returns the fields of a type, with the scales that its rule finds."""
-    found: Found = SUPER_BLOCK_RULES[name].search(blocks)
-    factors = {"d": found.d} if found.m is None else {"d": found.d, "m": found.m}
-    return {**factors, **fields_of(name, Integers(found.scales, found.codes, found.minima))}
+    result: QuantizedBlocks = SUPER_BLOCK_RULES[name].search(blocks)
+    factors = {"d": result.d} if result.m is None else {"d": result.d, "m": result.m}
+    return {**factors, **fields_of(name, Integers(result.scales, result.codes, result.minima))}
 
 
 def fields_of(name: str, integers: Integers) -> Mapping[str, jax.Array]:

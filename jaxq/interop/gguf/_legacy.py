@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.interop.gguf._bits import bytes_of, halves_of
 from jaxq.interop.gguf._layouts import LAYOUTS
 from jaxq.interop.gguf._super_blocks import pack_super_blocks, unpack_super_blocks
 from jaxq.numerics import pack as pack_bits
 from jaxq.quantizers import Quantized
-from jaxq.recipes import SUPER_BLOCK_RULES, Recipe, get_recipe
+from jaxq.recipes import Recipe, get_recipe
 
 __all__ = ["PACKED_RECIPES", "pack", "unpack"]
 

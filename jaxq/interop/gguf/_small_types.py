@@ -12,23 +12,21 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._ggml.blocks import (
+    IMPORTANCE_STEPS,
+    Blocks,
+    divide_or_zero,
+    divided,
+    error_weights,
+    join_sub_blocks,
+    sub_blocks,
+)
+from jaxq._ggml.searches import affine, largest, symmetric
 from jaxq._jax.arithmetic import materialize, reciprocal, rounded
 from jaxq.interop.gguf._blocks import as_bytes, split_bits
 from jaxq.interop.gguf._layouts import E2M1, Fields, e8m0_half, ue4m3_half
 from jaxq.quantizers import simulate
-from jaxq.recipes import (
-    IMPORTANT,
-    Blocks,
-    affine,
-    divided,
-    get_recipe,
-    largest,
-    over,
-    sub_blocks,
-    symmetric,
-    weighted,
-    whole,
-)
+from jaxq.recipes import get_recipe
 
 __all__ = ["SMALL", "of_recipe"]
 
@@ -38,14 +36,14 @@ __all__ = ["SMALL", "of_recipe"]
 
 def _simple_symmetric(blocks: Blocks, limit: int) -> tuple[jax.Array, jax.Array]:
     """Returns the scales and codes of Q4_0 and Q5_0 with an importance matrix."""
-    scale, q = symmetric(blocks.x, limit, weighted(blocks.weights, blocks.x, blocks.row))
+    scale, q = symmetric(blocks.x, limit, error_weights(blocks.weights, blocks.x, blocks.row))
     return scale, q + limit
 
 
 def _simple_affine(blocks: Blocks, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the scales, minima and codes of Q4_1 and Q5_1 with an importance matrix."""
-    w = weighted(blocks.weights, blocks.x, blocks.row)
-    d, minimum, q = affine(blocks.x, limit, w, IMPORTANT)
+    w = error_weights(blocks.weights, blocks.x, blocks.row)
+    d, minimum, q = affine(blocks.x, limit, w, IMPORTANCE_STEPS)
     return d, -minimum, q
 
 
@@ -102,7 +100,9 @@ def _round_half_away(x: jax.Array) -> jax.Array:
 
 def _ternary(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     d = largest(x)[0]
-    return d, as_bytes((_round_half_away(rounded(x * over(1, d)[None])) + np.float32(1)).T)
+    return d, as_bytes(
+        (_round_half_away(rounded(x * divide_or_zero(1, d)[None])) + np.float32(1)).T
+    )
 
 
 def _tq1_0(blocks: Blocks) -> Fields:
@@ -173,7 +173,7 @@ def _nvfp4(blocks: Blocks) -> Fields:
     scales = _ue4m3(divided(largest(x)[0], 6))
     q = _nearest_e2m1(x, ue4m3_half(scales))
     count = blocks.x.shape[1]
-    return {"scales": scales.reshape(-1, count).T, "q": as_bytes(whole(q, count).T)}
+    return {"scales": scales.reshape(-1, count).T, "q": as_bytes(join_sub_blocks(q, count).T)}
 
 
 SMALL: dict[str, Callable[[Blocks], Fields]] = {

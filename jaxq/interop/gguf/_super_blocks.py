@@ -3,6 +3,7 @@
 import jax
 from jax import numpy as jnp
 
+from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.formats import CodebookFormat, Format
 from jaxq.interop.gguf._bits import bytes_of, halves_of
 from jaxq.interop.gguf._k_types import Integers, fields_of, integers_of
@@ -11,7 +12,7 @@ from jaxq.numerics import decode, encode
 from jaxq.numerics import pack as pack_bits
 from jaxq.numerics import unpack as unpack_bits
 from jaxq.quantizers import WHOLE_BYTES, Quantized
-from jaxq.recipes import SUPER_BLOCK_RULES, Recipe
+from jaxq.recipes import Recipe
 
 __all__ = ["pack_super_blocks", "unpack_super_blocks"]
 

@@ -10,6 +10,9 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
+from jaxq._ggml.blocks import Blocks, in_chunks
+from jaxq._ggml.searches import product, sums
+from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq._jax.arithmetic import divide
 from jaxq._jax.serialization import pytree
 from jaxq.gradients import passed
@@ -20,7 +23,6 @@ from jaxq.interop.gguf._small_types import SMALL, of_recipe
 from jaxq.quantizers import Slices
 from jaxq.quantizers import fake_quant as fake_quant_by_recipe
 from jaxq.quantizers import quantize as quantize_by_recipe
-from jaxq.recipes import SUPER_BLOCK_RULES, Blocks, in_chunks, product, sums
 
 __all__ = ["TYPES", "Packed", "dequantize", "fake_quant", "fallback", "quantize"]
 

@@ -5,10 +5,18 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._ggml.blocks import (
+    Blocks,
+    QuantizedBlocks,
+    divide_or_zero,
+    error_weights,
+    join_sub_blocks,
+    mean_square,
+    sub_blocks,
+)
+from jaxq._ggml.searches import EPS, largest, levels, nearest, product, quotient, sums
 from jaxq._jax.arithmetic import rounded
 from jaxq.formats import CodebookFormat, get_format
-from jaxq.recipes._blocks import Blocks, Found, mean_square, over, sub_blocks, weighted, whole
-from jaxq.recipes._searches import EPS, largest, levels, nearest, product, quotient, sums
 
 __all__ = ["iq4_nl", "iq4_xs"]
 
@@ -43,7 +51,7 @@ def _iq4_scales(x: jax.Array, weights: jax.Array) -> jax.Array:
         new = ratio(sum_qx, sum_q2)
         return jnp.where(better, new, d), jnp.where(better, product(new, sum_qx), score)
 
-    first = over(1, quotient(-signed, jnp.full(signed.shape, _IQ4[0], jnp.float32)))
+    first = divide_or_zero(1, quotient(-signed, jnp.full(signed.shape, _IQ4[0], jnp.float32)))
     sum_qx, sum_q2 = fit(first)
     d = ratio(sum_qx, sum_q2)
     d, _ = lax.fori_loop(0, 15, attempt, (d, product(d, sum_qx)))
@@ -54,21 +62,21 @@ def _iq4_weights(blocks: Blocks, x: jax.Array, parts: int) -> jax.Array:
     if blocks.weights is None:
         return product(x, x)
     square = jnp.tile(mean_square(blocks.x, 2.0), parts)
-    return weighted(sub_blocks(blocks.weights, 32), x, square)
+    return error_weights(sub_blocks(blocks.weights, 32), x, square)
 
 
-def iq4_nl(blocks: Blocks) -> Found:
+def iq4_nl(blocks: Blocks) -> QuantizedBlocks:
     """Returns the scales of blocks of 32, and the indices of levels as codes."""
     d = _iq4_scales(blocks.x, _iq4_weights(blocks, blocks.x, 1))
-    return Found(d, None, levels(rounded(blocks.x * over(1, d)[None]), _IQ4).T)
+    return QuantizedBlocks(d, None, levels(rounded(blocks.x * divide_or_zero(1, d)[None]), _IQ4).T)
 
 
-def iq4_xs(blocks: Blocks) -> Found:
+def iq4_xs(blocks: Blocks) -> QuantizedBlocks:
     """Returns the scales of super-blocks, and the indices of levels as codes."""
     count, x = blocks.x.shape[1], sub_blocks(blocks.x, 32)
     scale = _iq4_scales(x, _iq4_weights(blocks, x, 8)).reshape(-1, count)
     d = largest(scale)[1] * np.float32(-1 / 32)
-    scales = jnp.clip(nearest(over(1, d)[None] * scale), -32, 31)
+    scales = jnp.clip(nearest(divide_or_zero(1, d)[None] * scale), -32, 31)
     step = product(d[None], scales.astype(jnp.float32)).reshape(-1)
-    q = whole(levels(rounded(x * over(1, step)[None]), _IQ4), count)
-    return Found(d, scales.T, q.T)
+    q = join_sub_blocks(levels(rounded(x * divide_or_zero(1, step)[None]), _IQ4), count)
+    return QuantizedBlocks(d, scales.T, q.T)

@@ -9,26 +9,26 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.shapes import is_symbolic
+from jaxq._ggml.searches import Steps, product, quotient, sums
 from jaxq.formats import get_format
 from jaxq.numerics import cast
-from jaxq.recipes._searches import Steps, product, quotient, sums
 
 __all__ = [
-    "IMPORTANT",
+    "IMPORTANCE_STEPS",
     "Blocks",
-    "Found",
-    "as_half",
+    "QuantizedBlocks",
+    "divide_or_zero",
     "divided",
+    "error_weights",
     "in_chunks",
+    "join_sub_blocks",
     "mean_square",
-    "over",
     "sub_blocks",
-    "weighted",
-    "whole",
+    "to_float16",
 ]
 
 # The scales that ggml tries with an importance matrix.
-IMPORTANT = Steps(-0.9, 0.05, 36)
+IMPORTANCE_STEPS = Steps(-0.9, 0.05, 36)
 
 _CHUNK = 2**16  # The number of elements quantized at a time, which fit into the cache.
 
@@ -53,7 +53,7 @@ class Blocks(NamedTuple):
     row: jax.Array | None = None
 
 
-class Found(NamedTuple):
+class QuantizedBlocks(NamedTuple):
     """The result of a search, one row per super-block.
 
     Attributes:
@@ -97,12 +97,12 @@ def in_chunks(function: Callable[[Blocks], Any], blocks: Blocks, length: int) ->
     return jax.tree.map(join, lax.map(jax.vmap(function), jax.tree.map(cut, blocks)))
 
 
-def as_half(x: jax.Array) -> jax.Array:
+def to_float16(x: jax.Array) -> jax.Array:
     """Returns numbers rounded to float16."""
     return cast(x, _FLOAT16)
 
 
-def over(numerator: float, x: jax.Array) -> jax.Array:
+def divide_or_zero(numerator: float, x: jax.Array) -> jax.Array:
     """Returns numerator / x, or 0 where x is 0."""
     ok = x != 0
     safe = jnp.where(ok, x, np.float32(1))
@@ -120,7 +120,7 @@ def sub_blocks(x: jax.Array, length: int) -> jax.Array:
     return parts.swapaxes(0, 1).reshape(length, -1)
 
 
-def whole(x: jax.Array, blocks: int) -> jax.Array:
+def join_sub_blocks(x: jax.Array, blocks: int) -> jax.Array:
     """Returns `[elements, blocks]` from `sub_blocks`."""
     return x.reshape(x.shape[0], -1, blocks).swapaxes(0, 1).reshape(-1, blocks)
 
@@ -130,7 +130,7 @@ def mean_square(x: jax.Array, factor: float) -> jax.Array:
     return sums(lambda v: (product(v, v),), x)[0] * np.float32(factor / x.shape[0])
 
 
-def weighted(weights: jax.Array | None, x: jax.Array, square: jax.Array | None) -> jax.Array:
+def error_weights(weights: jax.Array | None, x: jax.Array, square: jax.Array | None) -> jax.Array:
     """Returns an importance times the root of the squares' sum, as ggml weights errors."""
     assert weights is not None
     assert square is not None

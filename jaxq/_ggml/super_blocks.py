@@ -10,20 +10,19 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._jax.arithmetic import barrier
-from jaxq.recipes._blocks import (
-    IMPORTANT,
+from jaxq._ggml.blocks import (
+    IMPORTANCE_STEPS,
     Blocks,
-    Found,
-    as_half,
+    QuantizedBlocks,
+    divide_or_zero,
     divided,
+    error_weights,
+    join_sub_blocks,
     mean_square,
-    over,
     sub_blocks,
-    weighted,
-    whole,
+    to_float16,
 )
-from jaxq.recipes._searches import (
+from jaxq._ggml.searches import (
     EPS,
     Steps,
     affine,
@@ -36,7 +35,8 @@ from jaxq.recipes._searches import (
     sums,
     symmetric,
 )
-from jaxq.recipes._table_searches import iq4_nl, iq4_xs
+from jaxq._ggml.tables import iq4_nl, iq4_xs
+from jaxq._jax.arithmetic import barrier
 
 __all__ = ["SUPER_BLOCK_RULES", "SuperBlockRule"]
 
@@ -61,7 +61,7 @@ class SuperBlockRule(NamedTuple):
     scale_format: str
     length: int
     fallback: str | None
-    search: Callable[[Blocks], Found]
+    search: Callable[[Blocks], QuantizedBlocks]
     minimum: bool = False
     size: int = _SIZE
 
@@ -89,7 +89,7 @@ def _parts_of(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(-1, count)
 
 
-def _with_minima(rule: _AffineRule, blocks: Blocks) -> Found:
+def _with_minima(rule: _AffineRule, blocks: Blocks) -> QuantizedBlocks:
     count, x = blocks.x.shape[1], sub_blocks(blocks.x, rule.length)
     if blocks.weights is None:
         magnitude = jnp.abs(x)
@@ -99,31 +99,33 @@ def _with_minima(rule: _AffineRule, blocks: Blocks) -> Found:
         scale, minimum = (_parts_of(part, count) for part in (fit.scale, fit.minimum))
         top = [jnp.maximum(part.max(axis=0), np.float32(0)) for part in (scale, minimum)]
         codes = [
-            jnp.minimum(nearest(over(rule.scale_limit, most)[None] * part), rule.scale_limit)
+            jnp.minimum(
+                nearest(divide_or_zero(rule.scale_limit, most)[None] * part), rule.scale_limit
+            )
             for most, part in zip(top, (scale, minimum), strict=True)
         ]
         d, m = (divided(most, rule.scale_limit) for most in top)
     else:
         square = mean_square(blocks.x, rule.factor)
         each = jnp.tile(square, _SIZE // rule.length)
-        w = weighted(sub_blocks(blocks.weights, rule.length), x, each)
-        fit = affine(x, rule.code_limit, w, IMPORTANT)
+        w = error_weights(sub_blocks(blocks.weights, rule.length), x, each)
+        fit = affine(x, rule.code_limit, w, IMPORTANCE_STEPS)
         total = _parts_of(sums(lambda v: (v,), w)[0], count)
         scale, minimum = (_parts_of(part, count) for part in (fit.scale, fit.minimum))
         (d, first), (m, second) = (positive(v, rule.scale_limit, total) for v in (scale, minimum))
         codes = [first, second]
     # The codes are computed again from the scales as stored. A part whose scale is 0 keeps those
     # of the search, whose scale and minimum are other numbers.
-    step = barrier((as_half(d)[None] * codes[0].astype(jnp.float32)).reshape(-1))
-    low = barrier((as_half(m)[None] * codes[1].astype(jnp.float32)).reshape(-1))
+    step = barrier((to_float16(d)[None] * codes[0].astype(jnp.float32)).reshape(-1))
+    low = barrier((to_float16(m)[None] * codes[1].astype(jnp.float32)).reshape(-1))
     safe = jnp.where(step != 0, step, np.float32(1))
     safe = jnp.broadcast_to(safe[None], x.shape)
     q = jnp.clip(nearest(quotient(x + low[None], safe)), 0, rule.code_limit)
     q = jnp.where((step != 0)[None], q, fit.codes)
-    return Found(d, codes[0].T, whole(q, count).T, m, codes[1].T)
+    return QuantizedBlocks(d, codes[0].T, join_sub_blocks(q, count).T, m, codes[1].T)
 
 
-def _q2_k(blocks: Blocks) -> Found:
+def _q2_k(blocks: Blocks) -> QuantizedBlocks:
     return _with_minima(
         _AffineRule(
             length=16, code_limit=3, scale_limit=15, steps=Steps(-0.5, 0.1, 15), factor=1.0
@@ -132,7 +134,7 @@ def _q2_k(blocks: Blocks) -> Found:
     )
 
 
-def _q4_k(blocks: Blocks) -> Found:
+def _q4_k(blocks: Blocks) -> QuantizedBlocks:
     return _with_minima(
         _AffineRule(
             length=32, code_limit=15, scale_limit=63, steps=Steps(-1.0, 0.1, 20), factor=2.0
@@ -141,7 +143,7 @@ def _q4_k(blocks: Blocks) -> Found:
     )
 
 
-def _q5_k(blocks: Blocks) -> Found:
+def _q5_k(blocks: Blocks) -> QuantizedBlocks:
     return _with_minima(
         _AffineRule(
             length=32, code_limit=31, scale_limit=63, steps=Steps(-0.5, 0.1, 15), factor=2.0
@@ -154,44 +156,44 @@ def _requantized(
     x: jax.Array, d: jax.Array, scales: jax.Array, limit: int, searched_codes: jax.Array
 ) -> jax.Array:
     """Returns the codes of parts from scales as stored; those of the search where a scale is 0."""
-    step = barrier((as_half(d)[None] * scales.astype(jnp.float32)).reshape(-1))
+    step = barrier((to_float16(d)[None] * scales.astype(jnp.float32)).reshape(-1))
     safe = jnp.where(step != 0, step, np.float32(1))
     q = jnp.clip(nearest(quotient(x, jnp.broadcast_to(safe[None], x.shape))), -limit, limit - 1)
     return jnp.where((step != 0)[None], q, searched_codes)
 
 
-def _q3_k(blocks: Blocks) -> Found:
+def _q3_k(blocks: Blocks) -> QuantizedBlocks:
     count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
     if blocks.weights is None:
         scale, searched_codes = descent(x, 4)
         scale = _parts_of(scale, count)
         most = largest(scale)[1]
-        inverse = over(-32, most)
+        inverse = divide_or_zero(-32, most)
         scales = jnp.clip(nearest(inverse[None] * scale), -32, 31)
         scales = jnp.where((most != 0)[None], scales, -32)
-        d = over(1, inverse)
+        d = divide_or_zero(1, inverse)
     else:
         each = jnp.tile(mean_square(blocks.x, 2.0), 16)
-        w = weighted(sub_blocks(blocks.weights, 16), x, each)
+        w = error_weights(sub_blocks(blocks.weights, 16), x, each)
         scale, searched_codes = symmetric(x, 4, w)
         total = _parts_of(sums(lambda v: (v,), w)[0], count)
         d, scales = symmetric(_parts_of(scale, count), 32, total)
-    q = whole(_requantized(x, d, scales, 4, searched_codes), count)
-    return Found(d, scales.T, q.T)
+    q = join_sub_blocks(_requantized(x, d, scales, 4, searched_codes), count)
+    return QuantizedBlocks(d, scales.T, q.T)
 
 
-def _q6_k(blocks: Blocks) -> Found:
+def _q6_k(blocks: Blocks) -> QuantizedBlocks:
     count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
     w = product(x, x) if blocks.weights is None else sub_blocks(blocks.weights, 16)
     scale, searched_codes = symmetric(x, 32, w)
     scale = _parts_of(scale, count)
     amax, most = largest(scale)
     empty = amax < EPS
-    inverse = over(-128, jnp.where(empty, np.float32(1), most))
+    inverse = divide_or_zero(-128, jnp.where(empty, np.float32(1), most))
     scales = jnp.where(empty[None], 0, jnp.minimum(nearest(inverse[None] * scale), 127))
-    d = jnp.where(empty, np.float32(0), over(1, inverse))
-    q = whole(_requantized(x, d, scales, 32, searched_codes), count)
-    return Found(d, scales.T, jnp.where(empty[None], -32, q).T)
+    d = jnp.where(empty, np.float32(0), divide_or_zero(1, inverse))
+    q = join_sub_blocks(_requantized(x, d, scales, 32, searched_codes), count)
+    return QuantizedBlocks(d, scales.T, jnp.where(empty[None], -32, q).T)
 
 
 SUPER_BLOCK_RULES: dict[str, SuperBlockRule] = {

@@ -80,7 +80,6 @@ NOT_CHECKED = frozenset(
         "jaxq.analysis",
         "jaxq.analysis.distributions",
         "jaxq.analysis.plots",
-        "jaxq.cli",
         "jaxq.interop",
         "jaxq.interop.compressed_tensors",
         "jaxq.interop.gguf",

@@ -81,7 +81,6 @@ NOT_CHECKED = frozenset(
         "jaxq.analysis.distributions",
         "jaxq.analysis.plots",
         "jaxq.interop",
-        "jaxq.interop.gguf",
     }
 )
 

@@ -33,9 +33,9 @@ class Integers(NamedTuple):
 
 def _searched(name: str, blocks: Blocks) -> Fields:
     """Returns the fields of a type, with the scales that its rule finds."""
-    found: Found = SUPER_BLOCK_RULES[name].search(blocks)
-    factors = {"d": found.d} if found.m is None else {"d": found.d, "m": found.m}
-    return {**factors, **fields_of(name, Integers(found.scales, found.codes, found.minima))}
+    result: Found = SUPER_BLOCK_RULES[name].search(blocks)
+    factors = {"d": result.d} if result.m is None else {"d": result.d, "m": result.m}
+    return {**factors, **fields_of(name, Integers(result.scales, result.codes, result.minima))}
 
 
 def fields_of(name: str, integers: Integers) -> Mapping[str, jax.Array]:

@@ -76,11 +76,9 @@ def test_spelling_is_american():
 # Packages whose docstrings are not complete yet. Only remove names from this set.
 NOT_CHECKED = frozenset(
     {
-        "jaxq",
         "jaxq.analysis",
         "jaxq.analysis.distributions",
         "jaxq.analysis.plots",
-        "jaxq.interop",
     }
 )
 

@@ -1,4 +1,4 @@
-"""The entry point: runs a command and converts any error to an exit code and at most one line."""
+"""The entry point: runs a command and converts any error to an exit code and one line of text."""
 
 import io
 import os
@@ -24,13 +24,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0 for success, 1 for a failure, 2 for wrong arguments or a bad file, and 130
       for an interrupt.
+
+    Example:
+      >>> from jaxq import cli
+      >>> cli.main(["formats", "int2", "--values"])
+      int2
+      hex  binary  value
+      0x0      00      0
+      0x1      01      1
+      0x2      10     -2
+      0x3      11     -1
+      0
+      >>> cli.main(["formats", "int44"])  # Prints an error on stderr.
+      2
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # Characters that the terminal cannot show must not raise an error.
+        if isinstance(stream, io.TextIOWrapper):
+            # Characters that the terminal cannot show must not raise an error.
             stream.reconfigure(errors="backslashreplace")
     try:
         args = build().parse_args(guarded(arguments))

@@ -138,10 +138,16 @@ def load(path: str | pathlib.Path, *, like: Any = None, sharding: Any = None) ->
       The tree, with JAX arrays; NumPy arrays for dtypes that JAX represents only with x64.
 
     Raises:
-      FileError: the file is damaged, is not one of `jaxq.save`, or has an unknown version.
-      ValueError: `like` is needed, or differs from the stored tree.
+      FileError: the file is damaged, was not written by `jaxq.save`, or has an unknown version.
+      ValueError: `like` is needed but was not passed, or differs from the stored tree.
 
-    Example: see `jaxq.save`.
+    Example:
+      >>> import collections, jax, jax.numpy as jnp, jaxq, tempfile
+      >>> State = collections.namedtuple("State", "mean")
+      >>> path = tempfile.mkdtemp() + "/state.safetensors"
+      >>> jaxq.save(path, State(jnp.ones(2)))
+      >>> jaxq.load(path, like=State(jax.ShapeDtypeStruct((2,), jnp.float32)))
+      State(mean=Array([1., 1.], dtype=float32))
     """
     with open_tensors(path, raw=True) as file:
         plain = _plain_tree(file)

@@ -28,12 +28,18 @@ class Entry:
       dtype: the name of its dtype in the file.
       shape: the tensor's shape.
       numpy_dtype: the NumPy or ml_dtypes dtype with the same bytes; None if there is none.
-      start: the offset of its first byte, in the file or in the archive's member.
-      stop: the offset after its last byte.
+      start: the offset of the first byte, in the file or in the archive's member.
+      stop: the offset after the last byte.
       fortran: True if the elements are in Fortran (column-major) order.
       member: the name of the archive's member, or None.
       packed: the name of the tensor's block type in `jaxq.interop.gguf.TYPES`, or None.
       layout: the layout of a weight that is stored as several tensors, or None. `dtype` names it.
+
+    Example:
+      >>> from jaxq import interop
+      >>> entry = interop.Entry("w", "BF16", (4, 32), numpy_dtype="bfloat16", start=8, stop=264)
+      >>> entry.size, entry.nbytes, entry.is_float
+      (128, 256, True)
     """
 
     name: str
@@ -63,7 +69,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes of all its parts in the file."""
+        """The number of bytes in the file, summed over the parts of a weight."""
         return self.stop - self.start
 
 

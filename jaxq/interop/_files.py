@@ -1,4 +1,4 @@
-"""Reading of tensor files: headers are checked against the file's size, tensors read one by one.
+"""Reading of tensor files: headers are checked against the file's size, tensors read on demand.
 
 The bytes are read, not memory-mapped: if another program truncates a mapped file, this process is
 killed by a signal, whereas a read reports the error. To add a kind of file, parse its entries in
@@ -7,7 +7,6 @@ killed by a signal, whereas a read reports the error. To add a kind of file, par
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import stat
@@ -22,7 +21,7 @@ import numpy as np
 from jaxq.interop._entries import MAX_TENSORS, Entry, FileError
 from jaxq.interop._layouts import combined, config_beside
 from jaxq.interop._npy import read_npy_header
-from jaxq.interop._safetensors import MAX_HEADER, read_header
+from jaxq.interop._safetensors import read_header, shards_of
 from jaxq.interop.gguf import TYPES, Packed
 from jaxq.interop.gguf._container import MAGIC, read_contents
 from jaxq.quantizers import Quantized
@@ -45,6 +44,15 @@ class TensorFile:
       source: the open file or archive; None for a folder.
       parts: the file of each tensor of a folder, by name.
       kind: the kind of the file, as an ending such as `".gguf"`; empty for a folder.
+
+    Example:
+      >>> import numpy as np, tempfile
+      >>> from jaxq import interop
+      >>> path = tempfile.mkdtemp() + "/model.npz"
+      >>> np.savez(path, w=np.ones((2, 4), np.float16))
+      >>> with interop.open_tensors(path) as file:  # `read` converts to float32, `raw` does not.
+      ...     file.read(file.entries[0]).dtype, file.raw(file.entries[0]).dtype
+      (dtype('float32'), dtype('float16'))
     """
 
     path: pathlib.Path
@@ -55,9 +63,10 @@ class TensorFile:
     kind: str = ""
 
     def read(self, entry: Entry) -> np.ndarray:
-        """Returns the numbers of an entry as float32; only float64 numbers are rounded.
+        """Returns the numbers of an entry as float32, rounded where float32 cannot represent them.
 
-        The values of an NVFP4 tensor in GGUF are multiplied by its scale (see `scale_of`).
+        The values of an NVFP4 tensor in GGUF are multiplied by the scale of the tensor (see
+        `scale_of`).
 
         Raises:
           FileError: if the file has changed, or an archive's member is damaged.
@@ -76,12 +85,12 @@ class TensorFile:
     def stream(self, entry: Entry, size: int) -> Iterator[np.ndarray]:
         """Yields the numbers of an entry as `read` returns them, in flat float32 parts.
 
-        A plain float tensor is read part by part into two buffers, because fresh memory costs more
-        than the reading: a part is valid until the next but one is read.
+        A plain float tensor is read into two buffers in turn, because allocating memory for every
+        part takes longer than reading it. A part is therefore overwritten two parts later.
 
         Args:
           entry: one of `entries`.
-          size: the number of elements in each part but the last.
+          size: the number of elements in each part except the last.
         """
         if self.parts:
             yield from self.parts[entry.name].stream(entry, size)
@@ -97,16 +106,16 @@ class TensorFile:
         raw, wide = np.empty(size, dtype), [_aligned(size) for _ in range(2)]
         for number, start in enumerate(range(0, entry.size, size)):
             part = wide[number % 2][: entry.size - start]
-            own = part if dtype == np.float32 else raw[: part.size]
+            stored = part if dtype == np.float32 else raw[: part.size]
             self.source.seek(entry.start + start * dtype.itemsize)
-            if not _fill(self.source, own.view(np.uint8)):
+            if not _fill(self.source, stored.view(np.uint8)):
                 raise FileError(f"{self.path}: it became shorter after it was opened.")
             if dtype.name == "bfloat16":  # Faster than the conversion of ml_dtypes.
                 bits = part.view(np.uint32)
-                bits[:] = own.view(np.uint16)
+                bits[:] = stored.view(np.uint16)
                 np.left_shift(bits, 16, out=bits)
-            elif own is not part:
-                part[:] = own
+            elif stored is not part:
+                part[:] = stored
             yield part
 
     def _is_streamed(self, entry: Entry) -> bool:
@@ -116,7 +125,7 @@ class TensorFile:
         return native and not entry.fortran and np.dtype(entry.numpy_dtype).name in _STREAMED
 
     def quantized(self, entry: Entry) -> Quantized | Packed | np.ndarray:
-        """Returns an entry as a quantized array, if it is one.
+        """Returns an entry without dequantizing it, if that is possible.
 
         Args:
           entry: one of `entries`.
@@ -124,7 +133,7 @@ class TensorFile:
         Returns:
           A `Packed` for a block type of GGUF; a `Quantized` for a weight in a layout of another
           program, whose `dequantize` gives the exact float32 values; a float32 array if no recipe
-          has these values; and any other tensor as an array in the dtype of the file.
+          can represent such a weight; and any other tensor as an array in the dtype of the file.
 
         Raises:
           FileError: as in `read`, or the parts of a weight do not fit together.
@@ -142,8 +151,9 @@ class TensorFile:
     def scale_of(self, entry: Entry) -> Entry | None:
         """Returns the float32 tensor by which the values of an NVFP4 tensor are multiplied.
 
-        Files that were converted from ModelOpt have it beside the weight, as `NAME.scale` for
-        `NAME.weight`: one number, or one per index of the first axis. None for any other tensor.
+        Files that were converted from ModelOpt store it beside the weight, as `NAME.scale` for
+        `NAME.weight`: one number, or one per index of the first axis. Returns None if there is no
+        such tensor.
 
         Raises:
           FileError: the tensor has another dtype or another number of elements.
@@ -241,11 +251,11 @@ def _fill(file: IO[bytes], data: np.ndarray) -> bool:
 def open_tensors(path: str | pathlib.Path, *, raw: bool = False) -> Iterator[TensorFile]:
     """Opens a file of tensors, or a folder of such files, and checks the headers.
 
-    The kind of a file is recognized by its first bytes, else by its ending. A quantized weight that
-    another program stores as several tensors becomes one entry with the name and the shape of the
-    weight; the method is that of `config.json` (or `quantize_config.json` or
-    `hf_quant_config.json`) in the folder of the file: AWQ, bitsandbytes, compressed-tensors,
-    block FP8 (DeepSeek), GPTQ, MLX, ModelOpt or MXFP4 (gpt-oss).
+    The kind of a file is recognized by its first bytes, or else by its ending. A quantized weight
+    that another program stores as several tensors becomes one entry with the name and the shape of
+    the weight. The quantization method is read from `config.json`, `quantize_config.json` or
+    `hf_quant_config.json` in the folder of the file. It may be AWQ, bitsandbytes,
+    compressed-tensors, block FP8 (DeepSeek), GPTQ, MLX, ModelOpt or MXFP4 (gpt-oss).
 
     Args:
       path: the path of a GGUF, safetensors, .npz or .npy file; of an index of safetensors files
@@ -259,11 +269,20 @@ def open_tensors(path: str | pathlib.Path, *, raw: bool = False) -> Iterator[Ten
     Raises:
       FileError: if the file cannot be opened or violates its format, or the method of its
         quantization is not supported.
+
+    Example:
+      >>> import numpy as np, tempfile
+      >>> from jaxq import interop
+      >>> path = tempfile.mkdtemp() + "/model.npz"
+      >>> np.savez(path, w=np.ones((2, 4), np.float32), ids=np.arange(3))
+      >>> with interop.open_tensors(path) as file:  # Reads the headers only.
+      ...     {entry.name: entry.shape for entry in file.entries}
+      {'w': (2, 4), 'ids': (3,)}
     """
     path = pathlib.Path(path)
     with contextlib.ExitStack() as stack:
         if path.is_dir() or path.name.endswith(".index.json"):
-            shards = [stack.enter_context(_opened(shard)) for shard in _shards(path)]
+            shards = [stack.enter_context(_opened(shard)) for shard in shards_of(path)]
             parts = {entry.name: shard for shard in shards for entry in shard.entries}
             entries = tuple(entry for shard in shards for entry in shard.entries)
             if len(parts) != len(entries):
@@ -286,28 +305,6 @@ def _combined(file: TensorFile) -> TensorFile:
         text = str(error)
         raise FileError(text if text.startswith(str(folder)) else f"{file.path}: {text}") from error
     return dataclasses.replace(file, entries=entries)
-
-
-def _shards(path: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files of a folder or index."""
-    index = path / "model.safetensors.index.json" if path.is_dir() else path
-    folder = index.parent
-    if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FileError(
-                f"{path}: it must be a regular file, or a folder with safetensors files."
-            )
-        return files
-    try:
-        if index.stat().st_size > MAX_HEADER:
-            raise ValueError("it is too large")
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if any(pathlib.PurePath(name).name != name for name in names):
-            raise ValueError("it names files of other folders")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise FileError(f"{index}: not a valid index: {error}.") from error
-    return [folder / name for name in names]
 
 
 @contextlib.contextmanager
@@ -346,7 +343,7 @@ def _opened(path: pathlib.Path) -> Iterator[TensorFile]:
 
 
 def _kind(begin: bytes, suffix: str) -> str:
-    """Returns the ending that fits the first bytes of a file, else its own."""
+    """Returns the ending for the first bytes of a file, or its own ending if they are unknown."""
     for magic, kind in ((MAGIC, ".gguf"), (b"\x93NUMPY", ".npy"), (b"PK\x03\x04", ".npz")):
         if begin.startswith(magic):
             return kind

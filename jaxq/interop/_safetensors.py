@@ -11,6 +11,7 @@ References:
 
 import json
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, NamedTuple, NoReturn
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from jaxq.interop._entries import MAX_TENSORS, Entry, FileError, checked_shape
 
-__all__ = ["DTYPES", "MAX_HEADER", "Header", "Tensor", "read_header", "write_tensors"]
+__all__ = ["DTYPES", "Header", "Tensor", "read_header", "shards_of", "write_tensors"]
 
 MAX_HEADER = 2**25  # A third of the limit of the format's own library, to bound the parsing time.
 
@@ -134,6 +135,28 @@ def write_tensors(file: IO[bytes], tensors: Sequence[Tensor], metadata: Mapping[
         if 8 * array.nbytes != DTYPES[tensor.dtype][0] * math.prod(tensor.shape):
             raise ValueError(f"{tensor.name!r} has {array.nbytes} bytes, not those of its shape.")
         file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def shards_of(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the safetensors files of a folder or of an index."""
+    index = path / "model.safetensors.index.json" if path.is_dir() else path
+    folder = index.parent
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise FileError(
+                f"{path}: it must be a regular file, or a folder with safetensors files."
+            )
+        return files
+    try:
+        if index.stat().st_size > MAX_HEADER:
+            raise ValueError("it is too large")
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(pathlib.PurePath(name).name != name for name in names):
+            raise ValueError("it names files of other folders")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise FileError(f"{index}: not a valid index: {error}.") from error
+    return [folder / name for name in names]
 
 
 def _refuse(reason: str) -> NoReturn:

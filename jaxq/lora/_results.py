@@ -19,9 +19,12 @@ class AdaptedModel(NamedTuple):
       state: the rules with adapters, to pass to `jaxq.quantize_fn` in place of rules.
 
     Example:
+      >>> import jax, jax.numpy as jnp
       >>> from jaxq import lora
-      >>> lora.AdaptedModel._fields
-      ('params', 'state')
+      >>> adapters = {"w": lora.LoRA(jnp.ones((4, 1)), jnp.ones((1, 2)))}
+      >>> model = lora.AdaptedModel({"w": jnp.ones((4, 2))}, lora.Adapted(adapters, rules=()))
+      >>> [leaf.shape for leaf in jax.tree.leaves(model.state)]  # The arrays to train.
+      [(4, 1), (1, 2)]
     """
 
     params: Any
@@ -61,8 +64,10 @@ class Merged(NamedTuple):
 
     Example:
       >>> from jaxq import lora
-      >>> lora.Merged._fields
-      ('params', 'packed', 'errors')
+      >>> errors = {"up": lora.MergeError(0.1, lost=0.4), "down": lora.MergeError(0.1, lost=1.6)}
+      >>> merged = lora.Merged(params={}, packed={}, errors=errors)
+      >>> [name for name, error in merged.errors.items() if error.lost > 1]
+      ['down']
     """
 
     params: Any

@@ -43,9 +43,16 @@ class SearchProblem(NamedTuple):
       statistics: the statistics of its input, with a leading axis `[matrices]`.
 
     Example:
+      >>> import jax.numpy as jnp, jaxq
       >>> from jaxq import ptq
-      >>> ptq.SearchProblem._fields
-      ('weight', 'levels', 'blocks', 'statistics')
+      >>> from jaxq.quantizers import Levels
+      >>> w, steps = jnp.array([[0.4, 1.0], [0.4, -0.3]]), jnp.ones((1, 2, 2))
+      >>> q, numbers = jaxq.quantize(w, jaxq.Recipe("int2")), jnp.zeros((1, 2, 2), jnp.int32)
+      >>> levels, blocks = Levels(steps, None, None), ptq.Blocks((q,), numbers)
+      >>> tokens = ptq.collect(jnp.ones((1, 4, 2)))
+      >>> problem = ptq.SearchProblem(w[None], levels, blocks, tokens)
+      >>> problem.count, [scale.shape for _, scale in problem.by_leaf(jnp.array([2.0]))]
+      (1, [(1, 1)])
     """
 
     weight: jax.Array
@@ -59,7 +66,7 @@ class SearchProblem(NamedTuple):
         return sum(math.prod(q.cut.counts) for q in self.blocks.leaves)
 
     def by_leaf(self, x: jax.Array) -> list[tuple[Quantized, jax.Array]]:
-        """Splits one value per block by leaf: pairs of a leaf and values of its scales' shape."""
+        """Returns each leaf with its part of x, one value per block, in the shape of its scales."""
         parts, start = [], 0
         for q in self.blocks.leaves:
             counts = q.cut.counts

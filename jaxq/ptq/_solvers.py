@@ -51,9 +51,14 @@ class Problem(NamedTuple):
       statistics: the statistics of its input.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from jaxq import ptq
-      >>> ptq.Problem._fields
-      ('weight', 'levels', 'nearest', 'statistics')
+      >>> from jaxq.quantizers import Levels
+      >>> weight, step = jnp.array([[0.4, 1.1]]), jnp.array([[0.5, 0.5]])
+      >>> levels, tokens = Levels(step, None, None), ptq.collect(jnp.ones((4, 1)))
+      >>> problem = ptq.Problem(weight, levels, jnp.array([[1.0, 2.0]]), tokens)
+      >>> (problem.nearest * problem.levels.step).tolist()  # The nearest representable values.
+      [[0.5, 1.0]]
     """
 
     weight: jax.Array

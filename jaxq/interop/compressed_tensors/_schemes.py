@@ -23,8 +23,16 @@ class Scheme(NamedTuple):
 
     Attributes:
       format: the name of the format, such as `"pack-quantized"`.
-      weights: the arguments of the weights, as in `config.json`.
-      activations: the arguments of the inputs; None if they are not quantized.
+      weights: the quantization arguments of the weights, as in `config.json`.
+      activations: the quantization arguments of the inputs; None if they are not quantized.
+
+    Example:
+      >>> import jaxq
+      >>> from jaxq.interop import compressed_tensors
+      >>> recipe = jaxq.Recipe("float8_e4m3fn", jaxq.PerToken())
+      >>> scheme = compressed_tensors.scheme_of(recipe, dynamic_activations=True)
+      >>> scheme.weights["strategy"], scheme.activations["strategy"]
+      ('channel', 'token')
     """
 
     format: str
@@ -41,8 +49,12 @@ def scheme_of(recipe: Recipe, *, dynamic_activations: bool = False) -> Scheme:
       dynamic_activations: True if the program that runs the model should quantize the inputs to
         the same 8-bit format, with one scale per token. Default: False.
 
+    Returns:
+      The scheme, whose fields `write` stores in `config.json`.
+
     Raises:
-      ValueError: the format has no such scheme.
+      ValueError: no scheme can represent the recipe, or `dynamic_activations` is True and the
+        weights are neither int8 nor float8_e4m3fn.
 
     Example:
       >>> import jaxq
@@ -164,9 +176,9 @@ def _packed_zeros(q: Quantized, *, bits: int) -> np.ndarray:
 
 
 def _global_scale(q: Quantized) -> np.ndarray:
-    """Returns the number by which the format divides scales where the recipe multiplies.
+    """Returns the global scale of NVFP4, by which the format divides and a recipe multiplies.
 
-    There need not be a float32 number that gives the same scales; then it is the nearest one.
+    If no float32 number gives exactly the same scales, the result is the rounded reciprocal.
     """
     factor = np.float32(q.second[0])
     digits = np.arange(8, 16, dtype=np.float32)  # The significands of float8_e4m3fn.

@@ -68,15 +68,26 @@ class Contents(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor to write.
+    """A tensor to write to a GGUF file.
 
     Attributes:
-      name: its name, of at most 64 bytes.
+      name: the name, of at most 64 bytes.
       type: a name in `jaxq.interop.gguf.TYPES`, or `"f32"`, `"f16"`, `"bf16"`, `"i8"`, `"i16"`,
         `"i32"`, `"i64"` or `"f64"`.
-      shape: its shape, the contracted axis last.
-      read: a function that returns it: packed bytes as uint8, or an array of the type; or an
-        iterator of arrays with consecutive parts of these.
+      shape: the shape, with the contracted axis last.
+      read: a function that returns the data: the uint8 bytes of a block type, or an array of
+        another type. To save memory, it may return an iterator of arrays with consecutive parts.
+
+    Example:
+      >>> import numpy as np, tempfile
+      >>> from jaxq import interop
+      >>> rows = [np.zeros((1, 32), np.float16), np.ones((1, 32), np.float16)]
+      >>> tensor = interop.gguf.Tensor("w.weight", "f16", (2, 32), lambda: iter(rows))
+      >>> path = tempfile.mkdtemp() + "/model.gguf"
+      >>> interop.gguf.write(path, [tensor], {"general.architecture": "llama"})
+      >>> with interop.open_tensors(path) as file:
+      ...     file.read(file.entries[0])[:, 0].tolist()
+      [0.0, 1.0]
     """
 
     name: str
@@ -179,10 +190,10 @@ def read_contents(file: IO[bytes], size: int) -> Contents:
         or alignment & (alignment - 1)
     ):
         _refuse(f"its alignment must be a power of two, got {alignment!r:.40}")
-    found = [_entry(reader) for _ in range(tensors)]
+    relative = [_entry(reader) for _ in range(tensors)]
     begin = -(-(size - reader.left) // int(alignment)) * int(alignment)
     entries, names = [], set()
-    for entry in found:
+    for entry in relative:  # Offsets count from the beginning of the data.
         if entry.name in names:
             _refuse(f"the name {entry.name!r} occurs twice")
         names.add(entry.name)
@@ -282,14 +293,14 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
     Args:
       path: the path of the file, which should end in `.gguf`.
       tensors: the tensors in their order, with distinct names.
-      metadata: the values by key. NumPy scalars and arrays keep their types; a Python integer is
+      metadata: the metadata by key. NumPy scalars and arrays keep their types; a Python integer is
         written as uint32 (or int64), a float as float32. `general.architecture` is the only key
         that every reader requires.
 
     Raises:
       ValueError: a name is too long or occurs twice, a type is unknown or does not fit a shape, or
-        a tensor has another size than stated.
-      TypeError: a value of the metadata has another type.
+        the size of a tensor's data does not fit its shape and type.
+      TypeError: a value of the metadata has an unsupported type.
       OSError: the file cannot be written.
 
     Example:

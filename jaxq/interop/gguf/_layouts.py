@@ -39,10 +39,10 @@ class Layout(NamedTuple):
     """A block type.
 
     Attributes:
-      number: its number in files, of the enumeration `ggml_type`.
+      number: the number of the type in files, from the enumeration `ggml_type`.
       block: the number of elements in a block.
       parts: the fields of a block by name, in the order of their bytes.
-      values: returns float32 `[blocks, block]` from fields.
+      values: a function from the fields of blocks to their values, float32 `[blocks, block]`.
     """
 
     number: int
@@ -69,19 +69,19 @@ class Layout(NamedTuple):
 
     def read(self, data: jax.Array) -> Fields:
         """Returns the fields of blocks of bytes, uint8 `[blocks, size]`."""
-        return {name: self.parts[name].read(own) for name, own in self.split(data).items()}
+        return {name: self.parts[name].read(part) for name, part in self.split(data).items()}
 
     def write(self, fields: Fields) -> jax.Array:
         """Returns the bytes of fields."""
         return self.join({name: part.write(fields[name]) for name, part in self.parts.items()})
 
     def values_of(self, fields: Fields) -> jax.Array:
-        """Returns the values of fields that are written, whose numbers are then float16."""
-        own = {name: self.parts[name] for name in fields}
+        """Returns the values that are read back after fields are written, with float16 factors."""
+        parts = {name: self.parts[name] for name in fields}
         return self.values(
             {
                 n: part.read(part.write(fields[n])) if part is _HALF else fields[n]
-                for n, part in own.items()
+                for n, part in parts.items()
             }
         )
 

@@ -1,4 +1,4 @@
-"""Quantized tensors of the recipes with the names of block types as bytes of GGUF.
+"""Conversion of a `jaxq.Quantized` to and from the bytes of the block type that names its recipe.
 
 The block types of the same names define the bytes (see `_layouts.py`). Signed codes of fewer than 8
 bits are stored as offsets from the lowest code.
@@ -75,12 +75,20 @@ def unpack(
       dtype: the dtype of the dequantized tensor; float32 by default.
 
     Returns:
-      A `Quantized` `[..., elements per block · blocks]`, whose values are those of
-        `jaxq.interop.gguf.dequantize`.
+      A `Quantized` `[..., blocks · elements per block]`, whose values are those of
+      `jaxq.interop.gguf.dequantize`.
 
     Raises:
       TypeError: the data are not uint8.
       ValueError: the recipe is not supported, or the last axis does not hold whole blocks.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxq.interop import gguf
+      >>> block = np.array([0x00, 0x38, *range(32)], np.uint8)  # The float16 scale 0.5, 32 codes.
+      >>> q = gguf.unpack(block, "q8_0")
+      >>> q.recipe.scale_format.name, hex(q.scale[0]), q.codes.tolist()[:4]
+      ('float16', '0x3800', [0, 1, 2, 3])
     """
     recipe, name = _checked("unpack", get_recipe(recipe))
     layout = LAYOUTS[name]
@@ -89,7 +97,7 @@ def unpack(
         raise TypeError(f"gguf.unpack: `data` must be uint8, got {data.dtype}.")
     if not data.ndim or data.shape[-1] % layout.size:
         raise ValueError(
-            f"gguf.unpack: a block of these has {layout.size} bytes, which must divide the last "
+            f"gguf.unpack: a block of {name!r} has {layout.size} bytes, which must divide the last "
             f"axis, got shape {data.shape}."
         )
     if name in SUPER_BLOCK_RULES:
@@ -120,7 +128,7 @@ def unpack(
 
 
 def _checked(name: str, recipe: Recipe) -> tuple[Recipe, str]:
-    """Returns a supported recipe, and the block type with its name."""
+    """Returns the recipe and the name of its block type, or raises an error if it has none."""
     if recipe not in _TYPES:
         raise ValueError(
             f"gguf.{name}: `recipe` must be one of {', '.join(_TYPES.values())}, got "

@@ -51,13 +51,19 @@ class Architecture(NamedTuple):
 
     Attributes:
       name: the name of the architecture in GGUF.
-      layer: the names of the modules of a layer in GGUF, by their names in Hugging Face.
-      permuted: True if the rows of queries and keys are permuted, because llama.cpp rotates
-        neighboring elements.
+      layer: the GGUF names of the modules in a layer, by their names in Hugging Face.
+      permuted: True if the rows of queries and keys are permuted, because the rotary
+        embedding of llama.cpp rotates neighboring elements.
       shifted_norms: True if 1 is added to the weights of norms.
-      tied: True if the output has no weight of its own.
+      tied: True if the output layer uses the weight of the embedding.
       keys: a function from the configuration to the keys besides the common ones, without the name
         of the architecture.
+
+    Example:
+      >>> from jaxq.interop import gguf
+      >>> llama, gemma = gguf.ARCHITECTURES["llama"], gguf.ARCHITECTURES["gemma"]
+      >>> llama.layer["mlp.up_proj"], llama.permuted, gemma.permuted
+      ('ffn_up', True, False)
     """
 
     name: str
@@ -102,7 +108,7 @@ class _Config(NamedTuple):
 
     @property
     def rope(self) -> "_Config":
-        """The parameters of the rotation, of the global layers if there are two kinds."""
+        """The parameters of the rotary embedding, of global layers if there are also local ones."""
         table = self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {}
         if isinstance(table, Mapping) and isinstance(table.get("full_attention"), Mapping):
             table = table["full_attention"]
@@ -126,7 +132,7 @@ def _gemma2_keys(config: _Config) -> dict[str, Any]:
 
 
 def _gemma3_keys(config: _Config) -> dict[str, Any]:
-    # llama.cpp takes every sixth layer as a global one, and 10000 as the base of the others.
+    # llama.cpp assumes that every sixth layer is global, and that the others have base 10000.
     kinds = config.fields.get("layer_types")
     pattern = config.integer("sliding_window_pattern", 6)
     usual = ["sliding_attention"] * 5 + ["full_attention"]
@@ -172,6 +178,14 @@ class Conversion:
       tensors: further float32 tensors of the file, by name: `rope_freqs.weight` of Llama 3.1 and
         later.
       heads: the numbers of heads of queries and of keys.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxq.interop import gguf
+      >>> model = gguf.Conversion(gguf.ARCHITECTURES["llama"], {}, {}, heads=(1, 1))
+      >>> name = "model.layers.0.self_attn.q_proj.weight"
+      >>> model.name(name), model.values(name, np.arange(4)).tolist()
+      ('blk.0.attn_q.weight', [0, 2, 1, 3])
     """
 
     architecture: Architecture
@@ -209,12 +223,12 @@ class Conversion:
         return shifted or self._is_permuted(name)
 
     def _is_permuted(self, name: str) -> bool:
-        found = _LAYER.fullmatch(name)
-        module = found[2] if found is not None else ""
+        match = _LAYER.fullmatch(name)
+        module = match[2] if match is not None else ""
         return self.architecture.permuted and module in ("self_attn.q_proj", "self_attn.k_proj")
 
     def values(self, name: str, x: np.ndarray) -> np.ndarray:
-        """Returns a float32 tensor as GGUF holds it: permuted, or with 1 added, where necessary.
+        """Returns a float32 tensor as GGUF stores it: permuted, or with 1 added, where necessary.
 
         Args:
           name: its name in Hugging Face.
@@ -300,12 +314,12 @@ def conversion(config: Mapping[str, Any]) -> Conversion:
 
 
 def _llama3_factors(config: _Config, rope: _Config) -> np.ndarray:
-    """Returns the divisors of the frequencies of Llama 3.1's rotation."""
+    """Returns the divisors of the frequencies of Llama 3.1's rotary embedding."""
     base, size = rope.number("rope_theta", 10000.0), config.head_size
     frequencies = base ** (-np.arange(0, size, 2) / size)
     length = rope.number("original_max_position_embeddings", 8192.0)
     factor = rope.number("factor", 8.0)
     low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
-    turns = length * frequencies / (2 * math.pi)
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    rotations = length * frequencies / (2 * math.pi)
+    smooth = np.clip((rotations - low) / (high - low), 0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)

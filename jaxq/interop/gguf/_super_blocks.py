@@ -50,7 +50,7 @@ def unpack_super_blocks(
     *leading, runs = (*data.shape[:-1], data.shape[-1] // layout.size)
     columns = layout.split(data.reshape(-1, layout.size))
     factors = tuple(halves_of(columns[f]).reshape(*leading, runs) for f in _FACTORS if f in columns)
-    fields = {n: layout.parts[n].read(own) for n, own in columns.items() if n not in _FACTORS}
+    fields = {n: layout.parts[n].read(x) for n, x in columns.items() if n not in _FACTORS}
     integers = integers_of(name, fields)
 
     def encoded(values: jax.Array, fmt: Format) -> jax.Array:

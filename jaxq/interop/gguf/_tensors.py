@@ -38,12 +38,19 @@ _QUANTIZERS = {**SMALL, **SEARCHED}
 @pytree(static=("type", "dtype"))
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """A tensor in the bytes of a GGUF file: a pytree with one array.
+    """A tensor in a block type of ggml, as the bytes of a GGUF file. A pytree with one array.
 
     Attributes:
       data: uint8 `[..., n / block · bytes per block]`.
       type: the name of the block type, in `jaxq.interop.gguf.TYPES`.
       dtype: the dtype of the dequantized tensor.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from jaxq.interop import gguf
+      >>> w = gguf.Packed(jnp.zeros((4, 144), jnp.uint8), "q4_k", np.dtype("float32"))
+      >>> w.shape, 8 * w.nbytes / (4 * 256)  # 4.5 bits per element
+      ((4, 256), 4.5)
     """
 
     data: jax.Array
@@ -97,9 +104,9 @@ def quantize(
     Args:
       x: a float array `[..., n]`.
       type: a name in `jaxq.interop.gguf.TYPES`, such as `"q4_k"`.
-      importance: the mean squares of the inputs that meet each column, float32 `[n]` or one row for
-        each index of leading axes, as in an importance matrix of llama.cpp. Types without a search
-        (`q8_0`, `mxfp4`, `nvfp4`, `tq1_0`, `tq2_0`) ignore it, as in ggml. Default: None.
+      importance: the mean square of the input of each column, float32 `[n]`, or one such row for
+        each index of the leading axes, as in an importance matrix of llama.cpp. Types without a
+        search (`q8_0`, `mxfp4`, `nvfp4`, `tq1_0`, `tq2_0`) ignore it, as in ggml. Default: None.
 
     Returns:
       The packed tensor.
@@ -216,7 +223,7 @@ def _quantize(
 
 
 def _without_minus_zero(x: jax.Array, type: str) -> jax.Array:
-    """Returns x with positive zeros only, as ggml's code for Q4_0 and Q5_0 sees them."""
+    """Returns x with 0 in place of -0 for Q4_0 and Q5_0, where ggml's code has the same effect."""
     if type not in ("q4_0", "q5_0"):
         return x
     bits, minus_zero = lax.bitcast_convert_type(x, jnp.uint32), np.uint32(1 << 31)
@@ -227,7 +234,7 @@ def _without_minus_zero(x: jax.Array, type: str) -> jax.Array:
 def dequantize(
     data: jax.typing.ArrayLike, type: str, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
-    """Returns the tensor that the bytes of a block type stand for, exactly as ggml computes it.
+    """Returns the values that the bytes of a block type represent, exactly as ggml computes them.
 
     Args:
       data: uint8 `[..., blocks · bytes per block]`.
@@ -235,12 +242,19 @@ def dequantize(
       dtype: the dtype of the result. Default: float32.
 
     Returns:
-      An array `[..., blocks · elements per block]`. For NVFP4, the tensor's own scale, which a file
-      holds as another tensor, is not applied.
+      An array `[..., blocks · elements per block]`. The scale of an NVFP4 tensor, which a file
+      stores as another tensor, is not applied.
 
     Raises:
       ValueError: the type is unknown, or the last axis does not hold whole blocks.
       TypeError: the data are not uint8.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxq.interop import gguf
+      >>> block = np.array([0x00, 0x38, *range(32)], np.uint8)  # The float16 scale 0.5, 32 codes.
+      >>> gguf.dequantize(block, "q8_0").tolist()[:4]
+      [0.0, 0.5, 1.0, 1.5]
     """
     layout = TYPES.find(type)
     data = jnp.asarray(data)
@@ -270,7 +284,7 @@ def fake_quant(
 ) -> jax.Array:
     """Returns a tensor rounded to a block type, with a straight-through gradient.
 
-    It equals `quantize(x, type).dequantize()` bit for bit.
+    The result equals `quantize(x, type).dequantize()` bit for bit.
 
     Args:
       x: a float array.
@@ -307,8 +321,8 @@ def fallback(type: str, length: int) -> str:
       length: the number of elements in a row.
 
     Returns:
-      The type itself if its blocks divide the row; else the type with blocks of 32 that llama.cpp
-      puts in its place, or `"f16"` if 32 does not divide the row either.
+      The type itself if its blocks divide the row; otherwise the type with blocks of 32 that
+      llama.cpp uses instead, or `"f16"` if 32 does not divide the row either.
 
     Example:
       >>> fallback("q4_k", 4096), fallback("q4_k", 576), fallback("q4_k", 100)

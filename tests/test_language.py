@@ -77,7 +77,6 @@ def test_spelling_is_american():
 NOT_CHECKED = frozenset(
     {
         "jaxq",
-        "jaxq.analysis.plots",
         "jaxq.cli",
         "jaxq.interop",
         "jaxq.interop.compressed_tensors",

@@ -24,6 +24,7 @@ class LloydMax(NamedTuple):
       mse: the mean squared error on numbers of variance one.
 
     Example:
+      >>> import numpy as np
       >>> best = lloyd_max(4)
       >>> codes = np.searchsorted(best.thresholds, [-2.0, 0.1])
       >>> codes.tolist(), best.levels[codes].round(4).tolist(), round(best.sqnr_db, 2)

@@ -34,6 +34,7 @@ class Tail(NamedTuple):
       second: the integral of x^2 f(x).
 
     Example:
+      >>> import numpy as np
       >>> mass, first, second = Gaussian().tail(np.array(2.0))
       >>> round(2 * float(second - 4 * first + 4 * mass), 4)  # The error of clipping at -2 and 2.
       0.0115
@@ -89,6 +90,7 @@ class Gaussian:
     """The normal distribution, a rough model of most weights.
 
     Example:
+      >>> import numpy as np
       >>> float(Gaussian().tail(np.zeros(())).mass)
       0.5
     """

@@ -73,16 +73,6 @@ def test_spelling_is_american():
     assert not bad, "\n".join(bad)
 
 
-# Packages whose docstrings are not complete yet. Only remove names from this set.
-NOT_CHECKED = frozenset(
-    {
-        "jaxq.analysis",
-        "jaxq.analysis.distributions",
-        "jaxq.analysis.plots",
-    }
-)
-
-
 def public_modules() -> Iterator[str]:
     """Yields the modules with public names: those whose path has no underscore."""
     yield "jaxq"
@@ -112,8 +102,6 @@ def is_error(value: Any) -> bool:
 
 @pytest.mark.parametrize("name", list(public_modules()))
 def test_public_docstrings_are_complete(name: str):
-    if name in NOT_CHECKED:
-        pytest.skip("docstrings of this package are not complete yet")
     module = importlib.import_module(name)
     bad = []
     for public in getattr(module, "__all__", []):

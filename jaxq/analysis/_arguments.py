@@ -44,8 +44,8 @@ def format_or_recipe(given: FormatOrRecipe) -> Format | Recipe:
     """Returns the format or the recipe with a name.
 
     Raises:
-      ValueError: neither a format nor a recipe has that name.
-      TypeError: the argument is not a name, format or recipe.
+      ValueError: if neither a format nor a recipe has that name.
+      TypeError: if the argument is not a name, a format or a recipe.
     """
     if isinstance(given, Recipe | Format):
         return given
@@ -144,8 +144,8 @@ def _within(end: float, outward: bool) -> np.float32:
 def spacing_exponent(x: jax.Array, fmt: Format) -> jax.Array:
     """Returns the int32 exponents k of the spacing 2^k between a format's values at each number.
 
-    The spacing is exact for floats and integers; for codebooks, posits and takums it is the power
-    of two at or below the distance between the two values around the number.
+    The spacing is exact for floats and integers; for codebooks, posits and takums it is the
+    largest power of two that does not exceed the distance between the two values around the number.
     """
     if isinstance(fmt, IntFormat):
         return jnp.full(x.shape, -fmt.fraction_bits, jnp.int32)

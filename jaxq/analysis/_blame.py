@@ -26,10 +26,21 @@ class BlameRow:
       product: the product's name, followed by the number of the layer in a scan over layers;
         `"all"` for the whole function, whose `_alone` columns are the errors of all recipes
         together and whose `_without` columns are 0.
-      loss_alone: the loss minus that in float, if only this product is quantized.
+      loss_alone: the loss minus the float loss, if only this product is quantized.
       gradient_alone: the error of the gradient, if only this product is quantized.
-      loss_without: the loss minus that in float, if all other products are quantized.
-      gradient_without: the error of the gradient, if all other products are quantized.
+      loss_without: the loss minus the float loss, if all products except this one are quantized.
+      gradient_without: the error of the gradient, if all products except this one are quantized.
+
+    Example:
+      >>> row = BlameRow(
+      ...     product="layers/up/3",
+      ...     loss_alone=0.01,
+      ...     gradient_alone=0.2,
+      ...     loss_without=0.05,
+      ...     gradient_without=0.4,
+      ... )
+      >>> row.gradient_alone < row.gradient_without  # The others together cause a larger error.
+      True
     """
 
     product: str
@@ -51,7 +62,7 @@ def blame(
     One program computes the loss and its gradient for every set of quantized products: none, all,
     each product alone, and all but each product. Flags choose the products, so the program is
     compiled once, and a product that is turned off takes as long as in float. For n products
-    (counted once per layer) the function takes the time of 2 n + 2 training steps.
+    (counted once per layer) the function takes the time of 2 n + 3 training steps.
 
     Args:
       loss: a function that returns a scalar, as in `jaxq.quantize_fn`.

@@ -22,6 +22,13 @@ class LloydMax(NamedTuple):
       levels: the levels, `[count]`, in ascending order.
       thresholds: the midpoints between neighboring levels, `[count - 1]`.
       mse: the mean squared error on numbers of variance one.
+
+    Example:
+      >>> import numpy as np
+      >>> best = lloyd_max(4)
+      >>> codes = np.searchsorted(best.thresholds, [-2.0, 0.1])
+      >>> codes.tolist(), best.levels[codes].round(4).tolist(), round(best.sqnr_db, 2)
+      ([0, 2], [-1.5104, 0.4528], 9.3)
     """
 
     levels: np.ndarray
@@ -155,6 +162,13 @@ class Clip(NamedTuple):
     Attributes:
       clip: the magnitude that maps to the format's largest value, in standard deviations.
       mse: the mean squared error with this clip on numbers of variance one.
+
+    Example:
+      >>> best = Clip(clip=3.5, mse=0.01)
+      >>> best.sqnr_db
+      20.0
+      >>> best.clip / 7  # The scale of int4, whose largest value is 7.
+      0.5
     """
 
     clip: float

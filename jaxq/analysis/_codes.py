@@ -29,9 +29,10 @@ def ulp_error(
 ) -> jax.Array:
     """Returns |y - x| in units in the last place of a format at x.
 
-    The unit is the spacing of the format's values in the binade of x: for smaller x the spacing of
-    the subnormals, and for larger x the spacing of the last binade. For codebooks, posits and
-    takums it is the power of two at or below the distance between the two values around x.
+    The unit is the spacing of the format's values in the binade of x. Below the normal values it is
+    the spacing of the subnormals, and beyond the largest value the spacing of the last binade. For
+    codebooks, posits and takums it is the largest power of two that does not exceed the distance
+    between the two values around x.
 
     Args:
       x: a float16, bfloat16 or float32 tensor of any shape.
@@ -68,13 +69,21 @@ def _ulp_error(x: jax.Array, y: jax.Array, fmt: Format) -> jax.Array:
 
 @named_tuple
 class CodeUsage(NamedTuple):
-    """The usage of each code.
+    """The usage of a format's codes, one value per block, or scalars for a whole tensor.
 
     Attributes:
-      counts: int32 counts of each code along the last axis, in the order of `jaxq.encode`'s codes.
+      counts: int32 counts; `counts[..., i]` is the number of elements with the code i, as
+        `jaxq.encode` returns it.
       used: the number of distinct codes that occur.
-      entropy: the entropy of the codes in bits, the limit of compressing them one by one.
+      entropy: the entropy of the codes in bits: the lowest average size to which an entropy coder
+        can compress them if it encodes each code on its own.
       efficiency: the entropy divided by the format's bits; 1 if all codes occur equally often.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> usage = code_usage(jnp.array([0.0, 1.0, 1.0, 3.0]), "uint2")
+      >>> int(usage.used), float(usage.efficiency)  # 3 of 4 codes, 1.5 of 2 bits.
+      (3, 0.75)
     """
 
     counts: jax.Array

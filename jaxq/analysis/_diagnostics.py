@@ -29,9 +29,17 @@ class Diagnostics(NamedTuple):
 
     Attributes:
       amax: the largest finite magnitude.
-      overflow: the fraction beyond the end of the format's grid by more than half its last step.
-      underflow: the fraction that is not 0 and becomes 0.
-      nonfinite: the fraction that is NaN or infinite; these are excluded from the other fields.
+      overflow: the fraction of elements beyond the end of the format's grid by more than half of
+        the grid's last step.
+      underflow: the fraction of elements that are not 0 and become 0.
+      nonfinite: the fraction of elements that are NaN or infinite. These elements do not count in
+        the other fields.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> seen = diagnostics(jnp.array([1e-9, 0.5, 8.0, 70000.0]), "float16")
+      >>> {name: float(value) for name, value in seen._asdict().items()}
+      {'amax': 70000.0, 'overflow': 0.25, 'underflow': 0.25, 'nonfinite': 0.0}
     """
 
     amax: jax.Array

@@ -26,6 +26,13 @@ class LiveRow(NamedTuple):
       value: the value in the last step with statistics.
       worst: the worst value since the table was made.
       step: the step of the worst value.
+
+    Example:
+      >>> row = LiveRow(
+      ...     statistic="sqnr_db", tensor="layers/up/3/lhs", value=31.0, worst=12.0, step=400
+      ... )
+      >>> f"{row.tensor} fell to {row.worst} dB in step {row.step}."
+      'layers/up/3/lhs fell to 12.0 dB in step 400.'
     """
 
     statistic: str

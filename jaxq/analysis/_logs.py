@@ -27,6 +27,11 @@ class LoggedRecipe(NamedTuple):
       name: the name of the recipe, or its format, granularity and other fields.
       largest: the largest value of its element format.
       smallest: the smallest positive value of its element format.
+
+    Example:
+      >>> recipe = LoggedRecipe(name="fp8_e4m3_tensor", largest=448.0, smallest=2**-9)
+      >>> 224.0 * recipe.smallest / recipe.largest  # The smallest value if the amax is 224.
+      0.0009765625
     """
 
     name: str
@@ -45,6 +50,12 @@ class Log:
         such as `"layers/up/gradient/cosine"`, and are NaN in steps without them.
       recipes: the recipes of the tensors by names such as `"layers/up/lhs"` and
         `"layers/up/dlhs/cotangent"`; tensors without a recipe are left out.
+
+    Example:
+      >>> import numpy as np
+      >>> log = Log(np.array([0, 10, 20]), {"up/lhs/sqnr_db": np.float32([31, 12, 30])})
+      >>> int(log.steps[log.values["up/lhs/sqnr_db"].argmin()])  # The step with the lowest SQNR.
+      10
     """
 
     steps: np.ndarray
@@ -171,7 +182,19 @@ def read_log(path: str | os.PathLike[str]) -> Log:
     Raises:
       ValueError: if the file is not a log, has another version, or has a damaged line.
 
-    Example: see `StatisticsLog`.
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq, pathlib, tempfile
+      >>> loss = lambda w, x: (x @ w).sum()
+      >>> w, x = jnp.eye(2), jnp.ones((1, 2))
+      >>> state = jaxq.analysis.monitor(loss, [])(w, x)
+      >>> seen = jax.jit(jax.grad(lambda s: jaxq.quantize_fn(loss, s)(w, x)))(state)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "run.log"
+      ...     StatisticsLog(path).append(0, seen)
+      ...     with path.open("a") as file:  # A crash while step 1 is written.
+      ...         size = file.write('{"step": 1')
+      ...     read_log(path).steps.tolist()
+      [0]
     """
     path = pathlib.Path(path)
     lines = path.read_bytes().split(b"\n")[:-1]

@@ -24,6 +24,11 @@ class Memory(NamedTuple):
       weights: the bytes of all parameters, including their scales.
       kv_cache: the bytes of the cached keys and values of all tokens.
       overhead: the bytes of everything else.
+
+    Example:
+      >>> gib = 2**30
+      >>> Memory(weights=6 * gib, kv_cache=2 * gib, overhead=1 * gib).total / gib
+      9.0
     """
 
     weights: float

@@ -55,6 +55,13 @@ class Comparison(NamedTuple):
       cosine: the cosine of the angle between x and y; 1 if both are 0, 0 if one of them is.
       lost: the fraction of the included elements that are NaN or infinite in y.
       skipped: the fraction of all elements that are excluded because x is NaN or infinite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([1.0, 2.0, jnp.inf, jnp.nan])
+      >>> c = compare(x, jnp.array([1.0, jnp.nan, 3.0, 4.0]))
+      >>> float(c.mse), float(c.lost), float(c.skipped)
+      (inf, 0.5, 0.5)
     """
 
     mse: jax.Array

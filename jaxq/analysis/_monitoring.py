@@ -356,9 +356,10 @@ def monitor(
     under that name, with one row per layer in a scan that slices parameters. If the name occurs
     twice or is that of a product, a number is added, as in `"hidden#2"`.
 
-    Not monitored are look-ups, products and marks in a `while` loop or in a function with a custom
-    derivative, and those that no floating-point result depends on differentiably, for example
-    because of `stop_gradient`. NaN and infinity are counted and left out of all other statistics.
+    Look-ups are not monitored. Products and marks are not monitored in a `while` loop, in a
+    function with a custom derivative, or if no floating-point result depends on them
+    differentiably, for example because of `stop_gradient`. NaN and infinity are counted and left
+    out of all other statistics.
 
     Args:
       fn: as in `jaxq.quantize_fn`.

@@ -28,21 +28,30 @@ _ZERO = np.float32(0)
 class QuantizationError(NamedTuple):
     """The error of a quantizer by cause, one value per block, or scalars for a whole tensor.
 
-    `clipped`, `flushed` and `rounded` are disjoint fractions of the finite elements; the remaining
-    elements are exact. `clip_mse` and `rounding_mse` add up to `errors.mse`.
+    `clipped`, `flushed` and `rounded` are fractions of the finite elements. No element counts in
+    more than one of them, and an element that counts in none is exact. `clip_mse` and
+    `rounding_mse` add up to `errors.mse`.
 
     Attributes:
       errors: the errors of the quantized tensor relative to the original.
-      clipped: the fraction beyond the end of the grid by more than half its last step, which
-        becomes the end of the grid, infinity or NaN.
-      flushed: the fraction that is not 0 and becomes 0.
-      rounded: the fraction of all other elements that change.
+      clipped: the fraction of elements beyond the end of the grid by more than half of its last
+        step. They become the end of the grid, infinity or NaN.
+      flushed: the fraction of elements that are not 0 and become 0.
+      rounded: the fraction of elements that change and are neither clipped nor flushed.
       clip_mse: the part of the mean squared error that is due to clipped elements.
       rounding_mse: the part of the mean squared error that is due to all other elements.
       mean_ulp: the mean error in units of the grid's spacing at the element; clipped elements use
         the spacing at the end of the grid.
       max_ulp: the largest error in the same units. With rounding to nearest it is at most 1/2 for
         elements that are not clipped, up to the rounding error of the scaling.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> e = quantization_error(jnp.array([0.0, 1.0, 2.25, 8.0]), "float4_e2m1fn")
+      >>> float(e.clip_mse), float(e.rounding_mse), float(e.errors.mse)
+      (1.0, 0.015625, 1.015625)
+      >>> float(e.max_ulp)  # 8 becomes 6, and the last step is 2.
+      1.0
     """
 
     errors: Comparison

@@ -27,6 +27,13 @@ class GradientError(NamedTuple):
       norm_ratio: |m| / |f|.
       error: |m - f| / |f|. Over many keys of a stochastic recipe this is its bias.
       deviation: the square root of the mean of |g_i - m|^2, relative to |f|; 0 for one sample.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> samples = {"w": jnp.array([[1.0, 3.0], [3.0, 5.0]])}  # Two samples, without bias.
+      >>> e = gradient_errors(samples, {"w": jnp.array([2.0, 4.0])}, sampled=True)["w"]
+      >>> float(e.error), round(float(e.deviation), 3)
+      (0.0, 0.316)
     """
 
     cosine: jax.Array
@@ -47,7 +54,8 @@ def gradient_errors(
         over keys of a stochastic recipe. Default: False.
 
     Returns:
-      A `GradientError` by the path of each parameter, its keys joined by slashes.
+      A dictionary with the `GradientError` of each parameter. Its keys are the paths of the
+      parameters in the tree, with slashes between the parts, such as `"layers/up"`.
 
     Raises:
       ValueError: if the trees or shapes differ.
@@ -93,6 +101,13 @@ class UpdateStatistics(NamedTuple):
       ratio: |update| / |parameter|.
       swamped: the fraction of the nonzero elements of the update that do not change the parameter,
         because the sum rounds to the old value in the parameter's dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.ones(4, jnp.bfloat16)}
+      >>> statistics = update_statistics({"w": jnp.full(4, 2**-10, jnp.bfloat16)}, params)["w"]
+      >>> float(statistics.ratio), float(statistics.swamped)  # All of the update is lost.
+      (0.0009765625, 1.0)
     """
 
     ratio: jax.Array
@@ -107,7 +122,8 @@ def update_statistics(updates: Any, params: Any) -> dict[str, UpdateStatistics]:
       params: the parameters before the step, a tree of the same structure.
 
     Returns:
-      An `UpdateStatistics` by the path of each parameter.
+      A dictionary with the `UpdateStatistics` of each parameter, with keys as in
+      `gradient_errors`.
 
     Raises:
       ValueError: if the trees or shapes differ.

@@ -29,9 +29,15 @@ class Tail(NamedTuple):
     """The integrals of the density f(x), of x f(x) and of x^2 f(x), from a bound to infinity.
 
     Attributes:
-      mass: the integral of f(x), which is a probability.
+      mass: the integral of f(x), which is the probability of a value above the bound.
       first: the integral of x f(x).
       second: the integral of x^2 f(x).
+
+    Example:
+      >>> import numpy as np
+      >>> mass, first, second = Gaussian().tail(np.array(2.0))
+      >>> round(2 * float(second - 4 * first + 4 * mass), 4)  # The error of clipping at -2 and 2.
+      0.0115
     """
 
     mass: np.ndarray
@@ -84,6 +90,7 @@ class Gaussian:
     """The normal distribution, a rough model of most weights.
 
     Example:
+      >>> import numpy as np
       >>> float(Gaussian().tail(np.zeros(())).mass)
       0.5
     """
@@ -213,11 +220,11 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class StudentT:
-    """Student's t-distribution, scaled to variance one: a heavy-tailed model of outliers.
+    """Student's t-distribution with variance one, a model of tensors with outliers.
 
     Attributes:
-      df: the degrees of freedom, above 2, where the variance is finite. Default: 5. At 4 or fewer,
-        a measured mean squared error has infinite variance and converges slowly.
+      df: the degrees of freedom, above 2, so that the variance is finite. Default: 5. With 4 or
+        fewer, a measured mean squared error has infinite variance and converges slowly.
 
     Raises:
       ValueError: if `df` is 2 or less, or infinite.

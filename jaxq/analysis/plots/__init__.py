@@ -1,7 +1,8 @@
 """Plots of formats, quantizers and their errors, as functions that return a matplotlib figure.
 
-They need matplotlib (`pip install matplotlib`), which is imported when a plot is drawn, and work
-without a display: `figure.savefig("picture.png")`. All numbers come from jaxq and `jaxq.analysis`.
+They need matplotlib (`pip install matplotlib`), which is imported when a plot is drawn. No display
+is needed: `figure.savefig("picture.png")` writes a file. All numbers come from jaxq and
+`jaxq.analysis`.
 
 To add a plot, write a function in the module of its topic, decorate it with `picture`, and list it
 in `PLOTS`, unless it draws a log. The first line of its docstring is its caption in `jaxq plot` and
@@ -16,16 +17,11 @@ from typing import TYPE_CHECKING
 from jaxq.analysis.plots._errors import chain_errors, outliers
 from jaxq.analysis.plots._layouts import bit_layouts
 from jaxq.analysis.plots._machines import fits, memory, memory_by_size
+from jaxq.analysis.plots._magnitudes import exponents_by_step, magnitudes_by_step
 from jaxq.analysis.plots._precision import range_and_precision, relative_error
 from jaxq.analysis.plots._rates import compression, sqnr_by_bits
 from jaxq.analysis.plots._tensors import channel_errors, quantized_values
-from jaxq.analysis.plots._training import (
-    exponents_by_step,
-    gradient_cosines,
-    magnitudes_by_step,
-    statistic_by_step,
-    statistics_map,
-)
+from jaxq.analysis.plots._training import gradient_cosines, statistic_by_step, statistics_map
 from jaxq.analysis.plots._values import number_line
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ def outliers(
       fmt: the element format or its name, as in `jaxq.get_format`. Default: `"int4"`.
       count: the number of outliers. Default: None, one in a thousand.
       magnitude: the magnitude of the outliers, in standard deviations of x. Default: 30.
-      seed: the seed of the outliers' positions, sizes and signs.
+      seed: the seed of the outliers' positions, sizes and signs. Default: 0.
       title: a title above the plot.
       size: the width and height in inches.
 
@@ -63,8 +63,14 @@ def outliers(
 
     Raises:
       TypeError: if x has another dtype.
-      ValueError: if x is not finite or constant, 32 does not divide its last axis, or `count` is
-        below 1 or above a quarter of the numbers.
+      ValueError: if x is constant or not finite, if the length of its last axis is not a multiple
+        of 32, or if `count` is below 1 or above a quarter of the numbers.
+
+    Example:
+      >>> import numpy as np
+      >>> figure = outliers(np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32))
+      >>> [label.get_text() for label in figure.axes[1].get_yticklabels()][1:4]
+      ['with outliers', 'one scale per channel', 'blocks of 32']
     """
     from matplotlib.patches import Patch
 
@@ -205,6 +211,7 @@ def chain_errors(
       ValueError: if a step is unknown, there are no steps, or x is not finite.
 
     Example:
+      >>> import numpy as np
       >>> figure = chain_errors(np.float32([0.3, 2.0]), ["float16", "int8_tensor"])
       >>> [text.get_text() for text in figure.axes[0].get_xticklabels()]
       ['float16', 'int8_tensor']

@@ -135,6 +135,7 @@ def compression(
       ValueError: if x is empty or not finite, a recipe does not fit, or no ratio is finite.
 
     Example:
+      >>> import numpy as np
       >>> x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
       >>> figure = compression(x, ["int8_tensor", "int4_g64", "nf4_g64"])
       >>> figure.axes[0].get_xlabel()

@@ -71,6 +71,7 @@ def quantized_values(
       ValueError: if x is empty or not finite, or the recipe does not fit.
 
     Example:
+      >>> import numpy as np
       >>> figure = quantized_values(np.linspace(-1, 1, 64, dtype=np.float32), "int2_g64")
       >>> len(figure.axes)
       3
@@ -161,6 +162,7 @@ def channel_errors(
       ValueError: if x is empty or not finite, or a recipe or the axis does not fit.
 
     Example:
+      >>> import numpy as np
       >>> x = np.float32([[1, 10, 100], [0.7, -6, 50]])
       >>> figure = channel_errors(x)
       >>> len(figure.axes[0].get_lines())

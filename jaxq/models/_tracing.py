@@ -101,9 +101,8 @@ def trace(
         for leaf in arrays
     ]
     try:
-        with jax.disable_jit(
-            False
-        ):  # `disable_jit` would unroll loops, which changes states and keys.
+        # `disable_jit` would unroll loops, which changes states and keys.
+        with jax.disable_jit(False):
             jaxpr = jax.make_jaxpr(flat)(*shapes)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         message = str(error).split("\n")[0].rstrip(".")

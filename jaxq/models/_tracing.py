@@ -91,8 +91,8 @@ def trace(
         full = [leaf for _, leaf in leaves]
         for i, array in zip(places, arrays, strict=True):
             full[i] = array
-        module_leaves, args, kwargs = jax.tree_util.tree_unflatten(structure, full)
-        out, results["tree"] = jax.tree.flatten((module_leaves if module else fn)(*args, **kwargs))
+        function, args, kwargs = jax.tree_util.tree_unflatten(structure, full)
+        out, results["tree"] = jax.tree.flatten((function if module else fn)(*args, **kwargs))
         results["leaves"] = [None if compat.is_array(leaf) else leaf for leaf in out]
         return [leaf for leaf in out if compat.is_array(leaf)]
 

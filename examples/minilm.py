@@ -153,18 +153,18 @@ def picture(results: Sequence[Result]) -> common.Figure:
     by_bits = sorted((r for r in results if not r.reason), key=lambda r: (r.bits, r.weights.cosine))
     rows = [*(r for r in results if r.reason), *by_bits]
     height = 0.21 * len(rows) + 0.9
-    figure, (left, right) = plt.subplots(
+    figure, (upper, lower) = plt.subplots(
         2, 1, figsize=(9, height + 6.5), layout="constrained", height_ratios=(height, 6.5)
     )
     for part, (label, color, marker) in PARTS.items():
         errors = {r.name: 1 - getattr(r, part).cosine for r in by_bits}
         for height, r in enumerate(rows):
             if r.name in errors:
-                left.plot(errors[r.name], height, marker, color=color, markersize=5)
+                upper.plot(errors[r.name], height, marker, color=color, markersize=5)
         points = sorted((r.bits, errors[r.name], r.name) for r in by_bits)
         # Points whose error is at least 1 % smaller than that of all points with fewer bits.
         frontier = [p for i, p in enumerate(points) if all(p[1] < 0.99 * q[1] for q in points[:i])]
-        right.plot(
+        lower.plot(
             *zip(*((bits, error) for bits, error, _ in points), strict=True),
             marker,
             color=color,
@@ -172,16 +172,16 @@ def picture(results: Sequence[Result]) -> common.Figure:
             label=label,
         )
         bits, best, _ = zip(*frontier, strict=True)
-        right.step((*bits, 10), (*best, best[-1]), where="post", color=color, alpha=0.4)
+        lower.step((*bits, 10), (*best, best[-1]), where="post", color=color, alpha=0.4)
         if part == "weights":
             for point in frontier:
-                right.annotate(
+                lower.annotate(
                     point[2], point[:2], (-6, 2), textcoords="offset points", ha="right", fontsize=8
                 )
-    margin = left.get_yaxis_transform()  # x in fractions of the axes' width, y in data units.
+    margin = upper.get_yaxis_transform()  # x in fractions of the axes' width, y in data units.
     for height, r in enumerate(rows):
         if r.reason:
-            left.text(
+            upper.text(
                 0.02,
                 height,
                 "its block size does not divide an axis",
@@ -191,25 +191,25 @@ def picture(results: Sequence[Result]) -> common.Figure:
             )
             continue
         ends = [1 - r.weights.cosine, 1 - r.activations.cosine]
-        left.plot(ends, [height] * 2, color="#dddddd", linewidth=5, zorder=1)
-        left.text(1.08, height, f"{r.bits:.2f}", transform=margin, va="center", ha="right")
-    left.text(1.08, len(rows), "bits", transform=margin, ha="right", color=GRAY)
-    left.set_yticks(range(len(rows)), [r.name for r in rows], fontsize=8)
-    left.set_ylim(-0.7, len(rows) - 0.3)
-    left.tick_params(left=False)
-    right.set_xscale("log", base=2)
-    right.set_xticks([1, 2, 3, 4, 5, 6, 8], ["1", "2", "3", "4", "5", "6", "8"])
-    right.set_xlim(0.8, 10)
-    right.set_xlabel("bits per weight, including scales")
-    right.set_title("Cosine by bits, best recipes connected", loc="left")
-    right.legend(loc="upper left", frameon=False)
-    left.legend(*right.get_legend_handles_labels(), loc="lower right", frameon=False)
-    left.set_xlabel("mean cosine to the float32 embeddings")
-    left.set_title("all-MiniLM-L6-v2 with every named recipe", loc="left")
-    left.set_xscale("log")
-    right.set_yscale("log")
+        upper.plot(ends, [height] * 2, color="#dddddd", linewidth=5, zorder=1)
+        upper.text(1.08, height, f"{r.bits:.2f}", transform=margin, va="center", ha="right")
+    upper.text(1.08, len(rows), "bits", transform=margin, ha="right", color=GRAY)
+    upper.set_yticks(range(len(rows)), [r.name for r in rows], fontsize=8)
+    upper.set_ylim(-0.7, len(rows) - 0.3)
+    upper.tick_params(left=False)
+    lower.set_xscale("log", base=2)
+    lower.set_xticks([1, 2, 3, 4, 5, 6, 8], ["1", "2", "3", "4", "5", "6", "8"])
+    lower.set_xlim(0.8, 10)
+    lower.set_xlabel("bits per weight, including scales")
+    lower.set_title("Cosine by bits, best recipes connected", loc="left")
+    lower.legend(loc="upper left", frameon=False)
+    upper.legend(*lower.get_legend_handles_labels(), loc="lower right", frameon=False)
+    upper.set_xlabel("mean cosine to the float32 embeddings")
+    upper.set_title("all-MiniLM-L6-v2 with every named recipe", loc="left")
+    upper.set_xscale("log")
+    lower.set_yscale("log")
     ticks = [1e-4, 1e-3, 1e-2, 1e-1, 1]
-    for axes, axis in ((left, left.xaxis), (right, right.yaxis)):
+    for axes, axis in ((upper, upper.xaxis), (lower, lower.yaxis)):
         axis.set_ticks(ticks, [f"{1 - tick:.6g}" for tick in ticks])
         axis.set_minor_locator(ticker.NullLocator())
         axis.set_inverted(True)

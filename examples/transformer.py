@@ -237,48 +237,48 @@ def table(results: Sequence[Result]) -> common.Table:
 
 def picture(results: Sequence[Result]) -> common.Figure:
     """Draws the losses over steps and, below them, the final differences to float32."""
-    figure, (left, right) = plt.subplots(
+    figure, (upper, lower) = plt.subplots(
         2, 1, figsize=(9, 8), layout="constrained", height_ratios=(1, 1.2)
     )
     for r in results:
         mean = r.held_out.mean(0)
-        left.plot(
+        upper.plot(
             r.steps,
             mean,
             color=r.configuration.color,
             linestyle=r.configuration.line,
             linewidth=1.6,
         )
-    left.set_ylim(top=5.2)
-    left.set_xlim(0, results[0].steps[-1])
-    left.set_xlabel("step")
-    left.set_title("Loss on held-out text, bits per byte", loc="left")
+    upper.set_ylim(top=5.2)
+    upper.set_xlim(0, results[0].steps[-1])
+    upper.set_xlabel("step")
+    upper.set_title("Loss on held-out text, bits per byte", loc="left")
 
     rows = list(reversed(results))
     heights = np.arange(len(rows))
     gaps = np.array([r.difference(results[0]) for r in rows])
     for height, each, r in zip(heights, gaps, rows, strict=True):
         gap, label = each.mean(), f"{each.mean():+.3f}"
-        right.plot(
+        lower.plot(
             [0, gap], [height, height], color=r.configuration.color, linestyle=r.configuration.line
         )
-        right.plot(each, np.full_like(each, height), "|", color=r.configuration.color, markersize=9)
-        right.plot(gap, height, "o", color=r.configuration.color)
+        lower.plot(each, np.full_like(each, height), "|", color=r.configuration.color, markersize=9)
+        lower.plot(gap, height, "o", color=r.configuration.color)
         position = max(0, *each), height
-        right.annotate(label, position, (8, 0), textcoords="offset points", va="center")
-    right.axvline(0, color=GRAY, linewidth=1)
-    right.set_xlim(right=max(0.02, gaps.max()) * 1.25)
-    right.set_ylim(-0.6, len(rows) - 0.4)
-    right.set_yticks(heights, [r.configuration.label for r in rows])
-    right.tick_params(left=False)
-    right.set_xlabel("bits per byte above float32")
+        lower.annotate(label, position, (8, 0), textcoords="offset points", va="center")
+    lower.axvline(0, color=GRAY, linewidth=1)
+    lower.set_xlim(right=max(0.02, gaps.max()) * 1.25)
+    lower.set_ylim(-0.6, len(rows) - 0.4)
+    lower.set_yticks(heights, [r.configuration.label for r in rows])
+    lower.tick_params(left=False)
+    lower.set_xlabel("bits per byte above float32")
     base = results[0].held_out[:, -1].mean()
-    right.set_title(f"Final loss ({base:.2f} in float32), one mark per seed", loc="left")
-    for axes in (left, right):
+    lower.set_title(f"Final loss ({base:.2f} in float32), one mark per seed", loc="left")
+    for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y" if axes is left else "x", color="#eeeeee")
+        axes.grid(axis="y" if axes is upper else "x", color="#eeeeee")
         axes.set_axisbelow(True)
-    right.spines["left"].set_visible(False)
+    lower.spines["left"].set_visible(False)
     return figure
 
 

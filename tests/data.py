@@ -76,7 +76,7 @@ def recipe_features(recipe: jaxq.Recipe) -> set:
     }
 
 
-def is_bounded(recipe: jaxq.Recipe) -> bool:
+def has_narrow_scales(recipe: jaxq.Recipe) -> bool:
     """Returns whether scales are narrow copies, which may be 0 or infinite."""
     scaling = recipe.scaling
     return scaling.searches_elements or (not scaling.stored and recipe.scale_format.bits < 32)

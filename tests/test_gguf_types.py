@@ -38,8 +38,7 @@ def test_bytes_equal_libgguf(name: str):
 IMPORTANT = sorted(name.split()[0] for name in GOLDEN if "importance" in name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", IMPORTANT)
+@pytest.mark.parametrize("name", data.each(IMPORTANT, ["q4_0"]))
 def test_bytes_with_an_importance_matrix_equal_libgguf(name: str):
     got = gguf.quantize(X, name, importance=IMPORTANCE)
     np.testing.assert_array_equal(got.data, GOLDEN[f"{name} importance"])

@@ -73,7 +73,7 @@ def product_with_gradients(name: str):
 
 
 # Lines of StableHLO of a product with both gradients, which bound the time to compile it.
-LINES = {"w8a8": 335, "int8_training": 930, "mxfp8_training": 590, "nvfp4_training": 1770}
+LINES = {"w8a8": 326, "int8_training": 906, "mxfp8_training": 573, "nvfp4_training": 1751}
 
 
 @pytest.mark.parametrize("name", data.each(LINES, ["nvfp4_training"]))
@@ -184,9 +184,7 @@ def test_first_program_compiles_once():
 
 
 @pytest.mark.parametrize("name", data.each(data.structures(), data.few()))
-def test_quantizer_temporaries_have_size_of_scales(name: str):
-    if jaxq.get_recipe(name).scaling.searches_elements:
-        pytest.skip("a search holds blocks of elements and their codes")
+def test_quantizer_temporaries_are_bounded(name: str):
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
 
     def both(x, cotangent):
@@ -197,6 +195,8 @@ def test_quantizer_temporaries_have_size_of_scales(name: str):
     blocks = np.prod(jaxq.get_recipe(name).cut(x.shape).counts)
     # Range, scale, inverse scale and zero point of each block, or partial maxima of long rows.
     bound = 36 * blocks + 9 * x.size // 32
+    if jaxq.get_recipe(name).scaling.searches_elements:  # Also the elements in blocks, and codes.
+        bound = 10 * x.size
     assert compiled.memory_analysis().temp_size_in_bytes <= bound
 
 

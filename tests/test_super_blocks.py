@@ -93,7 +93,6 @@ def test_stored_tensor_is_cut_and_sharded_in_super_blocks():
         assert_same(placed.dequantize(), values)
 
 
-@pytest.mark.slow
 def test_codes_of_slices_may_be_the_lowest():
     q = UNPACK(GOLDEN["q3_k"].reshape(6, -1), "q3_k")
     part = slices(q)
@@ -102,7 +101,6 @@ def test_codes_of_slices_may_be_the_lowest():
     assert_same(part.take(0, 0, 6), q.dequantize())
 
 
-@pytest.mark.slow
 def test_slices_of_tables_equal_the_whole():
     q = UNPACK(GOLDEN["iq4_xs"].reshape(6, -1), "iq4_xs")
     part = slices(q)
@@ -110,7 +108,6 @@ def test_slices_of_tables_equal_the_whole():
     assert_same(part.take(1, 256, 256), q.dequantize()[:, 256:])
 
 
-@pytest.mark.slow
 def test_importance_of_calibration_data_reaches_the_search():
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((32, 256)) * np.sqrt(IMPORTANCE)).astype(np.float32)
@@ -139,7 +136,6 @@ def test_parts_of_a_fused_leaf_have_their_own_importance():
     np.testing.assert_array_equal(packed.dequantize().T, np.concatenate([first, second]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0, 256), (3, 0)])
 def test_empty_tensors_stay_empty(shape: tuple[int, ...]):
     q = jaxq.quantize(np.zeros(shape, np.float32), "q4_k")
@@ -147,7 +143,6 @@ def test_empty_tensors_stay_empty(shape: tuple[int, ...]):
     assert q.nbytes == 0
 
 
-@pytest.mark.slow
 def test_another_rounding_mode_rounds_by_the_stored_scales():
     down = jaxq.Recipe("int6", jaxq.PerBlock(16), SuperBlocks("q6_k"), rounding="down")
     y, want = jaxq.quantize(X, down), gguf.unpack(GOLDEN["q6_k"], "q6_k")

@@ -16,13 +16,12 @@ from jaxq._ggml.blocks import (
 )
 from jaxq._ggml.searches import EPS, largest, levels, nearest, product, quotient, sums
 from jaxq._jax.arithmetic import rounded
-from jaxq.formats import CodebookFormat, get_format
+from jaxq.formats import get_format
 
 __all__ = ["iq4_nl", "iq4_xs"]
 
-_FORMAT = get_format("iq4")
-assert isinstance(_FORMAT, CodebookFormat)
-_IQ4 = np.array(_FORMAT.levels).astype(np.int64)
+# Codes are in the order of their values.
+_IQ4 = get_format("iq4").values.astype(np.int64)
 
 
 def _iq4_scales(x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -89,18 +89,16 @@ def _divide_in_integers(a: jax.Array, b: jax.Array, quotient: Callable = lax.div
     approximate = quotient(layout.floats(a_bits & low | one), layout.floats(b_bits & low | one))
     # The 24-bit quotient, too low by 0 to 6, and its remainder. The two products may overflow, but
     # their difference is exact.
-    integer_quotient = (approximate * (1 + below).astype(jnp.float32) * np.float32(2**23)).astype(
-        jnp.int32
-    ) - 3
-    remainder = (a_significand << (23 + below)) - integer_quotient * b_significand
+    scaled = approximate * (1 + below).astype(jnp.float32) * np.float32(2**23)
+    integer = scaled.astype(jnp.int32) - 3
+    remainder = (a_significand << (23 + below)) - integer * b_significand
     for step in (4, 2, 1):
         more = (remainder >= b_significand * step).astype(jnp.int32) * step
-        integer_quotient, remainder = integer_quotient + more, remainder - b_significand * more
-    integer_quotient = integer_quotient + (2 * remainder > b_significand).astype(
-        jnp.int32
-    )  # A quotient is never half way.
-    exponent = (a_bits >> 23) - (b_bits >> 23) - below + (integer_quotient >> 24) + layout.bias
-    magnitude = (exponent << 23) + (integer_quotient & low)
+        integer, remainder = integer + more, remainder - b_significand * more
+    # A quotient is never half way between two integers.
+    integer = integer + (2 * remainder > b_significand).astype(jnp.int32)
+    exponent = (a_bits >> 23) - (b_bits >> 23) - below + (integer >> 24) + layout.bias
+    magnitude = (exponent << 23) + (integer & low)
     infinite = (exponent > 2 * layout.bias) | (a_bits == layout.inf)
     magnitude = where(infinite, layout.inf, magnitude)
     zero = (exponent < 1) | (a_bits <= low) | (b_bits == layout.inf)

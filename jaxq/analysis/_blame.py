@@ -98,9 +98,8 @@ def blame(
             def value(params: Any, mask: jax.Array) -> Any:
                 arguments = [*args]
                 arguments[argnums] = params
-                return quantize_fn(loss, state.with_flags(mask), argnums=argnums, key=key)(
-                    *arguments
-                )
+                quantized = quantize_fn(loss, state.with_flags(mask), argnums=argnums, key=key)
+                return quantized(*arguments)
 
             def step(mask: jax.Array) -> Any:
                 return jax.value_and_grad(value)(args[argnums], mask)

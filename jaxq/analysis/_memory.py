@@ -160,12 +160,12 @@ def memory_table(
             "memory_table: either `model` or `params`, a number of parameters, must be given, got "
             f"{'neither' if model is None else 'both'}."
         )
-    size_or_model = params if model is None else model
-    assert size_or_model is not None
+    spec = params if model is None else model
+    assert spec is not None
     rows = []
     for recipe in recipes:
         m = memory(
-            size_or_model,
+            spec,
             recipe,
             context=context,
             batch=batch,
@@ -173,17 +173,13 @@ def memory_table(
             embeddings=embeddings,
             overhead=overhead,
         )
-        count = (
-            size_or_model
-            if not isinstance(size_or_model, str | Model)
-            else _parameters(size_or_model)
-        )
+        count = _parameters(spec) if isinstance(spec, str | Model) else spec
         holding = [d for d in DEVICES.values() if d.memory >= m.total]
         smallest = min(holding, key=lambda d: d.gib).name if holding else "none alone"
         bits = 8 * m.weights / count if count else math.nan
         rows.append(
             MemoryRow(
-                model=_title(size_or_model),
+                model=_title(spec),
                 recipe=label(recipe),
                 bits=bits,
                 weights_gib=m.weights / 2**30,

@@ -190,10 +190,8 @@ def measure(
     up = where(e_top == 0, none, top_exponent + layout.int_type(_LIFT * layout.bias) - e_top)
     spread = [v if per is None else to_elements(v, x, cut) for v in (*exponents, up)]
     a, b, all_x = (_lifted(v, k, layout) for v, k in zip((x, y, x), spread[:3], strict=True))
-    a, b, all_x = (
-        where(nonzero_count, v, zero)
-        for nonzero_count, v in ((both_finite, a), (both_finite, b), (x_finite, all_x))
-    )
+    pairs = ((both_finite, a), (both_finite, b), (x_finite, all_x))
+    a, b, all_x = (where(mask, v, zero) for mask, v in pairs)
     exponent = lax.clamp(
         layout.int_type(1 - layout.bias),
         difference.exponent + spread[3],
@@ -207,20 +205,9 @@ def measure(
     arrays = [error * error, error, relative, all_x * all_x, a * a, b * b, a * b, error]
     arrays += [v.astype(x.dtype) for v in (x_finite, both_finite, nonzero)]
     sums = over_blocks(arrays, cut, per, [lax.add] * 7 + [lax.max] + [lax.add] * 3)
-    (
-        squares,
-        total,
-        ratio,
-        signal,
-        x_energy,
-        y_energy,
-        inner,
-        largest,
-        count,
-        kept_count,
-        nonzero_count,
-    ) = sums
-    n, lost = lax.max(count, one), count - kept_count
+    squares, total, ratio, signal, x_energy, y_energy, inner, largest, *counts = sums
+    count, both_count, nonzero_count = counts
+    n, lost = lax.max(count, one), count - both_count
     size = _sizes(cut, per, x.dtype)
     infinite = layout.float_type(np.inf)
 

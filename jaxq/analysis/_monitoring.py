@@ -119,11 +119,8 @@ class Monitoring:
         if self.every < 1:
             raise ValueError(f"Monitoring: `every` must be at least 1, got {self.every}.")
         counterfactuals = self.counterfactuals
-        counterfactuals = (
-            (counterfactuals,)
-            if isinstance(counterfactuals, str | Recipe | Format)
-            else counterfactuals
-        )
+        if isinstance(counterfactuals, str | Recipe | Format):
+            counterfactuals = (counterfactuals,)
         object.__setattr__(self, "counterfactuals", tuple(map(_counterfactual, counterfactuals)))
         self._check_counterfactuals()
 

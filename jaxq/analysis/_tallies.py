@@ -192,7 +192,7 @@ def _totals(
         if "cosine" in asked:
             values["y"] = scaled("y", y, kept)
             pairs |= {"energy": ("y", "y"), "inner": ("x", "y")}
-    # JAX sorts the keys of a dictionary, so that XLA does not have to reorder the results.
+    # In the order of a row, which is sorted by name, so that XLA does not have to reorder the sums.
     pairs = dict(sorted(pairs.items()))
     terms = [
         math.prod([values[part] for part in parts[1:]], start=values[parts[0]])

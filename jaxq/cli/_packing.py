@@ -59,11 +59,9 @@ def pack_in_pieces(
             )
         at = 0
         for piece, count in pieces_of(part):
-            piece_importance = (
-                None
-                if part_importance is None
-                else _cut_importance(part_importance, at, piece.size)
-            )
+            piece_importance = None
+            if part_importance is not None:
+                piece_importance = _cut_importance(part_importance, at, piece.size)
             data, error = (
                 np.asarray(a) for a in _packed(piece.reshape(-1, _ROW), type, piece_importance)
             )

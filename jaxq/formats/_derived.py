@@ -18,7 +18,7 @@ def require(owner: str, name: str, ok: bool, requirement: str, got: object) -> N
 
 
 def width(owner: str, name: str, argument: str, value: object, remedy: str) -> int:
-    """Returns a width as a Python integer; raises a TypeError for others, such as tracers."""
+    """Returns a width as a Python integer; raises a TypeError for other values, such as tracers."""
     if not isinstance(value, int | np.integer):
         got = "a traced value" if "Tracer" in type(value).__name__ else type(value).__name__
         raise TypeError(

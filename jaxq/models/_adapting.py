@@ -121,13 +121,11 @@ def adapter_product(
     ) -> tuple[jax.Array, list[int]]:
         lengths = [weight.shape[i] for i in axes]
         labels = [contraction.rhs[i] for i in axes]
-        matrix_shape = [*lengths, adapter.rank] if first else [adapter.rank, *lengths]
+        lengths = [*lengths, adapter.rank] if first else [adapter.rank, *lengths]
+        labels = [*labels, rank] if first else [rank, *labels]
         leading = [weight.shape[i] for i in batch]
-        matrix_labels = [*labels, rank] if first else [rank, *labels]
-        return matrix.reshape(*leading, *matrix_shape), [
-            *(contraction.rhs[i] for i in batch),
-            *matrix_labels,
-        ]
+        batch_labels = [contraction.rhs[i] for i in batch]
+        return matrix.reshape(*leading, *lengths), [*batch_labels, *labels]
 
     a, a_labels = unmerge(adapter.a, contract, True)
     b, b_labels = unmerge(adapter.b, free, False)

@@ -199,13 +199,9 @@ def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array])
     assert extra.vectors is not None
     assert assigned.factor is not None
     input_index = int(assigned.swapped)
-    x, factor, axes = (
-        arrays[input_index],
-        extra.vectors[assigned.factor],
-        contraction_of(eqn).axes[input_index],
-    )
+    x, axes = arrays[input_index], contraction_of(eqn).axes[input_index]
     order = (*axes.batch, *axes.contract)
-    factor = factor.reshape([x.shape[axis] for axis in order])
+    factor = extra.vectors[assigned.factor].reshape([x.shape[axis] for axis in order])
     factor = factor.transpose(tuple(np.argsort(order).tolist()))
     factor = jnp.expand_dims(factor, axes.free)
     with compat.within(eqn):

@@ -117,15 +117,11 @@ def _packed(traced: Traced) -> dict[int, Quantized]:
 def _check_state(owner: str, rules: Rules, chosen: Sequence[Assigned | None]) -> None:
     """Checks that a state has an entry for every product that takes scales from it."""
     if isinstance(rules, Frozen):
-        required, available = (
-            [a for a in chosen if a is not None and any(a.calibrated)],
-            rules.scales,
-        )
+        required = [a for a in chosen if a is not None and any(a.calibrated)]
+        available: Mapping[str, Any] = rules.scales
     elif isinstance(rules, Delayed):
-        required, available = (
-            [a for a in chosen if a is not None and any(a.delayed)],
-            rules.histories,
-        )
+        required = [a for a in chosen if a is not None and any(a.delayed)]
+        available = rules.histories
     elif isinstance(rules, Adapted):
         _check_adapters(owner, rules, chosen)
         return

@@ -148,28 +148,23 @@ def read(jaxpr: Any, origins: Sequence[Origin | None]) -> Reading:
     """
     products: list[Product] = []
     node, _ = _read(jaxpr, origins, _Frame(), products)
-    name_counts: dict[str, int] = {}
+    counts: dict[str, int] = {}
+
+    def distinct(name: str) -> str:
+        """Returns a name, with a number if earlier products or marks have the same name."""
+        counts[name] = counts.get(name, 0) + 1
+        return name if counts[name] == 1 else f"{name}#{counts[name]}"
+
     for number, product in enumerate(products):
         weight_names = [o.name for o in reversed(product.origins) if o is not None]
         for part in {n for o in product.origins if o is not None for n in o.products}:
             products[part].within += (product,)
-        base_name = (
-            weight_names[0]
-            if weight_names
-            else "/".join(filter(None, (product.scope, product.operation)))
-        )
-        name_counts[base_name] = name_counts.get(base_name, 0) + 1
-        product.name = (
-            base_name if name_counts[base_name] == 1 else f"{base_name}#{name_counts[base_name]}"
-        )
+        path = "/".join(filter(None, (product.scope, product.operation)))
+        product.name = distinct(weight_names[0] if weight_names else path)
         product.number = number
     marks = list(_marks(node))
     for mark in marks:
-        base_name = mark.name
-        name_counts[base_name] = name_counts.get(base_name, 0) + 1
-        mark.name = (
-            base_name if name_counts[base_name] == 1 else f"{base_name}#{name_counts[base_name]}"
-        )
+        mark.name = distinct(mark.name)
     return Reading(node, products, marks)
 
 

@@ -91,8 +91,8 @@ def trace(
         full = [leaf for _, leaf in leaves]
         for i, array in zip(places, arrays, strict=True):
             full[i] = array
-        module_leaves, args, kwargs = jax.tree_util.tree_unflatten(structure, full)
-        out, results["tree"] = jax.tree.flatten((module_leaves if module else fn)(*args, **kwargs))
+        function, args, kwargs = jax.tree_util.tree_unflatten(structure, full)
+        out, results["tree"] = jax.tree.flatten((function if module else fn)(*args, **kwargs))
         results["leaves"] = [None if compat.is_array(leaf) else leaf for leaf in out]
         return [leaf for leaf in out if compat.is_array(leaf)]
 
@@ -101,9 +101,8 @@ def trace(
         for leaf in arrays
     ]
     try:
-        with jax.disable_jit(
-            False
-        ):  # `disable_jit` would unroll loops, which changes states and keys.
+        # `disable_jit` would unroll loops, which changes states and keys.
+        with jax.disable_jit(False):
             jaxpr = jax.make_jaxpr(flat)(*shapes)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         message = str(error).split("\n")[0].rstrip(".")

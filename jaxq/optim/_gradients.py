@@ -102,12 +102,9 @@ def quantize_gradients(
                 rounded = fake_quant(total, recipe, key=own_key(recipe, now, i))
             gradients[i] = as_dtype(rounded, leaf.dtype)
             if residuals[i] is not None:
-                rounding_error = total - widen(gradients[i])
-                residuals[i] = jnp.where(
-                    jnp.isfinite(rounding_error), rounding_error, jnp.zeros_like(rounding_error)
-                )
-        return structure.unflatten(gradients), QuantizedGradients(
-            structure.unflatten(residuals), later
-        )
+                error = total - widen(gradients[i])
+                residuals[i] = jnp.where(jnp.isfinite(error), error, jnp.zeros_like(error))
+        state = QuantizedGradients(structure.unflatten(residuals), later)
+        return structure.unflatten(gradients), state
 
     return optax.GradientTransformation(init, update)

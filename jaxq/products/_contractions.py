@@ -100,19 +100,13 @@ class Contraction:
             tuple(self.rhs.index(label) for label in labels),
         )
 
-    def _axes(self, labels: tuple[int, ...], other_labels: tuple[int, ...]) -> Axes:
+    def _axes(self, labels: tuple[int, ...], other: tuple[int, ...]) -> Axes:
         def having(condition: Callable[[int], bool]) -> tuple[int, ...]:
             return tuple(labels.index(label) for label in sorted(labels) if condition(label))
 
         return Axes(
-            having(
-                lambda label: label == self.group or (label in self.out and label in other_labels)
-            ),
-            having(
-                lambda label: (
-                    label != self.group and label in self.out and label not in other_labels
-                )
-            ),
+            having(lambda label: label == self.group or (label in self.out and label in other)),
+            having(lambda label: label != self.group and label in self.out and label not in other),
             having(lambda label: label != self.group and label not in self.out),
         )
 

@@ -134,8 +134,7 @@ class ProductRecipe(SingleProduct):
     """The quantization of a product and of the two products of its gradient.
 
     The fields `lhs`, `rhs`, `hadamard` and `execution` describe the forward product, as in
-    `SingleProduct`. Given a cotangent g and a
-    residual of each operand, the gradient is defined as
+    `SingleProduct`. Given a cotangent g and a residual of each operand, the gradient is defined as
 
     - for lhs: the product of g and the residual of rhs, quantized by the recipe `dlhs`;
     - for rhs: the product of g and the residual of lhs, quantized by the recipe `drhs`;

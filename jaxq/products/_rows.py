@@ -130,10 +130,8 @@ def layouts_of(probe: Probe, running: Running, output: Recipe | None) -> PassLay
 
     def tallies_of(operands: Any, keys: Any, scales: Any) -> tuple[Tally, Tally]:
         traced = dataclasses.replace(running, operands=operands, keys=keys, scales=scales)
-        y, tensors = (
-            traced.operation.function(*operands, *traced.operation.arguments),
-            traced.forward,
-        )
+        y = traced.operation.function(*operands, *traced.operation.arguments)
+        tensors = traced.forward
         forward = probe.forward(traced, tensors, y, output)
         return forward, probe.backward(traced, tensors, traced.gradients(y, tensors), y)
 

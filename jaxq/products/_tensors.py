@@ -184,18 +184,16 @@ class Running:
         """
         operation, single = self._gradient(of), self.recipe.products.gradients[of]
         exact = operation.function(cotangent, operands[1 - of].value, *operation.arguments)
-        gradient_recipe, key = (
-            ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution),
-            self._keys.gradients[of],
-        )
-        residual, keys = self._residual(of, operands), None if key is None else key[None]
+        recipe = ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution)
+        residual, key = self._residual(of, operands), self._keys.gradients[of]
+        keys = None if key is None else key[None]
         scales = NO_SCALES._replace(forward=self.scales.gradients[of])
 
         def multiply(recipe: ProductRecipe) -> jax.Array:
             return product(operation, cotangent, residual, recipe, keys, scales)
 
-        wide = _with_wide_sums(gradient_recipe)
-        return Results(exact, None if wide is None else multiply(wide), multiply(gradient_recipe))
+        wide = _with_wide_sums(recipe)
+        return Results(exact, None if wide is None else multiply(wide), multiply(recipe))
 
     def _residual(self, of: int, operands: Operands) -> jax.Array:
         """Returns the residual from which the gradient of operand 0 or 1 is computed."""

@@ -223,7 +223,7 @@ class OWQ:
     order: str | None = "static"
 
     def __post_init__(self) -> None:
-        GPTQ(self.damping)
+        GPTQ(self.damping)  # Checks it.
         check_owq_order("OWQ", self.order)
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:

@@ -75,11 +75,9 @@ def given_scales(
     check_takes_scales(name, recipe)
     two_sided = recipe.scaling.two_sided
     if two_sided != (zero_point is not None):
-        requirement = (
-            "needs both `scale` and `zero_point`. Pass both."
-            if two_sided
-            else "takes no `zero_point`. Omit it."
-        )
+        requirement = "takes no `zero_point`. Omit it."
+        if two_sided:
+            requirement = "needs both `scale` and `zero_point`. Pass both."
         raise ValueError(f"{name}: a recipe with {recipe.scaling!r:.120} {requirement}")
     counts = recipe.cut(shape).counts
     result = []

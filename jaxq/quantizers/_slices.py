@@ -50,14 +50,15 @@ def slices(q: Quantized) -> Slices | None:
         lowest = q.recipe.scaling.run > 1 and isinstance(q.recipe.element, IntFormat)
         scaling = Symmetric(rule="half") if lowest else Symmetric()
         recipe = dataclasses.replace(q.recipe, scaling=scaling)
-        own = {"scale": scales(q), "zero_point": q.minima, "second": (), "recipe": recipe}
-        q = dataclasses.replace(q, **own)
+        fields = {"scale": scales(q), "zero_point": q.minima, "second": (), "recipe": recipe}
+        q = dataclasses.replace(q, **fields)
     cut, bits = q.cut, q.recipe.element.bits
-    codes_per_boundary = 8 // math.gcd(bits, 8)  # Codes on the last axis are cut between bytes.
+    # Codes on the last axis are cut between bytes.
+    codes_of_whole_bytes = 8 // math.gcd(bits, 8)
 
     def unit(axis: int) -> int:
         block = cut.block[axis] if cut.counts[axis] > 1 else 1
-        return math.lcm(block, codes_per_boundary) if axis == q.ndim - 1 else block
+        return math.lcm(block, codes_of_whole_bytes) if axis == q.ndim - 1 else block
 
     def take(axis: int, start: Any, size: int) -> jax.Array:
         def of(x: jax.Array, numerator: int = 1, denominator: int = 1) -> jax.Array:

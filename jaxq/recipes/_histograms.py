@@ -129,7 +129,6 @@ class Percentile(_OfHistogram):
     Attributes:
       percent: the percentage of magnitudes below the upper end, in (0, 100]. If two-sided, the
         percentage of values below the upper end and of values above the lower end.
-
       digits: the number of leading mantissa bits that define a bin, 1 to 12; 7 by default.
 
     Raises:

@@ -2,8 +2,8 @@
 
 A calibrator measures a tensor, merges two measurements, and computes a range from a measurement.
 `merge` is associative, and merging with `nothing` changes nothing, so that batches, devices and
-steps can be combined in any grouping (for `EMA`, in their order). A quantizer that is
-given no scales measures the tensor itself.
+steps can be combined in any grouping (for `EMA`, in their order). A quantizer that is given no
+scales measures the tensor itself.
 
 Ranges are pairs (low, high) in the layout of `Cut.spread`. Recipes with a zero point use a
 *two-sided* range; for other recipes the range is (-high, high), and only magnitudes count.
@@ -28,13 +28,7 @@ from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, Tapered
 from jaxq.numerics import BinaryGrid
 from jaxq.recipes._arithmetic import absmax, extrema, extremum, finite
 
-__all__ = [
-    "EMA",
-    "AbsMax",
-    "Calibrator",
-    "Extremum",
-    "Range",
-]
+__all__ = ["ALL_FORMATS", "EMA", "AbsMax", "Calibrator", "Extremum", "Range", "filled"]
 
 Range = tuple[jax.Array, jax.Array]
 

@@ -116,7 +116,7 @@ class Scaling:
       run: the number of consecutive blocks whose scales share a second scale and whole bytes; 1 if
         each scale has bytes of its own.
       is_local: True if the scales of a run of blocks depend on no element of another run.
-      largest_scale: the largest finite scale that can be stored.
+      largest_scale: the largest finite scale; infinity with a second level of float32 numbers.
 
     Example:
       >>> import jaxq
@@ -205,7 +205,7 @@ class Scaling:
 
     @property
     def largest_scale(self) -> float:
-        """The largest finite scale; infinity if only float32 limits it."""
+        """The largest finite scale; infinity with a second level, whose products have no bound."""
         return math.inf if self.second_level else get_format(self.scale_format).max
 
     @property

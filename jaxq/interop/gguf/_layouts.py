@@ -14,16 +14,25 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax.arithmetic import materialize
+from jaxq.formats import get_format
 from jaxq.interop.gguf._bits import gather, halves, join_halves, spread
 
-__all__ = ["E2M1", "LAYOUTS", "Fields", "Layout", "e8m0_half", "two_scales"]
-__all__ += ["two_scales_bytes", "ue4m3_half"]
+__all__ = [
+    "E2M1",
+    "LAYOUTS",
+    "Fields",
+    "Layout",
+    "e8m0_half",
+    "two_scales",
+    "two_scales_bytes",
+    "ue4m3_half",
+]
 
 Fields = Mapping[str, jax.Array]
 Reader = Callable[[jax.Array], jax.Array]
 Writer = Callable[[jax.Array], jax.Array]
 
-_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+_IQ4 = get_format("iq4").values  # Codes are in the order of their values.
 E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # Doubled.
 
 

@@ -73,7 +73,7 @@ def product_with_gradients(name: str):
 
 
 # Lines of StableHLO of a product with both gradients, which bound the time to compile it.
-LINES = {"w8a8": 326, "int8_training": 906, "mxfp8_training": 573, "nvfp4_training": 1751}
+LINES = {"w8a8": 329, "int8_training": 918, "mxfp8_training": 573, "nvfp4_training": 1757}
 
 
 @pytest.mark.parametrize("name", data.each(LINES, ["nvfp4_training"]))

@@ -114,6 +114,8 @@ def total(x: jax.Array, cut: Cut) -> jax.Array:
         x, axes = x.reshape(*x.shape[:-1], n // _NEIGHBORS, _NEIGHBORS), (*axes, x.ndim)
     whole = lax.round(x * np.float32(2.0**24), lax.RoundingMethod.TO_NEAREST_EVEN)
     sums = _near_sums(whole.astype(jnp.int32), axis)  # Below 2^31.
+    if sums.shape[axis] == 1:  # Parts of the axis are short if there are many devices.
+        axis = max((a for a in axes if not is_symbolic(sums.shape[a])), key=lambda a: sums.shape[a])
     sums = _near_sums(_digits(sums, 2, 16), axis + 1)  # Below 2^21.
     sums = jnp.sum(_digits(sums, 3, 7), axis=[a + 2 for a in (*parts, *axes)], dtype=jnp.int32)
     result = jnp.zeros(shape, jnp.float32)

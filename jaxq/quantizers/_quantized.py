@@ -179,8 +179,8 @@ class Quantized(QuantizedArrays):
         second = self.second
         if self.recipe.scaling.run > 1 and self.ndim <= len(self.block) and self.cut.block[0] > 1:
             raise ValueError(
-                "Quantized: the rows share packed scales with other rows. Dequantize the tensor "
-                "first."
+                "Quantized: selected rows must share no scales with other rows, got blocks of "
+                f"{self.cut.block[0]} rows whose scales are packed. Dequantize the tensor first."
             )
         if second and second[-1].ndim:  # One per row, or per tensor that `jax.vmap` stacked.
             second = tuple(array[index] for array in second)

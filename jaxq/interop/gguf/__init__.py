@@ -11,8 +11,8 @@ the metadata that a model of Hugging Face has in GGUF.
 """
 
 from jaxq.interop.gguf._container import Tensor, write
-from jaxq.interop.gguf._legacy import pack, unpack
 from jaxq.interop.gguf._names import ARCHITECTURES, Architecture, Conversion, conversion
+from jaxq.interop.gguf._recipes import pack, unpack
 from jaxq.interop.gguf._tensors import (
     TYPES,
     Importance,

@@ -2,7 +2,7 @@
 
 Each function takes blocks and returns the fields of the type's layout. Q4_0 to Q5_1 without an
 importance matrix take the scales of the recipes with their names, and Q8_0 is that recipe (see
-`_legacy.py`).
+`_recipes.py`).
 """
 
 from collections.abc import Callable

@@ -18,7 +18,7 @@ from jaxq._jax.serialization import pytree
 from jaxq.gradients import passed
 from jaxq.interop.gguf._k_types import SEARCHED
 from jaxq.interop.gguf._layouts import LAYOUTS, Layout
-from jaxq.interop.gguf._legacy import PACKED_RECIPES, pack
+from jaxq.interop.gguf._recipes import PACKED_RECIPES, pack
 from jaxq.interop.gguf._small_types import SMALL, of_recipe
 from jaxq.quantizers import Slices
 from jaxq.quantizers import fake_quant as fake_quant_by_recipe

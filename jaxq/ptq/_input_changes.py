@@ -8,7 +8,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq.models import Planned, Product
-from jaxq.ptq._calls import Calls, Model
+from jaxq.ptq._calibration_calls import Calls, Model
 
 __all__ = [
     "check_equal_outputs",

@@ -13,7 +13,7 @@ import numpy as np
 from jaxq._jax import compat
 from jaxq.interop import load, save
 from jaxq.models import weight_of
-from jaxq.ptq._calls import Calls, Model
+from jaxq.ptq._calibration_calls import Calls, Model
 from jaxq.ptq._reports import SolvedProduct
 from jaxq.quantizers import Quantized
 

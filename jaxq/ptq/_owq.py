@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from jaxq.numerics import encode
 from jaxq.products import is_stochastic
-from jaxq.ptq._matrices import Settings, Solution, solve
+from jaxq.ptq._gptq_matrix import Settings, Solution, solve
 from jaxq.quantizers import (
     Levels,
     Quantized,

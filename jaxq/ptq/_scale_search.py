@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.ptq._searching import SearchOptions, SearchProblem
+from jaxq.ptq._search import SearchOptions, SearchProblem
 from jaxq.quantizers import Quantized, rescaled, snap
 from jaxq.recipes import Recipe
 

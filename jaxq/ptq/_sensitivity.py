@@ -9,11 +9,11 @@ import numpy as np
 
 from jaxq._base.tables import Table, Tabular
 from jaxq.models import Rule
-from jaxq.ptq._calls import read_calls
-from jaxq.ptq._gradients import gradient_scores
-from jaxq.ptq._models import stages_of
+from jaxq.ptq._calibration_calls import read_calls
+from jaxq.ptq._gradient_scores import gradient_scores
+from jaxq.ptq._quantize_weights import stages_of
+from jaxq.ptq._solver_run import SolverRun
 from jaxq.ptq._solvers import Solver, get_solver
-from jaxq.ptq._solving import SolverRun
 from jaxq.recipes import RECIPES, Recipe, get_recipe
 
 __all__ = ["Score", "Scores", "sensitivity"]

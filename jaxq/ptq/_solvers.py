@@ -15,10 +15,10 @@ from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
 from jaxq.products import is_stochastic
-from jaxq.ptq._half_quadratic import HQQ
-from jaxq.ptq._matrices import Settings, Solution, solve
+from jaxq.ptq._gptq_matrix import Settings, Solution, solve
+from jaxq.ptq._hqq import HQQ
 from jaxq.ptq._owq import check_owq_order
-from jaxq.ptq._searching import Search
+from jaxq.ptq._search import Search
 from jaxq.ptq._statistics import Statistics, empty_statistics
 from jaxq.quantizers import Levels, Quantized, levels, numbers_of, quantize, with_levels
 from jaxq.recipes import Recipe, get_recipe

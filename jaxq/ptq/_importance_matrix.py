@@ -9,7 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.cutting import axis_of_blocks
-from jaxq.ptq._searching import SearchOptions, SearchProblem
+from jaxq.ptq._search import SearchOptions, SearchProblem
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import Recipe

@@ -8,7 +8,7 @@ import jax
 
 from jaxq.models import Extra, Product, Program, run, unpacked
 from jaxq.ptq._collectors import Collector
-from jaxq.ptq._leaves import Frame
+from jaxq.ptq._leaf_states import Frame
 from jaxq.ptq._statistics import Statistics
 
 __all__ = ["BatchRun", "Environment", "Part", "Place", "Solve", "compiled", "drift", "merged"]

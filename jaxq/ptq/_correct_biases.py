@@ -12,12 +12,12 @@ from jax import numpy as jnp
 from jaxq._base.registry import nearest_names
 from jaxq._base.tables import Table, Tabular
 from jaxq.models import Rules, not_floating
-from jaxq.ptq._calls import Model, read_calls
+from jaxq.ptq._calibration_calls import Model, read_calls
 from jaxq.ptq._collectors import Layout, shared_inputs
-from jaxq.ptq._leaves import LeafKey, Leaves, trace_weight
-from jaxq.ptq._models import stages_of
-from jaxq.ptq._observing import Targets, find_targets
-from jaxq.ptq._parts import Place
+from jaxq.ptq._leaf_states import LeafKey, Leaves, trace_weight
+from jaxq.ptq._observe import Targets, find_targets
+from jaxq.ptq._program_parts import Place
+from jaxq.ptq._quantize_weights import stages_of
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Quantized
 

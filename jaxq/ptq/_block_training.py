@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from jaxq.models import Extra, Program, StoredView, run, unpacked
 from jaxq.numerics import as_dtype
-from jaxq.ptq._flat import anonymous, signature
+from jaxq.ptq._flat_programs import anonymous, signature
 from jaxq.ptq._rounding_methods import Rounded, RoundingMethod, RoundingProblem
 from jaxq.quantizers import levels, values_of
 from jaxq.recipes import Recipe

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxq.models import Rules
-from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
+from jaxq.ptq._calibration_calls import Calls, Model, read_calls, without_weight
 from jaxq.ptq._journal import journal_of
-from jaxq.ptq._leaves import Leaves
-from jaxq.ptq._parts import BatchRun, Solve
+from jaxq.ptq._leaf_states import Leaves
+from jaxq.ptq._model_runner import Stages
+from jaxq.ptq._program_parts import BatchRun, Solve
 from jaxq.ptq._reports import SolvedProduct
+from jaxq.ptq._solver_run import SolverRun
 from jaxq.ptq._solvers import Solver, get_solver, needs_drift
-from jaxq.ptq._solving import SolverRun
-from jaxq.ptq._stages import Stages
 
 __all__ = ["quantize_weights", "stages_of"]
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
-from jaxq.ptq._matrices import output_error
+from jaxq.ptq._gptq_matrix import output_error
 from jaxq.ptq._statistics import Statistics
 
 __all__ = [

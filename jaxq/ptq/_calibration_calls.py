@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq.models import Assigned, Planned, Product, Rules, plan, weight_of
 from jaxq.products import ProductRecipe
-from jaxq.ptq._observing import Targets, find_targets
+from jaxq.ptq._observe import Targets, find_targets
 from jaxq.ptq._solvers import check_recipe
 from jaxq.quantizers import Quantized
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import where
-from jaxq.ptq._searching import run_length
+from jaxq.ptq._search import run_length
 from jaxq.quantizers import Levels, snap
 from jaxq.recipes import Recipe
 

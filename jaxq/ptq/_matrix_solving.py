@@ -10,7 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.ptq._experts import levels_for
-from jaxq.ptq._matrices import output_error
+from jaxq.ptq._gptq_matrix import output_error
 from jaxq.ptq._solvers import Problem, Solver
 from jaxq.quantizers import values_of
 from jaxq.recipes import Recipe

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq.ptq._answers import SolvedMatrices, parts_of, solve_stack
 from jaxq.ptq._collectors import Layout
-from jaxq.ptq._leaves import LeafKey, Leaves, WeightView, trace_weight
-from jaxq.ptq._matrices import Settings
+from jaxq.ptq._gptq_matrix import Settings
+from jaxq.ptq._leaf_states import LeafKey, Leaves, WeightView, trace_weight
+from jaxq.ptq._matrix_solving import SolvedMatrices, parts_of, solve_stack
 from jaxq.ptq._owq import keep_inputs
-from jaxq.ptq._parts import Place
-from jaxq.ptq._searching import Blocks, Search, SearchOptions, run_length, searched
+from jaxq.ptq._program_parts import Place
+from jaxq.ptq._search import Blocks, Search, SearchOptions, run_length, searched
 from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Quantized, block_numbers, numbers_of

@@ -15,7 +15,7 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq.models import CONVERSIONS, Extra, Planned, Storage, StoredView, run
 from jaxq.ptq._experts import align_levels
-from jaxq.ptq._flat import Flat
+from jaxq.ptq._flat_programs import Flat
 from jaxq.quantizers import Levels, Quantized, levels, numbers_of, snap, with_levels
 
 __all__ = ["Frame", "LeafKey", "Leaves", "Outer", "WeightView", "trace_weight"]

@@ -17,10 +17,19 @@ from jax import numpy as jnp
 
 from jaxq._jax import compat
 from jaxq.models import Assigned, Node, Planned, Product, unpacked
-from jaxq.ptq._flat import Flat, anonymous, arguments_of, flatten, signature
-from jaxq.ptq._leaves import Frame, LeafKey, Leaves, Outer
-from jaxq.ptq._observing import Targets
-from jaxq.ptq._parts import BatchRun, Environment, Part, Place, Solve, compiled, drift, merged
+from jaxq.ptq._flat_programs import Flat, anonymous, arguments_of, flatten, signature
+from jaxq.ptq._leaf_states import Frame, LeafKey, Leaves, Outer
+from jaxq.ptq._observe import Targets
+from jaxq.ptq._program_parts import (
+    BatchRun,
+    Environment,
+    Part,
+    Place,
+    Solve,
+    compiled,
+    drift,
+    merged,
+)
 from jaxq.ptq._statistics import Statistics
 
 __all__ = ["Stages"]

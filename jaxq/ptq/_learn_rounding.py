@@ -10,7 +10,8 @@ from jax import numpy as jnp
 from jaxq._base.tables import Table, Tabular
 from jaxq._jax import compat
 from jaxq.models import Planned, Rules, plan, program
-from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
+from jaxq.ptq._block_training import Data, Leaf, Trainer, Trainers, relative_error
+from jaxq.ptq._calibration_calls import Calls, Model, read_calls, without_weight
 from jaxq.ptq._rounding_methods import (
     Rounded,
     RoundingMethod,
@@ -18,7 +19,6 @@ from jaxq.ptq._rounding_methods import (
     get_rounding_method,
 )
 from jaxq.ptq._solvers import check_recipe
-from jaxq.ptq._training import Data, Leaf, Trainer, Trainers, relative_error
 from jaxq.quantizers import numbers_of, with_levels
 
 __all__ = ["LearnedBlock", "RoundingReport", "learn_rounding"]

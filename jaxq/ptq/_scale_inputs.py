@@ -12,14 +12,14 @@ from jax import numpy as jnp
 
 from jaxq.models import Rules, weight_of
 from jaxq.products import Axes, placed
-from jaxq.ptq._calls import Model, read_calls
+from jaxq.ptq._calibration_calls import Model, read_calls
 from jaxq.ptq._collectors import Layout
 from jaxq.ptq._input_changes import check_equal_outputs, named_inputs, reason_of, replace_leaves
-from jaxq.ptq._input_scales import InputProblem, InputScaler, get_input_scaler
-from jaxq.ptq._leaves import LeafKey, Leaves, WeightView, trace_weight
-from jaxq.ptq._models import stages_of
-from jaxq.ptq._observing import find_targets
-from jaxq.ptq._parts import Place
+from jaxq.ptq._input_scalers import InputProblem, InputScaler, get_input_scaler
+from jaxq.ptq._leaf_states import LeafKey, Leaves, WeightView, trace_weight
+from jaxq.ptq._observe import find_targets
+from jaxq.ptq._program_parts import Place
+from jaxq.ptq._quantize_weights import stages_of
 from jaxq.ptq._scaled_functions import InputScales
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import fake_quant

@@ -11,17 +11,17 @@ from jax import numpy as jnp
 
 from jaxq.models import LOOK_UP, Product, QuantizedWeight, weight_of
 from jaxq.products import Axes
-from jaxq.ptq._answers import SolvedMatrices, solve_stack
-from jaxq.ptq._calls import Model
-from jaxq.ptq._changing import Stack, with_kept_inputs, with_searched_scales
+from jaxq.ptq._calibration_calls import Model
 from jaxq.ptq._collectors import Layout
 from jaxq.ptq._experts import by_leaf, by_recipe
 from jaxq.ptq._journal import Entry, Journal
-from jaxq.ptq._leaves import LeafKey, Leaves, WeightView, trace_weight
-from jaxq.ptq._parts import Place
+from jaxq.ptq._leaf_states import LeafKey, Leaves, WeightView, trace_weight
+from jaxq.ptq._matrix_solving import SolvedMatrices, solve_stack
+from jaxq.ptq._program_parts import Place
 from jaxq.ptq._reports import Report, SolvedProduct
 from jaxq.ptq._solvers import OWQ, Solver, check_search, needs_drift, search_of
 from jaxq.ptq._statistics import Statistics
+from jaxq.ptq._weight_solving import Stack, with_kept_inputs, with_searched_scales
 
 __all__ = ["Outcome", "SolverRun"]
 

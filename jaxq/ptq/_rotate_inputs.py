@@ -13,13 +13,13 @@ from jaxq._base.tables import Table, Tabular
 from jaxq._jax.serialization import pytree
 from jaxq.models import Rules
 from jaxq.products import Hadamard
-from jaxq.ptq._calls import Model, read_calls
+from jaxq.ptq._calibration_calls import Model, read_calls
 from jaxq.ptq._collectors import Layout
 from jaxq.ptq._input_changes import check_equal_outputs, named_inputs, reason_of, replace_leaves
-from jaxq.ptq._leaves import Leaves, trace_weight
-from jaxq.ptq._models import stages_of
-from jaxq.ptq._observing import find_targets
-from jaxq.ptq._parts import Place
+from jaxq.ptq._leaf_states import Leaves, trace_weight
+from jaxq.ptq._observe import find_targets
+from jaxq.ptq._program_parts import Place
+from jaxq.ptq._quantize_weights import stages_of
 from jaxq.ptq._scaled_functions import changed
 
 __all__ = ["InputRotations", "rotate_inputs"]

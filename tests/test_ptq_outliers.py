@@ -104,4 +104,4 @@ def test_owq_says_where_no_inputs_are_kept():
     rules = {"up": RECIPE, "down": jaxq.Recipe("int3", jaxq.PerBlock(16))}
     params = {"up": normal(0, 2, 16, 32), "down": normal(1, 2, 32, 16)}
     _, report = ptq.quantize_weights(scanned, rules, solver="owq")(params, [normal(2, 64, 16)])
-    assert [row.fallback for row in report.rows[::2]] == ["no inputs are kept as outliers"] * 2
+    assert [row.fallback for row in report.rows[::2]] == ["no inputs are stored as outliers"] * 2

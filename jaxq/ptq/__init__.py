@@ -7,6 +7,7 @@ To add a solver, write a frozen dataclass with the methods of `Solver` and list 
 from jaxq.ptq._budget import Budget, FrontRow, budget
 from jaxq.ptq._correct_biases import BiasChange, BiasReport, correct_biases
 from jaxq.ptq._fold_rotation import Norm, fold_rotation, random_rotation
+from jaxq.ptq._gptq import gptq
 from jaxq.ptq._hqq import HQQ
 from jaxq.ptq._importance_matrix import ImportanceMatrix
 from jaxq.ptq._input_scalers import (
@@ -37,17 +38,7 @@ from jaxq.ptq._scale_search import ScaleSearch
 from jaxq.ptq._scaled_functions import InputScales
 from jaxq.ptq._search import Blocks, Search, SearchOptions, SearchProblem
 from jaxq.ptq._sensitivity import Score, Scores, sensitivity
-from jaxq.ptq._solvers import (
-    GPTQ,
-    OWQ,
-    RTN,
-    SOLVERS,
-    Problem,
-    Solution,
-    Solver,
-    get_solver,
-    gptq,
-)
+from jaxq.ptq._solvers import GPTQ, OWQ, RTN, SOLVERS, Problem, Solution, Solver, get_solver
 from jaxq.ptq._statistics import Statistics, collect
 
 __all__ = [

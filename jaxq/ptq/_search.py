@@ -1,4 +1,4 @@
-"""The interface of searches, which choose the scales of a weight before its codes are solved."""
+"""The interface of searches, which choose the scales of a weight before its codes are chosen."""
 
 import functools
 import math
@@ -128,7 +128,7 @@ def searched(
     statistics: Statistics,
     options: SearchOptions,
 ) -> tuple[Quantized, ...]:
-    """Returns the leaves of a weight with searched scales and unchanged codes.
+    """Runs a search, and returns the leaves of a weight with new scales and unchanged codes.
 
     Args:
       weight: the weight as matrices, float32 `[matrices, inputs, outputs]`.

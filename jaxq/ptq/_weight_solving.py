@@ -1,4 +1,4 @@
-"""Solution of a product that also changes its leaves: their scales, or their outliers."""
+"""Solution of the weight of one product, by a solver that may also change scales or outliers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,43 +8,44 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq.ptq._collectors import Layout
+from jaxq.ptq._collectors import MatrixLayout
 from jaxq.ptq._gptq_matrix import Settings
-from jaxq.ptq._leaf_states import LeafKey, Leaves, WeightView, trace_weight
-from jaxq.ptq._matrix_solving import SolvedMatrices, parts_of, solve_stack
-from jaxq.ptq._owq import keep_inputs
-from jaxq.ptq._program_parts import Place
+from jaxq.ptq._leaf_states import LeafKey, Leaves
+from jaxq.ptq._matrix_solving import SolvedMatrices, solve_matrices, split_by_recipe
+from jaxq.ptq._owq import owq_leaf
+from jaxq.ptq._program_parts import Occurrence
 from jaxq.ptq._search import Blocks, Search, SearchOptions, run_length, searched
-from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver
+from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver, search_of
 from jaxq.ptq._statistics import Statistics
+from jaxq.ptq._weight_views import WeightView, trace_weight
 from jaxq.quantizers import Quantized, block_numbers, numbers_of
 from jaxq.recipes import Recipe
 
-__all__ = ["Changed", "Stack", "with_kept_inputs", "with_searched_scales"]
+__all__ = ["SolvedWeight", "WeightStack", "solve_weight"]
 
 
-class Stack(NamedTuple):
+class WeightStack(NamedTuple):
     """The weight of a product as a stack of matrices.
 
     Attributes:
-      place: the product.
+      occurrence: the product.
       view: the weight as a view of leaves.
-      layout: its form as matrices.
-      recipes: its recipes, each with the indices of its matrices.
-      shares: the share of each matrix that is of a leaf, `[matrices]`, by the leaf's index.
-      statistics: the statistics of its input, with a leading axis `[matrices]`.
+      layout: the conversion between the weight and matrices.
+      recipes: the recipes of the weight, each with the indices of its matrices.
+      shares: the share of each leaf in each matrix, `[matrices]`, by the leaf's index.
+      statistics: the statistics of the input, with a leading axis `[matrices]`.
     """
 
-    place: Place
+    occurrence: Occurrence
     view: WeightView
-    layout: Layout
+    layout: MatrixLayout
     recipes: Sequence[tuple[Recipe, np.ndarray]]
     shares: Mapping[int, np.ndarray]
     statistics: Statistics
 
     @property
     def problem(self) -> Problem:
-        """The problem that a solver gets."""
+        """The problem for a solver, with a leading axis `[matrices]`."""
         view, matrices = self.view, self.layout.matrices
         return Problem(
             weight=matrices(view.x),
@@ -53,104 +54,136 @@ class Stack(NamedTuple):
             statistics=self.statistics,
         )
 
-    def retraced(self) -> "Stack":
+    def retraced(self) -> "WeightStack":
         """Returns the stack after a change of its leaves."""
-        view = trace_weight(self.place.frame, self.place.variable)
-        assert isinstance(view, WeightView), "it was followed before"
+        view = trace_weight(self.occurrence.frame, self.occurrence.variable)
+        assert isinstance(view, WeightView), "it was traced before"
         return self._replace(view=view)
 
 
-class Changed(NamedTuple):
+class SolvedWeight(NamedTuple):
     """The solution of a weight whose leaves may have changed.
 
     Attributes:
-      view: the weight, with the leaves that were chosen.
-      answer: the solution; its `before` is the loss of the nearest levels of the original leaves.
-      note: the reason why original leaves were kept, or "".
+      view: the weight after the change of its leaves.
+      matrices: the solution. Its `before` is the loss of the nearest levels of the original leaves.
+      note: the reason why the leaves were not changed as requested, or "".
     """
 
     view: WeightView
-    answer: SolvedMatrices
+    matrices: SolvedMatrices
     note: str
 
 
-def with_searched_scales(stack: Stack, leaves: Leaves, solver: Solver, search: Search) -> Changed:
-    """Solves a product after a search for its scales, which is separate for each recipe.
+def solve_weight(stack: WeightStack, leaves: Leaves, solver: Solver) -> SolvedWeight:
+    """Solves the weight of a product.
 
-    The leaves of a recipe keep their scales if the searched ones have more loss.
+    Args:
+      stack: the weight.
+      leaves: the leaves of the model. Their scales and outliers are changed as the solver requires.
+      solver: the solver.
     """
-    keys, problem = stack.view.keys, stack.problem
-    starts = {key: leaves.work(key).start for key in keys}
-    # The inputs of a convolution are ordered differently from its blocks.
-    is_product = stack.place.product.operation != "conv_general_dilated"
-    inputs = stack.layout.sizes[1]
-    for recipe, places, part in parts_of(problem, stack.recipes):
-        own = [key for key in keys if stack.shares[key.leaf][places].any()]
-        numbers = _numbers(stack, starts, own)
-        numbers = numbers[places] if len(stack.recipes) > 1 else numbers
-        blocks = Blocks(tuple(starts[key] for key in own), numbers)
-        length = run_length(recipe, inputs) if is_product else inputs
-        options = SearchOptions(search, recipe, length)
-        found = searched(part.weight, part.levels, blocks, part.statistics, options)
-        for key, q in zip(own, found, strict=True):
-            leaves.rescale(key, q)
-    before = solve_stack(problem, stack.recipes, RTN()).before
+    search = search_of(solver)
+    if isinstance(solver, OWQ):
+        return _solve_with_owq(stack, leaves, solver)
+    if search is not None:
+        return _solve_with_search(stack, leaves, solver, search)
+    return SolvedWeight(stack.view, solve_matrices(stack.problem, stack.recipes, solver), "")
+
+
+def _solve_with_search(
+    stack: WeightStack, leaves: Leaves, solver: Solver, search: Search
+) -> SolvedWeight:
+    """Solves a weight after a search for its scales, which is separate for each recipe.
+
+    If the searched scales of a recipe have a larger loss, its leaves get their original scales.
+    """
+    problem = stack.problem
+    starts = {key: leaves.state(key).start for key in stack.view.keys}
+    _search_scales(stack, starts, leaves, search)
+    before = solve_matrices(problem, stack.recipes, RTN()).before
     new = stack.retraced()
-    answer = solve_stack(new.problem, stack.recipes, solver)
+    matrices = solve_matrices(new.problem, stack.recipes, solver)
     worse = [
-        places
-        for _, places in stack.recipes
-        if not bool(jnp.sum(answer.after[places]) <= jnp.sum(before[places]))
+        indices
+        for _, indices in stack.recipes
+        if not bool(jnp.sum(matrices.after[indices]) <= jnp.sum(before[indices]))
     ]
     if not worse:
-        return Changed(new.view, answer._replace(before=before), "")
-    for key in keys:
-        if any(stack.shares[key.leaf][places].any() for places in worse):
-            leaves.rescale(key, starts[key])
+        return SolvedWeight(new.view, matrices._replace(before=before), "")
+    for key, start in starts.items():
+        if any(stack.shares[key.leaf][indices].any() for indices in worse):
+            leaves.rescale(key, start)
     new = stack.retraced()
-    answer = solve_stack(new.problem, stack.recipes, solver)._replace(before=before)
-    of = f"{len(worse)} of {len(stack.recipes)} recipes: " if len(stack.recipes) > 1 else ""
-    return Changed(new.view, answer, f"{of}the searched scales have more loss")
+    matrices = solve_matrices(new.problem, stack.recipes, solver)._replace(before=before)
+    count = f"{len(worse)} of {len(stack.recipes)} recipes: " if len(stack.recipes) > 1 else ""
+    return SolvedWeight(new.view, matrices, f"{count}the searched scales have a larger loss")
 
 
-def _numbers(
-    stack: Stack, starts: Mapping[LeafKey, Quantized], own: Sequence[LeafKey]
+def _search_scales(
+    stack: WeightStack, starts: Mapping[LeafKey, Quantized], leaves: Leaves, search: Search
+) -> None:
+    """Replaces the scales of leaves by searched ones."""
+    # The inputs of a convolution are ordered differently from its blocks.
+    is_product = stack.occurrence.product.operation != "conv_general_dilated"
+    inputs = stack.layout.sizes[1]
+    for recipe, indices, part in split_by_recipe(stack.problem, stack.recipes):
+        keys = [key for key in starts if stack.shares[key.leaf][indices].any()]
+        numbers = _block_numbers(stack, starts, keys)
+        numbers = numbers[indices] if len(stack.recipes) > 1 else numbers
+        blocks = Blocks(tuple(starts[key] for key in keys), numbers)
+        length = run_length(recipe, inputs) if is_product else inputs
+        options = SearchOptions(search, recipe, length)
+        results = searched(part.weight, part.levels, blocks, part.statistics, options)
+        for key, q in zip(keys, results, strict=True):
+            leaves.rescale(key, q)
+
+
+def _block_numbers(
+    stack: WeightStack, starts: Mapping[LeafKey, Quantized], keys: Sequence[LeafKey]
 ) -> jax.Array:
-    """Returns the number of the block of each element, counted across some leaves."""
+    """Returns the index of the block of each element, counted across some leaves.
+
+    Args:
+      stack: the weight.
+      starts: all leaves of the weight.
+      keys: the leaves whose blocks are counted; the elements of all others have the index 0.
+    """
     count, numbers = 0, []
     for key, q in starts.items():
-        is_own = key in own
-        numbers.append(block_numbers(q) + count if is_own else jnp.zeros(q.shape, jnp.int32))
-        count += math.prod(q.cut.counts) if is_own else 0
+        if key in keys:
+            numbers.append(block_numbers(q) + count)
+            count += math.prod(q.cut.counts)
+        else:
+            numbers.append(jnp.zeros(q.shape, jnp.int32))
     return stack.layout.matrices(stack.view.move(*numbers))
 
 
-def with_kept_inputs(stack: Stack, leaves: Leaves, solver: OWQ) -> Changed:
-    """Solves a product, and keeps its most expensive inputs as outliers of its leaf."""
+def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWeight:
+    """Solves a weight, and stores its most sensitive inputs as outliers of its leaf."""
     view, problem, axes = stack.view, stack.problem, stack.layout.axes
     key, *others = view.keys
-    start, hessian = leaves.work(key).start, problem.statistics.hessian
+    start, hessian = leaves.state(key).start, problem.statistics.hessian
     assert hessian is not None, "all products to solve have one"
-    is_leaf = (
-        isinstance(stack.place.frame.sources.get(stack.place.variable), LeafKey) and not others
-    )
+    source = stack.occurrence.frame.sources.get(stack.occurrence.variable)
+    is_leaf = isinstance(source, LeafKey) and not others
     is_matrix = len(axes.contract) == 1 and not axes.batch and start.ndim == len(start.block)
-    found = None
+    result = None
     if is_leaf and is_matrix:
         settings = Settings(solver.damping, solver.order)
-        found = keep_inputs(start, view.x, hessian[0], axes.contract[0], settings)
-    if found is None:
-        answer = solve_stack(problem, stack.recipes, solver)
-        return Changed(view, answer, "no inputs are kept as outliers")
-    q, solved = found
-    before = solve_stack(problem, stack.recipes, RTN()).before
+        result = owq_leaf(start, view.x, hessian[0], axes.contract[0], settings)
+    if result is None:
+        matrices = solve_matrices(problem, stack.recipes, solver)
+        return SolvedWeight(view, matrices, "no inputs are stored as outliers")
+    q, is_solved = result
+    before = solve_matrices(problem, stack.recipes, RTN()).before
     leaves.rescale(key, q)
     new = stack.retraced()
     chosen = new.problem._replace(nearest=stack.layout.matrices(numbers_of(q)))
-    answer = solve_stack(chosen, stack.recipes, RTN())
-    if bool(solved) and bool(jnp.sum(answer.after) <= jnp.sum(before)):
+    matrices = solve_matrices(chosen, stack.recipes, RTN())
+    if bool(is_solved) and bool(jnp.sum(matrices.after) <= jnp.sum(before)):
         damping = jnp.full_like(before, solver.damping)
-        return Changed(new.view, answer._replace(before=before, damping=damping), "")
+        return SolvedWeight(new.view, matrices._replace(before=before, damping=damping), "")
     leaves.rescale(key, start)
-    answer = solve_stack(problem, stack.recipes, solver)
-    return Changed(view, answer, "kept inputs have more loss")
+    matrices = solve_matrices(problem, stack.recipes, solver)
+    return SolvedWeight(view, matrices, "inputs stored as outliers have a larger loss")

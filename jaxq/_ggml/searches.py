@@ -106,6 +106,7 @@ def _ratio(a: jax.Array, b: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def _const(value: float, like: jax.Array) -> jax.Array:
+    """Returns a float32 array of one value, in the shape of another array."""
     return jnp.full(like.shape, value, jnp.float32)
 
 
@@ -198,6 +199,7 @@ def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: 
 
 
 def _f(q: jax.Array) -> jax.Array:
+    """Returns codes as float32."""
     return q.astype(jnp.float32)
 
 
@@ -219,13 +221,13 @@ def fit_nonnegative(x: jax.Array, limit: int, weights: jax.Array) -> SymmetricFi
     empty = top < EPS
     top = jnp.where(empty, np.float32(1), top)
 
-    def error(inverse: jax.Array, bound: bool) -> jax.Array:
+    def total_error(inverse: jax.Array, bound: bool) -> jax.Array:
         scale = quotient(_const(1, inverse), inverse)
 
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array]:
             q = round_to_integer(inverse * x)
-            rest = x - product(scale, _f(jnp.minimum(q, limit) if bound else q))
-            return (product(w, rest, rest),)
+            error = x - product(scale, _f(jnp.minimum(q, limit) if bound else q))
+            return (product(w, error, error),)
 
         return sums(terms, x, weights)[0]
 
@@ -233,12 +235,12 @@ def fit_nonnegative(x: jax.Array, limit: int, weights: jax.Array) -> SymmetricFi
         step = jnp.where(i < 4, i - 4, i - 3).astype(jnp.float32)  # -4 to 4 without 0.
         factor = product(np.float32(0.1), step) + np.float32(limit)
         inverse = quotient(jnp.broadcast_to(factor, top.shape), top)
-        squares = error(inverse, True)
+        squares = total_error(inverse, True)
         better = squares < best[1]
         return _chosen(better, (inverse, squares), best)
 
     inverse = quotient(_const(limit, top), top)
-    inverse, _ = lax.fori_loop(0, 8, attempt, (inverse, error(inverse, False)))
+    inverse, _ = lax.fori_loop(0, 8, attempt, (inverse, total_error(inverse, False)))
     start = jnp.minimum(round_to_integer(inverse[None] * x), limit)
     sum_lx, sum_l2, q = _sweeps(x, weights, start, 0, limit)
     return SymmetricFit(_ratio(sum_lx, sum_l2, ~empty), jnp.where(empty[None], 0, q))
@@ -272,13 +274,13 @@ def fit_affine(
     width = jnp.where(flat, np.float32(1), high - low)
     sum_w, sum_x = sums(lambda x, w: (w, product(w, x)), x, weights)
 
-    def error(
+    def total_error(
         scale: jax.Array, minimum: jax.Array, inverse: jax.Array, offset: jax.Array
     ) -> jax.Array:
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array]:
             q = jnp.clip(round_to_integer(inverse * (x - offset)), 0, limit)
-            rest = product(scale, _f(q)) + minimum - x
-            return (product(w, jnp.abs(rest) if absolute else product(rest, rest)),)
+            error = product(scale, _f(q)) + minimum - x
+            return (product(w, jnp.abs(error) if absolute else product(error, error)),)
 
         return sums(terms, x, weights)[0]
 
@@ -304,13 +306,13 @@ def fit_affine(
         above = new_min > 0
         new_scale = jnp.where(above, _ratio(sum_xl, sum_l2, solvable), new_scale)
         new_min = jnp.where(above, np.float32(0), new_min)
-        new_error = error(new_scale, new_min, inverse, offset)
+        new_error = total_error(new_scale, new_min, inverse, offset)
         better = solvable & (new_error < least_error)
         return _chosen(better, (new_scale, new_min, inverse, offset, new_error), best)
 
     inverse = quotient(_const(limit, width), width)
     scale = quotient(_const(1, inverse), inverse)
-    start = (scale, low, inverse, low, error(scale, low, inverse, low))
+    start = (scale, low, inverse, low, total_error(scale, low, inverse, low))
     scale, minimum, inverse, offset, _ = lax.fori_loop(0, steps.count + 1, attempt, start)
     q = jnp.clip(round_to_integer(inverse[None] * (x - offset[None])), 0, limit)
     scale, minimum = jnp.where(flat, np.float32(0), scale), -jnp.where(flat, low, minimum)

@@ -203,7 +203,7 @@ def matrix_form(product: Product, operand: int, hessian: bool = True) -> MatrixF
       hessian: as in `Collector`.
     """
     if product.operation == LOOK_UP:
-        return "a look-up multiplies nothing, so the nearest values are the best"
+        return "a look-up copies values without a product, so the nearest ones are best"
     other = 1 - operand
     if product.origins[other] is not None:
         return "its other operand is a weight too"

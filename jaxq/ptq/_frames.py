@@ -69,12 +69,6 @@ class Frame:
                 fixed.update(eqn.outvars)
         return fixed
 
-    def _uses(self, variable: Any) -> int:
-        """Returns how many equations and results read a variable."""
-        body = self.flat.body
-        read = [v for eqn in body.eqns for v in eqn.invars] + list(body.outvars)
-        return sum(v is variable for v in read)
-
     def is_fixed(self, i: int) -> bool:
         """Returns whether equation i does not depend on data."""
         outvars = self.flat.body.eqns[i].outvars
@@ -135,6 +129,12 @@ class Frame:
         storage = self.leaves.storage(key)
         return self._uses(variable) == 1 and storage is not None and storage.leading > 0
 
+    def _uses(self, variable: Any) -> int:
+        """Returns how many equations and results read a variable."""
+        body = self.flat.body
+        read = [v for eqn in body.eqns for v in eqn.invars] + list(body.outvars)
+        return sum(v is variable for v in read)
+
     def value(self, variable: Any) -> Any:
         """Returns a value that does not depend on data: an array, or a view of stored weights."""
         if compat.is_literal(variable):
@@ -156,9 +156,9 @@ class Frame:
     def arguments(self, equations: list[int]) -> list[Any]:
         """Returns the variables that equations read but do not compute, except constants."""
         eqns = [self.flat.body.eqns[i] for i in equations]
-        made = {v for eqn in eqns for v in eqn.outvars} | {*self.flat.body.constvars}
+        known = {v for eqn in eqns for v in eqn.outvars} | {*self.flat.body.constvars}
         read = (v for eqn in eqns for v in eqn.invars if not compat.is_literal(v))
-        return list(dict.fromkeys(v for v in read if v not in made))
+        return list(dict.fromkeys(v for v in read if v not in known))
 
     def leaves_of(self, variable: Any) -> tuple[LeafKey, ...]:
         """Returns the stored leaves from which a value is computed."""

@@ -68,7 +68,7 @@ class Settings(NamedTuple):
       damping: the initial damping, relative to the mean of H's diagonal.
       order: `"static"` rounds the inputs with the largest diagonal entries of H first; `"group"`
         does so within each group of the recipe, and takes the groups by their largest entries; None
-        rounds the inputs in their own order.
+        rounds the inputs in the order of the weight.
       asymmetry: the factor of GPTAQ's correction.
       propagation: the factor of QEP's correction.
     """
@@ -114,8 +114,8 @@ def solve(
     unit = where(has_data, mean, np.float32(1))
     scaled = jnp.where(has_data, hessian / unit, jnp.eye(len(hessian), dtype=jnp.float32))
     # An input that is always 0 does not affect the error, and is rounded to nearest.
-    dead = jnp.diagonal(scaled) <= 0
-    scaled = scaled + jnp.diag(dead.astype(jnp.float32))
+    is_zero = jnp.diagonal(scaled) <= 0
+    scaled = scaled + jnp.diag(is_zero.astype(jnp.float32))
     rows = _order(jnp.diagonal(scaled), settings.order, recipe)
     ordered = scaled[rows][:, rows]
     factor, damping_used = _factor(ordered, settings.damping)
@@ -247,6 +247,7 @@ def _rounded(weight: jax.Array, levels: Levels, feedback: _Feedback, recipe: Rec
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns a matrix product with the highest precision."""
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
 

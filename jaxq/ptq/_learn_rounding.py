@@ -97,10 +97,10 @@ def learn_rounding(
     that its outputs, computed from the outputs of the packed blocks before it, match those of the
     float model. The loss is the squared error of the floating outputs, relative to their power;
     each step uses one batch. At regular intervals the rounded weights are measured on all batches.
-    The best weights are kept, starting from rounding to nearest, so the loss never exceeds that of
-    rounding to nearest.
+    The best of these weights are returned, and rounding to nearest is the first candidate, so the
+    loss never exceeds that of rounding to nearest.
 
-    Activations are quantized as the rules specify. The inputs and outputs of one block are kept in
+    Activations are quantized as the rules specify. The inputs and outputs of one block are in
     memory for all batches. Blocks with equal programs, such as equal layers, are compiled once.
 
     Args:
@@ -169,11 +169,12 @@ def learn_rounding(
 
 
 def _as_arguments(x: Any) -> tuple[Any, ...]:
+    """Returns the output of a block as the arguments of the next block."""
     return x if isinstance(x, tuple) else (x,)
 
 
 class _Offsets(NamedTuple):
-    """The indices of the first leaf and the first product of a block in the whole model."""
+    """The indices of the first leaf and the first product of a block in the model."""
 
     leaf: int = 0
     product: int = 0
@@ -252,7 +253,14 @@ class _LearningRun:
             return float(relative_error(outputs, data))
 
         rtn = measured(best)
-        row = LearnedBlock(block.number, 0, rtn, rtn, len(problems), block.note)
+        row = LearnedBlock(
+            block=block.number,
+            step=0,
+            rtn=rtn,
+            loss=rtn,
+            weights=len(problems),
+            note=block.note,
+        )
         _check_finite(rtn, block.number, "results")
         self._progress(row)
         steps = self._method.steps
@@ -263,8 +271,8 @@ class _LearningRun:
         count, done = min(_MEASUREMENTS, steps), 0
         for measurement in range(1, count + 1):
             until = steps * measurement // count
-            batches = StepRange(order, done, until)
-            state = trainer.advance(state, problems, block.arrays, data, batches)
+            step_range = StepRange(order, done, until)
+            state = trainer.advance(state, problems, block.arrays, data, step_range)
             done, choice = until, trainer.rounded(state, problems)
             loss = measured(choice)
             _check_finite(loss, block.number, "gradients")

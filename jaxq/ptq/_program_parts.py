@@ -35,7 +35,8 @@ class Occurrence(NamedTuple):
       product: the product.
       frame: the program that contains it.
       variable: the operand that is its weight.
-      iterations: the indices of the iterations of the scans over layers around it.
+      iterations: the indices of the iterations of scans over layers around it, except those in
+        `frame.iterations`.
     """
 
     product: Product

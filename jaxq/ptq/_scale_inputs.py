@@ -159,11 +159,6 @@ class _ScalingRun:
         statistics = observe()
         occurrence.check_finite(_OWNER, statistics)
         number = occurrence.product.number
-        if not bool(jnp.all(jnp.isfinite(statistics.amax))):
-            raise ValueError(
-                f"{_OWNER}: inputs must be finite, but {occurrence.product.where} has a NaN or an "
-                "infinity in its input. Look for it in the batches, or mask the padding."
-            )
         if number in self._left:
             return
         first = self._targets.first[number]

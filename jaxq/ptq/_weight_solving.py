@@ -14,7 +14,7 @@ from jaxq.ptq._leaf_states import LeafKey, Leaves
 from jaxq.ptq._matrix_solving import SolvedMatrices, solve_matrices, split_by_recipe
 from jaxq.ptq._owq import owq_leaf
 from jaxq.ptq._program_parts import Occurrence
-from jaxq.ptq._search import Blocks, Search, SearchOptions, run_length, searched
+from jaxq.ptq._search import Blocks, Search, SearchOptions, SearchProblem, run_length, run_search
 from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver, search_of
 from jaxq.ptq._statistics import Statistics
 from jaxq.ptq._weight_views import WeightView, trace_weight
@@ -134,7 +134,8 @@ def _search_scales(
         blocks = Blocks(tuple(starts[key] for key in keys), numbers)
         length = run_length(recipe, inputs) if is_product else inputs
         options = SearchOptions(search, recipe, length)
-        results = searched(part.weight, part.levels, blocks, part.statistics, options)
+        search_problem = SearchProblem(part.weight, part.levels, blocks, part.statistics)
+        results = run_search(search_problem, options)
         for key, q in zip(keys, results, strict=True):
             leaves.rescale(key, q)
 

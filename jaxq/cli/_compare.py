@@ -22,7 +22,6 @@ from jaxq.cli._output import (
     print_table,
     safe,
 )
-from jaxq.cli._plot import image
 from jaxq.cli._progress import progress
 from jaxq.cli._report import Report, html, sorted_by_sqnr
 
@@ -181,5 +180,5 @@ def _pictures(file: Inputs, rows: Sequence[Row], axis: int) -> tuple[list[tuple[
             figure = plots.PLOTS["compression"](file.read(entry), recipes, axis=axis)
         except ImportError as error:
             return [], f"no picture: {one_line(error)}"
-        pictures.append((f"Bits and SQNR of {safe(name)}", image(figure, "svg")))
+        pictures.append((f"Bits and SQNR of {safe(name)}", plots.image(figure, "svg")))
     return pictures, ""

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
                 name=file.title,
                 rows=rows,
                 sums=sums,
-                left=selection.left,
+                skipped=selection.skipped,
                 convention=convention(args.axis),
                 pictures=pictures,
                 missing=missing,
@@ -68,20 +68,19 @@ def run(args: argparse.Namespace) -> None:
                 print(f"jaxq: {args.html}: {missing}", file=sys.stderr)
     records = [row.record() for row in rows]
     if args.json:
-        left = selection.left
         print_json(
             {
                 "axis": args.axis,
                 "tensors": records,
                 "totals": list(map(dataclasses.asdict, sums)),
-                "left": left,
+                "left": selection.skipped,
             }
         )
     elif args.csv:
         print_csv(records)
     else:
         print(convention(args.axis), end="\n\n")
-        _print(rows, sums, selection.left, args.worst)
+        _print(rows, sums, selection.skipped, args.worst)
 
 
 def convention(axis: int) -> str:
@@ -94,9 +93,9 @@ def convention(axis: int) -> str:
 
 
 def _print(
-    rows: Sequence[Row], sums: Sequence[Total], left: dict[str, list[str]], worst: int | None
+    rows: Sequence[Row], sums: Sequence[Total], skipped: dict[str, list[str]], worst: int | None
 ) -> None:
-    """Prints the tensors (or the worst of each recipe), the totals, and the excluded tensors."""
+    """Prints the tensors (or the worst of each recipe), the totals, and the skipped tensors."""
     if worst is None:
         table: dict[str, dict[str, Any]] = {}
         for row in rows:
@@ -147,7 +146,7 @@ def _print(
         recipes, tensors = (list(dict.fromkeys(c[i] for c in cases)) for i in (0, 1))
         by = "all recipes" if len(recipes) == len(sums) else ", ".join(recipes)
         print(f"kept by {by}: {_abbreviated(tensors)}: {note}")
-    for reason, names in left.items():
+    for reason, names in skipped.items():
         print(f"not compared: {_abbreviated(names)}: {reason}")
 
 

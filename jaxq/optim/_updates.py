@@ -84,11 +84,11 @@ def apply_updates(
     for i, ((path, p), u) in enumerate(zip(leaves, structure.flatten_up_to(updates), strict=True)):
         leaf_key = None if key is None else jax.random.fold_in(key, i)
         with naming("apply_updates", path):
-            result.append(_moved(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, leaf_key))
+            result.append(_updated(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, leaf_key))
     return structure.unflatten(result)
 
 
-def _moved(
+def _updated(
     p: jax.Array, u: jax.Array, fmt: Format | None, rounding: Rounding, key: jax.Array | None
 ) -> jax.Array:
     """Returns the rounded sum of a parameter and its update."""

@@ -324,7 +324,7 @@ def _adaptable(planned: Planned) -> tuple[dict[str, int], dict[str, str]]:
     names, shared = {}, {}
     for product, assigned in zip(planned.products, planned.chosen, strict=True):
         weight = None if assigned is None else weight_of(product, assigned)
-        if weight is None or not product.reverse or not _has_matrices(product, weight.operand):
+        if weight is None or not product.reverse or not _is_adaptable(product, weight.operand):
             continue
         if product.number in planned.stored.reasons:
             continue
@@ -336,8 +336,8 @@ def _adaptable(planned: Planned) -> tuple[dict[str, int], dict[str, str]]:
     return names, shared
 
 
-def _has_matrices(product: Product, operand: int) -> bool:
-    """Returns whether a product multiplies tokens by a matrix, or by one for each expert."""
+def _is_adaptable(product: Product, operand: int) -> bool:
+    """Returns whether a product multiplies tokens by one matrix, or by one matrix per expert."""
     if product.operation == "ragged_dot_general":
         return operand == 1 and can_adapt_ragged(contraction_of(product.eqn))
     return product.operation == "dot_general"

@@ -219,7 +219,7 @@ def _stacks(assigned: Assigned, depth: int) -> list[int]:
 
 
 def unseen(programs: Sequence[Program], extra: Extra, depth: int) -> States:
-    """Returns the calibration states before any data for the products of some programs."""
+    """Returns the calibration states of the products in some programs, before any data."""
 
     def of_operand(observer: Observer | None, stacks: list[int]) -> Any:
         if observer is None:

@@ -240,7 +240,8 @@ def _exceeds(y: jax.Array, limit: Any, args: _Snap) -> jax.Array:
     """Returns a mask of magnitudes beyond a limit."""
     if args.narrow:
         return y > limit
-    # Both may be subnormal. A NaN counts as too large here; `_signed` replaces or restores it.
+    # `y` and `limit` may be subnormal, and XLA on CPU counts subnormals as zero in comparisons. The
+    # bits of a NaN count as too large; `_signed` replaces or restores the NaN.
     return args.layout.bits(y) > args.layout.bits(limit)
 
 

@@ -71,7 +71,7 @@ def _labels(contraction: Contraction) -> list[int]:
 
 
 def check(execution: Any, name: str, contraction: Contraction, codes: Codes | None) -> None:
-    """Raises an error if an operation does not support an execution for any operands."""
+    """Raises an error if an operation can never use an execution, whatever its operands."""
     if execution == "emulated":
         return
     execution_name = "execution='native'" if execution == "native" else "an Accumulation"

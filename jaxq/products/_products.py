@@ -69,7 +69,7 @@ def product(
 
 
 def check(operation: Operation, lhs: Any, rhs: Any, recipe: SingleProduct) -> None:
-    """Raises the errors of `product` for its forward product, except those about keys.
+    """Checks operands and recipe as `product` does, but not the random keys.
 
     Args:
       operation: the operation; its function is not called.

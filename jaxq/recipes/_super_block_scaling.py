@@ -58,7 +58,7 @@ class SuperBlocks(Scaling):
 
     def __post_init__(self) -> None:
         names, known = ", ".join(SUPER_BLOCK_RULES), self.rule in SUPER_BLOCK_RULES
-        self.require(known, f"`rule` must be one of {names}", self.rule)
+        self.require(known, f"`rule` must be one of {names}", self.rule, "Use 'q4_k'.")
         super().__post_init__()
 
     @property
@@ -103,7 +103,8 @@ class SuperBlocks(Scaling):
         """Raises ValueError unless the element format is that of the rule."""
         wanted = get_format(self._rule.element)
         requirement = f"rule={self.rule!r} needs the element format {wanted.name!r}"
-        self.require(fmt == wanted, requirement, fmt.name)
+        remedy = f"Use jaxq.get_recipe({self.rule!r})."
+        self.require(fmt == wanted, requirement, fmt.name, remedy)
 
     def check_cut(self, cut: Cut) -> None:
         """Raises ValueError unless super-blocks divide one axis."""
@@ -135,7 +136,7 @@ class SuperBlocks(Scaling):
         return fmt
 
     def restore(self, stored: StoredScales) -> jax.Array:
-        """Returns the scales by which grid values are multiplied."""
+        """Reconstructs float32 block scales from the stored ones."""
         return _times(stored.scale, stored.second[0]) if stored.second else stored.scale
 
     def restore_minimum(self, stored: StoredScales) -> jax.Array | None:
@@ -177,7 +178,10 @@ class SuperBlocks(Scaling):
         )
 
     def _searched(self, blocks: FloatBlocks) -> QuantizedBlocks:
-        """Returns scales with float16 codes as factors, of NaN if an element is not finite."""
+        """Runs the search.
+
+        The float16 factor of a super-block is NaN if the super-block holds a NaN or infinity.
+        """
         finite = jnp.isfinite(blocks.x).all(axis=0)
         result = self._rule.search(blocks._replace(x=jnp.where(finite, blocks.x, np.float32(0))))
 

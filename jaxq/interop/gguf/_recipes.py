@@ -48,7 +48,8 @@ def pack(q: Quantized) -> jax.Array:
     layout = LAYOUTS[name]
     if not q.shape or q.shape[-1] % layout.block:
         raise ValueError(
-            f"gguf.pack: {layout.block} must divide the last axis, got shape {q.shape}."
+            f"gguf.pack: {layout.block} must divide the last axis, got shape {q.shape}. Pad that "
+            "axis before quantization."
         )
     if name in SUPER_BLOCK_RULES:
         return pack_super_blocks(q, name)
@@ -94,11 +95,14 @@ def unpack(
     layout = LAYOUTS[name]
     data, bits = jnp.asarray(data), recipe.element.bits
     if data.dtype != jnp.uint8:
-        raise TypeError(f"gguf.unpack: `data` must be uint8, got {data.dtype}.")
+        raise TypeError(
+            f"gguf.unpack: `data` must be uint8, got {data.dtype}. Pass the raw bytes, for "
+            "example TensorFile.raw(entry)."
+        )
     if not data.ndim or data.shape[-1] % layout.size:
         raise ValueError(
             f"gguf.unpack: a block of {name!r} has {layout.size} bytes, which must divide the last "
-            f"axis, got shape {data.shape}."
+            f"axis, got shape {data.shape}. Pass the bytes of whole rows."
         )
     if name in SUPER_BLOCK_RULES:
         return unpack_super_blocks(data, name, recipe, dtype)

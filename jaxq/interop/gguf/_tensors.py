@@ -29,7 +29,16 @@ __all__ = ["TYPES", "Packed", "dequantize", "fake_quant", "fallback", "quantize"
 TYPES: Registry[Layout] = Registry(
     "GGUF type",
     LAYOUTS,
-    {"q2_k_s": "q2_k", "q3_k_m": "q3_k", "q4_k_m": "q4_k", "q4_k_s": "q4_k", "q5_k_m": "q5_k"},
+    {
+        "q2_k_s": "q2_k",
+        "q3_k_m": "q3_k",
+        "q4_k_m": "q4_k",
+        "q4_k_s": "q4_k",
+        "q5_k_m": "q5_k",
+        "int8": "q8_0",
+        "int4": "q4_0",
+        "fp4": "mxfp4",
+    },
 )
 
 _QUANTIZERS = {**SMALL, **SEARCHED}
@@ -129,7 +138,8 @@ def quantize(
     layout = TYPES.find(type)
     if x.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
         raise TypeError(
-            f"gguf.quantize: `x` must be float16, bfloat16 or float32, got {x.dtype}. Convert it."
+            f"gguf.quantize: `x` must be float16, bfloat16 or float32, got {x.dtype}. "
+            "Convert it first: x.astype(jnp.float32)."
         )
     if not x.ndim or x.shape[-1] % layout.block:
         raise ValueError(
@@ -145,7 +155,8 @@ def quantize(
         if not fits or importance.shape[-1:] != x.shape[-1:]:
             raise ValueError(
                 f"gguf.quantize: `importance` must have the shape of a row, ({x.shape[-1]},), or "
-                f"of rows that broadcast to {x.shape}, got {importance.shape}."
+                f"of rows that broadcast to {x.shape}, got {importance.shape}. Sum it over the "
+                "rows first."
             )
         importance = jnp.broadcast_to(
             importance.reshape(_with_leading_ones(x.ndim, importance.shape)), x.shape
@@ -261,11 +272,14 @@ def dequantize(
     layout = TYPES.find(type)
     data = jnp.asarray(data)
     if data.dtype != jnp.uint8:
-        raise TypeError(f"gguf.dequantize: `data` must be uint8, got {data.dtype}.")
+        raise TypeError(
+            f"gguf.dequantize: `data` must be uint8, got {data.dtype}. Pass the raw bytes, for "
+            "example TensorFile.raw(entry)."
+        )
     if not data.ndim or data.shape[-1] % layout.size:
         raise ValueError(
             f"gguf.dequantize: a block of {type!r} has {layout.size} bytes, which must divide the "
-            f"last axis, got shape {data.shape}."
+            f"last axis, got shape {data.shape}. Pass the bytes of whole rows."
         )
     return _dequantize(data, type).astype(dtype)
 

@@ -79,8 +79,8 @@ PRODUCT_RECIPES: Registry[ProductRecipe] = Registry(
         "mxfp4_training": _everywhere(get_recipe("mxfp4")),
         # NVIDIA (2025), "Pretraining Large Language Models with NVFP4",
         # https://arxiv.org/abs/2509.25149; TransformerEngine's NVFP4BlockScaling: tiles for
-        # weights, cotangents rounded stochastically, and a Hadamard transform on the inputs of the weight's
-        # gradient.
+        # weights, cotangents rounded stochastically, and a Hadamard transform on the inputs of the
+        # weight's gradient.
         "nvfp4_training": ProductRecipe(
             _NVFP4,
             _NVFP4_TILE,

@@ -1,5 +1,6 @@
 """Look-ups by name and the suggestions in their errors."""
 
+import numpy as np
 import pytest
 
 import jaxq
@@ -84,6 +85,12 @@ def test_spellings_of_recipes(spelling, recipe, product_recipe):
 def test_spellings_of_formats_in_place_of_recipes(spelling):
     with pytest.raises(ValueError, match=rf"'{spelling}' is a number format.*jaxq.Recipe\('"):
         jaxq.quantize(1.0, spelling)
+
+
+def test_dtypes_of_quantizers_exclude_float64():
+    for call in (jaxq.quantize, jaxq.fake_quant, jaxq.analysis.quantization_error):
+        with pytest.raises(TypeError, match="must be float16, bfloat16 or float32, got int32"):
+            call(np.int32(1), "int8_tensor")
 
 
 def test_ends_of_paths_are_compared():

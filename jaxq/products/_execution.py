@@ -161,7 +161,7 @@ def _quantized(name: str, operand: Operand) -> Quantized:
 
 
 def _tensor_scale(q: Quantized) -> jax.Array | None:
-    """Returns the factor of the scales of all blocks, or None."""
+    """Returns the tensor's second-level scale, or None."""
     return q.recipe.scaling.tensor_scale(q.second)
 
 

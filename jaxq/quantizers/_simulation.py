@@ -65,7 +65,7 @@ def simulate(
     zero_point: jax.typing.ArrayLike | None = None,
     key: jax.Array | None = None,
 ) -> Simulated:
-    """Returns the values of `fake_quant`, without a gradient, and the scales that it has used.
+    """Returns the values of `fake_quant`, without a gradient, and the scales used.
 
     In a program that computes `fake_quant` of the same tensor, XLA computes both only once.
 

@@ -82,7 +82,7 @@ class SuperBlocks(Scaling):
 
     @property
     def takes_scales(self) -> bool:
-        """False, because scales are found together with codes."""
+        """False, because the search chooses scales together with codes."""
         return False
 
     @property

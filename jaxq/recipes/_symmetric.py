@@ -135,7 +135,7 @@ class MX(Scaling):
             fits,
             f"rule={self.rule!r} needs an integer or float format",
             fmt.name,
-            "Use rule='max' if it is a codebook.",
+            "Use another rule, such as 'max'.",
         )
 
     def unrounded(self, amax: jax.Array, fmt: Format) -> jax.Array:

@@ -108,7 +108,7 @@ class TwoLevel(Scaling):
         return materialize(stored.scale * tensor_scale.reshape(tensor_scale.shape + trailing))
 
     def tensor_scale(self, second: tuple[jax.Array, ...]) -> jax.Array | None:
-        """Returns the factor of the scales of all blocks."""
+        """Returns the tensor's second-level scale."""
         return second[0]
 
     def nbytes(self, blocks: int, fmt: Format) -> int:
@@ -166,7 +166,7 @@ class DoubleQuant(Scaling):
         self.require(self.block >= 1, "`block` must be at least 1", self.block, "Use 256.")
 
     def store(self, scale: jax.Array, amax: jax.Array) -> StoredScales:
-        """Returns the scales relative to the second scales; and the second scales and the mean."""
+        """Returns block scales relative to second-level scales, with these scales and the mean."""
         del amax
         scale_format = get_format(self.scale_format)
         flat = scale.reshape(-1)
@@ -214,7 +214,7 @@ class DoubleQuant(Scaling):
         return super().nbytes(blocks, fmt) + 4 * (-(-blocks // self.block) + 1)
 
     def _repeat(self, second: jax.Array, size: int) -> jax.Array:
-        """Returns the second scale of each scale."""
+        """Repeats the second-level scales, to one per block scale."""
         rows = jnp.broadcast_to(second[:, None], (second.size, self.block))
         return rows.reshape(-1)[:size]
 

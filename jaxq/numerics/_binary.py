@@ -209,7 +209,7 @@ def _ldexp_bits(whole: jax.Array, unit: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _integer(y: jax.Array, args: _Snap) -> jax.Array:
-    """Returns the signed result for a grid without inf, NaN and -0: NaN becomes 0, others are clipped."""
+    """Returns the signed result for a grid without inf, NaN and -0: NaN becomes 0, others clip."""
     grid, layout = args.grid, args.layout
     y = where(args.magnitude > layout.inf, layout.float_type(0), y)
     y = where(args.negative, layout.float_type(0) - y, y)

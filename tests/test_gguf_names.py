@@ -72,7 +72,7 @@ def test_scores_of_permuted_queries_and_keys_are_the_same():
 
 @pytest.mark.parametrize("kind", gguf.ARCHITECTURES)
 def test_only_llama_and_mistral_rotate_neighboring_elements(kind: str):
-    """As llama_model_rope_type in llama.cpp; tools/check_architectures.py runs the models."""
+    """Compares with `llama_model_rope_type` of llama.cpp."""
     model = gguf.conversion(config(kind))
     permuted = model.changes("model.layers.0.self_attn.k_proj.weight")
     assert permuted == (kind in ("llama", "mistral"))

@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -209,7 +209,7 @@ def load(path: pathlib.Path, config: Mapping[str, Any]) -> tuple[Any, dict[str, 
 def log_probabilities(
     path: pathlib.Path,
     config: Mapping[str, Any],
-    tokens: list[list[int]],
+    tokens: Sequence[Sequence[int]],
     rules: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """Returns jaxq's logarithms of the probabilities of the next token, float64.

@@ -54,7 +54,7 @@ def pack_in_pieces(
             # `accumulate` adds one number after another, as ggml does.
             squares = np.add.accumulate(np.square(part.reshape(-1, length)), axis=1)[:, -1]
             squares = np.repeat(squares / np.float32(length), length // layout.block)
-            part_importance = gguf.Importance(
+            part_importance = gguf.PartImportance(
                 _weights(importance, numbers.shape, start, part.size), squares
             )
         at = 0
@@ -92,19 +92,19 @@ def _weights(importance: np.ndarray, shape: tuple[int, ...], start: int, count: 
     return rows.reshape(-1)[index // each * length + index % length]
 
 
-def _cut_importance(whole: gguf.Importance, start: int, size: int) -> gguf.Importance:
+def _cut_importance(whole: gguf.PartImportance, start: int, size: int) -> gguf.PartImportance:
     """Returns the importance of a piece, padded with zeros."""
     per_block = whole.weights.size // whole.squares.size
     parts = []
     for values, step in ((whole.weights, 1), (whole.squares, per_block)):
         part = values[start // step : (start + size) // step]
         parts.append(np.pad(part, (0, size // step - part.size)))
-    return gguf.Importance(parts[0].reshape(-1, _ROW), parts[1])
+    return gguf.PartImportance(parts[0].reshape(-1, _ROW), parts[1])
 
 
 @functools.partial(jax.jit, static_argnames="type")
 def _packed(
-    piece: jax.Array, type: str, importance: gguf.Importance | None
+    piece: jax.Array, type: str, importance: gguf.PartImportance | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the bytes of a piece in a block type, and the errors of its quantized values."""
     packed, values = gguf.quantize_with_values(piece, type, importance)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._ggml.blocks import Blocks, QuantizedBlocks
+from jaxq._ggml.blocks import FloatBlocks, QuantizedBlocks
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.interop.gguf._blocks import as_bytes, split_bits
 from jaxq.interop.gguf._layouts import Fields, two_scales, two_scales_bytes
@@ -32,7 +32,7 @@ class Integers(NamedTuple):
     minima: jax.Array | None = None
 
 
-def _searched(name: str, blocks: Blocks) -> Fields:
+def _searched(name: str, blocks: FloatBlocks) -> Fields:
     """Returns the fields of a type, with the scales that its rule finds."""
     result: QuantizedBlocks = SUPER_BLOCK_RULES[name].search(blocks)
     factors = {"d": result.d} if result.m is None else {"d": result.d, "m": result.m}
@@ -86,6 +86,6 @@ def integers_of(name: str, fields: Fields) -> Integers:
     return Integers(scales, q, minima)
 
 
-SEARCHED: dict[str, Callable[[Blocks], Fields]] = {
+SEARCHED: dict[str, Callable[[FloatBlocks], Fields]] = {
     name: functools.partial(_searched, name) for name in SUPER_BLOCK_RULES
 }

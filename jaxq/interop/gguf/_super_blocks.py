@@ -1,4 +1,4 @@
-"""Quantized tensors of recipes with the scaling `SuperBlocks` as bytes of GGUF."""
+"""Conversion between quantized tensors with the scaling `SuperBlocks` and the bytes of GGUF."""
 
 import jax
 from jax import numpy as jnp
@@ -45,7 +45,7 @@ def pack_super_blocks(q: Quantized, name: str) -> jax.Array:
 def unpack_super_blocks(
     data: jax.Array, name: str, recipe: Recipe, dtype: jax.typing.DTypeLike
 ) -> Quantized:
-    """Returns the quantized tensor that the bytes of whole super-blocks stand for."""
+    """Returns the quantized tensor that the bytes of complete super-blocks represent."""
     layout = LAYOUTS[name]
     *leading, runs = (*data.shape[:-1], data.shape[-1] // layout.size)
     columns = layout.split(data.reshape(-1, layout.size))

@@ -10,7 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
-from jaxq._ggml.blocks import Blocks, in_chunks
+from jaxq._ggml.blocks import FloatBlocks, in_chunks
 from jaxq._ggml.searches import product, sums
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq._jax.arithmetic import divide
@@ -162,8 +162,8 @@ class _Result(NamedTuple):
     values: jax.Array | None
 
 
-class Importance(NamedTuple):
-    """The importance of the elements of a part of a tensor.
+class PartImportance(NamedTuple):
+    """The importance of the elements in a part of a tensor.
 
     Attributes:
       weights: the importance of each element.
@@ -175,7 +175,7 @@ class Importance(NamedTuple):
 
 
 def quantize_with_values(
-    x: jax.Array, type: str, importance: Importance | None = None
+    x: jax.Array, type: str, importance: PartImportance | None = None
 ) -> tuple[Packed, jax.Array]:
     """Returns a quantized tensor and its values, computed with fewer operations than from bytes."""
     weights, squares = (None, None) if importance is None else importance
@@ -203,7 +203,7 @@ def _quantize(
         data = pack(quantize_by_recipe(x, type))
         return _Result(data, fake_quant_by_recipe(x, type) if values else None)
     columns = x.reshape(-1, layout.block).T
-    blocks = Blocks(columns, None, None)
+    blocks = FloatBlocks(columns, None, None)
     if importance is not None:
         if squares is None:
             rows = x.reshape(-1, shape[-1])
@@ -211,9 +211,9 @@ def _quantize(
             square = divide(total, jnp.full(total.shape, shape[-1], jnp.float32))
             squares = jnp.repeat(square, shape[-1] // layout.block)
         weights = jnp.asarray(importance).reshape(-1, layout.block).T
-        blocks = Blocks(columns, weights, jnp.asarray(squares))
+        blocks = FloatBlocks(columns, weights, jnp.asarray(squares))
 
-    def quantized(part: Blocks) -> _Result:
+    def quantized(part: FloatBlocks) -> _Result:
         fields = _QUANTIZERS[type](part)
         return _Result(layout.write(fields), layout.values_of(fields) if values else None)
 

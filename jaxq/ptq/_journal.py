@@ -4,13 +4,13 @@ import dataclasses
 import hashlib
 import pathlib
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxq._jax import compat
+from jaxq._jax.processes import holds_on_all_processes, host_array, spans_processes
 from jaxq.interop import load, save
 from jaxq.models import weight_of
 from jaxq.ptq._calibration_calls import Calls, Model
@@ -40,9 +40,12 @@ class Journal:
 
     Attributes:
       folder: the folder.
+      is_shared: True if several processes solve the products together. A product is then read only
+        if all of them have it, because they compute its statistics together.
     """
 
     folder: pathlib.Path
+    is_shared: bool = False
 
     def _path(self, number: int) -> pathlib.Path:
         return self.folder / f"{number:05}.safetensors"
@@ -50,7 +53,8 @@ class Journal:
     def read(self, number: int) -> Entry | None:
         """Returns the product at a position in the order of solving, or None if it is missing."""
         path = self._path(number)
-        if not path.exists():
+        exists = path.exists()
+        if not (holds_on_all_processes(exists) if self.is_shared else exists):
             return None
         tree = load(path)
         fields = dict(zip(tree["names"], np.asarray(tree["numbers"]).tolist(), strict=True))
@@ -67,13 +71,15 @@ class Journal:
             "texts": texts,
             "names": names,
             "numbers": np.array([fields[name] for name in names], np.float64),
-            "packed": entry.packed,
+            "packed": jax.tree.map(host_array, entry.packed),
         }
         save(self._path(number), tree)
 
 
 def journal_of(folder: pathlib.Path, calls: Calls, model: Model, settings: Any) -> Journal:
     """Returns the journal of a run in a folder, which is created if it does not exist.
+
+    If several processes solve the model together, each has a folder of its own in this folder.
 
     Args:
       folder: the folder.
@@ -85,6 +91,9 @@ def journal_of(folder: pathlib.Path, calls: Calls, model: Model, settings: Any) 
       ValueError: if the folder holds another run or other files.
     """
     run = _fingerprint(calls, model, settings)
+    is_shared = any(map(spans_processes, _arrays(calls)))
+    if is_shared:
+        folder = folder / f"process{jax.process_index()}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _RUN
     stored = load(path)["run"] if path.exists() else None
@@ -97,7 +106,7 @@ def journal_of(folder: pathlib.Path, calls: Calls, model: Model, settings: Any) 
         )
     if stored is None:
         save(path, {"run": run})
-    return Journal(folder)
+    return Journal(folder, is_shared)
 
 
 def _fingerprint(calls: Calls, model: Model, settings: Any) -> str:
@@ -111,12 +120,15 @@ def _fingerprint(calls: Calls, model: Model, settings: Any) -> str:
     # The addresses of functions differ between processes.
     text = re.sub(r"0x[0-9a-f]+", "", "\n".join(texts))
     digest = hashlib.sha256(text.encode())
-    module = None if jax.tree_util.all_leaves([calls.fn]) else calls.fn
-    for leaf in _arrays([module, calls.calls, calls.masks]):
-        digest.update(repr((leaf.shape, leaf.dtype)).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+    for leaf in _arrays(calls):
+        values = host_array(leaf)
+        digest.update(repr((values.shape, values.dtype)).encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
 
 
-def _arrays(tree: Any) -> Sequence[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if compat.is_array(leaf)]
+def _arrays(calls: Calls) -> list[Any]:
+    """Returns the parameters, the arrays of all batches and their masks."""
+    module = None if jax.tree_util.all_leaves([calls.fn]) else calls.fn
+    leaves = jax.tree.leaves([module, calls.calls, calls.masks])
+    return [leaf for leaf in leaves if compat.is_array(leaf)]

@@ -61,7 +61,8 @@ def quantize_weights(
       progress: a function that is called with the report of each solved product.
       resume: a folder in which each solved product is stored as one file, or None. Products that an
         interrupted run with the same model, rules, solver and batches stored there are not solved
-        again, and the result equals that of an uninterrupted run.
+        again, and the result equals that of an uninterrupted run. If the batches are sharded over
+        several processes, each process has a folder of its own within this folder.
 
     Returns:
       A function `(params, batches) -> (packed, Report)`, or `(batches) -> (packed, Report)` if `fn`

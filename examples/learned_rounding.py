@@ -80,9 +80,14 @@ class Comparison:
         whole = {**self._study.params, "layers": dequantized}
         return Result(error, self._study.perplexity(whole))
 
-    def solved(self, solver: str) -> Result:
-        """Returns the result of a solver."""
-        solve = ptq.quantize_weights(self.model, self._recipe, solver=solver)
+    def nearest(self) -> Result:
+        """Returns the result of rounding to nearest."""
+        pack = jaxq.quantize_weights(self.model, self._recipe)
+        return self.result(pack(self.params, self._batches[0]))
+
+    def solved(self) -> Result:
+        """Returns the result of GPTQ."""
+        solve = ptq.quantize_weights(self.model, self._recipe)
         return self.result(solve(self.params, self._batches)[0])
 
     def learned(self, steps: int) -> tuple[ptq.RoundingReport, Result]:
@@ -123,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     layers = len(study.unrolled["layers"])
     count = layers if args.layers == "all" else int(args.layers)
     comparison = Comparison(study, study_of.recipe_of(args.recipe), count, args.sequences)
-    found = {"nearest": comparison.solved("rtn"), "GPTQ": comparison.solved("gptq")}
+    found = {"nearest": comparison.nearest(), "GPTQ": comparison.solved()}
     report, found["SignRound"] = comparison.learned(steps)
     grid = common.Table(title=f"Results of {count} layers in {args.recipe}")
     for head in ("method", "relative squared error", *["perplexity"] * (count == layers)):

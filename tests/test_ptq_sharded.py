@@ -123,7 +123,7 @@ def results(params: Any, batches: list[Any], keep: Any, folder: pathlib.Path) ->
 
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(tmp_path: pathlib.Path):
-    """Each of two processes has half of each batch, and the columns of some weights."""
+    """Gives each of two processes half of each batch and half of the columns of some weights."""
     expected = {
         "merged": ptq.observe(stepped, RULES)(EXACT, INTEGERS[0])[1],
         **results(EXACT, list(INTEGERS), KEEP, tmp_path / "one"),

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.tables import Table, Tabular
 from jaxq._jax import compat
 from jaxq.models import Planned, Program, Rules, plan, program
 from jaxq.ptq._block_training import (
@@ -23,6 +22,7 @@ from jaxq.ptq._block_training import (
 from jaxq.ptq._calibration_calls import Calls, Model, read_calls, without_weight
 from jaxq.ptq._journal import Entry, journal_of
 from jaxq.ptq._leaf_states import replace_parameters
+from jaxq.ptq._reports import LearnedBlock, RoundingReport
 from jaxq.ptq._rounding_methods import (
     Rounded,
     RoundingMethod,
@@ -32,58 +32,10 @@ from jaxq.ptq._rounding_methods import (
 from jaxq.ptq._solvers import check_recipe
 from jaxq.quantizers import Quantized, numbers_of, with_levels
 
-__all__ = ["LearnedBlock", "RoundingReport", "learn_rounding"]
+__all__ = ["learn_rounding"]
 
 _OWNER = "ptq.learn_rounding"
 _MEASUREMENTS = 20  # The number of times that the rounded weights of a block are measured.
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnedBlock:
-    """The progress or the result of one block.
-
-    Attributes:
-      block: the index of the block.
-      step: the number of steps so far; in a report, the step at which the best weights were found.
-      rtn: the squared error of the block's outputs with rounding to nearest, relative to the power
-        of the float outputs.
-      loss: the same error with the best weights so far.
-      weights: the number of leaves whose rounding is learned.
-      note: the weights that the rules quantize but that are not stored, with the reasons; or "".
-
-    Example:
-      >>> from jaxq import ptq
-      >>> block = ptq.LearnedBlock(block=0, step=200, rtn=0.02, loss=0.01, weights=3)
-      >>> block.loss < block.rtn
-      True
-    """
-
-    block: int
-    step: int
-    rtn: float
-    loss: float
-    weights: int
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class RoundingReport(Tabular):
-    """The report of `jaxq.ptq.learn_rounding`. Prints as a table.
-
-    Attributes:
-      rows: the blocks, in order.
-
-    Example:
-      >>> from jaxq import ptq
-      >>> row = ptq.LearnedBlock(block=0, step=200, rtn=0.02, loss=0.01, weights=3)
-      >>> ptq.RoundingReport((row,)).rows[0].step
-      200
-    """
-
-    rows: tuple[LearnedBlock, ...]
-
-    def _table(self) -> Table:
-        return Table(self.rows)
 
 
 def learn_rounding(

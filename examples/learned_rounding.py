@@ -73,8 +73,8 @@ class Comparison:
         """Measures packed layers on the test data."""
         dequantized = jaxq.dequantize_tree(packed)
         pairs = [(self._run(dequantized, x), self._run(self.params, x)) for x in self._tests]
-        lost = sum(float(jnp.sum((y - expected) ** 2)) for y, expected in pairs)
-        error = lost / sum(float(jnp.sum(expected**2)) for _, expected in pairs)
+        error = sum(float(jnp.sum((y - expected) ** 2)) for y, expected in pairs)
+        error = error / sum(float(jnp.sum(expected**2)) for _, expected in pairs)
         if len(packed) < len(self._study.unrolled["layers"]):
             return Result(error, None)
         whole = {**self._study.params, "layers": dequantized}
@@ -132,16 +132,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
     layers = len(study.unrolled["layers"])
     count = layers if args.layers == "all" else int(args.layers)
     comparison = Comparison(study, study_of.recipe_of(args.recipe), count, args.sequences)
-    found = {"nearest": comparison.nearest(), "GPTQ": comparison.solved()}
-    report, found["SignRound"] = comparison.learned(steps, args.resume or None)
+    by_method = {"nearest": comparison.nearest(), "GPTQ": comparison.solved()}
+    report, by_method["SignRound"] = comparison.learned(steps, args.resume or None)
     grid = common.Table(title=f"Results of {count} layers in {args.recipe}")
     for head in ("method", "relative squared error", *["perplexity"] * (count == layers)):
         grid.add_column(head)
-    for method, own in found.items():
-        cells = [] if own.perplexity is None else [f"{own.perplexity:.2f}"]
-        grid.add_row(method, f"{own.error:.4g}", *cells)
+    for method, result in by_method.items():
+        cells = [] if result.perplexity is None else [f"{result.perplexity:.2f}"]
+        grid.add_row(method, f"{result.error:.4g}", *cells)
     common.Console().print(report, grid)
-    return found
+    return by_method
 
 
 if __name__ == "__main__":

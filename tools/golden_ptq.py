@@ -38,16 +38,16 @@ def gptq() -> dict[str, np.ndarray]:
     drift = np.asarray(qep_core.compute_qep_stats(x.T, floats.T)["hessian_delta"])
     corrected = np.asarray(qep_core.weight_correct(weight.T, hessian, drift)).T
     result = {"weight": weight, "hessian": hessian, "drift": drift}
-    for prefix, solved, tiles in (
+    for prefix, solver_weight, tiles in (
         ("", weight, {}),
         ("group_", weight, {1: GROUP}),
         ("qep_", corrected, {}),
     ):
         how = qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=(0,), tiled_axes=tiles)
         solve = jax.jit(lambda w, h, how=how: gptq_core.quantize_weight(w, h, how)[0])
-        found = solve(solved.T, hessian)
-        result[f"{prefix}scale"] = np.asarray(found.scale).T
-        result[f"{prefix}codes"] = np.asarray(found.qvalue.astype(jnp.int8)).T
+        solved = solve(solver_weight.T, hessian)
+        result[f"{prefix}scale"] = np.asarray(solved.scale).T
+        result[f"{prefix}codes"] = np.asarray(solved.qvalue.astype(jnp.int8)).T
     return result
 
 

@@ -147,11 +147,13 @@ def quantize(
                 f"gguf.quantize: `importance` must have the shape of a row, ({x.shape[-1]},), or "
                 f"of rows that broadcast to {x.shape}, got {importance.shape}."
             )
-        importance = jnp.broadcast_to(importance.reshape(_to(x.ndim, importance.shape)), x.shape)
+        importance = jnp.broadcast_to(
+            importance.reshape(_with_leading_ones(x.ndim, importance.shape)), x.shape
+        )
     return Packed(_quantize(x, importance, type).data, type, np.dtype(x.dtype))
 
 
-def _to(ndim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _with_leading_ones(ndim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1,) * (ndim - len(shape)) + shape
 
 
@@ -177,7 +179,7 @@ class PartImportance(NamedTuple):
 def quantize_with_values(
     x: jax.Array, type: str, importance: PartImportance | None = None
 ) -> tuple[Packed, jax.Array]:
-    """Returns a quantized tensor and its values, computed with fewer operations than from bytes."""
+    """Returns a packed tensor and its values, faster than `dequantize` would compute them."""
     weights, squares = (None, None) if importance is None else importance
     result = _quantize(x, weights, type, squares, values=True)
     assert result.values is not None
@@ -307,7 +309,7 @@ def fake_quant(
     return passed(jnp.moveaxis(y, -1, axis), x)
 
 
-_SMALLER = {
+_FALLBACKS = {
     **{name: rule.fallback for name, rule in SUPER_BLOCK_RULES.items()},
     **dict.fromkeys(("tq1_0", "tq2_0"), "q4_0"),
 }
@@ -328,7 +330,7 @@ def fallback(type: str, length: int) -> str:
       >>> fallback("q4_k", 4096), fallback("q4_k", 576), fallback("q4_k", 100)
       ('q4_k', 'q5_0', 'f16')
     """
-    for name in (type, _SMALLER.get(type)):
+    for name in (type, _FALLBACKS.get(type)):
         if name is not None and length % TYPES.find(name).block == 0:
             return name
     return "f16"

@@ -83,6 +83,8 @@ METHODS = {
     "AWQ": Method(ptq.RTN(), scales=True),
     "AWQ + GPTQ": Method(ptq.GPTQ(), scales=True),
     "parallel": Method(ptq.GPTQ(), sequential=False),
+    "group order": Method(ptq.GPTQ(order="group")),
+    "own order": Method(ptq.GPTQ(order=None)),
 }
 _MOST = tuple(METHODS)[:8]
 RECIPES = {

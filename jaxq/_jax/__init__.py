@@ -33,6 +33,8 @@ says otherwise, and the check that passes without the workaround once the behavi
   adds one.
 - `meshes`: operations with several possible shardings raise under explicit axes. Remove it when
   `tests/test_meshes.py` passes without it.
+- `processes`: `numpy.asarray` raises for an array with parts on other processes. Remove
+  `host_array` when it gathers them.
 - `compat`: jaxprs are private and differ between versions. Remove the branch in `loop_counts` with
   the support for JAX 0.10.
 - `serialization`: Flax looks up pytrees by class and `jax.export` by name. These are their

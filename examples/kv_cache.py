@@ -92,7 +92,8 @@ def decode(
     key_rows, width = params["layers"]["k"].shape[1:]
     size = width // config.heads
     turns = smollm.angles(length, size, config.base)
-    shape = (passages, length, key_rows // size, size)
+    # More slots than tokens, so that the window of an unquantized cache can hold all tokens.
+    shape = (passages, length + recipe.step, key_rows // size, size)
 
     def read(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
         w, own = inputs
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     size = model.params["layers"]["q"].shape[1] // model.config.heads
     run = functools.partial(decode, model.params, tokens, config=model.config, prompt=prompt)
     # All tokens stay in the window, which is unquantized.
-    exact = run(None, recipe=serving.CacheRecipe("int8_token", "int8_token", length - 1))
+    exact = run(None, recipe=serving.CacheRecipe("int8_token", "int8_token", length))
     largest = serving.CacheScales(*(x / 448 for x in exact.largest))
     base = exact.logits - exact.logits.mean(-1, keepdims=True)
     rows = []

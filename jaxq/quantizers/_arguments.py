@@ -9,7 +9,14 @@ from jaxq._base.cutting import axis_of_blocks
 from jaxq.numerics import floats
 from jaxq.recipes import Recipe, get_recipe
 
-__all__ = ["Given", "Importance", "check_takes_scales", "checked", "given_scales", "importance_of"]
+__all__ = [
+    "ErrorWeights",
+    "Given",
+    "check_takes_scales",
+    "checked",
+    "given_scales",
+    "importance_of",
+]
 
 
 class Given(NamedTuple):
@@ -19,7 +26,7 @@ class Given(NamedTuple):
     zero_point: jax.Array | None
 
 
-class Importance(NamedTuple):
+class ErrorWeights(NamedTuple):
     """Weights of the squared errors of elements, which broadcast to the tensor."""
 
     weights: jax.Array
@@ -101,7 +108,7 @@ def given_scales(
 
 def importance_of(
     name: str, shape: tuple[int, ...], recipe: Recipe, importance: jax.typing.ArrayLike
-) -> Importance:
+) -> ErrorWeights:
     """Checks and returns an importance: one weight per index of the axis of the blocks, or more."""
     if not recipe.scaling.searches_elements:
         raise ValueError(
@@ -122,4 +129,4 @@ def importance_of(
             f"{name}: `importance` must have one weight for each of the {shape[axis]} indices of "
             f"axis {axis}, or broadcast to {shape} with them, got shape {jnp.shape(importance)}."
         )
-    return Importance(weights.reshape((1,) * missing + weights.shape))
+    return ErrorWeights(weights.reshape((1,) * missing + weights.shape))

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from jaxq._base.cutting import Cut, axis_of_blocks
 from jaxq._base.shapes import is_symbolic
-from jaxq._ggml.blocks import Blocks, QuantizedBlocks, in_chunks
+from jaxq._ggml.blocks import FloatBlocks, QuantizedBlocks, in_chunks
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES, SuperBlockRule
 from jaxq._jax.arithmetic import materialize
 from jaxq.formats import CodebookFormat, Format, get_format
@@ -148,7 +148,7 @@ class SuperBlocks(Scaling):
         """Returns the scales of a split tensor; see `Scaling.of_elements`."""
         places = _Places.of(cut, self._rule.size)
         weights = None if importance is None else places.columns(importance)
-        result = in_chunks(self._searched, Blocks(places.columns(x), weights), places.size)
+        result = in_chunks(self._searched, FloatBlocks(places.columns(x), weights), places.size)
         if result.scales is None:
             stored = StoredScales(decode(places.parts(result.d[:, None]), _FLOAT16))
         else:
@@ -176,7 +176,7 @@ class SuperBlocks(Scaling):
             numbers=places.elements(numbers, x.shape),
         )
 
-    def _searched(self, blocks: Blocks) -> QuantizedBlocks:
+    def _searched(self, blocks: FloatBlocks) -> QuantizedBlocks:
         """Returns scales with float16 codes as factors, of NaN if an element is not finite."""
         finite = jnp.isfinite(blocks.x).all(axis=0)
         result = self._rule.search(blocks._replace(x=jnp.where(finite, blocks.x, np.float32(0))))

@@ -15,8 +15,8 @@ from jaxq.interop.gguf._names import ARCHITECTURES, Architecture, Conversion, co
 from jaxq.interop.gguf._recipes import pack, unpack
 from jaxq.interop.gguf._tensors import (
     TYPES,
-    Importance,
     Packed,
+    PartImportance,
     dequantize,
     fake_quant,
     fallback,

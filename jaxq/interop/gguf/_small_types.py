@@ -14,14 +14,14 @@ from jax import numpy as jnp
 
 from jaxq._ggml.blocks import (
     IMPORTANCE_STEPS,
-    Blocks,
+    FloatBlocks,
     divide_or_zero,
     divided,
     error_weights,
     join_sub_blocks,
     sub_blocks,
 )
-from jaxq._ggml.searches import affine, largest, symmetric
+from jaxq._ggml.searches import fit_affine, fit_symmetric, largest
 from jaxq._jax.arithmetic import materialize, reciprocal, rounded
 from jaxq.interop.gguf._blocks import as_bytes, split_bits
 from jaxq.interop.gguf._layouts import E2M1, Fields, e8m0_half, ue4m3_half
@@ -34,35 +34,37 @@ __all__ = ["SMALL", "of_recipe"]
 # Types with one scale.
 
 
-def _simple_symmetric(blocks: Blocks, limit: int) -> tuple[jax.Array, jax.Array]:
+def _simple_symmetric(blocks: FloatBlocks, limit: int) -> tuple[jax.Array, jax.Array]:
     """Returns the scales and codes of Q4_0 and Q5_0 with an importance matrix."""
-    scale, q = symmetric(blocks.x, limit, error_weights(blocks.weights, blocks.x, blocks.row))
+    scale, q = fit_symmetric(
+        blocks.x, limit, error_weights(blocks.weights, blocks.x, blocks.row_square)
+    )
     return scale, q + limit
 
 
-def _simple_affine(blocks: Blocks, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _simple_affine(blocks: FloatBlocks, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the scales, minima and codes of Q4_1 and Q5_1 with an importance matrix."""
-    w = error_weights(blocks.weights, blocks.x, blocks.row)
-    d, minimum, q = affine(blocks.x, limit, w, IMPORTANCE_STEPS)
+    w = error_weights(blocks.weights, blocks.x, blocks.row_square)
+    d, minimum, q = fit_affine(blocks.x, limit, w, IMPORTANCE_STEPS)
     return d, -minimum, q
 
 
-def _q4_0(blocks: Blocks) -> Fields:
+def _q4_0(blocks: FloatBlocks) -> Fields:
     d, q = _simple_symmetric(blocks, 8)
     return {"d": d, "q": as_bytes(q.T)}
 
 
-def _q5_0(blocks: Blocks) -> Fields:
+def _q5_0(blocks: FloatBlocks) -> Fields:
     d, q = _simple_symmetric(blocks, 16)
     return {"d": d, **split_bits(q.T)}
 
 
-def _q4_1(blocks: Blocks) -> Fields:
+def _q4_1(blocks: FloatBlocks) -> Fields:
     d, m, q = _simple_affine(blocks, 15)
     return {"d": d, "m": m, "q": as_bytes(q.T)}
 
 
-def _q5_1(blocks: Blocks) -> Fields:
+def _q5_1(blocks: FloatBlocks) -> Fields:
     d, m, q = _simple_affine(blocks, 31)
     return {"d": d, "m": m, **split_bits(q.T)}
 
@@ -105,12 +107,12 @@ def _ternary(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _tq1_0(blocks: Blocks) -> Fields:
+def _tq1_0(blocks: FloatBlocks) -> Fields:
     d, q = _ternary(blocks.x)
     return {"q": q[:, :160], "q16": q[:, 160:240], "q4": q[:, 240:], "d": d}
 
 
-def _tq2_0(blocks: Blocks) -> Fields:
+def _tq2_0(blocks: FloatBlocks) -> Fields:
     d, q = _ternary(blocks.x)
     return {"q": q, "d": d}
 
@@ -148,7 +150,7 @@ def _nearest_e2m1(x: jax.Array, half: jax.Array) -> jax.Array:
     return code
 
 
-def _mxfp4(blocks: Blocks) -> Fields:
+def _mxfp4(blocks: FloatBlocks) -> Fields:
     amax = largest(blocks.x)[0]
     e = _floored_log2(jnp.maximum(amax, np.float32(2**-126))) + 125
     e = jnp.where(amax > 0, e, 0).astype(jnp.uint8)
@@ -168,7 +170,7 @@ def _ue4m3(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, code, 0).astype(jnp.uint8)
 
 
-def _nvfp4(blocks: Blocks) -> Fields:
+def _nvfp4(blocks: FloatBlocks) -> Fields:
     x = sub_blocks(blocks.x, 16)
     scales = _ue4m3(divided(largest(x)[0], 6))
     q = _nearest_e2m1(x, ue4m3_half(scales))
@@ -176,7 +178,7 @@ def _nvfp4(blocks: Blocks) -> Fields:
     return {"scales": scales.reshape(-1, count).T, "q": as_bytes(join_sub_blocks(q, count).T)}
 
 
-SMALL: dict[str, Callable[[Blocks], Fields]] = {
+SMALL: dict[str, Callable[[FloatBlocks], Fields]] = {
     "q4_0": _q4_0,
     "q4_1": _q4_1,
     "q5_0": _q5_0,

@@ -10,7 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
-from jaxq._ggml.blocks import Blocks, in_chunks
+from jaxq._ggml.blocks import FloatBlocks, in_chunks
 from jaxq._ggml.searches import product, sums
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq._jax.arithmetic import divide
@@ -147,11 +147,13 @@ def quantize(
                 f"gguf.quantize: `importance` must have the shape of a row, ({x.shape[-1]},), or "
                 f"of rows that broadcast to {x.shape}, got {importance.shape}."
             )
-        importance = jnp.broadcast_to(importance.reshape(_to(x.ndim, importance.shape)), x.shape)
+        importance = jnp.broadcast_to(
+            importance.reshape(_with_leading_ones(x.ndim, importance.shape)), x.shape
+        )
     return Packed(_quantize(x, importance, type).data, type, np.dtype(x.dtype))
 
 
-def _to(ndim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _with_leading_ones(ndim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1,) * (ndim - len(shape)) + shape
 
 
@@ -162,8 +164,8 @@ class _Result(NamedTuple):
     values: jax.Array | None
 
 
-class Importance(NamedTuple):
-    """The importance of the elements of a part of a tensor.
+class PartImportance(NamedTuple):
+    """The importance of the elements in a part of a tensor.
 
     Attributes:
       weights: the importance of each element.
@@ -175,9 +177,9 @@ class Importance(NamedTuple):
 
 
 def quantize_with_values(
-    x: jax.Array, type: str, importance: Importance | None = None
+    x: jax.Array, type: str, importance: PartImportance | None = None
 ) -> tuple[Packed, jax.Array]:
-    """Returns a quantized tensor and its values, computed with fewer operations than from bytes."""
+    """Returns a packed tensor and its values, faster than `dequantize` would compute them."""
     weights, squares = (None, None) if importance is None else importance
     result = _quantize(x, weights, type, squares, values=True)
     assert result.values is not None
@@ -203,7 +205,7 @@ def _quantize(
         data = pack(quantize_by_recipe(x, type))
         return _Result(data, fake_quant_by_recipe(x, type) if values else None)
     columns = x.reshape(-1, layout.block).T
-    blocks = Blocks(columns, None, None)
+    blocks = FloatBlocks(columns, None, None)
     if importance is not None:
         if squares is None:
             rows = x.reshape(-1, shape[-1])
@@ -211,9 +213,9 @@ def _quantize(
             square = divide(total, jnp.full(total.shape, shape[-1], jnp.float32))
             squares = jnp.repeat(square, shape[-1] // layout.block)
         weights = jnp.asarray(importance).reshape(-1, layout.block).T
-        blocks = Blocks(columns, weights, jnp.asarray(squares))
+        blocks = FloatBlocks(columns, weights, jnp.asarray(squares))
 
-    def quantized(part: Blocks) -> _Result:
+    def quantized(part: FloatBlocks) -> _Result:
         fields = _QUANTIZERS[type](part)
         return _Result(layout.write(fields), layout.values_of(fields) if values else None)
 
@@ -307,7 +309,7 @@ def fake_quant(
     return passed(jnp.moveaxis(y, -1, axis), x)
 
 
-_SMALLER = {
+_FALLBACKS = {
     **{name: rule.fallback for name, rule in SUPER_BLOCK_RULES.items()},
     **dict.fromkeys(("tq1_0", "tq2_0"), "q4_0"),
 }
@@ -328,7 +330,7 @@ def fallback(type: str, length: int) -> str:
       >>> fallback("q4_k", 4096), fallback("q4_k", 576), fallback("q4_k", 100)
       ('q4_k', 'q5_0', 'f16')
     """
-    for name in (type, _SMALLER.get(type)):
+    for name in (type, _FALLBACKS.get(type)):
         if name is not None and length % TYPES.find(name).block == 0:
             return name
     return "f16"

@@ -24,6 +24,7 @@ from jaxq import interop, ptq
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
 
 import smollm
+import texts
 
 __all__ = [
     "GGUF",
@@ -61,7 +62,7 @@ class Checkpoint(NamedTuple):
 
 def tokens_of(count: int, part: int = 1) -> list[int]:
     """Returns the first tokens of one of two parts of Python's reference manual."""
-    text = smollm.text(part)[: 8 * count]
+    text = texts.manual(part)[: 8 * count]
     return smollm.load().tokenize(text)[:count]
 
 

@@ -57,10 +57,11 @@ class QuantizedBlocks(NamedTuple):
     """The result of a search, one row per super-block.
 
     Attributes:
-      d: the factor of the scales, `[blocks]`, float32 before it is rounded to float16.
+      d: the factor of the scales, `[blocks]`, float32 before it is rounded to float16; or the scale
+        of a block that is one part, before it is rounded to the rule's `scale_format`.
       scales: the quantized scales of the parts, int32 `[blocks, parts]`; None if the block is one
         part, whose scale is d.
-      codes: the grid values of the elements, int32 `[blocks, elements]`, or indices of levels.
+      codes: int32 `[blocks, elements]`: the grid values of integer formats, else the codes.
       m: the factor of the minima; None in a rule without them.
       minima: the quantized minima of the parts, which are subtracted; None without them.
     """

@@ -22,6 +22,7 @@ from jaxq._ggml.blocks import (
     sub_blocks,
     to_float16,
 )
+from jaxq._ggml.floats import mxfp4, nvfp4
 from jaxq._ggml.searches import (
     EPS,
     Steps,
@@ -48,8 +49,7 @@ class SuperBlockRule(NamedTuple):
 
     Attributes:
       element: the name of the format of the elements.
-      scale_format: the name of the format of the parts' scales and minima; float16 if a super-block
-        is one part.
+      scale_format: the name of the format of the scales and minima of the parts.
       length: the number of elements in a part.
       fallback: the recipe that llama.cpp uses for rows that a super-block does not divide.
       search: the search.
@@ -204,4 +204,6 @@ SUPER_BLOCK_RULES: dict[str, SuperBlockRule] = {
     "q6_k": SuperBlockRule("int6", "int8", 16, "q8_0", _q6_k),
     "iq4_nl": SuperBlockRule("iq4", "float16", 32, None, iq4_nl, size=32),
     "iq4_xs": SuperBlockRule("iq4", "int6", 32, "iq4_nl", iq4_xs),
+    "mxfp4_ggml": SuperBlockRule("float4_e2m1fn", "float8_e8m0fnu", 32, None, mxfp4, size=32),
+    "nvfp4_ggml": SuperBlockRule("float4_e2m1fn", "float8_e4m3fn", 16, None, nvfp4, size=16),
 }

@@ -14,7 +14,7 @@ from jaxq._base.shapes import is_symbolic
 from jaxq._ggml.blocks import Blocks, QuantizedBlocks, in_chunks
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES, SuperBlockRule
 from jaxq._jax.arithmetic import materialize
-from jaxq.formats import CodebookFormat, Format, get_format
+from jaxq.formats import Format, IntFormat, get_format
 from jaxq.numerics import decode, encode
 from jaxq.recipes._ranges import Range
 from jaxq.recipes._scaling import Scales, Scaling, StoredScales
@@ -26,7 +26,7 @@ _FLOAT16 = get_format("float16")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SuperBlocks(Scaling):
-    """Scales that a search over the elements finds, as in GGUF's K-quants, IQ4_NL and IQ4_XS.
+    """Scales that a search over the elements finds, as in GGUF's K-quants, IQ4 and 4-bit floats.
 
     A super-block of 256 elements has a float16 factor d, and each of its blocks of 16 or 32
     elements has a quantized scale s: y = d s q. In rules with minima, y = d s q - d' m, with a
@@ -35,9 +35,14 @@ class SuperBlocks(Scaling):
     the rounding mode `"nearest_even"`, the codes are those of ggml; another mode rounds the
     elements by the stored scales.
 
+    The rules `"mxfp4_ggml"` and `"nvfp4_ggml"` compute the one scale of a block from its largest
+    magnitude: 2^(floor(log2 amax) - 2) with a float32 logarithm, or amax / 6 rounded to E4M3 with
+    ties away from zero. Elements are rounded with ties toward zero, and never to minus zero.
+
     Attributes:
-      rule: the name of the block type, one of `"q2_k"`, `"q3_k"`, `"q4_k"`, `"q5_k"`, `"q6_k"`,
-        `"iq4_nl"` and `"iq4_xs"`. It fixes the element format and the block length.
+      rule: the name of the rule, which fixes the element format and the block length: `"q2_k"`,
+        `"q3_k"`, `"q4_k"`, `"q5_k"`, `"q6_k"`, `"iq4_nl"`, `"iq4_xs"`, `"mxfp4_ggml"` or
+        `"nvfp4_ggml"`.
 
     Raises:
       ValueError: the rule is unknown.
@@ -93,7 +98,7 @@ class SuperBlocks(Scaling):
     @property
     def largest_scale(self) -> float:
         """The largest finite scale."""
-        return _FLOAT16.max * (self.scale_format.max if self.run > 1 else 1)
+        return self.scale_format.max * (_FLOAT16.max if self.run > 1 else 1)
 
     def check_scale_format(self, scale_format: Format) -> None:
         """Accepts the format of the rule."""
@@ -150,7 +155,7 @@ class SuperBlocks(Scaling):
         weights = None if importance is None else places.columns(importance)
         result = in_chunks(self._searched, Blocks(places.columns(x), weights), places.size)
         if result.scales is None:
-            stored = StoredScales(decode(places.parts(result.d[:, None]), _FLOAT16))
+            stored = StoredScales(decode(places.parts(result.d[:, None]), self.scale_format))
         else:
             codes = [None if c is None else places.parts(c) for c in (result.scales, result.minima)]
             scale, minimum = (None if c is None else c.astype(jnp.float32) for c in codes)
@@ -158,8 +163,8 @@ class SuperBlocks(Scaling):
             second = tuple(places.factors(d) for d in (result.d, result.m) if d is not None)
             stored = StoredScales(scale, second, minimum)
         numbers = result.codes.astype(jnp.float32)
-        if isinstance(fmt, CodebookFormat):
-            numbers = jnp.asarray(fmt.levels, jnp.float32)[result.codes]
+        if not isinstance(fmt, IntFormat):
+            numbers = decode(result.codes.astype(jnp.uint8), fmt)
         step, minimum = self.restore(stored), self.restore_minimum(stored)
         ends = [step * np.float32(end) for end in (fmt.min, fmt.max)]
         low, high = lax.min(*ends), lax.max(*ends)  # A scale may be negative.
@@ -177,14 +182,15 @@ class SuperBlocks(Scaling):
         )
 
     def _searched(self, blocks: Blocks) -> QuantizedBlocks:
-        """Returns scales with float16 codes as factors, of NaN if an element is not finite."""
+        """Returns scales with encoded factors, of NaN if an element is not finite."""
+        fmt = _FLOAT16 if self.run > 1 else self.scale_format
         finite = jnp.isfinite(blocks.x).all(axis=0)
         result = self._rule.search(blocks._replace(x=jnp.where(finite, blocks.x, np.float32(0))))
 
         def factor(d: jax.Array | None) -> jax.Array | None:
             if d is None:
                 return None
-            return encode(jnp.where(finite, d, np.float32(np.nan)), _FLOAT16)
+            return encode(jnp.where(finite, d, np.float32(np.nan)), fmt)
 
         return result._replace(d=factor(result.d), m=factor(result.m))
 

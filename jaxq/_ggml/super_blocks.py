@@ -55,6 +55,7 @@ class SuperBlockRule(NamedTuple):
       search: the search.
       minimum: True if parts have a minimum.
       size: the number of elements in a super-block.
+      weighted: True if the search minimizes errors, which an importance can weight.
     """
 
     element: str
@@ -64,6 +65,7 @@ class SuperBlockRule(NamedTuple):
     search: Callable[[Blocks], QuantizedBlocks]
     minimum: bool = False
     size: int = _SIZE
+    weighted: bool = True
 
 
 class _AffineRule(NamedTuple):
@@ -204,6 +206,10 @@ SUPER_BLOCK_RULES: dict[str, SuperBlockRule] = {
     "q6_k": SuperBlockRule("int6", "int8", 16, "q8_0", _q6_k),
     "iq4_nl": SuperBlockRule("iq4", "float16", 32, None, iq4_nl, size=32),
     "iq4_xs": SuperBlockRule("iq4", "int6", 32, "iq4_nl", iq4_xs),
-    "mxfp4_ggml": SuperBlockRule("float4_e2m1fn", "float8_e8m0fnu", 32, None, mxfp4, size=32),
-    "nvfp4_ggml": SuperBlockRule("float4_e2m1fn", "float8_e4m3fn", 16, None, nvfp4, size=16),
+    "mxfp4_ggml": SuperBlockRule(
+        "float4_e2m1fn", "float8_e8m0fnu", 32, None, mxfp4, size=32, weighted=False
+    ),
+    "nvfp4_ggml": SuperBlockRule(
+        "float4_e2m1fn", "float8_e4m3fn", 16, None, nvfp4, size=16, weighted=False
+    ),
 }

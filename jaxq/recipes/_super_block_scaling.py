@@ -1,7 +1,6 @@
 """The scaling of GGUF's K-quants, which searches for scales over the elements of super-blocks."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -11,11 +10,11 @@ from jax import numpy as jnp
 
 from jaxq._base.cutting import Cut, axis_of_blocks
 from jaxq._base.shapes import is_symbolic
-from jaxq._ggml.blocks import Blocks, QuantizedBlocks, in_chunks
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES, SuperBlockRule
 from jaxq._jax.arithmetic import materialize
 from jaxq.formats import Format, IntFormat, get_format
 from jaxq.numerics import decode, encode
+from jaxq.recipes._columns import Columns, searched
 from jaxq.recipes._ranges import Range
 from jaxq.recipes._scaling import Scales, Scaling, StoredScales
 
@@ -90,6 +89,11 @@ class SuperBlocks(Scaling):
         """False, because scales are found together with codes."""
         return False
 
+    def takes_importance(self, fmt: Format) -> bool:
+        """Returns whether the rule searches, so that it can weight errors by an importance."""
+        del fmt
+        return self._rule.weighted
+
     @property
     def run(self) -> int:
         """The number of blocks in a super-block."""
@@ -151,16 +155,18 @@ class SuperBlocks(Scaling):
         self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
     ) -> Scales:
         """Returns the scales of a split tensor; see `Scaling.of_elements`."""
-        places = _Places.of(cut, self._rule.size)
-        weights = None if importance is None else places.columns(importance)
-        result = in_chunks(self._searched, Blocks(places.columns(x), weights), places.size)
+        columns = Columns.of(cut, self._rule.size)
+        result = searched(self._rule.search, columns, x, importance)
+        factor_format = _FLOAT16 if self.run > 1 else self.scale_format
+        d, m = (None if a is None else encode(a, factor_format) for a in (result.d, result.m))
         if result.scales is None:
-            stored = StoredScales(decode(places.parts(result.d[:, None]), self.scale_format))
+            assert d is not None
+            stored = StoredScales(decode(columns.parts(d[:, None]), self.scale_format))
         else:
-            codes = [None if c is None else places.parts(c) for c in (result.scales, result.minima)]
+            codes = [None if c is None else columns.parts(c) for c in (result.scales, result.minima)]
             scale, minimum = (None if c is None else c.astype(jnp.float32) for c in codes)
             assert scale is not None
-            second = tuple(places.factors(d) for d in (result.d, result.m) if d is not None)
+            second = tuple(columns.factors(a) for a in (d, m) if a is not None)
             stored = StoredScales(scale, second, minimum)
         numbers = result.codes.astype(jnp.float32)
         if not isinstance(fmt, IntFormat):
@@ -178,21 +184,8 @@ class SuperBlocks(Scaling):
             high=high,
             minimum=minimum,
             origin=minimum,
-            numbers=places.elements(numbers, x.shape),
+            numbers=columns.elements(numbers, x.shape),
         )
-
-    def _searched(self, blocks: Blocks) -> QuantizedBlocks:
-        """Returns scales with encoded factors, of NaN if an element is not finite."""
-        fmt = _FLOAT16 if self.run > 1 else self.scale_format
-        finite = jnp.isfinite(blocks.x).all(axis=0)
-        result = self._rule.search(blocks._replace(x=jnp.where(finite, blocks.x, np.float32(0))))
-
-        def factor(d: jax.Array | None) -> jax.Array | None:
-            if d is None:
-                return None
-            return encode(jnp.where(finite, d, np.float32(np.nan)), fmt)
-
-        return result._replace(d=factor(result.d), m=factor(result.m))
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
         """Raises ValueError, because the scales depend on all elements."""
@@ -209,54 +202,6 @@ class SuperBlocks(Scaling):
         if self.run > 1:
             size += 2 * (blocks // self.run)
         return size * (2 if self._rule.minimum else 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """The order of the super-blocks of a split tensor.
-
-    Attributes:
-      counts: the number of blocks along each axis.
-      axis: the axis of the blocks.
-      before: the product of the lengths of the axes before it.
-      runs: the number of super-blocks along it.
-      after: the product of the lengths of the axes after it.
-      size: the number of elements in a super-block.
-    """
-
-    counts: tuple[int, ...]
-    axis: int
-    before: int
-    runs: int
-    after: int
-    size: int
-
-    @staticmethod
-    def of(cut: Cut, size: int) -> "_Places":
-        axis = axis_of_blocks(cut.block)
-        before, after = math.prod(cut.shape[:axis]), math.prod(cut.shape[axis + 1 :])
-        return _Places(cut.counts, axis, before, cut.shape[axis] // size, after, size)
-
-    def columns(self, x: jax.Array) -> jax.Array:
-        """Returns the elements of a split tensor as `[elements, super-blocks]`."""
-        x = x.reshape(self.before, self.runs, self.size, self.after)
-        count = self.before * self.runs * self.after
-        return x.transpose(2, 0, 1, 3).reshape(self.size, count)
-
-    def elements(self, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Returns `[super-blocks, n]` with the n numbers along the axis of the blocks."""
-        rows = rows.reshape(self.before, self.runs, self.after, rows.shape[1])
-        return rows.transpose(0, 1, 3, 2).reshape(shape)
-
-    def factors(self, d: jax.Array) -> jax.Array:
-        """Returns numbers of super-blocks as an array with the axes of the tensor."""
-        shape = list(self.counts)
-        shape[self.axis] = self.runs
-        return d.reshape(shape)
-
-    def parts(self, rows: jax.Array) -> jax.Array:
-        """Returns numbers of blocks in the layout of `Cut.spread`."""
-        return self.elements(rows, tuple(n for count in self.counts for n in (count, 1)))
 
 
 def _times(scales: jax.Array, codes: jax.Array) -> jax.Array:

@@ -39,8 +39,8 @@ class ImportanceMatrix:
         scaling = recipe.scaling
         if not scaling.searches_elements or not scaling.takes_importance(recipe.element):
             raise ValueError(
-                f"{owner}: with ImportanceMatrix, `recipe` must have the scaling SuperBlocks with a "
-                f"search, such as 'q4_k', got {title_of(recipe)}. Use ptq.ScaleSearch('square')."
+                f"{owner}: with ImportanceMatrix, `recipe` must have the scaling SuperBlocks and "
+                f"a search, such as 'q4_k', got {title_of(recipe)}. Use ptq.ScaleSearch('square')."
             )
 
     def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:

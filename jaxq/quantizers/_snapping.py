@@ -64,7 +64,8 @@ def numbers(
     if scales.numbers is not None and default:
         return scales.numbers
     units = units_of(x, scales, recipe)
-    units = _positive_nan(units) if given and _lacks_nan(recipe) else units
+    if (given or scales.numbers is not None) and _lacks_nan(recipe):
+        units = _positive_nan(units)
     return on_grid(units, scales.zero_point, recipe.rounding, key, recipe)
 
 

@@ -214,7 +214,7 @@ class Scaling:
         return self.stored and not self.search and self.second_level is None
 
     def takes_importance(self, fmt: Format) -> bool:
-        """Returns whether `of_elements` searches by an importance, given the grid values' format."""
+        """Returns whether `of_elements` searches by an importance, given the element format."""
         del fmt
         return False
 

@@ -163,7 +163,9 @@ class SuperBlocks(Scaling):
             assert d is not None
             stored = StoredScales(decode(columns.parts(d[:, None]), self.scale_format))
         else:
-            codes = [None if c is None else columns.parts(c) for c in (result.scales, result.minima)]
+            codes = [
+                None if c is None else columns.parts(c) for c in (result.scales, result.minima)
+            ]
             scale, minimum = (None if c is None else c.astype(jnp.float32) for c in codes)
             assert scale is not None
             second = tuple(columns.factors(a) for a in (d, m) if a is not None)

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jaxq._ggml.blocks import Blocks, QuantizedBlocks
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.interop.gguf._blocks import as_bytes, split_bits
-from jaxq.interop.gguf._layouts import Fields, two_scales, two_scales_bytes
+from jaxq.interop.gguf._layouts import LAYOUTS, Fields, two_scales, two_scales_bytes
 
 __all__ = ["SEARCHED", "Integers", "fields_of", "integers_of"]
 
@@ -87,5 +87,5 @@ def integers_of(name: str, fields: Fields) -> Integers:
 
 
 SEARCHED: dict[str, Callable[[Blocks], Fields]] = {
-    name: functools.partial(_searched, name) for name in SUPER_BLOCK_RULES
+    name: functools.partial(_searched, name) for name in SUPER_BLOCK_RULES if name in LAYOUTS
 }

@@ -120,34 +120,32 @@ def test_large_tensors_are_cut_into_chunks():
 
 def test_file_is_read_as_the_quantized_tensors_of_its_recipes(tmp_path: pathlib.Path):
     path = tmp_path / "a.gguf"
-    content = {name: GOLDEN[name] for name in ("q4_k", "q8_0", "tq1_0", "mxfp4")}
-    gguf.write(
-        path,
-        [
-            gguf.Tensor(name, name, X.shape, functools.partial(content.get, name))
-            for name in content
-        ],
-        {},
-    )
+    names = ["q8_0", "tq1_0", "mxfp4"]
+    write(path, names)
     for name, q in jaxq.interop.load_tensors(path).items():
         assert isinstance(q, jaxq.Quantized)
         assert q.recipe == gguf.recipe_of(name)
-        np.testing.assert_array_equal(gguf.pack(q, name), content[name])
-    copy = tmp_path / "a.safetensors"
-    assert main(["quantize", str(path), str(copy), "--rules", rules(tmp_path)]) == 0
+        np.testing.assert_array_equal(pack(q, name), GOLDEN[name])
+
+
+@pytest.mark.slow
+def test_commands_copy_and_convert_block_types(tmp_path: pathlib.Path):
+    path, copy, rules = (tmp_path / name for name in ("a.gguf", "b.safetensors", "rules.json"))
+    write(path, ["q4_k", "tq1_0", "mxfp4"])
+    rules.write_text('[["tq1_0", "tq1_0"]]')
+    assert main(["quantize", str(path), str(copy), "--rules", str(rules)]) == 0
     for name, q in jaxq.load(copy).items():
-        np.testing.assert_array_equal(gguf.pack(q, name), content[name])
+        np.testing.assert_array_equal(pack(q, name), GOLDEN[name])
     copy = tmp_path / "b.gguf"
     assert main(["quantize", str(path), str(copy), "--recipe", "mxfp4_ggml"]) == 0
     with jaxq.interop.open_tensors(copy) as file:
         assert {entry.dtype for entry in file.entries} == {"MXFP4"}
 
 
-def rules(folder: pathlib.Path) -> str:
-    """Returns the path of rules that quantize one tensor and keep the others."""
-    path = folder / "rules.json"
-    path.write_text('[["tq1_0", "tq1_0"]]')
-    return str(path)
+def write(path: pathlib.Path, names: list[str]) -> None:
+    """Writes a tensor of each of some types."""
+    read = lambda name: functools.partial(GOLDEN.__getitem__, name)
+    gguf.write(path, [gguf.Tensor(name, name, X.shape, read(name)) for name in names], {})
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,17 @@ _TYPES[get_recipe("mxfp4")] = ["mxfp4"]  # OCP's rule for the same scales.
 
 
 def recipe_of(type: str) -> Recipe:
-    """Returns the recipe with the numbers and the rules of a block type.
+    """Returns the recipe by which ggml quantizes to a block type.
 
-    `jaxq.quantize` with this recipe, and blocks along the last axis, gives the numbers that ggml
-    gives. The recipe has the name of the type, except that `tq1_0` and `tq2_0` have the same
-    numbers, and that the recipes `mxfp4` and `nvfp4` are those of OCP and NVIDIA.
+    The recipe has the name of the type, with three exceptions: `tq1_0` has the recipe `tq2_0`,
+    because both types hold the same numbers; and `mxfp4` and `nvfp4` have the recipes `mxfp4_ggml`
+    and `nvfp4_ggml`, because the recipes `mxfp4` and `nvfp4` are those of OCP and NVIDIA.
 
     Args:
       type: a name in `jaxq.interop.gguf.TYPES`.
+
+    Returns:
+      The recipe, whose blocks lie along the last axis.
 
     Raises:
       ValueError: the type is unknown.

@@ -16,6 +16,7 @@ from jaxq.formats import get_format
 __all__ = ["mxfp4", "nvfp4"]
 
 _MAGNITUDES = np.unique(np.abs(get_format("float4_e2m1fn").values))
+_LARGEST = float(np.finfo(np.float32).max)
 _E4M3 = get_format("float8_e4m3fn").max
 
 
@@ -59,8 +60,10 @@ def _nearest_e2m1(x: jax.Array, d: jax.Array) -> jax.Array:
     best, code = magnitude, jnp.zeros(x.shape, jnp.int32)
     for i, value in enumerate(_MAGNITUDES[1:].tolist(), 1):
         error = jnp.abs(rounded(d * np.float32(value)) - magnitude)
-        code = jnp.where(error < best, i, code)
-        best = jnp.minimum(error, best)
+        # XLA on CPU (JAX 0.10) may compute the error of an infinite product as a finite number.
+        is_finite = d <= np.float32(min(_LARGEST / value, _LARGEST))
+        better = is_finite & (error < best)
+        code, best = jnp.where(better, i, code), jnp.where(better, error, best)
     return jnp.where((x < 0) & (code > 0), code + 8, code)
 
 

@@ -90,7 +90,9 @@ def interval(x: jax.Array, scales: Scales, recipe: Recipe) -> tuple[jax.Array, j
     units = _positive_nan(units) if _lacks_nan(recipe) else units
     pair = enclosing(units, *ends_of(scales.zero_point, recipe), snap)
     first, second = (restored(v, scales.step, scales.minimum, recipe) for v in pair)
-    return lax.min(first, second), lax.max(first, second)  # A scale may be negative.
+    # Not a minimum, which may lose the NaN that zero times an infinite scale is.
+    negative = jnp.broadcast_to(scales.step < 0, first.shape)
+    return where(negative, second, first), where(negative, first, second)
 
 
 def units_of(x: jax.Array, scales: Scales, recipe: Recipe) -> jax.Array:

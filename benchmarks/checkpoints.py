@@ -40,12 +40,12 @@ def converter() -> str | None:
         return None
     package = pathlib.Path(spec.origin).parent
     name = "libgguf_quantize_gguf"
-    found = [
+    paths = [
         path
         for path in (pathlib.Path(sys.prefix) / "bin" / name, package.parent / "bin" / name)
         if path.exists()
     ]
-    return str(found[0]) if found else None
+    return str(paths[0]) if paths else None
 
 
 def quietly(*arguments: str) -> None:

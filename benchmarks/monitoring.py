@@ -97,8 +97,8 @@ def main() -> None:
     data, _ = language_model.text()
     rows = language_model.windows(data, 1000 * jnp.arange(arguments.batch))
     cases = {
-        name: compile_case(function, own)
-        for name, (function, own) in functions(params, rows).items()
+        name: compile_case(function, case_arguments)
+        for name, (function, case_arguments) in functions(params, rows).items()
     }
     best = dict.fromkeys(cases, np.inf)
     for _ in track(range(arguments.rounds), description="measuring"):

@@ -127,18 +127,18 @@ def main() -> None:
     args = parser.parse_args()
     second_moments = None if args.direct_second_moments else SECOND_MOMENTS
     rows = []
-    for problem in (digits, rare_features, transformer):
-        own = problem()
-        adam = optax.adam(own.rate)
+    for make in (digits, rare_features, transformer):
+        problem = make()
+        adam = optax.adam(problem.rate)
         for name, tx in {
             "float32": adam,
             "8 bits": quantize_state(adam, second_moments=second_moments),
         }.items():
-            measured = [train(own, tx, seed, args.steps) for seed in range(args.seeds)]
+            measured = [train(problem, tx, seed, args.steps) for seed in range(args.seeds)]
             losses, updates = zip(*measured, strict=True)
             texts = [" ".join(f"{v:.4g}" for v in values) for values in (losses, updates)]
-            rows.append(Row(problem.__name__, name, *texts))
-            print(f"{problem.__name__} with {name} state is done", file=sys.stderr, flush=True)
+            rows.append(Row(make.__name__, name, *texts))
+            print(f"{make.__name__} with {name} state is done", file=sys.stderr, flush=True)
     print(jaxq.Table(tuple(rows)))
 
 

@@ -56,15 +56,15 @@ def model(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 def hessians(size: int, tokens: int, rounds: int) -> tuple[Seconds, Seconds]:
     """Returns the shortest durations of a plain product and of the statistics of an input."""
     x = jax.random.normal(jax.random.key(0), (tokens, size))
-    plain, own = jax.jit(lambda x: x.T @ x), jax.jit(ptq.collect)
-    cases = [lambda: plain(x), lambda: own(x)]
+    product, statistics = jax.jit(lambda x: x.T @ x), jax.jit(ptq.collect)
+    cases = [lambda: product(x), lambda: statistics(x)]
     for case in cases:
         jax.block_until_ready(case())
-    found: list[list[Seconds]] = [[], []]
+    durations: list[list[Seconds]] = [[], []]
     for _ in track(range(rounds), description="Hessians"):
-        for times, case in zip(found, cases, strict=True):
+        for times, case in zip(durations, cases, strict=True):
             times.append(timed(case))
-    first, second = (Seconds(*np.min(times, axis=0).tolist()) for times in found)
+    first, second = (Seconds(*np.min(times, axis=0).tolist()) for times in durations)
     return first, second
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     for name, default in (("size", 1024), ("layers", 12), ("tokens", 4096), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args()
-    plain, own = hessians(4 * args.size, args.tokens, args.rounds)
+    product, statistics = hessians(4 * args.size, args.tokens, args.rounds)
     keys = jax.random.split(jax.random.key(0), 3)
     shape = args.layers, args.size, 4 * args.size
     params = {
@@ -91,14 +91,14 @@ def main() -> None:
     for head in ("case", "seconds", "processor seconds"):
         grid.add_column(head, justify="left" if head == "case" else "right")
     width = 4 * args.size
-    for name, own_time in (
-        (f"x.T @ x, {width} inputs", plain),
-        (f"statistics of an input, {width} inputs", own),
+    for name, seconds in (
+        (f"x.T @ x, {width} inputs", product),
+        (f"statistics of an input, {width} inputs", statistics),
         (f"quantize_weights, {count / 1e6:.0f} million weights, first run", first),
         (f"quantize_weights, {count / 1e6:.0f} million weights, second run", second),
     ):
-        grid.add_row(name, f"{own_time.clock:.2f}", f"{own_time.processor:.2f}")
-    ratios = own.clock / plain.clock, own.processor / plain.processor
+        grid.add_row(name, f"{seconds.clock:.2f}", f"{seconds.processor:.2f}")
+    ratios = [b / a for a, b in zip(product, statistics, strict=True)]
     grid.caption = (
         f"Statistics take {ratios[0]:.2f} times as long as the product, in processor seconds "
         f"{ratios[1]:.2f} times."

@@ -40,19 +40,19 @@ def measured(size: int, rounds: int, chunk: int) -> tuple[list[str], float]:
     """Returns the rows of the table, and the milliseconds of the float32 product of one token."""
     w = jax.random.normal(jax.random.key(0), (size, size))
     weights = {name: jaxq.quantize(w, name) for name in RECIPES}
-    ways: dict[str, Callable] = {"at once": whole, "in parts": in_parts(chunk)}
+    functions: dict[str, Callable] = {"at once": whole, "in parts": in_parts(chunk)}
     cases, memory = {}, {}
     for tokens in TOKENS:
         x = jax.random.normal(jax.random.key(1), (tokens, size))
         exact = jax.jit(lambda x, w: jax.lax.dot_general(x, w, NUMBERS)).lower(x, w).compile()
         cases["float32", tokens, ""] = exact, (x, w)
         for name, stored in weights.items():
-            for way, function in ways.items():
+            for how, function in functions.items():
                 compiled = jax.jit(function).lower(x, stored).compile()
-                cases[name, tokens, way] = compiled, (x, stored)
+                cases[name, tokens, how] = compiled, (x, stored)
                 analysis = compiled.memory_analysis()
                 assert analysis is not None, "every backend has one"
-                memory[name, tokens, way] = analysis.temp_size_in_bytes
+                memory[name, tokens, how] = analysis.temp_size_in_bytes
     best = dict.fromkeys(cases, np.inf)
     for _ in track(range(rounds), description="running"):
         for case, (run, arguments) in cases.items():
@@ -64,8 +64,8 @@ def measured(size: int, rounds: int, chunk: int) -> tuple[list[str], float]:
         cells = [f"{8 * stored.nbytes / w.size:.2f}"]
         for tokens in TOKENS:
             base = best["float32", tokens, ""]
-            cells += [f"{best[name, tokens, way] / base:.1f}" for way in ways]
-        cells += [f"{memory[name, TOKENS[-1], way] / 2**20:.1f}" for way in ways]
+            cells += [f"{best[name, tokens, how] / base:.1f}" for how in functions]
+        cells += [f"{memory[name, TOKENS[-1], how] / 2**20:.1f}" for how in functions]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return rows, 1e3 * best["float32", TOKENS[0], ""]
 

@@ -69,13 +69,13 @@ def collect(x: jax.Array, ours: Callable, peers: Sequence[Callable], old: Any = 
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = find(x)
-                for run in found.values():
+                peer_cases = find(x)
+                for run in peer_cases.values():
                     run()
         except ImportError as error:
             print(f"Skipped, because it is not installed: {error.name}")
         else:
-            cases |= found
+            cases |= peer_cases
     return cases
 
 
@@ -107,8 +107,8 @@ def page(title: str, what: str, columns: dict[str, dict[tuple[str, str], float]]
         cells = []
         for times in columns.values():
             prefixes = ("", OLD)[: 1 + compared]
-            found = [times.get((prefix + operation, label)) for prefix in prefixes]
-            cells += ["" if t is None else f"{t / times[BASE]:.2f}" for t in found]
+            seconds = [times.get((prefix + operation, label)) for prefix in prefixes]
+            cells += ["" if t is None else f"{t / times[BASE]:.2f}" for t in seconds]
         rows.append(f"| {operation} | {label} | {' | '.join(cells)} |")
     heads = [name + end for name in columns for end in ("", ", old version")[: 1 + compared]]
     version = "\n*Old version* is the version of jaxq given by `--old`.\n" if compared else ""

@@ -85,7 +85,6 @@ nitpick_ignore = [
     ("py:class", "jaxq.recipes._ranges.Averages"),
     ("py:class", "jaxq.recipes._moments.Moments"),
     ("py:class", "jaxq.recipes._histograms.Histogram"),
-    ("py:class", "jaxq.recipes._histograms._Seen"),
     ("py:class", "jaxq.products._histories.Amax"),
     ("py:class", "jaxq.products._rows.Probe"),
     ("py:class", "jaxq.products._rows.Row"),

@@ -1,4 +1,4 @@
-"""Trains handwritten digits with Adam whose state is stored in 8-bit blocks.
+"""Trains a network on handwritten digits by Adam, whose state is stored in 8-bit blocks.
 
 One network is trained from the same weights on the same batches with four kinds of Adam state:
 

@@ -5,7 +5,7 @@ bfloat16 weights whose updates are rounded to nearest, and with bfloat16 weights
 rounded stochastically. Adam, its state and the products are float32 in all three, so only the dtype
 of the weights differs. With rounding to nearest, an update below half the spacing of bfloat16 at a
 weight never changes the weight, and training stalls. Stochastic rounding changes as few weights per
-step, but by a whole spacing, so that the weights move as far as the updates ask on average.
+step, but each of them by a whole spacing, so that on average the weights move by the full updates.
 
     python examples/bfloat16_updates.py [--seeds N] [--epochs N] [--short] [--output PICTURE]
 """

@@ -171,9 +171,10 @@ def show(table: Table, figure: Figure, path: pathlib.Path, dark: bool = False) -
     console = Console()
     console.print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_svg = path.suffix == ".svg"
+    is_svg, dates = path.suffix == ".svg", {".svg": "Date", ".pdf": "CreationDate"}
+    metadata = {dates[path.suffix]: None} if path.suffix in dates else None
     with mpl.rc_context({"svg.hashsalt": "jaxq"}):  # The same bytes every time.
-        figure.savefig(path, dpi=130, metadata={"Date": None} if is_svg else None)
+        figure.savefig(path, dpi=130, metadata=metadata)
     plt.close(figure)
     console.print(f"Picture: {path}")
     if dark and is_svg:

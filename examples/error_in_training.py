@@ -2,8 +2,8 @@
 
 The model of `language_model.py` learns Python's documentation by AdamW, in four parts:
 
-1. It is trained in bfloat16. Counterfactual statistics of every product and layer tell what FP8,
-   MXFP8, MXFP4 and NVFP4 would have made of the same operands and cotangents.
+1. It is trained in bfloat16. Counterfactual statistics of every product and layer give the errors
+   that FP8, MXFP8, MXFP4 and NVFP4 would have caused in the same operands and cotangents.
 2. `jaxq.analysis.blame` ranks the products by the error of the gradient that MXFP4, MXFP6 and MXFP8
    cause in each of them, on the weights after training.
 3. From this ranking a mixed recipe is made: MXFP4, MXFP6 or MXFP8 for each kind of product, with
@@ -21,6 +21,7 @@ differences between formats with the deviation over seeds.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,8 +43,8 @@ COUNTERFACTUALS = ("fp8_e4m3_tensor", "mxfp8_e4m3", "mxfp4", "nvfp4")
 COLORS = {"MXFP4": ORANGE, "NVFP4": ORANGE, "MXFP8": BLUE, "FP8": BLUE}
 
 
-class Way(NamedTuple):
-    """A way to train.
+class Variant(NamedTuple):
+    """A variant of the training.
 
     Attributes:
       label: the name in the table and the picture.
@@ -59,16 +60,16 @@ class Way(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The results of one way to train.
+    """The results of one variant.
 
     Attributes:
-      way: the way.
+      variant: the variant.
       losses: the loss on held-out text after training in bits per byte, `[seeds]`.
       error: the relative error of the gradient on held-out text, at the weights that bfloat16
         training gave for the first seed.
     """
 
-    way: Way
+    variant: Variant
     losses: np.ndarray
     error: float
 
@@ -79,7 +80,7 @@ class Result(NamedTuple):
     Attributes:
       log: the statistics of the run in bfloat16, by steps.
       ranking: the squared errors of the gradient by kinds of products.
-      outcomes: the results of all ways to train; the first is bfloat16.
+      outcomes: the results of all variants; the first is bfloat16.
     """
 
     log: Log
@@ -104,19 +105,20 @@ def rounded(name: str, rounding: str) -> jaxq.ProductRecipe:
     return dataclasses.replace(recipe, dlhs=of(recipe.dlhs), drhs=of(recipe.drhs))
 
 
-def uniform(short: bool) -> list[Way]:
-    """Returns the ways to train with one recipe in all layers."""
-    ways = []
+def uniform(short: bool) -> list[Variant]:
+    """Returns the variants with one recipe in all layers."""
+    variants = []
     for name, color in ({"MXFP6": GREEN} | ({} if short else COLORS)).items():
         for rounding in ("nearest_even", "stochastic")[: 1 if name == "MXFP6" else 2]:
             recipe = rounded(f"{name.lower()}_training", rounding)
             label = name if rounding == "nearest_even" else f"{name}, stochastic"
-            ways.append(Way(label, [(LAYERS, recipe)], color, mixed_formats.bits_of(recipe)))
-    return ways
+            bits = mixed_formats.bits_of(recipe)
+            variants.append(Variant(label, [(LAYERS, recipe)], color, bits))
+    return variants
 
 
 class Trainer:
-    """Training of the model in several ways, on the same batches.
+    """Training of all variants of the model on the same batches.
 
     Args:
       steps: the number of steps.
@@ -158,14 +160,14 @@ class Trainer:
         return optax.apply_updates(params, updates), moments
 
 
-def gradient_of(way: Way) -> Callable[[Any, jax.Array, int], Any]:
+def gradient_of(variant: Variant) -> Callable[[Any, jax.Array, int], Any]:
     """Returns the function from weights, a batch and the number of the step to the gradient."""
-    draws = any(recipe.draws for _, recipe in way.rules)
+    draws = any(recipe.draws for _, recipe in variant.rules)
 
     @jax.jit
     def gradient(params: Any, rows: jax.Array, step: jax.Array) -> Any:
         key = jax.random.fold_in(jax.random.key(3), step) if draws else None
-        return jax.grad(jaxq.quantize_fn(loss, way.rules, key=key))(params, rows)
+        return jax.grad(jaxq.quantize_fn(loss, variant.rules, key=key))(params, rows)
 
     return lambda params, rows, step: gradient(params, rows, jnp.int32(step))
 
@@ -196,9 +198,9 @@ def monitored(
     return logged
 
 
-def mixed(ranking: mixed_formats.Ranking, choice: Sequence[int], label: str, color: str) -> Way:
-    """Returns the way to train in a mixture of formats."""
-    return Way(label, mixed_formats.rules_of(ranking, choice), color, ranking.bits_of(choice))
+def mixed(ranking: mixed_formats.Ranking, choice: Sequence[int], label: str, color: str) -> Variant:
+    """Returns the variant with a mixture of formats."""
+    return Variant(label, mixed_formats.rules_of(ranking, choice), color, ranking.bits_of(choice))
 
 
 def relative(gradient: Any, exact: Any) -> float:
@@ -215,13 +217,13 @@ def summary(log: Log, recipes: Sequence[str]) -> common.Table:
     for head in ("recipe", *kinds, "worst"):
         grid.add_column(head)
     for recipe in recipes:
-        own = {k: v for k, v in log.values.items() if k.endswith(f"/{recipe}/sqnr_db")}
+        sqnr = {k: v for k, v in log.values.items() if k.endswith(f"/{recipe}/sqnr_db")}
         # Cotangents of zeros, as in the first step, have an infinite SQNR.
         means = [
-            np.mean([v[np.isfinite(v)].mean() for k, v in own.items() if f"{kind}/{recipe}" in k])
+            np.mean([v[np.isfinite(v)].mean() for k, v in sqnr.items() if f"{kind}/{recipe}" in k])
             for kind in kinds.values()
         ]
-        name, values = min(own.items(), key=lambda item: item[1].min())
+        name, values = min(sqnr.items(), key=lambda item: item[1].min())
         step, layer = np.unravel_index(values.argmin(), values.shape)
         tensor = name.removeprefix("layers/").removesuffix(f"/{recipe}/sqnr_db")
         worst = f"{values.min():.1f}: {tensor}, layer {layer}, step {log.steps[step]}"
@@ -230,7 +232,7 @@ def summary(log: Log, recipes: Sequence[str]) -> common.Table:
 
 
 def table(outcomes: Sequence[Outcome]) -> common.Table:
-    """Returns the table of all ways to train; differences have their deviation over seeds."""
+    """Returns the table of all variants; differences have their deviation over seeds."""
     base = outcomes[0]
     grid = common.Table(title="Trained in each format, loss on held-out text in bits per byte")
     grid.add_column("products in the layers", no_wrap=True)
@@ -239,7 +241,7 @@ def table(outcomes: Sequence[Outcome]) -> common.Table:
     for o in outcomes:
         gap = o.losses - base.losses
         means = f"{o.losses.mean():.3f}", f"{gap.mean():+.4f} ± {gap.std():.4f}"
-        grid.add_row(o.way.label, f"{o.way.bits:.2f}", f"{o.error:.4f}", *means)
+        grid.add_row(o.variant.label, f"{o.variant.bits:.2f}", f"{o.error:.4f}", *means)
     return grid
 
 
@@ -263,15 +265,16 @@ def picture(result: Result) -> common.Figure:
     rows, base = list(reversed(result.outcomes[1:])), result.outcomes[0].losses
     for height, o in enumerate(rows):
         gap = o.losses - base
-        axes[2].plot(gap, np.full_like(gap, height), "|", color=o.way.color, markersize=10)
-        axes[2].plot(gap.mean(), height, "o", color=o.way.color)
-    axes[2].set_yticks(range(len(rows)), [f"{o.way.label} ({o.way.bits:.2f})" for o in rows])
+        axes[2].plot(gap, np.full_like(gap, height), "|", color=o.variant.color, markersize=10)
+        axes[2].plot(gap.mean(), height, "o", color=o.variant.color)
+    labels = [f"{o.variant.label} ({o.variant.bits:.2f})" for o in rows]
+    axes[2].set_yticks(range(len(rows)), labels)
     axes[2].axvline(0, color=GRAY, linewidth=1)
     axes[2].set_title("Bits per byte above bfloat16", loc="left")
-    for own in axes[1:]:
-        own.spines[["top", "right"]].set_visible(False)
-        own.grid(color="#eeeeee")
-        own.set_axisbelow(True)
+    for panel in axes[1:]:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="#eeeeee")
+        panel.set_axisbelow(True)
     return figure
 
 
@@ -313,12 +316,12 @@ def main(argv: Sequence[str] | None = None) -> Result:
         every=2 if args.short else max(1, steps // 20),
     )
     trainer = Trainer(steps, batch)
-    ways = uniform(args.short)
+    variants = uniform(args.short)
     path = args.output.with_suffix(".log")
-    total = len(mixed_formats.FORMATS) + (len(ways) + 3) * seeds * steps
+    total = len(mixed_formats.FORMATS) + (len(variants) + 3) * seeds * steps
     with common.progress(total) as report:
         exact = monitored(request, path, trainer.rows(0, 0))
-        bfloat16 = Way("bfloat16", [], GRAY, 16)
+        bfloat16 = Variant("bfloat16", [], GRAY, 16)
         trained = [trainer.train(0, exact, lambda: report("bfloat16"))]
         # More text than in a batch, because the errors of one batch are noisy.
         rows = jnp.concatenate([trainer.rows(0, steps + i) for i in range(1 if args.short else 4)])
@@ -334,14 +337,15 @@ def main(argv: Sequence[str] | None = None) -> Result:
         true = plain(trained[0], trainer.held_out, 0)
         losses = np.array([trainer.evaluate(p, trainer.held_out) for p in trained])
         outcomes = [Outcome(bfloat16, losses, 0.0)]
-        for way in (ways[0], *mixtures, *ways[1:]):
-            gradient, losses = gradient_of(way), []
+        for variant in (variants[0], *mixtures, *variants[1:]):
+            gradient, losses = gradient_of(variant), []
+            advance = functools.partial(report, variant.label)
             for seed in range(seeds):
-                params = trainer.train(seed, gradient, lambda way=way: report(way.label))
+                params = trainer.train(seed, gradient, advance)
                 losses.append(float(trainer.evaluate(params, trainer.held_out)))
             error = relative(gradient(trained[0], trainer.held_out, 0), true)
-            outcomes.append(Outcome(way, np.array(losses), error))
-            lines = [",".join(map(str, (o.way.label, o.error, *o.losses))) for o in outcomes]
+            outcomes.append(Outcome(variant, np.array(losses), error))
+            lines = [",".join(map(str, (o.variant.label, o.error, *o.losses))) for o in outcomes]
             args.output.with_suffix(".csv").write_text("\n".join(lines) + "\n")
     result = Result(read_log(path), ranking, outcomes)
     console = common.Console()

@@ -57,7 +57,6 @@ KINDS = {  # The name of a kind, by the end of a file's name.
     ".xml": "xml",
 }
 
-
 _ARRAYS = {  # The parameters, by the ends of the names of the graph's constants.
     ("embedding", "kernel"): "get_logits_/Const:0",
     ("embedding", "bias"): "Dense_0/Reshape:0",
@@ -119,14 +118,14 @@ def files(most: int) -> list[tuple[pathlib.Path, str]]:
     """
     roots = [pathlib.Path(sysconfig.get_path("stdlib"))]
     roots += [pathlib.Path(str(module.__file__)).parent for module in (matplotlib, sklearn)]
-    found: dict[str, list[pathlib.Path]] = {end: [] for end in KINDS}
+    by_end: dict[str, list[pathlib.Path]] = {end: [] for end in KINDS}
     for root in roots:
         for path in sorted(root.rglob("*")):
             is_own = "site-packages" not in path.relative_to(root).parts
-            if is_own and path.suffix in found and path.is_file() and path.stat().st_size > 200:
-                found[path.suffix].append(path)
+            if is_own and path.suffix in by_end and path.is_file() and path.stat().st_size > 200:
+                by_end[path.suffix].append(path)
     chosen = []
-    for end, paths in found.items():
+    for end, paths in by_end.items():
         places = np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
         chosen += [(paths[i], KINDS[end]) for i in places]
     return chosen

@@ -81,8 +81,8 @@ def _angles(time: int, size: int, base: float) -> jax.Array:
 def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Applies rotary embeddings to pairs of both halves, `[batch, time, heads, size]`."""
     cos, sin = angles[:, None, :, None]
-    one, two = jnp.split(x, 2, -1)
-    return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], -1)
+    first, second = jnp.split(x, 2, -1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def _layer(config: Config, x: jax.Array, w: dict[str, jax.Array], angles: Any, mask: Any) -> Any:
@@ -93,8 +93,8 @@ def _layer(config: Config, x: jax.Array, w: dict[str, jax.Array], angles: Any, m
         for name, heads in (("q", config.heads), ("k", config.key_heads), ("v", config.key_heads))
     )
     q, k = (
-        _rotate(_norm(own, w[name], config.epsilon), angles)
-        for own, name in ((q, "q_norm"), (k, "k_norm"))
+        _rotate(_norm(y, w[name], config.epsilon), angles)
+        for y, name in ((q, "q_norm"), (k, "k_norm"))
     )
     attended = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
     attended = attended.reshape(batch, time, -1) @ w["out"].T
@@ -145,14 +145,14 @@ def load() -> Model:
 
 
 def _read(file: interop.TensorFile) -> Model:
-    entries, own = {entry.name: entry for entry in file.entries}, file.metadata
+    entries, metadata = {entry.name: entry for entry in file.entries}, file.metadata
 
     def array(name: str) -> np.ndarray:
         return file.read(entries[f"{name}.weight"])
 
     layers = {
         name: jnp.asarray(
-            np.stack([array(f"blk.{i}.{leaf}") for i in range(own["gemma3.block_count"])])
+            np.stack([array(f"blk.{i}.{leaf}") for i in range(metadata["gemma3.block_count"])])
         )
         for name, leaf in _LEAVES.items()
     }
@@ -162,15 +162,15 @@ def _read(file: interop.TensorFile) -> Model:
         "norm": jnp.asarray(array("output_norm")),
     }
     config = Config(
-        int(own["gemma3.attention.head_count"]),
-        int(own["gemma3.attention.head_count_kv"]),
-        float(own["gemma3.rope.freq_base"]),
-        float(own["gemma3.attention.layer_norm_rms_epsilon"]),
-        int(own["gemma3.attention.sliding_window"]),
+        int(metadata["gemma3.attention.head_count"]),
+        int(metadata["gemma3.attention.head_count_kv"]),
+        float(metadata["gemma3.rope.freq_base"]),
+        float(metadata["gemma3.attention.layer_norm_rms_epsilon"]),
+        int(metadata["gemma3.attention.sliding_window"]),
     )
-    tokens, scores = own["tokenizer.ggml.tokens"], own["tokenizer.ggml.scores"]
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    first = (int(own["tokenizer.ggml.bos_token_id"]),)
+    first = (int(metadata["tokenizer.ggml.bos_token_id"]),)
     return Model(config, params, lambda text: _tokenize(text, vocabulary, scores), first)
 
 

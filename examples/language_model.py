@@ -70,9 +70,10 @@ def logits(params: Any, tokens: jax.Array) -> jax.Array:
     """Returns logits `[batch, length, 128]` of the byte after each token `[batch, length]`."""
 
     def layer(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
-        own, mlp = params["attention"], params["mlp"]
-        y = normalize(own["norm"], x)
-        x = x + attend(*(y @ own[name] for name in ("query", "key", "value"))) @ own["output"]
+        attention, mlp = params["attention"], params["mlp"]
+        y = normalize(attention["norm"], x)
+        heads = [y @ attention[name] for name in ("query", "key", "value")]
+        x = x + attend(*heads) @ attention["output"]
         return x + jax.nn.gelu(normalize(mlp["norm"], x) @ mlp["up"]) @ mlp["down"], None
 
     x, _ = lax.scan(layer, params["embedding"][tokens], params["layers"])
@@ -86,8 +87,8 @@ def loss(params: Any, rows: jax.Array) -> jax.Array:
 
 def cross_entropy(logits: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns the mean cross-entropy in bits per byte for the logits of all bytes but the first."""
-    own = logits.astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(own, rows[:, 1:]).mean() / np.log(2)
+    wide = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(wide, rows[:, 1:]).mean() / np.log(2)
 
 
 def normalize(scale: jax.Array, x: jax.Array) -> jax.Array:

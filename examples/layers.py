@@ -33,7 +33,7 @@ EDGES = np.linspace(-15, 15, 121)
 
 
 class Layers(NamedTuple):
-    """The matrices of one model and what they show.
+    """The matrices of one model and their statistics.
 
     Attributes:
       name: the model.
@@ -54,16 +54,16 @@ class Layers(NamedTuple):
 
 def matrices(params: Any) -> dict[str, np.ndarray]:
     """Returns the kernels of the layers by path; stacked ones are split into layers."""
-    found = {}
+    kernels = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if "layers" in name and name.endswith("/kernel"):
             name = name.removesuffix("/kernel")
             if leaf.ndim == 2:
-                found[name] = np.asarray(leaf)
+                kernels[name] = np.asarray(leaf)
             else:
-                found |= {f"{name}[{i}]": np.asarray(row) for i, row in enumerate(leaf)}
-    return found
+                kernels |= {f"{name}[{i}]": np.asarray(row) for i, row in enumerate(leaf)}
+    return kernels
 
 
 def tops(w: np.ndarray) -> np.ndarray:
@@ -131,8 +131,8 @@ def picture(results: Sequence[Layers]) -> common.Figure:
     for k, (r, color) in enumerate(zip(results, (BLUE, ORANGE), strict=True)):
         density.stairs(r.density, EDGES, color=color, label=r.name)
         worst = max(r.spread, key=lambda path: r.spread[path])
-        own = tops(r.matrices[worst])
-        channels.plot(np.linspace(0, 1, len(own)), own, color=color, label=f"{r.name}: {worst}")
+        y = tops(r.matrices[worst])
+        channels.plot(np.linspace(0, 1, len(y)), y, color=color, label=f"{r.name}: {worst}")
         places = np.arange(len(r.db)) + 0.4 * (k - 0.5)
         recipes.barh(places, list(r.db.values()), 0.38, color=color, label=r.name)
     density.set_yscale("log")

@@ -47,14 +47,14 @@ def errors(
 
     run = jax.jit(model)
 
-    def error(packed: Any) -> float:
+    def error_of(packed: Any) -> float:
         dequantized = jaxq.dequantize_tree(packed)
         pairs = [(run(dequantized, x), run(params, x)) for x in tests]
-        lost = sum(float(jnp.sum((y - expected) ** 2)) for y, expected in pairs)
-        return lost / sum(float(jnp.sum(expected**2)) for _, expected in pairs)
+        error = sum(float(jnp.sum((y - expected) ** 2)) for y, expected in pairs)
+        return error / sum(float(jnp.sum(expected**2)) for _, expected in pairs)
 
-    found = {"nearest": error(jaxq.quantize_weights(model, recipe)(params, batches[0]))}
-    found["GPTQ"] = error(ptq.quantize_weights(model, recipe)(params, batches)[0])
+    by_method = {"nearest": error_of(jaxq.quantize_weights(model, recipe)(params, batches[0]))}
+    by_method["GPTQ"] = error_of(ptq.quantize_weights(model, recipe)(params, batches)[0])
     method = ptq.SignRound(steps=steps)
 
     def show(row: ptq.LearnedBlock) -> None:
@@ -62,8 +62,8 @@ def errors(
 
     learn = ptq.learn_rounding([block] * count, recipe, method=method, progress=show)
     packed, report = learn(params, batches, key=jax.random.key(0))
-    found["SignRound"] = error(packed)
-    return report, found
+    by_method["SignRound"] = error_of(packed)
+    return report, by_method
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -83,14 +83,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     else:
         sizes = args.calibration, args.test, args.length
         study, steps = study_of.Study(smollm.load(), sizes, 1), args.steps
-    report, found = errors(study, study_of.recipe_of(args.recipe), args.blocks, steps)
+    report, by_method = errors(study, study_of.recipe_of(args.recipe), args.blocks, steps)
     grid = common.Table(title=f"Error of the results of {args.blocks} layers in {args.recipe}")
     for head in ("method", "relative squared error"):
         grid.add_column(head)
-    for method, error in found.items():
+    for method, error in by_method.items():
         grid.add_row(method, f"{error:.4g}")
     common.Console().print(report, grid)
-    return found
+    return by_method
 
 
 if __name__ == "__main__":

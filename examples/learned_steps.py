@@ -1,4 +1,4 @@
-"""Trains handwritten digits in 4, 3 and 2 bits with learned step sizes (LSQ).
+"""Trains networks on handwritten digits in 4, 3 and 2 bits with learned step sizes (LSQ).
 
 All operands of all products of a small network are quantized, in the first and the last layer too:
 weights are signed with one step size per channel, activations unsigned with one step size per

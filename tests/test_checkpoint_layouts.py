@@ -246,7 +246,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], object, str]] = {
     "unknown method": ({"a": ONE}, method("hqq"), "'hqq' is not supported; awq"),
     "no method": ({"a": ONE}, {"quantization_config": {}}, "no quant_method"),
     "damaged config": ({"a": ONE}, "{", "not a valid JSON"),
-    "config of another kind": ({"a": ONE}, "[]", "no object"),
+    "config of another kind": ({"a": ONE}, "[]", "no JSON object"),
     "gptq format": (GPTQ, method("gptq", checkpoint_format="gptq_p"), "'gptq_p' is not supp"),
     "gptq bits": (GPTQ, method("gptq", bits=3), "it has 4 bits"),
     "gptq scales": ({**GPTQ, "a.scales": TWO}, method("gptq"), "bits"),
@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], object, str]] = {
     "ct vector": (
         {"a.weight": FP8[0], "a.weight_scale": np.ones(2, np.float32)},
         method("compressed-tensors", config_groups={"g": {"weights": {"block_structure": [4, 4]}}}),
-        "is unknown",
+        "are unsupported",
     ),
     "fp8 config": ({"a": ONE}, method("fp8", weight_block_size=[0, 128]), "two integers"),
     "gpt-oss": (
@@ -331,7 +331,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], object, str]] = {
     "bnb blocks": (state('{"shape": [8, 8], "blocksize": 0}'), None, "damaged"),
     "bnb huge": (state('{"shape": [1099511627776, 64], "blocksize": 64}'), None, "bytes for"),
     "bnb negative": (state('{"shape": [-8, -8], "blocksize": 64}'), None, "damaged"),
-    "bnb long": (state(" " * 5000), None, "not a few numbers"),
+    "bnb long": (state(" " * 5000), None, "a few numbers are expected"),
     "bnb int8": ({"a.weight": BYTES, "a.SCB": ONE}, None, "must be int8"),
 }
 

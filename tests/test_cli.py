@@ -654,3 +654,16 @@ def test_plot_command_lists_and_draws_every_picture(capsys, tmp_path: pathlib.Pa
         assert (code, err.count("\n")) == (2, 1)
     assert run(capsys, *arguments)[0] == 2
     assert run(capsys, *arguments, "-o", "a.gif")[0] == 2
+
+
+@pytest.mark.parametrize("kind", ["svg", "pdf", "png"])
+def test_plot_writes_the_same_bytes_on_another_day(capsys, tmp_path, monkeypatch, kind: str):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"a.{kind}"
+    files = []
+    for day in (0, 1):
+        # matplotlib takes the date from this variable.
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", str(86_400 * day))
+        assert run(capsys, "plot", "number_line", "--formats", "int2", "-o", str(path))[0] == 0
+        files.append(path.read_bytes())
+    assert files[0] == files[1]

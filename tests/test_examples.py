@@ -283,6 +283,6 @@ def test_error_in_training_ranks_formats_and_mixes_them(tmp_path: pathlib.Path, 
     assert ranking.bits_of(best) < 6.2501
     assert ranking.bits_of(worst) == pytest.approx(6.25)
     assert ranking.error(best) <= ranking.error(ranking.uniform) < ranking.error(worst)
-    errors = {outcome.way.label: outcome.error for outcome in result.outcomes}
+    errors = {outcome.variant.label: outcome.error for outcome in result.outcomes}
     assert errors["bfloat16"] == 0 < errors["best mixture"] < errors["worst mixture"]
     assert "Root of the sum of squares" in capsys.readouterr().out

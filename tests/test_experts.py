@@ -29,10 +29,10 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 def model(params, x):
     """Runs two scanned layers of experts: a ragged product, and all experts on all tokens."""
 
-    def layer(x, own):
+    def layer(x, weights):
         # `up` is stored [outputs, inputs], as in PyTorch, and `down` [inputs, outputs].
-        h = jnp.tanh(lax.ragged_dot(x, jnp.stack(own["up"]).swapaxes(-1, -2), SIZES))
-        y = jnp.einsum("ti,eio->eto", h, jnp.stack(own["down"]))
+        h = jnp.tanh(lax.ragged_dot(x, jnp.stack(weights["up"]).swapaxes(-1, -2), SIZES))
+        y = jnp.einsum("ti,eio->eto", h, jnp.stack(weights["down"]))
         return x + y.sum(0), None
 
     return lax.scan(layer, x, params)[0]
@@ -80,16 +80,16 @@ def test_every_expert_has_its_own_recipe():
             model(by_hand(params), x),
         )
 
-    found, expected, stored, plain = run(params, small)
-    assert_same_trees(found, expected)
+    actual, expected, stored, plain = run(params, small)
+    assert_same_trees(actual, expected)
     assert_same(stored, plain)
 
 
 def test_explain_shows_the_recipes_and_bytes_of_experts():
     params, x = inputs()
     small = jaxq.quantize_weights(model, RULES)(params, x)
-    for own in (params, small):
-        up, down = jaxq.explain(model, RULES)(own, x).rows
+    for tree in (params, small):
+        up, down = jaxq.explain(model, RULES)(tree, x).rows
         assert up.bytes == sum(w.nbytes for w in small["up"])
         assert down.bytes == sum(w.nbytes for w in small["down"])
     up, down = jaxq.explain(model, RULES)(params, x).rows
@@ -112,8 +112,8 @@ def test_scores_of_experts_count_their_own_tokens():
     assert [score.tokens for score in scores.rows] == [10, 10, 0, 0, 14, 14]
     rows, tokens = [range(5), range(0), range(5, 12)], np.asarray(x, np.float64)
     power = sum(
-        5 * np.square(tokens[own] @ np.asarray(w, np.float64)).sum()
-        for own, w in zip(map(list, rows), params["experts"], strict=True)
+        5 * np.square(tokens[indices] @ np.asarray(w, np.float64)).sum()
+        for indices, w in zip(map(list, rows), params["experts"], strict=True)
     )
     for i, w in enumerate(params["experts"]):
         for score, recipe in zip(scores.of(f"experts/{i}"), (INT4, "int8_channel"), strict=True):
@@ -137,7 +137,7 @@ SOLVERS = [ptq.GPTQ(search=SEARCH), ptq.RTN(search=SEARCH), ptq.GPTQ()]
 
 
 @pytest.mark.parametrize("solver", data.each(SOLVERS, SOLVERS[:1]))
-def test_solver_gives_every_expert_what_it_would_have_alone(solver):
+def test_solver_solves_every_expert_like_a_separate_weight(solver):
     params, x = experts()
     rules = [("experts/0", UINT4), ("experts/1", "int8_channel"), ("", INT4)]
     packed, report = ptq.quantize_weights(ragged, rules, solver=solver)(params, [(x,)])

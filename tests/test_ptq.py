@@ -69,8 +69,8 @@ def order_of(diagonal: np.ndarray, order: str | None) -> np.ndarray:
     """Returns the order of solving, for groups of 32 inputs."""
     if order == "group":
         groups = np.arange(INPUTS).reshape(-1, 32)
-        groups = sorted(groups, key=lambda own: -diagonal[own].max())
-        return np.concatenate([sorted(own, key=lambda i: -diagonal[i]) for own in groups])
+        groups = sorted(groups, key=lambda group: -diagonal[group].max())
+        return np.concatenate([sorted(group, key=lambda i: -diagonal[i]) for group in groups])
     return np.argsort(-diagonal, kind="stable") if order else np.arange(INPUTS)
 
 
@@ -108,13 +108,13 @@ def test_gptq_keeps_the_scales_and_lowers_the_loss(name: str):
     weight, gram = kernel(128, 128), hessian(x)
     plain, q = jaxq.quantize(weight, name, axis=0), ptq.gptq(weight, gram, name)
     assert q.recipe == plain.recipe
-    for own, other in zip(jax.tree.leaves(q)[1:], jax.tree.leaves(plain)[1:], strict=True):
-        np.testing.assert_array_equal(own, other)
+    for actual, other in zip(jax.tree.leaves(q)[1:], jax.tree.leaves(plain)[1:], strict=True):
+        np.testing.assert_array_equal(actual, other)
     assert loss(q, weight, gram) < 0.8 * loss(plain, weight, gram)
 
 
 @pytest.mark.slow
-def test_permuted_inputs_permute_the_answer():
+def test_permuted_inputs_permute_the_solution():
     weight, gram = kernel(), hessian(samples())
     rows = np.random.default_rng(2).permutation(INPUTS)
     q = ptq.gptq(weight, gram, "int4_channel")
@@ -148,7 +148,7 @@ def test_damping_is_raised_until_a_factor_exists():
     assert loss(q, weight, gram) < loss(jaxq.quantize(weight, "int4_channel"), weight, gram)
 
 
-def test_inputs_that_are_always_zero_are_rounded_by_themselves():
+def test_inputs_that_are_always_zero_are_rounded_to_nearest():
     x = samples()
     x[:, 5] = 0
     q = ptq.gptq(kernel(), hessian(x), "int4_channel")
@@ -156,7 +156,7 @@ def test_inputs_that_are_always_zero_are_rounded_by_themselves():
 
 
 @pytest.mark.parametrize("gram", [np.full((INPUTS, INPUTS), np.nan), np.zeros((INPUTS, INPUTS))])
-def test_hessian_without_a_solution_is_an_error(gram: np.ndarray):
+def test_hessian_without_a_cholesky_factor_is_an_error(gram: np.ndarray):
     with pytest.raises(ValueError, match=r"gptq: `hessian` must be .* finite and not zero"):
         ptq.gptq(kernel(), gram, "int4_channel")
 
@@ -179,7 +179,7 @@ def test_arguments_that_gptq_does_not_support_are_errors(recipe, axis: int, mess
         ptq.gptq(kernel(), np.eye(INPUTS), recipe, axis=axis)
 
 
-def test_solvers_are_found_by_name():
+def test_solvers_are_looked_up_by_name():
     assert ptq.get_solver("gptq") == ptq.GPTQ()
     with pytest.raises(ValueError, match="Did you mean gptq"):
         ptq.get_solver("gtpq")
@@ -202,15 +202,15 @@ def test_contract_of_solvers(name: str):
     np.testing.assert_array_equal(packed.scale, plain.scale)
     assert packed.recipe == plain.recipe
     (row,) = report.rows
-    for stored, own in ((packed, row.loss), (plain, row.rtn)):
+    for stored, relative in ((packed, row.loss), (plain, row.rtn)):
         power = row.power * row.tokens
-        np.testing.assert_allclose(own * power, loss(stored, kernel(), hessian(x)), rtol=1e-3)
+        np.testing.assert_allclose(relative * power, loss(stored, kernel(), hessian(x)), rtol=1e-3)
     assert loss(packed, kernel(), hessian(x)) <= loss(plain, kernel(), hessian(x))
 
 
 def test_statistics_do_not_depend_on_the_batches():
     x = samples()
-    whole = ptq.collect(x)
+    at_once = ptq.collect(x)
     parts = [ptq.collect(x[:37]), ptq.collect(x[37:200]), ptq.collect(x[200:])]
     merged = parts[0].merge(parts[1]).merge(parts[2])
     stacked = jax.vmap(ptq.collect)(x.reshape(3, 100, INPUTS))
@@ -223,26 +223,28 @@ def test_statistics_do_not_depend_on_the_batches():
         amax=np.abs(x).max(0),
         hessian=hessian(x),
     )
-    for found in (whole, merged, jax.tree.map(lambda leaf: leaf[0], gathered)):
-        for own, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for statistics in (at_once, merged, jax.tree.map(lambda leaf: leaf[0], gathered)):
+        for actual, other in zip(
+            jax.tree.leaves(statistics), jax.tree.leaves(expected), strict=True
+        ):
             scale = np.abs(other).max()
-            np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5 * scale)
+            np.testing.assert_allclose(actual, other, rtol=1e-5, atol=1e-5 * scale)
 
 
 def test_masked_tokens_do_not_count_even_if_they_are_nan():
     x = samples()
     padded = np.concatenate([x, np.full((20, INPUTS), np.nan, np.float32)])
-    found, plain = ptq.collect(padded, np.arange(320) < 300), ptq.collect(x)
-    assert int(found.tokens) == 300
+    masked, plain = ptq.collect(padded, np.arange(320) < 300), ptq.collect(x)
+    assert int(masked.tokens) == 300
     bound = 1e-6 * np.abs(plain.hessian).max()  # The order of the sum differs.
-    np.testing.assert_allclose(found.hessian, plain.hessian, rtol=0, atol=bound)
-    np.testing.assert_array_equal(found.amax, plain.amax)
+    np.testing.assert_allclose(masked.hessian, plain.hessian, rtol=0, atol=bound)
+    np.testing.assert_array_equal(masked.amax, plain.amax)
 
 
-def test_nan_in_data_stays_visible():
+def test_nan_in_data_gives_nan_statistics():
     x = samples()
     x[3, 4] = np.nan
     one = ptq.collect(x, hessian=False)
     assert one.hessian is None
-    for found in (one, one.merge(ptq.collect(samples(), hessian=False))):
-        assert np.flatnonzero(np.isnan(found.amax)).tolist() == [4]
+    for statistics in (one, one.merge(ptq.collect(samples(), hessian=False))):
+        assert np.flatnonzero(np.isnan(statistics.amax)).tolist() == [4]

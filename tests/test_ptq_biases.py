@@ -40,7 +40,7 @@ PARAMS = {
 BATCHES = [normal(6 + n, 10, 6) + n for n in range(2)]
 
 
-def test_biases_lose_the_mean_error_of_their_products():
+def test_mean_error_of_products_is_subtracted_from_biases():
     packed = jaxq.quantize_weights(model, RULES)(PARAMS, BATCHES[0])
     new, report = ptq.correct_biases(model, RULES, BIASES)(PARAMS, packed, BATCHES)
     w = {name: np.float64(x) for name, x in PARAMS["layers"].items()}
@@ -60,8 +60,8 @@ def test_biases_lose_the_mean_error_of_their_products():
             (f"layers/up[{k}]", np.abs(up).max()),
             (f"layers/down[{k}]", np.abs(down).max()),
         ]
-    found = {row.product: row.largest for row in report.rows}
-    assert found == pytest.approx(dict(largest), rel=1e-4)
+    changes = {row.product: row.largest for row in report.rows}
+    assert changes == pytest.approx(dict(largest), rel=1e-4)
     assert {row.tokens for row in report.rows} == {20}
     assert "layers/up_bias" in str(report)
     assert all(new["layers"][n] is packed["layers"][n] for n in ("up", "down"))
@@ -99,13 +99,13 @@ def test_products_that_share_a_bias_are_corrected_without_masked_tokens():
         ({"layers/up": "layers/down_bias"}, r"shape \(2, 2, 4\)"),
     ],
 )
-def test_wrong_names_and_shapes_are_refused(biases, words):
+def test_wrong_names_and_shapes_are_errors(biases, words):
     packed = jaxq.quantize_weights(model, RULES)(PARAMS, BATCHES[0])
     with pytest.raises(ValueError, match=words):
         ptq.correct_biases(model, RULES, biases)(PARAMS, packed, BATCHES)
 
 
-def test_parameters_that_are_not_packed_are_refused():
+def test_parameters_that_are_not_packed_are_errors():
     with pytest.raises(ValueError, match="must be packed"):
         ptq.correct_biases(model, RULES, BIASES)(PARAMS, PARAMS, BATCHES)
     with pytest.raises(ValueError, match="structure of `params`"):

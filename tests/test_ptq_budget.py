@@ -32,9 +32,9 @@ def brute_force(scores: ptq.Scores, nbytes: float, by: str, groups: int = 1) -> 
     per_weight = [scores.of(weight) for weight in scores.weights]
     blocks = [per_weight[i : i + groups] for i in range(0, len(per_weight), groups)]
     for choice in itertools.product(range(len(RECIPES)), repeat=len(blocks)):
-        own = [w[k] for block, k in zip(blocks, choice, strict=True) for w in block]
-        if sum(s.nbytes for s in own) <= nbytes:
-            least = min(least, sum(getattr(s, by) for s in own))
+        chosen = [w[k] for block, k in zip(blocks, choice, strict=True) for w in block]
+        if sum(s.nbytes for s in chosen) <= nbytes:
+            least = min(least, sum(getattr(s, by) for s in chosen))
     return least
 
 
@@ -161,16 +161,16 @@ def test_scores_by_gradient_weight_errors_of_outputs_by_the_gradient_of_the_loss
         gradients = jax.grad(perturbed_loss)(zeros, params, x)
         for i in range(2):
             hidden = np.tanh(x @ params["in"][i].T)
-            for n, own, axis in (("in", x, 1), ("out", hidden, 0)):
+            for n, tokens, axis in (("in", x, 1), ("out", hidden, 0)):
                 w = params[n][i]
                 for k, recipe in enumerate(candidates[:2]):
                     error = np.asarray(jaxq.fake_quant(w, recipe, axis=axis)) - w
-                    error = own @ (error.T if n == "in" else error)
+                    error = tokens @ (error.T if n == "in" else error)
                     expected[n][k] += np.sum((np.asarray(gradients[n][i]) * error) ** 2)
             x = x + hidden @ params["out"][i]
     for n, values in expected.items():
-        found = [row.gradient for row in scores.of(n)]
-        np.testing.assert_allclose(found, [*values, 0.0], rtol=2e-3)
+        actual = [row.gradient for row in scores.of(n)]
+        np.testing.assert_allclose(actual, [*values, 0.0], rtol=2e-3)
     assert ptq.budget(scores, 500, by="gradient").damage > 0
     plain = ptq.Scores(tuple(dataclasses.replace(row, gradient=np.nan) for row in scores.rows))
     with pytest.raises(ValueError, match="must have numbers in 'gradient', got NaN"):

@@ -49,12 +49,12 @@ def drifted(packed) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(x @ up, 0), np.maximum(x @ PARAMS["up"], 0)
 
 
-def matrices(own: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def matrices(x: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the damped Hessian, the drift, and the upper Cholesky factor of the inverse."""
-    gram = own.T @ own
+    gram = x.T @ x
     gram += 0.01 * np.mean(np.diag(gram)) * np.eye(len(gram))
     upper = np.linalg.cholesky(np.linalg.inv(gram)).T
-    return gram, (reference - own).T @ own, upper
+    return gram, (reference - x).T @ x, upper
 
 
 def gptaq(
@@ -64,10 +64,10 @@ def gptaq(
     shifts = alpha * np.triu(drift @ upper.T, 1) @ upper
     left, result = weight.astype(np.float64), np.zeros(weight.shape)
     for i in range(weight.shape[1]):
-        own = left[:, i].copy()
-        result[:, i] = np.clip(np.round(own / scale), -3, 3) * scale
-        error = (own - result[:, i]) / upper[i, i]
-        left[:, i:] += np.outer(own, shifts[i, i:]) - np.outer(error, upper[i, i:])
+        column = left[:, i].copy()
+        result[:, i] = np.clip(np.round(column / scale), -3, 3) * scale
+        error = (column - result[:, i]) / upper[i, i]
+        left[:, i:] += np.outer(column, shifts[i, i:]) - np.outer(error, upper[i, i:])
     return result
 
 
@@ -98,7 +98,7 @@ def test_correction_brings_the_outputs_closer_to_the_float_model():
 @pytest.mark.slow
 def test_layers_of_a_scan_are_corrected_and_loops_are_reported():
     def scanned(w, x):
-        x, _ = lax.scan(lambda x, own: (jnp.tanh(x @ own), None), x, w["layers"])
+        x, _ = lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, w["layers"])
         return lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ w["loop"]), x)
 
     def unrolled(w, x):

@@ -130,10 +130,10 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("name", data.each(PRODUCTS, ["convolution"]))
-def test_reported_losses_are_those_of_the_outputs(name: str):
+def test_reported_losses_equal_the_errors_of_the_outputs(name: str):
     model, w, x = PRODUCTS[name]
     packed, report = ptq.quantize_weights(model, RULES)(w, [x])
-    assert all("less loss" in row.fallback for row in report.fallbacks)
+    assert all("a smaller loss" in row.fallback for row in report.fallbacks)
     plain = jaxq.quantize_weights(model, RULES)(w, x)
     y = model(w, x)
     for stored, attribute in ((packed, "loss"), (plain, "rtn")):
@@ -228,7 +228,7 @@ def test_weights_that_are_not_solved_are_reported():
     assert report.rows[1].rank == 8
 
 
-def test_few_tokens_are_noted_by_rank():
+def test_report_notes_the_rank_of_few_tokens():
     _, report = ptq.quantize_weights(two, RULES)(two_params(), [normal(2, 5, 8)])
     assert report.rows[1].note == "rank at most 5 of 8"
 
@@ -245,11 +245,11 @@ jax.tree_util.register_dataclass(Module, ["w"], [])
 
 
 def test_module_and_activation_recipes():
-    seen = []
-    solve = ptq.quantize_weights(Module(normal(0, 8, 8)), "w8a8", progress=seen.append)
+    rows = []
+    solve = ptq.quantize_weights(Module(normal(0, 8, 8)), "w8a8", progress=rows.append)
     packed, report = solve([(normal(1, 30, 8),)])
     assert isinstance(packed.w, jaxq.Quantized)
-    assert seen == list(report.rows)
+    assert rows == list(report.rows)
 
 
 def test_products_without_weights_keep_their_recipes():
@@ -350,8 +350,10 @@ def test_observed_inputs_are_shared_stacked_and_mergeable():
 def test_reshaped_or_shared_stacks_are_solved_in_every_iteration():
     def model(w, x):
         pairs = w["pairs"].reshape(2, 2, 8, 8)
-        x, _ = lax.scan(lambda x, own: (jnp.tanh(x @ own[0]) @ own[1], None), x, pairs)
-        return lax.scan(lambda x, own: (jnp.tanh(jnp.tanh(x @ own) @ own), None), x, w["twice"])[0]
+        x, _ = lax.scan(lambda x, pair: (jnp.tanh(x @ pair[0]) @ pair[1], None), x, pairs)
+        return lax.scan(
+            lambda x, kernel: (jnp.tanh(jnp.tanh(x @ kernel) @ kernel), None), x, w["twice"]
+        )[0]
 
     w, x = {"pairs": normal(0, 4, 8, 8), "twice": normal(1, 2, 8, 8)}, normal(2, 60, 8)
     packed, report = ptq.quantize_weights(model, RULES)(w, [x])

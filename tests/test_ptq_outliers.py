@@ -1,4 +1,4 @@
-"""Solvers on recipes that store outliers apart."""
+"""Solvers on recipes that store outliers separately."""
 
 import jax
 import numpy as np
@@ -23,20 +23,20 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 def obq(weight: np.ndarray, gram: np.ndarray, start: jaxq.Quantized) -> np.ndarray:
     """Returns the values of OBQ in float64, with outliers that keep theirs."""
     w, gram = weight.astype(np.float64), gram.astype(np.float64)
-    kept = np.zeros(w.size, bool)
-    kept[np.asarray(start.outliers[1])] = True
-    kept = kept.reshape(w.shape)
+    is_outlier = np.zeros(w.size, bool)
+    is_outlier[np.asarray(start.outliers[1])] = True
+    is_outlier = is_outlier.reshape(w.shape)
     stored = np.asarray(start.dequantize(), np.float64)
-    blocks = np.abs(np.where(kept, 0, w)).reshape(-1, 16, OUTPUTS)
+    blocks = np.abs(np.where(is_outlier, 0, w)).reshape(-1, 16, OUTPUTS)
     scale = np.repeat(blocks.max(1) / 3, 16, 0)
     inverse = np.linalg.inv(gram + 0.01 * np.mean(np.diagonal(gram)) * np.eye(len(gram)))
-    found = np.zeros_like(w)
+    result = np.zeros_like(w)
     for i in range(len(w)):
         snapped = np.clip(np.round(w[i] / scale[i]), -3, 3) * scale[i]
-        found[i] = np.where(kept[i], stored[i], snapped)
-        w -= np.outer(inverse[:, i], (w[i] - found[i]) / inverse[i, i])
+        result[i] = np.where(is_outlier[i], stored[i], snapped)
+        w -= np.outer(inverse[:, i], (w[i] - result[i]) / inverse[i, i])
         inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
-    return found
+    return result
 
 
 def test_gptq_with_outliers_gives_the_values_of_float64_obq():
@@ -55,7 +55,7 @@ def scanned(params, x):
     return lax.scan(layer, x, params)[0]
 
 
-def test_model_with_outliers_is_stored_as_reported():
+def test_stored_model_with_outliers_has_the_reported_losses():
     params = {"up": normal(0, 2, 16, 32), "down": normal(1, 2, 32, 16)}
     batches = [normal(2, 64, 16), normal(3, 64, 16)]
     # The search moves scales, and the outliers stay.
@@ -63,8 +63,8 @@ def test_model_with_outliers_is_stored_as_reported():
     packed, report = ptq.quantize_weights(scanned, RECIPE, solver=solver)(params, batches)
     nearest = jax.jit(jaxq.quantize_weights(scanned, RECIPE))(params, batches[0])
     for name, q in packed.items():
-        for own, other in zip(q.outliers, nearest[name].outliers, strict=True):
-            np.testing.assert_array_equal(own, other)
+        for actual, other in zip(q.outliers, nearest[name].outliers, strict=True):
+            np.testing.assert_array_equal(actual, other)
     x, first = np.concatenate(batches), report.rows[0]
     weight, stored = params["up"][0], np.asarray(packed["up"].dequantize())[0]
     loss = np.sum((x @ (stored - weight)) ** 2) / np.sum((x @ weight) ** 2)
@@ -75,7 +75,7 @@ def test_model_with_outliers_is_stored_as_reported():
     np.testing.assert_allclose(values, want, atol=1e-5)
 
 
-def test_owq_of_a_model_is_owq_of_each_weight():
+def test_owq_of_a_model_equals_owq_of_each_weight():
     large = np.ones(32, np.float32)
     large[[3, 20]] = 20
 
@@ -100,8 +100,8 @@ def test_owq_of_a_model_is_owq_of_each_weight():
             x = large[None] * np.tanh(x @ np.asarray(packed[name].dequantize()))
 
 
-def test_owq_says_where_no_inputs_are_kept():
+def test_report_notes_weights_that_owq_cannot_solve():
     rules = {"up": RECIPE, "down": jaxq.Recipe("int3", jaxq.PerBlock(16))}
     params = {"up": normal(0, 2, 16, 32), "down": normal(1, 2, 32, 16)}
     _, report = ptq.quantize_weights(scanned, rules, solver="owq")(params, [normal(2, 64, 16)])
-    assert [row.fallback for row in report.rows[::2]] == ["no inputs are kept as outliers"] * 2
+    assert [row.fallback for row in report.rows[::2]] == ["no inputs are stored as outliers"] * 2

@@ -1,4 +1,4 @@
-"""OWQ: inputs that stay floats, with GPTQ for the others."""
+"""OWQ, which stores the most sensitive inputs as floats and solves the others."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from tests import data
 # The bits of sums do not matter here, and most time goes into compiling.
 pytestmark = pytest.mark.unoptimized
 
-INPUTS, OUTPUTS, KEPT = 32, 8, 3
+INPUTS, OUTPUTS, FLOAT_INPUTS = 32, 8, 3
 RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(16), outliers=jaxq.recipes.Outliers(0.1))
 PLAIN = jaxq.Recipe("int3", jaxq.PerBlock(16))
 
@@ -33,37 +33,37 @@ def loss(values: np.ndarray) -> float:
 
 
 def reference() -> tuple[np.ndarray, np.ndarray]:
-    """Returns the kept inputs, and the values of OBQ in float64, which rounds the others first."""
+    """Returns the inputs that stay floats, and the values of OBQ with these inputs last."""
     w = WEIGHT.astype(np.float64)
     blocks = np.abs(w).reshape(-1, 16, OUTPUTS)
     scale = np.repeat(blocks.max(1) / 3, 16, 0)
     cost = np.diagonal(HESSIAN) * np.sum((np.round(w / scale) * scale - w) ** 2, 1)
-    kept = np.sort(np.argsort(-cost)[:KEPT])
-    others = np.setdiff1d(np.arange(INPUTS), kept)
+    floats = np.sort(np.argsort(-cost)[:FLOAT_INPUTS])
+    others = np.setdiff1d(np.arange(INPUTS), floats)
     left = w.copy()
-    left[kept] = 0
+    left[floats] = 0
     scale = np.repeat(np.abs(left).reshape(-1, 16, OUTPUTS).max(1) / 3, 16, 0)
     hessian = HESSIAN.astype(np.float64)
     hessian = hessian + 0.01 * np.mean(np.diagonal(hessian)) * np.eye(INPUTS)
-    inverse, moved, found = np.linalg.inv(hessian), w.copy(), w.copy()
+    inverse, moved, result = np.linalg.inv(hessian), w.copy(), w.copy()
     for i in others:
-        found[i] = np.clip(np.round(moved[i] / scale[i]), -3, 3) * scale[i]
-        moved -= np.outer(inverse[:, i], (moved[i] - found[i]) / inverse[i, i])
+        result[i] = np.clip(np.round(moved[i] / scale[i]), -3, 3) * scale[i]
+        moved -= np.outer(inverse[:, i], (moved[i] - result[i]) / inverse[i, i])
         inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
-    found[kept] = moved[kept]
-    return kept, found
+    result[floats] = moved[floats]
+    return floats, result
 
 
 @pytest.mark.parametrize("axis", data.each([0, 1], [1]))
-def test_owq_equals_obq_with_the_kept_inputs_last(axis: int):
+def test_owq_equals_obq_with_the_float_inputs_last(axis: int):
     weight = WEIGHT if axis == 0 else WEIGHT.T
     q = ptq.owq(weight, HESSIAN, RECIPE, axis=axis, order=None)
     values = np.asarray(q.dequantize())
     values = values if axis == 0 else values.T
-    kept, expected = reference()
-    assert set(kept) >= {20, 21}
+    floats, expected = reference()
+    assert set(floats) >= {20, 21}
     np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-5)
-    rounded = np.setdiff1d(np.arange(INPUTS), kept)
+    rounded = np.setdiff1d(np.arange(INPUTS), floats)
     np.testing.assert_allclose(values[rounded], expected[rounded], rtol=1e-6)
     # The form is that of the recipe: unused slots for outliers stay empty.
     plain = jaxq.quantize(weight, RECIPE, axis=axis)
@@ -72,10 +72,10 @@ def test_owq_equals_obq_with_the_kept_inputs_last(axis: int):
 
 
 @pytest.mark.slow
-def test_kept_inputs_reduce_the_error_of_the_outputs():
-    own = loss(ptq.owq(WEIGHT, HESSIAN, RECIPE).dequantize())
-    assert own < 0.7 * loss(ptq.gptq(WEIGHT, HESSIAN, PLAIN).dequantize())
-    assert own < 0.3 * loss(jaxq.quantize(WEIGHT, RECIPE, axis=0).dequantize())
+def test_float_inputs_reduce_the_error_of_the_outputs():
+    owq_loss = loss(ptq.owq(WEIGHT, HESSIAN, RECIPE).dequantize())
+    assert owq_loss < 0.7 * loss(ptq.gptq(WEIGHT, HESSIAN, PLAIN).dequantize())
+    assert owq_loss < 0.3 * loss(jaxq.quantize(WEIGHT, RECIPE, axis=0).dequantize())
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def model(w, x):
-    x, _ = lax.scan(lambda x, own: (jnp.tanh(x @ own), None), x, w["layers"])
+    x, _ = lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, w["layers"])
     return jax.nn.relu(x @ w["twice"]) @ w["twice"] @ w["out"]
 
 
@@ -31,11 +31,11 @@ BATCHES = [normal(3, 20, 8), normal(4, 20, 8)]
 
 def test_interrupted_run_continues_with_the_same_result(tmp_path: pathlib.Path):
     plain, expected = ptq.quantize_weights(model, RULES, solver="qep")(PARAMS, BATCHES)
-    folder, seen = tmp_path / "run", []
+    folder, names = tmp_path / "run", []
 
     def interrupt(row: ptq.SolvedProduct) -> None:
-        seen.append(row.product)
-        if len(seen) == 3:
+        names.append(row.product)
+        if len(names) == 3:
             raise KeyboardInterrupt
 
     def solve(progress=None):
@@ -50,8 +50,8 @@ def test_interrupted_run_continues_with_the_same_result(tmp_path: pathlib.Path):
         packed, report = solve()
         assert str(report) == str(expected)
         assert jax.tree.structure(packed) == jax.tree.structure(plain)
-        for own, other in zip(jax.tree.leaves(packed), jax.tree.leaves(plain), strict=True):
-            np.testing.assert_array_equal(own, other)
+        for actual, other in zip(jax.tree.leaves(packed), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_array_equal(actual, other)
     assert len([*folder.iterdir()]) == count + 1  # Products of a shared weight have no file.
 
 

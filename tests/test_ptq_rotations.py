@@ -45,7 +45,7 @@ PARAMS = {
 X = normal(5, 40, 8)
 
 
-def test_rotated_weights_are_those_of_the_formula_and_keep_the_function():
+def test_rotated_weights_equal_the_formula_and_preserve_the_outputs():
     params, rotations = ptq.rotate_inputs(model, RULES)(PARAMS, X, key=KEY)
     assert rotations.lengths == (("layers/gate", 8), ("layers/down", 16))
     assert rotations.inputs == (
@@ -66,8 +66,8 @@ def test_rotated_weights_are_those_of_the_formula_and_keep_the_function():
     np.testing.assert_allclose(rotated(params, X), y, rtol=1e-5, atol=1e-5 * float(np.abs(y).max()))
     np.testing.assert_array_equal(params["head"], PARAMS["head"])
     # Products of one input still share their statistics.
-    seen = ptq.observe(rotated, RULES, hessian=False)(params, X)[1]
-    assert [*seen.statistics] == ["layers/gate", "layers/down"]
+    inputs = ptq.observe(rotated, RULES, hessian=False)(params, X)[1]
+    assert [*inputs.statistics] == ["layers/gate", "layers/down"]
 
 
 def linear(w, x):
@@ -79,12 +79,12 @@ def test_rotated_products_differ_by_rounding_only(length: int | None):
     n = 192
     w, x = normal(6, n, 16), normal(7, 50, n) * np.exp(normal(8, n))
     new, rotations = ptq.rotate_inputs(linear, "int4_g32", length=length)(w, x, key=KEY)
-    own = length or 64
-    assert rotations.lengths == (("", own),)
+    block = length or 64
+    assert rotations.lengths == (("", block),)
     y = np.asarray(rotations.apply(linear)(new, x), np.float64)
     # A rotation rounds log2(length) sums and one product of vectors that keep their norms, and the
     # product of the operands n sums.
-    rounding = EPS * (n + 2 * np.log2(own) + 4)
+    rounding = EPS * (n + 2 * np.log2(block) + 4)
     bound = rounding * np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(w, axis=0)
     assert np.all(np.abs(y - x.astype(np.float64) @ w) <= bound)
 
@@ -96,8 +96,8 @@ def test_rotation_spreads_the_outliers_of_activations():
     new, rotations = ptq.rotate_inputs(linear, recipe)(w, x, key=KEY)
     rotated = rotations.apply(linear)
     errors = [
-        np.linalg.norm(jaxq.quantize_fn(fn, recipe)(own, x) - x @ w)
-        for fn, own in ((linear, w), (rotated, new))
+        np.linalg.norm(jaxq.quantize_fn(fn, recipe)(weight, x) - x @ w)
+        for fn, weight in ((linear, w), (rotated, new))
     ]
     assert errors[1] < 0.7 * errors[0]
     # The stored model is the simulated one.
@@ -110,10 +110,10 @@ def test_products_without_rotation_are_listed_with_the_reason():
     def fn(params, x):
         return x @ params["odd"] + x[:, :2] @ params["tied"] + x[:, 1:] @ params["tied"]
 
-    params = {"odd": normal(1, 3, 4), "tied": normal(2, 2, 4), "own": normal(3, 4, 4)}
-    both = lambda params, x: fn(params, x) @ params["own"]
+    params = {"odd": normal(1, 3, 4), "tied": normal(2, 2, 4), "plain": normal(3, 4, 4)}
+    both = lambda params, x: fn(params, x) @ params["plain"]
     _, rotations = ptq.rotate_inputs(both, "int8_channel")(params, normal(4, 5, 3), key=KEY)
-    assert rotations.inputs == (("own", "own"),)
+    assert rotations.inputs == (("plain", "plain"),)
     reasons = dict(rotations.left)
     assert reasons["odd"] == "the number of its inputs, 3, is odd"
     assert "also used by" in reasons["tied"]
@@ -188,16 +188,16 @@ def folded(params):
     return ptq.fold_rotation(transformer, inside, INSIDE)(params, TOKENS_IN)
 
 
-def test_folded_rotations_keep_the_function():
+def test_folded_rotations_do_not_change_the_outputs():
     params = transformer_params()
     new = folded(params)
-    y, z = (np.asarray(transformer(own, TOKENS_IN)) for own in (params, new))
+    y, z = (np.asarray(transformer(tree, TOKENS_IN)) for tree in (params, new))
     np.testing.assert_allclose(z, y, atol=1e-4 * np.abs(y).max())
     np.testing.assert_array_equal(new["layers"]["norm1"], np.ones((2, D)))
     np.testing.assert_array_equal(new["layers"]["norm2"], np.zeros((2, D)))
     assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, params)
     # The vectors themselves are rotated, and their outliers are spread.
-    before, after = (np.asarray(stream(own, TOKENS_IN), np.float64) for own in (params, new))
+    before, after = (np.asarray(stream(tree, TOKENS_IN), np.float64) for tree in (params, new))
     matrix = ptq.random_rotation(D, KEY)
     np.testing.assert_allclose(after, before @ matrix, atol=1e-4 * np.abs(before).max())
     kurtosis = [np.mean(x**4) / np.mean(x**2) ** 2 for x in (before, after)]
@@ -211,7 +211,7 @@ def test_folded_rotations_are_exact_in_float64():
     with jax.enable_x64(True):
         new = folded(params)
         assert {x.dtype for x in jax.tree.leaves(new)} == {np.dtype(np.float64)}
-        y, z = (np.asarray(transformer(own, TOKENS_IN)) for own in (params, new))
+        y, z = (np.asarray(transformer(tree, TOKENS_IN)) for tree in (params, new))
     np.testing.assert_allclose(z, y, rtol=1e-12, atol=1e-12 * np.abs(y).max())
 
 
@@ -264,7 +264,7 @@ def tied(params, tokens):
 TIED = {"embed": normal(0, 5, 8), "norm": normal(1, 8)}
 
 
-def test_tied_embeddings_are_refused_until_they_are_untied():
+def test_tied_embeddings_are_errors_until_they_are_copied():
     rotation = ptq.random_rotation(8, KEY)
     norms = [ptq.Norm("norm", ["embed"])]
     with pytest.raises(ValueError, match=r"'embed', which is also looked up \(a tied"):

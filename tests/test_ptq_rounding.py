@@ -77,11 +77,11 @@ def test_signround_takes_the_steps_of_the_published_algorithm():
     for step in range(steps + 1):
         s = np.repeat(scale * factor, 8, 0)
         units = w / s + offset
-        whole, inside = np.clip(np.round(units), -3, 3), np.abs(units) <= 3.5
-        reference.offer(whole * s)
-        g = reference.gradient(whole * s)
+        integers, inside = np.clip(np.round(units), -3, 3), np.abs(units) <= 3.5
+        reference.offer(integers * s)
+        g = reference.gradient(integers * s)
         # round(w / s + v) s by v and by s, where the gradient passes through the rounding.
-        by_offset, by_scale = g * s * inside, g * np.where(inside, whole - w / s, whole)
+        by_offset, by_scale = g * s * inside, g * np.where(inside, integers - w / s, integers)
         rate = (1 - step / steps) / steps
         offset = np.clip(offset - rate * np.sign(by_offset), -0.5, 0.5)
         factor = np.clip(factor - rate * np.sign(blocked(by_scale) * scale), 0, 1)
@@ -138,8 +138,8 @@ def test_learned_weights_stay_on_the_grid_of_their_recipe(name: str, method: str
     (packed,), report = ptq.learn_rounding([linear], name, method=how)([w], list(x), key=KEY)
     plain = jaxq.quantize_weights(linear, name)(w, x[0])
     assert jax.tree.structure(packed) == jax.tree.structure(plain)
-    for own, other in zip(packed.second, plain.second, strict=True):
-        np.testing.assert_array_equal(own, other)
+    for actual, other in zip(packed.second, plain.second, strict=True):
+        np.testing.assert_array_equal(actual, other)
     error = x @ (packed.dequantize() - w)
     (row,) = report.rows
     assert row.loss == pytest.approx(float(np.sum(error**2) / np.sum((x @ w) ** 2)), rel=1e-3)
@@ -158,19 +158,19 @@ LAYERS = [
 ]
 
 
-def test_later_blocks_learn_on_the_packed_ones_before_them():
+def test_later_blocks_learn_from_the_outputs_of_packed_blocks():
     rules = {"up": jaxq.Recipe("int3", jaxq.PerChannel()), "down": "w8a8"}
     mask = np.arange(6) < 4
     x = np.where(mask[None, None, :, None], normal(5, 3, 2, 6, 16), 100)
     masks = np.broadcast_to(mask, (2, 6))
     batches = [(x[i], masks) for i in range(3)]
-    seen = []
+    rows = []
     learn = ptq.learn_rounding(
         [layer, layer],
         rules,
         method=ptq.SignRound(steps=25),
         mask=lambda _, mask: mask,
-        progress=seen.append,
+        progress=rows.append,
     )
     packed, report = learn(LAYERS, batches, key=KEY)
     chex.assert_type(packed[0]["up"], jnp.bfloat16)
@@ -187,8 +187,8 @@ def test_later_blocks_learn_on_the_packed_ones_before_them():
     assert report.rows[1].loss == pytest.approx(float(total / power), rel=1e-3)
     assert [row.weights for row in report.rows] == [2, 2]
     assert report.rows[1].loss < 0.8 * report.rows[1].rtn
-    assert [row.step for row in seen if row.block == 1][:2] == [0, 1]
-    assert seen[-1].step == 25
+    assert [row.step for row in rows if row.block == 1][:2] == [0, 1]
+    assert rows[-1].step == 25
     assert "rtn" in str(report)
 
 
@@ -208,10 +208,10 @@ def test_equal_keys_give_equal_codes():
 @pytest.mark.slow
 def test_equal_blocks_are_compiled_once():
     def compilations(count: int) -> int:
-        found = []
+        compilations = []
 
         def listen(event: str, _: float, **__: object) -> None:
-            found.append(event == "/jax/core/compile/backend_compile_duration")
+            compilations.append(event == "/jax/core/compile/backend_compile_duration")
 
         square = [normal(i, INPUTS, INPUTS) for i in range(count)]
         learn = ptq.learn_rounding([linear] * count, RECIPE, method=ptq.SignRound(steps=3))
@@ -220,7 +220,7 @@ def test_equal_blocks_are_compiled_once():
             learn(square, [BATCH], key=KEY)
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
-        return sum(found)
+        return sum(compilations)
 
     compilations(2)  # Compiles the small operations too.
     assert compilations(4) == compilations(2) <= 8
@@ -228,8 +228,8 @@ def test_equal_blocks_are_compiled_once():
 
 @pytest.mark.slow
 def test_signround_without_scales_keeps_those_of_the_recipe():
-    kept, _ = learned(ptq.SignRound(steps=16, scales=False), [BATCH])
-    np.testing.assert_array_equal(kept.scales, RTN.scales)
+    q, _ = learned(ptq.SignRound(steps=16, scales=False), [BATCH])
+    np.testing.assert_array_equal(q.scales, RTN.scales)
 
 
 @pytest.mark.slow
@@ -244,12 +244,12 @@ def test_stacked_layers_of_one_block_learn_as_separate_ones():
 
     w, x = normal(0, 2, 8, 8), [normal(1, 40, 8)]
     method = ptq.SignRound(steps=30)
-    found = [
+    results = [
         ptq.learn_rounding([fn], RECIPE, method=method)([params], x, key=KEY)[0][0]
         for fn, params in ((scanned, w), (unrolled, list(w)))
     ]
     for i in range(2):
-        np.testing.assert_array_equal(found[0].codes[i], found[1][i].codes)
+        np.testing.assert_array_equal(results[0].codes[i], results[1][i].codes)
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def scaled_by(method: str):
 
 
 @pytest.mark.parametrize("method", data.each(["awq", "smoothquant"], ["awq"]))
-def test_scales_are_those_of_the_formula_and_keep_the_function(method: str):
+def test_scales_equal_the_formula_and_preserve_the_outputs(method: str):
     params, scales = scaled_by(method)
     scaled = jax.jit(scales.apply(model))
     for batch in BATCHES:
@@ -84,10 +84,10 @@ def test_scales_are_those_of_the_formula_and_keep_the_function(method: str):
         ("layers/gate", "layers/gate"), ("layers/up", "layers/gate"), ("layers/down", "layers/down")
     )  # fmt: skip
     x = np.concatenate(BATCHES).astype(np.float64)
-    own = {name: w[0].astype(np.float64) for name, w in PARAMS["layers"].items()}
-    own["gate"] = own["gate"].reshape(8, 8)
+    layer = {name: w[0].astype(np.float64) for name, w in PARAMS["layers"].items()}
+    layer["gate"] = layer["gate"].reshape(8, 8)
     formula = {"awq": awq, "smoothquant": smoothquant}[method]
-    expected = formula(x, [own["gate"], own["up"].T])
+    expected = formula(x, [layer["gate"], layer["up"].T])
     np.testing.assert_allclose(1 / scales.factors["layers/gate"][0], expected, rtol=1e-4)
     np.testing.assert_allclose(
         params["layers"]["up"][0], PARAMS["layers"]["up"][0] * expected, rtol=1e-4
@@ -108,8 +108,8 @@ def test_solvers_work_on_the_scaled_function():
     other = jaxq.quantize_fn(scaled, RULES)(params, BATCHES[0])
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     # Products of one input still share one Hessian.
-    seen = ptq.observe(scaled, RULES, hessian=False)(params, BATCHES[0])[1]
-    assert [*seen.statistics] == ["layers/gate", "layers/down"]
+    inputs = ptq.observe(scaled, RULES, hessian=False)(params, BATCHES[0])[1]
+    assert [*inputs.statistics] == ["layers/gate", "layers/down"]
 
 
 @pytest.mark.slow
@@ -119,8 +119,8 @@ def test_smoothquant_moves_outliers_of_activations_into_weights():
     x[:, 3] *= 100
     new, scales = ptq.scale_inputs(apply, "w8a8", method="smoothquant")(params, [x])
     error = [
-        np.abs(jaxq.quantize_fn(fn, "w8a8")(own, x) - x @ params["w"]).mean()
-        for fn, own in ((apply, params), (scales.apply(apply), new))
+        np.abs(jaxq.quantize_fn(fn, "w8a8")(tree, x) - x @ params["w"]).mean()
+        for fn, tree in ((apply, params), (scales.apply(apply), new))
     ]
     assert error[1] < 0.3 * error[0]
 
@@ -143,14 +143,14 @@ def left(params, x):
         return state[0] + 1, jnp.tanh(state[1] @ params["loop"])
 
     _, x = lax.while_loop(lambda state: state[0] < 2, body, (0, x @ params["tied"]))
-    return (x @ params["tied"]) @ params["own"]
+    return (x @ params["tied"]) @ params["plain"]
 
 
 def test_products_without_scales_are_listed_with_the_reason():
-    params = {name: normal(i, 8, 8) for i, name in enumerate(("loop", "tied", "own"))}
+    params = {name: normal(i, 8, 8) for i, name in enumerate(("loop", "tied", "plain"))}
     x = normal(9, 20, 8)
     new, scales = ptq.scale_inputs(left, "int4_channel")(params, [x])
-    assert [name for name, _ in scales.inputs] == ["own"]
+    assert [name for name, _ in scales.inputs] == ["plain"]
     reasons = dict(scales.left)
     assert "also used by tied#2" in reasons["tied"]
     assert "while loop" in reasons["loop"]
@@ -158,7 +158,7 @@ def test_products_without_scales_are_listed_with_the_reason():
     np.testing.assert_array_equal(new["tied"], params["tied"])
     with pytest.raises(ValueError, match="none: 'loop': it is in a while loop"):
         ptq.scale_inputs(left, {"loop": "int4_channel"})(params, [x])
-    with pytest.raises(ValueError, match="must contain all changed products, but lacks 'own'"):
+    with pytest.raises(ValueError, match="must contain all changed products, but lacks 'plain'"):
         scales.apply(lambda params, x: x @ params["loop"])(params, x)
 
 
@@ -202,13 +202,13 @@ def test_scaled_functions_are_differentiated_and_stay_in_bfloat16():
     params, scales = scaled_by("awq")
     x = BATCHES[0]
     loss = lambda fn: lambda x, p: jnp.sum(jnp.tanh(fn(p, x)))
-    own = jax.grad(loss(scales.apply(model)))(x, params)
-    np.testing.assert_allclose(own, jax.grad(loss(model))(x, PARAMS), rtol=1e-3, atol=1e-4)
+    gradient = jax.grad(loss(scales.apply(model)))(x, params)
+    np.testing.assert_allclose(gradient, jax.grad(loss(model))(x, PARAMS), rtol=1e-3, atol=1e-4)
     w = {"w": normal(0, 8, 8)}
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), w)
     apply = lambda w, x: x @ w["w"]
-    new, found = ptq.scale_inputs(apply, "int4_channel")(half, [jnp.asarray(x, jnp.bfloat16)])
-    y = found.apply(apply)(new, jnp.asarray(x, jnp.bfloat16))
+    new, factors = ptq.scale_inputs(apply, "int4_channel")(half, [jnp.asarray(x, jnp.bfloat16)])
+    y = factors.apply(apply)(new, jnp.asarray(x, jnp.bfloat16))
     chex.assert_type([new["w"], y], jnp.bfloat16)
 
 
@@ -263,9 +263,9 @@ def test_contract_of_input_scalers(name: str):
     x = normal(0, 2, 30, 8)
     x[1] = 0
     x[0, :, 2] = 0
-    seen = ptq.collect(x, hessian=scaler.needs_hessian)
-    problem = ptq.InputProblem((normal(1, 2, 8, 4),), seen, lambda weights: list(weights))
-    found = np.asarray(scaler.scales(problem))
-    chex.assert_shape(found, (2, 8))
-    chex.assert_tree_all_finite(found)
-    assert (found > 0).all()
+    statistics = ptq.collect(x, hessian=scaler.needs_hessian)
+    problem = ptq.InputProblem((normal(1, 2, 8, 4),), statistics, lambda weights: list(weights))
+    scales = np.asarray(scaler.scales(problem))
+    chex.assert_shape(scales, (2, 8))
+    chex.assert_tree_all_finite(scales)
+    assert (scales > 0).all()

@@ -33,19 +33,19 @@ def kernel() -> np.ndarray:
 def expected_factors(weighting: str) -> np.ndarray:
     """Returns the best factor of each group of a column, in float64."""
     w, x = kernel().astype(np.float64), samples().astype(np.float64)
-    found = np.empty((INPUTS // GROUP, OUTPUTS))
-    for g in range(len(found)):
-        own, block = x[:, g * GROUP : (g + 1) * GROUP], w[g * GROUP : (g + 1) * GROUP]
+    best = np.empty((INPUTS // GROUP, OUTPUTS))
+    for g in range(len(best)):
+        tokens, block = x[:, g * GROUP : (g + 1) * GROUP], w[g * GROUP : (g + 1) * GROUP]
         losses = []
         for factor in FACTORS:
             scale = np.abs(block).max(0) / 7 * factor
             error = np.clip(np.round(block / scale), -7, 7) * scale - block
             if weighting == "hessian":
-                losses.append(np.sum((own @ error) ** 2, 0))
+                losses.append(np.sum((tokens @ error) ** 2, 0))
             else:
-                losses.append(np.sum(np.square(own).sum(0)[:, None] * error**2, 0))
-        found[g] = np.take(FACTORS, np.argmin(losses, 0))
-    return found
+                losses.append(np.sum(np.square(tokens).sum(0)[:, None] * error**2, 0))
+        best[g] = np.take(FACTORS, np.argmin(losses, 0))
+    return best
 
 
 @pytest.mark.parametrize("weighting", data.each(["hessian", "square"], ["hessian"]))
@@ -74,8 +74,8 @@ def test_search_stays_on_the_grid_of_the_scales(name: str):
     assert report.rows[0].loss < report.rows[0].rtn
     plain = jaxq.quantize_weights(model, name)(kernel(), samples())
     assert packed.scale.dtype == plain.scale.dtype
-    for own, other in zip(packed.second, plain.second, strict=True):
-        np.testing.assert_array_equal(own, other)
+    for actual, other in zip(packed.second, plain.second, strict=True):
+        np.testing.assert_array_equal(actual, other)
     assert np.any(packed.scale != plain.scale)
 
 
@@ -103,7 +103,9 @@ def test_search_finds_the_best_of_all_stored_scales(name: str):
     dtype = ml_dtypes.float8_e8m0fnu if name == "mxfp4" else ml_dtypes.float8_e4m3fn
     stored = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
     stored = stored[(stored > 0) & (stored < np.inf)]
-    nearest, own = (np.asarray(q.scales, np.float64).reshape(-1, OUTPUTS) for q in (plain, packed))
+    nearest, searched = (
+        np.asarray(q.scales, np.float64).reshape(-1, OUTPUTS) for q in (plain, packed)
+    )
     scale = np.asarray(plain.scale).view(dtype).astype(np.float64).reshape(nearest.shape)
     bound = 2.01 if name == "mxfp4" else 3.99
     for g in range(INPUTS // size):
@@ -112,9 +114,9 @@ def test_search_finds_the_best_of_all_stored_scales(name: str):
         near = np.abs(np.log(tried / nearest[g])) < np.log(bound)
         losses = fp4_losses(tried, kernel()[rows], weights[rows])
         best = np.where(near, losses, np.inf).min(0)
-        found = fp4_losses(own[g][None], kernel()[rows], weights[rows])[0]
-        assert np.all(found <= best * (1 + 1e-5))
-    assert np.any(own != nearest)
+        losses = fp4_losses(searched[g][None], kernel()[rows], weights[rows])[0]
+        assert np.all(losses <= best * (1 + 1e-5))
+    assert np.any(searched != nearest)
 
 
 def test_a_search_of_one_factor_gives_rceil_with_another_largest_value():
@@ -149,8 +151,8 @@ def expected_zero_points(
         q = np.clip(np.round(w / scale + zero), 0, 15)
         error = w - (q - zero) * scale
         with np.errstate(divide="ignore"):
-            kept = np.maximum(np.abs(error) - np.abs(error) ** (0.7 - 1) / beta, 0)
-        zero = np.mean(q - (w - np.sign(error) * kept) / scale, axis=1, keepdims=True)
+            outlier = np.maximum(np.abs(error) - np.abs(error) ** (0.7 - 1) / beta, 0)
+        zero = np.mean(q - (w - np.sign(error) * outlier) / scale, axis=1, keepdims=True)
         beta *= 1.01
         if not np.mean(np.abs(error)) < best:
             break
@@ -174,17 +176,17 @@ def test_hqq_equals_the_published_iteration_and_the_hqq_package():
         (ptq.HQQ(iterations=2), -zero * scale),
         (ptq.HQQ(kappa=1.0), golden["hqq_minimum"]),
     )
-    found = []
+    rows = []
     for search, expected in cases:
         solver = ptq.RTN(search=search)
         packed, report = ptq.quantize_weights(model, recipe, solver=solver)(w, [independent])
-        own = packed.zero_point.view(jnp.float16).reshape(-1, 1)
+        zero = packed.zero_point.view(jnp.float16).reshape(-1, 1)
         # Half of the last bit of float16, and of float32 sums of 32 codes.
-        np.testing.assert_allclose(own, expected, rtol=2**-11 + 1e-5, atol=1e-5)
+        np.testing.assert_allclose(zero, expected, rtol=2**-11 + 1e-5, atol=1e-5)
         np.testing.assert_array_equal(packed.scale, plain.scale)
-        found.append(report.rows[0])
-    assert found[1].loss < found[0].loss < found[0].rtn
-    codes = (packed.dequantize().reshape(-1, GROUP) - own.astype(jnp.float32)) / step
+        rows.append(report.rows[0])
+    assert rows[1].loss < rows[0].loss < rows[0].rtn
+    codes = (packed.dequantize().reshape(-1, GROUP) - zero.astype(jnp.float32)) / step
     np.testing.assert_array_equal(np.round(codes).reshape(w.shape), golden["hqq_codes"])
     assert not packed.dequantize()[0, :GROUP].any()
 

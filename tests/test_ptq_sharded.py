@@ -30,10 +30,10 @@ def mesh(kind: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices()[:4])
 
 
-def check_equal(found, expected) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for own, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5)
+def check_equal(actual, expected) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-5)
 
 
 def test_statistics_of_shards_merge_into_those_of_all_tokens():
@@ -41,12 +41,12 @@ def test_statistics_of_shards_merge_into_those_of_all_tokens():
     _, expected = observe(PARAMS, TOKENS)
     assert expected["out"].tokens == KEEP.sum()
 
-    def own(params, x, keep):
-        _, seen = ptq.observe(model, RULES, mask=lambda *_: keep)(params, x)
-        return seen.gather("data")
+    def observe_shard(params, x, keep):
+        _, inputs = ptq.observe(model, RULES, mask=lambda *_: keep)(params, x)
+        return inputs.gather("data")
 
     specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
-    gathered = jax.jit(jax.shard_map(own, mesh=mesh(AxisType.Auto), **specs))
+    gathered = jax.jit(jax.shard_map(observe_shard, mesh=mesh(AxisType.Auto), **specs))
     check_equal(gathered(PARAMS, TOKENS, KEEP), expected)
 
 

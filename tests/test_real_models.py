@@ -38,17 +38,17 @@ def test_cached_decoding_equals_decoding_of_the_whole_prefix():
     model = whisper.tiny()
     sound = jax.random.normal(jax.random.key(0), (2, 64, 80))
     prompt = jnp.array([[7, 8], [9, 10]])
-    silent, longest = jnp.array([0, 1]), 8
+    suppressed, longest = jnp.array([0, 1]), 8
 
     @jax.jit
     def both(params):
-        heard = whisper.encode(params, sound, model.heads)
-        tokens = whisper.transcribe(params, heard, prompt, silent, model.heads, longest)
-        return tokens, whisper.decode(params, heard, tokens, model.heads)
+        encoded = whisper.encode(params, sound, model.heads)
+        tokens = whisper.transcribe(params, encoded, prompt, suppressed, model.heads, longest)
+        return tokens, whisper.decode(params, encoded, tokens, model.heads)
 
     tokens, logits = both(model.params)
     np.testing.assert_array_equal(tokens[:, :2], prompt)
-    best = logits.at[:, :, silent].set(-jnp.inf).argmax(-1)
+    best = logits.at[:, :, suppressed].set(-jnp.inf).argmax(-1)
     np.testing.assert_array_equal(tokens[:, 2:], best[:, 1:-1])
     assert len(np.unique(tokens)) > 4
 

@@ -157,11 +157,14 @@ def test_product_rules_for_trees_raise(owner, rule, text):
         assert len(str(error.value)) <= 300
 
 
-def test_scales_of_products_for_trees_raise():
-    state = jaxq.delayed_scaling(model, "fp8_training")(PARAMS, X)
-    for owner, function in TREES.items():
-        with pytest.raises(TypeError, match=f"^{owner}: .* got a Delayed, which holds scales"):
-            function(state)
+def test_rules_with_arrays_of_products_raise():
+    delayed = jaxq.delayed_scaling(model, "fp8_training")(PARAMS, X)
+    for name, state in (("Delayed", delayed), ("Adapted", jaxq.models.Adapted({}, ()))):
+        for owner, function in TREES.items():
+            with pytest.raises(TypeError, match=f"^{owner}: .* got {name} rules, which hold"):
+                function(state)
+        with pytest.raises(ValueError, match=f"^switch: .*without a state, got {name} rules"):
+            jaxq.models.switch(model, state)
 
 
 def test_optimizer_explains_unquantized_arrays():

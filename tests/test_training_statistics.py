@@ -358,7 +358,7 @@ def test_errors_of_switches_name_the_products():
         switch.where("out", False)
     with pytest.raises(ValueError, match="`on` must be a scalar"):
         switch.where("hidden", jnp.ones(2))
-    with pytest.raises(ValueError, match="without a state, got a Switched"):
+    with pytest.raises(ValueError, match="without a state, got Switched rules"):
         jaxq.models.switch(layers, switch)
 
 

@@ -33,15 +33,15 @@ SCHEMES = ("light", "dark")
 SEARCHES = {"PTQ": "guides/", "install": "install.html", "int4": "", "save": "guides/"}
 
 _MEASURE = """() => {
-  const found = [];
+  const faults = [];
   const name = e => (e.textContent || e.alt || e.src || '').trim().slice(0, 60)
     .replace(/\\s+/g, ' ');
   const wide = document.documentElement.scrollWidth;
   if (wide > window.innerWidth) {
-    found.push(`the page is ${wide} pixels wide`);
+    faults.push(`the page is ${wide} pixels wide`);
     for (const e of document.querySelectorAll('article *'))
       if (e.getBoundingClientRect().right > window.innerWidth + 1) {
-        found.push(`  because of <${e.localName}> ${name(e)}`);
+        faults.push(`  because of <${e.localName}> ${name(e)}`);
         break;
       }
   }
@@ -49,17 +49,17 @@ _MEASURE = """() => {
   if (window.innerWidth > 1000)
     for (const e of document.querySelectorAll('article pre, article .table-wrapper, .cell_output'))
       if (visible(e) && e.scrollWidth > e.clientWidth + 1)
-        found.push(`<${e.localName}> is cut by ${e.scrollWidth - e.clientWidth}: ${name(e)}`);
+        faults.push(`<${e.localName}> is cut by ${e.scrollWidth - e.clientWidth}: ${name(e)}`);
   for (const e of document.querySelectorAll('img')) {
     if (!e.alt.trim() || /\\.(png|svg)$/.test(e.alt))
-      found.push(`a picture has no alternative text: ${e.getAttribute('src')}`);
+      faults.push(`a picture has no alternative text: ${e.getAttribute('src')}`);
     if (visible(e) && e.complete && !e.naturalWidth)
-      found.push(`a picture does not load: ${e.getAttribute('src')}`);
+      faults.push(`a picture does not load: ${e.getAttribute('src')}`);
   }
   for (const e of document.querySelectorAll('.math'))
     if (!e.querySelector('math') || e.querySelector('merror'))
-      found.push(`mathematics is not rendered: ${name(e)}`);
-  return found;
+      faults.push(`mathematics is not rendered: ${name(e)}`);
+  return faults;
 }"""
 
 
@@ -187,9 +187,9 @@ def main() -> int:
         )
     if options.screenshots is not None:
         options.screenshots.mkdir(parents=True, exist_ok=True)
-    own = shutil.which("chromium") or shutil.which("chromium-browser")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     with served(options.site) as address, playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=own, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         findings = check(browser, address, pages, options.screenshots)
         if options.pages == "*":
             findings += search(browser, address)

@@ -115,7 +115,7 @@ class Layout:
       x: the partition spec of the data, `[tokens, model]`.
       up: the partition spec of the up-projection weights, `[layers, model, hidden]`.
       down: the partition spec of the down-projection weights, `[layers, hidden, model]`.
-      pipelined: True if every stage holds its own layers and microbatches pass from stage to stage.
+      pipelined: True if microbatches pass through stages that have one layer each.
     """
 
     axes: Mapping[str, int]
@@ -274,7 +274,7 @@ def stored_weight_collectives(weight: str | None) -> collections.Counter[Collect
         model = jaxq.quantize_fn(model, rules)
         params = {
             name: jax.tree.map(
-                lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                 q,
                 jaxq.quantized_sharding(q, layout.shardings[0][name]),
             )

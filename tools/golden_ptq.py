@@ -35,9 +35,9 @@ def gptq() -> dict[str, np.ndarray]:
     hessian = np.asarray(gptq_core.compute_hessian(jnp.asarray(x.T)))
     how = qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=(0,))
     solve = jax.jit(lambda w, h: gptq_core.quantize_weight(w, h, how)[0])
-    found = solve(weight.T, hessian)
-    codes = np.asarray(found.qvalue.astype(jnp.int8)).T
-    return {"weight": weight, "hessian": hessian, "scale": found.scale.ravel(), "codes": codes}
+    solved = solve(weight.T, hessian)
+    codes = np.asarray(solved.qvalue.astype(jnp.int8)).T
+    return {"weight": weight, "hessian": hessian, "scale": solved.scale.ravel(), "codes": codes}
 
 
 def hqq() -> dict[str, np.ndarray]:

@@ -23,8 +23,8 @@ def main() -> None:
     chirp = np.sin(2 * np.pi * (100 * time + 2500 * time**2)) * np.exp(-time)
     audio = np.round(chirp * 2**14).astype(np.int16)
     extractor = WhisperFeatureExtractor(chunk_length=1)
-    found = extractor(audio / np.float32(2**15), sampling_rate=16_000, return_tensors="np")
-    mel = np.asarray(found["input_features"], np.float32)[0].T
+    features = extractor(audio / np.float32(2**15), sampling_rate=16_000, return_tensors="np")
+    mel = np.asarray(features["input_features"], np.float32)[0].T
     np.savez_compressed(PATH, audio=audio, mel=mel[::10])
 
 

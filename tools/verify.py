@@ -134,8 +134,8 @@ def oracle(name: str, mode: str, negative: bool) -> tuple[np.ndarray, np.ndarray
             runs.append((after, signed(i + 1)))
     infinity = 0x7F800000
     runs += [(infinity, code_of(sign * np.inf)), (infinity + 1, code_of(np.copysign(np.nan, sign)))]
-    starts, found = zip(*runs, strict=True)
-    return np.array(starts, np.int64), np.array(found, np.uint8)
+    starts, codes_of_runs = zip(*runs, strict=True)
+    return np.array(starts, np.int64), np.array(codes_of_runs, np.uint8)
 
 
 def thresholds(name: str, mode: str) -> Reference:
@@ -143,10 +143,10 @@ def thresholds(name: str, mode: str) -> Reference:
     sides = [oracle(name, mode, negative) for negative in (False, True)]
 
     def codes(chunk: int) -> np.ndarray:
-        starts, found = sides[chunk >= CHUNKS // 2]
+        starts, run_codes = sides[chunk >= CHUNKS // 2]
         first = chunk % (CHUNKS // 2) * CHUNK
         edges = np.clip(np.append(starts, 2**31), first, first + CHUNK)
-        return np.repeat(found, np.diff(edges))
+        return np.repeat(run_codes, np.diff(edges))
 
     return codes
 
@@ -196,8 +196,8 @@ def run(job: tuple[str, str], folder: pathlib.Path, news: Any) -> list:
     state_file = folder / f"{name}-{mode}.json"
     done, checked = [], programs(name, mode)
     if state_file.exists():
-        found = json.loads(state_file.read_text())
-        done = found["chunks"] if found["programs"] == checked else []
+        state = json.loads(state_file.read_text())
+        done = state["chunks"] if state["programs"] == checked else []
     news.put((job, len(done)))
     if len(done) < CHUNKS:
         nearest = mode == "nearest_even"

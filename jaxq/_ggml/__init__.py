@@ -1,1 +1,1 @@
-"""Rules for the scales of GGUF's block types, and ggml's searches for them, with equal bits."""
+"""Rules for the scales of GGUF's block types, and ggml's searches for them, bitwise equal."""

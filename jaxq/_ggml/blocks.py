@@ -1,4 +1,4 @@
-"""Blocks of elements whose scales are searched, and functions of them that the searches share."""
+"""Blocks before and after quantization, and arithmetic that several of ggml's searches share."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from jaxq.numerics import cast
 
 __all__ = [
     "IMPORTANCE_STEPS",
-    "Blocks",
+    "FloatBlocks",
     "QuantizedBlocks",
     "divide_or_zero",
     "divided",
@@ -39,31 +39,34 @@ _LANES = 64
 _FLOAT16 = get_format("float16")
 
 
-class Blocks(NamedTuple):
-    """Blocks to quantize.
+class FloatBlocks(NamedTuple):
+    """Blocks of floats to quantize.
 
     Attributes:
       x: the elements, float32 `[elements, blocks]`.
-      weights: the importance of each element, of the same shape; None without a matrix.
-      row: the mean square of the row of each block; None without a matrix.
+      weights: the importance of each element, `[elements, blocks]`; None without an importance
+        matrix.
+      row_square: the mean square of the row of the tensor that contains the block, `[blocks]`; None
+        without an importance matrix.
     """
 
     x: jax.Array
     weights: jax.Array | None = None
-    row: jax.Array | None = None
+    row_square: jax.Array | None = None
 
 
 class QuantizedBlocks(NamedTuple):
-    """The result of a search, one row per super-block.
+    """Quantized super-blocks, one per row.
 
     Attributes:
       d: the factor of the scales, `[blocks]`, float32 before it is rounded to float16; or the scale
-        of a block that is one part, before it is rounded to the rule's `scale_format`.
-      scales: the quantized scales of the parts, int32 `[blocks, parts]`; None if the block is one
-        part, whose scale is d.
+        of a block that is not divided, before it is rounded to the rule's `scale_format`.
+      scales: the quantized scales of the sub-blocks, int32 `[blocks, parts]`; None if the block is
+        not divided, so that its scale is d.
       codes: int32 `[blocks, elements]`: the grid values of integer formats, else the codes.
-      m: the factor of the minima; None in a rule without them.
-      minima: the quantized minima of the parts, which are subtracted; None without them.
+      m: the factor of the minima, `[blocks]`; None if the rule has no minima.
+      minima: the quantized minima of the sub-blocks, int32 `[blocks, parts]`, which are subtracted;
+        None if the rule has no minima.
     """
 
     d: jax.Array
@@ -73,11 +76,11 @@ class QuantizedBlocks(NamedTuple):
     minima: jax.Array | None = None
 
 
-def in_chunks(function: Callable[[Blocks], Any], blocks: Blocks, length: int) -> Any:
-    """Applies a function to a number of blocks at a time, and joins its results.
+def in_chunks(function: Callable[[FloatBlocks], Any], blocks: FloatBlocks, length: int) -> Any:
+    """Applies a function to chunks of blocks that fit into the cache, and joins the results.
 
     Args:
-      function: maps blocks to arrays `[blocks, ...]`.
+      function: a function from blocks to arrays `[blocks, ...]`.
       blocks: all blocks.
       length: the number of elements in a block.
     """
@@ -105,24 +108,25 @@ def to_float16(x: jax.Array) -> jax.Array:
 
 def divide_or_zero(numerator: float, x: jax.Array) -> jax.Array:
     """Returns numerator / x, or 0 where x is 0."""
-    ok = x != 0
-    safe = jnp.where(ok, x, np.float32(1))
-    return jnp.where(ok, quotient(jnp.full(x.shape, numerator, jnp.float32), safe), np.float32(0))
+    nonzero = x != 0
+    safe = jnp.where(nonzero, x, np.float32(1))
+    result = quotient(jnp.full(x.shape, numerator, jnp.float32), safe)
+    return jnp.where(nonzero, result, np.float32(0))
 
 
 def divided(x: jax.Array, divisor: float) -> jax.Array:
-    """Returns correctly rounded quotients."""
+    """Returns x / divisor, correctly rounded."""
     return quotient(x, jnp.full(x.shape, divisor, jnp.float32))
 
 
 def sub_blocks(x: jax.Array, length: int) -> jax.Array:
-    """Returns `[length, parts · blocks]` from `[elements, blocks]`."""
+    """Divides blocks `[elements, blocks]` into sub-blocks `[length, parts · blocks]`."""
     parts = x.reshape(-1, length, x.shape[1])
     return parts.swapaxes(0, 1).reshape(length, -1)
 
 
 def join_sub_blocks(x: jax.Array, blocks: int) -> jax.Array:
-    """Returns `[elements, blocks]` from `sub_blocks`."""
+    """Joins sub-blocks `[length, parts · blocks]` to blocks `[elements, blocks]`."""
     return x.reshape(x.shape[0], -1, blocks).swapaxes(0, 1).reshape(-1, blocks)
 
 
@@ -132,7 +136,13 @@ def mean_square(x: jax.Array, factor: float) -> jax.Array:
 
 
 def error_weights(weights: jax.Array | None, x: jax.Array, square: jax.Array | None) -> jax.Array:
-    """Returns an importance times the root of the squares' sum, as ggml weights errors."""
+    """Returns `weights * sqrt(square + x^2)`, by which ggml multiplies squared errors.
+
+    Args:
+      weights: the importance of each element.
+      x: the elements.
+      square: the mean square of each block, or of its row.
+    """
     assert weights is not None
     assert square is not None
     return product(weights, jnp.sqrt(square[None] + product(x, x)))

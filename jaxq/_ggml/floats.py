@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._ggml.blocks import Blocks, QuantizedBlocks, divided
+from jaxq._ggml.blocks import FloatBlocks, QuantizedBlocks, divided
 from jaxq._ggml.searches import largest
 from jaxq._jax.arithmetic import rounded
 from jaxq.formats import get_format
@@ -20,7 +20,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 _E4M3 = get_format("float8_e4m3fn").max
 
 
-def mxfp4(blocks: Blocks) -> QuantizedBlocks:
+def mxfp4(blocks: FloatBlocks) -> QuantizedBlocks:
     """Returns powers of two as scales of blocks of 32, and the codes of the elements."""
     amax = largest(blocks.x)[0]
     exponent = _floored_log2(jnp.maximum(amax, np.float32(2**-126))) + 125
@@ -30,7 +30,7 @@ def mxfp4(blocks: Blocks) -> QuantizedBlocks:
     return QuantizedBlocks(d, None, _nearest_e2m1(blocks.x, d).T)
 
 
-def nvfp4(blocks: Blocks) -> QuantizedBlocks:
+def nvfp4(blocks: FloatBlocks) -> QuantizedBlocks:
     """Returns E4M3 numbers as scales of blocks of 16, and the codes of the elements."""
     d = _to_e4m3(divided(largest(blocks.x)[0], 6))
     return QuantizedBlocks(d, None, _nearest_e2m1(blocks.x, d).T)

@@ -1,4 +1,4 @@
-"""ggml's searches for scales, with bitwise equal results.
+"""ggml's searches for the scales of blocks, with bitwise equal results.
 
 Sums are computed in the order of the elements, and every product is rounded before it is added, as
 in ggml's C code without fused multiply-add. Arrays are `[elements, blocks]`.
@@ -14,22 +14,36 @@ from jax import numpy as jnp
 
 from jaxq._jax.arithmetic import barrier, divide, rounded
 
-__all__ = ["Affine", "Scaled", "affine", "levels", "nearest", "positive", "sums", "symmetric"]
-__all__ += ["descent", "largest", "product", "quotient"]
+__all__ = [
+    "EPS",
+    "AffineFit",
+    "Steps",
+    "SymmetricFit",
+    "fit_affine",
+    "fit_by_descent",
+    "fit_nonnegative",
+    "fit_symmetric",
+    "largest",
+    "nearest_levels",
+    "product",
+    "quotient",
+    "round_to_integer",
+    "sums",
+]
 
 EPS = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: smaller blocks become zero.
 
-_UNROLL = 16
+_UNROLL = 16  # The number of elements that one iteration of a sum adds.
 
 
-class Scaled(NamedTuple):
+class SymmetricFit(NamedTuple):
     """The scale of each block, and codes as integers."""
 
     scale: jax.Array
     codes: jax.Array
 
 
-class Affine(NamedTuple):
+class AffineFit(NamedTuple):
     """The scale and the negative minimum of each block, and codes as integers."""
 
     scale: jax.Array
@@ -38,7 +52,7 @@ class Affine(NamedTuple):
 
 
 def product(*factors: jax.Array | np.float32) -> jax.Array:
-    """Returns a product from left to right, each step rounded."""
+    """Multiplies factors from left to right and rounds after each multiplication."""
     result = jnp.asarray(factors[0])
     for factor in factors[1:]:
         result = rounded(result * factor)
@@ -55,10 +69,10 @@ def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns sums over the first axis, in order.
+    """Returns sums over the first axis, added in the order of the elements.
 
     Args:
-      terms: maps one slice of each array to the terms of the sums, which are rounded.
+      terms: a function from one slice of each array to the terms of the sums, which are rounded.
       arrays: arrays `[elements, blocks]`.
     """
     kinds = jax.eval_shape(lambda *a: terms(*(x[0] for x in a)), *arrays)
@@ -71,7 +85,7 @@ def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tup
     return lax.scan(step, start, arrays, unroll=min(_UNROLL, arrays[0].shape[0] // 2))[0]
 
 
-def nearest(x: jax.Array) -> jax.Array:
+def round_to_integer(x: jax.Array) -> jax.Array:
     """Returns the nearest integers, ties to even, by adding 1.5 · 2^23 as ggml does."""
     bits = lax.bitcast_convert_type(rounded(x) + np.float32(12582912), jnp.int32)
     return (bits & np.int32(0x7FFFFF)) - np.int32(0x400000)
@@ -86,32 +100,33 @@ def largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return amax, jnp.where(amax == 0, np.float32(0), signed)  # Never -0.
 
 
-def _ratio(a: jax.Array, b: jax.Array, ok: jax.Array) -> jax.Array:
-    """Returns a / b where `ok`, else 0."""
-    return jnp.where(ok, quotient(a, jnp.where(ok, b, np.float32(1))), np.float32(0))
+def _ratio(a: jax.Array, b: jax.Array, valid: jax.Array) -> jax.Array:
+    """Returns a / b where `valid`, else 0."""
+    return jnp.where(valid, quotient(a, jnp.where(valid, b, np.float32(1))), np.float32(0))
 
 
 def _const(value: float, like: jax.Array) -> jax.Array:
+    """Returns a float32 array of one value, in the shape of another array."""
     return jnp.full(like.shape, value, jnp.float32)
 
 
 def _chosen(better: jax.Array, new: tuple, old: tuple) -> tuple:
-    """Returns the new values of the blocks that are better, and the old ones of the others."""
+    """Returns the new values of blocks where `better` is True, and the old values elsewhere."""
     return tuple(jnp.where(better, a, b) for a, b in zip(new, old, strict=True))
 
 
-def symmetric(x: jax.Array, limit: int, weights: jax.Array) -> Scaled:
-    """Returns the scale that fits codes from -limit to limit - 1 best (ggml's make_qx_quants)."""
+def fit_symmetric(x: jax.Array, limit: int, weights: jax.Array) -> SymmetricFit:
+    """Returns the best scale for codes from -limit to limit - 1 (ggml's make_qx_quants)."""
     amax, signed = largest(x)
     empty = amax < EPS
     signed = jnp.where(empty, np.float32(1), signed)
 
     def codes(inverse: jax.Array) -> jax.Array:
-        return jnp.clip(nearest(inverse[None] * x), -limit, limit - 1)
+        return jnp.clip(round_to_integer(inverse[None] * x), -limit, limit - 1)
 
     def fit(inverse: jax.Array) -> tuple[jax.Array, ...]:
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-            q = jnp.clip(nearest(inverse * x), -limit, limit - 1).astype(jnp.float32)
+            q = jnp.clip(round_to_integer(inverse * x), -limit, limit - 1).astype(jnp.float32)
             return product(w, x, q), product(w, q, q)
 
         return sums(terms, x, weights)
@@ -131,7 +146,7 @@ def symmetric(x: jax.Array, limit: int, weights: jax.Array) -> Scaled:
     scale = _ratio(sum_lx, sum_l2, sum_l2 != 0)
     inverse, scale, _ = lax.fori_loop(0, 18, attempt, (inverse, scale, product(scale, sum_lx)))
     scale = jnp.where(empty, np.float32(0), scale)
-    return Scaled(scale, jnp.where(empty[None], np.int32(-limit), codes(inverse)))
+    return SymmetricFit(scale, jnp.where(empty[None], np.int32(-limit), codes(inverse)))
 
 
 class _Codes(NamedTuple):
@@ -143,7 +158,7 @@ class _Codes(NamedTuple):
 
 
 def _sweep(x: jax.Array, weights: jax.Array, codes: _Codes, low: int, high: int) -> _Codes:
-    """Improves one code after another."""
+    """Changes each code in turn to the value with the smallest error, given all other codes."""
     positive = low == 0
 
     def element(totals: tuple, slices: tuple) -> tuple[tuple, jax.Array]:
@@ -154,7 +169,7 @@ def _sweep(x: jax.Array, weights: jax.Array, codes: _Codes, low: int, high: int)
         l2 = sum_l2 - product(w, _f(q), _f(q))
         usable = (lx > 0) & ((l2 > 0) if positive else True)
         safe = jnp.where(usable, lx, np.float32(1))
-        new = jnp.clip(nearest(quotient(product(x, l2), safe)), low, high)
+        new = jnp.clip(round_to_integer(quotient(product(x, l2), safe)), low, high)
         lx2 = lx + product(wx, _f(new))
         l22 = l2 + product(w, _f(new), _f(new))
         gain = product(lx2, lx2, sum_l2) > product(sum_lx, sum_lx, l22)
@@ -171,7 +186,8 @@ def _sweep(x: jax.Array, weights: jax.Array, codes: _Codes, low: int, high: int)
 def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: int) -> _Codes:
     """Returns the codes after five sweeps.
 
-    ggml ends after a sweep that changes nothing, which the next ones would not either.
+    ggml stops after a sweep that changes nothing. The result is the same, because all later sweeps
+    then change nothing either.
     """
 
     def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
@@ -183,32 +199,35 @@ def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: 
 
 
 def _f(q: jax.Array) -> jax.Array:
+    """Returns codes as float32."""
     return q.astype(jnp.float32)
 
 
-def descent(x: jax.Array, limit: int) -> Scaled:
-    """Returns the scales and codes of Q3_K without an importance matrix (ggml's make_q3_quants)."""
+def fit_by_descent(x: jax.Array, limit: int) -> SymmetricFit:
+    """Returns the fit of Q3_K without an importance matrix (ggml's make_q3_quants)."""
     amax, signed = largest(x)
     empty = amax < EPS
     inverse = quotient(_const(-limit, signed), jnp.where(empty, np.float32(1), signed))
-    start = jnp.clip(nearest(inverse[None] * x), -limit, limit - 1)
+    start = jnp.clip(round_to_integer(inverse[None] * x), -limit, limit - 1)
     sum_lx, sum_l2, q = _sweeps(x, product(x, x), start, -limit, limit - 1)
-    return Scaled(_ratio(sum_lx, sum_l2, ~empty & (sum_l2 > 0)), jnp.where(empty[None], -limit, q))
+    return SymmetricFit(
+        _ratio(sum_lx, sum_l2, ~empty & (sum_l2 > 0)), jnp.where(empty[None], -limit, q)
+    )
 
 
-def positive(x: jax.Array, limit: int, weights: jax.Array) -> Scaled:
-    """Returns the scale that fits codes from 0 to limit best (ggml's make_qp_quants)."""
+def fit_nonnegative(x: jax.Array, limit: int, weights: jax.Array) -> SymmetricFit:
+    """Returns the best scale for codes from 0 to limit (ggml's make_qp_quants)."""
     top = jnp.maximum(x.max(axis=0), np.float32(0))
     empty = top < EPS
     top = jnp.where(empty, np.float32(1), top)
 
-    def error(inverse: jax.Array, bound: bool) -> jax.Array:
+    def total_error(inverse: jax.Array, bound: bool) -> jax.Array:
         scale = quotient(_const(1, inverse), inverse)
 
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array]:
-            q = nearest(inverse * x)
-            rest = x - product(scale, _f(jnp.minimum(q, limit) if bound else q))
-            return (product(w, rest, rest),)
+            q = round_to_integer(inverse * x)
+            error = x - product(scale, _f(jnp.minimum(q, limit) if bound else q))
+            return (product(w, error, error),)
 
         return sums(terms, x, weights)[0]
 
@@ -216,49 +235,52 @@ def positive(x: jax.Array, limit: int, weights: jax.Array) -> Scaled:
         step = jnp.where(i < 4, i - 4, i - 3).astype(jnp.float32)  # -4 to 4 without 0.
         factor = product(np.float32(0.1), step) + np.float32(limit)
         inverse = quotient(jnp.broadcast_to(factor, top.shape), top)
-        squares = error(inverse, True)
+        squares = total_error(inverse, True)
         better = squares < best[1]
         return _chosen(better, (inverse, squares), best)
 
     inverse = quotient(_const(limit, top), top)
-    inverse, _ = lax.fori_loop(0, 8, attempt, (inverse, error(inverse, False)))
-    start = jnp.minimum(nearest(inverse[None] * x), limit)
+    inverse, _ = lax.fori_loop(0, 8, attempt, (inverse, total_error(inverse, False)))
+    start = jnp.minimum(round_to_integer(inverse[None] * x), limit)
     sum_lx, sum_l2, q = _sweeps(x, weights, start, 0, limit)
-    return Scaled(_ratio(sum_lx, sum_l2, ~empty), jnp.where(empty[None], 0, q))
+    return SymmetricFit(_ratio(sum_lx, sum_l2, ~empty), jnp.where(empty[None], 0, q))
 
 
 class Steps(NamedTuple):
-    """The scales that `affine` tries: limit + first + i · step, for i from 0 to count."""
+    """The divisors of a block's range that `fit_affine` tries.
+
+    The divisors are limit + first + i · step, for i from 0 to count.
+    """
 
     first: float
     step: float
     count: int
 
 
-def affine(
+def fit_affine(
     x: jax.Array, limit: int, weights: jax.Array, steps: Steps, absolute: bool = False
-) -> Affine:
-    """Returns scales and minima that fit codes from 0 to limit best (ggml's make_qkx2_quants).
+) -> AffineFit:
+    """Returns the best scales and minima for codes from 0 to limit (ggml's make_qkx2_quants).
 
     Args:
       x: the elements.
       limit: the largest code.
       weights: the weights of the errors.
       steps: the scales to try.
-      absolute: True minimizes absolute errors, False squares.
+      absolute: True to minimize absolute errors, False (the default) for squared errors.
     """
     low, high = jnp.minimum(x.min(axis=0), np.float32(0)), x.max(axis=0)
     flat = high <= low
     width = jnp.where(flat, np.float32(1), high - low)
     sum_w, sum_x = sums(lambda x, w: (w, product(w, x)), x, weights)
 
-    def error(
+    def total_error(
         scale: jax.Array, minimum: jax.Array, inverse: jax.Array, offset: jax.Array
     ) -> jax.Array:
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array]:
-            q = jnp.clip(nearest(inverse * (x - offset)), 0, limit)
-            rest = product(scale, _f(q)) + minimum - x
-            return (product(w, jnp.abs(rest) if absolute else product(rest, rest)),)
+            q = jnp.clip(round_to_integer(inverse * (x - offset)), 0, limit)
+            error = product(scale, _f(q)) + minimum - x
+            return (product(w, jnp.abs(error) if absolute else product(error, error)),)
 
         return sums(terms, x, weights)[0]
 
@@ -272,33 +294,33 @@ def affine(
         inverse = quotient(factor, jnp.where(flat, np.float32(1), width))
 
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-            q = _f(jnp.clip(nearest(inverse * (x - offset)), 0, limit))
+            q = _f(jnp.clip(round_to_integer(inverse * (x - offset)), 0, limit))
             wq = product(w, q)
             return wq, product(wq, q), product(wq, x)
 
         sum_l, sum_l2, sum_xl = sums(terms, x, weights)
         d = product(sum_w, sum_l2) - product(sum_l, sum_l)
-        ok = d > 0
-        new_scale = _ratio(product(sum_w, sum_xl) - product(sum_x, sum_l), d, ok)
-        new_min = _ratio(product(sum_l2, sum_x) - product(sum_l, sum_xl), d, ok)
+        solvable = d > 0
+        new_scale = _ratio(product(sum_w, sum_xl) - product(sum_x, sum_l), d, solvable)
+        new_min = _ratio(product(sum_l2, sum_x) - product(sum_l, sum_xl), d, solvable)
         above = new_min > 0
-        new_scale = jnp.where(above, _ratio(sum_xl, sum_l2, ok), new_scale)
+        new_scale = jnp.where(above, _ratio(sum_xl, sum_l2, solvable), new_scale)
         new_min = jnp.where(above, np.float32(0), new_min)
-        new_error = error(new_scale, new_min, inverse, offset)
-        better = ok & (new_error < least_error)
+        new_error = total_error(new_scale, new_min, inverse, offset)
+        better = solvable & (new_error < least_error)
         return _chosen(better, (new_scale, new_min, inverse, offset, new_error), best)
 
     inverse = quotient(_const(limit, width), width)
     scale = quotient(_const(1, inverse), inverse)
-    start = (scale, low, inverse, low, error(scale, low, inverse, low))
+    start = (scale, low, inverse, low, total_error(scale, low, inverse, low))
     scale, minimum, inverse, offset, _ = lax.fori_loop(0, steps.count + 1, attempt, start)
-    q = jnp.clip(nearest(inverse[None] * (x - offset[None])), 0, limit)
+    q = jnp.clip(round_to_integer(inverse[None] * (x - offset[None])), 0, limit)
     scale, minimum = jnp.where(flat, np.float32(0), scale), -jnp.where(flat, low, minimum)
-    return Affine(scale, minimum, jnp.where(flat[None], 0, q))
+    return AffineFit(scale, minimum, jnp.where(flat[None], 0, q))
 
 
-def levels(x: jax.Array, values: np.ndarray) -> jax.Array:
-    """Returns the indices of the nearest of sorted levels; the higher one of equally near ones."""
+def nearest_levels(x: jax.Array, values: np.ndarray) -> jax.Array:
+    """Returns the indices of the nearest of sorted levels; ties go to the higher level."""
     index = jnp.zeros(x.shape, jnp.int32)
     for below, above in zip(values[:-1].tolist(), values[1:].tolist(), strict=True):
         # In float32, as ggml compares the two distances.

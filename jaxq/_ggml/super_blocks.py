@@ -1,6 +1,7 @@
-"""Rules for the scales of super-blocks, and ggml's searches for those of K-quants.
+"""Rules for the scales of super-blocks, and ggml's quantizers for K-quants.
 
-Each search takes blocks `[elements, blocks]` and returns the scales of both levels and the codes.
+A super-block is divided into sub-blocks, each with its own scale. The scales are quantized too, and
+their factor is the scale of the second level.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from jax import numpy as jnp
 
 from jaxq._ggml.blocks import (
     IMPORTANCE_STEPS,
-    Blocks,
+    FloatBlocks,
     QuantizedBlocks,
     divide_or_zero,
     divided,
@@ -23,20 +24,20 @@ from jaxq._ggml.blocks import (
     to_float16,
 )
 from jaxq._ggml.floats import mxfp4, nvfp4
+from jaxq._ggml.iq4 import iq4_nl, iq4_xs
 from jaxq._ggml.searches import (
     EPS,
     Steps,
-    affine,
-    descent,
+    fit_affine,
+    fit_by_descent,
+    fit_nonnegative,
+    fit_symmetric,
     largest,
-    nearest,
-    positive,
     product,
     quotient,
+    round_to_integer,
     sums,
-    symmetric,
 )
-from jaxq._ggml.tables import iq4_nl, iq4_xs
 from jaxq._jax.arithmetic import barrier
 
 __all__ = ["SUPER_BLOCK_RULES", "SuperBlockRule"]
@@ -49,11 +50,11 @@ class SuperBlockRule(NamedTuple):
 
     Attributes:
       element: the name of the format of the elements.
-      scale_format: the name of the format of the scales and minima of the parts.
-      length: the number of elements in a part.
+      scale_format: the name of the format of the sub-blocks' scales and minima.
+      length: the number of elements in a sub-block.
       fallback: the recipe that llama.cpp uses for rows that a super-block does not divide.
-      search: the search.
-      minimum: True if parts have a minimum.
+      search: the function that quantizes super-blocks.
+      minimum: True if sub-blocks have a minimum.
       size: the number of elements in a super-block.
       weighted: True if the search minimizes errors, which an importance can weight.
     """
@@ -62,7 +63,7 @@ class SuperBlockRule(NamedTuple):
     scale_format: str
     length: int
     fallback: str | None
-    search: Callable[[Blocks], QuantizedBlocks]
+    search: Callable[[FloatBlocks], QuantizedBlocks]
     minimum: bool = False
     size: int = _SIZE
     weighted: bool = True
@@ -72,11 +73,11 @@ class _AffineRule(NamedTuple):
     """The parameters in which Q2_K, Q4_K and Q5_K differ.
 
     Attributes:
-      length: the number of elements in a part.
+      length: the number of elements in a sub-block.
       code_limit: the largest code.
       scale_limit: the largest code of a scale.
       steps: the scales to try without an importance matrix.
-      factor: the factor of a block's mean square in its weights.
+      factor: the factor of a block's mean square in the weights of its errors.
     """
 
     length: int
@@ -86,49 +87,67 @@ class _AffineRule(NamedTuple):
     factor: float
 
 
-def _parts_of(x: jax.Array, count: int) -> jax.Array:
-    """Returns one number per part, `[parts, blocks]`."""
+class _QuantizedScales(NamedTuple):
+    """The quantized scales or minima of sub-blocks: the factor of each block, and the codes."""
+
+    factor: jax.Array
+    codes: jax.Array
+
+
+def _per_block(x: jax.Array, count: int) -> jax.Array:
+    """Returns numbers of sub-blocks as `[parts, blocks]`."""
     return x.reshape(-1, count)
 
 
-def _with_minima(rule: _AffineRule, blocks: Blocks) -> QuantizedBlocks:
+def _quantize_affine(rule: _AffineRule, blocks: FloatBlocks) -> QuantizedBlocks:
+    """Quantizes super-blocks whose sub-blocks have a scale and a minimum."""
     count, x = blocks.x.shape[1], sub_blocks(blocks.x, rule.length)
     if blocks.weights is None:
         magnitude = jnp.abs(x)
         absolute = rule.code_limit == 3
         w = magnitude if absolute else jnp.sqrt(mean_square(x, 1.0))[None] + magnitude
-        fit = affine(x, rule.code_limit, w, rule.steps, absolute)
-        scale, minimum = (_parts_of(part, count) for part in (fit.scale, fit.minimum))
-        top = [jnp.maximum(part.max(axis=0), np.float32(0)) for part in (scale, minimum)]
-        codes = [
-            jnp.minimum(
-                nearest(divide_or_zero(rule.scale_limit, most)[None] * part), rule.scale_limit
-            )
-            for most, part in zip(top, (scale, minimum), strict=True)
-        ]
-        d, m = (divided(most, rule.scale_limit) for most in top)
+        fit = fit_affine(x, rule.code_limit, w, rule.steps, absolute)
+        scales, minima = (
+            _divide_by_largest(_per_block(part, count), rule.scale_limit)
+            for part in (fit.scale, fit.minimum)
+        )
     else:
-        square = mean_square(blocks.x, rule.factor)
-        each = jnp.tile(square, _SIZE // rule.length)
-        w = error_weights(sub_blocks(blocks.weights, rule.length), x, each)
-        fit = affine(x, rule.code_limit, w, IMPORTANCE_STEPS)
-        total = _parts_of(sums(lambda v: (v,), w)[0], count)
-        scale, minimum = (_parts_of(part, count) for part in (fit.scale, fit.minimum))
-        (d, first), (m, second) = (positive(v, rule.scale_limit, total) for v in (scale, minimum))
-        codes = [first, second]
-    # The codes are computed again from the scales as stored. A part whose scale is 0 keeps those
-    # of the search, whose scale and minimum are other numbers.
-    step = barrier((to_float16(d)[None] * codes[0].astype(jnp.float32)).reshape(-1))
-    low = barrier((to_float16(m)[None] * codes[1].astype(jnp.float32)).reshape(-1))
+        square = jnp.tile(mean_square(blocks.x, rule.factor), _SIZE // rule.length)
+        w = error_weights(sub_blocks(blocks.weights, rule.length), x, square)
+        fit = fit_affine(x, rule.code_limit, w, IMPORTANCE_STEPS)
+        total = _per_block(sums(lambda v: (v,), w)[0], count)
+        scales, minima = (
+            _QuantizedScales(*fit_nonnegative(_per_block(part, count), rule.scale_limit, total))
+            for part in (fit.scale, fit.minimum)
+        )
+    # The codes are computed again from the scales as stored. A sub-block whose stored scale is 0
+    # keeps the codes of the search, which belong to other scales.
+    step, low = (
+        barrier((to_float16(part.factor)[None] * part.codes.astype(jnp.float32)).reshape(-1))
+        for part in (scales, minima)
+    )
     safe = jnp.where(step != 0, step, np.float32(1))
     safe = jnp.broadcast_to(safe[None], x.shape)
-    q = jnp.clip(nearest(quotient(x + low[None], safe)), 0, rule.code_limit)
+    q = jnp.clip(round_to_integer(quotient(x + low[None], safe)), 0, rule.code_limit)
     q = jnp.where((step != 0)[None], q, fit.codes)
-    return QuantizedBlocks(d, codes[0].T, join_sub_blocks(q, count).T, m, codes[1].T)
+    return QuantizedBlocks(
+        d=scales.factor,
+        scales=scales.codes.T,
+        codes=join_sub_blocks(q, count).T,
+        m=minima.factor,
+        minima=minima.codes.T,
+    )
 
 
-def _q2_k(blocks: Blocks) -> QuantizedBlocks:
-    return _with_minima(
+def _divide_by_largest(x: jax.Array, limit: int) -> _QuantizedScales:
+    """Quantizes numbers `[parts, blocks]` such that the largest has the code `limit`."""
+    most = jnp.maximum(x.max(axis=0), np.float32(0))
+    codes = jnp.minimum(round_to_integer(divide_or_zero(limit, most)[None] * x), limit)
+    return _QuantizedScales(divided(most, limit), codes)
+
+
+def _q2_k(blocks: FloatBlocks) -> QuantizedBlocks:
+    return _quantize_affine(
         _AffineRule(
             length=16, code_limit=3, scale_limit=15, steps=Steps(-0.5, 0.1, 15), factor=1.0
         ),
@@ -136,8 +155,8 @@ def _q2_k(blocks: Blocks) -> QuantizedBlocks:
     )
 
 
-def _q4_k(blocks: Blocks) -> QuantizedBlocks:
-    return _with_minima(
+def _q4_k(blocks: FloatBlocks) -> QuantizedBlocks:
+    return _quantize_affine(
         _AffineRule(
             length=32, code_limit=15, scale_limit=63, steps=Steps(-1.0, 0.1, 20), factor=2.0
         ),
@@ -145,8 +164,8 @@ def _q4_k(blocks: Blocks) -> QuantizedBlocks:
     )
 
 
-def _q5_k(blocks: Blocks) -> QuantizedBlocks:
-    return _with_minima(
+def _q5_k(blocks: FloatBlocks) -> QuantizedBlocks:
+    return _quantize_affine(
         _AffineRule(
             length=32, code_limit=31, scale_limit=63, steps=Steps(-0.5, 0.1, 15), factor=2.0
         ),
@@ -157,42 +176,44 @@ def _q5_k(blocks: Blocks) -> QuantizedBlocks:
 def _requantized(
     x: jax.Array, d: jax.Array, scales: jax.Array, limit: int, searched_codes: jax.Array
 ) -> jax.Array:
-    """Returns the codes of parts from scales as stored; those of the search where a scale is 0."""
+    """Returns codes for the scales as stored, or the searched codes where a stored scale is 0."""
     step = barrier((to_float16(d)[None] * scales.astype(jnp.float32)).reshape(-1))
     safe = jnp.where(step != 0, step, np.float32(1))
-    q = jnp.clip(nearest(quotient(x, jnp.broadcast_to(safe[None], x.shape))), -limit, limit - 1)
+    q = jnp.clip(
+        round_to_integer(quotient(x, jnp.broadcast_to(safe[None], x.shape))), -limit, limit - 1
+    )
     return jnp.where((step != 0)[None], q, searched_codes)
 
 
-def _q3_k(blocks: Blocks) -> QuantizedBlocks:
+def _q3_k(blocks: FloatBlocks) -> QuantizedBlocks:
     count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
     if blocks.weights is None:
-        scale, searched_codes = descent(x, 4)
-        scale = _parts_of(scale, count)
+        scale, searched_codes = fit_by_descent(x, 4)
+        scale = _per_block(scale, count)
         most = largest(scale)[1]
         inverse = divide_or_zero(-32, most)
-        scales = jnp.clip(nearest(inverse[None] * scale), -32, 31)
+        scales = jnp.clip(round_to_integer(inverse[None] * scale), -32, 31)
         scales = jnp.where((most != 0)[None], scales, -32)
         d = divide_or_zero(1, inverse)
     else:
         each = jnp.tile(mean_square(blocks.x, 2.0), 16)
         w = error_weights(sub_blocks(blocks.weights, 16), x, each)
-        scale, searched_codes = symmetric(x, 4, w)
-        total = _parts_of(sums(lambda v: (v,), w)[0], count)
-        d, scales = symmetric(_parts_of(scale, count), 32, total)
+        scale, searched_codes = fit_symmetric(x, 4, w)
+        total = _per_block(sums(lambda v: (v,), w)[0], count)
+        d, scales = fit_symmetric(_per_block(scale, count), 32, total)
     q = join_sub_blocks(_requantized(x, d, scales, 4, searched_codes), count)
     return QuantizedBlocks(d, scales.T, q.T)
 
 
-def _q6_k(blocks: Blocks) -> QuantizedBlocks:
+def _q6_k(blocks: FloatBlocks) -> QuantizedBlocks:
     count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
     w = product(x, x) if blocks.weights is None else sub_blocks(blocks.weights, 16)
-    scale, searched_codes = symmetric(x, 32, w)
-    scale = _parts_of(scale, count)
+    scale, searched_codes = fit_symmetric(x, 32, w)
+    scale = _per_block(scale, count)
     amax, most = largest(scale)
     empty = amax < EPS
     inverse = divide_or_zero(-128, jnp.where(empty, np.float32(1), most))
-    scales = jnp.where(empty[None], 0, jnp.minimum(nearest(inverse[None] * scale), 127))
+    scales = jnp.where(empty[None], 0, jnp.minimum(round_to_integer(inverse[None] * scale), 127))
     d = jnp.where(empty, np.float32(0), divide_or_zero(1, inverse))
     q = join_sub_blocks(_requantized(x, d, scales, 32, searched_codes), count)
     return QuantizedBlocks(d, scales.T, jnp.where(empty[None], -32, q).T)

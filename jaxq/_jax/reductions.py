@@ -169,7 +169,7 @@ def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) ->
     """Reduces the last axis in one loop over x."""
     n = x.shape[axis]
     if is_symbolic(n):
-        return _kept(reduce, x, axis)
+        return _keepdims(reduce, x, axis)
     rest = n % _NEIGHBORS
     if 0 < rest < n:
         parts = (lax.slice_in_dim(x, *ends, axis=axis) for ends in ((0, n - rest), (n - rest, n)))
@@ -178,8 +178,8 @@ def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) ->
         step = _step(n // _NEIGHBORS)
         x = x.reshape(*x.shape[:-1], n // step // _NEIGHBORS, step, _NEIGHBORS)
         x = reduce(reduce(x, (axis + 1,)), (axis + 1,))
-        return x if x.shape[axis] == 1 else _kept(reduce, x, axis)
-    return _kept(reduce, x, axis)
+        return x if x.shape[axis] == 1 else _keepdims(reduce, x, axis)
+    return _keepdims(reduce, x, axis)
 
 
 def _along(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
@@ -187,12 +187,12 @@ def _along(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.
     n = x.shape[axis]
     step = 1 if is_symbolic(n) else _step(n)
     if step in (1, n):
-        return _kept(reduce, x, axis)
+        return _keepdims(reduce, x, axis)
     x = x.reshape(*x.shape[:axis], n // step, step, *x.shape[axis + 1 :])
     return _along(combine, reduce, _halves(combine, reduce(x, (axis + 1,)), axis), axis)
 
 
-def _kept(reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
+def _keepdims(reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
     """Reduces an axis to length 1."""
     return lax.expand_dims(reduce(x, (axis,)), (axis,))
 

@@ -23,7 +23,7 @@ def largest_of(chance: np.ndarray, n: int, d: Distribution) -> np.ndarray:
     return d.beyond(-np.expm1(np.log(chance) / n) / 2)
 
 
-def _far(d: Distribution) -> float:
+def _negligible_tail(d: Distribution) -> float:
     """Returns the tail probability beyond which squared values are negligible."""
     df = getattr(d, "df", math.inf)
     share = 1.0 if math.isinf(df) else df / (df - 2)
@@ -37,7 +37,7 @@ def panel_edges(n: int, d: Distribution, panels: int) -> np.ndarray:
     the largest of many bounded numbers is close to the bound.
     """
     low = math.log2(float(largest_of(np.array(_LEAST), n, d)))
-    high = math.log2(float(d.beyond(np.array(_far(d) / (2 * n)))))
+    high = math.log2(float(d.beyond(np.array(_negligible_tail(d) / (2 * n)))))
     octaves = np.arange(math.floor(low * panels), math.ceil(high * panels) + 1) / panels
     expected = np.geomspace(30, 1e-4, 25) / (2 * n)  # 30 to 1e-4 numbers expected beyond.
     chances = np.log2(d.beyond(expected[expected < 0.45]))
@@ -60,7 +60,7 @@ def highest_nodes(n: int, d: Distribution) -> tuple[np.ndarray, np.ndarray]:
     chance = -math.expm1(math.log(_LEAST) / n)  # One number's probability of exceeding `least`.
     least = d.beyond(np.array(min(chance, 0.5)))
     least = -float(d.beyond(np.array(1 - chance))) if chance > 0.5 else float(least)
-    most = float(d.beyond(np.array(_far(d) / n)))
+    most = float(d.beyond(np.array(_negligible_tail(d) / n)))
     t, weight = _panels(np.linspace(math.asinh(least), math.asinh(most), 9))
     return np.sinh(t), weight * np.cosh(t)
 

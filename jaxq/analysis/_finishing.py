@@ -44,32 +44,32 @@ def _of_tensor(sums: Tally) -> dict[str, jax.Array]:
 
 
 def _of_errors(sums: Tally) -> dict[str, jax.Array]:
-    if "kept" not in sums.counts:
+    if "compared" not in sums.counts:
         return {}
-    kept, lost = sums.counts["kept"], sums.counts["lost"]
+    compared, lost = sums.counts["compared"], sums.counts["lost"]
     signal, noise = sums.scaled["signal"], sums.scaled["noise"]
     octaves = (signal.exponent - noise.exponent) * np.float32(10 * np.log10(2))
     ratio = jnp.log10(where(noise.value > 0, signal.value / noise.value, _ONE))
     decibels = where(noise.value > 0, octaves + np.float32(10) * ratio, np.float32(np.inf))
     statistics = {
-        "sqnr_db": _known(decibels, kept),
-        "mse": _mean(noise, kept),
-        "lost": _share(lost, kept + lost),
+        "sqnr_db": _known(decibels, compared),
+        "mse": _mean(noise, compared),
+        "lost": _share(lost, compared + lost),
     }
     if "drift" in sums.scaled:
-        statistics["bias"] = _mean(sums.scaled["drift"], kept)
+        statistics["bias"] = _mean(sums.scaled["drift"], compared)
     if "inner" in sums.scaled:
         statistics["cosine"] = _known(
-            _cosine(signal, sums.scaled["energy"], sums.scaled["inner"]), kept
+            _cosine(signal, sums.scaled["energy"], sums.scaled["inner"]), compared
         )
     for name in ("clipped", "flushed"):
         if name in sums.counts:
-            statistics[name] = _share(sums.counts[name], kept + lost)
+            statistics[name] = _share(sums.counts[name], compared + lost)
     if "block_range" in sums.largest:
-        statistics["block_range_bits"] = _known(sums.largest["block_range"], kept)
+        statistics["block_range_bits"] = _known(sums.largest["block_range"], compared)
     if "codes" in sums.added:
         used = (sums.added["codes"] > 0).astype(jnp.float32)
-        statistics["codes_used"] = _known(used.mean(-1), kept)
+        statistics["codes_used"] = _known(used.mean(-1), compared)
     return statistics
 
 

@@ -156,16 +156,16 @@ class LiveTable:
             if math.isnan(value):
                 continue
             before = self._worst.get(name)
-            if before is None or _badness(statistic, value) > _badness(statistic, before[0]):
+            if before is None or _severity(statistic, value) > _severity(statistic, before[0]):
                 self._worst[name] = value, step
             worst, at = self._worst[name]
             if worst != harmless:
                 rows.append(LiveRow(statistic, tensor, value, worst, at))
 
-        def badness(row: LiveRow) -> tuple[float, float]:
-            return _badness(statistic, row.value), _badness(statistic, row.worst)
+        def severity(row: LiveRow) -> tuple[float, float]:
+            return _severity(statistic, row.value), _severity(statistic, row.worst)
 
-        return sorted(rows, key=badness, reverse=True)[: self._count]
+        return sorted(rows, key=severity, reverse=True)[: self._count]
 
     def _table(self, step: int) -> Any:
         from rich import box
@@ -184,5 +184,5 @@ class LiveTable:
         return table
 
 
-def _badness(statistic: str, value: float) -> float:
+def _severity(statistic: str, value: float) -> float:
     return -value if statistic in _LOWER_IS_WORSE else abs(value)

@@ -1,8 +1,8 @@
 """Sums over a tensor and its quantization error that merge over batches, layers and devices.
 
-Sums of values are divided by a power of two near the largest magnitude, which is kept as their
-exponent. The smallest magnitude is kept as bits that grow as it shrinks, so that 0 is neutral for a
-maximum. `_finishing.py` computes the statistics from the sums.
+Sums of values are divided by a power of two near the largest magnitude, which is stored as their
+exponent. The smallest magnitude is stored as bits that grow as it shrinks, so that 0 is neutral
+for a maximum. `_finishing.py` computes the statistics from the sums.
 """
 
 import functools
@@ -122,7 +122,7 @@ def _sums(tensor: Tensor, asked: frozenset[str], of_tensor: bool, errors: bool) 
             {name: sums.pop(name) for name in ("sum", "squares")},
         )
     if errors:
-        counts["lost"] = size - lost - counts["kept"]
+        counts["lost"] = size - lost - counts["compared"]
         second = Tally(counts, {}, {}, sums)
         if tensor.recipe is not None:
             second = second.join(_of_recipe(tensor, asked))
@@ -147,12 +147,12 @@ def _extremes(
         masks["zeros"] = zero
     if y is not None:
         after = _magnitude(y)
-        kept, error = finite & (after < _FLOAT32.inf), _magnitude(x - y)
-        tops["x"] = lax.select(kept, bits, none)
-        tops["error"] = lax.select(kept & (error < _FLOAT32.inf), error, none)
+        compared, error = finite & (after < _FLOAT32.inf), _magnitude(x - y)
+        tops["x"] = lax.select(compared, bits, none)
+        tops["error"] = lax.select(compared & (error < _FLOAT32.inf), error, none)
         if "cosine" in asked:
-            tops["y"] = lax.select(kept, after, none)
-        masks["kept"] = kept
+            tops["y"] = lax.select(compared, after, none)
+        masks["compared"] = compared
         if clipped is not None:
             masks["clipped"] = clipped & finite
         if "flushed" in asked:
@@ -163,7 +163,7 @@ def _extremes(
     results = over_rows([part[None] for part in results], combine)
     extremes, counts = results[: len(tops)], dict(zip(masks, results[len(tops) :], strict=True))
     if padding:
-        counts |= {n: counts[n] - np.int32(padding) for n in ("zeros", "kept") if n in counts}
+        counts |= {n: counts[n] - np.int32(padding) for n in ("zeros", "compared") if n in counts}
     return dict(zip(tops, extremes, strict=True)), counts
 
 
@@ -184,13 +184,13 @@ def _totals(
         values["all"] = scaled("all", x, finite)
         pairs |= {"sum": ("all",), "squares": ("all", "all")}
     if y is not None:
-        kept = finite & lax.is_finite(y)
-        values |= {"x": scaled("x", x, kept), "error": scaled("error", y - x, kept)}
+        compared = finite & lax.is_finite(y)
+        values |= {"x": scaled("x", x, compared), "error": scaled("error", y - x, compared)}
         pairs |= {"signal": ("x", "x"), "noise": ("error", "error")}
         if "bias" in asked:
             pairs["drift"] = ("error",)
         if "cosine" in asked:
-            values["y"] = scaled("y", y, kept)
+            values["y"] = scaled("y", y, compared)
             pairs |= {"energy": ("y", "y"), "inner": ("x", "y")}
     # In the order of a row, which is sorted by name, so that XLA does not have to reorder the sums.
     pairs = dict(sorted(pairs.items()))

@@ -259,12 +259,12 @@ def _one_sided(
         maps = _maps(recipe, *_range(a, clip))
         second, fourth = (m / (1 - 2 * d.tail(a).mass) for m in partial(grid, maps, -a, a, d))
         others = Moments(second, fourth)
-        extreme = _own(recipe, grid, maps, a)
+        extreme = _of_largest(recipe, grid, maps, a)
         second, fourth = (((n - 1) * o + e) / n for o, e in zip(others, extreme, strict=True))
         block = Moments(second, fourth)
         parts.append(_mean(block, weight, n, blocks)[1])
         b, share = _up_to(top, *fine)
-        largest = _own(recipe, grid, _maps(recipe, *_range(b, clip)), b).second
+        largest = _of_largest(recipe, grid, _maps(recipe, *_range(b, clip)), b).second
         means.append(((n - 1) * (weight @ others.second) + share @ largest) / n)
     between = np.var(means) if len(means) > 1 else 0.0
     return Expected(float(np.mean(means)), math.sqrt(np.mean(np.square(parts)) + between))
@@ -317,7 +317,7 @@ def _up_to(top: float | None, a: np.ndarray, weight: np.ndarray) -> tuple[np.nda
     )
 
 
-def _own(recipe: Recipe, grid: Grid, maps: Maps, a: np.ndarray) -> Moments:
+def _of_largest(recipe: Recipe, grid: Grid, maps: Maps, a: np.ndarray) -> Moments:
     """Returns the error moments of the number with the largest magnitude."""
     # A signed scale carries the sign of the number.
     ends = [a] if isinstance(recipe.scaling.calibrator, Extremum) else [a, -a]

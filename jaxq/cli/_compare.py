@@ -22,7 +22,6 @@ from jaxq.cli._output import (
     print_table,
     safe,
 )
-from jaxq.cli._plot import image
 from jaxq.cli._progress import progress
 from jaxq.cli._report import Report, html, sorted_by_sqnr
 from jaxq.interop import gguf
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
                 name=file.title,
                 rows=rows,
                 sums=sums,
-                left=selection.left,
+                skipped=selection.skipped,
                 convention=convention(args.axis),
                 pictures=pictures,
                 missing=missing,
@@ -71,20 +70,19 @@ def run(args: argparse.Namespace) -> None:
                 print(f"jaxq: {args.html}: {missing}", file=sys.stderr)
     records = [row.record() for row in rows]
     if args.json:
-        left = selection.left
         print_json(
             {
                 "axis": args.axis,
                 "tensors": records,
                 "totals": list(map(dataclasses.asdict, sums)),
-                "left": left,
+                "left": selection.skipped,
             }
         )
     elif args.csv:
         print_csv(records)
     else:
         print(convention(args.axis), end="\n\n")
-        _print(rows, sums, selection.left, args.worst)
+        _print(rows, sums, selection.skipped, args.worst)
 
 
 def convention(axis: int) -> str:
@@ -97,9 +95,9 @@ def convention(axis: int) -> str:
 
 
 def _print(
-    rows: Sequence[Row], sums: Sequence[Total], left: dict[str, list[str]], worst: int | None
+    rows: Sequence[Row], sums: Sequence[Total], skipped: dict[str, list[str]], worst: int | None
 ) -> None:
-    """Prints the tensors (or the worst of each recipe), the totals, and the excluded tensors."""
+    """Prints the tensors (or the worst of each recipe), the totals, and the skipped tensors."""
     if worst is None:
         table: dict[str, dict[str, Any]] = {}
         for row in rows:
@@ -150,7 +148,7 @@ def _print(
         recipes, tensors = (list(dict.fromkeys(c[i] for c in cases)) for i in (0, 1))
         by = "all recipes" if len(recipes) == len(sums) else ", ".join(recipes)
         print(f"kept by {by}: {_abbreviated(tensors)}: {note}")
-    for reason, names in left.items():
+    for reason, names in skipped.items():
         print(f"not compared: {_abbreviated(names)}: {reason}")
 
 
@@ -183,5 +181,5 @@ def _pictures(file: Inputs, rows: Sequence[Row], axis: int) -> tuple[list[tuple[
             figure = plots.PLOTS["compression"](file.read(entry), recipes, axis=axis)
         except ImportError as error:
             return [], f"no picture: {one_line(error)}"
-        pictures.append((f"Bits and SQNR of {safe(name)}", image(figure, "svg")))
+        pictures.append((f"Bits and SQNR of {safe(name)}", plots.image(figure, "svg")))
     return pictures, ""

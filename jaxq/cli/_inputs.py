@@ -51,7 +51,7 @@ class Inputs:
 
 @contextlib.contextmanager
 def opened(paths: Sequence[str]) -> Iterator[Inputs]:
-    """Opens files as a context manager.
+    """Opens files and yields them as one list of tensors.
 
     Args:
       paths: paths of files and folders, shell patterns, and `-` for standard input.
@@ -79,7 +79,7 @@ def opened(paths: Sequence[str]) -> Iterator[Inputs]:
 
 
 def _expanded(path: str) -> list[str]:
-    """Returns the files that an argument stands for: a path or a shell pattern."""
+    """Returns the files that an argument names by a path or a shell pattern."""
     where = pathlib.Path(path)
     if path == _STDIN or where.is_file():
         return [path]

@@ -10,7 +10,7 @@ from jaxq.interop import open_tensors
 
 __all__ = ["run"]
 
-_SHOWN = 8  # The number of array items shown, and an eighth of the number of characters of text.
+_ITEMS, _CHARACTERS = 8, 64  # The numbers of array items and of characters that are shown.
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,10 +57,10 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
-def _short(value: Any, whole: bool) -> str:
+def _short(value: Any, in_full: bool) -> str:
     if isinstance(value, list):
-        items = value if whole else value[:_SHOWN]
-        more = "" if whole or len(value) <= _SHOWN else f", … ({len(value)} items)"
-        return f"[{', '.join(_short(item, whole) for item in items)}{more}]"
+        items = value if in_full else value[:_ITEMS]
+        more = "" if in_full or len(value) <= _ITEMS else f", … ({len(value)} items)"
+        return f"[{', '.join(_short(item, in_full) for item in items)}{more}]"
     text = safe(str(value))
-    return text if whole or len(text) <= 8 * _SHOWN else f"{text[: 8 * _SHOWN]}…"
+    return text if in_full or len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]}…"

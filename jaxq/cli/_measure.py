@@ -57,7 +57,6 @@ DEFAULT = (
     "nvfp4",
 )
 
-
 _COUNTED = 2**20  # Elements that are read at a time to count those that are not finite.
 
 
@@ -110,15 +109,15 @@ class Selection:
 
     Attributes:
       chosen: the entries to compare.
-      left: the names of the other tensors, by reason.
+      skipped: the names of the other tensors, by reason.
     """
 
     chosen: tuple[Entry, ...]
-    left: dict[str, list[str]]
+    skipped: dict[str, list[str]]
 
     def reasons(self) -> str:
         """Returns the number of skipped tensors for each reason, as text."""
-        counts = [f"{len(names)} {reason}" for reason, names in self.left.items()]
+        counts = [f"{len(names)} {reason}" for reason, names in self.skipped.items()]
         return ", ".join(counts) or "the file has no tensors"
 
     @staticmethod
@@ -138,17 +137,17 @@ class Selection:
                 patterns = [None if p is None else re.compile(p) for p in (include, exclude)]
             except re.error as error:
                 raise ValueError(f"a pattern is not a valid regular expression: {error}") from error
-        chosen, left = [], {}
+        chosen, skipped = [], {}
         for entry in file.entries:
             if not entry.is_float:
-                left.setdefault(f"dtype {entry.dtype}", []).append(entry.name)
+                skipped.setdefault(f"dtype {entry.dtype}", []).append(entry.name)
             elif patterns[0] is not None and not patterns[0].search(entry.name):
-                left.setdefault("not included", []).append(entry.name)
+                skipped.setdefault("not included", []).append(entry.name)
             elif patterns[1] is not None and patterns[1].search(entry.name):
-                left.setdefault("excluded", []).append(entry.name)
+                skipped.setdefault("excluded", []).append(entry.name)
             else:
                 chosen.append(entry)
-        return Selection(tuple(chosen), left)
+        return Selection(tuple(chosen), skipped)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "axis"))
@@ -201,7 +200,7 @@ class Tensor(NamedTuple):
 
     @staticmethod
     def of(entry: Entry, numbers: Numbers) -> "Tensor":
-        """Returns a tensor after a pass over its numbers."""
+        """Returns the record of a tensor, made in one pass over its numbers."""
         sums = sums_of(numbers)
         note = "" if math.isfinite(sums.signal) else _unfit(numbers)
         return Tensor(entry, numbers, note, sums)
@@ -308,7 +307,9 @@ def rows_of(
 
 @dataclasses.dataclass(frozen=True)
 class Total:
-    """The total over all tensors for one recipe; tensors it does not apply to keep their bytes.
+    """The total over all tensors for one recipe.
+
+    Tensors that the recipe does not apply to are not quantized and keep their size in the file.
 
     Attributes:
       recipe: the recipe's name.

@@ -44,7 +44,8 @@ def pack_in_pieces(
     Args:
       numbers: the numbers of the tensor.
       type: a name in `jaxq.interop.gguf.TYPES`, whose blocks divide the last axis.
-      measure: returns the errors of a part from the quantized elements minus the elements.
+      measure: a function that returns the errors of a part, given the quantized elements minus the
+        elements.
       importance: as in `jaxq.interop.gguf.quantize`.
     """
     layout, length, start = gguf.TYPES[type], numbers.shape[-1], 0
@@ -54,7 +55,7 @@ def pack_in_pieces(
             # `accumulate` adds one number after another, as ggml does.
             squares = np.add.accumulate(np.square(part.reshape(-1, length)), axis=1)[:, -1]
             squares = np.repeat(squares / np.float32(length), length // layout.block)
-            part_importance = gguf.Importance(
+            part_importance = gguf.PartImportance(
                 _weights(importance, numbers.shape, start, part.size), squares
             )
         at = 0
@@ -87,24 +88,24 @@ def _weights(importance: np.ndarray, shape: tuple[int, ...], start: int, count: 
     """
     length = shape[-1]
     rows = importance.reshape(-1, length).astype(np.float32, copy=False)
-    each = math.prod(shape) // len(rows)  # Elements of the tensor per row of weights.
+    per_row = math.prod(shape) // len(rows)  # Elements of the tensor per row of weights.
     index = np.arange(start, start + count)
-    return rows.reshape(-1)[index // each * length + index % length]
+    return rows.reshape(-1)[index // per_row * length + index % length]
 
 
-def _cut_importance(whole: gguf.Importance, start: int, size: int) -> gguf.Importance:
+def _cut_importance(importance: gguf.PartImportance, start: int, size: int) -> gguf.PartImportance:
     """Returns the importance of a piece, padded with zeros."""
-    per_block = whole.weights.size // whole.squares.size
+    per_block = importance.weights.size // importance.squares.size
     parts = []
-    for values, step in ((whole.weights, 1), (whole.squares, per_block)):
+    for values, step in ((importance.weights, 1), (importance.squares, per_block)):
         part = values[start // step : (start + size) // step]
         parts.append(np.pad(part, (0, size // step - part.size)))
-    return gguf.Importance(parts[0].reshape(-1, _ROW), parts[1])
+    return gguf.PartImportance(parts[0].reshape(-1, _ROW), parts[1])
 
 
 @functools.partial(jax.jit, static_argnames="type")
 def _packed(
-    piece: jax.Array, type: str, importance: gguf.Importance | None
+    piece: jax.Array, type: str, importance: gguf.PartImportance | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the bytes of a piece in a block type, and the errors of its quantized values."""
     data, values = gguf.quantize_with_values(piece, type, importance)

@@ -45,7 +45,7 @@ _LONGEST = 1024  # Elements of the longest blocks that are not cut.
 # Elements that are added in float32 before their sum is added in float64. OpenBLAS starts threads
 # for more than 10,000.
 _SUMMED = 2**11
-LEAST = 1e-18  # Sums of squares from here on are accurate although smaller squares are lost.
+LEAST = 1e-18  # Larger sums of squares are accurate, although subnormal squares are lost.
 
 
 class Errors(NamedTuple):
@@ -70,8 +70,9 @@ class Numbers:
 
     Attributes:
       shape: the shape of the tensor.
-      stream: yields flat float32 parts of a size; a part is valid until the next but one is made.
-      read: returns the whole tensor in float32.
+      stream: a function that yields flat float32 parts of a size. It may overwrite a part when it
+        makes the second one after it.
+      read: a function that returns the whole tensor in float32.
     """
 
     shape: tuple[int, ...]
@@ -184,14 +185,14 @@ class _Cut(NamedTuple):
 
     def arguments(self, piece: np.ndarray, start: int) -> tuple:
         """Returns the arguments of the program for a piece that begins at an element."""
-        rows, more = piece.reshape(-1, self.length), None
+        rows, extra = piece.reshape(-1, self.length), None
         if self.top is not None:
-            more = np.zeros((1, self.length), np.float32)
-            more[0, 0] = self.top
+            extra = np.zeros((1, self.length), np.float32)
+            extra[0, 0] = self.top
         if self.ends is not None:
             at = (start + self.length * np.arange(len(rows))) // self.size
-            more = self.ends[np.minimum(at, len(self.ends) - 1)]
-        return rows, more, self.kind
+            extra = self.ends[np.minimum(at, len(self.ends) - 1)]
+        return rows, extra, self.kind
 
 
 def _cut_of(numbers: Numbers, sums: Sums, kind: Format | Recipe, axis: int) -> _Cut | None:
@@ -203,16 +204,16 @@ def _cut_of(numbers: Numbers, sums: Sums, kind: Format | Recipe, axis: int) -> _
         return None
     block = kind.along(axis, len(shape)).cut(shape).block
     sizes = kind.granularity.sizes if isinstance(kind.granularity, PerBlock) else None
-    length, fixed = math.prod(block), sizes is not None and math.prod(np.ravel(sizes))
+    length, size = math.prod(block), 0 if sizes is None else math.prod(np.ravel(sizes))
     kind = dataclasses.replace(kind, granularity=PerToken())
     consecutive = _is_consecutive(block, shape)
-    if fixed == length <= _LONGEST:
+    if size == length <= _LONGEST:
         top = float(np.abs(sums.ends).max()) if scaling.second_level == "tensor" else None
         if consecutive and _SMALL % length == 0:
             return _Cut(kind, length, top=top)
         return _Cut(kind, length, top=top, blocks=_blocks(numbers.whole, block))
-    plain = scaling.range == "absmax" and not scaling.search and scaling.second_level is None
-    if not plain or not isinstance(scaling, Symmetric | Affine):
+    by_ends = scaling.range == "absmax" and not scaling.search and scaling.second_level is None
+    if not by_ends or not isinstance(scaling, Symmetric | Affine):
         return None
     count = math.prod(shape) // length
     if consecutive and length % shape[-1] == 0 and (count == 1 or length % _SEGMENT == 0):
@@ -262,25 +263,25 @@ def pieces_of(part: np.ndarray, length: int = 1) -> Iterator[tuple[np.ndarray, i
 
 
 @functools.partial(jax.jit, static_argnames="kind")
-def _errors(rows: jax.Array, more: jax.Array | None, kind: Format | Recipe) -> jax.Array:
+def _errors(rows: jax.Array, extra: jax.Array | None, kind: Format | Recipe) -> jax.Array:
     """Returns the quantized rows of a piece minus the rows.
 
     Args:
       rows: the rows.
-      more: the lowest and the largest number of the block of each row, `[rows, 2]`; or a row to
+      extra: the lowest and the largest number of the block of each row, `[rows, 2]`; or a row to
         append; or None.
       kind: a recipe with one block per row, or a format.
     """
     if not isinstance(kind, Recipe):
         y = cast(rows, kind, overflow="saturate")
-    elif more is None:
+    elif extra is None:
         y = fake_quant(rows, kind)
-    elif len(more) != len(rows):
-        y = fake_quant(lax.concatenate([rows, more], 0), kind)[: len(rows)]
+    elif len(extra) != len(rows):
+        y = fake_quant(lax.concatenate([rows, extra], 0), kind)[: len(rows)]
     elif isinstance(kind.scaling, Symmetric) and kind.scaling.takes_scales:
-        y = fake_quant(rows, kind, scale=simulate(more, kind).scales.step.reshape(-1, 1))
+        y = fake_quant(rows, kind, scale=simulate(extra, kind).scales.step.reshape(-1, 1))
     else:
-        y = fake_quant(lax.concatenate([rows, more], 1), kind)[:, : rows.shape[1]]
+        y = fake_quant(lax.concatenate([rows, extra], 1), kind)[:, : rows.shape[1]]
     return rounded(y) - rows
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import io
 import pathlib
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxq.cli._inputs import opened
 from jaxq.cli._measure import Selection
 from jaxq.cli._output import UsageError, atomic, bad_input, print_table
 
-__all__ = ["image", "run"]
+__all__ = ["run"]
 
 _OPTIONS = ("formats", "recipes", "models", "devices", "context", "batch", "title", "axis")
 _ONE = {"fmt": "formats", "recipe": "recipes", "steps": "recipes"}
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     with atomic(args.output, "wb") as file:
         with bad_input():
             figure = draw(**arguments)
-        file.write(image(figure, kind))
+        file.write(plots.image(figure, kind))
     return None
 
 
@@ -78,10 +77,3 @@ def _numbers(args: argparse.Namespace) -> np.ndarray:
         dtype = next((e.dtype for e in file.entries if e.name == args.tensor), None)
     why = "" if dtype is None else f": its dtype is {dtype}"
     raise UsageError(f"{args.file} has no floating-point tensor {args.tensor!r}{why}")
-
-
-def image(figure: Any, kind: str) -> bytes:
-    """Renders a matplotlib figure as the bytes of a file, such as `"png"` or `"svg"`."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=150)
-    return buffer.getvalue()

@@ -28,11 +28,11 @@ class Pace:
         self._clock, self._start = clock, clock()
 
     def exclude(self, seconds: float) -> None:
-        """Takes seconds out of the time that the work has taken."""
+        """Excludes seconds from the time that the work has taken."""
         self._start += seconds
 
     def advance(self, work: float) -> None:
-        """Adds work that is done."""
+        """Adds finished work."""
         self.done += work
 
     @property

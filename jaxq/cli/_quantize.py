@@ -29,7 +29,7 @@ __all__ = ["run"]
 
 _TARGETS = {".safetensors": "safetensors", ".gguf": "gguf"}
 
-# Tables that vLLM does not quantize.
+# The names of embeddings and output layers, which vLLM does not quantize.
 _NOT_LINEAR = r"embed|lm_head|\bwte\b|\bwpe\b"
 
 
@@ -128,10 +128,10 @@ def _rules(args: argparse.Namespace, target: str) -> list[tuple[re.Pattern[str],
                 rules = json.loads(pathlib.Path(args.rules).read_text())
             except (OSError, ValueError, RecursionError) as error:
                 raise UsageError(f"{args.rules}: {one_line(error)}") from error
-            good = isinstance(rules, list) and all(
+            valid = isinstance(rules, list) and all(
                 isinstance(r, list) and len(r) == 2 and isinstance(r[0], str) for r in rules
             )
-            if not good:
+            if not valid:
                 raise UsageError(f"{args.rules}: it must be a list of pairs [expression, recipe]")
         if args.recipe is not None:
             exceptions = [[_NOT_LINEAR, None]] if target == "compressed-tensors" else []

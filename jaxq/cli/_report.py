@@ -20,7 +20,7 @@ class Report(NamedTuple):
       name: the name of the compared file.
       rows: one row per tensor and recipe.
       sums: the totals of each recipe.
-      left: the names of the tensors that are not compared, by reason.
+      skipped: the names of the tensors that are not compared, by reason.
       convention: a sentence that states the axis along which recipes are applied.
       pictures: captions and SVG images as bytes.
       missing: the reason why there are no pictures; empty if there are some.
@@ -29,7 +29,7 @@ class Report(NamedTuple):
     name: str
     rows: Sequence[Row]
     sums: Sequence[Total]
-    left: Mapping[str, Sequence[str]]
+    skipped: Mapping[str, Sequence[str]]
     convention: str
     pictures: Sequence[tuple[str, bytes]]
     missing: str
@@ -44,8 +44,8 @@ def html(report: Report) -> str:
         line.append(_cell(row))
     parts = [
         f"<p>{escaped(report.convention)}</p>",
-        "<h2>Totals</h2><p>Tensors that a recipe does not apply to are kept unquantized: their "
-        "bytes count, and they have no error.</p>",
+        "<h2>Totals</h2><p>Tensors that a recipe does not apply to are not quantized: their "
+        "size in the file counts, and the SQNR is that of the others.</p>",
         _totals(report.sums),
         "<h2>SQNR in dB, tensor by tensor</h2><p>The tensors with the lowest SQNR come first. A "
         "click on a head sorts by that column. Hover over a dash to see the reason. "
@@ -55,7 +55,7 @@ def html(report: Report) -> str:
         *([f"<p>{escaped(report.missing)}</p>"] if report.missing else []),
         *(
             f"<p>Not compared, {escaped(reason)}: {', '.join(map(escaped, names))}</p>"
-            for reason, names in report.left.items()
+            for reason, names in report.skipped.items()
         ),
     ]
     return page(f"jaxq compare {report.name}", parts)

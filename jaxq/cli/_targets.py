@@ -25,8 +25,7 @@ _PLAIN = {f"float{bits}": f"f{bits}" for bits in (16, 32, 64)} | {"bfloat16": "b
 _PLAIN |= {f"int{bits}": f"i{bits}" for bits in (8, 16, 32, 64)}
 # Files of a model that are copied along with its tensors.
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_LEFT = ("config.json", "quantize_config.json", "hf_quant_config.json")
-
+_NOT_COPIED = ("config.json", "quantize_config.json", "hf_quant_config.json")
 
 # Nanoseconds per number on one core, for the estimate of the progress bar: without and with an
 # importance matrix.
@@ -63,7 +62,7 @@ class Plan:
     note: str = ""
 
     def work(self, important: bool) -> int:
-        """Returns an estimate of the time it takes, given whether it has an importance matrix."""
+        """Returns the estimated time in nanoseconds, with or without an importance matrix."""
         if self.recipe is None:
             return self.entry.size * _COPY
         cost = _COSTS.get(self.recipe, _COST) if isinstance(self.recipe, str) else _COST
@@ -109,7 +108,7 @@ class Job:
             numbers = Numbers.of(read())
         else:
             numbers = Numbers(entry.shape, functools.partial(self.file.stream, entry), read)
-        with _naming(entry.name):
+        with _named(entry.name):
             for part in pack_in_pieces(numbers, plan.recipe, _noise, self._importance(plan)):
                 self.energies.append(part.errors.energies(part.signal, part.count))
                 self.advance(self._work(plan) * part.count / entry.size)
@@ -122,7 +121,7 @@ class Job:
             return _unpacked(data, plan.recipe)
         assert plan.recipe is not None
         x = self.values(plan)
-        with _naming(plan.entry.name):
+        with _named(plan.entry.name):
             q = quantize(x, plan.recipe, axis=self.axis, importance=self._importance(plan))
         return self._measured(plan, x, q)
 
@@ -151,7 +150,7 @@ class Job:
         plans = {plan.name: plan for plan in self.plans}
         names = [n for n in compressed_tensors.fused_with(plan.name) if n in plans]
         weights = [self.values(plans[name]) for name in names]
-        with _naming(plan.entry.name):
+        with _named(plan.entry.name):
             q = compressed_tensors.quantize_together(weights, recipe)[names.index(plan.name)]
         return self._measured(plan, weights[names.index(plan.name)], q)
 
@@ -166,12 +165,12 @@ class Job:
     def _work(self, plan: Plan) -> int:
         return plan.work(plan.name in self.importance)
 
-    def kept(self, plan: Plan) -> Any:
+    def unchanged(self, plan: Plan) -> Any:
         """Returns the tensor of a plan unchanged."""
         self.advance(self._work(plan))
         return self.file.quantized(plan.entry)
 
-    def kept_bytes(self, plan: Plan) -> np.ndarray:
+    def unchanged_bytes(self, plan: Plan) -> np.ndarray:
         """Returns the bytes of the tensor of a plan, or its numbers if it has no block type."""
         self.advance(self._work(plan))
         return self.file.raw(plan.entry)
@@ -187,7 +186,7 @@ def _noise(error: np.ndarray) -> Errors:
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -234,7 +233,7 @@ def _write_safetensors(path: str, job: Job) -> None:
 
     def read(name: str) -> Any:
         plan = plans[name]
-        return job.kept(plan) if plan.recipe is None else job.quantized(plan)
+        return job.unchanged(plan) if plan.recipe is None else job.quantized(plan)
 
     save_streamed(path, shapes, read)
 
@@ -259,10 +258,10 @@ def _write_gguf(path: str, job: Job) -> None:
             # llama.cpp multiplies vectors, such as those of norms, in float32 only.
             wide = len(entry.shape) < 2 or dtype not in ("float16", "bfloat16")
             kind = "f32" if wide else _PLAIN[dtype or ""]
-            read = functools.partial(_kept_values, job, plan, kind)
+            read = functools.partial(_plain_values, job, plan, kind)
         elif entry.packed is not None or dtype in _PLAIN:
             kind = entry.packed or _PLAIN[dtype or ""]
-            read = functools.partial(job.kept_bytes, plan)
+            read = functools.partial(job.unchanged_bytes, plan)
         else:
             raise UsageError(f"{entry.name}: {entry.dtype} cannot be copied to GGUF")
         tensors.append(gguf.Tensor(plan.name, kind, entry.shape, read))
@@ -278,7 +277,7 @@ def _write_gguf(path: str, job: Job) -> None:
         gguf.write(path, tensors, {**metadata, **job.metadata})
 
 
-def _kept_values(job: Job, plan: Plan, kind: str) -> np.ndarray:
+def _plain_values(job: Job, plan: Plan, kind: str) -> np.ndarray:
     job.advance(plan.work(False))
     dtypes = {name: dtype for dtype, name in _PLAIN.items()}
     return job.values(plan).astype(np.dtype(dtypes[kind]))
@@ -309,7 +308,7 @@ def _write_compressed_tensors(path: str, job: Job) -> None:
 
     def read(name: str) -> Any:
         plan = plans[name]
-        return job.kept(plan) if plan.recipe is None else job.fused(plan)
+        return job.unchanged(plan) if plan.recipe is None else job.fused(plan)
 
     config = {key: value for key, value in job.config.items() if key != "quantization"}
     folder = job.file.path if job.file.path.is_dir() else job.file.path.parent
@@ -322,8 +321,8 @@ def _write_compressed_tensors(path: str, job: Job) -> None:
 
 
 def _is_copied(path: pathlib.Path) -> bool:
-    indexes = path.name.endswith(".index.json")
-    return path.is_file() and path.suffix in _COPIED and path.name not in _LEFT and not indexes
+    excluded = path.name in _NOT_COPIED or path.name.endswith(".index.json")
+    return path.is_file() and path.suffix in _COPIED and not excluded
 
 
 WRITERS: dict[str, Callable[[str, Job], None]] = {

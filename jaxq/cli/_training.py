@@ -9,7 +9,6 @@ import numpy as np
 from jaxq.analysis import Log, plots, read_log
 from jaxq.cli._output import UsageError, atomic, bad_input, number, print_table
 from jaxq.cli._page import escaped, page, picture, table
-from jaxq.cli._plot import image
 
 __all__ = ["run"]
 
@@ -80,16 +79,16 @@ def _page(name: str, log: Log, worst: list[_Worst], fmt: str | None) -> str:
     names = {column.rpartition("/")[2] for column in log.values}
     for statistic, caption in _MAPS.items():
         if statistic in names and len(log.steps):
-            data = image(plots.statistics_map(log, statistic), "png")
+            data = plots.image(plots.statistics_map(log, statistic), "png")
             parts.append(picture(data, "png", caption))
     if any(column.endswith("/gradient/cosine") for column in log.values) and len(log.steps):
-        data = image(plots.gradient_cosines(log), "png")
+        data = plots.image(plots.gradient_cosines(log), "png")
         parts.append(picture(data, "png", "Cosine of the quantized to the float gradient"))
     parts += _magnitudes(log, fmt)
     for column in log.values:
         tensor, _, last = column.rpartition("/")
         if last == "exponents" and len(log.steps):
-            data = image(plots.exponents_by_step(log, tensor, fmt), "png")
+            data = plots.image(plots.exponents_by_step(log, tensor, fmt), "png")
             parts.append(picture(data, "png", f"Exponents of {tensor}"))
     return page(f"jaxq report {name}", parts)
 
@@ -105,4 +104,4 @@ def _magnitudes(log: Log, fmt: str | None) -> Iterator[str]:
                 drawn_format = None if scales else fmt
                 figure = plots.magnitudes_by_step(log, tensor, drawn_format, scales=scales)
                 title = f"{'Scales' if scales else 'Magnitudes'} of {tensor}"
-                yield picture(image(figure, "png"), "png", title)
+                yield picture(plots.image(figure, "png"), "png", title)

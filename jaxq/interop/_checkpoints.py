@@ -344,7 +344,7 @@ def _stored(plain: dict[str, Any]) -> _Stored:
 
 
 def _placed(like: Any, plain: Any) -> Any:
-    """Returns the tree of a description in the classes of another tree."""
+    """Returns the tree of a description with the node classes of `like`."""
     leaves: list[_Leaf] = []
     wanted = _described(like, (), leaves, set())
     for ours, theirs in zip(_lines(wanted), _lines(plain), strict=False):

@@ -8,9 +8,7 @@ import numpy as np
 
 __all__ = ["MAX_TENSORS", "Entry", "FileError", "checked_shape"]
 
-
 MAX_TENSORS = 200_000  # About twice as many as the largest checkpoints have.
-
 
 _MAX_AXES = 32
 

@@ -66,8 +66,7 @@ class TensorFile:
     def read(self, entry: Entry) -> np.ndarray:
         """Returns the numbers of an entry as float32, rounded where float32 cannot represent them.
 
-        The values of an NVFP4 tensor in GGUF are multiplied by the scale of the tensor (see
-        `scale_of`).
+        The values of an NVFP4 tensor in GGUF are multiplied by its tensor scale (see `scale_of`).
 
         Raises:
           FileError: if the file has changed, or an archive's member is damaged.
@@ -343,7 +342,7 @@ def _opened(path: pathlib.Path) -> Iterator[TensorFile]:
 
 
 def _kind(begin: bytes, suffix: str) -> str:
-    """Returns the ending for the first bytes of a file, or its own ending if they are unknown."""
+    """Returns the kind of a file by its first bytes, or its ending if they are unknown."""
     for magic, kind in ((MAGIC, ".gguf"), (b"\x93NUMPY", ".npy"), (b"PK\x03\x04", ".npz")):
         if begin.startswith(magic):
             return kind
@@ -372,8 +371,8 @@ def _members(archive: zipfile.ZipFile) -> tuple[Entry, ...]:
         if info.header_offset < end:
             raise FileError(f"not a valid archive: {name!r} overlaps another member.")
         end = info.header_offset + 30 + len(name.encode()) + info.compress_size
-        known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        if info.flag_bits & 1 or not known:
+        supported = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if info.flag_bits & 1 or not supported:
             raise FileError(f"{name!r} is encrypted or uses an unsupported compression method.")
         if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
             raise FileError(f"{name!r} is stored uncompressed but has two different sizes.")

@@ -54,7 +54,7 @@ def read_npy_header(file: IO[bytes], size: int, name: str) -> Entry:
         shape = checked_shape(list(header["shape"]))
     except ValueError as error:
         _refuse(name, f"its shape is not a tuple of nonnegative integers ({error})")
-    descr, bytes_of, dtype = header["descr"], size - start, None
+    descr, nbytes, dtype = header["descr"], size - start, None
     if isinstance(descr, str) and _NAMED.fullmatch(descr):
         try:
             array_dtype = np.dtype(descr)
@@ -65,8 +65,8 @@ def read_npy_header(file: IO[bytes], size: int, name: str) -> Entry:
         count = 1
         for n in shape:
             count *= n
-        if count * array_dtype.itemsize != bytes_of:
-            _refuse(name, f"shape {list(shape)} and {descr} cannot have {bytes_of} bytes")
+        if count * array_dtype.itemsize != nbytes:
+            _refuse(name, f"shape {list(shape)} and {descr} cannot have {nbytes} bytes")
         if array_dtype.kind in "fiub" and array_dtype.itemsize <= 8:
             dtype = array_dtype.str
         return Entry(name, array_dtype.name, shape, dtype, start, size, fortran)

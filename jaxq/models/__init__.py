@@ -18,7 +18,15 @@ from jaxq.models._programs import Extra, Program, program
 from jaxq.models._reading import Node, Product
 from jaxq.models._reports import ProductRow, explain
 from jaxq.models._rule import Rule, check_pattern
-from jaxq.models._rules import Rules, as_rules, leaf_rules, pairs, rules_from_json, rules_to_json
+from jaxq.models._rules import (
+    LeafRules,
+    Rules,
+    as_rules,
+    leaf_rules,
+    pairs,
+    rules_from_json,
+    rules_to_json,
+)
 from jaxq.models._running import run
 from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
 from jaxq.models._stored_views import StoredView, unpacked

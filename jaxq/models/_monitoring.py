@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from jaxq.models._adapting import Adapted
 from jaxq.models._assigning import Assigned, naming, unassigned
 from jaxq.models._marks import Mark
 from jaxq.models._monitored import Monitored
@@ -14,7 +15,7 @@ from jaxq.models._operations import QUANTIZED, operation_of
 from jaxq.models._planning import plan
 from jaxq.models._reached import unreached
 from jaxq.models._reading import Product
-from jaxq.models._rules import Rules, as_rules, unmatched
+from jaxq.models._rules import PlainRules, Rules, as_rules, unmatched
 from jaxq.models._states import Delayed, Frozen, Switch, Switched
 from jaxq.products import (
     NO_SCALES,
@@ -76,7 +77,7 @@ def monitored(
 
 
 def switch(
-    fn: Callable[..., Any], rules: Rules, *, argnums: int | Sequence[int] = 0
+    fn: Callable[..., Any], rules: PlainRules, *, argnums: int | Sequence[int] = 0
 ) -> Callable[..., Switched]:
     """Returns the function that makes rules whose recipes can be turned off by traced flags.
 
@@ -88,7 +89,8 @@ def switch(
 
     Args:
       fn: as in `jaxq.quantize_fn`.
-      rules: as in `jaxq.quantize_fn`, without scales from calibration or delayed scaling.
+      rules: as in `jaxq.quantize_fn`, but recipes only: not the result of `jaxq.freeze`,
+        `jaxq.delayed_scaling`, `jaxq.analysis.monitor` or `jaxq.lora.adapt`.
       argnums: as in `jaxq.quantize_fn`.
 
     Returns:
@@ -110,10 +112,10 @@ def switch(
       >>> bool(step(params, 1000) == loss(params, x)), len(rules.names)
       (True, 1)
     """
-    if isinstance(rules, Frozen | Delayed | Monitored | Switched):
+    if isinstance(rules, Frozen | Delayed | Monitored | Switched | Adapted):
         raise ValueError(
-            f"switch: `rules` must be recipes without a state, got a {type(rules).__name__}. Pass "
-            "the rules from which it was made."
+            f"switch: `rules` must be recipes without a state, got {type(rules).__name__} "
+            "rules. Pass the rules from which they were made."
         )
     return switched("switch", fn, rules, argnums)
 

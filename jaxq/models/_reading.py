@@ -317,37 +317,37 @@ def _inside(
     if name == "scan":
         consts, carry = compat.loop_counts(eqn)
         body, first, count = compat.body(inner[0]), consts + carry, eqn.params["length"]
-        own = origins[:consts] + _unchanged(body, origins, consts, carry)
+        unchanged = origins[:consts] + _unchanged(body, origins, consts, carry)
         times = None if frame.times is None else frame.times * count
         depth = len(frame.loops)
         slices = [o and o.rows(depth) for o in origins[first:]]
         layers = {depth} if any(o is not None and o.leaves for o in origins[first:]) else set()
         node, results = run(
             inner[0],
-            own + slices,
+            unchanged + slices,
             times=times,
             loops=(*frame.loops, count),
             stacked=frame.stacked | layers,
         )
-        return (node,), own[consts:] + nothing[carry:]
+        return (node,), unchanged[consts:] + nothing[carry:]
     if name == "while":
         conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         test, step = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
         of_test, of_step = origins[:conds], origins[conds : conds + bodies]
-        moved = origins[conds:]  # The body's constants, then the carried values.
-        same = _unchanged(compat.body(step), moved, bodies, len(moved) - bodies)
+        of_loop = origins[conds:]  # The body's constants, then the carried values.
+        same = _unchanged(compat.body(step), of_loop, bodies, len(of_loop) - bodies)
         first, _ = run(test, of_test + same, times=None, barred="in the condition of a while loop")
         second, _ = run(step, of_step + same, times=None, reverse=False)
         return (first, second), same
     if name == "cond":
-        found = [run(branch, origins[1:]) for branch in eqn.params["branches"]]
-        return tuple(node for node, _ in found), nothing
+        branches = eqn.params["branches"]
+        return tuple(run(branch, origins[1:])[0] for branch in branches), nothing
     barred = frame.barred or f"inside {name}"
     nodes = []
     for jaxpr in inner:
         count = len(compat.body(jaxpr).invars)
-        own = origins if count == len(origins) else [None] * count
-        nodes.append(run(jaxpr, own, barred=barred)[0])
+        inputs = origins if count == len(origins) else [None] * count
+        nodes.append(run(jaxpr, inputs, barred=barred)[0])
     return tuple(nodes), [computed(eqn, origins)] * len(eqn.outvars)
 
 

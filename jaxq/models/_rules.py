@@ -18,6 +18,8 @@ from jaxq.products import PRODUCT_RECIPES, ProductRecipe
 from jaxq.recipes import RECIPES, Recipe
 
 __all__ = [
+    "LeafRules",
+    "PlainRules",
     "Rules",
     "as_rules",
     "described",
@@ -32,15 +34,17 @@ __all__ = [
 _Value = TypeVar("_Value")
 
 _RecipeLike: TypeAlias = str | Recipe | ProductRecipe
-Rules: TypeAlias = (
-    Frozen
-    | Delayed
-    | Monitored
-    | Switched
-    | Adapted
-    | _RecipeLike
-    | Mapping[str, _RecipeLike | None]
-    | Sequence[Rule | tuple[str, _RecipeLike | None]]
+# The rules of products, without and with arrays.
+PlainRules: TypeAlias = (
+    _RecipeLike | Mapping[str, _RecipeLike | None] | Sequence[Rule | tuple[str, _RecipeLike | None]]
+)
+Rules: TypeAlias = Frozen | Delayed | Monitored | Switched | Adapted | PlainRules
+# The rules of leaves.
+LeafRules: TypeAlias = (
+    str
+    | Recipe
+    | Mapping[str, str | Recipe | None]
+    | Sequence[Rule | tuple[str, str | Recipe | None]]
 )
 
 
@@ -162,7 +166,7 @@ def rules_from_json(text: str) -> tuple[Rule, ...]:
     return rules
 
 
-def leaf_rules(owner: str, rules: Rules) -> list[tuple[str, Recipe | None]]:
+def leaf_rules(owner: str, rules: LeafRules) -> list[tuple[str, Recipe | None]]:
     """Returns the rules of leaves, in any form, as pairs of a pattern and a tensor recipe.
 
     Args:
@@ -170,14 +174,14 @@ def leaf_rules(owner: str, rules: Rules) -> list[tuple[str, Recipe | None]]:
       rules: as in `as_rules`.
 
     Raises:
-      TypeError: as in `as_rules`, or if the rules hold scales of products.
+      TypeError: as in `as_rules`, or if the rules hold arrays of products.
       ValueError: as in `as_rules`, or if a rule holds a product recipe or has a condition that only
         products can meet.
     """
-    if isinstance(rules, (Frozen, Delayed, Monitored, Switched)):
+    if isinstance(rules, (Frozen, Delayed, Monitored, Switched, Adapted)):
         raise TypeError(
-            f"{owner}: `rules` must be tensor recipes, got a {type(rules).__name__}, which holds "
-            "scales of products. Pass the recipes of its weights."
+            f"{owner}: `rules` must be tensor recipes, got {type(rules).__name__} rules, which "
+            "hold arrays of products. Pass the recipes of its weights."
         )
     result = []
     for rule in as_rules(owner, rules):

@@ -70,14 +70,14 @@ def trace(
     positions = [n % len(args) for n in positions]
     call = (fn if module else None, args, kwargs)
     leaves, structure = jax.tree_util.tree_flatten_with_path(call, is_leaf=_is_quantized)
-    places, arrays, origins, own, paths = [], [], [], [], {}
+    places, arrays, origins, of_leaves, paths = [], [], [], [], {}
     for i, (path, leaf) in enumerate(leaves):
         where = path[0].idx, getattr(path[1], "idx", None) if len(path) > 1 else None
         is_parameter = where[0] == 0 if module else where[0] == 1 and where[1] in positions
         traced = compat.is_array(leaf) or _is_quantized(leaf)
         name = jax.tree_util.keystr(path[1 if module else 2 :], simple=True, separator="/")
         if is_parameter:
-            own.append(len(arrays) if traced else None)
+            of_leaves.append(len(arrays) if traced else None)
             paths[name] = leaf
         if not traced:
             continue
@@ -120,4 +120,4 @@ def trace(
         return jax.tree.unflatten(results["tree"], full)
 
     parameters = fn if module else [args[n] for n in positions]
-    return Traced(jaxpr, arrays, origins, (parameters, own), paths, rebuild)
+    return Traced(jaxpr, arrays, origins, (parameters, of_leaves), paths, rebuild)

@@ -11,7 +11,7 @@ import jax
 from jax import numpy as jnp
 
 from jaxq._base.tables import Table
-from jaxq.models._rules import Rules, described, hidden, leaf_rules, unmatched
+from jaxq.models._rules import LeafRules, described, hidden, leaf_rules, unmatched
 from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import PerTensor, Recipe
 
@@ -28,7 +28,7 @@ _Value = TypeVar("_Value")
 
 
 def quantize_tree(
-    params: Any, rules: Rules, *, axis: int | None = None, key: jax.Array | None = None
+    params: Any, rules: LeafRules, *, axis: int | None = None, key: jax.Array | None = None
 ) -> Any:
     """Quantizes the leaves of a tree whose paths match a rule.
 

@@ -8,7 +8,7 @@ import optax
 from jax import numpy as jnp
 
 from jaxq._jax.serialization import named_tuple
-from jaxq.models import Rules, assign, leaf_rules, naming, refuse_states
+from jaxq.models import LeafRules, assign, leaf_rules, naming, refuse_states
 from jaxq.numerics import as_dtype, widen
 from jaxq.optim._common import RandomState, own_key
 from jaxq.quantizers import fake_quant
@@ -31,7 +31,7 @@ class QuantizedGradients(NamedTuple):
 
 
 def quantize_gradients(
-    rules: Rules,
+    rules: LeafRules,
     *,
     error_feedback: bool = True,
     key: jax.Array | None = None,

@@ -11,7 +11,7 @@ import optax
 from jax import numpy as jnp
 
 from jaxq._jax.serialization import named_tuple, pytree
-from jaxq.models import Rules, assign, leaf_rules, naming, not_floating, refuse_states
+from jaxq.models import LeafRules, assign, leaf_rules, naming, not_floating, refuse_states
 from jaxq.numerics import as_dtype, widen
 from jaxq.optim._common import RandomState, own_key
 from jaxq.quantizers import Quantized, neighbors, quantize
@@ -28,7 +28,7 @@ It matches the names of optax's fields, preceded only by the indices of a chain 
 wrappers, so that a parameter called `nu` is not mistaken for a second moment.
 """
 
-ADAM8BIT: Rules = (
+ADAM8BIT: LeafRules = (
     (SECOND_MOMENTS, Recipe("udynamic8", PerBlock(256))),
     ("", Recipe("dynamic8", PerBlock(256))),
 )
@@ -98,7 +98,7 @@ class QuantizedState(NamedTuple):
 
 def quantize_state(
     tx: optax.GradientTransformation,
-    rules: Rules = ADAM8BIT,
+    rules: LeafRules = ADAM8BIT,
     *,
     min_size: int = 4096,
     second_moments: str | None = SECOND_MOMENTS,

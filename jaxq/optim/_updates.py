@@ -1,7 +1,7 @@
 """Updates of low-precision weights without a wider master copy."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxq.numerics import Rounding, Stochastic, cast, code_dtype, decode, encode
 
 __all__ = ["apply_updates"]
 
+_FormatLike: TypeAlias = str | Format | np.dtype | type
 _WIDE = (jnp.float32, jnp.float64)  # The dtypes in which sums are computed.
 
 
@@ -22,7 +23,10 @@ def apply_updates(
     params: optax.Params,
     updates: optax.Updates,
     *,
-    fmt: str | Format | np.dtype | type | Mapping | Sequence | None = None,
+    fmt: _FormatLike
+    | Mapping[str, _FormatLike | None]
+    | Sequence[tuple[str, _FormatLike | None]]
+    | None = None,
     rounding: str | Rounding = "stochastic",
     key: jax.Array | None = None,
 ) -> optax.Params:
@@ -80,11 +84,11 @@ def apply_updates(
     for i, ((path, p), u) in enumerate(zip(leaves, structure.flatten_up_to(updates), strict=True)):
         leaf_key = None if key is None else jax.random.fold_in(key, i)
         with naming("apply_updates", path):
-            result.append(_moved(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, leaf_key))
+            result.append(_updated(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, leaf_key))
     return structure.unflatten(result)
 
 
-def _moved(
+def _updated(
     p: jax.Array, u: jax.Array, fmt: Format | None, rounding: Rounding, key: jax.Array | None
 ) -> jax.Array:
     """Returns the rounded sum of a parameter and its update."""

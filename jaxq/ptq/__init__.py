@@ -4,12 +4,13 @@ To add a solver, write a frozen dataclass with the methods of `Solver` and list 
 (`_solvers.py`). The contract tests then include it.
 """
 
-from jaxq.ptq._biases import BiasChange, BiasReport, correct_biases
 from jaxq.ptq._budget import Budget, FrontRow, budget
-from jaxq.ptq._folding import Norm, fold_rotation, random_rotation
-from jaxq.ptq._half_quadratic import HQQ
-from jaxq.ptq._importance import ImportanceMatrix
-from jaxq.ptq._input_scales import (
+from jaxq.ptq._correct_biases import BiasChange, BiasReport, correct_biases
+from jaxq.ptq._fold_rotation import Norm, fold_rotation, random_rotation
+from jaxq.ptq._gptq import gptq
+from jaxq.ptq._hqq import HQQ
+from jaxq.ptq._importance_matrix import ImportanceMatrix
+from jaxq.ptq._input_scalers import (
     AWQ,
     INPUT_SCALERS,
     InputProblem,
@@ -17,12 +18,12 @@ from jaxq.ptq._input_scales import (
     SmoothQuant,
     get_input_scaler,
 )
-from jaxq.ptq._learning import LearnedBlock, RoundingReport, learn_rounding
-from jaxq.ptq._models import quantize_weights
-from jaxq.ptq._observing import ObservedInputs, observe
+from jaxq.ptq._learn_rounding import LearnedBlock, RoundingReport, learn_rounding
+from jaxq.ptq._observe import ObservedInputs, observe
 from jaxq.ptq._owq import owq
+from jaxq.ptq._quantize_weights import quantize_weights
 from jaxq.ptq._reports import Report, SolvedProduct
-from jaxq.ptq._rotating import InputRotations, rotate_inputs
+from jaxq.ptq._rotate_inputs import InputRotations, rotate_inputs
 from jaxq.ptq._rounding_methods import (
     ROUNDING_METHODS,
     AdaRound,
@@ -32,22 +33,12 @@ from jaxq.ptq._rounding_methods import (
     SignRound,
     get_rounding_method,
 )
+from jaxq.ptq._scale_inputs import scale_inputs
 from jaxq.ptq._scale_search import ScaleSearch
 from jaxq.ptq._scaled_functions import InputScales
-from jaxq.ptq._scaling import scale_inputs
-from jaxq.ptq._searching import Blocks, Search, SearchOptions, SearchProblem
+from jaxq.ptq._search import Blocks, Search, SearchOptions, SearchProblem
 from jaxq.ptq._sensitivity import Score, Scores, sensitivity
-from jaxq.ptq._solvers import (
-    GPTQ,
-    OWQ,
-    RTN,
-    SOLVERS,
-    Problem,
-    Solution,
-    Solver,
-    get_solver,
-    gptq,
-)
+from jaxq.ptq._solvers import GPTQ, OWQ, RTN, SOLVERS, Problem, Solution, Solver, get_solver
 from jaxq.ptq._statistics import Statistics, collect
 
 __all__ = [

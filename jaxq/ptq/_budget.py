@@ -1,8 +1,8 @@
-"""The choice of a recipe for each weight of a model under a budget of bytes.
+"""The choice of a recipe for each weight of a model under a budget of bytes (`budget`).
 
 This is a multiple-choice knapsack problem: choose one recipe for each group of weights so that the
-sum of damages is smallest. Groups are added one by one. After each, only the partial choices on the
-Pareto front of bytes and damage are kept, so the result is optimal.
+sum of damages is smallest. Groups are added one by one. After each group, only the partial choices
+on the Pareto front of bytes and damage remain, so the result is optimal.
 """
 
 import dataclasses
@@ -141,7 +141,9 @@ def budget(
         )
     options = [_options(scores, members, by) for members in _members(scores, groups)]
     if not options:
-        raise ValueError("budget: `scores` must hold at least one weight, got none.")
+        raise ValueError(
+            "budget: `scores` must contain at least one weight, got none. Score other weights."
+        )
     fronts, is_exact = _fronts(options)
     last = fronts[-1]
     fitting = int(np.searchsorted(last.nbytes, nbytes, side="right"))
@@ -220,9 +222,17 @@ def _fronts(options: Sequence[Sequence[_Option]]) -> tuple[list[_Front], bool]:
         ordered = all_damage.ravel()[order]
         least = np.minimum.accumulate(ordered)
         better = np.concatenate([[True], ordered[1:] < least[:-1]])
-        kept = order[better]
-        if len(kept) > _MAX_FRONT:
-            kept, is_exact = kept[np.linspace(0, len(kept) - 1, _MAX_FRONT).astype(int)], False
-        nbytes, damage = all_bytes.ravel()[kept], all_damage.ravel()[kept]
-        fronts.append(_Front(nbytes, damage, kept // len(candidates), kept % len(candidates)))
+        points = order[better]
+        if len(points) > _MAX_FRONT:
+            sample = np.linspace(0, len(points) - 1, _MAX_FRONT).astype(int)
+            points, is_exact = points[sample], False
+        nbytes, damage = all_bytes.ravel()[points], all_damage.ravel()[points]
+        fronts.append(
+            _Front(
+                nbytes=nbytes,
+                damage=damage,
+                before=points // len(candidates),
+                option=points % len(candidates),
+            )
+        )
     return fronts, is_exact

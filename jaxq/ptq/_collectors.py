@@ -1,4 +1,4 @@
-"""Collectors, which compute the statistics of the input of a product of any form.
+"""Products in the form of matrix products, and collectors of the statistics of their inputs.
 
 For each index of its batch axes, a product whose weight can be solved is a matrix product of tokens
 `[tokens, inputs]` and a weight `[inputs, outputs]`.
@@ -19,10 +19,10 @@ from jaxq.models import CONVERSIONS, LOOK_UP, VIEWS, Node, Product, axes_of
 from jaxq.products import Axes
 from jaxq.ptq._statistics import Statistics, collect, collect_groups, drift_of, empty_statistics
 
-__all__ = ["Collector", "Layout", "Matrix", "matrix_of", "shared_inputs"]
+__all__ = ["Collector", "MatrixForm", "MatrixLayout", "matrix_form", "shared_inputs"]
 
 # The operations that input scales and rotations add; a Hadamard transform is a program of `jit`.
-_CHANGES = ("broadcast_in_dim", "mul", "jit")
+_INPUT_CHANGES = ("broadcast_in_dim", "mul", "jit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +70,21 @@ class Collector:
     def measure(
         self, x: jax.Array, others: Sequence[jax.Array], mask: jax.Array | None
     ) -> Statistics:
-        """Returns the statistics of one array of inputs.
+        """Returns the statistics of one operand.
+
+        Args:
+          x: the operand.
+          others: the other operands of the product; a ragged product has its group sizes first.
+          mask: a boolean array with one element per token, False for padding; None uses all tokens.
 
         Raises:
-          ValueError: if a mask does not fit the operand.
+          ValueError: if the mask does not fit the operand.
         """
         tokens = self.tokens(x, mask)
         if self.grouped:
             return collect_groups(tokens, others[0], self.hessian)
-        own = None if mask is None else mask.reshape(-1)
-        return collect(tokens, own, hessian=self.hessian)
+        mask = None if mask is None else mask.reshape(-1)
+        return collect(tokens, mask, hessian=self.hessian)
 
     def tokens(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Returns an operand as tokens `[batch, tokens, inputs]`, or `[tokens, inputs]` if grouped.
@@ -110,11 +115,11 @@ class Collector:
           reference: the operand y of the model with float weights.
           mask: as in `measure`.
         """
-        first, other = (self.tokens(own, mask).astype(jnp.float32) for own in (x, reference))
+        pair = [self.tokens(operand, mask).astype(jnp.float32) for operand in (x, reference)]
         if mask is not None:
-            keep = mask.reshape(-1)[:, None]
-            first, other = (jnp.where(keep, own, np.float32(0)) for own in (first, other))
-        return drift_of(first, other)
+            is_token = mask.reshape(-1)[:, None]
+            pair = [jnp.where(is_token, tokens, np.float32(0)) for tokens in pair]
+        return drift_of(*pair)
 
     def check_mask(self, owner: str, mask: tuple[int, ...], lengths: tuple[int, ...]) -> None:
         """Raises a ValueError unless a mask of this shape has one element per token.
@@ -134,12 +139,12 @@ class Collector:
             )
 
     def shared(self) -> "Collector":
-        """Returns the collector without `where`: equal for products with the same input."""
+        """Returns the collector without `where`, so that products with the same input are equal."""
         return dataclasses.replace(self, where="")
 
 
-class Matrix(NamedTuple):
-    """A product as a matrix product of tokens and a weight.
+class MatrixForm(NamedTuple):
+    """The form of a product as a matrix product of tokens and a weight.
 
     Attributes:
       axes: the batch, free and contracted axes of the weight.
@@ -152,7 +157,7 @@ class Matrix(NamedTuple):
     swapped: bool
 
 
-class Layout(NamedTuple):
+class MatrixLayout(NamedTuple):
     """The conversion between a weight and matrices `[matrices, inputs, outputs]`.
 
     Attributes:
@@ -175,13 +180,13 @@ class Layout(NamedTuple):
         return batch, contract, free
 
     def matrices(self, x: jax.Array) -> jax.Array:
-        """Reshapes a weight to matrices."""
+        """Converts a weight to matrices."""
         return x.transpose(self.order).reshape(self.sizes)
 
     def weight(self, x: jax.Array) -> jax.Array:
-        """Reshapes matrices back to the weight."""
-        back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return x.reshape([self.shape[axis] for axis in self.order]).transpose(back)
+        """Converts matrices back to the weight."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return x.reshape([self.shape[axis] for axis in self.order]).transpose(inverse)
 
     def stacked(self, statistics: Statistics) -> Statistics:
         """Returns statistics with their batch axes flattened into one axis, `[matrices]`."""
@@ -189,8 +194,8 @@ class Layout(NamedTuple):
         return jax.tree.map(lambda x: x.reshape((self.sizes[0], *x.shape[split:])), statistics)
 
 
-def matrix_of(product: Product, operand: int, hessian: bool = True) -> Matrix | str:
-    """Returns a product in the form of a matrix product, or the reason why it has no Hessian.
+def matrix_form(product: Product, operand: int, hessian: bool = True) -> MatrixForm | str:
+    """Returns the form of a product as a matrix product, or the reason why it has no Hessian.
 
     Args:
       product: the product.
@@ -198,29 +203,30 @@ def matrix_of(product: Product, operand: int, hessian: bool = True) -> Matrix | 
       hessian: as in `Collector`.
     """
     if product.operation == LOOK_UP:
-        return "a look-up multiplies nothing, so the nearest values are the best"
+        return "a look-up copies values without a product, so the nearest ones are best"
     other = 1 - operand
     if product.origins[other] is not None:
         return "its other operand is a weight too"
     shape = product.operands[operand].shape
     if product.operation == "conv_general_dilated":
         return _convolution(product, operand, hessian)
-    own, axes = axes_of(product)[operand], axes_of(product)[other]
+    weight_axes, axes = axes_of(product)[operand], axes_of(product)[other]
     grouped = product.operation == "ragged_dot_general"
-    if grouped and (operand == 0 or len(own.batch) != 1 or len(own.contract) != 1 or axes.batch):
+    has_one_group_axis = len(weight_axes.batch) == 1 and not axes.batch
+    if grouped and (operand == 0 or not has_one_group_axis or len(weight_axes.contract) != 1):
         return "a ragged product of this form is not supported"
     collector = Collector(
         where=product.where,
         axes=axes,
-        batch=tuple(shape[axis] for axis in own.batch),
-        inputs=math.prod(shape[axis] for axis in own.contract),
+        batch=tuple(shape[axis] for axis in weight_axes.batch),
+        inputs=math.prod(shape[axis] for axis in weight_axes.contract),
         hessian=hessian,
         grouped=grouped,
     )
-    return Matrix(own, collector, operand == 0)
+    return MatrixForm(weight_axes, collector, operand == 0)
 
 
-def _convolution(product: Product, operand: int, hessian: bool) -> Matrix | str:
+def _convolution(product: Product, operand: int, hessian: bool) -> MatrixForm | str:
     params, kernel = product.params, product.operands[1].shape
     if operand == 0:
         return "its weight is the image of a convolution"
@@ -246,10 +252,10 @@ def _convolution(product: Product, operand: int, hessian: bool) -> Matrix | str:
         hessian=hessian,
         patches=patches,
     )
-    return Matrix(Axes((), numbers.rhs_spec[:1], numbers.rhs_spec[1:]), collector, False)
+    return MatrixForm(Axes((), numbers.rhs_spec[:1], numbers.rhs_spec[1:]), collector, False)
 
 
-def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
+def shared_inputs(node: Node, matrices: Mapping[int, MatrixForm]) -> dict[int, int]:
     """Returns the number of the first product that reads the same input, for each product.
 
     Inputs are the same if they come from one array of the program by equal conversions, reshapes,
@@ -259,9 +265,9 @@ def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
       node: the program.
       matrices: the products, by their numbers.
     """
-    found: dict[int, int] = {}
+    result: dict[int, int] = {}
     first: dict[Any, int] = {}
-    known_values: dict[Any, Any] = {}
+    identities: dict[Any, Any] = {}  # An object for each distinct value.
 
     def walk(node: Node, operands: Sequence[Any]) -> list[Any]:
         body = compat.body(node.jaxpr)
@@ -278,7 +284,7 @@ def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
                 matrix = matrices[product.number]
                 inputs = [value(eqn.invars[int(matrix.swapped)]), *map(value, eqn.invars[2:])]
                 key = (*inputs, matrix.collector.shared(), product.stacked)
-                found[product.number] = first.setdefault(key, product.number)
+                result[product.number] = first.setdefault(key, product.number)
             elif i in node.inner:
                 around = eqn.primitive.name in compat.AROUND and eqn.primitive.name != "shard_map"
                 for inside in node.inner[i]:
@@ -287,14 +293,14 @@ def shared_inputs(node: Node, matrices: Mapping[int, Matrix]) -> dict[int, int]:
                     results = walk(inside, list(map(value, eqn.invars)) if around else fresh)
                     if around:
                         known.update(zip(eqn.outvars, results, strict=True))
-            elif eqn.primitive.name in (*VIEWS, *CONVERSIONS, *_CHANGES):
+            elif eqn.primitive.name in (*VIEWS, *CONVERSIONS, *_INPUT_CHANGES):
                 # The text of a closed jaxpr does not show the values of its constants.
                 consts = getattr(eqn.params.get("jaxpr"), "consts", ())
                 name = eqn.primitive.name, str(eqn.params), *map(id, consts)
                 for k, variable in enumerate(eqn.outvars):
                     key = (k, name, *map(value, eqn.invars))
-                    known[variable] = known_values.setdefault(key, object())
+                    known[variable] = identities.setdefault(key, object())
         return [value(variable) for variable in body.outvars]
 
     walk(node, [object() for _ in compat.body(node.jaxpr).invars])
-    return found
+    return result

@@ -1,5 +1,6 @@
-"""Assignment of the matrices of a stack of experts to leaves and to recipes."""
+"""Assignment of the matrices of a stacked weight, such as experts, to leaves and to recipes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,15 +8,17 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq.models import Product, QuantizedWeight, expert_axis
-from jaxq.ptq._collectors import Layout
+from jaxq.ptq._collectors import MatrixLayout
 from jaxq.quantizers import Levels
 from jaxq.recipes import Recipe
 
-__all__ = ["align_levels", "by_leaf", "by_recipe", "levels_for"]
+__all__ = ["align_levels", "leaf_shares", "levels_for", "matrices_by_recipe"]
 
 
-def by_leaf(product: Product, weight: QuantizedWeight, layout: Layout) -> dict[int, np.ndarray]:
-    """Returns for each leaf its share of each matrix, float64 `[matrices]`.
+def leaf_shares(
+    product: Product, weight: QuantizedWeight, layout: MatrixLayout
+) -> dict[int, np.ndarray]:
+    """Returns the share of each leaf in each matrix, float64 `[matrices]`, by the leaf's index.
 
     If a matrix consists of several leaves, they have equal shares.
     """
@@ -23,53 +26,55 @@ def by_leaf(product: Product, weight: QuantizedWeight, layout: Layout) -> dict[i
     axis = expert_axis(product, weight.operand)
     if axis is None or axis not in layout.axes.batch:
         return {leaf: np.full(layout.sizes[0], 1 / len(leaves)) for leaf in leaves}
-    places = _places(layout, axis)
-    found = {leaf: np.zeros(layout.sizes[0]) for leaf in leaves}
+    indices = _indices(layout, axis)
+    shares = {leaf: np.zeros(layout.sizes[0]) for leaf in leaves}
     for piece in weight.origin.pieces:
         start = piece.at[axis]
-        found[piece.leaf] += (start <= places) & (places < start + piece.box[axis])
-    return found
+        shares[piece.leaf] += (start <= indices) & (indices < start + piece.box[axis])
+    return shares
 
 
-def by_recipe(weight: QuantizedWeight, layout: Layout) -> list[tuple[Recipe, np.ndarray]]:
+def matrices_by_recipe(
+    weight: QuantizedWeight, layout: MatrixLayout
+) -> list[tuple[Recipe, np.ndarray]]:
     """Returns the recipes of a weight, each with the indices of its matrices.
 
-    No expert may stay a float.
+    Every expert must have a recipe.
     """
     if weight.experts is None:
         return [(weight.recipe, np.arange(layout.sizes[0]))]
-    places = _places(layout, weight.experts.axis)
-    found: dict[Recipe, np.ndarray] = {}
+    indices = _indices(layout, weight.experts.axis)
+    masks: dict[Recipe, np.ndarray] = {}
     for start, stop, recipe in weight.experts.parts:
         assert recipe is not None
-        own = (start <= places) & (places < stop)
-        found[recipe] = found.get(recipe, np.zeros(places.shape, bool)) | own
-    return [(recipe, np.flatnonzero(mask)) for recipe, mask in found.items()]
+        mask = (start <= indices) & (indices < stop)
+        masks[recipe] = masks.get(recipe, np.zeros(indices.shape, bool)) | mask
+    return [(recipe, np.flatnonzero(mask)) for recipe, mask in masks.items()]
 
 
-def _places(layout: Layout, axis: int) -> np.ndarray:
+def _indices(layout: MatrixLayout, axis: int) -> np.ndarray:
     """Returns the index of each matrix along a batch axis."""
     lengths = [layout.shape[a] for a in layout.axes.batch]
     return np.indices(lengths)[layout.axes.batch.index(axis)].reshape(-1)
 
 
-def align_levels(found: list[Levels]) -> list[Levels]:
-    """Returns levels that have the same fields, with values for the missing ones.
+def align_levels(parts: Sequence[Levels]) -> list[Levels]:
+    """Returns levels that have the same fields, so that they can be joined.
 
     Missing zero points and minima become 0, and missing outliers NaN.
     """
     fills = {"zero_point": 0, "minimum": 0, "outlier": np.nan}
 
     def filled(levels: Levels, name: str) -> jax.Array | None:
-        own = getattr(levels, name)
-        others = any(getattr(other, name) is not None for other in found)
-        return jnp.full_like(levels.step, fills[name]) if own is None and others else own
+        value = getattr(levels, name)
+        is_needed = any(getattr(other, name) is not None for other in parts)
+        return jnp.full_like(levels.step, fills[name]) if value is None and is_needed else value
 
-    return [levels._replace(**{name: filled(levels, name) for name in fills}) for levels in found]
+    return [levels._replace(**{name: filled(levels, name) for name in fills}) for levels in parts]
 
 
 def levels_for(levels: Any, recipe: Recipe) -> Levels:
-    """Returns levels without fields that a recipe does not have; the inverse of `align_levels`."""
+    """Removes the fields of levels that a recipe does not have, which `align_levels` added."""
     offset = recipe.scaling.zero_point
     return Levels(
         step=levels.step,

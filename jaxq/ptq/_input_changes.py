@@ -1,4 +1,4 @@
-"""Common code of input scales and rotations, whose effect the weights of the products cancel."""
+"""Functions that input scales and input rotations share."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -7,15 +7,14 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq.models import Planned, Product
-from jaxq.ptq._calls import Calls, Model
+from jaxq.models import Product
+from jaxq.ptq._calibration_calls import Calls, Model
 
 __all__ = [
     "check_equal_outputs",
     "named_inputs",
     "reason_of",
     "relative_difference",
-    "replace_leaves",
 ]
 
 # The largest relative change of outputs that rounding may cause, by dtype.
@@ -24,7 +23,7 @@ _DEFAULT_TOLERANCE = 0.05
 
 
 def reason_of(model: Model, product: Product) -> str:
-    """Returns the reason why the input of a product cannot be changed, or ""."""
+    """Returns the reason why the input of a product cannot be scaled or rotated, or ""."""
     number, stored = product.number, model.planned.stored
     if number in model.targets.reasons:
         return model.targets.reasons[number]
@@ -42,12 +41,12 @@ def reason_of(model: Model, product: Product) -> str:
 
 
 def _leaves(product: Product) -> set[int]:
-    """Returns the leaves that the operands of a product are made from."""
+    """Returns the indices of the leaves from which the operands of a product are computed."""
     return {leaf for origin in product.origins if origin for leaf in origin.leaves.values()}
 
 
 def named_inputs(
-    owner: str, model: Model, left: Mapping[int, str], known: Collection[str]
+    owner: str, model: Model, left: Mapping[int, str], changed: Collection[str]
 ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
     """Returns pairs (product, input) of the changed products and (product, reason) of all others.
 
@@ -55,8 +54,8 @@ def named_inputs(
       owner: the name of the public function that was called, for errors.
       model: the model.
       left: the reasons why products were left unchanged, by their numbers.
-      known: the names of the changed inputs. An input has the name of the first product that reads
-        it.
+      changed: the names of the changed inputs. An input has the name of the first product that
+        reads it.
 
     Raises:
       ValueError: if no product is changed.
@@ -66,11 +65,14 @@ def named_inputs(
     inputs = tuple(
         (name, products[targets.first[n]].name)
         for n, name in names.items()
-        if n not in left and products[targets.first[n]].name in known
+        if n not in left and products[targets.first[n]].name in changed
     )
-    found = {name for name, _ in inputs}
-    why = "its input does not depend on data"
-    others = tuple((name, left.get(n, why)) for n, name in names.items() if name not in found)
+    changed_products = {name for name, _ in inputs}
+    others = tuple(
+        (name, left.get(n, "its input does not depend on data"))
+        for n, name in names.items()
+        if name not in changed_products
+    )
     if not inputs:
         raise ValueError(
             f"{owner}: `rules` must quantize the weight of a product that can be changed, got "
@@ -79,20 +81,14 @@ def named_inputs(
     return inputs, others
 
 
-def replace_leaves(planned: Planned, arrays: Mapping[int, np.ndarray]) -> Any:
-    """Returns the parameters with some leaves replaced by other arrays."""
-    tree, places = planned.traced.parameters
-    (tree,) = tree  # The list of the arguments that hold parameters.
-    leaves, structure = jax.tree.flatten(tree)
-    new = [
-        leaf if place is None or place not in arrays else jnp.asarray(arrays[place])
-        for place, leaf in zip(places, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, new)
-
-
 def check_equal_outputs(calls: Calls, changed: Callable[..., Any], params: Any) -> None:
-    """Raises a ValueError unless a changed function returns the outputs of the original."""
+    """Raises a ValueError unless a changed function has the outputs of the original function.
+
+    Args:
+      calls: the calls of the original function, of which the first is compared.
+      changed: the changed function.
+      params: the parameters of the changed function.
+    """
     error = relative_difference(calls.fn(*calls.calls[0]), changed(params, *calls.calls[0][1:]))
     if error:
         raise ValueError(

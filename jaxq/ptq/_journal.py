@@ -1,4 +1,4 @@
-"""A folder of solved products, from which an interrupted run resumes."""
+"""A folder that stores solved products, so that an interrupted run can be resumed."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 from jaxq._jax import compat
 from jaxq.interop import load, save
 from jaxq.models import weight_of
-from jaxq.ptq._calls import Calls, Model
+from jaxq.ptq._calibration_calls import Calls, Model
 from jaxq.ptq._reports import SolvedProduct
 from jaxq.quantizers import Quantized
 
@@ -23,7 +23,7 @@ _RUN = "run.safetensors"
 
 
 class Entry(NamedTuple):
-    """A solved product.
+    """A solved product in a journal.
 
     Attributes:
       row: its row of the report.
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Journal:
-    """A folder with one file per solved product, which is moved there once it is complete.
+    """A folder with one file per solved product. Files appear in it only when they are complete.
 
     Attributes:
       folder: the folder.
@@ -48,7 +48,7 @@ class Journal:
         return self.folder / f"{number:05}.safetensors"
 
     def read(self, number: int) -> Entry | None:
-        """Returns the product with a position in the order of solving, or None if it is missing."""
+        """Returns the product at a position in the order of solving, or None if it is missing."""
         path = self._path(number)
         if not path.exists():
             return None
@@ -59,7 +59,7 @@ class Journal:
         return Entry(row, tree["packed"])
 
     def write(self, number: int, entry: Entry) -> None:
-        """Stores a solved product under its position in the order of solving."""
+        """Stores the product at a position in the order of solving."""
         fields = dataclasses.asdict(entry.row)
         texts = {name: value for name, value in fields.items() if isinstance(value, str)}
         names = [name for name in fields if name not in texts]
@@ -77,7 +77,7 @@ def journal_of(folder: pathlib.Path, calls: Calls, model: Model, settings: Any) 
 
     Args:
       folder: the folder.
-      calls: the parameters and batches.
+      calls: the calls of the model, with the parameters and batches.
       model: the planned model.
       settings: the other settings of the run, compared by their `repr`.
 
@@ -87,21 +87,21 @@ def journal_of(folder: pathlib.Path, calls: Calls, model: Model, settings: Any) 
     run = _fingerprint(calls, model, settings)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _RUN
-    found = load(path)["run"] if path.exists() else None
-    if found != run and (found is not None or any(folder.iterdir())):
-        contents = "products of another run" if found else "other files"
+    stored = load(path)["run"] if path.exists() else None
+    if stored != run and (stored is not None or any(folder.iterdir())):
+        contents = "products of another run" if stored else "other files"
         raise ValueError(
             f"{calls.owner}: `resume` must be a new folder, or that of a run with the same model, "
             f"rules, solver, params and batches, but {folder.name!r} holds {contents}. Pass "
             "another folder, or remove this one."
         )
-    if found is None:
+    if stored is None:
         save(path, {"run": run})
     return Journal(folder)
 
 
 def _fingerprint(calls: Calls, model: Model, settings: Any) -> str:
-    """Returns a hash of everything that the result depends on."""
+    """Returns a hash of everything on which the result depends."""
     planned = model.planned
     texts = [repr(settings), str(planned.traced.jaxpr)]
     for product, assigned in zip(planned.products, planned.chosen, strict=True):

@@ -1,4 +1,4 @@
-"""OWQ: the most sensitive inputs of a weight stay floats, and GPTQ quantizes the others."""
+"""OWQ, which stores the most sensitive inputs of a weight as floats and solves the others."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from jaxq.numerics import encode
 from jaxq.products import is_stochastic
-from jaxq.ptq._matrices import Settings, Solution, solve
+from jaxq.ptq._gptq_matrix import Settings, Solution, solve
 from jaxq.quantizers import (
     Levels,
     Quantized,
@@ -22,9 +22,9 @@ from jaxq.quantizers import (
     values_of,
     with_levels,
 )
-from jaxq.recipes import Recipe, get_recipe
+from jaxq.recipes import Outliers, Recipe, get_recipe
 
-__all__ = ["check_owq_order", "keep_inputs", "owq"]
+__all__ = ["check_owq_order", "owq", "owq_leaf"]
 
 
 def owq(
@@ -75,11 +75,8 @@ def owq(
       Lee et al., "OWQ: Outlier-Aware Weight Quantization for Efficient Fine-Tuning and Inference of
       Large Language Models" (2024).
     """
-    weight, gram, record = (
-        jnp.asarray(weight),
-        jnp.asarray(hessian, jnp.float32),
-        get_recipe(recipe),
-    )
+    weight, gram = jnp.asarray(weight), jnp.asarray(hessian, jnp.float32)
+    record = get_recipe(recipe)
     check_owq_order("owq", order)
     inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None
     if weight.ndim < 2 or inputs is None or gram.shape != (inputs, inputs):
@@ -94,16 +91,16 @@ def owq(
             f"{record.outliers} and rounding={record.rounding!r}. Use, for example, "
             "outliers=jaxq.recipes.Outliers(0.01)."
         )
-    kept = record.outliers.count(weight.size) // (weight.size // inputs)
-    if not 0 < kept < inputs:
+    count = _float_input_count(record.outliers, weight, inputs)
+    if not 0 < count < inputs:
         raise ValueError(
             f"owq: `recipe` must have outliers for at least one of the {inputs} inputs, got the "
             f"fraction {record.outliers.fraction}. Use at least {1 / inputs:.3g}."
         )
-    result, solved = _owq(weight, gram, _Options(record, axis, Settings(damping, order), kept))
+    result, is_solved = _owq(weight, gram, _Options(record, axis, Settings(damping, order), count))
     is_known_to_fail = False
     with contextlib.suppress(jax.errors.ConcretizationTypeError):  # Under `jit`.
-        is_known_to_fail = not bool(solved)
+        is_known_to_fail = not bool(is_solved)
     if is_known_to_fail:
         raise ValueError(
             "owq: `hessian` must be positive semidefinite, finite and not zero, got one with the "
@@ -119,116 +116,140 @@ def check_owq_order(owner: str, order: str | None) -> None:
         raise ValueError(f"{owner}: `order` must be 'static' or None, got {order!r}. Use 'static'.")
 
 
-def keep_inputs(
+def _float_input_count(outliers: Outliers, weight: jax.Array, inputs: int) -> int:
+    """Returns the number of inputs whose weights fit into the number of outliers."""
+    return outliers.count(weight.size) // (weight.size // inputs)
+
+
+def owq_leaf(
     start: Quantized, weight: jax.Array, hessian: jax.Array, axis: int, settings: Settings
 ) -> tuple[Quantized, jax.Array] | None:
-    """Returns a stored weight with the most expensive inputs as its outliers, as `owq` does.
+    """Quantizes a leaf by OWQ, in the form in which it is stored.
 
     Args:
-      start: the weight quantized to the nearest levels, whose recipe has its granularity on the
-        weight's own axes.
-      weight: the float32 weight that products see.
+      start: the leaf quantized to the nearest levels. The granularity of its recipe is given by the
+        axes of the leaf.
+      weight: the float32 values that the product multiplies.
       hessian: the sum of `x x^T`.
       axis: the axis of inputs.
       settings: the settings of GPTQ.
 
     Returns:
-      The weight, and False if the Hessian cannot be solved; None if the recipe has no room for the
-      outliers of one input, or as many as the data wants.
+      The quantized leaf, and False if the Hessian cannot be factorized. None if the recipe has no
+      outliers, a number of outliers that depends on the data, or too few for one input.
     """
     outliers, inputs = start.recipe.outliers, weight.shape[axis]
     if outliers is None or outliers.sigma is not None:
         return None
-    kept = outliers.count(weight.size) // (weight.size // inputs)
-    if not 0 < kept < inputs:
+    count = _float_input_count(outliers, weight, inputs)
+    if not 0 < count < inputs:
         return None
-    options = _Options(start.recipe, axis, settings, kept, is_placed=True)
-    q, solved = _owq(weight, hessian, options)
-    return dataclasses.replace(q, dtype=start.dtype), solved
+    options = _Options(start.recipe, axis, settings, count, is_placed=True)
+    q, is_solved = _owq(weight, hessian, options)
+    return dataclasses.replace(q, dtype=start.dtype), is_solved
 
 
 class _Options(NamedTuple):
-    """The static arguments.
+    """The static arguments of OWQ.
 
     Attributes:
       recipe: the recipe.
       axis: the axis of inputs.
       settings: the settings of GPTQ.
-      kept: the number of inputs that stay floats.
-      is_placed: True if the recipe's granularity is on the weight's own axes.
+      float_inputs: the number of inputs that are stored as floats.
+      is_placed: True if the recipe's granularity is given by the axes of the weight, False (the
+        default) if it is relative to `axis`.
     """
 
     recipe: Recipe
     axis: int
     settings: Settings
-    kept: int
+    float_inputs: int
     is_placed: bool = False
 
 
 @functools.partial(jax.jit, static_argnames="options")
 def _owq(weight: jax.Array, hessian: jax.Array, options: _Options) -> tuple[Quantized, jax.Array]:
     """Returns the quantized weight, and False if the Hessian cannot be factorized."""
-    recipe, axis, kept = options.recipe, options.axis, options.kept
+    recipe, axis = options.recipe, options.axis
     plain = dataclasses.replace(recipe, outliers=None)
-    moved = jnp.moveaxis(weight, axis, 0).shape
+    shape = jnp.moveaxis(weight, axis, 0).shape
 
     def matrix(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, axis, 0).reshape(moved[0], -1)
+        return jnp.moveaxis(x, axis, 0).reshape(shape[0], -1)
 
-    def back(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(moved), 0, axis)
+    def from_matrix(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(shape), 0, axis)
 
     w = matrix(weight.astype(jnp.float32))
     place = None if options.is_placed else axis
     nearest = matrix(dequantize(quantize(weight, plain, axis=place)).astype(jnp.float32))
     cost = jnp.diagonal(hessian) * jnp.sum(jnp.square(nearest - w), axis=1)
-    most = jnp.sort(lax.top_k(cost, kept)[1])
-    is_kept = jnp.zeros(len(w), bool).at[most].set(True)
-    rest = jnp.argsort(is_kept, stable=True)[: len(w) - kept]
-    left = back(jnp.where(is_kept[:, None], 0, w)).astype(weight.dtype)
-    start = quantize(left, plain, axis=place)
-    own = jax.tree.map(lambda x: matrix(x)[rest], levels(start))
+    floats = jnp.sort(lax.top_k(cost, options.float_inputs)[1])
+    is_float = jnp.zeros(len(w), bool).at[floats].set(True)
+    rounded = jnp.argsort(is_float, stable=True)[: len(w) - options.float_inputs]
+    without_floats = from_matrix(jnp.where(is_float[:, None], 0, w)).astype(weight.dtype)
+    start = quantize(without_floats, plain, axis=place)
+    rounded_levels = jax.tree.map(lambda x: matrix(x)[rounded], levels(start))
     numbers = matrix(numbers_of(start))
-    found, share = _solved(w[rest], own, hessian, options._replace(recipe=plain), (rest, most))
-    chosen = jnp.where(found.solved, found.numbers, numbers[rest])
-    error = values_of(chosen, own, plain) - w[rest]
-    change = jnp.matmul(share, error, precision=lax.Precision.HIGHEST)
-    values = w[most] - jnp.where(found.solved, change, 0)
-    q = with_levels(start, back(numbers.at[rest].set(chosen)))
+    split = _InputSplit(rounded, floats)
+    solution, feedback = _solve_rounded(
+        w[rounded], rounded_levels, hessian, options._replace(recipe=plain), split
+    )
+    chosen = jnp.where(solution.solved, solution.numbers, numbers[rounded])
+    error = values_of(chosen, rounded_levels, plain) - w[rounded]
+    change = jnp.matmul(feedback, error, precision=lax.Precision.HIGHEST)
+    values = w[floats] - jnp.where(solution.solved, change, 0)
+    q = with_levels(start, from_matrix(numbers.at[rounded].set(chosen)))
     assert recipe.outliers is not None
-    empty = recipe.outliers.count(weight.size) - values.size
-    places = matrix(jnp.arange(weight.size, dtype=jnp.int32).reshape(weight.shape))[most]
-    order = jnp.argsort(places.reshape(-1))
-    places = jnp.pad(places.reshape(-1)[order], (0, empty), constant_values=weight.size)
-    values = jnp.pad(values.reshape(-1)[order], (0, empty))
+    # Outliers are stored in the order of their indices, followed by unused entries.
+    unused = recipe.outliers.count(weight.size) - values.size
+    indices = matrix(jnp.arange(weight.size, dtype=jnp.int32).reshape(weight.shape))[floats]
+    order = jnp.argsort(indices.reshape(-1))
+    indices = jnp.pad(indices.reshape(-1)[order], (0, unused), constant_values=weight.size)
+    values = jnp.pad(values.reshape(-1)[order], (0, unused))
     codes = encode(values, recipe.outliers.element, overflow="propagate")
-    own_recipe = dataclasses.replace(q.recipe, outliers=recipe.outliers)
-    return dataclasses.replace(q, recipe=own_recipe, outliers=(codes, places)), found.solved
+    with_outliers = dataclasses.replace(q.recipe, outliers=recipe.outliers)
+    return dataclasses.replace(q, recipe=with_outliers, outliers=(codes, indices)), solution.solved
 
 
-def _solved(
+class _InputSplit(NamedTuple):
+    """The indices of the inputs that are rounded, and of those that are stored as floats."""
+
+    rounded: jax.Array
+    floats: jax.Array
+
+
+def _solve_rounded(
     weight: jax.Array,
-    own: Levels,
+    levels: Levels,
     hessian: jax.Array,
     options: _Options,
-    rows: tuple[jax.Array, jax.Array],
+    split: _InputSplit,
 ) -> tuple[Solution, jax.Array]:
-    """Solves the inputs r that are rounded, given the inputs k that stay floats.
+    """Solves the inputs r that are rounded, given the inputs f that are stored as floats.
 
     For an error E of the rounded inputs, the output error is smallest if the float inputs change by
-    `-A E`, with `A = H_kk^-1 H_kr`. It is then `tr(E^T S E)`, with the Schur complement
-    `S = H_rr - H_rk A`.
+    `-A E`, with `A = H_ff^-1 H_fr`. It is then `tr(E^T S E)`, with the Schur complement
+    `S = H_rr - H_rf A`.
+
+    Args:
+      weight: the rounded inputs of the weight, `[inputs, outputs]`.
+      levels: the levels of their elements.
+      hessian: the Hessian of all inputs.
+      options: the static arguments.
+      split: the indices of both kinds of inputs.
 
     Returns:
       The solution, and A.
     """
-    rest, most = rows
+    rounded, floats = split
     mean = jnp.mean(jnp.diagonal(hessian))
     damped = hessian + options.settings.damping * mean * jnp.eye(len(hessian), dtype=jnp.float32)
-    between = damped[most][:, rest]
-    factor = jax.scipy.linalg.cho_factor(damped[most][:, most])
-    share = jax.scipy.linalg.cho_solve(factor, between)
-    schur = damped[rest][:, rest] - jnp.matmul(between.T, share, precision=lax.Precision.HIGHEST)
-    return solve(
-        weight, own, schur, None, options.recipe, options.settings._replace(damping=0.0)
-    ), share
+    between = damped[floats][:, rounded]
+    factor = jax.scipy.linalg.cho_factor(damped[floats][:, floats])
+    feedback = jax.scipy.linalg.cho_solve(factor, between)
+    product = jnp.matmul(between.T, feedback, precision=lax.Precision.HIGHEST)
+    schur = damped[rounded][:, rounded] - product
+    settings = options.settings._replace(damping=0.0)
+    return solve(weight, levels, schur, None, options.recipe, settings), feedback

@@ -1,4 +1,4 @@
-"""Reports of the quantization of a whole model."""
+"""The report of `quantize_weights`."""
 
 import dataclasses
 import math
@@ -60,6 +60,8 @@ class SolvedProduct:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
+    """A line of the printed table."""
+
     product: str
     recipe: str
     tokens: int

@@ -38,7 +38,7 @@ class RoundingProblem(NamedTuple):
     """A leaf whose rounding is learned.
 
     Attributes:
-      weight: the values that its products see, float32, in its shape.
+      weight: the values that its products multiply, float32, in the shape of the leaf.
       start: the leaf quantized to the nearest levels.
 
     Example:
@@ -196,15 +196,15 @@ class SignRound:
     def _choice(
         self, variables: dict[str, jax.Array], problem: RoundingProblem, recipe: Recipe
     ) -> tuple[Quantized, jax.Array, jax.Array]:
-        """Returns the rescaled leaf, the chosen grid values, and the gaps of adjacent levels."""
+        """Returns the rescaled leaf, the chosen grid values, and the gaps between the levels."""
         variables = lax.stop_gradient(variables)
         start = problem.start
         if "factor" in variables:
             start = rescaled(start, variables["factor"])
         grid, below, above = _adjacent_levels(problem.weight, start, recipe)
         gap = above - below
-        moved = problem.weight + variables["offset"] * gap * grid.step
-        return start, snap(moved, grid, recipe)[0], gap
+        shifted = problem.weight + variables["offset"] * gap * grid.step
+        return start, snap(shifted, grid, recipe)[0], gap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,8 +278,8 @@ class AdaRound:
     def penalty(self, variables: jax.Array, step: jax.Array) -> jax.Array:
         """Returns the weighted penalty, 0 in the warm-up."""
         first = self.warm_up * self.steps
-        left = jnp.clip((self.steps - step) / (self.steps - first), 0, 1)
-        term = adaround_penalty(variables, 2 + 18 * left) * (self.weight / variables.size)
+        remaining = jnp.clip((self.steps - step) / (self.steps - first), 0, 1)
+        term = adaround_penalty(variables, 2 + 18 * remaining) * (self.weight / variables.size)
         return jnp.where(step < first, 0, term)
 
 

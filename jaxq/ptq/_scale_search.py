@@ -1,4 +1,4 @@
-"""Search for the scales of a weight that minimize the output error on calibration data."""
+"""Search for the scales of a weight with the smallest output error on calibration data."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.ptq._searching import SearchOptions, SearchProblem
+from jaxq.ptq._search import SearchOptions, SearchProblem
 from jaxq.quantizers import Quantized, rescaled, snap
 from jaxq.recipes import Recipe
 
@@ -22,7 +22,7 @@ class ScaleSearch:
     scale format. The block keeps the first of these scales for which rounding its elements to
     nearest gives the smallest output error. With the block's error e and the submatrix h of the
     Hessian for its inputs, the output error is `e^T h e`, or `sum h_ii e_i^2` if only the diagonal
-    is used. Blocks, scale format, zero points and tensor scales do not change.
+    is used. The blocks, the scale format, zero points and tensor scales do not change.
 
     Attributes:
       weighting: `"hessian"` (the default) uses the submatrix of the Hessian for the block's inputs;
@@ -73,11 +73,11 @@ class ScaleSearch:
         runs = inputs // length
         diagonal = hessian.reshape(matrices, runs, length, runs, length)
         diagonal = jnp.einsum("mrirj->mrij", diagonal)
-        # A block covers the same inputs for every output, so the first output stands for all.
-        own = numbers[:, :, 0].reshape(matrices, runs, length)
-        diagonal = jnp.where(own[..., :, None] == own[..., None, :], diagonal, np.float32(0))
+        # A block covers the same inputs for every output, so the first output is enough.
+        block = numbers[:, :, 0].reshape(matrices, runs, length)
+        diagonal = jnp.where(block[..., :, None] == block[..., None, :], diagonal, np.float32(0))
 
-        def by_hessian(error: jax.Array) -> jax.Array:
+        def times_hessian(error: jax.Array) -> jax.Array:
             error = error.reshape(matrices, runs, length, outputs)
             product = jnp.matmul(diagonal, error, precision=lax.Precision.HIGHEST)
             return product.reshape(weight.shape)
@@ -87,7 +87,7 @@ class ScaleSearch:
             tried = levels._replace(step=jnp.concatenate(steps)[numbers])
             error = snap(weight, tried, recipe)[1] - weight
             if self.weighting == "hessian":
-                weighted = by_hessian(error)
+                weighted = times_hessian(error)
             else:
                 weighted = statistics.square[..., None] * error
             return jax.ops.segment_sum(
@@ -96,4 +96,4 @@ class ScaleSearch:
 
         factors = jnp.array(self.factors, jnp.float32)
         best = factors[jnp.argmin(lax.map(loss, factors), axis=0)]
-        return tuple(rescaled(q, own) for q, own in problem.by_leaf(best))
+        return tuple(rescaled(q, leaf_factors) for q, leaf_factors in problem.by_leaf(best))

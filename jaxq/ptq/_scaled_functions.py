@@ -1,4 +1,4 @@
-"""Functions whose products scale or rotate their inputs, and the folding of the scales."""
+"""Functions whose products scale or rotate their inputs, and input scales (`InputScales`)."""
 
 import dataclasses
 import functools
@@ -14,10 +14,10 @@ from jaxq._jax.serialization import pytree
 from jaxq.models import Extra, Product, not_floating, plan, program, run, unassigned, unpacked
 from jaxq.quantizers import Quantized
 
-__all__ = ["InputScales", "changed"]
+__all__ = ["InputScales", "with_changed_inputs"]
 
 
-def changed(
+def with_changed_inputs(
     owner: str,
     fn: Callable[..., Any],
     inputs: Mapping[str, str],
@@ -49,7 +49,7 @@ def changed(
         chosen = [
             dataclasses.replace(
                 unassigned(product),
-                swapped=product.name in inputs and _is_left(product),
+                swapped=product.name in inputs and _has_weight_first(product),
                 factor=inputs.get(product.name),
                 rotated=lengths.get(inputs.get(product.name, "")),
             )
@@ -65,6 +65,8 @@ def changed(
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
+    """A line of the printed table."""
+
     product: str
     input: str
     note: str
@@ -107,19 +109,19 @@ class InputScales(Tabular):
         Raises:
           ValueError: when called, if `fn` lacks a product that has factors.
         """
-        return changed("InputScales.apply", fn, dict(self.inputs), self.factors, {})
+        return with_changed_inputs("InputScales.apply", fn, dict(self.inputs), self.factors, {})
 
     def fold(
         self, params: Any, into: Mapping[str, str | tuple[str, int] | list[Any]]
     ) -> tuple[Any, "InputScales"]:
         """Multiplies factors into leaves of the parameters, which removes their cost at run time.
 
-        This is correct only if the input of the products is proportional to the leaf and nothing
-        else depends on the leaf: for the weight of the norm before the products, or for the kernel
-        of the preceding product without a nonlinear function in between. If a bias is added, as in
-        a LayerNorm, put both paths into a list. The output of a norm that
-        multiplies by `1 + weight` is not proportional to the weight. Compare the model's outputs
-        before and after.
+        This is correct only if the input of the products is proportional to the leaf, and nothing
+        else depends on the leaf. Such a leaf is the weight of the norm before the products, or the
+        kernel of the preceding product if no nonlinear function is in between. If a bias is added,
+        as in a LayerNorm, put both paths into a list. The output of a norm that multiplies by
+        `1 + weight` is not proportional to the weight. Compare the model's outputs before and
+        after.
 
         Args:
           params: the parameters that `ptq.scale_inputs` returned, not yet quantized.
@@ -155,22 +157,20 @@ class InputScales(Tabular):
             if name not in groups:
                 raise ValueError(_unknown_name("a product with factors", name, groups))
             targets = target if isinstance(target, list) else [target]
-            destinations = [(one, -1) if isinstance(one, str) else one for one in targets]
+            destinations = [(entry, -1) if isinstance(entry, str) else entry for entry in targets]
             for path, axis in destinations:
                 if path not in paths:
                     raise ValueError(_unknown_name("a leaf of `params`", path, paths))
                 at = paths.index(path)
                 leaves[at] = _scale_axis(path, leaves[at], self.factors[groups[name]], axis)
             folded[groups[name]] = f"folded into {' and '.join(path for path, _ in destinations)}"
-        rest = InputScales(
-            {name: x for name, x in self.factors.items() if name not in folded},
-            tuple((name, first) for name, first in self.inputs if first not in folded),
-            (
-                *self.left,
-                *((name, folded[first]) for name, first in self.inputs if first in folded),
-            ),
+        reasons = [(name, folded[first]) for name, first in self.inputs if first in folded]
+        remaining = InputScales(
+            factors={name: x for name, x in self.factors.items() if name not in folded},
+            inputs=tuple((name, first) for name, first in self.inputs if first not in folded),
+            left=(*self.left, *reasons),
         )
-        return jax.tree.unflatten(structure, leaves), rest
+        return jax.tree.unflatten(structure, leaves), remaining
 
     def _table(self) -> Table:
         lines = [_Line(name, first, "") for name, first in self.inputs]
@@ -178,7 +178,7 @@ class InputScales(Tabular):
         return Table(tuple(lines))
 
 
-def _is_left(product: Product) -> bool:
+def _has_weight_first(product: Product) -> bool:
     """Returns whether the weight of a product is its first operand."""
     return product.origins[0] is not None
 

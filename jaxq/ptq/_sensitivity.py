@@ -9,11 +9,11 @@ import numpy as np
 
 from jaxq._base.tables import Table, Tabular
 from jaxq.models import Rule
-from jaxq.ptq._calls import read_calls
-from jaxq.ptq._gradients import gradient_scores
-from jaxq.ptq._models import stages_of
+from jaxq.ptq._calibration_calls import read_calls
+from jaxq.ptq._gradient_scores import gradient_scores
+from jaxq.ptq._model_runner import model_runner
+from jaxq.ptq._solver_run import SolverRun
 from jaxq.ptq._solvers import Solver, get_solver
-from jaxq.ptq._solving import SolverRun
 from jaxq.recipes import RECIPES, Recipe, get_recipe
 
 __all__ = ["Score", "Scores", "sensitivity"]
@@ -65,6 +65,8 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
+    """A line of the printed table."""
+
     weight: str
     recipe: str
     nbytes: int
@@ -166,76 +168,80 @@ def sensitivity(
     record = get_solver(solver)
     if not any(recipes):
         raise ValueError(
-            f"{_OWNER}: `candidates` must hold at least one recipe, got {list(candidates)}. Pass, "
-            "for example, ['int8_channel', 'int4_g128']."
+            f"{_OWNER}: `candidates` must contain at least one recipe, got {list(candidates)}. "
+            "Pass, for example, ['int8_channel', 'int4_g128']."
         )
 
     def scored(*args: Any) -> Scores:
         calls = read_calls(_OWNER, fn, mask, args)
-        states, found, data = None, [], []
+        states, solved, data = None, [], []
         for recipe in filter(None, recipes):
             model = calls.plan([Rule(weights, recipe)])
             solving = SolverRun(_OWNER, model, record)
-            stages = stages_of(calls, model, solving.leaves, solving.solve)
-            root = stages.root()
+            runner = model_runner(calls, model, solving.leaves, solving.solve)
+            root = runner.root()
             if states is None:
                 invars = root.flat.body.invars
                 envs = calls.environments(model, invars)
                 data = [[env.get(v) for v in invars] for env in envs] if gradient else []
-                states = stages.observed(root, envs)
-            stages.solve_together(root, states)
-            found.append((recipe, solving))
-        gradients = (
-            gradient_scores(_OWNER, [own.planned for _, own in found], data) if gradient else {}
-        )
-        return Scores(tuple(_rows(found, None in recipes, gradients)))
+                states = runner.observed(root, envs)
+            runner.solve_together(root, states)
+            solved.append((recipe, solving))
+        plans = [solving.planned for _, solving in solved]
+        gradients = gradient_scores(_OWNER, plans, data) if gradient else {}
+        return Scores(tuple(_rows(solved, None in recipes, gradients)))
 
     return scored
 
 
 def _rows(
-    found: Sequence[tuple[Recipe, SolverRun]], floats: bool, gradients: Mapping[int, np.ndarray]
+    solved: Sequence[tuple[Recipe, SolverRun]], floats: bool, gradients: Mapping[int, np.ndarray]
 ) -> list[Score]:
     """Returns the scores of all weights, by weight.
 
     Args:
-      found: the recipes with the solved weights.
+      solved: the recipes with the weights that were solved with them.
       floats: True to add the scores of float weights.
       gradients: the gradient scores of each leaf, one per recipe; empty if not computed.
     """
-    rows = []
-    _, first = found[0]
+    rows: list[Score] = []
+    _, first = solved[0]
     for leaf, array in enumerate(first.planned.traced.arrays):
-        nans = np.full(len(found), math.nan)
-        own = [
-            (recipe, solving, [o for o in solving.outcomes if leaf in o.leaves], float(score))
-            for (recipe, solving), score in zip(found, gradients.get(leaf, nans), strict=True)
-        ]
-        own = [entry for entry in own if entry[2]]
-        if not own:
-            continue
-        path = next(iter(_paths(first, leaf)))
-        for recipe, solving, outcomes, score in own:
-            storage = solving.planned.stored.leaves[leaf]
-            stack, shape = array.shape[: storage.leading], array.shape[storage.leading :]
+        nans = np.full(len(solved), math.nan)
+        pairs = zip(solved, gradients.get(leaf, nans), strict=True)
+        scores = [_score(leaf, *run, float(gradient)) for run, gradient in pairs]
+        present = [score for score in scores if score is not None]
+        rows += present
+        if floats and present:
             rows.append(
                 Score(
-                    weight=path,
-                    recipe=recipe,
-                    nbytes=math.prod(stack) * storage.recipe.nbytes(shape),
-                    loss=sum(o.leaves[leaf].loss for o in outcomes),
-                    relative=sum(o.relative(o.leaves[leaf].loss) for o in outcomes),
-                    gradient=score,
-                    tokens=sum(o.leaves[leaf].tokens for o in outcomes),
+                    weight=present[-1].weight,
+                    recipe=None,
+                    nbytes=array.nbytes,
+                    loss=0.0,
+                    relative=0.0,
+                    gradient=0.0 if gradients else math.nan,
+                    tokens=present[-1].tokens,
                 )
             )
-        if floats:
-            tokens = rows[-1].tokens
-            none = Score(path, None, array.nbytes, 0.0, 0.0, 0.0 if gradients else math.nan, tokens)
-            rows.append(none)
     return rows
 
 
-def _paths(solving: SolverRun, leaf: int) -> list[str]:
-    origin = solving.planned.traced.origins[leaf]
-    return [] if origin is None else [*origin.paths]
+def _score(leaf: int, recipe: Recipe, solving: SolverRun, gradient: float) -> Score | None:
+    """Returns the score of a leaf with one recipe, or None if no product was solved with it."""
+    outcomes = [outcome for outcome in solving.outcomes if leaf in outcome.leaves]
+    if not outcomes:
+        return None
+    traced, storage = solving.planned.traced, solving.planned.stored.leaves[leaf]
+    origin, shape = traced.origins[leaf], traced.arrays[leaf].shape
+    assert origin is not None, "only parameters are solved"
+    stack, shape = shape[: storage.leading], shape[storage.leading :]
+    return Score(
+        weight=next(iter(origin.paths)),
+        recipe=recipe,
+        nbytes=math.prod(stack) * storage.recipe.nbytes(shape),
+        loss=sum(o.leaves[leaf].loss for o in outcomes),
+        relative=sum(o.relative(o.leaves[leaf].loss) for o in outcomes),
+        gradient=gradient,
+        tokens=sum(o.leaves[leaf].tokens for o in outcomes),
+    )

@@ -1,12 +1,10 @@
 """Solvers, which choose the codes of a weight from the statistics of its input.
 
-A solver does not change scales. They are computed by the recipe, or by a search in the same format,
-so the result is a `jaxq.Quantized` on the recipe's grid.
+A solver does not change scales. The recipe or a search computes them in the recipe's format, so the
+result is a `jaxq.Quantized` on the recipe's grid.
 """
 
-import contextlib
 import dataclasses
-import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,13 +13,13 @@ from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
 from jaxq.products import is_stochastic
-from jaxq.ptq._half_quadratic import HQQ
-from jaxq.ptq._matrices import Settings, Solution, solve
+from jaxq.ptq._gptq_matrix import Settings, Solution, solve
+from jaxq.ptq._hqq import HQQ
 from jaxq.ptq._owq import check_owq_order
-from jaxq.ptq._searching import Search
-from jaxq.ptq._statistics import Statistics, empty_statistics
-from jaxq.quantizers import Levels, Quantized, levels, numbers_of, quantize, with_levels
-from jaxq.recipes import Recipe, get_recipe
+from jaxq.ptq._search import Search
+from jaxq.ptq._statistics import Statistics
+from jaxq.quantizers import Levels
+from jaxq.recipes import Recipe
 
 __all__ = [
     "GPTQ",
@@ -34,10 +32,8 @@ __all__ = [
     "check_recipe",
     "check_search",
     "get_solver",
-    "gptq",
     "needs_drift",
     "search_of",
-    "solved",
 ]
 
 
@@ -109,7 +105,7 @@ class RTN:
 
 @dataclasses.dataclass(frozen=True)
 class GPTQ:
-    """Rounds the inputs of a weight one by one, each correcting the errors of those before it.
+    """Rounds the inputs of a weight one by one, so that each corrects the errors of earlier ones.
 
     With the Hessian `H = sum x x^T` of the calibration data and the error E of the weight
     `[inputs, outputs]`, the chosen codes make the output error `tr(E^T H E)` small. Scales are
@@ -121,16 +117,16 @@ class GPTQ:
       damping: the number added to the diagonal of H, relative to the diagonal's mean. If the damped
         H has no Cholesky factor, the damping is multiplied by 10, up to six times.
       order: `"static"` (the default) solves the inputs with the largest diagonal entries of H
-        first, known as activation order. `"group"` solves one group of inputs after another, those
-        with the largest entry first, and each group in activation order, known as group-aware
-        order (GAR). A group is the inputs of a block of the recipe; without blocks of inputs it is
-        all of them. None solves the inputs in their own order.
+        first, known as activation order. `"group"` solves the groups in the order of their largest
+        entries, and the inputs of each group in activation order, known as group-aware order (GAR).
+        A group consists of the inputs in a block of the recipe, or of all inputs if blocks do not
+        divide them. None solves the inputs in the order of the weight.
       search: a search for the scales before the codes are solved; None (the default) keeps the
         recipe's scales.
       asymmetry: the factor of GPTAQ's correction, 0.25 in the paper. It aims at the outputs of the
         float model, although packed weights before the product change its input. 0 (the default)
         aims at the outputs of the float weight on the changed input.
-      propagation: the factor of QEP's correction, 0.5 in the paper, which has the same aim: before
+      propagation: the factor of QEP's correction, 0.5 in the paper, which has the same aim. Before
         rounding, the weight moves by this fraction toward the least-squares solution. 0 by default.
 
     Raises:
@@ -174,7 +170,7 @@ class GPTQ:
 
     @property
     def needs_drift(self) -> bool:
-        """True if the statistics must have a drift, which only sequential solving knows."""
+        """True if the statistics must have a drift, which only sequential solving measures."""
         return bool(self.asymmetry or self.propagation)
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
@@ -191,18 +187,20 @@ class GPTQ:
 
 @dataclasses.dataclass(frozen=True)
 class OWQ:
-    """GPTQ, except for the inputs whose errors would cost most, which are stored as outliers.
+    """Stores the most sensitive inputs of each weight as outliers, and solves the others by GPTQ.
 
-    The recipe has `outliers` without `sigma`, and as many inputs are kept as fit into their number;
-    `ptq.owq` does the same to one weight. The scales are computed without the kept inputs, which
-    also take up the errors of the others. A weight that cannot be served so is solved by GPTQ with
-    the outliers of the recipe, and its row of the report says so: one with batch axes, of a
-    convolution or of several leaves, or a recipe without room for an input.
+    The recipe must have `outliers` without `sigma`. As many inputs are stored as outliers as fit
+    into their number. The scales are computed without these inputs, and their values are adjusted
+    to the errors of the others. `ptq.owq` does the same for one weight.
+
+    GPTQ with the outliers of the recipe is used instead for weights with batch axes, weights of
+    convolutions, weights that consist of several leaves, and recipes with too few outliers for one
+    input. The report notes these products.
 
     Attributes:
       damping: as in `GPTQ`.
-      order: `"static"` or None, as in `GPTQ`. The other inputs of a group with kept inputs are not
-        contiguous, so there is no group order.
+      order: `"static"` or None, as in `GPTQ`. A group order is not supported, because the rounded
+        inputs of a group are not contiguous.
 
     Raises:
       ValueError: if `damping` is negative or `order` is unknown.
@@ -223,11 +221,11 @@ class OWQ:
     order: str | None = "static"
 
     def __post_init__(self) -> None:
-        GPTQ(self.damping)  # Checks it.
+        GPTQ(self.damping)  # Checks the damping.
         check_owq_order("OWQ", self.order)
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
-        """Returns the grid values of GPTQ, for weights whose inputs cannot be kept."""
+        """Returns the grid values of GPTQ, for weights that do not store inputs as outliers."""
         return GPTQ(self.damping, self.order).solve(problem, recipe)
 
 
@@ -291,96 +289,3 @@ def check_recipe(owner: str, recipe: Recipe) -> None:
             f"{recipe.element.name} that rounds stochastically. Use rounding='nearest_even', or "
             "jaxq.quantize_weights."
         )
-
-
-def gptq(
-    weight: jax.typing.ArrayLike,
-    hessian: jax.typing.ArrayLike,
-    recipe: str | Recipe,
-    *,
-    axis: int = 0,
-    damping: float = 0.01,
-    order: str | None = "static",
-) -> Quantized:
-    """Quantizes a weight by GPTQ with the Hessian of its input.
-
-    The codes make the output error `tr(E^T H E)` small, where E is the error of the weight.
-
-    Args:
-      weight: a float16, bfloat16 or float32 array of at least two axes.
-      hessian: the sum of `x x^T` over the tokens, `[inputs, inputs]`, up to a positive factor.
-      recipe: as in `jaxq.quantize`; its granularity is relative to `axis`.
-      axis: the axis of `weight` that products contract: 0 for a kernel `[inputs, outputs]`, 1 or -1
-        for a weight `[outputs, inputs]`.
-      damping: as in `GPTQ`.
-      order: as in `GPTQ`.
-
-    Returns:
-      A `jaxq.Quantized` with the scales of `jaxq.quantize(weight, recipe, axis=axis)`. Inputs that
-      are zero for all tokens are rounded to nearest. If the Hessian cannot be factorized (it is
-      zero or indefinite, or contains a NaN), the codes are those of rounding to nearest under
-      `jit`; without `jit`, an error is raised.
-
-    Raises:
-      ValueError: if the recipe is stochastic, shapes do not fit, or the Hessian cannot be
-        factorized.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxq
-      >>> from jaxq import ptq
-      >>> weight = jnp.array([[0.4, 1.0], [0.4, -0.3]])
-      >>> together = jnp.array([[1.0, 1.0], [1.0, 1.0]])  # Both inputs are always equal.
-      >>> recipe = jaxq.Recipe("int2")
-      >>> jaxq.quantize(weight, recipe).dequantize().tolist()
-      [[0.0, 1.0], [0.0, 0.0]]
-      >>> ptq.gptq(weight, together, recipe).dequantize().tolist()
-      [[0.0, 1.0], [1.0, 0.0]]
-
-    References:
-      Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-      Transformers" (2023).
-    """
-    weight, gram = jnp.asarray(weight), jnp.asarray(hessian, jnp.float32)
-    inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None
-    if weight.ndim < 2 or inputs is None or gram.shape != (inputs, inputs):
-        raise ValueError(
-            "gptq: `hessian` must have the shape (n, n), where n is the length of `axis` of "
-            f"`weight`, which needs two axes or more, got {gram.shape} and {weight.shape} with "
-            f"axis={axis}. Pass the axis of the inputs as `axis`."
-        )
-    statistics = dataclasses.replace(empty_statistics((), inputs, False), hessian=gram)
-    record = get_recipe(recipe)
-    check_recipe("gptq", record)
-    result, ok = solved(weight, statistics, record, GPTQ(damping, order), axis)
-    is_known_to_fail = False
-    with contextlib.suppress(jax.errors.ConcretizationTypeError):  # Under `jit`.
-        is_known_to_fail = not bool(ok)
-    if is_known_to_fail:
-        raise ValueError(
-            f"gptq: `hessian` must be positive semidefinite, finite and not zero, got one with the "
-            f"mean diagonal {float(jnp.mean(jnp.diagonal(gram))):.3g}, which has no Cholesky "
-            "factor with any damping. Check the activations for NaN."
-        )
-    return result
-
-
-@functools.partial(jax.jit, static_argnames=("recipe", "solver", "axis"))
-def solved(
-    weight: jax.Array, statistics: Statistics, recipe: Recipe, solver: Solver, axis: int
-) -> tuple[Quantized, jax.Array]:
-    """Returns the quantized weight, and False if the solver fell back to rounding to nearest."""
-    start = quantize(weight, recipe, axis=axis)
-    moved = jnp.moveaxis(weight, axis, 0).shape
-
-    def matrix(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.astype(jnp.float32), axis, 0).reshape(moved[0], -1)
-
-    problem = Problem(
-        weight=matrix(weight),
-        levels=jax.tree.map(matrix, levels(start)),
-        nearest=matrix(numbers_of(start)),
-        statistics=statistics,
-    )
-    solution = solver.solve(problem, recipe)
-    numbers = jnp.moveaxis(solution.numbers.reshape(moved), 0, axis)
-    return with_levels(start, numbers), solution.solved

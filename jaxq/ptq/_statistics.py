@@ -1,4 +1,4 @@
-"""Statistics of the inputs of products, which all solvers use."""
+"""Statistics of the inputs of products, from which solvers choose codes."""
 
 import dataclasses
 from typing import Any
@@ -75,15 +75,21 @@ class Statistics:
 
 
 def _with_nan(amax: jax.Array, total: jax.Array) -> jax.Array:
-    """Returns maxima that are NaN where a sum is, because XLA's maximum may lose a NaN."""
+    """Returns maxima that are NaN where the sum is NaN, because XLA's maximum may drop a NaN."""
     return jnp.where(jnp.isnan(total), total, amax)
 
 
 def empty_statistics(batch: tuple[int, ...], inputs: int, hessian: bool) -> Statistics:
     """Returns the statistics of no tokens."""
     zeros = jnp.zeros((*batch, inputs), jnp.float32)
-    square = jnp.zeros((*batch, inputs, inputs), jnp.float32) if hessian else None
-    return Statistics(jnp.zeros(batch, jnp.int32), zeros, zeros, zeros, zeros, square)
+    return Statistics(
+        tokens=jnp.zeros(batch, jnp.int32),
+        total=zeros,
+        magnitude=zeros,
+        square=zeros,
+        amax=zeros,
+        hessian=jnp.zeros((*batch, inputs, inputs), jnp.float32) if hessian else None,
+    )
 
 
 def collect(
@@ -109,20 +115,17 @@ def collect(
     x = lax.stop_gradient(jnp.asarray(x)).astype(jnp.float32)
     count = jnp.int32(x.shape[-2])
     if mask is not None:
-        own = jnp.asarray(mask, bool)
-        x = jnp.where(own[:, None], x, np.float32(0))
-        count = jnp.sum(own, dtype=jnp.int32)
+        is_token = jnp.asarray(mask, bool)
+        x = jnp.where(is_token[:, None], x, np.float32(0))
+        count = jnp.sum(is_token, dtype=jnp.int32)
     magnitude, total = jnp.abs(x), jnp.sum(x, -2)
-    gram = None
-    if hessian:
-        gram = _outer(x, x)
     return Statistics(
         tokens=jnp.broadcast_to(count, x.shape[:-2]),
         total=total,
         magnitude=jnp.sum(magnitude, -2),
         square=jnp.sum(x * x, -2),
         amax=_with_nan(jnp.max(magnitude, -2, initial=0), total),
-        hessian=gram,
+        hessian=_sum_of_outer_products(x, x) if hessian else None,
     )
 
 
@@ -133,11 +136,11 @@ def drift_of(x: jax.Array, reference: jax.Array) -> jax.Array:
       x: the tokens, `[..., tokens, inputs]`, 0 for padding.
       reference: the tokens y, 0 for padding.
     """
-    return _outer(reference - x, x)
+    return _sum_of_outer_products(reference - x, x)
 
 
-def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the sum of the outer products of tokens, on all devices of a mesh."""
+def _sum_of_outer_products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the sum of x y^T over the tokens; a mesh's devices all have the complete sum."""
     spec = spec_of(y)
     sharding = PartitionSpec(*spec[:-2], None, None) if any(spec) else None
     precision = lax.Precision.HIGHEST
@@ -153,10 +156,10 @@ def collect_groups(x: jax.Array, sizes: jax.Array, hessian: bool) -> Statistics:
       hessian: as in `collect`.
     """
     ends = jnp.cumsum(sizes)
-    place = jnp.arange(x.shape[0], dtype=ends.dtype)
+    index = jnp.arange(x.shape[0], dtype=ends.dtype)
 
-    def group(pair: Any) -> Statistics:
-        start, end = pair
-        return collect(x, (place >= start) & (place < end), hessian=hessian)
+    def group(bounds: Any) -> Statistics:
+        start, end = bounds
+        return collect(x, (index >= start) & (index < end), hessian=hessian)
 
     return lax.map(group, (ends - sizes, ends))

@@ -10,7 +10,14 @@ from jaxq._base.shapes import is_symbolic
 from jaxq.numerics import floats
 from jaxq.recipes import Recipe, get_recipe, title_of
 
-__all__ = ["Given", "Importance", "check_takes_scales", "checked", "given_scales", "importance_of"]
+__all__ = [
+    "ErrorWeights",
+    "Given",
+    "check_takes_scales",
+    "checked",
+    "given_scales",
+    "importance_of",
+]
 
 
 class Given(NamedTuple):
@@ -20,7 +27,7 @@ class Given(NamedTuple):
     zero_point: jax.Array | None
 
 
-class Importance(NamedTuple):
+class ErrorWeights(NamedTuple):
     """Weights of the squared errors of elements, which broadcast to the tensor."""
 
     weights: jax.Array
@@ -102,7 +109,7 @@ def given_scales(
 
 def importance_of(
     name: str, shape: tuple[int, ...], recipe: Recipe, importance: jax.typing.ArrayLike
-) -> Importance:
+) -> ErrorWeights:
     """Checks and returns an importance: one weight per index of the axis of the blocks, or more."""
     if not recipe.scaling.takes_importance(recipe.element):
         raise ValueError(
@@ -129,4 +136,4 @@ def importance_of(
             f"{name}: `importance` must have one weight for each of the {shape[axis]} indices of "
             f"axis {axis}, or broadcast to {shape} with them, got shape {jnp.shape(importance)}."
         )
-    return Importance(weights.reshape((1,) * missing + weights.shape))
+    return ErrorWeights(weights.reshape((1,) * missing + weights.shape))

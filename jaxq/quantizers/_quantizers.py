@@ -22,7 +22,7 @@ from jaxq._jax.opaque import opaque
 from jaxq.formats import Format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
 from jaxq.numerics import BinaryGrid, pack, widen
-from jaxq.quantizers._arguments import Given, Importance, checked, given_scales, importance_of
+from jaxq.quantizers._arguments import ErrorWeights, Given, checked, given_scales, importance_of
 from jaxq.quantizers._parts import Parts, parts_of, whole
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, encoded
 from jaxq.quantizers._sharding import quantized_sharding
@@ -195,7 +195,7 @@ class _Arguments(NamedTuple):
 
 def _given(
     name: str, shape: tuple[int, ...], recipe: Recipe, arguments: _Arguments
-) -> Given | Importance | None:
+) -> Given | ErrorWeights | None:
     """Checks and returns given scales or a given importance."""
     given = given_scales(name, shape, recipe, arguments.scale, arguments.zero_point)
     if arguments.importance is None:
@@ -207,7 +207,7 @@ def _given(
 @automatic(as_first)
 def _fake_quant(
     x: jax.Array,
-    given: Given | Importance | None,
+    given: Given | ErrorWeights | None,
     key: jax.Array | None,
     grid: BinaryGrid | None,
     recipe: Recipe,
@@ -236,7 +236,7 @@ class _SnappedTensor(NamedTuple):
 
 def _snap_tensor(
     x: jax.Array,
-    given: Given | Importance | None,
+    given: Given | ErrorWeights | None,
     key: jax.Array | None,
     parts: Parts,
     around: bool,
@@ -291,7 +291,7 @@ def _of_parts(mesh: Any, result: Quantized, x: jax.Array, *others: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="recipe")
 @automatic(_of_parts)
 def _quantize(
-    x: jax.Array, given: Given | Importance | None, key: jax.Array | None, recipe: Recipe
+    x: jax.Array, given: Given | ErrorWeights | None, key: jax.Array | None, recipe: Recipe
 ) -> Quantized:
     cut, fmt, outliers = recipe.cut(x.shape), recipe.element, ()
     if recipe.outliers is not None:

@@ -13,7 +13,7 @@ from jaxq._base.cutting import Cut
 from jaxq._jax.meshes import as_first, automatic
 from jaxq._jax.opaque import opaque
 from jaxq.numerics import BinaryGrid, as_dtype, widen
-from jaxq.quantizers._arguments import Given, Importance, checked, given_scales
+from jaxq.quantizers._arguments import ErrorWeights, Given, checked, given_scales
 from jaxq.quantizers._parts import whole
 from jaxq.quantizers._snapping import interval, measured, numbers, restored
 from jaxq.recipes import Recipe, Scales
@@ -94,7 +94,7 @@ def _simulate(
 
 def quantized_values(
     x: jax.Array,
-    given: Given | Importance | None,
+    given: Given | ErrorWeights | None,
     grid: BinaryGrid | None,
     key: jax.Array | None,
     recipe: Recipe,
@@ -130,13 +130,13 @@ def quantized_values(
 
 def scales_of(
     x: jax.Array,
-    given: Given | Importance | None,
+    given: Given | ErrorWeights | None,
     key: jax.Array | None,
     recipe: Recipe,
     cut: Cut,
 ) -> Scales:
     """Returns the given scales, broadcast over blocks, or else those of the split tensor."""
-    if isinstance(given, Importance):
+    if isinstance(given, ErrorWeights):
         weights = cut.split(jnp.broadcast_to(given.weights, cut.shape))
         return measured(x, key, recipe, cut, weights)
     if given is None:

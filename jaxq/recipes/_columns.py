@@ -9,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq._base.cutting import Cut, axis_of_blocks
-from jaxq._ggml.blocks import Blocks, QuantizedBlocks, in_chunks
+from jaxq._ggml.blocks import FloatBlocks, QuantizedBlocks, in_chunks
 from jaxq._ggml.searches import product, sums
 from jaxq._jax.arithmetic import divide
 
@@ -77,7 +77,7 @@ class Columns:
 
 
 def searched(
-    search: Callable[[Blocks], QuantizedBlocks],
+    search: Callable[[FloatBlocks], QuantizedBlocks],
     columns: Columns,
     x: jax.Array,
     importance: jax.Array | None,
@@ -96,7 +96,7 @@ def searched(
     elements = columns.columns(x)
     finite = jnp.isfinite(elements).all(axis=0)
     elements = jnp.where(finite, elements, np.float32(0))
-    blocks = Blocks(
+    blocks = FloatBlocks(
         elements,
         None if importance is None else columns.columns(importance),
         columns.row_squares(elements) if rows else None,

@@ -176,12 +176,12 @@ class Percentile(_OfHistogram):
         return (first + rounded((last - first) * share))[..., 0]
 
 
-class _Seen(NamedTuple):
-    """The bins of a histogram, quantized with one range: `[..., bins]`; its ends are `[..., 1]`."""
+class _QuantizedBins(NamedTuple):
+    """The bins of histograms, `[..., bins]`, quantized with a range per histogram, `[..., 1]`."""
 
     counts: jax.Array
     x: jax.Array  # The centers of the bins.
-    low: jax.Array
+    low: jax.Array  # The ends of the range.
     high: jax.Array
     y: jax.Array  # The quantized centers.
     codes: jax.Array
@@ -208,7 +208,7 @@ class _Searched(_OfHistogram):
                 "example."
             )
 
-    def loss(self, seen: "_Seen", fmt: Format) -> jax.Array:
+    def _loss(self, bins: _QuantizedBins, fmt: Format) -> jax.Array:
         """Returns the loss of a range, one value per block."""
         raise NotImplementedError
 
@@ -220,7 +220,7 @@ class _Searched(_OfHistogram):
         def tried(factor: jax.Array) -> jax.Array:
             ends = (low * factor)[..., None], (high * factor)[..., None]
             y, codes = _quantized(x, *ends, fmt, two_sided)
-            return self.loss(_Seen(counts, x, *ends, y, codes), fmt)
+            return self._loss(_QuantizedBins(counts, x, *ends, y, codes), fmt)
 
         factors = jnp.asarray(np.exp2(-np.arange(self.tries) / 16), jnp.float32)
         best = factors[lax.argmin(lax.map(tried, factors), 0, jnp.int32)]
@@ -297,14 +297,14 @@ class MeanSquaredError(_Searched):
       Symmetric(range=MeanSquaredError(digits=7, tries=64))
     """
 
-    def loss(self, seen: _Seen, fmt: Format) -> jax.Array:
+    def _loss(self, bins: _QuantizedBins, fmt: Format) -> jax.Array:
         """Returns the sum of squared errors, in units that depend on the largest bin alone."""
         del fmt
-        down, _ = powers(seen.x[..., -1:])
+        down, _ = powers(bins.x[..., -1:])
         # The squares of the outermost bins, which ordinary data leave empty, are infinite.
-        error = (rounded(seen.y) - seen.x) * down
-        squares = where(seen.counts > 0, jnp.square(error), np.float32(0))
-        return _sum(rounded(seen.counts.astype(jnp.float32) * squares))
+        error = (rounded(bins.y) - bins.x) * down
+        squares = where(bins.counts > 0, jnp.square(error), np.float32(0))
+        return _sum(rounded(bins.counts.astype(jnp.float32) * squares))
 
 
 def _sum(x: jax.Array) -> jax.Array:
@@ -341,13 +341,13 @@ class Entropy(_Searched):
 
     digits: int = dataclasses.field(default=9, kw_only=True)
 
-    def loss(self, seen: _Seen, fmt: Format) -> jax.Array:
+    def _loss(self, bins: _QuantizedBins, fmt: Format) -> jax.Array:
         """Returns KL(P || Q)."""
-        bins = seen.counts.shape[-1]
-        inside = (seen.x >= seen.low) & (seen.x <= seen.high)
-        counts = seen.counts.astype(jnp.float32)
+        size = bins.counts.shape[-1]
+        inside = (bins.x >= bins.low) & (bins.x <= bins.high)
+        counts = bins.counts.astype(jnp.float32)
         within = where(inside, counts, np.float32(0))
-        number = np.arange(bins, dtype=np.int32).reshape((1,) * (counts.ndim - 1) + (bins,))
+        number = np.arange(size, dtype=np.int32).reshape((1,) * (counts.ndim - 1) + (size,))
         first, last = (
             jnp.expand_dims(
                 reduce(where(inside, jnp.broadcast_to(number, counts.shape), none), -1), -1
@@ -355,12 +355,12 @@ class Entropy(_Searched):
             for reduce, none in ((jnp.min, _MOST), (jnp.max, np.int32(-1)))
         )
         p = within
-        for edge, beyond in ((first, seen.x < seen.low), (last, seen.x > seen.high)):
+        for edge, beyond in ((first, bins.x < bins.low), (last, bins.x > bins.high)):
             mass = jnp.sum(where(beyond, counts, np.float32(0)), axis=-1, keepdims=True)
             p = p + where(number == edge, jnp.broadcast_to(mass, p.shape), np.float32(0))
 
         def per_code(values: jax.Array) -> jax.Array:
-            flat = values.reshape(-1, bins), seen.codes.astype(jnp.int32).reshape(-1, bins)
+            flat = values.reshape(-1, size), bins.codes.astype(jnp.int32).reshape(-1, size)
             sums = jax.vmap(lambda v, c: jnp.zeros(2**fmt.bits, jnp.float32).at[c].add(v)[c])
             return sums(*flat).reshape(values.shape)
 

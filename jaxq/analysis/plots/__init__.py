@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from jaxq.analysis.plots._errors import chain_errors, outliers
 from jaxq.analysis.plots._layouts import bit_layouts
+from jaxq.analysis.plots._look import image
 from jaxq.analysis.plots._machines import fits, memory, memory_by_size
 from jaxq.analysis.plots._magnitudes import exponents_by_step, magnitudes_by_step
 from jaxq.analysis.plots._precision import range_and_precision, relative_error

@@ -75,19 +75,19 @@ def outliers(
     from matplotlib.patches import Patch
 
     data, element = array("outliers", x, ndim=1), get_format(fmt)
-    spoiled, places = _spoil(data, count, magnitude, seed)
+    changed, places = _with_outliers(data, count, magnitude, seed)
     others = np.ones(data.size, bool)
     others[places] = False
     unit = float(np.std(data))
-    remedies = _remedies(data, spoiled, element, len(places))
+    remedies = _remedies(data, changed, element, len(places))
     figure = new(11.5, 4.6, size, title)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     frame(left)
     frame(right, grid="x")
-    reach = float(np.abs(spoiled).max()) / unit * 1.05
+    reach = float(np.abs(changed).max()) / unit * 1.05
     bins = np.linspace(-reach, reach, 121).tolist()
-    left.hist(spoiled.ravel()[others] / unit, bins, color=BLUE, alpha=0.6, label="ordinary")
-    left.hist(spoiled.ravel()[places] / unit, bins, color=ORANGE, hatch="//", label="outliers")
+    left.hist(changed.ravel()[others] / unit, bins, color=BLUE, alpha=0.6, label="ordinary")
+    left.hist(changed.ravel()[places] / unit, bins, color=ORANGE, hatch="//", label="outliers")
     left.set_yscale("log")
     left.set_xlabel("value, in standard deviations")
     left.set_ylabel("numbers")
@@ -96,7 +96,7 @@ def outliers(
     colors = [GRAY, ORANGE] + [BLUE] * (len(remedies) - 2)
     parts, wholes = [], []
     for i, remedy in enumerate(remedies):
-        source = data if i == 0 else spoiled
+        source = data if i == 0 else changed
         result = remedy.result
         part = compare(source.ravel()[others], result.ravel()[others])
         parts.append(float(part.mse) ** 0.5 / unit)
@@ -118,7 +118,7 @@ def outliers(
     return figure
 
 
-def _spoil(
+def _with_outliers(
     data: np.ndarray, count: int | None, magnitude: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tensor with outliers, and their indices in the flattened tensor."""
@@ -134,12 +134,12 @@ def _spoil(
     generator = np.random.default_rng(seed)
     places = generator.choice(data.size, number, replace=False)
     sizes = magnitude * generator.uniform(0.7, 1, number) * generator.choice([-1, 1], number)
-    spoiled = data.copy()
-    spoiled.reshape(-1)[places] = (sizes * deviation).astype(np.float32)
-    return spoiled, places
+    changed = data.copy()
+    changed.reshape(-1)[places] = (sizes * deviation).astype(np.float32)
+    return changed, places
 
 
-def _remedies(data: np.ndarray, spoiled: np.ndarray, element: Format, count: int) -> list[_Remedy]:
+def _remedies(data: np.ndarray, changed: np.ndarray, element: Format, count: int) -> list[_Remedy]:
     """Returns all ways to quantize; the first has no outliers and the second no remedy."""
     if data.shape[-1] % 32:
         raise ValueError(
@@ -159,10 +159,10 @@ def _remedies(data: np.ndarray, spoiled: np.ndarray, element: Format, count: int
         _Remedy("without outliers", plain.bits_per_weight(data.shape), _quantized(data, plain))
     ]
     remedies += [
-        _Remedy(name, recipe.bits_per_weight(data.shape), _quantized(spoiled, recipe))
+        _Remedy(name, recipe.bits_per_weight(data.shape), _quantized(changed, recipe))
         for name, recipe in recipes.items()
     ]
-    rotated = _quantized(_rotated(spoiled, back=False), plain)
+    rotated = _quantized(_rotated(changed, back=False), plain)
     rotated = _rotated(rotated, back=True)
     remedies.append(_Remedy("Hadamard, 32", plain.bits_per_weight(data.shape), rotated))
     return remedies

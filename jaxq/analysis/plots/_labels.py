@@ -56,8 +56,8 @@ def place(
     n = len(points)
     marks = np.concatenate([points - radius, points + radius], axis=1)
     if line is not None:
-        beads = _beads(np.asarray(line, float))
-        marks = np.concatenate([marks, np.concatenate([beads - 2, beads + 2], axis=1)])
+        dots = _points_along(np.asarray(line, float))
+        marks = np.concatenate([marks, np.concatenate([dots - 2, dots + 2], axis=1)])
     fixed = np.zeros((0, 4)) if obstacles is None else np.asarray(obstacles, float).reshape(-1, 4)
     left, bottom, right, top = bounds
     distance = np.hypot(*(points[:, None] - points[None]).transpose(2, 0, 1))
@@ -80,7 +80,7 @@ def place(
     return centers
 
 
-def _beads(line: np.ndarray) -> np.ndarray:
+def _points_along(line: np.ndarray) -> np.ndarray:
     """Returns closely spaced points along a line."""
     parts = [
         a + np.linspace(0, 1, max(2, int(np.abs(b - a).max() / 5)))[:, None] * (b - a)

@@ -35,6 +35,7 @@ __all__ = [
     "array",
     "blank",
     "frame",
+    "image",
     "listed",
     "new",
     "picture",
@@ -105,23 +106,29 @@ def picture(draw: "Callable[_P, Figure]") -> "Callable[_P, Figure]":
 @functools.cache
 def _figure_type() -> "type[Figure]":
     """Returns a `Figure` type that notebooks display, as they do only for pyplot's own figures."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure as Base
 
     class Figure(Base):
         def _repr_png_(self) -> bytes:
-            data = io.BytesIO()
-            self.savefig(data, format="png", dpi=150)
-            return data.getvalue()
+            return image(self, "png")
 
         def _repr_svg_(self) -> str | None:
-            data = io.StringIO()
-            with mpl.rc_context({"svg.hashsalt": "jaxq"}):  # The same bytes every time.
-                self.savefig(data, format="svg", dpi=150, metadata={"Date": None})
-            text = data.getvalue()
+            text = image(self, "svg").decode()
             return text if len(text) < _LARGEST_SVG else None
 
     return Figure
+
+
+def image(figure: "Figure", kind: Literal["pdf", "png", "svg"]) -> bytes:
+    """Returns a figure as the bytes of a file, which are the same every time."""
+    import matplotlib as mpl
+
+    dates = {"pdf": "CreationDate", "svg": "Date"}
+    metadata = {dates[kind]: None} if kind in dates else None
+    data = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "jaxq"}):  # The names in an SVG are random by default.
+        figure.savefig(data, format=kind, dpi=150, metadata=metadata)
+    return data.getvalue()
 
 
 def new(

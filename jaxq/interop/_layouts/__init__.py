@@ -59,7 +59,7 @@ _SIGNS = {
     ".quant_state.bitsandbytes__fp4": "bitsandbytes",
 }
 # Endings of names of tensors that cannot be read without a configuration.
-_NEEDED = (".qweight", ".weight_packed")
+_NEED_CONFIG = (".qweight", ".weight_packed")
 
 
 def combined(
@@ -80,10 +80,10 @@ def combined(
         names = [entry.name for entry in entries]
         signs = [sign for sign in _SIGNS if any(name.endswith(sign) for name in names)]
         if not signs:
-            needed = [name for name in names if name.endswith(_NEEDED)]
-            if needed:
+            unreadable = [name for name in names if name.endswith(_NEED_CONFIG)]
+            if unreadable:
                 raise FileError(
-                    f"{needed[0]!r:.120} is part of a quantized weight, but there is no "
+                    f"{unreadable[0]!r:.120} is part of a quantized weight, but there is no "
                     "config.json with a quantization_config. raw=True (--raw) reads it as stored."
                 )
             return tuple(entries)
@@ -95,7 +95,7 @@ def combined(
         )
     by_name = {entry.name: entry for entry in entries}
     weights = METHODS[method](Source(by_name, config.fields, raw))
-    heads: dict[str, Entry] = {}
+    heads: dict[str, Entry] = {}  # By the name of the first part.
     used: set[str] = set()
     for name, layout in weights.items():
         parts = [part.name for part in layout.parts.values()]

@@ -58,16 +58,16 @@ def pack_bits(codes: np.ndarray, bits: int, word: int = 1) -> np.ndarray:
     if bits == 8:
         data = codes
     elif bits in (1, 2, 4):
-        each = 8 // bits
-        if codes.shape[-1] % each:
-            padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % each)]
+        per_byte = 8 // bits
+        if codes.shape[-1] % per_byte:
+            padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per_byte)]
             codes = np.pad(codes, padding)
-        data = codes[..., ::each].copy()
-        for i in range(1, each):
-            data |= codes[..., i::each] << np.uint8(i * bits)
+        data = codes[..., ::per_byte].copy()
+        for i in range(1, per_byte):
+            data |= codes[..., i::per_byte] << np.uint8(i * bits)
     else:
-        each = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-        data = np.packbits(each.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+        digits = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+        data = np.packbits(digits.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
     result = np.zeros((*codes.shape[:-1], size), np.uint8)
     result[..., : data.shape[-1]] = data
     return result

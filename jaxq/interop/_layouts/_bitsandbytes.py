@@ -106,10 +106,10 @@ def _four_bits(source: Source, name: str, kind: str, entry: Entry) -> Layout:
     return Layout("bitsandbytes", state.shape, recipe, parts, build)
 
 
-def _codebook(source: Source, entry: Entry, usual: str) -> CodebookFormat:
-    """Returns the format of a table of levels: a named one if the levels are the same."""
+def _codebook(source: Source, entry: Entry, standard: str) -> CodebookFormat:
+    """Returns the format of a table of levels, which is `standard` if that has the same levels."""
     levels = tuple(float(v) for v in source.small(entry))
-    fmt = get_format(usual)
+    fmt = get_format(standard)
     assert isinstance(fmt, CodebookFormat)
     if levels == fmt.levels:
         return fmt
@@ -126,8 +126,8 @@ def _state(source: Source, entry: Entry) -> _State:
         shape, block = checked_shape(state["shape"]), state["blocksize"]
         nested = state.get("nested_blocksize", 0)
         offset = float(state.get("nested_offset", 0.0))
-        known = all(type(n) is int for n in (block, nested)) and block > 0 and nested >= 0
-        if not known or math.prod(shape) >= 2**62 or not math.isfinite(offset):
+        valid = all(type(n) is int for n in (block, nested)) and block > 0 and nested >= 0
+        if not valid or math.prod(shape) >= 2**62 or not math.isfinite(offset):
             raise ValueError(f"blocks of {block!r:.20} and {nested!r:.20}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(entry.name, f"its description is damaged ({error})")

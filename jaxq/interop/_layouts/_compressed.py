@@ -128,7 +128,7 @@ def _width(packed: Entry, length: int, widths: list[int]) -> tuple[int, bool]:
     """Returns the number of bits of a code, and False if words have unused bits."""
     words = packed.shape[-1]
     fits = [(bits, True) for bits in widths if 1 <= bits <= 8 and words == -(-length * bits // 32)]
-    # Files from before 2026 have 32 // bits whole codes in a word.
+    # Files from before 2026 have 32 // bits global_scale codes in a word.
     padded = [
         (bits, False)
         for bits in widths
@@ -145,7 +145,7 @@ def _width(packed: Entry, length: int, widths: list[int]) -> tuple[int, bool]:
 
 
 def _codes(words: np.ndarray, length: int, bits: int, dense: bool) -> np.ndarray:
-    """Returns offset codes of words along the last axis."""
+    """Returns the codes in words along the last axis, as offsets from the lowest code."""
     if dense or 32 % bits == 0:
         return unpack_bits(as_bytes(words), bits, length)
     shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
@@ -178,8 +178,8 @@ def _four_bits(source: Source, name: str, packed: Entry, scale: Entry) -> Layout
     if len(shape) < 2:
         fail(name, f"it must have at least two axes, got {len(shape)}")
     parts = {"weight": packed, "scale": scale}
-    whole = source.entries.get(f"{name}_global_scale")
-    if whole is None:
+    global_scale = source.entries.get(f"{name}_global_scale")
+    if global_scale is None:
         recipe = get_recipe("mxfp4")
         groups(packed, shape[-1], shape[-1] // 32)
         check(scale, (*shape[:-1], shape[-1] // 32), "uint8")
@@ -187,12 +187,12 @@ def _four_bits(source: Source, name: str, packed: Entry, scale: Entry) -> Layout
         return Layout("compressed-tensors", shape, recipe, parts, build)
     groups(packed, shape[-1], shape[-1] // 16)
     check(scale, (*shape[:-1], shape[-1] // 16), "float8_e4m3fn")
-    if math.prod(whole.shape) != 1 or whole.numpy_dtype != "float32":
-        fail(whole.name, "it must be one float32 number")
-    factor = np.float32(source.small(whole).reshape(()))
+    if math.prod(global_scale.shape) != 1 or global_scale.numpy_dtype != "float32":
+        fail(global_scale.name, "it must be one float32 number")
+    factor = np.float32(source.small(global_scale).reshape(()))
     if not 2.0**-100 < factor < 2.0**100:
-        fail(whole.name, f"it must be a positive normal number, got {factor}")
-    parts["global"] = whole
+        fail(global_scale.name, f"it must be a positive normal number, got {factor}")
+    parts["global"] = global_scale
     # The format divides by the global scale, and the recipe multiplies by its inverse. They agree
     # on all scales if they do on the significands of float8_e4m3fn.
     inverse, digits = np.float32(1) / factor, np.arange(8, 16, dtype=np.float32)
@@ -228,7 +228,7 @@ def _plain(source: Source, weight: Entry, scale: Entry, blocks: list[Any]) -> La
         check(scale, (*shape[:-1], shape[-1] // 32), "uint8")
     else:
         fmt = "int8" if weight.numpy_dtype == "int8" else fp8_format(weight)
-        recipe, _ = scaled(weight, scale, fmt, _tile(weight, scale, blocks))
+        recipe = scaled(weight, scale, fmt, _tile(weight, scale, blocks))
     build = functools.partial(build_plain, recipe=recipe)
     return Layout("compressed-tensors", weight.shape, recipe, parts, build)
 
@@ -236,10 +236,10 @@ def _plain(source: Source, weight: Entry, scale: Entry, blocks: list[Any]) -> La
 def _tile(weight: Entry, scale: Entry, blocks: list[Any]) -> tuple[int, int] | None:
     """Returns the tile of the configuration that explains the shape of the scales."""
     if scale.shape[:1] == weight.shape[:1] or len(weight.shape) < 2:
-        return None  # One per row, or groups of rows.
+        return None  # One scale per row, or per group of a row.
     for block in blocks:
-        good = isinstance(block, list) and len(block) == 2
-        if good and all(type(n) is int and n > 0 for n in block):
+        is_tile = isinstance(block, list) and len(block) == 2
+        if is_tile and all(type(n) is int and n > 0 for n in block):
             counts = tuple(-(-n // b) for n, b in zip(weight.shape[-2:], block, strict=True))
             if counts == scale.shape[-2:]:
                 return block[0], block[1]

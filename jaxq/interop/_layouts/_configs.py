@@ -9,7 +9,7 @@ from jaxq.interop._entries import FileError
 
 __all__ = ["Config", "config_beside", "read_json"]
 
-_LARGEST = 2**24
+_LARGEST = 2**24  # The largest size of a file in bytes.
 
 
 class Config(NamedTuple):
@@ -30,14 +30,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-      FileError: the file is too large, or holds no object.
+      FileError: the file is too large, or contains no JSON object.
     """
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"it has more than {_LARGEST} bytes")
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it contains no JSON object")
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

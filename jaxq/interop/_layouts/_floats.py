@@ -74,7 +74,7 @@ def fp8(source: Source) -> dict[str, Layout]:
 
 
 def _plain(method: str, weight: Entry, scale: Entry, block: tuple[int, int] | None) -> Layout:
-    recipe, _ = scaled(weight, scale, fp8_format(weight), block)
+    recipe = scaled(weight, scale, fp8_format(weight), block)
     build = functools.partial(build_plain, recipe=recipe)
     return Layout(method, weight.shape, recipe, {"weight": weight, "scale": scale}, build)
 

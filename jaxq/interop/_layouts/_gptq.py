@@ -39,17 +39,17 @@ def gptq(source: Source) -> dict[str, Layout]:
     version = source.config.get("checkpoint_format") or source.config.get("format") or "gptq"
     if version not in ("gptq", "gptq_v2"):
         raise FileError(f"the GPTQ format {version!r:.40} is not supported; gptq and gptq_v2 are.")
-    plus = 1 if version == "gptq" else 0  # Version 1 stores zero points minus 1.
+    increment = 1 if version == "gptq" else 0  # Version 1 stores zero points minus 1.
     result = {}
     for module, words in source.ending(".qweight"):
         scales, zeros = (source.need(f"{module}.{part}") for part in ("scales", "qzeros"))
         order = source.entries.get(f"{module}.g_idx")
-        result[f"{module}.weight"] = _module(source, words, scales, zeros, order, plus)
+        result[f"{module}.weight"] = _module(source, words, scales, zeros, order, increment)
     return result
 
 
 def _module(
-    source: Source, words: Entry, scales: Entry, zeros: Entry, order: Entry | None, plus: int
+    source: Source, words: Entry, scales: Entry, zeros: Entry, order: Entry | None, increment: int
 ) -> Layout:
     if len(words.shape) != 2 or len(scales.shape) != 2 or len(zeros.shape) != 2:
         fail(words.name, "it, its scales and its zero points must be matrices")
@@ -58,14 +58,14 @@ def _module(
         fail(scales.name, f"it has the shape {list(scales.shape)}")
     bits = zeros.shape[1] * 32 // outputs
     if bits not in _BITS or outputs * bits % 32 or words.shape[0] * 32 % bits:
-        fail(words.name, f"its shapes mean {bits} bits, but 2, 3, 4 and 8 are known")
+        fail(words.name, f"its shapes mean {bits} bits per code; 2, 3, 4 and 8 are supported")
     inputs = words.shape[0] * 32 // bits
     check(words, (inputs * bits // 32, outputs), "int32", "uint32")
     check(zeros, (count, outputs * bits // 32), "int32", "uint32")
     check(scales, (count, outputs), *SCALE_FORMATS)
-    given = source.config.get("bits", bits)
-    if given != bits and not source.config.get("dynamic"):
-        fail(words.name, f"it has {bits} bits, but the configuration says {given!r:.20}")
+    configured = source.config.get("bits", bits)
+    if configured != bits and not source.config.get("dynamic"):
+        fail(words.name, f"it has {bits} bits, but the configuration says {configured!r:.20}")
     shape, scale = (outputs, inputs), str(scales.numpy_dtype)
     parts = {"words": words, "scales": scales, "zeros": zeros}
     ordered = False
@@ -75,7 +75,7 @@ def _module(
         if source.config.get("desc_act", True):
             index = source.raw(order)
             ordered = inputs % count != 0 or not _in_order(index, inputs // count)
-    build = functools.partial(_build, bits=bits, plus=plus)
+    build = functools.partial(_build, bits=bits, increment=increment)
     if ordered:
         note = "g_idx gives its columns to groups in activation order"
         return Layout("gptq", shape, None, parts, functools.partial(build, recipe=None), note)
@@ -88,14 +88,14 @@ def _in_order(index: np.ndarray, group: int) -> bool:
 
 
 def _build(
-    arrays: Arrays, *, bits: int, plus: int, recipe: Recipe | None
+    arrays: Arrays, *, bits: int, increment: int, recipe: Recipe | None
 ) -> Quantized | np.ndarray:
     words, scales, zeros = (arrays[name] for name in ("words", "scales", "zeros"))
     count, outputs = scales.shape
     inputs = words.shape[0] * 32 // bits
     codes = unpack_bits(as_bytes(words.T), bits, inputs)
     zero = unpack_bits(as_bytes(zeros), bits, outputs).T
-    zero = (zero + np.uint8(plus)) & np.uint8(2**bits - 1)
+    zero = (zero + np.uint8(increment)) & np.uint8(2**bits - 1)
     index = arrays.get("order")
     if recipe is None:
         assert index is not None

@@ -100,7 +100,10 @@ class Source(NamedTuple):
     def small(self, entry: Entry) -> np.ndarray:
         """Reads a small tensor, which is needed when the file is opened."""
         if entry.nbytes > _SMALL or entry.numpy_dtype is None:
-            fail(entry.name, f"it has {entry.nbytes} bytes of {entry.dtype}, not a few numbers")
+            fail(
+                entry.name,
+                f"it has {entry.nbytes} bytes of {entry.dtype}; a few numbers are expected",
+            )
         return self.raw(entry)
 
     def need(self, name: str) -> Entry:
@@ -168,10 +171,8 @@ def with_minimum(bits: int, shape: tuple[int, ...], group: int, scale: str) -> R
     return Recipe(f"uint{bits}", _granularity(shape, group), ScaleAndMin(scale_format=scale))
 
 
-def scaled(
-    weight: Entry, scale: Entry, fmt: str, block: tuple[int, int] | None
-) -> tuple[Recipe, tuple[int, ...]]:
-    """Returns the recipe of plain codes with scales, and the shape of the scales' blocks.
+def scaled(weight: Entry, scale: Entry, fmt: str, block: tuple[int, int] | None) -> Recipe:
+    """Returns the recipe of plain codes with scales.
 
     Args:
       weight: the tensor of the codes.
@@ -179,28 +180,35 @@ def scaled(
       fmt: the format of the codes.
       block: the shape of a tile; None if there are no tiles.
     """
-    shape, given = weight.shape, scale.shape
+    shape, scale_shape = weight.shape, scale.shape
     if len(shape) < 2 or scale.numpy_dtype not in (*SCALE_FORMATS, "float8_e8m0fnu"):
-        fail(weight.name, f"a weight of shape {list(shape)} with {scale.dtype} scales is unknown")
-    kinds: list[Any] = [PerTensor()]
-    if math.prod(given) != 1:
-        kinds = [PerToken()]
+        fail(weight.name, f"{scale.dtype} scales of a {len(shape)}-axis weight are unsupported")
+    candidates: list[Any] = [PerTensor()]
+    if math.prod(scale_shape) != 1:
+        candidates = [PerToken()]
         if len(shape) > 2:
-            kinds.append(PerChannel((0,)))
-        if len(given) == len(shape) and 1 < given[-1] <= shape[-1] and not shape[-1] % given[-1]:
-            kinds.insert(0, PerBlock(shape[-1] // given[-1]))
-    if block is not None and math.prod(given) != 1:
-        kinds = [PerBlock(block, pad=True)]
+            candidates.append(PerChannel((0,)))
+        if (
+            len(scale_shape) == len(shape)
+            and 1 < scale_shape[-1] <= shape[-1]
+            and not shape[-1] % scale_shape[-1]
+        ):
+            candidates.insert(0, PerBlock(shape[-1] // scale_shape[-1]))
+    if block is not None and math.prod(scale_shape) != 1:
+        candidates = [PerBlock(block, pad=True)]
     integers = fmt.startswith("int")
-    for kind in kinds:
-        counts = Recipe(fmt, kind).cut(shape).counts
-        if counts == given or _squeezed(counts) == _squeezed(given):
+    for granularity in candidates:
+        counts = Recipe(fmt, granularity).cut(shape).counts
+        if counts == scale_shape or _squeezed(counts) == _squeezed(scale_shape):
             if scale.numpy_dtype == "float8_e8m0fnu":
-                return Recipe(fmt, kind, MX()), counts
+                return Recipe(fmt, granularity, MX())
             rule = "half" if integers else "max"
             scaling = Symmetric(rule=rule, scale_format=scale.numpy_dtype)
-            return Recipe(fmt, kind, scaling), counts
-    fail(scale.name, f"scales of shape {list(given)} do not fit a weight of shape {list(shape)}")
+            return Recipe(fmt, granularity, scaling)
+    fail(
+        scale.name,
+        f"scales of shape {list(scale_shape)} do not fit a weight of shape {list(shape)}",
+    )
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -64,13 +64,13 @@ def scheme_of(recipe: Recipe, *, dynamic_activations: bool = False) -> Scheme:
     element, scaling = recipe.element, recipe.scaling
     strategy, group, block = _strategy(recipe)
     plain = recipe.outliers is None and not isinstance(scaling, TwoLevel | MX)
-    whole = isinstance(element, IntFormat) and element.fraction_bits == 0 and element.bits >= 2
+    is_int = isinstance(element, IntFormat) and element.fraction_bits == 0 and element.bits >= 2
     scales = recipe.scale_format.name in _SCALES
     args: dict[str, Any] = {"num_bits": element.bits, "type": "float", "symmetric": True}
     args |= {"strategy": strategy, "group_size": group, "block_structure": block}
     args |= {"dynamic": False, "actorder": None}
     fmt = None
-    if whole and plain and scales and element.bits <= 8 and strategy in ("group", "channel"):
+    if is_int and plain and scales and element.bits <= 8 and strategy in ("group", "channel"):
         signed = isinstance(scaling, Symmetric) and element.min < 0
         if signed or isinstance(scaling, Affine):
             fmt = "int-quantized" if dynamic_activations and signed else "pack-quantized"
@@ -85,9 +85,9 @@ def scheme_of(recipe: Recipe, *, dynamic_activations: bool = False) -> Scheme:
         args |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
     if fmt is None or recipe.outliers is not None:
         raise ValueError(
-            f"compressed_tensors: no scheme stores {element.name} of {type(scaling).__name__} with "
-            f"{recipe.scale_format.name} scales, {recipe.granularity}. Use integers per group or "
-            "PerToken(), float8_e4m3fn, nvfp4, mxfp4 or mxfp8_e4m3."
+            f"compressed_tensors: no scheme stores {element.name} with {type(scaling).__name__} "
+            f"scaling, {recipe.scale_format.name} scales and {recipe.granularity}. Use integers "
+            "per group or PerToken(), float8_e4m3fn, nvfp4, mxfp4 or mxfp8_e4m3."
         )
     return Scheme(fmt, args, _activations(fmt, element, dynamic_activations))
 

@@ -20,7 +20,7 @@ from jaxq.quantizers import Quantized
 __all__ = ["Job", "write", "write_streamed"]
 
 _NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if dtype is not None}
-_LARGEST = 5_000_000_000  # Bytes of a file, as in transformers.
+_LARGEST = 5_000_000_000  # The largest size of a file in bytes, as in transformers.
 
 
 class Job(NamedTuple):
@@ -32,7 +32,7 @@ class Job(NamedTuple):
       config: the content of the model's own `config.json`.
       dynamic_activations: as in `write`.
       files: other files to copy to the folder.
-      largest: the largest number of bytes of a file of tensors.
+      largest: the largest size of a safetensors file in bytes.
     """
 
     shapes: Mapping[str, Any]
@@ -54,22 +54,22 @@ def write(
 
     The codes and scales are those of the quantized arrays. vLLM converts the scales of integers to
     the dtype of the model, so a recipe with another `scale_format` changes values there. NVFP4
-    stores the inverse of the scale of a tensor: scales may differ in the last bit of float32.
+    stores the inverse of the tensor scale, so scales may differ in the last bit of float32.
 
     Args:
-      folder: the path of the folder, which must not exist or be empty. It appears when it is
+      folder: the path of a folder that does not exist or is empty. It appears only when it is
         complete.
       params: the arrays and `jaxq.Quantized` by their names in Hugging Face's format. A quantized
         weight is `[outputs, inputs]`, its name ends in `.weight`, and its recipe has a scheme
         (see `scheme_of`).
-      config: the content of the `config.json` of the model, to which the key `quantization_config`
-        is added. vLLM needs it to build the model. Default: None, no other keys.
-      dynamic_activations: True if vLLM should quantize the inputs of all quantized weights, too, to
+      config: the content of the model's `config.json`, which vLLM needs to build the model. The
+        key `quantization_config` is added. Default: None, no other keys.
+      dynamic_activations: True if vLLM should also quantize the inputs of all quantized weights, to
         int8 or float8_e4m3fn with one scale per token. Default: False, weights only.
 
     Raises:
       ValueError: a recipe has no scheme, a weight is not a matrix, or weights that vLLM fuses have
-        different recipes or NVFP4 scales of the tensor (see `quantize_together`).
+        different recipes or NVFP4 tensor scales (see `quantize_together`).
       FileExistsError: the folder exists and is not empty.
       OSError: a file cannot be written.
 
@@ -151,7 +151,7 @@ def _parts(
       name: the name of the weight.
       job: the checkpoint.
       schemes: the schemes of the quantized weights.
-      factors: the scale of the tensor of each group of fused weights, filled in as they are read.
+      factors: the tensor scale of each group of fused weights, filled in as they are read.
     """
     value = job.shapes[name]
     if name not in schemes:
@@ -160,33 +160,33 @@ def _parts(
             raise ValueError(f"compressed_tensors.write: {name!r:.80} has the dtype {value.dtype}.")
         read = functools.partial(_array, job.read, name)
         return [Tensor(name, dtype, tuple(value.shape), read)]
-    kept: list[Quantized] = []
+    cache: list[Quantized] = []
 
     def read_once() -> Quantized:
-        if not kept:
-            kept.append(job.read(name))
-            _check_factor(name, kept[0], factors)
-        return kept[0]
+        if not cache:
+            cache.append(job.read(name))
+            _check_factor(name, cache[0], factors)
+        return cache[0]
 
-    def taking(tensor: Tensor, last: bool) -> np.ndarray:
+    def read_part(tensor: Tensor, last: bool) -> np.ndarray:
         result = tensor.read()
         if last:
-            kept.clear()
+            cache.clear()
         return result
 
     parts = parts_of(name, value, schemes[name], read_once)
     return [
-        tensor._replace(read=functools.partial(taking, tensor, tensor is parts[-1]))
+        tensor._replace(read=functools.partial(read_part, tensor, tensor is parts[-1]))
         for tensor in parts
     ]
 
 
 def _check_factor(name: str, q: Quantized, factors: dict[tuple[str, ...], float]) -> None:
-    """Raises ValueError if fused weights have different scales of the tensor."""
+    """Raises ValueError if fused weights have different tensor scales."""
     if q.second and factors.setdefault(fused_with(name), float(q.second[0])) != float(q.second[0]):
         raise ValueError(
             f"compressed_tensors.write: vLLM fuses {name!r:.80} with other weights, so they need "
-            "the same scale of the tensor. Quantize them with quantize_together."
+            "the same tensor scale. Quantize them with quantize_together."
         )
 
 
@@ -220,9 +220,9 @@ def _config(schemes: Mapping[str, Scheme], shapes: Mapping[str, Any]) -> dict[st
             kinds.append(scheme)
     groups = {}
     for i, kind in enumerate(kinds):
-        mine = [name.removesuffix(".weight") for name, s in schemes.items() if s == kind]
+        members = [name.removesuffix(".weight") for name, s in schemes.items() if s == kind]
         groups[f"group_{i}"] = {
-            "targets": ["Linear"] if len(kinds) == 1 else mine,
+            "targets": ["Linear"] if len(kinds) == 1 else members,
             "weights": kind.weights,
             "input_activations": kind.activations,
             "output_activations": None,

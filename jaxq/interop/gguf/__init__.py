@@ -12,7 +12,7 @@ from jaxq.interop.gguf._container import Tensor, write
 from jaxq.interop.gguf._names import ARCHITECTURES, Architecture, Conversion, conversion
 from jaxq.interop.gguf._recipes import TYPES, pack, recipe_of, unpack
 from jaxq.interop.gguf._tensors import (
-    Importance,
+    PartImportance,
     dequantize,
     fallback,
     quantize,

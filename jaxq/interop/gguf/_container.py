@@ -108,7 +108,7 @@ class _Reader:
 
     def take(self, count: int) -> bytes:
         if count > self.left:
-            _refuse(f"{count} bytes are announced where {self.left} are left")
+            _refuse(f"its header needs {count} more bytes, but only {self.left} are left")
         data = self.file.read(count)
         if len(data) != count:
             _refuse("it ends within its header")
@@ -119,7 +119,7 @@ class _Reader:
         dtype = np.dtype(kind)
         data = self.take(dtype.itemsize)
         if kind == "bool" and data not in (b"\x00", b"\x01"):
-            _refuse(f"a truth value is {data[0]}")
+            _refuse(f"a boolean is stored as {data[0]}")
         return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype)[0]
 
     def count(self) -> int:
@@ -149,7 +149,7 @@ class _Reader:
             dtype = np.dtype(_NUMBERS[item])
             data = self.take(count * dtype.itemsize)
             if item == _BOOL and data.strip(b"\x00\x01"):
-                _refuse("a truth value is neither 0 nor 1")
+                _refuse("a boolean is stored as neither 0 nor 1")
             return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype)
         if count > self.left // (12 if item == _ARRAY else 8):
             _refuse(f"an array of {count} items is longer than the file")
@@ -344,7 +344,7 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
             value, written = tensor.read(), 0
             for part in value if isinstance(value, Iterator) else (value,):
                 array = np.ascontiguousarray(part)
-                # Files are little-endian, and arrays of other files may not be.
+                # Files are little-endian, but arrays read from other files may be big-endian.
                 array = array.astype(array.dtype.newbyteorder("<"), copy=False)
                 written += array.nbytes
                 if written <= size:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._ggml.blocks import Blocks, join_sub_blocks, sub_blocks
+from jaxq._ggml.blocks import FloatBlocks, join_sub_blocks, sub_blocks
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.interop.gguf._blocks import as_bytes
 from jaxq.interop.gguf._layouts import LAYOUTS, Fields
@@ -21,15 +21,15 @@ __all__ = ["FLOAT_TYPES", "pack_floats", "unpack_floats"]
 _MINUS_ZERO = np.uint8(8)
 
 
-def _fields(name: str, blocks: Blocks) -> Fields:
+def _fields(name: str, blocks: FloatBlocks) -> Fields:
     """Returns the fields of MXFP4 or NVFP4, as ggml quantizes them."""
     rule, count = SUPER_BLOCK_RULES[f"{name}_ggml"], blocks.x.shape[1]
-    result = rule.search(Blocks(sub_blocks(blocks.x, rule.size)))
+    result = rule.search(FloatBlocks(sub_blocks(blocks.x, rule.size)))
     scales = encode(result.d, rule.scale_format).reshape(-1, count).T
     return {"scales": scales, "q": as_bytes(join_sub_blocks(result.codes.T, count).T)}
 
 
-FLOAT_TYPES: dict[str, Callable[[Blocks], Fields]] = {
+FLOAT_TYPES: dict[str, Callable[[FloatBlocks], Fields]] = {
     name: functools.partial(_fields, name) for name in ("mxfp4", "nvfp4")
 }
 

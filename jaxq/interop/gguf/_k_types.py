@@ -8,10 +8,15 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._ggml.blocks import Blocks, QuantizedBlocks
+from jaxq._ggml.blocks import FloatBlocks, QuantizedBlocks
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.interop.gguf._blocks import as_bytes, split_bits
-from jaxq.interop.gguf._layouts import LAYOUTS, Fields, two_scales, two_scales_bytes
+from jaxq.interop.gguf._layouts import (
+    LAYOUTS,
+    Fields,
+    join_scales_and_minima,
+    split_scales_and_minima,
+)
 
 __all__ = ["SEARCHED", "Integers", "fields_of", "integers_of"]
 
@@ -32,7 +37,7 @@ class Integers(NamedTuple):
     minima: jax.Array | None = None
 
 
-def _searched(name: str, blocks: Blocks) -> Fields:
+def _searched(name: str, blocks: FloatBlocks) -> Fields:
     """Returns the fields of a type, with the scales that its rule finds."""
     result: QuantizedBlocks = SUPER_BLOCK_RULES[name].search(blocks)
     factors = {"d": result.d} if result.m is None else {"d": result.d, "m": result.m}
@@ -62,7 +67,7 @@ def fields_of(name: str, integers: Integers) -> Mapping[str, jax.Array]:
             return {**split_bits(codes + 32), "scales": scales.astype(jnp.int8)}
     assert minima is not None
     q = {"q": as_bytes(codes)} if name == "q4_k" else split_bits(codes)
-    return {"scales": two_scales_bytes(scales, minima), **q}
+    return {"scales": join_scales_and_minima(scales, minima), **q}
 
 
 def integers_of(name: str, fields: Fields) -> Integers:
@@ -82,10 +87,10 @@ def integers_of(name: str, fields: Fields) -> Integers:
     q = q | fields["high"] << _FOUR if "high" in fields else q
     if name == "q6_k":
         return Integers(fields["scales"], q.astype(jnp.int32) - 32)
-    scales, minima = two_scales(fields["scales"])
+    scales, minima = split_scales_and_minima(fields["scales"])
     return Integers(scales, q, minima)
 
 
-SEARCHED: dict[str, Callable[[Blocks], Fields]] = {
+SEARCHED: dict[str, Callable[[FloatBlocks], Fields]] = {
     name: functools.partial(_searched, name) for name in SUPER_BLOCK_RULES if name in LAYOUTS
 }

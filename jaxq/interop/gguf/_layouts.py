@@ -1,4 +1,4 @@
-"""The bytes of ggml's block types: their fields, and the values that they stand for.
+"""The bytes of ggml's block types: their fields, and the values that they represent.
 
 A layout cuts blocks of bytes into fields (`read`), joins fields to bytes (`write`), and computes
 values from fields (`values`). All products of a scale and a code are float32 numbers, so values do
@@ -17,14 +17,20 @@ from jaxq._jax.arithmetic import materialize
 from jaxq.formats import get_format
 from jaxq.interop.gguf._bits import gather, halves, join_halves, spread
 
-__all__ = ["LAYOUTS", "Fields", "Layout", "two_scales", "two_scales_bytes"]
+__all__ = [
+    "LAYOUTS",
+    "Fields",
+    "Layout",
+    "join_scales_and_minima",
+    "split_scales_and_minima",
+]
 
 Fields = Mapping[str, jax.Array]
 Reader = Callable[[jax.Array], jax.Array]
 Writer = Callable[[jax.Array], jax.Array]
 
 _IQ4 = get_format("iq4").values  # Codes are in the order of their values.
-_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # Doubled.
+_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # The values, doubled.
 
 
 class Part(NamedTuple):
@@ -76,7 +82,7 @@ class Layout(NamedTuple):
         return self.join({name: part.write(fields[name]) for name, part in self.parts.items()})
 
     def values_of(self, fields: Fields) -> jax.Array:
-        """Returns the values that are read back after fields are written, with float16 factors."""
+        """Returns the values of the bytes of fields, whose factors become float16."""
         parts = {name: self.parts[name] for name in fields}
         return self.values(
             {
@@ -126,7 +132,7 @@ def _single_scale(offset: int, minimum: bool = False) -> Callable[[Fields], jax.
     return values
 
 
-def two_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+def split_scales_and_minima(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the 6-bit scales and minima of Q4_K and Q5_K from their 12 bytes."""
     low, middle, high = scales[:, :4], scales[:, 4:8], scales[:, 8:]
     six, four, two = np.uint8(63), np.uint8(4), np.uint8(6)
@@ -135,8 +141,8 @@ def two_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
     return s, m
 
 
-def two_scales_bytes(s: jax.Array, m: jax.Array) -> jax.Array:
-    """Returns the 12 bytes of Q4_K's and Q5_K's scales and minima."""
+def join_scales_and_minima(s: jax.Array, m: jax.Array) -> jax.Array:
+    """Returns the 12 bytes of 6-bit scales and minima; the inverse of `split_scales_and_minima`."""
     four, two = np.uint8(4), np.uint8(6)
     low = s[:, :4] | s[:, 4:] >> four << two
     middle = m[:, :4] | m[:, 4:] >> four << two
@@ -145,7 +151,7 @@ def two_scales_bytes(s: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def _k_affine(f: Fields) -> jax.Array:
-    s, m = two_scales(f["scales"])
+    s, m = split_scales_and_minima(f["scales"])
     q = f["q"] | f["high"] << np.uint8(4) if "high" in f else f["q"]
     low = materialize(f["m"][:, None] * _float(m))
     y = _scaled(f["d"][:, None] * _float(s), _float(q))
@@ -207,7 +213,7 @@ def _nvfp4(f: Fields) -> jax.Array:
 
 
 def _trits(size: int, width: int, count: int) -> Part:
-    """Returns the part of TQ1_0 in which a byte holds five ternary digits, or four."""
+    """Returns a part of TQ1_0, each of whose bytes holds `count` ternary digits."""
     powers = 3 ** np.arange(count, dtype=np.uint16).reshape(1, 1, -1, 1)
 
     def read(data: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._ggml.blocks import Blocks, QuantizedBlocks
+from jaxq._ggml.blocks import FloatBlocks, QuantizedBlocks
 from jaxq._ggml.weighted import with_minimum, without_minimum
 from jaxq._jax.arithmetic import materialize, reciprocal, rounded
 from jaxq.interop.gguf._blocks import as_bytes, split_bits
@@ -21,22 +21,22 @@ from jaxq.recipes import get_recipe
 __all__ = ["SMALL", "of_recipe"]
 
 
-def _q4_0(blocks: Blocks) -> Fields:
+def _q4_0(blocks: FloatBlocks) -> Fields:
     result = without_minimum(blocks, 8)
     return {"d": result.d, "q": as_bytes(result.codes + 8)}
 
 
-def _q5_0(blocks: Blocks) -> Fields:
+def _q5_0(blocks: FloatBlocks) -> Fields:
     result = without_minimum(blocks, 16)
     return {"d": result.d, **split_bits(result.codes + 16)}
 
 
-def _q4_1(blocks: Blocks) -> Fields:
+def _q4_1(blocks: FloatBlocks) -> Fields:
     result = with_minimum(blocks, 15)
     return {"d": result.d, "m": _minima(result), "q": as_bytes(result.codes)}
 
 
-def _q5_1(blocks: Blocks) -> Fields:
+def _q5_1(blocks: FloatBlocks) -> Fields:
     result = with_minimum(blocks, 31)
     return {"d": result.d, "m": _minima(result), **split_bits(result.codes)}
 
@@ -71,7 +71,7 @@ def of_recipe(x: jax.Array, name: str) -> Fields:
     return {**fields, "q": q & np.uint8(15), "high": q >> np.uint8(4)}
 
 
-SMALL: dict[str, Callable[[Blocks], Fields]] = {
+SMALL: dict[str, Callable[[FloatBlocks], Fields]] = {
     "q4_0": _q4_0,
     "q4_1": _q4_1,
     "q5_0": _q5_0,

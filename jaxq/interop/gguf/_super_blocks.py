@@ -1,4 +1,4 @@
-"""Quantized tensors of recipes with the scaling `SuperBlocks` as bytes of GGUF."""
+"""Conversion between quantized tensors with the scaling `SuperBlocks` and the bytes of GGUF."""
 
 import jax
 from jax import numpy as jnp
@@ -36,8 +36,8 @@ def pack_super_blocks(q: Quantized, name: str) -> jax.Array:
     scales = integers(q.scale) if q.second else None
     minima = None if q.zero_point is None else integers(q.zero_point)
     fields = fields_of(name, Integers(scales, codes.reshape(-1, layout.block), minima))
-    columns = {name: layout.parts[name].write(field) for name, field in fields.items()}
-    factors = [bytes_of(codes.reshape(-1)) for codes in q.second or (q.scale,)]
+    columns = {field: layout.parts[field].write(x) for field, x in fields.items()}
+    factors = [bytes_of(factor.reshape(-1)) for factor in q.second or (q.scale,)]
     data = layout.join({**columns, **dict(zip(_FACTORS, factors, strict=False))})
     return data.reshape(*q.shape[:-1], q.shape[-1] // layout.block * layout.size)
 
@@ -45,24 +45,26 @@ def pack_super_blocks(q: Quantized, name: str) -> jax.Array:
 def unpack_super_blocks(
     data: jax.Array, name: str, recipe: Recipe, dtype: jax.typing.DTypeLike
 ) -> Quantized:
-    """Returns the quantized tensor that the bytes of whole super-blocks stand for."""
+    """Returns the quantized tensor that the bytes of complete super-blocks represent."""
     layout = LAYOUTS[name]
-    *leading, runs = (*data.shape[:-1], data.shape[-1] // layout.size)
+    *leading, count = (*data.shape[:-1], data.shape[-1] // layout.size)
     columns = layout.split(data.reshape(-1, layout.size))
-    factors = tuple(halves_of(columns[f]).reshape(*leading, runs) for f in _FACTORS if f in columns)
+    factors = tuple(
+        halves_of(columns[f]).reshape(*leading, count) for f in _FACTORS if f in columns
+    )
     fields = {n: layout.parts[n].read(x) for n, x in columns.items() if n not in _FACTORS}
     integers = integers_of(name, fields)
 
     def encoded(values: jax.Array, fmt: Format) -> jax.Array:
         """Returns integers of super-blocks as stored codes."""
-        shape = (*leading, runs * values.shape[1])
+        shape = (*leading, count * values.shape[1])
         codes = values
         if not isinstance(fmt, CodebookFormat):
             codes = encode(values.astype(jnp.float32), fmt)
         codes = codes.reshape(shape)
         return codes if fmt.bits in WHOLE_BYTES else pack_bits(codes, fmt.bits)
 
-    length, fmt, minima = runs * layout.block, recipe.scale_format, integers.minima
+    length, fmt, minima = count * layout.block, recipe.scale_format, integers.minima
     last = SUPER_BLOCK_RULES[name].length if length else 1
     return Quantized(
         codes=encoded(integers.codes, recipe.element),

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._ggml.blocks import Blocks, in_chunks
+from jaxq._ggml.blocks import FloatBlocks, in_chunks
 from jaxq._ggml.searches import product, sums
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq._jax.arithmetic import divide
@@ -84,11 +84,13 @@ def quantize(
                 f"gguf.quantize: `importance` must have the shape of a row, ({x.shape[-1]},), or "
                 f"of rows that broadcast to {x.shape}, got {importance.shape}."
             )
-        importance = jnp.broadcast_to(importance.reshape(_to(x.ndim, importance.shape)), x.shape)
+        importance = jnp.broadcast_to(
+            importance.reshape(_with_leading_ones(x.ndim, importance.shape)), x.shape
+        )
     return _quantize(x, importance, type).data
 
 
-def _to(ndim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _with_leading_ones(ndim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1,) * (ndim - len(shape)) + shape
 
 
@@ -99,8 +101,8 @@ class _Result(NamedTuple):
     values: jax.Array | None
 
 
-class Importance(NamedTuple):
-    """The importance of the elements of a part of a tensor.
+class PartImportance(NamedTuple):
+    """The importance of the elements in a part of a tensor.
 
     Attributes:
       weights: the importance of each element.
@@ -112,7 +114,7 @@ class Importance(NamedTuple):
 
 
 def quantize_with_values(
-    x: jax.Array, type: str, importance: Importance | None = None
+    x: jax.Array, type: str, importance: PartImportance | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the bytes of a tensor and their values, with fewer operations than `dequantize`."""
     weights, squares = (None, None) if importance is None else importance
@@ -140,7 +142,7 @@ def _quantize(
         data = layout.write(fields).reshape(*shape[:-1], -1)
         return _Result(data, layout.values_of(fields).reshape(shape) if values else None)
     columns = x.reshape(-1, layout.block).T
-    blocks = Blocks(columns, None, None)
+    blocks = FloatBlocks(columns, None, None)
     if importance is not None:
         if squares is None:
             rows = x.reshape(-1, shape[-1])
@@ -148,9 +150,9 @@ def _quantize(
             square = divide(total, jnp.full(total.shape, shape[-1], jnp.float32))
             squares = jnp.repeat(square, shape[-1] // layout.block)
         weights = jnp.asarray(importance).reshape(-1, layout.block).T
-        blocks = Blocks(columns, weights, jnp.asarray(squares))
+        blocks = FloatBlocks(columns, weights, jnp.asarray(squares))
 
-    def quantized(part: Blocks) -> _Result:
+    def quantized(part: FloatBlocks) -> _Result:
         fields = _QUANTIZERS[type](part)
         return _Result(layout.write(fields), layout.values_of(fields) if values else None)
 
@@ -195,7 +197,7 @@ def _dequantize(data: jax.Array, type: str) -> jax.Array:
     return values.reshape(*data.shape[:-1], data.shape[-1] // layout.size * layout.block)
 
 
-_SMALLER = {
+_FALLBACKS = {
     **{name: rule.fallback for name, rule in SUPER_BLOCK_RULES.items()},
     **dict.fromkeys(("tq1_0", "tq2_0"), "q4_0"),
 }
@@ -216,7 +218,7 @@ def fallback(type: str, length: int) -> str:
       >>> fallback("q4_k", 4096), fallback("q4_k", 576), fallback("q4_k", 100)
       ('q4_k', 'q5_0', 'f16')
     """
-    for name in (type, _SMALLER.get(type)):
+    for name in (type, _FALLBACKS.get(type)):
         if name is not None and length % TYPES.find(name).block == 0:
             return name
     return "f16"

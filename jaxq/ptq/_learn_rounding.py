@@ -1,4 +1,4 @@
-"""Learned rounding of the weights of a model, block by block."""
+"""Learned rounding of the weights of a model, block by block (`learn_rounding`)."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,8 +9,17 @@ from jax import numpy as jnp
 
 from jaxq._base.tables import Table, Tabular
 from jaxq._jax import compat
-from jaxq.models import Planned, Rules, plan, program
-from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
+from jaxq.models import Planned, Program, Rules, plan, program
+from jaxq.ptq._block_training import (
+    Data,
+    Leaf,
+    StepRange,
+    Trainer,
+    Trainers,
+    relative_error,
+)
+from jaxq.ptq._calibration_calls import Calls, Model, read_calls, without_weight
+from jaxq.ptq._leaf_states import replace_parameters
 from jaxq.ptq._rounding_methods import (
     Rounded,
     RoundingMethod,
@@ -18,13 +27,12 @@ from jaxq.ptq._rounding_methods import (
     get_rounding_method,
 )
 from jaxq.ptq._solvers import check_recipe
-from jaxq.ptq._training import Data, Leaf, Trainer, Trainers, relative_error
 from jaxq.quantizers import numbers_of, with_levels
 
 __all__ = ["LearnedBlock", "RoundingReport", "learn_rounding"]
 
 _OWNER = "ptq.learn_rounding"
-_CHECKS = 20  # The number of times that the rounded weights of a block are measured.
+_MEASUREMENTS = 20  # The number of times that the rounded weights of a block are measured.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +97,10 @@ def learn_rounding(
     that its outputs, computed from the outputs of the packed blocks before it, match those of the
     float model. The loss is the squared error of the floating outputs, relative to their power;
     each step uses one batch. At regular intervals the rounded weights are measured on all batches.
-    The best weights are kept, starting from rounding to nearest, so the loss never exceeds that of
-    rounding to nearest.
+    The best of these weights are returned, and rounding to nearest is the first candidate, so the
+    loss never exceeds that of rounding to nearest.
 
-    Activations are quantized as the rules specify. The inputs and outputs of one block are kept in
+    Activations are quantized as the rules specify. The inputs and outputs of one block are in
     memory for all batches. Blocks with equal programs, such as equal layers, are compiled once.
 
     Args:
@@ -142,8 +150,8 @@ def learn_rounding(
         )
 
     def model(params: Sequence[Any], *args: Any) -> Any:
-        for block, own in zip(blocks, params, strict=True):
-            args = _as_arguments(block(own, *args))
+        for block, block_params in zip(blocks, params, strict=True):
+            args = _as_arguments(block(block_params, *args))
         return args
 
     def learned(params: Any, batches: Any, *, key: jax.Array) -> tuple[list[Any], RoundingReport]:
@@ -161,11 +169,12 @@ def learn_rounding(
 
 
 def _as_arguments(x: Any) -> tuple[Any, ...]:
+    """Returns the output of a block as the arguments of the next block."""
     return x if isinstance(x, tuple) else (x,)
 
 
 class _Offsets(NamedTuple):
-    """The indices of the first leaf and the first product of a block in the whole model."""
+    """The indices of the first leaf and the first product of a block in the model."""
 
     leaf: int = 0
     product: int = 0
@@ -175,9 +184,9 @@ class _LearningRun:
     """One call of the function, which learns all blocks in order.
 
     Args:
-      calls: the model and its batches.
+      calls: the calls of the composition of all blocks.
       blocks: the blocks.
-      method: the method.
+      method: the rounding method.
       progress: the user's function, or None.
     """
 
@@ -199,25 +208,25 @@ class _LearningRun:
         example, first, rows, packed = self._calls.calls[0][1:], _Offsets(), [], []
         floats = _stacked([call[1:] for call in self._calls.calls])
         quantized = floats
-        masked = [mask for mask in self._calls.masks if mask is not None]
-        masks = jnp.stack(masked) if masked else None
-        for k, block in enumerate(self._blocks):
-            own = plan(_OWNER, block, [], 0, (self._calls.calls[0][0][k], *example), {})
-            planned = _Block(k, own, model.planned, first)
-            float_trainer = self._trainers.get(program(own.node, [None] * len(own.products)), ())
-            floats = float_trainer.outputs({}, planned.arrays, floats)
-            trainer = self._trainers.get(planned.program(), tuple(planned.leaves))
+        present = [mask for mask in self._calls.masks if mask is not None]
+        masks = jnp.stack(present) if present else None
+        for k, function in enumerate(self._blocks):
+            planned = plan(_OWNER, function, [], 0, (self._calls.calls[0][0][k], *example), {})
+            block = _PlannedBlock(k, planned, model.planned, first)
+            float_program = program(planned.node, [None] * len(planned.products))
+            floats = self._trainers.get(float_program, ()).outputs({}, block.arrays, floats)
+            trainer = self._trainers.get(block.program(), tuple(block.leaves))
             data = Data(quantized, floats, masks)
-            row, best = self._learned(planned, trainer, data, jax.random.fold_in(key, k))
-            values = trainer.values(best)
-            quantized = trainer.outputs(values, planned.arrays, quantized)
-            packed.append(planned.packed(best))
+            row, best = self._learn_block(block, trainer, data, jax.random.fold_in(key, k))
+            quantized = trainer.outputs(trainer.values(best), block.arrays, quantized)
+            packed.append(block.packed(best))
             rows.append(row)
-            example = _as_arguments(own.traced.rebuild([x[0] for x in floats]))
-            first = planned.next
+            example = _as_arguments(planned.traced.rebuild([x[0] for x in floats]))
+            first = block.next
         return packed, RoundingReport(tuple(rows))
 
     def _check(self, model: Model) -> None:
+        """Raises a ValueError if the batches differ or a stored weight cannot be learned."""
         traced = model.planned.traced
         self._calls.environments(model, compat.body(traced.jaxpr).invars)
         for leaf, storage in model.planned.stored.leaves.items():
@@ -227,24 +236,31 @@ class _LearningRun:
             check_recipe(owner, storage.recipe)
             if storage.recipe.outliers is not None:
                 raise ValueError(
-                    f"{owner}: `recipe` must round every element to its block's grid, got one of "
-                    f"{storage.recipe.element.name} that stores outliers separately. Use "
+                    f"{owner}: `recipe` must round every element to its block's grid, got a recipe "
+                    f"of {storage.recipe.element.name} that stores outliers separately. Use "
                     "outliers=None, or ptq.quantize_weights."
                 )
 
-    def _learned(
-        self, block: "_Block", trainer: Trainer, data: Data, key: jax.Array
+    def _learn_block(
+        self, block: "_PlannedBlock", trainer: Trainer, data: Data, key: jax.Array
     ) -> tuple[LearnedBlock, dict[int, Rounded]]:
         """Learns one block and returns its row of the report and the best levels of each leaf."""
         problems = block.problems()
-        best = {at: Rounded(p.start, numbers_of(p.start)) for at, p in problems.items()}
+        best = {i: Rounded(p.start, numbers_of(p.start)) for i, p in problems.items()}
 
         def measured(choice: dict[int, Rounded]) -> float:
             outputs = trainer.outputs(trainer.values(choice), block.arrays, data.inputs)
             return float(relative_error(outputs, data))
 
         rtn = measured(best)
-        row = LearnedBlock(block.number, 0, rtn, rtn, len(problems), block.note)
+        row = LearnedBlock(
+            block=block.number,
+            step=0,
+            rtn=rtn,
+            loss=rtn,
+            weights=len(problems),
+            note=block.note,
+        )
         _check_finite(rtn, block.number, "results")
         self._progress(row)
         steps = self._method.steps
@@ -252,86 +268,91 @@ class _LearningRun:
             return row, best
         state = trainer.start(problems)
         order = _order(key, steps, len(data.inputs[0]))
-        checks = min(_CHECKS, steps)
-        at = 0
-        for check in range(1, checks + 1):
-            until = steps * check // checks
-            state = trainer.advance(state, problems, block.arrays, data, (order, at, until))
-            at, choice = until, trainer.rounded(state, problems)
+        count, done = min(_MEASUREMENTS, steps), 0
+        for measurement in range(1, count + 1):
+            until = steps * measurement // count
+            step_range = StepRange(order, done, until)
+            state = trainer.advance(state, problems, block.arrays, data, step_range)
+            done, choice = until, trainer.rounded(state, problems)
             loss = measured(choice)
             _check_finite(loss, block.number, "gradients")
             if loss < row.loss:
-                row, best = dataclasses.replace(row, step=at, loss=loss), choice
-            self._progress(dataclasses.replace(row, step=at))
+                row, best = dataclasses.replace(row, step=done, loss=loss), choice
+            self._progress(dataclasses.replace(row, step=done))
         return row, best
 
 
-class _Block:
+class _PlannedBlock:
     """A block of a planned model.
 
     Args:
-      number: its index.
-      own: the plan of the block by itself, without rules.
-      whole: the plan of the model.
+      number: the index of the block.
+      planned: the plan of the block alone, without rules.
+      model: the plan of the model, with the rules.
       first: the indices of the block's first leaf and first product in the model.
+
+    Attributes:
+      number: the index of the block.
+      arrays: the parameters of the block.
+      leaves: the leaves to learn.
+      next: the indices of the next block's first leaf and first product in the model.
     """
 
-    def __init__(self, number: int, own: Planned, whole: Planned, first: _Offsets) -> None:
-        self.number, self._own, self._whole, self._first = number, own, whole, first
-        count = sum(origin is not None for origin in own.traced.origins)
-        self.arrays = [jnp.asarray(x) for x in own.traced.arrays[:count]]
-        self.next = _Offsets(first.leaf + count, first.product + len(own.products))
-        stored = whole.stored.leaves
+    def __init__(self, number: int, planned: Planned, model: Planned, first: _Offsets) -> None:
+        self.number, self._planned, self._model, self._first = number, planned, model, first
+        count = sum(origin is not None for origin in planned.traced.origins)
+        self.arrays = [jnp.asarray(x) for x in planned.traced.arrays[:count]]
+        self.next = _Offsets(first.leaf + count, first.product + len(planned.products))
+        stored = model.stored.leaves
         self._storages = {
-            at: stored[first.leaf + at] for at in range(count) if first.leaf + at in stored
+            i: stored[first.leaf + i] for i in range(count) if first.leaf + i in stored
         }
         self.leaves = [
-            Leaf(at, storage.recipe, jnp.dtype(storage.dtype), self.arrays[at].dtype)
-            for at, storage in self._storages.items()
+            Leaf(i, storage.recipe, jnp.dtype(storage.dtype), self.arrays[i].dtype)
+            for i, storage in self._storages.items()
         ]
 
     @property
     def _products(self) -> range:
+        """The numbers of the block's products in the model."""
         return range(self._first.product, self.next.product)
 
     @property
     def note(self) -> str:
         """The names of weights that are not stored, with the reasons."""
-        whole = self._whole
-        pairs = [(whole.products[n].name, whole.stored.reasons.get(n)) for n in self._products]
+        model = self._model
+        pairs = [(model.products[n].name, model.stored.reasons.get(n)) for n in self._products]
         return "; ".join(f"{name}: not stored: {reason}" for name, reason in pairs if reason)
 
-    def program(self) -> Any:
+    def program(self) -> Program:
         """Returns the program of the block, whose stored weights are dequantized arguments."""
-        whole = self._whole
+        model = self._model
         chosen = [
-            whole.chosen[n]
-            if n in whole.stored.reasons
-            else without_weight(whole.products[n], whole.chosen[n])
+            model.chosen[n]
+            if n in model.stored.reasons
+            else without_weight(model.products[n], model.chosen[n])
             for n in self._products
         ]
-        return program(self._own.node, chosen, True)
+        return program(self._planned.node, chosen, True)
 
     def problems(self) -> dict[int, RoundingProblem]:
         """Returns the leaves to learn, by their index among the arguments."""
         return {
-            at: RoundingProblem(
-                storage.converted(self.arrays[at]).astype(jnp.float32),
-                storage.quantize(self.arrays[at]),
+            i: RoundingProblem(
+                weight=storage.converted(self.arrays[i]).astype(jnp.float32),
+                start=storage.quantize(self.arrays[i]),
             )
-            for at, storage in self._storages.items()
+            for i, storage in self._storages.items()
         }
 
     def packed(self, choice: dict[int, Rounded]) -> Any:
         """Returns the parameters of the block with stored weights."""
-        tree, places = self._own.traced.parameters
-        leaves, structure = jax.tree.flatten(tree)
-        pairs = zip(places, leaves, strict=True)
-        new = [with_levels(*choice[at]) if at in choice else leaf for at, leaf in pairs]
-        return jax.tree.unflatten(structure, new)[0]
+        leaves = {i: with_levels(*rounded) for i, rounded in choice.items()}
+        return replace_parameters(self._planned, leaves)
 
 
 def _check_finite(loss: float, block: int, noun: str) -> None:
+    """Raises a ValueError if the loss of a block is NaN."""
     if loss != loss:
         raise ValueError(
             f"{_OWNER}: {noun} must be finite, but those of block {block} contain a NaN or an "
@@ -342,11 +363,11 @@ def _check_finite(loss: float, block: int, noun: str) -> None:
 def _stacked(calls: Sequence[tuple[Any, ...]]) -> list[jax.Array]:
     """Returns the arrays of the arguments of all calls, stacked."""
     flat = [[x for x in jax.tree.leaves(call) if compat.is_array(x)] for call in calls]
-    return [jnp.stack([jnp.asarray(x) for x in own]) for own in zip(*flat, strict=True)]
+    return [jnp.stack([jnp.asarray(x) for x in arrays]) for arrays in zip(*flat, strict=True)]
 
 
 def _order(key: jax.Array, steps: int, batches: int) -> jax.Array:
-    """Returns the index of each step's batch, from one random permutation after another."""
+    """Returns the index of each step's batch, as a sequence of random permutations."""
     keys = jax.random.split(key, -(-steps // batches))
     orders = jax.vmap(lambda key: jax.random.permutation(key, batches))(keys)
     return orders.reshape(-1)[:steps]

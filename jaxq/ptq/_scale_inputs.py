@@ -1,4 +1,4 @@
-"""Input scales for all products of a model."""
+"""Scales for the inputs of all products of a model (`scale_inputs`)."""
 
 import collections
 import dataclasses
@@ -12,16 +12,17 @@ from jax import numpy as jnp
 
 from jaxq.models import Rules, weight_of
 from jaxq.products import Axes, placed
-from jaxq.ptq._calls import Model, read_calls
-from jaxq.ptq._collectors import Layout
-from jaxq.ptq._input_changes import check_equal_outputs, named_inputs, reason_of, replace_leaves
-from jaxq.ptq._input_scales import InputProblem, InputScaler, get_input_scaler
-from jaxq.ptq._leaves import LeafKey, Leaves, WeightView, trace_weight
-from jaxq.ptq._models import stages_of
-from jaxq.ptq._observing import find_targets
-from jaxq.ptq._parts import Place
+from jaxq.ptq._calibration_calls import Model, read_calls
+from jaxq.ptq._collectors import MatrixLayout
+from jaxq.ptq._input_changes import check_equal_outputs, named_inputs, reason_of
+from jaxq.ptq._input_scalers import InputProblem, InputScaler, get_input_scaler
+from jaxq.ptq._leaf_states import LeafKey, Leaves, replace_parameters
+from jaxq.ptq._model_runner import model_runner
+from jaxq.ptq._observe import find_targets
+from jaxq.ptq._program_parts import Occurrence
 from jaxq.ptq._scaled_functions import InputScales
 from jaxq.ptq._statistics import Statistics
+from jaxq.ptq._weight_views import WeightView, trace_weight
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Recipe
 
@@ -94,10 +95,10 @@ def scale_inputs(
         if not record.needs_hessian:
             model = Model(model.planned, find_targets(model.planned, hessian=False))
         scaling = _ScalingRun(model, record)
-        stages = stages_of(calls, model, scaling.leaves, scaling.solve)
-        root = stages.root()
+        runner = model_runner(calls, model, scaling.leaves, scaling.solve)
+        root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)
-        stages.solve_together(root, stages.observed(root, envs))
+        runner.solve_together(root, runner.observed(root, envs))
         params, scales = scaling.result()
         check_equal_outputs(calls, scales.apply(calls.fn), params)
         return params, scales
@@ -105,22 +106,22 @@ def scale_inputs(
     return scaled
 
 
-class _Member(NamedTuple):
+class _Reader(NamedTuple):
     """A product that reads an input, with its weight."""
 
-    place: Place
+    occurrence: Occurrence
     view: WeightView
 
 
 class _WeightSpec(NamedTuple):
     """The static description of a weight: its layout, and its recipe with explicit axes."""
 
-    layout: Layout
+    layout: MatrixLayout
     recipe: Recipe
 
 
 class _ScalingRun:
-    """The factors chosen and the leaves scaled so far in one call of the function.
+    """The factors and the scaled leaves in one call of the function.
 
     Args:
       model: the planned model.
@@ -131,78 +132,82 @@ class _ScalingRun:
         self._model, self._planned, self._targets = model, model.planned, model.targets
         self._method = method
         self.leaves = Leaves(model.planned)
-        self._left = {
+        self._left = {  # The reasons why products are not scaled.
             n: reason
             for n in (*model.targets.matrices, *model.targets.reasons)
             if (reason := reason_of(model, model.planned.products[n]))
         }
-        self._waiting: dict[tuple[int, tuple[int, ...]], list[_Member | None]] = {}
-        self._members = collections.Counter(
+        # The readers of each input so far, and their expected number. None stands for a reader that
+        # cannot be scaled.
+        self._readers: dict[tuple[int, tuple[int, ...]], list[_Reader | None]] = {}
+        self._expected = collections.Counter(
             model.targets.first[n] for n in model.targets.matrices if n not in self._left
         )
         self._factors: dict[str, np.ndarray] = {}
         self._arrays: dict[int, np.ndarray] = {}
 
-    def solve(self, place: Place, observed: Callable[[], Statistics]) -> None:
-        """Adds a product; once all products of an input are known, chooses the input's scales.
+    def solve(self, occurrence: Occurrence, observe: Callable[[], Statistics]) -> None:
+        """Adds a product; after the last product that reads an input, chooses the input's scales.
+
+        Args:
+          occurrence: the product.
+          observe: a function that returns the statistics of its input.
 
         Raises:
           ValueError: if an input is not finite.
         """
-        statistics = observed()
-        number = place.product.number
-        if not bool(jnp.all(jnp.isfinite(statistics.amax))):
-            raise ValueError(
-                f"{_OWNER}: inputs must be finite, but {place.product.where} has a NaN or an "
-                "infinity in its input. Look for it in the batches, or mask the padding."
-            )
+        statistics = observe()
+        occurrence.check_finite(_OWNER, statistics)
+        number = occurrence.product.number
         if number in self._left:
             return
         first = self._targets.first[number]
-        waiting = self._waiting.setdefault((first, place.iterations), [])
-        view = trace_weight(place.frame, place.variable)
+        readers = self._readers.setdefault((first, occurrence.iterations), [])
+        view = trace_weight(occurrence.frame, occurrence.variable)
         if isinstance(view, str):
             self._left[number] = view
-        waiting.append(None if isinstance(view, str) else _Member(place, view))
-        if len(waiting) == self._members[first]:
-            members = [member for member in waiting if member is not None]
-            if members:
-                self._scale(first, place.iterations, members, statistics)
-            del self._waiting[first, place.iterations]
+        readers.append(None if isinstance(view, str) else _Reader(occurrence, view))
+        if len(readers) == self._expected[first]:
+            scalable = [reader for reader in readers if reader is not None]
+            if scalable:
+                self._scale(first, occurrence.iterations, scalable, statistics)
+            del self._readers[first, occurrence.iterations]
 
     def _scale(
         self,
         first: int,
         iterations: tuple[int, ...],
-        members: Sequence[_Member],
+        readers: Sequence[_Reader],
         statistics: Statistics,
     ) -> None:
         """Chooses the scales of one input and multiplies the weights by them."""
-        specs = tuple(self._spec(member) for member in members)
-        own = specs[0].layout.stacked(statistics)
-        scales = _chosen(tuple(m.view.x for m in members), own, specs, self._method)
+        specs = tuple(self._spec(reader) for reader in readers)
+        stacked = specs[0].layout.stacked(statistics)
+        weights = tuple(reader.view.x for reader in readers)
+        scales = _choose_scales(weights, stacked, specs, self._method)
         product = self._planned.products[first]
         batch = statistics.amax.shape
         name, stacks = product.name, product.stacks
         factors = self._factors.setdefault(name, np.ones((*stacks, *batch), np.float32))
         factors[iterations] = np.asarray(1 / scales).reshape(batch)
-        for member, spec in zip(members, specs, strict=True):
-            spread = jnp.broadcast_to(scales[..., None], spec.layout.sizes)
-            ones = [np.float32(1)] * len(member.view.keys)
-            for key, factor in member.view.back(spec.layout.weight(spread), ones).items():
+        for reader, spec in zip(readers, specs, strict=True):
+            per_element = jnp.broadcast_to(scales[..., None], spec.layout.sizes)
+            ones = [np.float32(1)] * len(reader.view.keys)
+            factors_by_leaf = reader.view.move_back(spec.layout.weight(per_element), ones)
+            for key, factor in factors_by_leaf.items():
                 self._multiply(key, factor)
                 self.leaves.forget(key)
 
-    def _spec(self, member: _Member) -> _WeightSpec:
-        product = member.place.product
+    def _spec(self, reader: _Reader) -> _WeightSpec:
+        product = reader.occurrence.product
         assigned = self._planned.chosen[product.number]
         assert assigned is not None
         weight = weight_of(product, assigned)
         assert weight is not None
         axes: Axes = self._targets.matrices[product.number].axes
-        granularity = placed(weight.recipe.granularity, member.view.x.shape, axes)
+        granularity = placed(weight.recipe.granularity, reader.view.x.shape, axes)
         recipe = dataclasses.replace(weight.recipe, granularity=granularity)
-        return _WeightSpec(Layout(axes, member.view.x.shape), recipe)
+        return _WeightSpec(MatrixLayout(axes, reader.view.x.shape), recipe)
 
     def _multiply(self, key: LeafKey, factor: jax.Array) -> None:
         """Multiplies a leaf, or one row of it, by a factor."""
@@ -218,13 +223,15 @@ class _ScalingRun:
           ValueError: if no product has scales.
         """
         named = named_inputs(_OWNER, self._model, self._left, self._factors)
-        params = replace_leaves(self._planned, self._arrays)
+        params = replace_parameters(
+            self._planned, {leaf: jnp.asarray(x) for leaf, x in self._arrays.items()}
+        )
         factors = {name: jnp.asarray(x) for name, x in self._factors.items()}
         return params, InputScales(factors, *named)
 
 
 @functools.partial(jax.jit, static_argnames=("specs", "method"))
-def _chosen(
+def _choose_scales(
     weights: tuple[jax.Array, ...],
     statistics: Statistics,
     specs: tuple[_WeightSpec, ...],
@@ -238,5 +245,5 @@ def _chosen(
             for x, spec in zip(matrices, specs, strict=True)
         ]
 
-    own = [spec.layout.matrices(x) for x, spec in zip(weights, specs, strict=True)]
-    return method.scales(InputProblem(own, statistics, quantized))
+    matrices = [spec.layout.matrices(x) for x, spec in zip(weights, specs, strict=True)]
+    return method.scales(InputProblem(matrices, statistics, quantized))

@@ -1,4 +1,4 @@
-"""The calls of a model on its calibration batches: reading, checking and planning."""
+"""The calls of a model on its calibration batches, and the plan of the model for them."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,8 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq.models import Assigned, Planned, Product, Rules, plan, weight_of
 from jaxq.products import ProductRecipe
-from jaxq.ptq._observing import Targets, find_targets
+from jaxq.ptq._collectors import Collector
+from jaxq.ptq._observe import Targets, find_targets
 from jaxq.ptq._solvers import check_recipe
 from jaxq.quantizers import Quantized
 
@@ -33,11 +34,11 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
-    """The calls of a function on all batches.
+    """The calls of a function on all calibration batches.
 
     Attributes:
       owner: the name of the public function that was called, for errors.
-      fn: the function of the model.
+      fn: the function of the model, or a module.
       calls: the arguments of each call, with the parameters first unless `fn` is a module.
       masks: the mask of each batch, or None.
     """
@@ -48,7 +49,7 @@ class Calls:
     masks: Sequence[jax.Array | None]
 
     def plan(self, rules: Rules) -> Model:
-        """Plans the model with some rules and checks the plan.
+        """Plans the model with some rules.
 
         Raises:
           ValueError: if no weight is quantized, or a recipe is not supported.
@@ -59,12 +60,16 @@ class Calls:
         return model
 
     def environments(self, model: Model, invars: Sequence[Any]) -> list[dict[Any, Any]]:
-        """Returns the data arrays of each call, by input variable of the program.
+        """Returns the arrays of each call that are not parameters, by their variable.
+
+        Args:
+          model: the planned model.
+          invars: the variables of all arrays among the arguments, including the parameters.
 
         Raises:
           ValueError: if the calls differ in anything but the values of their arrays.
         """
-        known = [(x.shape, x.dtype) for x in model.planned.traced.arrays]
+        expected = [(x.shape, x.dtype) for x in model.planned.traced.arrays]
         module = None if jax.tree_util.all_leaves([self.fn]) else self.fn
         result, first = [], None
         for n, call in enumerate(self.calls):
@@ -73,7 +78,7 @@ class Calls:
             arrays = [x for x, yes in zip(leaves, is_data, strict=True) if yes]
             static = structure, [x for x, yes in zip(leaves, is_data, strict=True) if not yes]
             first = static if first is None else first
-            if [(x.shape, x.dtype) for x in arrays] != known or static != first:
+            if [(x.shape, x.dtype) for x in arrays] != expected or static != first:
                 raise ValueError(
                     f"{self.owner}: all batches must have the same structure, shapes, dtypes and "
                     f"Python values, but batch {n} differs from the first. Pad all batches to one "
@@ -84,8 +89,8 @@ class Calls:
         return result
 
     def _check(self, model: Model) -> None:
-        planned, found = model.planned, model.targets
-        if not found.matrices and not planned.stored.leaves:
+        planned, targets = model.planned, model.targets
+        if not targets.matrices and not planned.stored.leaves:
             raise ValueError(
                 f"{self.owner}: `rules` must quantize the weight of some product, but match none. "
                 "Add a rule for a kernel; jaxq.explain(fn, rules)(params, batch) lists products."
@@ -101,11 +106,11 @@ class Calls:
                     f"{self.owner}: {product.where} must not use stochastic rounding. Use a recipe "
                     "with deterministic rounding."
                 )
-            if assigned is not None and product.number in found.matrices:
-                self._check_product(product, assigned, found)
+            if assigned is not None and product.number in targets.matrices:
+                self._check_product(product, assigned, targets.matrices[product.number].collector)
 
-    def _check_product(self, product: Product, assigned: Assigned, found: Targets) -> None:
-        weight, collector = weight_of(product, assigned), found.matrices[product.number].collector
+    def _check_product(self, product: Product, assigned: Assigned, collector: Collector) -> None:
+        weight = weight_of(product, assigned)
         assert weight is not None
         for recipe in filter(None, weight.recipes):
             check_recipe(f"{self.owner}: {product.where}", recipe)
@@ -130,7 +135,7 @@ def read_calls(
             f"{owner}: must be called with {'batches' if is_module else 'params and batches'}, got "
             f"{len(args)} arguments. Pass several arguments of one call as a tuple per batch."
         )
-    *own, batches = args
+    *params, batches = args
     if not isinstance(batches, Iterable) or isinstance(batches, (jax.Array, np.ndarray, dict)):
         raise ValueError(
             f"{owner}: `batches` must be a sequence of batches, got a single "
@@ -138,27 +143,27 @@ def read_calls(
         )
     data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not data:
-        raise ValueError(f"{owner}: `batches` must hold at least one batch, got none.")
+        raise ValueError(f"{owner}: `batches` must contain at least one batch, got none.")
     masks = [None if mask is None else jnp.asarray(mask(*batch)) for batch in data]
-    shapes = {own.shape for own in masks if own is not None}
+    shapes = {batch_mask.shape for batch_mask in masks if batch_mask is not None}
     if len(shapes) > 1:
         raise ValueError(
             f"{owner}: `mask` must return the same shape for all batches, got {sorted(shapes)}. "
             "Pad the batches to one length."
         )
-    return Calls(owner, fn, [(*own, *batch) for batch in data], masks)
+    return Calls(owner, fn, [(*params, *batch) for batch in data], masks)
 
 
 def without_weight(product: Product, assigned: Assigned | None) -> Assigned | None:
     """Returns the assignment of a product without its weight's recipe and without calibration."""
     if assigned is None:
         return None
-    left = dataclasses.replace(assigned, calibrated=(None, None))
+    result = dataclasses.replace(assigned, calibrated=(None, None))
     if weight_of(product, assigned) is None:
-        return left
+        return result
     recipe = dataclasses.replace(assigned.recipe or ProductRecipe(), rhs=None)
     recipe = None if recipe.plain else recipe
-    return dataclasses.replace(left, recipe=recipe, table=None, experts=None)
+    return dataclasses.replace(result, recipe=recipe, table=None, experts=None)
 
 
 def _is_quantized(x: Any) -> bool:

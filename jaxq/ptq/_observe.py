@@ -1,4 +1,4 @@
-"""Collection of the input statistics of all products of a model."""
+"""Collection of the statistics of the inputs of all products of a model (`observe`)."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from jaxq.models import (
     unpacked,
     weight_of,
 )
-from jaxq.ptq._collectors import Matrix, matrix_of, shared_inputs
+from jaxq.ptq._collectors import MatrixForm, matrix_form, shared_inputs
 from jaxq.ptq._statistics import Statistics
 
 __all__ = ["ObservedInputs", "Targets", "find_targets", "observe"]
@@ -97,10 +97,10 @@ class Targets:
     Attributes:
       matrices: the products with a weight to quantize, by number.
       reasons: the reasons why other products with such a weight have no Hessian, by number.
-      first: for each product, the number of the first product with the same input.
+      first: the number of the first product with the same input, by the number of each product.
     """
 
-    matrices: Mapping[int, Matrix]
+    matrices: Mapping[int, MatrixForm]
     reasons: Mapping[int, str]
     first: Mapping[int, int]
 
@@ -121,7 +121,7 @@ def find_targets(planned: Planned, hessian: bool = True) -> Targets:
         weight = None if assigned is None else weight_of(product, assigned)
         if weight is None:
             continue
-        matrix = matrix_of(product, weight.operand, hessian)
+        matrix = matrix_form(product, weight.operand, hessian)
         if isinstance(matrix, str):
             reasons[product.number] = matrix
         else:

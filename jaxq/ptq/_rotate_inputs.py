@@ -1,4 +1,4 @@
-"""Hadamard rotations of the inputs of products, which the weights undo."""
+"""Hadamard rotations of the inputs of all products of a model (`rotate_inputs`)."""
 
 import dataclasses
 import functools
@@ -13,14 +13,15 @@ from jaxq._base.tables import Table, Tabular
 from jaxq._jax.serialization import pytree
 from jaxq.models import Rules
 from jaxq.products import Hadamard
-from jaxq.ptq._calls import Model, read_calls
-from jaxq.ptq._collectors import Layout
-from jaxq.ptq._input_changes import check_equal_outputs, named_inputs, reason_of, replace_leaves
-from jaxq.ptq._leaves import Leaves, trace_weight
-from jaxq.ptq._models import stages_of
-from jaxq.ptq._observing import find_targets
-from jaxq.ptq._parts import Place
-from jaxq.ptq._scaled_functions import changed
+from jaxq.ptq._calibration_calls import Model, read_calls
+from jaxq.ptq._collectors import MatrixLayout
+from jaxq.ptq._input_changes import check_equal_outputs, named_inputs, reason_of
+from jaxq.ptq._leaf_states import Leaves, replace_parameters
+from jaxq.ptq._model_runner import model_runner
+from jaxq.ptq._observe import find_targets
+from jaxq.ptq._program_parts import Occurrence
+from jaxq.ptq._scaled_functions import with_changed_inputs
+from jaxq.ptq._weight_views import trace_weight
 
 __all__ = ["InputRotations", "rotate_inputs"]
 
@@ -29,6 +30,8 @@ _OWNER = "ptq.rotate_inputs"
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
+    """A line of the printed table."""
+
     product: str
     input: str
     block: int | str
@@ -73,8 +76,8 @@ class InputRotations(Tabular):
         Raises:
           ValueError: when called, if `fn` lacks a product that has a rotation.
         """
-        lengths = dict(self.lengths)
-        return changed("InputRotations.apply", fn, dict(self.inputs), self.signs, lengths)
+        inputs, lengths = dict(self.inputs), dict(self.lengths)
+        return with_changed_inputs("InputRotations.apply", fn, inputs, self.signs, lengths)
 
     def _table(self) -> Table:
         lengths = dict(self.lengths)
@@ -150,9 +153,9 @@ def rotate_inputs(
         model = calls.plan(rules)
         model = Model(model.planned, find_targets(model.planned, hessian=False))
         rotating = _RotationRun(model, length, key)
-        stages = stages_of(calls, model, rotating.leaves, rotating.solve)
-        nothing: Any = dict.fromkeys(product.name for product in model.planned.products)
-        stages.solve_together(stages.root(), nothing)
+        runner = model_runner(calls, model, rotating.leaves, rotating.solve)
+        no_statistics: Any = dict.fromkeys(product.name for product in model.planned.products)
+        runner.solve_together(runner.root(), no_statistics)
         params, rotations = rotating.result()
         check_equal_outputs(calls, rotations.apply(fn), params)
         return params, rotations
@@ -161,7 +164,7 @@ def rotate_inputs(
 
 
 class _RotationRun:
-    """The signs drawn and the leaves rotated so far in one call of the function.
+    """The signs and the rotated leaves in one call of the function.
 
     Args:
       model: the planned model.
@@ -175,7 +178,7 @@ class _RotationRun:
         self._arrays: dict[int, np.ndarray] = {}
         self._signs: dict[str, jax.Array] = {}
         self._lengths: dict[str, int] = {}
-        self._left: dict[int, str] = {}
+        self._left: dict[int, str] = {}  # The reasons why products are not rotated.
         for n in (*model.targets.matrices, *model.targets.reasons):
             product = model.planned.products[n]
             reason = reason_of(model, product)
@@ -197,39 +200,40 @@ class _RotationRun:
                 f"product, got {length} for the {inputs} inputs of {where}. Use length=None."
             )
 
-    def solve(self, place: Place, _: Any) -> None:
+    def solve(self, occurrence: Occurrence, _: Any) -> None:
         """Rotates the weight of one product, in one iteration of the scans around it."""
-        number = place.product.number
+        number = occurrence.product.number
         if number in self._left:
             return
-        view = trace_weight(place.frame, place.variable)
+        view = trace_weight(occurrence.frame, occurrence.variable)
         if isinstance(view, str):
             self._left[number] = view
             return
         first = self._planned.products[self._model.targets.first[number]]
-        layout = Layout(self._model.targets.matrices[number].axes, view.x.shape)
+        layout = MatrixLayout(self._model.targets.matrices[number].axes, view.x.shape)
         batch, inputs, _ = layout.sizes
         if first.name not in self._signs:
             shape = (*first.stacks, *(view.x.shape[axis] for axis in layout.axes.batch), inputs)
-            drawn = jax.random.rademacher(jax.random.fold_in(self._key, first.number), shape)
-            self._signs[first.name] = drawn.astype(jnp.float32)
-        signs = self._signs[first.name][place.iterations].reshape(batch, inputs)
-        for key in view.keys:
-            if key.leaf not in self._arrays:
-                self._arrays[key.leaf] = np.array(self._planned.traced.arrays[key.leaf])
-        # The leaf's own values, because `view.x` is rounded to the dtype of the product.
+            key = jax.random.fold_in(self._key, first.number)
+            self._signs[first.name] = jax.random.rademacher(key, shape).astype(jnp.float32)
+        signs = self._signs[first.name][occurrence.iterations].reshape(batch, inputs)
+        for leaf in {key.leaf for key in view.keys} - self._arrays.keys():
+            self._arrays[leaf] = np.array(self._planned.traced.arrays[leaf])
+        # The values of the leaves, because `view.x` is rounded to the dtype of the product.
         old = [np.asarray(self._arrays[k.leaf][k.rows], np.float32) for k in view.keys]
         weight = layout.matrices(view.move(*map(jnp.asarray, old)))
         new = layout.weight(_rotated(weight, signs, self._lengths[first.name]))
-        for key, x in view.back(new, old).items():
-            self._arrays[key.leaf][key.rows] = np.asarray(x)
-            self.leaves.forget(key)
+        for leaf_key, x in view.move_back(new, old).items():
+            self._arrays[leaf_key.leaf][leaf_key.rows] = np.asarray(x)
+            self.leaves.forget(leaf_key)
 
     def result(self) -> tuple[Any, InputRotations]:
         """Returns the rotated parameters and the rotations."""
         inputs, left = named_inputs(_OWNER, self._model, self._left, self._signs)
         lengths = tuple((name, self._lengths[name]) for name in self._signs)
-        params = replace_leaves(self._planned, self._arrays)
+        params = replace_parameters(
+            self._planned, {leaf: jnp.asarray(x) for leaf, x in self._arrays.items()}
+        )
         return params, InputRotations(self._signs, lengths, inputs, left)
 
 

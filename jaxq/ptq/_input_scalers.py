@@ -14,7 +14,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
-from jaxq.ptq._matrices import output_error
+from jaxq.ptq._gptq_matrix import output_error
 from jaxq.ptq._statistics import Statistics
 
 __all__ = [
@@ -61,7 +61,7 @@ class InputProblem:
           The losses, `[matrices]`.
         """
         hessian, factors = self.statistics.hessian, scales[..., None]
-        assert hessian is not None, "the method has needs_hessian"
+        assert hessian is not None, "methods that call this need one"
         total = jnp.zeros(scales.shape[:-1], jnp.float32)
         rounded = self.quantized([weight * factors for weight in self.weights])
         for weight, value in zip(self.weights, rounded, strict=True):

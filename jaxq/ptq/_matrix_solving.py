@@ -1,4 +1,4 @@
-"""Solution of the weight matrices of one product, and the losses before and after."""
+"""Solution of a stack of matrices by a solver, with the losses before and after."""
 
 import functools
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.ptq._experts import levels_for
-from jaxq.ptq._matrices import output_error
+from jaxq.ptq._gptq_matrix import output_error
 from jaxq.ptq._solvers import Problem, Solver
 from jaxq.quantizers import values_of
 from jaxq.recipes import Recipe
 
-__all__ = ["SolvedMatrices", "parts_of", "solve_stack"]
+__all__ = ["SolvedMatrices", "solve_matrices", "split_by_recipe"]
 
 
 class SolvedMatrices(NamedTuple):
@@ -28,7 +28,7 @@ class SolvedMatrices(NamedTuple):
       power: the squared norm of the outputs, `tr(W^T H W)`, `[matrices]`.
       damping: the damping that the solver used, `[matrices]`.
       solved: False where the solver found no solution, `[matrices]`.
-      worse: True where the solution had more loss than the nearest levels, which were used
+      worse: True where the solution had a larger loss than the nearest levels, which were used
         instead, `[matrices]`.
     """
 
@@ -41,34 +41,49 @@ class SolvedMatrices(NamedTuple):
     worse: jax.Array
 
 
-def parts_of(
+def split_by_recipe(
     problem: Problem, recipes: Sequence[tuple[Recipe, np.ndarray]]
 ) -> list[tuple[Recipe, np.ndarray, Problem]]:
-    """Returns the problem of the matrices of each recipe, with the recipe and their indices."""
-    found = []
-    for recipe, places in recipes:
+    """Splits a problem by the recipes of its matrices.
+
+    Args:
+      problem: the problem, with a leading axis `[matrices]`.
+      recipes: each recipe with the indices of its matrices.
+
+    Returns:
+      For each recipe: the recipe, the indices, and the problem of these matrices.
+    """
+    parts = []
+    for recipe, indices in recipes:
         part: Problem = problem
         if len(recipes) > 1:
-            part = jax.tree.map(lambda x, at=places: x[at], problem)
-        found.append((recipe, places, part._replace(levels=levels_for(part.levels, recipe))))
-    return found
+            part = jax.tree.map(lambda x, at=indices: x[at], problem)
+        parts.append((recipe, indices, part._replace(levels=levels_for(part.levels, recipe))))
+    return parts
 
 
-def solve_stack(
+def solve_matrices(
     problem: Problem, recipes: Sequence[tuple[Recipe, np.ndarray]], solver: Solver
 ) -> SolvedMatrices:
-    """Solves a stack of matrices, each recipe with the indices of its matrices."""
+    """Solves a stack of matrices.
+
+    Args:
+      problem: the problem, with a leading axis `[matrices]`.
+      recipes: each recipe with the indices of its matrices.
+      solver: the solver.
+    """
     solutions = [
-        _solve_matrices(part, recipe, solver) for recipe, _, part in parts_of(problem, recipes)
+        _solve_with_one_recipe(part, recipe, solver)
+        for recipe, _, part in split_by_recipe(problem, recipes)
     ]
     if len(solutions) == 1:
         return solutions[0]
-    back = np.argsort(np.concatenate([places for _, places in recipes]))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[back], *solutions)
+    order = np.argsort(np.concatenate([indices for _, indices in recipes]))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *solutions)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "solver"))
-def _solve_matrices(problem: Problem, recipe: Recipe, solver: Solver) -> SolvedMatrices:
+def _solve_with_one_recipe(problem: Problem, recipe: Recipe, solver: Solver) -> SolvedMatrices:
     """Solves a stack of matrices that share one recipe."""
 
     def solve_matrix(problem: Problem) -> SolvedMatrices:
@@ -84,8 +99,8 @@ def _solve_matrices(problem: Problem, recipe: Recipe, solver: Solver) -> SolvedM
             if statistics.drift is None:
                 return loss(numbers)
             error = values_of(numbers, levels, recipe) - weight
-            pulled = jnp.matmul(statistics.drift.T, weight, precision=lax.Precision.HIGHEST)
-            return output_error(error, hessian) - 2 * jnp.sum(error * pulled)
+            target = jnp.matmul(statistics.drift.T, weight, precision=lax.Precision.HIGHEST)
+            return output_error(error, hessian) - 2 * jnp.sum(error * target)
 
         solution = solver.solve(problem, recipe)
         before, after = loss(nearest), loss(solution.numbers)

@@ -1,4 +1,4 @@
-"""HQQ, a search for zero points that needs no calibration data."""
+"""HQQ, a search for the zero points of a weight that needs no calibration data."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.ptq._searching import SearchOptions, SearchProblem
+from jaxq.ptq._search import SearchOptions, SearchProblem
 from jaxq.quantizers import Quantized, snap, with_minima
 from jaxq.recipes import Recipe
 
@@ -22,7 +22,7 @@ class _State(NamedTuple):
       count: the number of iterations so far.
       zero: the zero point of each block.
       error: the smallest mean absolute error so far.
-      improved: True if the last iteration reduced the error.
+      improved: True if the last iteration reduced the error, or before the first one.
     """
 
     count: jax.Array
@@ -96,29 +96,40 @@ class HQQ:
         assert levels.minimum is not None, "checked before"
         step = jnp.where(levels.step > 0, levels.step, np.float32(1))
 
-        def mean(x: jax.Array) -> jax.Array:
-            own = numbers.reshape(-1)
-            total = jax.ops.segment_sum(x.reshape(-1), own, problem.count)
-            return total / jax.ops.segment_sum(jnp.ones(own.shape, jnp.float32), own, problem.count)
+        def block_mean(x: jax.Array) -> jax.Array:
+            blocks = numbers.reshape(-1)
+            total = jax.ops.segment_sum(x.reshape(-1), blocks, problem.count)
+            ones = jnp.ones(blocks.shape, jnp.float32)
+            return total / jax.ops.segment_sum(ones, blocks, problem.count)
 
         def iterate(state: _State) -> _State:
-            own = levels._replace(step=step, minimum=-state.zero[numbers] * step)
-            q, values = snap(weight, own, options.recipe)
+            tried = levels._replace(step=step, minimum=-state.zero[numbers] * step)
+            q, values = snap(weight, tried, options.recipe)
             error = weight - values
             size = jnp.abs(error)
             beta = np.float32(self.beta) * np.float32(self.kappa) ** state.count.astype(jnp.float32)
             # |e|^(p - 1) is infinite at 0.
             bound = jnp.where(size > 0, size, 1) ** np.float32(self.norm - 1) / beta
             outlier = jnp.sign(error) * lax.max(size - bound, np.float32(0))
-            zero = mean(q - (weight - outlier) / step)
-            now = jnp.mean(size)
-            return _State(state.count + 1, zero, lax.min(now, state.error), now < state.error)
+            zero = block_mean(q - (weight - outlier) / step)
+            mean_error = jnp.mean(size)
+            return _State(
+                count=state.count + 1,
+                zero=zero,
+                error=lax.min(mean_error, state.error),
+                improved=mean_error < state.error,
+            )
 
-        def keep_going(state: _State) -> jax.Array:
+        def is_unfinished(state: _State) -> jax.Array:
             return (state.count < self.iterations) & state.improved
 
-        first = mean(-levels.minimum / step)
-        infinity = jnp.float32(np.inf)
-        state = _State(jnp.int32(0), first, infinity, jnp.bool_(True))
-        zero = lax.while_loop(keep_going, iterate, state).zero
-        return tuple(with_minima(q, -own * q.scales) for q, own in problem.by_leaf(zero))
+        state = _State(
+            count=jnp.int32(0),
+            zero=block_mean(-levels.minimum / step),
+            error=jnp.float32(np.inf),
+            improved=jnp.bool_(True),
+        )
+        zero = lax.while_loop(is_unfinished, iterate, state).zero
+        return tuple(
+            with_minima(q, -leaf_zero * q.scales) for q, leaf_zero in problem.by_leaf(zero)
+        )

@@ -1,4 +1,4 @@
-"""GPTQ on one matrix: pure array functions.
+"""The algorithm of GPTQ for one matrix.
 
 A weight is a matrix `[inputs, outputs]`, and the Hessian `H = sum x x^T` is `[inputs, inputs]`. The
 squared output error over the calibration data is `tr(E^T H E)`, with the weight's error E.
@@ -13,14 +13,14 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import where
-from jaxq.ptq._searching import run_length
+from jaxq.ptq._search import run_length
 from jaxq.quantizers import Levels, snap
 from jaxq.recipes import Recipe
 
 __all__ = ["Settings", "Solution", "output_error", "solve"]
 
 _BLOCK = 128  # The number of inputs that are rounded between two large matrix products.
-_LARGE = 512  # The number of inputs of a block of the Hessian in a quadratic form.
+_LARGE = 512  # The number of rows of the Hessian that `output_error` multiplies at a time.
 _MAX_RAISES = 6  # The number of times that the damping is raised if H has no Cholesky factor.
 _RAISE_FACTOR = 10.0
 
@@ -54,10 +54,10 @@ def output_error(error: jax.Array, hessian: jax.Array) -> jax.Array:
     for start in range(0, len(hessian), size):
         current, after = error[start : start + size], error[start + size :]
         rows = hessian[start : start + size, start:]
-        pulled = _product(rows[:, : len(current)], current)
+        product = _product(rows[:, : len(current)], current)
         if len(after):
-            pulled = pulled + 2 * _product(rows[:, len(current) :], after)
-        total = total + jnp.sum(current * pulled)
+            product = product + 2 * _product(rows[:, len(current) :], after)
+        total = total + jnp.sum(current * product)
     return total
 
 
@@ -68,7 +68,7 @@ class Settings(NamedTuple):
       damping: the initial damping, relative to the mean of H's diagonal.
       order: `"static"` rounds the inputs with the largest diagonal entries of H first; `"group"`
         does so within each group of the recipe, and takes the groups by their largest entries; None
-        rounds the inputs in their own order.
+        rounds the inputs in the order of the weight.
       asymmetry: the factor of GPTAQ's correction.
       propagation: the factor of QEP's correction.
     """
@@ -87,7 +87,7 @@ def solve(
     recipe: Recipe,
     settings: Settings,
 ) -> Solution:
-    """Rounds the inputs of a matrix one by one, each correcting the errors of those before it.
+    """Rounds the inputs of a matrix one by one, so that each corrects the errors of earlier ones.
 
     With the damped Hessian `H = V V^T`, V upper triangular, the error is
     `sum_i |V_ii e_i + sum_{j<i} V_ji e_j|^2`. Input i is therefore rounded at
@@ -114,26 +114,28 @@ def solve(
     unit = where(has_data, mean, np.float32(1))
     scaled = jnp.where(has_data, hessian / unit, jnp.eye(len(hessian), dtype=jnp.float32))
     # An input that is always 0 does not affect the error, and is rounded to nearest.
-    dead = jnp.diagonal(scaled) <= 0
-    scaled = scaled + jnp.diag(dead.astype(jnp.float32))
+    is_zero = jnp.diagonal(scaled) <= 0
+    scaled = scaled + jnp.diag(is_zero.astype(jnp.float32))
     rows = _order(jnp.diagonal(scaled), settings.order, recipe)
     ordered = scaled[rows][:, rows]
     factor, damping_used = _factor(ordered, settings.damping)
-    found = jnp.all(jnp.isfinite(jnp.diagonal(factor)))
-    factor = jnp.where(found, factor, jnp.eye(len(hessian), dtype=jnp.float32))
+    is_solved = jnp.all(jnp.isfinite(jnp.diagonal(factor)))
+    factor = jnp.where(is_solved, factor, jnp.eye(len(hessian), dtype=jnp.float32))
     weight, shifts = weight[rows], None
     if drift is not None and (settings.propagation or settings.asymmetry):
-        found = found & jnp.all(jnp.isfinite(drift))
-        own = jnp.where(found, drift / unit, np.float32(0))[rows][:, rows]
+        is_solved = is_solved & jnp.all(jnp.isfinite(drift))
+        drift = jnp.where(is_solved, drift / unit, np.float32(0))[rows][:, rows]
         if settings.propagation:
-            weight = weight + np.float32(settings.propagation) * _corrected(factor, own, weight)
+            change = _drift_correction(factor, drift, weight)
+            weight = weight + np.float32(settings.propagation) * change
         if settings.asymmetry:
-            shifts = np.float32(settings.asymmetry) * _shifts(factor, own)
+            shifts = np.float32(settings.asymmetry) * _shifts(factor, drift)
     levels = jax.tree.map(lambda x: x[rows], levels)
     feedback = _Feedback(factor / jnp.diagonal(factor)[None], shifts)
     numbers = _rounded(weight, levels, feedback, recipe)
-    back = jnp.argsort(rows)
-    return Solution(numbers[back], damping_used, has_data & found)
+    return Solution(
+        numbers=numbers[jnp.argsort(rows)], damping=damping_used, solved=has_data & is_solved
+    )
 
 
 def _order(diagonal: jax.Array, order: str | None, recipe: Recipe) -> jax.Array:
@@ -149,10 +151,10 @@ def _order(diagonal: jax.Array, order: str | None, recipe: Recipe) -> jax.Array:
     return within[jnp.argsort(-jnp.max(groups, axis=1), stable=True)].reshape(-1)
 
 
-def _corrected(factor: jax.Array, drift: jax.Array, weight: jax.Array) -> jax.Array:
+def _drift_correction(factor: jax.Array, drift: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns `H^-1 D^T w`, the change of a weight that compensates for the drift; H = V V^T."""
-    pulled = _product(drift.T, weight)
-    half = lax.linalg.triangular_solve(factor, pulled, left_side=True)
+    target = _product(drift.T, weight)
+    half = lax.linalg.triangular_solve(factor, target, left_side=True)
     return lax.linalg.triangular_solve(factor, half, left_side=True, transpose_a=True)
 
 
@@ -163,11 +165,11 @@ def _shifts(factor: jax.Array, drift: jax.Array) -> jax.Array:
 
 
 class _Feedback(NamedTuple):
-    """The matrices through which rounded inputs change later inputs, `[inputs, inputs]`.
+    """The effects of rounded inputs on later inputs, `[inputs, inputs]`.
 
     Attributes:
-      errors: V with each column divided by its diagonal entry.
-      shifts: P, or None.
+      errors: the factors of the errors: V with each column divided by its diagonal entry.
+      shifts: the factors of the values before rounding: P, or None.
     """
 
     errors: jax.Array
@@ -185,21 +187,21 @@ def _factor(hessian: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
 
     def failed(state: tuple) -> jax.Array:
         count, _, result = state
-        # A factor that does not exist is NaN, also in its diagonal.
+        # The result is NaN, also in its diagonal, if there is no Cholesky factor.
         return ~jnp.all(jnp.isfinite(jnp.diagonal(result))) & (count < _MAX_RAISES)
 
-    def again(state: tuple) -> tuple:
+    def raise_damping(state: tuple) -> tuple:
         count, damping, _ = state
         damping = lax.max(damping, np.float32(1e-3)) * np.float32(_RAISE_FACTOR)
         return count + 1, damping, factor(damping)
 
     first = jnp.float32(damping)
-    _, used, result = lax.while_loop(failed, again, (jnp.int32(0), first, factor(first)))
+    _, used, result = lax.while_loop(failed, raise_damping, (jnp.int32(0), first, factor(first)))
     return result, used
 
 
 def _rounded(weight: jax.Array, levels: Levels, feedback: _Feedback, recipe: Recipe) -> jax.Array:
-    """Rounds a matrix whose inputs are in the order of rounding; returns the grid values.
+    """Returns the grid values of a matrix whose inputs are in the order of rounding.
 
     Args:
       weight: the weight, `[inputs, outputs]`.
@@ -210,41 +212,42 @@ def _rounded(weight: jax.Array, levels: Levels, feedback: _Feedback, recipe: Rec
     n, m = weight.shape
     size = min(_BLOCK, n)
     count = -(-n // size)
-    more = count * size - n
+    padding = count * size - n
 
-    def cut(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, more), (0, 0)]).reshape(count, size, m)
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, padding), (0, 0)]).reshape(count, size, m)
 
-    square = jax.tree.map(lambda x: jnp.pad(x, [(0, more), (0, more)]), feedback)
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, padding), (0, padding)]), feedback)
 
-    def block(state: _Rounded, own: tuple) -> tuple[_Rounded, jax.Array]:
-        number, weight, levels = own
+    def round_block(state: _Rounded, block: tuple) -> tuple[_Rounded, jax.Array]:
+        number, weight, levels = block
         start = number * size
-        mine = jax.tree.map(
-            lambda x: lax.dynamic_slice(x, (0, start), (count * size, size)), square
+        columns = jax.tree.map(
+            lambda x: lax.dynamic_slice(x, (0, start), (count * size, size)), padded
         )
         # The errors and values of later blocks are 0.
         if state.values is not None:
-            weight = weight + _product(mine.shifts.T, state.values)
-        target = weight - _product(mine.errors.T, state.errors)
-        within = jax.tree.map(lambda x: lax.dynamic_slice(x, (start, 0), (size, size)).T, mine)
-        step = functools.partial(_step, _Block(within, target, weight, levels), recipe)
+            weight = weight + _product(columns.shifts.T, state.values)
+        target = weight - _product(columns.errors.T, state.errors)
+        within = jax.tree.map(lambda x: lax.dynamic_slice(x, (start, 0), (size, size)).T, columns)
+        step = functools.partial(_step, _InputBlock(within, target, weight, levels), recipe)
         zeros = jnp.zeros_like(weight)
         first = _Rounded(zeros, None if state.values is None else zeros)
-        found, numbers = lax.fori_loop(0, size, step, (first, zeros))
-        whole = jax.tree.map(
-            lambda x, part: lax.dynamic_update_slice(x, part, (start, 0)), state, found
+        result, numbers = lax.fori_loop(0, size, step, (first, zeros))
+        state = jax.tree.map(
+            lambda x, part: lax.dynamic_update_slice(x, part, (start, 0)), state, result
         )
-        return whole, numbers
+        return state, numbers
 
-    xs = jnp.arange(count), cut(weight), jax.tree.map(cut, levels)
+    xs = jnp.arange(count), split(weight), jax.tree.map(split, levels)
     zeros = jnp.zeros((count * size, m), jnp.float32)
     start = _Rounded(zeros, None if feedback.shifts is None else zeros)
-    _, numbers = lax.scan(block, start, xs)
+    _, numbers = lax.scan(round_block, start, xs)
     return numbers.reshape(count * size, m)[:n]
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns a matrix product with the highest precision."""
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
 
@@ -260,8 +263,8 @@ class _Rounded(NamedTuple):
     values: jax.Array | None
 
 
-class _Block(NamedTuple):
-    """A block of inputs.
+class _InputBlock(NamedTuple):
+    """A block of consecutive inputs in the order of rounding.
 
     Attributes:
       within: the effects of its inputs on each other, transposed.
@@ -277,9 +280,9 @@ class _Block(NamedTuple):
 
 
 def _step(
-    block: _Block, recipe: Recipe, i: jax.Array, state: tuple[_Rounded, jax.Array]
+    block: _InputBlock, recipe: Recipe, i: jax.Array, state: tuple[_Rounded, jax.Array]
 ) -> tuple[_Rounded, jax.Array]:
-    """Rounds input i of a block, corrected by the errors of the inputs before it."""
+    """Rounds input i of a block after correcting it for the errors of the inputs before it."""
     (errors, values), numbers = state
     weight, target = block.weight[i], block.target[i]
     # The errors and values of later inputs are 0.
@@ -287,8 +290,8 @@ def _step(
     if values is not None and shifts is not None:
         shift = jnp.sum(shifts[i][:, None] * values, axis=0)
         weight, target = weight + shift, target + shift
-    moved = target - _product(block.within.errors[i], errors)
-    number, value = snap(moved, jax.tree.map(lambda x: x[i], block.levels), recipe)
+    corrected = target - _product(block.within.errors[i], errors)
+    number, value = snap(corrected, jax.tree.map(lambda x: x[i], block.levels), recipe)
     if values is not None:
-        values = values.at[i].set(moved)
+        values = values.at[i].set(corrected)
     return _Rounded(errors.at[i].set(value - weight), values), numbers.at[i].set(number)

@@ -1,4 +1,4 @@
-"""The interface of searches, which choose the scales of a weight before its codes are solved."""
+"""The interface of searches, which choose the scales of a weight before its codes are chosen."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Levels, Quantized
 from jaxq.recipes import PerBlock, Recipe
 
-__all__ = ["Blocks", "Search", "SearchOptions", "SearchProblem", "run_length", "searched"]
+__all__ = ["Blocks", "Search", "SearchOptions", "SearchProblem", "run_length", "run_search"]
 
 
 class Blocks(NamedTuple):
@@ -83,6 +83,7 @@ def run_length(recipe: Recipe, inputs: int) -> int:
     assert isinstance(granularity.sizes, tuple)
     assert isinstance(granularity.axes, tuple)
     pairs = zip(granularity.sizes, granularity.axes, strict=True)
+    # A recipe describes a weight as `[outputs, inputs]`, so the axis of the inputs is -1 or 1.
     length = next((size for size, axis in pairs if axis % 2), 1)
     return inputs if inputs % length else length
 
@@ -121,20 +122,6 @@ class SearchOptions(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def searched(
-    weight: jax.Array,
-    levels: Levels,
-    blocks: Blocks,
-    statistics: Statistics,
-    options: SearchOptions,
-) -> tuple[Quantized, ...]:
-    """Returns the leaves of a weight with searched scales and unchanged codes.
-
-    Args:
-      weight: the weight as matrices, float32 `[matrices, inputs, outputs]`.
-      levels: the levels of its elements.
-      blocks: its blocks.
-      statistics: the statistics of its input, with a leading axis `[matrices]`.
-      options: the search and its static arguments.
-    """
-    return options.search.leaves(SearchProblem(weight, levels, blocks, statistics), options)
+def run_search(problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:
+    """Returns the leaves of a weight with searched scales and unchanged codes."""
+    return options.search.leaves(problem, options)

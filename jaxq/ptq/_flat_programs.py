@@ -11,19 +11,17 @@ from typing import Any
 from jaxq._jax import compat
 from jaxq.models import Assigned, Node, Product, Program, program
 
-__all__ = ["Flat", "anonymous", "arguments_of", "flatten", "signature"]
-
-_CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call")  # A forward pass ignores their rules.
+__all__ = ["FlatProgram", "arguments_of", "flatten"]
 
 
 @dataclasses.dataclass(eq=False)
-class Flat:
+class FlatProgram:
     """A program as one list of equations.
 
     Attributes:
       body: the program.
-      products: the product of each equation that is one, by the equation's index.
-      inner: the nodes of inner programs with products, by the equation's index.
+      products: the products among the equations, by the index of the equation.
+      inner: the nodes of the programs within an equation that contain products, by its index.
     """
 
     body: compat.Body
@@ -60,16 +58,17 @@ class Flat:
 
 
 def _numbers(node: Node) -> set[int]:
-    inner = (n for nodes in node.inner.values() for own in nodes for n in _numbers(own))
+    """Returns the numbers of the products in a node."""
+    inner = (n for nodes in node.inner.values() for child in nodes for n in _numbers(child))
     return {product.number for product in node.products.values()}.union(inner)
 
 
-def flatten(node: Node, wanted: Collection[int]) -> Flat:
-    """Inlines the calls of a node that contain wanted products.
+def flatten(node: Node, wanted: Collection[int]) -> FlatProgram:
+    """Inlines the `jit` and `checkpoint` calls of a node that contain certain products.
 
     Args:
       node: the node.
-      wanted: the numbers of products; a `jit` or `checkpoint` call that contains one is inlined.
+      wanted: the numbers of the products.
     """
     counter = itertools.count()
     constvars: list[Any] = []
@@ -94,10 +93,10 @@ def flatten(node: Node, wanted: Collection[int]) -> Flat:
             consts.append(const)
         for i, eqn in enumerate(body.eqns):
             nodes, name = node.inner.get(i, ()), eqn.primitive.name
-            own = list(map(value, eqn.invars))
+            invars = list(map(value, eqn.invars))
             if nodes and name in compat.AROUND and name != "shard_map":
                 if nodes[0].returns_weights or _numbers(nodes[0]) & set(wanted):
-                    known.update(zip(eqn.outvars, add(nodes[0], own), strict=True))
+                    known.update(zip(eqn.outvars, add(nodes[0], invars), strict=True))
                     continue
             results = [new(variable) for variable in eqn.outvars]
             known.update(zip(eqn.outvars, results, strict=True))
@@ -105,19 +104,19 @@ def flatten(node: Node, wanted: Collection[int]) -> Flat:
                 products[len(eqns)] = node.products[i]
             if nodes:
                 inner[len(eqns)] = nodes
-            eqns.append(compat.rewired(eqn, own, results))
+            eqns.append(compat.rewired(eqn, invars, results))
         return list(map(value, body.outvars))
 
     invars = [new(variable) for variable in compat.body(node.jaxpr).invars]
     outvars = add(node, invars)
     body = compat.Body(None, consts, constvars, invars, outvars, eqns)
-    return Flat(body, products, inner)
+    return FlatProgram(body, products, inner)
 
 
 def arguments_of(
     eqn: Any, body: compat.Body, which: int, iteration: int | None
 ) -> Iterator[tuple[Any, Any, int | None]]:
-    """Yields the arguments of a program within an equation, each with the operand passed to it.
+    """Yields the arguments of a program within an equation, each with the operand it receives.
 
     Arguments that change between the iterations of a loop are omitted, except the rows of a scan.
 
@@ -133,14 +132,14 @@ def arguments_of(
     name, operands = eqn.primitive.name, list(eqn.invars)
     carried = rows = range(0)
     if name == "scan":
-        consts, count = compat.loop_counts(eqn)
-        carried = range(consts, consts + count)
-        rows = range(consts + count, len(operands))
+        const_count, carry_count = compat.loop_counts(eqn)
+        carried = range(const_count, const_count + carry_count)
+        rows = range(const_count + carry_count, len(operands))
     elif name == "while":
         conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        own = operands[:conds], operands[conds : conds + bodies]
-        carried = range(len(own[which]), len(own[which]) + len(operands) - conds - bodies)
-        operands = [*own[which], *operands[conds + bodies :]]
+        consts = (operands[:conds], operands[conds : conds + bodies])[which]
+        carried = range(len(consts), len(consts) + len(operands) - conds - bodies)
+        operands = [*consts, *operands[conds + bodies :]]
     elif name == "cond":
         operands = operands[1:]
     elif name == "shard_map":
@@ -153,72 +152,3 @@ def arguments_of(
             yield inner, outer, iteration
         elif k not in rows and not changes:
             yield inner, outer, None
-
-
-def anonymous(program: Program, names: Mapping[str, str]) -> Program:
-    """Returns a program with renamed products, without their numbers and source lines."""
-
-    def renamed(assigned: Assigned) -> Assigned:
-        known: Any = assigned.calibrated  # Collectors, which have names.
-        observers = tuple(collector and collector.shared() for collector in known)
-        name = names[assigned.name]
-        return dataclasses.replace(
-            assigned, name=name, where=f"product {name}", number=0, calibrated=observers
-        )
-
-    return Program(
-        program.jaxpr,
-        tuple((i, renamed(assigned)) for i, assigned in program.products),
-        tuple((i, tuple(anonymous(p, names) for p in inner)) for i, inner in program.inner),
-    )
-
-
-def signature(program: Program) -> tuple[Any, ...]:
-    """Returns a key that is equal for programs with the same computation."""
-    return _jaxpr_signature(program.jaxpr), _assignments(program)
-
-
-def _assignments(program: Program) -> tuple[Any, ...]:
-    return program.products, tuple(
-        (i, tuple(map(_assignments, programs))) for i, programs in program.inner
-    )
-
-
-def _jaxpr_signature(jaxpr: Any) -> tuple[Any, ...]:
-    body = compat.body(jaxpr)
-    places: dict[Any, int] = {}
-
-    def place(variable: Any) -> Any:
-        if compat.is_literal(variable):
-            return "literal", str(variable.aval), str(variable.val)
-        return places.setdefault(variable, len(places))
-
-    arguments = [(place(v), str(v.aval)) for v in (*body.constvars, *body.invars)]
-    equations = [
-        (
-            eqn.primitive.name,
-            _params_signature(eqn),
-            *map(place, eqn.invars),
-            *((place(v), str(v.aval)) for v in eqn.outvars),
-        )
-        for eqn in body.eqns
-    ]
-    consts = tuple(map(id, body.consts))
-    return tuple(arguments), consts, tuple(equations), tuple(map(place, body.outvars))
-
-
-def _params_signature(eqn: Any) -> tuple[Any, ...]:
-    def hashable(value: Any) -> Any:
-        if hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns"):
-            return _jaxpr_signature(value)
-        if isinstance(value, (tuple, list)):
-            return tuple(map(hashable, value))
-        if callable(value) and eqn.primitive.name in _CUSTOM_CALLS:
-            return "rule"
-        try:
-            hash(value)
-        except TypeError:
-            return id(value)
-        return value
-
-    return tuple((name, hashable(eqn.params[name])) for name in sorted(eqn.params))

@@ -1,4 +1,4 @@
-"""Rotations folded into weights, which add no operations to a model: QuaRot's R1 and R2."""
+"""Rotations that are folded into weights, such as QuaRot's R1 and R2 (`fold_rotation`)."""
 
 import dataclasses
 import math
@@ -99,11 +99,12 @@ def random_rotation(n: int, key: jax.Array, *, keep_mean: bool = False) -> np.nd
 
 
 def _rotation(n: int, generator: np.random.Generator) -> np.ndarray:
-    found = _hadamard(n)
-    if found is None:
+    """Returns a random orthogonal matrix, from a Hadamard matrix if one is known."""
+    hadamard = _hadamard(n)
+    if hadamard is None:
         q, r = np.linalg.qr(generator.standard_normal((n, n)))
         return q * np.sign(np.diagonal(r))
-    return generator.choice([-1.0, 1.0], n)[:, None] * found / math.sqrt(n)
+    return generator.choice([-1.0, 1.0], n)[:, None] * hadamard / math.sqrt(n)
 
 
 def _hadamard(n: int) -> np.ndarray | None:
@@ -206,8 +207,8 @@ def fold_rotation(
     """
     matrix = np.asarray(rotation, np.float64)
     n = len(matrix) if matrix.ndim else 0
-    size = 1e-5 if np.asarray(rotation).dtype != np.float64 else 1e-9
-    if matrix.shape != (n, n) or not np.allclose(matrix @ matrix.T, np.eye(n), atol=size):
+    tolerance = 1e-5 if np.asarray(rotation).dtype != np.float64 else 1e-9
+    if matrix.shape != (n, n) or not np.allclose(matrix @ matrix.T, np.eye(n), atol=tolerance):
         raise ValueError(
             f"{_OWNER}: `rotation` must be an orthogonal matrix, got an array of shape "
             f"{matrix.shape}. Use ptq.random_rotation(n, key)."
@@ -225,26 +226,14 @@ def fold_rotation(
         pairs, structure = jax.tree_util.tree_flatten_with_path(params)
         paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
         leaves = dict(zip(paths, (leaf for _, leaf in pairs), strict=True))
-        own = [path for norm in norms for path in (norm.scale, norm.bias) if path is not None]
-        for path in (*axes, *own):
+        norm_paths = [
+            path for norm in norms for path in (norm.scale, norm.bias) if path is not None
+        ]
+        for path in (*axes, *norm_paths):
             _check_leaf(path, leaves)
         if norms:
             _check_not_tied(fn, params, args, norms)
-        wide = {path: np.asarray(leaves[path]).astype(np.float64) for path in axes}
-        new = dict(leaves)
-        for norm in norms:
-            scale = np.asarray(leaves[norm.scale]).astype(np.float64) + norm.offset
-            for path in norm.readers:
-                wide[path] = _scale_axis(path, wide[path], scale, axes[path])
-            if norm.bias is not None:
-                bias = np.asarray(leaves[norm.bias]).astype(np.float64)
-                bias = _rotate_axis(norm.bias, _divide_bias(norm, bias, scale), matrix, -1)
-                new[norm.bias] = _convert_like(bias, leaves[norm.bias])
-            new[norm.scale] = _convert_like(
-                np.full(scale.shape, 1 - norm.offset), leaves[norm.scale]
-            )
-        for path, axis in axes.items():
-            new[path] = _convert_like(_rotate_axis(path, wide[path], matrix, axis), leaves[path])
+        new = _fold_leaves(leaves, matrix, axes, norms)
         result = jax.tree.unflatten(structure, [new[path] for path in paths])
         error = relative_difference(fn(params, *args), fn(result, *args))
         if error:
@@ -259,7 +248,32 @@ def fold_rotation(
     return folded
 
 
+def _fold_leaves(
+    leaves: Mapping[str, Any],
+    matrix: np.ndarray,
+    axes: Mapping[str, int],
+    norms: Sequence[Norm],
+) -> dict[str, Any]:
+    """Returns the leaves after the scales of norms and a rotation are folded into them."""
+    wide = {path: np.asarray(leaves[path]).astype(np.float64) for path in axes}
+    new = dict(leaves)
+    for norm in norms:
+        scale = np.asarray(leaves[norm.scale]).astype(np.float64) + norm.offset
+        for path in norm.readers:
+            wide[path] = _scale_axis(path, wide[path], scale, axes[path])
+        if norm.bias is not None:
+            bias = np.asarray(leaves[norm.bias]).astype(np.float64)
+            bias = _rotate_axis(norm.bias, _divide_bias(norm, bias, scale), matrix, -1)
+            new[norm.bias] = _convert_like(bias, leaves[norm.bias])
+        ones = np.full(scale.shape, 1 - norm.offset)
+        new[norm.scale] = _convert_like(ones, leaves[norm.scale])
+    for path, axis in axes.items():
+        new[path] = _convert_like(_rotate_axis(path, wide[path], matrix, axis), leaves[path])
+    return new
+
+
 def _check_leaf(path: str, leaves: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless a path names a float array."""
     if path not in leaves:
         raise ValueError(
             f"{_OWNER}: {path!r} must be the path of a leaf of `params`. The nearest are "

@@ -1,4 +1,4 @@
-"""Post-training quantization of whole models."""
+"""Quantization of the weights of a model by a solver (`quantize_weights`)."""
 
 import functools
 import pathlib
@@ -6,16 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxq.models import Rules
-from jaxq.ptq._calls import Calls, Model, read_calls, without_weight
+from jaxq.ptq._calibration_calls import read_calls
 from jaxq.ptq._journal import journal_of
-from jaxq.ptq._leaves import Leaves
-from jaxq.ptq._parts import BatchRun, Solve
+from jaxq.ptq._leaf_states import Leaves
+from jaxq.ptq._model_runner import model_runner
+from jaxq.ptq._program_parts import BatchRun
 from jaxq.ptq._reports import SolvedProduct
+from jaxq.ptq._solver_run import SolverRun
 from jaxq.ptq._solvers import Solver, get_solver, needs_drift
-from jaxq.ptq._solving import SolverRun
-from jaxq.ptq._stages import Stages
 
-__all__ = ["quantize_weights", "stages_of"]
+__all__ = ["quantize_weights"]
 
 
 def quantize_weights(
@@ -39,8 +39,8 @@ def quantize_weights(
     the packed weights before it produce, so later layers correct the errors of earlier ones.
     Products that read the same array, such as queries, keys and values, are solved together. A scan
     over layers runs one iteration at a time. Products in other loops, in `cond` or `shard_map`, or
-    under a custom derivative are solved after one run of the whole construct with float weights.
-    The values between two parts are kept for all batches; Hessians are kept for one input at a
+    under a custom derivative are solved after one run of that loop or call with float weights. The
+    values between two parts are stored for all batches; Hessians are stored for one input at a
     time. With `sequential=False`, all Hessians are collected in one run of the model with float
     weights.
 
@@ -108,25 +108,18 @@ def quantize_weights(
         solving = SolverRun(calls.owner, model, record, progress)
         if resume is not None:
             solving.journal = journal_of(pathlib.Path(resume), calls, model, (record, sequential))
-        stages = stages_of(calls, model, solving.leaves, solving.solve)
-        root = stages.root()
+        runner = model_runner(calls, model, solving.leaves, solving.solve)
+        root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)
         if sequential:
-            solving.pack_rest()  # Look-ups before the first product use the stored tables.
+            solving.pack_unsolved()  # Look-ups before the first product use the stored tables.
             runs = [BatchRun(root, envs)]
             if needs_drift(record):
-                floats = stages.root(Leaves(model.planned))
-                runs.append(BatchRun(floats, calls.environments(model, root.flat.body.invars)))
-            stages.solve_in_order(runs)
+                float_root = runner.root(Leaves(model.planned))
+                runs.append(BatchRun(float_root, calls.environments(model, root.flat.body.invars)))
+            runner.solve_in_order(runs)
         else:
-            stages.solve_together(root, stages.observed(root, envs))
+            runner.solve_together(root, runner.observed(root, envs))
         return solving.result(), solving.report()
 
     return packed
-
-
-def stages_of(calls: Calls, model: Model, leaves: Leaves, solve: Solve) -> Stages:
-    """Returns a run of a model that calls `solve` for each product."""
-    planned = model.planned
-    chosen = [without_weight(p, a) for p, a in zip(planned.products, planned.chosen, strict=True)]
-    return Stages(planned, model.targets, chosen, leaves, solve, calls.masks)

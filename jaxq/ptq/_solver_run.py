@@ -1,4 +1,4 @@
-"""The solution of a model's products one by one, and the rows of the report."""
+"""Solution of the products of a model one by one, with the rows of the report."""
 
 import collections
 import math
@@ -11,17 +11,18 @@ from jax import numpy as jnp
 
 from jaxq.models import LOOK_UP, Product, QuantizedWeight, weight_of
 from jaxq.products import Axes
-from jaxq.ptq._answers import SolvedMatrices, solve_stack
-from jaxq.ptq._calls import Model
-from jaxq.ptq._changing import Stack, with_kept_inputs, with_searched_scales
-from jaxq.ptq._collectors import Layout
-from jaxq.ptq._experts import by_leaf, by_recipe
+from jaxq.ptq._calibration_calls import Model
+from jaxq.ptq._collectors import MatrixLayout
+from jaxq.ptq._experts import leaf_shares, matrices_by_recipe
 from jaxq.ptq._journal import Entry, Journal
-from jaxq.ptq._leaves import LeafKey, Leaves, WeightView, trace_weight
-from jaxq.ptq._parts import Place
+from jaxq.ptq._leaf_states import LeafKey, Leaves, replace_parameters
+from jaxq.ptq._matrix_solving import SolvedMatrices
+from jaxq.ptq._program_parts import Occurrence
 from jaxq.ptq._reports import Report, SolvedProduct
-from jaxq.ptq._solvers import OWQ, Solver, check_search, needs_drift, search_of
+from jaxq.ptq._solvers import Solver, check_search, needs_drift
 from jaxq.ptq._statistics import Statistics
+from jaxq.ptq._weight_solving import SolvedWeight, WeightStack, solve_weight
+from jaxq.ptq._weight_views import WeightView, trace_weight
 
 __all__ = ["Outcome", "SolverRun"]
 
@@ -30,14 +31,13 @@ class Outcome(NamedTuple):
     """The losses of one solved product, summed over all tokens and matrices.
 
     Attributes:
-      leaves: the share of the loss and the number of tokens of each leaf of its weight, by the
-        leaf's index.
+      leaves: the part of the loss that is due to each leaf of its weight, by the leaf's index.
       nearest: the loss of the nearest levels.
       loss: the loss of the chosen levels.
       power: the power of the outputs.
     """
 
-    leaves: Mapping[int, "Share"]
+    leaves: Mapping[int, "LeafLoss"]
     nearest: float
     loss: float
     power: float
@@ -47,15 +47,27 @@ class Outcome(NamedTuple):
         return loss / self.power if self.power else 0.0
 
 
-class Share(NamedTuple):
-    """The part of a product's loss that is due to one leaf, and the number of the leaf's tokens."""
+class LeafLoss(NamedTuple):
+    """The part of a product's loss that is due to one leaf.
+
+    Attributes:
+      loss: the loss.
+      tokens: the number of tokens that the leaf multiplies.
+    """
 
     loss: float
     tokens: int
 
 
-class _Earlier(NamedTuple):
-    """A weight that an earlier product multiplied, with the statistics of its input."""
+class _SolvedUse(NamedTuple):
+    """A solved product whose weight is also used by later products.
+
+    Attributes:
+      x: the values of the weight.
+      axes: the axes of the weight.
+      statistics: the statistics of the input.
+      outcome: the losses.
+    """
 
     x: jax.Array
     axes: Axes
@@ -64,7 +76,7 @@ class _Earlier(NamedTuple):
 
 
 class SolverRun:
-    """The state of one call of a solving function: the leaves and the rows of the report.
+    """The solved leaves and the rows of the report in one call of a solving function.
 
     Args:
       owner: the name of the calling function, for errors.
@@ -74,6 +86,8 @@ class SolverRun:
 
     Attributes:
       planned: the plan of the model.
+      targets: the products to solve.
+      solver: the solver.
       leaves: the leaves.
       outcomes: the losses of the solved products.
       journal: the stored products of an interrupted run, or None.
@@ -86,29 +100,30 @@ class SolverRun:
         solver: Solver,
         progress: Callable[[SolvedProduct], None] | None = None,
     ) -> None:
-        planned, found = model.planned, model.targets
-        self.planned, self.found, self.solver = planned, found, solver
+        planned, targets = model.planned, model.targets
+        self.planned, self.targets, self.solver = planned, targets, solver
         self.leaves = Leaves(planned)
         self.outcomes: list[Outcome] = []
         self.journal: Journal | None = None
         self._owner, self._progress = owner, progress
         self._rows: list[SolvedProduct] = []
-        self._seen: set[int] = set()
-        self._earlier: dict[tuple[LeafKey, ...], list[_Earlier]] = {}
+        self._reached: set[int] = set()
+        self._solved_uses: dict[tuple[LeafKey, ...], list[_SolvedUse]] = {}
+        # How often each leaf or row was solved, and how often each leaf will be solved.
         self._solves: collections.Counter[LeafKey] = collections.Counter()
         self._expected: collections.Counter[int] = collections.Counter()
-        for n in found.matrices:
+        for n in targets.matrices:
             product = planned.products[n]
             weight = self._weight(product)
             for recipe in filter(None, weight.recipes):
                 check_search(f"{owner}: {product.where}", recipe, solver)
-            if _unsolvable(weight, found.matrices[n].axes):
+            if _unsolvable(weight, targets.matrices[n].axes):
                 continue
             iterations = math.prod(product.loops[depth] for depth in product.stacked)
             if n not in planned.stored.reasons:
                 self._expected.update(dict.fromkeys(self._leaves(n), iterations))
 
-    def _weight(self, product: Product) -> Any:
+    def _weight(self, product: Product) -> QuantizedWeight:
         assigned = self.planned.chosen[product.number]
         assert assigned is not None
         weight = weight_of(product, assigned)
@@ -118,163 +133,151 @@ class SolverRun:
     def _leaves(self, number: int) -> list[int]:
         return list(self._weight(self.planned.products[number]).origin.leaves.values())
 
-    def pack_rest(self) -> None:
+    def pack_unsolved(self) -> None:
         """Packs the leaves that no product solves."""
         for leaf in self.planned.stored.leaves:
             if leaf not in self._expected:
                 self.leaves.pack(LeafKey(leaf))
 
-    def solve(self, place: Place, observed: Callable[[], Statistics]) -> None:
+    def solve(self, occurrence: Occurrence, observe: Callable[[], Statistics]) -> None:
         """Solves one product, in one iteration of the scans around it.
 
         Args:
-          place: the product and the iteration.
-          observed: a function that returns the statistics of its input.
+          occurrence: the product and the iteration.
+          observe: a function that returns the statistics of its input.
         """
-        product = place.product
-        self._seen.add(product.number)
-        if self.journal is not None and self._restored(place, self.journal):
+        product = occurrence.product
+        self._reached.add(product.number)
+        if self.journal is not None and self._restored(occurrence, self.journal):
             return
-        statistics = observed()
-        if not bool(jnp.all(jnp.isfinite(statistics.amax))):
-            raise ValueError(
-                f"{self._owner}: inputs must be finite, but {product.where} has a NaN or an "
-                "infinity in its input. Look for it in the batches, or mask the padding."
-            )
+        statistics = observe()
+        occurrence.check_finite(self._owner, statistics)
         reason = self.planned.stored.reasons.get(product.number)
         if reason is not None:
             view: WeightView | str = f"not stored: {reason}"
-        elif why := _unsolvable(self._weight(product), self.found.matrices[product.number].axes):
+        elif why := _unsolvable(self._weight(product), self.targets.matrices[product.number].axes):
             view = why
         else:
-            view = trace_weight(place.frame, place.variable)
+            view = trace_weight(occurrence.frame, occurrence.variable)
         if isinstance(view, str):
-            self._add(self._unsolved(place, statistics, view))
-            return
-        self._solve(place, view.keys, view, statistics)
+            self._add(self._row(occurrence, statistics, fallback=view))
+        else:
+            self._solve(occurrence, view, statistics)
 
-    def _restored(self, place: Place, journal: Journal) -> bool:
+    def _restored(self, occurrence: Occurrence, journal: Journal) -> bool:
         """Restores a product from the journal; returns whether the journal contains it."""
         entry = journal.read(len(self._rows))
         if entry is None:
             return False
-        keys = place.frame.leaves_of(place.variable)
+        keys = occurrence.frame.leaves_of(occurrence.variable)
         self._solves.update(keys)
         for key, q in zip(keys, entry.packed, strict=True):
             self.leaves.restore(key, q)
         self._add(entry.row)
         return True
 
-    def _solve(
-        self, place: Place, keys: tuple[LeafKey, ...], view: WeightView, statistics: Statistics
-    ) -> None:
-        product = place.product
-        matrix, weight = self.found.matrices[product.number], self._weight(product)
-        earlier = self._earlier.get(keys, [])
-        for previous in earlier:
-            if previous.axes == matrix.axes and bool(jnp.array_equal(previous.x, view.x)):
-                statistics = statistics.merge(previous.statistics)
-                # The loss below includes that of the previous product.
-                self.outcomes.remove(previous.outcome)
-                earlier = [other for other in earlier if other is not previous]
-        layout = Layout(matrix.axes, view.x.shape)
-        parts = by_leaf(product, weight, layout)
-        stack = Stack(
-            place=place,
+    def _solve(self, occurrence: Occurrence, view: WeightView, statistics: Statistics) -> None:
+        product = occurrence.product
+        keys, axes = view.keys, self.targets.matrices[product.number].axes
+        statistics, other_uses = self._merge_equal_uses(view, axes, statistics)
+        layout, weight = MatrixLayout(axes, view.x.shape), self._weight(product)
+        stack = WeightStack(
+            occurrence=occurrence,
             view=view,
             layout=layout,
-            recipes=by_recipe(weight, layout),
-            shares=parts,
+            recipes=matrices_by_recipe(weight, layout),
+            shares=leaf_shares(product, weight, layout),
             statistics=layout.stacked(statistics),
         )
-        search = search_of(self.solver)
-        if isinstance(self.solver, OWQ):
-            view, answer, note = with_kept_inputs(stack, self.leaves, self.solver)
-        elif search is not None:
-            view, answer, note = with_searched_scales(stack, self.leaves, self.solver, search)
-        else:
-            answer, note = solve_stack(stack.problem, stack.recipes, self.solver), ""
-        numbers = layout.weight(answer.numbers)
+        solved = solve_weight(stack, self.leaves, self.solver)
+        view, numbers = solved.view, layout.weight(solved.matrices.numbers)
         self._solves.update(keys)
-        for key, value in view.back(numbers, view.numbers).items():
+        for key, value in view.move_back(numbers, view.numbers).items():
             self.leaves.put(key, value, self._is_last(key))
-        lost, tokens = np.asarray(answer.after), np.asarray(statistics.tokens).reshape(-1)
-        shares = {
-            leaf: Share(float(np.sum(part * lost)), int(np.sum(tokens[part > 0])))
-            for leaf, part in parts.items()
-        }
-        sums = (float(jnp.sum(x)) for x in (answer.before, answer.after, answer.power))
-        outcome = Outcome(shares, *sums)
+        outcome = _outcome(stack.shares, solved.matrices, statistics)
         self.outcomes.append(outcome)
-        self._earlier.pop(keys, None)
+        self._solved_uses.pop(keys, None)
         if not all(map(self._is_last, keys)):
-            current = _Earlier(view.x, matrix.axes, statistics, outcome)
-            self._earlier[keys] = [*earlier, current]
-        row = self._row(place, statistics, answer, outcome, note)
+            use = _SolvedUse(view.x, axes, statistics, outcome)
+            self._solved_uses[keys] = [*other_uses, use]
+        row = self._solved_row(occurrence, statistics, solved, outcome)
         # A weight of several products needs the statistics of all of them, so it is solved again.
         if self.journal is not None and all(map(self._is_only, keys)):
             packed = [self.leaves.packed(key) for key in keys]
             self.journal.write(len(self._rows), Entry(row, packed))
         self._add(row)
 
+    def _merge_equal_uses(
+        self, view: WeightView, axes: Axes, statistics: Statistics
+    ) -> tuple[Statistics, list[_SolvedUse]]:
+        """Merges the statistics of earlier products that multiplied the same weight.
+
+        Returns:
+          The merged statistics, and the earlier products that used the leaves in another way.
+        """
+        others = []
+        for use in self._solved_uses.get(view.keys, []):
+            if use.axes == axes and bool(jnp.array_equal(use.x, view.x)):
+                statistics = statistics.merge(use.statistics)
+                # The new loss includes that of the earlier product.
+                self.outcomes.remove(use.outcome)
+            else:
+                others.append(use)
+        return statistics, others
+
     def _is_last(self, key: LeafKey) -> bool:
-        """Returns whether no other product or iteration solves a leaf or row."""
-        return self._solves[key] * self._count(key) >= self._expected[key.leaf]
+        """Returns whether no product or iteration solves a leaf or row later."""
+        return self._solves[key] * self._row_count(key) >= self._expected[key.leaf]
 
     def _is_only(self, key: LeafKey) -> bool:
-        """Returns whether one product solves a leaf or row."""
-        return self._count(key) >= self._expected[key.leaf]
+        """Returns whether only one product solves a leaf or row."""
+        return self._row_count(key) >= self._expected[key.leaf]
 
-    def _count(self, key: LeafKey) -> int:
-        """Returns the number of rows of the key's leaf."""
+    def _row_count(self, key: LeafKey) -> int:
+        """Returns the number of rows into which the key divides its leaf."""
         return math.prod(self.planned.traced.arrays[key.leaf].shape[: len(key.rows)])
 
-    def _row(
+    def _solved_row(
         self,
-        place: Place,
+        occurrence: Occurrence,
         statistics: Statistics,
-        answer: "SolvedMatrices",
+        solved: SolvedWeight,
         outcome: Outcome,
-        note: str,
     ) -> SolvedProduct:
+        """Returns the row of the report for a solved product."""
+        matrices = solved.matrices
         tokens = np.asarray(statistics.tokens).reshape(-1)
-        solved, worse = np.asarray(answer.solved), np.asarray(answer.worse)
-        notes = [note] if note else []
+        is_solved, worse = np.asarray(matrices.solved), np.asarray(matrices.worse)
+        notes = [solved.note] if solved.note else []
         if needs_drift(self.solver) and statistics.drift is None:
             notes.append("solved without input drift, which is unknown here")
         of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
         for mask, text in (
             (tokens == 0, "saw no token"),
-            (~solved & (tokens > 0), "the Hessian cannot be factorized"),
-            (worse, "the nearest levels have less loss"),
+            (~is_solved & (tokens > 0), "the Hessian cannot be factorized"),
+            (worse, "the nearest levels have a smaller loss"),
         ):
             if mask.any():
                 notes.append(f"{mask.sum()}{of}: {text}" if of else text)
-        damping = np.asarray(answer.damping)
-        return self._base(
-            place,
+        return self._row(
+            occurrence,
             statistics,
-            damping=float(damping.max()),
+            damping=float(np.asarray(matrices.damping).max()),
             rtn=outcome.relative(outcome.nearest),
             loss=outcome.relative(outcome.loss),
             power=outcome.power / max(int(tokens.sum()), 1),
             fallback="; ".join(notes),
         )
 
-    def _base(self, place: Place, statistics: Statistics, **fields: Any) -> SolvedProduct:
-        iterations = "".join(
-            f"[{iteration}]" for iteration in (*place.frame.iterations, *place.iterations)
-        )
+    def _row(self, occurrence: Occurrence, statistics: Statistics, **fields: Any) -> SolvedProduct:
+        """Returns a row of the report with given fields and those that do not need a solution."""
         return SolvedProduct(
-            product=place.product.name + iterations,
-            recipe=_formats(self._weight(place.product)),
+            product=occurrence.name,
+            recipe=_formats(self._weight(occurrence.product)),
             tokens=int(jnp.min(statistics.tokens)),
             inputs=statistics.inputs,
             **fields,
         )
-
-    def _unsolved(self, place: Place, statistics: Statistics, reason: str) -> SolvedProduct:
-        return self._base(place, statistics, fallback=reason)
 
     def _add(self, row: SolvedProduct) -> None:
         self._rows.append(row)
@@ -286,11 +289,11 @@ class SolverRun:
         rows = list(self._rows)
         reasons = {
             n: "its input does not depend on data"
-            for n in self.found.matrices
-            if n not in self._seen
+            for n in self.targets.matrices
+            if n not in self._reached
         }
-        solved = {leaf for n in self._seen for leaf in self._leaves(n)}
-        for number, reason in sorted({**self.found.reasons, **reasons}.items()):
+        solved = {leaf for n in self._reached for leaf in self._leaves(n)}
+        for number, reason in sorted({**self.targets.reasons, **reasons}.items()):
             product = self.planned.products[number]
             weight = self._weight(product)
             if product.operation == LOOK_UP and solved >= set(self._leaves(number)):
@@ -300,13 +303,24 @@ class SolverRun:
 
     def result(self) -> Any:
         """Returns the parameters with the solved leaves packed."""
-        found = self.leaves.results()
-        tree, places = self.planned.traced.parameters
-        leaves, structure = jax.tree.flatten(tree)
-        pairs = zip(places, leaves, strict=True)
-        leaves = [found.get(place, leaf) if place is not None else leaf for place, leaf in pairs]
-        result = jax.tree.unflatten(structure, leaves)
-        return result[0] if isinstance(result, list) else result
+        return replace_parameters(self.planned, self.leaves.results())
+
+
+def _outcome(
+    shares: Mapping[int, np.ndarray], matrices: SolvedMatrices, statistics: Statistics
+) -> Outcome:
+    """Returns the losses of a solved product and the parts that are due to its leaves."""
+    losses, tokens = np.asarray(matrices.after), np.asarray(statistics.tokens).reshape(-1)
+    leaves = {
+        leaf: LeafLoss(float(np.sum(share * losses)), int(np.sum(tokens[share > 0])))
+        for leaf, share in shares.items()
+    }
+    return Outcome(
+        leaves=leaves,
+        nearest=float(jnp.sum(matrices.before)),
+        loss=float(jnp.sum(matrices.after)),
+        power=float(jnp.sum(matrices.power)),
+    )
 
 
 def _unsolvable(weight: QuantizedWeight, axes: Axes) -> str:

@@ -9,7 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.cutting import axis_of_blocks
-from jaxq.ptq._searching import SearchOptions, SearchProblem
+from jaxq.ptq._search import SearchOptions, SearchProblem
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import Recipe, title_of
@@ -55,25 +55,25 @@ class ImportanceMatrix:
             )
         shape, size = problem.weight.shape, problem.count * length
         inputs = lax.broadcasted_iota(jnp.int32, shape, 1)
-        places = numbers * np.int32(length) + inputs % np.int32(length)
-        importance = jnp.broadcast_to(_importance(problem.statistics)[..., None], shape)
+        indices = numbers * np.int32(length) + inputs % np.int32(length)
+        importance = jnp.broadcast_to(_mean_squares(problem.statistics)[..., None], shape)
 
-        def placed(x: jax.Array) -> jax.Array:
-            """Returns one number per element of the leaves, 0 for those of other products."""
-            flat = jnp.zeros(size, x.dtype).at[places.reshape(-1)].set(x.reshape(-1))
+        def by_block(x: jax.Array) -> jax.Array:
+            """Returns `[blocks, elements]` for all leaves; 0 for elements of other products."""
+            flat = jnp.zeros(size, x.dtype).at[indices.reshape(-1)].set(x.reshape(-1))
             return flat.reshape(problem.count, length)
 
-        arrays = [placed(a) for a in (problem.weight, importance, jnp.ones(shape, bool))]
-        found, start = [], 0
+        arrays = [by_block(a) for a in (problem.weight, importance, jnp.ones(shape, bool))]
+        results, start = [], 0
         for q in leaves:
             end = start + math.prod(q.cut.counts)
-            x, weights, own = (_as_leaf(a[start:end], q) for a in arrays)
-            found.append(_rescaled(q, quantize(x, q.recipe, importance=weights), own))
+            x, weights, is_present = (_as_leaf(a[start:end], q) for a in arrays)
+            results.append(_rescaled(q, quantize(x, q.recipe, importance=weights), is_present))
             start = end
-        return tuple(found)
+        return tuple(results)
 
 
-def _importance(statistics: Statistics) -> jax.Array:
+def _mean_squares(statistics: Statistics) -> jax.Array:
     """Returns the mean squares of the inputs, `[matrices, inputs]`; 1 if all of them are 0."""
     tokens = jnp.maximum(statistics.tokens, 1).astype(jnp.float32)
     square = statistics.square / tokens[..., None]
@@ -86,20 +86,27 @@ def _as_leaf(x: jax.Array, q: Quantized) -> jax.Array:
     return jnp.moveaxis(x, -1, axis_of_blocks(q.cut.block) + 1).reshape(q.shape)
 
 
-def _rescaled(q: Quantized, other: Quantized, own: jax.Array) -> Quantized:
-    """Returns a leaf with the scales of another in the blocks whose elements are `own`."""
+def _rescaled(q: Quantized, other: Quantized, is_present: jax.Array) -> Quantized:
+    """Returns a leaf with the scales of another where its elements belong to the product.
+
+    Args:
+      q: the leaf.
+      other: the leaf with other scales.
+      is_present: True for the elements that belong to the product, in the shape of the leaf.
+    """
     axis = axis_of_blocks(q.cut.block)
     size = q.cut.block[axis] * q.recipe.scaling.run
     runs = q.shape[axis] // size
-    own = lax.slice_in_dim(own, 0, own.shape[axis], size, axis)
+    is_present = lax.slice_in_dim(is_present, 0, is_present.shape[axis], size, axis)
 
-    def chosen(new: jax.Array | None, old: jax.Array) -> jax.Array:
+    def select(new: jax.Array | None, old: jax.Array) -> jax.Array:
         # A super-block has one or several numbers in each array, one after the other.
         assert new is not None
-        return jnp.where(jnp.repeat(own, old.shape[axis] // runs, axis), new, old)
+        return jnp.where(jnp.repeat(is_present, old.shape[axis] // runs, axis), new, old)
 
-    zero_point = None if q.zero_point is None else chosen(other.zero_point, q.zero_point)
-    second = tuple(map(chosen, other.second, q.second))
     return dataclasses.replace(
-        q, scale=chosen(other.scale, q.scale), second=second, zero_point=zero_point
+        q,
+        scale=select(other.scale, q.scale),
+        second=tuple(map(select, other.second, q.second)),
+        zero_point=None if q.zero_point is None else select(other.zero_point, q.zero_point),
     )

@@ -52,15 +52,16 @@ def gradient_scores(
     leaves: dict[str, tuple[int, ...]] = {}
     zeros: dict[str, jax.Array] = {}
     for n, product in enumerate(first.products):
-        own = [plan.chosen[n] for plan in plans]
-        found = [None if a is None else weight_of(product, a) for a in own]
-        several = any(a is not None and a.experts is not None for a in own)
-        if not all(found) or several or product.operation == LOOK_UP or not product.reverse:
+        assigned = [plan.chosen[n] for plan in plans]
+        weights = [None if a is None else weight_of(product, a) for a in assigned]
+        has_experts = any(a is not None and a.experts is not None for a in assigned)
+        is_multiplied = product.operation != LOOK_UP and product.reverse
+        if not all(weights) or has_experts or not is_multiplied:
             continue
-        recipes = tuple(a.recipe for a in own if a is not None and a.recipe is not None)
-        swapped = own[0] is not None and own[0].swapped
+        recipes = tuple(a.recipe for a in assigned if a is not None and a.recipe is not None)
+        swapped = assigned[0] is not None and assigned[0].swapped
         chosen[n] = dataclasses.replace(unassigned(product), swapped=swapped, scored=recipes)
-        leaves[product.name] = tuple(found[0].origin.leaves.values()) if found[0] else ()
+        leaves[product.name] = tuple(weights[0].origin.leaves.values()) if weights[0] else ()
         zeros[product.name] = jnp.zeros((*product.stacks, len(plans)), jnp.float32)
     runnable = program(first.node, chosen)
 
@@ -75,8 +76,8 @@ def gradient_scores(
     sums: dict[int, np.ndarray] = {}
     for batch in data:
         pairs = zip(batch, first.traced.arrays, strict=True)
-        found = scores(zeros, [array if x is None else x for x, array in pairs])
-        for name, values in found.items():
+        batch_scores = scores(zeros, [array if x is None else x for x, array in pairs])
+        for name, values in batch_scores.items():
             total = np.asarray(values, np.float64).reshape(-1, len(plans)).sum(0)
             for leaf in leaves[name]:
                 sums[leaf] = sums.get(leaf, 0) + total / len(leaves[name])

@@ -1,4 +1,4 @@
-"""Correction of biases for the mean error of quantized weights."""
+"""Correction of biases for the mean error of quantized weights (`correct_biases`)."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -11,14 +11,15 @@ from jax import numpy as jnp
 
 from jaxq._base.registry import nearest_names
 from jaxq._base.tables import Table, Tabular
-from jaxq.models import Rules, not_floating
-from jaxq.ptq._calls import Model, read_calls
-from jaxq.ptq._collectors import Layout, shared_inputs
-from jaxq.ptq._leaves import LeafKey, Leaves, trace_weight
-from jaxq.ptq._models import stages_of
-from jaxq.ptq._observing import Targets, find_targets
-from jaxq.ptq._parts import Place
+from jaxq.models import Product, Rules, not_floating
+from jaxq.ptq._calibration_calls import Model, read_calls
+from jaxq.ptq._collectors import MatrixLayout, shared_inputs
+from jaxq.ptq._leaf_states import LeafKey, Leaves
+from jaxq.ptq._model_runner import model_runner
+from jaxq.ptq._observe import Targets, find_targets
+from jaxq.ptq._program_parts import Occurrence
 from jaxq.ptq._statistics import Statistics
+from jaxq.ptq._weight_views import trace_weight
 from jaxq.quantizers import Quantized
 
 __all__ = ["BiasChange", "BiasReport", "correct_biases"]
@@ -133,10 +134,10 @@ def correct_biases(
         calls = read_calls(_OWNER, fn, mask, (params, batches))
         model = _restrict(calls.plan(rules), biases)
         correction = _CorrectionRun(model, biases, params, packed)
-        stages = stages_of(calls, model, correction.leaves, correction.solve)
-        root = stages.root()
+        runner = model_runner(calls, model, correction.leaves, correction.solve)
+        root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)
-        stages.solve_together(root, stages.observed(root, envs))
+        runner.solve_together(root, runner.observed(root, envs))
         return correction.result()
 
     return corrected
@@ -173,7 +174,7 @@ def _unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
 
 
 class _CorrectionRun:
-    """The corrections made so far in one call of the function.
+    """The corrected biases and the rows of the report in one call of the function.
 
     Args:
       model: the model, restricted to the products to correct.
@@ -198,64 +199,60 @@ class _CorrectionRun:
             )
         self._paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in pairs]
         self._packed = [leaf for _, leaf in pairs]
-        places = model.planned.traced.parameters[1]
-        self._index = {place: i for i, place in enumerate(places) if place is not None}
+        leaves = model.planned.traced.parameters[1]
+        self._index = {leaf: i for i, leaf in enumerate(leaves) if leaf is not None}
         self._values: dict[int, jax.Array] = {}
         self._new: dict[int, np.ndarray] = {}
         self._rows: list[BiasChange] = []
         for number in model.targets.matrices:
-            product = model.planned.products[number]
-            path = biases[product.name]
-            if path not in self._paths:
-                raise ValueError(_unknown_name("a leaf of `packed`", path, self._paths))
-            leaf = self._packed[self._paths.index(path)]
-            reason = not_floating(leaf)
-            if reason:
-                raise ValueError(
-                    f"{_OWNER}: bias {path!r} must be a float array, but it {reason}. Exclude it "
-                    "with a rule whose recipe is None."
-                )
-            axes = model.targets.matrices[number].axes
-            weight = product.operands[0 if model.targets.matrices[number].swapped else 1].shape
-            batch, free = ([weight[a] for a in group] for group in (axes.batch, axes.free))
-            leading = [*product.stacks, *batch]
-            shapes = [[*leading, *free], [*leading, int(np.prod(free))]]
-            if _without_unit_axes(leaf.shape) not in [
-                _without_unit_axes(shape) for shape in shapes
-            ]:
-                raise ValueError(
-                    f"{_OWNER}: bias {path!r} must have the shape {tuple(shapes[0])} of the "
-                    f"outputs of {product.where}, got {leaf.shape}. Name another leaf."
-                )
+            self._check_bias(model.planned.products[number])
 
-    def solve(self, place: Place, observed: Callable[[], Statistics]) -> None:
-        """Corrects the bias of one product, in one iteration of the scans around it."""
-        statistics = observed()
-        product, path = place.product, self._biases[place.product.name]
-        if not bool(jnp.all(jnp.isfinite(statistics.amax))):
+    def _check_bias(self, product: Product) -> None:
+        """Raises a ValueError unless the bias of a product is a float array of a suitable shape."""
+        path = self._biases[product.name]
+        if path not in self._paths:
+            raise ValueError(_unknown_name("a leaf of `packed`", path, self._paths))
+        leaf = self._packed[self._paths.index(path)]
+        reason = not_floating(leaf)
+        if reason:
             raise ValueError(
-                f"{_OWNER}: inputs must be finite, but {product.where} has a NaN or an infinity "
-                "in its input. Look for it in the batches, or mask the padding."
+                f"{_OWNER}: bias {path!r} must be a float array, but it {reason}. Exclude it "
+                "with a rule whose recipe is None."
             )
-        view = trace_weight(place.frame, place.variable)
+        matrix = self._targets.matrices[product.number]
+        weight = product.operands[0 if matrix.swapped else 1].shape
+        batch, free = ([weight[a] for a in axes] for axes in (matrix.axes.batch, matrix.axes.free))
+        leading = [*product.stacks, *batch]
+        shapes = [[*leading, *free], [*leading, int(np.prod(free))]]
+        if _without_unit_axes(leaf.shape) not in map(_without_unit_axes, shapes):
+            raise ValueError(
+                f"{_OWNER}: bias {path!r} must have the shape {tuple(shapes[0])} of the "
+                f"outputs of {product.where}, got {leaf.shape}. Name another leaf."
+            )
+
+    def solve(self, occurrence: Occurrence, observe: Callable[[], Statistics]) -> None:
+        """Corrects the bias of one product, in one iteration of the scans around it."""
+        statistics = observe()
+        occurrence.check_finite(_OWNER, statistics)
+        product, path = occurrence.product, self._biases[occurrence.product.name]
+        view = trace_weight(occurrence.frame, occurrence.variable)
         if isinstance(view, str):
             raise ValueError(
                 f"{_OWNER}: product {product.name!r} cannot be corrected: {view}. Remove it from "
                 "`biases`."
             )
         stored = view.move(*map(self._value, view.keys))
-        layout = Layout(self._targets.matrices[product.number].axes, view.x.shape)
+        layout = MatrixLayout(self._targets.matrices[product.number].axes, view.x.shape)
         stacked = layout.stacked(statistics)
         mean = stacked.total / lax.max(stacked.tokens, np.int32(1))[:, None].astype(jnp.float32)
         error = layout.matrices(stored - view.x)
         shift = jnp.einsum("mio,mi->mo", error, mean, precision=lax.Precision.HIGHEST)
-        self._subtract(path, product.stacks, place.iterations, np.asarray(shift))
+        self._subtract(path, product.stacks, occurrence.iterations, np.asarray(shift))
         for key in view.keys:
             self.leaves.forget(key)
-        brackets = "".join(f"[{i}]" for i in (*place.frame.iterations, *place.iterations))
         self._rows.append(
             BiasChange(
-                product=product.name + brackets,
+                product=occurrence.name,
                 bias=path,
                 tokens=int(jnp.min(stacked.tokens)),
                 rms=float(jnp.sqrt(jnp.mean(shift**2))),

@@ -1,4 +1,4 @@
-"""ggml's searches for the scales of IQ4_NL and IQ4_XS, whose elements are levels of a table."""
+"""ggml's searches for the scales of IQ4_NL and IQ4_XS, whose elements are levels of a codebook."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._ggml.blocks import (
-    Blocks,
+    FloatBlocks,
     QuantizedBlocks,
     divide_or_zero,
     error_weights,
@@ -14,18 +14,26 @@ from jaxq._ggml.blocks import (
     mean_square,
     sub_blocks,
 )
-from jaxq._ggml.searches import EPS, largest, levels, nearest, product, quotient, sums
+from jaxq._ggml.searches import (
+    EPS,
+    largest,
+    nearest_levels,
+    product,
+    quotient,
+    round_to_integer,
+    sums,
+)
 from jaxq._jax.arithmetic import rounded
 from jaxq.formats import get_format
 
 __all__ = ["iq4_nl", "iq4_xs"]
 
-# Codes are in the order of their values.
+# The levels of the codebook, in ascending order.
 _IQ4 = get_format("iq4").values.astype(np.int64)
 
 
 def _iq4_scales(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the scales that fit the levels of IQ4_NL best."""
+    """Returns the best scales for the levels of IQ4_NL, one per block."""
     amax, signed = largest(x)
     empty = amax < EPS
     signed = jnp.where(empty, np.float32(1), signed)
@@ -33,7 +41,7 @@ def _iq4_scales(x: jax.Array, weights: jax.Array) -> jax.Array:
 
     def fit(inverse: jax.Array) -> tuple[jax.Array, ...]:
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-            q = table[levels(rounded(inverse * x), _IQ4)]
+            q = table[nearest_levels(rounded(inverse * x), _IQ4)]
             wq = product(w, q)
             return product(wq, x), product(wq, q)
 
@@ -57,25 +65,28 @@ def _iq4_scales(x: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(empty, np.float32(0), d)
 
 
-def _iq4_weights(blocks: Blocks, x: jax.Array, parts: int) -> jax.Array:
+def _iq4_weights(blocks: FloatBlocks, x: jax.Array, parts: int) -> jax.Array:
+    """Returns the weights of the squared errors of sub-blocks."""
     if blocks.weights is None:
         return product(x, x)
     square = jnp.tile(mean_square(blocks.x, 2.0), parts)
     return error_weights(sub_blocks(blocks.weights, 32), x, square)
 
 
-def iq4_nl(blocks: Blocks) -> QuantizedBlocks:
-    """Returns the scales of blocks of 32, and the indices of levels as codes."""
+def iq4_nl(blocks: FloatBlocks) -> QuantizedBlocks:
+    """Quantizes blocks of 32 elements; codes are indices of levels."""
     d = _iq4_scales(blocks.x, _iq4_weights(blocks, blocks.x, 1))
-    return QuantizedBlocks(d, None, levels(rounded(blocks.x * divide_or_zero(1, d)[None]), _IQ4).T)
+    return QuantizedBlocks(
+        d, None, nearest_levels(rounded(blocks.x * divide_or_zero(1, d)[None]), _IQ4).T
+    )
 
 
-def iq4_xs(blocks: Blocks) -> QuantizedBlocks:
-    """Returns the scales of super-blocks, and the indices of levels as codes."""
+def iq4_xs(blocks: FloatBlocks) -> QuantizedBlocks:
+    """Quantizes super-blocks of 8 sub-blocks; codes are indices of levels."""
     count, x = blocks.x.shape[1], sub_blocks(blocks.x, 32)
     scale = _iq4_scales(x, _iq4_weights(blocks, x, 8)).reshape(-1, count)
     d = largest(scale)[1] * np.float32(-1 / 32)
-    scales = jnp.clip(nearest(divide_or_zero(1, d)[None] * scale), -32, 31)
+    scales = jnp.clip(round_to_integer(divide_or_zero(1, d)[None] * scale), -32, 31)
     step = product(d[None], scales.astype(jnp.float32)).reshape(-1)
-    q = join_sub_blocks(levels(rounded(x * divide_or_zero(1, step)[None]), _IQ4), count)
+    q = join_sub_blocks(nearest_levels(rounded(x * divide_or_zero(1, step)[None]), _IQ4), count)
     return QuantizedBlocks(d, scales.T, q.T)

@@ -1,0 +1,161 @@
+"""The leaves of a model while their weights are solved."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from jaxq.models import Planned, Storage, StoredView
+from jaxq.quantizers import Levels, Quantized, levels, numbers_of, snap, with_levels
+
+__all__ = ["LeafKey", "LeafState", "Leaves", "replace_parameters"]
+
+
+class LeafKey(NamedTuple):
+    """A leaf of the parameters, or a row of it.
+
+    Attributes:
+      leaf: the index among the arrays of the arguments.
+      rows: the indices of the row along the leading axes, which scans over layers iterate over.
+    """
+
+    leaf: int
+    rows: tuple[int, ...] = ()
+
+
+class LeafState(NamedTuple):
+    """A leaf that is being solved. All arrays have the shape of the leaf.
+
+    Attributes:
+      x: the float values that its products multiply, float32.
+      levels: the levels of its elements.
+      nearest: the nearest grid values.
+      numbers: the chosen grid values.
+      start: the leaf quantized to the nearest levels.
+    """
+
+    x: jax.Array
+    levels: Levels
+    nearest: jax.Array
+    numbers: jax.Array
+    start: Quantized
+
+
+class Leaves:
+    """The leaves of a planned model, which are float arrays until they are solved.
+
+    Args:
+      planned: the model, planned with float parameters.
+    """
+
+    def __init__(self, planned: Planned) -> None:
+        self._arrays = planned.traced.arrays
+        self._storage = planned.stored.leaves
+        self._packed: dict[LeafKey, Quantized] = {}
+        self._states: dict[LeafKey, LeafState] = {}
+
+    def array(self, key: LeafKey) -> Any:
+        """Returns the float array of a leaf."""
+        return self._arrays[key.leaf][key.rows] if key.rows else self._arrays[key.leaf]
+
+    def storage(self, key: LeafKey) -> Storage | None:
+        """Returns the stored form of a leaf, or None if it stays an array."""
+        storage = self._storage.get(key.leaf)
+        return storage and storage._replace(leading=storage.leading - len(key.rows))
+
+    def value(self, key: LeafKey) -> Any:
+        """Returns a leaf as an argument of the model: packed once a row of it is solved."""
+        q = self._packed.get(key)
+        if q is None and any(other.leaf == key.leaf for other in self._packed):
+            q = self._stacked(key, self._packed_rows(key.leaf))
+        if q is None:
+            return self.array(key)
+        return StoredView(dataclasses.replace(q, dtype=self._storage[key.leaf].dtype), q.dtype)
+
+    def nearest(self, key: LeafKey) -> Quantized:
+        """Returns a leaf with the nearest levels."""
+        storage = self.storage(key)
+        assert storage is not None, "only stored leaves are solved"
+        return storage.quantize(self.array(key))
+
+    def state(self, key: LeafKey) -> LeafState:
+        """Returns the state of a leaf that is being solved."""
+        if key not in self._states:
+            storage = self.storage(key)
+            assert storage is not None, "only stored leaves are solved"
+            q = self.nearest(key)
+            x = storage.converted(self.array(key)).astype(jnp.float32)
+            numbers = numbers_of(q)
+            self._states[key] = LeafState(
+                x=x, levels=levels(q), nearest=numbers, numbers=numbers, start=q
+            )
+        return self._states[key]
+
+    def put(self, key: LeafKey, numbers: jax.Array, is_last: bool) -> None:
+        """Packs a leaf with the chosen grid values.
+
+        Args:
+          key: the leaf.
+          numbers: the grid values.
+          is_last: True if no other product solves the leaf, so that its state is no longer needed.
+        """
+        state = self.state(key)
+        self._packed[key] = with_levels(state.start, numbers)
+        self._states[key] = state._replace(numbers=numbers)
+        if is_last:
+            del self._states[key]
+
+    def restore(self, key: LeafKey, q: Quantized) -> None:
+        """Stores a leaf that an earlier run solved."""
+        self._packed[key] = q
+        self.forget(key)
+
+    def packed(self, key: LeafKey) -> Quantized:
+        """Returns a solved leaf."""
+        return self._packed[key]
+
+    def rescale(self, key: LeafKey, start: Quantized) -> None:
+        """Replaces the scales of a leaf that is being solved by those of `start`."""
+        state, new = self.state(key), levels(start)
+        nearest = snap(state.x, new, start.recipe)[0]
+        self._states[key] = state._replace(levels=new, nearest=nearest, start=start)
+
+    def forget(self, key: LeafKey) -> None:
+        """Frees the state of a leaf."""
+        self._states.pop(key, None)
+
+    def pack(self, key: LeafKey) -> None:
+        """Packs a leaf with the nearest levels."""
+        self._packed[key] = self.nearest(key)
+
+    def results(self) -> dict[int, Quantized]:
+        """Returns the packed leaves by index; rows that were not solved have the nearest levels."""
+        return {
+            leaf: self._stacked(LeafKey(leaf), self._packed_rows(leaf)) for leaf in self._storage
+        }
+
+    def _packed_rows(self, leaf: int) -> dict[tuple[int, ...], Quantized]:
+        """Returns the packed rows of a leaf."""
+        return {key.rows: q for key, q in self._packed.items() if key.leaf == leaf}
+
+    def _stacked(self, key: LeafKey, rows: Mapping[tuple[int, ...], Quantized]) -> Quantized:
+        """Returns a leaf as a stack of packed rows; all other rows have the nearest levels."""
+        if key.rows in rows:
+            return rows[key.rows]
+        if not any(row[: len(key.rows)] == key.rows for row in rows):
+            return self.nearest(key)
+        count = len(self.array(key))
+        parts = [self._stacked(LeafKey(key.leaf, (*key.rows, i)), rows) for i in range(count)]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
+
+
+def replace_parameters(planned: Planned, leaves: Mapping[int, Any]) -> Any:
+    """Returns the parameters of a model with some leaves replaced, given by their indices."""
+    tree, indices = planned.traced.parameters
+    old, structure = jax.tree.flatten(tree)
+    new = [leaves.get(i, x) if i is not None else x for i, x in zip(indices, old, strict=True)]
+    result = jax.tree.unflatten(structure, new)
+    # The parameters of a function are a list with its first argument; those of a module are not.
+    return result[0] if isinstance(result, list) else result

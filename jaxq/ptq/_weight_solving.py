@@ -1,0 +1,190 @@
+"""Solution of the weight of one product, by a solver that may also change scales or outliers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxq.ptq._collectors import MatrixLayout
+from jaxq.ptq._gptq_matrix import Settings
+from jaxq.ptq._leaf_states import LeafKey, Leaves
+from jaxq.ptq._matrix_solving import SolvedMatrices, solve_matrices, split_by_recipe
+from jaxq.ptq._owq import owq_leaf
+from jaxq.ptq._program_parts import Occurrence
+from jaxq.ptq._search import Blocks, Search, SearchOptions, SearchProblem, run_length, run_search
+from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver, search_of
+from jaxq.ptq._statistics import Statistics
+from jaxq.ptq._weight_views import WeightView, trace_weight
+from jaxq.quantizers import Quantized, block_numbers, numbers_of
+from jaxq.recipes import Recipe
+
+__all__ = ["SolvedWeight", "WeightStack", "solve_weight"]
+
+
+class WeightStack(NamedTuple):
+    """The weight of a product as a stack of matrices.
+
+    Attributes:
+      occurrence: the product.
+      view: the weight as a view of leaves.
+      layout: the conversion between the weight and matrices.
+      recipes: the recipes of the weight, each with the indices of its matrices.
+      shares: the share of each leaf in each matrix, `[matrices]`, by the leaf's index.
+      statistics: the statistics of the input, with a leading axis `[matrices]`.
+    """
+
+    occurrence: Occurrence
+    view: WeightView
+    layout: MatrixLayout
+    recipes: Sequence[tuple[Recipe, np.ndarray]]
+    shares: Mapping[int, np.ndarray]
+    statistics: Statistics
+
+    @property
+    def problem(self) -> Problem:
+        """The problem for a solver, with a leading axis `[matrices]`."""
+        view, matrices = self.view, self.layout.matrices
+        return Problem(
+            weight=matrices(view.x),
+            levels=jax.tree.map(matrices, view.levels),
+            nearest=matrices(view.nearest),
+            statistics=self.statistics,
+        )
+
+    def retraced(self) -> "WeightStack":
+        """Returns the stack after a change of its leaves."""
+        view = trace_weight(self.occurrence.frame, self.occurrence.variable)
+        assert isinstance(view, WeightView), "it was traced before"
+        return self._replace(view=view)
+
+
+class SolvedWeight(NamedTuple):
+    """The solution of a weight whose leaves may have changed.
+
+    Attributes:
+      view: the weight after the change of its leaves.
+      matrices: the solution. Its `before` is the loss of the nearest levels of the original leaves.
+      note: the reason why the leaves were not changed as requested, or "".
+    """
+
+    view: WeightView
+    matrices: SolvedMatrices
+    note: str
+
+
+def solve_weight(stack: WeightStack, leaves: Leaves, solver: Solver) -> SolvedWeight:
+    """Solves the weight of a product.
+
+    Args:
+      stack: the weight.
+      leaves: the leaves of the model. Their scales and outliers are changed as the solver requires.
+      solver: the solver.
+    """
+    search = search_of(solver)
+    if isinstance(solver, OWQ):
+        return _solve_with_owq(stack, leaves, solver)
+    if search is not None:
+        return _solve_with_search(stack, leaves, solver, search)
+    return SolvedWeight(stack.view, solve_matrices(stack.problem, stack.recipes, solver), "")
+
+
+def _solve_with_search(
+    stack: WeightStack, leaves: Leaves, solver: Solver, search: Search
+) -> SolvedWeight:
+    """Solves a weight after a search for its scales, which is separate for each recipe.
+
+    If the searched scales of a recipe have a larger loss, its leaves get their original scales.
+    """
+    problem = stack.problem
+    starts = {key: leaves.state(key).start for key in stack.view.keys}
+    _search_scales(stack, starts, leaves, search)
+    before = solve_matrices(problem, stack.recipes, RTN()).before
+    new = stack.retraced()
+    matrices = solve_matrices(new.problem, stack.recipes, solver)
+    worse = [
+        indices
+        for _, indices in stack.recipes
+        if not bool(jnp.sum(matrices.after[indices]) <= jnp.sum(before[indices]))
+    ]
+    if not worse:
+        return SolvedWeight(new.view, matrices._replace(before=before), "")
+    for key, start in starts.items():
+        if any(stack.shares[key.leaf][indices].any() for indices in worse):
+            leaves.rescale(key, start)
+    new = stack.retraced()
+    matrices = solve_matrices(new.problem, stack.recipes, solver)._replace(before=before)
+    count = f"{len(worse)} of {len(stack.recipes)} recipes: " if len(stack.recipes) > 1 else ""
+    return SolvedWeight(new.view, matrices, f"{count}the searched scales have a larger loss")
+
+
+def _search_scales(
+    stack: WeightStack, starts: Mapping[LeafKey, Quantized], leaves: Leaves, search: Search
+) -> None:
+    """Replaces the scales of leaves by searched ones."""
+    # The inputs of a convolution are ordered differently from its blocks.
+    is_product = stack.occurrence.product.operation != "conv_general_dilated"
+    inputs = stack.layout.sizes[1]
+    for recipe, indices, part in split_by_recipe(stack.problem, stack.recipes):
+        keys = [key for key in starts if stack.shares[key.leaf][indices].any()]
+        numbers = _block_numbers(stack, starts, keys)
+        numbers = numbers[indices] if len(stack.recipes) > 1 else numbers
+        blocks = Blocks(tuple(starts[key] for key in keys), numbers)
+        length = run_length(recipe, inputs) if is_product else inputs
+        options = SearchOptions(search, recipe, length)
+        search_problem = SearchProblem(part.weight, part.levels, blocks, part.statistics)
+        results = run_search(search_problem, options)
+        for key, q in zip(keys, results, strict=True):
+            leaves.rescale(key, q)
+
+
+def _block_numbers(
+    stack: WeightStack, starts: Mapping[LeafKey, Quantized], keys: Sequence[LeafKey]
+) -> jax.Array:
+    """Returns the index of the block of each element, counted across some leaves.
+
+    Args:
+      stack: the weight.
+      starts: all leaves of the weight.
+      keys: the leaves whose blocks are counted; the elements of all others have the index 0.
+    """
+    count, numbers = 0, []
+    for key, q in starts.items():
+        if key in keys:
+            numbers.append(block_numbers(q) + count)
+            count += math.prod(q.cut.counts)
+        else:
+            numbers.append(jnp.zeros(q.shape, jnp.int32))
+    return stack.layout.matrices(stack.view.move(*numbers))
+
+
+def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWeight:
+    """Solves a weight, and stores its most sensitive inputs as outliers of its leaf."""
+    view, problem, axes = stack.view, stack.problem, stack.layout.axes
+    key, *others = view.keys
+    start, hessian = leaves.state(key).start, problem.statistics.hessian
+    assert hessian is not None, "all products to solve have one"
+    source = stack.occurrence.frame.sources.get(stack.occurrence.variable)
+    is_leaf = isinstance(source, LeafKey) and not others
+    is_matrix = len(axes.contract) == 1 and not axes.batch and start.ndim == len(start.block)
+    result = None
+    if is_leaf and is_matrix:
+        settings = Settings(solver.damping, solver.order)
+        result = owq_leaf(start, view.x, hessian[0], axes.contract[0], settings)
+    if result is None:
+        matrices = solve_matrices(problem, stack.recipes, solver)
+        return SolvedWeight(view, matrices, "no inputs are stored as outliers")
+    q, is_solved = result
+    before = solve_matrices(problem, stack.recipes, RTN()).before
+    leaves.rescale(key, q)
+    new = stack.retraced()
+    chosen = new.problem._replace(nearest=stack.layout.matrices(numbers_of(q)))
+    matrices = solve_matrices(chosen, stack.recipes, RTN())
+    if bool(is_solved) and bool(jnp.sum(matrices.after) <= jnp.sum(before)):
+        damping = jnp.full_like(before, solver.damping)
+        return SolvedWeight(new.view, matrices._replace(before=before, damping=damping), "")
+    leaves.rescale(key, start)
+    matrices = solve_matrices(problem, stack.recipes, solver)
+    return SolvedWeight(view, matrices, "inputs stored as outliers have a larger loss")

@@ -19,20 +19,20 @@ from jaxq.lora._methods import Method, get_method
 from jaxq.lora._results import AdaptedModel, Merged, MergeError
 from jaxq.models import (
     Adapted,
-    Extra,
     LoRA,
     Planned,
     Product,
+    ProductInputs,
     Rules,
     as_rules,
     axes_of,
+    build_program,
     can_adapt_ragged,
     contraction_of,
     dequantize_tree,
     plan,
-    program,
     quantize_weights,
-    run,
+    run_program,
     unassigned,
     weight_of,
 )
@@ -262,11 +262,11 @@ class _Observation:
                 continue
             shape = tuple(product.operands[operand].shape)
             seen = _WeightObserver(axes_of(product)[operand], shape)
-            fields = {"swapped": operand == 0, "calibrated": (None, seen)}
+            fields = {"swapped": operand == 0, "observers": (None, seen)}
             chosen.append(dataclasses.replace(unassigned(product), **fields))
-        runnable = program(planned.node, chosen, bool(planned.packed))
+        runnable = build_program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
-        _, states = run(runnable, Extra(None, {}, {}, {}), arrays, observing=True)
+        _, states = run_program(runnable, ProductInputs(None, {}, {}, {}), arrays, observing=True)
         return {name: states[name][1] for name in self.names}
 
     def moved(self, args: tuple, deltas: Mapping[str, jax.Array]) -> Any:
@@ -324,7 +324,11 @@ def _adaptable(planned: Planned) -> tuple[dict[str, int], dict[str, str]]:
     names, shared = {}, {}
     for product, assigned in zip(planned.products, planned.chosen, strict=True):
         weight = None if assigned is None else weight_of(product, assigned)
-        if weight is None or not product.reverse or not _has_matrices(product, weight.operand):
+        if (
+            weight is None
+            or not product.is_differentiated
+            or not _has_matrices(product, weight.operand)
+        ):
             continue
         if product.number in planned.stored.reasons:
             continue

@@ -25,7 +25,7 @@ class Mark:
     source: str
     loops: tuple[int, ...]
     stacked: frozenset[int]
-    reverse: bool
+    is_differentiated: bool
     name: str
 
     @property

@@ -35,7 +35,7 @@ def _unreached(node: Node, needed: Sequence[bool]) -> Iterator[Product | Mark]:
             for inside in nodes:
                 yield from _unreached(inside, [False] * len(compat.body(inside.jaxpr).outvars))
             continue
-        exact = eqn.primitive.name in compat.AROUND
+        exact = eqn.primitive.name in compat.WRAPPED_CALLS
         for inside in nodes:
             count = len(compat.body(inside.jaxpr).outvars)
             yield from _unreached(inside, outs if exact else [True] * count)

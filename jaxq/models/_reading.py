@@ -40,7 +40,7 @@ class Product:
       source: the line of the user's code.
       times: the number of executions per call; None in a `while` loop.
       loops: the lengths of the surrounding scans, outermost first.
-      barred: the reason why the product cannot be quantized, or "".
+      barred_reason: the reason why the product cannot be quantized, or "".
       reverse: True if reverse mode differentiates the product; False in a function with a custom
         derivative or in a `while` loop.
       name: the name in reports and states; `read` makes names distinct.
@@ -58,8 +58,8 @@ class Product:
     source: str
     times: int | None
     loops: tuple[int, ...]
-    barred: str = ""
-    reverse: bool = True
+    barred_reason: str = ""
+    is_differentiated: bool = True
     name: str = ""
     number: int = -1
     within: tuple["Product", ...] = ()
@@ -134,7 +134,7 @@ class _Frame:
     source: str = ""
     times: int | None = 1
     loops: tuple[int, ...] = ()
-    barred: str = ""
+    barred_reason: str = ""
     reverse: bool = True
     stacked: frozenset[int] = frozenset()
 
@@ -206,14 +206,14 @@ def _read(
                 source=compat.source_of(eqn, frame.source),
             )
             nodes, results = _inside(eqn, operands, inner_frame, products)
-            returns = eqn.primitive.name in compat.AROUND and nodes[0].returns_weights
+            returns = eqn.primitive.name in compat.WRAPPED_CALLS and nodes[0].returns_weights
             if returns or any(inner.products or inner.inner for inner in nodes):
                 node.inner[i] = nodes
             elif any(inner.marks or inner.marked for inner in nodes):
                 node.marked[i] = nodes
         else:
             results = through(eqn, operands)
-            if eqn.primitive.name == MARK and not frame.barred:
+            if eqn.primitive.name == MARK and not frame.barred_reason:
                 node.marks[i] = _mark(eqn, frame)
         origin_of.update(zip(eqn.outvars, results, strict=True))
     results = [origin(variable) for variable in body.outvars]
@@ -271,7 +271,7 @@ def _weights(origins: Sequence[Origin | None]) -> tuple[Origin | None, ...]:
 
 
 def _product(
-    eqn: Any, origins: Sequence[Origin | None], frame: _Frame, count: int, barred: str = ""
+    eqn: Any, origins: Sequence[Origin | None], frame: _Frame, count: int, barred_reason: str = ""
 ) -> Product:
     weights = _weights(origins[:count])
     pairs = zip(origins, weights, strict=False)
@@ -285,7 +285,7 @@ def _product(
         compat.source_of(eqn, frame.source),
         frame.times,
         frame.loops,
-        frame.barred or barred,
+        frame.barred_reason or barred_reason,
         frame.reverse,
         sources=tuple(path for origin in others for path in origin.leaves),
     )
@@ -305,7 +305,7 @@ def _inside(
     def run(jaxpr: Any, origins: Sequence[Origin | None], **changes: Any) -> Any:
         return _read(jaxpr, origins, dataclasses.replace(frame, **changes), products)
 
-    if name in compat.AROUND:
+    if name in compat.WRAPPED_CALLS:
         if name == "shard_map":  # A shard is a part of its leaf.
             origins = [o and o.opaque for o in origins]
         node, results = run(inner[0], origins)
@@ -336,18 +336,20 @@ def _inside(
         of_test, of_step = origins[:conds], origins[conds : conds + bodies]
         of_loop = origins[conds:]  # The body's constants, then the carried values.
         same = _unchanged(compat.body(step), of_loop, bodies, len(of_loop) - bodies)
-        first, _ = run(test, of_test + same, times=None, barred="in the condition of a while loop")
+        first, _ = run(
+            test, of_test + same, times=None, barred_reason="in the condition of a while loop"
+        )
         second, _ = run(step, of_step + same, times=None, reverse=False)
         return (first, second), same
     if name == "cond":
         branches = eqn.params["branches"]
         return tuple(run(branch, origins[1:])[0] for branch in branches), nothing
-    barred = frame.barred or f"inside {name}"
+    barred_reason = frame.barred_reason or f"inside {name}"
     nodes = []
     for jaxpr in inner:
         count = len(compat.body(jaxpr).invars)
         inputs = origins if count == len(origins) else [None] * count
-        nodes.append(run(jaxpr, inputs, barred=barred)[0])
+        nodes.append(run(jaxpr, inputs, barred_reason=barred_reason)[0])
     return tuple(nodes), [computed(eqn, origins)] * len(eqn.outvars)
 
 

@@ -29,7 +29,7 @@ def streamed(
     Returns None if the product cannot be computed in parts: its weight is not packed or cannot be
     sliced, or its recipe has a Hadamard transform, another execution or quantized gradients.
     """
-    recipe, output = assigned.recipe or ProductRecipe(), assigned.output
+    recipe, output = assigned.recipe or ProductRecipe(), assigned.output_recipe
     packed = [i for i, x in enumerate(operands[:2]) if _is_packed(x)]
     is_emulated = recipe.hadamard is None and recipe.execution == "emulated"
     has_plain_gradient = recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized"
@@ -40,8 +40,8 @@ def streamed(
         len(packed) != 1
         or not is_emulated
         or not has_plain_gradient
-        or assigned.factor
-        or assigned.scored
+        or assigned.factor_name
+        or assigned.scored_recipes
     ):
         return None
     swapped = packed == [0]

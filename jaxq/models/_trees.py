@@ -18,8 +18,8 @@ from jaxq.recipes import PerTensor, Recipe
 __all__ = [
     "assign",
     "dequantize_tree",
-    "naming",
     "not_floating",
+    "prefix_leaf_errors",
     "quantize_tree",
     "tree_report",
 ]
@@ -73,7 +73,7 @@ def quantize_tree(
             result.append(leaf)
             continue
         leaf_key = None if key is None else jax.random.fold_in(key, i)
-        with naming("quantize_tree", path):
+        with prefix_leaf_errors("quantize_tree", path):
             _check_axis(recipe, axis)
             result.append(quantize(leaf, recipe, axis=axis, key=leaf_key))
     return jax.tree_util.tree_unflatten(structure, result)
@@ -90,7 +90,7 @@ def _check_axis(recipe: Recipe, axis: int | None) -> None:
 
 
 @contextlib.contextmanager
-def naming(owner: str, path: tuple) -> Iterator[None]:
+def prefix_leaf_errors(owner: str, path: tuple) -> Iterator[None]:
     """Prefixes errors raised in the context with a function's name and a leaf's path."""
     try:
         yield

@@ -286,7 +286,9 @@ def shared_inputs(node: Node, matrices: Mapping[int, MatrixForm]) -> dict[int, i
                 key = (*inputs, matrix.collector.shared(), product.stacked)
                 result[product.number] = first.setdefault(key, product.number)
             elif i in node.inner:
-                around = eqn.primitive.name in compat.AROUND and eqn.primitive.name != "shard_map"
+                around = (
+                    eqn.primitive.name in compat.WRAPPED_CALLS and eqn.primitive.name != "shard_map"
+                )
                 for inside in node.inner[i]:
                     count = len(compat.body(inside.jaxpr).invars)
                     fresh = [object() for _ in range(count)]

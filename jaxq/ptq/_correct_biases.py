@@ -235,10 +235,10 @@ class _CorrectionRun:
         statistics = observe()
         occurrence.check_finite(_OWNER, statistics)
         product, path = occurrence.product, self._biases[occurrence.product.name]
-        view = trace_weight(occurrence.frame, occurrence.variable)
-        if isinstance(view, str):
+        view, reason = trace_weight(occurrence.frame, occurrence.variable)
+        if view is None:
             raise ValueError(
-                f"{_OWNER}: product {product.name!r} cannot be corrected: {view}. Remove it from "
+                f"{_OWNER}: product {product.name!r} cannot be corrected: {reason}. Remove it from "
                 "`biases`."
             )
         stored = view.move(*map(self._value, view.keys))
@@ -275,7 +275,7 @@ class _CorrectionRun:
                     "same rules."
                 )
             self._values[key.leaf] = leaf.dequantize().astype(jnp.float32)
-        return self._values[key.leaf][key.rows]
+        return self._values[key.leaf][key.slice_index]
 
     def _subtract(
         self, path: str, stacks: tuple[int, ...], iterations: tuple[int, ...], shift: np.ndarray

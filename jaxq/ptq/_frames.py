@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxq._jax import compat
-from jaxq.models import CONVERSIONS, Extra, StoredView, run
+from jaxq.models import CONVERSIONS, ProductInputs, StoredView, run_program
 from jaxq.ptq._flat_programs import FlatProgram, arguments_of
 from jaxq.ptq._leaf_states import LeafKey, Leaves
 from jaxq.quantizers import Quantized
@@ -118,7 +118,7 @@ class Frame:
                 sources[inner] = source
             elif isinstance(source, LeafKey) and self._is_stack(outer, source):
                 assert row is not None
-                sources[inner] = LeafKey(source.leaf, (*source.rows, row))
+                sources[inner] = LeafKey(source.leaf, (*source.slice_index, row))
             else:
                 sources[inner] = Outer(self, outer, row)
         depth = self.depth + (eqn.primitive.name == "scan")
@@ -151,7 +151,7 @@ class Frame:
         read = self.arguments(equations)
         products = 1 + max(max(self.flat.numbers(i), default=-1) for i in equations)
         part = self.flat.part(equations, read, [variable], [None] * products)
-        return run(part, Extra.empty(), [self.value(v) for v in read])[0][0]
+        return run_program(part, ProductInputs.empty(), [self.value(v) for v in read])[0][0]
 
     def arguments(self, equations: list[int]) -> list[Any]:
         """Returns the variables that equations read but do not compute, except constants."""

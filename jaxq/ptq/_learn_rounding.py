@@ -9,10 +9,10 @@ from jax import numpy as jnp
 
 from jaxq._base.tables import Table, Tabular
 from jaxq._jax import compat
-from jaxq.models import Planned, Program, Rules, plan, program
+from jaxq.models import Planned, Program, Rules, build_program, plan
 from jaxq.ptq._block_training import (
-    Data,
-    Leaf,
+    BlockData,
+    LearnedLeaf,
     StepRange,
     Trainer,
     Trainers,
@@ -213,10 +213,10 @@ class _LearningRun:
         for k, function in enumerate(self._blocks):
             planned = plan(_OWNER, function, [], 0, (self._calls.calls[0][0][k], *example), {})
             block = _PlannedBlock(k, planned, model.planned, first)
-            float_program = program(planned.node, [None] * len(planned.products))
+            float_program = build_program(planned.node, [None] * len(planned.products))
             floats = self._trainers.get(float_program, ()).outputs({}, block.arrays, floats)
             trainer = self._trainers.get(block.program(), tuple(block.leaves))
-            data = Data(quantized, floats, masks)
+            data = BlockData(quantized, floats, masks)
             row, best = self._learn_block(block, trainer, data, jax.random.fold_in(key, k))
             quantized = trainer.outputs(trainer.values(best), block.arrays, quantized)
             packed.append(block.packed(best))
@@ -242,7 +242,7 @@ class _LearningRun:
                 )
 
     def _learn_block(
-        self, block: "_PlannedBlock", trainer: Trainer, data: Data, key: jax.Array
+        self, block: "_PlannedBlock", trainer: Trainer, data: BlockData, key: jax.Array
     ) -> tuple[LearnedBlock, dict[int, Rounded]]:
         """Learns one block and returns its row of the report and the best levels of each leaf."""
         problems = block.problems()
@@ -273,7 +273,7 @@ class _LearningRun:
             until = steps * measurement // count
             step_range = StepRange(order, done, until)
             state = trainer.advance(state, problems, block.arrays, data, step_range)
-            done, choice = until, trainer.rounded(state, problems)
+            done, choice = until, trainer.select_levels(state, problems)
             loss = measured(choice)
             _check_finite(loss, block.number, "gradients")
             if loss < row.loss:
@@ -308,7 +308,7 @@ class _PlannedBlock:
             i: stored[first.leaf + i] for i in range(count) if first.leaf + i in stored
         }
         self.leaves = [
-            Leaf(i, storage.recipe, jnp.dtype(storage.dtype), self.arrays[i].dtype)
+            LearnedLeaf(i, storage.recipe, jnp.dtype(storage.dtype), self.arrays[i].dtype)
             for i, storage in self._storages.items()
         ]
 
@@ -333,7 +333,7 @@ class _PlannedBlock:
             else without_weight(model.products[n], model.chosen[n])
             for n in self._products
         ]
-        return program(self._planned.node, chosen, True)
+        return build_program(self._planned.node, chosen, True)
 
     def problems(self) -> dict[int, RoundingProblem]:
         """Returns the leaves to learn, by their index among the arguments."""

@@ -132,7 +132,7 @@ class _ScalingRun:
         self._model, self._planned, self._targets = model, model.planned, model.targets
         self._method = method
         self.leaves = Leaves(model.planned)
-        self._left = {  # The reasons why products are not scaled.
+        self._unscaled_reasons = {  # The reasons why products are not scaled.
             n: reason
             for n in (*model.targets.matrices, *model.targets.reasons)
             if (reason := reason_of(model, model.planned.products[n]))
@@ -141,7 +141,9 @@ class _ScalingRun:
         # cannot be scaled.
         self._readers: dict[tuple[int, tuple[int, ...]], list[_Reader | None]] = {}
         self._expected = collections.Counter(
-            model.targets.first[n] for n in model.targets.matrices if n not in self._left
+            model.targets.first[n]
+            for n in model.targets.matrices
+            if n not in self._unscaled_reasons
         )
         self._factors: dict[str, np.ndarray] = {}
         self._arrays: dict[int, np.ndarray] = {}
@@ -159,14 +161,14 @@ class _ScalingRun:
         statistics = observe()
         occurrence.check_finite(_OWNER, statistics)
         number = occurrence.product.number
-        if number in self._left:
+        if number in self._unscaled_reasons:
             return
         first = self._targets.first[number]
         readers = self._readers.setdefault((first, occurrence.iterations), [])
-        view = trace_weight(occurrence.frame, occurrence.variable)
-        if isinstance(view, str):
-            self._left[number] = view
-        readers.append(None if isinstance(view, str) else _Reader(occurrence, view))
+        view, reason = trace_weight(occurrence.frame, occurrence.variable)
+        if view is None:
+            self._unscaled_reasons[number] = reason
+        readers.append(None if view is None else _Reader(occurrence, view))
         if len(readers) == self._expected[first]:
             scalable = [reader for reader in readers if reader is not None]
             if scalable:
@@ -214,7 +216,7 @@ class _ScalingRun:
         if key.leaf not in self._arrays:
             self._arrays[key.leaf] = np.array(self._planned.traced.arrays[key.leaf])
         array = self._arrays[key.leaf]
-        array[key.rows] = array[key.rows].astype(np.float32) * np.asarray(factor)
+        array[key.slice_index] = array[key.slice_index].astype(np.float32) * np.asarray(factor)
 
     def result(self) -> tuple[Any, InputScales]:
         """Returns the scaled parameters and the scales.
@@ -222,7 +224,7 @@ class _ScalingRun:
         Raises:
           ValueError: if no product has scales.
         """
-        named = named_inputs(_OWNER, self._model, self._left, self._factors)
+        named = named_inputs(_OWNER, self._model, self._unscaled_reasons, self._factors)
         params = replace_parameters(
             self._planned, {leaf: jnp.asarray(x) for leaf, x in self._arrays.items()}
         )

@@ -229,7 +229,7 @@ def _rows(
 
 def _score(leaf: int, recipe: Recipe, solving: SolverRun, gradient: float) -> Score | None:
     """Returns the score of a leaf with one recipe, or None if no product was solved with it."""
-    outcomes = [outcome for outcome in solving.outcomes if leaf in outcome.leaves]
+    outcomes = [outcome for outcome in solving.outcomes if leaf in outcome.leaf_losses]
     if not outcomes:
         return None
     traced, storage = solving.planned.traced, solving.planned.stored.leaves[leaf]
@@ -240,8 +240,8 @@ def _score(leaf: int, recipe: Recipe, solving: SolverRun, gradient: float) -> Sc
         weight=next(iter(origin.paths)),
         recipe=recipe,
         nbytes=math.prod(stack) * storage.recipe.nbytes(shape),
-        loss=sum(o.leaves[leaf].loss for o in outcomes),
-        relative=sum(o.relative(o.leaves[leaf].loss) for o in outcomes),
+        loss=sum(o.leaf_losses[leaf].loss for o in outcomes),
+        relative=sum(o.relative(o.leaf_losses[leaf].loss) for o in outcomes),
         gradient=gradient,
-        tokens=sum(o.leaves[leaf].tokens for o in outcomes),
+        tokens=sum(o.leaf_losses[leaf].tokens for o in outcomes),
     )

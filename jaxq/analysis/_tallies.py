@@ -176,8 +176,8 @@ def _totals(
     unit = {name: units[i : i + 1] for i, name in enumerate(tops)}
 
     def scaled(name: str, value: jax.Array, counted: jax.Array) -> jax.Array:
-        spread = lax.broadcast_in_dim(unit[name], x.shape, (0,))
-        return lax.select(counted, value * spread, zeros)
+        factor = lax.broadcast_in_dim(unit[name], x.shape, (0,))
+        return lax.select(counted, value * factor, zeros)
 
     values, pairs, finite = {}, {}, lax.is_finite(x)
     if of_tensor:

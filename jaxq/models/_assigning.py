@@ -15,7 +15,7 @@ from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
 from jaxq.models._origins import Origin
 from jaxq.models._reading import Product, table_axes
 from jaxq.models._rule import Rule
-from jaxq.models._rules import described
+from jaxq.models._rules import describe_recipe
 from jaxq.products import Axes, PerProduct, ProductRecipe, can_delay, check, is_stochastic, placed
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import PerTensor, Recipe
@@ -376,8 +376,8 @@ def _check_same_recipe(
             if first_recipe != recipe:
                 raise ValueError(
                     f"{owner}: weight {path!r} must have one recipe, got "
-                    f"{described(first_recipe)} in {other.where} and {described(recipe)} in "
-                    f"{product.where}. Write one rule for "
+                    f"{describe_recipe(first_recipe)} in {other.where} and "
+                    f"{describe_recipe(recipe)} in {product.where}. Write one rule for "
                     "both products, or exclude one by an earlier rule with the recipe None."
                 )
 

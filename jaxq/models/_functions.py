@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from jaxq.models._multiplying import unpacked
 from jaxq.models._planning import Planned, plan
 from jaxq.models._programs import ProductInputs, build_program
 from jaxq.models._rules import Rules
 from jaxq.models._running import run_program
+from jaxq.models._stored_views import as_array
 from jaxq.quantizers import Quantized
 
 __all__ = ["quantize_fn", "quantize_weights"]
@@ -86,8 +86,8 @@ def quantize_fn(
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
       >>> def model(params, x):
-      ...     return jax.nn.relu(x @ params["hidden"]) @ params["out"]
-      >>> params = {"hidden": jnp.full((4, 8), 0.3), "out": jnp.full((8, 2), 0.7)}
+      ...     return jax.nn.relu(x @ params["hidden_message"]) @ params["out"]
+      >>> params = {"hidden_message": jnp.full((4, 8), 0.3), "out": jnp.full((8, 2), 0.7)}
       >>> small = jaxq.quantize_fn(model, {"out": "w8a8", "": "int4_channel"})
       >>> jax.jit(small)(params, jnp.ones((1, 4))).shape
       (1, 2)
@@ -135,7 +135,7 @@ def run_planned(
         key=key, scales=planned.scales, product_states=planned.product_states, device_indices={}
     )
     results, seen = run_program(runnable, inputs, arrays, observing=observing)
-    return [unpacked(result) for result in results], seen
+    return [as_array(result) for result in results], seen
 
 
 def quantize_weights(

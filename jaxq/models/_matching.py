@@ -11,7 +11,7 @@ from jaxq.models._experts import Experts, experts_of
 from jaxq.models._operations import LOOK_UP
 from jaxq.models._reading import Product
 from jaxq.models._rule import Rule
-from jaxq.models._rules import hidden, unmatched
+from jaxq.models._rules import hidden_message, unmatched_message
 
 __all__ = ["first_match", "match_parts", "unused_reason"]
 
@@ -99,7 +99,7 @@ def unused_reason(
             )
     if matches:
         earlier = rules[first_match(rules, matches[0])[0] or 0]
-        return hidden(rule, matches[0].where, earlier)
+        return hidden_message(rule, matches[0].where, earlier)
     if rule.weight is None:
         return _unmet(rule, products)
     weights = {path: p for p in products for o in p.origins if o for path in o.paths}
@@ -121,7 +121,7 @@ def unused_reason(
         )
     if not weights:
         remedy = "Pass the positions of the parameters as `argnums`."
-    return unmatched(rule, "weight", weights, remedy)
+    return unmatched_message(rule, "weight", weights, remedy)
 
 
 def _unmet(rule: Rule, products: Sequence[Product]) -> str:

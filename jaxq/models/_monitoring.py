@@ -13,9 +13,9 @@ from jaxq.models._marks import Mark
 from jaxq.models._monitored import Monitored
 from jaxq.models._operations import QUANTIZED, operation_of
 from jaxq.models._planning import plan
-from jaxq.models._reached import unreached
+from jaxq.models._reached import find_unreached
 from jaxq.models._reading import Product
-from jaxq.models._rules import PlainRules, Rules, as_rules, unmatched
+from jaxq.models._rules import PlainRules, Rules, as_rules, unmatched_message
 from jaxq.models._states import Delayed, Frozen, Switch, Switched
 from jaxq.products import (
     NO_SCALES,
@@ -30,12 +30,12 @@ from jaxq.products import (
 )
 from jaxq.recipes import Recipe
 
-__all__ = ["monitored", "switch", "switched"]
+__all__ = ["make_monitored", "make_switched", "switch"]
 
 _UNREACHED = "no floating-point result of the function is differentiable with respect to it"
 
 
-def monitored(
+def make_monitored(
     owner: str,
     fn: Callable[..., Any],
     rules: Rules,
@@ -57,7 +57,7 @@ def monitored(
     def initial_state(*args: Any, **kwargs: Any) -> Monitored:
         planned = plan(owner, fn, rules, argnums, args, kwargs)
         reasons = {p.name: _reason(p) for p in (*planned.products, *planned.marks)}
-        for p in unreached(planned.node):
+        for p in find_unreached(planned.node):
             reasons[p.name] = reasons[p.name] or _UNREACHED
         chosen = _chosen(owner, patterns, [*planned.products, *planned.marks], reasons)
         rows: dict[str, Row] = {}
@@ -117,10 +117,10 @@ def switch(
             f"switch: `rules` must be recipes without a state, got {type(rules).__name__} "
             "rules. Pass the rules from which they were made."
         )
-    return switched("switch", fn, rules, argnums)
+    return make_switched("switch", fn, rules, argnums)
 
 
-def switched(
+def make_switched(
     owner: str, fn: Callable[..., Any], rules: Rules, argnums: int | Sequence[int]
 ) -> Callable[..., Switched]:
     """Returns the function that makes the rules of a model with all recipes turned on.
@@ -171,7 +171,7 @@ def _chosen(
         if not matching:
             raise ValueError(
                 f"{owner}: `products`: "
-                + unmatched(
+                + unmatched_message(
                     pattern, "product", names, "Use jaxq.explain(fn, [])(*args) to list all."
                 )
             )

@@ -18,8 +18,8 @@ from jaxq.models._looking_up import look_up
 from jaxq.models._marks import MARK
 from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
 from jaxq.models._programs import ProductInputs, ProductState, States
-from jaxq.models._stored_views import unpacked
-from jaxq.models._streaming import streamed
+from jaxq.models._stored_views import as_array
+from jaxq.models._streaming import stream_product
 from jaxq.products import (
     NO_SCALES,
     Hadamard,
@@ -95,30 +95,30 @@ def multiply(
     """
     state = inputs.product_states.get(assigned.name, ProductState())
     if eqn.primitive.name == MARK:
-        (y,) = compat.bind(eqn, list(map(unpacked, operands)))
+        (y,) = compat.bind(eqn, list(map(as_array, operands)))
         assert state.row is not None
         with compat.within(eqn), prefix_errors(assigned.where):
             return record_array(y, state.row), {}
     adapter = state.adapter
     if adapter is None:
-        return _multiplied(eqn, assigned, inputs, keys, operands, observing)
+        return _run_product(eqn, assigned, inputs, keys, operands, observing)
 
     def base(operands: list[Any]) -> tuple[jax.Array, States]:
         # XLA must not dequantize a weight before the other operand is known.
         operands = list(barrier(tuple(operands)))
-        return _multiplied(eqn, assigned, inputs, keys, operands, observing)
+        return _run_product(eqn, assigned, inputs, keys, operands, observing)
 
     # Stored weights stay packed until the backward pass, which dequantizes them again.
     y, seen = jax.checkpoint(base)(operands)
     operation = operation_of(eqn, assigned.where, assigned.swapped)
-    x, weight = assigned.reorder_operands([unpacked(operand) for operand in operands[:2]])
+    x, weight = assigned.reorder_operands([as_array(operand) for operand in operands[:2]])
     with compat.within(eqn):
-        shape, arguments = jax.typeof(weight), [unpacked(operand) for operand in operands[2:]]
+        shape, arguments = jax.typeof(weight), [as_array(operand) for operand in operands[2:]]
         adapter_output = adapter_product(operation.contraction, adapter, x, shape, arguments)
     return y + adapter_output.astype(y.dtype), seen
 
 
-def _multiplied(
+def _run_product(
     eqn: Any,
     assigned: Assigned,
     inputs: ProductInputs,
@@ -130,12 +130,12 @@ def _multiplied(
     state = inputs.product_states.get(assigned.name, ProductState())
     if not observing and state._replace(adapter=None) == ProductState():
         scales = _scales(assigned, inputs.scales.get(assigned.name), state.histories)
-        y = streamed(eqn, assigned, keys.product, scales, operands)
+        y = stream_product(eqn, assigned, keys.product, scales, operands)
         if y is not None:
             return y, {}
-    arrays = [unpacked(operand) for operand in operands]
+    arrays = [as_array(operand) for operand in operands]
     if assigned.factor_name is not None:
-        arrays = _scaled(eqn, assigned, inputs, arrays)
+        arrays = _scale_input(eqn, assigned, inputs, arrays)
     seen: States = {}
     with compat.within(eqn):
         if observing and any(assigned.observers):
@@ -152,16 +152,16 @@ def _multiplied(
             return compat.bind(eqn, arrays)[0]
 
         def quantized() -> jax.Array:
-            return _quantized(eqn, assigned, inputs, keys, arrays)
+            return _apply_recipes(eqn, assigned, inputs, keys, arrays)
 
         is_on = None if state.switch is None else state.switch.on > 0
         y = quantized() if is_on is None else lax.cond(is_on, quantized, plain)
         if assigned.scored_recipes:
-            y = _scored(eqn, assigned, inputs, arrays, y)
+            y = _attach_scores(eqn, assigned, inputs, arrays, y)
     return y, seen
 
 
-def _scored(
+def _attach_scores(
     eqn: Any, assigned: Assigned, inputs: ProductInputs, arrays: Sequence[jax.Array], y: jax.Array
 ) -> jax.Array:
     """Returns a result whose cotangent gives scores to the recipes in `Assigned.scored_recipes`."""
@@ -170,7 +170,7 @@ def _scored(
     errors = []
     for recipe in assigned.scored_recipes:
         candidate = dataclasses.replace(assigned, recipe=recipe, scored_recipes=())
-        error = _quantized(eqn, candidate, inputs, Keys(), constants) - lax.stop_gradient(y)
+        error = _apply_recipes(eqn, candidate, inputs, Keys(), constants) - lax.stop_gradient(y)
         errors.append(error.astype(jnp.float32))
     return _with_scores(y, inputs.vectors[assigned.name], errors)
 
@@ -196,7 +196,7 @@ def _scores_backward(errors: list[jax.Array], cotangent: jax.Array) -> Any:
 _with_scores.defvjp(_scores_forward, _scores_backward)
 
 
-def _scaled(
+def _scale_input(
     eqn: Any, assigned: Assigned, inputs: ProductInputs, arrays: list[jax.Array]
 ) -> list[jax.Array]:
     """Returns the operands of a product with the input of its weight scaled and rotated."""
@@ -211,12 +211,12 @@ def _scaled(
     with compat.within(eqn):
         scaled = x.astype(jnp.float32) * factor
         if assigned.rotation_block is not None:
-            scaled = _rotated(scaled, axes.contract, assigned.rotation_block)
+            scaled = _rotate_blocks(scaled, axes.contract, assigned.rotation_block)
         scaled = scaled.astype(x.dtype)
     return [scaled if i == input_index else array for i, array in enumerate(arrays)]
 
 
-def _rotated(x: jax.Array, axes: tuple[int, ...], length: int) -> jax.Array:
+def _rotate_blocks(x: jax.Array, axes: tuple[int, ...], length: int) -> jax.Array:
     """Returns the Hadamard transform of blocks along several axes, merged into one."""
     other_axes = tuple(axis for axis in range(x.ndim) if axis not in axes)
     order = (*other_axes, *axes)
@@ -227,7 +227,7 @@ def _rotated(x: jax.Array, axes: tuple[int, ...], length: int) -> jax.Array:
     return flat.reshape(transposed.shape).transpose(tuple(np.argsort(order).tolist()))
 
 
-def _quantized(
+def _apply_recipes(
     eqn: Any, assigned: Assigned, inputs: ProductInputs, keys: Keys, arrays: list[jax.Array]
 ) -> jax.Array:
     """Returns the result of a product or look-up, with its recipes applied."""
@@ -248,7 +248,7 @@ def _quantized(
     elif eqn.primitive.name == LOOK_UP or (assigned.recipe is None and state.row is None):
         y = compat.bind(eqn, arrays)[0]
     else:
-        running = _running(eqn, assigned, inputs, keys, arrays)
+        running = _bind_recipe(eqn, assigned, inputs, keys, arrays)
         first, second = running.operands
         if running.recipe.plain:
             y = compat.bind(eqn, arrays)[0]
@@ -269,7 +269,7 @@ def _quantized(
     return y
 
 
-def _running(
+def _bind_recipe(
     eqn: Any, assigned: Assigned, inputs: ProductInputs, keys: Keys, arrays: Sequence[jax.Array]
 ) -> Running:
     """Returns a product with its operands in the order of its recipe."""

@@ -68,7 +68,7 @@ class Planned:
         """The stored weights, by argument index, in the dtypes that products need."""
         return {
             i: StoredView(dataclasses.replace(q, dtype=self.stored.dtype(i, q.dtype)), q.dtype)
-            for i, q in _packed(self.traced).items()
+            for i, q in _packed_arguments(self.traced).items()
         }
 
 
@@ -111,7 +111,7 @@ def plan(
         lhs, rhs, cotangent = histories.get(name, (None,) * 3)
         others = (rows.get(name), switches.get(name), adapters.get(name))
         product_states[name] = ProductState(lhs, rhs, cotangent, *others)
-    stored, packed = storages(products, chosen), _packed(traced)
+    stored, packed = storages(products, chosen), _packed_arguments(traced)
     if packed:
         chosen = [
             _without_weight(owner, product, assigned, packed, stored)
@@ -120,7 +120,7 @@ def plan(
     return Planned(traced, node, products, marks, chosen, stored, scales, product_states)
 
 
-def _packed(traced: Traced) -> dict[int, Quantized]:
+def _packed_arguments(traced: Traced) -> dict[int, Quantized]:
     """Returns the arguments that are stored weights, by their indices."""
     return {i: x for i, x in enumerate(traced.arrays) if isinstance(x, Quantized)}
 
@@ -210,7 +210,7 @@ def _without_weight(
             )
     remaining: ProductRecipe | None = dataclasses.replace(recipe, rhs=None)
     remaining = None if remaining.plain else remaining
-    return dataclasses.replace(assigned, recipe=remaining, table=None, experts=None)
+    return dataclasses.replace(assigned, recipe=remaining, table_recipe=None, experts=None)
 
 
 def _check_stored(

@@ -84,9 +84,9 @@ class ProductState(NamedTuple):
         """The histories of delayed scaling."""
         return self[:3]
 
-    def spread(self, count: int) -> "ProductState":
+    def copies_for_loop(self, count: int) -> "ProductState":
         """Copies the state for `count` products; the cotangents merge those of the copies."""
-        copies: Any = (None if each is None else each.spread(count) for each in self)
+        copies: Any = (None if each is None else each.copies_for_loop(count) for each in self)
         return ProductState(*copies)
 
 

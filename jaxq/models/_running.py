@@ -31,7 +31,7 @@ from jaxq.models._programs import (
     merge_iterations,
     merge_states,
 )
-from jaxq.models._stored_views import StoredView, unpacked
+from jaxq.models._stored_views import StoredView, as_array
 from jaxq.models._storing import widest
 from jaxq.models._views import CONVERSIONS, JOINS, VIEWS
 from jaxq.quantizers import Quantized, quantized_sharding
@@ -40,7 +40,7 @@ __all__ = ["run_program"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Inside:
+class _InnerProgram:
     """A program as a hashable function, so that `jit` compiles it only once."""
 
     program: Program
@@ -50,7 +50,7 @@ class _Inside:
     def __call__(self, inputs: ProductInputs, *operands: Any) -> tuple[list[Any], States]:
         return run_program(self.program, inputs, operands, self.depth, self.observing)
 
-    def of(self, jaxpr: Any) -> "_Inside":
+    def of(self, jaxpr: Any) -> "_InnerProgram":
         """Returns the function with another jaxpr in its program."""
         return dataclasses.replace(self, program=dataclasses.replace(self.program, jaxpr=jaxpr))
 
@@ -91,22 +91,22 @@ def run_program(
             results = [result]
             states |= new_states
         elif i in inner:
-            handler = _INSIDE[eqn.primitive.name]
+            handler = _RUNNERS[eqn.primitive.name]
             with compat.within(eqn):
                 inner_inputs = inputs.within(inner[i])
                 results, new_states = handler(
-                    _Call(eqn, inner[i], inner_inputs, operands, depth, observing)
+                    _InnerCall(eqn, inner[i], inner_inputs, operands, depth, observing)
                 )
             states |= new_states
         elif any(isinstance(operand, StoredView) for operand in operands):
-            results = _viewed(eqn, operands)
+            results = _run_with_views(eqn, operands)
         else:
             results = compat.bind(eqn, operands)
         values.update(zip(eqn.outvars, results, strict=True))
     return [value(variable) for variable in body.outvars], states
 
 
-def _viewed(eqn: Any, operands: list[Any]) -> list[Any]:
+def _run_with_views(eqn: Any, operands: list[Any]) -> list[Any]:
     """Returns the results of an equation with views of stored weights among its operands."""
     name, first = eqn.primitive.name, operands[0]
     if name == "optimization_barrier":
@@ -117,22 +117,22 @@ def _viewed(eqn: Any, operands: list[Any]) -> list[Any]:
         joined = compat.bind(eqn, [array.astype(dtype) for array in arrays])[0]
         return [StoredView(joined, first.dtype)]
     if name not in VIEWS or name in JOINS or not isinstance(first, StoredView):
-        return compat.bind(eqn, [unpacked(operand) for operand in operands])
+        return compat.bind(eqn, [as_array(operand) for operand in operands])
     if name in CONVERSIONS:
         dtype = eqn.outvars[0].aval.dtype
         if jnp.issubdtype(dtype, jnp.floating):
             return [dataclasses.replace(first, dtype=dtype)]
-        return compat.bind(eqn, [unpacked(first)])
+        return compat.bind(eqn, [as_array(first)])
     if name == "transpose":
         return [first.transpose(tuple(eqn.params["permutation"]))]
     in_order = first.permutation is None
     if name in compat.LAYOUTS and in_order and isinstance(first.data, Quantized):
-        return [StoredView(_laid_out(eqn, first.data, first.array), first.dtype)]
-    results = compat.bind(eqn, [first.array, *map(unpacked, operands[1:])])
+        return [StoredView(_lay_out(eqn, first.data, first.array), first.dtype)]
+    results = compat.bind(eqn, [first.array, *map(as_array, operands[1:])])
     return [StoredView(result, first.dtype) for result in results]
 
 
-def _laid_out(eqn: Any, q: Quantized, array: jax.Array) -> Any:
+def _lay_out(eqn: Any, q: Quantized, array: jax.Array) -> Any:
     """Lays a stored weight out over devices: packed if its bytes divide, otherwise as an array.
 
     A weight that is sharded and gathered for its product therefore moves in few bytes.
@@ -143,7 +143,7 @@ def _laid_out(eqn: Any, q: Quantized, array: jax.Array) -> Any:
     return compat.bind(eqn, [array])[0]
 
 
-class _Call(NamedTuple):
+class _InnerCall(NamedTuple):
     """An equation with inner programs, and the inputs of its evaluation."""
 
     eqn: Any
@@ -154,7 +154,7 @@ class _Call(NamedTuple):
     observing: bool
 
 
-def _around(call: _Call) -> tuple[list[Any], States]:
+def _run_wrapped_call(call: _InnerCall) -> tuple[list[Any], States]:
     """Runs a `jit` or `checkpoint`."""
     eqn, programs, inputs, operands, depth, observing = call
     inside = _WithArrays(programs[0], depth, observing)
@@ -162,7 +162,7 @@ def _around(call: _Call) -> tuple[list[Any], States]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _WithArrays(_Inside):
+class _WithArrays(_InnerProgram):
     """A program whose results are arrays or views of stored weights that hold arrays."""
 
     def __call__(self, inputs: ProductInputs, *operands: Any) -> tuple[list[Any], States]:
@@ -173,7 +173,7 @@ class _WithArrays(_Inside):
 
 
 @dataclasses.dataclass(frozen=True)
-class _OnDevice(_Inside):
+class _OnDevice(_InnerProgram):
     """A program on one of the devices of a `shard_map`, over the axes of its mesh."""
 
     axes: tuple[str, ...]
@@ -189,20 +189,22 @@ class _OnDevice(_Inside):
         )
         results, seen = super().__call__(device_inputs, *operands)
         return results, merge_iterations(
-            self.program, self.depth, jax.tree.map(self._gathered, seen)
+            self.program, self.depth, jax.tree.map(self._stack_devices, seen)
         )
 
-    def _gathered(self, x: jax.Array) -> jax.Array:
+    def _stack_devices(self, x: jax.Array) -> jax.Array:
         """Stacks the values of all devices along a leading axis, by a sum that all receive."""
         index, count = lax.axis_index(self.axes), lax.axis_size(self.axes)
         return lax.psum(jnp.zeros((count, *x.shape), x.dtype).at[index].set(x), self.axes)
 
 
-def _shard_map(call: _Call) -> tuple[list[Any], States]:
+def _run_shard_map(call: _InnerCall) -> tuple[list[Any], States]:
     eqn, programs, inputs, operands, depth, observing = call
     devices = compat.devices_of(eqn)
     count = math.prod(devices.values())
-    product_states = {name: each.spread(count) for name, each in inputs.product_states.items()}
+    product_states = {
+        name: each.copies_for_loop(count) for name, each in inputs.product_states.items()
+    }
     everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
     specs = ProductInputs(
         key=everywhere,
@@ -214,21 +216,21 @@ def _shard_map(call: _Call) -> tuple[list[Any], States]:
     )
     on_device = _OnDevice(programs[0], depth, observing, tuple(devices))
     inside = compat.call_inside(eqn, on_device, specs)
-    return inside(inputs._replace(product_states=product_states), *map(unpacked, operands))
+    return inside(inputs._replace(product_states=product_states), *map(as_array, operands))
 
 
-def _scan(call: _Call) -> tuple[list[Any], States]:
+def _run_scan(call: _InnerCall) -> tuple[list[Any], States]:
     eqn, programs, inputs, operands, depth, observing = call
     inside, params = programs[0], eqn.params
     consts, count = compat.loop_counts(eqn)
     constants, carried = operands[:consts], operands[consts : consts + count]
-    slices = [x if _has_rows(x) else unpacked(x) for x in operands[consts + count :]]
-    keeps = _keeps(inside, consts, count)
+    slices = [x if _has_rows(x) else as_array(x) for x in operands[consts + count :]]
+    keeps = _unchanged_carries(inside, consts, count)
     per_iteration = {a.name for a in inside.all() if depth in a.stacked}
     scales = {name: s for name, s in inputs.scales.items() if name not in per_iteration}
     iteration_scales = {name: s for name, s in inputs.scales.items() if name in per_iteration}
     product_states = {
-        name: each if name in per_iteration else each.spread(params["length"])
+        name: each if name in per_iteration else each.copies_for_loop(params["length"])
         for name, each in inputs.product_states.items()
     }
     stacked = {name for a in inside.all() if depth in a.stacked for name in a.vectors}
@@ -251,11 +253,11 @@ def _scan(call: _Call) -> tuple[list[Any], States]:
             depth + 1,
             observing,
         )
-        return _carried(results[:count], keeps), (list(map(unpacked, results[count:])), seen)
+        return _unpack_carried(results[:count], keeps), (list(map(as_array, results[count:])), seen)
 
     carry, (rows, seen) = lax.scan(
         step,
-        _carried(carried, keeps),
+        _unpack_carried(carried, keeps),
         (numbers, slices, iteration_scales, product_states, stacked_vectors),
         length=params["length"],
         reverse=params["reverse"],
@@ -274,19 +276,19 @@ def _has_rows(x: Any) -> bool:
     return x.permutation is None and x.data.ndim > len(x.data.block)
 
 
-def _keeps(inside: Program, consts: int, count: int) -> list[bool]:
+def _unchanged_carries(inside: Program, consts: int, count: int) -> list[bool]:
     """Returns for each carried value of a loop whether the loop leaves it unchanged."""
     body = compat.body(inside.jaxpr)
     pairs = zip(body.invars[consts : consts + count], body.outvars[:count], strict=True)
     return [before is after for before, after in pairs]
 
 
-def _carried(values: Sequence[Any], keeps: Sequence[bool]) -> list[Any]:
+def _unpack_carried(values: Sequence[Any], keeps: Sequence[bool]) -> list[Any]:
     """Unpacks the carried values of a loop, except those that the loop leaves unchanged."""
-    return [x if keep else unpacked(x) for x, keep in zip(values, keeps, strict=True)]
+    return [x if keep else as_array(x) for x, keep in zip(values, keeps, strict=True)]
 
 
-def _while(call: _Call) -> tuple[list[Any], States]:
+def _run_while(call: _InnerCall) -> tuple[list[Any], States]:
     eqn, programs, inputs, operands, depth, observing = call
     test, inside = programs
     conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -294,31 +296,35 @@ def _while(call: _Call) -> tuple[list[Any], States]:
     inputs = inputs.without_training_records()
 
     def condition(state: Any) -> jax.Array:
-        return unpacked(run_program(test, inputs, [*of_test, *state[1]], depth, False)[0][0])
+        return as_array(run_program(test, inputs, [*of_test, *state[1]], depth, False)[0][0])
 
     def step(state: Any) -> Any:
         number, carry, earlier = state
         key = None if inputs.key is None else inputs.folded_key(number)
         arguments = [*of_step, *carry]
         results, seen = run_program(inside, inputs._replace(key=key), arguments, depth, observing)
-        return number + 1, _carried(results, keeps), merge_states(inside, depth, earlier, seen)
+        return (
+            number + 1,
+            _unpack_carried(results, keeps),
+            merge_states(inside, depth, earlier, seen),
+        )
 
     carried = operands[conds + bodies :]
-    keeps = _keeps(inside, bodies, len(carried))
-    start = _carried(carried, keeps)
+    keeps = _unchanged_carries(inside, bodies, len(carried))
+    start = _unpack_carried(carried, keeps)
     state = (jnp.int32(0), start, empty_states([inside], inputs, depth) if observing else {})
     _, results, seen = lax.while_loop(condition, step, state)
     return results, seen
 
 
-def _cond(call: _Call) -> tuple[list[Any], States]:
+def _run_cond(call: _InnerCall) -> tuple[list[Any], States]:
     _, programs, inputs, operands, depth, observing = call
 
     def branch(inside: Program) -> Callable[..., Any]:
         def call(*operands: Any) -> Any:
             results, seen = run_program(inside, inputs, operands, depth, observing)
             others = empty_states(programs, inputs, depth) if observing else {}
-            return list(map(unpacked, results)), {**others, **seen}
+            return list(map(as_array, results)), {**others, **seen}
 
         return call
 
@@ -326,24 +332,24 @@ def _cond(call: _Call) -> tuple[list[Any], States]:
     return lax.switch(index, [branch(inside) for inside in programs], *rest)
 
 
-def _custom(call: _Call) -> tuple[list[Any], States]:
+def _run_custom_call(call: _InnerCall) -> tuple[list[Any], States]:
     """Runs a function with a custom derivative: quantizes the value and keeps the derivative."""
     eqn, programs, inputs, operands, depth, observing = call
     inputs = inputs.without_training_records()
-    arrays = [unpacked(operand) for operand in operands]
+    arrays = [as_array(operand) for operand in operands]
     # Stored weights have no derivative.
     views = [operand if isinstance(operand, StoredView) else None for operand in operands]
     seen: States = {}
     if observing:
         constants = [lax.stop_gradient(x) for x in arrays]
-        seen = run_program(programs[0], inputs, _with(views, constants), depth, True)[1]
+        seen = run_program(programs[0], inputs, _replace_views(views, constants), depth, True)[1]
 
     def original(*arrays: Any) -> list[Any]:
         return compat.bind(eqn, arrays)
 
     def quantized(given: tuple[ProductInputs, list[Any]], *arrays: Any) -> list[Any]:
-        results, _ = run_program(programs[0], given[0], _with(given[1], arrays), depth)
-        return list(map(unpacked, results))
+        results, _ = run_program(programs[0], given[0], _replace_views(given[1], arrays), depth)
+        return list(map(as_array, results))
 
     if eqn.primitive.name == "custom_jvp_call":
         function: Any = jax.custom_jvp(quantized)
@@ -361,19 +367,19 @@ def _custom(call: _Call) -> tuple[list[Any], States]:
     return function((inputs, views), *arrays), seen
 
 
-def _with(views: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+def _replace_views(views: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
     """Returns the arrays, with the view of a stored weight in place of its array."""
     return [x if view is None else view for view, x in zip(views, arrays, strict=True)]
 
 
-_INSIDE: MappingProxyType[str, Callable[..., tuple[list[Any], States]]] = MappingProxyType(
+_RUNNERS: MappingProxyType[str, Callable[..., tuple[list[Any], States]]] = MappingProxyType(
     {
-        **dict.fromkeys(compat.WRAPPED_CALLS, _around),
-        "shard_map": _shard_map,
-        "scan": _scan,
-        "while": _while,
-        "cond": _cond,
-        "custom_jvp_call": _custom,
-        "custom_vjp_call": _custom,
+        **dict.fromkeys(compat.WRAPPED_CALLS, _run_wrapped_call),
+        "shard_map": _run_shard_map,
+        "scan": _run_scan,
+        "while": _run_while,
+        "cond": _run_cond,
+        "custom_jvp_call": _run_custom_call,
+        "custom_vjp_call": _run_custom_call,
     }
 )

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.models import ProductInputs, Program, StoredView, run_program, unpacked
+from jaxq.models import ProductInputs, Program, StoredView, as_array, run_program
 from jaxq.numerics import as_dtype
 from jaxq.ptq._program_signatures import signature, without_names
 from jaxq.ptq._rounding_methods import Rounded, RoundingMethod, RoundingProblem
@@ -169,7 +169,7 @@ class Trainer:
             arguments[i] = StoredView(x, leaf.dtype)
         arguments += inputs
         results, _ = run_program(self._program, ProductInputs.empty(), arguments)
-        return list(map(unpacked, results))
+        return list(map(as_array, results))
 
     def _outputs(
         self,

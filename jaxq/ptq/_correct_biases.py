@@ -137,7 +137,7 @@ def correct_biases(
         runner = model_runner(calls, model, correction.leaves, correction.solve)
         root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)
-        runner.solve_together(root, runner.observed(root, envs))
+        runner.solve_together(root, runner.observe_all(root, envs))
         return correction.result()
 
     return corrected
@@ -243,7 +243,7 @@ class _CorrectionRun:
             )
         stored = view.move(*map(self._value, view.keys))
         layout = MatrixLayout(self._targets.matrices[product.number].axes, view.x.shape)
-        stacked = layout.stacked(statistics)
+        stacked = layout.flatten_batches(statistics)
         mean = stacked.total / lax.max(stacked.tokens, np.int32(1))[:, None].astype(jnp.float32)
         error = layout.matrices(stored - view.x)
         shift = jnp.einsum("mio,mi->mo", error, mean, precision=lax.Precision.HIGHEST)

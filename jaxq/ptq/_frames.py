@@ -99,18 +99,20 @@ class Frame:
             if v not in self.fixed and v not in computed
         ]
 
-    def child(self, i: int, which: int, flat: FlatProgram, iteration: int | None) -> "Frame":
+    def child(
+        self, i: int, program_index: int, flat: FlatProgram, iteration: int | None
+    ) -> "Frame":
         """Returns the frame of a program within an equation.
 
         Args:
           i: the equation.
-          which: the index of the program in the equation.
+          program_index: the index of the program in the equation.
           flat: the program.
           iteration: the iteration of a scan, or None for the weights that all iterations share.
         """
         eqn = self.flat.body.eqns[i]
         sources: dict[Any, LeafKey | Outer] = {}
-        for inner, outer, row in arguments_of(eqn, flat.body, which, iteration):
+        for inner, outer, row in arguments_of(eqn, flat.body, program_index, iteration):
             if compat.is_literal(outer) or outer not in self.fixed:
                 continue
             source = self.sources.get(outer)

@@ -13,10 +13,10 @@ from jaxq.models import (
     Assigned,
     Planned,
     ProductInputs,
+    as_array,
     build_program,
     run_program,
     unassigned,
-    unpacked,
     weight_of,
 )
 
@@ -71,7 +71,7 @@ def gradient_scores(
     def scores(zeros: dict[str, jax.Array], arrays: list[Any]) -> dict[str, jax.Array]:
         def loss(vectors: dict[str, jax.Array]) -> jax.Array:
             extra = ProductInputs(None, {}, {}, {}, vectors=vectors)
-            return unpacked(run_program(runnable, extra, arrays)[0][0])
+            return as_array(run_program(runnable, extra, arrays)[0][0])
 
         return jax.grad(loss)(zeros)
 

@@ -89,7 +89,7 @@ class Leaves:
             storage = self.storage(key)
             assert storage is not None, "only stored leaves are solved"
             q = self.nearest(key)
-            x = storage.converted(self.array(key)).astype(jnp.float32)
+            x = storage.convert(self.array(key)).astype(jnp.float32)
             numbers = numbers_of(q)
             self._states[key] = LeafState(
                 x=x, levels=levels(q), nearest=numbers, numbers=numbers, start=q

@@ -163,7 +163,7 @@ def learn_rounding(
                 "layers)."
             )
         calls = read_calls(_OWNER, model, mask, (list(params), batches))
-        return _LearningRun(calls, blocks, resolved, progress).run(rules, key)
+        return _LearningRun(calls, blocks, resolved, progress).learn(rules, key)
 
     return learned
 
@@ -201,12 +201,12 @@ class _LearningRun:
         self._progress = progress or (lambda _: None)
         self._trainers = Trainers(method)
 
-    def run(self, rules: Rules, key: jax.Array) -> tuple[list[Any], RoundingReport]:
+    def learn(self, rules: Rules, key: jax.Array) -> tuple[list[Any], RoundingReport]:
         """Learns all blocks and returns the packed parameters and the report."""
         model = self._calls.plan(rules)
-        self._check(model)
+        self._check_model(model)
         example, first, rows, packed = self._calls.calls[0][1:], _Offsets(), [], []
-        floats = _stacked([call[1:] for call in self._calls.calls])
+        floats = _stack_arguments([call[1:] for call in self._calls.calls])
         quantized = floats
         present = [mask for mask in self._calls.masks if mask is not None]
         masks = jnp.stack(present) if present else None
@@ -225,7 +225,7 @@ class _LearningRun:
             first = block.next
         return packed, RoundingReport(tuple(rows))
 
-    def _check(self, model: Model) -> None:
+    def _check_model(self, model: Model) -> None:
         """Raises a ValueError if the batches differ or a stored weight cannot be learned."""
         traced = model.planned.traced
         self._calls.environments(model, compat.body(traced.jaxpr).invars)
@@ -248,11 +248,11 @@ class _LearningRun:
         problems = block.problems()
         best = {i: Rounded(p.start, numbers_of(p.start)) for i, p in problems.items()}
 
-        def measured(choice: dict[int, Rounded]) -> float:
+        def measure(choice: dict[int, Rounded]) -> float:
             outputs = trainer.outputs(trainer.values(choice), block.arrays, data.inputs)
             return float(relative_error(outputs, data))
 
-        rtn = measured(best)
+        rtn = measure(best)
         row = LearnedBlock(
             block=block.number,
             step=0,
@@ -267,14 +267,14 @@ class _LearningRun:
         if not problems:
             return row, best
         state = trainer.start(problems)
-        order = _order(key, steps, len(data.inputs[0]))
+        order = _batch_order(key, steps, len(data.inputs[0]))
         count, done = min(_MEASUREMENTS, steps), 0
         for measurement in range(1, count + 1):
             until = steps * measurement // count
             step_range = StepRange(order, done, until)
             state = trainer.advance(state, problems, block.arrays, data, step_range)
             done, choice = until, trainer.select_levels(state, problems)
-            loss = measured(choice)
+            loss = measure(choice)
             _check_finite(loss, block.number, "gradients")
             if loss < row.loss:
                 row, best = dataclasses.replace(row, step=done, loss=loss), choice
@@ -339,7 +339,7 @@ class _PlannedBlock:
         """Returns the leaves to learn, by their index among the arguments."""
         return {
             i: RoundingProblem(
-                weight=storage.converted(self.arrays[i]).astype(jnp.float32),
+                weight=storage.convert(self.arrays[i]).astype(jnp.float32),
                 start=storage.quantize(self.arrays[i]),
             )
             for i, storage in self._storages.items()
@@ -360,13 +360,13 @@ def _check_finite(loss: float, block: int, noun: str) -> None:
         )
 
 
-def _stacked(calls: Sequence[tuple[Any, ...]]) -> list[jax.Array]:
+def _stack_arguments(calls: Sequence[tuple[Any, ...]]) -> list[jax.Array]:
     """Returns the arrays of the arguments of all calls, stacked."""
     flat = [[x for x in jax.tree.leaves(call) if compat.is_array(x)] for call in calls]
     return [jnp.stack([jnp.asarray(x) for x in arrays]) for arrays in zip(*flat, strict=True)]
 
 
-def _order(key: jax.Array, steps: int, batches: int) -> jax.Array:
+def _batch_order(key: jax.Array, steps: int, batches: int) -> jax.Array:
     """Returns the index of each step's batch, as a sequence of random permutations."""
     keys = jax.random.split(key, -(-steps // batches))
     orders = jax.vmap(lambda key: jax.random.permutation(key, batches))(keys)

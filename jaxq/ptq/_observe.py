@@ -13,11 +13,11 @@ from jaxq.models import (
     Planned,
     ProductInputs,
     Rules,
+    as_array,
     build_program,
     plan,
     run_program,
     unassigned,
-    unpacked,
     weight_of,
 )
 from jaxq.ptq._collectors import MatrixForm, matrix_form, shared_inputs
@@ -195,6 +195,6 @@ def observe(
         names = [product.name for product in planned.products]
         seen = {names[n]: states[names[n]][0] for n in targets.matrices if targets.first[n] == n}
         inputs = tuple((names[n], names[targets.first[n]]) for n in targets.matrices)
-        return planned.traced.rebuild(list(map(unpacked, results))), ObservedInputs(seen, inputs)
+        return planned.traced.rebuild(list(map(as_array, results))), ObservedInputs(seen, inputs)
 
     return observed

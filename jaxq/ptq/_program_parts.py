@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
-from jaxq.models import Assigned, Product, ProductInputs, Program, run_program, unpacked
+from jaxq.models import Assigned, Product, ProductInputs, Program, as_array, run_program
 from jaxq.ptq._collectors import Collector
 from jaxq.ptq._frames import Frame
 from jaxq.ptq._program_signatures import signature, without_names
@@ -144,7 +144,7 @@ def _compile(part: Program, depth: int) -> Callable[..., Any]:
     def call(fixed: list[Any], data: list[Any], mask: jax.Array | None) -> Any:
         extra = ProductInputs.empty(mask)
         results, states = run_program(part, extra, [*fixed, *data], depth, observing=bool(names))
-        return list(map(unpacked, results)), [states[name][0] for name in names]
+        return list(map(as_array, results)), [states[name][0] for name in names]
 
     return call
 

@@ -98,7 +98,7 @@ def scale_inputs(
         runner = model_runner(calls, model, scaling.leaves, scaling.solve)
         root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)
-        runner.solve_together(root, runner.observed(root, envs))
+        runner.solve_together(root, runner.observe_all(root, envs))
         params, scales = scaling.result()
         check_equal_outputs(calls, scales.apply(calls.fn), params)
         return params, scales
@@ -184,7 +184,7 @@ class _ScalingRun:
     ) -> None:
         """Chooses the scales of one input and multiplies the weights by them."""
         specs = tuple(self._spec(reader) for reader in readers)
-        stacked = specs[0].layout.stacked(statistics)
+        stacked = specs[0].layout.flatten_batches(statistics)
         weights = tuple(reader.view.x for reader in readers)
         scales = _choose_scales(weights, stacked, specs, self._method)
         product = self._planned.products[first]

@@ -14,12 +14,12 @@ from jaxq._jax.serialization import pytree
 from jaxq.models import (
     Product,
     ProductInputs,
+    as_array,
     build_program,
     not_floating,
     plan,
     run_program,
     unassigned,
-    unpacked,
 )
 from jaxq.quantizers import Quantized
 
@@ -67,7 +67,7 @@ def with_changed_inputs(
         runnable = build_program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
         results, _ = run_program(runnable, ProductInputs(None, {}, {}, {}, vectors=factors), arrays)
-        return planned.traced.rebuild(list(map(unpacked, results)))
+        return planned.traced.rebuild(list(map(as_array, results)))
 
     return run_changed
 

@@ -184,7 +184,7 @@ def sensitivity(
                 invars = root.flat.body.invars
                 envs = calls.environments(model, invars)
                 data = [[env.get(v) for v in invars] for env in envs] if gradient else []
-                states = runner.observed(root, envs)
+                states = runner.observe_all(root, envs)
             runner.solve_together(root, states)
             solved.append((recipe, solving))
         plans = [solving.planned for _, solving in solved]

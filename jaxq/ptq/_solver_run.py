@@ -189,7 +189,7 @@ class SolverRun:
             layout=layout,
             recipes=matrices_by_recipe(weight, layout),
             shares=leaf_shares(product, weight, layout),
-            statistics=layout.stacked(statistics),
+            statistics=layout.flatten_batches(statistics),
         )
         solved = solve_weight(stack, self.leaves, self.solver)
         view, numbers = solved.view, layout.weight(solved.matrices.numbers)

@@ -14,7 +14,14 @@ from jaxq.ptq._leaf_states import LeafKey, Leaves
 from jaxq.ptq._matrix_solving import SolvedMatrices, solve_matrices, split_by_recipe
 from jaxq.ptq._owq import owq_leaf
 from jaxq.ptq._program_parts import Occurrence
-from jaxq.ptq._search import Blocks, Search, SearchOptions, SearchProblem, run_length, run_search
+from jaxq.ptq._search import (
+    Blocks,
+    Search,
+    SearchOptions,
+    SearchProblem,
+    inputs_per_block,
+    run_search,
+)
 from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver, search_of
 from jaxq.ptq._statistics import Statistics
 from jaxq.ptq._weight_views import WeightView, trace_weight
@@ -54,7 +61,7 @@ class WeightStack(NamedTuple):
             statistics=self.statistics,
         )
 
-    def retraced(self) -> "WeightStack":
+    def retrace(self) -> "WeightStack":
         """Returns the stack after a change of its leaves."""
         view, _ = trace_weight(self.occurrence.frame, self.occurrence.variable)
         assert view is not None, "it was traced before"
@@ -102,7 +109,7 @@ def _solve_with_search(
     starts = {key: leaves.state(key).start for key in stack.view.keys}
     _search_scales(stack, starts, leaves, search)
     nearest_loss = solve_matrices(problem, stack.recipes, RTN()).nearest_loss
-    new = stack.retraced()
+    new = stack.retrace()
     matrices = solve_matrices(new.problem, stack.recipes, solver)
     worse = [
         indices
@@ -114,7 +121,7 @@ def _solve_with_search(
     for key, start in starts.items():
         if any(stack.shares[key.leaf][indices].any() for indices in worse):
             leaves.rescale(key, start)
-    new = stack.retraced()
+    new = stack.retrace()
     matrices = solve_matrices(new.problem, stack.recipes, solver)._replace(
         nearest_loss=nearest_loss
     )
@@ -134,7 +141,7 @@ def _search_scales(
         numbers = _block_numbers(stack, starts, keys)
         numbers = numbers[indices] if len(stack.recipes) > 1 else numbers
         blocks = Blocks(tuple(starts[key] for key in keys), numbers)
-        length = run_length(recipe, inputs) if is_product else inputs
+        length = inputs_per_block(recipe, inputs) if is_product else inputs
         options = SearchOptions(search, recipe, length)
         search_problem = SearchProblem(part.weight, part.levels, blocks, part.statistics)
         results = run_search(search_problem, options)
@@ -181,7 +188,7 @@ def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWe
     q, is_solved = result
     nearest_loss = solve_matrices(problem, stack.recipes, RTN()).nearest_loss
     leaves.rescale(key, q)
-    new = stack.retraced()
+    new = stack.retrace()
     chosen = new.problem._replace(nearest=stack.layout.matrices(numbers_of(q)))
     matrices = solve_matrices(chosen, stack.recipes, RTN())
     if bool(is_solved) and bool(jnp.sum(matrices.solved_loss) <= jnp.sum(nearest_loss)):

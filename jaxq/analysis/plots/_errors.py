@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from jaxq.analysis._chains import chain_table
 from jaxq.analysis._metrics import compare
-from jaxq.analysis.plots._look import BLUE, GRAY, ORANGE, array, frame, listed, new, picture
+from jaxq.analysis.plots._look import BLUE, GRAY, ORANGE, array, as_list, frame, new, picture
 from jaxq.formats import Format, get_format
 from jaxq.products import Hadamard
 from jaxq.quantizers import fake_quant
@@ -224,7 +224,7 @@ def chain_errors(
       ['float16', 'int8_tensor']
     """
     data = array("chain_errors", x)
-    rows = chain_table(data, listed("chain_errors", "steps", steps)).rows
+    rows = chain_table(data, as_list("chain_errors", "steps", steps)).rows
     power = float(compare(data, data).power)
     positions = np.arange(len(rows))
     total, added = (

@@ -113,7 +113,7 @@ class Assigned:
 
     @property
     def vectors(self) -> tuple[str, ...]:
-        """The names of the product's vectors in `Extra.vectors`."""
+        """The names of the product's vectors in `ProductInputs.vectors`."""
         factor = () if self.factor_name is None else (self.factor_name,)
         return (*factor, self.name) if self.scored_recipes else factor
 

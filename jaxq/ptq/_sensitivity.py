@@ -124,11 +124,17 @@ def sensitivity(
     inputs, `tr(E^T H E)`, if only this weight is quantized. One run over the data is enough for all
     candidates.
 
-    With `gradient=True`, weights also have the score `sum (G dY)^2`, which measures the effect on a
+    This score compares the recipes of one weight. It does not say how much the outputs of different
+    products matter for the model, so a budget over several weights needs more. With
+    `gradient=True`, weights also have the score `sum (G dY)^2`, which measures the effect on a
     loss: dY is the error of a product's outputs, and G is the gradient of the loss with respect to
     them. The sum is over all outputs and batches. It approximates the Hessian of the loss by
     squared gradients (the diagonal of the empirical Fisher information), and costs one backward
-    pass per batch.
+    pass per batch. A loss of labels drawn from the model's own distributions needs no labels in the
+    data, and its score estimates twice the divergence from the float model.
+
+    Layers that are stacked for a scan are one weight with one recipe. Pass the parameters of layers
+    as a list, and the model as a loop, to score each layer.
 
     Args:
       fn: as in `jaxq.ptq.quantize_weights`.

@@ -315,7 +315,7 @@ def _write_compressed_tensors(path: str, job: Job) -> None:
     config = {key: value for key, value in job.config.items() if key != "quantization"}
     folder = job.file.path if job.file.path.is_dir() else job.file.path.parent
     files = [] if not config else sorted(f for f in folder.iterdir() if _is_copied(f))
-    task = compressed_tensors.Job(shapes, read, config, job.dynamic_activations, files)
+    task = compressed_tensors.Checkpoint(shapes, read, config, job.dynamic_activations, files)
     try:
         compressed_tensors.write_streamed(path, task)
     except ValueError as error:

@@ -19,7 +19,7 @@ import ml_dtypes  # noqa: F401  Registers its dtypes with NumPy by name.
 import numpy as np
 
 from jaxq.interop._entries import MAX_TENSORS, Entry, FileError
-from jaxq.interop._layouts import combined, config_beside
+from jaxq.interop._layouts import combine_weights, config_beside
 from jaxq.interop._npy import read_npy_header
 from jaxq.interop._safetensors import read_header, shards_of
 from jaxq.interop.gguf import TYPES, dequantize, unpack
@@ -299,7 +299,7 @@ def _combined(file: TensorFile) -> TensorFile:
         return file
     folder = file.path if file.path.is_dir() else file.path.parent
     try:
-        entries = combined(file.entries, config_beside(folder), file.raw)
+        entries = combine_weights(file.entries, config_beside(folder), file.raw)
     except FileError as error:
         text = str(error)
         raise FileError(text if text.startswith(str(folder)) else f"{file.path}: {text}") from error

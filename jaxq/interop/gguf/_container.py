@@ -1,5 +1,7 @@
 """The container of GGUF files: an untrusted header is checked before anything is allocated.
 
+Only headers are parsed here; `TensorFile.raw` in `interop/_files.py` reads the bytes of tensors.
+
 A file has a magic string, a version, the numbers of tensors and of keys, the keys with their
 values, the tensors' names, shapes, types and offsets, padding, and the tensors, each padded to the
 alignment. All numbers are little-endian.

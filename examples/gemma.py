@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import stacks
 from jax import lax
 from jax import numpy as jnp
 
@@ -105,20 +106,26 @@ def _layer(config: Config, x: jax.Array, w: dict[str, jax.Array], angles: Any, m
 
 
 def logits(params: dict[str, Any], tokens: jax.Array, config: Config) -> jax.Array:
-    """Returns the logits of the next token, `[batch, time, vocabulary]`."""
+    """Returns the logits of the next token, `[batch, time, vocabulary]`.
+
+    Args:
+      params: the parameters; the layers are stacked, or a list of dictionaries.
+      tokens: the tokens, `[batch, time]`.
+      config: the sizes.
+    """
     time, layers = tokens.shape[1], params["layers"]
-    count, size = layers["q_norm"].shape
+    norms = [w["q_norm"] for w in layers] if isinstance(layers, list) else layers["q_norm"]
+    count, size = len(norms), norms[0].shape[-1]
     is_global = np.arange(1, count + 1) % _PERIOD == 0
     angles = jnp.stack([_angles(time, size, base) for base in (_LOCAL_BASE, config.base)])
     distance = np.arange(time)[:, None] - np.arange(time)
     masks = jnp.asarray(np.stack([(distance >= 0) & (distance < config.window), distance >= 0]))
 
-    def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
-        w, kind = inputs
-        return _layer(config, x, w, angles[kind], masks[kind]), None
+    def layer(x: jax.Array, w: Any, kind: jax.Array) -> jax.Array:
+        return _layer(config, x, w, angles[kind], masks[kind])
 
     x = params["embedding"][tokens] * params["embedding"].shape[-1] ** 0.5
-    x, _ = lax.scan(step, x, (layers, jnp.asarray(is_global, jnp.int32)))
+    x = stacks.through(layer, x, layers, jnp.asarray(is_global, jnp.int32))
     return _norm(x, params["norm"], config.epsilon) @ params["embedding"].T
 
 

@@ -4,10 +4,11 @@ The model (`smollm.py`) is plain JAX without any code for quantization. The weig
 are rounded to the nearest levels, or solved by `jaxq.ptq.quantize_weights`: by GPTQ and its
 variants GPTAQ and QEP, after a search for the scale of each block (`jaxq.ptq.ScaleSearch`), with
 inputs that are scaled by AWQ (`jaxq.ptq.scale_inputs`), or rotated by random Hadamard transforms
-(`jaxq.ptq.rotate_inputs`). Two of the recipes differ between layers: "raised" has 3 bits in most
-layers and 4 bits in the first and the last one, and "mixed" is chosen by `jaxq.ptq.budget` within
-the bytes of "raised", by the effect of each weight's error on the loss. "int4_both" and
-"mxfp4_both" also quantize the activations: to int4 with one scale per token, and to MXFP4.
+(`jaxq.ptq.rotate_inputs`). GPTQ can also take inputs in other orders. Two of the recipes differ
+between layers: "raised" has 3 bits in most layers and 4 bits in the first and the last one, and
+"mixed" is chosen by `jaxq.ptq.budget` within the bytes of "raised", by the effect of each weight's
+error on the loss. "int4_both" and "mxfp4_both" also quantize the activations: to int4 with one
+scale per token, and to MXFP4.
 
 The table shows the perplexity on text that was not used for calibration. With several subsets of
 calibration data, it is the mean over them, with the least and the largest value; each subset also
@@ -34,8 +35,9 @@ import common
 import jax
 import numpy as np
 import smollm
+import stacks
+import texts
 from common import BLUE, GRAY, GREEN, ORANGE, PURPLE, plt
-from jax import numpy as jnp
 
 import jaxq
 from jaxq import ptq
@@ -83,6 +85,8 @@ METHODS = {
     "AWQ": Method(ptq.RTN(), scales=True),
     "AWQ + GPTQ": Method(ptq.GPTQ(), scales=True),
     "parallel": Method(ptq.GPTQ(), sequential=False),
+    "group order": Method(ptq.GPTQ(order="group")),
+    "own order": Method(ptq.GPTQ(order=None)),
 }
 _MOST = tuple(METHODS)[:8]
 RECIPES = {
@@ -149,7 +153,7 @@ class Study:
         self.apply = functools.partial(smollm.logits, config=model.config)
         # A token has fewer than 12 letters on average.
         tokens, other = (
-            model.tokenize(smollm.text(part)[: 12 * count * length])
+            model.tokenize(texts.manual(part)[: 12 * count * length])
             for part, count in ((0, subsets * calibration), (1, test))
         )
         starts = [n * calibration * length for n in range(subsets)]
@@ -160,17 +164,13 @@ class Study:
     @functools.cached_property
     def unrolled(self) -> dict[str, Any]:
         """The parameters with a list of layers."""
-        layers = self.params["layers"]
-        count = len(layers["q"])
-        listed = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count)]
-        return {**self.params, "layers": listed}
+        return stacks.unstacked(self.params)
 
     def perplexity(self, params: Any, score: Any = None) -> float:
         """Returns the perplexity of parameters, by another scoring function if one is given."""
         # A function with scales or rotations belongs to one form of the layers.
         if isinstance(params["layers"], list) and score is None:
-            stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])
-            params = {**params, "layers": stack}
+            params = stacks.restacked(params)
         total = sum(float((score or self._score)(params, tokens)) for tokens in self.test)
         return float(np.exp(total / self._count))
 
@@ -190,7 +190,7 @@ class Study:
         candidates = list(map(recipe_of, CANDIDATES))
         scoring = ptq.sensitivity(self._score, candidates, weights=LAYERS, gradient=True)
         scores = scoring(self.unrolled, batches)
-        return ptq.budget(scores, nbytes=limit, by="gradient").rules
+        return ptq.budget(scores, nbytes=limit).rules
 
     def result(self, recipe: str, method: str, subset: int) -> Result:
         """Quantizes the model and measures it."""

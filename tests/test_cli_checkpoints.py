@@ -73,7 +73,7 @@ def test_a_model_becomes_gguf(capsys, model: pathlib.Path, tmp_path: pathlib.Pat
     before, after = read(model), read(target)
     q = before[f"{LAYER}.self_attn.q_proj.weight"]
     rows = q.reshape(2, 2, 8, 32).swapaxes(1, 2).reshape(32, 32)
-    wanted = gguf.quantize(rows, "q8_0").dequantize()
+    wanted = jaxq.fake_quant(rows, "q8_0")
     np.testing.assert_array_equal(after["blk.0.attn_q.weight"], wanted)
     with open_tensors(target) as file:
         kinds = {entry.name: entry.dtype for entry in file.entries}
@@ -133,6 +133,19 @@ def test_a_model_becomes_a_folder_for_vllm(capsys, model: pathlib.Path, tmp_path
     again = tmp_path / "again.safetensors"
     assert run(capsys, "quantize", target, again, "--rules", _rules(tmp_path))[0] == 0
     chex.assert_trees_all_equal(jaxq.load(again)[gate], params[gate])
+
+
+def test_dynamic_activations_are_written_for_vllm(capsys, model: pathlib.Path, tmp_path):
+    target, arguments = tmp_path / "out", ("quantize", model, tmp_path / "out", "--recipe")
+    options = ("--to", "compressed-tensors", "--dynamic-activations")
+    code, _, err = run(capsys, *arguments, "int8_token", *options)
+    assert code == 0, err
+    quantization = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert quantization["format"] == "int-quantized"
+    assert quantization["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
+    code, _, err = run(capsys, *arguments, "int8_token", "--to", "gguf", "--dynamic-activations")
+    assert code == 2
+    assert "--dynamic-activations applies to" in err
 
 
 def _rules(folder: pathlib.Path) -> pathlib.Path:

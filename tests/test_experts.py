@@ -123,7 +123,7 @@ def test_scores_of_experts_count_their_own_tokens():
             np.testing.assert_allclose(score.relative, loss / power, rtol=1e-4, atol=1e-9)
     # The expert without tokens gets the fewest bytes; of the others, the one with more loss 8 bits.
     int4, int8 = (score.nbytes for score in scores.rows[:2])
-    best = ptq.budget(scores, 2 * int4 + int8)
+    best = ptq.budget(scores, 2 * int4 + int8, by="loss")
     names = [score.recipe.element.name for score in best.choices]
     losses = [scores.of(f"experts/{i}")[0].loss for i in (0, 2)]
     assert names == (

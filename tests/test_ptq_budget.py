@@ -59,16 +59,16 @@ def test_choice_equals_brute_force(seed: int, by: str):
 def test_weights_of_a_group_share_a_recipe():
     scores = random_scores(6)
     # Weights 0 and 1, 2 and 3, 4 and 5.
-    best = ptq.budget(scores, 1500, groups=["/[01]/", "/[23]/", "/[45]/"])
+    best = ptq.budget(scores, 1500, groups=["/[01]/", "/[23]/", "/[45]/"], by="relative")
     names = [score.recipe for score in best.choices]
     assert names[::2] == names[1::2]
     np.testing.assert_allclose(best.damage, brute_force(scores, 1500, "relative", 2))
-    captured = ptq.budget(scores, 1500, groups=[r"layers/(\d)/w"])
-    assert captured.damage == ptq.budget(scores, 1500).damage
+    captured = ptq.budget(scores, 1500, groups=[r"layers/(\d)/w"], by="relative")
+    assert captured.damage == ptq.budget(scores, 1500, by="relative").damage
 
 
 def test_front_has_no_dominated_point():
-    best = ptq.budget(random_scores(8), 1e6)
+    best = ptq.budget(random_scores(8), 1e6, by="loss")
     nbytes = [row.nbytes for row in best.front.rows]
     damage = [row.damage for row in best.front.rows]
     assert nbytes == sorted(set(nbytes))
@@ -81,9 +81,12 @@ def test_front_has_no_dominated_point():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: ptq.budget(s, 10), "`nbytes` must be at least 400, the size with the smallest"),
-        (lambda s: ptq.budget(s, 1e6, groups=["/q$"]), "got '/q\\$'"),
-        (lambda s: ptq.budget(s, 1e6, by="lost"), "'loss' or 'gradient', got 'lost'"),
+        (
+            lambda s: ptq.budget(s, 10, by="loss"),
+            "`nbytes` must be at least 400, the size with the smallest",
+        ),
+        (lambda s: ptq.budget(s, 1e6, groups=["/q$"], by="loss"), "got '/q\\$'"),
+        (lambda s: ptq.budget(s, 1e6, by="lost"), "'loss' or 'relative', got 'lost'"),
         (lambda _: ptq.budget(ptq.Scores(()), 1e6), "at least one weight"),
     ],
 )
@@ -124,7 +127,7 @@ def test_sensitivity_is_the_error_of_the_outputs_and_its_budget_runs():
         assert row.nbytes == packed["layers"].nbytes
         np.testing.assert_allclose(row.loss, sum(e for e, _ in errors), rtol=1e-3)
         np.testing.assert_allclose(row.relative, sum(e / p for e, p in errors), rtol=1e-3)
-    best = ptq.budget(scores, 260)
+    best = ptq.budget(scores, 260, by="relative")
     packed = jaxq.quantize_weights(model, best.rules)(params, batches[0])
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(packed)) == best.nbytes <= 260
     with pytest.raises(ValueError, match="at least one recipe"):
@@ -171,10 +174,10 @@ def test_scores_by_gradient_weight_errors_of_outputs_by_the_gradient_of_the_loss
     for n, values in expected.items():
         actual = [row.gradient for row in scores.of(n)]
         np.testing.assert_allclose(actual, [*values, 0.0], rtol=2e-3)
-    assert ptq.budget(scores, 500, by="gradient").damage > 0
+    assert ptq.budget(scores, 500).damage > 0
     plain = ptq.Scores(tuple(dataclasses.replace(row, gradient=np.nan) for row in scores.rows))
     with pytest.raises(ValueError, match="must have numbers in 'gradient', got NaN"):
-        ptq.budget(plain, 500, by="gradient")
+        ptq.budget(plain, 500)
     with pytest.raises(ValueError, match=r"must return a scalar loss, got .*\(10, 8\)"):
         ptq.sensitivity(lambda w, x: x @ w, ["int8_channel"], gradient=True)(
             params["in"][0], batches

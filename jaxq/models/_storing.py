@@ -47,10 +47,10 @@ class Storage(NamedTuple):
     steps: tuple[Any, ...]
     dtype: Any
 
-    def converted(self, x: jax.Array) -> jax.Array:
+    def convert(self, x: jax.Array) -> jax.Array:
         """Returns the values of the leaf that its products see."""
         for step in self.steps:
-            x = _converted(x, step)
+            x = _apply_step(x, step)
         return x.astype(self.dtype)
 
     def quantize(self, x: jax.Array) -> Quantized:
@@ -62,7 +62,7 @@ class Storage(NamedTuple):
 
         for _ in range(self.leading):
             function = jax.vmap(function)
-        return dataclasses.replace(function(self.converted(x)), dtype=jnp.dtype(dtype))
+        return dataclasses.replace(function(self.convert(x)), dtype=jnp.dtype(dtype))
 
     def differing(self, q: Quantized) -> list[str]:
         """Returns the fields other than `granularity` in which a stored leaf's recipe differs."""
@@ -319,17 +319,25 @@ def _check_whole(piece: Piece, shape: tuple[int, ...], recipe: Recipe, leading: 
     )
     if not whole:
         raise _CannotStoreError(f"{piece.path!r} is not multiplied whole, as its recipe needs")
-    if recipe.scaling.second_level == "blocks" or recipe.outliers is not None:
+    outliers = recipe.outliers
+    if outliers is not None and len(leaf_digits) < len(digits):
+        raise _CannotStoreError(f"{piece.path!r} is repeated, which outliers do not support")
+    # The mean and deviation of `sigma` are float sums, whose last bit depends on the order.
+    is_ordered = outliers is not None and outliers.sigma is not None
+    if recipe.scaling.second_level == "blocks" or is_ordered:
         order = [(d.axis, -d.stride) for d in leaf_digits]
         if (
             len(leaf_digits) < len(digits)
             or order != sorted(order)
             or any(d.flipped for d in leaf_digits)
         ):
-            raise _CannotStoreError(f"{piece.path!r} is multiplied with its axes in another order")
+            raise _CannotStoreError(
+                f"{piece.path!r} is multiplied with its axes in another order; contract its own "
+                "axes by jnp.einsum, or store it in that order"
+            )
 
 
-def _converted(x: jax.Array, step: Any) -> jax.Array:
+def _apply_step(x: jax.Array, step: Any) -> jax.Array:
     """Applies one conversion of the model to a leaf."""
     if isinstance(step, tuple):
         return lax.reduce_precision(x, *step)

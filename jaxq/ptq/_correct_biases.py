@@ -11,6 +11,7 @@ from jax import numpy as jnp
 
 from jaxq._base.registry import suggestion
 from jaxq._base.tables import Table, Tabular
+from jaxq._jax.processes import host_array
 from jaxq.models import Product, Rules, not_floating
 from jaxq.ptq._calibration_calls import Model, read_calls
 from jaxq.ptq._collectors import MatrixLayout, shared_inputs
@@ -137,7 +138,7 @@ def correct_biases(
         runner = model_runner(calls, model, correction.leaves, correction.solve)
         root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)
-        runner.solve_together(root, runner.observed(root, envs))
+        runner.solve_together(root, runner.observe_all(root, envs))
         return correction.result()
 
     return corrected
@@ -250,15 +251,15 @@ class _CorrectionRun:
         statistics = observe()
         occurrence.check_finite(_OWNER, statistics)
         product, path = occurrence.product, self._biases[occurrence.product.name]
-        view = trace_weight(occurrence.frame, occurrence.variable)
-        if isinstance(view, str):
+        view, reason = trace_weight(occurrence.frame, occurrence.variable)
+        if view is None:
             raise ValueError(
-                f"{_OWNER}: product {product.name!r} cannot be corrected: {view}. Remove it from "
+                f"{_OWNER}: product {product.name!r} cannot be corrected: {reason}. Remove it from "
                 "`biases`."
             )
         stored = view.move(*map(self._value, view.keys))
         layout = MatrixLayout(self._targets.matrices[product.number].axes, view.x.shape)
-        stacked = layout.stacked(statistics)
+        stacked = layout.flatten_batches(statistics)
         mean = stacked.total / lax.max(stacked.tokens, np.int32(1))[:, None].astype(jnp.float32)
         error = layout.matrices(stored - view.x)
         shift = jnp.einsum("mio,mi->mo", error, mean, precision=lax.Precision.HIGHEST)
@@ -290,7 +291,7 @@ class _CorrectionRun:
                     "same rules."
                 )
             self._values[key.leaf] = leaf.dequantize().astype(jnp.float32)
-        return self._values[key.leaf][key.rows]
+        return self._values[key.leaf][key.slice_index]
 
     def _subtract(
         self, path: str, stacks: tuple[int, ...], iterations: tuple[int, ...], shift: np.ndarray
@@ -298,7 +299,7 @@ class _CorrectionRun:
         """Subtracts a shift from a bias, or from one layer of a stacked bias."""
         at = self._paths.index(path)
         if at not in self._new:
-            self._new[at] = np.array(self._packed[at], np.float32)
+            self._new[at] = np.array(host_array(self._packed[at]), np.float32)
         layers = self._new[at].reshape((*stacks, -1))  # A view, since the array is contiguous.
         layers[iterations] -= shift.reshape(-1)
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._jax.processes import host_array
 from jaxq.models import Product
 from jaxq.ptq._calibration_calls import Calls, Model
 
@@ -29,7 +30,7 @@ def reason_of(model: Model, product: Product) -> str:
         return model.targets.reasons[number]
     if product.operation != "dot_general":
         return "only matrix products have input scales and rotations"
-    if not product.reverse:
+    if not product.is_differentiated:
         return "it is in a while loop or under a custom derivative"
     if number in stored.reasons:
         return f"not stored: {stored.reasons[number]}"
@@ -103,7 +104,7 @@ def relative_difference(before: Any, after: Any) -> float:
     """Returns the first relative difference of floating results beyond the tolerance, or 0."""
     pairs = zip(_floats(before), _floats(after), strict=True)
     for x, y in pairs:
-        expected, actual = (np.asarray(value, np.float64) for value in (x, y))
+        expected, actual = (host_array(value).astype(np.float64) for value in (x, y))
         norm = np.sqrt(np.sum(expected**2))
         error = float(np.sqrt(np.sum((expected - actual) ** 2)) / (norm or 1.0))
         if error > _TOLERANCES.get(str(jnp.asarray(x).dtype), _DEFAULT_TOLERANCE):

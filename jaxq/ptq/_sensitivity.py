@@ -124,11 +124,17 @@ def sensitivity(
     inputs, `tr(E^T H E)`, if only this weight is quantized. One run over the data is enough for all
     candidates.
 
-    With `gradient=True`, weights also have the score `sum (G dY)^2`, which measures the effect on a
+    This score compares the recipes of one weight. It does not say how much the outputs of different
+    products matter for the model, so a budget over several weights needs more. With
+    `gradient=True`, weights also have the score `sum (G dY)^2`, which measures the effect on a
     loss: dY is the error of a product's outputs, and G is the gradient of the loss with respect to
     them. The sum is over all outputs and batches. It approximates the Hessian of the loss by
     squared gradients (the diagonal of the empirical Fisher information), and costs one backward
-    pass per batch.
+    pass per batch. A loss of labels drawn from the model's own distributions needs no labels in the
+    data, and its score estimates twice the divergence from the float model.
+
+    Layers that are stacked for a scan are one weight with one recipe. Pass the parameters of layers
+    as a list, and the model as a loop, to score each layer.
 
     Args:
       fn: as in `jaxq.ptq.quantize_weights`.
@@ -184,7 +190,7 @@ def sensitivity(
                 invars = root.flat.body.invars
                 envs = calls.environments(model, invars)
                 data = [[env.get(v) for v in invars] for env in envs] if gradient else []
-                states = runner.observed(root, envs)
+                states = runner.observe_all(root, envs)
             runner.solve_together(root, states)
             solved.append((recipe, solving))
         plans = [solving.planned for _, solving in solved]
@@ -229,7 +235,7 @@ def _rows(
 
 def _score(leaf: int, recipe: Recipe, solving: SolverRun, gradient: float) -> Score | None:
     """Returns the score of a leaf with one recipe, or None if no product was solved with it."""
-    outcomes = [outcome for outcome in solving.outcomes if leaf in outcome.leaves]
+    outcomes = [outcome for outcome in solving.outcomes if leaf in outcome.leaf_losses]
     if not outcomes:
         return None
     traced, storage = solving.planned.traced, solving.planned.stored.leaves[leaf]
@@ -240,8 +246,8 @@ def _score(leaf: int, recipe: Recipe, solving: SolverRun, gradient: float) -> Sc
         weight=next(iter(origin.paths)),
         recipe=recipe,
         nbytes=math.prod(stack) * storage.recipe.nbytes(shape),
-        loss=sum(o.leaves[leaf].loss for o in outcomes),
-        relative=sum(o.relative(o.leaves[leaf].loss) for o in outcomes),
+        loss=sum(o.leaf_losses[leaf].loss for o in outcomes),
+        relative=sum(o.relative(o.leaf_losses[leaf].loss) for o in outcomes),
         gradient=gradient,
-        tokens=sum(o.leaves[leaf].tokens for o in outcomes),
+        tokens=sum(o.leaf_losses[leaf].tokens for o in outcomes),
     )

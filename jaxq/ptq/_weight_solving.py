@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 from jax import numpy as jnp
 
 from jaxq.ptq._collectors import MatrixLayout
@@ -14,7 +15,14 @@ from jaxq.ptq._leaf_states import LeafKey, Leaves
 from jaxq.ptq._matrix_solving import SolvedMatrices, solve_matrices, split_by_recipe
 from jaxq.ptq._owq import owq_leaf
 from jaxq.ptq._program_parts import Occurrence
-from jaxq.ptq._search import Blocks, Search, SearchOptions, SearchProblem, run_length, run_search
+from jaxq.ptq._search import (
+    Blocks,
+    Search,
+    SearchOptions,
+    SearchProblem,
+    inputs_per_block,
+    run_search,
+)
 from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver, search_of
 from jaxq.ptq._statistics import Statistics
 from jaxq.ptq._weight_views import WeightView, trace_weight
@@ -54,10 +62,10 @@ class WeightStack(NamedTuple):
             statistics=self.statistics,
         )
 
-    def retraced(self) -> "WeightStack":
+    def retrace(self) -> "WeightStack":
         """Returns the stack after a change of its leaves."""
-        view = trace_weight(self.occurrence.frame, self.occurrence.variable)
-        assert isinstance(view, WeightView), "it was traced before"
+        view, _ = trace_weight(self.occurrence.frame, self.occurrence.variable)
+        assert view is not None, "it was traced before"
         return self._replace(view=view)
 
 
@@ -101,21 +109,23 @@ def _solve_with_search(
     problem = stack.problem
     starts = {key: leaves.state(key).start for key in stack.view.keys}
     _search_scales(stack, starts, leaves, search)
-    before = solve_matrices(problem, stack.recipes, RTN()).before
-    new = stack.retraced()
+    nearest_loss = solve_matrices(problem, stack.recipes, RTN()).nearest_loss
+    new = stack.retrace()
     matrices = solve_matrices(new.problem, stack.recipes, solver)
     worse = [
         indices
         for _, indices in stack.recipes
-        if not bool(jnp.sum(matrices.after[indices]) <= jnp.sum(before[indices]))
+        if not bool(jnp.sum(matrices.solved_loss[indices]) <= jnp.sum(nearest_loss[indices]))
     ]
     if not worse:
-        return SolvedWeight(new.view, matrices._replace(before=before), "")
+        return SolvedWeight(new.view, matrices._replace(nearest_loss=nearest_loss), "")
     for key, start in starts.items():
         if any(stack.shares[key.leaf][indices].any() for indices in worse):
             leaves.rescale(key, start)
-    new = stack.retraced()
-    matrices = solve_matrices(new.problem, stack.recipes, solver)._replace(before=before)
+    new = stack.retrace()
+    matrices = solve_matrices(new.problem, stack.recipes, solver)._replace(
+        nearest_loss=nearest_loss
+    )
     count = f"{len(worse)} of {len(stack.recipes)} recipes: " if len(stack.recipes) > 1 else ""
     return SolvedWeight(new.view, matrices, f"{count}the searched scales have a larger loss")
 
@@ -132,7 +142,7 @@ def _search_scales(
         numbers = _block_numbers(stack, starts, keys)
         numbers = numbers[indices] if len(stack.recipes) > 1 else numbers
         blocks = Blocks(tuple(starts[key] for key in keys), numbers)
-        length = run_length(recipe, inputs) if is_product else inputs
+        length = inputs_per_block(recipe, inputs) if is_product else inputs
         options = SearchOptions(search, recipe, length)
         search_problem = SearchProblem(part.weight, part.levels, blocks, part.statistics)
         results = run_search(search_problem, options)
@@ -162,29 +172,50 @@ def _block_numbers(
 
 def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWeight:
     """Solves a weight, and stores its most sensitive inputs as outliers of its leaf."""
-    view, problem, axes = stack.view, stack.problem, stack.layout.axes
-    key, *others = view.keys
-    start, hessian = leaves.state(key).start, problem.statistics.hessian
+    view, problem = stack.view, stack.problem
+    key = view.keys[0]
+    state, hessian = leaves.state(key), problem.statistics.hessian
     assert hessian is not None, "all products to solve have one"
-    source = stack.occurrence.frame.sources.get(stack.occurrence.variable)
-    is_leaf = isinstance(source, LeafKey) and not others
-    is_matrix = len(axes.contract) == 1 and not axes.batch and start.ndim == len(start.block)
+    axis = _input_axis(stack, state.start)
     result = None
-    if is_leaf and is_matrix:
+    if axis is not None:
         settings = Settings(solver.damping, solver.order)
-        result = owq_leaf(start, view.x, hessian[0], axes.contract[0], settings)
+        result = owq_leaf(state.start, state.x, hessian[0], axis, settings)
     if result is None:
         matrices = solve_matrices(problem, stack.recipes, solver)
         return SolvedWeight(view, matrices, "no inputs are stored as outliers")
     q, is_solved = result
-    before = solve_matrices(problem, stack.recipes, RTN()).before
+    nearest_loss = solve_matrices(problem, stack.recipes, RTN()).nearest_loss
     leaves.rescale(key, q)
-    new = stack.retraced()
-    chosen = new.problem._replace(nearest=stack.layout.matrices(numbers_of(q)))
+    new = stack.retrace()
+    chosen = new.problem._replace(nearest=stack.layout.matrices(view.move(numbers_of(q))))
     matrices = solve_matrices(chosen, stack.recipes, RTN())
-    if bool(is_solved) and bool(jnp.sum(matrices.after) <= jnp.sum(before)):
-        damping = jnp.full_like(before, solver.damping)
-        return SolvedWeight(new.view, matrices._replace(before=before, damping=damping), "")
-    leaves.rescale(key, start)
+    if bool(is_solved) and bool(jnp.sum(matrices.solved_loss) <= jnp.sum(nearest_loss)):
+        damping = jnp.full_like(nearest_loss, solver.damping)
+        return SolvedWeight(
+            new.view, matrices._replace(nearest_loss=nearest_loss, damping=damping), ""
+        )
+    leaves.rescale(key, state.start)
     matrices = solve_matrices(problem, stack.recipes, solver)
     return SolvedWeight(view, matrices, "inputs stored as outliers have a larger loss")
+
+
+def _input_axis(stack: WeightStack, start: Quantized) -> int | None:
+    """Returns the axis of a leaf along which the inputs of its product lie.
+
+    None if the weight is not one matrix that consists of the whole leaf.
+
+    Args:
+      stack: the weight.
+      start: its first leaf.
+    """
+    view, axes = stack.view, stack.layout.axes
+    is_matrix = len(axes.contract) == 1 and not axes.batch and start.ndim == len(start.block)
+    if len(view.keys) > 1 or not is_matrix or math.prod(start.shape) != view.x.size:
+        return None
+    index = lax.broadcasted_iota(jnp.int32, view.x.shape, axes.contract[0])
+    for axis in range(start.ndim):
+        own = lax.broadcasted_iota(jnp.int32, start.shape, axis)
+        if bool(jnp.array_equal(view.move(own), index)):
+            return axis
+    return None

@@ -103,7 +103,7 @@ def test_log_of_another_model_or_version_is_refused(tmp_path: pathlib.Path):
     with pytest.raises(ValueError, match="has version 9"):
         read_log(path)
     path.write_text("not a log\n")
-    with pytest.raises(ValueError, match="is not a log"):
+    with pytest.raises(ValueError, match="must be a log"):
         StatisticsLog(path).append(1, seen(X))
 
 

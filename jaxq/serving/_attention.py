@@ -113,6 +113,6 @@ def attention(
     if len(starts) == 1:
         running, _ = step(start, jnp.int32(0))
     else:
-        running, _ = lax.scan(step, start, np.array(starts, np.int32))
+        running, _ = lax.scan(step, start, jnp.asarray(starts, jnp.int32))
     total = jnp.where(running.total > 0, running.total, 1)
     return (running.values / total[..., None]).reshape(tokens, query_heads, head_dim)

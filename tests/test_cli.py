@@ -332,7 +332,10 @@ def test_kill_leaves_old_file(tmp_path: pathlib.Path):
         (["formats", "--values", "float16"], "at most 8 bits"),
         (["show", "x", "--in", "int4"], "is not a number"),
         (["show", "0x3f", "--in", "int4"], "--bits 0x3f"),
-        (["show", "--bits", "0x1f", "--in", "int4"], "codes of 4 bits"),
+        (
+            ["show", "--bits", "0x1f", "--in", "int4"],
+            "0x1f is not a code of int4; codes are 0x0 to 0xf",
+        ),
         (["show", "--bits", "1.5", "--in", "int4"], "a bit pattern is"),
         (["show", "1"], "--in"),
         (["show", "1", "--in", ","], "separated by commas"),

@@ -349,7 +349,8 @@ def _two_sided(
     """Returns the error averaged over the lowest and the largest number of a block."""
     if n < 2:
         raise NoTheoryError(
-            f"expected_error: the theory of zero points needs blocks of 2 or more numbers, got {n}."
+            f"expected_error: the theory of zero points needs blocks of 2 or more numbers, got "
+            f"{n}. Use longer blocks."
         )
     high, weight = highest_nodes(n, d)
     low, high = (m.ravel() for m in np.meshgrid(-high, high, indexing="ij"))

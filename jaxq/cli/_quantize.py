@@ -146,7 +146,7 @@ def _rules(args: argparse.Namespace, target: str) -> list[tuple[re.Pattern[str],
                 continue
             if name in FORMATS:
                 get_recipe(name)  # Raises an error that names recipes with this format.
-            raise NAMES.unknown(str(name), NAMES.near(str(name)))
+            raise NAMES.unknown(str(name))
         try:
             return [(re.compile(pattern), name) for pattern, name in rules]
         except re.error as error:

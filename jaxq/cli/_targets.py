@@ -47,7 +47,7 @@ _COST, _COPY = (10, 10), 1
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The treatment of a tensor.
+    """The output name and recipe of one tensor.
 
     Attributes:
       entry: the tensor in the input.

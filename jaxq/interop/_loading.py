@@ -47,7 +47,10 @@ def load_tensors(path: str | pathlib.Path, *, sharding: Any = None) -> dict[str,
     with open_tensors(path) as file:
         for entry in file.entries:
             if entry.numpy_dtype is None and entry.packed is None and entry.layout is None:
-                raise FileError(f"{path}: {entry.name!r:.80} has the dtype {entry.dtype}.")
+                raise FileError(
+                    f"{path}: {entry.name!r:.80} must have a dtype that NumPy can hold, got "
+                    f"{entry.dtype}. Read the others one by one by open_tensors."
+                )
             value = file.quantized(entry)
             if isinstance(value, np.ndarray):
                 value = value.astype(value.dtype.newbyteorder("="), copy=False)

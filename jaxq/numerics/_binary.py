@@ -224,7 +224,7 @@ def _ldexp_bits(whole: jax.Array, unit: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _integer(y: jax.Array, args: _Snap) -> jax.Array:
-    """Returns the signed result for a grid without inf, NaN and -0: NaN is 0, the rest clipped."""
+    """Returns the signed result for a grid without inf, NaN and -0: NaN becomes 0, others clip."""
     grid, layout = args.grid, args.layout
     y = where(args.magnitude > layout.inf, layout.float_type(0), y)
     y = where(args.negative, layout.float_type(0) - y, y)
@@ -255,7 +255,8 @@ def _exceeds(y: jax.Array, limit: Any, args: _Snap) -> jax.Array:
     """Returns a mask of magnitudes beyond a limit."""
     if args.narrow:
         return y > limit
-    # Both may be subnormal. A NaN counts as too large here; `_signed` replaces or restores it.
+    # `y` and `limit` may be subnormal, and XLA on CPU counts subnormals as zero in comparisons. The
+    # bits of a NaN count as too large; `_signed` replaces or restores the NaN.
     return args.layout.bits(y) > args.layout.bits(limit)
 
 

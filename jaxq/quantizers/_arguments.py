@@ -47,14 +47,9 @@ def checked(
     """
     if not (grids and isinstance(recipe, Recipe)):
         recipe = get_recipe(recipe)
-    array = floats(name, x)
+    array = floats(name, x, float64=False)  # Scales are float32.
     if axis is not None:
         recipe = recipe.along(axis, array.ndim)
-    if array.dtype == jnp.float64:
-        raise TypeError(
-            f"{name}: `x` must be float16, bfloat16 or float32, as scales are float32, got "
-            "float64. Convert it first: x.astype(jnp.float32)."
-        )
     return array, recipe
 
 

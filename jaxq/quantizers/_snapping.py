@@ -135,8 +135,9 @@ def on_grid(
     """Returns units rounded to the grid minus the zero point."""
     if zero_point is None:
         return cast(units, recipe.element, rounding=rounding, overflow="saturate", key=key)
-    # Rounded before the zero point is added, because the other order rounds ties differently; and
-    # before the ends are applied, because XLA on CPU counts subnormals as zero in a maximum.
+    # The units are rounded before the zero point is added, because the other order rounds ties
+    # differently. They are rounded before the ends are applied, because XLA on CPU counts
+    # subnormals as zero in a maximum.
     lowest, highest = ends_of(zero_point, recipe)
     whole = cast(units, _WHOLE, rounding=rounding, key=key)
     whole = lax.max(whole, jnp.broadcast_to(lowest, units.shape))
@@ -211,7 +212,8 @@ def _squared_error(x: jax.Array, y: jax.Array, amax: jax.Array, cut: Cut) -> jax
     which are frequent for data on a grid, therefore stay equal in every program. For blocks
     longer than 128 on the last axis, partial sums are added in float32.
     """
-    # Errors relative to the power of two above amax, as multiples of 2^-22.
+    # `down` moves amax into [2, 4), so factors of 2^20 give errors in multiples of 2^-22 of the
+    # power of two above amax.
     down, _ = powers(amax)
     nearest = lax.RoundingMethod.TO_NEAREST_EVEN
     x_units, y_units = (lax.round(v * down * np.float32(2.0**20), nearest) for v in (x, y))

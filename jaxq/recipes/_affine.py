@@ -29,7 +29,7 @@ class _TwoSided(Scaling):
         """Raises ValueError unless the scaling supports an element format."""
         is_integer = isinstance(fmt, IntFormat) and fmt.fraction_bits == 0
         requirement = "needs an integer format such as 'uint8'"
-        self.require(is_integer, requirement, fmt.name, "Or use Symmetric().")
+        self.require(is_integer, requirement, fmt.name, "Use it, or Symmetric().")
         super().check(fmt)
 
     def element(self, fmt: Format) -> Format:
@@ -142,14 +142,19 @@ class ScaleAndMin(_TwoSided):
     def check(self, fmt: Format) -> None:
         """Raises ValueError unless the scaling supports an element format."""
         super().check(fmt)
-        self.require(fmt.min >= 0, "needs an unsigned integer format such as 'uint4'", fmt.name)
+        self.require(
+            fmt.min >= 0,
+            "needs an unsigned integer format such as 'uint4'",
+            fmt.name,
+            f"Use {'u' + fmt.name!r}.",
+        )
         scale_format = get_format(self.scale_format)
         digits = getattr(scale_format, "mantissa_bits", 23) + 1
         self.require(
             digits + fmt.bits <= 24 and scale_format != E8M0,
-            "needs a `scale_format`, such as 'float16', whose products with the elements are "
-            "float32 numbers",
+            "needs a `scale_format` whose products with the elements are exact in float32",
             scale_format.name,
+            "Use 'float16'.",
         )
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:

@@ -62,7 +62,7 @@ class SuperBlocks(Scaling):
 
     def __post_init__(self) -> None:
         names, known = ", ".join(SUPER_BLOCK_RULES), self.rule in SUPER_BLOCK_RULES
-        self.require(known, f"`rule` must be one of {names}", self.rule)
+        self.require(known, f"`rule` must be one of {names}", self.rule, "Use 'q4_k'.")
         super().__post_init__()
 
     @property
@@ -86,7 +86,7 @@ class SuperBlocks(Scaling):
 
     @property
     def takes_scales(self) -> bool:
-        """False, because scales are found together with codes."""
+        """False, because the search chooses scales together with codes."""
         return False
 
     def takes_importance(self, fmt: Format) -> bool:
@@ -112,7 +112,8 @@ class SuperBlocks(Scaling):
         """Raises ValueError unless the element format is that of the rule."""
         wanted = get_format(self._rule.element)
         requirement = f"rule={self.rule!r} needs the element format {wanted.name!r}"
-        self.require(fmt == wanted, requirement, fmt.name)
+        remedy = f"Use jaxq.get_recipe({self.rule!r})."
+        self.require(fmt == wanted, requirement, fmt.name, remedy)
 
     def check_cut(self, cut: Cut) -> None:
         """Raises ValueError unless super-blocks divide one axis."""
@@ -144,7 +145,7 @@ class SuperBlocks(Scaling):
         return fmt
 
     def restore(self, stored: StoredScales) -> jax.Array:
-        """Returns the scales by which grid values are multiplied."""
+        """Reconstructs float32 block scales from the stored ones."""
         return _times(stored.scale, stored.second[0]) if stored.second else stored.scale
 
     def restore_minimum(self, stored: StoredScales) -> jax.Array | None:

@@ -67,12 +67,12 @@ class Symmetric(Scaling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        remedy = f"Use MX({self.rule!r})." if self.rule in MX_RULES else ""
+        remedy = f"Use MX({self.rule!r})." if self.rule in MX_RULES else "Use 'max'."
         names, known = ", ".join(SCALE_RULES), self.rule in SCALE_RULES
         self.require(known, f"`rule` must be one of {names}", self.rule, remedy)
 
     def check_scale_format(self, scale_format: Format) -> None:
-        """Raises ValueError unless the scaling supports a format for its scales."""
+        """Raises ValueError if this scaling cannot store scales in `scale_format`."""
         super().check_scale_format(scale_format)
         name, fits = scale_format.name, scale_format != E8M0
         self.require(fits, "`scale_format` must have a significand", name, "Use MX().")
@@ -81,7 +81,9 @@ class Symmetric(Scaling):
         """Raises ValueError unless the scaling supports an element format."""
         super().check(fmt)
         fits = isinstance(fmt, SCALE_RULES[self.rule].formats)
-        self.require(fits, f"rule={self.rule!r} needs an integer format", fmt.name)
+        self.require(
+            fits, f"rule={self.rule!r} needs an integer format", fmt.name, "Use rule='max'."
+        )
 
     def element(self, fmt: Format) -> Format:
         """Returns the format of the grid values; without the lowest integer, unless rule="half"."""
@@ -128,13 +130,20 @@ class MX(Scaling):
     def __post_init__(self) -> None:
         super().__post_init__()
         known = self.rule in MX_RULES
-        self.require(known, f"`rule` must be one of {', '.join(MX_RULES)}", self.rule)
+        self.require(
+            known, f"`rule` must be one of {', '.join(MX_RULES)}", self.rule, "Use 'floor'."
+        )
 
     def check(self, fmt: Format) -> None:
         """Raises ValueError unless the scaling supports an element format."""
         super().check(fmt)
         fits = isinstance(fmt, MX_RULES[self.rule].formats)
-        self.require(fits, f"rule={self.rule!r} needs an integer or float format", fmt.name)
+        self.require(
+            fits,
+            f"rule={self.rule!r} needs an integer or float format",
+            fmt.name,
+            "Use another rule, such as 'max'.",
+        )
 
     def unrounded(self, amax: jax.Array, fmt: Format) -> jax.Array:
         """Returns the float32 scales for the largest magnitudes of blocks."""
@@ -176,15 +185,20 @@ class SignedScale(Scaling):
     reciprocal = True
 
     def check_scale_format(self, scale_format: Format) -> None:
-        """Raises ValueError unless the scaling supports a format for its scales."""
+        """Raises ValueError if this scaling cannot store scales in `scale_format`."""
         super().check_scale_format(scale_format)
         signed = isinstance(scale_format, FloatFormat) and scale_format.signed
-        self.require(signed, "`scale_format` must have a sign", scale_format.name)
+        self.require(signed, "`scale_format` must have a sign", scale_format.name, "Use 'float16'.")
 
     def check(self, fmt: Format) -> None:
         """Raises ValueError unless the scaling supports an element format."""
         super().check(fmt)
-        self.require(fmt.min < 0, "needs a signed integer format such as 'int4'", fmt.name)
+        self.require(
+            fmt.min < 0,
+            "needs a signed format such as 'int4'",
+            fmt.name,
+            "Use it, or Affine() for unsigned integers.",
+        )
 
     def element(self, fmt: Format) -> Format:
         """Returns the format of the grid values, which is the element format itself."""

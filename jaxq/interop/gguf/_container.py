@@ -253,7 +253,10 @@ def _value(key: str, value: Any) -> tuple[int, bytes]:
         items = [_value(key, item) for item in value]
         kinds = {kind for kind, _ in items} or {_STRING}
         if len(kinds) != 1:
-            raise ValueError(f"gguf.write: the items of {key!r} must have one type.")
+            raise ValueError(
+                f"gguf.write: the items of {key!r} must have one type, got {len(kinds)} types. "
+                "Pass a NumPy array."
+            )
         head = kinds.pop().to_bytes(4, "little") + len(items).to_bytes(8, "little")
         return _ARRAY, head + b"".join(data for _, data in items)
     if isinstance(value, bool | np.bool):
@@ -265,7 +268,7 @@ def _value(key: str, value: Any) -> tuple[int, bytes]:
     if not isinstance(value, np.ndarray | np.generic) or value.dtype.name not in _KINDS:
         raise TypeError(
             f"gguf.write: metadata must be numbers, strings or arrays of them, got "
-            f"{type(value).__name__} for {key!r}."
+            f"{type(value).__name__} for {key!r}. Convert it, or leave it out."
         )
     kind, data = _KINDS[value.dtype.name], value.astype(value.dtype.newbyteorder("<")).tobytes()
     if value.ndim == 0:
@@ -317,9 +320,16 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
     """
     alignment = int(metadata.get(_ALIGNMENT, 32))
     if alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"gguf.write: {_ALIGNMENT} must be a power of two, got {alignment}.")
+        raise ValueError(
+            f"gguf.write: {_ALIGNMENT} must be a power of two, got {alignment}. Use 32."
+        )
     if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise ValueError("gguf.write: the names of tensors must be distinct.")
+        names = [tensor.name for tensor in tensors]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"gguf.write: the names of tensors must be distinct, got {twice!r:.80} twice. Rename "
+            "one of them."
+        )
     head = MAGIC + VERSION.to_bytes(4, "little")
     parts = [head, len(tensors).to_bytes(8, "little"), len(metadata).to_bytes(8, "little")]
     for key, value in metadata.items():

@@ -100,7 +100,8 @@ def pack(q: Quantized, type: str | None = None) -> jax.Array:
     layout = LAYOUTS[name]
     if not q.shape or q.shape[-1] % layout.block:
         raise ValueError(
-            f"gguf.pack: {layout.block} must divide the last axis, got shape {q.shape}."
+            f"gguf.pack: {layout.block} must divide the last axis, got shape {q.shape}. Pad that "
+            "axis before quantization."
         )
     if name in FLOAT_TYPES:
         return pack_floats(q, name)
@@ -191,11 +192,14 @@ def checked_bytes(name: str, data: jax.typing.ArrayLike, type: str) -> jax.Array
     """Returns the bytes of whole blocks, or raises an error."""
     array, layout = jnp.asarray(data), TYPES.find(type)
     if array.dtype != jnp.uint8:
-        raise TypeError(f"gguf.{name}: `data` must be uint8, got {array.dtype}.")
+        raise TypeError(
+            f"gguf.{name}: `data` must be uint8, got {array.dtype}. Pass the raw bytes, "
+            "for example TensorFile.raw(entry)."
+        )
     if not array.ndim or array.shape[-1] % layout.size:
         raise ValueError(
             f"gguf.{name}: a block of {type!r} has {layout.size} bytes, which must divide the last "
-            f"axis, got shape {array.shape}."
+            f"axis, got shape {array.shape}. Pass the bytes of whole rows."
         )
     return array
 

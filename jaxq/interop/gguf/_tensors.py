@@ -66,7 +66,8 @@ def quantize(
     layout = TYPES.find(type)
     if x.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
         raise TypeError(
-            f"gguf.quantize: `x` must be float16, bfloat16 or float32, got {x.dtype}. Convert it."
+            f"gguf.quantize: `x` must be float16, bfloat16 or float32, got {x.dtype}. "
+            "Convert it first: x.astype(jnp.float32)."
         )
     if not x.ndim or x.shape[-1] % layout.block:
         raise ValueError(
@@ -82,7 +83,8 @@ def quantize(
         if not fits or importance.shape[-1:] != x.shape[-1:]:
             raise ValueError(
                 f"gguf.quantize: `importance` must have the shape of a row, ({x.shape[-1]},), or "
-                f"of rows that broadcast to {x.shape}, got {importance.shape}."
+                f"of rows that broadcast to {x.shape}, got {importance.shape}. Sum it over the "
+                "rows first."
             )
         importance = jnp.broadcast_to(
             importance.reshape(_with_leading_ones(x.ndim, importance.shape)), x.shape

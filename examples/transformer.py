@@ -10,8 +10,8 @@ The table shows the cross-entropy on held-out text, computed with the arithmetic
 the speed of training. The runs are short and sensitive to rounding, so small differences mean
 little: compare them with the difference between bfloat16 and float32 and with the deviation over
 seeds. With the default 300 steps and three seeds, no configuration differs significantly from
-float32. With 20 steps, the loss can jump for one step, in float32 too, because the rate is high:
-from 4.80 to 13.29 bits per byte at step 11 with seed 1. At a third of the rate, it did not.
+float32. With 20 steps, the loss can jump for one step because of the high learning rate, in float32
+too: with seed 1, from 4.80 to 13.29 bits per byte at step 11. At a third of the rate, it does not.
 
     python examples/transformer.py [--steps N] [--seeds N] [--short] [--output PICTURE]
 """

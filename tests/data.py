@@ -2,6 +2,11 @@
 
 import functools
 import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -204,3 +209,37 @@ def _few_values(fmt: jaxq.FloatFormat) -> np.ndarray:
     edges = [math.ldexp(1 + k * fmt.eps, e) for e in exponents for k in (0, 1, 2)]
     low = [fmt.min_positive * k for k in range(4)]
     return np.array([*low, *edges, fmt.max])
+
+
+def run_two(name: str, folder: pathlib.Path) -> list[list[np.ndarray]]:
+    """Runs a program of `tests/one_of_two.py` in two processes with two devices each.
+
+    Args:
+      name: the name of the program.
+      folder: an empty folder for the results.
+
+    Returns:
+      The leaves of the results of each process.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    root = str(pathlib.Path(__file__).parent.parent)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.one_of_two", name, str(number), port, str(folder)],
+            **{"cwd": root, "env": os.environ | flags, "text": True},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    files = [np.load(folder / f"{number}.npz") for number in range(2)]
+    return [[file[leaf] for leaf in file.files] for file in files]

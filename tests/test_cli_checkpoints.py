@@ -135,6 +135,19 @@ def test_a_model_becomes_a_folder_for_vllm(capsys, model: pathlib.Path, tmp_path
     chex.assert_trees_all_equal(jaxq.load(again)[gate], params[gate])
 
 
+def test_dynamic_activations_are_written_for_vllm(capsys, model: pathlib.Path, tmp_path):
+    target, arguments = tmp_path / "out", ("quantize", model, tmp_path / "out", "--recipe")
+    options = ("--to", "compressed-tensors", "--dynamic-activations")
+    code, _, err = run(capsys, *arguments, "int8_token", *options)
+    assert code == 0, err
+    quantization = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert quantization["format"] == "int-quantized"
+    assert quantization["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
+    code, _, err = run(capsys, *arguments, "int8_token", "--to", "gguf", "--dynamic-activations")
+    assert code == 2
+    assert "--dynamic-activations applies to" in err
+
+
 def _rules(folder: pathlib.Path) -> pathlib.Path:
     path = folder / "rules.json"
     path.write_text('[["q_proj", "int8_token"]]')

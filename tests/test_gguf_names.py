@@ -70,6 +70,14 @@ def test_scores_of_permuted_queries_and_keys_are_the_same():
         model.values(names[0], weights[0][:12])
 
 
+@pytest.mark.parametrize("kind", gguf.ARCHITECTURES)
+def test_only_llama_and_mistral_rotate_neighboring_elements(kind: str):
+    """Compares with `llama_model_rope_type` of llama.cpp."""
+    model = gguf.conversion(config(kind))
+    permuted = model.changes("model.layers.0.self_attn.k_proj.weight")
+    assert permuted == (kind in ("llama", "mistral"))
+
+
 def test_norms_of_gemma_are_shifted():
     model, ones = gguf.conversion(config("gemma2")), np.ones(4, np.float32)
     for name in ("model.norm.weight", "model.layers.0.post_feedforward_layernorm.weight"):

@@ -10,11 +10,6 @@ A difference in any bit then means that something other than sums depends on the
 import functools
 import itertools
 import math
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 from collections import Counter
 
 import jax
@@ -254,27 +249,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 @pytest.mark.slow
 def test_two_processes_match_one(tmp_path):
     """Runs two processes of two devices each, and merges their calibration states."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    path = tmp_path / "results.npz"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    root = str(pathlib.Path(__file__).parent.parent)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.one_of_two", str(number), port, str(path)],
-            **{"cwd": root, "env": os.environ | flags, "text": True},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for number in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    got, _ = data.run_two("layouts", tmp_path)
     states = jax.jit(jaxq.observe(stack, CALIBRATED))(PARAMS, X)[1].states
     want = {
         "step": on_one_device("tensor", False),
@@ -282,6 +257,5 @@ def test_two_processes_match_one(tmp_path):
         "whole": states,
         "hosts": states,
     }
-    got = np.load(path)
-    for one, other in zip(got.files, jax.tree.leaves(want), strict=True):
-        assert_same(got[one], other)
+    for one, other in zip(got, jax.tree.leaves(want), strict=True):
+        assert_same(one, other)

@@ -1,5 +1,7 @@
 """Casts have the same bits inside fused programs, in scans and on several devices."""
 
+import dataclasses
+
 import chex
 import jax
 import numpy as np
@@ -123,3 +125,23 @@ def test_stochastic_rounding_under_vmap_uses_each_key():
     for key, row in zip(keys, rows, strict=True):
         assert_same(row, f(key))
     assert len({row.tobytes() for row in np.asarray(rows)}) == 4
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
+@pytest.mark.parametrize("name", data.each(["nvfp4", "nvfp4_tile16", "nvfp4_4over6"], ["nvfp4"]))
+def test_programs_for_one_device_give_the_same_bits(
+    name: str, rounding: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Traces as on one device, where arrays with a value per block are vectors."""
+    recipe = dataclasses.replace(jaxq.get_recipe(name), rounding=rounding)
+    key = jax.random.key(1) if rounding == "stochastic" else None
+    x = normal(48, 64).at[3, 5].set(np.nan).at[20].set(0.0)
+    expected = jaxq.quantize(x, recipe, key=key)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    jax.clear_caches()
+    quantized = jaxq.quantize(x, recipe, key=key)
+    simulated = jaxq.fake_quant(x, recipe, key=key)
+    jax.clear_caches()
+    assert_same(np.asarray(simulated), np.asarray(expected.dequantize()))
+    for one, several in zip(jax.tree.leaves(quantized), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(several))

@@ -44,10 +44,16 @@ def test_fraction_sets_the_number_of_outliers():
     assert_same(jax.vmap(lambda x: jaxq.quantize(x, r))(x[None]).dequantize()[0], want)
 
 
-def test_ties_are_chosen_in_order():
-    x = np.tile(np.float32([2, -2, 1, 0]), 512).reshape(32, 64)
+def test_equal_magnitudes_are_chosen_together_or_not_at_all():
+    x = np.clip(heavy(), -5, 5)
+    x[3, :20] = np.where(np.arange(20) % 2, 9, -9)
+    x[5, :14] = 50
     q = jaxq.quantize(x, recipe(fraction=0.01))
-    np.testing.assert_array_equal(q.outliers[1], [i for i in range(80) if i % 4 < 2][:21])
+    places = np.asarray(q.outliers[1])
+    expected = np.flatnonzero(np.abs(x) > 9)
+    np.testing.assert_array_equal(places[: len(expected)], expected)
+    np.testing.assert_array_equal(places[len(expected) :], x.size)
+    assert_same(q.dequantize(), by_hand(x, np.abs(x) > 9))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Statistics of product inputs, and GPTQ on single weights."""
 
+import dataclasses
 import pathlib
 
 import chex
@@ -10,6 +11,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import ptq
+from jaxq.quantizers import Levels
 from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
@@ -90,9 +92,30 @@ def test_codes_equal_those_of_qwix():
     golden = np.load(pathlib.Path(__file__).parent / "golden" / "ptq.npz")
     recipe = jaxq.Recipe("int4", jaxq.PerChannel(), jaxq.recipes.Symmetric(rule="half"))
     q = ptq.gptq(golden["weight"], golden["hessian"], recipe, order=None)
-    np.testing.assert_allclose(q.scales.ravel(), golden["scale"], rtol=1e-6)
+    np.testing.assert_allclose(q.scales, golden["scale"], rtol=1e-6)
     codes = np.round(q.dequantize() / q.scales.reshape(1, -1))
     np.testing.assert_array_equal(codes, golden["codes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("prefix", "propagation"), [("group_", 0.0), ("qep_", 0.5)])
+def test_codes_on_scales_of_qwix_equal_its_codes(prefix: str, propagation: float):
+    """Takes the scales of Qwix, which come from the weight after the changes by GPTQ or QEP."""
+    golden = np.load(pathlib.Path(__file__).parent / "golden" / "ptq.npz")
+    weight, scale = golden["weight"], golden[f"{prefix}scale"]
+    step = np.repeat(scale, INPUTS // len(scale), axis=0)
+    statistics = dataclasses.replace(
+        ptq.collect(np.ones((1, INPUTS), np.float32)),
+        hessian=jnp.asarray(golden["hessian"]),
+        drift=jnp.asarray(golden["drift"]),
+    )
+    recipe = jaxq.Recipe("int4", scaling=jaxq.recipes.Symmetric(rule="half"))
+    nearest = np.clip(np.round(weight / step), -8, 7)
+    levels = Levels(jnp.asarray(step), None, None)
+    problem = ptq.Problem(jnp.asarray(weight), levels, jnp.asarray(nearest), statistics)
+    solution = ptq.GPTQ(order=None, propagation=propagation).solve(problem, recipe)
+    np.testing.assert_array_equal(np.round(solution.numbers), golden[f"{prefix}codes"])
+    assert np.any(nearest != golden[f"{prefix}codes"])
 
 
 # One recipe for each kind of scale and element.

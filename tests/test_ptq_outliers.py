@@ -48,6 +48,17 @@ def test_gptq_with_outliers_gives_the_values_of_float64_obq():
     np.testing.assert_allclose(q.dequantize(), obq(weight, x.T @ x, start), rtol=1e-6)
 
 
+@pytest.mark.parametrize("solver", ["gptq", "owq"])
+def test_weight_by_outputs_is_stored_like_its_transpose(solver: str):
+    w, x = normal(0, INPUTS, OUTPUTS), normal(1, 200, INPUTS)
+    x[:, 3] *= 20
+    first, _ = ptq.quantize_weights(lambda w, x: x @ w, RECIPE, solver=solver)(w, [x])
+    second, report = ptq.quantize_weights(lambda w, x: x @ w.T, RECIPE, solver=solver)(w.T, [x])
+    assert not report.fallbacks
+    assert second.nbytes == first.nbytes
+    np.testing.assert_array_equal(second.dequantize().T, first.dequantize())
+
+
 def scanned(params, x):
     def layer(x, w):
         return x + 0.3 * jnp.tanh(jax.nn.relu(x @ w["up"]) @ w["down"]), None

@@ -66,6 +66,31 @@ def test_stored_products_are_not_solved_again(tmp_path: pathlib.Path):
     assert [row.fallback for row in report.rows][:2] == ["from the file", ""]
 
 
+def test_interrupted_learning_continues_with_the_same_result(tmp_path: pathlib.Path):
+    blocks, params = [lambda w, x: jnp.tanh(x @ w)] * 3, [*PARAMS["layers"], PARAMS["out"]]
+    method = ptq.SignRound(steps=4)
+
+    def learn(seed: int, **options):
+        learned = ptq.learn_rounding(blocks, RULES, method=method, **options)
+        return learned(params, BATCHES, key=jax.random.key(seed))
+
+    def interrupt(row: ptq.LearnedBlock) -> None:
+        if row.block == 2:
+            raise KeyboardInterrupt
+
+    expected, rows = learn(0)
+    folder, seen = tmp_path / "run", []
+    with pytest.raises(KeyboardInterrupt):
+        learn(0, progress=interrupt, resume=folder)
+    packed, report = learn(0, progress=lambda row: seen.append(row.block), resume=folder)
+    assert report == rows
+    assert seen == [0, 1, 2, 2, 2, 2, 2]
+    for leaf, other in zip(jax.tree.leaves(packed), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+    with pytest.raises(ValueError, match="of another run"):
+        learn(1, resume=folder)
+
+
 def test_folder_of_another_run_is_an_error(tmp_path: pathlib.Path):
     folder = tmp_path / "run"
     ptq.quantize_weights(model, RULES, solver="rtn", resume=folder)(PARAMS, BATCHES)

@@ -1,4 +1,7 @@
-"""Statistics of tokens that are spread over devices."""
+"""Statistics of tokens that are spread over devices and processes."""
+
+import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxq import ptq
+from tests import data
+from tests.oracle import assert_same
 
 pytestmark = pytest.mark.unoptimized
 
@@ -69,3 +74,67 @@ def test_weights_are_solved_on_sharded_batches():
     for name, leaf in one.items():
         # Sums in another order may change a code that lies near the middle of two levels.
         assert np.mean(np.asarray(leaf.codes) != np.asarray(other[name].codes)) < 0.05
+
+
+# Data whose sums are exact in any order: the weights have scales of 1 / 8.
+INTEGERS = np.random.default_rng(3).integers(-3, 4, (2, 32, 8)).astype(np.float32)
+EXACT = {
+    name: np.concatenate(
+        [np.full_like(w[..., :1, :], 7 / 8), np.clip(w[..., 1:, :], -0.8, 0.8)], -2
+    )
+    for name, w in PARAMS.items()
+}
+
+
+def stepped(params, x):
+    """Returns the outputs of a model whose hidden values are small integers."""
+    layer = lambda x, w: (jnp.clip(jnp.round(x @ w), -3, 3), None)
+    return lax.scan(layer, x, params["layers"])[0] @ params["out"]
+
+
+def results(params: Any, batches: list[Any], keep: Any, folder: pathlib.Path) -> dict[str, Any]:
+    """Returns statistics, packed weights and scaled weights.
+
+    Args:
+      params: the parameters.
+      batches: the batches.
+      keep: the mask of each batch.
+      folder: a folder from which the second solution is resumed.
+    """
+    _, inputs = jax.jit(ptq.observe(stepped, RULES))(params, batches[0])
+    solve = ptq.quantize_weights(
+        lambda params, x, _: stepped(params, x),
+        RULES,
+        solver="gptaq",
+        mask=lambda _, keep: keep,
+        resume=folder,
+    )
+    packed, report = solve(params, [(x, keep) for x in batches])
+    resumed, _ = solve(params, [(x, keep) for x in batches])
+    scaled, _ = ptq.scale_inputs(stepped, RULES, method="smoothquant")(params, batches)
+    return {
+        "inputs": inputs,
+        "packed": packed,
+        "resumed": resumed,
+        "scaled": scaled,
+        "tokens": np.array([row.tokens for row in report.rows]),
+    }
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(tmp_path: pathlib.Path):
+    """Gives each of two processes half of each batch and half of the columns of some weights."""
+    expected = {
+        "merged": ptq.observe(stepped, RULES)(EXACT, INTEGERS[0])[1],
+        **results(EXACT, list(INTEGERS), KEEP, tmp_path / "one"),
+    }
+    assert np.array_equal(expected["tokens"], [2 * KEEP.sum()] * 3)
+    for actual in data.run_two("ptq", tmp_path):
+        pairs = zip(actual, jax.tree_util.tree_leaves_with_path(expected), strict=True)
+        for own, (path, other) in pairs:
+            if path[0].key == "scaled":  # The scales contain powers, whose last bit may differ.
+                np.testing.assert_allclose(own, other, rtol=1e-6)
+            else:
+                assert_same(own, other)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"process0", "process1"}

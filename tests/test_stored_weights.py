@@ -26,6 +26,8 @@ TILES = jaxq.Recipe("int4", jaxq.PerBlock((4, 4)))
 NVFP4 = jaxq.Recipe("float4_e2m1fn", jaxq.PerBlock(4), jaxq.TwoLevel())
 DOUBLE = jaxq.Recipe("int4", jaxq.PerBlock(4), jaxq.DoubleQuant("int8", 4))
 OUTLIERS = jaxq.Recipe("int4", outliers=Outliers(0.1))
+APART = jaxq.Recipe("int4", jaxq.PerBlock(4), outliers=Outliers(0.1))
+SIGMA = jaxq.Recipe("int4", outliers=Outliers(0.1, sigma=2.0))
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 
@@ -79,7 +81,14 @@ CASES = {
         ((8, 3, 4),), lambda w: jnp.repeat(w[:, :, None], 2, 2).reshape(8, 24), True, BLOCKS
     ),
     "another order, double": Case(W, lambda w: w.T, "in another order", DOUBLE),
-    "another order, apart": Case(W, lambda w: w.T, "in another order", OUTLIERS),
+    "another order, sigma": Case(W, lambda w: w.T, "in another order", SIGMA),
+    # Many weights have equal magnitudes, so the choice of outliers must not depend on their order.
+    "another order, apart": Case(
+        W, lambda w: lax.reduce_precision(w, 5, 1)[::-1].T, True, APART
+    ),
+    "repeated, apart": Case(
+        HEADS, lambda w: jnp.repeat(w, 2, 1).reshape(8, 24), "is repeated", OUTLIERS
+    ),
     "whole, apart": Case(HEADS, lambda w: w.reshape(24, 4), True, OUTLIERS),
     "concatenated outputs": Case(PAIR, lambda v, w: jnp.concatenate([w, v, w], 1), True),
     "concatenated inputs": Case(PAIR, lambda v, w: jnp.concatenate([v.T, w.T]), "other weights"),

@@ -1,11 +1,12 @@
-"""Makes tests/golden/ptq.npz: a weight solved by Qwix's GPTQ, and zero points by hqq.
+"""Makes tests/golden/ptq.npz: a weight solved by Qwix's GPTQ and QEP, and zero points by hqq.
 
     pip install qwix==0.1.8
     pip install --no-deps hqq==0.2.8.post1  # It also needs torch, which may be the CPU's.
     python tools/golden_ptq.py
 
-Qwix solves int4 with one scale per output. hqq starts from the scales and minima that the recipe
-stores, and runs on the CPU. This version of hqq does not increase beta, so it equals kappa = 1.
+Qwix solves int4 with one scale per output, or per group of inputs. hqq starts from the scales and
+minima that the recipe stores, and runs on the CPU. This version of hqq does not increase beta, so
+it equals kappa = 1.
 """
 
 # pyright: reportMissingImports=false
@@ -24,20 +25,30 @@ INPUTS, OUTPUTS, GROUP = 64, 16, 32
 
 
 def gptq() -> dict[str, np.ndarray]:
-    """Returns a weight, a Hessian, and Qwix's scales and codes."""
+    """Returns a weight, a Hessian and a drift, and Qwix's scales and codes."""
     from qwix._src.core import qarray
-    from qwix.contrib import gptq_core
+    from qwix.contrib import gptq_core, qep_core
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((300, INPUTS)) @ rng.standard_normal((INPUTS, INPUTS))
     x = (x * np.exp(rng.standard_normal(INPUTS))).astype(np.float32)
     weight = rng.standard_normal((INPUTS, OUTPUTS)).astype(np.float32)
     hessian = np.asarray(gptq_core.compute_hessian(jnp.asarray(x.T)))
-    how = qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=(0,))
-    solve = jax.jit(lambda w, h: gptq_core.quantize_weight(w, h, how)[0])
-    solved = solve(weight.T, hessian)
-    codes = np.asarray(solved.qvalue.astype(jnp.int8)).T
-    return {"weight": weight, "hessian": hessian, "scale": solved.scale.ravel(), "codes": codes}
+    floats = x + 0.1 * x.std(0) * rng.standard_normal(x.shape).astype(np.float32)
+    drift = np.asarray(qep_core.compute_qep_stats(x.T, floats.T)["hessian_delta"])
+    corrected = np.asarray(qep_core.weight_correct(weight.T, hessian, drift)).T
+    result = {"weight": weight, "hessian": hessian, "drift": drift}
+    for prefix, solver_weight, tiles in (
+        ("", weight, {}),
+        ("group_", weight, {1: GROUP}),
+        ("qep_", corrected, {}),
+    ):
+        how = qarray.HowToQuantize(qtype=jnp.int4, channelwise_axes=(0,), tiled_axes=tiles)
+        solve = jax.jit(lambda w, h, how=how: gptq_core.quantize_weight(w, h, how)[0])
+        solved = solve(solver_weight.T, hessian)
+        result[f"{prefix}scale"] = np.asarray(solved.scale).T
+        result[f"{prefix}codes"] = np.asarray(solved.qvalue.astype(jnp.int8)).T
+    return result
 
 
 def hqq() -> dict[str, np.ndarray]:

@@ -7,7 +7,8 @@
 
 The inputs are checked in chunks by several processes. Finished chunks are stored in a folder, and a
 run that is started again continues from there unless the lowered programs of jaxq have changed. At
-the end the tool writes a page with the table of results.
+the end the tool writes a page with the table of results, followed by the parts of
+`docs/verification.md` that other tools compute.
 
     python tools/verify.py [--only FORMAT ...] [--workers N] [--state FOLDER] [--output FILE]
 """
@@ -56,6 +57,7 @@ MODE_FORMATS = (
     "float8_e5m2",
     "float8_e4m3fnuz",
 )
+OTHERS = "## Solvers"  # The first heading of the page that this tool does not write.
 JOBS = [(name, "nearest_even") for name in FLOATS]
 JOBS += [(name, mode) for name in MODE_FORMATS for mode in MODES]
 
@@ -261,7 +263,7 @@ def report(jobs: list[tuple[str, str]], chunks: dict) -> str:
     table = "\n".join(rows)
     return f"""# Verification
 
-`make verify` writes this page. Each row covers all 2^32 float32 inputs, NaNs and subnormals
+`make verify` writes the table. Each row covers all 2^32 float32 inputs, NaNs and subnormals
 included. The results of `jaxq.encode` and `jaxq.cast` are compared with a reference for every
 input: the conversion of ml_dtypes for `nearest_even`, and a table of exact integer thresholds for
 the other modes. *Differ* counts the inputs whose code or value is not bit-identical; the payloads
@@ -292,7 +294,8 @@ def main() -> int:
     page = report(jobs, chunks)
     if arguments.only is None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(page)
+        others = (ROOT / "docs" / "verification.md").read_text().partition(OTHERS)
+        arguments.output.write_text(page + "\n" + "".join(others[1:]))
     print(page[page.index("| format") :])
     differ = sum(chunk[0] for job in jobs for chunk in chunks[job])
     print("Every input agrees." if differ == 0 else f"{differ} inputs differ.")

@@ -8,14 +8,18 @@ says otherwise, and the check that passes without the workaround once the behavi
   also on GPU.
 - `arithmetic.rounded`: a product and a sum are fused into one rounding. Remove it when
   `test_bytes_equal_libgguf` passes without it.
-- `arithmetic.barrier`, in four places. `numerics.pack`: a code is computed again for each byte that
+- `arithmetic.barrier`, in six places. `numerics.pack`: a code is computed again for each byte that
   holds a part of it, and quantizing to 3, 5, 6 or 7 bits takes up to twice as long; remove it when
   `benchmarks/casts.py` shows equal times. `analysis` of two tensors: values that two passes compute
   are stored; remove it when `test_needs_no_temporary_of_tensor_size` passes. Statistics of a step:
   those of constants are computed while compiling, and others are fused with the step and may change
   its bits; remove it when `tests/test_training_statistics.py` passes. Products with adapters: a
   weight is dequantized before its product; remove it when
-  `test_weights_stay_packed_in_the_backward_pass` passes.
+  `test_weights_stay_packed_in_the_backward_pass` passes. Scales of two levels and Hadamard
+  transforms: kernels that differ only in how they read their operand are compiled separately;
+  remove it when `benchmarks/dots.py` shows equal times to compile.
+- `arithmetic.by_vectors`: kernels for arrays of equal size and different shape are compiled
+  separately. Remove it when `test_product_compiles_few_kernels` passes without it.
 - `arithmetic.materialize`: a value per block is computed again for each element; MX formats take 2
   to 7 times as long, and products of K-quants in parts 4 times. Remove it when
   `benchmarks/quantizers.py` and `benchmarks/serving.py` show equal times without it.
@@ -33,6 +37,8 @@ says otherwise, and the check that passes without the workaround once the behavi
   adds one.
 - `meshes`: operations with several possible shardings raise under explicit axes. Remove it when
   `tests/test_meshes.py` passes without it.
+- `processes`: `numpy.asarray` raises for an array with parts on other processes. Remove
+  `host_array` when it gathers them.
 - `compat`: jaxprs are private and differ between versions. Remove the branch in `loop_counts` with
   the support for JAX 0.10.
 - `serialization`: Flax looks up pytrees by class and `jax.export` by name. These are their

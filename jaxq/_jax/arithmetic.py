@@ -9,9 +9,10 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, where
+from jaxq._base.shapes import is_symbolic
 from jaxq._jax.opaque import by_platform
 
-__all__ = ["barrier", "divide", "materialize", "reciprocal", "rounded", "spread"]
+__all__ = ["barrier", "by_vectors", "divide", "materialize", "reciprocal", "rounded", "spread"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -24,6 +25,25 @@ def materialize(x: jax.Array) -> jax.Array:
     """
     bits = lax.rem(lax.bitcast_convert_type(x, jnp.uint32), np.uint32(2**32 - 1))
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def by_vectors(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Applies an elementwise function to arrays with one value per block.
+
+    On a single device the function gets vectors, so that XLA on CPU, which compiles equal kernels
+    once, compiles one for all tensors with the same number of blocks. On several devices an axis
+    may be sharded, so the arrays keep their shape.
+
+    Args:
+      function: a function of arrays of equal shape that returns a tree of arrays of that shape and
+        of scalars.
+      arrays: its arguments.
+    """
+    shape = arrays[0].shape
+    if jax.device_count() > 1 or any(map(is_symbolic, shape)):
+        return function(*arrays)
+    results = function(*(x.reshape(-1) for x in arrays))
+    return jax.tree.map(lambda y: y.reshape(shape) if y.ndim else y, results)
 
 
 def spread(bits: jax.Array, like: jax.Array) -> jax.Array:
@@ -58,18 +78,26 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     return by_platform(_divide_by_array, _divide_in_integers, a, b)
 
 
-def reciprocal(x: jax.Array) -> jax.Array:
-    """Returns correctly rounded float32 reciprocals on every backend, for nonzero numbers.
+def reciprocal(x: jax.Array, numerator: float = 1.0) -> jax.Array:
+    """Returns a positive number divided by each element, correctly rounded on every backend.
 
-    XLA on CPU does not rewrite `1 / x`, so unlike in `divide` the operands are not hidden from it.
+    XLA on CPU does not rewrite the division of a constant, so unlike in `divide` the operands are
+    not hidden from it. Zeros and subnormal numbers give an infinity of their sign.
     """
-    one = jnp.ones_like(x)
-    return by_platform(lax.div, _divide_in_integers, one, x)
+    return by_platform(lax.div, _reciprocal_in_integers, jnp.full_like(x, numerator), x)
 
 
 def _divide_by_array(a: jax.Array, b: jax.Array) -> jax.Array:
     """Divides on platforms with correctly rounded division, hiding the broadcast from XLA."""
     return lax.div(a, lax.add(b, _zeros(a)))
+
+
+def _reciprocal_in_integers(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Divides by an array that may hold zeros, on platforms without correctly rounded division."""
+    bits = _FLOAT32.bits(b)
+    infinity = _FLOAT32.floats(bits & _FLOAT32.sign | _FLOAT32.inf)
+    is_zero = (bits & _FLOAT32.magnitude_mask) < _FLOAT32.shifted(1)
+    return where(is_zero, infinity, _divide_in_integers(a, b))
 
 
 def _zeros(like: jax.Array) -> jax.Array:

@@ -97,13 +97,21 @@ def _pairs(data: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def _bits(shape: tuple[int, ...], data: jax.Array) -> jax.Array:
-    words = [jnp.broadcast_to(data[i], shape) for i in range(2)]
+    # XLA on CPU would compile a kernel for the positions in an array of several axes. On several
+    # devices an axis may be sharded, so the array keeps its shape.
+    used = (math.prod(shape),) if jax.device_count() == 1 else shape
+    words = [jnp.broadcast_to(data[i], used) for i in range(2)]
+    return lax.bitwise_xor(*_cipher(words, _places(used) + words[1])).reshape(shape)
+
+
+def _places(shape: tuple[int, ...]) -> jax.Array:
+    """Returns the positions of the elements in a flattened array."""
     places = jnp.zeros(shape, jnp.uint32)
     for axis, n in enumerate(shape):
         if n > 1:
             stride = np.uint32(math.prod(shape[axis + 1 :]))
             places = places + lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-    return lax.bitwise_xor(*_cipher(words, places + words[1]))
+    return places
 
 
 def _cipher(words: Sequence[jax.Array], second: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -61,8 +61,12 @@ def largest(x: jax.Array) -> jax.Array:
     """Returns the maximum of all elements of a non-negative int32 array, 0 if there are none.
 
     XLA on CPU compiles a reduction along more than 32 elements to three loops: it fuses neither the
-    computation of x nor the last step into the reduction.
+    computation of x nor the last step into the reduction. All axes are therefore divided.
     """
+    if x.ndim == 1 and not is_symbolic(x.size) and jax.device_count() == 1:
+        x = x.reshape(_lengths(x.size))
+        x = lax.max(lax.reduce_max(x, range(1, x.ndim)), np.int32(0))
+        return lax.max(lax.reduce_max(x, (0,)), np.int32(0))
     shape: list[Any] = []
     outer = []
     for n in x.shape:
@@ -207,6 +211,15 @@ def _halves(combine: Callable, x: jax.Array, axis: int) -> jax.Array:
     half = -(-n // 2)
     low = lax.slice_in_dim(x, 0, half, axis=axis)
     return combine(low, lax.slice_in_dim(x, n - half, n, axis=axis))
+
+
+def _lengths(n: int) -> list[int]:
+    """Divides an axis into axes of at most `_STRIDED` elements, as far as the length permits."""
+    lengths = []
+    while n > _STRIDED and (step := _step(n)) > 1:
+        lengths.append(step)
+        n //= step
+    return [n, *lengths]
 
 
 def _step(n: int) -> int:

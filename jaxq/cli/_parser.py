@@ -278,6 +278,11 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
         help="an importance matrix for GGUF types: a .gguf that llama-imatrix wrote",
     )
     parser.add_argument(
+        "--dynamic-activations",
+        action="store_true",
+        help="vLLM also quantizes the inputs of int8 or float8_e4m3fn weights, per token",
+    )
+    parser.add_argument(
         "--min-axes",
         type=int,
         default=2,

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
             f"the output must end in .safetensors or .gguf, or --to must name its kind, got "
             f"{args.output}"
         )
+    if args.dynamic_activations and target != "compressed-tensors":
+        raise UsageError("--dynamic-activations applies to --to compressed-tensors only")
     rules = _rules(args, target)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_tensors(args.file))
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
             conversion=conversion,
             config=config,
             metadata=metadata,
+            dynamic_activations=args.dynamic_activations,
         )
         try:
             WRITERS[target](args.output, job)

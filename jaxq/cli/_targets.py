@@ -84,6 +84,7 @@ class Job:
       conversion: the conversion of a Hugging Face model to GGUF; None to keep names and layouts.
       config: the content of the model's `config.json`.
       metadata: further metadata of a GGUF file, such as the tokenizer.
+      dynamic_activations: as in `compressed_tensors.write`.
     """
 
     file: TensorFile
@@ -95,6 +96,7 @@ class Job:
     conversion: gguf.Conversion | None
     config: Mapping[str, Any]
     metadata: Mapping[str, Any]
+    dynamic_activations: bool
 
     def values(self, plan: Plan) -> np.ndarray:
         """Returns the tensor of a plan in float32, in the layout of the output."""
@@ -304,7 +306,7 @@ def _write_compressed_tensors(path: str, job: Job) -> None:
     config = {key: value for key, value in job.config.items() if key != "quantization"}
     folder = job.file.path if job.file.path.is_dir() else job.file.path.parent
     files = [] if not config else sorted(f for f in folder.iterdir() if _is_copied(f))
-    task = compressed_tensors.Job(shapes, read, config, files=files)
+    task = compressed_tensors.Job(shapes, read, config, job.dynamic_activations, files)
     try:
         compressed_tensors.write_streamed(path, task)
     except ValueError as error:

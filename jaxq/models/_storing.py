@@ -319,14 +319,22 @@ def _check_whole(piece: Piece, shape: tuple[int, ...], recipe: Recipe, leading: 
     )
     if not whole:
         raise _CannotStoreError(f"{piece.path!r} is not multiplied whole, as its recipe needs")
-    if recipe.scaling.second_level == "blocks" or recipe.outliers is not None:
+    outliers = recipe.outliers
+    if outliers is not None and len(leaf_digits) < len(digits):
+        raise _CannotStoreError(f"{piece.path!r} is repeated, which outliers do not support")
+    # The mean and deviation of `sigma` are float sums, whose last bit depends on the order.
+    is_ordered = outliers is not None and outliers.sigma is not None
+    if recipe.scaling.second_level == "blocks" or is_ordered:
         order = [(d.axis, -d.stride) for d in leaf_digits]
         if (
             len(leaf_digits) < len(digits)
             or order != sorted(order)
             or any(d.flipped for d in leaf_digits)
         ):
-            raise _CannotStoreError(f"{piece.path!r} is multiplied with its axes in another order")
+            raise _CannotStoreError(
+                f"{piece.path!r} is multiplied with its axes in another order; contract its own "
+                "axes by jnp.einsum, or store it in that order"
+            )
 
 
 def _converted(x: jax.Array, step: Any) -> jax.Array:

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import where
 from jaxq._base.cutting import Cut
+from jaxq._jax.arithmetic import barrier
 from jaxq._jax.draws import bits
 from jaxq._jax.meshes import as_first, automatic
 
@@ -89,33 +90,35 @@ class Hadamard:
 @functools.partial(jax.jit, static_argnames="lengths")
 @automatic(as_first)
 def _transformed(x: jax.Array, signs: jax.Array, lengths: tuple[tuple[int, int], ...]) -> jax.Array:
+    # Without the barrier, XLA on CPU compiles the transform again for each way to compute x.
+    x = barrier(x)
     sizes = dict(lengths)
     cut = Cut(x.shape, tuple(sizes.get(axis, 1) for axis in range(x.ndim)))
     by_axis = signs.reshape(tuple(sizes.values())).transpose(np.argsort([*sizes]))
     within = [n for axis in range(x.ndim) for n in (1, sizes.get(axis, 1))]
-    y = cut.split(x) * by_axis.reshape(within)
+    y, factors = cut.split(x), by_axis.reshape(within)
+    if x.ndim - 1 in sizes:  # XLA on CPU would not vectorize the whole transform in one kernel.
+        y, factors = y * factors, None
     for axis, length in reversed(lengths):
-        y = _butterflies(y, 2 * axis + 1, length)
+        y, factors = _butterflies(y, 2 * axis + 1, length, factors), None
     return cut.merge(y * np.float32(1 / math.sqrt(signs.size)))
 
 
-def _butterflies(y: jax.Array, axis: int, length: int) -> jax.Array:
-    """Applies the unscaled transform along a whole axis, two steps of the fast transform at a time.
+def _butterflies(y: jax.Array, axis: int, length: int, factors: jax.Array | None) -> jax.Array:
+    """Applies the unscaled transform along a whole axis to y times factors.
 
-    Each pass adds groups of neighbors and puts their sums far apart, so that all passes are the
-    same program.
+    Each pass adds pairs of neighbors and puts their sums and differences far apart, so that all
+    passes are the same program.
     """
-    before, after = y.shape[:axis], y.shape[axis + 1 :]
-    left = length
-    while left > 1:
-        radix = 4 if left % 4 == 0 else 2
-        groups = y.reshape(*before, length // radix, radix, *after)
-        sums = [lax.index_in_dim(groups, i, axis + 1, keepdims=False) for i in range(radix)]
-        for half in (1, 2)[: radix // 2]:
-            for i in range(radix):
-                if not i & half:
-                    a, b = sums[i], sums[i + half]
-                    sums[i], sums[i + half] = a + b, a - b
-        y = jnp.stack(sums, axis=axis).reshape(*before, length, *after)
-        left //= radix
+    signs = np.float32([1, -1]).reshape((1,) * axis + (2,) + (1,) * (y.ndim - axis))
+    for _ in range(length.bit_length() - 1):
+        pairs = [_every_second(y, axis, i) for i in range(2)]
+        if factors is not None:
+            pairs = [x * _every_second(factors, axis, i) for i, x in enumerate(pairs)]
+        y, factors = (pairs[0] + pairs[1] * signs).reshape(y.shape), None
     return y
+
+
+def _every_second(x: jax.Array, axis: int, start: int) -> jax.Array:
+    """Returns every second element along an axis, with a new axis of length 1 in front of it."""
+    return lax.expand_dims(lax.slice_in_dim(x, start, None, 2, axis), (axis,))

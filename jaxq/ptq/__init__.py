@@ -18,11 +18,11 @@ from jaxq.ptq._input_scalers import (
     SmoothQuant,
     get_input_scaler,
 )
-from jaxq.ptq._learn_rounding import LearnedBlock, RoundingReport, learn_rounding
+from jaxq.ptq._learn_rounding import learn_rounding
 from jaxq.ptq._observe import ObservedInputs, observe
 from jaxq.ptq._owq import owq
 from jaxq.ptq._quantize_weights import quantize_weights
-from jaxq.ptq._reports import Report, SolvedProduct
+from jaxq.ptq._reports import LearnedBlock, Report, RoundingReport, SolvedProduct
 from jaxq.ptq._rotate_inputs import InputRotations, rotate_inputs
 from jaxq.ptq._rounding_methods import (
     ROUNDING_METHODS,

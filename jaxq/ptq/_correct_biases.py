@@ -11,6 +11,7 @@ from jax import numpy as jnp
 
 from jaxq._base.registry import nearest_names
 from jaxq._base.tables import Table, Tabular
+from jaxq._jax.processes import host_array
 from jaxq.models import Product, Rules, not_floating
 from jaxq.ptq._calibration_calls import Model, read_calls
 from jaxq.ptq._collectors import MatrixLayout, shared_inputs
@@ -283,7 +284,7 @@ class _CorrectionRun:
         """Subtracts a shift from a bias, or from one layer of a stacked bias."""
         at = self._paths.index(path)
         if at not in self._new:
-            self._new[at] = np.array(self._packed[at], np.float32)
+            self._new[at] = np.array(host_array(self._packed[at]), np.float32)
         layers = self._new[at].reshape((*stacks, -1))  # A view, since the array is contiguous.
         layers[iterations] -= shift.reshape(-1)
 

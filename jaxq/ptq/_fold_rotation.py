@@ -10,6 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq._base.registry import nearest_names
+from jaxq._jax.processes import host_array
 from jaxq.models import LOOK_UP, not_floating, plan
 from jaxq.ptq._input_changes import relative_difference
 
@@ -255,14 +256,14 @@ def _fold_leaves(
     norms: Sequence[Norm],
 ) -> dict[str, Any]:
     """Returns the leaves after the scales of norms and a rotation are folded into them."""
-    wide = {path: np.asarray(leaves[path]).astype(np.float64) for path in axes}
+    wide = {path: host_array(leaves[path]).astype(np.float64) for path in axes}
     new = dict(leaves)
     for norm in norms:
-        scale = np.asarray(leaves[norm.scale]).astype(np.float64) + norm.offset
+        scale = host_array(leaves[norm.scale]).astype(np.float64) + norm.offset
         for path in norm.readers:
             wide[path] = _scale_axis(path, wide[path], scale, axes[path])
         if norm.bias is not None:
-            bias = np.asarray(leaves[norm.bias]).astype(np.float64)
+            bias = host_array(leaves[norm.bias]).astype(np.float64)
             bias = _rotate_axis(norm.bias, _divide_bias(norm, bias, scale), matrix, -1)
             new[norm.bias] = _convert_like(bias, leaves[norm.bias])
         ones = np.full(scale.shape, 1 - norm.offset)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._jax.processes import host_array
 from jaxq.models import Product
 from jaxq.ptq._calibration_calls import Calls, Model
 
@@ -102,7 +103,7 @@ def relative_difference(before: Any, after: Any) -> float:
     """Returns the first relative difference of floating results beyond the tolerance, or 0."""
     pairs = zip(_floats(before), _floats(after), strict=True)
     for x, y in pairs:
-        expected, actual = (np.asarray(value, np.float64) for value in (x, y))
+        expected, actual = (host_array(value).astype(np.float64) for value in (x, y))
         norm = np.sqrt(np.sum(expected**2))
         error = float(np.sqrt(np.sum((expected - actual) ** 2)) / (norm or 1.0))
         if error > _TOLERANCES.get(str(jnp.asarray(x).dtype), _DEFAULT_TOLERANCE):

@@ -1,4 +1,4 @@
-"""A folder that stores solved products, so that an interrupted run can be resumed."""
+"""A folder that stores solved products or learned blocks, so that a run can be resumed."""
 
 import dataclasses
 import hashlib
@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from jaxq._jax import compat
+from jaxq._jax.processes import holds_on_all_processes, host_array, spans_processes
 from jaxq.interop import load, save
 from jaxq.models import weight_of
 from jaxq.ptq._calibration_calls import Calls, Model
-from jaxq.ptq._reports import SolvedProduct
 from jaxq.quantizers import Quantized
 
 __all__ = ["Entry", "Journal", "journal_of"]
@@ -23,43 +23,53 @@ _RUN = "run.safetensors"
 
 
 class Entry(NamedTuple):
-    """A solved product in a journal.
+    """A solved product or a learned block in a journal.
 
     Attributes:
-      row: its row of the report.
-      packed: the packed leaves, or rows of leaves, of its weight.
+      row: its row of the report, a flat record of strings and numbers.
+      packed: its packed leaves, or rows of leaves.
     """
 
-    row: SolvedProduct
-    packed: list[Quantized]
+    row: Any
+    packed: Sequence[Quantized]
 
 
 @dataclasses.dataclass(frozen=True)
 class Journal:
-    """A folder with one file per solved product. Files appear in it only when they are complete.
+    """A folder with one file per entry. Files appear in it only when they are complete.
 
     Attributes:
       folder: the folder.
+      row_type: the class of the rows.
+      is_shared: True if several processes compute the entries together. An entry is then read only
+        if all of them have it.
     """
 
     folder: pathlib.Path
+    row_type: type
+    is_shared: bool
 
     def _path(self, number: int) -> pathlib.Path:
         return self.folder / f"{number:05}.safetensors"
 
     def read(self, number: int) -> Entry | None:
-        """Returns the product at a position in the order of solving, or None if it is missing."""
+        """Returns the entry at a position in the order of the run, or None if it is missing."""
         path = self._path(number)
-        if not path.exists():
+        exists = path.exists()
+        if not (holds_on_all_processes(exists) if self.is_shared else exists):
             return None
         tree = load(path)
         fields = dict(zip(tree["names"], np.asarray(tree["numbers"]).tolist(), strict=True))
-        integers = {name: int(fields[name]) for name in ("tokens", "inputs")}
-        row = SolvedProduct(**{**fields, **integers, **tree["texts"]})
+        integers = {
+            field.name: int(fields[field.name])
+            for field in dataclasses.fields(self.row_type)
+            if field.type is int
+        }
+        row = self.row_type(**{**fields, **integers, **tree["texts"]})
         return Entry(row, tree["packed"])
 
     def write(self, number: int, entry: Entry) -> None:
-        """Stores the product at a position in the order of solving."""
+        """Stores the entry at a position in the order of the run."""
         fields = dataclasses.asdict(entry.row)
         texts = {name: value for name, value in fields.items() if isinstance(value, str)}
         names = [name for name in fields if name not in texts]
@@ -67,37 +77,45 @@ class Journal:
             "texts": texts,
             "names": names,
             "numbers": np.array([fields[name] for name in names], np.float64),
-            "packed": entry.packed,
+            "packed": jax.tree.map(host_array, entry.packed),
         }
         save(self._path(number), tree)
 
 
-def journal_of(folder: pathlib.Path, calls: Calls, model: Model, settings: Any) -> Journal:
+def journal_of(
+    folder: pathlib.Path, calls: Calls, model: Model, settings: Any, row_type: type
+) -> Journal:
     """Returns the journal of a run in a folder, which is created if it does not exist.
+
+    If several processes run the model together, each has a folder of its own in this folder.
 
     Args:
       folder: the folder.
       calls: the calls of the model, with the parameters and batches.
       model: the planned model.
       settings: the other settings of the run, compared by their `repr`.
+      row_type: the class of the rows.
 
     Raises:
       ValueError: if the folder holds another run or other files.
     """
     run = _fingerprint(calls, model, settings)
+    is_shared = any(map(spans_processes, _arrays(calls)))
+    if is_shared:
+        folder = folder / f"process{jax.process_index()}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _RUN
     stored = load(path)["run"] if path.exists() else None
     if stored != run and (stored is not None or any(folder.iterdir())):
-        contents = "products of another run" if stored else "other files"
+        contents = "parts of another run" if stored else "other files"
         raise ValueError(
             f"{calls.owner}: `resume` must be a new folder, or that of a run with the same model, "
-            f"rules, solver, params and batches, but {folder.name!r} holds {contents}. Pass "
+            f"rules, settings, params and batches, but {folder.name!r} holds {contents}. Pass "
             "another folder, or remove this one."
         )
     if stored is None:
         save(path, {"run": run})
-    return Journal(folder)
+    return Journal(folder, row_type, is_shared)
 
 
 def _fingerprint(calls: Calls, model: Model, settings: Any) -> str:
@@ -111,12 +129,15 @@ def _fingerprint(calls: Calls, model: Model, settings: Any) -> str:
     # The addresses of functions differ between processes.
     text = re.sub(r"0x[0-9a-f]+", "", "\n".join(texts))
     digest = hashlib.sha256(text.encode())
-    module = None if jax.tree_util.all_leaves([calls.fn]) else calls.fn
-    for leaf in _arrays([module, calls.calls, calls.masks]):
-        digest.update(repr((leaf.shape, leaf.dtype)).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+    for leaf in _arrays(calls):
+        values = host_array(leaf)
+        digest.update(repr((values.shape, values.dtype)).encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
 
 
-def _arrays(tree: Any) -> Sequence[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if compat.is_array(leaf)]
+def _arrays(calls: Calls) -> list[Any]:
+    """Returns the parameters, the arrays of all batches and their masks."""
+    module = None if jax.tree_util.all_leaves([calls.fn]) else calls.fn
+    leaves = jax.tree.leaves([module, calls.calls, calls.masks])
+    return [leaf for leaf in leaves if compat.is_array(leaf)]

@@ -1,13 +1,14 @@
 """Learned rounding of the weights of a model, block by block (`learn_rounding`)."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.tables import Table, Tabular
 from jaxq._jax import compat
 from jaxq.models import Planned, Program, Rules, plan, program
 from jaxq.ptq._block_training import (
@@ -19,7 +20,9 @@ from jaxq.ptq._block_training import (
     relative_error,
 )
 from jaxq.ptq._calibration_calls import Calls, Model, read_calls, without_weight
+from jaxq.ptq._journal import Entry, journal_of
 from jaxq.ptq._leaf_states import replace_parameters
+from jaxq.ptq._reports import LearnedBlock, RoundingReport
 from jaxq.ptq._rounding_methods import (
     Rounded,
     RoundingMethod,
@@ -27,60 +30,12 @@ from jaxq.ptq._rounding_methods import (
     get_rounding_method,
 )
 from jaxq.ptq._solvers import check_recipe
-from jaxq.quantizers import numbers_of, with_levels
+from jaxq.quantizers import Quantized, numbers_of, with_levels
 
-__all__ = ["LearnedBlock", "RoundingReport", "learn_rounding"]
+__all__ = ["learn_rounding"]
 
 _OWNER = "ptq.learn_rounding"
 _MEASUREMENTS = 20  # The number of times that the rounded weights of a block are measured.
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnedBlock:
-    """The progress or the result of one block.
-
-    Attributes:
-      block: the index of the block.
-      step: the number of steps so far; in a report, the step at which the best weights were found.
-      rtn: the squared error of the block's outputs with rounding to nearest, relative to the power
-        of the float outputs.
-      loss: the same error with the best weights so far.
-      weights: the number of leaves whose rounding is learned.
-      note: the weights that the rules quantize but that are not stored, with the reasons; or "".
-
-    Example:
-      >>> from jaxq import ptq
-      >>> block = ptq.LearnedBlock(block=0, step=200, rtn=0.02, loss=0.01, weights=3)
-      >>> block.loss < block.rtn
-      True
-    """
-
-    block: int
-    step: int
-    rtn: float
-    loss: float
-    weights: int
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class RoundingReport(Tabular):
-    """The report of `jaxq.ptq.learn_rounding`. Prints as a table.
-
-    Attributes:
-      rows: the blocks, in order.
-
-    Example:
-      >>> from jaxq import ptq
-      >>> row = ptq.LearnedBlock(block=0, step=200, rtn=0.02, loss=0.01, weights=3)
-      >>> ptq.RoundingReport((row,)).rows[0].step
-      200
-    """
-
-    rows: tuple[LearnedBlock, ...]
-
-    def _table(self) -> Table:
-        return Table(self.rows)
 
 
 def learn_rounding(
@@ -90,6 +45,7 @@ def learn_rounding(
     method: str | RoundingMethod = "signround",
     mask: Callable[..., Any] | None = None,
     progress: Callable[[LearnedBlock], None] | None = None,
+    resume: str | pathlib.Path | None = None,
 ) -> Callable[..., tuple[list[Any], RoundingReport]]:
     """Returns a function that packs the weights of a list of blocks, with learned rounding.
 
@@ -112,6 +68,8 @@ def learn_rounding(
         padding. Its shape must be a prefix of the shape of every output. None (the default) uses
         all tokens.
       progress: a function that is called with the state of a block after each measurement.
+      resume: a folder in which each learned block is stored as one file, or None, as in
+        `jaxq.ptq.quantize_weights`.
 
     Returns:
       A function `(params, batches, *, key) -> (packed, RoundingReport)`. `params` is a sequence
@@ -163,7 +121,8 @@ def learn_rounding(
                 "layers)."
             )
         calls = read_calls(_OWNER, model, mask, (list(params), batches))
-        return _LearningRun(calls, blocks, resolved, progress).run(rules, key)
+        run = _LearningRun(calls, blocks, resolved, progress)
+        return run.run(rules, key, None if resume is None else pathlib.Path(resume))
 
     return learned
 
@@ -201,10 +160,22 @@ class _LearningRun:
         self._progress = progress or (lambda _: None)
         self._trainers = Trainers(method)
 
-    def run(self, rules: Rules, key: jax.Array) -> tuple[list[Any], RoundingReport]:
-        """Learns all blocks and returns the packed parameters and the report."""
+    def run(
+        self, rules: Rules, key: jax.Array, folder: pathlib.Path | None
+    ) -> tuple[list[Any], RoundingReport]:
+        """Learns all blocks and returns the packed parameters and the report.
+
+        Args:
+          rules: the rules.
+          key: the key for the order of the batches.
+          folder: the folder of learned blocks, or None.
+        """
         model = self._calls.plan(rules)
         self._check(model)
+        journal = None
+        if folder is not None:
+            settings = self._method, np.asarray(jax.random.key_data(key)).tolist()
+            journal = journal_of(folder, self._calls, model, settings, LearnedBlock)
         example, first, rows, packed = self._calls.calls[0][1:], _Offsets(), [], []
         floats = _stacked([call[1:] for call in self._calls.calls])
         quantized = floats
@@ -217,7 +188,14 @@ class _LearningRun:
             floats = self._trainers.get(float_program, ()).outputs({}, block.arrays, floats)
             trainer = self._trainers.get(block.program(), tuple(block.leaves))
             data = Data(quantized, floats, masks)
-            row, best = self._learn_block(block, trainer, data, jax.random.fold_in(key, k))
+            entry = None if journal is None else journal.read(k)
+            if entry is not None:
+                row, best = entry.row, block.levels_of(entry.packed)
+                self._progress(row)
+            else:
+                row, best = self._learn_block(block, trainer, data, jax.random.fold_in(key, k))
+                if journal is not None:
+                    journal.write(k, Entry(row, block.packed_leaves(best)))
             quantized = trainer.outputs(trainer.values(best), block.arrays, quantized)
             packed.append(block.packed(best))
             rows.append(row)
@@ -344,6 +322,15 @@ class _PlannedBlock:
             )
             for i, storage in self._storages.items()
         }
+
+    def packed_leaves(self, choice: dict[int, Rounded]) -> list[Quantized]:
+        """Returns the learned leaves with stored weights."""
+        return [with_levels(*choice[leaf.index]) for leaf in self.leaves]
+
+    def levels_of(self, packed: Sequence[Quantized]) -> dict[int, Rounded]:
+        """Returns the levels of learned leaves, the inverse of `packed_leaves`."""
+        pairs = zip(self.leaves, packed, strict=True)
+        return {leaf.index: Rounded(q, numbers_of(q)) for leaf, q in pairs}
 
     def packed(self, choice: dict[int, Rounded]) -> Any:
         """Returns the parameters of the block with stored weights."""

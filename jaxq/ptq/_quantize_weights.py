@@ -61,7 +61,8 @@ def quantize_weights(
       progress: a function that is called with the report of each solved product.
       resume: a folder in which each solved product is stored as one file, or None. Products that an
         interrupted run with the same model, rules, solver and batches stored there are not solved
-        again, and the result equals that of an uninterrupted run.
+        again, and the result equals that of an uninterrupted run. If the batches are sharded over
+        several processes, each process has a folder of its own within this folder.
 
     Returns:
       A function `(params, batches) -> (packed, Report)`, or `(batches) -> (packed, Report)` if `fn`
@@ -107,7 +108,10 @@ def quantize_weights(
         model = calls.plan(rules)
         solving = SolverRun(calls.owner, model, record, progress)
         if resume is not None:
-            solving.journal = journal_of(pathlib.Path(resume), calls, model, (record, sequential))
+            settings = record, sequential
+            solving.journal = journal_of(
+                pathlib.Path(resume), calls, model, settings, SolvedProduct
+            )
         runner = model_runner(calls, model, solving.leaves, solving.solve)
         root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)

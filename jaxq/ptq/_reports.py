@@ -1,4 +1,4 @@
-"""The report of `quantize_weights`."""
+"""The reports of `quantize_weights` and `learn_rounding`."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxq._base.tables import Table, Tabular
 
-__all__ = ["Report", "SolvedProduct"]
+__all__ = ["LearnedBlock", "Report", "RoundingReport", "SolvedProduct"]
 
 _SHOWN = 24  # The number of rows printed of a longer report: fallbacks, then the largest losses.
 
@@ -125,3 +125,51 @@ _LOSSES = ("rtn", "loss")
 def _line(row: SolvedProduct) -> _Line:
     values = (getattr(row, field.name) for field in dataclasses.fields(_Line))
     return _Line(*values)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedBlock:
+    """The progress or the result of one block.
+
+    Attributes:
+      block: the index of the block.
+      step: the number of steps so far; in a report, the step at which the best weights were found.
+      rtn: the squared error of the block's outputs with rounding to nearest, relative to the power
+        of the float outputs.
+      loss: the same error with the best weights so far.
+      weights: the number of leaves whose rounding is learned.
+      note: the weights that the rules quantize but that are not stored, with the reasons; or "".
+
+    Example:
+      >>> from jaxq import ptq
+      >>> block = ptq.LearnedBlock(block=0, step=200, rtn=0.02, loss=0.01, weights=3)
+      >>> block.loss < block.rtn
+      True
+    """
+
+    block: int
+    step: int
+    rtn: float
+    loss: float
+    weights: int
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RoundingReport(Tabular):
+    """The report of `jaxq.ptq.learn_rounding`. Prints as a table.
+
+    Attributes:
+      rows: the blocks, in order.
+
+    Example:
+      >>> from jaxq import ptq
+      >>> row = ptq.LearnedBlock(block=0, step=200, rtn=0.02, loss=0.01, weights=3)
+      >>> ptq.RoundingReport((row,)).rows[0].step
+      200
+    """
+
+    rows: tuple[LearnedBlock, ...]
+
+    def _table(self) -> Table:
+        return Table(self.rows)

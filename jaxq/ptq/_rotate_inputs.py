@@ -10,6 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq._base.tables import Table, Tabular
+from jaxq._jax.processes import host_array
 from jaxq._jax.serialization import pytree
 from jaxq.models import Rules
 from jaxq.products import Hadamard
@@ -218,7 +219,7 @@ class _RotationRun:
             self._signs[first.name] = jax.random.rademacher(key, shape).astype(jnp.float32)
         signs = self._signs[first.name][occurrence.iterations].reshape(batch, inputs)
         for leaf in {key.leaf for key in view.keys} - self._arrays.keys():
-            self._arrays[leaf] = np.array(self._planned.traced.arrays[leaf])
+            self._arrays[leaf] = np.array(host_array(self._planned.traced.arrays[leaf]))
         # The values of the leaves, because `view.x` is rounded to the dtype of the product.
         old = [np.asarray(self._arrays[k.leaf][k.rows], np.float32) for k in view.keys]
         weight = layout.matrices(view.move(*map(jnp.asarray, old)))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._jax.processes import host_array
 from jaxq.models import Rules, weight_of
 from jaxq.products import Axes, placed
 from jaxq.ptq._calibration_calls import Model, read_calls
@@ -212,7 +213,7 @@ class _ScalingRun:
     def _multiply(self, key: LeafKey, factor: jax.Array) -> None:
         """Multiplies a leaf, or one row of it, by a factor."""
         if key.leaf not in self._arrays:
-            self._arrays[key.leaf] = np.array(self._planned.traced.arrays[key.leaf])
+            self._arrays[key.leaf] = np.array(host_array(self._planned.traced.arrays[key.leaf]))
         array = self._arrays[key.leaf]
         array[key.rows] = array[key.rows].astype(np.float32) * np.asarray(factor)
 

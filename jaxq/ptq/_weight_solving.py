@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 from jax import numpy as jnp
 
 from jaxq.ptq._collectors import MatrixLayout
@@ -162,17 +163,15 @@ def _block_numbers(
 
 def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWeight:
     """Solves a weight, and stores its most sensitive inputs as outliers of its leaf."""
-    view, problem, axes = stack.view, stack.problem, stack.layout.axes
-    key, *others = view.keys
-    start, hessian = leaves.state(key).start, problem.statistics.hessian
+    view, problem = stack.view, stack.problem
+    key = view.keys[0]
+    state, hessian = leaves.state(key), problem.statistics.hessian
     assert hessian is not None, "all products to solve have one"
-    source = stack.occurrence.frame.sources.get(stack.occurrence.variable)
-    is_leaf = isinstance(source, LeafKey) and not others
-    is_matrix = len(axes.contract) == 1 and not axes.batch and start.ndim == len(start.block)
+    axis = _input_axis(stack, state.start)
     result = None
-    if is_leaf and is_matrix:
+    if axis is not None:
         settings = Settings(solver.damping, solver.order)
-        result = owq_leaf(start, view.x, hessian[0], axes.contract[0], settings)
+        result = owq_leaf(state.start, state.x, hessian[0], axis, settings)
     if result is None:
         matrices = solve_matrices(problem, stack.recipes, solver)
         return SolvedWeight(view, matrices, "no inputs are stored as outliers")
@@ -180,11 +179,32 @@ def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWe
     before = solve_matrices(problem, stack.recipes, RTN()).before
     leaves.rescale(key, q)
     new = stack.retraced()
-    chosen = new.problem._replace(nearest=stack.layout.matrices(numbers_of(q)))
+    chosen = new.problem._replace(nearest=stack.layout.matrices(view.move(numbers_of(q))))
     matrices = solve_matrices(chosen, stack.recipes, RTN())
     if bool(is_solved) and bool(jnp.sum(matrices.after) <= jnp.sum(before)):
         damping = jnp.full_like(before, solver.damping)
         return SolvedWeight(new.view, matrices._replace(before=before, damping=damping), "")
-    leaves.rescale(key, start)
+    leaves.rescale(key, state.start)
     matrices = solve_matrices(problem, stack.recipes, solver)
     return SolvedWeight(view, matrices, "inputs stored as outliers have a larger loss")
+
+
+def _input_axis(stack: WeightStack, start: Quantized) -> int | None:
+    """Returns the axis of a leaf along which the inputs of its product lie.
+
+    None if the weight is not one matrix that consists of the whole leaf.
+
+    Args:
+      stack: the weight.
+      start: its first leaf.
+    """
+    view, axes = stack.view, stack.layout.axes
+    is_matrix = len(axes.contract) == 1 and not axes.batch and start.ndim == len(start.block)
+    if len(view.keys) > 1 or not is_matrix or math.prod(start.shape) != view.x.size:
+        return None
+    index = lax.broadcasted_iota(jnp.int32, view.x.shape, axes.contract[0])
+    for axis in range(start.ndim):
+        own = lax.broadcasted_iota(jnp.int32, start.shape, axis)
+        if bool(jnp.array_equal(view.move(own), index)):
+            return axis
+    return None

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import Layout, where
 from jaxq._base.cutting import Cut
 from jaxq._jax import arithmetic
-from jaxq._jax.arithmetic import divide, materialize
+from jaxq._jax.arithmetic import by_vectors, divide, materialize
 from jaxq._jax.reductions import reduced
 from jaxq.formats import Format, IntFormat, get_format
 from jaxq.numerics import cast
@@ -162,10 +162,12 @@ def in_units(
         return _times_power(x, scale, -1)
     if not reciprocal:
         return divide(x, where(scale == 0, np.float32(1), scale))
-    largest = np.finfo(np.float32).max
-    inverse = arithmetic.reciprocal(jnp.abs(scale))
-    inverse = where((scale == 0) | (inverse > largest), largest, inverse)  # NaN stays NaN.
-    return x * materialize(signed_as(inverse, scale))
+    return x * by_vectors(_inverse, scale)
+
+
+def _inverse(scale: jax.Array) -> jax.Array:
+    """Returns the rounded reciprocals of scales, at most FLT_MAX."""
+    return materialize(finite(arithmetic.reciprocal(scale)))
 
 
 def times(values: jax.Array, scale: jax.Array, scale_format: Format) -> jax.Array:

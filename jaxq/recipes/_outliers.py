@@ -29,7 +29,9 @@ class Outliers:
 
     Attributes:
       fraction: the share of elements to store as outliers, those of largest magnitude, rounded up
-        to a whole number of elements. In (0, 1).
+        to a whole number of elements. In (0, 1). If elements of equal magnitude do not all fit,
+        none of them is stored and their slots stay empty, so the choice does not depend on the
+        order of the elements.
       sigma: None, or the number of standard deviations from the mean beyond which an element is an
         outlier. The number of outliers then depends on the data, but array shapes cannot, so
         `fraction` is its bound: if there are more, the farthest are stored; if there are fewer,
@@ -128,10 +130,11 @@ class Outliers:
 
 
 def _largest(key: jax.Array, count: int) -> jax.Array:
-    """Returns the positions, ascending, of the largest non-negative integers; the first on ties.
+    """Returns the positions, ascending, of the largest non-negative integers.
 
-    The smallest selected integer is found bit by bit, with one count per bit: a sort takes seven
-    times as long.
+    Equal integers are selected together or, if there are too many, not at all. Unused positions are
+    the number of integers. The smallest selected integer is found bit by bit, with one count per
+    bit: a sort takes seven times as long.
     """
 
     def step(i: jax.Array, least: jax.Array) -> jax.Array:
@@ -140,9 +143,9 @@ def _largest(key: jax.Array, count: int) -> jax.Array:
         return jnp.where(enough, candidate, least)
 
     least = lax.fori_loop(np.int32(0), np.int32(31), step, np.int32(0))
-    above, equal = key > least, key == least
-    missing = count - jnp.sum(above, dtype=jnp.int32)
-    chosen = above | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= missing))
+    fits = jnp.sum(key >= least, dtype=jnp.int32) == count
+    chosen = (key > least) | ((key == least) & fits)
     rank = where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, np.int32(count))
     places = jnp.arange(key.size, dtype=jnp.int32)
-    return jnp.zeros(count, jnp.int32).at[rank].set(places, mode="drop", unique_indices=True)
+    empty = jnp.full(count, key.size, jnp.int32)
+    return empty.at[rank].set(places, mode="drop", unique_indices=True)

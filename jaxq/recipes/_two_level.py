@@ -1,7 +1,9 @@
 """Scalings with two levels, whose block scales are quantized so that few bits can store them."""
 
 import dataclasses
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, where
 from jaxq._base.shapes import as_number, is_symbolic
-from jaxq._jax.arithmetic import divide, materialize, reciprocal, spread
+from jaxq._jax.arithmetic import barrier, by_vectors, divide, materialize, reciprocal, spread
 from jaxq._jax.reductions import largest
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast
@@ -21,6 +23,22 @@ from jaxq.recipes._scaling import Scales, Scaling, StoredScales, symmetric_range
 __all__ = ["DoubleQuant", "TwoLevel"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
+
+
+class _Levels(NamedTuple):
+    """The scales of a tensor with two levels.
+
+    Attributes:
+      tried: the magnitude that the largest value of the grid represents in each block.
+      relative: the scale of each block without the tensor scale.
+      step: the scale of each block times the tensor scale.
+      top_bits: the bits of the largest magnitude of the tensor, a scalar.
+    """
+
+    tried: jax.Array
+    relative: jax.Array
+    step: jax.Array
+    top_bits: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -76,21 +94,28 @@ class TwoLevel(Scaling):
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
         """Returns the scales for a range; see `Scaling.scales`."""
         amax = ends[1]
-        tried = amax if factor is None else amax * factor
+        levels = functools.partial(self._levels, fmt)
+        factors = () if factor is None else (jnp.broadcast_to(factor, amax.shape),)
+        tried, relative, step, top_bits = by_vectors(levels, amax, *factors)
+        stored = StoredScales(relative, (reciprocal(self._enlarge(top_bits, fmt)),))
+        return Scales(step, step, stored, *symmetric_range(tried, fmt))
+
+    def _levels(self, fmt: Format, amax: jax.Array, *factors: jax.Array) -> _Levels:
+        """Returns the scales of blocks, whose amax is multiplied by the factors."""
+        # Otherwise the kernels differ in how they read amax.
+        amax = barrier(amax)
+        tried = functools.reduce(lax.mul, factors, amax)
         bits = _FLOAT32.bits(amax)
         top_bits = largest(where(bits <= _FLOAT32.inf, bits, np.int32(0)))
         enlarge = self._enlarge(spread(top_bits, amax), fmt)
         relative = tried * (enlarge * np.float32(1 / fmt.scaled_max))
         relative = cast(relative, get_format(self.scale_format), overflow="saturate")
-        step = materialize(relative * reciprocal(enlarge))
-        stored = StoredScales(relative, (reciprocal(self._enlarge(top_bits, fmt)),))
-        return Scales(step, step, stored, *symmetric_range(tried, fmt))
+        return _Levels(tried, relative, materialize(relative * reciprocal(enlarge)), top_bits)
 
     def _enlarge(self, top_bits: jax.Array, fmt: Format) -> jax.Array:
         """Returns the inverse of the tensor scale for the bits of the largest magnitude."""
-        top = _FLOAT32.floats(top_bits)
-        highest = np.float32(fmt.scaled_max * self.largest)
-        enlarge = lax.min(divide(jnp.full_like(top, highest), top), np.float32(2.0**126))
+        enlarge = reciprocal(_FLOAT32.floats(top_bits), fmt.scaled_max * self.largest)
+        enlarge = lax.min(enlarge, np.float32(2.0**126))
         return where(top_bits == 0, np.float32(1), enlarge)
 
     def restore(self, stored: StoredScales) -> jax.Array:

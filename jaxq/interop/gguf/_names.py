@@ -155,6 +155,10 @@ ARCHITECTURES: Registry[Architecture] = Registry(
     {
         "llama": _LLAMA,
         "mistral": _LLAMA,
+        "qwen2": Architecture("qwen2", _PROJECTIONS | _TWO_NORMS, False, False, False, _no_keys),
+        "qwen3": Architecture(
+            "qwen3", _PROJECTIONS | _TWO_NORMS | _HEAD_NORMS, False, False, False, _no_keys
+        ),
         "gemma": Architecture("gemma", _PROJECTIONS | _TWO_NORMS, False, True, True, _no_keys),
         "gemma2": Architecture(
             "gemma2", _PROJECTIONS | _FOUR_NORMS, False, True, True, _gemma2_keys
@@ -255,7 +259,7 @@ def conversion(config: Mapping[str, Any]) -> Conversion:
 
     Args:
       config: the content of its `config.json`. `model_type` must be one of `ARCHITECTURES`:
-        `"llama"`, `"mistral"`, `"gemma"`, `"gemma2"` or `"gemma3_text"`.
+        `"llama"`, `"mistral"`, `"qwen2"`, `"qwen3"`, `"gemma"`, `"gemma2"` or `"gemma3_text"`.
 
     Returns:
       The names and the layout of the tensors in GGUF, and the metadata of the architecture. For

@@ -72,8 +72,8 @@ def test_config_describes_groups(tmp_path: pathlib.Path):
 
 def test_large_checkpoints_are_split_into_files(tmp_path: pathlib.Path):
     params = {f"{i}.weight": jaxq.quantize(W + i, UNIFORM["int4"]) for i in range(3)}
-    job = ct.Job(params, params.__getitem__, {}, largest=5000)
-    ct.write_streamed(tmp_path / "model", job)
+    checkpoint = ct.Checkpoint(params, params.__getitem__, {}, max_shard_bytes=5000)
+    ct.write_streamed(tmp_path / "model", checkpoint)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == 2
     chex.assert_trees_all_equal(load_tensors(tmp_path / "model"), params)
 

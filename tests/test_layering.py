@@ -1,4 +1,4 @@
-"""The structure of the library: rooms, dependencies and private modules."""
+"""The structure of the library: packages, dependencies and private modules."""
 
 import ast
 import functools
@@ -11,8 +11,8 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "jaxq"
-# Each room imports only from rooms before it.
-ROOMS = [
+# Each package imports only from packages before it.
+PACKAGES = [
     "_base",
     "_jax",
     "formats",
@@ -32,13 +32,13 @@ ROOMS = [
     "analysis",
     "cli",
 ]
-# Rooms without public names, whose private modules all other rooms may import.
+# Packages without public names, whose private modules all other packages may import.
 INTERNAL = {"_base", "_jax", "_ggml"}
 # Tests that replace or call what is private: a failing write, compilations, places of labels.
 LOOKING_INSIDE = {"test_cli.py", "test_cli_streaming.py", "test_plots.py"}
 # Functions with the parameters of the functions of JAX with the same names.
 SIGNATURES_OF_JAX = {"conv_general_dilated", "ragged_dot", "ragged_dot_general"}
-# Packages that only some rooms may import, and only inside functions or for types.
+# Other libraries that only some packages may import, and only inside functions or for types.
 OPTIONAL = {"matplotlib", "rich", "sklearn", "safetensors", "gfloat", "gguf", "gmpy2", "hypothesis"}
 ALLOWED = {
     "jaxq.analysis._live": {"rich"},
@@ -55,8 +55,8 @@ def module_name(path: pathlib.Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def room_of(module: str) -> str:
-    """Returns the room of a module, which is empty for `jaxq` itself."""
+def package_of(module: str) -> str:
+    """Returns the package of a module, which is empty for `jaxq` itself."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -77,31 +77,31 @@ def imports(path: pathlib.Path) -> frozenset[str]:
 
 
 def test_all_rooms_are_listed():
-    found = {room_of(module) for module in MODULES}
-    assert found == {*ROOMS, "", "__main__"}
+    found = {package_of(module) for module in MODULES}
+    assert found == {*PACKAGES, "", "__main__"}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_only_from_rooms_before_them(room: str):
-    before = {*ROOMS[: ROOMS.index(room)], room}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_from_packages_before_them(package: str):
+    before = {*PACKAGES[: PACKAGES.index(package)], package}
     for module, path in MODULES.items():
-        if room_of(module) == room:
-            rooms = {room_of(name) for name in imports(path) if name.split(".")[0] == "jaxq"}
-            assert rooms <= before, f"{module} imports from {sorted(rooms - before)}"
+        if package_of(module) == package:
+            used = {package_of(name) for name in imports(path) if name.split(".")[0] == "jaxq"}
+            assert used <= before, f"{module} imports from {sorted(used - before)}"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_modules_of_a_room_import_each_other_without_cycles(room: str):
-    mine = {module for module in MODULES if room_of(module) == room}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_of_a_package_import_each_other_without_cycles(package: str):
+    mine = {module for module in MODULES if package_of(module) == package}
     graph = {module: imports(MODULES[module]) & mine for module in mine}
     graphlib.TopologicalSorter(graph).prepare()  # Raises CycleError, which names the cycle.
 
 
-def test_no_room_imports_private_modules_of_another():
+def test_no_package_imports_private_modules_of_another():
     for module, path in MODULES.items():
         for name in imports(path):
             parts = name.split(".")
-            if parts[0] != "jaxq" or len(parts) < 3 or parts[1] in {room_of(module), *INTERNAL}:
+            if parts[0] != "jaxq" or len(parts) < 3 or parts[1] in {package_of(module), *INTERNAL}:
                 continue
             assert not any(part.startswith("_") for part in parts[2:]), f"{module} imports {name}"
 
@@ -120,7 +120,7 @@ def test_no_other_file_imports_private_modules(folder: str):
 
 
 def is_private(name: str) -> bool:
-    """Returns whether a module or name of jaxq is private to a room."""
+    """Returns whether a module or name of jaxq is private to a package."""
     top, *parts = name.split(".")
     return top == "jaxq" and bool({p for p in parts if p.startswith("_")} - INTERNAL)
 
@@ -150,10 +150,10 @@ def test_public_names_are_listed():
     import jaxq
 
     assert dir(jaxq) == sorted(jaxq.__all__)
-    for room in ROOMS:
-        package = sys.modules.get(f"jaxq.{room}")
-        if package is not None and room not in INTERNAL:
-            assert all(hasattr(package, name) for name in package.__all__), room
+    for package in PACKAGES:
+        module = sys.modules.get(f"jaxq.{package}")
+        if module is not None and package not in INTERNAL:
+            assert all(hasattr(module, name) for name in module.__all__), package
 
 
 def test_import_loads_no_optional_package():

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import analysis
-from jaxq.analysis import compare, diagnostics, ends, quantization_error
+from jaxq.analysis import compare, diagnostics, quantization_error, rounding_limits
 from jaxq.formats import FORMATS
 from jaxq.recipes import PerBlock, PerChannel, Sigmas
 from tests import data
@@ -393,7 +393,7 @@ class TestDiagnostics:
     # Takums are excluded, because their ends are outside the range of float32.
     @pytest.mark.parametrize("fmt", data.each_format(FORMATS), ids=lambda fmt: fmt.name)
     def test_matches_cast_at_ends_of_range(self, fmt):
-        edge = np.array([v for v in ends(fmt) if v > 0 or v < -1], np.float32)
+        edge = np.array([v for v in rounding_limits(fmt) if v > 0 or v < -1], np.float32)
         edge = np.concatenate([edge, -edge, [0.0, 0.6, -0.6, 1e-45, 3e38, -3e38]])
         edge = edge.astype(np.float32)
         with np.errstate(over="ignore"):

@@ -21,8 +21,8 @@ from jax._src import source_info_util  # The name stack and the user's line have
 from jax.sharding import PartitionSpec
 
 __all__ = [
-    "AROUND",
     "LAYOUTS",
+    "WRAPPED_CALLS",
     "Body",
     "Variable",
     "bind",
@@ -200,7 +200,7 @@ def call_inside(eqn: Any, function: Callable[..., Any], specs: Any = None) -> Ca
     Returns:
       The wrapped function.
     """
-    around = AROUND[eqn.primitive.name]
+    around = WRAPPED_CALLS[eqn.primitive.name]
     return around(eqn.params, function) if specs is None else around(eqn.params, function, specs)
 
 
@@ -258,7 +258,7 @@ def _shard_map(params: Any, function: Callable[..., Any], specs: Any) -> Callabl
 
 
 # For each primitive that `call_inside` supports, a function that wraps the new body in it.
-AROUND: MappingProxyType[str, Callable[..., Callable[..., Any]]] = MappingProxyType(
+WRAPPED_CALLS: MappingProxyType[str, Callable[..., Callable[..., Any]]] = MappingProxyType(
     {
         "jit": _jit,
         "checkpoint": _checkpoint,

@@ -129,8 +129,8 @@ def _batch_each(
     operands: Sequence[Any], axes: Sequence[Any], **functions: Function
 ) -> tuple[jax.Array, int]:
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
-    spread = (batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True))
-    return _by_platform().bind(*spread, **functions), 0
+    batched = (batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True))
+    return _by_platform().bind(*batched, **functions), 0
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **functions: Function) -> Any:

@@ -180,7 +180,7 @@ _NAMED: dict[str, type] = {}  # All registered classes, by `name_of`.
 
 
 def name_of(cls: type) -> str:
-    """Returns the name of a class of jaxq in files: its room and its own name."""
+    """Returns the name of a class of jaxq in files: its package and its own name."""
     return f"{cls.__module__.split('.')[1]}.{cls.__name__}"
 
 
@@ -189,9 +189,9 @@ def class_named(name: str) -> type | None:
 
     A package in `LAZY` is imported. No other module is, because names come from files.
     """
-    room = name.partition(".")[0]
-    if name not in _NAMED and room in LAZY:
-        importlib.import_module(f"jaxq.{room}")
+    package = name.partition(".")[0]
+    if name not in _NAMED and package in LAZY:
+        importlib.import_module(f"jaxq.{package}")
     return _NAMED.get(name)
 
 

@@ -6,7 +6,12 @@ list it in `STATISTICS` (`_monitoring.py`).
 """
 
 from jaxq.analysis import distributions, machines, plots
-from jaxq.analysis._arguments import ends, format_or_recipe, significant_bits, spacing_exponent
+from jaxq.analysis._arguments import (
+    format_or_recipe,
+    rounding_limits,
+    significant_bits,
+    spacing_exponent,
+)
 from jaxq.analysis._blame import BlameRow, blame
 from jaxq.analysis._bounds import Clip, LloydMax, lloyd_max, optimal_clip, shannon_sqnr_db
 from jaxq.analysis._chains import chain, chain_table

@@ -1,4 +1,4 @@
-"""Formats and recipes as arguments of the analysis functions; the ends and spacing of a grid.
+"""Formats and recipes as arguments of the analysis functions; the limits and spacing of a grid.
 
 A format or its name means a cast without a scale. A recipe or its name means `jaxq.fake_quant`.
 """
@@ -26,11 +26,11 @@ from jaxq.numerics import floats
 from jaxq.recipes import RECIPES, Recipe, get_recipe
 
 __all__ = [
-    "Ends",
     "FormatOrRecipe",
-    "checked",
-    "ends",
+    "RoundingLimits",
+    "check_arguments",
     "format_or_recipe",
+    "rounding_limits",
     "significant_bits",
     "spacing_exponent",
 ]
@@ -38,6 +38,7 @@ __all__ = [
 FormatOrRecipe: TypeAlias = str | Format | Recipe
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
+_MAX_LISTED_BITS = 16  # Formats with more bits have too many values to list.
 
 
 def format_or_recipe(given: FormatOrRecipe) -> Format | Recipe:
@@ -63,8 +64,10 @@ def format_or_recipe(given: FormatOrRecipe) -> Format | Recipe:
     raise ValueError(f"No recipe or format is named {given!r}. {hint}")
 
 
-def checked(name: str, x: jax.typing.ArrayLike, recipe: FormatOrRecipe) -> tuple[jax.Array, Any]:
-    """Returns the checked array and the format or recipe of an analysis function's arguments."""
+def check_arguments(
+    name: str, x: jax.typing.ArrayLike, recipe: FormatOrRecipe
+) -> tuple[jax.Array, Any]:
+    """Checks the arguments of an analysis function; returns the array and the format or recipe."""
     x = floats(name, x)
     if x.dtype == jnp.float64:
         raise TypeError(
@@ -74,70 +77,96 @@ def checked(name: str, x: jax.typing.ArrayLike, recipe: FormatOrRecipe) -> tuple
     return x, format_or_recipe(recipe)
 
 
-class Ends(NamedTuple):
-    """The intervals in which rounding to nearest clips a number or turns it into 0.
+class RoundingLimits(NamedTuple):
+    """The limits beyond which rounding to nearest clips a number or turns it into 0.
 
     Attributes:
       low: numbers below it are clipped.
       high: numbers above it are clipped.
-      negative: the magnitude of the lowest number that becomes 0; -1 if only 0 itself does.
-      positive: the largest number that becomes 0; -1 if only 0 itself does.
+      largest_flushed_negative: the magnitude of the lowest number that becomes 0; -1 if only 0
+        itself does.
+      largest_flushed_positive: the largest number that becomes 0; -1 if only 0 itself does.
     """
 
     low: np.float32 | jax.Array
     high: np.float32 | jax.Array
-    negative: np.float32 | jax.Array
-    positive: np.float32 | jax.Array
+    largest_flushed_negative: np.float32 | jax.Array
+    largest_flushed_positive: np.float32 | jax.Array
 
 
 @functools.cache
-def ends(fmt: Format) -> Ends:
-    """Returns the ends of a format's grid, half a step beyond its lowest and largest values.
+def rounding_limits(fmt: Format) -> RoundingLimits:
+    """Returns the limits of rounding to nearest in a format.
 
-    A number exactly at an end is clipped if its tie rounds outwards. An unsigned float format with
-    a NaN maps negative numbers to NaN, so all of them are clipped.
+    Numbers are clipped half a step beyond the lowest and the largest value. A number exactly at
+    such a limit is clipped if its tie rounds outward. An unsigned float format with a NaN maps
+    negative numbers to NaN, so all of them are clipped.
     """
-    listed = fmt.bits <= 16
-    outward, values, steps = False, np.zeros(2), (0.0, 0.0)
-    if isinstance(fmt, FloatFormat):
-        odd = fmt.max_code % 2 if fmt.mantissa_bits or fmt.parity == "code" else 1
-        outward = odd == 1
-    if listed:
-        values = fmt.values
-        steps = values[1] - values[0], values[-1] - values[-2]
+    low, high = _clip_limits(fmt)
+    negative, positive = _flush_limits(fmt, low, high)
+    outward = _ties_round_outward(fmt)
+    return RoundingLimits(
+        low=_largest_unclipped(low, outward),
+        high=_largest_unclipped(high, outward),
+        largest_flushed_negative=np.float32(negative),
+        largest_flushed_positive=np.float32(positive),
+    )
+
+
+def _clip_limits(fmt: Format) -> tuple[float, float]:
+    """Returns the numbers half a step beyond a format's lowest and largest values."""
+    low_step, high_step = 0.0, 0.0
+    if fmt.bits <= _MAX_LISTED_BITS:
+        low_step, high_step = fmt.values[1] - fmt.values[0], fmt.values[-1] - fmt.values[-2]
     if isinstance(fmt, FloatFormat):  # Above a power of two the next step is wider.
-        wide = math.ldexp(1.0, fmt.emax - fmt.mantissa_bits)
-        steps = wide if fmt.signed else values[1] - values[0], wide
-    negative_is_nan = isinstance(fmt, FloatFormat) and not fmt.signed and fmt.nan is not None
-    low = 0.0 if negative_is_nan else fmt.min - steps[0] / 2
-    high = fmt.max + steps[1] / 2
-    bounds = [_within(end, outward) for end in (low, high)]
-    flush = (-1.0, -1.0)
-    if not isinstance(fmt, TaperedFormat) and listed and bool(np.any(values == 0)):
-        zero = int(np.flatnonzero(values == 0)[0])
-        near = [
-            -values[zero - 1] if zero else -2 * low,
-            values[zero + 1] if zero + 1 < len(values) else 2 * high,
-        ]
-        flush = (near[0] / 2, near[1] / 2)
-        if isinstance(fmt, CodebookFormat):  # Ties round in one direction, whatever the sign.
-            out = 0 if fmt.ties == "down" else 1
-            if (zero > 0, zero + 1 < len(values))[out]:  # There are no ties beyond the ends.
-                inner = float(np.nextafter(np.float32(flush[out]), np.float32(0)))
-                flush = (inner, flush[1]) if out == 0 else (flush[0], inner)
-    elif not listed:
-        flush = (fmt.min_positive / 2,) * 2
-    return Ends(bounds[0], bounds[1], np.float32(flush[0]), np.float32(flush[1]))
+        high_step = math.ldexp(1.0, fmt.emax - fmt.mantissa_bits)
+        if fmt.signed:
+            low_step = high_step
+        elif fmt.nan is not None:
+            return 0.0, fmt.max + high_step / 2
+    return fmt.min - low_step / 2, fmt.max + high_step / 2
 
 
-def _within(end: float, outward: bool) -> np.float32:
-    """Returns the float32 of largest magnitude that is not clipped at an end of the grid.
+def _flush_limits(fmt: Format, low: float, high: float) -> tuple[float, float]:
+    """Returns the largest magnitudes of negative and of positive numbers that become 0.
 
-    This is the end itself, or its neighbor toward 0 if a tie at the end rounds outward.
+    Args:
+      fmt: the format.
+      low: the lower limit of clipping, which limits the flushed numbers if no value is negative.
+      high: the upper limit of clipping, which limits them if no value is positive.
+    """
+    if fmt.bits > _MAX_LISTED_BITS:
+        return fmt.min_positive / 2, fmt.min_positive / 2
+    values = fmt.values
+    if isinstance(fmt, TaperedFormat) or not np.any(values == 0):
+        return -1.0, -1.0
+    zero = int(np.flatnonzero(values == 0)[0])
+    has_negative, has_positive = zero > 0, zero + 1 < len(values)
+    negative = -values[zero - 1] / 2 if has_negative else -low
+    positive = values[zero + 1] / 2 if has_positive else high
+    if isinstance(fmt, CodebookFormat):  # Ties round in one direction, whatever the sign.
+        if fmt.ties == "down" and has_negative:
+            negative = float(np.nextafter(np.float32(negative), np.float32(0)))
+        elif fmt.ties != "down" and has_positive:
+            positive = float(np.nextafter(np.float32(positive), np.float32(0)))
+    return negative, positive
+
+
+def _ties_round_outward(fmt: Format) -> bool:
+    """Returns whether a number half a step beyond the largest value rounds away from it."""
+    if not isinstance(fmt, FloatFormat):
+        return False
+    return not (fmt.mantissa_bits or fmt.parity == "code") or fmt.max_code % 2 == 1
+
+
+def _largest_unclipped(limit: float, outward: bool) -> np.float32:
+    """Returns the float32 of largest magnitude that is not clipped at a limit.
+
+    This is the limit itself, or its neighbor toward 0 if a tie at the limit rounds outward.
     """
     largest = float(np.finfo(np.float32).max)
-    near = np.float32(min(max(end, -largest), largest))
-    clips = outward and float(near) == end and end != 0
+    near = np.float32(min(max(limit, -largest), largest))
+    clips = outward and float(near) == limit and limit != 0
     return np.nextafter(near, np.float32(0)) if clips else near
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.tables import Table
-from jaxq.models import Rules, quantize_fn, switched
+from jaxq.models import Rules, make_switched, quantize_fn
 
 __all__ = ["BlameRow", "blame"]
 
@@ -90,7 +90,7 @@ def blame(
     """
 
     def ranked(*args: Any) -> Table:
-        state = switched("blame", loss, rules, argnums)(*args)
+        state = make_switched("blame", loss, rules, argnums)(*args)
         names = state.names
 
         @jax.jit

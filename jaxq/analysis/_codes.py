@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, where
 from jaxq._jax.serialization import named_tuple
-from jaxq.analysis._arguments import FormatOrRecipe, checked, spacing_exponent
+from jaxq.analysis._arguments import FormatOrRecipe, check_arguments, spacing_exponent
 from jaxq.analysis._sums import blocks_of, power_of_two
 from jaxq.formats import Format, get_format
 from jaxq.numerics import encode, widen
@@ -52,7 +52,7 @@ def ulp_error(
       >>> ulp_error(jnp.array([1.25, 2.5]), jnp.array([1.0, 2.0]), "float8_e4m3fn").tolist()
       [2.0, 2.0]
     """
-    x, y = (widen(checked("ulp_error", a, "float32")[0]) for a in (x, y))
+    x, y = (widen(check_arguments("ulp_error", a, "float32")[0]) for a in (x, y))
     if x.shape != y.shape:
         raise ValueError(f"ulp_error: `y` must have the shape of `x`, {x.shape}, got {y.shape}.")
     return _ulp_error(lax.stop_gradient(x), lax.stop_gradient(y), get_format(fmt))
@@ -132,7 +132,7 @@ def code_usage(
         codes, bits = x.unpack(), x.recipe.element.bits
     else:
         assert recipe is not None
-        array, target = checked("code_usage", x, recipe)
+        array, target = check_arguments("code_usage", x, recipe)
         if isinstance(target, Recipe):
             codes, bits = quantize(array, target, key=key).unpack(), target.element.bits
         else:

@@ -11,14 +11,19 @@ from jax import numpy as jnp
 from jaxq._base.bits import Layout
 from jaxq._base.cutting import Cut
 from jaxq._jax.serialization import named_tuple
-from jaxq.analysis._arguments import Ends, FormatOrRecipe, checked, ends
+from jaxq.analysis._arguments import (
+    FormatOrRecipe,
+    RoundingLimits,
+    check_arguments,
+    rounding_limits,
+)
 from jaxq.analysis._sums import blocks_of, largest_magnitude, over_blocks
 from jaxq.formats import Format
 from jaxq.numerics import widen
 from jaxq.quantizers import check_takes_scales, measured
 from jaxq.recipes import Recipe, Scales
 
-__all__ = ["Diagnostics", "diagnostics", "scaled_ends"]
+__all__ = ["Diagnostics", "diagnostics", "scaled_limits"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
@@ -79,7 +84,7 @@ def diagnostics(
       >>> [float(v) for v in diagnostics(grads, "float16")]
       [70000.0, 0.25, 0.25, 0.25]
     """
-    x, target = checked("diagnostics", x, recipe)
+    x, target = check_arguments("diagnostics", x, recipe)
     if scale is not None:
         if not isinstance(target, Recipe) or target.scaling.two_sided:
             raise ValueError(
@@ -105,16 +110,20 @@ def diagnostics(
 @functools.partial(jax.jit, static_argnames="target")
 def _diagnostics(x: jax.Array, scale: jax.Array | None, target: Format | Recipe) -> Diagnostics:
     wide = widen(x)
-    bounds = _in_a_recipe(x, scale, target) if isinstance(target, Recipe) else ends(target)
+    if isinstance(target, Recipe):
+        limits = _limits_of_recipe(x, scale, target)
+    else:
+        limits = rounding_limits(target)
     top = largest_magnitude(wide, _FLOAT32)
     bits = _FLOAT32.bits(wide)
     magnitude = bits & _FLOAT32.magnitude_mask
     nonfinite = magnitude >= _FLOAT32.inf
-    overflow = ((wide > bounds.high) | (wide < bounds.low)) & ~nonfinite
+    overflow = ((wide > limits.high) | (wide < limits.low)) & ~nonfinite
     # Compared as integers, because float comparison may flush subnormals to 0; the bits of -1.0
     # are below every magnitude.
     negative, positive = (
-        jnp.broadcast_to(_FLOAT32.bits(end), x.shape) for end in (bounds.negative, bounds.positive)
+        jnp.broadcast_to(_FLOAT32.bits(limit), x.shape)
+        for limit in (limits.largest_flushed_negative, limits.largest_flushed_positive)
     )
     flush = lax.select(bits < 0, negative, positive)
     underflow = (magnitude > 0) & (magnitude <= flush) & ~overflow & ~nonfinite
@@ -125,8 +134,8 @@ def _diagnostics(x: jax.Array, scale: jax.Array | None, target: Format | Recipe)
     return Diagnostics(_FLOAT32.floats(top), *rates)
 
 
-def _in_a_recipe(x: jax.Array, scale: jax.Array | None, recipe: Recipe) -> Ends:
-    """Returns the ends of the scaled grid for each element.
+def _limits_of_recipe(x: jax.Array, scale: jax.Array | None, recipe: Recipe) -> RoundingLimits:
+    """Returns the limits of the scaled grid for each element.
 
     Args:
       x: the tensor.
@@ -141,35 +150,33 @@ def _in_a_recipe(x: jax.Array, scale: jax.Array | None, recipe: Recipe) -> Ends:
     else:
         scale = cut.spread(jnp.broadcast_to(scale, cut.counts))
         scales = recipe.scaling.given(scale, None, recipe.element)
-    return scaled_ends(x.shape, scales, recipe)
+    return scaled_limits(x.shape, scales, recipe)
 
 
-def scaled_ends(shape: tuple[int, ...], scales: Scales, recipe: Recipe) -> Ends:
-    """Returns the ends of the scaled grid for each element of a tensor.
+def scaled_limits(shape: tuple[int, ...], scales: Scales, recipe: Recipe) -> RoundingLimits:
+    """Returns the limits of the scaled grid for each element of a tensor.
 
     Args:
       shape: the shape of the tensor.
       scales: its scales.
       recipe: the recipe.
     """
-    cut, end = recipe.cut(shape), ends(recipe.element)
+    cut, limits = recipe.cut(shape), rounding_limits(recipe.element)
     unit, shift, origin = scales.divisor, np.float32(0), np.float32(0)
     if scales.zero_point is not None:
         shift = scales.zero_point
     if scales.origin is not None:
         origin = scales.origin
-    low, high = ((bound - shift) * unit + origin for bound in (end.low, end.high))
-    flushes = scales.minimum is None and end.positive >= 0
+    low, high = ((bound - shift) * unit + origin for bound in (limits.low, limits.high))
+    flushed = (limits.largest_flushed_negative, limits.largest_flushed_positive)
+    flushes = scales.minimum is None and limits.largest_flushed_positive >= 0
     size = jnp.abs(unit)
     parts = [lax.min(low, high), lax.max(low, high)]
-    parts += [
-        size * f if flushes else jnp.full_like(unit, -1) for f in (end.negative, end.positive)
-    ]
-    below, above, negative, positive = (_everywhere(part, cut) for part in parts)
-    return Ends(low=below, high=above, negative=negative, positive=positive)
+    parts += [size * f if flushes else jnp.full_like(unit, -1) for f in flushed]
+    return RoundingLimits(*(_to_elements(part, cut) for part in parts))
 
 
-def _everywhere(part: jax.Array, cut: Cut) -> jax.Array:
+def _to_elements(part: jax.Array, cut: Cut) -> jax.Array:
     """Broadcasts one number per block to the elements of the block."""
     shape = tuple(n for pair in zip(cut.counts, cut.block, strict=True) for n in pair)
     return cut.merge(jnp.broadcast_to(part, shape))

@@ -188,13 +188,15 @@ def measure(
     ]
     exponents = [where(t == 0, none, e) for t, e in zip(tops, exponents, strict=True)]
     up = where(e_top == 0, none, top_exponent + layout.int_type(_LIFT * layout.bias) - e_top)
-    spread = [v if per is None else to_elements(v, x, cut) for v in (*exponents, up)]
-    a, b, all_x = (_lifted(v, k, layout) for v, k in zip((x, y, x), spread[:3], strict=True))
+    element_exponents = [v if per is None else to_elements(v, x, cut) for v in (*exponents, up)]
+    a, b, all_x = (
+        _lifted(v, k, layout) for v, k in zip((x, y, x), element_exponents[:3], strict=True)
+    )
     pairs = ((both_finite, a), (both_finite, b), (x_finite, all_x))
     a, b, all_x = (where(mask, v, zero) for mask, v in pairs)
     exponent = lax.clamp(
         layout.int_type(1 - layout.bias),
-        difference.exponent + spread[3],
+        difference.exponent + element_exponents[3],
         layout.int_type(layout.bias),
     )
     error = where(both_finite, difference.units * layout.floats(layout.field(exponent)), zero)

@@ -12,7 +12,7 @@ from jaxq.analysis._arguments import format_or_recipe
 from jaxq.analysis._finishing import finished
 from jaxq.analysis._tallies import Sums, difference_of, errors_of, quantized, sums_of
 from jaxq.formats import FORMATS, Format
-from jaxq.models import Monitored, Rules, check_pattern, monitored
+from jaxq.models import Monitored, Rules, check_pattern, make_monitored
 from jaxq.products import (
     Axes,
     Gradient,
@@ -389,4 +389,4 @@ def monitor(
       >>> seen["w/lhs/int4_tensor/sqnr_db"]
       24.53...
     """
-    return monitored("monitor", fn, rules, _Statistics(request), request.products, argnums)
+    return make_monitored("monitor", fn, rules, _Statistics(request), request.products, argnums)

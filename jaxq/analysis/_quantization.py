@@ -10,7 +10,12 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import Layout, where
 from jaxq._jax.serialization import named_tuple
-from jaxq.analysis._arguments import FormatOrRecipe, checked, ends, spacing_exponent
+from jaxq.analysis._arguments import (
+    FormatOrRecipe,
+    check_arguments,
+    rounding_limits,
+    spacing_exponent,
+)
 from jaxq.analysis._metrics import Comparison, compare
 from jaxq.analysis._sums import blocks_of, over_blocks, power_of_two
 from jaxq.formats import Format, get_format
@@ -96,7 +101,7 @@ def quantization_error(
       >>> float(e.clipped), float(e.flushed), float(e.rounded)
       (0.5, 0.25, 0.25)
     """
-    x, target = checked("quantization_error", x, recipe)
+    x, target = check_arguments("quantization_error", x, recipe)
     return _quantization_error(lax.stop_gradient(x), key, target, per)
 
 
@@ -112,8 +117,8 @@ def _quantization_error(
         y, fmt, is_outlier = cast(wide, target), target, np.zeros((), bool)
         units, snap, shift = wide, cast(wide, target, overflow="saturate"), np.float32(0)
     finite = jnp.isfinite(wide)
-    end = ends(fmt)
-    clipped = (units > end.high - shift) | (units < end.low - shift)
+    limits = rounding_limits(fmt)
+    clipped = (units > limits.high - shift) | (units < limits.low - shift)
     clipped = clipped & finite & ~jnp.broadcast_to(is_outlier, finite.shape)
     zero = (_FLOAT32.bits(y) & _FLOAT32.magnitude_mask) == 0
     flushed = zero & ((_FLOAT32.bits(wide) & _FLOAT32.magnitude_mask) != 0) & ~clipped & finite

@@ -85,9 +85,9 @@ def gradient_errors(
         cosine = jnp.where(
             norm_product > 0, (mean * f).sum() / jnp.where(norm_product > 0, norm_product, 1), 0
         )
-        spread = jnp.sqrt(((samples - mean[None]) ** 2).sum() / np.float32(samples.shape[0]))
+        deviation = jnp.sqrt(((samples - mean[None]) ** 2).sum() / np.float32(samples.shape[0]))
         return GradientError(
-            cosine, mean_norm / exact_norm, _norm(mean - f) / exact_norm, spread / exact_norm
+            cosine, mean_norm / exact_norm, _norm(mean - f) / exact_norm, deviation / exact_norm
         )
 
     return _by_path("gradient_errors", "gradient", of_leaf, gradient, exact)

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec
 
 from jaxq._base.bits import Layout, where
 from jaxq._jax.meshes import automatic
-from jaxq.analysis._arguments import ends
-from jaxq.analysis._diagnostics import scaled_ends
+from jaxq.analysis._arguments import rounding_limits
+from jaxq.analysis._diagnostics import scaled_limits
 from jaxq.analysis._sums import fold, largest_magnitude, over_rows
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast, encode
@@ -176,8 +176,8 @@ def _totals(
     unit = {name: units[i : i + 1] for i, name in enumerate(tops)}
 
     def scaled(name: str, value: jax.Array, counted: jax.Array) -> jax.Array:
-        spread = lax.broadcast_in_dim(unit[name], x.shape, (0,))
-        return lax.select(counted, value * spread, zeros)
+        factor = lax.broadcast_in_dim(unit[name], x.shape, (0,))
+        return lax.select(counted, value * factor, zeros)
 
     values, pairs, finite = {}, {}, lax.is_finite(x)
     if of_tensor:
@@ -234,15 +234,15 @@ def _exponents(x: jax.Array) -> jax.Array:
 
 
 def _clipped(x: jax.Array, scales: Scales | None, recipe: Recipe | Format) -> jax.Array:
-    """Returns the mask of the elements beyond the ends of the grid."""
+    """Returns the mask of the elements beyond the limits of the grid."""
     if isinstance(recipe, Format):
-        end = ends(recipe)
+        limits = rounding_limits(recipe)
     else:
         assert scales is not None
-        end = scaled_ends(x.shape, scales, recipe)
+        limits = scaled_limits(x.shape, scales, recipe)
         if recipe.outliers is not None:  # Outliers are not clipped.
             x, _ = recipe.outliers.take(x)
-    return (x > end.high) | (x < end.low)
+    return (x > limits.high) | (x < limits.low)
 
 
 def _of_recipe(q: Tensor, asked: Collection[str]) -> Tally:

@@ -1,8 +1,9 @@
 """The definition of all gradients: a snapped value, its estimator and the chain rule.
 
-Everything around the snap follows the chain rule. With a scale s, grid values q, and a zero point z
-or a minimum m, the quantized value is y = s q + m with q = snap(u) and u = (x - m) / s. For a given
-`scale=` and `zero_point=`
+A snap rounds a number to the nearest value of a grid, or to a neighbor of it. Everything around it
+follows the chain rule. With a scale s, grid values q, and a zero point z or a minimum m, the
+quantized value is y = s q + m with q = snap(u) and u = (x - m) / s. For a given `scale=` and
+`zero_point=`
 
     dy = D(dx - u ds - dm + s dz)  +  q ds + dm - s dz
 

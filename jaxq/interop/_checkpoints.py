@@ -78,7 +78,7 @@ def save(path: str | pathlib.Path, tree: Any) -> None:
       (4, 32)
     """
     leaves: list[_Leaf] = []
-    plain = _described(tree, (), leaves, set())
+    plain = _describe(tree, (), leaves, set())
     tensors = [_tensor(leaf) for leaf in leaves if _is_array(leaf.value)]
     text = json.dumps({"version": VERSION, "tree": plain}, separators=(",", ":"))
     with atomic(path) as file:
@@ -98,7 +98,7 @@ def save_streamed(
     tensors, children, names = [], [], set()
     for key, shape in sorted(shapes.items()):  # In the order of JAX.
         leaves: list[_Leaf] = []
-        children.append([key, _described(shape, (key,), leaves, names)])
+        children.append([key, _describe(shape, (key,), leaves, names)])
         parts: list[Any] = []
 
         def part(
@@ -152,7 +152,7 @@ def load(path: str | pathlib.Path, *, like: Any = None, sharding: Any = None) ->
     with open_tensors(path, raw=True) as file:
         plain = _plain_tree(file)
         try:
-            tree = _built(plain) if like is None else _placed(like, plain)
+            tree = _build_tree(plain) if like is None else _fill_tree(like, plain)
         except _TreeError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -165,7 +165,7 @@ def load(path: str | pathlib.Path, *, like: Any = None, sharding: Any = None) ->
             if stored.name not in entries:
                 raise FileError(f"{path}: the tensor {stored.name!r} is missing.")
             array = file.raw(entries[stored.name])
-            return _restored(path, array, stored, target)
+            return _restore_array(path, array, stored, target)
 
         def read_all(target: Any, part: Any) -> Any:
             return jax.tree.map(lambda stored: read(stored, target), part, is_leaf=_is_stored)
@@ -177,7 +177,9 @@ def _is_stored(x: Any) -> bool:
     return isinstance(x, _Stored)
 
 
-def _restored(path: Any, array: np.ndarray, stored: _Stored, target: Any) -> jax.Array | np.ndarray:
+def _restore_array(
+    path: Any, array: np.ndarray, stored: _Stored, target: Any
+) -> jax.Array | np.ndarray:
     """Returns an array in its original dtype, on a device or sharding."""
     dtype = np.dtype(stored.dtype)
     if array.dtype != dtype:  # A dtype that safetensors lacks, stored as bytes.
@@ -217,14 +219,14 @@ def _key(entry: Any) -> Any:
     return key
 
 
-def _described(node: Any, path: tuple[Any, ...], leaves: list[_Leaf], names: set[str]) -> Any:
+def _describe(node: Any, path: tuple[Any, ...], leaves: list[_Leaf], names: set[str]) -> Any:
     """Returns the description of a tree in JSON, and collects its leaves in JAX's order."""
     children = _children(node)
     if children is None:
-        return _described_leaf(node, path, leaves, names)
+        return _describe_leaf(node, path, leaves, names)
     if node is None:
         return None
-    inner = [[key, _described(child, (*path, key), leaves, names)] for key, child in children]
+    inner = [[key, _describe(child, (*path, key), leaves, names)] for key, child in children]
     kind = type(node)
     if kind in (dict, list, tuple):
         return {"type": kind.__name__, "children": inner}
@@ -233,7 +235,7 @@ def _described(node: Any, path: tuple[Any, ...], leaves: list[_Leaf], names: set
     return {"type": "other", "class": kind.__name__, "children": inner}
 
 
-def _described_leaf(
+def _describe_leaf(
     value: Any, path: tuple[Any, ...], leaves: list[_Leaf], names: set[str]
 ) -> dict[str, Any]:
     name = "/".join(map(str, path)) or "array"
@@ -307,21 +309,21 @@ def _plain_tree(file: TensorFile) -> Any:
     return tree
 
 
-def _built(plain: Any) -> Any:
+def _build_tree(plain: Any) -> Any:
     """Returns the tree of a description, with `_Stored` in place of arrays."""
     if plain is None:
         return None
     if "value" in plain:
         return plain["value"]
     if "array" in plain:
-        return _stored(plain)
+        return _parse_stored(plain)
     kind = plain["type"]
     if kind == "other":
         raise _TreeError(
             f"load: the tree has a node of class {plain['class']!r:.80}, which a file cannot "
             "restore. Pass `like`, a tree of the same structure."
         )
-    fields = [(key, _built(child)) for key, child in plain["children"]]
+    fields = [(key, _build_tree(child)) for key, child in plain["children"]]
     if kind == "dict":
         return dict(fields)
     if kind in ("list", "tuple"):
@@ -332,7 +334,7 @@ def _built(plain: Any) -> Any:
     return with_static(cls, dict(fields), plain.get("static", ""))
 
 
-def _stored(plain: dict[str, Any]) -> _Stored:
+def _parse_stored(plain: dict[str, Any]) -> _Stored:
     name, key = plain["dtype"], plain.get("key")
     if name not in _NAMES and name != "complex128":
         kind = getattr(ml_dtypes, name, None)
@@ -343,17 +345,17 @@ def _stored(plain: dict[str, Any]) -> _Stored:
     return _Stored(plain["array"], name, key)
 
 
-def _placed(like: Any, plain: Any) -> Any:
+def _fill_tree(like: Any, plain: Any) -> Any:
     """Returns the tree of a description with the node classes of `like`."""
     leaves: list[_Leaf] = []
-    wanted = _described(like, (), leaves, set())
+    wanted = _describe(like, (), leaves, set())
     for ours, theirs in zip(_lines(wanted), _lines(plain), strict=False):
         if ours != theirs:
             raise _TreeError(f"load: `like` has {ours:.120} where the file has {theirs:.120}.")
     if wanted != plain:
         raise _TreeError("load: `like` has more or fewer leaves than the file.")
     arrays = [node for node in _nodes(plain) if node and ("array" in node or "value" in node)]
-    stored = [_stored(node) if "array" in node else node["value"] for node in arrays]
+    stored = [_parse_stored(node) if "array" in node else node["value"] for node in arrays]
     return jax.tree.unflatten(jax.tree.structure(like), stored)
 
 

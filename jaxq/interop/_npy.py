@@ -18,7 +18,7 @@ from jaxq.interop._entries import Entry, FileError, checked_shape
 __all__ = ["read_npy_header"]
 
 _MAX_HEADER = 10_000  # NumPy's own limit.
-_NAMED = re.compile(r"[<>|=]?[?a-zA-Z]\d{0,9}(\[[^\]]{1,20}\])?")
+_DTYPE_PATTERN = re.compile(r"[<>|=]?[?a-zA-Z]\d{0,9}(\[[^\]]{1,20}\])?")
 
 
 def read_npy_header(file: IO[bytes], size: int, name: str) -> Entry:
@@ -55,7 +55,7 @@ def read_npy_header(file: IO[bytes], size: int, name: str) -> Entry:
     except ValueError as error:
         _refuse(name, f"its shape is not a tuple of nonnegative integers ({error})")
     descr, nbytes, dtype = header["descr"], size - start, None
-    if isinstance(descr, str) and _NAMED.fullmatch(descr):
+    if isinstance(descr, str) and _DTYPE_PATTERN.fullmatch(descr):
         try:
             array_dtype = np.dtype(descr)
         except (TypeError, ValueError, OverflowError):  # A dtype of ml_dtypes, for example.

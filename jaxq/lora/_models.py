@@ -19,20 +19,20 @@ from jaxq.lora._methods import Method, get_method
 from jaxq.lora._results import AdaptedModel, Merged, MergeError
 from jaxq.models import (
     Adapted,
-    Extra,
     LoRA,
     Planned,
     Product,
+    ProductInputs,
     Rules,
     as_rules,
     axes_of,
+    build_program,
     can_adapt_ragged,
     contraction_of,
     dequantize_tree,
     plan,
-    program,
     quantize_weights,
-    run,
+    run_program,
     unassigned,
     weight_of,
 )
@@ -192,7 +192,7 @@ def merge(fn: Callable[..., Any], state: Adapted, *, argnums: int = 0) -> Callab
         args = (*args[:argnums], floats, *args[argnums + 1 :])
         observation = _Observation("lora.merge", fn, state.rules, argnums, args)
         deltas = {name: -adapter.delta for name, adapter in state.adapters.items()}
-        params = observation.moved(args, deltas)
+        params = observation.subtract_changes(args, deltas)
         args = (*args[:argnums], params, *args[argnums + 1 :])
         packed = quantize_weights(fn, state.rules, argnums=argnums)(*args)
         exact, rounded = observation.weights(params), observation.weights(packed)
@@ -246,12 +246,12 @@ class _Observation:
         def observed(arrays: list[Any]) -> dict[str, jax.Array]:
             pairs = zip(arrays, leaves, strict=True)
             merged = [x if x is not None else leaf for x, leaf in pairs]
-            return self._observed(jax.tree.unflatten(structure, merged))
+            return self._observe(jax.tree.unflatten(structure, merged))
 
         # Under `jax.jit`, XLA removes everything except the computation of the weights.
         return jax.jit(observed)(arrays)
 
-    def _observed(self, params: Any) -> dict[str, jax.Array]:
+    def _observe(self, params: Any) -> dict[str, jax.Array]:
         args = (*self.args[: self.argnums], params, *self.args[self.argnums + 1 :])
         planned = plan(self.owner, self.fn, self.rules, self.argnums, args, {})
         chosen = []
@@ -262,14 +262,14 @@ class _Observation:
                 continue
             shape = tuple(product.operands[operand].shape)
             seen = _WeightObserver(axes_of(product)[operand], shape)
-            fields = {"swapped": operand == 0, "calibrated": (None, seen)}
+            fields = {"swapped": operand == 0, "observers": (None, seen)}
             chosen.append(dataclasses.replace(unassigned(product), **fields))
-        runnable = program(planned.node, chosen, bool(planned.packed))
+        runnable = build_program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
-        _, states = run(runnable, Extra(None, {}, {}, {}), arrays, observing=True)
+        _, states = run_program(runnable, ProductInputs(None, {}, {}, {}), arrays, observing=True)
         return {name: states[name][1] for name in self.names}
 
-    def moved(self, args: tuple, deltas: Mapping[str, jax.Array]) -> Any:
+    def subtract_changes(self, args: tuple, deltas: Mapping[str, jax.Array]) -> Any:
         """Returns the parameters minus changes of matrices."""
         for name in deltas:
             if name in self.shared:
@@ -286,7 +286,7 @@ class _Observation:
             full_leaves = list(leaves)
             for i, x in zip(floating, floats, strict=True):
                 full_leaves[i] = x
-            seen = self._observed(jax.tree.unflatten(structure, full_leaves))
+            seen = self._observe(jax.tree.unflatten(structure, full_leaves))
             return {name: seen[name] for name in deltas}
 
         @jax.jit
@@ -304,7 +304,7 @@ class _Observation:
         deltas = {
             name: factors.a @ factors.b for name, factors in before.items() if factors is not None
         }
-        params = self.moved(args, deltas) if deltas else args[self.argnums]
+        params = self.subtract_changes(args, deltas) if deltas else args[self.argnums]
         args = (*args[: self.argnums], params, *args[self.argnums + 1 :])
         return quantize_weights(self.fn, self.rules, argnums=self.argnums)(*args)
 
@@ -324,7 +324,11 @@ def _adaptable(planned: Planned) -> tuple[dict[str, int], dict[str, str]]:
     names, shared = {}, {}
     for product, assigned in zip(planned.products, planned.chosen, strict=True):
         weight = None if assigned is None else weight_of(product, assigned)
-        if weight is None or not product.reverse or not _has_matrices(product, weight.operand):
+        if (
+            weight is None
+            or not product.is_differentiated
+            or not _has_matrices(product, weight.operand)
+        ):
             continue
         if product.number in planned.stored.reasons:
             continue

@@ -10,11 +10,11 @@ from jaxq.models._delaying import delayed_scaling
 from jaxq.models._experts import expert_axis
 from jaxq.models._functions import quantize_fn, quantize_weights
 from jaxq.models._monitored import Monitored
-from jaxq.models._monitoring import monitored, switch, switched
+from jaxq.models._monitoring import make_monitored, make_switched, switch
 from jaxq.models._observing import Observed, freeze, observe
 from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED, contraction_of
 from jaxq.models._planning import Planned, plan
-from jaxq.models._programs import Extra, Program, program
+from jaxq.models._programs import ProductInputs, Program, build_program
 from jaxq.models._reading import Node, Product
 from jaxq.models._reports import ProductRow, explain
 from jaxq.models._rule import Rule, check_pattern
@@ -27,15 +27,15 @@ from jaxq.models._rules import (
     rules_from_json,
     rules_to_json,
 )
-from jaxq.models._running import run
+from jaxq.models._running import run_program
 from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
-from jaxq.models._stored_views import StoredView, unpacked
+from jaxq.models._stored_views import StoredView, as_array
 from jaxq.models._storing import Storage
 from jaxq.models._trees import (
     assign,
     dequantize_tree,
-    naming,
     not_floating,
+    prefix_leaf_errors,
     quantize_tree,
     tree_report,
 )

@@ -62,7 +62,7 @@ class LoRA:
         y = x.astype(self.a.dtype) @ self.a @ self.b * jnp.asarray(self.scaling, self.a.dtype)
         return y.astype(x.dtype)
 
-    def spread(self, count: int) -> "LoRA":
+    def copies_for_loop(self, count: int) -> "LoRA":
         """Copies the adapter for `count` products; its gradient is the sum of theirs."""
         a, b = (jnp.broadcast_to(x, (count, *x.shape)) for x in (self.a, self.b))
         return dataclasses.replace(self, a=a, b=b)

@@ -9,32 +9,32 @@ import jax
 
 from jaxq.models._experts import Experts
 from jaxq.models._marks import Mark
-from jaxq.models._matching import first_match, rules_of_parts, unused
+from jaxq.models._matching import first_match, match_parts, unused_reason
 from jaxq.models._observers import Observable, Observer
 from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
 from jaxq.models._origins import Origin
 from jaxq.models._reading import Product, table_axes
 from jaxq.models._rule import Rule
-from jaxq.models._rules import described
+from jaxq.models._rules import describe_recipe
 from jaxq.products import Axes, PerProduct, ProductRecipe, can_delay, check, is_stochastic, placed
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import PerTensor, Recipe
 
 __all__ = [
-    "TENSORS",
+    "OPERANDS_OF_PRODUCT",
     "Assigned",
     "QuantizedWeight",
     "assign",
+    "assignment_of_mark",
     "axes_of",
-    "naming",
-    "of_mark",
-    "on_axes",
+    "prefix_errors",
+    "recipe_on_operand_axes",
     "unassigned",
     "weight_of",
 ]
 
 # The operands of each product: 0 is lhs, 1 rhs, 2 the cotangent.
-TENSORS: PerProduct[tuple[int, int]] = PerProduct((0, 1), (2, 1), (2, 0))
+OPERANDS_OF_PRODUCT: PerProduct[tuple[int, int]] = PerProduct((0, 1), (2, 1), (2, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +43,22 @@ class Assigned:
 
     Attributes:
       recipe: the recipe, with the weight as `rhs`; None leaves the product unchanged.
-      output: the recipe of the result, or None.
+      output_recipe: the recipe of the result, or None.
       swapped: True if the weight is the product's first operand, and so the recipe's second.
       name: the product's name, for calibration states.
       where: the product's name and source line, for errors.
       number: the product's number, for its key.
       loops: the lengths of the scans around the product, outermost first.
       stacked: the depths of the scans in which every iteration has its own weight.
-      table: the recipe of a look-up's table, on the table's own axes.
-      calibrated: for both operands, in the recipe's order, an observer or None. By default, only an
+      table_recipe: the recipe of a look-up's table, on the table's own axes.
+      observers: for both operands, in the recipe's order, an observer or None. By default, only an
         activation with one scale per tensor, whose range may come from calibration, has one.
-      reverse: True if reverse-mode differentiation goes through the product.
-      factor: the name of the factor by which the input of a weight is multiplied first, or None.
-      rotated: the length of the blocks of that input that are Hadamard transformed after the
+      is_differentiated: True if reverse-mode differentiation goes through the product.
+      factor_name: the name of the factor by which the input of a weight is multiplied first, or
+        None.
+      rotation_block: the length of the blocks of that input that are Hadamard transformed after the
         factor, or None.
-      scored: recipes whose errors, times the cotangent of the result, `ptq` uses as scores.
+      scored_recipes: recipes whose errors, times the cotangent of the result, `ptq` uses as scores.
       experts: the recipes of the leaves of a stack of experts, in place of the weight's recipe, or
         None.
       chunk: the largest number of elements of a packed weight that are dequantized at a time, or
@@ -65,32 +66,32 @@ class Assigned:
     """
 
     recipe: ProductRecipe | None
-    output: Recipe | None
+    output_recipe: Recipe | None
     swapped: bool
     name: str
     where: str
     number: int
     loops: tuple[int, ...]
     stacked: frozenset[int]
-    table: Recipe | None
-    calibrated: tuple[Observer | None, ...]
-    reverse: bool
-    factor: str | None = None
-    rotated: int | None = None
-    scored: tuple[ProductRecipe, ...] = ()
+    table_recipe: Recipe | None
+    observers: tuple[Observer | None, ...]
+    is_differentiated: bool
+    factor_name: str | None = None
+    rotation_block: int | None = None
+    scored_recipes: tuple[ProductRecipe, ...] = ()
     experts: Experts | None = None
     chunk: int | None = None
 
     @property
     def plain(self) -> bool:
         """True if the product and its result are not quantized."""
-        return self.recipe is None and self.output is None and self.experts is None
+        return self.recipe is None and self.output_recipe is None and self.experts is None
 
     @property
     def delayable(self) -> PerProduct[tuple[Recipe | None, ...]]:
         """The recipes of both operands of the three products that can use a history."""
         recipe = self.recipe
-        if recipe is None or self.table is not None or not self.reverse:
+        if recipe is None or self.table_recipe is not None or not self.is_differentiated:
             return PerProduct((None, None), (None, None), (None, None))
         return PerProduct(
             *(
@@ -105,26 +106,26 @@ class Assigned:
     def delayed(self) -> tuple[Recipe | None, ...]:
         """The first recipe with delayed scaling for lhs, rhs and the cotangent, or None."""
         first_recipes: list[Recipe | None] = [None] * 3
-        for recipes, tensors in zip(self.delayable, TENSORS, strict=True):
+        for recipes, tensors in zip(self.delayable, OPERANDS_OF_PRODUCT, strict=True):
             for recipe, tensor in zip(recipes, tensors, strict=True):
                 first_recipes[tensor] = first_recipes[tensor] or recipe
         return tuple(first_recipes)
 
     @property
     def vectors(self) -> tuple[str, ...]:
-        """The names of the product's vectors in `Extra.vectors`."""
-        factor = () if self.factor is None else (self.factor,)
-        return (*factor, self.name) if self.scored else factor
+        """The names of the product's vectors in `ProductInputs.vectors`."""
+        factor = () if self.factor_name is None else (self.factor_name,)
+        return (*factor, self.name) if self.scored_recipes else factor
 
     @property
-    def draws(self) -> bool:
+    def draws_random_bits(self) -> bool:
         """True if the product draws from a key, forward or backward."""
         return self.output_draws or (self.recipe is not None and bool(self.recipe.draws))
 
     @property
     def output_draws(self) -> bool:
         """True if the recipe of the result needs a key."""
-        return self.output is not None and is_stochastic(self.output)
+        return self.output_recipe is not None and is_stochastic(self.output_recipe)
 
     @property
     def needs_key(self) -> bool:
@@ -132,7 +133,7 @@ class Assigned:
         forward = self.recipe is not None and bool(self.recipe.forward.draws)
         return self.output_draws or forward
 
-    def order(self, operands: Sequence[Any]) -> Any:
+    def reorder_operands(self, operands: Sequence[Any]) -> Any:
         """Converts operands from the product's order to the recipe's, or back."""
         return tuple(reversed(operands)) if self.swapped else tuple(operands)
 
@@ -159,22 +160,28 @@ def assign(
         does not fit its product.
     """
     matches = [first_match(rules, product) for product in products]
-    parts = {p.number: rules_of_parts(owner, rules, p) for p in products if not p.barred}
-    free = {n for (n, _), p in zip(matches, products, strict=True) if not p.barred}
-    used = free.union(*(part.used for part in parts.values()))
-    for n, rule in enumerate(rules):
-        if n not in used:
-            raise ValueError(f"{owner}: {unused(rule, rules, products, leaves, closed)}")
+    matched_parts = {
+        p.number: match_parts(owner, rules, p) for p in products if not p.barred_reason
+    }
+    used_rules = {
+        rule_index
+        for (rule_index, _), p in zip(matches, products, strict=True)
+        if not p.barred_reason
+    }.union(*(parts.used for parts in matched_parts.values()))
+    for rule_index, rule in enumerate(rules):
+        if rule_index not in used_rules:
+            reason = unused_reason(rule, rules, products, leaves, closed)
+            raise ValueError(f"{owner}: {reason}")
     chosen: list[Assigned | None] = []
-    for product, (n, swapped) in zip(products, matches, strict=True):
-        experts = parts[product.number].experts if product.number in parts else None
-        if n is None or product.barred:
+    for product, (rule_index, swapped) in zip(products, matches, strict=True):
+        parts = matched_parts.get(product.number)
+        if rule_index is None or product.barred_reason:
             chosen.append(None)
-        elif experts is None:
-            chosen.append(_assigned(owner, product, rules[n], swapped))
+        elif parts is None or parts.experts is None:
+            chosen.append(_assign_rule(owner, product, rules[rule_index], swapped))
         else:
-            chosen.append(_with_experts(owner, product, experts))
-    _check_one_way(owner, products, chosen)
+            chosen.append(_assign_experts(owner, product, parts.experts))
+    _check_same_recipe(owner, products, chosen)
     return chosen
 
 
@@ -231,85 +238,85 @@ def unassigned(product: Product) -> Assigned:
     """Returns an assignment that leaves a product unchanged."""
     return Assigned(
         recipe=None,
-        output=None,
+        output_recipe=None,
         swapped=False,
         name=product.name,
         where=product.where,
         number=product.number,
         loops=product.loops,
         stacked=product.stacked,
-        table=None,
-        calibrated=(None, None),
-        reverse=product.reverse,
+        table_recipe=None,
+        observers=(None, None),
+        is_differentiated=product.is_differentiated,
     )
 
 
-def of_mark(mark: Mark) -> Assigned:
+def assignment_of_mark(mark: Mark) -> Assigned:
     """Returns the assignment of a marked array, which is not a product."""
     return Assigned(
         recipe=None,
-        output=None,
+        output_recipe=None,
         swapped=False,
         name=mark.name,
         where=mark.where,
         number=-1,
         loops=mark.loops,
         stacked=mark.stacked,
-        table=None,
-        calibrated=(None, None),
-        reverse=mark.reverse,
+        table_recipe=None,
+        observers=(None, None),
+        is_differentiated=mark.is_differentiated,
     )
 
 
-def _assigned(owner: str, product: Product, rule: Rule, swapped: bool) -> Assigned:
+def _assign_rule(owner: str, product: Product, rule: Rule, swapped: bool) -> Assigned:
     """Returns the assignment of a rule to a product, after checking that it fits."""
     recipe, output = rule.product, rule.output
     assert output is None or isinstance(output, Recipe)
-    assigned = dataclasses.replace(unassigned(product), output=output, swapped=swapped)
+    assigned = dataclasses.replace(unassigned(product), output_recipe=output, swapped=swapped)
     if product.operation != LOOK_UP and recipe is not None:
         operation = operation_of(product.eqn, product.where, swapped)
-        with naming(owner):
-            first, second = assigned.order(product.operands[:2])
+        with prefix_errors(owner):
+            first, second = assigned.reorder_operands(product.operands[:2])
             check(operation, first, second, recipe.forward)
-    with naming(owner, product.where):
+    with prefix_errors(owner, product.where):
         if output is not None:
             _check_recipe(output, product.out)
         if recipe is None:
             return assigned
         if product.operation == LOOK_UP:
-            return _looked_up(assigned, product, recipe.operands[1])
-        calibrated = _calibrated(product, recipe, swapped)
+            return _assign_look_up(assigned, product, recipe.operands[1])
+        observers = _range_observers(product, recipe, swapped)
     recipe = None if recipe.plain else recipe
-    return dataclasses.replace(assigned, recipe=recipe, calibrated=calibrated)
+    return dataclasses.replace(assigned, recipe=recipe, observers=observers)
 
 
-def _with_experts(owner: str, product: Product, experts: Experts) -> Assigned:
+def _assign_experts(owner: str, product: Product, experts: Experts) -> Assigned:
     """Returns the assignment of a product of experts with different recipes."""
     recipe, output = experts.others
     rule = Rule("", recipe, output=output)
-    assigned = _assigned(owner, product, rule, experts.operand == 0)
-    with naming(owner, product.where):
+    assigned = _assign_rule(owner, product, rule, experts.operand == 0)
+    with prefix_errors(owner, product.where):
         shape = product.operands[experts.operand]
         jax.eval_shape(lambda x: experts.quantized(product.eqn, x), shape)
     return dataclasses.replace(assigned, experts=experts)
 
 
-def _looked_up(assigned: Assigned, product: Product, weight: Recipe | None) -> Assigned:
+def _assign_look_up(assigned: Assigned, product: Product, weight: Recipe | None) -> Assigned:
     """Returns the assignment of a look-up, which quantizes only the table."""
-    table = on_axes(weight, product, 0)
+    table = recipe_on_operand_axes(weight, product, 0)
     if table is None:
         return assigned
     _check_recipe(table, product.operands[0])
-    return dataclasses.replace(assigned, recipe=ProductRecipe(None, weight), table=table)
+    return dataclasses.replace(assigned, recipe=ProductRecipe(None, weight), table_recipe=table)
 
 
-def _calibrated(
+def _range_observers(
     product: Product, recipe: ProductRecipe, swapped: bool
 ) -> tuple[Observable | None, ...]:
     """Returns the operands of a product whose ranges may come from calibration."""
 
     def of_operand(operand_recipe: Recipe | None, i: int) -> Observable | None:
-        operand_recipe = on_axes(operand_recipe, product, i)
+        operand_recipe = recipe_on_operand_axes(operand_recipe, product, i)
         if (
             operand_recipe is None
             or recipe.hadamard is not None
@@ -328,7 +335,7 @@ def _calibrated(
 
 
 @contextlib.contextmanager
-def naming(*prefixes: str) -> Iterator[None]:
+def prefix_errors(*prefixes: str) -> Iterator[None]:
     """Prefixes errors raised in the context with a function, and a product and its line."""
     try:
         yield
@@ -337,7 +344,7 @@ def naming(*prefixes: str) -> Iterator[None]:
         raise error_type(": ".join([*prefixes, str(error)])) from error
 
 
-def on_axes(recipe: Recipe | None, product: Product, i: int) -> Recipe | None:
+def recipe_on_operand_axes(recipe: Recipe | None, product: Product, i: int) -> Recipe | None:
     """Returns an operand's recipe with its granularity on the operand's own axes."""
     if recipe is None:
         return None
@@ -352,7 +359,7 @@ def _check_recipe(recipe: Recipe, x: Any) -> None:
     jax.eval_shape(lambda x, key: fake_quant(x, recipe, key=key), x, key)
 
 
-def _check_one_way(
+def _check_same_recipe(
     owner: str, products: Sequence[Product], chosen: Sequence[Assigned | None]
 ) -> None:
     """Checks that all products that quantize a weight use the same recipe."""
@@ -369,8 +376,8 @@ def _check_one_way(
             if first_recipe != recipe:
                 raise ValueError(
                     f"{owner}: weight {path!r} must have one recipe, got "
-                    f"{described(first_recipe)} in {other.where} and {described(recipe)} in "
-                    f"{product.where}. Write one rule for "
+                    f"{describe_recipe(first_recipe)} in {other.where} and "
+                    f"{describe_recipe(recipe)} in {product.where}. Write one rule for "
                     "both products, or exclude one by an earlier rule with the recipe None."
                 )
 

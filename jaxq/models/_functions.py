@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from jaxq.models._multiplying import unpacked
 from jaxq.models._planning import Planned, plan
-from jaxq.models._programs import Extra, program
+from jaxq.models._programs import ProductInputs, build_program
 from jaxq.models._rules import Rules
-from jaxq.models._running import run
+from jaxq.models._running import run_program
+from jaxq.models._stored_views import as_array
 from jaxq.quantizers import Quantized
 
 __all__ = ["quantize_fn", "quantize_weights"]
@@ -86,8 +86,8 @@ def quantize_fn(
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
       >>> def model(params, x):
-      ...     return jax.nn.relu(x @ params["hidden"]) @ params["out"]
-      >>> params = {"hidden": jnp.full((4, 8), 0.3), "out": jnp.full((8, 2), 0.7)}
+      ...     return jax.nn.relu(x @ params["hidden_message"]) @ params["out"]
+      >>> params = {"hidden_message": jnp.full((4, 8), 0.3), "out": jnp.full((8, 2), 0.7)}
       >>> small = jaxq.quantize_fn(model, {"out": "w8a8", "": "int4_channel"})
       >>> jax.jit(small)(params, jnp.ones((1, 4))).shape
       (1, 2)
@@ -118,8 +118,8 @@ def run_planned(
 ) -> tuple[list[Any], Mapping[str, Any]]:
     """Runs a planned function and returns its results and the calibration states."""
     traced, packed = planned.traced, planned.packed
-    runnable = program(planned.node, planned.chosen, bool(packed), planned.marked)
-    drawing = [a for a in runnable.all() if a.draws]
+    runnable = build_program(planned.node, planned.chosen, bool(packed), planned.marked)
+    drawing = [a for a in runnable.all() if a.draws_random_bits]
     needing = [a for a in drawing if a.needs_key]
     if needing and key is None:
         raise ValueError(
@@ -131,9 +131,11 @@ def run_planned(
             f"{owner}: `key` must be None, as no recipe draws random bits, got a key. Omit it."
         )
     arrays = [packed.get(i, array) for i, array in enumerate(traced.arrays)]
-    extra = Extra(key=key, scales=planned.scales, records=planned.records, places={})
-    results, seen = run(runnable, extra, arrays, observing=observing)
-    return [unpacked(result) for result in results], seen
+    inputs = ProductInputs(
+        key=key, scales=planned.scales, product_states=planned.product_states, device_indices={}
+    )
+    results, seen = run_program(runnable, inputs, arrays, observing=observing)
+    return [as_array(result) for result in results], seen
 
 
 def quantize_weights(
@@ -184,15 +186,15 @@ def quantize_weights(
     @functools.wraps(fn, updated=())
     def packed(*args: Any, **kwargs: Any) -> Any:
         planned = plan("quantize_weights", fn, rules, argnums, args, kwargs)
-        _report_left(planned, strict)
+        _warn_unpacked(planned, strict)
         stored = planned.stored.leaves
-        tree, places = planned.traced.parameters
+        tree, leaf_indices = planned.traced.parameters
         leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Quantized))
         leaves = [
-            stored[place].quantize(leaf)
-            if place is not None and place in stored and not isinstance(leaf, Quantized)
+            stored[index].quantize(leaf)
+            if index is not None and index in stored and not isinstance(leaf, Quantized)
             else leaf
-            for place, leaf in zip(places, leaves, strict=True)
+            for index, leaf in zip(leaf_indices, leaves, strict=True)
         ]
         result = jax.tree.unflatten(structure, leaves)
         return result[0] if isinstance(argnums, int) and isinstance(result, list) else result
@@ -200,7 +202,7 @@ def quantize_weights(
     return packed
 
 
-def _report_left(planned: Planned, strict: bool) -> None:
+def _warn_unpacked(planned: Planned, strict: bool) -> None:
     """Warns about weights that are not stored, or raises an error if `strict`."""
     reasons = planned.stored.reasons
     if not reasons:

@@ -17,7 +17,7 @@ class Mark:
       source: the line of the user's code.
       loops: the lengths of the surrounding scans, outermost first.
       stacked: the depths of the scans over layers, which slice parameters.
-      reverse: True if its cotangent is known, as in `Product`.
+      is_differentiated: True if its cotangent is known, as in `Product`.
       name: the name in `checkpoint_name`, which `read` makes unique among marks and products.
     """
 
@@ -25,7 +25,7 @@ class Mark:
     source: str
     loops: tuple[int, ...]
     stacked: frozenset[int]
-    reverse: bool
+    is_differentiated: bool
     name: str
 
     @property

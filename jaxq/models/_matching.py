@@ -11,9 +11,9 @@ from jaxq.models._experts import Experts, experts_of
 from jaxq.models._operations import LOOK_UP
 from jaxq.models._reading import Product
 from jaxq.models._rule import Rule
-from jaxq.models._rules import hidden, unmatched
+from jaxq.models._rules import hidden_message, unmatched_message
 
-__all__ = ["first_match", "rules_of_parts", "unused"]
+__all__ = ["first_match", "match_parts", "unused_reason"]
 
 
 def first_match(rules: Sequence[Rule], product: Product) -> tuple[int | None, bool]:
@@ -36,7 +36,7 @@ def _match(rule: Rule, product: Product) -> bool | None:
             return None
         weights = [i for i, o in enumerate(product.origins) if o is not None]
         return product.operation != LOOK_UP and weights == [0]
-    if any(not outer.barred and _match(rule, outer) is not None for outer in product.within):
+    if any(not outer.barred_reason and _match(rule, outer) is not None for outer in product.within):
         return None  # The computed weight is quantized instead of the values it depends on.
     for i in reversed(range(len(product.origins))):
         origin = product.origins[i]
@@ -45,7 +45,7 @@ def _match(rule: Rule, product: Product) -> bool | None:
     return None
 
 
-class Parts(NamedTuple):
+class MatchedParts(NamedTuple):
     """The rules that match parts of weights that a product multiplies as one.
 
     Attributes:
@@ -57,7 +57,7 @@ class Parts(NamedTuple):
     experts: Experts | None
 
 
-def rules_of_parts(owner: str, rules: Sequence[Rule], product: Product) -> Parts:
+def match_parts(owner: str, rules: Sequence[Rule], product: Product) -> MatchedParts:
     """Returns the rules that match parts of weights that a product multiplies as one.
 
     Raises:
@@ -79,10 +79,10 @@ def rules_of_parts(owner: str, rules: Sequence[Rule], product: Product) -> Parts
         recipes = {None if rule is None else (rule.product, rule.output) for rule in matched}
         if len(recipes) > 1:
             experts = experts_of(owner, product, i, matched)
-    return Parts(used, experts)
+    return MatchedParts(used, experts)
 
 
-def unused(
+def unused_reason(
     rule: Rule,
     rules: Sequence[Rule],
     products: Sequence[Product],
@@ -91,13 +91,15 @@ def unused(
 ) -> str:
     """Returns the reason why a rule applies to no product."""
     matches = [p for p in products if first_match((rule,), p)[0] is not None]
-    barred = [p for p in matches if p.barred]
-    if barred:
-        p = barred[0]
-        return f"{rule} matches only {p.where}, which cannot be quantized: {p.barred}. Remove it."
+    for p in matches:
+        if p.barred_reason:
+            return (
+                f"{rule} matches only {p.where}, which cannot be quantized: {p.barred_reason}. "
+                "Remove it."
+            )
     if matches:
         earlier = rules[first_match(rules, matches[0])[0] or 0]
-        return hidden(rule, matches[0].where, earlier)
+        return hidden_message(rule, matches[0].where, earlier)
     if rule.weight is None:
         return _unmet(rule, products)
     weights = {path: p for p in products for o in p.origins if o for path in o.paths}
@@ -119,7 +121,7 @@ def unused(
         )
     if not weights:
         remedy = "Pass the positions of the parameters as `argnums`."
-    return unmatched(rule, "weight", weights, remedy)
+    return unmatched_message(rule, "weight", weights, remedy)
 
 
 def _unmet(rule: Rule, products: Sequence[Product]) -> str:

@@ -142,13 +142,13 @@ class Monitored:
             raise ValueError(
                 f"Monitored.copies: `count` must be at least 1, got {count}. Use one per call."
             )
-        spread = {name: row.spread(count) for name, row in self.rows.items()}
+        copies = {name: row.copies_for_loop(count) for name, row in self.rows.items()}
         scaling: tuple[Any, ...] = (self.scaling,) * count
         if isinstance(self.scaling, Delayed):
             scaling = self.scaling.copies(count)
         return tuple(
             dataclasses.replace(
-                self, rows=jax.tree.map(lambda x, i=i: x[i], spread), scaling=scaling[i]
+                self, rows=jax.tree.map(lambda x, i=i: x[i], copies), scaling=scaling[i]
             )
             for i in range(count)
         )

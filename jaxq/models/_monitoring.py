@@ -8,14 +8,14 @@ import jax
 from jax import numpy as jnp
 
 from jaxq.models._adapting import Adapted
-from jaxq.models._assigning import Assigned, naming, unassigned
+from jaxq.models._assigning import Assigned, prefix_errors, unassigned
 from jaxq.models._marks import Mark
 from jaxq.models._monitored import Monitored
 from jaxq.models._operations import QUANTIZED, operation_of
 from jaxq.models._planning import plan
-from jaxq.models._reached import unreached
+from jaxq.models._reached import find_unreached
 from jaxq.models._reading import Product
-from jaxq.models._rules import PlainRules, Rules, as_rules, unmatched
+from jaxq.models._rules import PlainRules, Rules, as_rules, unmatched_message
 from jaxq.models._states import Delayed, Frozen, Switch, Switched
 from jaxq.products import (
     NO_SCALES,
@@ -30,12 +30,12 @@ from jaxq.products import (
 )
 from jaxq.recipes import Recipe
 
-__all__ = ["monitored", "switch", "switched"]
+__all__ = ["make_monitored", "make_switched", "switch"]
 
 _UNREACHED = "no floating-point result of the function is differentiable with respect to it"
 
 
-def monitored(
+def make_monitored(
     owner: str,
     fn: Callable[..., Any],
     rules: Rules,
@@ -57,17 +57,17 @@ def monitored(
     def initial_state(*args: Any, **kwargs: Any) -> Monitored:
         planned = plan(owner, fn, rules, argnums, args, kwargs)
         reasons = {p.name: _reason(p) for p in (*planned.products, *planned.marks)}
-        for p in unreached(planned.node):
+        for p in find_unreached(planned.node):
             reasons[p.name] = reasons[p.name] or _UNREACHED
         chosen = _chosen(owner, patterns, [*planned.products, *planned.marks], reasons)
         rows: dict[str, Row] = {}
         for product, assigned in zip(planned.products, planned.chosen, strict=True):
             if product.name in chosen:
-                with naming(owner, product.where):
+                with prefix_errors(owner, product.where):
                     rows[product.name] = _row(probe, product, assigned or unassigned(product))
         for mark in planned.marks:
             if mark.name in chosen:
-                with naming(owner, mark.where):
+                with prefix_errors(owner, mark.where):
                     rows[mark.name] = _empty(mark.stacks, array_layouts(probe, mark.out), probe)
         rows = {name: row for name, row in rows.items() if row.layout.size}
         scaling = rules if isinstance(rules, Frozen | Delayed | Switched) else None
@@ -117,10 +117,10 @@ def switch(
             f"switch: `rules` must be recipes without a state, got {type(rules).__name__} "
             "rules. Pass the rules from which they were made."
         )
-    return switched("switch", fn, rules, argnums)
+    return make_switched("switch", fn, rules, argnums)
 
 
-def switched(
+def make_switched(
     owner: str, fn: Callable[..., Any], rules: Rules, argnums: int | Sequence[int]
 ) -> Callable[..., Switched]:
     """Returns the function that makes the rules of a model with all recipes turned on.
@@ -136,7 +136,7 @@ def switched(
         planned = plan(owner, fn, rules, argnums, args, kwargs)
         switches = {}
         for product, assigned in zip(planned.products, planned.chosen, strict=True):
-            recipes = None if assigned is None else (assigned.recipe or assigned.output)
+            recipes = None if assigned is None else (assigned.recipe or assigned.output_recipe)
             if recipes is not None:
                 switches[product.name] = Switch(jnp.ones(product.stacks, jnp.float32))
         if not switches:
@@ -171,7 +171,7 @@ def _chosen(
         if not matching:
             raise ValueError(
                 f"{owner}: `products`: "
-                + unmatched(
+                + unmatched_message(
                     pattern, "product", names, "Use jaxq.explain(fn, [])(*args) to list all."
                 )
             )
@@ -188,9 +188,9 @@ def _reason(product: Product | Mark) -> str:
     """Returns the reason why a product or a marked array cannot be monitored, or ""."""
     if isinstance(product, Product) and product.operation not in QUANTIZED:
         return "only matrix products, convolutions and marked arrays are"
-    if isinstance(product, Product) and product.barred:
-        return product.barred
-    if not product.reverse:
+    if isinstance(product, Product) and product.barred_reason:
+        return product.barred_reason
+    if not product.is_differentiated:
         return "its cotangent is unknown in a while loop or under a custom derivative"
     if not jnp.issubdtype(product.out.dtype, jnp.floating) or product.out.size == 0:
         return "it has no floating-point elements"
@@ -200,16 +200,16 @@ def _reason(product: Product | Mark) -> str:
 def _row(probe: Probe, product: Product, assigned: Assigned) -> Row:
     """Returns the row of a product."""
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in product.eqn.invars]
-    first, second = assigned.order(shapes[:2])
+    first, second = assigned.reorder_operands(shapes[:2])
     arguments: Any = tuple(shapes[2:])
     operation = operation_of(product.eqn, product.where, assigned.swapped, arguments)
     recipe = assigned.recipe or ProductRecipe()
     keys = jax.eval_shape(lambda: keys_of(jax.random.key(0))) if recipe.draws else None
     running = Running(operation, (first, second), recipe, keys, NO_SCALES)
     recipes = running.recipes
-    if assigned.output is not None:
-        recipes["output"] = assigned.output
-    layout = layouts_of(probe, running, assigned.output)
+    if assigned.output_recipe is not None:
+        recipes["output"] = assigned.output_recipe
+    layout = layouts_of(probe, running, assigned.output_recipe)
     return _empty(product.stacks, layout, probe, tuple(recipes.items()))
 
 

@@ -13,13 +13,13 @@ from jaxq._jax import compat
 from jaxq._jax.arithmetic import barrier
 from jaxq._jax.draws import fold_in, one_of
 from jaxq.models._adapting import adapter_product
-from jaxq.models._assigning import TENSORS, Assigned, naming
+from jaxq.models._assigning import OPERANDS_OF_PRODUCT, Assigned, prefix_errors
 from jaxq.models._looking_up import look_up
 from jaxq.models._marks import MARK
 from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
-from jaxq.models._programs import Extra, Records, States
-from jaxq.models._stored_views import unpacked
-from jaxq.models._streaming import streamed
+from jaxq.models._programs import ProductInputs, ProductState, States
+from jaxq.models._stored_views import as_array
+from jaxq.models._streaming import stream_product
 from jaxq.products import (
     NO_SCALES,
     Hadamard,
@@ -49,25 +49,27 @@ class Keys(NamedTuple):
 
 
 def keys_for(
-    extra: Extra, eqns: Sequence[Any], products: Mapping[int, Assigned]
+    inputs: ProductInputs, eqns: Sequence[Any], products: Mapping[int, Assigned]
 ) -> dict[int, Keys]:
     """Returns the keys of products by equation, split together to save compile time."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, assigned in products.items():
-        if extra.key is not None and assigned.draws:
-            groups.setdefault(extra.differing_axes(eqns[i]), []).append(i)
+        if inputs.key is not None and assigned.draws_random_bits:
+            groups.setdefault(inputs.differing_axes(eqns[i]), []).append(i)
     keys = dict.fromkeys(products, Keys())
     for axes, members in groups.items():
-        product_keys = extra.folded(np.array([products[i].number for i in members]))
+        product_keys = inputs.folded_key(np.array([products[i].number for i in members]))
         for axis in axes:
-            product_keys = fold_in(product_keys, extra.places[axis])
+            product_keys = fold_in(product_keys, inputs.device_indices[axis])
         split_keys: Any = keys_of(product_keys)
         for position, i in enumerate(members):
             assigned, product_key = products[i], one_of(product_keys, position)
             recipe_draws = assigned.recipe is not None and bool(assigned.recipe.draws)
             keys[i] = Keys(
-                one_of(split_keys, position) if recipe_draws and assigned.table is None else None,
-                product_key if recipe_draws and assigned.table is not None else None,
+                one_of(split_keys, position)
+                if recipe_draws and assigned.table_recipe is None
+                else None,
+                product_key if recipe_draws and assigned.table_recipe is not None else None,
                 fold_in(product_key, 0) if assigned.output_draws else None,
             )
     return keys
@@ -76,7 +78,7 @@ def keys_for(
 def multiply(
     eqn: Any,
     assigned: Assigned,
-    extra: Extra,
+    inputs: ProductInputs,
     keys: Keys,
     operands: list[Any],
     observing: bool,
@@ -86,62 +88,62 @@ def multiply(
     Args:
       eqn: the product's equation.
       assigned: the product's assignment.
-      extra: scales and records.
+      inputs: the scales and the product states.
       keys: the product's keys.
       operands: arrays, with `StoredView`s for stored weights.
       observing: True to collect calibration states.
     """
-    records = extra.records.get(assigned.name, Records())
+    state = inputs.product_states.get(assigned.name, ProductState())
     if eqn.primitive.name == MARK:
-        (y,) = compat.bind(eqn, list(map(unpacked, operands)))
-        assert records.row is not None
-        with compat.within(eqn), naming(assigned.where):
-            return record_array(y, records.row), {}
-    adapter = records.adapter
+        (y,) = compat.bind(eqn, list(map(as_array, operands)))
+        assert state.row is not None
+        with compat.within(eqn), prefix_errors(assigned.where):
+            return record_array(y, state.row), {}
+    adapter = state.adapter
     if adapter is None:
-        return _multiplied(eqn, assigned, extra, keys, operands, observing)
+        return _run_product(eqn, assigned, inputs, keys, operands, observing)
 
     def base(operands: list[Any]) -> tuple[jax.Array, States]:
         # XLA must not dequantize a weight before the other operand is known.
         operands = list(barrier(tuple(operands)))
-        return _multiplied(eqn, assigned, extra, keys, operands, observing)
+        return _run_product(eqn, assigned, inputs, keys, operands, observing)
 
     # Stored weights stay packed until the backward pass, which dequantizes them again.
     y, seen = jax.checkpoint(base)(operands)
     operation = operation_of(eqn, assigned.where, assigned.swapped)
-    x, weight = assigned.order([unpacked(operand) for operand in operands[:2]])
+    x, weight = assigned.reorder_operands([as_array(operand) for operand in operands[:2]])
     with compat.within(eqn):
-        shape, arguments = jax.typeof(weight), [unpacked(operand) for operand in operands[2:]]
+        shape, arguments = jax.typeof(weight), [as_array(operand) for operand in operands[2:]]
         adapter_output = adapter_product(operation.contraction, adapter, x, shape, arguments)
     return y + adapter_output.astype(y.dtype), seen
 
 
-def _multiplied(
+def _run_product(
     eqn: Any,
     assigned: Assigned,
-    extra: Extra,
+    inputs: ProductInputs,
     keys: Keys,
     operands: list[Any],
     observing: bool,
 ) -> tuple[jax.Array, States]:
     """Returns one product without its adapter, and its calibration states."""
-    records = extra.records.get(assigned.name, Records())
-    if not observing and records._replace(adapter=None) == Records():
-        scales = _scales(assigned, extra.scales.get(assigned.name), records.histories)
-        y = streamed(eqn, assigned, keys.product, scales, operands)
+    state = inputs.product_states.get(assigned.name, ProductState())
+    if not observing and state._replace(adapter=None) == ProductState():
+        scales = _scales(assigned, inputs.scales.get(assigned.name), state.histories)
+        y = stream_product(eqn, assigned, keys.product, scales, operands)
         if y is not None:
             return y, {}
-    arrays = [unpacked(operand) for operand in operands]
-    if assigned.factor is not None:
-        arrays = _scaled(eqn, assigned, extra, arrays)
+    arrays = [as_array(operand) for operand in operands]
+    if assigned.factor_name is not None:
+        arrays = _scale_input(eqn, assigned, inputs, arrays)
     seen: States = {}
     with compat.within(eqn):
-        if observing and any(assigned.calibrated):
-            seen[assigned.name] = extra.everywhere(
+        if observing and any(assigned.observers):
+            seen[assigned.name] = inputs.as_device_varying(
                 tuple(
-                    None if observer is None else observer.measure(x, arrays[2:], extra.mask)
+                    None if observer is None else observer.measure(x, arrays[2:], inputs.mask)
                     for x, observer in zip(
-                        assigned.order(arrays[:2]), assigned.calibrated, strict=True
+                        assigned.reorder_operands(arrays[:2]), assigned.observers, strict=True
                     )
                 )
             )
@@ -150,27 +152,27 @@ def _multiplied(
             return compat.bind(eqn, arrays)[0]
 
         def quantized() -> jax.Array:
-            return _quantized(eqn, assigned, extra, keys, arrays)
+            return _apply_recipes(eqn, assigned, inputs, keys, arrays)
 
-        is_on = None if records.switch is None else records.switch.on > 0
+        is_on = None if state.switch is None else state.switch.on > 0
         y = quantized() if is_on is None else lax.cond(is_on, quantized, plain)
-        if assigned.scored:
-            y = _scored(eqn, assigned, extra, arrays, y)
+        if assigned.scored_recipes:
+            y = _attach_scores(eqn, assigned, inputs, arrays, y)
     return y, seen
 
 
-def _scored(
-    eqn: Any, assigned: Assigned, extra: Extra, arrays: Sequence[jax.Array], y: jax.Array
+def _attach_scores(
+    eqn: Any, assigned: Assigned, inputs: ProductInputs, arrays: Sequence[jax.Array], y: jax.Array
 ) -> jax.Array:
-    """Returns a result whose cotangent gives scores to the recipes in `Assigned.scored`."""
-    assert extra.vectors is not None
+    """Returns a result whose cotangent gives scores to the recipes in `Assigned.scored_recipes`."""
+    assert inputs.vectors is not None
     constants = [lax.stop_gradient(array) for array in arrays]
     errors = []
-    for recipe in assigned.scored:
-        candidate = dataclasses.replace(assigned, recipe=recipe, scored=())
-        error = _quantized(eqn, candidate, extra, Keys(), constants) - lax.stop_gradient(y)
+    for recipe in assigned.scored_recipes:
+        candidate = dataclasses.replace(assigned, recipe=recipe, scored_recipes=())
+        error = _apply_recipes(eqn, candidate, inputs, Keys(), constants) - lax.stop_gradient(y)
         errors.append(error.astype(jnp.float32))
-    return _with_scores(y, extra.vectors[assigned.name], errors)
+    return _with_scores(y, inputs.vectors[assigned.name], errors)
 
 
 @jax.custom_vjp
@@ -194,25 +196,27 @@ def _scores_backward(errors: list[jax.Array], cotangent: jax.Array) -> Any:
 _with_scores.defvjp(_scores_forward, _scores_backward)
 
 
-def _scaled(eqn: Any, assigned: Assigned, extra: Extra, arrays: list[jax.Array]) -> list[jax.Array]:
+def _scale_input(
+    eqn: Any, assigned: Assigned, inputs: ProductInputs, arrays: list[jax.Array]
+) -> list[jax.Array]:
     """Returns the operands of a product with the input of its weight scaled and rotated."""
-    assert extra.vectors is not None
-    assert assigned.factor is not None
+    assert inputs.vectors is not None
+    assert assigned.factor_name is not None
     input_index = int(assigned.swapped)
     x, axes = arrays[input_index], contraction_of(eqn).axes[input_index]
     order = (*axes.batch, *axes.contract)
-    factor = extra.vectors[assigned.factor].reshape([x.shape[axis] for axis in order])
+    factor = inputs.vectors[assigned.factor_name].reshape([x.shape[axis] for axis in order])
     factor = factor.transpose(tuple(np.argsort(order).tolist()))
     factor = jnp.expand_dims(factor, axes.free)
     with compat.within(eqn):
         scaled = x.astype(jnp.float32) * factor
-        if assigned.rotated is not None:
-            scaled = _rotated(scaled, axes.contract, assigned.rotated)
+        if assigned.rotation_block is not None:
+            scaled = _rotate_blocks(scaled, axes.contract, assigned.rotation_block)
         scaled = scaled.astype(x.dtype)
     return [scaled if i == input_index else array for i, array in enumerate(arrays)]
 
 
-def _rotated(x: jax.Array, axes: tuple[int, ...], length: int) -> jax.Array:
+def _rotate_blocks(x: jax.Array, axes: tuple[int, ...], length: int) -> jax.Array:
     """Returns the Hadamard transform of blocks along several axes, merged into one."""
     other_axes = tuple(axis for axis in range(x.ndim) if axis not in axes)
     order = (*other_axes, *axes)
@@ -223,28 +227,28 @@ def _rotated(x: jax.Array, axes: tuple[int, ...], length: int) -> jax.Array:
     return flat.reshape(transposed.shape).transpose(tuple(np.argsort(order).tolist()))
 
 
-def _quantized(
-    eqn: Any, assigned: Assigned, extra: Extra, keys: Keys, arrays: list[jax.Array]
+def _apply_recipes(
+    eqn: Any, assigned: Assigned, inputs: ProductInputs, keys: Keys, arrays: list[jax.Array]
 ) -> jax.Array:
     """Returns the result of a product or look-up, with its recipes applied."""
     if assigned.experts is not None:
         stack_index = assigned.experts.operand
-        with naming(assigned.where):
+        with prefix_errors(assigned.where):
             stack = assigned.experts.quantized(eqn, arrays[stack_index])
         arrays = [stack if i == stack_index else x for i, x in enumerate(arrays)]
-    records = extra.records.get(assigned.name, Records())
-    if assigned.table is not None:
+    state = inputs.product_states.get(assigned.name, ProductState())
+    if assigned.table_recipe is not None:
         table, *indices = arrays
 
         def gather(table: jax.Array) -> jax.Array:
             return compat.bind(eqn, [table, *indices])[0]
 
-        with naming(assigned.where):
-            y = look_up(eqn, gather, table, assigned.table, keys.table)
-    elif eqn.primitive.name == LOOK_UP or (assigned.recipe is None and records.row is None):
+        with prefix_errors(assigned.where):
+            y = look_up(eqn, gather, table, assigned.table_recipe, keys.table)
+    elif eqn.primitive.name == LOOK_UP or (assigned.recipe is None and state.row is None):
         y = compat.bind(eqn, arrays)[0]
     else:
-        running = _running(eqn, assigned, extra, keys, arrays)
+        running = _bind_recipe(eqn, assigned, inputs, keys, arrays)
         first, second = running.operands
         if running.recipe.plain:
             y = compat.bind(eqn, arrays)[0]
@@ -252,26 +256,26 @@ def _quantized(
             recipe, scales = running.recipe, running.scales
             y = product(running.operation, first, second, recipe, running.keys, scales)
         for history, recipe, x in zip(
-            records.histories, assigned.delayed, (first, second, None), strict=True
+            state.histories, assigned.delayed, (first, second, None), strict=True
         ):
             if history is not None and recipe is not None:
                 y = record(y, history, recipe, x)
-        if records.row is not None:
-            with naming(assigned.where):
-                y = record_row(y, records.row, running, assigned.output)
-    if assigned.output is not None:
-        with naming(assigned.where):
-            y = fake_quant(y, assigned.output, key=keys.output)
+        if state.row is not None:
+            with prefix_errors(assigned.where):
+                y = record_row(y, state.row, running, assigned.output_recipe)
+    if assigned.output_recipe is not None:
+        with prefix_errors(assigned.where):
+            y = fake_quant(y, assigned.output_recipe, key=keys.output)
     return y
 
 
-def _running(
-    eqn: Any, assigned: Assigned, extra: Extra, keys: Keys, arrays: Sequence[jax.Array]
+def _bind_recipe(
+    eqn: Any, assigned: Assigned, inputs: ProductInputs, keys: Keys, arrays: Sequence[jax.Array]
 ) -> Running:
     """Returns a product with its operands in the order of its recipe."""
-    first, second = assigned.order(arrays[:2])
-    histories = extra.records.get(assigned.name, Records()).histories
-    scales = _scales(assigned, extra.scales.get(assigned.name), histories)
+    first, second = assigned.reorder_operands(arrays[:2])
+    histories = inputs.product_states.get(assigned.name, ProductState()).histories
+    scales = _scales(assigned, inputs.scales.get(assigned.name), histories)
     operation = operation_of(eqn, assigned.where, assigned.swapped, tuple(arrays[2:]))
     recipe = assigned.recipe or ProductRecipe()
     return Running(operation, (first, second), recipe, keys.product, scales)
@@ -292,4 +296,4 @@ def _scales(
         )
         return first, second
 
-    return PerProduct(*map(pair, assigned.delayable, TENSORS))
+    return PerProduct(*map(pair, assigned.delayable, OPERANDS_OF_PRODUCT))

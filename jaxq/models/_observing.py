@@ -153,7 +153,7 @@ def observe(
     @functools.wraps(fn, updated=())
     def observed(*args: Any, **kwargs: Any) -> Any:
         planned = plan("observe", fn, rules, argnums, args, kwargs)
-        calibrated = [a for a in planned.chosen if a is not None and any(a.calibrated)]
+        calibrated = [a for a in planned.chosen if a is not None and any(a.observers)]
         if not calibrated:
             raise ValueError(
                 "observe: `rules` must give some activation a recipe with one scale per tensor, "
@@ -161,7 +161,7 @@ def observe(
             )
         results, states = run_planned("observe", planned, key, observing=True)
         recipes = tuple(
-            (a.name, tuple(map(_recipe, a.calibrated)), len(a.stacked)) for a in calibrated
+            (a.name, tuple(map(_recipe, a.observers)), len(a.stacked)) for a in calibrated
         )
         states = {a.name: states[a.name] for a in calibrated}
         return planned.traced.rebuild(results), Observed(states, recipes)

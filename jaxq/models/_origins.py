@@ -137,14 +137,14 @@ class Origin:
     @property
     def name(self) -> str:
         """The paths joined into one name, as reports show it."""
-        return f"computed({', '.join(self.leaves)})" if self.computed else _joined(self.paths)
+        return f"computed({', '.join(self.leaves)})" if self.computed else _join_paths(self.paths)
 
     @property
     def opaque(self) -> "Origin":
         """The origin, with opaque pieces."""
         return dataclasses.replace(self, pieces=tuple(piece.opaque for piece in self.pieces))
 
-    def each(self, function: Callable[[Piece], Piece | None]) -> "Origin":
+    def map_pieces(self, function: Callable[[Piece], Piece | None]) -> "Origin":
         """Returns the view with a function applied to all transparent pieces."""
         pieces = (piece if piece.axes is None else function(piece) for piece in self.pieces)
         return dataclasses.replace(self, pieces=tuple(p for p in pieces if p is not None))
@@ -157,7 +157,7 @@ class Origin:
             copies = piece.copies * size_of(piece.axes[0])
             return dataclasses.replace(piece.moved(piece.axes[1:], piece.at[1:]), copies=copies)
 
-        return dataclasses.replace(self.each(row), scans=(*self.scans, depth))
+        return dataclasses.replace(self.map_pieces(row), scans=(*self.scans, depth))
 
 
 CONSTANT = Origin(computed=True)
@@ -169,7 +169,7 @@ def of_leaf(path: str, leaf: int, shape: tuple[int, ...], dtype: Any) -> Origin:
     return Origin((Piece(path, leaf, shape, axes, (0,) * len(shape), (), dtype),))
 
 
-def _joined(paths: Sequence[str]) -> str:
+def _join_paths(paths: Sequence[str]) -> str:
     """Joins paths into one, with common parts written once: `cell/{hf,hi}/kernel`."""
     if len(paths) < 2:
         return "".join(paths)

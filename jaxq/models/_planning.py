@@ -7,10 +7,17 @@ from typing import Any
 import numpy as np
 
 from jaxq.models._adapting import Adapted
-from jaxq.models._assigning import Assigned, assign, naming, of_mark, unassigned, weight_of
+from jaxq.models._assigning import (
+    Assigned,
+    assign,
+    assignment_of_mark,
+    prefix_errors,
+    unassigned,
+    weight_of,
+)
 from jaxq.models._marks import Mark
 from jaxq.models._monitored import Monitored
-from jaxq.models._programs import Records
+from jaxq.models._programs import ProductState
 from jaxq.models._reading import Node, Product, read
 from jaxq.models._rules import Rules, as_rules
 from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
@@ -35,7 +42,7 @@ class Planned:
       chosen: the assignment of each product, without the recipe of a stored weight.
       stored: the storage of the weights that rules quantize, and reasons for those not stored.
       scales: the scales from calibration, by the products' names.
-      records: histories, rows for statistics, switches and adapters, by the products' names.
+      product_states: histories, rows for statistics, switches and adapters, by the products' names.
     """
 
     traced: Traced
@@ -45,19 +52,23 @@ class Planned:
     chosen: list[Assigned | None]
     stored: Storages
     scales: Mapping[str, Any]
-    records: Mapping[str, Records]
+    product_states: Mapping[str, ProductState]
 
     @property
     def marked(self) -> dict[str, Assigned]:
-        """The assignments of the marked arrays that have records, by their names."""
-        return {mark.name: of_mark(mark) for mark in self.marks if mark.name in self.records}
+        """The assignments of the marked arrays that have product_states, by their names."""
+        return {
+            mark.name: assignment_of_mark(mark)
+            for mark in self.marks
+            if mark.name in self.product_states
+        }
 
     @property
     def packed(self) -> dict[int, StoredView]:
         """The stored weights, by argument index, in the dtypes that products need."""
         return {
             i: StoredView(dataclasses.replace(q, dtype=self.stored.dtype(i, q.dtype)), q.dtype)
-            for i, q in _packed(self.traced).items()
+            for i, q in _packed_arguments(self.traced).items()
         }
 
 
@@ -95,21 +106,21 @@ def plan(
         unassigned(product) if assigned is None and product.name in rows else assigned
         for product, assigned in zip(products, chosen, strict=True)
     ]
-    records = {}
+    product_states = {}
     for name in {**histories, **rows, **switches, **adapters}:
         lhs, rhs, cotangent = histories.get(name, (None,) * 3)
         others = (rows.get(name), switches.get(name), adapters.get(name))
-        records[name] = Records(lhs, rhs, cotangent, *others)
-    stored, packed = storages(products, chosen), _packed(traced)
+        product_states[name] = ProductState(lhs, rhs, cotangent, *others)
+    stored, packed = storages(products, chosen), _packed_arguments(traced)
     if packed:
         chosen = [
             _without_weight(owner, product, assigned, packed, stored)
             for product, assigned in zip(products, chosen, strict=True)
         ]
-    return Planned(traced, node, products, marks, chosen, stored, scales, records)
+    return Planned(traced, node, products, marks, chosen, stored, scales, product_states)
 
 
-def _packed(traced: Traced) -> dict[int, Quantized]:
+def _packed_arguments(traced: Traced) -> dict[int, Quantized]:
     """Returns the arguments that are stored weights, by their indices."""
     return {i: x for i, x in enumerate(traced.arrays) if isinstance(x, Quantized)}
 
@@ -117,7 +128,7 @@ def _packed(traced: Traced) -> dict[int, Quantized]:
 def _check_state(owner: str, rules: Rules, chosen: Sequence[Assigned | None]) -> None:
     """Checks that a state has an entry for every product that takes scales from it."""
     if isinstance(rules, Frozen):
-        required = [a for a in chosen if a is not None and any(a.calibrated)]
+        required = [a for a in chosen if a is not None and any(a.observers)]
         available: Mapping[str, Any] = rules.scales
     elif isinstance(rules, Delayed):
         required = [a for a in chosen if a is not None and any(a.delayed)]
@@ -175,7 +186,7 @@ def _without_weight(
 ) -> Assigned | None:
     """Removes the weight's recipe from a product's assignment if the weight is stored."""
     leaves = {leaf for o in product.origins if o is not None for leaf in o.leaves.values()}
-    if product.barred or not leaves & set(packed):
+    if product.barred_reason or not leaves & set(packed):
         return assigned
     if assigned is None:
         return unassigned(product)
@@ -183,7 +194,7 @@ def _without_weight(
     if weight is None or not set(weight.origin.leaves.values()) & set(packed):
         return assigned
     recipe = assigned.recipe or ProductRecipe()  # That of experts may be empty.
-    with naming(owner, product.where):
+    with prefix_errors(owner, product.where):
         float_leaves = {
             piece.leaf
             for piece, piece_recipe in zip(weight.origin.pieces, weight.recipes, strict=True)
@@ -199,7 +210,7 @@ def _without_weight(
             )
     remaining: ProductRecipe | None = dataclasses.replace(recipe, rhs=None)
     remaining = None if remaining.plain else remaining
-    return dataclasses.replace(assigned, recipe=remaining, table=None, experts=None)
+    return dataclasses.replace(assigned, recipe=remaining, table_recipe=None, experts=None)
 
 
 def _check_stored(

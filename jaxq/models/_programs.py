@@ -24,7 +24,16 @@ from jaxq.models._states import Switch
 from jaxq.products import History, Row
 from jaxq.quantizers import calibration
 
-__all__ = ["Extra", "Program", "Records", "States", "merged", "of_all", "program", "unseen"]
+__all__ = [
+    "ProductInputs",
+    "ProductState",
+    "Program",
+    "States",
+    "build_program",
+    "empty_states",
+    "merge_iterations",
+    "merge_states",
+]
 
 States = dict[str, tuple[Any, ...]]
 
@@ -48,10 +57,10 @@ class Program:
     @property
     def draws(self) -> bool:
         """True if any product needs a key."""
-        return any(assigned.draws for assigned in self.all())
+        return any(assigned.draws_random_bits for assigned in self.all())
 
 
-class Records(NamedTuple):
+class ProductState(NamedTuple):
     """The arrays of one product other than its operands, in a layout for loops and devices.
 
     Attributes:
@@ -75,47 +84,48 @@ class Records(NamedTuple):
         """The histories of delayed scaling."""
         return self[:3]
 
-    def spread(self, count: int) -> "Records":
-        """Copies the records for `count` products; their cotangents merge those of the copies."""
-        copies: Any = (None if each is None else each.spread(count) for each in self)
-        return Records(*copies)
+    def copies_for_loop(self, count: int) -> "ProductState":
+        """Copies the state for `count` products; the cotangents merge those of the copies."""
+        copies: Any = (None if each is None else each.copies_for_loop(count) for each in self)
+        return ProductState(*copies)
 
 
-class Extra(NamedTuple):
+class ProductInputs(NamedTuple):
     """The inputs of products besides their operands.
 
     Attributes:
       key: the key for random numbers, or None.
       scales: the scales from calibration, by the products' names.
-      records: histories, rows for statistics, switches and adapters, by the products' names.
-      places: the device's index along each axis of the surrounding `shard_map`s.
+      product_states: histories, rows for statistics, switches and adapters, by the products'
+        names.
+      device_indices: the device's index along each axis of the surrounding `shard_map`s.
       mask: the mask of the tokens that observers count, or None.
-      vectors: the factors of inputs by `Assigned.factor`, and zeros whose gradients are the scores
-        of products by their names; or None.
+      vectors: the factors of inputs by `Assigned.factor_name`, and zeros whose gradients are the
+        scores of products by their names; or None.
     """
 
     key: jax.Array | None
     scales: Mapping[str, tuple[calibration.Calibrated | None, ...]]
-    records: Mapping[str, Records]
-    places: Mapping[str, jax.Array]
+    product_states: Mapping[str, ProductState]
+    device_indices: Mapping[str, jax.Array]
     mask: jax.Array | None = None
     vectors: Mapping[str, jax.Array] | None = None
 
     @classmethod
-    def empty(cls, mask: jax.Array | None = None) -> "Extra":
+    def empty(cls, mask: jax.Array | None = None) -> "ProductInputs":
         """Returns no inputs except the mask."""
-        return cls(key=None, scales={}, records={}, places={}, mask=mask)
+        return cls(key=None, scales={}, product_states={}, device_indices={}, mask=mask)
 
-    def switches(self) -> "Extra":
+    def without_training_records(self) -> "ProductInputs":
         """Returns the inputs without histories and rows, where no backward pass would fill them."""
-        records = {
-            name: Records(switch=record.switch, adapter=record.adapter)
-            for name, record in self.records.items()
-            if record.switch is not None or record.adapter is not None
+        product_states = {
+            name: ProductState(switch=state.switch, adapter=state.adapter)
+            for name, state in self.product_states.items()
+            if state.switch is not None or state.adapter is not None
         }
-        return self._replace(records=records)
+        return self._replace(product_states=product_states)
 
-    def folded(self, index: Any) -> jax.Array:
+    def folded_key(self, index: Any) -> jax.Array:
         """Returns the random key derived for the number of a product or of a loop iteration."""
         assert self.key is not None, "checked before anything runs"
         return fold_in(self.key, index)
@@ -129,20 +139,20 @@ class Extra(NamedTuple):
         differing = compat.varying_of(eqn)
         return tuple(
             axis
-            for axis, place in sorted(self.places.items())
-            if axis in differing or axis not in varying(place)
+            for axis, index in sorted(self.device_indices.items())
+            if axis in differing or axis not in varying(index)
         )
 
-    def everywhere(self, states: Any) -> Any:
+    def as_device_varying(self, states: Any) -> Any:
         """Marks calibration states as device-varying inside `shard_map`."""
-        axes = frozenset().union(*map(varying, self.places.values()))
+        axes = frozenset().union(*map(varying, self.device_indices.values()))
 
         def as_varying(x: jax.Array) -> jax.Array:
             return lax.pcast(x, tuple(axes - varying(x)), to="varying")
 
         return jax.tree.map(as_varying, states)
 
-    def within(self, programs: Sequence[Program]) -> "Extra":
+    def within(self, programs: Sequence[Program]) -> "ProductInputs":
         """Returns the inputs restricted to the products of some programs."""
         products = [a for inside in programs for a in inside.all()]
         names, vectors = {a.name for a in products}, self.vectors
@@ -150,11 +160,13 @@ class Extra(NamedTuple):
             used = {name for a in products for name in a.vectors}
             vectors = {name: value for name, value in vectors.items() if name in used}
         scales = {name: value for name, value in self.scales.items() if name in names}
-        records = {name: value for name, value in self.records.items() if name in names}
-        return self._replace(scales=scales, records=records, vectors=vectors)
+        product_states = {
+            name: value for name, value in self.product_states.items() if name in names
+        }
+        return self._replace(scales=scales, product_states=product_states, vectors=vectors)
 
 
-def program(
+def build_program(
     node: Node,
     chosen: Sequence[Assigned | None],
     stored: bool = False,
@@ -173,7 +185,7 @@ def program(
     products += [(i, marked.get(mark.name)) for i, mark in node.marks.items()]
     inner = []
     for i, nodes in {**node.inner, **(node.marked if marked else {})}.items():
-        programs = tuple(program(n, chosen, stored, marked) for n in nodes)
+        programs = tuple(build_program(n, chosen, stored, marked) for n in nodes)
         if any(any(p.all()) for p in programs) or (stored and nodes[0].returns_weights):
             inner.append((i, programs))
     return Program(
@@ -183,7 +195,7 @@ def program(
     )
 
 
-def merged(program: Program, depth: int, earlier: States, later: States) -> States:
+def merge_states(program: Program, depth: int, earlier: States, later: States) -> States:
     """Merges earlier and later calibration states of a program at a depth of scans."""
     products = {a.name: a for a in program.all()}
 
@@ -197,18 +209,18 @@ def merged(program: Program, depth: int, earlier: States, later: States) -> Stat
 
     result = {}
     for name, states in later.items():
-        calibrated, stacks = products[name].calibrated, len(_stacks(products[name], depth))
-        operands = zip(calibrated, earlier[name], states, strict=True)
+        observers, stacks = products[name].observers, len(_stacks(products[name], depth))
+        operands = zip(observers, earlier[name], states, strict=True)
         result[name] = tuple(of_operand(observer, stacks, a, b) for observer, a, b in operands)
     return result
 
 
-def of_all(program: Program, depth: int, states: States) -> States:
+def merge_iterations(program: Program, depth: int, states: States) -> States:
     """Merges the states of all loop iterations or devices, which lie along a leading axis."""
     if not states:
         return states
     first, rest = (jax.tree.map(lambda x, at=at: x[at], states) for at in (0, slice(1, None)))
-    return lax.scan(lambda a, b: (merged(program, depth, a, b), None), first, rest)[0]
+    return lax.scan(lambda a, b: (merge_states(program, depth, a, b), None), first, rest)[0]
 
 
 def _stacks(assigned: Assigned, depth: int) -> list[int]:
@@ -218,7 +230,7 @@ def _stacks(assigned: Assigned, depth: int) -> list[int]:
     ]
 
 
-def unseen(programs: Sequence[Program], extra: Extra, depth: int) -> States:
+def empty_states(programs: Sequence[Program], inputs: ProductInputs, depth: int) -> States:
     """Returns the calibration states before any data for the products of some programs."""
 
     def of_operand(observer: Observer | None, stacks: list[int]) -> Any:
@@ -227,9 +239,9 @@ def unseen(programs: Sequence[Program], extra: Extra, depth: int) -> States:
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (*stacks, *x.shape)), observer.empty())
 
     states = {
-        a.name: tuple(of_operand(observer, _stacks(a, depth)) for observer in a.calibrated)
+        a.name: tuple(of_operand(observer, _stacks(a, depth)) for observer in a.observers)
         for inside in programs
         for a in inside.all()
-        if any(a.calibrated)
+        if any(a.observers)
     }
-    return extra.everywhere(states)
+    return inputs.as_device_varying(states)

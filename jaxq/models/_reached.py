@@ -9,19 +9,19 @@ from jaxq._jax import compat
 from jaxq.models._marks import Mark
 from jaxq.models._reading import Node, Product
 
-__all__ = ["unreached"]
+__all__ = ["find_unreached"]
 
 
-def unreached(node: Node) -> list[Product | Mark]:
+def find_unreached(node: Node) -> list[Product | Mark]:
     """Returns the products and marks that no floating-point result depends on differentiably.
 
     Results of `stop_gradient`, integers and booleans end the search. All results of a loop or a
     branch are assumed to be needed.
     """
-    return list(_unreached(node, [True] * len(compat.body(node.jaxpr).outvars)))
+    return list(_iterate_unreached(node, [True] * len(compat.body(node.jaxpr).outvars)))
 
 
-def _unreached(node: Node, needed: Sequence[bool]) -> Iterator[Product | Mark]:
+def _iterate_unreached(node: Node, needed: Sequence[bool]) -> Iterator[Product | Mark]:
     body = compat.body(node.jaxpr)
     pairs = zip(body.outvars, needed, strict=True)
     live = {v for v, need in pairs if need and not compat.is_literal(v) and _is_float(v)}
@@ -33,12 +33,14 @@ def _unreached(node: Node, needed: Sequence[bool]) -> Iterator[Product | Mark]:
                 by_equation[i] for by_equation in (node.products, node.marks) if i in by_equation
             )
             for inside in nodes:
-                yield from _unreached(inside, [False] * len(compat.body(inside.jaxpr).outvars))
+                yield from _iterate_unreached(
+                    inside, [False] * len(compat.body(inside.jaxpr).outvars)
+                )
             continue
-        exact = eqn.primitive.name in compat.AROUND
+        exact = eqn.primitive.name in compat.WRAPPED_CALLS
         for inside in nodes:
             count = len(compat.body(inside.jaxpr).outvars)
-            yield from _unreached(inside, outs if exact else [True] * count)
+            yield from _iterate_unreached(inside, outs if exact else [True] * count)
         if eqn.primitive.name != "stop_gradient":
             live |= {v for v in eqn.invars if not compat.is_literal(v) and _is_float(v)}
 

@@ -20,7 +20,7 @@ from jaxq._jax import compat
 from jaxq.models._marks import MARK, Mark
 from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED, contraction_of
 from jaxq.models._origins import CONSTANT, Origin
-from jaxq.models._views import computed, through
+from jaxq.models._views import computed_origin, through
 from jaxq.products import Axes
 
 __all__ = ["Node", "Product", "Reading", "flops", "read", "table_axes"]
@@ -40,9 +40,9 @@ class Product:
       source: the line of the user's code.
       times: the number of executions per call; None in a `while` loop.
       loops: the lengths of the surrounding scans, outermost first.
-      barred: the reason why the product cannot be quantized, or "".
-      reverse: True if reverse mode differentiates the product; False in a function with a custom
-        derivative or in a `while` loop.
+      barred_reason: the reason why the product cannot be quantized, or "".
+      is_differentiated: True if reverse mode differentiates the product; False in a function with
+        a custom derivative or in a `while` loop.
       name: the name in reports and states; `read` makes names distinct.
       number: the index among all products.
       within: the products whose computed weights depend on this product, as
@@ -58,8 +58,8 @@ class Product:
     source: str
     times: int | None
     loops: tuple[int, ...]
-    barred: str = ""
-    reverse: bool = True
+    barred_reason: str = ""
+    is_differentiated: bool = True
     name: str = ""
     number: int = -1
     within: tuple["Product", ...] = ()
@@ -134,8 +134,8 @@ class _Frame:
     source: str = ""
     times: int | None = 1
     loops: tuple[int, ...] = ()
-    barred: str = ""
-    reverse: bool = True
+    barred_reason: str = ""
+    is_differentiated: bool = True
     stacked: frozenset[int] = frozenset()
 
 
@@ -190,9 +190,9 @@ def _read(
 
     for i, eqn in enumerate(body.eqns):
         operands = [origin(variable) for variable in eqn.invars]
-        product = _as_product(eqn, operands, frame)
+        product = _read_product(eqn, operands, frame)
         if product is not None:
-            value = computed(eqn, operands)
+            value = computed_origin(eqn, operands)
             if value is not None:
                 number = frozenset({len(products)})
                 value = dataclasses.replace(value, products=value.products | number)
@@ -202,18 +202,18 @@ def _read(
         elif compat.bodies(eqn):
             inner_frame = dataclasses.replace(
                 frame,
-                scope=_joined(frame.scope, compat.scope_of(eqn)),
+                scope=_join_scopes(frame.scope, compat.scope_of(eqn)),
                 source=compat.source_of(eqn, frame.source),
             )
-            nodes, results = _inside(eqn, operands, inner_frame, products)
-            returns = eqn.primitive.name in compat.AROUND and nodes[0].returns_weights
+            nodes, results = _read_inner(eqn, operands, inner_frame, products)
+            returns = eqn.primitive.name in compat.WRAPPED_CALLS and nodes[0].returns_weights
             if returns or any(inner.products or inner.inner for inner in nodes):
                 node.inner[i] = nodes
             elif any(inner.marks or inner.marked for inner in nodes):
                 node.marked[i] = nodes
         else:
             results = through(eqn, operands)
-            if eqn.primitive.name == MARK and not frame.barred:
+            if eqn.primitive.name == MARK and not frame.barred_reason:
                 node.marks[i] = _mark(eqn, frame)
         origin_of.update(zip(eqn.outvars, results, strict=True))
     results = [origin(variable) for variable in body.outvars]
@@ -227,16 +227,16 @@ def _mark(eqn: Any, frame: _Frame) -> Mark:
         compat.source_of(eqn, frame.source),
         frame.loops,
         frame.stacked,
-        frame.reverse,
+        frame.is_differentiated,
         eqn.params["name"],
     )
 
 
-def _joined(*parts: str) -> str:
+def _join_scopes(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
-def _as_product(eqn: Any, origins: Sequence[Origin | None], frame: _Frame) -> Product | None:
+def _read_product(eqn: Any, origins: Sequence[Origin | None], frame: _Frame) -> Product | None:
     """Returns an equation as a product, or None if it multiplies no tensors."""
     name = eqn.primitive.name
     if name in QUANTIZED:
@@ -271,7 +271,7 @@ def _weights(origins: Sequence[Origin | None]) -> tuple[Origin | None, ...]:
 
 
 def _product(
-    eqn: Any, origins: Sequence[Origin | None], frame: _Frame, count: int, barred: str = ""
+    eqn: Any, origins: Sequence[Origin | None], frame: _Frame, count: int, barred_reason: str = ""
 ) -> Product:
     weights = _weights(origins[:count])
     pairs = zip(origins, weights, strict=False)
@@ -281,12 +281,12 @@ def _product(
         weights,
         tuple(_shape(v.aval) for v in eqn.invars[:count]),
         _shape(eqn.outvars[0].aval) if eqn.outvars else jax.ShapeDtypeStruct((0,), jnp.float32),
-        _joined(frame.scope, compat.scope_of(eqn)),
+        _join_scopes(frame.scope, compat.scope_of(eqn)),
         compat.source_of(eqn, frame.source),
         frame.times,
         frame.loops,
-        frame.barred or barred,
-        frame.reverse,
+        frame.barred_reason or barred_reason,
+        frame.is_differentiated,
         sources=tuple(path for origin in others for path in origin.leaves),
     )
 
@@ -295,7 +295,7 @@ def _shape(aval: Any) -> Any:
     return jax.ShapeDtypeStruct(getattr(aval, "shape", ()), getattr(aval, "dtype", jnp.float32))
 
 
-def _inside(
+def _read_inner(
     eqn: Any, origins: list[Origin | None], frame: _Frame, products: list[Product]
 ) -> tuple[tuple[Node, ...], list[Origin | None]]:
     """Returns the nodes of the programs within an equation and the origins of its results."""
@@ -305,13 +305,13 @@ def _inside(
     def run(jaxpr: Any, origins: Sequence[Origin | None], **changes: Any) -> Any:
         return _read(jaxpr, origins, dataclasses.replace(frame, **changes), products)
 
-    if name in compat.AROUND:
+    if name in compat.WRAPPED_CALLS:
         if name == "shard_map":  # A shard is a part of its leaf.
             origins = [o and o.opaque for o in origins]
         node, results = run(inner[0], origins)
         return (node,), nothing if name == "shard_map" else results
     if name in ("custom_jvp_call", "custom_vjp_call"):
-        node, results = run(inner[0], origins, reverse=False)
+        node, results = run(inner[0], origins, is_differentiated=False)
         # Its results are arrays, so no stored weight passes through it.
         return (node,), [o and o.opaque for o in results]
     if name == "scan":
@@ -336,19 +336,21 @@ def _inside(
         of_test, of_step = origins[:conds], origins[conds : conds + bodies]
         of_loop = origins[conds:]  # The body's constants, then the carried values.
         same = _unchanged(compat.body(step), of_loop, bodies, len(of_loop) - bodies)
-        first, _ = run(test, of_test + same, times=None, barred="in the condition of a while loop")
-        second, _ = run(step, of_step + same, times=None, reverse=False)
+        first, _ = run(
+            test, of_test + same, times=None, barred_reason="in the condition of a while loop"
+        )
+        second, _ = run(step, of_step + same, times=None, is_differentiated=False)
         return (first, second), same
     if name == "cond":
         branches = eqn.params["branches"]
         return tuple(run(branch, origins[1:])[0] for branch in branches), nothing
-    barred = frame.barred or f"inside {name}"
+    barred_reason = frame.barred_reason or f"inside {name}"
     nodes = []
     for jaxpr in inner:
         count = len(compat.body(jaxpr).invars)
         inputs = origins if count == len(origins) else [None] * count
-        nodes.append(run(jaxpr, inputs, barred=barred)[0])
-    return tuple(nodes), [computed(eqn, origins)] * len(eqn.outvars)
+        nodes.append(run(jaxpr, inputs, barred_reason=barred_reason)[0])
+    return tuple(nodes), [computed_origin(eqn, origins)] * len(eqn.outvars)
 
 
 def _unchanged(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxq._base.tables import Table
-from jaxq.models._assigning import Assigned, axes_of, on_axes, weight_of
+from jaxq.models._assigning import Assigned, axes_of, recipe_on_operand_axes, weight_of
 from jaxq.models._experts import Experts
 from jaxq.models._matching import first_match
 from jaxq.models._operations import LOOK_UP, operation_of
@@ -146,7 +146,7 @@ def _shape(x: Any) -> str:
 
 def _left_alone(product: Product, rules: Sequence[Rule]) -> str:
     """Returns the recipe entry of a product without one, with the reason unless no rule matched."""
-    reason = product.barred
+    reason = product.barred_reason
     if reason:
         n = first_match(rules, product)[0]
         if n is not None and rules[n].recipe is not None:
@@ -167,15 +167,15 @@ def _recipe(product: Product, assigned: Assigned) -> str:
         if assigned.experts is not None:
             names = (part.recipe and _name(part.recipe) for part in assigned.experts.parts)
             weight = "|".join(dict.fromkeys(name or "float" for name in names))
-        names = assigned.order([_name(recipe.operands[0]), weight])
-        parts = list(names[1:] if assigned.table is not None else names)
+        names = assigned.reorder_operands([_name(recipe.operands[0]), weight])
+        parts = list(names[1:] if assigned.table_recipe is not None else names)
         for gradient in ("dlhs", "drhs"):
             single: SingleProduct = getattr(recipe, gradient)
             if not single.plain:
                 parts.append(f"{gradient} {' '.join(map(_name, single.operands))}")
-    if assigned.output is not None:
-        parts.append(f"-> {_name(assigned.output)}")
-    if assigned.draws:
+    if assigned.output_recipe is not None:
+        parts.append(f"-> {_name(assigned.output_recipe)}")
+    if assigned.draws_random_bits:
         parts.append("(needs a key)" if assigned.needs_key else "(its gradient needs a key)")
     parts.append(_no_gradient(product, assigned))
     return " ".join(filter(None, parts))
@@ -183,10 +183,10 @@ def _recipe(product: Product, assigned: Assigned) -> str:
 
 def _no_gradient(product: Product, assigned: Assigned) -> str:
     """Returns the reason why a product's recipe cannot be differentiated, or ""."""
-    if assigned.recipe is None or product.operation == LOOK_UP or not product.reverse:
+    if assigned.recipe is None or product.operation == LOOK_UP or not product.is_differentiated:
         return ""
     operation = operation_of(product.eqn, product.operation, assigned.swapped)
-    first, second = assigned.order(product.operands)
+    first, second = assigned.reorder_operands(product.operands)
     try:
         check_gradients(operation, first, second, product.out, assigned.recipe)
     except (TypeError, ValueError) as error:
@@ -219,7 +219,7 @@ def _weight(planned: Planned, product: Product, assigned: Assigned | None) -> tu
     weight = None if assigned is None else weight_of(product, assigned)
     if weight is not None and product.number not in planned.stored.reasons:
         if weight.experts is None:
-            recipe = on_axes(weight.recipe, product, i)
+            recipe = recipe_on_operand_axes(weight.recipe, product, i)
             assert recipe is not None
             nbytes = recipe.nbytes(operand.shape) * count / max(size, 1)
         else:

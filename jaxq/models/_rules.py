@@ -22,13 +22,13 @@ __all__ = [
     "PlainRules",
     "Rules",
     "as_rules",
-    "described",
-    "hidden",
+    "describe_recipe",
+    "hidden_message",
     "leaf_rules",
     "pairs",
     "rules_from_json",
     "rules_to_json",
-    "unmatched",
+    "unmatched_message",
 ]
 
 _Value = TypeVar("_Value")
@@ -211,12 +211,12 @@ def _not_for_leaves(recipe: ProductRecipe) -> str:
     )
 
 
-def described(recipe: Recipe) -> str:
+def describe_recipe(recipe: Recipe) -> str:
     """Returns a recipe's name, or its element format and granularity if it has none."""
     return RECIPES.name_of(recipe) or f"{recipe.element.name} with {recipe.granularity}"
 
 
-def unmatched(rule: Rule | str, noun: str, paths: Iterable[str], remedy: str) -> str:
+def unmatched_message(rule: Rule | str, noun: str, paths: Iterable[str], remedy: str) -> str:
     """Returns the error for a rule whose pattern is found in no path.
 
     Args:
@@ -235,7 +235,7 @@ def unmatched(rule: Rule | str, noun: str, paths: Iterable[str], remedy: str) ->
     return f"{rule} matches no {noun}. The nearest are {', '.join(near)}. {remedy}"
 
 
-def hidden(rule: Rule | str, where: str, earlier: Rule | str) -> str:
+def hidden_message(rule: Rule | str, where: str, earlier: Rule | str) -> str:
     """Returns the error for a rule all of whose matches belong to earlier rules.
 
     Args:

@@ -23,34 +23,41 @@ from jax.sharding import PartitionSpec
 
 from jaxq._jax import compat
 from jaxq.models._multiplying import keys_for, multiply
-from jaxq.models._programs import Extra, Program, States, merged, of_all, unseen
-from jaxq.models._stored_views import StoredView, unpacked
+from jaxq.models._programs import (
+    ProductInputs,
+    Program,
+    States,
+    empty_states,
+    merge_iterations,
+    merge_states,
+)
+from jaxq.models._stored_views import StoredView, as_array
 from jaxq.models._storing import widest
 from jaxq.models._views import CONVERSIONS, JOINS, VIEWS
 from jaxq.quantizers import Quantized, quantized_sharding
 
-__all__ = ["run"]
+__all__ = ["run_program"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Inside:
+class _InnerProgram:
     """A program as a hashable function, so that `jit` compiles it only once."""
 
     program: Program
     depth: int
     observing: bool
 
-    def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
-        return run(self.program, extra, operands, self.depth, self.observing)
+    def __call__(self, inputs: ProductInputs, *operands: Any) -> tuple[list[Any], States]:
+        return run_program(self.program, inputs, operands, self.depth, self.observing)
 
-    def of(self, jaxpr: Any) -> "_Inside":
+    def of(self, jaxpr: Any) -> "_InnerProgram":
         """Returns the function with another jaxpr in its program."""
         return dataclasses.replace(self, program=dataclasses.replace(self.program, jaxpr=jaxpr))
 
 
-def run(
+def run_program(
     program: Program,
-    extra: Extra,
+    inputs: ProductInputs,
     arguments: Sequence[Any],
     depth: int = 0,
     observing: bool = False,
@@ -59,7 +66,7 @@ def run(
 
     Args:
       program: the program to run.
-      extra: the key, scales and records.
+      inputs: the key, the scales and the product states.
       arguments: arrays, with `StoredView`s for stored weights.
       depth: the number of scans around the program.
       observing: True to collect calibration states.
@@ -76,30 +83,30 @@ def run(
     def value(variable: Any) -> Any:
         return variable.val if compat.is_literal(variable) else values[variable]
 
-    keys = keys_for(extra, body.eqns, products)
+    keys = keys_for(inputs, body.eqns, products)
     for i, eqn in enumerate(body.eqns):
         operands = [value(variable) for variable in eqn.invars]
         if i in products:
-            result, new_states = multiply(eqn, products[i], extra, keys[i], operands, observing)
+            result, new_states = multiply(eqn, products[i], inputs, keys[i], operands, observing)
             results = [result]
             states |= new_states
         elif i in inner:
-            handler = _INSIDE[eqn.primitive.name]
+            handler = _RUNNERS[eqn.primitive.name]
             with compat.within(eqn):
-                inner_extra = extra.within(inner[i])
+                inner_inputs = inputs.within(inner[i])
                 results, new_states = handler(
-                    _Call(eqn, inner[i], inner_extra, operands, depth, observing)
+                    _InnerCall(eqn, inner[i], inner_inputs, operands, depth, observing)
                 )
             states |= new_states
         elif any(isinstance(operand, StoredView) for operand in operands):
-            results = _viewed(eqn, operands)
+            results = _run_with_views(eqn, operands)
         else:
             results = compat.bind(eqn, operands)
         values.update(zip(eqn.outvars, results, strict=True))
     return [value(variable) for variable in body.outvars], states
 
 
-def _viewed(eqn: Any, operands: list[Any]) -> list[Any]:
+def _run_with_views(eqn: Any, operands: list[Any]) -> list[Any]:
     """Returns the results of an equation with views of stored weights among its operands."""
     name, first = eqn.primitive.name, operands[0]
     if name == "optimization_barrier":
@@ -110,22 +117,22 @@ def _viewed(eqn: Any, operands: list[Any]) -> list[Any]:
         joined = compat.bind(eqn, [array.astype(dtype) for array in arrays])[0]
         return [StoredView(joined, first.dtype)]
     if name not in VIEWS or name in JOINS or not isinstance(first, StoredView):
-        return compat.bind(eqn, [unpacked(operand) for operand in operands])
+        return compat.bind(eqn, [as_array(operand) for operand in operands])
     if name in CONVERSIONS:
         dtype = eqn.outvars[0].aval.dtype
         if jnp.issubdtype(dtype, jnp.floating):
             return [dataclasses.replace(first, dtype=dtype)]
-        return compat.bind(eqn, [unpacked(first)])
+        return compat.bind(eqn, [as_array(first)])
     if name == "transpose":
         return [first.transpose(tuple(eqn.params["permutation"]))]
     in_order = first.permutation is None
     if name in compat.LAYOUTS and in_order and isinstance(first.data, Quantized):
-        return [StoredView(_laid_out(eqn, first.data, first.array), first.dtype)]
-    results = compat.bind(eqn, [first.array, *map(unpacked, operands[1:])])
+        return [StoredView(_lay_out(eqn, first.data, first.array), first.dtype)]
+    results = compat.bind(eqn, [first.array, *map(as_array, operands[1:])])
     return [StoredView(result, first.dtype) for result in results]
 
 
-def _laid_out(eqn: Any, q: Quantized, array: jax.Array) -> Any:
+def _lay_out(eqn: Any, q: Quantized, array: jax.Array) -> Any:
     """Lays a stored weight out over devices: packed if its bytes divide, otherwise as an array.
 
     A weight that is sharded and gathered for its product therefore moves in few bytes.
@@ -136,119 +143,128 @@ def _laid_out(eqn: Any, q: Quantized, array: jax.Array) -> Any:
     return compat.bind(eqn, [array])[0]
 
 
-class _Call(NamedTuple):
+class _InnerCall(NamedTuple):
     """An equation with inner programs, and the inputs of its evaluation."""
 
     eqn: Any
     programs: tuple[Program, ...]
-    extra: Extra
+    inputs: ProductInputs
     operands: list[Any]
     depth: int
     observing: bool
 
 
-def _around(call: _Call) -> tuple[list[Any], States]:
+def _run_wrapped_call(call: _InnerCall) -> tuple[list[Any], States]:
     """Runs a `jit` or `checkpoint`."""
-    eqn, programs, extra, operands, depth, observing = call
+    eqn, programs, inputs, operands, depth, observing = call
     inside = _WithArrays(programs[0], depth, observing)
-    return compat.call_inside(eqn, inside)(extra, *operands)
+    return compat.call_inside(eqn, inside)(inputs, *operands)
 
 
 @dataclasses.dataclass(frozen=True)
-class _WithArrays(_Inside):
+class _WithArrays(_InnerProgram):
     """A program whose results are arrays or views of stored weights that hold arrays."""
 
-    def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
-        results, seen = super().__call__(extra, *operands)
+    def __call__(self, inputs: ProductInputs, *operands: Any) -> tuple[list[Any], States]:
+        results, seen = super().__call__(inputs, *operands)
         return [
             StoredView(x.array, x.dtype) if isinstance(x, StoredView) else x for x in results
         ], seen
 
 
 @dataclasses.dataclass(frozen=True)
-class _OnDevice(_Inside):
+class _OnDevice(_InnerProgram):
     """A program on one of the devices of a `shard_map`, over the axes of its mesh."""
 
     axes: tuple[str, ...]
 
-    def __call__(self, extra: Extra, *operands: Any) -> tuple[list[Any], States]:
-        places = {**extra.places, **{axis: lax.axis_index(axis) for axis in self.axes}}
-        records = jax.tree.map(lambda x: x[0], extra.records)
-        device_extra = extra._replace(records=records, places=places)
-        results, seen = super().__call__(device_extra, *operands)
-        return results, of_all(self.program, self.depth, jax.tree.map(self._gathered, seen))
+    def __call__(self, inputs: ProductInputs, *operands: Any) -> tuple[list[Any], States]:
+        device_indices = {
+            **inputs.device_indices,
+            **{axis: lax.axis_index(axis) for axis in self.axes},
+        }
+        product_states = jax.tree.map(lambda x: x[0], inputs.product_states)
+        device_inputs = inputs._replace(
+            product_states=product_states, device_indices=device_indices
+        )
+        results, seen = super().__call__(device_inputs, *operands)
+        return results, merge_iterations(
+            self.program, self.depth, jax.tree.map(self._stack_devices, seen)
+        )
 
-    def _gathered(self, x: jax.Array) -> jax.Array:
+    def _stack_devices(self, x: jax.Array) -> jax.Array:
         """Stacks the values of all devices along a leading axis, by a sum that all receive."""
-        place, count = lax.axis_index(self.axes), lax.axis_size(self.axes)
-        return lax.psum(jnp.zeros((count, *x.shape), x.dtype).at[place].set(x), self.axes)
+        index, count = lax.axis_index(self.axes), lax.axis_size(self.axes)
+        return lax.psum(jnp.zeros((count, *x.shape), x.dtype).at[index].set(x), self.axes)
 
 
-def _shard_map(call: _Call) -> tuple[list[Any], States]:
-    eqn, programs, extra, operands, depth, observing = call
+def _run_shard_map(call: _InnerCall) -> tuple[list[Any], States]:
+    eqn, programs, inputs, operands, depth, observing = call
     devices = compat.devices_of(eqn)
     count = math.prod(devices.values())
-    records = {name: each.spread(count) for name, each in extra.records.items()}
+    product_states = {
+        name: each.copies_for_loop(count) for name, each in inputs.product_states.items()
+    }
     everywhere, one_each = cast("Any", (PartitionSpec(), PartitionSpec(tuple(devices))))
-    specs = Extra(
+    specs = ProductInputs(
         key=everywhere,
         scales=everywhere,
-        records=one_each,
-        places=everywhere,
+        product_states=one_each,
+        device_indices=everywhere,
         mask=everywhere,
         vectors=everywhere,
     )
     on_device = _OnDevice(programs[0], depth, observing, tuple(devices))
     inside = compat.call_inside(eqn, on_device, specs)
-    return inside(extra._replace(records=records), *map(unpacked, operands))
+    return inside(inputs._replace(product_states=product_states), *map(as_array, operands))
 
 
-def _scan(call: _Call) -> tuple[list[Any], States]:
-    eqn, programs, extra, operands, depth, observing = call
+def _run_scan(call: _InnerCall) -> tuple[list[Any], States]:
+    eqn, programs, inputs, operands, depth, observing = call
     inside, params = programs[0], eqn.params
     consts, count = compat.loop_counts(eqn)
     constants, carried = operands[:consts], operands[consts : consts + count]
-    slices = [x if _has_rows(x) else unpacked(x) for x in operands[consts + count :]]
-    keeps = _keeps(inside, consts, count)
+    slices = [x if _has_rows(x) else as_array(x) for x in operands[consts + count :]]
+    keeps = _unchanged_carries(inside, consts, count)
     per_iteration = {a.name for a in inside.all() if depth in a.stacked}
-    scales = {name: s for name, s in extra.scales.items() if name not in per_iteration}
-    iteration_scales = {name: s for name, s in extra.scales.items() if name in per_iteration}
-    records = {
-        name: each if name in per_iteration else each.spread(params["length"])
-        for name, each in extra.records.items()
+    scales = {name: s for name, s in inputs.scales.items() if name not in per_iteration}
+    iteration_scales = {name: s for name, s in inputs.scales.items() if name in per_iteration}
+    product_states = {
+        name: each if name in per_iteration else each.copies_for_loop(params["length"])
+        for name, each in inputs.product_states.items()
     }
     stacked = {name for a in inside.all() if depth in a.stacked for name in a.vectors}
-    vectors = extra.vectors or {}
+    vectors = inputs.vectors or {}
     stacked_vectors = {name: x for name, x in vectors.items() if name in stacked}
-    numbers = jnp.arange(params["length"]) if inside.draws and extra.key is not None else None
+    numbers = jnp.arange(params["length"]) if inside.draws and inputs.key is not None else None
 
     def step(carry: list[Any], xs: Any) -> Any:
-        number, rows, scales_now, records, own_vectors = xs
-        key = None if number is None else extra.folded(number)
-        results, seen = run(
+        number, rows, scales_now, product_states, own_vectors = xs
+        key = None if number is None else inputs.folded_key(number)
+        results, seen = run_program(
             inside,
-            extra._replace(
+            inputs._replace(
                 key=key,
                 scales={**scales, **scales_now},
-                records=records,
+                product_states=product_states,
                 vectors={**vectors, **own_vectors},
             ),
             [*constants, *carry, *rows],
             depth + 1,
             observing,
         )
-        return _carried(results[:count], keeps), (list(map(unpacked, results[count:])), seen)
+        return _unpack_carried(results[:count], keeps), (list(map(as_array, results[count:])), seen)
 
     carry, (rows, seen) = lax.scan(
         step,
-        _carried(carried, keeps),
-        (numbers, slices, iteration_scales, records, stacked_vectors),
+        _unpack_carried(carried, keeps),
+        (numbers, slices, iteration_scales, product_states, stacked_vectors),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
     shared = {name: states for name, states in seen.items() if name not in per_iteration}
-    return [*carry, *rows], {**seen, **of_all(inside, depth + 1, shared)}
+    return [*carry, *rows], {**seen, **merge_iterations(inside, depth + 1, shared)}
 
 
 def _has_rows(x: Any) -> bool:
@@ -260,51 +276,55 @@ def _has_rows(x: Any) -> bool:
     return x.permutation is None and x.data.ndim > len(x.data.block)
 
 
-def _keeps(inside: Program, consts: int, count: int) -> list[bool]:
+def _unchanged_carries(inside: Program, consts: int, count: int) -> list[bool]:
     """Returns for each carried value of a loop whether the loop leaves it unchanged."""
     body = compat.body(inside.jaxpr)
     pairs = zip(body.invars[consts : consts + count], body.outvars[:count], strict=True)
     return [before is after for before, after in pairs]
 
 
-def _carried(values: Sequence[Any], keeps: Sequence[bool]) -> list[Any]:
+def _unpack_carried(values: Sequence[Any], keeps: Sequence[bool]) -> list[Any]:
     """Unpacks the carried values of a loop, except those that the loop leaves unchanged."""
-    return [x if keep else unpacked(x) for x, keep in zip(values, keeps, strict=True)]
+    return [x if keep else as_array(x) for x, keep in zip(values, keeps, strict=True)]
 
 
-def _while(call: _Call) -> tuple[list[Any], States]:
-    eqn, programs, extra, operands, depth, observing = call
+def _run_while(call: _InnerCall) -> tuple[list[Any], States]:
+    eqn, programs, inputs, operands, depth, observing = call
     test, inside = programs
     conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     of_test, of_step = operands[:conds], operands[conds : conds + bodies]
-    extra = extra.switches()
+    inputs = inputs.without_training_records()
 
     def condition(state: Any) -> jax.Array:
-        return unpacked(run(test, extra, [*of_test, *state[1]], depth, False)[0][0])
+        return as_array(run_program(test, inputs, [*of_test, *state[1]], depth, False)[0][0])
 
     def step(state: Any) -> Any:
         number, carry, earlier = state
-        key = None if extra.key is None else extra.folded(number)
+        key = None if inputs.key is None else inputs.folded_key(number)
         arguments = [*of_step, *carry]
-        results, seen = run(inside, extra._replace(key=key), arguments, depth, observing)
-        return number + 1, _carried(results, keeps), merged(inside, depth, earlier, seen)
+        results, seen = run_program(inside, inputs._replace(key=key), arguments, depth, observing)
+        return (
+            number + 1,
+            _unpack_carried(results, keeps),
+            merge_states(inside, depth, earlier, seen),
+        )
 
     carried = operands[conds + bodies :]
-    keeps = _keeps(inside, bodies, len(carried))
-    start = _carried(carried, keeps)
-    state = (jnp.int32(0), start, unseen([inside], extra, depth) if observing else {})
+    keeps = _unchanged_carries(inside, bodies, len(carried))
+    start = _unpack_carried(carried, keeps)
+    state = (jnp.int32(0), start, empty_states([inside], inputs, depth) if observing else {})
     _, results, seen = lax.while_loop(condition, step, state)
     return results, seen
 
 
-def _cond(call: _Call) -> tuple[list[Any], States]:
-    _, programs, extra, operands, depth, observing = call
+def _run_cond(call: _InnerCall) -> tuple[list[Any], States]:
+    _, programs, inputs, operands, depth, observing = call
 
     def branch(inside: Program) -> Callable[..., Any]:
         def call(*operands: Any) -> Any:
-            results, seen = run(inside, extra, operands, depth, observing)
-            others = unseen(programs, extra, depth) if observing else {}
-            return list(map(unpacked, results)), {**others, **seen}
+            results, seen = run_program(inside, inputs, operands, depth, observing)
+            others = empty_states(programs, inputs, depth) if observing else {}
+            return list(map(as_array, results)), {**others, **seen}
 
         return call
 
@@ -312,24 +332,24 @@ def _cond(call: _Call) -> tuple[list[Any], States]:
     return lax.switch(index, [branch(inside) for inside in programs], *rest)
 
 
-def _custom(call: _Call) -> tuple[list[Any], States]:
+def _run_custom_call(call: _InnerCall) -> tuple[list[Any], States]:
     """Runs a function with a custom derivative: quantizes the value and keeps the derivative."""
-    eqn, programs, extra, operands, depth, observing = call
-    extra = extra.switches()
-    arrays = [unpacked(operand) for operand in operands]
+    eqn, programs, inputs, operands, depth, observing = call
+    inputs = inputs.without_training_records()
+    arrays = [as_array(operand) for operand in operands]
     # Stored weights have no derivative.
     views = [operand if isinstance(operand, StoredView) else None for operand in operands]
     seen: States = {}
     if observing:
         constants = [lax.stop_gradient(x) for x in arrays]
-        seen = run(programs[0], extra, _with(views, constants), depth, True)[1]
+        seen = run_program(programs[0], inputs, _replace_views(views, constants), depth, True)[1]
 
     def original(*arrays: Any) -> list[Any]:
         return compat.bind(eqn, arrays)
 
-    def quantized(given: tuple[Extra, list[Any]], *arrays: Any) -> list[Any]:
-        results, _ = run(programs[0], given[0], _with(given[1], arrays), depth)
-        return list(map(unpacked, results))
+    def quantized(given: tuple[ProductInputs, list[Any]], *arrays: Any) -> list[Any]:
+        results, _ = run_program(programs[0], given[0], _replace_views(given[1], arrays), depth)
+        return list(map(as_array, results))
 
     if eqn.primitive.name == "custom_jvp_call":
         function: Any = jax.custom_jvp(quantized)
@@ -344,22 +364,22 @@ def _custom(call: _Call) -> tuple[list[Any], States]:
             return quantized(given, *arrays), jax.vjp(original, *arrays)[1]
 
         function.defvjp(forward, lambda pull, cotangents: (None, *pull(cotangents)))
-    return function((extra, views), *arrays), seen
+    return function((inputs, views), *arrays), seen
 
 
-def _with(views: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+def _replace_views(views: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
     """Returns the arrays, with the view of a stored weight in place of its array."""
     return [x if view is None else view for view, x in zip(views, arrays, strict=True)]
 
 
-_INSIDE: MappingProxyType[str, Callable[..., tuple[list[Any], States]]] = MappingProxyType(
+_RUNNERS: MappingProxyType[str, Callable[..., tuple[list[Any], States]]] = MappingProxyType(
     {
-        **dict.fromkeys(compat.AROUND, _around),
-        "shard_map": _shard_map,
-        "scan": _scan,
-        "while": _while,
-        "cond": _cond,
-        "custom_jvp_call": _custom,
-        "custom_vjp_call": _custom,
+        **dict.fromkeys(compat.WRAPPED_CALLS, _run_wrapped_call),
+        "shard_map": _run_shard_map,
+        "scan": _run_scan,
+        "while": _run_while,
+        "cond": _run_cond,
+        "custom_jvp_call": _run_custom_call,
+        "custom_vjp_call": _run_custom_call,
     }
 )

@@ -111,8 +111,8 @@ class Delayed:
             raise ValueError(
                 f"Delayed.copies: `count` must be at least 1, got {count}. Use one per call."
             )
-        spread = jax.tree.map(lambda h: h.spread(count), self, is_leaf=_is_history)
-        return tuple(jax.tree.map(lambda amax, i=i: amax[i], spread) for i in range(count))
+        copies = jax.tree.map(lambda h: h.copies_for_loop(count), self, is_leaf=_is_history)
+        return tuple(jax.tree.map(lambda amax, i=i: amax[i], copies) for i in range(count))
 
     def merge(self, other: "Delayed") -> "Delayed":
         """Merges two micro-batches of one step by taking the larger of their amax values.
@@ -153,7 +153,7 @@ class Switch:
 
     on: jax.Array
 
-    def spread(self, count: int) -> "Switch":
+    def copies_for_loop(self, count: int) -> "Switch":
         """Copies the switch for `count` products."""
         return Switch(jnp.broadcast_to(self.on, (count, *self.on.shape)))
 

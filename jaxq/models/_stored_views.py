@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from jaxq.numerics import as_dtype
 from jaxq.quantizers import Quantized, dequantize
 
-__all__ = ["StoredView", "unpacked"]
+__all__ = ["StoredView", "as_array"]
 
 
 @functools.partial(
@@ -55,7 +55,7 @@ class StoredView:
         return dataclasses.replace(self, permutation=tuple(permutation))
 
 
-def unpacked(x: Any) -> Any:
+def as_array(x: Any) -> Any:
     """Returns a stored weight as the array that the program has at this point."""
     if not isinstance(x, StoredView):
         return x

@@ -47,10 +47,10 @@ class Storage(NamedTuple):
     steps: tuple[Any, ...]
     dtype: Any
 
-    def converted(self, x: jax.Array) -> jax.Array:
+    def convert(self, x: jax.Array) -> jax.Array:
         """Returns the values of the leaf that its products see."""
         for step in self.steps:
-            x = _converted(x, step)
+            x = _apply_step(x, step)
         return x.astype(self.dtype)
 
     def quantize(self, x: jax.Array) -> Quantized:
@@ -62,7 +62,7 @@ class Storage(NamedTuple):
 
         for _ in range(self.leading):
             function = jax.vmap(function)
-        return dataclasses.replace(function(self.converted(x)), dtype=jnp.dtype(dtype))
+        return dataclasses.replace(function(self.convert(x)), dtype=jnp.dtype(dtype))
 
     def differing(self, q: Quantized) -> list[str]:
         """Returns the fields other than `granularity` in which a stored leaf's recipe differs."""
@@ -337,7 +337,7 @@ def _check_whole(piece: Piece, shape: tuple[int, ...], recipe: Recipe, leading: 
             )
 
 
-def _converted(x: jax.Array, step: Any) -> jax.Array:
+def _apply_step(x: jax.Array, step: Any) -> jax.Array:
     """Applies one conversion of the model to a leaf."""
     if isinstance(step, tuple):
         return lax.reduce_precision(x, *step)

@@ -9,15 +9,15 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq.models._assigning import Assigned
 from jaxq.models._operations import LOOK_UP, operation_of
-from jaxq.models._stored_views import StoredView, unpacked
+from jaxq.models._stored_views import StoredView, as_array
 from jaxq.numerics import as_dtype
 from jaxq.products import Pair, PerProduct, ProductRecipe, in_parts, product
 from jaxq.quantizers import Quantized, Slices, slices
 
-__all__ = ["streamed"]
+__all__ = ["stream_product"]
 
 
-def streamed(
+def stream_product(
     eqn: Any,
     assigned: Assigned,
     keys: jax.Array | None,
@@ -29,7 +29,7 @@ def streamed(
     Returns None if the product cannot be computed in parts: its weight is not packed or cannot be
     sliced, or its recipe has a Hadamard transform, another execution or quantized gradients.
     """
-    recipe, output = assigned.recipe or ProductRecipe(), assigned.output
+    recipe, output = assigned.recipe or ProductRecipe(), assigned.output_recipe
     packed = [i for i, x in enumerate(operands[:2]) if _is_packed(x)]
     is_emulated = recipe.hadamard is None and recipe.execution == "emulated"
     has_plain_gradient = recipe.dlhs.plain and recipe.drhs.plain and recipe.residuals == "quantized"
@@ -40,15 +40,15 @@ def streamed(
         len(packed) != 1
         or not is_emulated
         or not has_plain_gradient
-        or assigned.factor
-        or assigned.scored
+        or assigned.factor_name
+        or assigned.scored_recipes
     ):
         return None
     swapped = packed == [0]
     weight = _slices(operands[packed[0]])
     if weight is None or (not recipe.plain and swapped != assigned.swapped):
         return None
-    operation = operation_of(eqn, assigned.where, swapped, tuple(unpacked(x) for x in operands[2:]))
+    operation = operation_of(eqn, assigned.where, swapped, tuple(as_array(x) for x in operands[2:]))
     chunk, function = assigned.chunk, operation.function
 
     def multiply(x: jax.Array, _: Any, *arguments: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def streamed(
 
         return in_parts(whole, operation.contraction, x, weight, chunk)
 
-    x = unpacked(operands[1 - packed[0]])
+    x = as_array(operands[1 - packed[0]])
     with compat.within(eqn):
         shape: Any = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
         streaming = dataclasses.replace(operation, function=multiply)

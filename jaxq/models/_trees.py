@@ -11,15 +11,21 @@ import jax
 from jax import numpy as jnp
 
 from jaxq._base.tables import Table
-from jaxq.models._rules import LeafRules, described, hidden, leaf_rules, unmatched
+from jaxq.models._rules import (
+    LeafRules,
+    describe_recipe,
+    hidden_message,
+    leaf_rules,
+    unmatched_message,
+)
 from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import PerTensor, Recipe
 
 __all__ = [
     "assign",
     "dequantize_tree",
-    "naming",
     "not_floating",
+    "prefix_leaf_errors",
     "quantize_tree",
     "tree_report",
 ]
@@ -73,7 +79,7 @@ def quantize_tree(
             result.append(leaf)
             continue
         leaf_key = None if key is None else jax.random.fold_in(key, i)
-        with naming("quantize_tree", path):
+        with prefix_leaf_errors("quantize_tree", path):
             _check_axis(recipe, axis)
             result.append(quantize(leaf, recipe, axis=axis, key=leaf_key))
     return jax.tree_util.tree_unflatten(structure, result)
@@ -83,14 +89,14 @@ def _check_axis(recipe: Recipe, axis: int | None) -> None:
     """Checks that `axis` is given for a recipe whose scales depend on the contracted axis."""
     if axis is None and not isinstance(recipe.granularity, PerTensor):
         raise ValueError(
-            f"{described(recipe)} needs `axis`, the axis that products contract, got None. Pass "
-            "axis=-2 for kernels [inputs, outputs] (Flax, Haiku, Keras, x @ w) or axis=-1 for "
+            f"{describe_recipe(recipe)} needs `axis`, the axis that products contract, got None. "
+            "Pass axis=-2 for kernels [inputs, outputs] (Flax, Haiku, Keras, x @ w) or axis=-1 for "
             "weights [outputs, inputs] (PyTorch, Equinox)."
         )
 
 
 @contextlib.contextmanager
-def naming(owner: str, path: tuple) -> Iterator[None]:
+def prefix_leaf_errors(owner: str, path: tuple) -> Iterator[None]:
     """Prefixes errors raised in the context with a function's name and a leaf's path."""
     try:
         yield
@@ -163,12 +169,12 @@ def _unused(
     for path, reason in matched:
         first = _first(rules, path)
         if not reason and first is not None:
-            return hidden(pattern, f"leaf {path!r}", rules[first][0])
+            return hidden_message(pattern, f"leaf {path!r}", rules[first][0])
     if matched:
         path, reason = matched[0]
         return f"Rule({pattern!r}) matches only leaf {path!r}, which {reason}. Remove the rule."
     remedy = "Correct the pattern." if leaves else "Pass a tree of arrays."
-    return unmatched(pattern, "leaf", [path for path, _ in leaves], remedy)
+    return unmatched_message(pattern, "leaf", [path for path, _ in leaves], remedy)
 
 
 def dequantize_tree(params: Any) -> Any:

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 from jaxq.models._origins import Digit, Digits, Origin, Piece, size_of
 
-__all__ = ["CONVERSIONS", "JOINS", "VIEWS", "computed", "through"]
+__all__ = ["CONVERSIONS", "JOINS", "VIEWS", "computed_origin", "through"]
 
 
 def through(eqn: Any, origins: Sequence[Origin | None]) -> list[Origin | None]:
@@ -26,12 +26,12 @@ def through(eqn: Any, origins: Sequence[Origin | None]) -> list[Origin | None]:
     views = [origin for origin in sources if origin is not None and not origin.computed]
     results = VIEWS[name](eqn, views) if name in VIEWS and len(views) == len(sources) else None
     if results is None:
-        results = [computed(eqn, sources if name == "dynamic_slice" else origins)]
+        results = [computed_origin(eqn, sources if name == "dynamic_slice" else origins)]
         results *= len(eqn.outvars)
     return results
 
 
-def computed(eqn: Any, origins: Sequence[Origin | None]) -> Origin | None:
+def computed_origin(eqn: Any, origins: Sequence[Origin | None]) -> Origin | None:
     """Returns the origin of an equation's result; None if an operand is data."""
     known = [origin for origin in origins if origin is not None]
     if len(known) != len(origins) or not eqn.outvars:
@@ -109,7 +109,7 @@ def _convert(eqn: Any, origins: list[Origin]) -> list[Origin | None] | None:
             return piece
         return dataclasses.replace(piece, steps=(*piece.steps, after), dtype=after)
 
-    return [origins[0].each(converted)]
+    return [origins[0].map_pieces(converted)]
 
 
 def _holds(dtype: Any, other: Any) -> bool:
@@ -126,12 +126,12 @@ def _holds(dtype: Any, other: Any) -> bool:
 
 def _reduce_precision(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
     step = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
-    return [origins[0].each(lambda p: dataclasses.replace(p, steps=(*p.steps, step)))]
+    return [origins[0].map_pieces(lambda p: dataclasses.replace(p, steps=(*p.steps, step)))]
 
 
 def _transpose(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
     order = eqn.params["permutation"]
-    return [origins[0].each(lambda piece: _with_axes(piece, order))]
+    return [origins[0].map_pieces(lambda piece: _with_axes(piece, order))]
 
 
 def _parts(piece: Piece) -> tuple[tuple[Digits, ...], tuple[int, ...]]:
@@ -147,7 +147,7 @@ def _with_axes(piece: Piece, order: Sequence[int]) -> Piece:
 
 def _without(origin: Origin, removed: Sequence[int]) -> Origin:
     """Returns a view without some of its axes, all of length 1."""
-    return origin.each(
+    return origin.map_pieces(
         lambda piece: _with_axes(piece, [i for i in range(len(piece.at)) if i not in removed])
     )
 
@@ -168,7 +168,7 @@ def _broadcast(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
         ]
         return piece.moved(digits, [at[where[i]] if i in where else 0 for i in range(len(after))])
 
-    return [origins[0].each(repeated)]
+    return [origins[0].map_pieces(repeated)]
 
 
 def _reshape(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
@@ -188,7 +188,7 @@ def _reshape(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
             at += part[1]
         return piece.moved(axes, at)
 
-    return [origins[0].each(reshaped)]
+    return [origins[0].map_pieces(reshaped)]
 
 
 def _groups(before: tuple, after: tuple) -> list[tuple[list[int], list[int]]]:
@@ -251,7 +251,7 @@ def _reverse(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
         ]
         return piece.moved(digits, begin)
 
-    return [origins[0].each(flip)]
+    return [origins[0].map_pieces(flip)]
 
 
 def _cut(
@@ -280,7 +280,7 @@ def _cut(
                 begin.append(first - start)
         return dataclasses.replace(piece.moved(result, begin), copies=copies)
 
-    return origin.each(cut)
+    return origin.map_pieces(cut)
 
 
 def _slice(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
@@ -327,7 +327,11 @@ def _stack(eqn: Any, origins: list[Origin]) -> list[Origin | None]:
         axes, at = _parts(piece)
         return piece.moved((*axes[:axis], (), *axes[axis:]), (*at[:axis], 0, *at[axis:]))
 
-    return [_side_by_side([origin.each(with_axis) for origin in origins], [1] * len(origins), axis)]
+    return [
+        _side_by_side(
+            [origin.map_pieces(with_axis) for origin in origins], [1] * len(origins), axis
+        )
+    ]
 
 
 def _side_by_side(origins: Sequence[Origin], lengths: Sequence[int], axis: int) -> Origin:
@@ -339,7 +343,7 @@ def _side_by_side(origins: Sequence[Origin], lengths: Sequence[int], axis: int) 
             at = tuple(n + before * (i == axis) for i, n in enumerate(piece.at))
             return dataclasses.replace(piece, at=at)
 
-        pieces += origin.each(later).pieces
+        pieces += origin.map_pieces(later).pieces
         before += length
     scans = dict.fromkeys(depth for origin in origins for depth in origin.scans)
     return Origin(tuple(pieces), scans=tuple(scans))

@@ -82,6 +82,8 @@ def to_odd(units: jax.Array, negative: jax.Array, random: jax.Array | None) -> j
 class Stochastic:
     """Stochastic rounding with N random bits: up with a probability equal to the fraction.
 
+    The bits of a key are those of `jax.random.bits` (`_jax.draws` computes them).
+
     With the fraction v in [0, 1) and a random integer r in [0, 2^N), the magnitude is rounded up if
 
     - rule `"A"`: floor(v 2^N) + r >= 2^N

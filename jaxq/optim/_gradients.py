@@ -8,7 +8,7 @@ import optax
 from jax import numpy as jnp
 
 from jaxq._jax.serialization import named_tuple
-from jaxq.models import LeafRules, assign, leaf_rules, naming, refuse_states
+from jaxq.models import LeafRules, assign, leaf_rules, prefix_leaf_errors, refuse_states
 from jaxq.numerics import as_dtype, widen
 from jaxq.optim._common import RandomState, own_key
 from jaxq.quantizers import fake_quant
@@ -98,7 +98,7 @@ def quantize_gradients(
             if recipe is None:
                 continue
             total = leaf if residuals[i] is None else widen(leaf) + residuals[i]
-            with naming("quantize_gradients", path):
+            with prefix_leaf_errors("quantize_gradients", path):
                 rounded = fake_quant(total, recipe, key=own_key(recipe, now, i))
             gradients[i] = as_dtype(rounded, leaf.dtype)
             if residuals[i] is not None:

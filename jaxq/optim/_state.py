@@ -11,7 +11,14 @@ import optax
 from jax import numpy as jnp
 
 from jaxq._jax.serialization import named_tuple, pytree
-from jaxq.models import LeafRules, assign, leaf_rules, naming, not_floating, refuse_states
+from jaxq.models import (
+    LeafRules,
+    assign,
+    leaf_rules,
+    not_floating,
+    prefix_leaf_errors,
+    refuse_states,
+)
 from jaxq.numerics import as_dtype, widen
 from jaxq.optim._common import RandomState, own_key
 from jaxq.quantizers import Quantized, neighbors, quantize
@@ -232,7 +239,7 @@ def _stored(
         if recipe is None:
             stored.append(leaf)
             continue
-        with naming("quantize_state", path):
+        with prefix_leaf_errors("quantize_state", path):
             stored.append(_quantized(leaf, recipe, own_key(recipe, key, i), bool(root)))
     return structure.unflatten(stored)
 

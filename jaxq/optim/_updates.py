@@ -10,7 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.formats import Format, get_format
-from jaxq.models import assign, naming, not_floating, pairs
+from jaxq.models import assign, not_floating, pairs, prefix_leaf_errors
 from jaxq.numerics import Rounding, Stochastic, cast, code_dtype, decode, encode, get_rounding
 
 __all__ = ["apply_updates"]
@@ -83,7 +83,7 @@ def apply_updates(
     result = []
     for i, ((path, p), u) in enumerate(zip(leaves, structure.flatten_up_to(updates), strict=True)):
         leaf_key = None if key is None else jax.random.fold_in(key, i)
-        with naming("apply_updates", path):
+        with prefix_leaf_errors("apply_updates", path):
             result.append(_updated(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, leaf_key))
     return structure.unflatten(result)
 

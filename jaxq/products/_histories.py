@@ -86,7 +86,7 @@ class History:
         """Returns the largest amax of the history, from which the scale is computed."""
         return Amax(lax.stop_gradient(self.amax.max()), self.margin)
 
-    def spread(self, count: int) -> "History":
+    def copies_for_loop(self, count: int) -> "History":
         """Copies the history for `count` products; its cotangent is the largest of theirs."""
 
         def copies(amax: jax.Array) -> jax.Array:

@@ -107,7 +107,7 @@ class Row:
     probe: Probe
     recipes: tuple[tuple[str, Recipe], ...] = ()
 
-    def spread(self, count: int) -> "Row":
+    def copies_for_loop(self, count: int) -> "Row":
         """Copies the row for `count` products; its cotangent merges theirs."""
 
         def copies(values: jax.Array) -> jax.Array:

@@ -9,17 +9,17 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.models import Extra, Program, StoredView, run, unpacked
+from jaxq.models import ProductInputs, Program, StoredView, as_array, run_program
 from jaxq.numerics import as_dtype
-from jaxq.ptq._program_signatures import anonymous, signature
+from jaxq.ptq._program_signatures import signature, without_names
 from jaxq.ptq._rounding_methods import Rounded, RoundingMethod, RoundingProblem
 from jaxq.quantizers import levels, values_of
 from jaxq.recipes import Recipe
 
-__all__ = ["Data", "Leaf", "StepRange", "Trainer", "Trainers", "relative_error"]
+__all__ = ["BlockData", "LearnedLeaf", "StepRange", "Trainer", "Trainers", "relative_error"]
 
 
-class Leaf(NamedTuple):
+class LearnedLeaf(NamedTuple):
     """A leaf to learn.
 
     Attributes:
@@ -35,7 +35,7 @@ class Leaf(NamedTuple):
     dtype: Any
 
 
-class Data(NamedTuple):
+class BlockData(NamedTuple):
     """The data of a block, stacked over the batches.
 
     Attributes:
@@ -48,12 +48,12 @@ class Data(NamedTuple):
     targets: list[jax.Array]
     masks: jax.Array | None
 
-    def batch(self, i: jax.Array) -> "Data":
+    def batch(self, i: jax.Array) -> "BlockData":
         """Returns the batch with an index."""
         return jax.tree.map(lambda x: x[i], self)
 
 
-class State(NamedTuple):
+class TrainingState(NamedTuple):
     """The state of the training.
 
     Attributes:
@@ -104,9 +104,9 @@ class Trainers:
         self._method = method
         self._trainers: dict[Any, Trainer] = {}
 
-    def get(self, program: Program, leaves: tuple[Leaf, ...]) -> "Trainer":
+    def get(self, program: Program, leaves: tuple[LearnedLeaf, ...]) -> "Trainer":
         """Returns the trainer of a block."""
-        unnamed = anonymous(program, {a.name: str(k) for k, a in enumerate(program.all())})
+        unnamed = without_names(program, {a.name: str(k) for k, a in enumerate(program.all())})
         key = signature(unnamed), leaves
         if key not in self._trainers:
             self._trainers[key] = Trainer(unnamed, leaves, self._method)
@@ -122,25 +122,29 @@ class Trainer:
       method: the method.
     """
 
-    def __init__(self, program: Program, leaves: tuple[Leaf, ...], method: RoundingMethod) -> None:
+    def __init__(
+        self, program: Program, leaves: tuple[LearnedLeaf, ...], method: RoundingMethod
+    ) -> None:
         self._program, self._method = program, method
         self._leaves = {leaf.index: leaf for leaf in leaves}
         self._optimizer = method.optimizer()
         self.start = jax.jit(self._start)
         self.advance = jax.jit(self._advance)
-        self.rounded = jax.jit(self._rounded)
+        self.select_levels = jax.jit(self._select_levels)
         self.values = jax.jit(self._values)
         self.outputs = jax.jit(self._outputs)
 
-    def _start(self, problems: Mapping[int, RoundingProblem]) -> State:
+    def _start(self, problems: Mapping[int, RoundingProblem]) -> TrainingState:
         """Returns the initial state."""
         variables = {
             i: self._method.variables(problem, self._leaves[i].recipe)
             for i, problem in problems.items()
         }
-        return State(variables, self._optimizer.init(variables))
+        return TrainingState(variables, self._optimizer.init(variables))
 
-    def _rounded(self, state: State, problems: dict[int, RoundingProblem]) -> dict[int, Rounded]:
+    def _select_levels(
+        self, state: TrainingState, problems: dict[int, RoundingProblem]
+    ) -> dict[int, Rounded]:
         """Returns the levels that the variables select."""
         return {
             i: self._method.rounded(variables, problems[i], self._leaves[i].recipe)
@@ -155,55 +159,59 @@ class Trainer:
         }
 
     def _results(
-        self, values: Mapping[int, jax.Array], arrays: Sequence[jax.Array], inputs: Any
+        self, values: Mapping[int, jax.Array], params: Sequence[jax.Array], inputs: Any
     ) -> list[jax.Array]:
         """Returns the results of one batch with given values of the leaves."""
-        params: list[Any] = list(arrays)
+        arguments: list[Any] = list(params)
         for i, x in values.items():
             leaf = self._leaves[i]
             x = x if x.dtype == leaf.product_dtype else as_dtype(x, leaf.product_dtype)
-            params[i] = StoredView(x, leaf.dtype)
-        return list(map(unpacked, run(self._program, Extra.empty(), [*params, *inputs])[0]))
+            arguments[i] = StoredView(x, leaf.dtype)
+        arguments += inputs
+        results, _ = run_program(self._program, ProductInputs.empty(), arguments)
+        return list(map(as_array, results))
 
     def _outputs(
         self,
         values: Mapping[int, jax.Array],
-        arrays: Sequence[jax.Array],
+        params: Sequence[jax.Array],
         inputs: list[jax.Array],
     ) -> list[jax.Array]:
         """Returns the results of all batches, stacked."""
-        return lax.map(functools.partial(self._results, values, arrays), inputs)
+        return lax.map(functools.partial(self._results, values, params), inputs)
 
     def _advance(
         self,
-        state: State,
+        state: TrainingState,
         problems: Mapping[int, RoundingProblem],
-        arrays: Sequence[jax.Array],
-        data: Data,
+        params: Sequence[jax.Array],
+        data: BlockData,
         steps: StepRange,
-    ) -> State:
+    ) -> TrainingState:
         """Takes training steps.
 
         Args:
           state: the state.
           problems: the leaves to learn.
-          arrays: the parameters of the block.
+          params: the parameters of the block.
           data: the data.
           steps: the range of steps.
         """
         total = squares(data.targets, data)
         power = jnp.where(total.power > 0, total.power / jnp.maximum(total.count, 1), 1)
 
-        def objective(variables: Mapping[int, Any], data: Data, step: jax.Array) -> jax.Array:
+        def objective(
+            variables: Mapping[int, Any], batch: BlockData, number: jax.Array
+        ) -> jax.Array:
             values = {
                 i: self._method.soft(leaf_variables, problems[i], self._leaves[i].recipe)
                 for i, leaf_variables in variables.items()
             }
-            sums = squares(self._results(values, arrays, data.inputs), data)
+            sums = squares(self._results(values, params, batch.inputs), batch)
             loss = sums.error / jnp.maximum(sums.count, 1) / power
-            return loss + sum(self._method.penalty(x, step) for x in variables.values())
+            return loss + sum(self._method.penalty(x, number) for x in variables.values())
 
-        def step(number: jax.Array, state: State) -> State:
+        def take_step(number: jax.Array, state: TrainingState) -> TrainingState:
             batch = data.batch(steps.order[number])
             gradient = jax.grad(objective)(state.variables, batch, number)
             # optax mixes dtypes, which fails under strict dtype promotion.
@@ -212,38 +220,45 @@ class Trainer:
                     gradient, state.optimizer, state.variables
                 )
                 variables: Any = optax.apply_updates(state.variables, updates)
-            return State({i: self._method.clipped(x) for i, x in variables.items()}, optimizer)
+            return TrainingState(
+                {i: self._method.clipped(x) for i, x in variables.items()}, optimizer
+            )
 
-        return lax.fori_loop(steps.first, steps.until, step, state)
+        return lax.fori_loop(steps.first, steps.until, take_step, state)
 
 
-def squares(results: Sequence[jax.Array], data: Data) -> Squares:
+def squares(results: Sequence[jax.Array], data: BlockData) -> Squares:
     """Returns the sums of squares of the floating results of a batch or of stacked batches."""
     total = [jnp.zeros((), jnp.float32)] * 3
-    for y, target in zip(results, data.targets, strict=True):
+    for result, target in zip(results, data.targets, strict=True):
         if not jnp.issubdtype(target.dtype, jnp.floating):
             continue
-        y, target = (x.astype(jnp.float32).reshape(x.shape or (1,)) for x in (y, target))
-        error, power = (jnp.sum(x * x, axis=-1) for x in (y - target, target))
+        y, t = (x.astype(jnp.float32).reshape(x.shape or (1,)) for x in (result, target))
+        error, power = (jnp.sum(x * x, axis=-1) for x in (y - t, t))
         weight = jnp.ones(error.shape, jnp.float32)
         if data.masks is not None:
-            if error.shape[: data.masks.ndim] != data.masks.shape:
-                raise ValueError(
-                    "ptq.learn_rounding: `mask` must have the first axes of every result of a "
-                    f"block, got the shape {data.masks.shape} for a result of shape {y.shape}. "
-                    "Let blocks return results with the axes of the tokens first."
-                )
-            trailing = (1,) * (error.ndim - data.masks.ndim)
-            mask = data.masks.reshape(data.masks.shape + trailing)
-            weight = jnp.broadcast_to(mask, error.shape).astype(jnp.float32)
+            weight = _token_weights(data.masks, y.shape)
             # Multiplication by a weight of 0 would not remove a NaN in the padding.
             error, power = (jnp.where(weight > 0, x, 0) for x in (error, power))
-        total = [t + jnp.sum(x) for t, x in zip(total, (error, power, weight), strict=True)]
+        total = [old + jnp.sum(x) for old, x in zip(total, (error, power, weight), strict=True)]
     return Squares(*total)
 
 
+def _token_weights(masks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the masks as a float32 weight of each vector of a result with a given shape."""
+    vectors = shape[:-1]
+    if vectors[: masks.ndim] != masks.shape:
+        raise ValueError(
+            "ptq.learn_rounding: `mask` must have the first axes of every result of a "
+            f"block, got the shape {masks.shape} for a result of shape {shape}. "
+            "Let blocks return results with the axes of the tokens first."
+        )
+    mask = masks.reshape(masks.shape + (1,) * (len(vectors) - masks.ndim))
+    return jnp.broadcast_to(mask, vectors).astype(jnp.float32)
+
+
 @jax.jit
-def relative_error(results: Sequence[jax.Array], data: Data) -> jax.Array:
+def relative_error(results: Sequence[jax.Array], data: BlockData) -> jax.Array:
     """Returns the squared error of all batches, relative to the power of the targets."""
     sums = squares(results, data)
     return sums.error / jnp.where(sums.power > 0, sums.power, 1)

@@ -158,12 +158,12 @@ def without_weight(product: Product, assigned: Assigned | None) -> Assigned | No
     """Returns the assignment of a product without its weight's recipe and without calibration."""
     if assigned is None:
         return None
-    result = dataclasses.replace(assigned, calibrated=(None, None))
+    result = dataclasses.replace(assigned, observers=(None, None))
     if weight_of(product, assigned) is None:
         return result
     recipe = dataclasses.replace(assigned.recipe or ProductRecipe(), rhs=None)
     recipe = None if recipe.plain else recipe
-    return dataclasses.replace(result, recipe=recipe, table=None, experts=None)
+    return dataclasses.replace(result, recipe=recipe, table_recipe=None, experts=None)
 
 
 def _is_quantized(x: Any) -> bool:

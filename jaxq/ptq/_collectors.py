@@ -169,7 +169,7 @@ class MatrixLayout(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def order(self) -> tuple[int, ...]:
+    def axis_order(self) -> tuple[int, ...]:
         """The axes in the order of batch, inputs and outputs."""
         return (*self.axes.batch, *self.axes.contract, *self.axes.free)
 
@@ -181,14 +181,14 @@ class MatrixLayout(NamedTuple):
 
     def matrices(self, x: jax.Array) -> jax.Array:
         """Converts a weight to matrices."""
-        return x.transpose(self.order).reshape(self.sizes)
+        return x.transpose(self.axis_order).reshape(self.sizes)
 
     def weight(self, x: jax.Array) -> jax.Array:
         """Converts matrices back to the weight."""
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return x.reshape([self.shape[axis] for axis in self.order]).transpose(inverse)
+        inverse = sorted(range(len(self.axis_order)), key=self.axis_order.__getitem__)
+        return x.reshape([self.shape[axis] for axis in self.axis_order]).transpose(inverse)
 
-    def stacked(self, statistics: Statistics) -> Statistics:
+    def flatten_batches(self, statistics: Statistics) -> Statistics:
         """Returns statistics with their batch axes flattened into one axis, `[matrices]`."""
         split = len(self.axes.batch)
         return jax.tree.map(lambda x: x.reshape((self.sizes[0], *x.shape[split:])), statistics)
@@ -286,7 +286,9 @@ def shared_inputs(node: Node, matrices: Mapping[int, MatrixForm]) -> dict[int, i
                 key = (*inputs, matrix.collector.shared(), product.stacked)
                 result[product.number] = first.setdefault(key, product.number)
             elif i in node.inner:
-                around = eqn.primitive.name in compat.AROUND and eqn.primitive.name != "shard_map"
+                around = (
+                    eqn.primitive.name in compat.WRAPPED_CALLS and eqn.primitive.name != "shard_map"
+                )
                 for inside in node.inner[i]:
                     count = len(compat.body(inside.jaxpr).invars)
                     fresh = [object() for _ in range(count)]

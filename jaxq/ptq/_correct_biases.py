@@ -138,7 +138,7 @@ def correct_biases(
         runner = model_runner(calls, model, correction.leaves, correction.solve)
         root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)
-        runner.solve_together(root, runner.observed(root, envs))
+        runner.solve_together(root, runner.observe_all(root, envs))
         return correction.result()
 
     return corrected
@@ -236,15 +236,15 @@ class _CorrectionRun:
         statistics = observe()
         occurrence.check_finite(_OWNER, statistics)
         product, path = occurrence.product, self._biases[occurrence.product.name]
-        view = trace_weight(occurrence.frame, occurrence.variable)
-        if isinstance(view, str):
+        view, reason = trace_weight(occurrence.frame, occurrence.variable)
+        if view is None:
             raise ValueError(
-                f"{_OWNER}: product {product.name!r} cannot be corrected: {view}. Remove it from "
+                f"{_OWNER}: product {product.name!r} cannot be corrected: {reason}. Remove it from "
                 "`biases`."
             )
         stored = view.move(*map(self._value, view.keys))
         layout = MatrixLayout(self._targets.matrices[product.number].axes, view.x.shape)
-        stacked = layout.stacked(statistics)
+        stacked = layout.flatten_batches(statistics)
         mean = stacked.total / lax.max(stacked.tokens, np.int32(1))[:, None].astype(jnp.float32)
         error = layout.matrices(stored - view.x)
         shift = jnp.einsum("mio,mi->mo", error, mean, precision=lax.Precision.HIGHEST)
@@ -276,7 +276,7 @@ class _CorrectionRun:
                     "same rules."
                 )
             self._values[key.leaf] = leaf.dequantize().astype(jnp.float32)
-        return self._values[key.leaf][key.rows]
+        return self._values[key.leaf][key.slice_index]
 
     def _subtract(
         self, path: str, stacks: tuple[int, ...], iterations: tuple[int, ...], shift: np.ndarray

@@ -26,7 +26,7 @@ def leaf_shares(
     axis = expert_axis(product, weight.operand)
     if axis is None or axis not in layout.axes.batch:
         return {leaf: np.full(layout.sizes[0], 1 / len(leaves)) for leaf in leaves}
-    indices = _indices(layout, axis)
+    indices = _matrix_indices(layout, axis)
     shares = {leaf: np.zeros(layout.sizes[0]) for leaf in leaves}
     for piece in weight.origin.pieces:
         start = piece.at[axis]
@@ -43,7 +43,7 @@ def matrices_by_recipe(
     """
     if weight.experts is None:
         return [(weight.recipe, np.arange(layout.sizes[0]))]
-    indices = _indices(layout, weight.experts.axis)
+    indices = _matrix_indices(layout, weight.experts.axis)
     masks: dict[Recipe, np.ndarray] = {}
     for start, stop, recipe in weight.experts.parts:
         assert recipe is not None
@@ -52,7 +52,7 @@ def matrices_by_recipe(
     return [(recipe, np.flatnonzero(mask)) for recipe, mask in masks.items()]
 
 
-def _indices(layout: MatrixLayout, axis: int) -> np.ndarray:
+def _matrix_indices(layout: MatrixLayout, axis: int) -> np.ndarray:
     """Returns the index of each matrix along a batch axis."""
     lengths = [layout.shape[a] for a in layout.axes.batch]
     return np.indices(lengths)[layout.axes.batch.index(axis)].reshape(-1)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxq._jax import compat
-from jaxq.models import Assigned, Node, Product, Program, program
+from jaxq.models import Assigned, Node, Product, Program, build_program
 
 __all__ = ["FlatProgram", "arguments_of", "flatten"]
 
@@ -54,7 +54,7 @@ class FlatProgram:
         )
         products = {k: self.products[i] for k, i in enumerate(equations) if i in self.products}
         inner = {k: self.inner[i] for k, i in enumerate(equations) if i in self.inner}
-        return program(Node(body, products, inner), chosen, stored=True)
+        return build_program(Node(body, products, inner), chosen, stored=True)
 
 
 def _numbers(node: Node) -> set[int]:
@@ -70,51 +70,84 @@ def flatten(node: Node, wanted: Collection[int]) -> FlatProgram:
       node: the node.
       wanted: the numbers of the products.
     """
-    counter = itertools.count()
-    constvars: list[Any] = []
-    consts: list[Any] = []
-    eqns: list[Any] = []
-    products: dict[int, Product] = {}
-    inner: dict[int, tuple[Node, ...]] = {}
+    flattener = _Flattener(frozenset(wanted))
+    invars = [flattener.new_variable(variable) for variable in compat.body(node.jaxpr).invars]
+    outvars = flattener.add(node, invars)
+    body = compat.Body(None, flattener.consts, flattener.constvars, invars, outvars, flattener.eqns)
+    return FlatProgram(body, flattener.products, flattener.inner)
 
-    def new(variable: Any) -> compat.Variable:
-        return compat.Variable(variable.aval, next(counter))
 
-    def add(node: Node, operands: Sequence[Any]) -> list[Any]:
+class _Flattener:
+    """The equations of a program and of the calls that are inlined in it.
+
+    Args:
+      wanted: the numbers of the products whose calls are inlined.
+
+    Attributes:
+      constvars: the variables of the constants.
+      consts: the constants.
+      eqns: the equations.
+      products: as in `FlatProgram`.
+      inner: as in `FlatProgram`.
+    """
+
+    def __init__(self, wanted: frozenset[int]) -> None:
+        self._wanted = wanted
+        self._counter = itertools.count()
+        self.constvars: list[Any] = []
+        self.consts: list[Any] = []
+        self.eqns: list[Any] = []
+        self.products: dict[int, Product] = {}
+        self.inner: dict[int, tuple[Node, ...]] = {}
+
+    def new_variable(self, variable: Any) -> compat.Variable:
+        """Returns a new variable with the shape and dtype of another one.
+
+        Each call of a program needs its own variables, because two calls may share one jaxpr.
+        """
+        return compat.Variable(variable.aval, next(self._counter))
+
+    def add(self, node: Node, operands: Sequence[Any]) -> list[Any]:
+        """Adds the equations of a node; returns the variables of its results.
+
+        Args:
+          node: the node.
+          operands: the variables and literals that its arguments receive.
+        """
         body = compat.body(node.jaxpr)
-        known = dict(zip(body.invars, operands, strict=True))
+        renamed = dict(zip(body.invars, operands, strict=True))
 
         def value(variable: Any) -> Any:
-            return variable if compat.is_literal(variable) else known[variable]
+            return variable if compat.is_literal(variable) else renamed[variable]
 
         for variable, const in zip(body.constvars, body.consts, strict=True):
-            known[variable] = new(variable)
-            constvars.append(known[variable])
-            consts.append(const)
+            renamed[variable] = self.new_variable(variable)
+            self.constvars.append(renamed[variable])
+            self.consts.append(const)
         for i, eqn in enumerate(body.eqns):
-            nodes, name = node.inner.get(i, ()), eqn.primitive.name
-            invars = list(map(value, eqn.invars))
-            if nodes and name in compat.AROUND and name != "shard_map":
-                if nodes[0].returns_weights or _numbers(nodes[0]) & set(wanted):
-                    known.update(zip(eqn.outvars, add(nodes[0], invars), strict=True))
-                    continue
-            results = [new(variable) for variable in eqn.outvars]
-            known.update(zip(eqn.outvars, results, strict=True))
-            if i in node.products:
-                products[len(eqns)] = node.products[i]
-            if nodes:
-                inner[len(eqns)] = nodes
-            eqns.append(compat.rewired(eqn, invars, results))
+            nodes, invars = node.inner.get(i, ()), list(map(value, eqn.invars))
+            if self._is_inlined(eqn, nodes):
+                results = self.add(nodes[0], invars)
+            else:
+                results = [self.new_variable(variable) for variable in eqn.outvars]
+                if i in node.products:
+                    self.products[len(self.eqns)] = node.products[i]
+                if nodes:
+                    self.inner[len(self.eqns)] = nodes
+                self.eqns.append(compat.rewired(eqn, invars, results))
+            renamed.update(zip(eqn.outvars, results, strict=True))
         return list(map(value, body.outvars))
 
-    invars = [new(variable) for variable in compat.body(node.jaxpr).invars]
-    outvars = add(node, invars)
-    body = compat.Body(None, consts, constvars, invars, outvars, eqns)
-    return FlatProgram(body, products, inner)
+    def _is_inlined(self, eqn: Any, nodes: tuple[Node, ...]) -> bool:
+        """Returns whether an equation is a call that returns weights or has a wanted product."""
+        name = eqn.primitive.name
+        if not nodes or name not in compat.WRAPPED_CALLS or name == "shard_map":
+            return False
+        return nodes[0].returns_weights or not self._wanted.isdisjoint(_numbers(nodes[0]))
 
 
 def arguments_of(
-    eqn: Any, body: compat.Body, which: int, iteration: int | None
+    eqn: Any, body: compat.Body, program_index: int, iteration: int | None
 ) -> Iterator[tuple[Any, Any, int | None]]:
     """Yields the arguments of a program within an equation, each with the operand it receives.
 
@@ -123,7 +156,7 @@ def arguments_of(
     Args:
       eqn: the equation.
       body: the program.
-      which: the index of the program in the equation.
+      program_index: the index of the program in the equation.
       iteration: the iteration of a scan whose rows are yielded, or None for no rows.
 
     Yields:
@@ -131,22 +164,25 @@ def arguments_of(
     """
     name, operands = eqn.primitive.name, list(eqn.invars)
     carried = rows = range(0)
-    if name == "scan":
+    if name == "scan":  # The operands are constants, carried values, and arrays of rows.
         const_count, carry_count = compat.loop_counts(eqn)
         carried = range(const_count, const_count + carry_count)
         rows = range(const_count + carry_count, len(operands))
     elif name == "while":
+        # The operands are the constants of the condition (program 0), those of the body
+        # (program 1), and the carried values, which both programs receive.
         conds, bodies = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        consts = (operands[:conds], operands[conds : conds + bodies])[which]
+        consts = (operands[:conds], operands[conds : conds + bodies])[program_index]
         carried = range(len(consts), len(consts) + len(operands) - conds - bodies)
         operands = [*consts, *operands[conds + bodies :]]
-    elif name == "cond":
+    elif name == "cond":  # The first operand is the index of the branch.
         operands = operands[1:]
     elif name == "shard_map":
         return
     for k, (inner, outer) in enumerate(zip(body.invars, operands, strict=True)):
+        # The condition of a `while` returns no carried values, so they count as changed.
         changes = k in carried and (
-            (name == "while" and which == 0) or body.outvars[k - carried[0]] is not inner
+            (name == "while" and program_index == 0) or body.outvars[k - carried[0]] is not inner
         )
         if k in rows and iteration is not None:
             yield inner, outer, iteration

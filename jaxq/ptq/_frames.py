@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxq._jax import compat
-from jaxq.models import CONVERSIONS, Extra, StoredView, run
+from jaxq.models import CONVERSIONS, ProductInputs, StoredView, run_program
 from jaxq.ptq._flat_programs import FlatProgram, arguments_of
 from jaxq.ptq._leaf_states import LeafKey, Leaves
 from jaxq.quantizers import Quantized
@@ -99,18 +99,20 @@ class Frame:
             if v not in self.fixed and v not in computed
         ]
 
-    def child(self, i: int, which: int, flat: FlatProgram, iteration: int | None) -> "Frame":
+    def child(
+        self, i: int, program_index: int, flat: FlatProgram, iteration: int | None
+    ) -> "Frame":
         """Returns the frame of a program within an equation.
 
         Args:
           i: the equation.
-          which: the index of the program in the equation.
+          program_index: the index of the program in the equation.
           flat: the program.
           iteration: the iteration of a scan, or None for the weights that all iterations share.
         """
         eqn = self.flat.body.eqns[i]
         sources: dict[Any, LeafKey | Outer] = {}
-        for inner, outer, row in arguments_of(eqn, flat.body, which, iteration):
+        for inner, outer, row in arguments_of(eqn, flat.body, program_index, iteration):
             if compat.is_literal(outer) or outer not in self.fixed:
                 continue
             source = self.sources.get(outer)
@@ -118,7 +120,7 @@ class Frame:
                 sources[inner] = source
             elif isinstance(source, LeafKey) and self._is_stack(outer, source):
                 assert row is not None
-                sources[inner] = LeafKey(source.leaf, (*source.rows, row))
+                sources[inner] = LeafKey(source.leaf, (*source.slice_index, row))
             else:
                 sources[inner] = Outer(self, outer, row)
         depth = self.depth + (eqn.primitive.name == "scan")
@@ -151,7 +153,7 @@ class Frame:
         read = self.arguments(equations)
         products = 1 + max(max(self.flat.numbers(i), default=-1) for i in equations)
         part = self.flat.part(equations, read, [variable], [None] * products)
-        return run(part, Extra.empty(), [self.value(v) for v in read])[0][0]
+        return run_program(part, ProductInputs.empty(), [self.value(v) for v in read])[0][0]
 
     def arguments(self, equations: list[int]) -> list[Any]:
         """Returns the variables that equations read but do not compute, except constants."""

@@ -13,7 +13,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import where
-from jaxq.ptq._search import run_length
+from jaxq.ptq._search import inputs_per_block
 from jaxq.quantizers import Levels, snap
 from jaxq.recipes import Recipe
 
@@ -103,7 +103,7 @@ def solve(
     Args:
       weight: the float32 weight, `[inputs, outputs]`.
       levels: the levels of its elements.
-      hessian: the float32 Hessian.
+      hessian: the float32 Hessian, as `_statistics.hessian_of` computes it.
       drift: the float32 drift, or None.
       recipe: the recipe, whose element format and rounding are used.
       settings: the settings.
@@ -144,7 +144,7 @@ def _order(diagonal: jax.Array, order: str | None, recipe: Recipe) -> jax.Array:
     if order is None:
         return jnp.arange(inputs)
     # Activation order is the group order of a single group.
-    length = run_length(recipe, inputs) if order == "group" else inputs
+    length = inputs_per_block(recipe, inputs) if order == "group" else inputs
     groups = diagonal.reshape(-1, length)
     within = jnp.argsort(-groups, axis=1, stable=True)
     within = within + length * jnp.arange(len(groups))[:, None]

@@ -11,12 +11,12 @@ from jax import numpy as jnp
 from jaxq.models import (
     LOOK_UP,
     Assigned,
-    Extra,
     Planned,
-    program,
-    run,
+    ProductInputs,
+    as_array,
+    build_program,
+    run_program,
     unassigned,
-    unpacked,
     weight_of,
 )
 
@@ -55,21 +55,23 @@ def gradient_scores(
         assigned = [plan.chosen[n] for plan in plans]
         weights = [None if a is None else weight_of(product, a) for a in assigned]
         has_experts = any(a is not None and a.experts is not None for a in assigned)
-        is_multiplied = product.operation != LOOK_UP and product.reverse
+        is_multiplied = product.operation != LOOK_UP and product.is_differentiated
         if not all(weights) or has_experts or not is_multiplied:
             continue
         recipes = tuple(a.recipe for a in assigned if a is not None and a.recipe is not None)
         swapped = assigned[0] is not None and assigned[0].swapped
-        chosen[n] = dataclasses.replace(unassigned(product), swapped=swapped, scored=recipes)
+        chosen[n] = dataclasses.replace(
+            unassigned(product), swapped=swapped, scored_recipes=recipes
+        )
         leaves[product.name] = tuple(weights[0].origin.leaves.values()) if weights[0] else ()
         zeros[product.name] = jnp.zeros((*product.stacks, len(plans)), jnp.float32)
-    runnable = program(first.node, chosen)
+    runnable = build_program(first.node, chosen)
 
     @jax.jit
     def scores(zeros: dict[str, jax.Array], arrays: list[Any]) -> dict[str, jax.Array]:
         def loss(vectors: dict[str, jax.Array]) -> jax.Array:
-            extra = Extra(None, {}, {}, {}, vectors=vectors)
-            return unpacked(run(runnable, extra, arrays)[0][0])
+            extra = ProductInputs(None, {}, {}, {}, vectors=vectors)
+            return as_array(run_program(runnable, extra, arrays)[0][0])
 
         return jax.grad(loss)(zeros)
 

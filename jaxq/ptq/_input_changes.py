@@ -30,7 +30,7 @@ def reason_of(model: Model, product: Product) -> str:
         return model.targets.reasons[number]
     if product.operation != "dot_general":
         return "only matrix products have input scales and rotations"
-    if not product.reverse:
+    if not product.is_differentiated:
         return "it is in a while loop or under a custom derivative"
     if number in stored.reasons:
         return f"not stored: {stored.reasons[number]}"

@@ -14,15 +14,16 @@ __all__ = ["LeafKey", "LeafState", "Leaves", "replace_parameters"]
 
 
 class LeafKey(NamedTuple):
-    """A leaf of the parameters, or a row of it.
+    """A leaf of the parameters, or a slice of a stacked leaf.
 
     Attributes:
       leaf: the index among the arrays of the arguments.
-      rows: the indices of the row along the leading axes, which scans over layers iterate over.
+      slice_index: the indices of the slice along the leading axes, over which scans over layers
+        iterate; empty for the whole leaf.
     """
 
     leaf: int
-    rows: tuple[int, ...] = ()
+    slice_index: tuple[int, ...] = ()
 
 
 class LeafState(NamedTuple):
@@ -58,18 +59,20 @@ class Leaves:
 
     def array(self, key: LeafKey) -> Any:
         """Returns the float array of a leaf."""
-        return self._arrays[key.leaf][key.rows] if key.rows else self._arrays[key.leaf]
+        return (
+            self._arrays[key.leaf][key.slice_index] if key.slice_index else self._arrays[key.leaf]
+        )
 
     def storage(self, key: LeafKey) -> Storage | None:
         """Returns the stored form of a leaf, or None if it stays an array."""
         storage = self._storage.get(key.leaf)
-        return storage and storage._replace(leading=storage.leading - len(key.rows))
+        return storage and storage._replace(leading=storage.leading - len(key.slice_index))
 
     def value(self, key: LeafKey) -> Any:
-        """Returns a leaf as an argument of the model: packed once a row of it is solved."""
+        """Returns a leaf as an argument of the model: packed once a slice of it is solved."""
         q = self._packed.get(key)
         if q is None and any(other.leaf == key.leaf for other in self._packed):
-            q = self._stacked(key, self._packed_rows(key.leaf))
+            q = self._stack(key, self._packed_slices(key.leaf))
         if q is None:
             return self.array(key)
         return StoredView(dataclasses.replace(q, dtype=self._storage[key.leaf].dtype), q.dtype)
@@ -86,7 +89,7 @@ class Leaves:
             storage = self.storage(key)
             assert storage is not None, "only stored leaves are solved"
             q = self.nearest(key)
-            x = storage.converted(self.array(key)).astype(jnp.float32)
+            x = storage.convert(self.array(key)).astype(jnp.float32)
             numbers = numbers_of(q)
             self._states[key] = LeafState(
                 x=x, levels=levels(q), nearest=numbers, numbers=numbers, start=q
@@ -131,23 +134,26 @@ class Leaves:
         self._packed[key] = self.nearest(key)
 
     def results(self) -> dict[int, Quantized]:
-        """Returns the packed leaves by index; rows that were not solved have the nearest levels."""
+        """Returns the packed leaves by index; unsolved slices have the nearest levels."""
         return {
-            leaf: self._stacked(LeafKey(leaf), self._packed_rows(leaf)) for leaf in self._storage
+            leaf: self._stack(LeafKey(leaf), self._packed_slices(leaf)) for leaf in self._storage
         }
 
-    def _packed_rows(self, leaf: int) -> dict[tuple[int, ...], Quantized]:
-        """Returns the packed rows of a leaf."""
-        return {key.rows: q for key, q in self._packed.items() if key.leaf == leaf}
+    def _packed_slices(self, leaf: int) -> dict[tuple[int, ...], Quantized]:
+        """Returns the packed slices of a leaf."""
+        return {key.slice_index: q for key, q in self._packed.items() if key.leaf == leaf}
 
-    def _stacked(self, key: LeafKey, rows: Mapping[tuple[int, ...], Quantized]) -> Quantized:
-        """Returns a leaf as a stack of packed rows; all other rows have the nearest levels."""
-        if key.rows in rows:
-            return rows[key.rows]
-        if not any(row[: len(key.rows)] == key.rows for row in rows):
+    def _stack(self, key: LeafKey, slices: Mapping[tuple[int, ...], Quantized]) -> Quantized:
+        """Returns a leaf as a stack of packed slices; all others have the nearest levels."""
+        if key.slice_index in slices:
+            return slices[key.slice_index]
+        depth = len(key.slice_index)
+        if not any(index[:depth] == key.slice_index for index in slices):
             return self.nearest(key)
         count = len(self.array(key))
-        parts = [self._stacked(LeafKey(key.leaf, (*key.rows, i)), rows) for i in range(count)]
+        parts = [
+            self._stack(LeafKey(key.leaf, (*key.slice_index, i)), slices) for i in range(count)
+        ]
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
 
 

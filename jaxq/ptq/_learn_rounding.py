@@ -10,10 +10,10 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq.models import Planned, Program, Rules, plan, program
+from jaxq.models import Planned, Program, Rules, build_program, plan
 from jaxq.ptq._block_training import (
-    Data,
-    Leaf,
+    BlockData,
+    LearnedLeaf,
     StepRange,
     Trainer,
     Trainers,
@@ -122,7 +122,7 @@ def learn_rounding(
             )
         calls = read_calls(_OWNER, model, mask, (list(params), batches))
         run = _LearningRun(calls, blocks, resolved, progress)
-        return run.run(rules, key, None if resume is None else pathlib.Path(resume))
+        return run.learn(rules, key, None if resume is None else pathlib.Path(resume))
 
     return learned
 
@@ -160,7 +160,7 @@ class _LearningRun:
         self._progress = progress or (lambda _: None)
         self._trainers = Trainers(method)
 
-    def run(
+    def learn(
         self, rules: Rules, key: jax.Array, folder: pathlib.Path | None
     ) -> tuple[list[Any], RoundingReport]:
         """Learns all blocks and returns the packed parameters and the report.
@@ -171,23 +171,23 @@ class _LearningRun:
           folder: the folder of learned blocks, or None.
         """
         model = self._calls.plan(rules)
-        self._check(model)
+        self._check_model(model)
         journal = None
         if folder is not None:
             settings = self._method, np.asarray(jax.random.key_data(key)).tolist()
             journal = journal_of(folder, self._calls, model, settings, LearnedBlock)
         example, first, rows, packed = self._calls.calls[0][1:], _Offsets(), [], []
-        floats = _stacked([call[1:] for call in self._calls.calls])
+        floats = _stack_arguments([call[1:] for call in self._calls.calls])
         quantized = floats
         present = [mask for mask in self._calls.masks if mask is not None]
         masks = jnp.stack(present) if present else None
         for k, function in enumerate(self._blocks):
             planned = plan(_OWNER, function, [], 0, (self._calls.calls[0][0][k], *example), {})
             block = _PlannedBlock(k, planned, model.planned, first)
-            float_program = program(planned.node, [None] * len(planned.products))
+            float_program = build_program(planned.node, [None] * len(planned.products))
             floats = self._trainers.get(float_program, ()).outputs({}, block.arrays, floats)
             trainer = self._trainers.get(block.program(), tuple(block.leaves))
-            data = Data(quantized, floats, masks)
+            data = BlockData(quantized, floats, masks)
             entry = None if journal is None else journal.read(k)
             if entry is not None:
                 row, best = entry.row, block.levels_of(entry.packed)
@@ -203,7 +203,7 @@ class _LearningRun:
             first = block.next
         return packed, RoundingReport(tuple(rows))
 
-    def _check(self, model: Model) -> None:
+    def _check_model(self, model: Model) -> None:
         """Raises a ValueError if the batches differ or a stored weight cannot be learned."""
         traced = model.planned.traced
         self._calls.environments(model, compat.body(traced.jaxpr).invars)
@@ -220,17 +220,17 @@ class _LearningRun:
                 )
 
     def _learn_block(
-        self, block: "_PlannedBlock", trainer: Trainer, data: Data, key: jax.Array
+        self, block: "_PlannedBlock", trainer: Trainer, data: BlockData, key: jax.Array
     ) -> tuple[LearnedBlock, dict[int, Rounded]]:
         """Learns one block and returns its row of the report and the best levels of each leaf."""
         problems = block.problems()
         best = {i: Rounded(p.start, numbers_of(p.start)) for i, p in problems.items()}
 
-        def measured(choice: dict[int, Rounded]) -> float:
+        def measure(choice: dict[int, Rounded]) -> float:
             outputs = trainer.outputs(trainer.values(choice), block.arrays, data.inputs)
             return float(relative_error(outputs, data))
 
-        rtn = measured(best)
+        rtn = measure(best)
         row = LearnedBlock(
             block=block.number,
             step=0,
@@ -245,14 +245,14 @@ class _LearningRun:
         if not problems:
             return row, best
         state = trainer.start(problems)
-        order = _order(key, steps, len(data.inputs[0]))
+        order = _batch_order(key, steps, len(data.inputs[0]))
         count, done = min(_MEASUREMENTS, steps), 0
         for measurement in range(1, count + 1):
             until = steps * measurement // count
             step_range = StepRange(order, done, until)
             state = trainer.advance(state, problems, block.arrays, data, step_range)
-            done, choice = until, trainer.rounded(state, problems)
-            loss = measured(choice)
+            done, choice = until, trainer.select_levels(state, problems)
+            loss = measure(choice)
             _check_finite(loss, block.number, "gradients")
             if loss < row.loss:
                 row, best = dataclasses.replace(row, step=done, loss=loss), choice
@@ -286,7 +286,7 @@ class _PlannedBlock:
             i: stored[first.leaf + i] for i in range(count) if first.leaf + i in stored
         }
         self.leaves = [
-            Leaf(i, storage.recipe, jnp.dtype(storage.dtype), self.arrays[i].dtype)
+            LearnedLeaf(i, storage.recipe, jnp.dtype(storage.dtype), self.arrays[i].dtype)
             for i, storage in self._storages.items()
         ]
 
@@ -311,13 +311,13 @@ class _PlannedBlock:
             else without_weight(model.products[n], model.chosen[n])
             for n in self._products
         ]
-        return program(self._planned.node, chosen, True)
+        return build_program(self._planned.node, chosen, True)
 
     def problems(self) -> dict[int, RoundingProblem]:
         """Returns the leaves to learn, by their index among the arguments."""
         return {
             i: RoundingProblem(
-                weight=storage.converted(self.arrays[i]).astype(jnp.float32),
+                weight=storage.convert(self.arrays[i]).astype(jnp.float32),
                 start=storage.quantize(self.arrays[i]),
             )
             for i, storage in self._storages.items()
@@ -347,13 +347,13 @@ def _check_finite(loss: float, block: int, noun: str) -> None:
         )
 
 
-def _stacked(calls: Sequence[tuple[Any, ...]]) -> list[jax.Array]:
+def _stack_arguments(calls: Sequence[tuple[Any, ...]]) -> list[jax.Array]:
     """Returns the arrays of the arguments of all calls, stacked."""
     flat = [[x for x in jax.tree.leaves(call) if compat.is_array(x)] for call in calls]
     return [jnp.stack([jnp.asarray(x) for x in arrays]) for arrays in zip(*flat, strict=True)]
 
 
-def _order(key: jax.Array, steps: int, batches: int) -> jax.Array:
+def _batch_order(key: jax.Array, steps: int, batches: int) -> jax.Array:
     """Returns the index of each step's batch, as a sequence of random permutations."""
     keys = jax.random.split(key, -(-steps // batches))
     orders = jax.vmap(lambda key: jax.random.permutation(key, batches))(keys)

@@ -23,8 +23,8 @@ class SolvedMatrices(NamedTuple):
 
     Attributes:
       numbers: the chosen grid values minus the zero points, `[matrices, inputs, outputs]`.
-      before: the loss of the nearest levels, `[matrices]`.
-      after: the loss of the chosen levels, `[matrices]`.
+      nearest_loss: the loss of the nearest levels, `[matrices]`.
+      solved_loss: the loss of the chosen levels, `[matrices]`.
       power: the squared norm of the outputs, `tr(W^T H W)`, `[matrices]`.
       damping: the damping that the solver used, `[matrices]`.
       solved: False where the solver found no solution, `[matrices]`.
@@ -33,8 +33,8 @@ class SolvedMatrices(NamedTuple):
     """
 
     numbers: jax.Array
-    before: jax.Array
-    after: jax.Array
+    nearest_loss: jax.Array
+    solved_loss: jax.Array
     power: jax.Array
     damping: jax.Array
     solved: jax.Array
@@ -103,13 +103,13 @@ def _solve_with_one_recipe(problem: Problem, recipe: Recipe, solver: Solver) -> 
             return output_error(error, hessian) - 2 * jnp.sum(error * target)
 
         solution = solver.solve(problem, recipe)
-        before, after = loss(nearest), loss(solution.numbers)
+        nearest_loss, solved_loss = loss(nearest), loss(solution.numbers)
         worse = objective(solution.numbers) > objective(nearest)
         numbers = jnp.where(worse, nearest, solution.numbers)
         return SolvedMatrices(
             numbers=numbers,
-            before=before,
-            after=jnp.where(worse, before, after),
+            nearest_loss=nearest_loss,
+            solved_loss=jnp.where(worse, nearest_loss, solved_loss),
             power=output_error(weight, hessian),
             damping=solution.damping,
             solved=solution.solved,

@@ -16,7 +16,7 @@ import jax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq.models import Assigned, Node, Planned, Product, unpacked
+from jaxq.models import Assigned, Node, Planned, Product, as_array
 from jaxq.ptq._calibration_calls import Calls, Model, without_weight
 from jaxq.ptq._flat_programs import FlatProgram, flatten
 from jaxq.ptq._frames import Frame
@@ -72,7 +72,7 @@ class ModelRunner:
         sources = {v: LeafKey(i) for i, (v, o) in enumerate(pairs) if o is not None}
         return Frame(flat, sources, 0, leaves or self.leaves)
 
-    def observed(self, frame: Frame, envs: list[Environment]) -> dict[str, Statistics]:
+    def observe_all(self, frame: Frame, envs: list[Environment]) -> dict[str, Statistics]:
         """Returns the statistics of all distinct inputs, from one run of the float model."""
         equations = [i for i in range(len(frame.flat.body.eqns)) if not frame.is_fixed(i)]
         return self._run(frame, equations, self._targets_in(frame.flat, equations), envs, [])
@@ -159,7 +159,7 @@ class ModelRunner:
         """Returns the value of a variable for one batch as an array."""
         if not compat.is_literal(variable) and variable in env:
             return env[variable]
-        return unpacked(frame.value(variable))
+        return as_array(frame.value(variable))
 
     def _targets_in(self, flat: FlatProgram, equations: Sequence[int]) -> set[int]:
         """Returns the numbers of the products to solve in some equations."""
@@ -210,7 +210,7 @@ class ModelRunner:
             fixed = [v for v in read if v in frame.fixed]
             data = [v for v in read if v not in frame.fixed]
             section = Section(needed, fixed, data, outvars, frozenset(observed))
-            part = self._parts.get(frame, section, lambda: self._observing(observed))
+            part = self._parts.get(frame, section, lambda: self._with_observers(observed))
             names, values = part.names, [frame.value(v) for v in fixed]
             for env, mask in zip(envs, self.masks, strict=True):
                 results, states = part.call(values, [env[v] for v in data], mask)
@@ -220,7 +220,7 @@ class ModelRunner:
             _delete_all_but(env, live)
         return dict(zip(names, total, strict=True))
 
-    def _observing(self, observed: set[int]) -> list[Assigned | None]:
+    def _with_observers(self, observed: set[int]) -> list[Assigned | None]:
         """Returns the assignments of all products, where some products observe their inputs."""
         return [
             self.targets.observing(assigned, n)
@@ -293,9 +293,11 @@ class ModelRunner:
             inside_envs.append({v: x for v, x in pairs if v not in inside.sources})
         return BatchRun(inside, inside_envs)
 
-    def _child(self, frame: Frame, i: int, which: int, iteration: int | None) -> Frame:
+    def _child(self, frame: Frame, i: int, program_index: int, iteration: int | None) -> Frame:
         """Returns the frame of a program within equation i; see `Frame.child`."""
-        return frame.child(i, which, self._flat(frame.flat.inner[i][which]), iteration)
+        return frame.child(
+            i, program_index, self._flat(frame.flat.inner[i][program_index]), iteration
+        )
 
     def _solve(
         self, frame: Frame, i: int, number: int, states: Callable[[], Mapping[str, Statistics]]
@@ -326,17 +328,17 @@ class ModelRunner:
             operand = 0 if self.targets.matrices[product.number].swapped else 1
             yield Occurrence(product, frame, eqn.invars[operand], iterations)
             return
-        for which, node in enumerate(flat.inner[i]):
+        for program_index, node in enumerate(flat.inner[i]):
             inside = self._flat(node)
             for k in range(len(inside.body.eqns)):
                 if product.number not in inside.numbers(k):
                     continue
                 if eqn.primitive.name == "scan" and frame.depth in product.stacked:
                     for iteration in range(eqn.params["length"]):
-                        child = self._child(frame, i, which, iteration)
+                        child = self._child(frame, i, program_index, iteration)
                         yield from self._occurrences(child, k, product, (*iterations, iteration))
                 else:
-                    child = self._child(frame, i, which, None)
+                    child = self._child(frame, i, program_index, None)
                     yield from self._occurrences(child, k, product, iterations)
 
 

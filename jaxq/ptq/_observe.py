@@ -10,14 +10,14 @@ from jax import numpy as jnp
 from jaxq._jax.serialization import pytree
 from jaxq.models import (
     Assigned,
-    Extra,
     Planned,
+    ProductInputs,
     Rules,
+    as_array,
+    build_program,
     plan,
-    program,
-    run,
+    run_program,
     unassigned,
-    unpacked,
     weight_of,
 )
 from jaxq.ptq._collectors import MatrixForm, matrix_form, shared_inputs
@@ -110,7 +110,7 @@ class Targets:
         if matrix is None or self.first[number] != number:
             return chosen
         return dataclasses.replace(
-            chosen, swapped=matrix.swapped, calibrated=(matrix.collector, None)
+            chosen, swapped=matrix.swapped, observers=(matrix.collector, None)
         )
 
 
@@ -188,13 +188,13 @@ def observe(
             for product in planned.products
         ]
         padding = None if mask is None else jnp.asarray(mask(*args, **kwargs))
-        extra = Extra.empty(padding)
-        runnable = program(planned.node, chosen, bool(planned.packed))
+        extra = ProductInputs.empty(padding)
+        runnable = build_program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
-        results, states = run(runnable, extra, arrays, observing=True)
+        results, states = run_program(runnable, extra, arrays, observing=True)
         names = [product.name for product in planned.products]
         seen = {names[n]: states[names[n]][0] for n in targets.matrices if targets.first[n] == n}
         inputs = tuple((names[n], names[targets.first[n]]) for n in targets.matrices)
-        return planned.traced.rebuild(list(map(unpacked, results))), ObservedInputs(seen, inputs)
+        return planned.traced.rebuild(list(map(as_array, results))), ObservedInputs(seen, inputs)
 
     return observed

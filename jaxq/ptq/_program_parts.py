@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
-from jaxq.models import Assigned, Extra, Product, Program, run, unpacked
+from jaxq.models import Assigned, Product, ProductInputs, Program, as_array, run_program
 from jaxq.ptq._collectors import Collector
 from jaxq.ptq._frames import Frame
-from jaxq.ptq._program_signatures import anonymous, signature
+from jaxq.ptq._program_signatures import signature, without_names
 from jaxq.ptq._statistics import Statistics
 
 __all__ = [
@@ -127,8 +127,8 @@ class PartCache:
         if position not in self._parts:
             invars = [*section.fixed, *section.data]
             part = frame.flat.part(section.equations, invars, section.outvars, chosen())
-            names = tuple(a.name for a in part.all() if any(a.calibrated))
-            part = anonymous(part, {a.name: str(k) for k, a in enumerate(part.all())})
+            names = tuple(a.name for a in part.all() if any(a.observers))
+            part = without_names(part, {a.name: str(k) for k, a in enumerate(part.all())})
             key = signature(part), frame.depth, len(section.fixed), bool(section.observed)
             if key not in self._functions:
                 self._functions[key] = _compile(part, frame.depth)
@@ -138,13 +138,13 @@ class PartCache:
 
 def _compile(part: Program, depth: int) -> Callable[..., Any]:
     """Returns a jitted function that runs a part of a program below a number of scans."""
-    names = [a.name for a in part.all() if any(a.calibrated)]
+    names = [a.name for a in part.all() if any(a.observers)]
 
     @jax.jit
     def call(fixed: list[Any], data: list[Any], mask: jax.Array | None) -> Any:
-        extra = Extra.empty(mask)
-        results, states = run(part, extra, [*fixed, *data], depth, observing=bool(names))
-        return list(map(unpacked, results)), [states[name][0] for name in names]
+        extra = ProductInputs.empty(mask)
+        results, states = run_program(part, extra, [*fixed, *data], depth, observing=bool(names))
+        return list(map(as_array, results)), [states[name][0] for name in names]
 
     return call
 

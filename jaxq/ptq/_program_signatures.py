@@ -7,26 +7,26 @@ from typing import Any
 from jaxq._jax import compat
 from jaxq.models import Assigned, Program
 
-__all__ = ["anonymous", "signature"]
+__all__ = ["signature", "without_names"]
 
 _CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call")  # A forward pass ignores their rules.
 
 
-def anonymous(program: Program, names: Mapping[str, str]) -> Program:
+def without_names(program: Program, names: Mapping[str, str]) -> Program:
     """Returns a program with renamed products, without their numbers and source lines."""
 
     def renamed(assigned: Assigned) -> Assigned:
-        collectors: Any = assigned.calibrated
+        collectors: Any = assigned.observers
         observers = tuple(collector and collector.shared() for collector in collectors)
         name = names[assigned.name]
         return dataclasses.replace(
-            assigned, name=name, where=f"product {name}", number=0, calibrated=observers
+            assigned, name=name, where=f"product {name}", number=0, observers=observers
         )
 
     return Program(
         program.jaxpr,
         tuple((i, renamed(assigned)) for i, assigned in program.products),
-        tuple((i, tuple(anonymous(p, names) for p in inner)) for i, inner in program.inner),
+        tuple((i, tuple(without_names(p, names) for p in inner)) for i, inner in program.inner),
     )
 
 
@@ -60,6 +60,8 @@ def _jaxpr_signature(jaxpr: Any) -> tuple[Any, ...]:
         )
         for eqn in body.eqns
     ]
+    # Keys outlive programs only together with them: whoever stores a key also holds the program, so
+    # the `id` of a constant is never reused.
     consts = tuple(map(id, body.consts))
     return tuple(arguments), consts, tuple(equations), tuple(map(index, body.outvars))
 
@@ -75,7 +77,7 @@ def _params_signature(eqn: Any) -> tuple[Any, ...]:
         try:
             hash(value)
         except TypeError:
-            return id(value)
+            return id(value)  # The program keeps the value alive, as it does constants.
         return value
 
     return tuple((name, hashable(eqn.params[name])) for name in sorted(eqn.params))

@@ -123,7 +123,7 @@ def quantize_weights(
                 runs.append(BatchRun(float_root, calls.environments(model, root.flat.body.invars)))
             runner.solve_in_order(runs)
         else:
-            runner.solve_together(root, runner.observed(root, envs))
+            runner.solve_together(root, runner.observe_all(root, envs))
         return solving.result(), solving.report()
 
     return packed

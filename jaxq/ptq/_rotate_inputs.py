@@ -179,7 +179,7 @@ class _RotationRun:
         self._arrays: dict[int, np.ndarray] = {}
         self._signs: dict[str, jax.Array] = {}
         self._lengths: dict[str, int] = {}
-        self._left: dict[int, str] = {}  # The reasons why products are not rotated.
+        self._unrotated_reasons: dict[int, str] = {}  # The reasons why products are not rotated.
         for n in (*model.targets.matrices, *model.targets.reasons):
             product = model.planned.products[n]
             reason = reason_of(model, product)
@@ -190,7 +190,7 @@ class _RotationRun:
             if not reason and block_length < 2:
                 reason = f"the number of its inputs, {inputs}, is odd"
             if reason:
-                self._left[n] = reason
+                self._unrotated_reasons[n] = reason
             else:
                 self._lengths[product.name] = block_length
 
@@ -204,11 +204,11 @@ class _RotationRun:
     def solve(self, occurrence: Occurrence, _: Any) -> None:
         """Rotates the weight of one product, in one iteration of the scans around it."""
         number = occurrence.product.number
-        if number in self._left:
+        if number in self._unrotated_reasons:
             return
-        view = trace_weight(occurrence.frame, occurrence.variable)
-        if isinstance(view, str):
-            self._left[number] = view
+        view, reason = trace_weight(occurrence.frame, occurrence.variable)
+        if view is None:
+            self._unrotated_reasons[number] = reason
             return
         first = self._planned.products[self._model.targets.first[number]]
         layout = MatrixLayout(self._model.targets.matrices[number].axes, view.x.shape)
@@ -221,16 +221,16 @@ class _RotationRun:
         for leaf in {key.leaf for key in view.keys} - self._arrays.keys():
             self._arrays[leaf] = np.array(host_array(self._planned.traced.arrays[leaf]))
         # The values of the leaves, because `view.x` is rounded to the dtype of the product.
-        old = [np.asarray(self._arrays[k.leaf][k.rows], np.float32) for k in view.keys]
+        old = [np.asarray(self._arrays[k.leaf][k.slice_index], np.float32) for k in view.keys]
         weight = layout.matrices(view.move(*map(jnp.asarray, old)))
         new = layout.weight(_rotated(weight, signs, self._lengths[first.name]))
         for leaf_key, x in view.move_back(new, old).items():
-            self._arrays[leaf_key.leaf][leaf_key.rows] = np.asarray(x)
+            self._arrays[leaf_key.leaf][leaf_key.slice_index] = np.asarray(x)
             self.leaves.forget(leaf_key)
 
     def result(self) -> tuple[Any, InputRotations]:
         """Returns the rotated parameters and the rotations."""
-        inputs, left = named_inputs(_OWNER, self._model, self._left, self._signs)
+        inputs, left = named_inputs(_OWNER, self._model, self._unrotated_reasons, self._signs)
         lengths = tuple((name, self._lengths[name]) for name in self._signs)
         params = replace_parameters(
             self._planned, {leaf: jnp.asarray(x) for leaf, x in self._arrays.items()}

@@ -99,7 +99,7 @@ def scale_inputs(
         runner = model_runner(calls, model, scaling.leaves, scaling.solve)
         root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)
-        runner.solve_together(root, runner.observed(root, envs))
+        runner.solve_together(root, runner.observe_all(root, envs))
         params, scales = scaling.result()
         check_equal_outputs(calls, scales.apply(calls.fn), params)
         return params, scales
@@ -133,7 +133,7 @@ class _ScalingRun:
         self._model, self._planned, self._targets = model, model.planned, model.targets
         self._method = method
         self.leaves = Leaves(model.planned)
-        self._left = {  # The reasons why products are not scaled.
+        self._unscaled_reasons = {  # The reasons why products are not scaled.
             n: reason
             for n in (*model.targets.matrices, *model.targets.reasons)
             if (reason := reason_of(model, model.planned.products[n]))
@@ -142,7 +142,9 @@ class _ScalingRun:
         # cannot be scaled.
         self._readers: dict[tuple[int, tuple[int, ...]], list[_Reader | None]] = {}
         self._expected = collections.Counter(
-            model.targets.first[n] for n in model.targets.matrices if n not in self._left
+            model.targets.first[n]
+            for n in model.targets.matrices
+            if n not in self._unscaled_reasons
         )
         self._factors: dict[str, np.ndarray] = {}
         self._arrays: dict[int, np.ndarray] = {}
@@ -160,14 +162,14 @@ class _ScalingRun:
         statistics = observe()
         occurrence.check_finite(_OWNER, statistics)
         number = occurrence.product.number
-        if number in self._left:
+        if number in self._unscaled_reasons:
             return
         first = self._targets.first[number]
         readers = self._readers.setdefault((first, occurrence.iterations), [])
-        view = trace_weight(occurrence.frame, occurrence.variable)
-        if isinstance(view, str):
-            self._left[number] = view
-        readers.append(None if isinstance(view, str) else _Reader(occurrence, view))
+        view, reason = trace_weight(occurrence.frame, occurrence.variable)
+        if view is None:
+            self._unscaled_reasons[number] = reason
+        readers.append(None if view is None else _Reader(occurrence, view))
         if len(readers) == self._expected[first]:
             scalable = [reader for reader in readers if reader is not None]
             if scalable:
@@ -183,7 +185,7 @@ class _ScalingRun:
     ) -> None:
         """Chooses the scales of one input and multiplies the weights by them."""
         specs = tuple(self._spec(reader) for reader in readers)
-        stacked = specs[0].layout.stacked(statistics)
+        stacked = specs[0].layout.flatten_batches(statistics)
         weights = tuple(reader.view.x for reader in readers)
         scales = _choose_scales(weights, stacked, specs, self._method)
         product = self._planned.products[first]
@@ -215,7 +217,7 @@ class _ScalingRun:
         if key.leaf not in self._arrays:
             self._arrays[key.leaf] = np.array(host_array(self._planned.traced.arrays[key.leaf]))
         array = self._arrays[key.leaf]
-        array[key.rows] = array[key.rows].astype(np.float32) * np.asarray(factor)
+        array[key.slice_index] = array[key.slice_index].astype(np.float32) * np.asarray(factor)
 
     def result(self) -> tuple[Any, InputScales]:
         """Returns the scaled parameters and the scales.
@@ -223,7 +225,7 @@ class _ScalingRun:
         Raises:
           ValueError: if no product has scales.
         """
-        named = named_inputs(_OWNER, self._model, self._left, self._factors)
+        named = named_inputs(_OWNER, self._model, self._unscaled_reasons, self._factors)
         params = replace_parameters(
             self._planned, {leaf: jnp.asarray(x) for leaf, x in self._arrays.items()}
         )

@@ -11,7 +11,16 @@ from jax import numpy as jnp
 from jaxq._base.registry import nearest_names
 from jaxq._base.tables import Table, Tabular
 from jaxq._jax.serialization import pytree
-from jaxq.models import Extra, Product, not_floating, plan, program, run, unassigned, unpacked
+from jaxq.models import (
+    Product,
+    ProductInputs,
+    as_array,
+    build_program,
+    not_floating,
+    plan,
+    run_program,
+    unassigned,
+)
 from jaxq.quantizers import Quantized
 
 __all__ = ["InputScales", "with_changed_inputs"]
@@ -50,15 +59,15 @@ def with_changed_inputs(
             dataclasses.replace(
                 unassigned(product),
                 swapped=product.name in inputs and _has_weight_first(product),
-                factor=inputs.get(product.name),
-                rotated=lengths.get(inputs.get(product.name, "")),
+                factor_name=inputs.get(product.name),
+                rotation_block=lengths.get(inputs.get(product.name, "")),
             )
             for product in planned.products
         ]
-        runnable = program(planned.node, chosen, bool(planned.packed))
+        runnable = build_program(planned.node, chosen, bool(planned.packed))
         arrays = [planned.packed.get(i, x) for i, x in enumerate(planned.traced.arrays)]
-        results, _ = run(runnable, Extra(None, {}, {}, {}, vectors=factors), arrays)
-        return planned.traced.rebuild(list(map(unpacked, results)))
+        results, _ = run_program(runnable, ProductInputs(None, {}, {}, {}, vectors=factors), arrays)
+        return planned.traced.rebuild(list(map(as_array, results)))
 
     return run_changed
 

@@ -10,7 +10,7 @@ from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Levels, Quantized
 from jaxq.recipes import PerBlock, Recipe
 
-__all__ = ["Blocks", "Search", "SearchOptions", "SearchProblem", "run_length", "run_search"]
+__all__ = ["Blocks", "Search", "SearchOptions", "SearchProblem", "inputs_per_block", "run_search"]
 
 
 class Blocks(NamedTuple):
@@ -75,7 +75,7 @@ class SearchProblem(NamedTuple):
         return parts
 
 
-def run_length(recipe: Recipe, inputs: int) -> int:
+def inputs_per_block(recipe: Recipe, inputs: int) -> int:
     """Returns the number of consecutive inputs that a block of a weight covers."""
     granularity = recipe.granularity
     if not isinstance(granularity, PerBlock):

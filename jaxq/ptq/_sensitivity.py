@@ -190,7 +190,7 @@ def sensitivity(
                 invars = root.flat.body.invars
                 envs = calls.environments(model, invars)
                 data = [[env.get(v) for v in invars] for env in envs] if gradient else []
-                states = runner.observed(root, envs)
+                states = runner.observe_all(root, envs)
             runner.solve_together(root, states)
             solved.append((recipe, solving))
         plans = [solving.planned for _, solving in solved]
@@ -235,7 +235,7 @@ def _rows(
 
 def _score(leaf: int, recipe: Recipe, solving: SolverRun, gradient: float) -> Score | None:
     """Returns the score of a leaf with one recipe, or None if no product was solved with it."""
-    outcomes = [outcome for outcome in solving.outcomes if leaf in outcome.leaves]
+    outcomes = [outcome for outcome in solving.outcomes if leaf in outcome.leaf_losses]
     if not outcomes:
         return None
     traced, storage = solving.planned.traced, solving.planned.stored.leaves[leaf]
@@ -246,8 +246,8 @@ def _score(leaf: int, recipe: Recipe, solving: SolverRun, gradient: float) -> Sc
         weight=next(iter(origin.paths)),
         recipe=recipe,
         nbytes=math.prod(stack) * storage.recipe.nbytes(shape),
-        loss=sum(o.leaves[leaf].loss for o in outcomes),
-        relative=sum(o.relative(o.leaves[leaf].loss) for o in outcomes),
+        loss=sum(o.leaf_losses[leaf].loss for o in outcomes),
+        relative=sum(o.relative(o.leaf_losses[leaf].loss) for o in outcomes),
         gradient=gradient,
-        tokens=sum(o.leaves[leaf].tokens for o in outcomes),
+        tokens=sum(o.leaf_losses[leaf].tokens for o in outcomes),
     )

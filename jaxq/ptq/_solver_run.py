@@ -31,15 +31,15 @@ class Outcome(NamedTuple):
     """The losses of one solved product, summed over all tokens and matrices.
 
     Attributes:
-      leaves: the part of the loss that is due to each leaf of its weight, by the leaf's index.
-      nearest: the loss of the nearest levels.
-      loss: the loss of the chosen levels.
+      leaf_losses: the part of the loss that is due to each leaf of its weight, by the leaf's index.
+      nearest_loss: the loss of the nearest levels.
+      solved_loss: the loss of the chosen levels.
       power: the power of the outputs.
     """
 
-    leaves: Mapping[int, "LeafLoss"]
-    nearest: float
-    loss: float
+    leaf_losses: Mapping[int, "LeafLoss"]
+    nearest_loss: float
+    solved_loss: float
     power: float
 
     def relative(self, loss: float) -> float:
@@ -106,22 +106,22 @@ class SolverRun:
         self.outcomes: list[Outcome] = []
         self.journal: Journal | None = None
         self._owner, self._progress = owner, progress
-        self._rows: list[SolvedProduct] = []
+        self._report_rows: list[SolvedProduct] = []
         self._reached: set[int] = set()
         self._solved_uses: dict[tuple[LeafKey, ...], list[_SolvedUse]] = {}
-        # How often each leaf or row was solved, and how often each leaf will be solved.
-        self._solves: collections.Counter[LeafKey] = collections.Counter()
-        self._expected: collections.Counter[int] = collections.Counter()
+        # How often each leaf or slice of it was solved, and how often each leaf will be solved.
+        self._solve_counts: collections.Counter[LeafKey] = collections.Counter()
+        self._expected_counts: collections.Counter[int] = collections.Counter()
         for n in targets.matrices:
             product = planned.products[n]
             weight = self._weight(product)
             for recipe in filter(None, weight.recipes):
                 check_search(f"{owner}: {product.where}", recipe, solver)
-            if _unsolvable(weight, targets.matrices[n].axes):
+            if _unsolvable_reason(weight, targets.matrices[n].axes):
                 continue
             iterations = math.prod(product.loops[depth] for depth in product.stacked)
             if n not in planned.stored.reasons:
-                self._expected.update(dict.fromkeys(self._leaves(n), iterations))
+                self._expected_counts.update(dict.fromkeys(self._leaf_indices(n), iterations))
 
     def _weight(self, product: Product) -> QuantizedWeight:
         assigned = self.planned.chosen[product.number]
@@ -130,13 +130,13 @@ class SolverRun:
         assert weight is not None, "the rules quantize it"
         return weight
 
-    def _leaves(self, number: int) -> list[int]:
+    def _leaf_indices(self, number: int) -> list[int]:
         return list(self._weight(self.planned.products[number]).origin.leaves.values())
 
     def pack_unsolved(self) -> None:
         """Packs the leaves that no product solves."""
         for leaf in self.planned.stored.leaves:
-            if leaf not in self._expected:
+            if leaf not in self._expected_counts:
                 self.leaves.pack(LeafKey(leaf))
 
     def solve(self, occurrence: Occurrence, observe: Callable[[], Statistics]) -> None:
@@ -148,32 +148,34 @@ class SolverRun:
         """
         product = occurrence.product
         self._reached.add(product.number)
-        if self.journal is not None and self._restored(occurrence, self.journal):
+        if self.journal is not None and self._restore(occurrence, self.journal):
             return
         statistics = observe()
         occurrence.check_finite(self._owner, statistics)
         reason = self.planned.stored.reasons.get(product.number)
         if reason is not None:
-            view: WeightView | str = f"not stored: {reason}"
-        elif why := _unsolvable(self._weight(product), self.targets.matrices[product.number].axes):
-            view = why
+            reason = f"not stored: {reason}"
         else:
-            view = trace_weight(occurrence.frame, occurrence.variable)
-        if isinstance(view, str):
-            self._add(self._row(occurrence, statistics, fallback=view))
+            axes = self.targets.matrices[product.number].axes
+            reason = _unsolvable_reason(self._weight(product), axes)
+        view = None
+        if not reason:
+            view, reason = trace_weight(occurrence.frame, occurrence.variable)
+        if view is None:
+            self._add_report_row(self._report_row(occurrence, statistics, fallback=reason))
         else:
             self._solve(occurrence, view, statistics)
 
-    def _restored(self, occurrence: Occurrence, journal: Journal) -> bool:
+    def _restore(self, occurrence: Occurrence, journal: Journal) -> bool:
         """Restores a product from the journal; returns whether the journal contains it."""
-        entry = journal.read(len(self._rows))
+        entry = journal.read(len(self._report_rows))
         if entry is None:
             return False
         keys = occurrence.frame.leaves_of(occurrence.variable)
-        self._solves.update(keys)
+        self._solve_counts.update(keys)
         for key, q in zip(keys, entry.packed, strict=True):
             self.leaves.restore(key, q)
-        self._add(entry.row)
+        self._add_report_row(entry.row)
         return True
 
     def _solve(self, occurrence: Occurrence, view: WeightView, statistics: Statistics) -> None:
@@ -187,11 +189,11 @@ class SolverRun:
             layout=layout,
             recipes=matrices_by_recipe(weight, layout),
             shares=leaf_shares(product, weight, layout),
-            statistics=layout.stacked(statistics),
+            statistics=layout.flatten_batches(statistics),
         )
         solved = solve_weight(stack, self.leaves, self.solver)
         view, numbers = solved.view, layout.weight(solved.matrices.numbers)
-        self._solves.update(keys)
+        self._solve_counts.update(keys)
         for key, value in view.move_back(numbers, view.numbers).items():
             self.leaves.put(key, value, self._is_last(key))
         outcome = _outcome(stack.shares, solved.matrices, statistics)
@@ -200,12 +202,13 @@ class SolverRun:
         if not all(map(self._is_last, keys)):
             use = _SolvedUse(view.x, axes, statistics, outcome)
             self._solved_uses[keys] = [*other_uses, use]
-        row = self._solved_row(occurrence, statistics, solved, outcome)
-        # A weight of several products needs the statistics of all of them, so it is solved again.
+        row = self._solved_report_row(occurrence, statistics, solved, outcome)
+        # A weight of several products needs the statistics of all of them, so it is solved again
+        # and must not be journaled yet.
         if self.journal is not None and all(map(self._is_only, keys)):
             packed = [self.leaves.packed(key) for key in keys]
-            self.journal.write(len(self._rows), Entry(row, packed))
-        self._add(row)
+            self.journal.write(len(self._report_rows), Entry(row, packed))
+        self._add_report_row(row)
 
     def _merge_equal_uses(
         self, view: WeightView, axes: Axes, statistics: Statistics
@@ -226,18 +229,18 @@ class SolverRun:
         return statistics, others
 
     def _is_last(self, key: LeafKey) -> bool:
-        """Returns whether no product or iteration solves a leaf or row later."""
-        return self._solves[key] * self._row_count(key) >= self._expected[key.leaf]
+        """Returns whether no product or iteration solves a leaf or slice later."""
+        return self._solve_counts[key] * self._slice_count(key) >= self._expected_counts[key.leaf]
 
     def _is_only(self, key: LeafKey) -> bool:
-        """Returns whether only one product solves a leaf or row."""
-        return self._row_count(key) >= self._expected[key.leaf]
+        """Returns whether only one product solves a leaf or slice."""
+        return self._slice_count(key) >= self._expected_counts[key.leaf]
 
-    def _row_count(self, key: LeafKey) -> int:
-        """Returns the number of rows into which the key divides its leaf."""
-        return math.prod(self.planned.traced.arrays[key.leaf].shape[: len(key.rows)])
+    def _slice_count(self, key: LeafKey) -> int:
+        """Returns the number of slices into which the key divides its leaf."""
+        return math.prod(self.planned.traced.arrays[key.leaf].shape[: len(key.slice_index)])
 
-    def _solved_row(
+    def _solved_report_row(
         self,
         occurrence: Occurrence,
         statistics: Statistics,
@@ -251,25 +254,27 @@ class SolverRun:
         notes = [solved.note] if solved.note else []
         if needs_drift(self.solver) and statistics.drift is None:
             notes.append("solved without input drift, which is unknown here")
-        of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
+        out_of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
         for mask, text in (
             (tokens == 0, "saw no token"),
             (~is_solved & (tokens > 0), "the Hessian cannot be factorized"),
             (worse, "the nearest levels have a smaller loss"),
         ):
             if mask.any():
-                notes.append(f"{mask.sum()}{of}: {text}" if of else text)
-        return self._row(
+                notes.append(f"{mask.sum()}{out_of}: {text}" if out_of else text)
+        return self._report_row(
             occurrence,
             statistics,
             damping=float(np.asarray(matrices.damping).max()),
-            rtn=outcome.relative(outcome.nearest),
-            loss=outcome.relative(outcome.loss),
+            rtn=outcome.relative(outcome.nearest_loss),
+            loss=outcome.relative(outcome.solved_loss),
             power=outcome.power / max(int(tokens.sum()), 1),
             fallback="; ".join(notes),
         )
 
-    def _row(self, occurrence: Occurrence, statistics: Statistics, **fields: Any) -> SolvedProduct:
+    def _report_row(
+        self, occurrence: Occurrence, statistics: Statistics, **fields: Any
+    ) -> SolvedProduct:
         """Returns a row of the report with given fields and those that do not need a solution."""
         return SolvedProduct(
             product=occurrence.name,
@@ -279,24 +284,24 @@ class SolverRun:
             **fields,
         )
 
-    def _add(self, row: SolvedProduct) -> None:
-        self._rows.append(row)
+    def _add_report_row(self, row: SolvedProduct) -> None:
+        self._report_rows.append(row)
         if self._progress is not None:
             self._progress(row)
 
     def report(self) -> Report:
         """Returns the report; products that were not solved come last."""
-        rows = list(self._rows)
+        rows = list(self._report_rows)
         reasons = {
             n: "its input does not depend on data"
             for n in self.targets.matrices
             if n not in self._reached
         }
-        solved = {leaf for n in self._reached for leaf in self._leaves(n)}
+        solved = {leaf for n in self._reached for leaf in self._leaf_indices(n)}
         for number, reason in sorted({**self.targets.reasons, **reasons}.items()):
             product = self.planned.products[number]
             weight = self._weight(product)
-            if product.operation == LOOK_UP and solved >= set(self._leaves(number)):
+            if product.operation == LOOK_UP and solved >= set(self._leaf_indices(number)):
                 continue
             rows.append(SolvedProduct(product.name, _formats(weight), fallback=reason))
         return Report(tuple(rows))
@@ -310,20 +315,20 @@ def _outcome(
     shares: Mapping[int, np.ndarray], matrices: SolvedMatrices, statistics: Statistics
 ) -> Outcome:
     """Returns the losses of a solved product and the parts that are due to its leaves."""
-    losses, tokens = np.asarray(matrices.after), np.asarray(statistics.tokens).reshape(-1)
-    leaves = {
+    losses, tokens = np.asarray(matrices.solved_loss), np.asarray(statistics.tokens).reshape(-1)
+    leaf_losses = {
         leaf: LeafLoss(float(np.sum(share * losses)), int(np.sum(tokens[share > 0])))
         for leaf, share in shares.items()
     }
     return Outcome(
-        leaves=leaves,
-        nearest=float(jnp.sum(matrices.before)),
-        loss=float(jnp.sum(matrices.after)),
+        leaf_losses=leaf_losses,
+        nearest_loss=float(jnp.sum(matrices.nearest_loss)),
+        solved_loss=float(jnp.sum(matrices.solved_loss)),
         power=float(jnp.sum(matrices.power)),
     )
 
 
-def _unsolvable(weight: QuantizedWeight, axes: Axes) -> str:
+def _unsolvable_reason(weight: QuantizedWeight, axes: Axes) -> str:
     """Returns the reason why a weight of leaves with different recipes is not solved, or ""."""
     if weight.experts is None:
         return ""

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxq._jax.meshes import spec_of
 from jaxq._jax.serialization import pytree
 
-__all__ = ["Statistics", "collect", "collect_groups", "drift_of", "empty_statistics"]
+__all__ = ["Statistics", "collect", "collect_groups", "drift_of", "empty_statistics", "hessian_of"]
 
 
 @pytree()
@@ -125,8 +125,17 @@ def collect(
         magnitude=jnp.sum(magnitude, -2),
         square=jnp.sum(x * x, -2),
         amax=_with_nan(jnp.max(magnitude, -2, initial=0), total),
-        hessian=_sum_of_outer_products(x, x) if hessian else None,
+        hessian=hessian_of(x) if hessian else None,
     )
+
+
+def hessian_of(x: jax.Array) -> jax.Array:
+    """Returns the Hessian, the sum of `x x^T` of tokens, `[..., inputs, inputs]`.
+
+    Args:
+      x: the tokens, `[..., tokens, inputs]`, 0 for padding.
+    """
+    return _sum_of_outer_products(x, x)
 
 
 def drift_of(x: jax.Array, reference: jax.Array) -> jax.Array:

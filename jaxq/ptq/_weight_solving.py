@@ -15,7 +15,14 @@ from jaxq.ptq._leaf_states import LeafKey, Leaves
 from jaxq.ptq._matrix_solving import SolvedMatrices, solve_matrices, split_by_recipe
 from jaxq.ptq._owq import owq_leaf
 from jaxq.ptq._program_parts import Occurrence
-from jaxq.ptq._search import Blocks, Search, SearchOptions, SearchProblem, run_length, run_search
+from jaxq.ptq._search import (
+    Blocks,
+    Search,
+    SearchOptions,
+    SearchProblem,
+    inputs_per_block,
+    run_search,
+)
 from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver, search_of
 from jaxq.ptq._statistics import Statistics
 from jaxq.ptq._weight_views import WeightView, trace_weight
@@ -55,10 +62,10 @@ class WeightStack(NamedTuple):
             statistics=self.statistics,
         )
 
-    def retraced(self) -> "WeightStack":
+    def retrace(self) -> "WeightStack":
         """Returns the stack after a change of its leaves."""
-        view = trace_weight(self.occurrence.frame, self.occurrence.variable)
-        assert isinstance(view, WeightView), "it was traced before"
+        view, _ = trace_weight(self.occurrence.frame, self.occurrence.variable)
+        assert view is not None, "it was traced before"
         return self._replace(view=view)
 
 
@@ -102,21 +109,23 @@ def _solve_with_search(
     problem = stack.problem
     starts = {key: leaves.state(key).start for key in stack.view.keys}
     _search_scales(stack, starts, leaves, search)
-    before = solve_matrices(problem, stack.recipes, RTN()).before
-    new = stack.retraced()
+    nearest_loss = solve_matrices(problem, stack.recipes, RTN()).nearest_loss
+    new = stack.retrace()
     matrices = solve_matrices(new.problem, stack.recipes, solver)
     worse = [
         indices
         for _, indices in stack.recipes
-        if not bool(jnp.sum(matrices.after[indices]) <= jnp.sum(before[indices]))
+        if not bool(jnp.sum(matrices.solved_loss[indices]) <= jnp.sum(nearest_loss[indices]))
     ]
     if not worse:
-        return SolvedWeight(new.view, matrices._replace(before=before), "")
+        return SolvedWeight(new.view, matrices._replace(nearest_loss=nearest_loss), "")
     for key, start in starts.items():
         if any(stack.shares[key.leaf][indices].any() for indices in worse):
             leaves.rescale(key, start)
-    new = stack.retraced()
-    matrices = solve_matrices(new.problem, stack.recipes, solver)._replace(before=before)
+    new = stack.retrace()
+    matrices = solve_matrices(new.problem, stack.recipes, solver)._replace(
+        nearest_loss=nearest_loss
+    )
     count = f"{len(worse)} of {len(stack.recipes)} recipes: " if len(stack.recipes) > 1 else ""
     return SolvedWeight(new.view, matrices, f"{count}the searched scales have a larger loss")
 
@@ -133,7 +142,7 @@ def _search_scales(
         numbers = _block_numbers(stack, starts, keys)
         numbers = numbers[indices] if len(stack.recipes) > 1 else numbers
         blocks = Blocks(tuple(starts[key] for key in keys), numbers)
-        length = run_length(recipe, inputs) if is_product else inputs
+        length = inputs_per_block(recipe, inputs) if is_product else inputs
         options = SearchOptions(search, recipe, length)
         search_problem = SearchProblem(part.weight, part.levels, blocks, part.statistics)
         results = run_search(search_problem, options)
@@ -176,14 +185,16 @@ def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWe
         matrices = solve_matrices(problem, stack.recipes, solver)
         return SolvedWeight(view, matrices, "no inputs are stored as outliers")
     q, is_solved = result
-    before = solve_matrices(problem, stack.recipes, RTN()).before
+    nearest_loss = solve_matrices(problem, stack.recipes, RTN()).nearest_loss
     leaves.rescale(key, q)
-    new = stack.retraced()
+    new = stack.retrace()
     chosen = new.problem._replace(nearest=stack.layout.matrices(view.move(numbers_of(q))))
     matrices = solve_matrices(chosen, stack.recipes, RTN())
-    if bool(is_solved) and bool(jnp.sum(matrices.after) <= jnp.sum(before)):
-        damping = jnp.full_like(before, solver.damping)
-        return SolvedWeight(new.view, matrices._replace(before=before, damping=damping), "")
+    if bool(is_solved) and bool(jnp.sum(matrices.solved_loss) <= jnp.sum(nearest_loss)):
+        damping = jnp.full_like(nearest_loss, solver.damping)
+        return SolvedWeight(
+            new.view, matrices._replace(nearest_loss=nearest_loss, damping=damping), ""
+        )
     leaves.rescale(key, state.start)
     matrices = solve_matrices(problem, stack.recipes, solver)
     return SolvedWeight(view, matrices, "inputs stored as outliers have a larger loss")

@@ -11,7 +11,7 @@ from jaxq.ptq._frames import Frame
 from jaxq.ptq._leaf_states import LeafKey
 from jaxq.quantizers import Levels
 
-__all__ = ["WeightView", "trace_weight"]
+__all__ = ["TracedWeight", "WeightView", "trace_weight"]
 
 
 class WeightView(NamedTuple):
@@ -50,17 +50,29 @@ class WeightView(NamedTuple):
         return {key: jnp.where(count > 0, new, other) for key, count, new, other in parts}
 
 
-def trace_weight(frame: Frame, variable: Any) -> WeightView | str:
+class TracedWeight(NamedTuple):
+    """The result of `trace_weight`.
+
+    Attributes:
+      view: the weight, or None if it is not solved.
+      reason: the reason why it is not solved, or "".
+    """
+
+    view: WeightView | None
+    reason: str = ""
+
+
+def trace_weight(frame: Frame, variable: Any) -> TracedWeight:
     """Returns the weight that is the value of a variable, or the reason why it is not solved."""
     if variable not in frame.fixed:
-        return "its weight changes in a loop"
+        return TracedWeight(None, "its weight changes in a loop")
     keys = frame.leaves_of(variable)
     if not keys:
-        return "its weight is not a view of a leaf"
+        return TracedWeight(None, "its weight is not a view of a leaf")
     view = _weight_view(frame, variable, keys)
     if any(bool(jnp.max(count) > 1) for count in view.counts):
-        return "an element occurs several times in its weight"
-    return view
+        return TracedWeight(None, "an element occurs several times in its weight")
+    return TracedWeight(view)
 
 
 def _weight_view(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> WeightView:

@@ -57,10 +57,11 @@ def fake_quant(
         that they can be learned; `jax.lax.stop_gradient` makes them constants.
       zero_point: zero points to use with `scale`, required if the recipe has zero points. Integer
         zero points are rounded to the integers of the format.
-      importance: the weights of squared errors in the search for the scales of a recipe with
-        `SuperBlocks`, as in an importance matrix of llama.cpp: the mean squares of the inputs that
-        meet the weights, float32 `[n]` along the axis of the blocks, or an array that broadcasts to
-        `x`. Not differentiable. An error for other recipes. Default: None.
+      importance: the weights of squared errors in GGUF's search for the scales of a recipe with
+        `SuperBlocks`, `SignedScale` or `ScaleAndMin`, as in an importance matrix of llama.cpp: the
+        mean squares of the inputs that meet the weights, float32 `[n]` along the axis of the
+        blocks, or an array that broadcasts to `x`. Not differentiable. An error for other recipes
+        and those of 4-bit floats, which do not search. Default: None.
       axis: the axis of `x` that products contract, as in `jaxq.quantize_tree`: -2 for a kernel
         `[inputs, outputs]`, -1 for a weight `[outputs, inputs]`; the granularity is read relative
         to it. None (the default) reads it on the axes of `x` as it stands: blocks and the vectors

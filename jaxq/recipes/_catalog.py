@@ -73,6 +73,13 @@ RECIPES: Registry[Recipe] = Registry(
             Symmetric(scale_format="float16", stored=False, reciprocal=True),
             rounding="nearest_away",
         ),
+        # GGUF's TQ1_0 stores the same numbers.
+        "tq2_0": Recipe(
+            "ternary",
+            PerBlock(256),
+            Symmetric(scale_format="float16", stored=False, reciprocal=True),
+            rounding="nearest_away",
+        ),
         "q4_0": Recipe("int4", PerBlock(32), SignedScale(), rounding=HalfUp(8)),
         "q5_0": Recipe("int5", PerBlock(32), SignedScale(), rounding=HalfUp(16)),
         "q4_1": Recipe("uint4", PerBlock(32), ScaleAndMin(), rounding=HalfUp()),

@@ -213,6 +213,11 @@ class Scaling:
         """True if scales passed by the user, one per block, can replace the computed ones."""
         return self.stored and not self.search and self.second_level is None
 
+    def takes_importance(self, fmt: Format) -> bool:
+        """Returns whether `of_elements` searches by an importance, given the element format."""
+        del fmt
+        return False
+
     def check_cut(self, cut: Cut) -> None:
         """Raises ValueError unless the scaling supports a division into blocks."""
         del cut
@@ -249,7 +254,9 @@ class Scaling:
     def of_elements(
         self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
     ) -> Scales:
-        """Returns the scales of a split float32 tensor, if `searches_elements` is True.
+        """Returns scales that a search over the elements of a split float32 tensor finds.
+
+        Only for scalings with `searches_elements`, or with an importance that they take.
 
         Args:
           x: the tensor in the layout of `Cut.split`.

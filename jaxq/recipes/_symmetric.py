@@ -1,15 +1,22 @@
 """Symmetric scalings, y = s q: one scale per block, in a float format or a power of two."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
+import numpy as np
+from jax import numpy as jnp
 
-from jaxq.formats import FloatFormat, Format
+from jaxq._base.cutting import Cut
+from jaxq._ggml.weighted import without_minimum
+from jaxq._jax.arithmetic import materialize
+from jaxq.formats import FloatFormat, Format, IntFormat
 from jaxq.recipes._arithmetic import E8M0
+from jaxq.recipes._columns import Columns, searched
 from jaxq.recipes._ranges import Calibrator, Extremum
 from jaxq.recipes._scale_rules import MX_RULES, SCALE_RULES, to_min
-from jaxq.recipes._scaling import Scaling, narrowed
+from jaxq.recipes._scaling import Scales, Scaling, narrowed
 
 __all__ = ["MX", "SignedScale", "Symmetric"]
 
@@ -139,7 +146,8 @@ class SignedScale(Scaling):
     """A scale that maps the value of largest magnitude to the lowest integer: GGUF's Q4_0 and Q5_0.
 
     The scale is negative if that value is positive, so that the lowest code is always used. The
-    elements are multiplied by the rounded reciprocal of the scale.
+    elements are multiplied by the rounded reciprocal of the scale. Given an importance, ggml's
+    search chooses the scales and, as in `SuperBlocks`, the codes.
 
     Attributes:
       scale_format: the format of the scales, as in `Symmetric`; float16 by default.
@@ -181,6 +189,24 @@ class SignedScale(Scaling):
     def element(self, fmt: Format) -> Format:
         """Returns the format of the grid values, which is the element format itself."""
         return fmt
+
+    def takes_importance(self, fmt: Format) -> bool:
+        """Returns whether ggml's search supports the format and there is no other search."""
+        return isinstance(fmt, IntFormat) and fmt.fraction_bits == 0 and not self.search
+
+    def of_elements(
+        self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
+    ) -> Scales:
+        """Returns the scales that ggml finds with an importance; see `Scaling.of_elements`."""
+        columns, search = Columns.of(cut), functools.partial(without_minimum, limit=-int(fmt.min))
+        result = searched(search, columns, x, importance, rows=True)
+        scale = columns.parts(result.d[:, None])
+        stored = self.store(scale, scale)
+        step = self.restore(stored)
+        divisor = step if self.stored else materialize(scale)
+        high = jnp.abs(step) * np.float32(-fmt.min)
+        numbers = columns.elements(result.codes.astype(jnp.float32), x.shape)
+        return Scales(divisor, step, stored, -high, high, numbers=numbers)
 
     def unrounded(self, amax: jax.Array, fmt: Format) -> jax.Array:
         """Returns the float32 scales for the signed extremes of blocks."""

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from jaxq.analysis._chains import chain_table
 from jaxq.analysis._metrics import compare
-from jaxq.analysis.plots._look import BLUE, GRAY, ORANGE, array, frame, listed, new, picture
+from jaxq.analysis.plots._look import BLUE, GRAY, ORANGE, array, as_list, frame, new, picture
 from jaxq.formats import Format, get_format
 from jaxq.products import Hadamard
 from jaxq.quantizers import fake_quant
@@ -75,47 +75,54 @@ def outliers(
     from matplotlib.patches import Patch
 
     data, element = array("outliers", x, ndim=1), get_format(fmt)
-    changed, places = _with_outliers(data, count, magnitude, seed)
-    others = np.ones(data.size, bool)
-    others[places] = False
+    changed, outlier_indices = _with_outliers(data, count, magnitude, seed)
+    is_ordinary = np.ones(data.size, bool)
+    is_ordinary[outlier_indices] = False
     unit = float(np.std(data))
-    remedies = _remedies(data, changed, element, len(places))
+    remedies = _remedies(data, changed, element, len(outlier_indices))
+    ordinary_rmse, total_rmse = [], []
+    for i, remedy in enumerate(remedies):
+        source = data if i == 0 else changed  # The first remedy has no outliers.
+        ordinary, total = _rmse(source, remedy.result, is_ordinary)
+        ordinary_rmse.append(ordinary / unit)
+        total_rmse.append(total / unit)
     figure = new(11.5, 4.6, size, title)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     frame(left)
     frame(right, grid="x")
-    reach = float(np.abs(changed).max()) / unit * 1.05
-    bins = np.linspace(-reach, reach, 121).tolist()
-    left.hist(changed.ravel()[others] / unit, bins, color=BLUE, alpha=0.6, label="ordinary")
-    left.hist(changed.ravel()[places] / unit, bins, color=ORANGE, hatch="//", label="outliers")
+    x_limit = float(np.abs(changed).max()) / unit * 1.05
+    bins = np.linspace(-x_limit, x_limit, 121).tolist()
+    left.hist(changed.ravel()[is_ordinary] / unit, bins, color=BLUE, alpha=0.6, label="ordinary")
+    left.hist(
+        changed.ravel()[outlier_indices] / unit, bins, color=ORANGE, hatch="//", label="outliers"
+    )
     left.set_yscale("log")
     left.set_xlabel("value, in standard deviations")
     left.set_ylabel("numbers")
     left.legend(loc="upper right")
     rows = np.arange(len(remedies))
     colors = [GRAY, ORANGE] + [BLUE] * (len(remedies) - 2)
-    parts, wholes = [], []
-    for i, remedy in enumerate(remedies):
-        source = data if i == 0 else changed
-        result = remedy.result
-        part = compare(source.ravel()[others], result.ravel()[others])
-        parts.append(float(part.mse) ** 0.5 / unit)
-        wholes.append(float(compare(source, result).mse) ** 0.5 / unit)
-    right.barh(rows, parts, color=colors, height=0.62, alpha=0.75)
-    right.plot(wholes, rows, "D", color="#000000", markersize=4.5, label="error of all numbers")
+    right.barh(rows, ordinary_rmse, color=colors, height=0.62, alpha=0.75)
+    right.plot(total_rmse, rows, "D", color="#000000", markersize=4.5, label="error of all numbers")
     bar = Patch(color=BLUE, alpha=0.75, linewidth=0, label="of the ordinary numbers")
     diamond = right.get_lines()[0]
     right.set_yticks(rows, [r.name for r in remedies])
     right.invert_yaxis()
-    right.set_xlim(0, 1.06 * max(*parts, *wholes))
+    right.set_xlim(0, 1.06 * max(*ordinary_rmse, *total_rmse))
     right.tick_params(axis="y", length=0)
-    beside = right.get_yaxis_transform()
+    right_margin = right.get_yaxis_transform()
     for row, remedy in zip(rows, remedies, strict=True):
-        right.text(1.09, row, f"{remedy.bits:.2f}", transform=beside, va="center", ha="right")
-    right.text(1.09, -0.9, "bits", transform=beside, ha="right", va="bottom", color=GRAY)
+        right.text(1.09, row, f"{remedy.bits:.2f}", transform=right_margin, va="center", ha="right")
+    right.text(1.09, -0.9, "bits", transform=right_margin, ha="right", va="bottom", color=GRAY)
     right.set_xlabel("root mean squared error, in standard deviations")
     right.legend(handles=[bar, diamond], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
+
+
+def _rmse(x: np.ndarray, y: np.ndarray, is_ordinary: np.ndarray) -> tuple[float, float]:
+    """Returns the root mean squared errors of the ordinary numbers and of all numbers."""
+    ordinary = compare(x.ravel()[is_ordinary], y.ravel()[is_ordinary])
+    return float(ordinary.mse) ** 0.5, float(compare(x, y).mse) ** 0.5
 
 
 def _with_outliers(
@@ -132,11 +139,11 @@ def _with_outliers(
     if deviation == 0:
         raise ValueError("outliers: `x` must hold different numbers, got equal ones only.")
     generator = np.random.default_rng(seed)
-    places = generator.choice(data.size, number, replace=False)
+    outlier_indices = generator.choice(data.size, number, replace=False)
     sizes = magnitude * generator.uniform(0.7, 1, number) * generator.choice([-1, 1], number)
     changed = data.copy()
-    changed.reshape(-1)[places] = (sizes * deviation).astype(np.float32)
-    return changed, places
+    changed.reshape(-1)[outlier_indices] = (sizes * deviation).astype(np.float32)
+    return changed, outlier_indices
 
 
 def _remedies(data: np.ndarray, changed: np.ndarray, element: Format, count: int) -> list[_Remedy]:
@@ -146,13 +153,13 @@ def _remedies(data: np.ndarray, changed: np.ndarray, element: Format, count: int
             f"outliers: the last axis must be a multiple of 32, got the shape {data.shape}."
         )
     plain = Recipe(element)
-    share = Percentile(100 * (1 - 1.2 * count / data.size))  # Excludes all outliers.
+    percentile = Percentile(100 * (1 - 1.2 * count / data.size))  # Excludes all outliers.
     recipes = {
         "with outliers": plain,
         "one scale per channel": dataclasses.replace(plain, granularity=PerChannel((-1,))),
         "blocks of 32": dataclasses.replace(plain, granularity=PerBlock(32)),
         "stored in float16": dataclasses.replace(plain, outliers=Outliers(count / data.size)),
-        "clipped, percentile": dataclasses.replace(plain, scaling=Symmetric(share)),
+        "clipped, percentile": dataclasses.replace(plain, scaling=Symmetric(percentile)),
         "clipped, least MSE": dataclasses.replace(plain, scaling=Symmetric("mse")),
     }
     remedies = [
@@ -217,9 +224,9 @@ def chain_errors(
       ['float16', 'int8_tensor']
     """
     data = array("chain_errors", x)
-    rows = chain_table(data, listed("chain_errors", "steps", steps)).rows
+    rows = chain_table(data, as_list("chain_errors", "steps", steps)).rows
     power = float(compare(data, data).power)
-    places = np.arange(len(rows))
+    positions = np.arange(len(rows))
     total, added = (
         np.sqrt(np.array([getattr(r, name) for r in rows]) / (power or 1))
         for name in ("mse", "added_mse")
@@ -231,34 +238,34 @@ def chain_errors(
     # Zeros are drawn at the bottom of the axis; values that are not finite are not drawn.
     line, bars = (np.where(np.isfinite(v), np.maximum(v, floor), np.nan) for v in (total, added))
     axes.bar(
-        places,
+        positions,
         np.nan_to_num(bars, nan=floor),
         0.5,
         color=BLUE,
         alpha=0.55,
         label="added by the step",
     )
-    axes.plot(places, line, "D-", color=ORANGE, label="since the beginning")
+    axes.plot(positions, line, "D-", color=ORANGE, label="since the beginning")
     axes.set_yscale("log")
     axes.set_ylim(floor, max(positive, default=1.0) * 6)
-    for place, row, value in zip(places, rows, total, strict=True):
+    for position, row, value in zip(positions, rows, total, strict=True):
         text = "exact" if row.mse == 0 else f"{row.sqnr_db:.1f} dB"
-        shown, beside = max(value, floor), (-5, 5)
+        shown, offset = max(value, floor), (-5, 5)
         if not np.isfinite(value):
-            text, shown, beside = "not finite", floor, (20, 5)
+            text, shown, offset = "not finite", floor, (20, 5)
         note = {"textcoords": "offset points", "ha": "right", "fontsize": 8.5, "color": ORANGE}
-        axes.annotate(text, (place, shown), beside, **note)
+        axes.annotate(text, (position, shown), offset, **note)
         if row.added_mse == 0 and row.mse:
             axes.annotate(
                 "adds nothing",
-                (place, floor),
+                (position, floor),
                 (0, 4),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
                 color=BLUE,
             )
-    axes.set_xticks(places, [r.step for r in rows])
+    axes.set_xticks(positions, [r.step for r in rows])
     axes.set_xlim(-0.6, len(rows) - 0.4)
     axes.set_ylabel("relative root mean squared error")
     axes.set_xlabel("conversions, in order (above the points: SQNR)")

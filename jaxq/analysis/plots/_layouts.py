@@ -11,8 +11,8 @@ from jaxq.analysis.plots._look import (
     PURPLE,
     SKY,
     YELLOW,
+    as_list,
     blank,
-    listed,
     new,
     picture,
     power,
@@ -128,7 +128,7 @@ def bit_layouts(
     """
     from matplotlib.patches import Patch, Rectangle
 
-    chosen = [get_format(spec) for spec in listed("bit_layouts", "formats", formats)]
+    chosen = [get_format(spec) for spec in as_list("bit_layouts", "formats", formats)]
     # In widths of a box: a row and the text to its right, whose letters are narrower.
     reach = max(fmt.bits + 1.2 + 0.3 * len(_notes(fmt)) for fmt in chosen)
     width = max(6.0, 0.4 + 0.085 * max(len(fmt.name) for fmt in chosen) + 0.21 * reach)

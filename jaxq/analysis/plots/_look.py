@@ -33,14 +33,14 @@ __all__ = [
     "SKY",
     "YELLOW",
     "array",
+    "as_list",
     "blank",
     "frame",
     "image",
-    "listed",
     "new",
     "picture",
     "power",
-    "thinned",
+    "spaced_indices",
 ]
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -170,7 +170,7 @@ def power(value: float) -> str:
     return f"{value:.6g}".replace("-", MINUS)
 
 
-def listed(name: str, argument: str, items: "Iterable", least: int = 1) -> list:
+def as_list(name: str, argument: str, items: "Iterable", least: int = 1) -> list:
     """Converts an iterable to a list; rejects strings and single items.
 
     Raises:
@@ -219,6 +219,6 @@ def array(name: str, x: jax.typing.ArrayLike, *, ndim: int = 0) -> np.ndarray:
     return data
 
 
-def thinned(count: int, most: int) -> Sequence[int]:
+def spaced_indices(count: int, most: int) -> Sequence[int]:
     """Returns at most `most` evenly spaced indices of `count` items."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()

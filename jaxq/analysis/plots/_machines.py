@@ -19,8 +19,8 @@ from jaxq.analysis.plots._look import (
     MARKERS,
     ORANGE,
     SKY,
+    as_list,
     frame,
-    listed,
     new,
     picture,
 )
@@ -70,8 +70,8 @@ def memory(
       >>> figure.axes[0].get_xlabel()
       'GiB'
     """
-    chosen, specs = listed("memory", "models", models), listed("memory", "recipes", recipes)
-    limits = _limits(listed("memory", "devices", devices, least=0))
+    chosen, specs = as_list("memory", "models", models), as_list("memory", "recipes", recipes)
+    limits = _limits(as_list("memory", "devices", devices, least=0))
     columns = min(len(chosen), 2)
     rows = -(-len(chosen) // columns)
     height = rows * (0.33 * len(specs) + 1.9)
@@ -163,9 +163,9 @@ def memory_by_size(
       >>> figure.axes[0].get_ylabel()
       'memory, GiB'
     """
-    specs = listed("memory_by_size", "recipes", recipes)
-    chosen = listed("memory_by_size", "models", models)
-    limits = _limits(listed("memory_by_size", "devices", devices, least=0))
+    specs = as_list("memory_by_size", "recipes", recipes)
+    chosen = as_list("memory_by_size", "models", models)
+    limits = _limits(as_list("memory_by_size", "devices", devices, least=0))
     tables = [memory_table(m, specs, context=context, batch=batch).rows for m in chosen]
     records = [named("model", m, MODELS) for m in chosen]
     counts = np.array([m.parameters for m in records], float)
@@ -239,7 +239,7 @@ def fits(
     from matplotlib.patches import Patch, Rectangle
 
     arguments = zip(("models", "recipes", "devices"), (models, recipes, devices), strict=True)
-    chosen, specs, places = (listed("fits", name, items) for name, items in arguments)
+    chosen, specs, places = (as_list("fits", name, items) for name, items in arguments)
     table = fits_table(chosen, specs, places, context=context, batch=batch).rows
     columns, rows = len(places), len(chosen) * len(specs)
     figure = new(max(6.0, 3.2 + 0.72 * columns), 1.6 + 0.27 * rows, size, title)

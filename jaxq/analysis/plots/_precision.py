@@ -17,8 +17,8 @@ from jaxq.analysis.plots._look import (
     GREEN,
     ORANGE,
     PURPLE,
+    as_list,
     frame,
-    listed,
     new,
     picture,
     power,
@@ -78,7 +78,7 @@ def range_and_precision(
       'range: powers of two from the least positive number to the largest'
     """
     specs = FORMATS.values() if formats is None else formats
-    chosen = [get_format(spec) for spec in listed("range_and_precision", "formats", specs)]
+    chosen = [get_format(spec) for spec in as_list("range_and_precision", "formats", specs)]
     many = len(chosen) > 16
     figure = new(*((11, 8) if many else (8, 5.5)), size, title)
     axes = frame(figure.add_subplot())
@@ -161,7 +161,7 @@ def relative_error(
       >>> figure.axes[0].get_ylabel()
       'relative error of rounding'
     """
-    chosen = [get_format(spec) for spec in listed("relative_error", "formats", formats)]
+    chosen = [get_format(spec) for spec in as_list("relative_error", "formats", formats)]
     largest = float(np.finfo(np.float32).max)
     if limits is None:
         low = min(max(fmt.min_positive, 2.0**-140) for fmt in chosen) / 8

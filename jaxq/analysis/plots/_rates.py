@@ -19,8 +19,8 @@ from jaxq.analysis.plots._look import (
     ORANGE,
     PURPLE,
     array,
+    as_list,
     frame,
-    listed,
     new,
     picture,
 )
@@ -65,7 +65,7 @@ def sqnr_by_bits(
       >>> figure.axes[0].get_ylabel()
       'SQNR, dB'
     """
-    widths = sorted(listed("sqnr_by_bits", "bits", bits))
+    widths = sorted(as_list("sqnr_by_bits", "bits", bits))
     if widths[0] < 2 or widths[-1] > 8:
         raise ValueError(f"sqnr_by_bits: `bits` must be 2 to 8, got {widths}.")
     d = get_distribution(distribution)
@@ -192,7 +192,7 @@ def _fitting(
 ) -> tuple[list[FormatOrRecipe], list[str]]:
     """Returns the recipes to draw, and the names of those in the registry that do not fit."""
     if recipes is not None:
-        return listed("compression", "recipes", recipes), []
+        return as_list("compression", "recipes", recipes), []
     fitting, missing = [], []
     for name, recipe in RECIPES.items():
         try:

@@ -19,11 +19,11 @@ from jaxq.analysis.plots._look import (
     MINUS,
     ORANGE,
     array,
+    as_list,
     frame,
-    listed,
     new,
     picture,
-    thinned,
+    spaced_indices,
 )
 from jaxq.numerics import decode
 from jaxq.quantizers import quantize
@@ -83,7 +83,7 @@ def quantized_values(
     figure = new(10, 3.6, size, title)
     left, middle, right = (frame(axes) for axes in figure.subplots(1, 3))
     before, after = data.ravel(), y.ravel()
-    some = thinned(before.size, _POINTS)
+    some = spaced_indices(before.size, _POINTS)
     ends = [float(before.min()), float(before.max())]
     left.plot(ends, ends, color=GRAY, linewidth=1, linestyle="--", label="no error")
     style = {"color": BLUE, "markersize": 2.5, "alpha": 0.6, "label": "quantized"}
@@ -170,7 +170,7 @@ def channel_errors(
     """
     data = array("channel_errors", x, ndim=1)
     per = PerChannel((axis,))
-    chosen = listed("channel_errors", "recipes", recipes)
+    chosen = as_list("channel_errors", "recipes", recipes)
     results = [chain(data, [spec])[0] for spec in chosen]
     comparisons = [compare(data, y, per=per) for y in results]
     order = np.argsort(np.asarray(comparisons[0].power).ravel(), kind="stable")

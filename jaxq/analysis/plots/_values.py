@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jaxq.analysis.plots._look import BLUE, GRAY, ORANGE, frame, listed, new, picture, power
+from jaxq.analysis.plots._look import BLUE, GRAY, ORANGE, as_list, frame, new, picture, power
 from jaxq.formats import FloatFormat, Format, get_format
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def number_line(
     """
     from matplotlib.lines import Line2D
 
-    chosen = [get_format(spec) for spec in listed("number_line", "formats", formats)]
+    chosen = [get_format(spec) for spec in as_list("number_line", "formats", formats)]
     if scale not in ("linear", "log"):
         raise ValueError(f"number_line: `scale` must be 'linear' or 'log', got {scale!r}.")
     figure = new(10, 0.55 * len(chosen) + 1.2, size, title)

@@ -1,7 +1,7 @@
 """The layouts of quantized weights in checkpoints of other programs.
 
-`combined` recognizes them. To add a layout, write a function from a `Source` to the layouts of its
-weights and list it in `METHODS`.
+`combine_weights` recognizes them. To add a layout, write a function from a `Source` to the
+`StoredWeight`s of its checkpoint, and list it in `METHODS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,22 +17,22 @@ from jaxq.interop._layouts._configs import Config, config_beside, read_json
 from jaxq.interop._layouts._floats import fp8, gpt_oss, modelopt
 from jaxq.interop._layouts._gptq import awq, gptq
 from jaxq.interop._layouts._mlx import mlx
-from jaxq.interop._layouts._weights import Layout, Source, as_codes, stored
+from jaxq.interop._layouts._weights import Source, StoredWeight, as_codes, build_quantized
 
 __all__ = [
     "METHODS",
     "Config",
-    "Layout",
+    "StoredWeight",
     "as_bytes",
     "as_codes",
-    "combined",
+    "build_quantized",
+    "combine_weights",
     "config_beside",
     "pack_bits",
     "read_json",
-    "stored",
 ]
 
-_Method = Callable[[Source], dict[str, Layout]]
+_Method = Callable[[Source], dict[str, StoredWeight]]
 
 METHODS: Registry[_Method] = Registry(
     "quantization method",
@@ -62,7 +62,7 @@ _SIGNS = {
 _NEED_CONFIG = (".qweight", ".weight_packed")
 
 
-def combined(
+def combine_weights(
     entries: Sequence[Entry], config: Config, raw: Callable[[Entry], np.ndarray]
 ) -> tuple[Entry, ...]:
     """Combines the tensors that store one quantized weight into one entry.
@@ -97,12 +97,12 @@ def combined(
     weights = METHODS[method](Source(by_name, config.fields, raw))
     heads: dict[str, Entry] = {}  # By the name of the first part.
     used: set[str] = set()
-    for name, layout in weights.items():
-        parts = [part.name for part in layout.parts.values()]
+    for name, weight in weights.items():
+        parts = [part.name for part in weight.parts.values()]
         if used & set(parts) or (name in by_name and name not in parts):
             raise FileError(f"the parts of {name!r:.120} overlap with those of another tensor.")
         used |= set(parts)
-        heads[parts[0]] = layout.entry(name)
+        heads[parts[0]] = weight.entry(name)
     return tuple(
         heads.get(entry.name, entry)
         for entry in entries

@@ -14,7 +14,15 @@ import numpy as np
 from jaxq.formats import CodebookFormat, get_format
 from jaxq.interop._entries import Entry, checked_shape
 from jaxq.interop._layouts._bits import unpack_bits
-from jaxq.interop._layouts._weights import Arrays, Layout, Source, as_codes, check, fail, stored
+from jaxq.interop._layouts._weights import (
+    Arrays,
+    Source,
+    StoredWeight,
+    as_codes,
+    build_quantized,
+    fail,
+    require_shape,
+)
 from jaxq.quantizers import Quantized
 from jaxq.recipes import DoubleQuant, PerBlock, PerToken, Recipe, Symmetric
 
@@ -40,7 +48,7 @@ class _State(NamedTuple):
     offset: float
 
 
-def bitsandbytes(source: Source) -> dict[str, Layout]:
+def bitsandbytes(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of bitsandbytes, by name.
 
     Raises:
@@ -53,62 +61,62 @@ def bitsandbytes(source: Source) -> dict[str, Layout]:
             if kind not in _NAMES:
                 fail(name, f"the type {kind!r:.20} is not supported; nf4 and fp4 are")
             result[weight] = _four_bits(source, weight, kind, entry)
-    for module, scale in source.ending(".SCB"):
-        weight = source.need(f"{module}.weight")
-        check(weight, weight.shape, "int8")
+    for module, scale in source.with_suffix(".SCB"):
+        weight = source.require(f"{module}.weight")
+        require_shape(weight, weight.shape, "int8")
         if len(weight.shape) != 2:
             fail(weight.name, f"it must be a matrix, got shape {list(weight.shape)}")
-        check(scale, weight.shape[:1], "float32", "float16", "bfloat16")
+        require_shape(scale, weight.shape[:1], "float32", "float16", "bfloat16")
         form = source.entries.get(f"{module}.weight_format")
         parts = {"weight": weight, "scale": scale}
         if form is not None:
-            if source.small(form).reshape(-1)[:1].tolist() != [0]:
+            if source.read_small(form).reshape(-1)[:1].tolist() != [0]:
                 fail(form.name, "only the row layout (0) is supported")
             parts["form"] = form
         recipe = Recipe("int8", PerToken(), Symmetric(rule="half"))
         build = functools.partial(_build_int8, recipe=recipe)
-        result[weight.name] = Layout("bitsandbytes", weight.shape, recipe, parts, build)
+        result[weight.name] = StoredWeight("bitsandbytes", weight.shape, recipe, parts, build)
     return result
 
 
 def _build_int8(arrays: Arrays, *, recipe: Recipe) -> Quantized:
     scale = arrays["scale"].astype(np.float32) / np.float32(127)
-    return stored(recipe, as_codes(arrays["weight"]), scale)
+    return build_quantized(recipe, as_codes(arrays["weight"]), scale)
 
 
-def _four_bits(source: Source, name: str, kind: str, entry: Entry) -> Layout:
+def _four_bits(source: Source, name: str, kind: str, entry: Entry) -> StoredWeight:
     state = _state(source, entry)
     size = math.prod(state.shape)
-    weight, absmax = source.need(name), source.need(f"{name}.absmax")
-    table = source.need(f"{name}.quant_map")
+    weight, absmax = source.require(name), source.require(f"{name}.absmax")
+    table = source.require(f"{name}.quant_map")
     blocks = -(-size // state.block)
     if math.prod(weight.shape) != -(-size // 2):
         fail(name, f"it has {math.prod(weight.shape)} bytes for a weight of {list(state.shape)}")
-    check(weight, weight.shape, "uint8")
-    check(absmax, (blocks,), "uint8" if state.nested else "float32")
-    check(table, (16,), "float32")
+    require_shape(weight, weight.shape, "uint8")
+    require_shape(absmax, (blocks,), "uint8" if state.nested else "float32")
+    require_shape(table, (16,), "float32")
     parts = {"weight": weight, "absmax": absmax, "table": table, "state": entry}
     scaling: Any = Symmetric()
     if state.nested:
-        second = source.need(f"{name}.nested_absmax")
-        levels = source.need(f"{name}.nested_quant_map")
-        check(second, (-(-blocks // state.nested),), "float32")
-        check(levels, (256,), "float32")
+        second = source.require(f"{name}.nested_absmax")
+        levels = source.require(f"{name}.nested_quant_map")
+        require_shape(second, (-(-blocks // state.nested),), "float32")
+        require_shape(levels, (256,), "float32")
         parts |= {"second": second, "levels": levels}
         scaling = DoubleQuant(_codebook(source, levels, "dynamic8"), block=state.nested)
     element = _codebook(source, table, _NAMES[kind])
     if not state.shape or state.shape[-1] % state.block:
         build = functools.partial(_floats, state=state)
         note = f"its blocks of {state.block} do not divide rows of {state.shape[-1:]}"
-        return Layout("bitsandbytes", state.shape, None, parts, build, note)
+        return StoredWeight("bitsandbytes", state.shape, None, parts, build, note)
     recipe = Recipe(element, PerBlock(state.block), scaling)
     build = functools.partial(_build, state=state, recipe=recipe)
-    return Layout("bitsandbytes", state.shape, recipe, parts, build)
+    return StoredWeight("bitsandbytes", state.shape, recipe, parts, build)
 
 
 def _codebook(source: Source, entry: Entry, standard: str) -> CodebookFormat:
     """Returns the format of a table of levels, which is `standard` if that has the same levels."""
-    levels = tuple(float(v) for v in source.small(entry))
+    levels = tuple(float(v) for v in source.read_small(entry))
     fmt = get_format(standard)
     assert isinstance(fmt, CodebookFormat)
     if levels == fmt.levels:
@@ -120,9 +128,9 @@ def _codebook(source: Source, entry: Entry, standard: str) -> CodebookFormat:
 
 
 def _state(source: Source, entry: Entry) -> _State:
-    check(entry, entry.shape, "uint8")
+    require_shape(entry, entry.shape, "uint8")
     try:
-        state = json.loads(source.small(entry).tobytes())
+        state = json.loads(source.read_small(entry).tobytes())
         shape, block = checked_shape(state["shape"]), state["blocksize"]
         nested = state.get("nested_blocksize", 0)
         offset = float(state.get("nested_offset", 0.0))
@@ -144,7 +152,7 @@ def _build(arrays: Arrays, *, state: _State, recipe: Recipe) -> Quantized:
     second = ()
     if state.nested:
         second = (arrays["second"], np.float32(state.offset))
-    return stored(recipe, _codes(arrays, state), arrays["absmax"], second=second)
+    return build_quantized(recipe, _codes(arrays, state), arrays["absmax"], second=second)
 
 
 def _floats(arrays: Arrays, *, state: _State) -> np.ndarray:

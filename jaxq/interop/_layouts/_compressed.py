@@ -17,16 +17,16 @@ from jaxq.interop._layouts._floats import build_plain, fp8_format, nibbles
 from jaxq.interop._layouts._weights import (
     SCALE_FORMATS,
     Arrays,
-    Layout,
     Source,
-    affine,
+    StoredWeight,
+    affine_recipe,
     as_codes,
-    check,
+    build_quantized,
     fail,
-    groups,
-    scaled,
-    stored,
-    symmetric,
+    group_length,
+    recipe_from_scales,
+    require_shape,
+    symmetric_recipe,
 )
 from jaxq.quantizers import Quantized
 from jaxq.recipes import PerBlock, Recipe, Symmetric, get_recipe
@@ -46,7 +46,7 @@ FORMATS = (
 )
 
 
-def compressed_tensors(source: Source) -> dict[str, Layout]:
+def compressed_tensors(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of compressed-tensors, by name.
 
     Raises:
@@ -65,16 +65,16 @@ def compressed_tensors(source: Source) -> dict[str, Layout]:
         raise FileError(f"the sparse format {sparsity['format']!r:.40} is not supported.")
     args = [scheme["weights"] for scheme in schemes if isinstance(scheme.get("weights"), Mapping)]
     widths = sorted({a.get("num_bits") for a in args if type(a.get("num_bits")) is int})
-    result: dict[str, Layout] = {}
-    for module, packed in source.ending(".weight_packed"):
+    result: dict[str, StoredWeight] = {}
+    for module, packed in source.with_suffix(".weight_packed"):
         name = f"{module}.weight"
-        scale = source.need(f"{name}_scale")
+        scale = source.require(f"{name}_scale")
         if f"{name}_shape" in source.entries:
             result[name] = _integers(source, name, packed, scale, widths)
         else:
             result[name] = _four_bits(source, name, packed, scale)
     blocks = [a.get("block_structure") for a in args if a.get("block_structure")]
-    for name, scale in source.ending("_scale"):
+    for name, scale in source.with_suffix("_scale"):
         weight = source.entries.get(name)
         if name.endswith("weight") and weight is not None:
             result[name] = _plain(source, weight, scale, blocks)
@@ -90,38 +90,40 @@ def _groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield scheme
 
 
-def _integers(source: Source, name: str, packed: Entry, scale: Entry, widths: list[int]) -> Layout:
-    shape_entry = source.need(f"{name}_shape")
-    check(shape_entry, (len(packed.shape),), "int64", "int32")
-    shape = tuple(int(n) for n in source.small(shape_entry))
+def _integers(
+    source: Source, name: str, packed: Entry, scale: Entry, widths: list[int]
+) -> StoredWeight:
+    shape_entry = source.require(f"{name}_shape")
+    require_shape(shape_entry, (len(packed.shape),), "int64", "int32")
+    shape = tuple(int(n) for n in source.read_small(shape_entry))
     if len(shape) < 2 or shape[:-1] != packed.shape[:-1] or not 0 < shape[-1] < 2**31:
         fail(packed.name, f"its shape {list(packed.shape)} does not fit a weight of {list(shape)}")
-    check(packed, packed.shape, "int32", "uint32")
+    require_shape(packed, packed.shape, "int32", "uint32")
     bits, dense = _width(packed, shape[-1], widths)
     count = scale.shape[-1] if scale.shape else 0
-    check(scale, (*shape[:-1], count), *SCALE_FORMATS)
-    group, dtype = groups(packed, shape[-1], count), str(scale.numpy_dtype)
+    require_shape(scale, (*shape[:-1], count), *SCALE_FORMATS)
+    group, dtype = group_length(packed, shape[-1], count), str(scale.numpy_dtype)
     parts = {"packed": packed, "scale": scale, "shape": shape_entry}
     zero = source.entries.get(f"{name}_zero_point")
     if zero is not None:
         if len(shape) != 2:
             fail(zero.name, "zero points of stacked weights are not supported")
         words = -(-shape[0] * bits // 32) if dense else -(-shape[0] // (32 // bits))
-        check(zero, (words, count), "int32", "uint32")
+        require_shape(zero, (words, count), "int32", "uint32")
         parts["zero"] = zero
     order = source.entries.get(f"{name}_g_idx")
     build = functools.partial(_build_integers, shape=shape, bits=bits, dense=dense)
     if order is not None:
-        check(order, shape[-1:], "int32", "int64")
+        require_shape(order, shape[-1:], "int32", "int64")
         if not (source.raw(order) == np.arange(shape[-1]) // group).all():
             parts["order"] = order
             note = "g_idx gives its columns to groups in activation order"
-            return Layout("compressed-tensors", shape, None, parts, build, note)
+            return StoredWeight("compressed-tensors", shape, None, parts, build, note)
         parts["order"] = order
-    kind = symmetric if zero is None else affine
-    recipe = kind(bits, shape, group, dtype)
+    build_recipe = symmetric_recipe if zero is None else affine_recipe
+    recipe = build_recipe(bits, shape, group, dtype)
     build = functools.partial(build, recipe=recipe)
-    return Layout("compressed-tensors", shape, recipe, parts, build)
+    return StoredWeight("compressed-tensors", shape, recipe, parts, build)
 
 
 def _width(packed: Entry, length: int, widths: list[int]) -> tuple[int, bool]:
@@ -163,7 +165,7 @@ def _build_integers(
     if recipe is not None:
         if zero is None:
             codes = codes ^ np.uint8(1 << (bits - 1))
-        return stored(recipe, codes, scale, zero_point=zero)
+        return build_quantized(recipe, codes, scale, zero_point=zero)
     index, count = arrays["order"], scale.shape[-1]
     if index.min() < 0 or index.max() >= count:
         raise FileError(f"g_idx has groups from {index.min()} to {index.max()} of {count}.")
@@ -172,24 +174,24 @@ def _build_integers(
     return (codes.astype(np.float32) - offset) * scale.astype(np.float32)[..., index]
 
 
-def _four_bits(source: Source, name: str, packed: Entry, scale: Entry) -> Layout:
+def _four_bits(source: Source, name: str, packed: Entry, scale: Entry) -> StoredWeight:
     shape = (*packed.shape[:-1], 2 * packed.shape[-1]) if packed.shape else ()
-    check(packed, packed.shape, "uint8")
+    require_shape(packed, packed.shape, "uint8")
     if len(shape) < 2:
         fail(name, f"it must have at least two axes, got {len(shape)}")
     parts = {"weight": packed, "scale": scale}
     global_scale = source.entries.get(f"{name}_global_scale")
     if global_scale is None:
         recipe = get_recipe("mxfp4")
-        groups(packed, shape[-1], shape[-1] // 32)
-        check(scale, (*shape[:-1], shape[-1] // 32), "uint8")
+        group_length(packed, shape[-1], shape[-1] // 32)
+        require_shape(scale, (*shape[:-1], shape[-1] // 32), "uint8")
         build = functools.partial(_build_mxfp4, recipe=recipe)
-        return Layout("compressed-tensors", shape, recipe, parts, build)
-    groups(packed, shape[-1], shape[-1] // 16)
-    check(scale, (*shape[:-1], shape[-1] // 16), "float8_e4m3fn")
+        return StoredWeight("compressed-tensors", shape, recipe, parts, build)
+    group_length(packed, shape[-1], shape[-1] // 16)
+    require_shape(scale, (*shape[:-1], shape[-1] // 16), "float8_e4m3fn")
     if math.prod(global_scale.shape) != 1 or global_scale.numpy_dtype != "float32":
         fail(global_scale.name, "it must be one float32 number")
-    factor = np.float32(source.small(global_scale).reshape(()))
+    factor = np.float32(source.read_small(global_scale).reshape(()))
     if not 2.0**-100 < factor < 2.0**100:
         fail(global_scale.name, f"it must be a positive normal number, got {factor}")
     parts["global"] = global_scale
@@ -200,21 +202,21 @@ def _four_bits(source: Source, name: str, packed: Entry, scale: Entry) -> Layout
     recipe = Recipe("float4_e2m1fn", PerBlock(16), Symmetric())
     recipe = get_recipe("nvfp4") if equal else recipe
     build = functools.partial(_build_nvfp4, recipe=recipe, factor=factor)
-    return Layout("compressed-tensors", shape, recipe, parts, build)
+    return StoredWeight("compressed-tensors", shape, recipe, parts, build)
 
 
 def _build_mxfp4(arrays: Arrays, *, recipe: Recipe) -> Quantized:
-    return stored(recipe, nibbles(arrays["weight"]), arrays["scale"])
+    return build_quantized(recipe, nibbles(arrays["weight"]), arrays["scale"])
 
 
 def _build_nvfp4(arrays: Arrays, *, recipe: Recipe, factor: np.float32) -> Quantized:
     codes, scale = nibbles(arrays["weight"]), arrays["scale"]
     if recipe.scaling.second_level is not None:
-        return stored(recipe, codes, scale, second=(np.float32(1) / factor,))
-    return stored(recipe, codes, scale.astype(np.float32) / factor)
+        return build_quantized(recipe, codes, scale, second=(np.float32(1) / factor,))
+    return build_quantized(recipe, codes, scale.astype(np.float32) / factor)
 
 
-def _plain(source: Source, weight: Entry, scale: Entry, blocks: list[Any]) -> Layout:
+def _plain(source: Source, weight: Entry, scale: Entry, blocks: list[Any]) -> StoredWeight:
     parts = {"weight": weight, "scale": scale}
     zero = source.entries.get(f"{weight.name}_zero_point")
     if zero is not None:
@@ -223,14 +225,14 @@ def _plain(source: Source, weight: Entry, scale: Entry, blocks: list[Any]) -> La
         recipe, shape = get_recipe("mxfp8_e4m3"), weight.shape
         if len(shape) < 2:
             fail(weight.name, f"it must have at least two axes, got {len(shape)}")
-        check(weight, shape, "float8_e4m3fn")
-        groups(weight, shape[-1], shape[-1] // 32)
-        check(scale, (*shape[:-1], shape[-1] // 32), "uint8")
+        require_shape(weight, shape, "float8_e4m3fn")
+        group_length(weight, shape[-1], shape[-1] // 32)
+        require_shape(scale, (*shape[:-1], shape[-1] // 32), "uint8")
     else:
         fmt = "int8" if weight.numpy_dtype == "int8" else fp8_format(weight)
-        recipe = scaled(weight, scale, fmt, _tile(weight, scale, blocks))
+        recipe = recipe_from_scales(weight, scale, fmt, _tile(weight, scale, blocks))
     build = functools.partial(build_plain, recipe=recipe)
-    return Layout("compressed-tensors", weight.shape, recipe, parts, build)
+    return StoredWeight("compressed-tensors", weight.shape, recipe, parts, build)
 
 
 def _tile(weight: Entry, scale: Entry, blocks: list[Any]) -> tuple[int, int] | None:

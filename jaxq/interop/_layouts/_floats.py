@@ -14,13 +14,13 @@ from jaxq.interop._entries import Entry, FileError
 from jaxq.interop._layouts._bits import as_bytes, unpack_bits
 from jaxq.interop._layouts._weights import (
     Arrays,
-    Layout,
     Source,
+    StoredWeight,
     as_codes,
-    check,
+    build_quantized,
     fail,
-    scaled,
-    stored,
+    recipe_from_scales,
+    require_shape,
 )
 from jaxq.quantizers import Quantized
 from jaxq.recipes import Recipe, get_recipe
@@ -40,7 +40,7 @@ def fp8_format(entry: Entry) -> str:
 
 def build_plain(arrays: Arrays, *, recipe: Recipe) -> Quantized:
     """Returns the `Quantized` of a tensor of plain codes with scales."""
-    return stored(recipe, as_codes(arrays["weight"]), arrays["scale"])
+    return build_quantized(recipe, as_codes(arrays["weight"]), arrays["scale"])
 
 
 def nibbles(data: np.ndarray) -> np.ndarray:
@@ -48,7 +48,7 @@ def nibbles(data: np.ndarray) -> np.ndarray:
     return unpack_bits(as_bytes(data), 4, 2 * data.shape[-1])
 
 
-def fp8(source: Source) -> dict[str, Layout]:
+def fp8(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint with the method "fp8", by name.
 
     The scales of `M.weight` are `M.weight_scale_inv`, which multiplies the weight in spite of its
@@ -64,7 +64,7 @@ def fp8(source: Source) -> dict[str, Layout]:
         raise FileError(f"weight_block_size must be a list of two integers, got {size!r:.40}.")
     result = {}
     for suffix, tile in (("_scale_inv", size), ("_scale", None)):
-        for name, scale in source.ending(suffix):
+        for name, scale in source.with_suffix(suffix):
             weight = source.entries.get(name)
             if weight is None or weight.numpy_dtype not in _FP8:
                 continue
@@ -73,41 +73,41 @@ def fp8(source: Source) -> dict[str, Layout]:
     return result
 
 
-def _plain(method: str, weight: Entry, scale: Entry, block: tuple[int, int] | None) -> Layout:
-    recipe = scaled(weight, scale, fp8_format(weight), block)
+def _plain(method: str, weight: Entry, scale: Entry, block: tuple[int, int] | None) -> StoredWeight:
+    recipe = recipe_from_scales(weight, scale, fp8_format(weight), block)
     build = functools.partial(build_plain, recipe=recipe)
-    return Layout(method, weight.shape, recipe, {"weight": weight, "scale": scale}, build)
+    return StoredWeight(method, weight.shape, recipe, {"weight": weight, "scale": scale}, build)
 
 
-def gpt_oss(source: Source) -> dict[str, Layout]:
+def gpt_oss(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of gpt-oss in MXFP4, `[experts, rows, inputs]`, by name.
 
     Raises:
       FileError: tensors do not fit together.
     """
     recipe, result = get_recipe("mxfp4"), {}
-    for name, blocks in source.ending("_blocks"):
+    for name, blocks in source.with_suffix("_blocks"):
         scales = source.entries.get(f"{name}_scales")
         if scales is None or blocks.numpy_dtype != "uint8" or len(blocks.shape) < 3:
             continue
         *leading, count, size = blocks.shape
         if size != 16:
             fail(blocks.name, f"its last axis must have 16 bytes, got {size}")
-        check(scales, (*leading, count), "uint8")
+        require_shape(scales, (*leading, count), "uint8")
         shape = (*leading, 32 * count)
         parts = {"blocks": blocks, "scales": scales}
         build = functools.partial(_build_mxfp4, recipe=recipe)
-        result[name] = Layout("mxfp4", shape, recipe, parts, build)
+        result[name] = StoredWeight("mxfp4", shape, recipe, parts, build)
     return result
 
 
 def _build_mxfp4(arrays: Arrays, *, recipe: Recipe) -> Quantized:
     blocks, scales = arrays["blocks"], arrays["scales"]
     codes = nibbles(blocks.reshape(*blocks.shape[:-2], -1))
-    return stored(recipe, codes, scales)
+    return build_quantized(recipe, codes, scales)
 
 
-def modelopt(source: Source) -> dict[str, Layout]:
+def modelopt(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of ModelOpt in NVFP4 or FP8, by name.
 
     Raises:
@@ -120,7 +120,7 @@ def modelopt(source: Source) -> dict[str, Layout]:
             f"the ModelOpt algorithm {algorithm!r:.40} is not supported; NVFP4 and FP8 are."
         )
     result = {}
-    for name, scale in source.ending("_scale"):
+    for name, scale in source.with_suffix("_scale"):
         weight = source.entries.get(name)
         if weight is None or not name.endswith("weight"):
             continue
@@ -128,18 +128,18 @@ def modelopt(source: Source) -> dict[str, Layout]:
             if weight.numpy_dtype in _FP8:
                 result[name] = _plain("modelopt", weight, scale, None)
             continue
-        second = source.need(f"{name}_scale_2")
+        second = source.require(f"{name}_scale_2")
         recipe, shape = get_recipe("nvfp4"), (*weight.shape[:-1], 2 * weight.shape[-1])
         if len(shape) < 2 or shape[-1] % 16 or math.prod(second.shape) != 1:
             fail(name, f"a weight of shape {list(shape)} does not fit NVFP4 with one tensor scale")
-        check(scale, (*shape[:-1], shape[-1] // 16), "float8_e4m3fn")
-        check(second, second.shape, "float32")
+        require_shape(scale, (*shape[:-1], shape[-1] // 16), "float8_e4m3fn")
+        require_shape(second, second.shape, "float32")
         parts = {"weight": weight, "scale": scale, "second": second}
         build = functools.partial(_build_nvfp4, recipe=recipe)
-        result[name] = Layout("modelopt", shape, recipe, parts, build)
+        result[name] = StoredWeight("modelopt", shape, recipe, parts, build)
     return result
 
 
 def _build_nvfp4(arrays: Arrays, *, recipe: Recipe) -> Quantized:
     second = np.float32(arrays["second"].reshape(()))
-    return stored(recipe, nibbles(arrays["weight"]), arrays["scale"], second=(second,))
+    return build_quantized(recipe, nibbles(arrays["weight"]), arrays["scale"], second=(second,))

@@ -13,13 +13,13 @@ from jaxq.interop._layouts._bits import as_bytes, unpack_bits
 from jaxq.interop._layouts._weights import (
     SCALE_FORMATS,
     Arrays,
-    Layout,
     Source,
-    affine,
-    check,
+    StoredWeight,
+    affine_recipe,
+    build_quantized,
     fail,
-    groups,
-    stored,
+    group_length,
+    require_shape,
 )
 from jaxq.quantizers import Quantized
 from jaxq.recipes import Recipe
@@ -30,7 +30,7 @@ _BITS = (2, 3, 4, 8)
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # The nibble of each of eight outputs.
 
 
-def gptq(source: Source) -> dict[str, Layout]:
+def gptq(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of AutoGPTQ or GPTQModel, by name.
 
     Raises:
@@ -41,8 +41,8 @@ def gptq(source: Source) -> dict[str, Layout]:
         raise FileError(f"the GPTQ format {version!r:.40} is not supported; gptq and gptq_v2 are.")
     increment = 1 if version == "gptq" else 0  # Version 1 stores zero points minus 1.
     result = {}
-    for module, words in source.ending(".qweight"):
-        scales, zeros = (source.need(f"{module}.{part}") for part in ("scales", "qzeros"))
+    for module, words in source.with_suffix(".qweight"):
+        scales, zeros = (source.require(f"{module}.{part}") for part in ("scales", "qzeros"))
         order = source.entries.get(f"{module}.g_idx")
         result[f"{module}.weight"] = _module(source, words, scales, zeros, order, increment)
     return result
@@ -50,7 +50,7 @@ def gptq(source: Source) -> dict[str, Layout]:
 
 def _module(
     source: Source, words: Entry, scales: Entry, zeros: Entry, order: Entry | None, increment: int
-) -> Layout:
+) -> StoredWeight:
     if len(words.shape) != 2 or len(scales.shape) != 2 or len(zeros.shape) != 2:
         fail(words.name, "it, its scales and its zero points must be matrices")
     count, outputs = scales.shape
@@ -60,9 +60,9 @@ def _module(
     if bits not in _BITS or outputs * bits % 32 or words.shape[0] * 32 % bits:
         fail(words.name, f"its shapes mean {bits} bits per code; 2, 3, 4 and 8 are supported")
     inputs = words.shape[0] * 32 // bits
-    check(words, (inputs * bits // 32, outputs), "int32", "uint32")
-    check(zeros, (count, outputs * bits // 32), "int32", "uint32")
-    check(scales, (count, outputs), *SCALE_FORMATS)
+    require_shape(words, (inputs * bits // 32, outputs), "int32", "uint32")
+    require_shape(zeros, (count, outputs * bits // 32), "int32", "uint32")
+    require_shape(scales, (count, outputs), *SCALE_FORMATS)
     configured = source.config.get("bits", bits)
     if configured != bits and not source.config.get("dynamic"):
         fail(words.name, f"it has {bits} bits, but the configuration says {configured!r:.20}")
@@ -70,7 +70,7 @@ def _module(
     parts = {"words": words, "scales": scales, "zeros": zeros}
     ordered = False
     if order is not None:
-        check(order, (inputs,), "int32", "int64")
+        require_shape(order, (inputs,), "int32", "int64")
         parts["order"] = order
         if source.config.get("desc_act", True):
             index = source.raw(order)
@@ -78,9 +78,9 @@ def _module(
     build = functools.partial(_build, bits=bits, increment=increment)
     if ordered:
         note = "g_idx gives its columns to groups in activation order"
-        return Layout("gptq", shape, None, parts, functools.partial(build, recipe=None), note)
-    recipe = affine(bits, shape, groups(words, inputs, count), scale)
-    return Layout("gptq", shape, recipe, parts, functools.partial(build, recipe=recipe))
+        return StoredWeight("gptq", shape, None, parts, functools.partial(build, recipe=None), note)
+    recipe = affine_recipe(bits, shape, group_length(words, inputs, count), scale)
+    return StoredWeight("gptq", shape, recipe, parts, functools.partial(build, recipe=recipe))
 
 
 def _in_order(index: np.ndarray, group: int) -> bool:
@@ -105,10 +105,10 @@ def _build(
         return distance * scales.T.astype(np.float32)[:, index]
     if index is not None and not _in_order(index, inputs // count):
         raise FileError("g_idx is not in order, but the configuration says desc_act = false.")
-    return stored(recipe, codes, scales.T, zero_point=zero)
+    return build_quantized(recipe, codes, scales.T, zero_point=zero)
 
 
-def awq(source: Source) -> dict[str, Layout]:
+def awq(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of AutoAWQ in the version "gemm", by name.
 
     Raises:
@@ -121,25 +121,27 @@ def awq(source: Source) -> dict[str, Layout]:
     if bits != 4:
         raise FileError(f"AWQ with {bits!r:.20} bits is not supported; 4 bits are.")
     result = {}
-    for module, words in source.ending(".qweight"):
-        scales, zeros = (source.need(f"{module}.{part}") for part in ("scales", "qzeros"))
+    for module, words in source.with_suffix(".qweight"):
+        scales, zeros = (source.require(f"{module}.{part}") for part in ("scales", "qzeros"))
         if len(words.shape) != 2 or len(scales.shape) != 2:
             fail(words.name, "it and its scales must be matrices")
         inputs, outputs, count = words.shape[0], 8 * words.shape[1], scales.shape[0]
-        check(words, words.shape, "int32", "uint32")
-        check(zeros, (count, words.shape[1]), "int32", "uint32")
-        check(scales, (count, outputs), *SCALE_FORMATS)
+        require_shape(words, words.shape, "int32", "uint32")
+        require_shape(zeros, (count, words.shape[1]), "int32", "uint32")
+        require_shape(scales, (count, outputs), *SCALE_FORMATS)
         shape = (outputs, inputs)
-        recipe = affine(4, shape, groups(words, inputs, count), str(scales.numpy_dtype))
+        recipe = affine_recipe(
+            4, shape, group_length(words, inputs, count), str(scales.numpy_dtype)
+        )
         parts = {"words": words, "scales": scales, "zeros": zeros}
         build = functools.partial(_build_awq, recipe=recipe)
-        result[f"{module}.weight"] = Layout("awq", shape, recipe, parts, build)
+        result[f"{module}.weight"] = StoredWeight("awq", shape, recipe, parts, build)
     return result
 
 
 def _build_awq(arrays: Arrays, *, recipe: Recipe) -> Quantized:
     codes, zeros = (_awq_codes(arrays[name]) for name in ("words", "zeros"))
-    return stored(recipe, codes.T, arrays["scales"].T, zero_point=zeros.T)
+    return build_quantized(recipe, codes.T, arrays["scales"].T, zero_point=zeros.T)
 
 
 def _awq_codes(words: np.ndarray) -> np.ndarray:

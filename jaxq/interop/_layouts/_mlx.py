@@ -15,12 +15,12 @@ from jaxq.interop._layouts._bits import as_bytes, unpack_bits
 from jaxq.interop._layouts._weights import (
     SCALE_FORMATS,
     Arrays,
-    Layout,
     Source,
-    check,
+    StoredWeight,
+    build_quantized,
     fail,
-    stored,
-    with_minimum,
+    minimum_recipe,
+    require_shape,
 )
 from jaxq.quantizers import Quantized
 from jaxq.recipes import PerBlock, Recipe, Symmetric, get_recipe
@@ -35,14 +35,14 @@ _FLOATS = {
 }
 
 
-def mlx(source: Source) -> dict[str, Layout]:
+def mlx(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of MLX, by name.
 
     Raises:
       FileError: the checkpoint has an unknown mode, or tensors that do not fit together.
     """
     result = {}
-    for module, _ in source.ending(".scales"):
+    for module, _ in source.with_suffix(".scales"):
         words = source.entries.get(f"{module}.weight")
         if words is None or words.numpy_dtype != "uint32" or len(words.shape) < 2:
             continue
@@ -53,7 +53,7 @@ def mlx(source: Source) -> dict[str, Layout]:
     return result
 
 
-def _module(source: Source, module: str) -> Layout:
+def _module(source: Source, module: str) -> StoredWeight:
     words, scales = source.entries[f"{module}.weight"], source.entries[f"{module}.scales"]
     mode = source.config.get("mode", "affine")
     parts = {"words": words, "scales": scales}
@@ -64,25 +64,25 @@ def _module(source: Source, module: str) -> Layout:
         shape = (*leading, count * 32 // bits)
         if shape[-1] % size:
             fail(words.name, f"groups of {size} do not divide rows of {shape[-1]}")
-        check(scales, (*leading, shape[-1] // size), "uint8")
+        require_shape(scales, (*leading, shape[-1] // size), "uint8")
         build = functools.partial(_build, bits=bits, recipe=recipe)
-        return Layout("mlx", shape, recipe, parts, build)
+        return StoredWeight("mlx", shape, recipe, parts, build)
     if mode != "affine":
         raise FileError(f"the MLX mode {mode!r:.40} is not supported; affine and mxfp4 are.")
     bits, size = source.number("bits"), source.number("group_size")
     if bits not in _BITS or size < 1 or count * 32 % bits or count * 32 // bits % size:
         fail(words.name, f"{bits} bits in groups of {size} do not fit rows of {count} words")
     shape = (*leading, count * 32 // bits)
-    biases = source.need(f"{module}.biases")
-    check(scales, (*leading, shape[-1] // size), *SCALE_FORMATS)
-    check(biases, scales.shape, str(scales.numpy_dtype))
+    biases = source.require(f"{module}.biases")
+    require_shape(scales, (*leading, shape[-1] // size), *SCALE_FORMATS)
+    require_shape(biases, scales.shape, str(scales.numpy_dtype))
     parts["biases"] = biases
     if scales.numpy_dtype == "float32":
         build = functools.partial(_floats, bits=bits)
-        return Layout("mlx", shape, None, parts, build, "its scales and biases are float32")
-    recipe = with_minimum(bits, shape, size, str(scales.numpy_dtype))
+        return StoredWeight("mlx", shape, None, parts, build, "its scales and biases are float32")
+    recipe = minimum_recipe(bits, shape, size, str(scales.numpy_dtype))
     build = functools.partial(_build, bits=bits, recipe=recipe)
-    return Layout("mlx", shape, recipe, parts, build)
+    return StoredWeight("mlx", shape, recipe, parts, build)
 
 
 def _group(recipe: Recipe) -> int:
@@ -96,7 +96,7 @@ def _codes(words: np.ndarray, bits: int) -> np.ndarray:
 
 def _build(arrays: Arrays, *, bits: int, recipe: Recipe) -> Quantized:
     codes = _codes(arrays["words"], bits)
-    return stored(recipe, codes, arrays["scales"], zero_point=arrays.get("biases"))
+    return build_quantized(recipe, codes, arrays["scales"], zero_point=arrays.get("biases"))
 
 
 def _floats(arrays: Arrays, *, bits: int) -> np.ndarray:

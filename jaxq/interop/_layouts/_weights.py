@@ -28,18 +28,18 @@ from jaxq.recipes import (
 
 __all__ = [
     "SCALE_FORMATS",
-    "Layout",
     "Source",
-    "affine",
+    "StoredWeight",
+    "affine_recipe",
     "as_codes",
-    "check",
+    "as_stored_scales",
+    "build_quantized",
     "fail",
-    "floats_of",
-    "groups",
-    "scaled",
-    "stored",
-    "symmetric",
-    "with_minimum",
+    "group_length",
+    "minimum_recipe",
+    "recipe_from_scales",
+    "require_shape",
+    "symmetric_recipe",
 ]
 
 # The dtypes of scales, by their names in NumPy and ml_dtypes, which are also names of formats.
@@ -51,7 +51,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class StoredWeight:
     """A weight that is stored as several tensors.
 
     Attributes:
@@ -97,7 +97,7 @@ class Source(NamedTuple):
     config: Mapping[str, Any]
     raw: Callable[[Entry], np.ndarray]
 
-    def small(self, entry: Entry) -> np.ndarray:
+    def read_small(self, entry: Entry) -> np.ndarray:
         """Reads a small tensor, which is needed when the file is opened."""
         if entry.nbytes > _SMALL or entry.numpy_dtype is None:
             fail(
@@ -106,13 +106,13 @@ class Source(NamedTuple):
             )
         return self.raw(entry)
 
-    def need(self, name: str) -> Entry:
+    def require(self, name: str) -> Entry:
         """Returns the entry of a tensor, which must exist."""
         if name not in self.entries:
             raise FileError(f"the tensor {name!r:.120} is missing.")
         return self.entries[name]
 
-    def ending(self, suffix: str) -> list[tuple[str, Entry]]:
+    def with_suffix(self, suffix: str) -> list[tuple[str, Entry]]:
         """Returns the names that end in a suffix, without the suffix, and their entries."""
         return [
             (name.removesuffix(suffix), entry)
@@ -133,7 +133,7 @@ def fail(name: str, reason: str) -> NoReturn:
     raise FileError(f"{name!r:.120}: {reason}.")
 
 
-def check(entry: Entry, shape: tuple[int, ...], *dtypes: str) -> None:
+def require_shape(entry: Entry, shape: tuple[int, ...], *dtypes: str) -> None:
     """Raises a FileError unless a tensor has the shape and one of the dtypes."""
     if entry.shape != shape or (dtypes and entry.numpy_dtype not in dtypes):
         wanted = " or ".join(dtypes) or "numbers"
@@ -144,7 +144,7 @@ def check(entry: Entry, shape: tuple[int, ...], *dtypes: str) -> None:
         )
 
 
-def groups(entry: Entry, length: int, count: int) -> int:
+def group_length(entry: Entry, length: int, count: int) -> int:
     """Returns the length of each of the `count` groups of a row."""
     if count < 1 or length % count:
         fail(entry.name, f"{count} groups do not divide rows of {length}")
@@ -155,23 +155,25 @@ def _granularity(shape: tuple[int, ...], group: int) -> PerBlock | PerToken:
     return PerToken() if group == shape[-1] else PerBlock(group)
 
 
-def symmetric(bits: int, shape: tuple[int, ...], group: int, scale: str) -> Recipe:
+def symmetric_recipe(bits: int, shape: tuple[int, ...], group: int, scale: str) -> Recipe:
     """Returns the recipe of signed integers with one scale per group of a row."""
     scaling = Symmetric(rule="half", scale_format=scale)
     return Recipe(f"int{bits}", _granularity(shape, group), scaling)
 
 
-def affine(bits: int, shape: tuple[int, ...], group: int, scale: str) -> Recipe:
+def affine_recipe(bits: int, shape: tuple[int, ...], group: int, scale: str) -> Recipe:
     """Returns the recipe of unsigned integers with a scale and a zero point per group of a row."""
     return Recipe(f"uint{bits}", _granularity(shape, group), Affine(scale_format=scale))
 
 
-def with_minimum(bits: int, shape: tuple[int, ...], group: int, scale: str) -> Recipe:
+def minimum_recipe(bits: int, shape: tuple[int, ...], group: int, scale: str) -> Recipe:
     """Returns the recipe of unsigned integers with a scale and a minimum per group of a row."""
     return Recipe(f"uint{bits}", _granularity(shape, group), ScaleAndMin(scale_format=scale))
 
 
-def scaled(weight: Entry, scale: Entry, fmt: str, block: tuple[int, int] | None) -> Recipe:
+def recipe_from_scales(
+    weight: Entry, scale: Entry, fmt: str, block: tuple[int, int] | None
+) -> Recipe:
     """Returns the recipe of plain codes with scales.
 
     Args:
@@ -221,14 +223,14 @@ def as_codes(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.dtype.itemsize}")
 
 
-def floats_of(array: np.ndarray, fmt: Format) -> np.ndarray:
+def as_stored_scales(array: np.ndarray, fmt: Format) -> np.ndarray:
     """Returns scales as a `Quantized` stores them: float32, or the codes of another format."""
     if fmt == get_format("float32"):
         return np.ascontiguousarray(array, np.float32)
     return array if array.dtype.kind == "u" else as_codes(array)
 
 
-def stored(
+def build_quantized(
     recipe: Recipe,
     codes: np.ndarray,
     scale: np.ndarray,
@@ -247,11 +249,11 @@ def stored(
     """
     cut = recipe.cut(codes.shape)
     bits = recipe.element.bits
-    scales = floats_of(scale, recipe.scale_format).reshape(cut.counts)
+    scales = as_stored_scales(scale, recipe.scale_format).reshape(cut.counts)
     offset = zero_point
     if offset is not None:
         if recipe.scaling.zero_point == "minimum":
-            offset = floats_of(offset, recipe.scale_format)
+            offset = as_stored_scales(offset, recipe.scale_format)
         offset = jnp.asarray(np.ascontiguousarray(offset).reshape(cut.counts))
     packed = codes if bits == 8 else pack_bits(codes, bits)
     return Quantized(

@@ -6,6 +6,6 @@
 
 from jaxq.interop.compressed_tensors._fusing import fused_with, quantize_together
 from jaxq.interop.compressed_tensors._schemes import Scheme, scheme_of
-from jaxq.interop.compressed_tensors._writing import Job, write, write_streamed
+from jaxq.interop.compressed_tensors._writing import Checkpoint, write, write_streamed
 
 __all__ = ["Scheme", "fused_with", "quantize_together", "scheme_of", "write"]

@@ -12,7 +12,7 @@ from jaxq.interop._safetensors import Tensor
 from jaxq.quantizers import Quantized
 from jaxq.recipes import MX, Affine, PerBlock, PerTensor, PerToken, Recipe, Symmetric, TwoLevel
 
-__all__ = ["Scheme", "parts_of", "scheme_of"]
+__all__ = ["Scheme", "scheme_of", "weight_tensors"]
 
 _E2M1, _E4M3 = get_format("float4_e2m1fn"), get_format("float8_e4m3fn")
 _SCALES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -121,7 +121,7 @@ def _activations(fmt: str, element: Format, dynamic: bool) -> dict[str, Any] | N
     return {**args, "dynamic": True}
 
 
-def parts_of(
+def weight_tensors(
     name: str, q: Quantized, scheme: Scheme, read: Callable[[], Quantized]
 ) -> list[Tensor]:
     """Returns the tensors that store a weight.

@@ -14,16 +14,16 @@ import numpy as np
 
 from jaxq.interop._safetensors import DTYPES, Tensor, write_tensors
 from jaxq.interop.compressed_tensors._fusing import fused_with
-from jaxq.interop.compressed_tensors._schemes import Scheme, parts_of, scheme_of
+from jaxq.interop.compressed_tensors._schemes import Scheme, scheme_of, weight_tensors
 from jaxq.quantizers import Quantized
 
-__all__ = ["Job", "write", "write_streamed"]
+__all__ = ["Checkpoint", "write", "write_streamed"]
 
 _NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if dtype is not None}
-_LARGEST = 5_000_000_000  # The largest size of a file in bytes, as in transformers.
+_MAX_SHARD_BYTES = 5_000_000_000  # The largest size of a file in bytes, as in transformers.
 
 
-class Job(NamedTuple):
+class Checkpoint(NamedTuple):
     """A checkpoint to write.
 
     Attributes:
@@ -32,7 +32,7 @@ class Job(NamedTuple):
       config: the content of the model's own `config.json`.
       dynamic_activations: as in `write`.
       files: other files to copy to the folder.
-      largest: the largest size of a safetensors file in bytes.
+      max_shard_bytes: the largest size of a safetensors file in bytes.
     """
 
     shapes: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Job(NamedTuple):
     config: Mapping[str, Any]
     dynamic_activations: bool = False
     files: Sequence[pathlib.Path] = ()
-    largest: int = _LARGEST
+    max_shard_bytes: int = _MAX_SHARD_BYTES
 
 
 def write(
@@ -86,40 +86,40 @@ def write(
     References:
       The compressed-tensors package, version 0.20.
     """
-    job = Job(params, params.__getitem__, config or {}, dynamic_activations)
-    write_streamed(folder, job)
+    checkpoint = Checkpoint(params, params.__getitem__, config or {}, dynamic_activations)
+    write_streamed(folder, checkpoint)
 
 
-def write_streamed(folder: str | pathlib.Path, job: Job) -> None:
+def write_streamed(folder: str | pathlib.Path, checkpoint: Checkpoint) -> None:
     """Writes the folder that `write` would write, with one weight in memory at a time."""
     schemes = {
-        name: _scheme(name, value, job.dynamic_activations)
-        for name, value in job.shapes.items()
+        name: _find_scheme(name, value, checkpoint.dynamic_activations)
+        for name, value in checkpoint.shapes.items()
         if isinstance(value, Quantized)
     }
-    _check_fused(schemes, job.shapes)
-    factors: dict[tuple[str, ...], float] = {}
-    modules = [_parts(name, job, schemes, factors) for name in job.shapes]
-    shards = _shards(modules, job.largest)
+    _check_fused(schemes, checkpoint.shapes)
+    tensor_scales: dict[tuple[str, ...], float] = {}
+    weights = [_tensors_of(name, checkpoint, schemes, tensor_scales) for name in checkpoint.shapes]
+    shards = _shards(weights, checkpoint.max_shard_bytes)
     total = sum(_size(tensor) for shard in shards for tensor in shard)
-    config = {**job.config, "quantization_config": _config(schemes, job.shapes)}
+    config = {**checkpoint.config, "quantization_config": _config(schemes, checkpoint.shapes)}
     with _new_folder(pathlib.Path(folder)) as new:
-        places = {}
+        file_by_tensor = {}
         for i, shard in enumerate(shards):
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             name = "model.safetensors" if len(shards) == 1 else name
-            places.update({tensor.name: name for tensor in shard})
+            file_by_tensor.update({tensor.name: name for tensor in shard})
             with (new / name).open("xb") as file:
                 write_tensors(file, shard, {"format": "pt"})
         if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": places}
+            index = {"metadata": {"total_size": total}, "weight_map": file_by_tensor}
             (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        for path in job.files:
+        for path in checkpoint.files:
             shutil.copyfile(path, new / path.name)
         (new / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _scheme(name: str, q: Quantized, dynamic: bool) -> Scheme:
+def _find_scheme(name: str, q: Quantized, dynamic: bool) -> Scheme:
     if not name.endswith(".weight") or q.ndim != 2:
         stack = "Split a stack of experts into matrices, such as experts.0.up_proj.weight."
         raise ValueError(
@@ -142,48 +142,57 @@ def _check_fused(schemes: Mapping[str, Scheme], shapes: Mapping[str, Any]) -> No
                 )
 
 
-def _parts(
-    name: str, job: Job, schemes: Mapping[str, Scheme], factors: dict[tuple[str, ...], float]
+def _tensors_of(
+    name: str,
+    checkpoint: Checkpoint,
+    schemes: Mapping[str, Scheme],
+    tensor_scales: dict[tuple[str, ...], float],
 ) -> list[Tensor]:
     """Returns the tensors of a weight, which is read once for all of them.
 
     Args:
       name: the name of the weight.
-      job: the checkpoint.
+      checkpoint: the checkpoint.
       schemes: the schemes of the quantized weights.
-      factors: the tensor scale of each group of fused weights, filled in as they are read.
+      tensor_scales: the tensor scale of each group of fused weights, filled in as they are read.
     """
-    value = job.shapes[name]
+    value = checkpoint.shapes[name]
     if name not in schemes:
         dtype = _NAMES.get(np.dtype(value.dtype).name)
         if dtype is None:
             raise ValueError(f"compressed_tensors.write: {name!r:.80} has the dtype {value.dtype}.")
-        read = functools.partial(_array, job.read, name)
+        read = functools.partial(_array, checkpoint.read, name)
         return [Tensor(name, dtype, tuple(value.shape), read)]
     cache: list[Quantized] = []
 
     def read_once() -> Quantized:
         if not cache:
-            cache.append(job.read(name))
-            _check_factor(name, cache[0], factors)
+            cache.append(checkpoint.read(name))
+            _check_tensor_scale(name, cache[0], tensor_scales)
         return cache[0]
 
-    def read_part(tensor: Tensor, last: bool) -> np.ndarray:
+    def read_tensor(tensor: Tensor, last: bool) -> np.ndarray:
         result = tensor.read()
         if last:
             cache.clear()
         return result
 
-    parts = parts_of(name, value, schemes[name], read_once)
+    # `write_tensors` reads them in this order, so the weight is dropped after the last one.
+    tensors = weight_tensors(name, value, schemes[name], read_once)
     return [
-        tensor._replace(read=functools.partial(read_part, tensor, tensor is parts[-1]))
-        for tensor in parts
+        tensor._replace(read=functools.partial(read_tensor, tensor, tensor is tensors[-1]))
+        for tensor in tensors
     ]
 
 
-def _check_factor(name: str, q: Quantized, factors: dict[tuple[str, ...], float]) -> None:
+def _check_tensor_scale(
+    name: str, q: Quantized, tensor_scales: dict[tuple[str, ...], float]
+) -> None:
     """Raises ValueError if fused weights have different tensor scales."""
-    if q.second and factors.setdefault(fused_with(name), float(q.second[0])) != float(q.second[0]):
+    if not q.second:
+        return
+    scale = float(q.second[0])
+    if tensor_scales.setdefault(fused_with(name), scale) != scale:
         raise ValueError(
             f"compressed_tensors.write: vLLM fuses {name!r:.80} with other weights, so they need "
             "the same tensor scale. Quantize them with quantize_together."
@@ -198,13 +207,13 @@ def _size(tensor: Tensor) -> int:
     return DTYPES[tensor.dtype][0] * math.prod(tensor.shape) // 8
 
 
-def _shards(modules: Sequence[Sequence[Tensor]], largest: int) -> list[list[Tensor]]:
+def _shards(weights: Sequence[Sequence[Tensor]], max_shard_bytes: int) -> list[list[Tensor]]:
     """Returns the tensors of each file; those of a weight are in the same one."""
     shards: list[list[Tensor]] = [[]]
     taken = 0
-    for tensors in modules:
+    for tensors in weights:
         size = sum(map(_size, tensors))
-        if shards[-1] and taken + size > largest:
+        if shards[-1] and taken + size > max_shard_bytes:
             shards.append([])
             taken = 0
         shards[-1] += tensors
@@ -214,21 +223,21 @@ def _shards(modules: Sequence[Sequence[Tensor]], largest: int) -> list[list[Tens
 
 def _config(schemes: Mapping[str, Scheme], shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `quantization_config`."""
-    kinds: list[Scheme] = []
+    distinct_schemes: list[Scheme] = []
     for scheme in schemes.values():
-        if scheme not in kinds:
-            kinds.append(scheme)
+        if scheme not in distinct_schemes:
+            distinct_schemes.append(scheme)
     groups = {}
-    for i, kind in enumerate(kinds):
-        members = [name.removesuffix(".weight") for name, s in schemes.items() if s == kind]
+    for i, scheme in enumerate(distinct_schemes):
+        modules = [name.removesuffix(".weight") for name, s in schemes.items() if s == scheme]
         groups[f"group_{i}"] = {
-            "targets": ["Linear"] if len(kinds) == 1 else members,
-            "weights": kind.weights,
-            "input_activations": kind.activations,
+            "targets": ["Linear"] if len(distinct_schemes) == 1 else modules,
+            "weights": scheme.weights,
+            "input_activations": scheme.activations,
             "output_activations": None,
-            "format": kind.format,
+            "format": scheme.format,
         }
-    formats = {kind.format for kind in kinds}
+    formats = {scheme.format for scheme in distinct_schemes}
     ignore = [
         name.removesuffix(".weight")
         for name, value in shapes.items()

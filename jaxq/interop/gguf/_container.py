@@ -1,5 +1,7 @@
 """The container of GGUF files: an untrusted header is checked before anything is allocated.
 
+Only headers are parsed here; `TensorFile.raw` in `interop/_files.py` reads the bytes of tensors.
+
 A file has a magic string, a version, the numbers of tensors and of keys, the keys with their
 values, the tensors' names, shapes, types and offsets, padding, and the tensors, each padded to the
 alignment. All numbers are little-endian.
@@ -305,13 +307,13 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
 
     Example:
       >>> import jax.numpy as jnp, jaxq, tempfile
-      >>> w = jaxq.interop.gguf.quantize(jnp.ones((4, 256)), "q6_k")
-      >>> tensor = jaxq.interop.gguf.Tensor("w.weight", w.type, w.shape, lambda: w.data)
+      >>> w = jaxq.quantize(jnp.ones((4, 256)), "tq2_0")
+      >>> tensor = Tensor("w.weight", "tq2_0", w.shape, lambda: jaxq.interop.gguf.pack(w))
       >>> path = tempfile.mkdtemp() + "/model.gguf"
-      >>> jaxq.interop.gguf.write(path, [tensor], {"general.architecture": "llama"})
+      >>> write(path, [tensor], {"general.architecture": "llama"})
       >>> with jaxq.interop.open_tensors(path) as file:
-      ...     file.packed(file.entries[0]).type
-      'q6_k'
+      ...     file.quantized(file.entries[0])
+      tq2_0[4×256] 264 B
     """
     alignment = int(metadata.get(_ALIGNMENT, 32))
     if alignment < 1 or alignment & (alignment - 1):

@@ -4,10 +4,11 @@ The model (`smollm.py`) is plain JAX without any code for quantization. The weig
 are rounded to the nearest levels, or solved by `jaxq.ptq.quantize_weights`: by GPTQ and its
 variants GPTAQ and QEP, after a search for the scale of each block (`jaxq.ptq.ScaleSearch`), with
 inputs that are scaled by AWQ (`jaxq.ptq.scale_inputs`), or rotated by random Hadamard transforms
-(`jaxq.ptq.rotate_inputs`). GPTQ can also take inputs in other orders. Two of the recipes differ between layers: "raised" has 3 bits in most
-layers and 4 bits in the first and the last one, and "mixed" is chosen by `jaxq.ptq.budget` within
-the bytes of "raised", by the effect of each weight's error on the loss. "int4_both" and
-"mxfp4_both" also quantize the activations: to int4 with one scale per token, and to MXFP4.
+(`jaxq.ptq.rotate_inputs`). GPTQ can also take inputs in other orders. Two of the recipes differ
+between layers: "raised" has 3 bits in most layers and 4 bits in the first and the last one, and
+"mixed" is chosen by `jaxq.ptq.budget` within the bytes of "raised", by the effect of each weight's
+error on the loss. "int4_both" and "mxfp4_both" also quantize the activations: to int4 with one
+scale per token, and to MXFP4.
 
 The table shows the perplexity on text that was not used for calibration. With several subsets of
 calibration data, it is the mean over them, with the least and the largest value; each subset also

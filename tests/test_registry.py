@@ -77,8 +77,10 @@ def test_spellings_of_recipes(spelling, recipe, product_recipe):
         jaxq.quantize(1.0, spelling)
     with pytest.raises(ValueError, match=f"Did you mean {product_recipe}[,?]"):
         jaxq.get_product_recipe(spelling)
-    with pytest.raises(ValueError, match=f"Did you mean {product_recipe}, .*{recipe}"):
+    with pytest.raises(ValueError, match="Did you mean") as error:
         jaxq.Rule("mlp", spelling)
+    assert recipe in str(error.value)
+    assert product_recipe in str(error.value)
 
 
 @pytest.mark.parametrize("spelling", ["bf16", "BF16", "int8", "int4", "e2m1"])

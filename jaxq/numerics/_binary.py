@@ -8,8 +8,7 @@ and fixed point are the special case of uniform spacing. The grid is described b
 Subnormals are never left to the backend: XLA on CPU flushes them in arithmetic and in comparisons.
 So there are three ways to compute the units and to multiply them by the spacing again:
 
-- narrow: every spacing is a normal number, so two multiplications by powers of two suffice, or,
-  to round half to even, a sum with a power of two;
+- narrow: every spacing is a normal number, so two multiplications by powers of two suffice;
 - aligned: the grid has the exponents of the working dtype (bfloat16, tf32, float8_e8m0fnu), and the
   units are the low bits;
 - wide: any other grid, including traced ones, by integer arithmetic.
@@ -105,28 +104,14 @@ class _Snap(NamedTuple):
 
 
 def _narrow(args: _Snap) -> jax.Array:
-    """Rounds magnitudes to the grid by a sum or by two multiplications by powers of two."""
+    """Rounds magnitudes to the grid by two multiplications by powers of two."""
     extended, grid, layout = args.magnitude, args.grid, args.layout
     if is_directed(args.rounding):  # Other modes round a flushed subnormal number to 0 too.
         extended = lax.max(extended, _least_normal(extended, layout))
     unit = _unit_exponents(extended, grid, layout)
-    if _adds_anchor(args):
-        anchor = layout.floats(unit + layout.shifted(layout.mantissa_bits))
-        return (layout.floats(extended) + anchor) - anchor
     units = layout.floats(extended) * layout.floats(layout.field(layout.bias) - unit)
     rounded = _rounded(units, unit, args)
     return rounded * layout.floats(unit)
-
-
-def _adds_anchor(args: _Snap) -> bool:
-    """Returns whether a sum with a power of two rounds to the grid.
-
-    The power is chosen so that the last bit of the sum has the value of the spacing.
-    """
-    grid, layout = args.grid, args.layout
-    if args.rounding is not nearest_even or not grid.static or grid.odd_codes or not grid.zero:
-        return False
-    return _emax(grid, layout) - grid.mantissa_bits + layout.mantissa_bits <= layout.bias
 
 
 def _aligned(args: _Snap) -> jax.Array:

@@ -136,7 +136,7 @@ def budget(
     """
     if by not in ("gradient", "loss", "relative"):
         raise ValueError(
-            f"budget: `by` must be 'gradient', 'loss' or 'relative', got {by!r}. Use 'loss'."
+            f"budget: `by` must be 'gradient', 'loss' or 'relative', got {by!r}. Use 'gradient'."
         )
     if any(math.isnan(getattr(score, by)) for score in scores.rows):
         raise ValueError(

@@ -23,16 +23,7 @@ __all__ = ["TYPES", "checked_bytes", "pack", "recipe_of", "unpack"]
 TYPES: Registry[Layout] = Registry(
     "GGUF type",
     LAYOUTS,
-    {
-        "q2_k_s": "q2_k",
-        "q3_k_m": "q3_k",
-        "q4_k_m": "q4_k",
-        "q4_k_s": "q4_k",
-        "q5_k_m": "q5_k",
-        "int8": "q8_0",
-        "int4": "q4_0",
-        "fp4": "mxfp4",
-    },
+    {"q2_k_s": "q2_k", "q3_k_m": "q3_k", "q4_k_m": "q4_k", "q4_k_s": "q4_k", "q5_k_m": "q5_k"},
 )
 
 # The recipes of the types whose name is not that of their recipe.
@@ -202,8 +193,8 @@ def checked_bytes(name: str, data: jax.typing.ArrayLike, type: str) -> jax.Array
     array, layout = jnp.asarray(data), TYPES.find(type)
     if array.dtype != jnp.uint8:
         raise TypeError(
-            f"gguf.{name}: `data` must be uint8, got {array.dtype}. Pass the raw bytes, for "
-            "example TensorFile.raw(entry)."
+            f"gguf.{name}: `data` must be uint8, got {array.dtype}. Pass the raw bytes, "
+            "for example TensorFile.raw(entry)."
         )
     if not array.ndim or array.shape[-1] % layout.size:
         raise ValueError(

@@ -19,11 +19,10 @@ import numpy as np
 from rich.progress import track
 
 import jaxq
-from jaxq.interop import gguf
 
 NUMBERS = (((1,), (1,)), ((), ()))  # Weights are [outputs, inputs].
 RECIPES = ("int8_channel", "int4_g32", "int4_g128", "nf4_dq", "mxfp4", "nvfp4")
-TYPES = ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0")
+RECIPES += ("q4_0", "q4_k", "q5_k", "q6_k", "q8_0")
 TOKENS = (1, 64)
 
 
@@ -41,7 +40,6 @@ def measured(size: int, rounds: int, chunk: int) -> tuple[list[str], float]:
     """Returns the rows of the table, and the milliseconds of the float32 product of one token."""
     w = jax.random.normal(jax.random.key(0), (size, size))
     weights = {name: jaxq.quantize(w, name) for name in RECIPES}
-    weights |= {f"gguf {name}": gguf.quantize(w, name) for name in TYPES}
     functions: dict[str, Callable] = {"at once": whole, "in parts": in_parts(chunk)}
     cases, memory = {}, {}
     for tokens in TOKENS:

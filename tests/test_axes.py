@@ -47,7 +47,7 @@ def test_tree_with_wrong_axis_raises_in_model(axis, multiply):
     quantized = jaxq.quantize_fn(lambda p, x: multiply(p["w"], x), "int4_g32")
     x = jax.ShapeDtypeStruct(WEIGHT.shape[axis : axis + 1 or None], jnp.float32)
     block, other = right["w"].block, wrong["w"].block
-    text = rf"'w' must be stored in blocks of \{block}, .* got blocks of \{other}. Pass the axis"
+    text = rf"'w' must be packed in blocks of \{block}, .* got blocks of \{other}. Pass the axis"
     with pytest.raises(ValueError, match=text.replace(")", r"\)")):
         jax.eval_shape(quantized, wrong, x)
     assert jax.eval_shape(quantized, right, x).ndim == 1

@@ -12,6 +12,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import MX, Affine, Symmetric
+from jaxq._jax.serialization import to_json
 from jaxq.recipes import ScaleAndMin, SignedScale
 from tests import data
 from tests.oracle import assert_same
@@ -94,10 +95,10 @@ def test_padding_does_not_affect_scales():
         (lambda: jaxq.Recipe("int4", scaling=ScaleAndMin()), "such as 'uint4'"),
         (
             lambda: jaxq.Recipe("uint4", scaling=ScaleAndMin(scale_format="float32")),
-            "`scale_format`, such as 'float16'",
+            "exact in float32, got 'float32'. Use 'float16'",
         ),
         (lambda: jaxq.Recipe.from_json("[]"), "must describe a recipe"),
-        (lambda: jaxq.Recipe.from_json('{"type": "Nothing"}'), "no record is called"),
+        (lambda: jaxq.Recipe.from_json('{"type": "Nothing"}'), "must name records"),
     ],
 )
 def test_invalid_arguments_raise(make, text):
@@ -107,8 +108,10 @@ def test_invalid_arguments_raise(make, text):
 
 def test_functions_have_no_json():
     recipe = jaxq.Recipe("int8", rounding=jaxq.numerics.ROUNDINGS["up"])
-    with pytest.raises(TypeError, match="functions cannot be written"):
+    with pytest.raises(TypeError, match="got a function"):
         recipe.to_json()
+    with pytest.raises(TypeError, match=r"numbers, strings or None, got dict. Convert"):
+        to_json("save", ({"a": 1},), {})
     stochastic = jaxq.Recipe("int8", rounding=jaxq.Stochastic(8, "B"))
     assert jaxq.Recipe.from_json(stochastic.to_json()) == stochastic
 

@@ -144,7 +144,7 @@ def test_gptq_activation_order_is_dequantized(tmp_path: pathlib.Path):
         assert file.entries[0].dtype == "gptq float32 values"
         assert "activation order" in file.entries[0].layout.note
     (folder / "config.json").write_text(json.dumps(method("gptq", desc_act=False)))
-    with pytest.raises(FileError, match="g_idx is not in order"):
+    with pytest.raises(FileError, match="g_idx must be in order"):
         load_tensors(folder)
     (folder / "config.json").unlink()
     (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 32}')
@@ -246,7 +246,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], object, str]] = {
     "unknown method": ({"a": ONE}, method("hqq"), "'hqq' is not supported; awq"),
     "no method": ({"a": ONE}, {"quantization_config": {}}, "no quant_method"),
     "damaged config": ({"a": ONE}, "{", "not a valid JSON"),
-    "config of another kind": ({"a": ONE}, "[]", "no JSON object"),
+    "config of another kind": ({"a": ONE}, "[]", "a JSON object, got list"),
     "gptq format": (GPTQ, method("gptq", checkpoint_format="gptq_p"), "'gptq_p' is not supp"),
     "gptq bits": (GPTQ, method("gptq", bits=3), "it has 4 bits"),
     "gptq scales": ({**GPTQ, "a.scales": TWO}, method("gptq"), "bits"),
@@ -259,7 +259,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], object, str]] = {
     "gptq order": (
         {**GPTQ, "a.g_idx": np.full(64, 9, np.int32)},
         method("gptq", desc_act=True),
-        "groups from 9 to 9 of 2",
+        "numbers 0 to 1, got 9 to 9",
     ),
     "awq version": ({"a": ONE}, method("awq", version="gemv"), "'gemv' is not supported"),
     "awq shapes": ({"a.qweight": INT, "a.scales": TWO, "a.qzeros": INT}, method("awq"), "must be"),

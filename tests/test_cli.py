@@ -178,12 +178,13 @@ def test_errors_of_pieces_are_those_of_whole_tensors(
 def test_block_types_of_gguf_are_compared(tmp_path: pathlib.Path, capsys):
     x = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
     safetensors.numpy.save_file({"w": x, "v": x[:, :64].copy()}, tmp_path / "a.safetensors")
-    result = compared(capsys, str(tmp_path / "a.safetensors"), "--recipes", "tq2_0")
-    rows = {row["tensor"]: row for row in result["tensors"]}
-    error = np.float64(gguf.fake_quant(x, "tq2_0")) - x
-    assert rows["w"]["mse"] == pytest.approx(np.mean(error**2))
-    assert rows["w"]["bytes"] == 6 * 66
-    assert rows["v"]["note"] == "blocks of 256 do not divide rows of 64"
+    result = compared(capsys, str(tmp_path / "a.safetensors"), "--recipes", "tq1_0,nvfp4_ggml")
+    rows = {(row["tensor"], row["recipe"]): row for row in result["tensors"]}
+    for name, recipe in (("tq1_0", "tq2_0"), ("nvfp4_ggml", "nvfp4_ggml")):
+        error = np.float64(jaxq.fake_quant(x, recipe)) - x
+        assert rows["w", name]["mse"] == pytest.approx(np.mean(error**2))
+    assert rows["w", "tq1_0"]["bytes"] == 6 * 54
+    assert rows["v", "tq1_0"]["note"] == "blocks of 256 do not divide rows of 64"
 
 
 def test_tables_and_csv(capsys, checkpoint: pathlib.Path):
@@ -331,7 +332,10 @@ def test_kill_leaves_old_file(tmp_path: pathlib.Path):
         (["formats", "--values", "float16"], "at most 8 bits"),
         (["show", "x", "--in", "int4"], "is not a number"),
         (["show", "0x3f", "--in", "int4"], "--bits 0x3f"),
-        (["show", "--bits", "0x1f", "--in", "int4"], "codes of 4 bits"),
+        (
+            ["show", "--bits", "0x1f", "--in", "int4"],
+            "0x1f is not a code of int4; codes are 0x0 to 0xf",
+        ),
         (["show", "--bits", "1.5", "--in", "int4"], "a bit pattern is"),
         (["show", "1"], "--in"),
         (["show", "1", "--in", ","], "separated by commas"),
@@ -525,7 +529,7 @@ def test_importance_of_an_expert_without_tokens_is_uniform(capsys, tmp_path: pat
     with jaxq.interop.open_tensors(target) as file:
         got = file.read(file.entries[0])
     for i, weights in enumerate((np.ones(32, np.float32), sums[1] / 4)):
-        want = gguf.quantize(x[i], "q4_0", importance=weights).dequantize()
+        want = jaxq.fake_quant(x[i], "q4_0", importance=weights)
         np.testing.assert_array_equal(got[i], want)
     code, _, error = run(
         capsys, "quantize", source, str(tmp_path / "y.safetensors"),

@@ -64,7 +64,7 @@ def test_importance_in_parts_gives_the_bytes_of_whole_tensors(tmp_path: pathlib.
     command = ["quantize", source, target, "--recipe", "q4_0", "--imatrix", imatrix]
     assert main([str(argument) for argument in command]) == 0
     weights = np.stack([np.float32(sums[:1]), np.ones((1, 160), np.float32)])
-    want = gguf.quantize(x, "q4_0", importance=weights).data
+    want = gguf.quantize(x, "q4_0", importance=weights)
     with open_tensors(target) as file:
         np.testing.assert_array_equal(file.raw(file.entries[0]), want)
 
@@ -94,7 +94,7 @@ def test_the_estimate_is_right_within_a_factor_of_two_after_a_tenth():
         work = rng.uniform(1, 10, 200)
         seconds = work * rng.uniform(fastest, slowest, 200)
         pace, compilation = Pace(work.sum(), clock), 5 * seconds.sum()
-        assert pace.left is None
+        assert pace.seconds_left is None
         for i in range(200):
             if i in (0, 5):
                 clock.now += compilation
@@ -103,5 +103,5 @@ def test_the_estimate_is_right_within_a_factor_of_two_after_a_tenth():
             pace.advance(work[i])
             rest = seconds[i + 1 :].sum()
             if pace.done > pace.total / 10 and rest > 0:
-                assert rest / 2 < pace.left < rest * 2
-        assert pace.left == pytest.approx(0, abs=1e-6)
+                assert rest / 2 < pace.seconds_left < rest * 2
+        assert pace.seconds_left == pytest.approx(0, abs=1e-6)

@@ -232,7 +232,7 @@ def assert_quantize_equals_fake_quant(x: np.ndarray, name: str) -> None:
 
 @EACH_RECIPE
 class TestRecipes:
-    def test_quantize_equals_fake_quant(self, name):
+    def test_stored_equals_simulated(self, name):
         for x in difficult_tensors():
             assert_quantize_equals_fake_quant(x, name)
 
@@ -373,7 +373,7 @@ def test_half_rule_and_cast_use_lowest_code():
 
 @STRUCTURES
 class TestStructures:
-    def test_quantize_equals_fake_quant_in_bfloat16(self, name):
+    def test_stored_equals_simulated_in_bfloat16(self, name):
         for x in difficult_tensors():
             assert_quantize_equals_fake_quant(x.astype(jnp.bfloat16), name)
 

@@ -358,7 +358,7 @@ def test_negative_axes_of_recipes_equal_positive_axes():
 
 def test_misspelled_pattern_raises_with_suggestion():
     case = linen_dense()
-    text = "matches no weight. The nearest are params/Dense_0/kernel"
+    text = "matches no weight. Did you mean params/Dense_0/kernel"
     with pytest.raises(ValueError, match=re.escape(text)):
         jaxq.quantize_fn(case.apply, [("Dense_O/kernel", "w8a8")])(case.init(), X)
 

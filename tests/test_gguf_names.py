@@ -132,7 +132,26 @@ def test_llama3_frequencies_are_divided_by_the_published_factors():
         ({"rms_norm_eps": None, "rope_theta": "x"}, "a number 'rope_theta'"),
         ({"rope_scaling": {"type": "yarn"}}, "'yarn' is not supported"),
         ({"rope_scaling": [1]}, "must be a table"),
-        ({"model_type": "gemma3_text", "sliding_window_pattern": 4}, "every sixth layer"),
+        (
+            {"model_type": "gemma3_text", "sliding_window_pattern": 4},
+            "got sliding_window_pattern=4. Keep",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_local_base_freq": 5e5},
+            "got rope_local_base_freq=500000. Keep",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 6,
+                "layer_types": ["full_attention"] * 6,
+            },
+            r"got layer_types=\[...\] with 'full_attention' for layer 0. Keep",
+        ),
+        (
+            {"model_type": "gemma3_text", "num_hidden_layers": 6, "layer_types": ["x"]},
+            "got layer_types=a list of 1 for 6 layers. Keep",
+        ),
     ],
 )
 def test_unsupported_models_are_refused(fields: dict[str, Any], message: str):

@@ -15,24 +15,22 @@ from jax import numpy as jnp
 import jaxq
 from jaxq.cli import main
 from jaxq.interop import gguf
+from jaxq.recipes import RECIPES
 from tests import data
 from tests.oracle import assert_same
 from tools.golden_gguf import tensors
 
+pack = jax.jit(gguf.pack, static_argnums=1)
+unpack = jax.jit(gguf.unpack, static_argnums=1)
 X, IMPORTANCE = tensors()
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "gguf.npz")
 # `test_super_blocks.py` has fast tests of the searches of K-quants.
 FEW = ["nvfp4", "tq1_0", "q4_0"]
 
 
-@functools.cache
-def packed(name: str) -> gguf.Packed:
-    return gguf.quantize(X, name)
-
-
 @pytest.mark.parametrize("name", data.each(gguf.TYPES, FEW))
 def test_bytes_equal_libgguf(name: str):
-    np.testing.assert_array_equal(packed(name).data, GOLDEN[name])
+    np.testing.assert_array_equal(gguf.quantize(X, name), GOLDEN[name])
 
 
 IMPORTANT = sorted(name.split()[0] for name in GOLDEN if "importance" in name)
@@ -41,7 +39,47 @@ IMPORTANT = sorted(name.split()[0] for name in GOLDEN if "importance" in name)
 @pytest.mark.parametrize("name", data.each(IMPORTANT, ["q4_0"]))
 def test_bytes_with_an_importance_matrix_equal_libgguf(name: str):
     got = gguf.quantize(X, name, importance=IMPORTANCE)
-    np.testing.assert_array_equal(got.data, GOLDEN[f"{name} importance"])
+    np.testing.assert_array_equal(got, GOLDEN[f"{name} importance"])
+
+
+@pytest.mark.parametrize("case", data.each(GOLDEN, ["nvfp4", "mxfp4", "tq1_0", "q4_0 importance"]))
+def test_recipe_gives_the_bytes_of_libgguf_and_bytes_give_the_tensor(case: str):
+    name, *important = case.split()
+    recipe, weights = gguf.recipe_of(name), IMPORTANCE if important else None
+    q = jaxq.quantize(X, recipe, importance=weights)
+    np.testing.assert_array_equal(pack(q, name), GOLDEN[case])
+    again = unpack(GOLDEN[case], name)
+    chex.assert_trees_all_equal_shapes_and_dtypes(again, q)
+    for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(q), strict=True):
+        np.testing.assert_array_equal(got, want)
+    values = quants.dequantize(GOLDEN[case], GGMLQuantizationType[name.upper()])
+    assert_same(again.dequantize(), values)
+    assert_same(jaxq.fake_quant(X.T, recipe, importance=weights, axis=0).T, values)
+
+
+def test_three_types_have_recipes_of_other_names():
+    names = {name: RECIPES.name_of(gguf.recipe_of(name)) for name in gguf.TYPES}
+    others = {name: recipe for name, recipe in names.items() if name != recipe}
+    assert others == {"tq1_0": "tq2_0", "mxfp4": "mxfp4_ggml", "nvfp4": "nvfp4_ggml"}
+
+
+def test_scales_of_ocp_and_nvidia_differ_from_those_of_ggml():
+    for name in ("mxfp4", "nvfp4"):
+        assert not np.array_equal(jaxq.fake_quant(X, name), jaxq.fake_quant(X, f"{name}_ggml"))
+
+
+def test_mxfp4_of_ocp_is_packed_with_its_own_scales():
+    q = jaxq.quantize(X, "mxfp4")
+    want = quants.dequantize(np.asarray(gguf.pack(q)), GGMLQuantizationType.MXFP4)
+    np.testing.assert_array_equal(q.dequantize(), want)
+
+
+def test_minus_zero_and_scales_that_are_no_numbers_are_read_as_by_ggml():
+    mxfp4, nvfp4 = np.full(17, 0x81, np.uint8), np.full(36, 0x18, np.uint8)
+    nvfp4[:4] = 0x38, 0xB8, 0x7F, 0
+    for content, name in ((mxfp4, "mxfp4"), (nvfp4, "nvfp4")):
+        want = quants.dequantize(content, GGMLQuantizationType[name.upper()])
+        assert_same(gguf.unpack(content, name).dequantize(), want)
 
 
 @pytest.mark.parametrize("name", data.each(gguf.TYPES, ["q4_k", "tq1_0", "nvfp4"]))
@@ -68,31 +106,46 @@ def test_importance_may_differ_between_experts():
     x, weights = X.reshape(2, 6, 256), jnp.stack([IMPORTANCE, IMPORTANCE[::-1]])[:, None]
     got = gguf.quantize(x, "q4_0", importance=weights)
     want = GOLDEN["q4_0 importance"][:6]
-    np.testing.assert_array_equal(got.data[0], want)
-    assert not np.array_equal(got.data[1], GOLDEN["q4_0 importance"][6:])
+    np.testing.assert_array_equal(got[0], want)
+    assert not np.array_equal(got[1], GOLDEN["q4_0 importance"][6:])
+    q = jaxq.quantize(x, "q4_0", importance=weights)
+    np.testing.assert_array_equal(gguf.pack(q), got)
 
 
 @pytest.mark.slow
 def test_large_tensors_are_cut_into_chunks():
     x = np.tile(X, (25, 1))
-    np.testing.assert_array_equal(gguf.quantize(x, "q8_0").data, np.tile(GOLDEN["q8_0"], (25, 1)))
+    np.testing.assert_array_equal(gguf.quantize(x, "q4_k"), np.tile(GOLDEN["q4_k"], (25, 1)))
 
 
-def test_stored_equals_simulated_with_a_straight_through_gradient():
-    want = packed("nvfp4").dequantize()
-    y, pull = jax.vjp(lambda x: gguf.fake_quant(x, "nvfp4", axis=0), jnp.asarray(X.T))
-    assert_same(y, want.T)
-    np.testing.assert_array_equal(pull(y)[0], y)
+def test_file_is_read_as_the_quantized_tensors_of_its_recipes(tmp_path: pathlib.Path):
+    path = tmp_path / "a.gguf"
+    names = ["q8_0", "tq1_0", "mxfp4"]
+    write(path, names)
+    for name, q in jaxq.interop.load_tensors(path).items():
+        assert isinstance(q, jaxq.Quantized)
+        assert q.recipe == gguf.recipe_of(name)
+        np.testing.assert_array_equal(pack(q, name), GOLDEN[name])
 
 
-def test_packed_is_a_pytree_that_is_saved(tmp_path: pathlib.Path):
-    q = packed("q4_0")
-    chex.assert_shape(q, X.shape)
-    assert q.nbytes == 12 * 8 * 18
-    jaxq.save(tmp_path / "a.safetensors", q)
-    again = jaxq.load(tmp_path / "a.safetensors")
-    assert (again.type, again.dtype) == ("q4_0", np.float32)
-    np.testing.assert_array_equal(again.data, q.data)
+@pytest.mark.slow
+def test_commands_copy_and_convert_block_types(tmp_path: pathlib.Path):
+    path, copy, rules = (tmp_path / name for name in ("a.gguf", "b.safetensors", "rules.json"))
+    write(path, ["q4_k", "tq1_0", "mxfp4"])
+    rules.write_text('[["tq1_0", "tq1_0"]]')
+    assert main(["quantize", str(path), str(copy), "--rules", str(rules)]) == 0
+    for name, q in jaxq.load(copy).items():
+        np.testing.assert_array_equal(pack(q, name), GOLDEN[name])
+    copy = tmp_path / "b.gguf"
+    assert main(["quantize", str(path), str(copy), "--recipe", "mxfp4_ggml"]) == 0
+    with jaxq.interop.open_tensors(copy) as file:
+        assert {entry.dtype for entry in file.entries} == {"MXFP4"}
+
+
+def write(path: pathlib.Path, names: list[str]) -> None:
+    """Writes a tensor of each of some types."""
+    read = lambda name: functools.partial(GOLDEN.__getitem__, name)
+    gguf.write(path, [gguf.Tensor(name, name, X.shape, read(name)) for name in names], {})
 
 
 @pytest.mark.parametrize(

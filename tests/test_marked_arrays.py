@@ -127,7 +127,7 @@ def test_mark_without_a_cotangent_is_refused():
 
     with pytest.raises(ValueError, match=r"array 'state' .* its cotangent is unknown"):
         monitor(loop, [], Monitoring("state"))(PARAMS["out"], X)
-    with pytest.raises(ValueError, match="The nearest are scores"):
+    with pytest.raises(ValueError, match="Did you mean scores"):
         monitor(model, [], Monitoring("scorse"))(PARAMS, X)
 
 

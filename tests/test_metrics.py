@@ -384,7 +384,7 @@ class TestCodes:
     def test_usage_without_a_recipe_or_of_many_bits_raises(self):
         with pytest.raises(ValueError, match="`recipe` must be given"):
             analysis.code_usage(np.ones(2, np.float32))
-        with pytest.raises(TypeError, match="at most 16 bits"):
+        with pytest.raises(ValueError, match="at most 16 bits"):
             analysis.code_usage(np.ones(2, np.float32), "float32")
 
 

@@ -405,7 +405,7 @@ def frozen(params, x):
         (lambda: Monitoring(every=0), "at least 1"),
         (
             lambda: monitor(squared, [], Monitoring("v"))({"w": jnp.eye(2)}, jnp.eye(2)),
-            "matches no product. The nearest are w",
+            "matches no product. Did you mean w",
         ),
         (
             lambda: monitor(looped, [])({"w": jnp.eye(2)}, jnp.eye(2)),

@@ -193,6 +193,8 @@ def shape_for(recipe: jaxq.Recipe) -> tuple[int, int]:
     """Returns a shape with two blocks on each divided axis."""
     block = recipe.cut((256, 256)).block
     rows, columns = (2 * b if b < 256 else n for b, n in zip(block, (4, 48), strict=True))
+    if isinstance(recipe.granularity, jaxq.PerBlock):
+        columns = 2 * block[1]
     return rows, max(columns, 16)
 
 

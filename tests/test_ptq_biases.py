@@ -92,7 +92,7 @@ def test_products_that_share_a_bias_are_corrected_without_masked_tokens():
 @pytest.mark.parametrize(
     ("biases", "words"),
     [
-        ({"layers/upp": "layers/up_bias"}, "nearest are layers/up"),
+        ({"layers/upp": "layers/up_bias"}, "Did you mean layers/up"),
         ({"head": "layers/up_bias"}, "whose weight `rules` quantize"),
         ({"layers/up": "layers/bias"}, "leaf of `packed`"),
         ({"layers/up": "layers/down"}, "must be a float array"),
@@ -108,5 +108,12 @@ def test_wrong_names_and_shapes_are_errors(biases, words):
 def test_parameters_that_are_not_packed_are_errors():
     with pytest.raises(ValueError, match="must be packed"):
         ptq.correct_biases(model, RULES, BIASES)(PARAMS, PARAMS, BATCHES)
-    with pytest.raises(ValueError, match="structure of `params`"):
+    with pytest.raises(ValueError, match=r"structure of `params`, got the leaf .* in `params` but"):
         ptq.correct_biases(model, RULES, BIASES)(PARAMS, PARAMS["layers"], BATCHES)
+
+
+def test_packed_parameters_with_other_names_are_errors():
+    renamed = {"other" if name == "layers" else name: leaf for name, leaf in PARAMS.items()}
+    words = "got the leaf 'layers/.*' in `params` but not in `packed`"
+    with pytest.raises(ValueError, match=words):
+        ptq.correct_biases(model, RULES, BIASES)(PARAMS, renamed, BATCHES)

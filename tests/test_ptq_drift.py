@@ -126,7 +126,9 @@ def test_padding_has_no_drift():
 
 
 def test_bad_settings_are_errors():
-    with pytest.raises(ValueError, match="`asymmetry` must not be negative"):
+    with pytest.raises(
+        ValueError, match=r"`asymmetry` must not be negative, .* Use 0 \(off\), or 0.25"
+    ):
         ptq.GPTQ(asymmetry=-1)
     with pytest.raises(ValueError, match="must not both be positive"):
         ptq.GPTQ(asymmetry=0.25, propagation=0.5)

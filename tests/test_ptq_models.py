@@ -308,7 +308,7 @@ def test_more_layers_of_one_shape_compile_nothing_more():
         ),
         (
             lambda: ptq.quantize_weights(two, {"upp": RULES})(two_params(), [normal(0, 4, 8)]),
-            "matches no weight. The nearest are up",
+            "matches no weight. Did you mean up",
         ),
         (
             lambda: ptq.quantize_weights(two, [])(two_params(), [normal(0, 4, 8)]),

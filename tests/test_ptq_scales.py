@@ -186,8 +186,8 @@ def test_factors_fold_into_the_norm_and_the_weight_before():
     y, run = normed(params, x), jax.jit(normed)
     np.testing.assert_allclose(run(folded, x), y, rtol=1e-4, atol=1e-4)
     for into, message in (
-        ({"up": "nrom"}, "a leaf of `params`, got 'nrom'. The nearest are norm"),
-        ({"upp": "norm"}, "a product with factors, got 'upp'. The nearest are up"),
+        ({"up": "nrom"}, "a leaf of `params`, got 'nrom'. Did you mean norm"),
+        ({"upp": "norm"}, "a product with factors, got 'upp'. Did you mean up"),
         ({"up": ("down", 0)}, r"factors of shape \(2, 8\) .* axis 0, got the shape \(2, 8, 8\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,8 +1,11 @@
 """Look-ups by name and the suggestions in their errors."""
 
+import numpy as np
 import pytest
 
 import jaxq
+from jaxq import lora, ptq, serving
+from jaxq._base.registry import suggestion
 from jaxq.analysis import distributions
 
 LOOK_UPS = {
@@ -12,6 +15,11 @@ LOOK_UPS = {
     "calibrator": (jaxq.recipes.CALIBRATORS, jaxq.recipes.get_calibrator),
     "recipe": (jaxq.recipes.RECIPES, jaxq.get_recipe),
     "product recipe": (jaxq.products.PRODUCT_RECIPES, jaxq.get_product_recipe),
+    "cache recipe": (serving.CACHE_RECIPES, serving.get_cache_recipe),
+    "solver": (ptq.SOLVERS, ptq.get_solver),
+    "input scaler": (ptq.INPUT_SCALERS, ptq.get_input_scaler),
+    "rounding method": (ptq.ROUNDING_METHODS, ptq.get_rounding_method),
+    "adapter method": (lora.METHODS, lora.get_method),
     "distribution": (distributions.DISTRIBUTIONS, distributions.get_distribution),
 }
 EACH = pytest.mark.parametrize(("registry", "find"), LOOK_UPS.values(), ids=LOOK_UPS)
@@ -41,7 +49,7 @@ def test_unknown_names_list_all_names(registry, find):
 @EACH
 def test_common_spellings_are_suggested_first(registry, find):
     for spelling, name in registry.synonyms.items():
-        with pytest.raises(ValueError, match=f"Did you mean {name}[,?]"):
+        with pytest.raises(ValueError, match=f"(Did you mean|such as) '?{name}['?,]"):
             find(spelling)
 
 
@@ -52,6 +60,46 @@ def test_common_spellings_are_suggested_first(registry, find):
 def test_spellings_of_formats(spelling, name):
     with pytest.raises(ValueError, match=f"Did you mean {name}[,?]"):
         jaxq.cast(1.0, spelling)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "recipe", "product_recipe"),
+    [
+        ("fp8", "fp8_e4m3_tensor", "fp8_training"),
+        ("fp8_e4m3", "fp8_e4m3_tensor", "fp8_training"),
+        ("e4m3", "fp8_e4m3_tensor", "fp8_training"),
+        ("mxfp8", "mxfp8_e4m3", "mxfp8_training"),
+        ("fp4", "nvfp4", "nvfp4_training"),
+    ],
+)
+def test_spellings_of_recipes(spelling, recipe, product_recipe):
+    with pytest.raises(ValueError, match=f"Did you mean {recipe}[,?]"):
+        jaxq.quantize(1.0, spelling)
+    with pytest.raises(ValueError, match=f"Did you mean {product_recipe}[,?]"):
+        jaxq.get_product_recipe(spelling)
+    with pytest.raises(ValueError, match="Did you mean") as error:
+        jaxq.Rule("mlp", spelling)
+    assert recipe in str(error.value)
+    assert product_recipe in str(error.value)
+
+
+@pytest.mark.parametrize("spelling", ["bf16", "BF16", "int8", "int4", "e2m1"])
+def test_spellings_of_formats_in_place_of_recipes(spelling):
+    with pytest.raises(ValueError, match=rf"'{spelling}' is a number format.*jaxq.Recipe\('"):
+        jaxq.quantize(1.0, spelling)
+
+
+def test_dtypes_of_quantizers_exclude_float64():
+    for call in (jaxq.quantize, jaxq.fake_quant, jaxq.analysis.quantization_error):
+        with pytest.raises(TypeError, match="must be float16, bfloat16 or float32, got int32"):
+            call(np.int32(1), "int8_tensor")
+
+
+def test_ends_of_paths_are_compared():
+    hint = suggestion("upp", ["layers/up", "layers/down"], most=1)
+    assert hint == "Did you mean layers/up?"
+    assert suggestion("kernel", ["layers/up", "norm"], most=1) == "Known: layers/up and 1 more."
+    assert suggestion("kernel", []) == "Known: none."
 
 
 def test_registries_are_read_only():

@@ -97,11 +97,11 @@ def test_single_product_recipe_applies_to_all_products():
             TypeError,
             r"must be a jaxq.Rule or a pair \(pattern, recipe\)",
         ),
-        ("w8b8", ValueError, "no recipe is named 'w8b8'. The nearest are w8a8"),
+        ("w8b8", ValueError, "no recipe is named 'w8b8'. Did you mean w8a8"),
         (
             {"kernel": "int4_g33"},
             ValueError,
-            "no recipe is named 'int4_g33'. The nearest are int4_g3",
+            "no recipe is named 'int4_g33'. Did you mean int4_g3",
         ),
         ({"kernel": "int4"}, ValueError, "'int4' is a number format, .* Use a recipe"),
         ({"(": "int8_tensor"}, ValueError, r"must be a regular expression, got '\('"),
@@ -117,7 +117,7 @@ def test_malformed_rules_raise(owner, rules, kind, text):
 @pytest.mark.parametrize(
     ("rules", "text"),
     [
-        ({"kernle": "int8_tensor"}, r"Rule\('kernle'\) matches no .*The nearest are .*/kernel"),
+        ({"kernle": "int8_tensor"}, r"Rule\('kernle'\) matches no .*Did you mean .*/kernel"),
         (
             [("kernel", "int8_tensor"), ("head/kernel", "int4_tensor")],
             r"Rule\('head/kernel'\) applies to nothing: the earlier Rule\('kernel'\) applies to .*"

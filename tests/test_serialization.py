@@ -87,7 +87,6 @@ def make_examples() -> dict:
         ),
         "adapted": lora.adapt(model, "int4_g32", lora.QLoRA(2))(PARAMS, X),
         "cache": serving.KVCache.empty((256, 2, 32), "kivi2").append(TOKENS, -TOKENS),
-        "block types": jaxq.interop.gguf.quantize(W, "q8_0"),
         "moments": calibration.update(calibration.init(X.shape, moments), X, moments),
         "optimizer": (gradients, adam),
         "named tuples": [gradients, adam._replace(inner={"w": W})],

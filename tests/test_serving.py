@@ -153,6 +153,19 @@ def test_attention_equals_float64_attention_over_the_dequantized_cache(chunk: in
     np.testing.assert_allclose(y, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_special_values_reach_only_the_queries_that_see_them(value: float, chunk: int | None):
+    recipe = serving.CacheRecipe("fp8_e4m3_token", "fp8_e4m3_token", residual_length=6)
+    cache = serving.KVCache.empty((CAPACITY, HEADS, CHANNELS), recipe)
+    keys, values = (x[:4] for x in tokens(27))
+    query = jnp.ones((4, HEADS, CHANNELS))
+    wanted = attend(append(cache, keys, values), query, chunk)
+    got = attend(append(cache, keys, values.at[2, 0, 5].set(value)), query, chunk)
+    np.testing.assert_array_equal(got[2:, 0, 5], value)
+    np.testing.assert_array_equal(got.at[2:, 0, 5].set(0), wanted.at[2:, 0, 5].set(0))
+
+
 def test_scale_of_logits_is_an_argument():
     cache, _ = history()
     query = jnp.ones((1, HEADS, CHANNELS))

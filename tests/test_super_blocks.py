@@ -15,7 +15,7 @@ import jaxq
 from jaxq import ptq
 from jaxq.interop import gguf
 from jaxq.quantizers import slices
-from jaxq.recipes import SuperBlocks
+from jaxq.recipes import SignedScale, SuperBlocks
 from tests import data
 from tests.oracle import assert_same
 from tools.golden_gguf import tensors
@@ -156,6 +156,7 @@ def test_another_rounding_mode_rounds_by_the_stored_scales():
 
 def test_invalid_arguments_raise():
     recipe = functools.partial(jaxq.Recipe, "uint4", scaling=SuperBlocks("q4_k"))
+    tiles = jaxq.Recipe("int4", jaxq.PerBlock((4, 32)), SignedScale())
     for make, message in [
         (lambda: SuperBlocks("q4"), "must be one of q2_k"),
         (lambda: jaxq.Recipe("int4", scaling=SuperBlocks("q4_k")), "element format 'uint4'"),
@@ -164,9 +165,12 @@ def test_invalid_arguments_raise():
         (lambda: jaxq.quantize(X[:, :64], "q4_k"), "256 divides.* Use 'q5_0'"),
         (lambda: jaxq.quantize(X, "q4_k", importance=IMPORTANCE[:5]), "one weight for each"),
         (lambda: jaxq.quantize(X.T, "q4_k", axis=0, importance=X.T[:5]), "one weight for each"),
-        (lambda: jaxq.quantize(X, "q4_0", importance=IMPORTANCE), "searches for its scales"),
+        (lambda: jaxq.quantize(X, "q8_0", importance=IMPORTANCE), "search of GGUF.* got q8_0"),
+        (lambda: jaxq.quantize(X, "mxfp4_ggml", importance=IMPORTANCE), "search of GGUF"),
+        (lambda: jaxq.quantize(X, tiles, importance=IMPORTANCE), "along one axis.* got blocks of"),
         (lambda: jaxq.quantize(X, "q4_k", scale=1.0), "computes its scales"),
         (lambda: ptq.ImportanceMatrix().check("f", jaxq.get_recipe("q4_0")), "such as 'q4_k'"),
+        (lambda: ptq.ImportanceMatrix().check("f", jaxq.get_recipe("mxfp4_ggml")), "got mxfp4"),
         (lambda: ptq.ScaleSearch().check("f", jaxq.get_recipe("q4_k")), "ImportanceMatrix"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):

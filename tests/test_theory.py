@@ -126,6 +126,7 @@ MODELS: dict[str, Model] = {
     "nvfp4": Model(levels("float4_e2m1fn"), in_e4m3(6), 16),
     "nvfp4_tile16": Model(levels("float4_e2m1fn"), in_e4m3(6), 256),
     "q8_0": Model(levels("int8"), half_precision(over(127)), 32),
+    "tq2_0": Model(np.array([-1.0, 0, 1]), half_precision(over(1)), 256),
     "q4_0": gguf_extremum(4),
     "q5_0": gguf_extremum(5),
     "q4_1": gguf_minimum(4),

@@ -142,7 +142,9 @@ def test_pictures_show_tensors_steps_and_the_range_of_a_format(tmp_path: pathlib
     drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert {"hidden", "out"} < {*drawn}
     np.testing.assert_array_equal(drawn["hidden"], log.values["hidden/lhs/amax"].max(1))
-    with pytest.raises(ValueError, match=r"has no 'scale_amax' of 'lhs'. It has that of no"):
+    with pytest.raises(
+        ValueError, match=r"has no 'scale_amax' of 'lhs'. Record it with Monitoring"
+    ):
         plots.magnitudes_by_step(log, scales=True)
     with pytest.raises(ValueError, match="must be a float format, got int8"):
         plots.magnitudes_by_step(log, fmt="int8")

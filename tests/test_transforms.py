@@ -124,7 +124,7 @@ def test_stored_weights_match(params):
     assert sum(x.nbytes for x in jax.tree.leaves(stored)) == reported
     assert compiled.memory_analysis().argument_size_in_bytes == reported + IDS.nbytes
     other = [("embedding", "int4_channel"), *RULES[1:]]
-    with pytest.raises(ValueError, match="'embedding' must be stored as its rule says"):
+    with pytest.raises(ValueError, match="'embedding' must be packed as its rule says"):
         jaxq.quantize_fn(model, other)(stored, IDS)
 
 
@@ -318,7 +318,7 @@ def test_devices_of_shard_map_use_different_keys(check):
 @pytest.mark.parametrize(
     ("rules", "text"),
     [
-        ([("layer/up", "w8a8")], "matches no weight. The nearest are layers/up"),
+        ([("layer/up", "w8a8")], "matches no weight. Did you mean layers/up"),
         ([("", "w8a8"), ("out", "w4a16")], "the earlier Rule.* applies to"),
         (
             [(r"^out", jaxq.ProductRecipe(None, jaxq.Recipe("int4", jaxq.PerBlock(24))))],
@@ -354,7 +354,7 @@ def test_invalid_patterns_and_recipes_raise():
     for pattern in ("(", 3):
         with pytest.raises(ValueError, match="`weight` must be a regular expression"):
             jaxq.Rule(pattern, "w8a8")
-    with pytest.raises(ValueError, match=r"Rule: no recipe is named 'w8b8'. The nearest are w8a8"):
+    with pytest.raises(ValueError, match=r"Rule: no recipe is named 'w8b8'. Did you mean w8a8"):
         jaxq.Rule("out", "w8b8")
 
 

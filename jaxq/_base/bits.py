@@ -71,13 +71,13 @@ class Layout(NamedTuple):
             return self.float_type(value)
 
     def bits(self, x: Any) -> Any:
-        """Returns the bits of floats."""
+        """Reinterprets floats as integers."""
         if isinstance(x, np.floating):
             return x.view(self.int_type)
         return lax.bitcast_convert_type(x, self.int_type)
 
     def floats(self, bits: Any) -> Any:
-        """Returns the floats with given bits."""
+        """Reinterprets integers as floats."""
         if isinstance(bits, np.integer):
             return bits.view(self.float_type)
         return lax.bitcast_convert_type(bits, self.float_type)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
-__all__ = ["Registry", "nearest_names"]
+__all__ = ["Registry", "suggestion"]
 
 _Entry = TypeVar("_Entry")
 
@@ -50,7 +50,7 @@ class Registry(Mapping[str, _Entry]):
           ValueError: no entry has that name. The message suggests the nearest ones.
         """
         if name not in self._entries:
-            raise self.unknown(name, self.near(name))
+            raise self.unknown(name)
         return self._entries[name]
 
     def resolve(self, value: str | _Entry, argument: str, method: str = "__call__") -> _Entry:
@@ -87,19 +87,54 @@ class Registry(Mapping[str, _Entry]):
 
     def near(self, name: str) -> list[str]:
         """Returns up to three names similar to a misspelled one, the most similar first."""
-        spelled = name.lower()
-        near = difflib.get_close_matches(spelled, self._entries, n=3, cutoff=0.5)
-        if spelled in self.synonyms:
-            first = self.synonyms[spelled]
-            near = [first, *(other for other in near if other != first)]
-        return near[:3]
+        return _similar(name, self)
 
-    def unknown(self, name: str, near: list[str]) -> ValueError:
-        """Returns the error for an unknown name, which suggests the given similar names."""
-        hint = f"Did you mean {', '.join(near[:3])}?" if near else f"Known: {', '.join(self)}."
-        return ValueError(f"No {self.kind} is named {name!r}. {hint}")
+    def unknown(self, name: str) -> ValueError:
+        """Returns the error for an unknown name, which suggests similar names."""
+        return ValueError(f"No {self.kind} is named {name!r}. {suggestion(name, self)}")
 
 
-def nearest_names(name: str, known: Iterable[str]) -> str:
-    """Returns the three known names most similar to a name, as text; "none" if none are known."""
-    return ", ".join(difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.0)) or "none"
+def suggestion(name: str, *tables: Iterable[str], most: int | None = None) -> str:
+    """Returns a sentence for an error about an unknown name, which lists the names to use instead.
+
+    Args:
+      name: the unknown name.
+      *tables: collections of known names, also registries, whose synonyms are used.
+      most: the number of names to list if none is similar; None for all.
+
+    Example:
+      >>> suggestion("upp", ["layers/up", "layers/down"])
+      'Did you mean layers/up?'
+      >>> suggestion("kernel", ["layers/up", "layers/down", "norm"], most=2)
+      'Known: layers/up, layers/down and 1 more.'
+    """
+    near = _similar(name, *tables)
+    if near:
+        return f"Did you mean {', '.join(near)}?"
+    known = [known for table in tables for known in table]
+    listed = known[:most]
+    rest = f" and {len(known) - len(listed)} more" if len(known) > len(listed) else ""
+    return f"Known: {', '.join(listed) or 'none'}{rest}."
+
+
+def _similar(name: str, *tables: Iterable[str]) -> list[str]:
+    """Returns up to three known names: synonyms, then names that start with it, then similar ones.
+
+    Paths are also compared without their first parts.
+    """
+    spelled = name.lower()
+    synonyms = [t.synonyms.get(spelled) for t in tables if isinstance(t, Registry)]
+    known = list(dict.fromkeys(known for table in tables for known in table))
+    ratios = {known_name: _similarity(spelled, known_name) for known_name in known}
+    known.sort(key=lambda n: -ratios[n])
+    longer = [n for n in known if spelled and n.lower().startswith(spelled)]
+    near = [n for n in known if ratios[n] >= 0.5]
+    found = dict.fromkeys([*(n for n in synonyms if n is not None), *longer, *near])
+    return list(found)[:3]
+
+
+def _similarity(spelled: str, known: str) -> float:
+    """Returns the similarity of a lower-case name to a known name or to the end of a path."""
+    parts = known.lower().split("/")
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    return max(difflib.SequenceMatcher(None, end, spelled).ratio() for end in ends)

@@ -59,10 +59,11 @@ class QuantizedBlocks(NamedTuple):
     """Quantized super-blocks, one per row.
 
     Attributes:
-      d: the factor of the scales, `[blocks]`, float32 before it is rounded to float16.
+      d: the factor of the scales, `[blocks]`, float32 before it is rounded to float16; or the scale
+        of a block that is not divided, before it is rounded to the rule's `scale_format`.
       scales: the quantized scales of the sub-blocks, int32 `[blocks, parts]`; None if the block is
         not divided, so that its scale is d.
-      codes: the grid values of the elements, int32 `[blocks, elements]`, or indices of levels.
+      codes: int32 `[blocks, elements]`: the grid values of integer formats, else the codes.
       m: the factor of the minima, `[blocks]`; None if the rule has no minima.
       minima: the quantized minima of the sub-blocks, int32 `[blocks, parts]`, which are subtracted;
         None if the rule has no minima.

@@ -23,6 +23,7 @@ from jaxq._ggml.blocks import (
     sub_blocks,
     to_float16,
 )
+from jaxq._ggml.floats import mxfp4, nvfp4
 from jaxq._ggml.iq4 import iq4_nl, iq4_xs
 from jaxq._ggml.searches import (
     EPS,
@@ -49,13 +50,13 @@ class SuperBlockRule(NamedTuple):
 
     Attributes:
       element: the name of the format of the elements.
-      scale_format: the name of the format of the sub-blocks' scales and minima; float16 if a
-        super-block is not divided.
+      scale_format: the name of the format of the sub-blocks' scales and minima.
       length: the number of elements in a sub-block.
       fallback: the recipe that llama.cpp uses for rows that a super-block does not divide.
       search: the function that quantizes super-blocks.
       minimum: True if sub-blocks have a minimum.
       size: the number of elements in a super-block.
+      weighted: True if the search minimizes errors, which an importance can weight.
     """
 
     element: str
@@ -65,6 +66,7 @@ class SuperBlockRule(NamedTuple):
     search: Callable[[FloatBlocks], QuantizedBlocks]
     minimum: bool = False
     size: int = _SIZE
+    weighted: bool = True
 
 
 class _AffineRule(NamedTuple):
@@ -225,4 +227,10 @@ SUPER_BLOCK_RULES: dict[str, SuperBlockRule] = {
     "q6_k": SuperBlockRule("int6", "int8", 16, "q8_0", _q6_k),
     "iq4_nl": SuperBlockRule("iq4", "float16", 32, None, iq4_nl, size=32),
     "iq4_xs": SuperBlockRule("iq4", "int6", 32, "iq4_nl", iq4_xs),
+    "mxfp4_ggml": SuperBlockRule(
+        "float4_e2m1fn", "float8_e8m0fnu", 32, None, mxfp4, size=32, weighted=False
+    ),
+    "nvfp4_ggml": SuperBlockRule(
+        "float4_e2m1fn", "float8_e4m3fn", 16, None, nvfp4, size=16, weighted=False
+    ),
 }

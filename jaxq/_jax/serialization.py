@@ -34,6 +34,8 @@ _C = TypeVar("_C", bound=type)
 
 _FLAX = "flax.serialization"
 
+_REMEDY = "Write the text by the matching function, such as rules_to_json, in this version."
+
 LAZY = ("analysis", "lora", "optim", "ptq", "serving")  # Packages of jaxq that take long to import.
 
 
@@ -59,9 +61,12 @@ def from_json(owner: str, text: str, kinds: Mapping[str, type], kind: type, noun
     try:
         value = _from_plain(owner, json.loads(text), kinds)
     except TypeError as error:  # Fields that a record lacks, or of other types.
-        raise ValueError(f"{owner}: the text must describe {noun}: {error}.") from error
+        raise ValueError(
+            f"{owner}: the text must describe {noun}, got other fields or types ({error}). "
+            f"{_REMEDY}"
+        ) from error
     if not isinstance(value, kind):
-        raise ValueError(f"{owner}: the text must describe {noun}, got {text[:60]!r}.")
+        raise ValueError(f"{owner}: the text must describe {noun}, got {text[:60]!r}. {_REMEDY}")
     return value
 
 
@@ -86,8 +91,11 @@ def _to_plain(owner: str, value: Any, kinds: Mapping[str, type]) -> Any:
         return {"type": "dtype", "name": value.name}
     if value is None or isinstance(value, str | int | float):
         return value
+    what = "a function" if callable(value) else type(value).__name__
+    remedy = "Use a registered name" if callable(value) else "Convert it to one of these types"
     raise TypeError(
-        f"{owner}: functions cannot be written, got {value!r}. Use a registered name instead."
+        f"{owner}: values must be records of jaxq, tuples, dtypes, numbers, strings or None, got "
+        f"{what}. {remedy}."
     )
 
 
@@ -106,7 +114,10 @@ def _from_plain(owner: str, value: Any, kinds: Mapping[str, type]) -> Any:
         return np.dtype(fields["name"])
     record_class = kinds.get(value.get("type", ""))
     if record_class is None:
-        raise ValueError(f"{owner}: no record is called {value.get('type')!r}.")
+        raise ValueError(
+            f"{owner}: the text must name records of this version of jaxq, got "
+            f"{value.get('type')!r:.60}. {_REMEDY}"
+        )
     return record_class(**fields)
 
 

@@ -13,6 +13,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import Layout
+from jaxq._base.registry import suggestion
 from jaxq.formats import (
     FORMATS,
     CodebookFormat,
@@ -53,14 +54,13 @@ def format_or_recipe(given: FormatOrRecipe) -> Format | Recipe:
     if not isinstance(given, str):
         raise TypeError(
             "A recipe or format must be a name, a jaxq.Recipe or a format, got "
-            f"{type(given).__name__}."
+            f"{type(given).__name__}. Use a name in jaxq.recipes.RECIPES or jaxq.formats.FORMATS."
         )
     if given in FORMATS:
         return get_format(given)
     if given in RECIPES:
         return get_recipe(given)
-    near = [*RECIPES.near(given)[:2], *FORMATS.near(given)[:2]]
-    hint = f"Did you mean {', '.join(near)}?" if near else "See jaxq.formats_table()."
+    hint = suggestion(given, RECIPES, FORMATS, most=3)
     raise ValueError(f"No recipe or format is named {given!r}. {hint}")
 
 
@@ -68,13 +68,7 @@ def check_arguments(
     name: str, x: jax.typing.ArrayLike, recipe: FormatOrRecipe
 ) -> tuple[jax.Array, Any]:
     """Checks the arguments of an analysis function; returns the array and the format or recipe."""
-    x = floats(name, x)
-    if x.dtype == jnp.float64:
-        raise TypeError(
-            f"{name}: `x` must be float16, bfloat16 or float32, got float64. "
-            "Convert it first: x.astype(jnp.float32)."
-        )
-    return x, format_or_recipe(recipe)
+    return floats(name, x, float64=False), format_or_recipe(recipe)
 
 
 class RoundingLimits(NamedTuple):

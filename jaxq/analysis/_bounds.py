@@ -68,7 +68,7 @@ def lloyd_max(count: int, distribution: "str | Distribution" = "gaussian") -> Ll
       in PCM" (1957, printed 1982).
     """
     if not 1 <= count <= 2**16:
-        raise ValueError(f"lloyd_max: `count` must be 1 to 65536, got {count}.")
+        raise ValueError(f"lloyd_max: `count` must be 1 to 65536, got {count}. Use 16 for 4 bits.")
     d = get_distribution(distribution)
     if count == 1:
         return LloydMax(np.zeros(1), np.zeros(0), 1.0)
@@ -210,7 +210,8 @@ def optimal_clip(fmt: "str | Format", distribution: "str | Distribution" = "gaus
         fmt = dataclasses.replace(fmt, narrow=True)
     if not 0 < fmt.max < math.inf:
         raise ValueError(
-            f"optimal_clip: `fmt` must have a finite, positive `max`, got {fmt.name!r}."
+            f"optimal_clip: `fmt` must have a finite, positive `max`, got {fmt.name!r}. Use, for "
+            "example, 'int4'."
         )
     grid = Grid(fmt, CHANCES["nearest_even"])
 
@@ -254,6 +255,8 @@ def shannon_sqnr_db(bits: float, distribution: "str | Distribution" = "gaussian"
       Shannon, "Coding Theorems for a Discrete Source with a Fidelity Criterion" (1959).
     """
     if not bits >= 0:
-        raise ValueError(f"shannon_sqnr_db: `bits` must not be negative, got {bits}.")
+        raise ValueError(
+            f"shannon_sqnr_db: `bits` must not be negative, got {bits}. Use, for example, 4."
+        )
     h = get_distribution(distribution).entropy
     return 10 * math.log10(2 * math.pi * math.e) + 20 * math.log10(2) * (bits - h)

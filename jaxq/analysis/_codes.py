@@ -54,7 +54,10 @@ def ulp_error(
     """
     x, y = (widen(check_arguments("ulp_error", a, "float32")[0]) for a in (x, y))
     if x.shape != y.shape:
-        raise ValueError(f"ulp_error: `y` must have the shape of `x`, {x.shape}, got {y.shape}.")
+        raise ValueError(
+            f"ulp_error: `y` must have the shape of `x`, {x.shape}, got {y.shape}. Broadcast or "
+            "reshape it first."
+        )
     return _ulp_error(lax.stop_gradient(x), lax.stop_gradient(y), get_format(fmt))
 
 
@@ -126,7 +129,7 @@ def code_usage(
     if isinstance(x, Quantized) != (recipe is None):
         raise ValueError(
             "code_usage: `recipe` must be given for a tensor and left out for a Quantized, got "
-            f"{type(x).__name__} and {recipe!r:.60}."
+            f"{type(x).__name__} and {recipe!r:.60}. Pass (tensor, recipe), or a Quantized alone."
         )
     if isinstance(x, Quantized):
         codes, bits = x.unpack(), x.recipe.element.bits
@@ -137,9 +140,9 @@ def code_usage(
             codes, bits = quantize(array, target, key=key).unpack(), target.element.bits
         else:
             if target.bits > 16:
-                raise TypeError(
-                    "code_usage: `recipe` must have at most 16 bits, got "
-                    f"{target.name} with {target.bits}."
+                raise ValueError(
+                    f"code_usage: format {target.name} must have at most 16 bits, got "
+                    f"{target.bits}. Use a format of at most 16 bits."
                 )
             codes, bits = encode(array, target), target.bits
     return _usage(codes, bits, per)

@@ -101,7 +101,7 @@ def diagnostics(
         if not fits:
             raise ValueError(
                 f"diagnostics: `scale` must broadcast to one number per block, shape {counts}, got "
-                f"{scale.shape}."
+                f"{scale.shape}. Use a scalar, or the scale of jaxq.quantize(x, recipe)."
             )
         scale = lax.stop_gradient(scale)
     return _diagnostics(lax.stop_gradient(x), scale, target)

@@ -87,7 +87,9 @@ def kl_of_values(
       (0.0, 3.2)
     """
     if bins < 2:
-        raise ValueError(f"kl_of_values: `bins` must be at least 2, got {bins}.")
+        raise ValueError(
+            f"kl_of_values: `bins` must be at least 2, got {bins}. Use, for example, 256."
+        )
     x, y = pair("kl_of_values", x, y)
     layout, cut = Layout.of(x.dtype), blocks_of(x.shape, per)
     finite = jnp.isfinite(x) & jnp.isfinite(y)

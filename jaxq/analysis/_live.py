@@ -95,7 +95,9 @@ class LiveTable:
         self._statistics = (statistics,) if isinstance(statistics, str) else tuple(statistics)
         check_names("LiveTable", "statistics", self._statistics, _SCALARS)
         if worst < 1:
-            raise ValueError(f"LiveTable: `worst` must be at least 1, got {worst}.")
+            raise ValueError(
+                f"LiveTable: `worst` must be at least 1, got {worst}. Use, for example, 8."
+            )
         self._count = worst
         self._worst: dict[str, tuple[float, int]] = {}
         self._live = Live(console=console, auto_refresh=False)

@@ -243,7 +243,10 @@ def _parsed(path: pathlib.Path, header: str) -> _Header:
     except (ValueError, KeyError, TypeError):
         content, kind, version = {}, None, None
     if kind != _KIND:
-        raise ValueError(f"read_log: {path.name} is not a log of jaxq.analysis.StatisticsLog.")
+        raise ValueError(
+            f"read_log: {path.name} must be a log of jaxq.analysis.StatisticsLog, got another "
+            "file. Pass the path that StatisticsLog wrote."
+        )
     if version != _VERSION:
         raise ValueError(
             f"read_log: {path.name} has version {version}, and this jaxq reads {_VERSION}. Read it "

@@ -158,7 +158,7 @@ def memory_table(
     if (model is None) == (params is None):
         raise ValueError(
             "memory_table: either `model` or `params`, a number of parameters, must be given, got "
-            f"{'neither' if model is None else 'both'}."
+            f"{'neither' if model is None else 'both'}. Pass, for example, params=7e9."
         )
     spec = params if model is None else model
     assert spec is not None

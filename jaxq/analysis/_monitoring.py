@@ -1,13 +1,13 @@
 """Statistics of every tensor of a model's products in a training step."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from jaxq._base.registry import suggestion
 from jaxq.analysis._arguments import format_or_recipe
 from jaxq.analysis._finishing import finished
 from jaxq.analysis._tallies import Sums, difference_of, errors_of, quantized, sums_of
@@ -117,7 +117,7 @@ class Monitoring:
         check_names("Monitoring", "tensors", self.tensors, TENSORS)
         check_names("Monitoring", "statistics", self.statistics, STATISTICS)
         if self.every < 1:
-            raise ValueError(f"Monitoring: `every` must be at least 1, got {self.every}.")
+            raise ValueError(f"Monitoring: `every` must be at least 1, got {self.every}. Use 1.")
         counterfactuals = self.counterfactuals
         if isinstance(counterfactuals, str | Recipe | Format):
             counterfactuals = (counterfactuals,)
@@ -148,8 +148,7 @@ def check_names(owner: str, field: str, names: Sequence[str], known: Sequence[st
     """Raises a ValueError with suggestions for the first name that is not known."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 3, 0.5)
-            hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(known)}."
+            hint = suggestion(str(name), known)
             raise ValueError(f"{owner}: `{field}` has no {name!r}. {hint}")
 
 

@@ -72,7 +72,8 @@ def gradient_errors(
             raise ValueError(
                 f"gradient_errors: `gradient` at {path!r} must have the shape "
                 f"{'[samples, *' if sampled else ''}{f.shape}{']' if sampled else ''}, got "
-                f"{g.shape}."
+                f"{g.shape}. Pass gradients of the same parameters, and `sampled` only with a "
+                "leading axis of samples."
             )
         samples = (g if sampled else g[None]).astype(jnp.float32)
         f = f.astype(jnp.float32)
@@ -140,7 +141,7 @@ def update_statistics(updates: Any, params: Any) -> dict[str, UpdateStatistics]:
         if u.shape != p.shape:
             raise ValueError(
                 f"update_statistics: `updates` at {path!r} must have the shape {p.shape}, got "
-                f"{u.shape}."
+                f"{u.shape}. Pass the updates of these parameters."
             )
         dtype = np.dtype(np.float64 if p.dtype == np.float64 else np.float32)
         wide, old = u.astype(dtype), p.astype(dtype)
@@ -166,7 +167,7 @@ def _by_path(
     if structure != jax.tree.structure(second):
         raise ValueError(
             f"{owner}: `{name}` must have the structure {jax.tree.structure(second)!s:.80}, got "
-            f"{structure!s:.80}."
+            f"{structure!s:.80}. Pass two trees of the same parameters."
         )
     results = {}
     for (path, a), b in zip(leaves, jax.tree.leaves(second), strict=True):

@@ -146,8 +146,10 @@ def _rounding_name(recipe: Recipe) -> str:
     tapered = isinstance(recipe.element, TaperedFormat) and mode == "stochastic"
     if recipe.outliers is not None:
         raise _no_theory("without `outliers`", "outliers")
-    if recipe.scaling.search or recipe.scaling.searches_elements:
+    if recipe.scaling.search:
         raise _no_theory("without a `search`", "a search")
+    if recipe.scaling.searches_elements:
+        raise _no_theory("whose scales follow from the range of a block", f"{recipe.scaling!r:.60}")
     if mode not in CHANCES or tapered:
         where = " to posits and takums" if tapered else ""
         raise _no_theory(f"with a `rounding` among {', '.join(CHANCES)}", f"{mode!r:.60}{where}")
@@ -347,7 +349,8 @@ def _two_sided(
     """Returns the error averaged over the lowest and the largest number of a block."""
     if n < 2:
         raise NoTheoryError(
-            f"expected_error: the theory of zero points needs blocks of 2 or more numbers, got {n}."
+            f"expected_error: the theory of zero points needs blocks of 2 or more numbers, got "
+            f"{n}. Use longer blocks."
         )
     high, weight = highest_nodes(n, d)
     low, high = (m.ravel() for m in np.meshgrid(-high, high, indexing="ij"))

@@ -75,7 +75,7 @@ def tree_errors(
     if structure != other:
         raise ValueError(
             f"tree_errors: `small` must have the structure of `params`, {structure!s:.100}, "
-            f"got {other!s:.100}."
+            f"got {other!s:.100}. Pass the quantized `params`."
         )
     rows, sizes, energies = [], [], []
     for (path, leaf), after in zip(leaves, others, strict=True):
@@ -118,7 +118,10 @@ def _row(name: str, leaf: jax.Array, after: Any) -> tuple[ErrorRow, Energies]:
     else:
         y, label, bits = after, str(after.dtype), 8.0 * after.dtype.itemsize
     if y.shape != leaf.shape:
-        raise ValueError(f"tree_errors: leaf {name!r} must have shape {leaf.shape}, got {y.shape}.")
+        raise ValueError(
+            f"tree_errors: leaf {name!r} must have shape {leaf.shape}, got {y.shape}. Pass the "
+            "quantized `params`."
+        )
     c, energies = jax.device_get(_measure(*pair("tree_errors", leaf, y)))
     row = ErrorRow(
         path=name,

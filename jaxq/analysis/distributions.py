@@ -244,7 +244,8 @@ class StudentT:
     def __post_init__(self) -> None:
         if not 2 < self.df < math.inf:
             raise ValueError(
-                f"StudentT: `df` must be above 2 (for a finite variance) and finite, got {self.df}."
+                "StudentT: `df` must be above 2 (for a finite variance) and finite, got "
+                f"{self.df}. Use 5."
             )
 
     @property

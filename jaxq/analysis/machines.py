@@ -4,10 +4,11 @@ To add one, add a line to `MODELS` or `DEVICES`.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypeVar
+
+from jaxq._base.registry import suggestion
 
 __all__ = ["DEVICES", "MODELS", "Device", "Model"]
 
@@ -159,7 +160,5 @@ def named(noun: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Re
     if not isinstance(spec, str):
         return spec
     if spec not in known:
-        near = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)
-        hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(known)}."
-        raise ValueError(f"No {noun} is named {spec!r}. {hint}")
+        raise ValueError(f"No {noun} is named {spec!r}. {suggestion(spec, known)}")
     return known[spec]

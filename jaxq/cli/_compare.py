@@ -24,6 +24,8 @@ from jaxq.cli._output import (
 )
 from jaxq.cli._progress import progress
 from jaxq.cli._report import Report, html, sorted_by_sqnr
+from jaxq.interop import gguf
+from jaxq.recipes import RECIPES
 
 __all__ = ["convention", "run"]
 
@@ -172,9 +174,9 @@ def _pictures(file: Inputs, rows: Sequence[Row], axis: int) -> tuple[list[tuple[
     for name in list(dict.fromkeys(row.tensor for row in sorted_by_sqnr(drawn)))[:_PICTURES]:
         entry = next(e for e in file.entries if e.name == name)
         recipes = [row.recipe for row in drawn if row.tensor == name]
-        recipes = [recipe for recipe in recipes if not isinstance(kind_of(recipe), str)]
+        recipes = [recipe for recipe in recipes if recipe in RECIPES or recipe not in gguf.TYPES]
         if not recipes:
-            return [], "no picture: block types of GGUF have none"
+            return [], "no picture: block types of GGUF that are no recipes have none"
         try:
             figure = plots.PLOTS["compression"](file.read(entry), recipes, axis=axis)
         except ImportError as error:

@@ -159,8 +159,12 @@ def _from_code(text: str, fmt: Format) -> dict[str, Any]:
         raise UsageError(
             f"show: a bit pattern is 0x…, 0b… or an integer, got {text.strip()!r}"
         ) from None
+    digits = 2 + -(-fmt.bits // 4)  # With the prefix 0x.
     if not 0 <= code < 2**fmt.bits:
-        raise UsageError(f"show: {fmt.name} has codes of {fmt.bits} bits, got {text.strip()}")
+        raise UsageError(
+            f"show: {text.strip()} is not a code of {fmt.name}; codes are "
+            f"{0:#0{digits}x} to {2**fmt.bits - 1:#0{digits}x}"
+        )
     return _of_code(code, fmt)
 
 

@@ -108,7 +108,7 @@ def _packed(
     piece: jax.Array, type: str, importance: gguf.PartImportance | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the bytes of a piece in a block type, and the errors of its quantized values."""
-    packed, values = gguf.quantize_with_values(piece, type, importance)
+    data, values = gguf.quantize_with_values(piece, type, importance)
     # As rows of blocks, for which XLA on CPU makes vector code.
     blocks = (-1, gguf.TYPES[type].block)
-    return packed.data, rounded(values.reshape(blocks)) - piece.reshape(blocks)
+    return data, rounded(values.reshape(blocks)) - piece.reshape(blocks)

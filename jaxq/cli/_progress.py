@@ -1,4 +1,4 @@
-"""The progress bar, and the estimate of the time that is left."""
+"""The progress bar, and the estimated time remaining."""
 
 import contextlib
 import time
@@ -36,8 +36,8 @@ class Pace:
         self.done += work
 
     @property
-    def left(self) -> float | None:
-        """The seconds that the rest takes at the rate so far; None before any work is done."""
+    def seconds_left(self) -> float | None:
+        """Estimated seconds remaining, at the rate so far; None before any work is done."""
         if self.done <= 0:
             return None
         return max(self._clock() - self._start, 0.0) / self.done * (self.total - self.done)
@@ -84,7 +84,7 @@ def progress(title: str, total: float) -> Iterator[Callable[..., None]]:
         def advance(work: float, title: str | None = None) -> None:
             pace.advance(work)
             text = None if title is None else escape(safe(title))
-            bar.update(task, advance=work, description=text, left=_time(pace.left))
+            bar.update(task, advance=work, description=text, left=_time(pace.seconds_left))
 
         yield advance
 

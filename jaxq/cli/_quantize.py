@@ -18,8 +18,8 @@ from jaxq.analysis import Energies
 from jaxq.analysis import total as total_of
 from jaxq.cli._output import UsageError, bad_input, one_line, print_json, print_table
 from jaxq.cli._progress import progress
-from jaxq.cli._recipes import BLOCK_TYPES, NAMES
-from jaxq.cli._targets import WRITERS, Job, Plan, shape_of
+from jaxq.cli._recipes import BLOCK_TYPES, NAMES, OTHER_TYPES
+from jaxq.cli._targets import WRITERS, Job, Plan, shape_of, takes_importance
 from jaxq.formats import FORMATS, IntFormat
 from jaxq.interop import Entry, TensorFile, gguf, open_tensors, read_json
 from jaxq.quantizers import quantize
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
         if not any(plan.recipe is not None for plan in plans):
             notes = ", ".join(sorted({plan.note for plan in plans}))
             raise UsageError(f"{args.file}: no tensor would be quantized ({notes})")
-        if importance and not any(isinstance(plan.recipe, str) for plan in plans):
+        recipes = [plan.recipe for plan in plans if plan.recipe is not None]
+        if importance and not any(isinstance(r, str) or takes_importance(r) for r in recipes):
             raise UsageError("--imatrix applies to the block types of GGUF only, and none is used")
         metadata = _tokenizer(args, plans, target)
         advance = stack.enter_context(
@@ -145,7 +146,7 @@ def _rules(args: argparse.Namespace, target: str) -> list[tuple[re.Pattern[str],
                 continue
             if name in FORMATS:
                 get_recipe(name)  # Raises an error that names recipes with this format.
-            raise NAMES.unknown(str(name), NAMES.near(str(name)))
+            raise NAMES.unknown(str(name))
         try:
             return [(re.compile(pattern), name) for pattern, name in rules]
         except re.error as error:
@@ -196,6 +197,8 @@ def _plan(plan: Plan, rules: Sequence, args: argparse.Namespace, target: str) ->
         return dataclasses.replace(plan, recipe=recipe, note=note)
     if target == "compressed-tensors":
         raise UsageError(f"compressed-tensors has no type {name!r}; `jaxq recipes` lists recipes")
+    if name in OTHER_TYPES:
+        name = OTHER_TYPES[name]
     if name not in gguf.TYPES:
         raise UsageError(f"GGUF has no type {name!r}; it has {', '.join(gguf.TYPES)}")
     if not entry.shape:
@@ -223,7 +226,7 @@ def _for_vllm(recipe: Recipe, entry: Entry) -> tuple[Recipe, str]:
 
 def _without_importance(plan: Plan, importance: dict[str, np.ndarray]) -> Plan:
     """Returns a plan that notes if the importance matrix lacks a tensor."""
-    if not isinstance(plan.recipe, str) or plan.name in importance:
+    if plan.recipe is None or plan.name in importance or not takes_importance(plan.recipe):
         return plan
     note = ", ".join(filter(None, (plan.note, "not in the importance matrix")))
     return dataclasses.replace(plan, note=note)

@@ -10,13 +10,23 @@ from jaxq.formats import FORMATS
 from jaxq.interop import gguf
 from jaxq.recipes import RECIPES, get_recipe
 
-__all__ = ["BLOCK_TYPES", "NAMES", "run"]
+__all__ = ["BLOCK_TYPES", "NAMES", "OTHER_TYPES", "run"]
 
 # Recipes and block types of GGUF, for look-ups.
-NAMES: Registry[Any] = Registry("recipe", {**RECIPES, **gguf.TYPES}, {**gguf.TYPES.synonyms})
+NAMES: Registry[Any] = Registry(
+    "recipe", {**RECIPES, **gguf.TYPES}, {**gguf.TYPES.synonyms, **RECIPES.synonyms}
+)
 
 # Types that the commands quantize piece by piece instead of as recipes, with an importance matrix.
 BLOCK_TYPES = tuple(name for name in gguf.TYPES if name not in RECIPES or name in SUPER_BLOCK_RULES)
+
+# The block types of recipes that do not have the name of their type.
+OTHER_TYPES = {
+    name: type
+    for type in gguf.TYPES
+    for name, recipe in RECIPES.items()
+    if recipe == gguf.recipe_of(type) and name not in gguf.TYPES
+}
 
 _SHAPE = (4096, 4096)
 
@@ -27,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     with bad_input():
         for name in args.names or [*RECIPES, *(n for n in gguf.TYPES if n not in RECIPES)]:
             if name not in NAMES and name not in FORMATS:
-                raise NAMES.unknown(name, NAMES.near(name))
+                raise NAMES.unknown(name)
             if name in gguf.TYPES and name not in RECIPES:
                 layout = gguf.TYPES[name]
                 bits, block = 8 * layout.size / layout.block, layout.block

@@ -5,11 +5,10 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
-from jax import numpy as jnp
 
 from jaxq.analysis import Energies
 from jaxq.cli._output import UsageError, bad_input, one_line
@@ -19,7 +18,7 @@ from jaxq.interop import Entry, TensorFile, compressed_tensors, gguf, save_strea
 from jaxq.quantizers import quantize
 from jaxq.recipes import Recipe
 
-__all__ = ["WRITERS", "Job", "Plan", "shape_of"]
+__all__ = ["WRITERS", "Job", "Plan", "shape_of", "takes_importance"]
 
 # The types of GGUF with the same bytes as a dtype.
 _PLAIN = {f"float{bits}": f"f{bits}" for bits in (16, 32, 64)} | {"bfloat16": "bf16"}
@@ -48,7 +47,7 @@ _COST, _COPY = (10, 10), 1
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The treatment of a tensor.
+    """The output name and recipe of one tensor.
 
     Attributes:
       entry: the tensor in the input.
@@ -121,18 +120,17 @@ class Job:
         """Returns the quantized tensor of a plan."""
         if isinstance(plan.recipe, str):
             data = np.concatenate([*self.packed(plan)]).reshape(_bytes_of(plan.entry, plan.recipe))
-            # A NumPy array, because it goes to a file as it is.
-            return gguf.Packed(cast(Any, data), plan.recipe, np.dtype(np.float32))
+            return _unpacked(data, plan.recipe)
         assert plan.recipe is not None
         x = self.values(plan)
         with _named(plan.entry.name):
-            q = quantize(x, plan.recipe, axis=self.axis)
+            q = quantize(x, plan.recipe, axis=self.axis, importance=self._importance(plan))
         return self._measured(plan, x, q)
 
     def _importance(self, plan: Plan) -> np.ndarray | None:
-        """Returns the importance of the inputs of a tensor, if its type uses it."""
+        """Returns the importance of the inputs of a tensor, if its recipe uses it."""
         weights, shape = self.importance.get(plan.name), plan.entry.shape
-        if weights is None:
+        if weights is None or plan.recipe is None or not takes_importance(plan.recipe):
             return None
         try:
             fits = np.broadcast_shapes(weights.shape, shape) == shape
@@ -172,9 +170,16 @@ class Job:
     def unchanged(self, plan: Plan) -> Any:
         """Returns the tensor of a plan unchanged."""
         self.advance(self._work(plan))
-        if plan.entry.layout is not None:
-            return self.file.quantized(plan.entry)
+        return self.file.quantized(plan.entry)
+
+    def unchanged_bytes(self, plan: Plan) -> np.ndarray:
+        """Returns the bytes of the tensor of a plan, or its numbers if it has no block type."""
+        self.advance(self._work(plan))
         return self.file.raw(plan.entry)
+
+
+# Compiled once per shape, as the pieces of a tensor are.
+_unpacked = jax.jit(gguf.unpack, static_argnames="type")
 
 
 def _noise(error: np.ndarray) -> Errors:
@@ -188,6 +193,13 @@ def _named(name: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}: {one_line(error)}") from error
+
+
+def takes_importance(recipe: Recipe | str) -> bool:
+    """Returns whether a recipe, or a block type of GGUF, searches by an importance."""
+    if isinstance(recipe, str):
+        recipe = gguf.recipe_of(recipe)
+    return recipe.scaling.takes_importance(recipe.element)
 
 
 def shape_of(entry: Entry) -> jax.ShapeDtypeStruct:
@@ -208,16 +220,13 @@ def _write_safetensors(path: str, job: Job) -> None:
             make = functools.partial(quantize, recipe=recipe)
             shapes[name] = jax.eval_shape(make, shape_of(entry))
             continue
-        if isinstance(recipe, str):
-            make = functools.partial(gguf.quantize, type=recipe)
-            shapes[name] = jax.eval_shape(make, shape_of(entry))
+        type = recipe if isinstance(recipe, str) else entry.packed if recipe is None else None
+        if type is not None:
+            data = jax.ShapeDtypeStruct(_bytes_of(entry, type), np.dtype(np.uint8))
+            shapes[name] = jax.eval_shape(functools.partial(gguf.unpack, type=type), data)
         elif recipe is not None:
             make = functools.partial(quantize, recipe=recipe, axis=job.axis)
             shapes[name] = jax.eval_shape(make, shape_of(entry))
-        elif entry.packed is not None:
-            data = jax.ShapeDtypeStruct(_bytes_of(entry, entry.packed), np.dtype(np.uint8))
-            packed = gguf.Packed(jnp.zeros(0), entry.packed, np.dtype(np.float32))
-            shapes[name] = jax.tree.map(lambda _, data=data: data, packed)
         elif entry.numpy_dtype is not None:
             dtype = np.dtype(entry.numpy_dtype).newbyteorder("=")
             shapes[name] = jax.ShapeDtypeStruct(entry.shape, dtype)
@@ -254,7 +263,7 @@ def _write_gguf(path: str, job: Job) -> None:
             read = functools.partial(_plain_values, job, plan, kind)
         elif entry.packed is not None or dtype in _PLAIN:
             kind = entry.packed or _PLAIN[dtype or ""]
-            read = functools.partial(job.unchanged, plan)
+            read = functools.partial(job.unchanged_bytes, plan)
         else:
             raise UsageError(f"{entry.name}: {entry.dtype} cannot be copied to GGUF")
         tensors.append(gguf.Tensor(plan.name, kind, entry.shape, read))

@@ -55,7 +55,8 @@ def p3109(
     if not (3 <= bits <= 15 and 1 <= precision <= bits - int(signed)):
         raise ValueError(
             f"p3109: for {name!r}, `bits` must be 3 to 15 and `precision` 1 to "
-            f"{'bits - 1' if signed else 'bits'}, got bits={bits}, precision={precision}."
+            f"{'bits - 1' if signed else 'bits'}, got bits={bits}, precision={precision}. Use, for "
+            "example, p3109(8, 4)."
         )
     if domain not in ("extended", "finite"):
         raise ValueError(f"p3109: `domain` must be 'extended' or 'finite', got {domain!r}.")

@@ -184,7 +184,10 @@ def _restore_array(
     dtype = np.dtype(stored.dtype)
     if array.dtype != dtype:  # A dtype that safetensors lacks, stored as bytes.
         if array.dtype != np.uint8 or array.shape[-1:] != (dtype.itemsize,):
-            raise FileError(f"{path}: {stored.name!r} does not hold {stored.dtype}.")
+            raise FileError(
+                f"{path}: {stored.name!r} must hold {stored.dtype}, got {array.dtype} of shape "
+                f"{array.shape}. Save the tree again."
+            )
         array = array.view(dtype)[..., 0]
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         return array
@@ -215,7 +218,9 @@ def _key(entry: Any) -> Any:
     """Returns the key of a dictionary, the index of a sequence or the name of a field."""
     key = next(getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name))
     if not isinstance(key, str | int):
-        raise TypeError(f"save: keys of a tree must be strings or integers, got {key!r:.60}.")
+        raise TypeError(
+            f"save: keys of a tree must be strings or integers, got {key!r:.60}. Rename them."
+        )
     return key
 
 
@@ -277,7 +282,9 @@ def _tensor(leaf: _Leaf) -> Tensor:
     value = jax.random.key_data(value) if _is_key(value) else value
     dtype = np.dtype(value.dtype)
     if dtype.hasobject or dtype.kind in "SUMm":
-        raise TypeError(f"save: {leaf.name!r} has the dtype {dtype}. Leave it out of the tree.")
+        raise TypeError(
+            f"save: {leaf.name!r} must be numeric, got the dtype {dtype}. Leave it out of the tree."
+        )
 
     def read() -> np.ndarray:
         return np.asarray(value)
@@ -330,7 +337,10 @@ def _build_tree(plain: Any) -> Any:
         return (list if kind == "list" else tuple)(child for _, child in fields)
     cls = class_named(kind)
     if cls is None:
-        raise _TreeError(f"load: this version of jaxq has no class {kind!r:.80}.")
+        raise _TreeError(
+            f"load: this version of jaxq has no class {kind!r:.80}. Use the version that wrote the "
+            "file, or pass `like`."
+        )
     return with_static(cls, dict(fields), plain.get("static", ""))
 
 
@@ -351,9 +361,15 @@ def _fill_tree(like: Any, plain: Any) -> Any:
     wanted = _describe(like, (), leaves, set())
     for ours, theirs in zip(_lines(wanted), _lines(plain), strict=False):
         if ours != theirs:
-            raise _TreeError(f"load: `like` has {ours:.120} where the file has {theirs:.120}.")
+            raise _TreeError(
+                f"load: `like` must have the structure of the file, {theirs:.100}, got "
+                f"{ours:.100}. Pass a tree of the structure that was saved."
+            )
     if wanted != plain:
-        raise _TreeError("load: `like` has more or fewer leaves than the file.")
+        raise _TreeError(
+            "load: `like` must have as many leaves as the file, got more or fewer. Pass a tree of "
+            "the structure that was saved."
+        )
     arrays = [node for node in _nodes(plain) if node and ("array" in node or "value" in node)]
     stored = [_parse_stored(node) if "array" in node else node["value"] for node in arrays]
     return jax.tree.unflatten(jax.tree.structure(like), stored)

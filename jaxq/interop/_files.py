@@ -22,7 +22,7 @@ from jaxq.interop._entries import MAX_TENSORS, Entry, FileError
 from jaxq.interop._layouts import combine_weights, config_beside
 from jaxq.interop._npy import read_npy_header
 from jaxq.interop._safetensors import read_header, shards_of
-from jaxq.interop.gguf import TYPES, Packed
+from jaxq.interop.gguf import TYPES, dequantize, unpack
 from jaxq.interop.gguf._container import MAGIC, read_contents
 from jaxq.quantizers import Quantized
 
@@ -30,6 +30,7 @@ __all__ = ["TensorFile", "open_tensors"]
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Only Windows has and needs it.
 _STREAMED = ("float32", "float16", "bfloat16")  # The dtypes that are read in parts.
+_unpacked = jax.jit(unpack, static_argnames="type")
 _RATIO, _SMALL = 200, 2**26  # The highest compression ratio, for members above this many bytes.
 
 
@@ -70,13 +71,15 @@ class TensorFile:
         Raises:
           FileError: if the file has changed, or an archive's member is damaged.
         """
-        if entry.packed is not None or entry.layout is not None:
-            value = self.quantized(entry)
-            array = value if isinstance(value, np.ndarray) else np.asarray(value.dequantize())
+        if entry.packed is not None:
+            array = np.asarray(dequantize(self.raw(entry), entry.packed))
             scale = self.scale_of(entry)
             if scale is None:
                 return array
             return array * self.read(scale).reshape(-1, *(1,) * (array.ndim - 1))
+        if entry.layout is not None:
+            value = self.quantized(entry)
+            return value if isinstance(value, np.ndarray) else np.asarray(value.dequantize())
         array = self.raw(entry)
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(array, np.float32).reshape(entry.shape)
@@ -123,22 +126,24 @@ class TensorFile:
         native = np.dtype(entry.numpy_dtype).isnative if plain else False
         return native and not entry.fortran and np.dtype(entry.numpy_dtype).name in _STREAMED
 
-    def quantized(self, entry: Entry) -> Quantized | Packed | np.ndarray:
+    def quantized(self, entry: Entry) -> Quantized | np.ndarray:
         """Returns an entry without dequantizing it, if that is possible.
 
         Args:
           entry: one of `entries`.
 
         Returns:
-          A `Packed` for a block type of GGUF; a `Quantized` for a weight in a layout of another
-          program, whose `dequantize` gives the exact float32 values; a float32 array if no recipe
-          can represent such a weight; and any other tensor as an array in the dtype of the file.
+          A `Quantized` for a block type of GGUF, with the recipe `gguf.recipe_of` of the type, or
+          for a weight in a layout of another program. Its `dequantize` gives the exact float32
+          values, except for results below 2^-126, and without the scale of an NVFP4 tensor (see
+          `scale_of`). A float32 array if no recipe can represent a weight; and any other tensor as
+          an array in the dtype of the file.
 
         Raises:
           FileError: as in `read`, or the parts of a weight do not fit together.
         """
         if entry.packed is not None:
-            return self.packed(entry)
+            return _unpacked(self.raw(entry), entry.packed)
         if entry.layout is None:
             return self.raw(entry)
         arrays = {role: self.raw(part) for role, part in entry.layout.parts.items()}
@@ -169,11 +174,6 @@ class TensorFile:
                     )
                 return other
         return None
-
-    def packed(self, entry: Entry) -> Packed:
-        """Returns an entry of a block type, still packed."""
-        assert entry.packed is not None
-        return Packed(jax.device_put(self.raw(entry)), entry.packed, np.dtype(np.float32))
 
     def raw(self, entry: Entry) -> np.ndarray:
         """Returns an entry in the dtype of the file; block types as uint8, one row of bytes each.

@@ -22,29 +22,35 @@ def load_tensors(path: str | pathlib.Path, *, sharding: Any = None) -> dict[str,
         device.
 
     Returns:
-      A dictionary from names to `jaxq.Quantized`, `jaxq.interop.gguf.Packed` (block types of GGUF)
-      or arrays. A quantized weight is `[outputs, inputs]`, and its `dequantize` returns the exact
-      float32 values, except for results below 2^-126. A weight that no recipe can represent, such
-      as a GPTQ weight in activation order, is a float32 array. Arrays whose dtypes JAX supports
-      only with x64 are NumPy arrays.
+      A dictionary from names to `jaxq.Quantized` or arrays. A quantized weight is
+      `[outputs, inputs]`, and its `dequantize` returns the exact float32 values, except for results
+      below 2^-126. Weights in block types of GGUF have the recipe that
+      `jaxq.interop.gguf.recipe_of` returns for the type; the scale of an NVFP4 tensor remains a
+      tensor of its own, with the name `NAME.scale`. A weight that no recipe can represent, such as
+      a GPTQ weight in activation order, is a float32 array. Arrays whose dtypes JAX supports only
+      with x64 are NumPy arrays.
 
     Raises:
       FileError: the file is damaged, or its layout is not supported.
 
     Example:
       >>> import jax.numpy as jnp, jaxq, tempfile
-      >>> w = jaxq.interop.gguf.quantize(jnp.ones((4, 32)), "q8_0")
-      >>> tensor = jaxq.interop.gguf.Tensor("w.weight", w.type, w.shape, lambda: w.data)
+      >>> from jaxq.interop import gguf
+      >>> w = jaxq.quantize(jnp.ones((4, 32)), "q8_0")
+      >>> tensor = gguf.Tensor("w.weight", "q8_0", w.shape, lambda: gguf.pack(w))
       >>> path = tempfile.mkdtemp() + "/model.gguf"
-      >>> jaxq.interop.gguf.write(path, [tensor], {"general.architecture": "llama"})
-      >>> jaxq.interop.load_tensors(path)["w.weight"].type
-      'q8_0'
+      >>> gguf.write(path, [tensor], {"general.architecture": "llama"})
+      >>> jaxq.interop.load_tensors(path)["w.weight"]
+      q8_0[4×32] 136 B
     """
     result = {}
     with open_tensors(path) as file:
         for entry in file.entries:
             if entry.numpy_dtype is None and entry.packed is None and entry.layout is None:
-                raise FileError(f"{path}: {entry.name!r:.80} has the dtype {entry.dtype}.")
+                raise FileError(
+                    f"{path}: {entry.name!r:.80} must have a dtype that NumPy can hold, got "
+                    f"{entry.dtype}. Read the others one by one by open_tensors."
+                )
             value = file.quantized(entry)
             if isinstance(value, np.ndarray):
                 value = value.astype(value.dtype.newbyteorder("="), copy=False)

@@ -133,7 +133,10 @@ def write_tensors(file: IO[bytes], tensors: Sequence[Tensor], metadata: Mapping[
         # Files are little-endian, but arrays read from other files may be big-endian.
         array = array.astype(array.dtype.newbyteorder("<"), copy=False)
         if 8 * array.nbytes != DTYPES[tensor.dtype][0] * math.prod(tensor.shape):
-            raise ValueError(f"{tensor.name!r} has {array.nbytes} bytes, not those of its shape.")
+            raise ValueError(
+                f"{tensor.name!r:.80} must have the bytes of {tensor.dtype} of shape "
+                f"{tensor.shape}, got {array.nbytes}. Return such an array from `read`."
+            )
         file.write(array.reshape(-1).view(np.uint8).data)
 
 

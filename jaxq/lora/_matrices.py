@@ -72,14 +72,15 @@ def low_rank(
     if not 1 <= rank <= min(inputs, outputs):
         raise ValueError(
             f"low_rank: `rank` must be from 1 to {min(inputs, outputs)} for a matrix of shape "
-            f"{(inputs, outputs)}, got {rank}."
+            f"{(inputs, outputs)}, got {rank}. Use a lower rank."
         )
     back = None
     if hessian is not None:
         h = jnp.asarray(hessian).astype(jnp.float32)
         if h.shape != (*w.shape[:-1], inputs):
             raise ValueError(
-                f"low_rank: `hessian` must have the shape {(*w.shape[:-1], inputs)}, got {h.shape}."
+                f"low_rank: `hessian` must have the shape {(*w.shape[:-1], inputs)}, got "
+                f"{h.shape}. Pass the Hessian of the inputs of `w`."
             )
         mean = jnp.trace(h, axis1=-2, axis2=-1)[..., None] / inputs
         # Without data all inputs have the same weight.

@@ -327,7 +327,7 @@ def _adaptable(planned: Planned) -> tuple[dict[str, int], dict[str, str]]:
         if (
             weight is None
             or not product.is_differentiated
-            or not _has_matrices(product, weight.operand)
+            or not _is_adaptable(product, weight.operand)
         ):
             continue
         if product.number in planned.stored.reasons:
@@ -340,8 +340,8 @@ def _adaptable(planned: Planned) -> tuple[dict[str, int], dict[str, str]]:
     return names, shared
 
 
-def _has_matrices(product: Product, operand: int) -> bool:
-    """Returns whether a product multiplies tokens by a matrix, or by one for each expert."""
+def _is_adaptable(product: Product, operand: int) -> bool:
+    """Returns whether a product multiplies tokens by one matrix, or by one matrix per expert."""
     if product.operation == "ragged_dot_general":
         return operand == 1 and can_adapt_ragged(contraction_of(product.eqn))
     return product.operation == "dot_general"

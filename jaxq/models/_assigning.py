@@ -134,7 +134,7 @@ class Assigned:
         return self.output_draws or forward
 
     def reorder_operands(self, operands: Sequence[Any]) -> Any:
-        """Converts operands from the product's order to the recipe's, or back."""
+        """Swaps the two operands if the weight is the first; its own inverse."""
         return tuple(reversed(operands)) if self.swapped else tuple(operands)
 
 

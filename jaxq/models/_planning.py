@@ -205,7 +205,7 @@ def _without_weight(
                 _check_stored(product, path, packed.get(leaf), stored, leaf)
         if recipe.execution == "native":
             raise ValueError(
-                f"stored weights must be multiplied as floats, got execution='native' for "
+                f"packed weights must be multiplied as floats, got execution='native' for "
                 f"{weight.origin.name!r}. Use execution='emulated'."
             )
     remaining: ProductRecipe | None = dataclasses.replace(recipe, rhs=None)
@@ -217,28 +217,28 @@ def _check_stored(
     product: Product, path: str, q: Quantized | None, stored: Storages, leaf: int
 ) -> None:
     """Checks that a leaf is stored in the form that a product needs."""
-    remedy = "Store weights by jaxq.quantize_weights with these rules."
+    remedy = "Pack the weights by jaxq.quantize_weights with these rules."
     if q is None:
         raise ValueError(
-            f"weight {path!r} must be stored, as it is multiplied together with stored weights, "
-            f"got an array. {remedy}"
+            f"weight {path!r} must be packed too, because one product uses it together with packed "
+            f"weights, got an array. {remedy}"
         )
     if leaf not in stored.leaves:
         reason = stored.reasons[product.number]
         raise ValueError(
-            f"weight {path!r} must be an array, got a stored one: {reason}. Leave it out of the "
+            f"weight {path!r} must be a float array, got packed: {reason}. Leave it out of the "
             "rules of jaxq.quantize_weights or jaxq.quantize_tree."
         )
     storage = stored.leaves[leaf]
     differing = storage.differing(q)
     if differing:
         raise ValueError(
-            f"weight {path!r} must be stored as its rule says, {storage.recipe.element.name}, got "
+            f"weight {path!r} must be packed as its rule says, {storage.recipe.element.name}, got "
             f"{q.recipe.element.name} with another {', '.join(differing)}. {remedy}"
         )
     if storage.blocks_differ(q):
         raise ValueError(
-            f"weight {path!r} must be stored in blocks of {storage.block}, as its product needs, "
+            f"weight {path!r} must be packed in blocks of {storage.block}, as its product needs, "
             f"got blocks of {q.block}. Pass the axis that products contract to jaxq.quantize_tree "
             "as `axis`, or use jaxq.quantize_weights."
         )

@@ -231,7 +231,7 @@ def _stacks(assigned: Assigned, depth: int) -> list[int]:
 
 
 def empty_states(programs: Sequence[Program], inputs: ProductInputs, depth: int) -> States:
-    """Returns the calibration states before any data for the products of some programs."""
+    """Returns the calibration states of the products in some programs, before any data."""
 
     def of_operand(observer: Observer | None, stacks: list[int]) -> Any:
         if observer is None:

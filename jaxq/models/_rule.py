@@ -1,10 +1,10 @@
 """The record of one rule, which assigns a recipe to products or to leaves of trees."""
 
 import dataclasses
-import difflib
 import re
 from typing import Any
 
+from jaxq._base.registry import suggestion
 from jaxq.formats import FORMATS
 from jaxq.models._operations import OPERATIONS
 from jaxq.products import (
@@ -59,7 +59,8 @@ class Rule:
                 check_pattern("Rule", name, pattern)
         if self.operation not in (None, *OPERATIONS):
             raise ValueError(
-                f"Rule: `operation` must be one of {', '.join(OPERATIONS)}, got {self.operation!r}."
+                f"Rule: `operation` must be a product or a look-up, got {self.operation!r}. "
+                f"{suggestion(str(self.operation), OPERATIONS)}"
             )
         if self.weight is None and self.operation is None and self.scope is None:
             raise ValueError(
@@ -97,13 +98,8 @@ def _recipe(recipe: Any) -> Recipe | ProductRecipe | None:
     if isinstance(recipe, str) and recipe in PRODUCT_RECIPES:
         return get_product_recipe(recipe)
     if isinstance(recipe, str) and recipe not in RECIPES and recipe not in FORMATS:
-        suggestions = difflib.get_close_matches(
-            recipe.lower(), [*PRODUCT_RECIPES, *RECIPES], 3, 0.5
-        )
-        suggestions = suggestions or [*RECIPES.near(recipe), "jaxq.recipes.RECIPES"]
-        raise ValueError(
-            f"Rule: no recipe is named {recipe!r}. The nearest are {', '.join(suggestions)}."
-        )
+        hint = suggestion(recipe, PRODUCT_RECIPES, RECIPES, most=3)
+        raise ValueError(f"Rule: no recipe is named {recipe!r}. {hint}")
     try:
         return get_recipe(recipe)
     except (TypeError, ValueError) as error:

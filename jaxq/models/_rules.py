@@ -5,10 +5,10 @@ mapping from patterns to recipes, or a sequence of `Rule` records and pairs (pat
 first matching rule applies. `as_rules` reads the rules of products, `leaf_rules` those of leaves.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+from jaxq._base.registry import suggestion
 from jaxq._jax.serialization import from_json, to_json
 from jaxq.models._adapting import Adapted
 from jaxq.models._monitored import Monitored
@@ -227,12 +227,11 @@ def unmatched_message(rule: Rule | str, noun: str, paths: Iterable[str], remedy:
     """
     rule, pattern = _named(rule)
     paths = sorted(paths)
-    near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
-    if not near:
+    if not paths:
         return f"{rule} matches no {noun}, because there is none. {remedy}"
     if not any(paths):
         return f"{rule} matches no {noun}. The only {noun} has the empty path ''. {remedy}"
-    return f"{rule} matches no {noun}. The nearest are {', '.join(near)}. {remedy}"
+    return f"{rule} matches no {noun}. {suggestion(pattern, paths, most=3)} {remedy}"
 
 
 def hidden_message(rule: Rule | str, where: str, earlier: Rule | str) -> str:

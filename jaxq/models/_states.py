@@ -11,6 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.records import state_repr
+from jaxq._base.registry import suggestion
 from jaxq._jax.serialization import pytree
 from jaxq.models._rule import Rule, check_pattern, rule_records
 from jaxq.products import History
@@ -208,8 +209,8 @@ class Switched:
         matches = [name for name in self.switches if re.search(pattern, name)]
         if not matches:
             raise ValueError(
-                f"Switched.where: `pattern` {pattern!r} matches no product with a recipe. Choose "
-                f"among {', '.join([*self.switches][:4])}."
+                f"Switched.where: `pattern` {pattern!r} matches no product with a recipe. "
+                f"{suggestion(pattern, self.switches, most=3)}"
             )
         value = jnp.asarray(on).astype(jnp.float32)
         if value.ndim:

@@ -220,7 +220,8 @@ def _of_group(
     long = [k for k, i in enumerate(ins) if before[i] > 1]
     cut = [k for k in long if box[k] != before[ins[k]]]
     if cut:
-        # Pieces tile the first axis alone, so they tile the first axis of the result.
+        # Pieces of a leaf may be cut along the first axis longer than 1 only. In the result they
+        # are then cut along its first such axis, if the cuts are multiples of its inner size.
         if cut != long[:1]:
             return None
         first = next(k for k, n in enumerate(after) if n > 1)

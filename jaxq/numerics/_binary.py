@@ -8,8 +8,7 @@ and fixed point are the special case of uniform spacing. The grid is described b
 Subnormals are never left to the backend: XLA on CPU flushes them in arithmetic and in comparisons.
 So there are three ways to compute the units and to multiply them by the spacing again:
 
-- narrow: every spacing is a normal number, so two multiplications by powers of two suffice, or,
-  to round half to even, a sum with a power of two;
+- narrow: every spacing is a normal number, so two multiplications by powers of two suffice;
 - aligned: the grid has the exponents of the working dtype (bfloat16, tf32, float8_e8m0fnu), and the
   units are the low bits;
 - wide: any other grid, including traced ones, by integer arithmetic.
@@ -105,28 +104,14 @@ class _Snap(NamedTuple):
 
 
 def _narrow(args: _Snap) -> jax.Array:
-    """Rounds magnitudes to the grid by a sum or by two multiplications by powers of two."""
+    """Rounds magnitudes to the grid by two multiplications by powers of two."""
     extended, grid, layout = args.magnitude, args.grid, args.layout
     if is_directed(args.rounding):  # Other modes round a flushed subnormal number to 0 too.
         extended = lax.max(extended, _least_normal(extended, layout))
     unit = _unit_exponents(extended, grid, layout)
-    if _adds_anchor(args):
-        anchor = layout.floats(unit + layout.shifted(layout.mantissa_bits))
-        return (layout.floats(extended) + anchor) - anchor
     units = layout.floats(extended) * layout.floats(layout.field(layout.bias) - unit)
     rounded = _rounded(units, unit, args)
     return rounded * layout.floats(unit)
-
-
-def _adds_anchor(args: _Snap) -> bool:
-    """Returns whether a sum with a power of two rounds to the grid.
-
-    The power is chosen so that the last bit of the sum has the value of the spacing.
-    """
-    grid, layout = args.grid, args.layout
-    if args.rounding is not nearest_even or not grid.static or grid.odd_codes or not grid.zero:
-        return False
-    return _emax(grid, layout) - grid.mantissa_bits + layout.mantissa_bits <= layout.bias
 
 
 def _aligned(args: _Snap) -> jax.Array:
@@ -224,7 +209,7 @@ def _ldexp_bits(whole: jax.Array, unit: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _integer(y: jax.Array, args: _Snap) -> jax.Array:
-    """Returns the signed result for a grid without inf, NaN and -0: NaN is 0, the rest clipped."""
+    """Returns the signed result for a grid without inf, NaN and -0: NaN becomes 0, others clip."""
     grid, layout = args.grid, args.layout
     y = where(args.magnitude > layout.inf, layout.float_type(0), y)
     y = where(args.negative, layout.float_type(0) - y, y)
@@ -255,7 +240,8 @@ def _exceeds(y: jax.Array, limit: Any, args: _Snap) -> jax.Array:
     """Returns a mask of magnitudes beyond a limit."""
     if args.narrow:
         return y > limit
-    # Both may be subnormal. A NaN counts as too large here; `_signed` replaces or restores it.
+    # `y` and `limit` may be subnormal, and XLA on CPU counts subnormals as zero in comparisons. The
+    # bits of a NaN count as too large; `_signed` replaces or restores the NaN.
     return args.layout.bits(y) > args.layout.bits(limit)
 
 

@@ -283,15 +283,24 @@ def _holds(dtype: np.dtype, value: float) -> bool:
         return float(np.float64(value).astype(dtype)) == value
 
 
-def floats(name: str, x: jax.typing.ArrayLike) -> jax.Array:
-    """Returns the argument as an array, after checking that it has a supported floating dtype."""
+def floats(name: str, x: jax.typing.ArrayLike, *, float64: bool = True) -> jax.Array:
+    """Returns the argument as an array, after checking that it has a supported floating dtype.
+
+    Args:
+      name: the name of the caller in errors.
+      x: the argument.
+      float64: True if the caller also supports float64. Without 64-bit mode, JAX converts Python
+        floats and float64 arrays of NumPy to float32, which every caller supports.
+    """
     dtype = getattr(x, "dtype", None) or np.asarray(x).dtype
-    if str(dtype) not in _FLOATS:
+    array = jnp.asarray(x) if str(dtype) in _FLOATS else None
+    if array is None or (array.dtype == jnp.float64 and not float64):
+        supported = _FLOATS if float64 else _FLOATS[:-1]
         raise TypeError(
-            f"{name}: `x` must be of dtype {', '.join(_FLOATS)}, got {dtype}. "
-            "Convert it first, e.g. x.astype(jnp.float32)."
+            f"{name}: `x` must be {', '.join(supported[:-1])} or {supported[-1]}, got {dtype}. "
+            "Convert it first: x.astype(jnp.float32)."
         )
-    return jnp.asarray(x)
+    return array
 
 
 def _modes(name: str, rounding: str | Rounding, overflow: Overflow) -> tuple[Rounding, Overflow]:

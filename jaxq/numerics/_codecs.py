@@ -42,7 +42,8 @@ def codes_of(
     layout = Layout.of(y.dtype)
     integer = layout.int_type
     if isinstance(fmt, IntFormat):
-        # The significand of the sum ends at the format's last bit, in two's complement.
+        # Adding 1.5 * 2^k, whose last bit is the format's last bit, places the integer code in the
+        # low bits of the float, in two's complement.
         anchor = layout.float_type(1.5 * 2.0 ** (layout.mantissa_bits - fmt.fraction_bits))
         codes = layout.bits(y + anchor) & integer(2**fmt.bits - 1)
         return codes.astype(code_dtype(fmt))
@@ -56,8 +57,8 @@ def codes_of(
     if fmt.zero and fmt.emin <= layout.least_exponent:  # All numbers but 0 are normal there.
         codes = where(magnitude == 0, integer(0), codes)
     elif fmt.zero:
-        # Below the smallest normal value the code is the value in units of the smallest
-        # subnormal, which is also read from the bits of a sum.
+        # Below the smallest normal value the code is the value in units of the smallest subnormal.
+        # Adding `anchor` places this integer in the low bits of the float.
         unit = fmt.emin - fmt.mantissa_bits
         if not narrow:  # The smallest subnormal may be a float subnormal, so multiples are added.
             extended, unit = lax.max(extended - layout.shifted(unit), integer(0)), 0
@@ -142,14 +143,17 @@ def decode(
     codes = jnp.asarray(codes)
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(codes.dtype, jnp.unsignedinteger):
-        raise TypeError(f"decode: `codes` must be unsigned integers, got {codes.dtype}.")
+        raise TypeError(
+            f"decode: `codes` must be unsigned integers, got {codes.dtype}. Convert them first, "
+            "such as codes.astype(jnp.uint8)."
+        )
     if 8 * codes.dtype.itemsize < fmt.bits:
         raise ValueError(
             f"decode: `codes` must have a dtype of at least {fmt.bits} bits for {fmt.name}, got "
             f"codes of {codes.dtype}."
         )
     if dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"decode: `dtype` must be float32 or float64, got {dtype}.")
+        raise TypeError(f"decode: `dtype` must be float32 or float64, got {dtype}. Use float32.")
     return _decode(codes, fmt, jax.dtypes.canonicalize_dtype(dtype))
 
 
@@ -290,7 +294,9 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
     _check_packing("unpack", packed, bits)
     size = packed.shape[-1]
     if packed.dtype != jnp.uint8:
-        raise TypeError(f"unpack: `packed` must be uint8, got {packed.dtype}.")
+        raise TypeError(
+            f"unpack: `packed` must be uint8, got {packed.dtype}. Pass the result of jaxq.pack."
+        )
     if size != -(-n * bits // 8):
         raise ValueError(
             f"unpack: the last axis of `packed` must have {-(-n * bits // 8)} bytes for {n} codes "
@@ -334,6 +340,8 @@ def _check_packing(name: str, array: jax.Array, bits: int) -> None:
             "codes.astype(jnp.uint8)."
         )
     if not 1 <= bits <= 16:
-        raise ValueError(f"{name}: `bits` must be 1 to 16, got {bits}.")
+        raise ValueError(f"{name}: `bits` must be 1 to 16, got {bits}. Use the format's `bits`.")
     if array.ndim == 0:
-        raise ValueError(f"{name}: the array must have an axis to pack along, got a scalar.")
+        raise ValueError(
+            f"{name}: the array must have an axis to pack along, got a scalar. Reshape it to (1,)."
+        )

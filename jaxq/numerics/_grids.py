@@ -155,7 +155,9 @@ def float_grid(
       [1.5, 1.25, 1.25]
     """
     if inf and not nan:
-        raise ValueError("float_grid: inf=True needs nan=True, as in IEEE 754, got nan=False.")
+        raise ValueError(
+            "float_grid: inf=True needs nan=True, as in IEEE 754, got nan=False. Pass nan=True."
+        )
     e, m = jnp.asarray(exponent_bits, jnp.int32), jnp.asarray(mantissa_bits, jnp.int32)
     one = jnp.int32(1)
     offset = (one << (e - 1)) - 1 if bias is None else jnp.asarray(bias, jnp.int32)

@@ -66,7 +66,8 @@ class Accumulation:
             )
         if self.order not in ("sequential", "pairwise"):
             raise ValueError(
-                f"Accumulation: `order` must be 'sequential' or 'pairwise', got {self.order!r}."
+                f"Accumulation: `order` must be 'sequential' or 'pairwise', got {self.order!r}. "
+                "Use 'sequential'."
             )
 
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -77,9 +77,10 @@ PRODUCT_RECIPES: Registry[ProductRecipe] = Registry(
             residuals="original",
         ),
         "mxfp4_training": _everywhere(get_recipe("mxfp4")),
-        # NVIDIA (2025), "Pretraining Large Language Models with NVFP4"; TransformerEngine's
-        # NVFP4BlockScaling: tiles for weights, cotangents rounded stochastically, and a Hadamard
-        # transform on the inputs of the weight's gradient.
+        # NVIDIA (2025), "Pretraining Large Language Models with NVFP4",
+        # https://arxiv.org/abs/2509.25149; TransformerEngine's NVFP4BlockScaling: tiles for
+        # weights, cotangents rounded stochastically, and a Hadamard transform on the inputs of the
+        # weight's gradient.
         "nvfp4_training": ProductRecipe(
             _NVFP4,
             _NVFP4_TILE,
@@ -87,6 +88,16 @@ PRODUCT_RECIPES: Registry[ProductRecipe] = Registry(
             drhs=SingleProduct(_NVFP4_GRADIENT, _NVFP4, hadamard=Hadamard(16, _SIGNS)),
             residuals="original",
         ),
+    },
+    {
+        "fp8": "fp8_training",
+        "float8": "fp8_training",
+        "fp8_e4m3": "fp8_training",
+        "e4m3": "fp8_training",
+        "e5m2": "fp8_training",
+        "fp6": "mxfp6_training",
+        "fp4": "nvfp4_training",
+        "int4": "w4a16",
     },
 )
 

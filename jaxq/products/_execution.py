@@ -71,7 +71,7 @@ def _labels(contraction: Contraction) -> list[int]:
 
 
 def check(execution: Any, name: str, contraction: Contraction, codes: Codes | None) -> None:
-    """Raises an error if an operation does not support an execution for any operands."""
+    """Raises an error if an operation can never use an execution, whatever its operands."""
     if execution == "emulated":
         return
     execution_name = "execution='native'" if execution == "native" else "an Accumulation"
@@ -161,7 +161,7 @@ def _quantized(name: str, operand: Operand) -> Quantized:
 
 
 def _tensor_scale(q: Quantized) -> jax.Array | None:
-    """Returns the factor of the scales of all blocks, or None."""
+    """Returns the tensor's second-level scale, or None."""
     return q.recipe.scaling.tensor_scale(q.second)
 
 

@@ -110,7 +110,7 @@ def _butterflies(y: jax.Array, axis: int, length: int, factors: jax.Array | None
     Each pass adds pairs of neighbors and puts their sums and differences far apart, so that all
     passes are the same program.
     """
-    signs = np.float32([1, -1]).reshape((1,) * axis + (2,) + (1,) * (y.ndim - axis))
+    signs = np.array([1, -1], np.float32).reshape((1,) * axis + (2,) + (1,) * (y.ndim - axis))
     for _ in range(length.bit_length() - 1):
         pairs = [_every_second(y, axis, i) for i in range(2)]
         if factors is not None:

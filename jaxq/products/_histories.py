@@ -87,7 +87,10 @@ class History:
         return Amax(lax.stop_gradient(self.amax.max()), self.margin)
 
     def copies_for_loop(self, count: int) -> "History":
-        """Copies the history for `count` products; its cotangent is the largest of theirs."""
+        """Copies the history for `count` products.
+
+        The gradient of the history is the elementwise maximum of the copies' gradients.
+        """
 
         def copies(amax: jax.Array) -> jax.Array:
             return jnp.broadcast_to(amax, (count, *amax.shape))

@@ -69,7 +69,7 @@ def product(
 
 
 def check(operation: Operation, lhs: Any, rhs: Any, recipe: SingleProduct) -> None:
-    """Raises the errors of `product` for its forward product, except those about keys.
+    """Checks operands and recipe as `product` does, but not the random keys.
 
     Args:
       operation: the operation; its function is not called.
@@ -106,7 +106,7 @@ def check(operation: Operation, lhs: Any, rhs: Any, recipe: SingleProduct) -> No
 def check_gradients(
     operation: Operation, lhs: Any, rhs: Any, out: Any, recipe: ProductRecipe
 ) -> None:
-    """Raises the errors of differentiating `product`, except those about keys.
+    """Checks operands and recipe as differentiating `product` does, but not the random keys.
 
     Args:
       operation: the operation; its function is not called.

@@ -88,7 +88,7 @@ class SingleProduct:
             if self.execution not in ("emulated", "native"):
                 raise ValueError(
                     f"{self._owner}: `execution` must be 'emulated', 'native' or a "
-                    f"jaxq.Accumulation, got {self.execution!r}."
+                    f"jaxq.Accumulation, got {self.execution!r:.60}. Use 'emulated'."
                 )
             if self.execution == "native" and None in (self.lhs, self.rhs):
                 missing = " and ".join(n for n in ("lhs", "rhs") if getattr(self, n) is None)

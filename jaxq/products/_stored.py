@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -11,23 +11,14 @@ from jax import numpy as jnp
 from jaxq.products._contractions import Contraction, of_dot
 from jaxq.quantizers import Quantized, Slices, slices
 
-__all__ = ["CHUNK", "Stored", "in_parts", "stored_dot_general"]
+__all__ = ["CHUNK", "in_parts", "stored_dot_general"]
 
 CHUNK = 2**20
 
 
-class Stored(Protocol):
-    """A stored tensor of another library's format, such as `jaxq.interop.gguf.Packed`."""
-
-    @property
-    def slices(self) -> Slices:
-        """The tensor as slices."""
-        ...
-
-
 def stored_dot_general(
     lhs: jax.typing.ArrayLike,
-    rhs: Quantized | Stored,
+    rhs: Quantized,
     dimension_numbers: Any,
     precision: Any = None,
     preferred_element_type: Any = None,
@@ -46,8 +37,7 @@ def stored_dot_general(
 
     Args:
       lhs: the array.
-      rhs: a `jaxq.Quantized`, or a tensor with the property `slices`, such as
-        `jaxq.interop.gguf.Packed`.
+      rhs: the stored tensor.
       dimension_numbers: as in `jax.lax.dot_general`.
       precision: as in JAX.
       preferred_element_type: as in JAX.
@@ -67,7 +57,7 @@ def stored_dot_general(
       >>> jaxq.products.stored_dot_general(x, w, numbers, chunk=1024).shape
       (2, 48)
     """
-    sliced = slices(rhs) if isinstance(rhs, Quantized) else rhs.slices
+    sliced = slices(rhs)
     if sliced is None:
         raise ValueError(
             "stored_dot_general: `rhs` must be sliceable, got a tensor with outliers. Dequantize "

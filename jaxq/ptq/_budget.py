@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxq._base.registry import suggestion
 from jaxq._base.tables import Table
 from jaxq.models import Rule
 from jaxq.ptq._sensitivity import Score, Scores
@@ -134,7 +135,9 @@ def budget(
       ([('a', 'int4_channel'), ('b', 'int8_channel')], 150)
     """
     if by not in ("gradient", "loss", "relative"):
-        raise ValueError(f"budget: `by` must be 'gradient', 'loss' or 'relative', got {by!r}.")
+        raise ValueError(
+            f"budget: `by` must be 'gradient', 'loss' or 'relative', got {by!r}. Use 'gradient'."
+        )
     if any(math.isnan(getattr(score, by)) for score in scores.rows):
         raise ValueError(
             f"budget: `scores` must have numbers in {by!r}, got NaN. Pass a loss and gradient=True "
@@ -188,7 +191,7 @@ def _members(scores: Scores, groups: Sequence[str]) -> list[list[str]]:
         if pattern not in used:
             raise ValueError(
                 f"budget: `groups` must match weights that no earlier group matches, got "
-                f"{pattern!r}. Weights are {', '.join(scores.weights[:4])}."
+                f"{pattern!r}. {suggestion(pattern, scores.weights, most=3)}"
             )
     return [*members.values()]
 

@@ -133,7 +133,7 @@ def read_calls(
     if len(args) != (1 if is_module else 2):
         raise ValueError(
             f"{owner}: must be called with {'batches' if is_module else 'params and batches'}, got "
-            f"{len(args)} arguments. Pass several arguments of one call as a tuple per batch."
+            f"{len(args)} arguments. If `fn` takes (params, x, y), make each batch a tuple (x, y)."
         )
     *params, batches = args
     if not isinstance(batches, Iterable) or isinstance(batches, (jax.Array, np.ndarray, dict)):
@@ -143,7 +143,10 @@ def read_calls(
         )
     data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     if not data:
-        raise ValueError(f"{owner}: `batches` must contain at least one batch, got none.")
+        raise ValueError(
+            f"{owner}: `batches` must contain at least one batch, got none. Pass a list of inputs, "
+            "not an exhausted iterator."
+        )
     masks = [None if mask is None else jnp.asarray(mask(*batch)) for batch in data]
     shapes = {batch_mask.shape for batch_mask in masks if batch_mask is not None}
     if len(shapes) > 1:

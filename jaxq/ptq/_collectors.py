@@ -242,7 +242,7 @@ def _convolution(product: Product, operand: int, hessian: bool) -> MatrixForm | 
         tuple(params["rhs_dilation"]),
         numbers,
     )
-    # Patches have the features (input channel, place in the window) along the channel axis.
+    # The channel axis of the patches enumerates (input channel, window position).
     batch, channel, *spatial = numbers.out_spec
     collector = Collector(
         where=product.where,

@@ -1,7 +1,7 @@
 """Correction of biases for the mean error of quantized weights (`correct_biases`)."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.registry import nearest_names
+from jaxq._base.registry import suggestion
 from jaxq._base.tables import Table, Tabular
 from jaxq._jax.processes import host_array
 from jaxq.models import Product, Rules, not_floating
@@ -170,8 +170,28 @@ def _restrict(model: Model, biases: Mapping[str, str]) -> Model:
 
 def _unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     """Returns the error message for a name in `biases` that does not exist."""
-    near = nearest_names(name, known)
-    return f"{_OWNER}: `biases` must name {noun}, got {name!r}. The nearest are {near}."
+    hint = suggestion(name, sorted(known), most=3)
+    return f"{_OWNER}: `biases` must name {noun}, got {name!r}. {hint}"
+
+
+def _path_text(path: tuple[Any, ...]) -> str:
+    """Returns the path of a leaf as text, such as `"layers/0/kernel"`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _other_structure(params: Any, packed_paths: Sequence[str]) -> str:
+    """Returns the error message for packed parameters with another structure than `params`."""
+    paths = [_path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    got = "the same paths in other containers"
+    for tree, first, second in (("packed", packed_paths, paths), ("params", paths, packed_paths)):
+        other = "params" if tree == "packed" else "packed"
+        alone = [path for path in first if path not in set(second)]
+        if alone:
+            got = f"the leaf {alone[0]!r:.80} in `{tree}` but not in `{other}`"
+    return (
+        f"{_OWNER}: `packed` must have the structure of `params`, got {got}. Pack `params` with "
+        "jaxq.quantize_weights."
+    )
 
 
 class _CorrectionRun:
@@ -191,14 +211,9 @@ class _CorrectionRun:
         self._targets, self._biases = model.targets, biases
         self.leaves = Leaves(model.planned)
         pairs, self._structure = jax.tree_util.tree_flatten_with_path(packed, is_leaf=_is_quantized)
+        self._paths = [_path_text(path) for path, _ in pairs]
         if self._structure != jax.tree.structure(params):
-            raise ValueError(
-                f"{_OWNER}: `packed` must have the structure of `params`, got "
-                f"{self._structure.num_leaves} leaves instead of "
-                f"{jax.tree.structure(params).num_leaves}, or other names. Pack `params` with "
-                "jaxq.quantize_weights."
-            )
-        self._paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in pairs]
+            raise ValueError(_other_structure(params, self._paths))
         self._packed = [leaf for _, leaf in pairs]
         leaves = model.planned.traced.parameters[1]
         self._index = {leaf: i for i, leaf in enumerate(leaves) if leaf is not None}

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.registry import nearest_names
+from jaxq._base.registry import suggestion
 from jaxq._jax.processes import host_array
 from jaxq.models import LOOK_UP, not_floating, plan
 from jaxq.ptq._input_changes import relative_difference
@@ -85,7 +85,9 @@ def random_rotation(n: int, key: jax.Array, *, keep_mean: bool = False) -> np.nd
       Paley, "On orthogonal matrices" (1933).
     """
     if n < 1:
-        raise ValueError(f"random_rotation: `n` must be at least 1, got {n}.")
+        raise ValueError(
+            f"random_rotation: `n` must be at least 1, got {n}. Pass the vectors' length."
+        )
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint32))
     if not keep_mean:
         return _rotation(n, generator)
@@ -153,8 +155,9 @@ def fold_rotation(
 ) -> Callable[..., Any]:
     """Returns a function that rotates vectors inside a model by changing only its weights.
 
-    A vector x of the model, such as the residual stream, becomes `x R`. `axes` names every leaf
-    that is added to x or multiplies it, with its axis along x. This axis is multiplied by R::
+    A vector x of the model, such as the residual stream, becomes `x R`. `axes` maps the path of
+    each weight that writes x or reads x to the axis whose length is that of x. This axis is
+    multiplied by R::
 
         axes = {"embed": -1, "layers/q": -2, "layers/o": -1, "layers/up": -2, "layers/down": -1,
                 "head": -2}                          # R1: the residual stream.
@@ -277,8 +280,8 @@ def _check_leaf(path: str, leaves: Mapping[str, Any]) -> None:
     """Raises a ValueError unless a path names a float array."""
     if path not in leaves:
         raise ValueError(
-            f"{_OWNER}: {path!r} must be the path of a leaf of `params`. The nearest are "
-            f"{nearest_names(path, leaves)}."
+            f"{_OWNER}: {path!r} must be the path of a leaf of `params`. "
+            f"{suggestion(path, sorted(leaves), most=3)}"
         )
     reason = not_floating(leaves[path])
     if reason:

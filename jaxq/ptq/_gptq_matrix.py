@@ -229,8 +229,10 @@ def _rounded(weight: jax.Array, levels: Levels, feedback: _Feedback, recipe: Rec
         if state.values is not None:
             weight = weight + _product(columns.shifts.T, state.values)
         target = weight - _product(columns.errors.T, state.errors)
-        within = jax.tree.map(lambda x: lax.dynamic_slice(x, (start, 0), (size, size)).T, columns)
-        step = functools.partial(_step, _InputBlock(within, target, weight, levels), recipe)
+        inner_feedback = jax.tree.map(
+            lambda x: lax.dynamic_slice(x, (start, 0), (size, size)).T, columns
+        )
+        step = functools.partial(_step, _InputBlock(inner_feedback, target, weight, levels), recipe)
         zeros = jnp.zeros_like(weight)
         first = _Rounded(zeros, None if state.values is None else zeros)
         result, numbers = lax.fori_loop(0, size, step, (first, zeros))
@@ -264,16 +266,16 @@ class _Rounded(NamedTuple):
 
 
 class _InputBlock(NamedTuple):
-    """A block of consecutive inputs in the order of rounding.
+    """Inputs that are rounded one after another before later inputs are corrected.
 
     Attributes:
-      within: the effects of its inputs on each other, transposed.
+      inner_feedback: the effects of these inputs on each other, transposed.
       target: the weight, corrected by the errors of earlier blocks.
       weight: the weight.
       levels: the levels of its elements.
     """
 
-    within: _Feedback
+    inner_feedback: _Feedback
     target: jax.Array
     weight: jax.Array
     levels: Levels
@@ -286,11 +288,11 @@ def _step(
     (errors, values), numbers = state
     weight, target = block.weight[i], block.target[i]
     # The errors and values of later inputs are 0.
-    shifts = block.within.shifts
+    shifts = block.inner_feedback.shifts
     if values is not None and shifts is not None:
         shift = jnp.sum(shifts[i][:, None] * values, axis=0)
         weight, target = weight + shift, target + shift
-    corrected = target - _product(block.within.errors[i], errors)
+    corrected = target - _product(block.inner_feedback.errors[i], errors)
     number, value = snap(corrected, jax.tree.map(lambda x: x[i], block.levels), recipe)
     if values is not None:
         values = values.at[i].set(corrected)

@@ -12,7 +12,7 @@ from jaxq._base.cutting import axis_of_blocks
 from jaxq.ptq._search import SearchOptions, SearchProblem
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Quantized, quantize
-from jaxq.recipes import Recipe
+from jaxq.recipes import Recipe, title_of
 
 __all__ = ["ImportanceMatrix"]
 
@@ -35,11 +35,12 @@ class ImportanceMatrix:
     """
 
     def check(self, owner: str, recipe: Recipe) -> None:
-        """Raises a ValueError unless a recipe searches for its scales over the elements."""
-        if not recipe.scaling.searches_elements:
+        """Raises a ValueError unless a recipe always searches for its scales."""
+        scaling = recipe.scaling
+        if not scaling.searches_elements or not scaling.takes_importance(recipe.element):
             raise ValueError(
-                f"{owner}: with ImportanceMatrix, `recipe` must have the scaling SuperBlocks, such "
-                f"as 'q4_k', got {type(recipe.scaling).__name__}. Use ptq.ScaleSearch('square')."
+                f"{owner}: with ImportanceMatrix, `recipe` must have the scaling SuperBlocks and "
+                f"a search, such as 'q4_k', got {title_of(recipe)}. Use ptq.ScaleSearch('square')."
             )
 
     def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:

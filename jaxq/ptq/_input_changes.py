@@ -76,8 +76,9 @@ def named_inputs(
     )
     if not inputs:
         raise ValueError(
-            f"{owner}: `rules` must quantize the weight of a product that can be changed, got "
-            f"none: {others[0][0]!r}: {others[0][1]}. Use ptq.quantize_weights alone."
+            f"{owner}: `rules` must quantize the weight of a product that can be changed, got no "
+            f"such product; for example, {others[0][0]!r} cannot be changed because "
+            f"{others[0][1]}. Use ptq.quantize_weights alone."
         )
     return inputs, others
 

@@ -144,7 +144,7 @@ def observe(
 
     Args:
       fn: as in `jaxq.quantize_fn`.
-      rules: as in `jaxq.quantize_fn`; only which weights they quantize matters.
+      rules: as in `jaxq.quantize_fn`; the recipes are ignored, only the choice of weights matters.
       argnums: as in `jaxq.quantize_fn`.
       hessian: True (the default) to collect the sums of `x x^T`, which only solvers need.
       mask: a function of the arguments of `fn` that returns a boolean array, False for padding. Its

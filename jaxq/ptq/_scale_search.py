@@ -46,7 +46,8 @@ class ScaleSearch:
         object.__setattr__(self, "factors", tuple(self.factors))
         if self.weighting not in ("hessian", "square"):
             raise ValueError(
-                f"ScaleSearch: `weighting` must be 'hessian' or 'square', got {self.weighting!r}."
+                f"ScaleSearch: `weighting` must be 'hessian' or 'square', got {self.weighting!r}. "
+                "Use 'hessian'."
             )
         if not self.factors or not all(0 < factor < np.inf for factor in self.factors):
             raise ValueError(

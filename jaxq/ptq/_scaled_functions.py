@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from jaxq._base.registry import nearest_names
+from jaxq._base.registry import suggestion
 from jaxq._base.tables import Table, Tabular
 from jaxq._jax.serialization import pytree
 from jaxq.models import (
@@ -194,8 +194,8 @@ def _has_weight_first(product: Product) -> bool:
 
 def _unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     """Returns the error message for a name in `into` that does not exist."""
-    near = nearest_names(name, known)
-    return f"InputScales.fold: `into` must name {noun}, got {name!r}. The nearest are {near}."
+    hint = suggestion(name, sorted(known), most=3)
+    return f"InputScales.fold: `into` must name {noun}, got {name!r}. {hint}"
 
 
 def _scale_axis(path: str, leaf: Any, factor: jax.Array, axis: int) -> jax.Array:

@@ -101,10 +101,10 @@ class Search(Protocol):
 
 
 class SearchOptions(NamedTuple):
-    """The static arguments of a search.
+    """The arguments of a search that are static under `jax.jit`.
 
     Attributes:
-      search: the search.
+      search: the record that chooses scales, such as `HQQ()`.
       recipe: the recipe of the weight.
       length: the largest number of consecutive inputs in a block, a divisor of the number of
         inputs. Only diagonal blocks of the Hessian of this size are read.

@@ -153,10 +153,15 @@ class GPTQ:
     propagation: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, usual in (("damping", 0.01), ("asymmetry", 0.25), ("propagation", 0.5)):
+        remedies = {
+            "damping": "Use 0.01",
+            "asymmetry": "Use 0 (off), or 0.25 for GPTAQ",
+            "propagation": "Use 0 (off), or 0.5 for QEP",
+        }
+        for name, remedy in remedies.items():
             value = getattr(self, name)
             if not value >= 0:
-                raise ValueError(f"GPTQ: `{name}` must not be negative, got {value}. Use {usual}.")
+                raise ValueError(f"GPTQ: `{name}` must not be negative, got {value}. {remedy}.")
         if self.asymmetry and self.propagation:
             raise ValueError(
                 "GPTQ: `asymmetry` and `propagation` must not both be positive, because they "

@@ -6,8 +6,9 @@ import jax
 from jax import numpy as jnp
 
 from jaxq._base.cutting import axis_of_blocks
+from jaxq._base.shapes import is_symbolic
 from jaxq.numerics import floats
-from jaxq.recipes import Recipe, get_recipe
+from jaxq.recipes import Recipe, get_recipe, title_of
 
 __all__ = [
     "ErrorWeights",
@@ -46,14 +47,9 @@ def checked(
     """
     if not (grids and isinstance(recipe, Recipe)):
         recipe = get_recipe(recipe)
-    array = floats(name, x)
+    array = floats(name, x, float64=False)  # Scales are float32.
     if axis is not None:
         recipe = recipe.along(axis, array.ndim)
-    if array.dtype == jnp.float64:
-        raise TypeError(
-            f"{name}: `x` must be float16, bfloat16 or float32, as scales are float32, got "
-            "float64. Convert it first: x.astype(jnp.float32)."
-        )
     return array, recipe
 
 
@@ -110,14 +106,20 @@ def importance_of(
     name: str, shape: tuple[int, ...], recipe: Recipe, importance: jax.typing.ArrayLike
 ) -> ErrorWeights:
     """Checks and returns an importance: one weight per index of the axis of the blocks, or more."""
-    if not recipe.scaling.searches_elements:
+    if not recipe.scaling.takes_importance(recipe.element):
         raise ValueError(
-            f"{name}: `importance` needs a recipe that searches for its scales, such as 'q4_k', "
-            f"got {type(recipe.scaling).__name__}. Omit it, or use jaxq.ptq.ScaleSearch."
+            f"{name}: `importance` needs a recipe with a search of GGUF, such as 'q4_k' or 'q4_0', "
+            f"got {title_of(recipe)}. Omit it, or use jaxq.ptq.ScaleSearch."
         )
     weights = jnp.asarray(importance, jnp.float32)
-    block = recipe.cut(shape).block
-    axis = axis_of_blocks(block)
+    cut = recipe.cut(shape)
+    block, axis = cut.block, axis_of_blocks(cut.block)
+    several = [n for n in block if n != 1]
+    if len(several) > 1 or is_symbolic(shape[axis]) or shape[axis] % block[axis]:
+        raise ValueError(
+            f"{name}: `importance` needs blocks along one axis, whose known length they divide, "
+            f"got blocks of {block} for shape {shape}. Use PerBlock(32)."
+        )
     if weights.ndim == 1:
         weights = weights.reshape([-1 if i == axis else 1 for i in range(len(shape))])
     missing = len(shape) - weights.ndim

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from jaxq.numerics import BinaryGrid
 from jaxq.recipes import Recipe
 
-__all__ = ["Parts", "parts_of", "whole"]
+__all__ = ["Parts", "join_parts", "parts_of"]
 
 
 class Parts(NamedTuple):
@@ -25,7 +25,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(recipe: Recipe) -> Parts:
-    """Splits a recipe into its parts; `whole` joins them again."""
+    """Splits a recipe into its parts; `join_parts` joins them again."""
     grid = recipe.format
     if not isinstance(grid, BinaryGrid):
         return Parts(None, recipe)
@@ -36,6 +36,6 @@ def parts_of(recipe: Recipe) -> Parts:
     return Parts(dataclasses.replace(grid, **numbers), static)
 
 
-def whole(grid: BinaryGrid | None, recipe: Recipe) -> Recipe:
-    """Returns the recipe with these parts."""
+def join_parts(grid: BinaryGrid | None, recipe: Recipe) -> Recipe:
+    """Puts the traced grid back into the recipe."""
     return recipe if grid is None else dataclasses.replace(recipe, format=grid)

@@ -23,7 +23,7 @@ from jaxq.formats import Format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
 from jaxq.numerics import BinaryGrid, pack, widen
 from jaxq.quantizers._arguments import ErrorWeights, Given, checked, given_scales, importance_of
-from jaxq.quantizers._parts import Parts, parts_of, whole
+from jaxq.quantizers._parts import Parts, join_parts, parts_of
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, encoded
 from jaxq.quantizers._sharding import quantized_sharding
 from jaxq.quantizers._simulation import Values, quantized_values, scales_of
@@ -57,10 +57,11 @@ def fake_quant(
         that they can be learned; `jax.lax.stop_gradient` makes them constants.
       zero_point: zero points to use with `scale`, required if the recipe has zero points. Integer
         zero points are rounded to the integers of the format.
-      importance: the weights of squared errors in the search for the scales of a recipe with
-        `SuperBlocks`, as in an importance matrix of llama.cpp: the mean squares of the inputs that
-        meet the weights, float32 `[n]` along the axis of the blocks, or an array that broadcasts to
-        `x`. Not differentiable. An error for other recipes. Default: None.
+      importance: the weights of squared errors in GGUF's search for the scales of a recipe with
+        `SuperBlocks`, `SignedScale` or `ScaleAndMin`, as in an importance matrix of llama.cpp: the
+        mean squares of the inputs that meet the weights, float32 `[n]` along the axis of the
+        blocks, or an array that broadcasts to `x`. Not differentiable. An error for other recipes
+        and those of 4-bit floats, which do not search. Default: None.
       axis: the axis of `x` that products contract, as in `jaxq.quantize_tree`: -2 for a kernel
         `[inputs, outputs]`, -1 for a weight `[outputs, inputs]`; the granularity is read relative
         to it. None (the default) reads it on the axes of `x` as it stands: blocks and the vectors
@@ -161,7 +162,8 @@ def quantize(
       key: as in `fake_quant`.
 
     Returns:
-      A `Quantized`, which has no gradient; use `fake_quant` for training.
+      A `Quantized`, which has no gradient; use `fake_quant` for training. A block that holds a NaN
+      or an infinity is dequantized to all NaN, as in `fake_quant`.
 
     Raises:
       TypeError: as in `fake_quant`.
@@ -251,7 +253,7 @@ def _snap_tensor(
     y, low, high, below, above = values[:5]
     scales = None
     if isinstance(given, Given):
-        scales = _given_scales(given, values, whole(*parts), cut)
+        scales = _given_scales(given, values, join_parts(*parts), cut)
         if below is not None and above is not None:
             below, above = scales.moved(below), scales.moved(above)
     return _SnappedTensor(Snap(cut.split(x), y, low, high, below, above), scales)

@@ -14,7 +14,7 @@ from jaxq._jax.meshes import as_first, automatic
 from jaxq._jax.opaque import opaque
 from jaxq.numerics import BinaryGrid, as_dtype, widen
 from jaxq.quantizers._arguments import ErrorWeights, Given, checked, given_scales
-from jaxq.quantizers._parts import whole
+from jaxq.quantizers._parts import join_parts
 from jaxq.quantizers._snapping import interval, measured, numbers, restored
 from jaxq.recipes import Recipe, Scales
 
@@ -65,7 +65,7 @@ def simulate(
     zero_point: jax.typing.ArrayLike | None = None,
     key: jax.Array | None = None,
 ) -> Simulated:
-    """Returns the values of `fake_quant`, without a gradient, and the scales that it has used.
+    """Returns the values of `fake_quant`, without a gradient, and the scales used.
 
     In a program that computes `fake_quant` of the same tensor, XLA computes both only once.
 
@@ -101,7 +101,7 @@ def quantized_values(
     around: bool,
 ) -> Values:
     """Returns the quantized values of a tensor, with the neighbors if `around` is True."""
-    recipe = whole(grid, recipe)
+    recipe = join_parts(grid, recipe)
     cut, rest = recipe.cut(x.shape), x
     outliers, is_outlier = (), None
     if recipe.outliers is not None:
@@ -135,7 +135,7 @@ def scales_of(
     recipe: Recipe,
     cut: Cut,
 ) -> Scales:
-    """Returns the given scales, broadcast over blocks, or else those of the split tensor."""
+    """Uses the user's scales, broadcast over blocks, if given; otherwise computes them."""
     if isinstance(given, ErrorWeights):
         weights = cut.split(jnp.broadcast_to(given.weights, cut.shape))
         return measured(x, key, recipe, cut, weights)

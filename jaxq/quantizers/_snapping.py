@@ -16,7 +16,7 @@ from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import materialize
 from jaxq._jax.reductions import summed
 from jaxq.formats import FloatFormat, get_format
-from jaxq.numerics import BinaryGrid, Rounding, cast, enclosing, encode
+from jaxq.numerics import BinaryGrid, HalfUp, Rounding, cast, enclosing, encode
 from jaxq.recipes import Range, Recipe, Scales, finite, in_units, limits, powers, times
 
 __all__ = ["codes", "ends_of", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
@@ -40,7 +40,7 @@ def measured(
 ) -> Scales:
     """Returns the scales computed from a split float32 tensor itself."""
     scaling, fmt = recipe.scaling, recipe.element
-    if scaling.searches_elements:
+    if scaling.searches_elements or importance is not None:
         return scaling.of_elements(x, cut, fmt, importance)
     ends = scaling.calibrator.finalize(recipe.measure(x, cut), fmt, scaling.two_sided)
     factor = _searched(x, ends, key, recipe, cut) if scaling.search else None
@@ -60,10 +60,12 @@ def numbers(
       given: True if the scales were not computed from the tensor, so that a NaN may have a scale
         that is a number.
     """
-    if scales.numbers is not None and recipe.rounding == "nearest_even":
+    default = recipe.rounding == "nearest_even" or isinstance(recipe.rounding, HalfUp)
+    if scales.numbers is not None and default:
         return scales.numbers
     units = units_of(x, scales, recipe)
-    units = _positive_nan(units) if given and _lacks_nan(recipe) else units
+    if (given or scales.numbers is not None) and _lacks_nan(recipe):
+        units = _positive_nan(units)
     return on_grid(units, scales.zero_point, recipe.rounding, key, recipe)
 
 
@@ -88,7 +90,9 @@ def interval(x: jax.Array, scales: Scales, recipe: Recipe) -> tuple[jax.Array, j
     units = _positive_nan(units) if _lacks_nan(recipe) else units
     pair = enclosing(units, *ends_of(scales.zero_point, recipe), snap)
     first, second = (restored(v, scales.step, scales.minimum, recipe) for v in pair)
-    return lax.min(first, second), lax.max(first, second)  # A scale may be negative.
+    # Not a minimum, which may lose the NaN that zero times an infinite scale is.
+    negative = jnp.broadcast_to(scales.step < 0, first.shape)
+    return where(negative, second, first), where(negative, first, second)
 
 
 def units_of(x: jax.Array, scales: Scales, recipe: Recipe) -> jax.Array:
@@ -131,8 +135,9 @@ def on_grid(
     """Returns units rounded to the grid minus the zero point."""
     if zero_point is None:
         return cast(units, recipe.element, rounding=rounding, overflow="saturate", key=key)
-    # Rounded before the zero point is added, because the other order rounds ties differently; and
-    # before the ends are applied, because XLA on CPU counts subnormals as zero in a maximum.
+    # The units are rounded before the zero point is added, because the other order rounds ties
+    # differently. They are rounded before the ends are applied, because XLA on CPU counts
+    # subnormals as zero in a maximum.
     lowest, highest = ends_of(zero_point, recipe)
     whole = cast(units, _WHOLE, rounding=rounding, key=key)
     whole = lax.max(whole, jnp.broadcast_to(lowest, units.shape))
@@ -207,7 +212,8 @@ def _squared_error(x: jax.Array, y: jax.Array, amax: jax.Array, cut: Cut) -> jax
     which are frequent for data on a grid, therefore stay equal in every program. For blocks
     longer than 128 on the last axis, partial sums are added in float32.
     """
-    # Errors relative to the power of two above amax, as multiples of 2^-22.
+    # `down` moves amax into [2, 4), so factors of 2^20 give errors in multiples of 2^-22 of the
+    # power of two above amax.
     down, _ = powers(amax)
     nearest = lax.RoundingMethod.TO_NEAREST_EVEN
     x_units, y_units = (lax.round(v * down * np.float32(2.0**20), nearest) for v in (x, y))

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxq._jax.meshes import automatic, fitting, spec_of
@@ -96,12 +95,7 @@ def update(state: Any, x: jax.typing.ArrayLike, recipe: "str | Recipe") -> Any:
       0.05
     """
     recipe = _checked("update", recipe)
-    x = floats("update", x)
-    if x.dtype == jnp.float64:
-        raise TypeError(
-            "update: `x` must be float16, bfloat16 or float32, got float64. Convert it first: "
-            "x.astype(jnp.float32)."
-        )
+    x = floats("update", x, float64=False)
     counts = recipe.cut(x.shape).counts
     state_counts = jax.tree.leaves(state)[0].shape[: 2 * len(counts) : 2]
     if state_counts != counts:

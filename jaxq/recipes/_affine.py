@@ -1,6 +1,7 @@
 """Affine scalings, which map a range that is not centered at 0 to all integers of a format."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -8,11 +9,14 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import where
+from jaxq._base.cutting import Cut
+from jaxq._ggml.weighted import with_minimum
 from jaxq._jax.arithmetic import materialize
 from jaxq.formats import Format, IntFormat, get_format
 from jaxq.numerics import cast, code_dtype
 from jaxq.recipes._arithmetic import E8M0, span, times, zero_point_of
-from jaxq.recipes._ranges import Calibrator, Range
+from jaxq.recipes._columns import Columns, searched
+from jaxq.recipes._ranges import AbsMax, Calibrator, Range
 from jaxq.recipes._scaling import Scales, Scaling, StoredScales, limits
 
 __all__ = ["Affine", "ScaleAndMin"]
@@ -25,7 +29,7 @@ class _TwoSided(Scaling):
         """Raises ValueError unless the scaling supports an element format."""
         is_integer = isinstance(fmt, IntFormat) and fmt.fraction_bits == 0
         requirement = "needs an integer format such as 'uint8'"
-        self.require(is_integer, requirement, fmt.name, "Or use Symmetric().")
+        self.require(is_integer, requirement, fmt.name, "Use it, or Symmetric().")
         super().check(fmt)
 
     def element(self, fmt: Format) -> Format:
@@ -101,7 +105,8 @@ class ScaleAndMin(_TwoSided):
     """A scale and a minimum per block, y = s q + m: GGUF's Q4_1 and Q5_1.
 
     The minimum is the low end of the range, stored in the scale format. 0 need not be represented
-    exactly.
+    exactly. Given an importance, ggml's search chooses scales, minima and, as in `SuperBlocks`, the
+    codes.
 
     Attributes:
       range: the calibrator, as in `Affine`.
@@ -137,14 +142,19 @@ class ScaleAndMin(_TwoSided):
     def check(self, fmt: Format) -> None:
         """Raises ValueError unless the scaling supports an element format."""
         super().check(fmt)
-        self.require(fmt.min >= 0, "needs an unsigned integer format such as 'uint4'", fmt.name)
+        self.require(
+            fmt.min >= 0,
+            "needs an unsigned integer format such as 'uint4'",
+            fmt.name,
+            f"Use {'u' + fmt.name!r}.",
+        )
         scale_format = get_format(self.scale_format)
         digits = getattr(scale_format, "mantissa_bits", 23) + 1
         self.require(
             digits + fmt.bits <= 24 and scale_format != E8M0,
-            "needs a `scale_format`, such as 'float16', whose products with the elements are "
-            "float32 numbers",
+            "needs a `scale_format` whose products with the elements are exact in float32",
             scale_format.name,
+            "Use 'float16'.",
         )
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
@@ -157,6 +167,35 @@ class ScaleAndMin(_TwoSided):
         minimum = materialize(cast(low, get_format(self.scale_format)))
         divisor, origin = (step, minimum) if self.stored else (materialize(scale), low)
         return Scales(divisor, step, stored, low, high, minimum=minimum, origin=origin)
+
+    def takes_importance(self, fmt: Format) -> bool:
+        """Returns whether there is no other search and no other range."""
+        del fmt
+        return not self.search and self.calibrator == AbsMax()
+
+    def of_elements(
+        self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
+    ) -> Scales:
+        """Returns the scales that ggml finds with an importance; see `Scaling.of_elements`."""
+        columns, search = Columns.of(cut), functools.partial(with_minimum, limit=int(fmt.max))
+        result = searched(search, columns, x, importance, rows=True)
+        assert result.m is not None
+        scale, low = columns.parts(result.d[:, None]), columns.parts(-result.m[:, None])
+        stored = self.store(scale, scale)
+        step = self.restore(stored)
+        minimum = materialize(cast(low, get_format(self.scale_format)))
+        divisor, origin = (step, minimum) if self.stored else (materialize(scale), low)
+        high = minimum + step * np.float32(fmt.max)
+        return Scales(
+            divisor=divisor,
+            step=step,
+            storage=stored,
+            low=minimum,
+            high=high,
+            minimum=minimum,
+            origin=origin,
+            numbers=columns.elements(result.codes.astype(jnp.float32), x.shape),
+        )
 
     def given(self, scale: jax.Array, offset: jax.Array | None, fmt: Format) -> Scales:
         """Returns given scales and minima, both rounded, with the range that they cover."""

@@ -73,6 +73,13 @@ RECIPES: Registry[Recipe] = Registry(
             Symmetric(scale_format="float16", stored=False, reciprocal=True),
             rounding="nearest_away",
         ),
+        # GGUF's TQ1_0 stores the same numbers.
+        "tq2_0": Recipe(
+            "ternary",
+            PerBlock(256),
+            Symmetric(scale_format="float16", stored=False, reciprocal=True),
+            rounding="nearest_away",
+        ),
         "q4_0": Recipe("int4", PerBlock(32), SignedScale(), rounding=HalfUp(8)),
         "q5_0": Recipe("int5", PerBlock(32), SignedScale(), rounding=HalfUp(16)),
         "q4_1": Recipe("uint4", PerBlock(32), ScaleAndMin(), rounding=HalfUp()),
@@ -84,6 +91,16 @@ RECIPES: Registry[Recipe] = Registry(
         # BitNet b1.58 (2024), XNOR-Net (2016).
         "ternary_absmean": Recipe("ternary", scaling=Symmetric(range="absmean")),
         "binary_absmean": Recipe("binary", scaling=Symmetric(range="absmean")),
+    },
+    {
+        "fp8": "fp8_e4m3_tensor",
+        "float8": "fp8_e4m3_tensor",
+        "e4m3": "fp8_e4m3_tensor",
+        "e4m3fn": "fp8_e4m3_tensor",
+        "fp8_e4m3": "fp8_e4m3_tensor",
+        "e5m2": "fp8_e5m2_tensor",
+        "fp8_e5m2": "fp8_e5m2_tensor",
+        "fp4": "nvfp4",
     },
 )
 
@@ -124,13 +141,16 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
             f"A recipe must be a name or a jaxq.Recipe, got {type(recipe).__name__}. "
             "Use a name in jaxq.recipes.RECIPES."
         )
-    if isinstance(recipe, Format) or name in FORMATS:
+    usual = name  # The catalog's name of a format that is spelled differently, such as "bf16".
+    if isinstance(recipe, str) and name.lower() not in {*RECIPES, *RECIPES.synonyms}:
+        usual = FORMATS.synonyms.get(name.lower(), name)
+    if isinstance(recipe, Format) or usual in FORMATS:
         error_type = TypeError if isinstance(recipe, Format) else ValueError
         raise error_type(
-            f"{name!r} is a number format, which does not say how to scale. {_remedy(name)}"
+            f"{name!r} is a number format, which does not say how to scale. {_remedy(usual)}"
         )
     if name not in RECIPES:
-        raise RECIPES.unknown(name, RECIPES.near(name))
+        raise RECIPES.unknown(name)
     return RECIPES[name]
 
 

@@ -202,7 +202,8 @@ class Gaussian(_OfMoments):
 
     def reach(self, state: Moments, fmt: Format) -> jax.Array:
         """Returns the clip."""
-        # Bisects on the derivative, 2 a erfc(a/√2) - 2 √(2/π) exp(-a²/2) + 2 a / (3 · 4^M).
+        # Bisects on the derivative of the squared error with respect to the clip a, in standard
+        # deviations, for M bits: 2 a erfc(a/√2) - 2 √(2/π) exp(-a²/2) + 2 a / (3 · 4^M).
         low, high = 0.5, 12.0
         for _ in range(60):
             a = (low + high) / 2

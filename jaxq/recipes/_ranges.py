@@ -202,5 +202,6 @@ class EMA:
         """Returns the bias-corrected averages."""
         del fmt, two_sided
         weight = where(state.left < 1, 1 - state.left, np.float32(1))
-        # `finite`, on bits, also prevents XLA on CPU from merging this division with the next one.
+        # `finite` works on bits, so it also stops XLA on CPU from merging this division with the
+        # next one.
         return finite(divide(state.low, weight)), finite(divide(state.high, weight))

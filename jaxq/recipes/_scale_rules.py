@@ -52,8 +52,13 @@ def to_max(amax: jax.Array, fmt: Format) -> jax.Array:
 
 
 def to_min(amax: jax.Array, fmt: Format) -> jax.Array:
-    """Returns amax / min, which maps a signed extremum to the format's lowest value."""
-    return signed_as(divide(jnp.abs(amax), jnp.float32(-fmt.min)), -amax)
+    """Returns amax / min, which maps a signed extremum to the format's lowest value.
+
+    As in ggml, the scale of a block of zeros is -0, whatever their signs are.
+    """
+    bits = _FLOAT32.bits(amax)
+    extremum = _FLOAT32.floats(where(bits == _FLOAT32.sign, np.int32(0), bits))
+    return signed_as(divide(jnp.abs(amax), jnp.float32(-fmt.min)), -extremum)
 
 
 def half(amax: jax.Array, fmt: Format) -> jax.Array:

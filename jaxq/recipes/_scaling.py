@@ -145,26 +145,28 @@ class Scaling:
         requirement = "`range` must be a calibrator that measures both extremes"
         self.require(two_sided, requirement, self.range, "Use range='absmax'.")
         positive = all(factor > 0 for factor in self.search)
-        self.require(positive, "`search` must hold positive factors", self.search)
+        self.require(
+            positive, "`search` must hold positive factors", self.search, "Use () for no search."
+        )
         self.check_scale_format(get_format(self.scale_format))
 
     def __repr__(self) -> str:
         return text_of(self)
 
-    def require(self, ok: bool, requirement: str, got: object, remedy: str = "") -> None:
+    def require(self, ok: bool, requirement: str, got: object, remedy: str) -> None:
         """Raises a ValueError with the requirement, what was got and a remedy, unless `ok`."""
         if not ok:
-            remedy = f" {remedy}" if remedy else ""
-            raise ValueError(f"{type(self).__name__}: {requirement}, got {got!r}.{remedy}")
+            raise ValueError(f"{type(self).__name__}: {requirement}, got {got!r}. {remedy}")
 
     def check_scale_format(self, scale_format: Format) -> None:
-        """Raises ValueError unless the scaling supports a format for its scales."""
+        """Raises ValueError if this scaling cannot store scales in `scale_format`."""
         self.require(
             isinstance(scale_format, FloatFormat)
             and scale_format.nan is not None
             and scale_format.max <= 2.0**128,
             "`scale_format` must be a float format with a NaN within float32's range",
             scale_format.name,
+            "Use 'float32', 'bfloat16' or 'float16'.",
         )
 
     def check(self, fmt: Format) -> None:
@@ -176,11 +178,17 @@ class Scaling:
                 fits, requirement, fmt.name, "Use Symmetric() or MX() with range='absmax'."
             )
             return
-        self.require(fmt.max > 0, "needs an element format with a positive `max`", fmt.name)
+        self.require(
+            fmt.max > 0,
+            "needs an element format with a positive `max`",
+            fmt.name,
+            "Use, for example, 'int8'.",
+        )
         self.require(
             isinstance(fmt, self.calibrator.formats),
             f"range={self.range!r} needs an element format with evenly spaced levels",
             fmt.name,
+            "Use an integer format, or range='absmax'.",
         )
 
     @property
@@ -213,6 +221,11 @@ class Scaling:
         """True if scales passed by the user, one per block, can replace the computed ones."""
         return self.stored and not self.search and self.second_level is None
 
+    def takes_importance(self, fmt: Format) -> bool:
+        """Returns whether `of_elements` searches by an importance, given the element format."""
+        del fmt
+        return False
+
     def check_cut(self, cut: Cut) -> None:
         """Raises ValueError unless the scaling supports a division into blocks."""
         del cut
@@ -239,7 +252,7 @@ class Scaling:
         return StoredScales(materialize(cast(scale, scale_format)))
 
     def restore(self, stored: StoredScales) -> jax.Array:
-        """Returns the scales by which grid values are multiplied."""
+        """Reconstructs float32 block scales from the stored ones."""
         return stored.scale
 
     def restore_minimum(self, stored: StoredScales) -> jax.Array | None:
@@ -249,7 +262,9 @@ class Scaling:
     def of_elements(
         self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
     ) -> Scales:
-        """Returns the scales of a split float32 tensor, if `searches_elements` is True.
+        """Returns scales that a search over the elements of a split float32 tensor finds.
+
+        Only for scalings with `searches_elements`, or with an importance that they take.
 
         Args:
           x: the tensor in the layout of `Cut.split`.
@@ -301,7 +316,7 @@ class Scaling:
         return second
 
     def tensor_scale(self, second: tuple[jax.Array, ...]) -> jax.Array | None:
-        """Returns the factor of the scales of all blocks; None if there is none."""
+        """Returns the tensor's second-level scale, or None."""
         del second
         return None
 

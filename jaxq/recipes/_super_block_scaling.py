@@ -1,7 +1,6 @@
 """The scaling of GGUF's K-quants, which searches for scales over the elements of super-blocks."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -11,11 +10,11 @@ from jax import numpy as jnp
 
 from jaxq._base.cutting import Cut, axis_of_blocks
 from jaxq._base.shapes import is_symbolic
-from jaxq._ggml.blocks import FloatBlocks, QuantizedBlocks, in_chunks
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES, SuperBlockRule
 from jaxq._jax.arithmetic import materialize
-from jaxq.formats import CodebookFormat, Format, get_format
+from jaxq.formats import Format, IntFormat, get_format
 from jaxq.numerics import decode, encode
+from jaxq.recipes._columns import Columns, searched
 from jaxq.recipes._ranges import Range
 from jaxq.recipes._scaling import Scales, Scaling, StoredScales
 
@@ -26,7 +25,7 @@ _FLOAT16 = get_format("float16")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SuperBlocks(Scaling):
-    """Scales that a search over the elements finds, as in GGUF's K-quants, IQ4_NL and IQ4_XS.
+    """Scales that a search over the elements finds, as in GGUF's K-quants, IQ4 and 4-bit floats.
 
     A super-block of 256 elements has a float16 factor d, and each of its blocks of 16 or 32
     elements has a quantized scale s: y = d s q. In rules with minima, y = d s q - d' m, with a
@@ -35,9 +34,14 @@ class SuperBlocks(Scaling):
     the rounding mode `"nearest_even"`, the codes are those of ggml; another mode rounds the
     elements by the stored scales.
 
+    The rules `"mxfp4_ggml"` and `"nvfp4_ggml"` compute the one scale of a block from its largest
+    magnitude: 2^(floor(log2 amax) - 2) with a float32 logarithm, or amax / 6 rounded to E4M3 with
+    ties away from zero. Elements are rounded with ties toward zero, and never to minus zero.
+
     Attributes:
-      rule: the name of the block type, one of `"q2_k"`, `"q3_k"`, `"q4_k"`, `"q5_k"`, `"q6_k"`,
-        `"iq4_nl"` and `"iq4_xs"`. It fixes the element format and the block length.
+      rule: the name of the rule, which fixes the element format and the block length: `"q2_k"`,
+        `"q3_k"`, `"q4_k"`, `"q5_k"`, `"q6_k"`, `"iq4_nl"`, `"iq4_xs"`, `"mxfp4_ggml"` or
+        `"nvfp4_ggml"`.
 
     Raises:
       ValueError: the rule is unknown.
@@ -58,7 +62,7 @@ class SuperBlocks(Scaling):
 
     def __post_init__(self) -> None:
         names, known = ", ".join(SUPER_BLOCK_RULES), self.rule in SUPER_BLOCK_RULES
-        self.require(known, f"`rule` must be one of {names}", self.rule)
+        self.require(known, f"`rule` must be one of {names}", self.rule, "Use 'q4_k'.")
         super().__post_init__()
 
     @property
@@ -82,8 +86,13 @@ class SuperBlocks(Scaling):
 
     @property
     def takes_scales(self) -> bool:
-        """False, because scales are found together with codes."""
+        """False, because the search chooses scales together with codes."""
         return False
+
+    def takes_importance(self, fmt: Format) -> bool:
+        """Returns whether the rule searches, so that it can weight errors by an importance."""
+        del fmt
+        return self._rule.weighted
 
     @property
     def run(self) -> int:
@@ -93,7 +102,7 @@ class SuperBlocks(Scaling):
     @property
     def largest_scale(self) -> float:
         """The largest finite scale."""
-        return _FLOAT16.max * (self.scale_format.max if self.run > 1 else 1)
+        return self.scale_format.max * (_FLOAT16.max if self.run > 1 else 1)
 
     def check_scale_format(self, scale_format: Format) -> None:
         """Accepts the format of the rule."""
@@ -103,7 +112,8 @@ class SuperBlocks(Scaling):
         """Raises ValueError unless the element format is that of the rule."""
         wanted = get_format(self._rule.element)
         requirement = f"rule={self.rule!r} needs the element format {wanted.name!r}"
-        self.require(fmt == wanted, requirement, fmt.name)
+        remedy = f"Use jaxq.get_recipe({self.rule!r})."
+        self.require(fmt == wanted, requirement, fmt.name, remedy)
 
     def check_cut(self, cut: Cut) -> None:
         """Raises ValueError unless super-blocks divide one axis."""
@@ -135,7 +145,7 @@ class SuperBlocks(Scaling):
         return fmt
 
     def restore(self, stored: StoredScales) -> jax.Array:
-        """Returns the scales by which grid values are multiplied."""
+        """Reconstructs float32 block scales from the stored ones."""
         return _times(stored.scale, stored.second[0]) if stored.second else stored.scale
 
     def restore_minimum(self, stored: StoredScales) -> jax.Array | None:
@@ -146,20 +156,24 @@ class SuperBlocks(Scaling):
         self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
     ) -> Scales:
         """Returns the scales of a split tensor; see `Scaling.of_elements`."""
-        places = _Places.of(cut, self._rule.size)
-        weights = None if importance is None else places.columns(importance)
-        result = in_chunks(self._searched, FloatBlocks(places.columns(x), weights), places.size)
+        columns = Columns.of(cut, self._rule.size)
+        result = searched(self._rule.search, columns, x, importance)
+        factor_format = _FLOAT16 if self.run > 1 else self.scale_format
+        d, m = (None if a is None else encode(a, factor_format) for a in (result.d, result.m))
         if result.scales is None:
-            stored = StoredScales(decode(places.parts(result.d[:, None]), _FLOAT16))
+            assert d is not None
+            stored = StoredScales(decode(columns.parts(d[:, None]), self.scale_format))
         else:
-            codes = [None if c is None else places.parts(c) for c in (result.scales, result.minima)]
+            codes = [
+                None if c is None else columns.parts(c) for c in (result.scales, result.minima)
+            ]
             scale, minimum = (None if c is None else c.astype(jnp.float32) for c in codes)
             assert scale is not None
-            second = tuple(places.factors(d) for d in (result.d, result.m) if d is not None)
+            second = tuple(columns.factors(a) for a in (d, m) if a is not None)
             stored = StoredScales(scale, second, minimum)
         numbers = result.codes.astype(jnp.float32)
-        if isinstance(fmt, CodebookFormat):
-            numbers = jnp.asarray(fmt.levels, jnp.float32)[result.codes]
+        if not isinstance(fmt, IntFormat):
+            numbers = decode(result.codes.astype(jnp.uint8), fmt)
         step, minimum = self.restore(stored), self.restore_minimum(stored)
         ends = [step * np.float32(end) for end in (fmt.min, fmt.max)]
         low, high = lax.min(*ends), lax.max(*ends)  # A scale may be negative.
@@ -173,20 +187,8 @@ class SuperBlocks(Scaling):
             high=high,
             minimum=minimum,
             origin=minimum,
-            numbers=places.elements(numbers, x.shape),
+            numbers=columns.elements(numbers, x.shape),
         )
-
-    def _searched(self, blocks: FloatBlocks) -> QuantizedBlocks:
-        """Returns scales with float16 codes as factors, of NaN if an element is not finite."""
-        finite = jnp.isfinite(blocks.x).all(axis=0)
-        result = self._rule.search(blocks._replace(x=jnp.where(finite, blocks.x, np.float32(0))))
-
-        def factor(d: jax.Array | None) -> jax.Array | None:
-            if d is None:
-                return None
-            return encode(jnp.where(finite, d, np.float32(np.nan)), _FLOAT16)
-
-        return result._replace(d=factor(result.d), m=factor(result.m))
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
         """Raises ValueError, because the scales depend on all elements."""
@@ -203,54 +205,6 @@ class SuperBlocks(Scaling):
         if self.run > 1:
             size += 2 * (blocks // self.run)
         return size * (2 if self._rule.minimum else 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """The order of the super-blocks of a split tensor.
-
-    Attributes:
-      counts: the number of blocks along each axis.
-      axis: the axis of the blocks.
-      before: the product of the lengths of the axes before it.
-      runs: the number of super-blocks along it.
-      after: the product of the lengths of the axes after it.
-      size: the number of elements in a super-block.
-    """
-
-    counts: tuple[int, ...]
-    axis: int
-    before: int
-    runs: int
-    after: int
-    size: int
-
-    @staticmethod
-    def of(cut: Cut, size: int) -> "_Places":
-        axis = axis_of_blocks(cut.block)
-        before, after = math.prod(cut.shape[:axis]), math.prod(cut.shape[axis + 1 :])
-        return _Places(cut.counts, axis, before, cut.shape[axis] // size, after, size)
-
-    def columns(self, x: jax.Array) -> jax.Array:
-        """Returns the elements of a split tensor as `[elements, super-blocks]`."""
-        x = x.reshape(self.before, self.runs, self.size, self.after)
-        count = self.before * self.runs * self.after
-        return x.transpose(2, 0, 1, 3).reshape(self.size, count)
-
-    def elements(self, rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Returns `[super-blocks, n]` with the n numbers along the axis of the blocks."""
-        rows = rows.reshape(self.before, self.runs, self.after, rows.shape[1])
-        return rows.transpose(0, 1, 3, 2).reshape(shape)
-
-    def factors(self, d: jax.Array) -> jax.Array:
-        """Returns numbers of super-blocks as an array with the axes of the tensor."""
-        shape = list(self.counts)
-        shape[self.axis] = self.runs
-        return d.reshape(shape)
-
-    def parts(self, rows: jax.Array) -> jax.Array:
-        """Returns numbers of blocks in the layout of `Cut.spread`."""
-        return self.elements(rows, tuple(n for count in self.counts for n in (count, 1)))
 
 
 def _times(scales: jax.Array, codes: jax.Array) -> jax.Array:

@@ -1,15 +1,22 @@
 """Symmetric scalings, y = s q: one scale per block, in a float format or a power of two."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
+import numpy as np
+from jax import numpy as jnp
 
-from jaxq.formats import FloatFormat, Format
+from jaxq._base.cutting import Cut
+from jaxq._ggml.weighted import without_minimum
+from jaxq._jax.arithmetic import materialize
+from jaxq.formats import FloatFormat, Format, IntFormat
 from jaxq.recipes._arithmetic import E8M0
+from jaxq.recipes._columns import Columns, searched
 from jaxq.recipes._ranges import Calibrator, Extremum
 from jaxq.recipes._scale_rules import MX_RULES, SCALE_RULES, to_min
-from jaxq.recipes._scaling import Scaling, narrowed
+from jaxq.recipes._scaling import Scales, Scaling, narrowed
 
 __all__ = ["MX", "SignedScale", "Symmetric"]
 
@@ -60,12 +67,12 @@ class Symmetric(Scaling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        remedy = f"Use MX({self.rule!r})." if self.rule in MX_RULES else ""
+        remedy = f"Use MX({self.rule!r})." if self.rule in MX_RULES else "Use 'max'."
         names, known = ", ".join(SCALE_RULES), self.rule in SCALE_RULES
         self.require(known, f"`rule` must be one of {names}", self.rule, remedy)
 
     def check_scale_format(self, scale_format: Format) -> None:
-        """Raises ValueError unless the scaling supports a format for its scales."""
+        """Raises ValueError if this scaling cannot store scales in `scale_format`."""
         super().check_scale_format(scale_format)
         name, fits = scale_format.name, scale_format != E8M0
         self.require(fits, "`scale_format` must have a significand", name, "Use MX().")
@@ -74,7 +81,9 @@ class Symmetric(Scaling):
         """Raises ValueError unless the scaling supports an element format."""
         super().check(fmt)
         fits = isinstance(fmt, SCALE_RULES[self.rule].formats)
-        self.require(fits, f"rule={self.rule!r} needs an integer format", fmt.name)
+        self.require(
+            fits, f"rule={self.rule!r} needs an integer format", fmt.name, "Use rule='max'."
+        )
 
     def element(self, fmt: Format) -> Format:
         """Returns the format of the grid values; without the lowest integer, unless rule="half"."""
@@ -121,13 +130,20 @@ class MX(Scaling):
     def __post_init__(self) -> None:
         super().__post_init__()
         known = self.rule in MX_RULES
-        self.require(known, f"`rule` must be one of {', '.join(MX_RULES)}", self.rule)
+        self.require(
+            known, f"`rule` must be one of {', '.join(MX_RULES)}", self.rule, "Use 'floor'."
+        )
 
     def check(self, fmt: Format) -> None:
         """Raises ValueError unless the scaling supports an element format."""
         super().check(fmt)
         fits = isinstance(fmt, MX_RULES[self.rule].formats)
-        self.require(fits, f"rule={self.rule!r} needs an integer or float format", fmt.name)
+        self.require(
+            fits,
+            f"rule={self.rule!r} needs an integer or float format",
+            fmt.name,
+            "Use another rule, such as 'max'.",
+        )
 
     def unrounded(self, amax: jax.Array, fmt: Format) -> jax.Array:
         """Returns the float32 scales for the largest magnitudes of blocks."""
@@ -139,7 +155,8 @@ class SignedScale(Scaling):
     """A scale that maps the value of largest magnitude to the lowest integer: GGUF's Q4_0 and Q5_0.
 
     The scale is negative if that value is positive, so that the lowest code is always used. The
-    elements are multiplied by the rounded reciprocal of the scale.
+    elements are multiplied by the rounded reciprocal of the scale. Given an importance, ggml's
+    search chooses the scales and, as in `SuperBlocks`, the codes.
 
     Attributes:
       scale_format: the format of the scales, as in `Symmetric`; float16 by default.
@@ -168,19 +185,42 @@ class SignedScale(Scaling):
     reciprocal = True
 
     def check_scale_format(self, scale_format: Format) -> None:
-        """Raises ValueError unless the scaling supports a format for its scales."""
+        """Raises ValueError if this scaling cannot store scales in `scale_format`."""
         super().check_scale_format(scale_format)
         signed = isinstance(scale_format, FloatFormat) and scale_format.signed
-        self.require(signed, "`scale_format` must have a sign", scale_format.name)
+        self.require(signed, "`scale_format` must have a sign", scale_format.name, "Use 'float16'.")
 
     def check(self, fmt: Format) -> None:
         """Raises ValueError unless the scaling supports an element format."""
         super().check(fmt)
-        self.require(fmt.min < 0, "needs a signed integer format such as 'int4'", fmt.name)
+        self.require(
+            fmt.min < 0,
+            "needs a signed format such as 'int4'",
+            fmt.name,
+            "Use it, or Affine() for unsigned integers.",
+        )
 
     def element(self, fmt: Format) -> Format:
         """Returns the format of the grid values, which is the element format itself."""
         return fmt
+
+    def takes_importance(self, fmt: Format) -> bool:
+        """Returns whether ggml's search supports the format and there is no other search."""
+        return isinstance(fmt, IntFormat) and fmt.fraction_bits == 0 and not self.search
+
+    def of_elements(
+        self, x: jax.Array, cut: Cut, fmt: Format, importance: jax.Array | None
+    ) -> Scales:
+        """Returns the scales that ggml finds with an importance; see `Scaling.of_elements`."""
+        columns, search = Columns.of(cut), functools.partial(without_minimum, limit=-int(fmt.min))
+        result = searched(search, columns, x, importance, rows=True)
+        scale = columns.parts(result.d[:, None])
+        stored = self.store(scale, scale)
+        step = self.restore(stored)
+        divisor = step if self.stored else materialize(scale)
+        high = jnp.abs(step) * np.float32(-fmt.min)
+        numbers = columns.elements(result.codes.astype(jnp.float32), x.shape)
+        return Scales(divisor, step, stored, -high, high, numbers=numbers)
 
     def unrounded(self, amax: jax.Array, fmt: Format) -> jax.Array:
         """Returns the float32 scales for the signed extremes of blocks."""

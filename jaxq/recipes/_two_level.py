@@ -24,6 +24,9 @@ __all__ = ["DoubleQuant", "TwoLevel"]
 
 _FLOAT32 = Layout.of(np.dtype(np.float32))
 
+_NARROW = "`scale_format` must have fewer than 32 bits and a significand"
+_SCALE_FORMAT = "Use 'float8_e4m3fn'."
+
 
 class _Levels(NamedTuple):
     """The scales of a tensor with two levels.
@@ -45,9 +48,10 @@ class _Levels(NamedTuple):
 class TwoLevel(Scaling):
     """Block scales relative to one float32 scale of the tensor, y = s t q, as in NVFP4.
 
-    With e = min(largest * max / tensor amax, 2^126), or 1 for a tensor of zeros, the scale of a
-    block is amax * (e * fl(1 / max)) rounded to the scale format, possibly to 0, and the tensor
-    scale t is 1 / e. A NaN block does not affect other blocks.
+    Let max be the largest value of the element format and e = min(largest * max / tensor amax,
+    2^126), or 1 for a tensor of zeros. The scale s of a block is amax * (e * (1 / max)) rounded to
+    the scale format, possibly to 0; 1 / max is first rounded to float32. The tensor scale t is
+    1 / e. A NaN block does not affect other blocks.
 
     Attributes:
       scale_format: the format of the block scales, a float format with a NaN that is narrower than
@@ -84,12 +88,15 @@ class TwoLevel(Scaling):
     second_level = "tensor"
 
     def check_scale_format(self, scale_format: Format) -> None:
-        """Raises ValueError unless the scaling supports a format for its scales."""
+        """Raises ValueError if this scaling cannot store scales in `scale_format`."""
         super().check_scale_format(scale_format)
-        self.require(_is_narrow(scale_format), "needs a narrow `scale_format`", scale_format.name)
-        within = 0 < self.largest <= scale_format.max
-        name = scale_format.name
-        self.require(within, f"`largest` must be positive and within {name!r}", self.largest)
+        self.require(_is_narrow(scale_format), _NARROW, scale_format.name, _SCALE_FORMAT)
+        self.require(
+            0 < self.largest <= scale_format.max,
+            f"`largest` must be positive and at most the largest {scale_format.name}",
+            self.largest,
+            f"Use {min(scale_format.max, 448.0):g}.",
+        )
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
         """Returns the scales for a range; see `Scaling.scales`."""
@@ -119,14 +126,14 @@ class TwoLevel(Scaling):
         return where(top_bits == 0, np.float32(1), enlarge)
 
     def restore(self, stored: StoredScales) -> jax.Array:
-        """Returns the scales by which grid values are multiplied."""
+        """Reconstructs float32 block scales from the stored ones."""
         tensor_scale = stored.second[0]
         # There is one tensor scale for each tensor that `jax.vmap` stacked.
         trailing = (1,) * (stored.scale.ndim - tensor_scale.ndim)
         return materialize(stored.scale * tensor_scale.reshape(tensor_scale.shape + trailing))
 
     def tensor_scale(self, second: tuple[jax.Array, ...]) -> jax.Array | None:
-        """Returns the factor of the scales of all blocks."""
+        """Returns the tensor's second-level scale."""
         return second[0]
 
     def nbytes(self, blocks: int, fmt: Format) -> int:
@@ -175,15 +182,16 @@ class DoubleQuant(Scaling):
     second_level = "blocks"
 
     def check_scale_format(self, scale_format: Format) -> None:
-        """Raises ValueError unless the scaling supports a format for its scales."""
+        """Raises ValueError if this scaling cannot store scales in `scale_format`."""
         name = scale_format.name
         fits = 0 < scale_format.max <= 2.0**128
-        self.require(fits, "`scale_format` needs a positive `max` within float32", name)
-        self.require(_is_narrow(scale_format), "needs a narrow `scale_format`", name)
-        self.require(self.block >= 1, "`block` must be at least 1", self.block)
+        requirement = "`scale_format` needs a positive `max` within float32"
+        self.require(fits, requirement, name, _SCALE_FORMAT)
+        self.require(_is_narrow(scale_format), _NARROW, name, _SCALE_FORMAT)
+        self.require(self.block >= 1, "`block` must be at least 1", self.block, "Use 256.")
 
     def store(self, scale: jax.Array, amax: jax.Array) -> StoredScales:
-        """Returns the scales relative to the second scales; and the second scales and the mean."""
+        """Returns block scales relative to second-level scales, with these scales and the mean."""
         del amax
         scale_format = get_format(self.scale_format)
         flat = scale.reshape(-1)
@@ -200,7 +208,7 @@ class DoubleQuant(Scaling):
         return StoredScales(materialize(relative), (second, mean))
 
     def restore(self, stored: StoredScales) -> jax.Array:
-        """Returns the scales by which grid values are multiplied."""
+        """Reconstructs float32 block scales from the stored ones."""
         second, mean = stored.second
         if mean.ndim:  # Stacked by `jax.vmap`.
             return jax.vmap(self.restore)(stored)
@@ -231,7 +239,7 @@ class DoubleQuant(Scaling):
         return super().nbytes(blocks, fmt) + 4 * (-(-blocks // self.block) + 1)
 
     def _repeat(self, second: jax.Array, size: int) -> jax.Array:
-        """Returns the second scale of each scale."""
+        """Repeats the second-level scales, to one per block scale."""
         rows = jnp.broadcast_to(second[:, None], (second.size, self.block))
         return rows.reshape(-1)[:size]
 
@@ -253,7 +261,8 @@ def _mean(scales: jax.Array) -> jax.Array:
         digits = np.int32(22) - lax.max(np.int32(0), bits - np.int32(16))
     else:
         digits = np.int32(22 - max(0, math.ceil(math.log2(max(rows, 1))) - 16))
-    # The mean is computed to 2^-digits of the largest scale.
+    # `down` moves the largest scale into [2, 4), so factors of 2^(digits - 2) give multiples of
+    # 2^-digits of the power of two above it.
     steps, unit = (_FLOAT32.floats(_FLOAT32.field(n)) for n in (digits - 2, 2 - digits))
     whole = lax.round(scales * down * steps, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.uint32)
     whole = lax.pad(whole, np.uint32(0), [(0, rows * width - scales.size, 0)])

@@ -3,7 +3,8 @@
 To add a named cache recipe, add a line to `CACHE_RECIPES` (`_cache_recipe.py`).
 """
 
-from jaxq.serving._cache import CachedTokens, CacheScales, KVCache
+from jaxq.serving._attention import CachedTokens
+from jaxq.serving._cache import CacheScales, KVCache
 from jaxq.serving._cache_recipe import CACHE_RECIPES, CacheRecipe, get_cache_recipe
 from jaxq.serving._groups import TokenGroups
 

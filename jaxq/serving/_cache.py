@@ -17,11 +17,12 @@ from jax import numpy as jnp
 from jaxq._jax.serialization import pytree
 from jaxq.products import Hadamard
 from jaxq.recipes import Recipe
+from jaxq.serving._attention import CachedTokens, attention
 from jaxq.serving._cache_recipe import CacheRecipe, cache_records, get_cache_recipe, needs_scale
 from jaxq.serving._groups import TokenGroups
 from jaxq.serving._halves import Half, with_groups, with_recent
 
-__all__ = ["CacheScales", "CachedTokens", "KVCache"]
+__all__ = ["CacheScales", "KVCache"]
 
 
 class CacheScales(NamedTuple):
@@ -41,26 +42,6 @@ class CacheScales(NamedTuple):
 
     keys: jax.typing.ArrayLike | None = None
     values: jax.typing.ArrayLike | None = None
-
-
-class CachedTokens(NamedTuple):
-    """The dequantized tokens in slots of a cache.
-
-    Attributes:
-      keys: the keys, `[*batch, slots, heads, head_dim]`.
-      values: the values, of the same shape.
-      positions: the number of the token in each slot, counted from 0, int32 `[*batch, slots]`; -1
-        for an empty slot.
-
-    Example:
-      >>> from jaxq import serving
-      >>> serving.KVCache.empty((4, 2, 8), "kv_int8").dequantize().positions.tolist()
-      [-1, -1, -1, -1]
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
 
 
 @pytree(static=("recipe", "capacity"), kinds=cache_records)
@@ -346,52 +327,14 @@ def tokens_of(cache: KVCache, start: Any, chunk: int) -> CachedTokens:
     return CachedTokens(halves[0], halves[1], positions)
 
 
-class _Running(NamedTuple):
-    """The state of a running softmax over the tokens so far.
-
-    Attributes:
-      largest: the largest logit, `[T, heads, queries]`.
-      total: the sum of `exp(logit - largest)`, of the same shape.
-      values: the sum of values with the same weights, `[T, heads, queries, head_dim]`.
-    """
-
-    largest: jax.Array
-    total: jax.Array
-    values: jax.Array
-
-
 def _attend(cache: KVCache, query: jax.Array, factor: float, chunk: int) -> jax.Array:
     """Returns the attention of one sequence, before the rotation is undone."""
-    tokens, query_heads, head_dim = query.shape
-    heads = cache.recent_keys.shape[-2]
     query = query.astype(jnp.float32) * jnp.float32(factor)
     if cache.recipe.rotate:
         query = _rotated(query)
-    query = query.reshape(tokens, heads, query_heads // heads, head_dim)
-    query_positions = cache.length - tokens + jnp.arange(tokens, dtype=jnp.int32)
+    positions = cache.length - query.shape[0] + jnp.arange(query.shape[0], dtype=jnp.int32)
 
-    def step(running: _Running, start: jax.Array) -> tuple[_Running, None]:
-        part = tokens_of(cache, start, chunk)
-        keys, values = (x.astype(jnp.float32) for x in part[:2])
-        logits = jnp.einsum("thqd,shd->thqs", query, keys)
-        seen = (part.positions >= 0)[None] & (part.positions[None] <= query_positions[:, None])
-        logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
-        largest = lax.max(running.largest, logits.max(-1))
-        base = jnp.where(jnp.isfinite(largest), largest, 0)
-        weights = jnp.exp(logits - base[..., None])
-        # A NaN or infinity in a masked slot must not reach the sum.
-        values = jnp.where((part.positions >= 0)[:, None, None], values, 0)
-        rescale = jnp.exp(running.largest - base)
-        total = running.total * rescale + weights.sum(-1)
-        summed = jnp.einsum("thqs,shd->thqd", weights, values)
-        return _Running(largest, total, running.values * rescale[..., None] + summed), None
+    def read(start: jax.Array) -> CachedTokens:
+        return tokens_of(cache, start, chunk)
 
-    shape = query.shape[:-1]
-    start = _Running(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(query.shape))
-    if chunk == cache.capacity:
-        running, _ = step(start, jnp.int32(0))
-    else:
-        starts = jnp.arange(0, cache.capacity, chunk, dtype=jnp.int32)
-        running, _ = lax.scan(step, start, starts)
-    total = jnp.where(running.total > 0, running.total, 1)
-    return (running.values / total[..., None]).reshape(tokens, query_heads, head_dim)
+    return attention(query, positions, read, range(0, cache.capacity, chunk))

@@ -129,6 +129,7 @@ CACHE_RECIPES: Registry[CacheRecipe] = Registry(
         "kivi2": _kivi("uint2"),
         "quarot4": CacheRecipe(_QUAROT, _QUAROT, rotate=True),
     },
+    {"fp8": "kv_fp8", "fp8_e4m3": "kv_fp8", "int8": "kv_int8", "int4": "kivi4", "int2": "kivi2"},
 )
 
 

@@ -133,11 +133,14 @@ def _with_outliers(
     if not 0 < number <= data.size // 4:
         raise ValueError(
             f"outliers: `count` must be at least 1 and at most a quarter of x's {data.size} "
-            f"numbers, got {number}."
+            f"numbers, got {number}. Pass another count or a larger tensor."
         )
     deviation = np.std(data)
     if deviation == 0:
-        raise ValueError("outliers: `x` must hold different numbers, got equal ones only.")
+        raise ValueError(
+            f"outliers: `x` must not be constant, got only {data.flat[0]:.3g}, whose standard "
+            "deviation is 0. Pass a tensor with varying values."
+        )
     generator = np.random.default_rng(seed)
     outlier_indices = generator.choice(data.size, number, replace=False)
     sizes = magnitude * generator.uniform(0.7, 1, number) * generator.choice([-1, 1], number)
@@ -150,7 +153,8 @@ def _remedies(data: np.ndarray, changed: np.ndarray, element: Format, count: int
     """Returns all ways to quantize; the first has no outliers and the second no remedy."""
     if data.shape[-1] % 32:
         raise ValueError(
-            f"outliers: the last axis must be a multiple of 32, got the shape {data.shape}."
+            f"outliers: the length of the last axis of `x` must be a multiple of 32, got the shape "
+            f"{data.shape}. Cut off the remainder: x[..., : {data.shape[-1] // 32 * 32}]."
         )
     plain = Recipe(element)
     percentile = Percentile(100 * (1 - 1.2 * count / data.size))  # Excludes all outliers.

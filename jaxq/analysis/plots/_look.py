@@ -183,7 +183,9 @@ def as_list(name: str, argument: str, items: "Iterable", least: int = 1) -> list
         )
     result = list(items)
     if len(result) < least:
-        raise ValueError(f"{name}: `{argument}` must hold at least {least}, got {len(result)}.")
+        raise ValueError(
+            f"{name}: `{argument}` must hold at least {least}, got {len(result)}. Add items."
+        )
     return result
 
 
@@ -194,12 +196,7 @@ def array(name: str, x: jax.typing.ArrayLike, *, ndim: int = 0) -> np.ndarray:
       TypeError: if the dtype is not float16, bfloat16 or float32.
       ValueError: if the tensor is empty, has too few axes or is not finite.
     """
-    y = floats(name, x)
-    if y.dtype == np.float64:
-        raise TypeError(
-            f"{name}: `x` must be float16, bfloat16 or float32, got float64. "
-            "Convert it first: x.astype(jnp.float32)."
-        )
+    y = floats(name, x, float64=False)
     if not y.size:
         raise ValueError(
             f"{name}: `x` must have one element or more, got the shape {y.shape}. Pass a tensor "

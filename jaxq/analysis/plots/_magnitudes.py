@@ -146,10 +146,11 @@ def magnitudes_by_step(
     if not names_by_product or not len(log.steps):
         last = f"/{names[0]}"
         known = [name.removesuffix(last) for name in log.values if name.endswith(last)]
-        raise ValueError(
-            f"magnitudes_by_step: the log has no {names[0]!r} of {tensor!r}. It has that of "
-            f"{', '.join(known[:4]) or 'no tensor'}."
-        )
+        tensors = list(dict.fromkeys(name.rpartition("/")[2] for name in known))
+        remedy = f"Record it with Monitoring(statistics=[{names[0]!r}, ...])."
+        if tensors:
+            remedy = f"Pass one of {', '.join(map(repr, tensors[:4]))} as `tensor`."
+        raise ValueError(f"magnitudes_by_step: the log has no {names[0]!r} of {tensor!r}. {remedy}")
     ends = None if fmt is None else _range("magnitudes_by_step", fmt)
     figure = new(7.0, 3.6, size, title)
     axes = frame(figure.subplots())

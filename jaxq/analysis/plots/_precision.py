@@ -171,7 +171,7 @@ def relative_error(
     if not 0 < low < high <= largest:
         raise ValueError(
             "relative_error: `limits` must be two positive float32 numbers, the lower first, got "
-            f"{limits}."
+            f"{limits}. Leave `limits` out for the range of the formats."
         )
     # As many bins per octave as are visible; an uneven division of octaves would look like noise.
     fine = min(4, max(1, int(400 / math.log2(high / low))))

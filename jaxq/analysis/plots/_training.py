@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxq._base.registry import suggestion
 from jaxq.analysis._logs import Log
 from jaxq.analysis.plots._look import BLUE, COLORS, DASHES, GRAY, frame, new, picture
 
@@ -198,14 +199,14 @@ def _rows(log: Log, owner: str, statistic: str) -> list[tuple[str, np.ndarray]]:
             rows.append((path if values.ndim == 1 else f"{path} [{i}]", columns[:, i]))
     if not rows or not len(log.steps):
         known = sorted({name.rpartition("/")[2] for name in log.values})
-        raise ValueError(f"{owner}: the log has no {statistic!r}. It has {', '.join(known)}.")
+        raise ValueError(f"{owner}: the log has no {statistic!r}. {suggestion(statistic, known)}")
     return rows
 
 
 def column(log: Log, owner: str, name: str, raw: bool = False) -> np.ndarray:
     """Returns the values of one statistic, `[steps, layers]` unless `raw`."""
     if name not in log.values:
-        near = [other for other in log.values if other.split("/")[0] == name.split("/")[0]]
-        raise ValueError(f"{owner}: the log has no {name!r}. It has {', '.join(near[:4])}.")
+        hint = suggestion(name, log.values, most=4)
+        raise ValueError(f"{owner}: the log has no {name!r}. {hint}")
     values = log.values[name]
     return values if raw else values.reshape(len(log.steps), -1)

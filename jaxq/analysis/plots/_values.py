@@ -55,7 +55,9 @@ def number_line(
 
     chosen = [get_format(spec) for spec in as_list("number_line", "formats", formats)]
     if scale not in ("linear", "log"):
-        raise ValueError(f"number_line: `scale` must be 'linear' or 'log', got {scale!r}.")
+        raise ValueError(
+            f"number_line: `scale` must be 'linear' or 'log', got {scale!r}. Use 'log'."
+        )
     figure = new(10, 0.55 * len(chosen) + 1.2, size, title)
     axes = frame(figure.add_subplot(), grid="x")
     least, rows, any_small = np.inf, [], False

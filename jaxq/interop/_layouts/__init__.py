@@ -96,12 +96,21 @@ def combine_weights(
     by_name = {entry.name: entry for entry in entries}
     weights = METHODS[method](Source(by_name, config.fields, raw))
     heads: dict[str, Entry] = {}  # By the name of the first part.
-    used: set[str] = set()
+    used: dict[str, str] = {}  # The weight to which each part belongs.
     for name, weight in weights.items():
         parts = [part.name for part in weight.parts.values()]
-        if used & set(parts) or (name in by_name and name not in parts):
-            raise FileError(f"the parts of {name!r:.120} overlap with those of another tensor.")
-        used |= set(parts)
+        shared = next((part for part in parts if part in used), None)
+        if shared is not None:
+            raise FileError(
+                f"tensor {shared!r:.80} belongs to two weights, {used[shared]!r:.80} and "
+                f"{name!r:.80}. raw=True (--raw) reads the tensors as stored."
+            )
+        if name in by_name and name not in parts:
+            raise FileError(
+                f"weight {name!r:.80} is stored both as a tensor and as quantized parts, such as "
+                f"{parts[0]!r:.80}. raw=True (--raw) reads the tensors as stored."
+            )
+        used |= dict.fromkeys(parts, name)
         heads[parts[0]] = weight.entry(name)
     return tuple(
         heads.get(entry.name, entry)

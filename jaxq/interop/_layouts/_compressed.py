@@ -168,7 +168,10 @@ def _build_integers(
         return build_quantized(recipe, codes, scale, zero_point=zero)
     index, count = arrays["order"], scale.shape[-1]
     if index.min() < 0 or index.max() >= count:
-        raise FileError(f"g_idx has groups from {index.min()} to {index.max()} of {count}.")
+        raise FileError(
+            f"g_idx must hold group numbers 0 to {count - 1}, got {index.min()} to {index.max()}. "
+            "The file is damaged; download it again."
+        )
     middle = np.float32(1 << (bits - 1))
     offset = middle if zero is None else zero[:, index].astype(np.float32)
     return (codes.astype(np.float32) - offset) * scale.astype(np.float32)[..., index]

@@ -33,15 +33,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       FileError: the file is too large, or contains no JSON object.
     """
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"it has more than {_LARGEST} bytes")
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it contains no JSON object")
+        size = path.stat().st_size
+        content = json.loads(path.read_bytes()) if size <= _LARGEST else None
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: not a valid JSON file: {error}.") from error
+    if size > _LARGEST:
+        raise FileError(f"{path}: a configuration must have at most {_LARGEST} bytes, got {size}.")
+    if not isinstance(content, dict):
+        raise FileError(f"{path}: it must contain a JSON object, got {type(content).__name__}.")
     return content
 
 
@@ -77,6 +78,6 @@ def config_beside(folder: pathlib.Path) -> Config:
     if path.is_file():
         fields = read_json(path).get("quantization")
         if not isinstance(fields, dict):
-            raise FileError(f"{path}: it has no table `quantization`.")
+            raise FileError(f"{path}: it must have a table `quantization`, got {fields!r:.40}.")
         return Config("modelopt", fields, path) if fields.get("quant_algo") else Config()
     return Config()

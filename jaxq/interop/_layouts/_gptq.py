@@ -100,11 +100,17 @@ def _build(
     if recipe is None:
         assert index is not None
         if index.min() < 0 or index.max() >= count:
-            raise FileError(f"g_idx has groups from {index.min()} to {index.max()} of {count}.")
+            raise FileError(
+                f"g_idx must hold group numbers 0 to {count - 1}, got {index.min()} to "
+                f"{index.max()}. The file is damaged; download it again."
+            )
         distance = codes.astype(np.float32) - zero[:, index].astype(np.float32)
         return distance * scales.T.astype(np.float32)[:, index]
     if index is not None and not _in_order(index, inputs // count):
-        raise FileError("g_idx is not in order, but the configuration says desc_act = false.")
+        raise FileError(
+            "g_idx must be in order, as the configuration says desc_act = false, got another "
+            "order. Correct desc_act in the configuration."
+        )
     return build_quantized(recipe, codes, scales.T, zero_point=zero)
 
 

@@ -62,7 +62,7 @@ def quantize_together(
         shapes = [tuple(np.shape(w)) for w in weights]
         raise ValueError(
             "quantize_together: `weights` must be matrices with equal numbers of inputs, got "
-            f"shapes {shapes}."
+            f"shapes {shapes}. Transpose kernels [inputs, outputs]."
         )
     whole = quantize(jnp.concatenate([jnp.asarray(w) for w in weights]), get_recipe(recipe))
     ends = np.cumsum([np.shape(w)[0] for w in weights])

@@ -114,7 +114,7 @@ def _activations(fmt: str, element: Format, dynamic: bool) -> dict[str, Any] | N
     if fmt not in ("int-quantized", "float-quantized") or element.bits != 8:
         raise ValueError(
             "compressed_tensors: `dynamic_activations` needs weights of int8 or float8_e4m3fn, got "
-            f"{element.name} in {fmt}."
+            f"{element.name} in {fmt}. Omit it, or use 'int8_channel'."
         )
     kind = "int" if fmt == "int-quantized" else "float"
     args = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token"}

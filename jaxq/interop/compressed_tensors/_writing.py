@@ -129,7 +129,7 @@ def _find_scheme(name: str, q: Quantized, dynamic: bool) -> Scheme:
     try:
         return scheme_of(q.recipe, dynamic_activations=dynamic)
     except ValueError as error:
-        raise ValueError(f"{name:.80}: {error}") from error
+        raise ValueError(f"compressed_tensors.write: weight {name!r:.80}: {error}") from error
 
 
 def _check_fused(schemes: Mapping[str, Scheme], shapes: Mapping[str, Any]) -> None:
@@ -138,7 +138,7 @@ def _check_fused(schemes: Mapping[str, Scheme], shapes: Mapping[str, Any]) -> No
             if other in shapes and schemes.get(other) != schemes[name]:
                 raise ValueError(
                     f"compressed_tensors.write: vLLM fuses {name!r:.80} with {other!r:.80}, so "
-                    "both need the same recipe."
+                    "both need the same recipe. Quantize them by one rule."
                 )
 
 
@@ -160,7 +160,10 @@ def _tensors_of(
     if name not in schemes:
         dtype = _NAMES.get(np.dtype(value.dtype).name)
         if dtype is None:
-            raise ValueError(f"compressed_tensors.write: {name!r:.80} has the dtype {value.dtype}.")
+            raise ValueError(
+                f"compressed_tensors.write: {name!r:.80} must have a dtype of safetensors, got "
+                f"{value.dtype}. Convert it, or quantize it."
+            )
         read = functools.partial(_array, checkpoint.read, name)
         return [Tensor(name, dtype, tuple(value.shape), read)]
     cache: list[Quantized] = []

@@ -253,7 +253,10 @@ def _value(key: str, value: Any) -> tuple[int, bytes]:
         items = [_value(key, item) for item in value]
         kinds = {kind for kind, _ in items} or {_STRING}
         if len(kinds) != 1:
-            raise ValueError(f"gguf.write: the items of {key!r} must have one type.")
+            raise ValueError(
+                f"gguf.write: the items of {key!r} must have one type, got {len(kinds)} types. "
+                "Pass a NumPy array."
+            )
         head = kinds.pop().to_bytes(4, "little") + len(items).to_bytes(8, "little")
         return _ARRAY, head + b"".join(data for _, data in items)
     if isinstance(value, bool | np.bool):
@@ -265,7 +268,7 @@ def _value(key: str, value: Any) -> tuple[int, bytes]:
     if not isinstance(value, np.ndarray | np.generic) or value.dtype.name not in _KINDS:
         raise TypeError(
             f"gguf.write: metadata must be numbers, strings or arrays of them, got "
-            f"{type(value).__name__} for {key!r}."
+            f"{type(value).__name__} for {key!r}. Convert it, or leave it out."
         )
     kind, data = _KINDS[value.dtype.name], value.astype(value.dtype.newbyteorder("<")).tobytes()
     if value.ndim == 0:
@@ -307,19 +310,26 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
 
     Example:
       >>> import jax.numpy as jnp, jaxq, tempfile
-      >>> w = jaxq.interop.gguf.quantize(jnp.ones((4, 256)), "q6_k")
-      >>> tensor = jaxq.interop.gguf.Tensor("w.weight", w.type, w.shape, lambda: w.data)
+      >>> w = jaxq.quantize(jnp.ones((4, 256)), "tq2_0")
+      >>> tensor = Tensor("w.weight", "tq2_0", w.shape, lambda: jaxq.interop.gguf.pack(w))
       >>> path = tempfile.mkdtemp() + "/model.gguf"
-      >>> jaxq.interop.gguf.write(path, [tensor], {"general.architecture": "llama"})
+      >>> write(path, [tensor], {"general.architecture": "llama"})
       >>> with jaxq.interop.open_tensors(path) as file:
-      ...     file.packed(file.entries[0]).type
-      'q6_k'
+      ...     file.quantized(file.entries[0])
+      tq2_0[4×256] 264 B
     """
     alignment = int(metadata.get(_ALIGNMENT, 32))
     if alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"gguf.write: {_ALIGNMENT} must be a power of two, got {alignment}.")
+        raise ValueError(
+            f"gguf.write: {_ALIGNMENT} must be a power of two, got {alignment}. Use 32."
+        )
     if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise ValueError("gguf.write: the names of tensors must be distinct.")
+        names = [tensor.name for tensor in tensors]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"gguf.write: the names of tensors must be distinct, got {twice!r:.80} twice. Rename "
+            "one of them."
+        )
     head = MAGIC + VERSION.to_bytes(4, "little")
     parts = [head, len(tensors).to_bytes(8, "little"), len(metadata).to_bytes(8, "little")]
     for key, value in metadata.items():

@@ -11,7 +11,12 @@ from jax import numpy as jnp
 from jaxq._ggml.blocks import FloatBlocks, QuantizedBlocks
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.interop.gguf._blocks import as_bytes, split_bits
-from jaxq.interop.gguf._layouts import Fields, join_scales_and_minima, split_scales_and_minima
+from jaxq.interop.gguf._layouts import (
+    LAYOUTS,
+    Fields,
+    join_scales_and_minima,
+    split_scales_and_minima,
+)
 
 __all__ = ["SEARCHED", "Integers", "fields_of", "integers_of"]
 
@@ -87,5 +92,5 @@ def integers_of(name: str, fields: Fields) -> Integers:
 
 
 SEARCHED: dict[str, Callable[[FloatBlocks], Fields]] = {
-    name: functools.partial(_searched, name) for name in SUPER_BLOCK_RULES
+    name: functools.partial(_searched, name) for name in SUPER_BLOCK_RULES if name in LAYOUTS
 }

@@ -18,14 +18,11 @@ from jaxq.formats import get_format
 from jaxq.interop.gguf._bits import gather, halves, join_halves, spread
 
 __all__ = [
-    "E2M1",
     "LAYOUTS",
     "Fields",
     "Layout",
-    "e8m0_half",
     "join_scales_and_minima",
     "split_scales_and_minima",
-    "ue4m3_half",
 ]
 
 Fields = Mapping[str, jax.Array]
@@ -33,7 +30,7 @@ Reader = Callable[[jax.Array], jax.Array]
 Writer = Callable[[jax.Array], jax.Array]
 
 _IQ4 = get_format("iq4").values  # Codes are in the order of their values.
-E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # The values, doubled.
+_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # The values, doubled.
 
 
 class Part(NamedTuple):
@@ -191,14 +188,14 @@ def _iq4_xs(f: Fields) -> jax.Array:
     return _scaled(f["d"][:, None] * _float(s, 32), _table(_IQ4, f["q"]))
 
 
-def e8m0_half(e: jax.Array) -> jax.Array:
+def _e8m0_half(e: jax.Array) -> jax.Array:
     """Returns 2^(e - 128), the scale of the doubled elements of MXFP4."""
     e = e.astype(jnp.int32)
     bits = jnp.where(e < 2, np.int32(0x200000) << e, (e - np.int32(1)) << np.int32(23))
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def ue4m3_half(code: jax.Array) -> jax.Array:
+def _ue4m3_half(code: jax.Array) -> jax.Array:
     """Returns half of an unsigned E4M3 number, the scale of the doubled elements of NVFP4."""
     e, m = code >> np.uint8(3) & np.uint8(15), code & np.uint8(7)
     small = _float(m) * np.float32(2**-10)
@@ -208,11 +205,11 @@ def ue4m3_half(code: jax.Array) -> jax.Array:
 
 
 def _mxfp4(f: Fields) -> jax.Array:
-    return _scaled(e8m0_half(f["e"]), _table(E2M1, f["q"]))
+    return _scaled(_e8m0_half(f["scales"]), _table(_E2M1, f["q"]))
 
 
 def _nvfp4(f: Fields) -> jax.Array:
-    return _scaled(ue4m3_half(f["scales"]), _table(E2M1, f["q"]))
+    return _scaled(_ue4m3_half(f["scales"]), _table(_E2M1, f["q"]))
 
 
 def _trits(size: int, width: int, count: int) -> Part:
@@ -302,6 +299,6 @@ LAYOUTS: dict[str, Layout] = {
         _tq1_0,
     ),
     "tq2_0": Layout(35, 256, {"q": _codes(64, 32, 2), "d": _HALF}, _single_scale(1)),
-    "mxfp4": Layout(39, 32, {"e": _bytes(1), "q": _codes(16, 16, 4)}, _mxfp4),
+    "mxfp4": Layout(39, 32, {"scales": _bytes(1), "q": _codes(16, 16, 4)}, _mxfp4),
     "nvfp4": Layout(40, 64, {"scales": _bytes(4), "q": _codes(32, 8, 4)}, _nvfp4),
 }

@@ -131,6 +131,16 @@ def _gemma2_keys(config: _Config) -> dict[str, Any]:
     }
 
 
+def _differing_layer(kinds: Any, wanted: list[str]) -> str:
+    """Returns a short text of the first layer type that differs from the wanted ones."""
+    if not isinstance(kinds, list):
+        return f"{kinds!r:.40}"
+    if len(kinds) != len(wanted):
+        return f"a list of {len(kinds)} for {len(wanted)} layers"
+    first = next(i for i, kind in enumerate(kinds) if kind != wanted[i])
+    return f"[...] with {kinds[first]!r:.40} for layer {first}"
+
+
 def _gemma3_keys(config: _Config) -> dict[str, Any]:
     # llama.cpp assumes that every sixth layer is global, and that the others have base 10000.
     kinds = config.fields.get("layer_types")
@@ -138,10 +148,18 @@ def _gemma3_keys(config: _Config) -> dict[str, Any]:
     usual = ["sliding_attention"] * 5 + ["full_attention"]
     wanted = [usual[i % 6] for i in range(config.integer("num_hidden_layers"))]
     local = config.number("rope_local_base_freq", 10000.0)
-    if pattern != 6 or (kinds is not None and kinds != wanted) or local != 10000.0:
+    got = None
+    if pattern != 6:
+        got = f"sliding_window_pattern={pattern}"
+    elif kinds is not None and kinds != wanted:
+        got = f"layer_types={_differing_layer(kinds, wanted)}"
+    elif local != 10000.0:
+        got = f"rope_local_base_freq={local:g}"
+    if got is not None:
         raise ValueError(
-            "gguf.conversion: gemma3 needs every sixth layer to be global and a local base of "
-            f"10000, got sliding_window_pattern={pattern} and rope_local_base_freq={local:g}."
+            "gguf.conversion: llama.cpp runs gemma3 only if layers 5, 11, 17, ... are global, all "
+            f"others are local, and the rotary base of local layers is 10000, got {got}. Keep "
+            "this model in the layout of Hugging Face."
         )
     keys: dict[str, Any] = {"attention.sliding_window": config.integer("sliding_window")}
     if config.fields.get("final_logit_softcapping") is not None:

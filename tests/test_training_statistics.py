@@ -320,7 +320,7 @@ def test_all_switches_off_give_the_float_function():
     params = {name: normal(i, 8, 8) for i, name in enumerate(names)}
     rules = [jaxq.Rule("out", "w8a8", output="int4_tensor"), ("", "w4a16")]
     ids = jnp.array([3, 1])
-    state = jaxq.models.switched("test", model, rules, 0)(params, ids)
+    state = jaxq.models.make_switched("test", model, rules, 0)(params, ids)
     assert len(state.names) == 4
     run = jax.jit(lambda on: jaxq.quantize_fn(model, state.with_flags(on))(params, ids))
     assert_same(run(jnp.zeros(4)), jax.jit(model)(params, ids))

@@ -86,8 +86,8 @@ def quantize_fn(
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
       >>> def model(params, x):
-      ...     return jax.nn.relu(x @ params["hidden_message"]) @ params["out"]
-      >>> params = {"hidden_message": jnp.full((4, 8), 0.3), "out": jnp.full((8, 2), 0.7)}
+      ...     return jax.nn.relu(x @ params["hidden"]) @ params["out"]
+      >>> params = {"hidden": jnp.full((4, 8), 0.3), "out": jnp.full((8, 2), 0.7)}
       >>> small = jaxq.quantize_fn(model, {"out": "w8a8", "": "int4_channel"})
       >>> jax.jit(small)(params, jnp.ones((1, 4))).shape
       (1, 2)

@@ -1,6 +1,6 @@
 """The bits of floats as integers, and the bit layout of the dtype in which kernels work.
 
-Kernels work in float32, or in float64 for float64 input; `Layout` describes the differences.
+Kernels work in float32, or in float64 for float64 input; `FloatLayout` describes the differences.
 """
 
 from typing import Any, NamedTuple
@@ -10,10 +10,10 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-__all__ = ["Layout", "extended_bits", "where"]
+__all__ = ["FloatLayout", "extended_bits", "where"]
 
 
-class Layout(NamedTuple):
+class FloatLayout(NamedTuple):
     """The bit layout of a working dtype."""
 
     float_type: type[np.floating]
@@ -22,7 +22,7 @@ class Layout(NamedTuple):
     bias: int
 
     @classmethod
-    def of(cls, dtype: np.dtype) -> "Layout":
+    def of(cls, dtype: np.dtype) -> "FloatLayout":
         """Returns the layout of float64 if `dtype` is float64, else of float32."""
         if dtype == np.float64:
             return cls(np.float64, np.int64, 52, 1023)
@@ -83,7 +83,7 @@ class Layout(NamedTuple):
         return lax.bitcast_convert_type(bits, self.float_type)
 
 
-def extended_bits(magnitude: jax.Array, layout: Layout) -> jax.Array:
+def extended_bits(magnitude: jax.Array, layout: FloatLayout) -> jax.Array:
     """Returns the normalized bits of a magnitude: subnormals get an exponent field below 1."""
     # The bits of a subnormal number, read as an integer, are its multiple of the smallest one.
     lead = layout.bits(magnitude.astype(layout.float_type))

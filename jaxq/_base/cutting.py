@@ -71,7 +71,7 @@ class Cut:
         y = y.reshape(padded)
         return y if padded == self.shape else lax.slice(y, [0] * len(padded), self.shape)
 
-    def spread(self, scale: jax.Array) -> jax.Array:
+    def align_scales(self, scale: jax.Array) -> jax.Array:
         """Reshapes scales of shape `counts` so that they broadcast against a split tensor."""
         return scale.reshape(tuple(itertools.chain(*((c, 1) for c in self.counts))))
 

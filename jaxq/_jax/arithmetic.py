@@ -8,13 +8,21 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._base.shapes import is_symbolic
 from jaxq._jax.opaque import by_platform
 
-__all__ = ["barrier", "by_vectors", "divide", "materialize", "reciprocal", "rounded", "spread"]
+__all__ = [
+    "barrier",
+    "by_vectors",
+    "divide",
+    "hidden_broadcast",
+    "materialize",
+    "reciprocal",
+    "rounded",
+]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 
 
 def materialize(x: jax.Array) -> jax.Array:
@@ -46,7 +54,7 @@ def by_vectors(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     return jax.tree.map(lambda y: y.reshape(shape) if y.ndim else y, results)
 
 
-def spread(bits: jax.Array, like: jax.Array) -> jax.Array:
+def hidden_broadcast(bits: jax.Array, like: jax.Array) -> jax.Array:
     """Returns an int32 scalar, copied to the shape of a float32 array in a way hidden from XLA.
 
     XLA on CPU computes with a broadcast scalar before the broadcast, in a kernel for each division.
@@ -109,7 +117,7 @@ def _zeros(like: jax.Array) -> jax.Array:
 
 def _divide_in_integers(a: jax.Array, b: jax.Array, quotient: Callable = lax.div) -> jax.Array:
     """Divides with correct rounding, given a quotient of significands within 3 ulps."""
-    layout = Layout.of(np.dtype(np.float32))
+    layout = FloatLayout.of(np.dtype(np.float32))
     low, one = np.int32(2**23 - 1), layout.field(0)
     a_bits, b_bits = (layout.bits(v) & layout.magnitude_mask for v in (a, b))
     a_significand, b_significand = (bits & low | np.int32(2**23) for bits in (a_bits, b_bits))

@@ -16,20 +16,29 @@ from typing import Any, TypeAlias, TypeVar, cast
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-__all__ = ["Layout", "as_first", "automatic", "axes_of", "fitting", "like", "spec_of", "varying"]
+__all__ = [
+    "ResultShardings",
+    "as_first",
+    "automatic",
+    "axes_of",
+    "fitting",
+    "like",
+    "spec_of",
+    "varying",
+]
 
-Layout: TypeAlias = Callable[..., Any]
+ResultShardings: TypeAlias = Callable[..., Any]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def automatic(layout: Layout) -> Callable[[_F], _F]:
+def automatic(shardings: ResultShardings) -> Callable[[_F], _F]:
     """Runs a function of arrays with all explicit axes of their mesh made automatic.
 
     The decorated function must be called inside `jax.jit`, where arrays are traced.
 
     Args:
-      layout: a function `(mesh, result, *arguments)` that returns the `PartitionSpec`s or
+      shardings: a function `(mesh, result, *arguments)` that returns the `PartitionSpec`s or
         `NamedSharding`s of the result, as a tree with its structure or a prefix of it. It is only
         called if there are explicit axes.
 
@@ -50,7 +59,7 @@ def automatic(layout: Layout) -> Callable[[_F], _F]:
                 free = NamedSharding(inner, PartitionSpec())
                 result = function(*(jax.tree.map(lambda a: _moved(a, free), arguments)))
             with jax.sharding.use_abstract_mesh(mesh):
-                return jax.sharding.reshard(result, layout(mesh, result, *arguments))
+                return jax.sharding.reshard(result, shardings(mesh, result, *arguments))
 
         return cast(_F, wrapped)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout
+from jaxq._base.bits import FloatLayout
 from jaxq._base.registry import suggestion
 from jaxq.formats import (
     FORMATS,
@@ -38,7 +38,7 @@ __all__ = [
 
 FormatOrRecipe: TypeAlias = str | Format | Recipe
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 _MAX_LISTED_BITS = 16  # Formats with more bits have too many values to list.
 
 

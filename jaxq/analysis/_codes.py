@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._jax.serialization import named_tuple
 from jaxq.analysis._arguments import FormatOrRecipe, check_arguments, spacing_exponent
 from jaxq.analysis._sums import blocks_of, power_of_two
@@ -20,7 +20,7 @@ from jaxq.recipes import Granularity, Recipe
 
 __all__ = ["CodeUsage", "code_usage", "ulp_error"]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 _ZERO = np.float32(0)
 
 
@@ -153,7 +153,7 @@ def _usage(codes: jax.Array, bits: int, per: Granularity | None) -> CodeUsage:
     cut = blocks_of(codes.shape, per)
     blocks, size = math.prod(cut.counts), 2**bits
     split = cut.split(codes.reshape(cut.shape)).astype(jnp.int32)
-    block = cut.spread(jnp.arange(blocks, dtype=jnp.int32).reshape(cut.counts))
+    block = cut.align_scales(jnp.arange(blocks, dtype=jnp.int32).reshape(cut.counts))
     index = split + jnp.broadcast_to(block, split.shape) * np.int32(size)
     if cut.inside is not None:
         inside = jnp.broadcast_to(cut.inside, split.shape)

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout
+from jaxq._base.bits import FloatLayout
 from jaxq._base.cutting import Cut
 from jaxq._jax.serialization import named_tuple
 from jaxq.analysis._arguments import (
@@ -25,7 +25,7 @@ from jaxq.recipes import Recipe, Scales
 
 __all__ = ["Diagnostics", "diagnostics", "scaled_limits"]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 
 
 @named_tuple
@@ -148,7 +148,7 @@ def _limits_of_recipe(x: jax.Array, scale: jax.Array | None, recipe: Recipe) -> 
     if scale is None:
         scales = measured(widen(cut.split(x)), None, recipe.to_nearest(), cut)
     else:
-        scale = cut.spread(jnp.broadcast_to(scale, cut.counts))
+        scale = cut.align_scales(jnp.broadcast_to(scale, cut.counts))
         scales = recipe.scaling.given(scale, None, recipe.element)
     return scaled_limits(x.shape, scales, recipe)
 

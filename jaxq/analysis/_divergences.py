@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq.analysis._metrics import pair, to_elements
 from jaxq.analysis._sums import blocks_of, largest_magnitude, over_blocks, power_of_two
 from jaxq.recipes import Granularity
@@ -91,7 +91,7 @@ def kl_of_values(
             f"kl_of_values: `bins` must be at least 2, got {bins}. Use, for example, 256."
         )
     x, y = pair("kl_of_values", x, y)
-    layout, cut = Layout.of(x.dtype), blocks_of(x.shape, per)
+    layout, cut = FloatLayout.of(x.dtype), blocks_of(x.shape, per)
     finite = jnp.isfinite(x) & jnp.isfinite(y)
     shape = cut.split(x.reshape(cut.shape)).shape
     blocks = int(np.prod(cut.counts))
@@ -111,7 +111,7 @@ def kl_of_values(
     high = jnp.max(where(inside, split(x), -infinite), cut.axes, keepdims=True, initial=-np.inf)
     half = layout.float_type(0.5)
     width = (high * half - low * half) / layout.float_type(bins)  # Halved: high - low may overflow.
-    block = cut.spread(jnp.arange(blocks, dtype=jnp.int32).reshape(cut.counts))
+    block = cut.align_scales(jnp.arange(blocks, dtype=jnp.int32).reshape(cut.counts))
     block = jnp.broadcast_to(block, shape)
 
     def logs(a: jax.Array) -> jax.Array:

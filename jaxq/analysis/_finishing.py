@@ -5,12 +5,12 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq.products import Scaled, Tally
 
 __all__ = ["finished"]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 

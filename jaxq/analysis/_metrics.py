@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import barrier
 from jaxq._jax.serialization import named_tuple
@@ -165,7 +165,7 @@ def measure(
       y: the approximation, of the same shape and dtype.
       per: the granularity, as in `compare`.
     """
-    layout, cut = Layout.of(x.dtype), blocks_of(x.shape, per)
+    layout, cut = FloatLayout.of(x.dtype), blocks_of(x.shape, per)
     zero, one, none = layout.float_type(0), layout.float_type(1), layout.int_type(0)
     x_finite, both_finite = jnp.isfinite(x), jnp.isfinite(x) & jnp.isfinite(y)
     octave = _difference(x, y, layout).octave
@@ -276,7 +276,7 @@ _LIFT = 4
 _ROOM = 2.0**40
 
 
-def _difference(x: jax.Array, y: jax.Array, layout: Layout) -> _Difference:
+def _difference(x: jax.Array, y: jax.Array, layout: FloatLayout) -> _Difference:
     """Returns elementwise differences that neither overflow nor become subnormal."""
     magnitudes = [layout.bits(v) & layout.magnitude_mask for v in (x, y)]
     top = lax.max(*magnitudes)
@@ -289,7 +289,7 @@ def _difference(x: jax.Array, y: jax.Array, layout: Layout) -> _Difference:
     return _Difference(units, jnp.abs(a), exponent, octave)
 
 
-def _lifted(x: jax.Array, exponent: jax.Array, layout: Layout) -> jax.Array:
+def _lifted(x: jax.Array, exponent: jax.Array, layout: FloatLayout) -> jax.Array:
     """Returns x * 2^exponent, or 0 if the result is subnormal; it must not overflow.
 
     Unlike a product, this keeps subnormal x even when XLA flushes subnormals to zero.
@@ -301,7 +301,7 @@ def _lifted(x: jax.Array, exponent: jax.Array, layout: Layout) -> jax.Array:
     return layout.floats(moved | (bits & layout.sign))
 
 
-def _decibels(a: jax.Array, b: jax.Array, octaves: jax.Array, layout: Layout) -> jax.Array:
+def _decibels(a: jax.Array, b: jax.Array, octaves: jax.Array, layout: FloatLayout) -> jax.Array:
     """Returns 10 log10(2^octaves a / b) of normal numbers, from exponents and significands.
 
     Subtracting two logarithms would lose digits, as both may be large when their difference is not.
@@ -316,7 +316,7 @@ def _decibels(a: jax.Array, b: jax.Array, octaves: jax.Array, layout: Layout) ->
 
 def to_elements(values: jax.Array, x: jax.Array, cut: Cut) -> jax.Array:
     """Broadcasts one value per block to the elements of the block."""
-    wide = jnp.broadcast_to(cut.spread(values), jax.eval_shape(cut.split, x).shape)
+    wide = jnp.broadcast_to(cut.align_scales(values), jax.eval_shape(cut.split, x).shape)
     return cut.merge(wide)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._jax.serialization import named_tuple
 from jaxq.analysis._arguments import (
     FormatOrRecipe,
@@ -25,7 +25,7 @@ from jaxq.recipes import Granularity, Recipe
 
 __all__ = ["QuantizationError", "quantization_error"]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 _ZERO = np.float32(0)
 
 

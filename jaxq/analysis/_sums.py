@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq._base.cutting import Cut
 from jaxq.recipes import Granularity
 
@@ -134,13 +134,13 @@ def _sum(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     return jnp.sum(x, axis=axis, dtype=x.dtype)
 
 
-def largest_magnitude(x: jax.Array, layout: Layout) -> jax.Array:
+def largest_magnitude(x: jax.Array, layout: FloatLayout) -> jax.Array:
     """Returns the bits of each number's magnitude, or 0 for NaN and infinity."""
     magnitude = layout.bits(x) & layout.magnitude_mask
     return where(magnitude < layout.inf, magnitude, layout.int_type(0))
 
 
-def power_of_two(x: jax.Array, exponent: jax.Array, layout: Layout) -> jax.Array:
+def power_of_two(x: jax.Array, exponent: jax.Array, layout: FloatLayout) -> jax.Array:
     """Returns x * 2^exponent, rounded once.
 
     The result is computed on the bits, because XLA on CPU flushes subnormal operands and results of

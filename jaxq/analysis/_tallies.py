@@ -16,7 +16,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._jax.meshes import automatic
 from jaxq.analysis._arguments import rounding_limits
 from jaxq.analysis._diagnostics import scaled_limits
@@ -29,7 +29,7 @@ from jaxq.recipes import Recipe, Scales
 
 __all__ = ["EXPONENTS", "Sums", "difference_of", "errors_of", "quantized", "sums_of"]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 _ZERO, _NONE = np.float32(0), np.int32(0)
 EXPONENTS = range(-127, 128)
 """The exponents of a histogram; -127 stands for all subnormal numbers."""

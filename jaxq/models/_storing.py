@@ -224,7 +224,7 @@ def _demands(product: Product, weight: QuantizedWeight) -> list[tuple[Piece, _De
         block = placed(recipe.granularity, shape, axes).block(shape)
         if 0 in block:
             raise _CannotStoreError("it is empty")
-        on_leaf = _on_leaf(piece, shape, block, recipe.scaling.run)
+        on_leaf = _on_leaf(piece, shape, block, recipe.scaling.blocks_per_run)
         leading = _leading(piece)
         if _shares(recipe):
             _check_whole(piece, shape, recipe, leading)

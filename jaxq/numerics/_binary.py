@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq.numerics._grids import BinaryGrid, is_aligned, is_narrow, is_normal
 from jaxq.numerics._rounding import Overflow, Rounding, is_directed, nearest_even, pins, to_odd
 
@@ -47,7 +47,7 @@ def snap(
     Returns:
       Values of the grid (including its inf and NaN), with the shape and dtype of x.
     """
-    layout = Layout.of(x.dtype)
+    layout = FloatLayout.of(x.dtype)
     bits = layout.bits(x)
     magnitude = bits & layout.magnitude_mask
     args = _Snap(bits, magnitude, grid, layout, rounding, overflow, random)
@@ -82,7 +82,7 @@ class _Snap(NamedTuple):
     bits: jax.Array
     magnitude: jax.Array
     grid: BinaryGrid
-    layout: Layout
+    layout: FloatLayout
     rounding: Rounding
     overflow: Overflow
     random: jax.Array | None
@@ -148,12 +148,12 @@ def _wide(args: _Snap) -> jax.Array:
     return layout.floats(_ldexp_bits(rounded, unit, layout))
 
 
-def _least_normal(magnitude: jax.Array, layout: Layout) -> jax.Array:
+def _least_normal(magnitude: jax.Array, layout: FloatLayout) -> jax.Array:
     """Returns the bits of the smallest normal number, or of 0 where the magnitude is 0."""
     return lax.min(magnitude, layout.int_type(1)) << layout.int_type(layout.mantissa_bits)
 
 
-def _unit_exponents(extended: jax.Array, grid: BinaryGrid, layout: Layout) -> jax.Array:
+def _unit_exponents(extended: jax.Array, grid: BinaryGrid, layout: FloatLayout) -> jax.Array:
     """Returns the exponent of the grid's spacing at each element, as a biased exponent field."""
     emin, emax = grid.emin, _emax(grid, layout)
     if grid.static:
@@ -171,7 +171,7 @@ def _unit_exponents(extended: jax.Array, grid: BinaryGrid, layout: Layout) -> ja
     return where(field < layout.field(emin), layout.field(emin), unit)
 
 
-def _emax(grid: BinaryGrid, layout: Layout) -> Any:
+def _emax(grid: BinaryGrid, layout: FloatLayout) -> Any:
     """Returns the largest exponent common to the grid and the working dtype."""
     return (min if grid.static else jnp.minimum)(grid.emax, layout.bias)
 
@@ -199,7 +199,7 @@ def _rounded(units: jax.Array, unit: jax.Array, args: _Snap) -> jax.Array:
     return rounded if grid.zero else lax.max(rounded, layout.float_type(1))
 
 
-def _ldexp_bits(whole: jax.Array, unit: jax.Array, layout: Layout) -> jax.Array:
+def _ldexp_bits(whole: jax.Array, unit: jax.Array, layout: FloatLayout) -> jax.Array:
     """Returns the exact bits of whole * 2^k, also if subnormal, where `unit` is the field of k."""
     bits = layout.bits(whole) + (unit - layout.field(0))
     from_least = layout.floats(unit - layout.shifted(layout.least_exponent))

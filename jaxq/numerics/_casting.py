@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._jax import draws
 from jaxq._jax.meshes import as_first, automatic
 from jaxq.formats import CodebookFormat, FloatFormat, Format, TaperedFormat, get_format
@@ -173,7 +173,7 @@ def _cast(
 ) -> jax.Array:
     wide = widen(x)
     if isinstance(fmt, CodebookFormat):
-        levels = [Layout.of(wide.dtype).float_type(v) for v in fmt.values]
+        levels = [FloatLayout.of(wide.dtype).float_type(v) for v in fmt.values]
         y = _codebooks.choose(wide, fmt, rounding, random, levels)
         return as_dtype(y, x.dtype)
     if isinstance(fmt, TaperedFormat):
@@ -236,7 +236,7 @@ def enclosing(
 
 def _next_up(x: jax.Array) -> jax.Array:
     """Returns the next larger float, computed on bits so that subnormals are not flushed."""
-    layout = Layout.of(x.dtype)
+    layout = FloatLayout.of(x.dtype)
     bits, minus_zero = layout.bits(x), layout.sign
     bits = where(bits == minus_zero, layout.int_type(0), bits)
     return layout.floats(where(bits < 0, bits - layout.int_type(1), bits + layout.int_type(1)))

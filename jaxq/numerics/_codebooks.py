@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq.formats import CodebookFormat
 from jaxq.numerics._rounding import Rounding, nearest_away, nearest_even
 
@@ -27,13 +27,13 @@ _CHAINED = 32  # From this number of thresholds on, a table is faster than a cha
 _BUCKETS = 8192  # A table of this size fits in the L1 cache.
 
 
-def _ordered(bits: Any, layout: Layout) -> Any:
+def _ordered(bits: Any, layout: FloatLayout) -> Any:
     """Converts float bits to integers in the order of the floats (-0 just below 0)."""
     shift = 8 * np.dtype(layout.int_type).itemsize - 1
     return bits ^ ((bits >> layout.int_type(shift)) & layout.magnitude_mask)
 
 
-def _below(threshold: fractions.Fraction, layout: Layout) -> int:
+def _below(threshold: fractions.Fraction, layout: FloatLayout) -> int:
     """Returns the ordered integer of the largest float strictly below a number."""
     near = layout.float_type(float(threshold))  # This rounds twice; the loops below correct it.
     while fractions.Fraction(float(near)) >= threshold:
@@ -47,7 +47,7 @@ def _below(threshold: fractions.Fraction, layout: Layout) -> int:
 
 
 @functools.cache
-def _midpoints(fmt: CodebookFormat, layout: Layout) -> tuple[int, ...]:
+def _midpoints(fmt: CodebookFormat, layout: FloatLayout) -> tuple[int, ...]:
     """Returns, for each pair of neighbors, the ordered integer above which values round up."""
     levels = [fractions.Fraction(float(v)) for v in fmt.values]
     result = []
@@ -62,7 +62,7 @@ def _midpoints(fmt: CodebookFormat, layout: Layout) -> tuple[int, ...]:
 
 
 def _picker(
-    key: jax.Array, thresholds: tuple[int, ...], layout: Layout
+    key: jax.Array, thresholds: tuple[int, ...], layout: FloatLayout
 ) -> Callable[[list], jax.Array]:
     """Returns a function that selects one of n + 1 items for each key.
 
@@ -103,7 +103,7 @@ def _take(table: np.ndarray, index: jax.Array) -> jax.Array:
     return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
 
 
-def _count(key: jax.Array, thresholds: tuple[int, ...], layout: Layout) -> jax.Array:
+def _count(key: jax.Array, thresholds: tuple[int, ...], layout: FloatLayout) -> jax.Array:
     """Counts the thresholds that each key exceeds, by a table lookup and a binary search."""
     table, integer = _table(thresholds, layout), layout.int_type
     sign = key >> integer(8 * key.dtype.itemsize - 1)
@@ -135,7 +135,7 @@ class _Table(NamedTuple):
 
 
 @functools.cache
-def _table(thresholds: tuple[int, ...], layout: Layout) -> _Table:
+def _table(thresholds: tuple[int, ...], layout: FloatLayout) -> _Table:
     """Returns the smallest table with one threshold per bucket, or one of `_BUCKETS` at most."""
     integer, ends = layout.int_type, np.iinfo(layout.int_type)
     t = np.array(thresholds, integer)
@@ -186,7 +186,7 @@ def choose(
     Returns:
       An array with the shape of x and the dtype of the outputs.
     """
-    layout = Layout.of(x.dtype)
+    layout = FloatLayout.of(x.dtype)
     bits = layout.bits(x)
     magnitude = bits & layout.magnitude_mask
     bits = where(magnitude > layout.inf, layout.int_type(0), bits)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq._jax.arithmetic import barrier
 from jaxq._jax.meshes import as_first, automatic
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat, get_format
@@ -39,7 +39,7 @@ def codes_of(
       overflow: the overflow mode of that rounding. It determines the codes of infinities for
         formats whose range exceeds that of the dtype of `y`.
     """
-    layout = Layout.of(y.dtype)
+    layout = FloatLayout.of(y.dtype)
     integer = layout.int_type
     if isinstance(fmt, IntFormat):
         # Adding 1.5 * 2^k, whose last bit is the format's last bit, places the integer code in the
@@ -160,7 +160,7 @@ def decode(
 @functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
 @automatic(as_first)
 def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
-    layout = Layout.of(dtype)
+    layout = FloatLayout.of(dtype)
     if fmt.bits < 8 * codes.dtype.itemsize:
         codes = codes & codes.dtype.type(2**fmt.bits - 1)
     if isinstance(fmt, TaperedFormat):

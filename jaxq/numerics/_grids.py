@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout
+from jaxq._base.bits import FloatLayout
 from jaxq._jax.serialization import pytree
 from jaxq.formats import FloatFormat, IntFormat
 
@@ -99,7 +99,7 @@ class BinaryGrid:
     @property
     def scaled_max(self) -> Any:
         """The value to which quantizers scale the amax of a block, as in `FloatFormat`."""
-        layout = Layout.of(np.dtype(np.float32))
+        layout = FloatLayout.of(np.dtype(np.float32))
         m = jnp.asarray(self.mantissa_bits, jnp.int32)
         mantissa = ((jnp.int32(1) << m) - 1) << jnp.maximum(23 - m, 0)
         lowest_binade = layout.field(jnp.maximum(jnp.asarray(self.emin, jnp.int32), 0)) | mantissa
@@ -165,7 +165,7 @@ def float_grid(
     max_code = ((one << e) - 1 << m) - 1 if inf else top - int(nan)
     emin = 1 - offset
     exponent, mantissa = max_code >> m, max_code & ((one << m) - 1)
-    layout = Layout.of(np.dtype(np.float32))
+    layout = FloatLayout.of(np.dtype(np.float32))
     emax = jnp.maximum(exponent - offset, emin)
     normal = layout.floats(layout.field(emax) | (mantissa << (23 - m)))
     normal = jnp.where(emax > layout.bias, jnp.inf, normal)
@@ -197,7 +197,7 @@ def int_grid(bits: Any, *, signed: bool = True, narrow: bool = False) -> BinaryG
     return BinaryGrid(b, b, b, largest, lowest, False, False, False, signed)
 
 
-def is_narrow(grid: BinaryGrid, layout: Layout) -> bool:
+def is_narrow(grid: BinaryGrid, layout: FloatLayout) -> bool:
     """Returns whether units and spacings are normal numbers for every input.
 
     The margin of 26 exceeds the number of bits below the unit that any rounding mode reads, so that
@@ -209,7 +209,7 @@ def is_narrow(grid: BinaryGrid, layout: Layout) -> bool:
     return 1 - layout.bias + 26 <= lowest_unit <= 0 and grid.emax < layout.bias
 
 
-def is_aligned(grid: BinaryGrid, layout: Layout) -> bool:
+def is_aligned(grid: BinaryGrid, layout: FloatLayout) -> bool:
     """Returns whether the grid consists of the working dtype's numbers with zero low bits."""
     if not grid.static or grid.mantissa_bits > layout.mantissa_bits:
         return False
@@ -221,6 +221,6 @@ def is_aligned(grid: BinaryGrid, layout: Layout) -> bool:
     )
 
 
-def is_normal(grid: BinaryGrid, layout: Layout) -> bool:
+def is_normal(grid: BinaryGrid, layout: FloatLayout) -> bool:
     """Returns whether no value of a grid without -0 is subnormal; traced grids are of integers."""
     return not grid.static or grid.emin - grid.mantissa_bits >= 1 - layout.bias

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq.formats import TaperedFormat
 from jaxq.numerics._rounding import Overflow, Rounding, nearest_even
 
@@ -42,7 +42,7 @@ def snap_tapered(
       Values of the format, with NaN for NaR, in the shape and dtype of x. A takum beyond the range
       of float32 becomes infinite or is rounded to a subnormal.
     """
-    layout = Layout.of(x.dtype)
+    layout = FloatLayout.of(x.dtype)
     bits = layout.bits(x)
     magnitude = bits & layout.magnitude_mask
     y = _snapped(bits, magnitude, fmt, layout, rounding, random)
@@ -75,7 +75,7 @@ def encode_tapered(
     Returns:
       Codes as non-negative values of the signed integer dtype with the width of x.
     """
-    layout = Layout.of(x.dtype)
+    layout = FloatLayout.of(x.dtype)
     integer = layout.int_type
     bits = layout.bits(x)
     magnitude = bits & layout.magnitude_mask
@@ -96,12 +96,12 @@ def encode_tapered(
     return where(magnitude > _last_number(overflow, layout), top + integer(1), code)
 
 
-def _last_number(overflow: Overflow, layout: Layout) -> np.signedinteger:
+def _last_number(overflow: Overflow, layout: FloatLayout) -> np.signedinteger:
     """Returns the bits of the largest magnitude that is not converted to NaR."""
     return layout.inf - layout.int_type(overflow in (None, "propagate"))
 
 
-def _is_narrow(fmt: TaperedFormat, layout: Layout) -> bool:
+def _is_narrow(fmt: TaperedFormat, layout: FloatLayout) -> bool:
     """Returns whether every nonzero value of a format is a normal number of the working dtype."""
     return -layout.bias < fmt.emin and fmt.emax < layout.bias
 
@@ -110,7 +110,7 @@ def _snapped(
     bits: jax.Array,
     magnitude: jax.Array,
     fmt: TaperedFormat,
-    layout: Layout,
+    layout: FloatLayout,
     rounding: Rounding,
     random: jax.Array | None,
 ) -> jax.Array:
@@ -139,7 +139,7 @@ def _snapped(
 
 
 def _split(
-    y: jax.Array, fmt: TaperedFormat, layout: Layout
+    y: jax.Array, fmt: TaperedFormat, layout: FloatLayout
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Finds the position in the bits of each magnitude at which its code ends.
 
@@ -169,7 +169,7 @@ def _split(
     return string, lax.full_like(k, size), dropped
 
 
-def _logarithm(value: float, layout: Layout) -> np.signedinteger:
+def _logarithm(value: float, layout: FloatLayout) -> np.signedinteger:
     """Returns the exponent and fraction of a positive number as one integer.
 
     It equals the bits of a float with a bias of 0, but can hold every exponent of a format.
@@ -179,7 +179,7 @@ def _logarithm(value: float, layout: Layout) -> np.signedinteger:
     return layout.shifted(exponent - 1) + layout.int_type(fraction)
 
 
-def _collapsed(y: jax.Array, layout: Layout) -> jax.Array:
+def _collapsed(y: jax.Array, layout: FloatLayout) -> jax.Array:
     """Converts logarithms to float bits, subnormal or infinite where out of the normal range."""
     first = layout.shifted(1 - layout.bias)
     # Subnormals are counted in the bits of a sum: the value, times a power of two that makes it
@@ -193,7 +193,7 @@ def _collapsed(y: jax.Array, layout: Layout) -> jax.Array:
     return lax.select(y < first, subnormal, normal)
 
 
-def decode_tapered(codes: jax.Array, fmt: TaperedFormat, layout: Layout) -> jax.Array:
+def decode_tapered(codes: jax.Array, fmt: TaperedFormat, layout: FloatLayout) -> jax.Array:
     """Returns the values of codes in the float type of a layout, out of range as `snap_tapered`."""
     width = np.uint32(32)
     codes = codes.astype(jnp.uint32)

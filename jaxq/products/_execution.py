@@ -292,7 +292,7 @@ def _terms(name: str, operand: Operand, axes: Axes) -> tuple[jax.Array, Any, Any
     q = _quantized(name, operand)
     values, precision = decode(q.unpack(), q.recipe.element), _precision(q.recipe.element)
     if q.zero_point is not None:
-        split = q.cut.split(values) - q.cut.spread(q.zero_point).astype(jnp.float32)
+        split = q.cut.split(values) - q.cut.align_scales(q.zero_point).astype(jnp.float32)
         values, precision = q.cut.merge(split), precision + 1
     if not _lies_along(q, axes):
         return values, q.scales, q, precision
@@ -301,7 +301,7 @@ def _terms(name: str, operand: Operand, axes: Axes) -> tuple[jax.Array, Any, Any
     if scale_format.bits < 32 and plain:
         scale, digits = decode(q.scale, scale_format), _precision(scale_format)
     digits = 0 if digits == 1 else digits  # Powers of two add no significant bits.
-    values = q.cut.merge(q.cut.split(values) * q.cut.spread(scale))
+    values = q.cut.merge(q.cut.split(values) * q.cut.align_scales(scale))
     return values, tensor_scale, q, precision + digits
 
 

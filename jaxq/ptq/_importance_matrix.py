@@ -95,7 +95,7 @@ def _rescaled(q: Quantized, other: Quantized, is_present: jax.Array) -> Quantize
       is_present: True for the elements that belong to the product, in the shape of the leaf.
     """
     axis = axis_of_blocks(q.cut.block)
-    size = q.cut.block[axis] * q.recipe.scaling.run
+    size = q.cut.block[axis] * q.recipe.scaling.blocks_per_run
     runs = q.shape[axis] // size
     is_present = lax.slice_in_dim(is_present, 0, is_present.shape[axis], size, axis)
 

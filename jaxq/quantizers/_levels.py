@@ -71,7 +71,7 @@ def block_numbers(q: Quantized) -> jax.Array:
 
 def per_element(q: Quantized, x: jax.Array) -> jax.Array:
     """Returns one value per block as one value per element."""
-    split = q.cut.spread(x)
+    split = q.cut.align_scales(x)
     pairs = zip(q.cut.counts, q.cut.block, strict=True)
     return q.cut.merge(jnp.broadcast_to(split, [n for pair in pairs for n in pair]))
 

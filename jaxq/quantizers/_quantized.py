@@ -177,7 +177,11 @@ class Quantized(QuantizedArrays):
             )
         outliers = tuple(array[index] for array in outliers)
         second = self.second
-        if self.recipe.scaling.run > 1 and self.ndim <= len(self.block) and self.cut.block[0] > 1:
+        if (
+            self.recipe.scaling.blocks_per_run > 1
+            and self.ndim <= len(self.block)
+            and self.cut.block[0] > 1
+        ):
             raise ValueError(
                 "Quantized: selected rows must share no scales with other rows, got blocks of "
                 f"{self.cut.block[0]} rows whose scales are packed. Dequantize the tensor first."
@@ -235,10 +239,10 @@ def dequantize(q: Quantized) -> jax.Array:
     recipe, cut = q.recipe, q.cut
     values = cut.split(decode(q.unpack(), recipe.element))
     if q.zero_point is not None and recipe.scaling.zero_point == "integer":
-        values = values - cut.spread(q.zero_point).astype(jnp.float32)
+        values = values - cut.align_scales(q.zero_point).astype(jnp.float32)
     minimum = q.minima
-    minimum = None if minimum is None else cut.spread(minimum)
-    y = cut.merge(restored(values, cut.spread(q.scales), minimum, recipe))
+    minimum = None if minimum is None else cut.align_scales(minimum)
+    y = cut.merge(restored(values, cut.align_scales(q.scales), minimum, recipe))
     if recipe.outliers is not None:
         y = recipe.outliers.put(y, q.outliers)
     return as_dtype(y, q.dtype, overflow="propagate")
@@ -251,7 +255,7 @@ def encoded(scales: jax.Array, cut: Cut, recipe: Recipe) -> jax.Array:
     """
     fmt = recipe.scale_format
     codes = scales if fmt == _FLOAT32 else encode(scales, fmt)
-    if recipe.scaling.run == 1 or fmt.bits in WHOLE_BYTES:
+    if recipe.scaling.blocks_per_run == 1 or fmt.bits in WHOLE_BYTES:
         return codes
     axis = axis_of_blocks(cut.block)
     return jnp.moveaxis(pack(jnp.moveaxis(codes, axis, -1), fmt.bits), -1, axis)
@@ -260,7 +264,7 @@ def encoded(scales: jax.Array, cut: Cut, recipe: Recipe) -> jax.Array:
 def decoded(scales: jax.Array, q: QuantizedArrays) -> jax.Array:
     """Returns the values of stored scales or minima of a quantized tensor."""
     fmt = q.recipe.scale_format
-    if q.recipe.scaling.run > 1 and fmt.bits not in WHOLE_BYTES:
+    if q.recipe.scaling.blocks_per_run > 1 and fmt.bits not in WHOLE_BYTES:
         axis = axis_of_blocks(q.block) - len(q.block) + scales.ndim
         packed = jnp.moveaxis(scales, axis, -1)
         codes = unpack(packed, fmt.bits, packed.shape[-1] * 8 // fmt.bits)

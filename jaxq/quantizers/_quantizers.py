@@ -266,7 +266,7 @@ def _given_scales(given: Given, values: Values, recipe: Recipe, cut: Cut) -> Giv
     def through(used: jax.Array | None, source: jax.Array | None) -> jax.Array | None:
         if used is None or source is None:
             return None
-        return passed(used, cut.spread(jnp.broadcast_to(source, cut.counts)))
+        return passed(used, cut.align_scales(jnp.broadcast_to(source, cut.counts)))
 
     scale = through(scales.step, given.scale)
     assert scale is not None

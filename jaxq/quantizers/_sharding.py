@@ -56,7 +56,7 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
                 f"quantized_sharding: axis {axis} of shape {q.shape} does not divide into {count} "
                 f"shards{suffix}. Leave that axis out of the spec, or choose another mesh."
             )
-    counts, run = q.cut.counts, q.recipe.scaling.run
+    counts, run = q.cut.counts, q.recipe.scaling.blocks_per_run
     runs = [n if b == 1 else n // run for n, b in zip(counts, q.cut.block, strict=True)]
     scale = PartitionSpec(
         *(

@@ -50,7 +50,7 @@ class Simulated(NamedTuple):
 
     Attributes:
       values: the values, as `fake_quant` returns them.
-      scales: the scales that were used, in the layout of `Cut.spread`.
+      scales: the scales that were used, in the layout of `Cut.align_scales`.
     """
 
     values: jax.Array
@@ -142,7 +142,7 @@ def scales_of(
     if given is None:
         return measured(x, key, recipe, cut)
     scale, zero_point = (
-        None if a is None else cut.spread(jnp.broadcast_to(a, cut.counts)) for a in given
+        None if a is None else cut.align_scales(jnp.broadcast_to(a, cut.counts)) for a in given
     )
     assert scale is not None
     return recipe.scaling.given(scale, zero_point, recipe.element)

@@ -47,7 +47,7 @@ def slices(q: Quantized) -> Slices | None:
         for _ in range(stacked):
             scales = jax.vmap(scales)
         # The rule "half" keeps the lowest code of integers, which `SuperBlocks` uses.
-        lowest = q.recipe.scaling.run > 1 and isinstance(q.recipe.element, IntFormat)
+        lowest = q.recipe.scaling.blocks_per_run > 1 and isinstance(q.recipe.element, IntFormat)
         scaling = Symmetric(rule="half") if lowest else Symmetric()
         recipe = dataclasses.replace(q.recipe, scaling=scaling)
         fields = {"scale": scales(q), "zero_point": q.minima, "second": (), "recipe": recipe}

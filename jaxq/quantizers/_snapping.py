@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import materialize
 from jaxq._jax.reductions import summed
@@ -21,7 +21,7 @@ from jaxq.recipes import Range, Recipe, Scales, finite, in_units, limits, powers
 
 __all__ = ["codes", "ends_of", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 
 # Short searches have no loop, whose body XLA on CPU runs on one core. They compute all errors at
 # once, because XLA would fuse the last sum of errors into the comparison and not vectorize it.

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq._jax import arithmetic
 from jaxq._jax.arithmetic import by_vectors, divide, materialize
@@ -33,7 +33,7 @@ __all__ = [
 
 E8M0 = get_format("float8_e8m0fnu")
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 # Smaller scales are float32 subnormals, which XLA flushes to zero.
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 # Neutral element of integer minima: larger than the bits of any number and any index in a block.

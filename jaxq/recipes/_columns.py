@@ -62,7 +62,7 @@ class Columns:
         return d.reshape(shape)
 
     def parts(self, rows: jax.Array) -> jax.Array:
-        """Returns numbers of blocks in the layout of `Cut.spread`."""
+        """Returns numbers of blocks in the layout of `Cut.align_scales`."""
         return self.elements(rows, tuple(n for count in self.counts for n in (count, 1)))
 
     def row_squares(self, columns: jax.Array) -> jax.Array:

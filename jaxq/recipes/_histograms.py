@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import holds
 from jaxq._jax.arithmetic import divide, rounded
@@ -26,7 +26,7 @@ from jaxq.recipes._ranges import AbsMax, Range, filled
 
 __all__ = ["Entropy", "MeanSquaredError", "Percentile"]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 _SCALE_FORMAT = get_format("float32")
 _MOST = np.int32(2**31 - 1)
 _OCTAVES = 16  # Octaves below the largest magnitude whose bins a search keeps separate.
@@ -97,7 +97,7 @@ class _OfHistogram:
                 f"{self}: the histograms must have at most 2^31 - 1 bins, got {blocks} blocks of "
                 f"{width} bins. Use a coarser granularity or fewer digits."
             )
-        number = cut.spread(jnp.arange(blocks, dtype=jnp.int32).reshape(cut.counts))
+        number = cut.align_scales(jnp.arange(blocks, dtype=jnp.int32).reshape(cut.counts))
         place = jnp.broadcast_to(number, x.shape) * np.int32(width) + place
         counted = magnitude < _FLOAT32.inf
         if cut.inside is not None:

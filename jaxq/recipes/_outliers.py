@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq.formats import FloatFormat, Format, get_format
 from jaxq.numerics import decode, encode, widen
@@ -17,7 +17,7 @@ from jaxq.recipes._texts import text_of
 
 __all__ = ["Outliers"]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -106,14 +106,14 @@ class Outliers:
             distance = distance - distance.mean()
         # Compared by their bits, in whose order a NaN is the largest.
         key = _FLOAT32.bits(distance) & _FLOAT32.magnitude_mask
-        places = _largest(key, self.count(flat.size))
+        indices = _largest(key, self.count(flat.size))
         if self.sigma is not None:
-            beyond = jnp.abs(distance[places]) > np.float32(self.sigma) * jnp.std(distance)
-            places = where(beyond, places, np.int32(flat.size))
-        values = flat.at[places].get(mode="fill", fill_value=0)
+            beyond = jnp.abs(distance[indices]) > np.float32(self.sigma) * jnp.std(distance)
+            indices = where(beyond, indices, np.int32(flat.size))
+        values = flat.at[indices].get(mode="fill", fill_value=0)
         codes = encode(values, self.element, overflow="propagate")
-        rest = x.reshape(-1).at[places].set(jnp.zeros((), x.dtype), mode="drop")
-        return rest.reshape(x.shape), (codes, places)
+        rest = x.reshape(-1).at[indices].set(jnp.zeros((), x.dtype), mode="drop")
+        return rest.reshape(x.shape), (codes, indices)
 
     def mask(self, shape: tuple[int, ...], stored: tuple[jax.Array, ...]) -> jax.Array:
         """Returns a boolean array of a shape that is True at the outliers."""
@@ -122,11 +122,11 @@ class Outliers:
 
     def put(self, y: jax.Array, stored: tuple[jax.Array, ...]) -> jax.Array:
         """Returns a float32 tensor with the outliers inserted at their positions."""
-        codes, places = stored
-        if places.ndim > 1:  # Stacked by `jax.vmap`.
+        codes, indices = stored
+        if indices.ndim > 1:  # Stacked by `jax.vmap`.
             return jax.vmap(self.put)(y, stored)
         values = decode(codes, self.element)
-        return y.reshape(-1).at[places].set(values, mode="drop").reshape(y.shape)
+        return y.reshape(-1).at[indices].set(values, mode="drop").reshape(y.shape)
 
 
 def _largest(key: jax.Array, count: int) -> jax.Array:
@@ -146,6 +146,6 @@ def _largest(key: jax.Array, count: int) -> jax.Array:
     fits = jnp.sum(key >= least, dtype=jnp.int32) == count
     chosen = (key > least) | ((key == least) & fits)
     rank = where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, np.int32(count))
-    places = jnp.arange(key.size, dtype=jnp.int32)
+    indices = jnp.arange(key.size, dtype=jnp.int32)
     empty = jnp.full(count, key.size, jnp.int32)
-    return empty.at[rank].set(places, mode="drop", unique_indices=True)
+    return empty.at[rank].set(indices, mode="drop", unique_indices=True)

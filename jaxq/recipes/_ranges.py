@@ -5,7 +5,7 @@ A calibrator measures a tensor, merges two measurements, and computes a range fr
 steps can be combined in any grouping (for `EMA`, in their order). A quantizer that is given no
 scales measures the tensor itself.
 
-Ranges are pairs (low, high) in the layout of `Cut.spread`. Recipes with a zero point use a
+Ranges are pairs (low, high) in the layout of `Cut.align_scales`. Recipes with a zero point use a
 *two-sided* range; for other recipes the range is (-high, high), and only magnitudes count.
 
 To add a calibrator, write a frozen dataclass like those below and list it in `CALIBRATORS`. Those
@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import divide, rounded
 from jaxq._jax.serialization import named_tuple
@@ -32,7 +32,7 @@ __all__ = ["ALL_FORMATS", "EMA", "AbsMax", "Calibrator", "Extremum", "Range", "f
 
 Range = tuple[jax.Array, jax.Array]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 ALL_FORMATS = (BinaryGrid, CodebookFormat, FloatFormat, IntFormat, TaperedFormat)
 
 
@@ -65,7 +65,7 @@ class Calibrator(Protocol):
 
 
 def filled(cut: Cut, value: Any, *more: int) -> jax.Array:
-    """Returns one value per block, in the layout of `Cut.spread` with trailing axes added."""
+    """Returns one value per block, in the layout of `Cut.align_scales` with trailing axes added."""
     shape = tuple(n for count in cut.counts for n in (count, 1))
     return jnp.full((*shape, *more), value)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, extended_bits, where
+from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq._base.registry import Registry
 from jaxq._jax.arithmetic import divide
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat
@@ -22,7 +22,7 @@ from jaxq.recipes._arithmetic import signed_as
 
 __all__ = ["MX_RULES", "SCALE_RULES", "ScaleRule", "to_max", "to_min"]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 
 
 class ScaleRule(NamedTuple):

@@ -48,7 +48,7 @@ class StoredScales(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """The scales and ranges of the blocks of a tensor, in the layout of `Cut.spread`.
+    """The scales and ranges of the blocks of a tensor, in the layout of `Cut.align_scales`.
 
     Attributes:
       divisor: the divisor of the elements.
@@ -202,14 +202,14 @@ class Scaling:
         return self.zero_point is not None
 
     @property
-    def run(self) -> int:
+    def blocks_per_run(self) -> int:
         """The number of consecutive blocks whose scales are packed together."""
         return 1
 
     @property
     def is_local(self) -> bool:
         """True if the scales of a run of blocks depend on no element of another run."""
-        return self.second_level is None or self.run > 1
+        return self.second_level is None or self.blocks_per_run > 1
 
     @property
     def largest_scale(self) -> float:
@@ -294,7 +294,7 @@ class Scaling:
         """Returns given scales, rounded to their format, with the range that they cover.
 
         Args:
-          scale: float32 scales in the layout of `Cut.spread`.
+          scale: float32 scales in the layout of `Cut.align_scales`.
           offset: the zero points or minima that belong to them; None for a symmetric scaling.
           fmt: the format of the grid values.
         """
@@ -310,9 +310,9 @@ class Scaling:
         """Returns given scales rounded to the scale format."""
         return materialize(to_scale_format(scale, scale, get_format(self.scale_format)))
 
-    def take(self, second: tuple[jax.Array, ...], places: np.ndarray) -> tuple[jax.Array, ...]:
+    def take(self, second: tuple[jax.Array, ...], indices: np.ndarray) -> tuple[jax.Array, ...]:
         """Returns the second-level arrays for some scales, given their flattened positions."""
-        del places
+        del indices
         return second
 
     def tensor_scale(self, second: tuple[jax.Array, ...]) -> jax.Array | None:

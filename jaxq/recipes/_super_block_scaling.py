@@ -82,7 +82,7 @@ class SuperBlocks(Scaling):
     @property
     def second_level(self) -> str | None:
         """`"blocks"` if super-blocks have several blocks, else None."""
-        return "blocks" if self.run > 1 else None
+        return "blocks" if self.blocks_per_run > 1 else None
 
     @property
     def takes_scales(self) -> bool:
@@ -95,14 +95,14 @@ class SuperBlocks(Scaling):
         return self._rule.weighted
 
     @property
-    def run(self) -> int:
+    def blocks_per_run(self) -> int:
         """The number of blocks in a super-block."""
         return self._rule.size // self._rule.length
 
     @property
     def largest_scale(self) -> float:
         """The largest finite scale."""
-        return self.scale_format.max * (_FLOAT16.max if self.run > 1 else 1)
+        return self.scale_format.max * (_FLOAT16.max if self.blocks_per_run > 1 else 1)
 
     def check_scale_format(self, scale_format: Format) -> None:
         """Accepts the format of the rule."""
@@ -158,7 +158,7 @@ class SuperBlocks(Scaling):
         """Returns the scales of a split tensor; see `Scaling.of_elements`."""
         columns = Columns.of(cut, self._rule.size)
         result = searched(self._rule.search, columns, x, importance)
-        factor_format = _FLOAT16 if self.run > 1 else self.scale_format
+        factor_format = _FLOAT16 if self.blocks_per_run > 1 else self.scale_format
         d, m = (None if a is None else encode(a, factor_format) for a in (result.d, result.m))
         if result.scales is None:
             assert d is not None
@@ -202,8 +202,8 @@ class SuperBlocks(Scaling):
         """Returns the bytes that scales, minima and factors take for a number of blocks."""
         del fmt
         size = blocks * self.scale_format.bits // 8
-        if self.run > 1:
-            size += 2 * (blocks // self.run)
+        if self.blocks_per_run > 1:
+            size += 2 * (blocks // self.blocks_per_run)
         return size * (2 if self._rule.minimum else 1)
 
 
@@ -211,7 +211,8 @@ def _times(scales: jax.Array, codes: jax.Array) -> jax.Array:
     """Returns products of scales and the factors of their super-blocks.
 
     Args:
-      scales: one number per block, with the axes of the tensor or in the layout of `Cut.spread`.
+      scales: one number per block, with the axes of the tensor or in the layout of
+        `Cut.align_scales`.
       codes: the float16 codes of the factors, with the axes of the tensor.
     """
     factors = decode(codes, _FLOAT16)

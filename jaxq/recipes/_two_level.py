@@ -10,9 +10,16 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.bits import Layout, where
+from jaxq._base.bits import FloatLayout, where
 from jaxq._base.shapes import as_number, is_symbolic
-from jaxq._jax.arithmetic import barrier, by_vectors, divide, materialize, reciprocal, spread
+from jaxq._jax.arithmetic import (
+    barrier,
+    by_vectors,
+    divide,
+    hidden_broadcast,
+    materialize,
+    reciprocal,
+)
 from jaxq._jax.reductions import largest
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast
@@ -22,7 +29,7 @@ from jaxq.recipes._scaling import Scales, Scaling, StoredScales, symmetric_range
 
 __all__ = ["DoubleQuant", "TwoLevel"]
 
-_FLOAT32 = Layout.of(np.dtype(np.float32))
+_FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 
 _NARROW = "`scale_format` must have fewer than 32 bits and a significand"
 _SCALE_FORMAT = "Use 'float8_e4m3fn'."
@@ -114,7 +121,7 @@ class TwoLevel(Scaling):
         tried = functools.reduce(lax.mul, factors, amax)
         bits = _FLOAT32.bits(amax)
         top_bits = largest(where(bits <= _FLOAT32.inf, bits, np.int32(0)))
-        enlarge = self._enlarge(spread(top_bits, amax), fmt)
+        enlarge = self._enlarge(hidden_broadcast(top_bits, amax), fmt)
         relative = tried * (enlarge * np.float32(1 / fmt.scaled_max))
         relative = cast(relative, get_format(self.scale_format), overflow="saturate")
         return _Levels(tried, relative, materialize(relative * reciprocal(enlarge)), top_bits)
@@ -218,16 +225,16 @@ class DoubleQuant(Scaling):
         product = materialize(flat * self._repeat(second, flat.size))
         return materialize(product + mean).reshape(stored.scale.shape)
 
-    def take(self, second: tuple[jax.Array, ...], places: np.ndarray) -> tuple[jax.Array, ...]:
+    def take(self, second: tuple[jax.Array, ...], indices: np.ndarray) -> tuple[jax.Array, ...]:
         """Returns the second-level arrays for some scales, given their flattened positions.
 
         Raises:
           ValueError: the selected scales do not form the same blocks as the stored ones.
         """
-        places, block = places.reshape(-1), self.block
-        firsts = places[::block]
-        runs = np.arange(places.size) % block + np.repeat(firsts, block)[: places.size]
-        if (firsts % block).any() or (places != runs).any():
+        indices, block = indices.reshape(-1), self.block
+        firsts = indices[::block]
+        runs = np.arange(indices.size) % block + np.repeat(firsts, block)[: indices.size]
+        if (firsts % block).any() or (indices != runs).any():
             raise ValueError(
                 f"Quantized: the selected rows share second-level scales, one per {block} scales, "
                 "with other rows. Dequantize the tensor first."

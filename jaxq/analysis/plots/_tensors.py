@@ -106,7 +106,9 @@ def quantized_values(
 def _levels(axes: "Axes", data: np.ndarray, stored: "Quantized", y: np.ndarray) -> None:
     """Draws the numbers in units of their scales, and the format's levels."""
     fmt, cut = stored.recipe.element, stored.cut
-    step = np.asarray(cut.merge(jnp.broadcast_to(cut.spread(stored.scales), _split(cut, data))))
+    step = np.asarray(
+        cut.merge(jnp.broadcast_to(cut.align_scales(stored.scales), _split(cut, data)))
+    )
     codes = np.asarray(decode(stored.unpack(), fmt))
     with np.errstate(divide="ignore", invalid="ignore"):
         units = codes + np.where(step > 0, (data - y) / step, 0)

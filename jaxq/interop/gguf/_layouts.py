@@ -19,8 +19,8 @@ from jaxq.interop.gguf._bits import gather, halves, join_halves, spread
 
 __all__ = [
     "LAYOUTS",
+    "BlockType",
     "Fields",
-    "Layout",
     "join_scales_and_minima",
     "split_scales_and_minima",
 ]
@@ -41,7 +41,7 @@ class Part(NamedTuple):
     write: Writer
 
 
-class Layout(NamedTuple):
+class BlockType(NamedTuple):
     """A block type.
 
     Attributes:
@@ -236,23 +236,25 @@ def _tq1_0(f: Fields) -> jax.Array:
     return f["d"][:, None] * _float(q, 1)
 
 
-LAYOUTS: dict[str, Layout] = {
-    "q4_0": Layout(2, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _single_scale(8)),
-    "q4_1": Layout(3, 32, {"d": _HALF, "m": _HALF, "q": _codes(16, 16, 4)}, _single_scale(0, True)),
-    "q5_0": Layout(
+LAYOUTS: dict[str, BlockType] = {
+    "q4_0": BlockType(2, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _single_scale(8)),
+    "q4_1": BlockType(
+        3, 32, {"d": _HALF, "m": _HALF, "q": _codes(16, 16, 4)}, _single_scale(0, True)
+    ),
+    "q5_0": BlockType(
         6, 32, {"d": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)}, _single_scale(16)
     ),
-    "q5_1": Layout(
+    "q5_1": BlockType(
         7,
         32,
         {"d": _HALF, "m": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)},
         _single_scale(0, True),
     ),
-    "q8_0": Layout(8, 32, {"d": _HALF, "q": _signed(32)}, _single_scale(0)),
-    "q2_k": Layout(
+    "q8_0": BlockType(8, 32, {"d": _HALF, "q": _signed(32)}, _single_scale(0)),
+    "q2_k": BlockType(
         10, 256, {"scales": _bytes(16), "q": _codes(64, 32, 2), "d": _HALF, "m": _HALF}, _q2_k
     ),
-    "q3_k": Layout(
+    "q3_k": BlockType(
         11,
         256,
         {
@@ -264,10 +266,10 @@ LAYOUTS: dict[str, Layout] = {
         },
         _q3_k,
     ),
-    "q4_k": Layout(
+    "q4_k": BlockType(
         12, 256, {"d": _HALF, "m": _HALF, "scales": _bytes(12), "q": _codes(128, 32, 4)}, _k_affine
     ),
-    "q5_k": Layout(
+    "q5_k": BlockType(
         13,
         256,
         {
@@ -279,26 +281,26 @@ LAYOUTS: dict[str, Layout] = {
         },
         _k_affine,
     ),
-    "q6_k": Layout(
+    "q6_k": BlockType(
         14,
         256,
         {"q": _codes(128, 64, 4), "high": _codes(64, 32, 2), "scales": _signed(16), "d": _HALF},
         _q6_k,
     ),
-    "iq4_nl": Layout(20, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _iq4_nl),
-    "iq4_xs": Layout(
+    "iq4_nl": BlockType(20, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _iq4_nl),
+    "iq4_xs": BlockType(
         23,
         256,
         {"d": _HALF, "top": _codes(2, 1, 2), "low": _codes(4, 1, 4), "q": _codes(128, 16, 4)},
         _iq4_xs,
     ),
-    "tq1_0": Layout(
+    "tq1_0": BlockType(
         34,
         256,
         {"q": _trits(32, 32, 5), "q16": _trits(16, 16, 5), "q4": _trits(4, 4, 4), "d": _HALF},
         _tq1_0,
     ),
-    "tq2_0": Layout(35, 256, {"q": _codes(64, 32, 2), "d": _HALF}, _single_scale(1)),
-    "mxfp4": Layout(39, 32, {"scales": _bytes(1), "q": _codes(16, 16, 4)}, _mxfp4),
-    "nvfp4": Layout(40, 64, {"scales": _bytes(4), "q": _codes(32, 8, 4)}, _nvfp4),
+    "tq2_0": BlockType(35, 256, {"q": _codes(64, 32, 2), "d": _HALF}, _single_scale(1)),
+    "mxfp4": BlockType(39, 32, {"scales": _bytes(1), "q": _codes(16, 16, 4)}, _mxfp4),
+    "nvfp4": BlockType(40, 64, {"scales": _bytes(4), "q": _codes(32, 8, 4)}, _nvfp4),
 }

@@ -12,7 +12,7 @@ from jaxq._base.registry import Registry
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.interop.gguf._bits import bytes_of, halves_of
 from jaxq.interop.gguf._float_types import FLOAT_TYPES, pack_floats, unpack_floats
-from jaxq.interop.gguf._layouts import LAYOUTS, Layout
+from jaxq.interop.gguf._layouts import LAYOUTS, BlockType
 from jaxq.interop.gguf._super_blocks import pack_super_blocks, unpack_super_blocks
 from jaxq.numerics import pack as pack_bits
 from jaxq.quantizers import Quantized
@@ -20,7 +20,7 @@ from jaxq.recipes import Recipe, get_recipe, title_of
 
 __all__ = ["TYPES", "checked_bytes", "pack", "recipe_of", "unpack"]
 
-TYPES: Registry[Layout] = Registry(
+TYPES: Registry[BlockType] = Registry(
     "GGUF type",
     LAYOUTS,
     {"q2_k_s": "q2_k", "q3_k_m": "q3_k", "q4_k_m": "q4_k", "q4_k_s": "q4_k", "q5_k_m": "q5_k"},

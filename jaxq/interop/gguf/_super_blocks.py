@@ -28,7 +28,7 @@ def pack_super_blocks(q: Quantized, name: str) -> jax.Array:
         fmt = recipe.scale_format
         if fmt.bits not in WHOLE_BYTES:
             codes = unpack_bits(codes, fmt.bits, codes.shape[-1] * 8 // fmt.bits)
-        return decode(codes, fmt).astype(jnp.int32).reshape(-1, recipe.scaling.run)
+        return decode(codes, fmt).astype(jnp.int32).reshape(-1, recipe.scaling.blocks_per_run)
 
     codes = q.unpack()
     if not isinstance(recipe.element, CodebookFormat):

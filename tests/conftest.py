@@ -57,7 +57,7 @@ class _Compilations:
     in tests marked `optimized` and, with the option `--optimize` that `make verify` passes, in all
     tests not marked `unoptimized`.
 
-    JAX's caches are cleared after 1000 compilations, because all programs together take gigabytes,
+    JAX's caches are cleared after 1500 compilations, because all programs together take gigabytes,
     and when the optimizations change, because they are not part of the keys of these caches.
     """
 
@@ -79,7 +79,7 @@ class _Compilations:
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self) -> None:
-        if self.count > 1000:
+        if self.count > 1500:
             jax.clear_caches()
             self.count = 0
 

@@ -156,7 +156,7 @@ def test_products_without_scales_are_listed_with_the_reason():
     assert "while loop" in reasons["loop"]
     assert "while loop" in str(scales)
     np.testing.assert_array_equal(new["tied"], params["tied"])
-    with pytest.raises(ValueError, match="none: 'loop': it is in a while loop"):
+    with pytest.raises(ValueError, match="'loop' cannot be changed because it is in a while loop"):
         ptq.scale_inputs(left, {"loop": "int4_channel"})(params, [x])
     with pytest.raises(ValueError, match="must contain all changed products, but lacks 'plain'"):
         scales.apply(lambda params, x: x @ params["loop"])(params, x)

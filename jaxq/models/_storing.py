@@ -274,9 +274,10 @@ def _of_digits(path: str, digits: Sequence[Digit], length: int) -> list[tuple[Di
     for digit in reversed(digits):
         part = math.gcd(rest, digit.size)
         if part not in (rest, digit.size):
+            fitting = length // rest * (part if part > 1 else digit.size)
             raise _CannotStoreError(
                 f"blocks of {length} cross the boundaries of axes of {path!r} that a reshape "
-                f"merges, and blocks of {length // rest * part} do not"
+                f"merges, and blocks of {fitting} do not"
             )
         result.append((digit, part))
         rest //= part

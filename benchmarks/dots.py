@@ -109,9 +109,9 @@ def page(size: int, columns: dict[str, dict[str, float]]) -> str:
 
 `make bench` writes this page: the time of `jaxq.dot_general` with a recipe, as a ratio to the time
 of the same product in float32 in the same run. *Run* is a product of two square matrices of size
-{size} with both gradients, the fastest of many interleaved rounds. *Compile* is tracing and
-compiling in processor time, which a busy machine changes little, for that product alone and for a
-training step with eight products, four normalizations and Adam.
+{size} with both gradients, the fastest of many interleaved rounds. *Compile* is the
+processor time of tracing and compiling, measured for that product alone and for a training step
+with eight products, four normalizations and Adam. (Processor time depends little on other load.)
 
 XLA on CPU compiles no kernel for a product in float32, which is a call of a library. The row
 *{KERNEL}* adds 0.5 to an operand: that takes one kernel, and each further one takes

@@ -161,7 +161,7 @@ def test_rules_with_arrays_of_products_raise():
     delayed = jaxq.delayed_scaling(model, "fp8_training")(PARAMS, X)
     for name, state in (("Delayed", delayed), ("Adapted", jaxq.models.Adapted({}, ()))):
         for owner, function in TREES.items():
-            with pytest.raises(TypeError, match=f"^{owner}: .* got {name} rules, which hold"):
+            with pytest.raises(TypeError, match=f"^{owner}: .* got {name} rules, which belong"):
                 function(state)
         with pytest.raises(ValueError, match=f"^switch: .*without a state, got {name} rules"):
             jaxq.models.switch(model, state)

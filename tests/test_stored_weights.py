@@ -65,7 +65,7 @@ CASES = {
     "reversed": Case(W, lambda w: w[::-1], True, BLOCKS),
     "reversed, short last block": Case(W, lambda w: w[::-1], "do not coincide", PADDED),
     "merged outputs": Case(HEADS, lambda w: w.reshape(8, 12), True, BLOCKS),
-    "merged inputs": Case(HEADS, lambda w: w.reshape(24, 4), "cut the merged axes", BLOCKS),
+    "merged inputs": Case(HEADS, lambda w: w.reshape(24, 4), "blocks of 3 do not", BLOCKS),
     "split axis": Case(W, lambda w: w.reshape(2, 4, 12)[1], True),
     "swapped merged axes": Case(HEADS, lambda w: w.swapaxes(0, 1).reshape(24, 4), True, TENSOR),
     "blocks across merged axes": Case(

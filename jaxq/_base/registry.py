@@ -77,7 +77,7 @@ class Registry(Mapping[str, _Entry]):
             )
         if not hasattr(value, method):
             raise TypeError(
-                f"{requirement}, got {type(value).__name__}. Names are {', '.join(self)}."
+                f"{requirement}, got {type(value).__name__}. Known names: {', '.join(self)}."
             )
         return value
 

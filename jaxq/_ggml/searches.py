@@ -249,7 +249,7 @@ def fit_nonnegative(x: jax.Array, limit: int, weights: jax.Array) -> SymmetricFi
 class Steps(NamedTuple):
     """The divisors of a block's range that `fit_affine` tries.
 
-    The divisors are limit + first + i · step, for i from 0 to count.
+    The divisors are limit + first + i · step, for i from 0 to count; limit is the largest code.
     """
 
     first: float
@@ -266,7 +266,7 @@ def fit_affine(
       x: the elements.
       limit: the largest code.
       weights: the weights of the errors.
-      steps: the scales to try.
+      steps: the divisors to try.
       absolute: True to minimize absolute errors, False (the default) for squared errors.
     """
     low, high = jnp.minimum(x.min(axis=0), np.float32(0)), x.max(axis=0)

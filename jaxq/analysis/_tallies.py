@@ -136,7 +136,11 @@ def _sums(tensor: Tensor, asked: frozenset[str], of_tensor: bool, errors: bool) 
 def _extremes(
     folded: _Folded, asked: Collection[str], of_tensor: bool
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Returns the bits of extreme magnitudes, and counts."""
+    """Returns the extreme magnitudes as integer bits, and the counts of elements, both by name.
+
+    The smallest nonzero magnitude, "small", is given as the bits of infinity minus its bits, so
+    that all extremes are maxima.
+    """
     x, y, clipped, padding = folded
     bits, none = _magnitude(x), jnp.zeros(x.shape, jnp.int32)
     finite, zero = bits < _FLOAT32.inf, bits == 0

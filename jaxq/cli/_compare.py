@@ -37,12 +37,13 @@ def run(args: argparse.Namespace) -> None:
         with bad_input():
             kind_of(recipe)
     if args.worst is not None and args.worst < 1:
-        raise UsageError(f"--worst must be at least 1, got {args.worst}")
+        raise UsageError(f"--worst must be at least 1, got {args.worst}; use 10")
     with opened(args.files) as file, contextlib.ExitStack() as stack:
         selection = Selection.of(file, args.include, args.exclude)
         if not selection.chosen:
             raise UsageError(
-                f"{file.title}: no floating-point tensor is left to compare: {selection.reasons()}"
+                f"{file.title}: no floating-point tensor is left to compare: "
+                f"{selection.reasons()}; change --include or --exclude, or choose other files"
             )
         # Opened first, so that an unwritable path fails before the work.
         page = stack.enter_context(atomic(args.html)) if args.html else None

@@ -5,6 +5,7 @@ killed by a signal, whereas a read reports the error. To add a kind of file, par
 `open_tensors`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -361,9 +362,12 @@ def _members(archive: zipfile.ZipFile) -> tuple[Entry, ...]:
     infos, entries, end = sorted(archive.infolist(), key=lambda i: i.header_offset), [], 0
     if len(infos) > MAX_TENSORS:
         raise FileError(f"it has {len(infos)} members, more than the {MAX_TENSORS} allowed.")
-    names = [info.filename for info in infos]
-    if len(set(names)) != len(names):
-        raise FileError("not a valid archive: it has a duplicate name.")
+    count_by_name = collections.Counter(info.filename for info in infos)
+    if duplicates := [name for name, count in count_by_name.items() if count > 1]:
+        raise FileError(
+            f"not a valid archive: {count_by_name[duplicates[0]]} members are named "
+            f"{duplicates[0]!r:.80}. Save the arrays again."
+        )
     for info in infos:
         name = info.filename
         if not name.endswith(".npy") or name.startswith("/") or ".." in name.split("/"):

@@ -115,7 +115,7 @@ def switch(
     if isinstance(rules, Frozen | Delayed | Monitored | Switched | Adapted):
         raise ValueError(
             f"switch: `rules` must be recipes without a state, got {type(rules).__name__} "
-            "rules. Pass the rules from which they were made."
+            "rules. Pass the original rules, from which this state was made."
         )
     return make_switched("switch", fn, rules, argnums)
 

@@ -34,7 +34,7 @@ __all__ = [
 _Value = TypeVar("_Value")
 
 _RecipeLike: TypeAlias = str | Recipe | ProductRecipe
-# The rules of products, without and with arrays.
+# The rules of products. `Rules` adds states, which hold arrays.
 PlainRules: TypeAlias = (
     _RecipeLike | Mapping[str, _RecipeLike | None] | Sequence[Rule | tuple[str, _RecipeLike | None]]
 )
@@ -174,14 +174,14 @@ def leaf_rules(owner: str, rules: LeafRules) -> list[tuple[str, Recipe | None]]:
       rules: as in `as_rules`.
 
     Raises:
-      TypeError: as in `as_rules`, or if the rules hold arrays of products.
+      TypeError: as in `as_rules`, or if the rules are a state of the products of a function.
       ValueError: as in `as_rules`, or if a rule holds a product recipe or has a condition that only
         products can meet.
     """
     if isinstance(rules, (Frozen, Delayed, Monitored, Switched, Adapted)):
         raise TypeError(
             f"{owner}: `rules` must be tensor recipes, got {type(rules).__name__} rules, which "
-            "hold arrays of products. Pass the recipes of its weights."
+            "belong to the products of a function. Pass a recipe, or rules with recipes."
         )
     result = []
     for rule in as_rules(owner, rules):

@@ -277,7 +277,7 @@ def _has_rows(x: Any) -> bool:
 
 
 def _unchanged_carries(inside: Program, consts: int, count: int) -> list[bool]:
-    """Returns for each carried value of a loop whether the loop leaves it unchanged."""
+    """Returns, for each carried value of a loop, whether the body leaves it unchanged."""
     body = compat.body(inside.jaxpr)
     pairs = zip(body.invars[consts : consts + count], body.outvars[:count], strict=True)
     return [before is after for before, after in pairs]

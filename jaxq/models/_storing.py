@@ -249,7 +249,9 @@ def _on_leaf(
     if run > 1:
         runs = _on_leaf(piece, shape, tuple(b * run if b > 1 else b for b in block), 1)
         if sorted(runs)[:-1] != [1] * (len(runs) - 1):
-            raise _CannotStoreError(f"super-blocks cut the merged axes of {piece.path!r}")
+            raise _CannotStoreError(
+                f"super-blocks cross axes of {piece.path!r} that a reshape merges"
+            )
         return tuple(b // run if b > 1 else b for b in runs)
     lengths: list[tuple[Digit, int]] = []
     for digits, n, length, at, size in zip(
@@ -268,15 +270,21 @@ def _of_digits(path: str, digits: Sequence[Digit], length: int) -> list[tuple[Di
     """Converts the blocks of an axis to blocks of each of its digits."""
     if len(digits) == 1:
         return [(digits[0], length)]
-    result = []
+    result, rest = [], length
     for digit in reversed(digits):
-        part = math.gcd(length, digit.size)
-        if part not in (length, digit.size):
-            raise _CannotStoreError(f"blocks of {length} cut the merged axes of {path!r}")
+        part = math.gcd(rest, digit.size)
+        if part not in (rest, digit.size):
+            fitting = length // rest * (part if part > 1 else digit.size)
+            raise _CannotStoreError(
+                f"blocks of {length} cross the boundaries of axes of {path!r} that a reshape "
+                f"merges, and blocks of {fitting} do not"
+            )
         result.append((digit, part))
-        length //= part
-    if length > 1:
-        raise _CannotStoreError(f"blocks cut the merged axes of {path!r}")
+        rest //= part
+    if rest > 1:
+        raise _CannotStoreError(
+            f"blocks of {length} extend beyond the axes of {path!r} that a reshape merges"
+        )
     return result
 
 

@@ -150,7 +150,8 @@ def _split(
 
     Returns:
       The bit string, whose low bits follow the prefix; the number of these bits; and the number of
-      them that do not fit in the code. The bit above the latter is 1 if the code is odd.
+      them that do not fit in the code. The bit above those is the parity of the code: 1 if it is
+      odd.
     """
     integer, m = layout.int_type, layout.mantissa_bits
     if fmt.exponent_bits is None:

@@ -143,7 +143,7 @@ class RowLayout:
         )
 
     def merge(self, rows: jax.Array) -> jax.Array:
-        """Merges rows along the first axis."""
+        """Combines rows of statistics, stacked along the first axis, into one."""
         first, second, third = np.cumsum(self.lengths)[2:5].tolist()
         values, exponents = rows[..., second:third], rows[..., third:]
         used_exponents = jnp.where(values != 0, exponents, -jnp.inf)
@@ -186,7 +186,7 @@ class PassLayouts(NamedTuple):
         return self.forward.unpack(first).join(self.backward.unpack(second))
 
     def merge(self, rows: jax.Array) -> jax.Array:
-        """Merges rows along the first axis."""
+        """Combines rows of statistics, stacked along the first axis, into one."""
         first, second = jnp.split(rows, [self.forward.size], axis=-1)
         return jnp.concatenate([self.forward.merge(first), self.backward.merge(second)], -1)
 

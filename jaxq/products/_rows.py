@@ -280,7 +280,7 @@ def _recorded(
             full_row = jnp.concatenate([forward_row, backward_row])
             return _over_devices(full_row, tuple(sorted(devices - shared)), layout)
 
-        # A scalar that JAX can compute on any mesh.
+        # Depends on `y` only so that `vmap` batches it; JAX can compute this sum on any mesh.
         element = jnp.sum(y[:0], dtype=y.dtype) if y.ndim else y
         statistics_tangent = with_transpose(
             zeros, statistics, values_tangent, element, *leaves, join=layout.merge

@@ -136,7 +136,8 @@ def budget(
     """
     if by not in ("gradient", "loss", "relative"):
         raise ValueError(
-            f"budget: `by` must be 'gradient', 'loss' or 'relative', got {by!r}. Use 'gradient'."
+            f"budget: `by` must be 'gradient', 'loss' or 'relative', got {by!r}. "
+            "Use 'gradient' with scores of ptq.sensitivity(loss, ..., gradient=True), or 'loss'."
         )
     if any(math.isnan(getattr(score, by)) for score in scores.rows):
         raise ValueError(

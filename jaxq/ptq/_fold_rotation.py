@@ -324,7 +324,7 @@ def _scale_axis(path: str, leaf: np.ndarray, scale: np.ndarray, axis: int) -> np
 
 
 def _divide_bias(norm: Norm, bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Divides the bias of a norm by the scale that is multiplied into its readers."""
+    """Divides a norm's bias by its scale, which is folded into the weights that read its output."""
     if bias.shape != scale.shape or np.any((scale == 0) & (bias != 0)):
         raise ValueError(
             f"{_OWNER}: the bias {norm.bias!r} must have the shape of the scale {norm.scale!r} and "

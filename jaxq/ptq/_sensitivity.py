@@ -130,8 +130,8 @@ def sensitivity(
     loss: dY is the error of a product's outputs, and G is the gradient of the loss with respect to
     them. The sum is over all outputs and batches. It approximates the Hessian of the loss by
     squared gradients (the diagonal of the empirical Fisher information), and costs one backward
-    pass per batch. A loss of labels drawn from the model's own distributions needs no labels in the
-    data, and its score estimates twice the divergence from the float model.
+    pass per batch. The cross-entropy with labels sampled from the model's own predictions needs no
+    labels in the data, and its score estimates twice the divergence from the float model.
 
     Layers that are stacked for a scan are one weight with one recipe. Pass the parameters of layers
     as a list, and the model as a loop, to score each layer.

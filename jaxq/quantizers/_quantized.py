@@ -26,7 +26,7 @@ _FLOAT32 = get_format("float32")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedArrays:
-    """The fields of `Quantized`, for classes that transforms must not take for a weight."""
+    """The fields of `Quantized`: a base class of records that are not stored weights."""
 
     codes: jax.Array
     scale: jax.Array

@@ -162,8 +162,8 @@ def quantize(
       key: as in `fake_quant`.
 
     Returns:
-      A `Quantized`, which has no gradient; use `fake_quant` for training. A block that holds a NaN
-      or an infinity is dequantized to all NaN, as in `fake_quant`.
+      A `Quantized`, which has no gradient; use `fake_quant` for training. NaNs and infinities
+      are treated exactly as in `fake_quant`.
 
     Raises:
       TypeError: as in `fake_quant`.

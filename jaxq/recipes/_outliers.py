@@ -104,7 +104,7 @@ class Outliers:
             down, _ = powers(absmax(cut.split(flat), cut))
             distance = flat * down.reshape(())
             distance = distance - distance.mean()
-        # Compared by their bits, in whose order a NaN is the largest.
+        # Compares bits, so that NaN ranks as the largest.
         key = _FLOAT32.bits(distance) & _FLOAT32.magnitude_mask
         indices = _largest(key, self.count(flat.size))
         if self.sigma is not None:

@@ -179,7 +179,7 @@ class EMA:
             )
 
     def measure(self, x: jax.Array, cut: Cut, two_sided: bool) -> Averages:
-        """Returns the range of a tensor times its weight, 1 - decay."""
+        """Returns a tensor's range times 1 - decay, its weight in the moving average."""
         ends = AbsMax().measure(x, cut, two_sided)
         low, high = (end * np.float32(1 - self.decay) for end in ends)
         return Averages(jnp.full_like(high, self.decay), low, high)

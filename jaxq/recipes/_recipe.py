@@ -32,9 +32,9 @@ class Recipe:
     """A description of how a tensor is quantized: frozen, hashable, and static under `jax.jit`.
 
     Attributes:
-      format: the element format, as accepted by `jaxq.get_format`; stored as a record. Or a
-        `BinaryGrid`, whose widths may be traced; only `fake_quant` and `neighbors` take such a
-        recipe, which is not hashable while its widths are traced.
+      format: the element format, as accepted by `jaxq.get_format`, or a `BinaryGrid`, whose widths
+        may be traced. A format is stored as a record. Only `fake_quant` and `neighbors` take a
+        recipe with a `BinaryGrid`, which is not hashable while its widths are traced.
       granularity: the granularity, which defines the elements that share a scale; `PerTensor()` by
         default.
       scaling: the record that says how scales are computed and stored: `Symmetric` (the default),
@@ -46,12 +46,17 @@ class Recipe:
       gradient: a gradient estimator of `jaxq.gradients` or its name; `"straight_through"` by
         default.
 
-    Quantizing a result again changes nothing if the range is the absmax, the grid is symmetric
-    around 0, there is no zero point, the elements are divided by the stored scale, there is no
-    search over several factors, and there are no outliers. Otherwise it may change: the scale of a
-    recipe with a zero point is rounded from a difference, which varies in the last bits; rounding
-    changes a mean; and a scale other than the stored one leaves the largest value off the grid, as
-    does a grid that is not symmetric (dynamic8, or an unsigned format given negative values).
+    Quantizing a result again changes nothing if all these conditions hold:
+
+    - The range is the absmax. Rounding changes a mean.
+    - The grid is symmetric around 0. Otherwise, the largest value may be off the grid, as in
+      dynamic8 or in an unsigned format that is given negative values.
+    - There is no zero point. With one, the scale is rounded from a difference, which varies in the
+      last bits.
+    - The elements are divided by the stored scale. Another scale leaves the largest value off the
+      grid.
+    - There is no search over several factors.
+    - There are no outliers.
 
     Raises:
       ValueError: a name is unknown, or the scaling does not support the format; the message says

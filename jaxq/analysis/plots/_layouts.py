@@ -129,7 +129,7 @@ def bit_layouts(
     from matplotlib.patches import Patch, Rectangle
 
     chosen = [get_format(spec) for spec in as_list("bit_layouts", "formats", formats)]
-    # In widths of a box: a row and the text to its right, whose letters are narrower.
+    # The width of a row and its notes, in boxes; a letter takes 0.3 of a box.
     reach = max(fmt.bits + 1.2 + 0.3 * len(_notes(fmt)) for fmt in chosen)
     width = max(6.0, 0.4 + 0.085 * max(len(fmt.name) for fmt in chosen) + 0.21 * reach)
     figure = new(width, 0.62 * len(chosen) + 1.0, size, title)

@@ -67,7 +67,9 @@ def config_beside(folder: pathlib.Path) -> Config:
                     method = "bitsandbytes"
                 if not isinstance(method, str):
                     raise FileError(
-                        f"{path}: its quantization_config must name a method, got no quant_method."
+                        f"{path}: its `quantization_config` must have a `quant_method`, got no "
+                        "quant_method. Add it, or read the stored tensors with raw=True "
+                        "(`jaxq inspect --raw`)."
                     )
                 return Config(method, fields, path)
     path = folder / "quantize_config.json"

@@ -121,10 +121,12 @@ def write_streamed(folder: str | pathlib.Path, checkpoint: Checkpoint) -> None:
 
 def _find_scheme(name: str, q: Quantized, dynamic: bool) -> Scheme:
     if not name.endswith(".weight") or q.ndim != 2:
-        stack = "Split a stack of experts into matrices, such as experts.0.up_proj.weight."
+        remedy = "Rename it, or leave it unquantized."
+        if q.ndim == 3:
+            remedy = "Split a stack of experts into matrices, such as experts.0.up_proj.weight."
         raise ValueError(
             f"compressed_tensors.write: quantized weights must be matrices with names that end in "
-            f".weight, got {name!r:.80} of shape {q.shape}. {stack if q.ndim == 3 else ''}".rstrip()
+            f".weight, got {name!r:.80} of shape {q.shape}. {remedy}"
         )
     try:
         return scheme_of(q.recipe, dynamic_activations=dynamic)

@@ -213,7 +213,7 @@ def _nvfp4(f: Fields) -> jax.Array:
 
 
 def _trits(size: int, width: int, count: int) -> Part:
-    """Returns a part of TQ1_0, each of whose bytes holds `count` ternary digits."""
+    """Returns the reader and writer of a TQ1_0 field whose bytes hold `count` ternary digits."""
     powers = 3 ** np.arange(count, dtype=np.uint16).reshape(1, 1, -1, 1)
 
     def read(data: jax.Array) -> jax.Array:

@@ -87,8 +87,9 @@ def pack(q: Quantized, type: str | None = None) -> jax.Array:
     if q.recipe not in _TYPES:
         raise ValueError(
             "gguf.pack: `q` must have the recipe of a block type, such as 'q4_k', got "
-            f"{title_of(q.recipe):.60} with {q.recipe.granularity}. Blocks must lie along the last "
-            "axis; transpose kernels [inputs, outputs]."
+            f"{title_of(q.recipe):.60} with {q.recipe.granularity}. Quantize with "
+            "gguf.recipe_of(type), for example 'nvfp4_ggml' for NVFP4, along the last axis; "
+            "transpose kernels [inputs, outputs]."
         )
     names = _TYPES[q.recipe]
     name = names[0] if type is None else type
@@ -109,6 +110,7 @@ def pack(q: Quantized, type: str | None = None) -> jax.Array:
         return pack_super_blocks(q, name)
     codes = q.unpack() + np.uint8(_offset(q.recipe)) & _mask(q.recipe)
     codes = codes.reshape(-1, layout.block)
+    # The names of fields are those of ggml or start with them: d is the scale, m the minimum.
     columns = {"d": bytes_of(q.scale.reshape(-1))}
     if q.zero_point is not None:
         columns["m"] = bytes_of(q.zero_point.reshape(-1))

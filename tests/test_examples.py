@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxq
+from tests import data
 
 pytestmark = pytest.mark.unoptimized
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -79,7 +80,8 @@ def traced(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(
-    "name", ["adam8bit", "bfloat16_updates", "estimators", "learned_steps", "transformer"]
+    "name",
+    ["adam8bit", "bfloat16_updates", data.slow("estimators"), "learned_steps", "transformer"],
 )
 def test_scripts_run_with_traced_programs(name: str, tmp_path: pathlib.Path, capsys):
     """Checks only that the scripts run; slow tests check their results."""

@@ -13,7 +13,6 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import lora, ptq
-from tests import data
 
 pytestmark = pytest.mark.unoptimized
 
@@ -122,7 +121,8 @@ def equinox() -> tuple:
     return lambda mlp, x: jax.vmap(mlp)(x), mlp
 
 
-@pytest.mark.parametrize("make", [data.slow(linen), data.slow(flax_nnx), equinox])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [linen, flax_nnx, equinox])
 def test_modules_of_frameworks_train_adapters_of_packed_weights(make):
     apply, params = make()
     x, target = normal(16, 8, seed=3), normal(16, 4, seed=4)

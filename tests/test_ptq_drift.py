@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import ptq
+from tests import data
 
 pytestmark = pytest.mark.unoptimized
 
@@ -71,7 +72,7 @@ def gptaq(
     return result
 
 
-@pytest.mark.parametrize("name", ["gptaq", "qep"])
+@pytest.mark.parametrize("name", ["gptaq", data.slow("qep")])
 def test_codes_equal_the_published_formulas_in_float64(name: str):
     packed, report = solved(name)
     gram, drift, upper = matrices(*drifted(packed))

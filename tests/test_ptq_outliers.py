@@ -8,6 +8,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import ptq
+from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
 pytestmark = pytest.mark.unoptimized
@@ -48,7 +49,7 @@ def test_gptq_with_outliers_gives_the_values_of_float64_obq():
     np.testing.assert_allclose(q.dequantize(), obq(weight, x.T @ x, start), rtol=1e-6)
 
 
-@pytest.mark.parametrize("solver", ["gptq", "owq"])
+@pytest.mark.parametrize("solver", ["gptq", data.slow("owq")])
 def test_weight_by_outputs_is_stored_like_its_transpose(solver: str):
     w, x = normal(0, INPUTS, OUTPUTS), normal(1, 200, INPUTS)
     x[:, 3] *= 20

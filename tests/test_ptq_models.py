@@ -209,8 +209,8 @@ def test_expert_without_tokens_is_rounded_to_nearest_and_reported():
     packed, report = ptq.quantize_weights(model, RULES)(w, [x])
     plain = jaxq.quantize_weights(model, RULES)(w, x)
     np.testing.assert_array_equal(packed.codes[1], plain.codes[1])
-    assert report.rows[0].fallback == "1 of 3 matrices: saw no token"
-    assert "saw no token" in str(report)
+    assert report.rows[0].fallback == "1 of 3 matrices: received no tokens"
+    assert "received no tokens" in str(report)
 
 
 def test_weights_that_are_not_solved_are_reported():

@@ -48,7 +48,7 @@ def test_unknown_names_list_all_names(registry, find):
 
 @EACH
 def test_common_spellings_are_suggested_first(registry, find):
-    for spelling, name in registry.synonyms.items():
+    for spelling, name in registry.suggestions.items():
         with pytest.raises(ValueError, match=f"(Did you mean|such as) '?{name}['?,]"):
             find(spelling)
 

@@ -16,20 +16,23 @@ class Registry(Mapping[str, _Entry]):
     Args:
       kind: a noun that describes an entry in error messages, such as `"rounding mode"`.
       entries: the entries by name.
-      synonyms: common alternative spellings, each with the name that errors suggest for it.
+      suggestions: common wrong names, each with the name that the error suggests; they are not
+        accepted.
     """
 
     def __init__(
         self,
         kind: str,
         entries: Mapping[str, _Entry],
-        synonyms: Mapping[str, str] = MappingProxyType({}),
+        suggestions: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.kind = kind
         self._entries = dict(entries)
-        self.synonyms = MappingProxyType(dict(synonyms))
-        if not set(self.synonyms.values()) <= set(self._entries):
-            raise ValueError(f"Registry: every synonym must refer to a {kind} in the registry.")
+        self.suggestions = MappingProxyType(dict(suggestions))
+        if not set(self.suggestions.values()) <= set(self._entries):
+            raise ValueError(
+                f"Registry: every suggestion must be the name of a {kind} in the registry."
+            )
 
     def __getitem__(self, name: str) -> _Entry:
         return self._entries[name]
@@ -99,7 +102,7 @@ def suggestion(name: str, *tables: Iterable[str], most: int | None = None) -> st
 
     Args:
       name: the unknown name.
-      *tables: collections of known names, also registries, whose synonyms are used.
+      *tables: collections of known names, also registries, whose `suggestions` are used.
       most: the number of names to list if none is similar; None for all.
 
     Example:
@@ -118,18 +121,18 @@ def suggestion(name: str, *tables: Iterable[str], most: int | None = None) -> st
 
 
 def _similar(name: str, *tables: Iterable[str]) -> list[str]:
-    """Returns up to three known names: synonyms, then names that start with it, then similar ones.
+    """Returns up to three names: suggestions, then names that start with it, then similar ones.
 
     Paths are also compared without their first parts.
     """
     spelled = name.lower()
-    synonyms = [t.synonyms.get(spelled) for t in tables if isinstance(t, Registry)]
+    suggested = [t.suggestions.get(spelled) for t in tables if isinstance(t, Registry)]
     known = list(dict.fromkeys(known for table in tables for known in table))
     ratios = {known_name: _similarity(spelled, known_name) for known_name in known}
     known.sort(key=lambda n: -ratios[n])
     longer = [n for n in known if spelled and n.lower().startswith(spelled)]
     near = [n for n in known if ratios[n] >= 0.5]
-    found = dict.fromkeys([*(n for n in synonyms if n is not None), *longer, *near])
+    found = dict.fromkeys([*(n for n in suggested if n is not None), *longer, *near])
     return list(found)[:3]
 
 

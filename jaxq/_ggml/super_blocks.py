@@ -1,7 +1,8 @@
 """Rules for the scales of super-blocks, and ggml's quantizers for K-quants.
 
 A super-block is divided into sub-blocks, each with its own scale. The scales are quantized too, and
-their factor is the scale of the second level.
+their factor is the scale of the second level. A sub-block is a block of a recipe's granularity; a
+"block" of ggml, as in `FloatBlocks`, is a super-block.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ _SIZE = 256  # The number of elements in a super-block of a K-quant.
 
 
 class SuperBlockRule(NamedTuple):
-    """A rule for the scales of super-blocks.
+    """A rule for the scales of super-blocks. A rule with `size == length` has no super-blocks.
 
     Attributes:
       element: the name of the format of the elements.
@@ -55,7 +56,7 @@ class SuperBlockRule(NamedTuple):
       fallback: the recipe that llama.cpp uses for rows that a super-block does not divide.
       search: the function that quantizes super-blocks.
       minimum: True if sub-blocks have a minimum.
-      size: the number of elements in a super-block.
+      size: the number of elements in a super-block, or in a sub-block if there are none.
       weighted: True if the search minimizes errors, which an importance can weight.
     """
 

@@ -244,7 +244,7 @@ def _importance(path: str) -> dict[str, np.ndarray]:
                 if counts is None:
                     raise UsageError(f"{path}: {base} has no counts")
                 # One row per expert; a single row applies to all rows of a tensor. As in llama.cpp,
-                # all inputs of an expert that saw no tokens are equally important.
+                # all inputs of an expert that received no tokens are equally important.
                 count = file.read(counts).reshape(-1, 1)
                 sums = file.read(entry).reshape(len(count), -1)
                 rows = np.where(count > 0, sums / np.maximum(count, 1), np.float32(1))

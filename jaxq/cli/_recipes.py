@@ -14,7 +14,7 @@ __all__ = ["BLOCK_TYPES", "NAMES", "OTHER_TYPES", "run"]
 
 # Recipes and block types of GGUF, for look-ups.
 NAMES: Registry[Any] = Registry(
-    "recipe", {**RECIPES, **gguf.TYPES}, {**gguf.TYPES.synonyms, **RECIPES.synonyms}
+    "recipe", {**RECIPES, **gguf.TYPES}, {**gguf.TYPES.suggestions, **RECIPES.suggestions}
 )
 
 # Types that the commands quantize piece by piece instead of as recipes, with an importance matrix.

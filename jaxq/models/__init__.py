@@ -5,7 +5,7 @@ quantize another primitive of JAX, add it to the tables in `_operations.py`.
 """
 
 from jaxq.models._adapting import Adapted, LoRA, can_adapt_ragged
-from jaxq.models._assigning import Assigned, QuantizedWeight, axes_of, unassigned, weight_of
+from jaxq.models._assigning import Assigned, WeightToQuantize, axes_of, unassigned, weight_of
 from jaxq.models._delaying import delayed_scaling
 from jaxq.models._experts import expert_axis
 from jaxq.models._functions import quantize_fn, quantize_weights

@@ -23,7 +23,7 @@ from jaxq.recipes import PerTensor, Recipe
 __all__ = [
     "OPERANDS_OF_PRODUCT",
     "Assigned",
-    "QuantizedWeight",
+    "WeightToQuantize",
     "assign",
     "assignment_of_mark",
     "axes_of",
@@ -33,7 +33,7 @@ __all__ = [
     "weight_of",
 ]
 
-# The operands of each product: 0 is lhs, 1 rhs, 2 the cotangent.
+# The two tensors that each product multiplies: 0 is lhs, 1 rhs, 2 the cotangent.
 OPERANDS_OF_PRODUCT: PerProduct[tuple[int, int]] = PerProduct((0, 1), (2, 1), (2, 0))
 
 
@@ -88,8 +88,8 @@ class Assigned:
         return self.recipe is None and self.output_recipe is None and self.experts is None
 
     @property
-    def delayable(self) -> PerProduct[tuple[Recipe | None, ...]]:
-        """The recipes of both operands of the three products that can use a history."""
+    def delayed_per_product(self) -> PerProduct[tuple[Recipe | None, ...]]:
+        """The recipes, or None, of the operands of each product that can use a history."""
         recipe = self.recipe
         if recipe is None or self.table_recipe is not None or not self.is_differentiated:
             return PerProduct((None, None), (None, None), (None, None))
@@ -103,10 +103,10 @@ class Assigned:
         )
 
     @property
-    def delayed(self) -> tuple[Recipe | None, ...]:
+    def delayed_per_tensor(self) -> tuple[Recipe | None, ...]:
         """The first recipe with delayed scaling for lhs, rhs and the cotangent, or None."""
         first_recipes: list[Recipe | None] = [None] * 3
-        for recipes, tensors in zip(self.delayable, OPERANDS_OF_PRODUCT, strict=True):
+        for recipes, tensors in zip(self.delayed_per_product, OPERANDS_OF_PRODUCT, strict=True):
             for recipe, tensor in zip(recipes, tensors, strict=True):
                 first_recipes[tensor] = first_recipes[tensor] or recipe
         return tuple(first_recipes)
@@ -185,8 +185,8 @@ def assign(
     return chosen
 
 
-class QuantizedWeight(NamedTuple):
-    """The weight that a product quantizes.
+class WeightToQuantize(NamedTuple):
+    """The weight that a product will quantize.
 
     Attributes:
       origin: its origin.
@@ -217,21 +217,21 @@ class QuantizedWeight(NamedTuple):
         return first
 
 
-def weight_of(product: Product, assigned: Assigned) -> QuantizedWeight | None:
+def weight_of(product: Product, assigned: Assigned) -> WeightToQuantize | None:
     """Returns the weight that a product quantizes, or None."""
     experts = assigned.experts
     if experts is not None:
         origin = product.origins[experts.operand]
         assert origin is not None
         recipes = tuple(map(experts.recipe, origin.pieces))
-        return QuantizedWeight(origin, recipes, experts.operand, experts)
+        return WeightToQuantize(origin, recipes, experts.operand, experts)
     if assigned.recipe is None or assigned.recipe.operands[1] is None:
         return None
     i = 0 if assigned.swapped or product.operation == LOOK_UP else 1
     origin, recipe = product.origins[i], assigned.recipe.operands[1]
     if origin is None:
         return None
-    return QuantizedWeight(origin, (recipe,) * max(len(origin.pieces), 1), i)
+    return WeightToQuantize(origin, (recipe,) * max(len(origin.pieces), 1), i)
 
 
 def unassigned(product: Product) -> Assigned:
@@ -274,10 +274,10 @@ def _assign_rule(owner: str, product: Product, rule: Rule, swapped: bool) -> Ass
     assert output is None or isinstance(output, Recipe)
     assigned = dataclasses.replace(unassigned(product), output_recipe=output, swapped=swapped)
     if product.operation != LOOK_UP and recipe is not None:
-        operation = operation_of(product.eqn, product.where, swapped)
+        bilinear = operation_of(product.eqn, product.where, swapped)
         with prefix_errors(owner):
             first, second = assigned.reorder_operands(product.operands[:2])
-            check(operation, first, second, recipe.forward)
+            check(bilinear, first, second, recipe.forward)
     with prefix_errors(owner, product.where):
         if output is not None:
             _check_recipe(output, product.out)
@@ -292,7 +292,7 @@ def _assign_rule(owner: str, product: Product, rule: Rule, swapped: bool) -> Ass
 
 def _assign_experts(owner: str, product: Product, experts: Experts) -> Assigned:
     """Returns the assignment of a product of experts with different recipes."""
-    recipe, output = experts.others
+    recipe, output = experts.shared
     rule = Rule("", recipe, output=output)
     assigned = _assign_rule(owner, product, rule, experts.operand == 0)
     with prefix_errors(owner, product.where):
@@ -313,7 +313,7 @@ def _assign_look_up(assigned: Assigned, product: Product, weight: Recipe | None)
 def _range_observers(
     product: Product, recipe: ProductRecipe, swapped: bool
 ) -> tuple[Observable | None, ...]:
-    """Returns the operands of a product whose ranges may come from calibration."""
+    """Returns, for each operand, an observer if its range may come from calibration, else None."""
 
     def of_operand(operand_recipe: Recipe | None, i: int) -> Observable | None:
         operand_recipe = recipe_on_operand_axes(operand_recipe, product, i)
@@ -336,7 +336,7 @@ def _range_observers(
 
 @contextlib.contextmanager
 def prefix_errors(*prefixes: str) -> Iterator[None]:
-    """Prefixes errors raised in the context with a function, and a product and its line."""
+    """Prefixes the messages of errors raised in the context."""
     try:
         yield
     except (TypeError, ValueError) as error:

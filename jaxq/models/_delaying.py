@@ -98,12 +98,12 @@ def delayed_scaling(
         planned = plan("delayed_scaling", fn, rules, argnums, args, kwargs)
         histories = {}
         for product, assigned in zip(planned.products, planned.chosen, strict=True):
-            if assigned is None or not any(assigned.delayed):
+            if assigned is None or not any(assigned.delayed_per_tensor):
                 continue
             shape = (*product.stacks, history)
             histories[product.name] = tuple(
                 None if recipe is None else History(jnp.zeros(shape, jnp.float32), margin)
-                for recipe in assigned.delayed
+                for recipe in assigned.delayed_per_tensor
             )
         if not histories:
             raise ValueError(

@@ -38,13 +38,13 @@ class Experts(NamedTuple):
       operand: the index of the stack among the product's operands.
       axis: the axis along which the leaves lie.
       parts: the leaves in their order.
-      others: the product recipe and the output recipe besides the weight's recipe.
+      shared: the product recipe and the output recipe, which all leaves share.
     """
 
     operand: int
     axis: int
     parts: tuple[_Part, ...]
-    others: tuple[ProductRecipe, Recipe | None]
+    shared: tuple[ProductRecipe, Recipe | None]
 
     def recipe(self, piece: Piece) -> Recipe | None:
         """Returns the recipe of a leaf, given its piece of the stack."""
@@ -89,7 +89,7 @@ def experts_of(owner: str, product: Product, operand: int, rules: Sequence[Rule 
             "as one array, unless they lie along its experts or outputs. Write one rule that "
             "matches all of them."
         )
-    parts, others = [], set()
+    parts, shared = [], set()
     for piece, rule in sorted(zip(origin.pieces, rules, strict=True), key=lambda p: p[0].at):
         recipe, output = (None, None) if rule is None else (rule.product, rule.output)
         weight = None if recipe is None else recipe.operands[1]
@@ -102,21 +102,21 @@ def experts_of(owner: str, product: Product, operand: int, rules: Sequence[Rule 
         start = piece.at[axis]
         parts.append(_Part(start, start + piece.box[axis], weight))
         recipe = dataclasses.replace(recipe or ProductRecipe(), rhs=None)
-        others.add((recipe, output if isinstance(output, Recipe) else None))
-    if len(others) > 1:
+        shared.add((recipe, output if isinstance(output, Recipe) else None))
+    if len(shared) > 1:
         raise ValueError(
             f"{owner}: the rules of the weights that {product.where} multiplies as one array must "
             "differ only in the recipe of the weight, got other recipes for other tensors. Use "
             "recipes of the weight only, such as 'int4_g32', or one rule."
         )
-    recipe, _ = next(iter(others))
+    recipe, _ = next(iter(shared))
     if recipe.hadamard or recipe.execution != "emulated" or recipe.residuals != "quantized":
         raise ValueError(
             f"{owner}: weights that {product.where} multiplies as one array with different recipes "
             "must have no Hadamard transform, execution='emulated' and residuals='quantized', got "
             "another product recipe. Give them one rule."
         )
-    return Experts(operand, axis, tuple(parts), others.pop())
+    return Experts(operand, axis, tuple(parts), shared.pop())
 
 
 def expert_axis(product: Product, operand: int) -> int | None:

@@ -256,7 +256,7 @@ def _apply_recipes(
             recipe, scales = running.recipe, running.scales
             y = product(running.operation, first, second, recipe, running.keys, scales)
         for history, recipe, x in zip(
-            state.histories, assigned.delayed, (first, second, None), strict=True
+            state.histories, assigned.delayed_per_tensor, (first, second, None), strict=True
         ):
             if history is not None and recipe is not None:
                 y = record(y, history, recipe, x)
@@ -296,4 +296,4 @@ def _scales(
         )
         return first, second
 
-    return PerProduct(*map(pair, assigned.delayable, OPERANDS_OF_PRODUCT))
+    return PerProduct(*map(pair, assigned.delayed_per_product, OPERANDS_OF_PRODUCT))

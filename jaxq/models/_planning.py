@@ -131,7 +131,7 @@ def _check_state(owner: str, rules: Rules, chosen: Sequence[Assigned | None]) ->
         required = [a for a in chosen if a is not None and any(a.observers)]
         available: Mapping[str, Any] = rules.scales
     elif isinstance(rules, Delayed):
-        required = [a for a in chosen if a is not None and any(a.delayed)]
+        required = [a for a in chosen if a is not None and any(a.delayed_per_tensor)]
         available = rules.histories
     elif isinstance(rules, Adapted):
         _check_adapters(owner, rules, chosen)

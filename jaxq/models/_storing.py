@@ -17,7 +17,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.models._assigning import Assigned, QuantizedWeight, axes_of, weight_of
+from jaxq.models._assigning import Assigned, WeightToQuantize, axes_of, weight_of
 from jaxq.models._origins import Digit, Origin, Piece
 from jaxq.models._reading import Product
 from jaxq.products import is_stochastic, placed
@@ -206,7 +206,7 @@ def _granularity(block: tuple[int, ...], shape: tuple[int, ...]) -> Granularity:
     return PerBlock(tuple(sizes.values()), tuple(sizes), pad=pad)
 
 
-def _demands(product: Product, weight: QuantizedWeight) -> list[tuple[Piece, _Demand]]:
+def _demands(product: Product, weight: WeightToQuantize) -> list[tuple[Piece, _Demand]]:
     """Returns the requirements of a product for the leaves of its weight."""
     origin = weight.origin
     if origin.computed:

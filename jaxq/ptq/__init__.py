@@ -1,7 +1,7 @@
 """Post-training quantization: calibration statistics, solvers, sensitivity and byte budgets.
 
-To add a solver, write a frozen dataclass with the methods of `Solver` and list it in `SOLVERS`
-(`_solvers.py`). The contract tests then include it.
+A solver is a frozen, hashable dataclass with the method of `Solver`; pass an instance as `solver=`.
+To add one to jaxq, also list it in `SOLVERS` (`_solvers.py`). The contract tests then include it.
 """
 
 from jaxq.ptq._budget import Budget, FrontRow, budget

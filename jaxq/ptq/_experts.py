@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq.models import Product, QuantizedWeight, expert_axis
+from jaxq.models import Product, WeightToQuantize, expert_axis
 from jaxq.ptq._collectors import MatrixLayout
 from jaxq.quantizers import Levels
 from jaxq.recipes import Recipe
@@ -16,7 +16,7 @@ __all__ = ["align_levels", "leaf_shares", "levels_for", "matrices_by_recipe"]
 
 
 def leaf_shares(
-    product: Product, weight: QuantizedWeight, layout: MatrixLayout
+    product: Product, weight: WeightToQuantize, layout: MatrixLayout
 ) -> dict[int, np.ndarray]:
     """Returns the share of each leaf in each matrix, float64 `[matrices]`, by the leaf's index.
 
@@ -35,7 +35,7 @@ def leaf_shares(
 
 
 def matrices_by_recipe(
-    weight: QuantizedWeight, layout: MatrixLayout
+    weight: WeightToQuantize, layout: MatrixLayout
 ) -> list[tuple[Recipe, np.ndarray]]:
     """Returns the recipes of a weight, each with the indices of its matrices.
 

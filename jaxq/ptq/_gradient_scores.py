@@ -28,9 +28,10 @@ def gradient_scores(
 ) -> dict[int, np.ndarray]:
     """Returns `sum (G dY)^2` for each leaf, one number per plan.
 
-    Every product computes the errors dY of its output for all recipes, and saves them as residuals
-    of an identity function with an extra input of zeros. The backward pass of this function returns
-    the scores as the gradient of the zeros, computed from the cotangent G and the residuals.
+    Every product computes the errors dY of its output for all recipes
+    (`models._multiplying._attach_scores`), and saves them as residuals of an identity function with
+    an extra input of zeros. The backward pass of this function returns the scores as the gradient
+    of the zeros, computed from the cotangent G and the residuals.
 
     Args:
       owner: the name of the public function that was called, for errors.

@@ -178,7 +178,9 @@ class AWQ:
 
 
 INPUT_SCALERS: Registry[Any] = Registry(
-    "input scaler", {"smoothquant": SmoothQuant(), "awq": AWQ()}, synonyms={"smooth": "smoothquant"}
+    "input scaler",
+    {"smoothquant": SmoothQuant(), "awq": AWQ()},
+    suggestions={"smooth": "smoothquant"},
 )
 
 

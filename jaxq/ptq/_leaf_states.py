@@ -111,7 +111,7 @@ class Leaves:
             del self._states[key]
 
     def restore(self, key: LeafKey, q: Quantized) -> None:
-        """Stores a leaf that an earlier run solved."""
+        """Restores a leaf from the journal of an earlier run."""
         self._packed[key] = q
         self.forget(key)
 

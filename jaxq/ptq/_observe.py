@@ -86,7 +86,7 @@ class ObservedInputs(Mapping):
 
     @property
     def unseen(self) -> tuple[str, ...]:
-        """The names of the products with a matrix that saw no token. Requires concrete arrays."""
+        """The names of products with a matrix that received no tokens. Requires concrete arrays."""
         return tuple(name for name in self if bool(jnp.any(self[name].tokens == 0)))
 
 

@@ -17,7 +17,8 @@ class SolvedProduct:
 
     Attributes:
       product: the name of the product, with the layer in brackets if it is in a scan.
-      recipe: the name of the weight's element format.
+      format: the name of the weight's element format; several, joined by "|", for experts with
+        different recipes.
       tokens: the number of tokens; for experts, the smallest number of any expert.
       inputs: the length of the contraction.
       damping: the damping, relative to the mean of the Hessian's diagonal; NaN if none was used.
@@ -26,7 +27,8 @@ class SolvedProduct:
       loss: the same loss of the stored weight. With a solver that corrects the drift of inputs it
         may exceed `rtn`, because it compares with the float weight on the same input.
       power: the power of the outputs per token, `tr(W^T H W) / tokens`.
-      fallback: the reason why the product was not solved, or only partly; or "".
+      fallback: the reason why the product was not solved, or only partly or without the drift of
+        its input; or "".
 
     Example:
       >>> from jaxq import ptq
@@ -36,7 +38,7 @@ class SolvedProduct:
     """
 
     product: str
-    recipe: str
+    format: str
     tokens: int = 0
     inputs: int = 0
     damping: float = math.nan
@@ -63,7 +65,7 @@ class _Line:
     """A line of the printed table."""
 
     product: str
-    recipe: str
+    format: str
     tokens: int
     inputs: int
     damping: float

@@ -307,7 +307,7 @@ def _nonzero(x: jax.Array) -> jax.Array:
 ROUNDING_METHODS: Registry[Any] = Registry(
     "rounding method",
     {"signround": SignRound(), "adaround": AdaRound()},
-    synonyms={"autoround": "signround", "auto_round": "signround"},
+    suggestions={"autoround": "signround", "auto_round": "signround"},
 )
 
 

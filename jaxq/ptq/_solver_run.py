@@ -1,4 +1,4 @@
-"""Solution of the products of a model one by one, with the rows of the report."""
+"""Solves the products of a model one by one, and collects the report."""
 
 import collections
 import math
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq.models import LOOK_UP, Product, QuantizedWeight, weight_of
+from jaxq.models import LOOK_UP, Product, WeightToQuantize, weight_of
 from jaxq.products import Axes
 from jaxq.ptq._calibration_calls import Model
 from jaxq.ptq._collectors import MatrixLayout
@@ -123,7 +123,7 @@ class SolverRun:
             if n not in planned.stored.reasons:
                 self._expected_counts.update(dict.fromkeys(self._leaf_indices(n), iterations))
 
-    def _weight(self, product: Product) -> QuantizedWeight:
+    def _weight(self, product: Product) -> WeightToQuantize:
         assigned = self.planned.chosen[product.number]
         assert assigned is not None
         weight = weight_of(product, assigned)
@@ -256,7 +256,7 @@ class SolverRun:
             notes.append("solved without input drift, which is unknown here")
         out_of = "" if len(tokens) == 1 else f" of {len(tokens)} matrices"
         for mask, text in (
-            (tokens == 0, "saw no token"),
+            (tokens == 0, "received no tokens"),
             (~is_solved & (tokens > 0), "the Hessian cannot be factorized"),
             (worse, "the nearest levels have a smaller loss"),
         ):
@@ -278,7 +278,7 @@ class SolverRun:
         """Returns a row of the report with given fields and those that do not need a solution."""
         return SolvedProduct(
             product=occurrence.name,
-            recipe=_formats(self._weight(occurrence.product)),
+            format=_formats(self._weight(occurrence.product)),
             tokens=int(jnp.min(statistics.tokens)),
             inputs=statistics.inputs,
             **fields,
@@ -328,8 +328,8 @@ def _outcome(
     )
 
 
-def _unsolvable_reason(weight: QuantizedWeight, axes: Axes) -> str:
-    """Returns the reason why a weight of leaves with different recipes is not solved, or ""."""
+def _unsolvable_reason(weight: WeightToQuantize, axes: Axes) -> str:
+    """Returns the reason why a weight cannot be solved, or ""."""
     if weight.experts is None:
         return ""
     if None in weight.recipes:
@@ -337,7 +337,7 @@ def _unsolvable_reason(weight: QuantizedWeight, axes: Axes) -> str:
     return "" if weight.experts.axis in axes.batch else "its outputs have different recipes"
 
 
-def _formats(weight: QuantizedWeight) -> str:
+def _formats(weight: WeightToQuantize) -> str:
     """Returns the name of a weight's element format; the formats of experts are joined by "|"."""
     names = ("float" if recipe is None else recipe.element.name for recipe in weight.recipes)
     return "|".join(dict.fromkeys(names))

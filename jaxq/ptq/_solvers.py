@@ -42,7 +42,7 @@ class Problem(NamedTuple):
 
     Attributes:
       weight: the weight, float32.
-      levels: the levels of its elements.
+      levels: the levels of its elements; see `jaxq.quantizers.snap`.
       nearest: the grid values nearest to the weight, minus the zero points.
       statistics: the statistics of its input.
 
@@ -64,10 +64,11 @@ class Problem(NamedTuple):
 
 
 class Solver(Protocol):
-    """A frozen record that chooses the codes of a weight.
+    """A frozen, hashable dataclass that chooses the codes of a weight.
 
-    Two more attributes are optional: `search`, a `Search` that chooses the scales first, and
-    `needs_drift`, True to receive statistics with the drift of inputs where it is known.
+    Pass an instance as `solver=`. It is a static argument of jitted functions. Two more attributes
+    are optional: `search`, a `Search` that chooses the scales first, and `needs_drift`, True to
+    receive statistics with the drift of inputs where it is known.
     """
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
@@ -244,7 +245,13 @@ SOLVERS: Registry[Any] = Registry(
         "hqq": RTN(HQQ()),
         "owq": OWQ(),
     },
-    synonyms={"round": "rtn", "nearest": "rtn", "optq": "gptq", "ldlq": "gptq", "gptqv2": "gptaq"},
+    suggestions={
+        "round": "rtn",
+        "nearest": "rtn",
+        "optq": "gptq",
+        "ldlq": "gptq",
+        "gptqv2": "gptaq",
+    },
 )
 
 

@@ -23,11 +23,15 @@ from jaxq.quantizers._slices import Slices, slices
 from jaxq.quantizers._snapping import ends_of, measured, numbers, restored, units_of
 
 __all__ = [
+    "Levels",
     "Quantized",
     "calibration",
     "dequantize",
+    "enclosing_numbers",
     "fake_quant",
     "neighbors",
     "quantize",
     "quantized_sharding",
+    "snap",
+    "values_of",
 ]

@@ -42,6 +42,11 @@ class Levels(NamedTuple):
       zero_point: the zero points, or None.
       minimum: the minima, or None.
       outlier: the values of outliers, NaN for all other elements; None for a recipe without them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> Levels(jnp.full(3, 0.5), zero_point=None, minimum=None).step.tolist()
+      [0.5, 0.5, 0.5]
     """
 
     step: jax.Array
@@ -85,9 +90,21 @@ def numbers_of(q: Quantized) -> jax.Array:
 def snap(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
     """Rounds values to the levels, by the recipe's rounding.
 
+    Args:
+      x: the values, float32.
+      levels: their levels, of the same shape.
+      recipe: the recipe of the levels.
+
     Returns:
-      The grid values, minus the zero point, and the levels that they represent, which are bitwise
+      The grid values, minus the zero points, and the levels that they represent, which are bitwise
       those of `dequantize`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> levels = Levels(jnp.full(3, 0.5), zero_point=None, minimum=None)
+      >>> numbers, values = snap(jnp.array([0.4, -1.1, 9.0]), levels, jaxq.Recipe("int4"))
+      >>> numbers.tolist(), values.tolist()
+      ([1.0, -2.0, 7.0], [0.5, -1.0, 3.5])
     """
     step, zero_point, minimum, _ = levels
     x = x if minimum is None else x - minimum
@@ -100,6 +117,21 @@ def enclosing_numbers(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax
     """Returns the two grid values, minus the zero point, that enclose each value.
 
     For values beyond the grid, these are the two outermost grid values.
+
+    Args:
+      x: the values, float32.
+      levels: their levels, of the same shape.
+      recipe: the recipe of the levels.
+
+    Returns:
+      The lower and the upper grid values, float32.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> levels = Levels(jnp.full(2, 0.5), zero_point=None, minimum=None)
+      >>> low, high = enclosing_numbers(jnp.array([0.4, 9.0]), levels, jaxq.Recipe("int4"))
+      >>> low.tolist(), high.tolist()
+      ([0.0, 6.0], [1.0, 7.0])
     """
     step, zero_point, minimum, _ = levels
     units = in_units(x if minimum is None else x - minimum, step, recipe.scale_format)
@@ -111,7 +143,22 @@ def enclosing_numbers(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax
 
 
 def values_of(numbers: jax.Array, levels: Levels, recipe: Recipe) -> jax.Array:
-    """Returns the levels that grid values represent, bitwise those of `dequantize`."""
+    """Returns the levels that grid values represent, bitwise those of `dequantize`.
+
+    Args:
+      numbers: the grid values minus the zero points.
+      levels: the levels, of the same shape.
+      recipe: the recipe of the levels.
+
+    Returns:
+      The values, float32.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> levels = Levels(jnp.full(2, 0.5), zero_point=None, minimum=None)
+      >>> values_of(jnp.array([1.0, -2.0]), levels, jaxq.Recipe("int4")).tolist()
+      [0.5, -1.0]
+    """
     values = restored(numbers, levels.step, levels.minimum, recipe)
     if levels.outlier is None:
         return values

@@ -142,8 +142,8 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
             "Use a name in jaxq.recipes.RECIPES."
         )
     usual = name  # The catalog's name of a format that is spelled differently, such as "bf16".
-    if isinstance(recipe, str) and name.lower() not in {*RECIPES, *RECIPES.synonyms}:
-        usual = FORMATS.synonyms.get(name.lower(), name)
+    if isinstance(recipe, str) and name.lower() not in {*RECIPES, *RECIPES.suggestions}:
+        usual = FORMATS.suggestions.get(name.lower(), name)
     if isinstance(recipe, Format) or usual in FORMATS:
         error_type = TypeError if isinstance(recipe, Format) else ValueError
         raise error_type(

@@ -113,8 +113,8 @@ class Scaling:
         element format.
       searches_elements: True if `of_elements` finds the scales by a search over the elements, and
         `scales` is not supported.
-      run: the number of consecutive blocks whose scales share a second scale and whole bytes; 1 if
-        each scale has bytes of its own.
+      blocks_per_run: the number of consecutive blocks whose scales share a second scale and whole
+        bytes; 1 if each scale has bytes of its own.
       is_local: True if the scales of a run of blocks depend on no element of another run.
       largest_scale: the largest finite scale; infinity with a second level of float32 numbers.
 

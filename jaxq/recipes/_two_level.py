@@ -12,15 +12,8 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, where
 from jaxq._base.shapes import as_number, is_symbolic
-from jaxq._jax.arithmetic import (
-    barrier,
-    by_vectors,
-    divide,
-    hidden_broadcast,
-    materialize,
-    reciprocal,
-)
-from jaxq._jax.reductions import largest
+from jaxq._jax import arithmetic, reductions
+from jaxq._jax.arithmetic import barrier, by_vectors, divide, hidden_broadcast, materialize
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast
 from jaxq.recipes._arithmetic import E8M0, powers
@@ -31,15 +24,14 @@ __all__ = ["DoubleQuant", "TwoLevel"]
 
 _FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 
-_NARROW = "`scale_format` must have fewer than 32 bits and a significand"
-_SCALE_FORMAT = "Use 'float8_e4m3fn'."
+_NARROW = "`scale_format` must have fewer than 32 bits and not be float8_e8m0fnu"
 
 
 class _Levels(NamedTuple):
     """The scales of a tensor with two levels.
 
     Attributes:
-      tried: the magnitude that the largest value of the grid represents in each block.
+      tried: the amax of each block times the factor that is tried.
       relative: the scale of each block without the tensor scale.
       step: the scale of each block times the tensor scale.
       top_bits: the bits of the largest magnitude of the tensor, a scalar.
@@ -53,8 +45,9 @@ class _Levels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TwoLevel(Scaling):
-    """Block scales relative to one float32 scale of the tensor, y = s t q, as in NVFP4.
+    """Block scales relative to one float32 scale of the tensor, as in NVFP4.
 
+    An element q represents y = s t q, with the scale s of its block and the scale t of the tensor.
     Let max be the largest value of the element format and e = min(largest * max / tensor amax,
     2^126), or 1 for a tensor of zeros. The scale s of a block is amax * (e * (1 / max)) rounded to
     the scale format, possibly to 0; 1 / max is first rounded to float32. The tensor scale t is
@@ -67,8 +60,8 @@ class TwoLevel(Scaling):
         is that of NVFP4 and the largest value of float8_e4m3fn; 256 leaves room for the larger
         scales that `search` may try.
       range: the calibrator, as in `Symmetric`.
-      reciprocal: True, the default, multiplies by the rounded reciprocal of the scale, as
-        TransformerEngine does; False divides.
+      reciprocal: True, the default, multiplies the elements by the rounded reciprocal of the scale,
+        as TransformerEngine does; False divides them by the scale.
       search: the factors of the range that each block tries, as in `Symmetric`: `(1.0, 1.5)` with
         `largest=256.0` makes NVFP4 "four over six".
 
@@ -97,7 +90,7 @@ class TwoLevel(Scaling):
     def check_scale_format(self, scale_format: Format) -> None:
         """Raises ValueError if this scaling cannot store scales in `scale_format`."""
         super().check_scale_format(scale_format)
-        self.require(_is_narrow(scale_format), _NARROW, scale_format.name, _SCALE_FORMAT)
+        self.require(_is_narrow(scale_format), _NARROW, scale_format.name, "Use 'float8_e4m3fn'.")
         self.require(
             0 < self.largest <= scale_format.max,
             f"`largest` must be positive and at most the largest {scale_format.name}",
@@ -111,7 +104,7 @@ class TwoLevel(Scaling):
         levels = functools.partial(self._levels, fmt)
         factors = () if factor is None else (jnp.broadcast_to(factor, amax.shape),)
         tried, relative, step, top_bits = by_vectors(levels, amax, *factors)
-        stored = StoredScales(relative, (reciprocal(self._enlarge(top_bits, fmt)),))
+        stored = StoredScales(relative, (arithmetic.reciprocal(self._enlarge(top_bits, fmt)),))
         return Scales(step, step, stored, *symmetric_range(tried, fmt))
 
     def _levels(self, fmt: Format, amax: jax.Array, *factors: jax.Array) -> _Levels:
@@ -121,15 +114,17 @@ class TwoLevel(Scaling):
         amax = barrier(amax)
         tried = functools.reduce(lax.mul, factors, amax)
         bits = _FLOAT32.bits(amax)
-        top_bits = largest(where(bits <= _FLOAT32.inf, bits, np.int32(0)))
+        top_bits = reductions.largest(where(bits <= _FLOAT32.inf, bits, np.int32(0)))
         enlarge = self._enlarge(hidden_broadcast(top_bits, amax), fmt)
         relative = tried * (enlarge * np.float32(1 / fmt.scaled_max))
         relative = cast(relative, get_format(self.scale_format), overflow="saturate")
-        return _Levels(tried, relative, materialize(relative * reciprocal(enlarge)), top_bits)
+        return _Levels(
+            tried, relative, materialize(relative * arithmetic.reciprocal(enlarge)), top_bits
+        )
 
     def _enlarge(self, top_bits: jax.Array, fmt: Format) -> jax.Array:
         """Returns the inverse of the tensor scale for the bits of the largest magnitude."""
-        enlarge = reciprocal(_FLOAT32.floats(top_bits), fmt.scaled_max * self.largest)
+        enlarge = arithmetic.reciprocal(_FLOAT32.floats(top_bits), fmt.scaled_max * self.largest)
         enlarge = lax.min(enlarge, np.float32(2.0**126))
         return where(top_bits == 0, np.float32(1), enlarge)
 
@@ -164,8 +159,8 @@ class DoubleQuant(Scaling):
       block: the number of scales that share a second scale; 256 by default.
       range: the calibrator, as in `Symmetric`.
       stored: as in `Symmetric`, but False by default, as in bitsandbytes.
-      reciprocal: True multiplies by the rounded reciprocal of the scale; False, the default,
-        divides.
+      reciprocal: True multiplies the elements by the rounded reciprocal of the scale; False, the
+        default, divides them by the scale.
       search: the factors of the range that each block tries, as in `Symmetric`.
 
     Raises:
@@ -191,11 +186,11 @@ class DoubleQuant(Scaling):
 
     def check_scale_format(self, scale_format: Format) -> None:
         """Raises ValueError if this scaling cannot store scales in `scale_format`."""
-        name = scale_format.name
+        name, remedy = scale_format.name, "Use 'dynamic8'."
         fits = 0 < scale_format.max <= 2.0**128
         requirement = "`scale_format` needs a positive `max` within float32"
-        self.require(fits, requirement, name, _SCALE_FORMAT)
-        self.require(_is_narrow(scale_format), _NARROW, name, _SCALE_FORMAT)
+        self.require(fits, requirement, name, remedy)
+        self.require(_is_narrow(scale_format), _NARROW, name, remedy)
         self.require(self.block >= 1, "`block` must be at least 1", self.block, "Use 256.")
 
     def store(self, scale: jax.Array, amax: jax.Array) -> StoredScales:
@@ -253,7 +248,7 @@ class DoubleQuant(Scaling):
 
 
 def _is_narrow(scale_format: Format) -> bool:
-    """Returns whether scales in a format need a second level to cover float32's range."""
+    """Returns whether a format has fewer than 32 bits and is not E8M0, which covers float32."""
     return scale_format != E8M0 and scale_format.bits < 32
 
 
@@ -261,7 +256,7 @@ def _mean(scales: jax.Array) -> jax.Array:
     """Returns the mean of the finite scales, which are nonnegative, by sums of integers."""
     finite = scales < np.float32(np.inf)
     scales = where(finite, scales, np.float32(0))
-    down, up = powers(_FLOAT32.floats(largest(_FLOAT32.bits(scales))))
+    down, up = powers(_FLOAT32.floats(reductions.largest(_FLOAT32.bits(scales))))
     width = 256
     rows = -(-scales.size // width)
     if is_symbolic(rows):

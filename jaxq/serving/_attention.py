@@ -36,10 +36,12 @@ class CachedTokens(NamedTuple):
 class _Running(NamedTuple):
     """The state of a running softmax over the tokens so far.
 
+    `group` counts the query heads that share a head of keys and values.
+
     Attributes:
-      largest: the largest logit, `[T, heads, queries]`.
+      largest: the largest logit, `[T, heads, group]`.
       total: the sum of `exp(logit - largest)`, of the same shape.
-      values: the sum of values with the same weights, `[T, heads, queries, head_dim]`.
+      values: the sum of values with the same weights, `[T, heads, group, head_dim]`.
     """
 
     largest: jax.Array
@@ -47,7 +49,9 @@ class _Running(NamedTuple):
     values: jax.Array
 
 
-def _not_finite(values: jax.Array, positions: jax.Array, query_positions: jax.Array) -> jax.Array:
+def _sum_of_nonfinite(
+    values: jax.Array, positions: jax.Array, query_positions: jax.Array
+) -> jax.Array:
     """Returns the sum over the NaNs and infinities among the values that each query sees.
 
     Args:
@@ -101,7 +105,7 @@ def attention(
         values = jnp.where((part.positions >= 0)[:, None, None], values, 0)
         extra = 0.0
         if tokens > 1:  # A single query sees all slots that are not empty.
-            extra = _not_finite(values, part.positions, query_positions)[:, :, None]
+            extra = _sum_of_nonfinite(values, part.positions, query_positions)[:, :, None]
             values = jnp.where(jnp.isfinite(values), values, 0)
         rescale = jnp.exp(running.largest - base)
         total = running.total * rescale + weights.sum(-1)
@@ -109,10 +113,10 @@ def attention(
         return _Running(largest, total, running.values * rescale[..., None] + summed), None
 
     shape = query.shape[:-1]
-    start = _Running(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(query.shape))
+    initial = _Running(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(query.shape))
     if len(starts) == 1:
-        running, _ = step(start, jnp.int32(0))
+        running, _ = step(initial, jnp.int32(0))
     else:
-        running, _ = lax.scan(step, start, jnp.asarray(starts, jnp.int32))
+        running, _ = lax.scan(step, initial, jnp.asarray(starts, jnp.int32))
     total = jnp.where(running.total > 0, running.total, 1)
     return (running.values / total[..., None]).reshape(tokens, query_heads, head_dim)

@@ -10,7 +10,17 @@ from jaxq.formats import Format, IntFormat, get_format
 from jaxq.interop._layouts import pack_bits
 from jaxq.interop._safetensors import Tensor
 from jaxq.quantizers import Quantized
-from jaxq.recipes import MX, Affine, PerBlock, PerTensor, PerToken, Recipe, Symmetric, TwoLevel
+from jaxq.recipes import (
+    MX,
+    Affine,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    PerToken,
+    Recipe,
+    Symmetric,
+    TwoLevel,
+)
 
 __all__ = ["Scheme", "scheme_of", "weight_tensors"]
 
@@ -97,7 +107,7 @@ def _strategy(recipe: Recipe) -> tuple[str | None, int | None, list[int] | None]
     granularity = recipe.granularity
     if isinstance(granularity, PerTensor):
         return "tensor", None, None
-    if isinstance(granularity, PerToken):
+    if isinstance(granularity, PerToken) or granularity in (PerChannel(-2), PerChannel(0)):
         return "channel", None, None
     if isinstance(granularity, PerBlock):
         sizes: Any = granularity.sizes
@@ -114,7 +124,8 @@ def _activations(fmt: str, element: Format, dynamic: bool) -> dict[str, Any] | N
     if fmt not in ("int-quantized", "float-quantized") or element.bits != 8:
         raise ValueError(
             "compressed_tensors: `dynamic_activations` needs weights of int8 or float8_e4m3fn, got "
-            f"{element.name} in {fmt}. Omit it, or use 'int8_channel'."
+            f"{element.name} in {fmt}. Omit it, or use 'int8_token' (one scale per output of a "
+            "weight `[outputs, inputs]`)."
         )
     kind = "int" if fmt == "int-quantized" else "float"
     args = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token"}

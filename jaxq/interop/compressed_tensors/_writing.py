@@ -129,9 +129,16 @@ def _find_scheme(name: str, q: Quantized, dynamic: bool) -> Scheme:
             f".weight, got {name!r:.80} of shape {q.shape}. {remedy}"
         )
     try:
-        return scheme_of(q.recipe, dynamic_activations=dynamic)
+        scheme = scheme_of(q.recipe, dynamic_activations=dynamic)
     except ValueError as error:
         raise ValueError(f"compressed_tensors.write: weight {name!r:.80}: {error}") from error
+    # A part of a stack that was quantized per channel may have one scale for all rows.
+    if scheme.weights["strategy"] == "channel" and q.scale.shape != (q.shape[0], 1):
+        raise ValueError(
+            f"compressed_tensors.write: weight {name!r:.80} must have one scale per row, got "
+            f"scales of shape {q.scale.shape}. Quantize it as a matrix."
+        )
+    return scheme
 
 
 def _check_fused(schemes: Mapping[str, Scheme], shapes: Mapping[str, Any]) -> None:

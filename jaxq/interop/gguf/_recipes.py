@@ -27,14 +27,14 @@ TYPES: Registry[BlockType] = Registry(
 )
 
 # The recipes of the types whose name is not that of their recipe.
-_OTHERS = {"tq1_0": "tq2_0", "mxfp4": "mxfp4_ggml", "nvfp4": "nvfp4_ggml"}
-_RECIPES = {name: get_recipe(_OTHERS.get(name, name)) for name in LAYOUTS}
+_RECIPE_NAMES = {"tq1_0": "tq2_0", "mxfp4": "mxfp4_ggml", "nvfp4": "nvfp4_ggml"}
+_RECIPES = {name: get_recipe(_RECIPE_NAMES.get(name, name)) for name in LAYOUTS}
 
 # The types that hold the codes and scales of a recipe, the default one first.
-_TYPES: dict[Recipe, list[str]] = {}
-for _name in sorted(LAYOUTS, key=lambda name: name in _OTHERS):
-    _TYPES.setdefault(_RECIPES[_name], []).append(_name)
-_TYPES[get_recipe("mxfp4")] = ["mxfp4"]  # OCP's rule for the same scales.
+_TYPES_BY_RECIPE: dict[Recipe, list[str]] = {}
+for _name in sorted(LAYOUTS, key=lambda name: name in _RECIPE_NAMES):
+    _TYPES_BY_RECIPE.setdefault(_RECIPES[_name], []).append(_name)
+_TYPES_BY_RECIPE[get_recipe("mxfp4")] = ["mxfp4"]  # OCP's rule for the same scales.
 
 
 def recipe_of(type: str) -> Recipe:
@@ -84,14 +84,14 @@ def pack(q: Quantized, type: str | None = None) -> jax.Array:
     References:
       The `gguf` package's quants module and ggml's quants.c.
     """
-    if q.recipe not in _TYPES:
+    if q.recipe not in _TYPES_BY_RECIPE:
         raise ValueError(
             "gguf.pack: `q` must have the recipe of a block type, such as 'q4_k', got "
             f"{title_of(q.recipe):.60} with {q.recipe.granularity}. Quantize with "
             "gguf.recipe_of(type), for example 'nvfp4_ggml' for NVFP4, along the last axis; "
             "transpose kernels [inputs, outputs]."
         )
-    names = _TYPES[q.recipe]
+    names = _TYPES_BY_RECIPE[q.recipe]
     name = names[0] if type is None else type
     if name not in names:
         raise ValueError(
@@ -108,7 +108,7 @@ def pack(q: Quantized, type: str | None = None) -> jax.Array:
         return pack_floats(q, name)
     if name in SUPER_BLOCK_RULES:
         return pack_super_blocks(q, name)
-    codes = q.unpack() + np.uint8(_offset(q.recipe)) & _mask(q.recipe)
+    codes = (q.unpack() + np.uint8(_offset(q.recipe))) & _mask(q.recipe)
     codes = codes.reshape(-1, layout.block)
     # The names of fields are those of ggml or start with them: d is the scale, m the minimum.
     columns = {"d": bytes_of(q.scale.reshape(-1))}
@@ -170,8 +170,8 @@ def unpack(
     codes = [columns[n] if bits == 8 else layout.parts[n].read(columns[n]) for n in names]
     codes = jnp.concatenate(codes, axis=-1)
     if "high" in columns:
-        codes = codes | layout.parts["high"].read(columns["high"]) << np.uint8(4)
-    codes = (codes - np.uint8(_offset(recipe)) & _mask(recipe)).reshape(shape)
+        codes = codes | (layout.parts["high"].read(columns["high"]) << np.uint8(4))
+    codes = ((codes - np.uint8(_offset(recipe))) & _mask(recipe)).reshape(shape)
     if bits < 8:
         codes = pack_bits(codes, bits)
     scale = halves_of(columns["d"]).reshape(counts)
@@ -212,5 +212,5 @@ def _offset(recipe: Recipe) -> int:
 
 
 def _mask(recipe: Recipe) -> np.uint8:
-    """Returns the bits of a code."""
+    """Returns a mask of the width of a code."""
     return np.uint8(2**recipe.element.bits - 1)

@@ -36,8 +36,8 @@ class Score:
       gradient: the sum of `(G dY)^2` over all outputs of its products, with their error dY and the
         gradient G of the loss with respect to them; NaN if it was not computed. Concatenated
         weights have equal shares.
-      tokens: the number of tokens multiplied by the weight, in all layers. An expert that saw no
-        tokens has a loss of 0 with every recipe.
+      tokens: the number of tokens multiplied by the weight, in all layers. An expert that received
+        no tokens has a loss of 0 with every recipe.
 
     Example:
       >>> import jaxq

@@ -135,9 +135,8 @@ def test_sharded_step_matches_bits_and_adds_only_amax_collectives(recipe: str, n
     ("recipe", "kind"),
     [
         ("block", AxisType.Auto),
-        ("tensor", AxisType.Explicit),
         *(data.slow(recipe, AxisType.Auto) for recipe in ("tensor", "token")),
-        *(data.slow(recipe, AxisType.Explicit) for recipe in ("block", "token")),
+        *(data.slow(recipe, AxisType.Explicit) for recipe in ("block", "tensor", "token")),
     ],
     ids=str,
 )

@@ -52,6 +52,7 @@ def by_hand(up, down, x):
     return x
 
 
+@pytest.mark.slow
 def test_experts_of_a_ragged_product_have_adapters():
     params, x, _ = inputs()
     small, state = lora.adapt(experts, INT3, lora.LoftQ(2, iterations=1))(*inputs())

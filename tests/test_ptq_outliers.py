@@ -87,6 +87,7 @@ def test_stored_model_with_outliers_has_the_reported_losses():
     np.testing.assert_allclose(values, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_owq_of_a_model_equals_owq_of_each_weight():
     large = np.ones(32, np.float32)
     large[[3, 20]] = 20

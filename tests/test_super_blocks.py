@@ -108,6 +108,7 @@ def test_slices_of_tables_equal_the_whole():
     assert_same(part.take(1, 256, 256), q.dequantize()[:, 256:])
 
 
+@pytest.mark.slow
 def test_importance_of_calibration_data_reaches_the_search():
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((32, 256)) * np.sqrt(IMPORTANCE)).astype(np.float32)

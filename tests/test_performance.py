@@ -47,6 +47,13 @@ def test_cast_has_at_most_25_equations(name: str):
     assert 10 < equations(jaxpr.jaxpr) <= (30 if name in POWERS_OF_TWO else 25)
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float6_e3m2fn", "float4_e2m1fn"])
+def test_encode_computes_codes_without_values(name: str):
+    """Checks the number of equations, which is 36 or more if the values are computed first."""
+    x = jax.ShapeDtypeStruct((8,), jnp.float32)
+    assert equations(jax.make_jaxpr(lambda x: jaxq.encode(x, name))(x).jaxpr) <= 25
+
+
 @pytest.mark.parametrize(("name", "most"), [("takum8", 55), ("posit8", 33)])
 def test_cast_to_tapered_format_has_few_equations(name: str, most: int):
     jaxpr = jax.make_jaxpr(lambda x: jaxq.cast(x, name))(jnp.ones(8))
@@ -289,3 +296,14 @@ def test_packing_needs_no_temporary_of_codes(name: str):
     blocks = np.prod(jaxq.get_recipe(name).cut(x.shape).counts)
     # Codes would need a byte per element; partial sums of a mean take a fifth of that.
     assert compiled.memory_analysis().temp_size_in_bytes <= 12 * blocks + x.size // 4
+
+
+@pytest.mark.parametrize("name", data.each(["int3_g128", "q5_0", "mxfp6_e2m3"], ["mxfp6_e2m3"]))
+def test_codes_that_share_bytes_are_computed_once(name: str):
+    """Checks that the step that writes the bytes reads packed words, not the tensor."""
+    x = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
+    compiled = jax.jit(lambda x: jaxq.quantize(x, name)).lower(x).compile()
+    steps, size = instructions(compiled), x.size * jaxq.get_recipe(name).element.bits // 8
+    (tensor,) = [name for name, (_, text) in steps.items() if text.startswith("parameter")]
+    (written,) = [text for n, text in steps.values() if n == size]
+    assert tensor not in re.findall(r"%[\w.-]+", written.split(")")[0])

@@ -8,9 +8,7 @@ says otherwise, and the check that passes without the workaround once the behavi
   also on GPU.
 - `arithmetic.rounded`: a product and a sum are fused into one rounding. Remove it when
   `test_bytes_equal_libgguf` passes without it.
-- `arithmetic.barrier`, in six places. `numerics.pack`: a code is computed again for each byte that
-  holds a part of it, and quantizing to 3, 5, 6 or 7 bits takes up to twice as long; remove it when
-  `benchmarks/casts.py` shows equal times. `analysis` of two tensors: values that two passes compute
+- `arithmetic.barrier`, in five places. `analysis` of two tensors: values that two passes compute
   are stored; remove it when `test_needs_no_temporary_of_tensor_size` passes. Statistics of a step:
   those of constants are computed while compiling, and others are fused with the step and may change
   its bits; remove it when `tests/test_training_statistics.py` passes. Products with adapters: a

@@ -16,7 +16,13 @@ from jaxq.formats import CodebookFormat, FloatFormat, Format, TaperedFormat, get
 from jaxq.gradients import Gradient, Snap, attach, get_gradient, wants_neighbors
 from jaxq.numerics import _codebooks
 from jaxq.numerics._binary import snap
-from jaxq.numerics._codecs import code_dtype, codes_of, level_codes
+from jaxq.numerics._codecs import (
+    code_dtype,
+    codes_of,
+    level_codes,
+    nearest_codes,
+    rounds_to_codes,
+)
 from jaxq.numerics._grids import BinaryGrid
 from jaxq.numerics._rounding import (
     ROUNDINGS,
@@ -198,6 +204,12 @@ def _encode(
         return codes.astype(code_dtype(fmt))
     if isinstance(fmt, TaperedFormat):
         return encode_tapered(wide, fmt, rounding, overflow, random).astype(code_dtype(fmt))
+    if (
+        rounding is nearest_even
+        and overflow in (None, "saturate")
+        and rounds_to_codes(fmt, FloatLayout.of(wide.dtype))
+    ):
+        return nearest_codes(wide, fmt, overflow)
     y = snap(wide, BinaryGrid.of(fmt), rounding, overflow, random)
     return codes_of(y, fmt, wide, overflow).astype(code_dtype(fmt))
 

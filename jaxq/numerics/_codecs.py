@@ -12,7 +12,6 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, extended_bits, where
-from jaxq._jax.arithmetic import barrier
 from jaxq._jax.meshes import as_first, automatic
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat, get_format
 from jaxq.numerics._grids import BinaryGrid, is_narrow
@@ -78,6 +77,57 @@ def codes_of(
         sign = np.uint64(2 ** (fmt.bits - 1)).astype(integer)
         codes = codes | (bits >> integer(8 * np.dtype(integer).itemsize - fmt.bits) & sign)
     return codes.astype(code_dtype(fmt))
+
+
+def rounds_to_codes(fmt: Format, layout: FloatLayout) -> bool:
+    """Returns whether `nearest_codes` supports a format."""
+    return (
+        isinstance(fmt, FloatFormat)
+        and (fmt.signed and fmt.subnormals and fmt.zero and fmt.mantissa_bits > 0)
+        and fmt.nan != "negative_zero"
+        and is_narrow(BinaryGrid.of(fmt), layout)
+    )
+
+
+def nearest_codes(x: jax.Array, fmt: FloatFormat, overflow: Overflow) -> jax.Array:
+    """Returns the codes of the nearest values, half to even, without computing these values.
+
+    Args:
+      x: float32 or float64 numbers.
+      fmt: a format for which `rounds_to_codes` is true.
+      overflow: None or "saturate", as in `jaxq.encode`.
+    """
+    layout = FloatLayout.of(x.dtype)
+    integer = layout.int_type
+    bits = layout.bits(x)
+    magnitude = bits & layout.magnitude_mask
+    # The code is the upper part of the bits, with another bias: a carry moves to the next code.
+    dropped = integer(layout.mantissa_bits - fmt.mantissa_bits)
+    last = (magnitude >> dropped) & integer(1)
+    below_half = integer((1 << int(dropped) - 1) - 1)
+    first = integer((fmt.emin + layout.bias - 1) << fmt.mantissa_bits)
+    codes = ((magnitude + (last + below_half)) >> dropped) - first
+    # Below the smallest normal value it is a multiple of the smallest subnormal, which the addition
+    # of `anchor` rounds and places in the low bits of the float.
+    anchor = layout.float_type(2.0 ** (layout.mantissa_bits + fmt.emin - fmt.mantissa_bits))
+    counted = layout.bits(layout.floats(magnitude) + anchor) - layout.bits(anchor)
+    codes = where(magnitude < layout.field(fmt.emin), counted, codes)
+    beyond = fmt.max_code
+    if overflow is None and fmt.inf_code is not None:
+        beyond = fmt.inf_code
+    elif overflow is None and fmt.nan_code is not None:
+        beyond = fmt.nan_code
+    if beyond <= fmt.max_code + 1:
+        codes = lax.min(codes, integer(beyond))
+    else:
+        codes = where(codes > integer(fmt.max_code), integer(beyond), codes)
+    is_nan = magnitude > layout.inf
+    sign = bits >> integer(8 * np.dtype(integer).itemsize - fmt.bits)
+    if fmt.nan_code is None:  # As in `snap`, NaN becomes the zero of the opposite sign.
+        codes, sign = where(is_nan, integer(0), codes), where(is_nan, ~sign, sign)
+    else:
+        codes = where(is_nan, integer(fmt.nan_code), codes)
+    return (codes | (sign & integer(1 << (fmt.bits - 1)))).astype(code_dtype(fmt))
 
 
 @functools.cache
@@ -250,21 +300,25 @@ def _packed(codes: jax.Array, bits: int) -> jax.Array:
     padding = [(0, 0, 0)] * len(leading) + [(0, groups * per_group - n, 0)]
     mask = 2 ** min(bits, 8 * codes.dtype.itemsize) - 1
     masked = jnp.bitwise_and(codes, codes.dtype.type(mask))
-    # Without the barrier XLA on CPU (JAX 0.10 and 0.12) computes a code again for each byte that
-    # contains a part of it: quantizing to 3, 5, 6 or 7 bits takes up to twice as long.
-    if group_bytes > 1:
-        masked = barrier(masked)
     wide = lax.pad(masked.astype(jnp.uint32), np.uint32(0), padding)
-    wide = wide.reshape(*leading, groups, per_group)
+    # Codes are first summed to words of up to 32 bits. XLA on CPU (JAX 0.10 and 0.12) vectorizes
+    # these sums and computes each code once; without them it computes a code again for each byte
+    # that contains a part of it, which takes up to 16 times as long.
+    per_word = max(n for n in range(1, per_group + 1) if per_group % n == 0 and n * bits <= 32)
+    parts = wide.reshape(*leading, groups, per_group // per_word, per_word)
+    shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
+    shifts = shifts.reshape((1,) * (len(leading) + 1) + (-1,))
+    words = {  # By the position of the first bit in the group.
+        i * per_word * bits: jnp.sum(parts[..., i, :] << shifts, axis=-1, dtype=jnp.uint32)
+        for i in range(per_group // per_word)
+    }
     rows = []
-    for byte in range(group_bytes):
-        shifts = np.arange(per_group) * bits - 8 * byte  # The start of each code in this byte.
-        (here,) = np.nonzero((-bits < shifts) & (shifts < 8))
-        shifts = shifts[here].reshape((1,) * len(leading) + (1, -1))
-        left, right = (np.maximum(shift, 0).astype(np.uint32) for shift in (shifts, -shifts))
-        placed = wide[..., here[0] : here[-1] + 1] << left >> right
-        # XLA on CPU vectorizes a sum, but not an expression of individual codes.
-        value = jnp.sum(placed, axis=-1, dtype=jnp.uint32)
+    for start in range(0, 8 * group_bytes, 8):
+        value = jnp.zeros((*leading, groups), jnp.uint32)
+        for first, word in words.items():
+            if first - 8 < start < first + per_word * bits:
+                left, right = (np.uint32(max(n, 0)) for n in (first - start, start - first))
+                value |= word << left >> right
         rows.append((value & np.uint32(255)).astype(jnp.uint8))
     packed = jnp.stack(rows, axis=-1).reshape(*leading, groups * group_bytes)
     return packed[..., : -(-n * bits // 8)]

@@ -18,7 +18,16 @@ from jaxq.numerics._grids import BinaryGrid, is_narrow
 from jaxq.numerics._rounding import Overflow
 from jaxq.numerics._tapered import decode_tapered
 
-__all__ = ["code_dtype", "codes_of", "decode", "pack", "unpack"]
+__all__ = [
+    "code_dtype",
+    "codes_of",
+    "decode",
+    "integer_codes",
+    "nearest_codes",
+    "pack",
+    "rounds_to_codes",
+    "unpack",
+]
 
 
 def code_dtype(fmt: Format) -> np.dtype:
@@ -41,11 +50,7 @@ def codes_of(
     layout = FloatLayout.of(y.dtype)
     integer = layout.int_type
     if isinstance(fmt, IntFormat):
-        # Adding 1.5 * 2^k, whose last bit is the format's last bit, places the integer code in the
-        # low bits of the float, in two's complement.
-        anchor = layout.float_type(1.5 * 2.0 ** (layout.mantissa_bits - fmt.fraction_bits))
-        codes = layout.bits(y + anchor) & integer(2**fmt.bits - 1)
-        return codes.astype(code_dtype(fmt))
+        return integer_codes(y, fmt)
     bits = layout.bits(y)
     magnitude = bits & layout.magnitude_mask
     narrow = is_narrow(BinaryGrid.of(fmt), layout)
@@ -128,6 +133,16 @@ def nearest_codes(x: jax.Array, fmt: FloatFormat, overflow: Overflow) -> jax.Arr
     else:
         codes = where(is_nan, integer(fmt.nan_code), codes)
     return (codes | (sign & integer(1 << (fmt.bits - 1)))).astype(code_dtype(fmt))
+
+
+def integer_codes(y: jax.Array, fmt: IntFormat) -> jax.Array:
+    """Returns the codes of float32 or float64 values of an integer or fixed-point format."""
+    layout = FloatLayout.of(y.dtype)
+    # Adding 1.5 * 2^k, whose last bit is the format's last bit, places the integer code in the low
+    # bits of the float, in two's complement.
+    anchor = layout.float_type(1.5 * 2.0 ** (layout.mantissa_bits - fmt.fraction_bits))
+    codes = layout.bits(y + anchor) & layout.int_type(2**fmt.bits - 1)
+    return codes.astype(code_dtype(fmt))
 
 
 @functools.cache

@@ -15,8 +15,8 @@ from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import materialize
 from jaxq._jax.reductions import summed
-from jaxq.formats import FloatFormat, get_format
-from jaxq.numerics import BinaryGrid, HalfUp, Rounding, cast, enclosing, encode
+from jaxq.formats import FloatFormat, IntFormat, get_format
+from jaxq.numerics import BinaryGrid, HalfUp, Rounding, cast, enclosing, encode, integer_codes
 from jaxq.recipes import Range, Recipe, Scales, finite, in_units, limits, powers, times
 
 __all__ = ["codes", "ends_of", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
@@ -72,7 +72,9 @@ def numbers(
 def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -> jax.Array:
     """Returns the codes of a split float32 tensor, which encode `numbers` plus the zero point."""
     if scales.zero_point is not None:
-        return encode(numbers(x, scales, key, recipe) + scales.zero_point, recipe.element)
+        assert isinstance(recipe.element, IntFormat)  # The scaling has checked it.
+        whole = numbers(x, scales, key, recipe) + scales.zero_point
+        return integer_codes(where(whole == whole, whole, np.float32(0)), recipe.element)
     if scales.numbers is not None:
         return encode(numbers(x, scales, key, recipe), recipe.element)
     units = units_of(x, scales, recipe)

@@ -20,6 +20,7 @@ __all__ = [
     "materialize",
     "reciprocal",
     "rounded",
+    "uses_vectors",
 ]
 
 _FLOAT32 = FloatLayout.of(np.dtype(np.float32))
@@ -48,10 +49,15 @@ def by_vectors(function: Callable[..., Any], *arrays: jax.Array) -> Any:
       arrays: its arguments.
     """
     shape = arrays[0].shape
-    if jax.device_count() > 1 or any(map(is_symbolic, shape)):
+    if not uses_vectors(shape):
         return function(*arrays)
     results = function(*(x.reshape(-1) for x in arrays))
     return jax.tree.map(lambda y: y.reshape(shape) if y.ndim else y, results)
+
+
+def uses_vectors(shape: tuple[Any, ...]) -> bool:
+    """Returns whether `by_vectors` flattens arrays of a shape."""
+    return jax.device_count() == 1 and not any(map(is_symbolic, shape))
 
 
 def hidden_broadcast(bits: jax.Array, like: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 To add a rounding mode, write a function in `_rounding.py` and list it in `ROUNDINGS`.
 """
 
+from jaxq.numerics._binary import nearest_magnitudes, rounds_magnitudes
 from jaxq.numerics._casting import as_dtype, cast, enclosing, encode, floats, widen
 from jaxq.numerics._codecs import code_dtype, decode, integer_codes, pack, unpack
 from jaxq.numerics._grids import BinaryGrid, float_grid, int_grid

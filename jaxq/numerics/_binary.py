@@ -14,7 +14,7 @@ So there are three ways to compute the units and to multiply them by the spacing
 - wide: any other grid, including traced ones, by integer arithmetic.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import numpy as np
@@ -22,10 +22,11 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, extended_bits, where
+from jaxq.formats import FloatFormat, IntFormat
 from jaxq.numerics._grids import BinaryGrid, is_aligned, is_narrow, is_normal
 from jaxq.numerics._rounding import Overflow, Rounding, is_directed, nearest_even, pins, to_odd
 
-__all__ = ["snap"]
+__all__ = ["nearest_magnitudes", "rounds_magnitudes", "snap"]
 
 
 def snap(
@@ -64,6 +65,35 @@ def snap(
         limit = layout.constant(grid.max)
         result = layout.bits(where(_exceeds(y, limit, args), limit, y))
     return layout.floats(_signed(result, args))
+
+
+def rounds_magnitudes(fmt: Any) -> TypeGuard[FloatFormat | IntFormat]:
+    """Returns whether `nearest_magnitudes` supports a format."""
+    if not isinstance(fmt, FloatFormat | IntFormat):
+        return False
+    grid = BinaryGrid.of(fmt)
+    return (
+        is_narrow(grid, FloatLayout.of(np.dtype(np.float32)))
+        and grid.signed
+        and grid.zero
+        and grid.max == -grid.min
+    )
+
+
+def nearest_magnitudes(x: jax.Array, fmt: FloatFormat | IntFormat) -> jax.Array:
+    """Returns the magnitudes to which float32 numbers round, half to even and saturating.
+
+    This takes half of the operations of `snap`. The result for NaN is undefined.
+
+    Args:
+      x: float32 numbers.
+      fmt: a format for which `rounds_magnitudes` is true.
+    """
+    layout, grid = FloatLayout.of(x.dtype), BinaryGrid.of(fmt)
+    bits = layout.bits(x)
+    magnitude = bits & layout.magnitude_mask
+    args = _Snap(bits, magnitude, grid, layout, nearest_even, "saturate", None)
+    return lax.min(_narrow(args), jnp.full_like(x, grid.max))
 
 
 class _Snap(NamedTuple):

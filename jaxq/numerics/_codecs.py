@@ -5,6 +5,7 @@ All of these are exact: rounding happens before, in `_binary`, `_codebooks` and 
 
 import functools
 import math
+from typing import TypeGuard
 
 import jax
 import numpy as np
@@ -84,7 +85,7 @@ def codes_of(
     return codes.astype(code_dtype(fmt))
 
 
-def rounds_to_codes(fmt: Format, layout: FloatLayout) -> bool:
+def rounds_to_codes(fmt: Format, layout: FloatLayout) -> TypeGuard[FloatFormat]:
     """Returns whether `nearest_codes` supports a format."""
     return (
         isinstance(fmt, FloatFormat)

@@ -3,8 +3,7 @@
 x -> range -> scale -> x / scale -> snap to the grid
 """
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,11 +12,22 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
-from jaxq._jax.arithmetic import materialize
+from jaxq._jax.arithmetic import materialize, rounded, uses_vectors
 from jaxq._jax.reductions import summed
 from jaxq.formats import FloatFormat, IntFormat, get_format
-from jaxq.numerics import BinaryGrid, HalfUp, Rounding, cast, enclosing, encode, integer_codes
-from jaxq.recipes import Range, Recipe, Scales, finite, in_units, limits, powers, times
+from jaxq.numerics import (
+    BinaryGrid,
+    HalfUp,
+    Rounding,
+    cast,
+    enclosing,
+    encode,
+    get_rounding,
+    integer_codes,
+    nearest_magnitudes,
+    rounds_magnitudes,
+)
+from jaxq.recipes import E8M0, Range, Recipe, Scales, finite, in_units, limits, powers, times
 
 __all__ = ["codes", "ends_of", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
 
@@ -161,12 +171,18 @@ def restored(
     y = times(values, step, scale_format)
     if minimum is not None:
         y = y + minimum  # The product is exact, because the scaling has checked the widths.
-    bounded = (fmt.max - fmt.min) * recipe.scaling.largest_scale < 2.0**127
+    bounded = _is_bounded(recipe)
     if traced:
         return where(jnp.broadcast_to(bounded, y.shape), y, finite(y))
     if bounded:
         return y  # Only an infinite scale makes this infinite.
     return finite(y)
+
+
+def _is_bounded(recipe: Recipe) -> Any:
+    """Returns whether grid values times finite scales are finite; an array for a traced grid."""
+    fmt = recipe.element
+    return (fmt.max - fmt.min) * recipe.scaling.largest_scale < 2.0**127
 
 
 class _Best(NamedTuple):
@@ -181,52 +197,77 @@ def _searched(
 ) -> jax.Array:
     """Returns the factor of each block's range with the least squared error; the first on ties."""
     amax = lax.max(*map(jnp.abs, ends))
+    down, _ = powers(amax)
 
     def error(factor: jax.Array) -> jax.Array:
         scales = recipe.scaling.scales(ends, recipe.element, factor)
-        values = numbers(x, scales, key, recipe)
-        y = restored(values, scales.step, scales.minimum, recipe)
-        return _squared_error(x, y, amax, cut)
+        return _squared_error(_distance(x, scales, down, key, recipe), cut)
 
     def better(best: _Best, other: _Best) -> _Best:
         is_better = other.error < best.error
         return _Best(*(where(is_better, b, a) for a, b in zip(best, other, strict=True)))
 
     search = recipe.scaling.search
-    best = _Best(jnp.full_like(amax, np.inf), jnp.full_like(amax, search[0]))
     factors = jnp.asarray(search, jnp.float32)
     if len(search) > _AT_ONCE:
+        best = _Best(jnp.full_like(amax, np.inf), jnp.full_like(amax, search[0]))
 
         def step(best: _Best, factor: jax.Array) -> tuple[_Best, None]:
-            return better(best, _Best(error(factor), factor)), None
+            return better(best, _Best(error(factor).reshape(amax.shape), factor)), None
 
         return materialize(lax.scan(step, best, factors)[0].factor)
-    errors = jax.vmap(error)(factors)
-    for i, factor in enumerate(search):
-        best = better(best, _Best(errors[i], jnp.float32(factor)))
-    return materialize(best.factor)
+
+    def least(*errors: jax.Array) -> jax.Array:
+        best = _Best(errors[0], jnp.full_like(errors[0], search[0]))
+        for other, factor in zip(errors[1:], search[1:], strict=True):
+            best = better(best, _Best(other, jnp.float32(factor)))
+        return materialize(best.factor)
+
+    return least(*jax.vmap(error)(factors)).reshape(amax.shape)
 
 
-def _squared_error(x: jax.Array, y: jax.Array, amax: jax.Array, cut: Cut) -> jax.Array:
-    """Returns the sum of squared errors of each block, in units that depend on amax alone.
+def _distance(
+    x: jax.Array, scales: Scales, down: jax.Array, key: jax.Array | None, recipe: Recipe
+) -> jax.Array:
+    """Returns the distance of each element to its quantized value, times `down`, up to the sign.
+
+    LLVM would fuse the product and the difference into one rounding, if nothing stood in between.
+    """
+    fmt = recipe.element
+    symmetric = scales.zero_point is None and scales.minimum is None and scales.numbers is None
+    default = get_rounding(recipe.rounding) is get_rounding("nearest_even")
+    power_of_two = recipe.scale_format == E8M0  # Its least scale is subnormal.
+    if not (symmetric and default and rounds_magnitudes(fmt)) or power_of_two:
+        y = restored(numbers(x, scales, key, recipe), scales.step, scales.minimum, recipe)
+        return x * down - rounded(y * down)
+    values = nearest_magnitudes(units_of(x, scales, recipe), fmt)
+    magnitude = values * materialize(jnp.abs(scales.step) * down)
+    if _is_bounded(recipe):
+        magnitude = rounded(magnitude)
+    else:
+        magnitude = lax.min(magnitude, materialize(np.finfo(np.float32).max * down))
+    return jnp.abs(x) * down - magnitude
+
+
+def _squared_error(distance: jax.Array, cut: Cut) -> jax.Array:
+    """Returns the sum of squares of each block of numbers below 4, perhaps as a vector.
 
     Integers are summed, so the result does not depend on the order of summation. Equal errors,
     which are frequent for data on a grid, therefore stay equal in every program. For blocks
     longer than 128 on the last axis, partial sums are added in float32.
     """
-    # `down` moves amax into [2, 4), so factors of 2^20 give errors in multiples of 2^-22 of the
-    # power of two above amax.
-    down, _ = powers(amax)
-    nearest = lax.RoundingMethod.TO_NEAREST_EVEN
-    x_units, y_units = (lax.round(v * down * np.float32(2.0**20), nearest) for v in (x, y))
-    distance = x_units - y_units
     if not cut.block:
         return distance * distance
-    last = cut.block[-1]
+    # The addition rounds a square to a multiple of 2^-19, which it places in the low bits.
+    anchor = np.float32(2.0**23)
+    square = lax.min(distance * distance * np.float32(2.0**19), anchor)
+    squares = _FLOAT32.bits(square + anchor) - _FLOAT32.bits(anchor)
+    *leading, last = squares.shape
+    if uses_vectors(squares.shape) and all(squares.shape[axis] == 1 for axis in cut.axes[:-1]):
+        # XLA on CPU (JAX 0.10 and 0.12) does not vectorize what reads the sums in another shape.
+        leading, axes = [-1], (1,)
+    else:
+        axes = cut.axes
     step = next(d for d in range(max(1, min(last, 128)), 0, -1) if last % d == 0)
-    square_bits = 30 - math.ceil(math.log2(step))  # The number of bits that a square may have.
-    squares = lax.round(distance * distance * np.float32(2.0 ** (square_bits - 44)), nearest)
-    squares = squares.astype(jnp.int32)
-    parts = squares.reshape(*squares.shape[:-1], last // step, step)
-    sums = summed(parts).astype(jnp.float32)
-    return jnp.sum(sums, axis=cut.axes, keepdims=True)
+    sums = summed(squares.reshape(*leading, last // step, step)).astype(jnp.float32)
+    return jnp.sum(sums, axis=axes, keepdims=leading != [-1])

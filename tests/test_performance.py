@@ -298,6 +298,14 @@ def test_packing_needs_no_temporary_of_codes(name: str):
     assert compiled.memory_analysis().temp_size_in_bytes <= 12 * blocks + x.size // 4
 
 
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_unpack_has_no_expression_per_code(bits: int):
+    """Checks the number of equations, which a vectorized program needs once for all codes."""
+    packed = jax.ShapeDtypeStruct((4, 16 * bits), jnp.uint8)
+    jaxpr = jax.make_jaxpr(lambda packed: jaxq.numerics.unpack(packed, bits, 128))(packed)
+    assert equations(jaxpr.jaxpr) <= 20
+
+
 @pytest.mark.parametrize("name", data.each(["int3_g128", "q5_0", "mxfp6_e2m3"], ["mxfp6_e2m3"]))
 def test_codes_that_share_bytes_are_computed_once(name: str):
     """Checks that the step that writes the bytes reads packed words, not the tensor."""

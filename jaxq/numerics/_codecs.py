@@ -295,7 +295,8 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
     size = packed.shape[-1]
     if packed.dtype != jnp.uint8:
         raise TypeError(
-            f"unpack: `packed` must be uint8, got {packed.dtype}. Pass the result of jaxq.pack."
+            f"unpack: `packed` must be uint8, got {packed.dtype}. Pass the result of "
+            "jaxq.numerics.pack."
         )
     if size != -(-n * bits // 8):
         raise ValueError(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from jaxq._base.tables import Table, Tabular
 
@@ -124,14 +125,18 @@ class Report(Tabular):
 _LOSSES = ("rtn", "loss")
 
 
-def _line(row: SolvedProduct) -> _Line:
-    values = (getattr(row, field.name) for field in dataclasses.fields(_Line))
-    return _Line(*values)
+def _line(row: Any, line_type: Any = _Line) -> Any:
+    """Returns the line of a row, which has all fields of the line."""
+    values = (getattr(row, field.name) for field in dataclasses.fields(line_type))
+    return line_type(*values)
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnedBlock:
     """The progress or the result of one block.
+
+    Without validation, the best weights are those with the least `loss`; with it, those with the
+    least `validation_loss`.
 
     Attributes:
       block: the index of the block.
@@ -140,6 +145,8 @@ class LearnedBlock:
         of the float outputs.
       loss: the same error with the best weights so far.
       weights: the number of leaves whose rounding is learned.
+      validation_rtn: the error `rtn` on the batches for validation, or None if there are none.
+      validation_loss: the error `loss` on the batches for validation, or None if there are none.
       note: the weights that the rules quantize but that are not stored, with the reasons; or "".
 
     Example:
@@ -154,7 +161,21 @@ class LearnedBlock:
     rtn: float
     loss: float
     weights: int
+    validation_rtn: float | None = None
+    validation_loss: float | None = None
     note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _BlockLine:
+    """A line of the printed table without validation."""
+
+    block: int
+    step: int
+    rtn: float
+    loss: float
+    weights: int
+    note: str
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -174,4 +195,6 @@ class RoundingReport(Tabular):
     rows: tuple[LearnedBlock, ...]
 
     def _table(self) -> Table:
-        return Table(self.rows)
+        if any(row.validation_loss is not None for row in self.rows):
+            return Table(self.rows)
+        return Table(tuple(_line(row, _BlockLine) for row in self.rows))

@@ -32,6 +32,8 @@ __all__ = [
     "neighbors",
     "quantize",
     "quantized_sharding",
+    "rescaled",
     "snap",
     "values_of",
+    "with_minima",
 ]

@@ -185,6 +185,15 @@ def rescaled(q: Quantized, factor: jax.typing.ArrayLike) -> Quantized:
       q: the tensor; its scaling has no second level in blocks.
       factor: float32 factors of the stored scales, broadcastable to their shape. The products are
         rounded to the scale format.
+
+    Returns:
+      The tensor.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> q = jaxq.quantize(jnp.array([0.5, -1.0]), jaxq.Recipe("int2"))
+      >>> rescaled(q, 0.5).dequantize().tolist()
+      [0.0, -0.5]
     """
     fmt = q.recipe.scale_format
     scale = q.recipe.scaling.rounded(decoded(q.scale, q) * factor)
@@ -197,5 +206,15 @@ def with_minima(q: Quantized, minimum: jax.Array) -> Quantized:
     Args:
       q: the tensor; its scaling stores a minimum for each block.
       minimum: float32 minima, in the shape of the scales, which are rounded to the scale format.
+
+    Returns:
+      The tensor.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> recipe = jaxq.Recipe("uint2", scaling=jaxq.recipes.ScaleAndMin())
+      >>> q = jaxq.quantize(jnp.array([1.0, 2.0, 3.0, 4.0]), recipe)
+      >>> with_minima(q, jnp.array([0.5])).dequantize().tolist()
+      [0.5, 1.5, 2.5, 3.5]
     """
     return dataclasses.replace(q, zero_point=encode(minimum, q.recipe.scale_format))

@@ -60,10 +60,10 @@ def test_stored_products_are_not_solved_again(tmp_path: pathlib.Path):
     solve(PARAMS, BATCHES)
     path = tmp_path / "run" / "00000.safetensors"
     entry = jaxq.load(path)
-    entry["texts"]["fallback"] = "from the file"
+    entry["texts"]["unsolved_reason"] = "from the file"
     jaxq.save(path, entry)
     _, report = solve(PARAMS, BATCHES)
-    assert [row.fallback for row in report.rows][:2] == ["from the file", ""]
+    assert [row.unsolved_reason for row in report.rows][:2] == ["from the file", ""]
 
 
 @pytest.mark.parametrize("validation", [None, [normal(5, 20, 8)]], ids=["alone", "validation"])

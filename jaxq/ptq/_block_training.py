@@ -191,7 +191,7 @@ class Trainer:
     def _values(self, choice: Mapping[int, Rounded]) -> dict[int, jax.Array]:
         """Returns the values of leaves, bitwise equal to the dequantized packed leaves."""
         return {
-            i: values_of(rounded.numbers, levels(rounded.start), self._leaves[i].recipe)
+            i: values_of(rounded.grid_values, levels(rounded.start), self._leaves[i].recipe)
             for i, rounded in choice.items()
         }
 

@@ -31,7 +31,7 @@ from jaxq.ptq._rounding_methods import (
     get_rounding_method,
 )
 from jaxq.ptq._solvers import check_recipe
-from jaxq.quantizers import Quantized, numbers_of, with_levels
+from jaxq.quantizers import Quantized, grid_values_of, with_levels
 
 __all__ = ["learn_rounding"]
 
@@ -242,7 +242,7 @@ class _LearningRun:
     ) -> tuple[LearnedBlock, dict[int, Rounded]]:
         """Learns one block and returns its row of the report and the best levels of each leaf."""
         problems = block.problems()
-        best = {i: Rounded(p.start, numbers_of(p.start)) for i, p in problems.items()}
+        best = {i: Rounded(p.start, grid_values_of(p.start)) for i, p in problems.items()}
 
         def measure(choice: dict[int, Rounded], noun: str) -> Errors:
             outputs = trainer.outputs(trainer.values(choice), block.arrays, data.inputs)
@@ -353,7 +353,7 @@ class _PlannedBlock:
     def levels_of(self, packed: Sequence[Quantized]) -> dict[int, Rounded]:
         """Returns the levels of learned leaves, the inverse of `packed_leaves`."""
         pairs = zip(self.leaves, packed, strict=True)
-        return {leaf.index: Rounded(q, numbers_of(q)) for leaf, q in pairs}
+        return {leaf.index: Rounded(q, grid_values_of(q)) for leaf, q in pairs}
 
     def packed(self, choice: dict[int, Rounded]) -> Any:
         """Returns the parameters of the block with stored weights."""

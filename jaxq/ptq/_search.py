@@ -18,19 +18,19 @@ class Blocks(NamedTuple):
 
     Attributes:
       leaves: the quantized leaves.
-      numbers: the index of the block of each element, counted across all leaves, int32
+      indices: the index of the block of each element, counted across all leaves, int32
         `[matrices, inputs, outputs]`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> from jaxq import ptq
       >>> q = jaxq.quantize(jnp.array([[0.4, 1.0], [0.4, -0.3]]), jaxq.Recipe("int2"))
-      >>> ptq.Blocks((q,), numbers=jnp.zeros((1, 2, 2), jnp.int32)).numbers.shape
+      >>> ptq.Blocks((q,), indices=jnp.zeros((1, 2, 2), jnp.int32)).indices.shape
       (1, 2, 2)
     """
 
     leaves: tuple[Quantized, ...]
-    numbers: jax.Array
+    indices: jax.Array
 
 
 class SearchProblem(NamedTuple):
@@ -47,8 +47,8 @@ class SearchProblem(NamedTuple):
       >>> from jaxq import ptq
       >>> from jaxq.quantizers import Levels
       >>> w, steps = jnp.array([[0.4, 1.0], [0.4, -0.3]]), jnp.ones((1, 2, 2))
-      >>> q, numbers = jaxq.quantize(w, jaxq.Recipe("int2")), jnp.zeros((1, 2, 2), jnp.int32)
-      >>> levels, blocks = Levels(steps, None, None), ptq.Blocks((q,), numbers)
+      >>> q, indices = jaxq.quantize(w, jaxq.Recipe("int2")), jnp.zeros((1, 2, 2), jnp.int32)
+      >>> levels, blocks = Levels(steps, None, None), ptq.Blocks((q,), indices)
       >>> tokens = ptq.collect(jnp.ones((1, 4, 2)))
       >>> problem = ptq.SearchProblem(w[None], levels, blocks, tokens)
       >>> problem.count, [scale.shape for _, scale in problem.by_leaf(jnp.array([2.0]))]
@@ -108,7 +108,7 @@ class Search(Protocol):
       ...
       ...     def leaves(self, problem, options):
       ...         def block_sums(x):
-      ...             blocks = problem.blocks.numbers.reshape(-1)
+      ...             blocks = problem.blocks.indices.reshape(-1)
       ...             return jax.ops.segment_sum(x.reshape(-1), blocks, problem.count)
       ...
       ...         _, values = snap(problem.weight, problem.levels, options.recipe)

@@ -19,7 +19,16 @@ from jaxq.formats import FloatFormat, get_format
 from jaxq.numerics import BinaryGrid, HalfUp, Rounding, cast, enclosing, encode
 from jaxq.recipes import Range, Recipe, Scales, finite, in_units, limits, powers, times
 
-__all__ = ["codes", "ends_of", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
+__all__ = [
+    "codes",
+    "ends_of",
+    "grid_values",
+    "interval",
+    "measured",
+    "on_grid",
+    "restored",
+    "units_of",
+]
 
 _FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 
@@ -47,7 +56,7 @@ def measured(
     return scaling.scales(ends, fmt, factor)
 
 
-def numbers(
+def grid_values(
     x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe, *, given: bool = False
 ) -> jax.Array:
     """Returns the grid values of a split float32 tensor, minus the zero point.
@@ -61,20 +70,20 @@ def numbers(
         that is a number.
     """
     default = recipe.rounding == "nearest_even" or isinstance(recipe.rounding, HalfUp)
-    if scales.numbers is not None and default:
-        return scales.numbers
+    if scales.grid_values is not None and default:
+        return scales.grid_values
     units = units_of(x, scales, recipe)
-    if (given or scales.numbers is not None) and _lacks_nan(recipe):
+    if (given or scales.grid_values is not None) and _lacks_nan(recipe):
         units = _positive_nan(units)
     return on_grid(units, scales.zero_point, recipe.rounding, key, recipe)
 
 
 def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -> jax.Array:
-    """Returns the codes of a split float32 tensor, which encode `numbers` plus the zero point."""
+    """Returns the codes of a split float32 tensor: its `grid_values` plus the zero point."""
     if scales.zero_point is not None:
-        return encode(numbers(x, scales, key, recipe) + scales.zero_point, recipe.element)
-    if scales.numbers is not None:
-        return encode(numbers(x, scales, key, recipe), recipe.element)
+        return encode(grid_values(x, scales, key, recipe) + scales.zero_point, recipe.element)
+    if scales.grid_values is not None:
+        return encode(grid_values(x, scales, key, recipe), recipe.element)
     units = units_of(x, scales, recipe)
     units = _positive_nan(units) if isinstance(recipe.element, FloatFormat) else units
     return encode(units, recipe.element, rounding=recipe.rounding, overflow="saturate", key=key)
@@ -182,7 +191,7 @@ def _searched(
 
     def error(factor: jax.Array) -> jax.Array:
         scales = recipe.scaling.scales(ends, recipe.element, factor)
-        values = numbers(x, scales, key, recipe)
+        values = grid_values(x, scales, key, recipe)
         y = restored(values, scales.step, scales.minimum, recipe)
         return _squared_error(x, y, amax, cut)
 

@@ -161,9 +161,9 @@ LAYERS = [
 def test_later_blocks_learn_from_the_outputs_of_packed_blocks():
     rules = {"up": jaxq.Recipe("int3", jaxq.PerChannel()), "down": "w8a8"}
     mask = np.arange(6) < 4
-    x = np.where(mask[None, None, :, None], normal(5, 3, 2, 6, 16), 100)
+    x = np.where(mask[None, None, :, None], normal(5, 5, 2, 6, 16), 100)
     masks = np.broadcast_to(mask, (2, 6))
-    batches = [(x[i], masks) for i in range(3)]
+    batches = [(x[i], masks) for i in range(5)]
     rows = []
     learn = ptq.learn_rounding(
         [layer, layer],
@@ -172,19 +172,24 @@ def test_later_blocks_learn_from_the_outputs_of_packed_blocks():
         mask=lambda _, mask: mask,
         progress=rows.append,
     )
-    packed, report = learn(LAYERS, batches, key=KEY)
+    packed, report = learn(LAYERS, batches[:3], key=KEY, validation=batches[3:])
     chex.assert_type(packed[0]["up"], jnp.bfloat16)
 
     def model(params, x):
         return layer(params[1], *layer(params[0], x, masks))[0]
 
-    total = power = 0.0
     small = jaxq.quantize_fn(model, rules)
-    for batch, _ in batches:
-        y, target = np.asarray(small(packed, batch)), np.asarray(model(LAYERS, batch))
-        total += np.sum((y - target)[:, mask] ** 2)
-        power += np.sum(target[:, mask] ** 2)
-    assert report.rows[1].loss == pytest.approx(float(total / power), rel=1e-3)
+
+    def error(batches):
+        total = power = 0.0
+        for batch, _ in batches:
+            y, target = np.asarray(small(packed, batch)), np.asarray(model(LAYERS, batch))
+            total += np.sum((y - target)[:, mask] ** 2)
+            power += np.sum(target[:, mask] ** 2)
+        return float(total / power)
+
+    assert report.rows[1].loss == pytest.approx(error(batches[:3]), rel=1e-3)
+    assert report.rows[1].validation_loss == pytest.approx(error(batches[3:]), rel=1e-3)
     assert [row.weights for row in report.rows] == [2, 2]
     assert report.rows[1].loss < 0.8 * report.rows[1].rtn
     assert [row.step for row in rows if row.block == 1][:2] == [0, 1]

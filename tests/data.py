@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -65,6 +66,11 @@ def format_features(fmt: jaxq.formats.Format) -> set:
     return found
 
 
+# The remedy at the end of an error about a file.
+REMEDY = re.compile(
+    r"\. (?:(?:Add|Check|Convert|Correct|Download|If|Leave|Open|Quantize|Remove|Save|Split|Write)"
+    r" [^.]*(?:\.\w[^.]*)*|raw=True \(--raw\) reads the tensors as stored)\.$"
+)
 FLOAT_FEATURES = ("inf", "nan", "signed", "zero", "subnormals", "parity")
 
 

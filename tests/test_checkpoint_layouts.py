@@ -17,6 +17,7 @@ import safetensors.numpy
 import jaxq
 from jaxq.interop import FileError, load_tensors, open_tensors
 from jaxq.recipes import Affine, PerBlock, Recipe
+from tests import data
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "checkpoints.safetensors"
 CONFIGS: dict[str, str] = safetensors.safe_open(GOLDEN, "np").metadata()
@@ -347,4 +348,5 @@ def test_damaged_checkpoints_are_refused(case: str, tmp_path: pathlib.Path):
     tracemalloc.stop()
     assert peak < 2**21
     assert str(caught.value).startswith(str(folder))
+    assert data.REMEDY.search(str(caught.value))
     assert len(str(caught.value)) < 300 + len(str(folder))

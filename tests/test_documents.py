@@ -1,9 +1,11 @@
-"""Runs the Python blocks of the README and the docs, and checks links and public names.
+"""Runs the Python blocks of the README and the docs, and checks links and names.
 
 Pages with a kernel in their header are notebooks, which run when the site is built.
 """
 
+import ast
 import importlib
+import inspect
 import pathlib
 import re
 import types
@@ -19,6 +21,7 @@ DOCS = ROOT / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if DOCS / "_build" not in page.parents]
 DOCUMENTS = [ROOT / "README.md", *PAGES]
 PROJECT = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+FOLDERS = ("jaxq", "examples", "tools", "benchmarks", "docs")
 PUBLIC = (
     "jaxq",
     *(
@@ -137,7 +140,7 @@ def test_every_public_name_is_documented(name: str):
 
 
 def _find(path: str) -> object:
-    """Returns the object with a dotted name."""
+    """Returns the object with a dotted name, or None for a field of a record."""
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -145,9 +148,35 @@ def _find(path: str) -> object:
         except ModuleNotFoundError:
             continue
         for part in parts[end:]:
-            found = getattr(found, part)
+            is_field = isinstance(found, type) and part in inspect.get_annotations(found)
+            found = None if is_field else getattr(found, part)
         return found
     raise ModuleNotFoundError(path)
+
+
+# The style sheet `jaxq.css` is no name.
+NAME = re.compile(r"\bjaxq(?:\.(?!css\b)[A-Za-z_]\w*)+")
+
+
+def texts(path: pathlib.Path) -> list[str]:
+    """Returns the strings of a Python file, or the text of a page."""
+    if path.suffix == ".md":
+        return [path.read_text()]
+    constants = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+    return [constant.value for constant in constants if isinstance(constant.value, str)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_dotted_names_in_texts_exist(folder: str):
+    pages = [*DOCUMENTS, PROJECT[0]] if folder == "docs" else []
+    bad = []
+    for path in [*sorted((ROOT / folder).rglob("*.py")), *pages]:
+        for name in sorted({name for text in texts(path) for name in NAME.findall(text)}):
+            try:
+                _find(name)
+            except (AttributeError, ModuleNotFoundError):
+                bad.append(f"{identifier(path)}: {name}")
+    assert not bad, "\n".join(bad)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_solver_solves_every_expert_like_a_separate_weight(solver):
     assert_same_trees(packed["experts"][1], plain["experts"][1])
     (row,) = report.rows
     assert (row.format, row.tokens) == ("uint4|int8|int4", 0)
-    assert row.fallback == "1 of 3 matrices: received no tokens"
+    assert row.unsolved_reason == "1 of 3 matrices: received no tokens"
     assert row.loss < row.rtn
 
 
@@ -162,7 +162,7 @@ def test_experts_are_not_solved_if_one_stays_float():
     packed, report = ptq.quantize_weights(ragged, rules)(params, [(x,)])
     nearest = jaxq.quantize_weights(ragged, rules)(params, x)
     assert_same_trees(packed, nearest)
-    assert report.rows[0].fallback == "a part of its weight stays float"
+    assert report.rows[0].unsolved_reason == "a part of its weight stays float"
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_joined_outputs_with_different_recipes_are_not_solved():
     rules = [("experts/0", UINT4), ("", INT4)]
     packed, report = ptq.quantize_weights(model, rules)(params, [(x,)])
     assert_same_trees(packed, jaxq.quantize_weights(model, rules)(params, x))
-    assert report.rows[0].fallback == "its outputs have different recipes"
+    assert report.rows[0].unsolved_reason == "its outputs have different recipes"
     exact = [
         jaxq.fake_quant(w, UINT4 if i == 0 else INT4, axis=0)
         for i, w in enumerate(params["experts"])

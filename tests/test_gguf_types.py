@@ -239,11 +239,12 @@ def test_hostile_headers_are_refused_before_anything_is_allocated(
     path = tmp_path / "a.gguf"
     path.write_bytes(HOSTILE[name])
     tracemalloc.start()
-    with pytest.raises(jaxq.interop.FileError, match="not a valid GGUF"):
+    with pytest.raises(jaxq.interop.FileError, match="not a valid GGUF") as caught:
         with jaxq.interop.open_tensors(path):
             pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    assert data.REMEDY.search(str(caught.value))
     assert peak < 2**18
 
 

@@ -114,7 +114,7 @@ def test_codes_on_scales_of_qwix_equal_its_codes(prefix: str, propagation: float
     levels = Levels(jnp.asarray(step), None, None)
     problem = ptq.Problem(jnp.asarray(weight), levels, jnp.asarray(nearest), statistics)
     solution = ptq.GPTQ(order=None, propagation=propagation).solve(problem, recipe)
-    np.testing.assert_array_equal(np.round(solution.numbers), golden[f"{prefix}codes"])
+    np.testing.assert_array_equal(np.round(solution.grid_values), golden[f"{prefix}codes"])
     assert np.any(nearest != golden[f"{prefix}codes"])
 
 
@@ -238,18 +238,18 @@ class ErrorDiffusion:
     def solve(self, problem: ptq.Problem, recipe: jaxq.Recipe) -> ptq.Solution:
         def step(error, row):
             wanted = row[0] + error
-            numbers, values = snap(wanted, row[1], recipe)
-            return wanted - values, numbers
+            grid_values, values = snap(wanted, row[1], recipe)
+            return wanted - values, grid_values
 
         start = jnp.zeros_like(problem.weight[0])
-        _, numbers = jax.lax.scan(step, start, (problem.weight, problem.levels))
-        return ptq.Solution(numbers, jnp.float32(np.nan), jnp.bool(True))
+        _, grid_values = jax.lax.scan(step, start, (problem.weight, problem.levels))
+        return ptq.Solution(grid_values, jnp.float32(np.nan), jnp.bool(True))
 
 
 def test_solver_of_a_user_chooses_the_codes():
     solve = ptq.quantize_weights(lambda w, x: x @ w, "int4_channel", solver=ErrorDiffusion())
     packed, report = solve(kernel(), [np.ones((8, INPUTS), np.float32)])
-    assert not report.fallbacks
+    assert not report.unsolved
     # Error diffusion makes the sum over the inputs exact to half a step.
     error = np.asarray(packed.dequantize() - kernel()).sum(0)
     assert (np.abs(error) <= 0.5001 * np.asarray(packed.scales)).all()

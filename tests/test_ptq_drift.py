@@ -82,7 +82,7 @@ def test_codes_equal_the_published_formulas_in_float64(name: str):
     scale = np.asarray(packed["down"].scales, np.float64).reshape(-1)
     expected = gptaq(weight, scale, drift, upper, alpha)
     np.testing.assert_allclose(packed["down"].dequantize().T, expected, rtol=1e-5)
-    assert not report.fallbacks
+    assert not report.unsolved
 
 
 @pytest.mark.slow
@@ -112,9 +112,9 @@ def test_layers_of_a_scan_are_corrected_and_loops_are_reported():
     other, _ = ptq.quantize_weights(unrolled, RECIPE, solver="gptaq")(listed, batches)
     for i in range(2):
         np.testing.assert_array_equal(one["layers"].codes[i], other["layers"][i].codes)
-    (row,) = report.fallbacks
+    (row,) = report.unsolved
     assert row.product == "loop"
-    assert "without input drift" in row.fallback
+    assert "without input drift" in row.unsolved_reason
 
 
 @pytest.mark.slow

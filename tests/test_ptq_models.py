@@ -70,7 +70,7 @@ def test_scan_gives_the_codes_of_unrolled_layers():
             np.testing.assert_array_equal(leaf.codes[i], other["layers"][i][name].codes)
     np.testing.assert_array_equal(one["embed"].codes, other["embed"].codes)
     assert [row.product for row in report.rows[2:4]] == ["layers/out[0]", "layers/q[1]"]
-    assert not report.fallbacks
+    assert not report.unsolved
     assert all(row.loss < row.rtn and row.tokens == 84 for row in report.rows)
     # The result has the form of `jaxq.quantize_weights`, and runs as that does.
     plain = jaxq.quantize_weights(scanned, RULES)(stacked(), BATCHES[0])
@@ -133,7 +133,7 @@ PRODUCTS = {
 def test_reported_losses_equal_the_errors_of_the_outputs(name: str):
     model, w, x = PRODUCTS[name]
     packed, report = ptq.quantize_weights(model, RULES)(w, [x])
-    assert all("a smaller loss" in row.fallback for row in report.fallbacks)
+    assert all("a smaller loss" in row.unsolved_reason for row in report.unsolved)
     plain = jaxq.quantize_weights(model, RULES)(w, x)
     y = model(w, x)
     for stored, attribute in ((packed, "loss"), (plain, "rtn")):
@@ -209,7 +209,7 @@ def test_expert_without_tokens_is_rounded_to_nearest_and_reported():
     packed, report = ptq.quantize_weights(model, RULES)(w, [x])
     plain = jaxq.quantize_weights(model, RULES)(w, x)
     np.testing.assert_array_equal(packed.codes[1], plain.codes[1])
-    assert report.rows[0].fallback == "1 of 3 matrices: received no tokens"
+    assert report.rows[0].unsolved_reason == "1 of 3 matrices: received no tokens"
     assert "received no tokens" in str(report)
 
 
@@ -219,7 +219,7 @@ def test_weights_that_are_not_solved_are_reported():
 
     w = {"a": normal(0, 8, 8), "b": normal(1, 8, 8), "table": normal(2, 4, 8)}
     packed, report = ptq.quantize_weights(model, RULES)(w, [normal(3, 9, 8)])
-    reasons = {row.product: row.fallback for row in report.rows}
+    reasons = {row.product: row.unsolved_reason for row in report.rows}
     assert "not stored: computed from a" in reasons["computed(a)"]
     assert "look-up" in reasons["table"]
     assert not isinstance(packed["a"], jaxq.Quantized)

@@ -55,7 +55,7 @@ def test_weight_by_outputs_is_stored_like_its_transpose(solver: str):
     x[:, 3] *= 20
     first, _ = ptq.quantize_weights(lambda w, x: x @ w, RECIPE, solver=solver)(w, [x])
     second, report = ptq.quantize_weights(lambda w, x: x @ w.T, RECIPE, solver=solver)(w.T, [x])
-    assert not report.fallbacks
+    assert not report.unsolved
     assert second.nbytes == first.nbytes
     np.testing.assert_array_equal(second.dequantize().T, first.dequantize())
 
@@ -108,7 +108,7 @@ def test_owq_of_a_model_equals_owq_of_each_weight():
         loss = np.sum((x @ error) ** 2) / np.sum((x @ params[name]) ** 2)
         np.testing.assert_allclose(row.loss, loss, rtol=1e-3)
         assert row.loss < row.rtn
-        assert not row.fallback
+        assert not row.unsolved_reason
         if name == "up":
             x = large[None] * np.tanh(x @ np.asarray(packed[name].dequantize()))
 
@@ -117,4 +117,5 @@ def test_report_notes_weights_that_owq_cannot_solve():
     rules = {"up": RECIPE, "down": jaxq.Recipe("int3", jaxq.PerBlock(16))}
     params = {"up": normal(0, 2, 16, 32), "down": normal(1, 2, 32, 16)}
     _, report = ptq.quantize_weights(scanned, rules, solver="owq")(params, [normal(2, 64, 16)])
-    assert [row.fallback for row in report.rows[::2]] == ["no inputs are stored as outliers"] * 2
+    reasons = [row.unsolved_reason for row in report.rows[::2]]
+    assert reasons == ["no inputs are stored as outliers"] * 2

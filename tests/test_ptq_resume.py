@@ -60,19 +60,20 @@ def test_stored_products_are_not_solved_again(tmp_path: pathlib.Path):
     solve(PARAMS, BATCHES)
     path = tmp_path / "run" / "00000.safetensors"
     entry = jaxq.load(path)
-    entry["texts"]["fallback"] = "from the file"
+    entry["texts"]["unsolved_reason"] = "from the file"
     jaxq.save(path, entry)
     _, report = solve(PARAMS, BATCHES)
-    assert [row.fallback for row in report.rows][:2] == ["from the file", ""]
+    assert [row.unsolved_reason for row in report.rows][:2] == ["from the file", ""]
 
 
-def test_interrupted_learning_continues_with_the_same_result(tmp_path: pathlib.Path):
+@pytest.mark.parametrize("validation", [None, [normal(5, 20, 8)]], ids=["alone", "validation"])
+def test_interrupted_learning_continues_with_the_same_result(tmp_path: pathlib.Path, validation):
     blocks, params = [lambda w, x: jnp.tanh(x @ w)] * 3, [*PARAMS["layers"], PARAMS["out"]]
     method = ptq.SignRound(steps=4)
 
-    def learn(seed: int, **options):
+    def learn(seed: int, batches=BATCHES, validation=validation, **options):
         learned = ptq.learn_rounding(blocks, RULES, method=method, **options)
-        return learned(params, BATCHES, key=jax.random.key(seed))
+        return learned(params, batches, key=jax.random.key(seed), validation=validation)
 
     def interrupt(row: ptq.LearnedBlock) -> None:
         if row.block == 2:
@@ -89,6 +90,8 @@ def test_interrupted_learning_continues_with_the_same_result(tmp_path: pathlib.P
         np.testing.assert_array_equal(leaf, other)
     with pytest.raises(ValueError, match="of another run"):
         learn(1, resume=folder)
+    with pytest.raises(ValueError, match="of another run"):  # The same data with other roles.
+        learn(0, BATCHES[:1], [BATCHES[1], *(validation or [])], resume=folder)
 
 
 def test_folder_of_another_run_is_an_error(tmp_path: pathlib.Path):

@@ -114,7 +114,7 @@ def test_products_without_rotation_are_listed_with_the_reason():
     both = lambda params, x: fn(params, x) @ params["plain"]
     _, rotations = ptq.rotate_inputs(both, "int8_channel")(params, normal(4, 5, 3), key=KEY)
     assert rotations.inputs == (("plain", "plain"),)
-    reasons = dict(rotations.left)
+    reasons = dict(rotations.skipped)
     assert reasons["odd"] == "the number of its inputs, 3, is odd"
     assert "also used by" in reasons["tied"]
     assert "is odd" in str(rotations)

@@ -161,9 +161,9 @@ LAYERS = [
 def test_later_blocks_learn_from_the_outputs_of_packed_blocks():
     rules = {"up": jaxq.Recipe("int3", jaxq.PerChannel()), "down": "w8a8"}
     mask = np.arange(6) < 4
-    x = np.where(mask[None, None, :, None], normal(5, 3, 2, 6, 16), 100)
+    x = np.where(mask[None, None, :, None], normal(5, 5, 2, 6, 16), 100)
     masks = np.broadcast_to(mask, (2, 6))
-    batches = [(x[i], masks) for i in range(3)]
+    batches = [(x[i], masks) for i in range(5)]
     rows = []
     learn = ptq.learn_rounding(
         [layer, layer],
@@ -172,24 +172,68 @@ def test_later_blocks_learn_from_the_outputs_of_packed_blocks():
         mask=lambda _, mask: mask,
         progress=rows.append,
     )
-    packed, report = learn(LAYERS, batches, key=KEY)
+    packed, report = learn(LAYERS, batches[:3], key=KEY, validation=batches[3:])
     chex.assert_type(packed[0]["up"], jnp.bfloat16)
 
     def model(params, x):
         return layer(params[1], *layer(params[0], x, masks))[0]
 
-    total = power = 0.0
     small = jaxq.quantize_fn(model, rules)
-    for batch, _ in batches:
-        y, target = np.asarray(small(packed, batch)), np.asarray(model(LAYERS, batch))
-        total += np.sum((y - target)[:, mask] ** 2)
-        power += np.sum(target[:, mask] ** 2)
-    assert report.rows[1].loss == pytest.approx(float(total / power), rel=1e-3)
+
+    def error(batches):
+        total = power = 0.0
+        for batch, _ in batches:
+            y, target = np.asarray(small(packed, batch)), np.asarray(model(LAYERS, batch))
+            total += np.sum((y - target)[:, mask] ** 2)
+            power += np.sum(target[:, mask] ** 2)
+        return float(total / power)
+
+    assert report.rows[1].loss == pytest.approx(error(batches[:3]), rel=1e-3)
+    assert report.rows[1].validation_loss == pytest.approx(error(batches[3:]), rel=1e-3)
     assert [row.weights for row in report.rows] == [2, 2]
     assert report.rows[1].loss < 0.8 * report.rows[1].rtn
     assert [row.step for row in rows if row.block == 1][:2] == [0, 1]
     assert rows[-1].step == 25
     assert "rtn" in str(report)
+
+
+def relative_error(packed: jaxq.Quantized, x: np.ndarray) -> float:
+    """Returns the squared error of the outputs of `linear`, relative to their power."""
+    error = x @ (packed.dequantize() - WEIGHT)
+    return float(np.sum(error**2) / np.sum((x @ WEIGHT) ** 2))
+
+
+@pytest.mark.parametrize("method", [ptq.SignRound(steps=60), ptq.AdaRound(steps=200)])
+def test_validation_keeps_steps_that_overfit_from_increasing_the_error(method: Any):
+    # Half as many tokens as inputs for the steps.
+    tokens = normal(1, TOKENS, INPUTS).reshape(10, 4, INPUTS)
+    few, held_out = tokens[:2], tokens[2:]
+    learn = ptq.learn_rounding([linear], RECIPE, method=method)
+    (overfitted,), alone = learn([WEIGHT], list(few), key=KEY)
+    assert alone.rows[0].validation_loss is None
+    (packed,), report = learn([WEIGHT], list(few), key=KEY, validation=iter(held_out))
+    (row,) = report.rows
+    start = relative_error(RTN, held_out)
+    assert relative_error(overfitted, held_out) > 1.2 * start
+    assert relative_error(packed, held_out) <= start
+    assert row.validation_rtn == pytest.approx(start, rel=1e-4)
+    assert row.validation_loss == pytest.approx(relative_error(packed, held_out), rel=1e-4)
+    assert row.rtn == alone.rows[0].rtn == pytest.approx(relative_error(RTN, few), rel=1e-4)
+    assert row.loss == pytest.approx(relative_error(packed, few), rel=1e-4)
+    assert row.step < alone.rows[0].step
+
+
+def test_steps_do_not_depend_on_validation():
+    batches = [BATCH[:20], BATCH[20:]]
+    learn = ptq.learn_rounding([linear], RECIPE, method=ptq.AdaRound(steps=40, learning_rate=0.1))
+    (alone,), expected = learn([WEIGHT], batches, key=KEY)
+    # The same data chooses the same weights. Its size would change the balance of the penalty.
+    larger = [64 * BATCH[:20], 64 * BATCH[20:]]
+    (packed,), report = learn([WEIGHT], batches, key=KEY, validation=larger)
+    np.testing.assert_array_equal(packed.codes, alone.codes)
+    (row,), (other,) = report.rows, expected.rows
+    assert (row.step, row.loss) == (other.step, other.loss)
+    assert row.validation_loss == pytest.approx(row.loss, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -207,7 +251,7 @@ def test_equal_keys_give_equal_codes():
 
 @pytest.mark.slow
 def test_equal_blocks_are_compiled_once():
-    def compilations(count: int) -> int:
+    def compilations(count: int, **validation: Any) -> int:
         compilations = []
 
         def listen(event: str, _: float, **__: object) -> None:
@@ -217,13 +261,15 @@ def test_equal_blocks_are_compiled_once():
         learn = ptq.learn_rounding([linear] * count, RECIPE, method=ptq.SignRound(steps=3))
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
-            learn(square, [BATCH], key=KEY)
+            learn(square, [BATCH], key=KEY, **validation)
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
         return sum(compilations)
 
     compilations(2)  # Compiles the small operations too.
     assert compilations(4) == compilations(2) <= 8
+    compilations(2, validation=[BATCH])
+    assert compilations(4, validation=[BATCH]) == compilations(2)
 
 
 @pytest.mark.slow
@@ -271,6 +317,10 @@ def test_learned_rounding_beats_nearest_on_a_transformer_block():
         assert report.rows[0].loss < 0.5 * report.rows[0].rtn
 
 
+def validated(validation: Any) -> Any:
+    return ptq.learn_rounding([linear], RECIPE)([WEIGHT], [BATCH], key=KEY, validation=validation)
+
+
 def test_weights_that_are_not_stored_are_reported():
     def blocks(params, x):
         return x @ (params["w"] * params["g"][:, None])
@@ -288,7 +338,11 @@ def test_weights_that_are_not_stored_are_reported():
         (lambda: ptq.AdaRound(warm_up=1), "`warm_up` must be in"),
         (lambda: ptq.learn_rounding([], RECIPE), "`blocks` must be a sequence"),
         (lambda: ptq.get_rounding_method("adarond"), "adaround"),
-        (lambda: learned("signround", []), "at least one batch"),
+        (lambda: learned("signround", []), "`batches` must contain at least one batch"),
+        (lambda: validated([]), "`validation` must contain at least one batch"),
+        (lambda: validated(BATCH), "`validation` must be a sequence of batches"),
+        (lambda: validated([BATCH, BATCH[1:]]), "batch 1 of `validation` differs from the first"),
+        (lambda: validated([BATCH * np.nan]), "those of block 0 contain a NaN"),
         (lambda: learned("signround", [BATCH], {"1/w": RECIPE}), "matches no weight"),
         (lambda: learned("signround", [BATCH * np.nan]), "those of block 0 contain a NaN"),
         (

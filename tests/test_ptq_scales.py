@@ -151,7 +151,7 @@ def test_products_without_scales_are_listed_with_the_reason():
     x = normal(9, 20, 8)
     new, scales = ptq.scale_inputs(left, "int4_channel")(params, [x])
     assert [name for name, _ in scales.inputs] == ["plain"]
-    reasons = dict(scales.left)
+    reasons = dict(scales.skipped)
     assert "also used by tied#2" in reasons["tied"]
     assert "while loop" in reasons["loop"]
     assert "while loop" in str(scales)
@@ -179,7 +179,7 @@ def test_factors_fold_into_the_norm_and_the_weight_before():
     new, scales = ptq.scale_inputs(normed, {"gate|up|down": "int4_channel"})(params, [x])
     folded, rest = scales.fold(new, {"up": ["norm", "shift"], "down": ("up", -2)})
     assert rest.factors == {}
-    assert dict(rest.left) == {
+    assert dict(rest.skipped) == {
         "gate": "folded into norm and shift", "up": "folded into norm and shift",
         "down": "folded into up",
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """The text and HTML that the Python prompt and notebooks show for jaxq's objects."""
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 
@@ -72,12 +73,15 @@ def test_notebooks_show_tables_as_html():
 
 def test_notebooks_show_reports_as_html_with_notes():
     """Checks that all reports of PTQ take their text and HTML from one class."""
-    row = ptq.LearnedBlock(0, 20, 0.5, 0.25, 2, "<note>")
+    row = ptq.LearnedBlock(0, 20, 0.5, 0.25, 2, note="<note>")
     reports = {ptq.Report, ptq.BiasReport, ptq.RoundingReport, ptq.Scores, ptq.InputScales}
     for kind in reports | {ptq.InputRotations}:
         assert kind.__repr__ is ptq.RoundingReport.__repr__, kind
     cells = Cells(ptq.RoundingReport((row,))._repr_html_())
     assert cells.rows[1] == ["0", "20", "0.5", "0.25", "2", "<note>"]
+    validated = dataclasses.replace(row, validation_rtn=0.5, validation_loss=0.375)
+    cells = Cells(ptq.RoundingReport((validated,))._repr_html_())
+    assert cells.rows[1] == ["0", "20", "0.5", "0.25", "2", "0.5", "0.375", "<note>"]
     batches = [jnp.ones((4, 8))]
     _, report = ptq.quantize_weights(lambda w, x: x @ w, "int4_tensor")(jnp.eye(8), batches)
     assert "<p>mean loss of 1 products" in report._repr_html_()

@@ -38,8 +38,8 @@ RULES = [
 ]
 
 
-# Pytrees that exist only while a function is traced or within a training step.
-WITHIN_A_STEP = {"StoredView", "Monitored", "Row", "Switch", "Switched", "Tensor"}
+# Pytrees that exist only while a function is traced, within a training step or a call.
+WITHIN_A_STEP = {"BlockData", "StoredView", "Monitored", "Row", "Switch", "Switched", "Tensor"}
 
 
 def model(params, x):

@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxq.interop import FileError, open_tensors
+from tests import data
 
 
 def packed(header: object, data: bytes = b"") -> bytes:
@@ -132,6 +133,7 @@ def test_malformed_files_are_rejected(name: str, tmp_path: pathlib.Path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert str(caught.value).startswith(str(path))
+    assert data.REMEDY.search(str(caught.value))
     assert peak < 2**20 + 30 * len(MALFORMED[name])
 
 
@@ -141,8 +143,10 @@ def test_only_regular_files_are_open_tensors(tmp_path: pathlib.Path):
         os.mkfifo(pipe)
         folder.mkdir()
         for path in (pipe, folder):
-            with pytest.raises(FileError, match="regular file"), open_tensors(path):
-                pass
+            with pytest.raises(FileError, match="regular file") as caught:
+                with open_tensors(path):
+                    pass
+            assert data.REMEDY.search(str(caught.value))
 
 
 def test_empty_tensor_of_too_large_shape_raises_when_read(tmp_path: pathlib.Path):

@@ -20,7 +20,7 @@ from jaxq.analysis._metrics import Comparison, compare
 from jaxq.analysis._sums import blocks_of, over_blocks, power_of_two
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast, widen
-from jaxq.quantizers import measured, numbers, restored, units_of
+from jaxq.quantizers import grid_values, measured, restored, units_of
 from jaxq.recipes import Granularity, Recipe
 
 __all__ = ["QuantizationError", "quantization_error"]
@@ -158,7 +158,7 @@ def _in_units(x: jax.Array, key: jax.Array | None, recipe: Recipe) -> tuple:
         inliers, outliers = recipe.outliers.take(x)
     split = widen(cut.split(inliers))
     scales = measured(split, key, recipe, cut)
-    values = numbers(split, scales, key, recipe)
+    values = grid_values(split, scales, key, recipe)
     y = cut.merge(restored(values, scales.step, scales.minimum, recipe))
     units = units_of(split, scales, recipe)
     shift = _ZERO

@@ -156,14 +156,18 @@ def load(path: str | pathlib.Path, *, like: Any = None, sharding: Any = None) ->
         except _TreeError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise FileError(f"{path}: the description of its tree is damaged: {error}.") from error
+            raise FileError(
+                f"{path}: the description of its tree is damaged: {error}. Save the tree again."
+            ) from error
         entries = {entry.name: entry for entry in file.entries}
 
         def read(stored: Any, target: Any) -> Any:
             if not isinstance(stored, _Stored):
                 return stored
             if stored.name not in entries:
-                raise FileError(f"{path}: the tensor {stored.name!r} is missing.")
+                raise FileError(
+                    f"{path}: the tensor {stored.name!r} is missing. Save the tree again."
+                )
             array = file.raw(entries[stored.name])
             return _restore_array(path, array, stored, target)
 
@@ -307,7 +311,9 @@ def _plain_tree(file: TensorFile) -> Any:
         content = json.loads(text)
         version, tree = content["version"], content["tree"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FileError(f"{file.path}: its jaxq metadata are damaged ({error}).") from error
+        raise FileError(
+            f"{file.path}: its jaxq metadata are damaged ({error}). Save the tree again."
+        ) from error
     if version != VERSION:
         raise FileError(
             f"{file.path}: its layout has version {version!r:.20}, but this jaxq reads version "

@@ -5,7 +5,6 @@ killed by a signal, whereas a read reports the error. To add a kind of file, par
 `open_tensors`.
 """
 
-import collections
 import contextlib
 import dataclasses
 import os
@@ -19,9 +18,10 @@ import jax
 import ml_dtypes  # noqa: F401  Registers its dtypes with NumPy by name.
 import numpy as np
 
-from jaxq.interop._entries import MAX_TENSORS, Entry, FileError
+from jaxq.interop._entries import Entry, FileError
 from jaxq.interop._layouts import combine_weights, config_beside
 from jaxq.interop._npy import read_npy_header
+from jaxq.interop._npz import DAMAGED, open_archive, read_members
 from jaxq.interop._safetensors import read_header, shards_of
 from jaxq.interop.gguf import TYPES, dequantize, unpack
 from jaxq.interop.gguf._container import MAGIC, read_contents
@@ -31,8 +31,8 @@ __all__ = ["TensorFile", "open_tensors"]
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Only Windows has and needs it.
 _STREAMED = ("float32", "float16", "bfloat16")  # The dtypes that are read in parts.
+_REOPEN = "Open it again when it is complete."
 _unpacked = jax.jit(unpack, static_argnames="type")
-_RATIO, _SMALL = 200, 2**26  # The highest compression ratio, for members above this many bytes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class TensorFile:
             stored = part if dtype == np.float32 else raw[: part.size]
             self.source.seek(entry.start + start * dtype.itemsize)
             if not _fill(self.source, stored.view(np.uint8)):
-                raise FileError(f"{self.path}: it became shorter after it was opened.")
+                raise FileError(f"{self.path}: it became shorter after it was opened. {_REOPEN}")
             if dtype.name == "bfloat16":  # Faster than the conversion of ml_dtypes.
                 bits = part.view(np.uint32)
                 bits[:] = stored.view(np.uint16)
@@ -171,7 +171,8 @@ class TensorFile:
                 if other.dtype != "F32" or other.size not in (1, entry.shape[0]):
                     raise FileError(
                         f"{self.path}: {name!r:.80} must hold 1 or {entry.shape[0]} float32 "
-                        f"numbers, got {other.dtype} of shape {other.shape}."
+                        f"numbers, got {other.dtype} of shape {other.shape}. Convert the model "
+                        "again."
                     )
                 return other
         return None
@@ -202,10 +203,12 @@ class TensorFile:
             else:
                 self.source.seek(entry.start)
                 full = _fill(self.source, data)
-        except (zipfile.BadZipFile, EOFError, *_ZLIB) as error:
-            raise FileError(f"{self.path}: {entry.name!r} is damaged: {error}.") from error
+        except DAMAGED as error:
+            raise FileError(
+                f"{self.path}: {entry.name!r} is damaged: {error}. Download or save the file again."
+            ) from error
         if not full:
-            raise FileError(f"{self.path}: it became shorter after it was opened.")
+            raise FileError(f"{self.path}: it became shorter after it was opened. {_REOPEN}")
         if entry.packed is not None:
             layout = TYPES[entry.packed]
             row = entry.shape[-1] // layout.block * layout.size
@@ -215,17 +218,9 @@ class TensorFile:
             return array.reshape(entry.shape, order="F" if entry.fortran else "C")
         except ValueError as error:  # An empty shape whose other axes have a product beyond int64.
             raise FileError(
-                f"{self.path}: {entry.name!r} has a shape that NumPy does not support."
+                f"{self.path}: {entry.name!r} has a shape that NumPy does not support. Leave out "
+                "arrays without elements."
             ) from error
-
-
-def _zlib_errors() -> tuple[type[Exception], ...]:
-    import zlib
-
-    return (zlib.error,)
-
-
-_ZLIB = _zlib_errors()
 
 
 def _aligned(size: int) -> np.ndarray:
@@ -286,7 +281,10 @@ def open_tensors(path: str | pathlib.Path, *, raw: bool = False) -> Iterator[Ten
             parts = {entry.name: shard for shard in shards for entry in shard.entries}
             entries = tuple(entry for shard in shards for entry in shard.entries)
             if len(parts) != len(entries):
-                raise FileError(f"{path}: a tensor occurs in two of its files.")
+                raise FileError(
+                    f"{path}: a tensor occurs in two of its files. Remove the files of other "
+                    "checkpoints."
+                )
             file = TensorFile(path, entries, {}, None, parts)
         else:
             file = stack.enter_context(_opened(path))
@@ -303,7 +301,9 @@ def _combined(file: TensorFile) -> TensorFile:
         entries = combine_weights(file.entries, config_beside(folder), file.raw)
     except FileError as error:
         text = str(error)
-        raise FileError(text if text.startswith(str(folder)) else f"{file.path}: {text}") from error
+        where = "" if text.startswith(str(folder)) else f"{file.path}: "
+        # Whatever the layout is, its tensors can be read.
+        raise FileError(f"{where}{text} raw=True (--raw) reads the tensors as stored.") from error
     return dataclasses.replace(file, entries=entries)
 
 
@@ -318,7 +318,10 @@ def _opened(path: pathlib.Path) -> Iterator[TensorFile]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise FileError(f"{path}: it must be a regular file, not a folder, pipe or device.")
+        raise FileError(
+            f"{path}: it must be a regular file, not a folder, pipe or device. Write its data to a "
+            "file first."
+        )
     file = os.fdopen(descriptor, "rb")
     with contextlib.ExitStack() as stack:
         source: IO[bytes] | zipfile.ZipFile = stack.enter_context(file)
@@ -327,8 +330,8 @@ def _opened(path: pathlib.Path) -> Iterator[TensorFile]:
         file.seek(0)
         try:
             if kind == ".npz":
-                source = stack.enter_context(_archive(file))
-                entries = _members(source)
+                source = stack.enter_context(open_archive(file))
+                entries = read_members(source)
             elif kind == ".npy":
                 entries = (read_npy_header(file, size, path.stem),)
             elif kind == ".gguf":
@@ -336,7 +339,10 @@ def _opened(path: pathlib.Path) -> Iterator[TensorFile]:
             elif kind == ".safetensors":
                 entries, metadata = read_header(file, size)
             else:
-                raise FileError("the file must be GGUF, safetensors, .npz or .npy.")
+                raise FileError(
+                    "the file must be GGUF, safetensors, .npz or .npy. Convert it, for example by "
+                    "safetensors.torch.save_file."
+                )
         except FileError as error:
             raise FileError(f"{path}: {error}") from error
         yield TensorFile(path, entries, metadata, source, kind=kind)
@@ -348,47 +354,3 @@ def _kind(begin: bytes, suffix: str) -> str:
         if begin.startswith(magic):
             return kind
     return ".safetensors" if begin[8:9] == b"{" else suffix
-
-
-def _archive(file: IO[bytes]) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-        raise FileError(f"not a valid archive: {error}.") from error
-
-
-def _members(archive: zipfile.ZipFile) -> tuple[Entry, ...]:
-    """Returns the arrays of an archive; only their headers are unpacked."""
-    infos, entries, end = sorted(archive.infolist(), key=lambda i: i.header_offset), [], 0
-    if len(infos) > MAX_TENSORS:
-        raise FileError(f"it has {len(infos)} members, more than the {MAX_TENSORS} allowed.")
-    count_by_name = collections.Counter(info.filename for info in infos)
-    if duplicates := [name for name, count in count_by_name.items() if count > 1]:
-        raise FileError(
-            f"not a valid archive: {count_by_name[duplicates[0]]} members are named "
-            f"{duplicates[0]!r:.80}. Save the arrays again."
-        )
-    for info in infos:
-        name = info.filename
-        if not name.endswith(".npy") or name.startswith("/") or ".." in name.split("/"):
-            raise FileError(f"not a valid archive of arrays: it has a member {name!r}.")
-        if info.header_offset < end:
-            raise FileError(f"not a valid archive: {name!r} overlaps another member.")
-        end = info.header_offset + 30 + len(name.encode()) + info.compress_size
-        supported = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        if info.flag_bits & 1 or not supported:
-            raise FileError(f"{name!r} is encrypted or uses an unsupported compression method.")
-        if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
-            raise FileError(f"{name!r} is stored uncompressed but has two different sizes.")
-        if info.file_size > max(_SMALL, _RATIO * info.compress_size):
-            raise FileError(
-                f"{name!r} would unpack from {info.compress_size} to {info.file_size} bytes, more "
-                f"than {_RATIO} times as many. If this is intended, save it with numpy.savez."
-            )
-        try:
-            with archive.open(info) as file:
-                entry = read_npy_header(file, info.file_size, name[:-4])
-        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, *_ZLIB) as error:
-            raise FileError(f"{name!r} is damaged: {error}.") from error
-        entries.append(dataclasses.replace(entry, member=name))
-    return tuple(entries)

@@ -18,6 +18,7 @@ from jaxq.interop._entries import Entry, FileError, checked_shape
 __all__ = ["read_npy_header"]
 
 _MAX_HEADER = 10_000  # NumPy's own limit.
+_NUMBERS = "Convert it to numbers before saving it."
 _DTYPE_PATTERN = re.compile(r"[<>|=]?[?a-zA-Z]\d{0,9}(\[[^\]]{1,20}\])?")
 
 
@@ -61,7 +62,7 @@ def read_npy_header(file: IO[bytes], size: int, name: str) -> Entry:
         except (TypeError, ValueError, OverflowError):  # A dtype of ml_dtypes, for example.
             return Entry(name, descr, shape, None, start, size)
         if array_dtype.hasobject:
-            _refuse(name, "it holds Python objects, which only unpickling could read")
+            _refuse(name, "it holds Python objects, which only unpickling could read", _NUMBERS)
         count = 1
         for n in shape:
             count *= n
@@ -71,9 +72,9 @@ def read_npy_header(file: IO[bytes], size: int, name: str) -> Entry:
             dtype = array_dtype.str
         return Entry(name, array_dtype.name, shape, dtype, start, size, fortran)
     if "O" in str(descr):
-        _refuse(name, "it may hold Python objects, which only unpickling could read")
+        _refuse(name, "it may hold Python objects, which only unpickling could read", _NUMBERS)
     return Entry(name, "structured", shape, None, start, size)
 
 
-def _refuse(name: str, reason: str) -> NoReturn:
-    raise FileError(f"{name!r} is not a valid NumPy array: {reason}.")
+def _refuse(name: str, reason: str, remedy: str = "Save it again by numpy.save.") -> NoReturn:
+    raise FileError(f"{name!r} is not a valid NumPy array: {reason}. {remedy}")

@@ -83,7 +83,7 @@ def read_header(file: IO[bytes], size: int) -> Header:
     # Counted before parsing, because the parsed header takes 20 times the memory of the text.
     count = text.count(b'"data_offsets"')
     if count > MAX_TENSORS:
-        _refuse(f"it has {count} tensors, more than the {MAX_TENSORS} allowed; split it")
+        _refuse(f"it has {count} tensors, more than the {MAX_TENSORS} allowed", "Split it.")
     header = _parsed(text)
     metadata = header.pop("__metadata__", {})
     entries = [_entry(name, value, 8 + length, size) for name, value in header.items()]
@@ -148,7 +148,8 @@ def shards_of(path: pathlib.Path) -> list[pathlib.Path]:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise FileError(
-                f"{path}: it must be a regular file, or a folder with safetensors files."
+                f"{path}: it must be a regular file, or a folder with safetensors files. Check the "
+                "path."
             )
         return files
     try:
@@ -158,12 +159,15 @@ def shards_of(path: pathlib.Path) -> list[pathlib.Path]:
         if any(pathlib.PurePath(name).name != name for name in names):
             raise ValueError("it names files of other folders")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise FileError(f"{index}: not a valid index: {error}.") from error
+        raise FileError(
+            f"{index}: not a valid index: {error}. Download it again, or remove it to read all "
+            "safetensors files of its folder."
+        ) from error
     return [folder / name for name in names]
 
 
-def _refuse(reason: str) -> NoReturn:
-    raise FileError(f"not a valid safetensors file: {reason}.")
+def _refuse(reason: str, remedy: str = "Download or save it again.") -> NoReturn:
+    raise FileError(f"not a valid safetensors file: {reason}. {remedy}")
 
 
 def _parsed(text: bytes) -> dict[str, Any]:

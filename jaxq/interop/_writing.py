@@ -26,9 +26,9 @@ def atomic(path: str | pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
     path = pathlib.Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
     if path.exists() and not path.is_file():  # Do not replace a device or pipe.
-        raise OSError("it is not a regular file")
+        raise OSError("it is not a regular file; name another file")
     file = beside.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
     try:
         with file:

@@ -1,6 +1,7 @@
-"""Conversions between values and codes, and the packing of codes into bytes.
+"""Conversions between values and codes.
 
-All of these are exact: rounding happens before, in `_binary`, `_codebooks` and `_tapered`.
+All of these except `nearest_codes` are exact: rounding happens before, in `_binary`, `_codebooks` and
+`_tapered`.
 """
 
 import functools
@@ -25,9 +26,7 @@ __all__ = [
     "decode",
     "integer_codes",
     "nearest_codes",
-    "pack",
     "rounds_to_codes",
-    "unpack",
 ]
 
 
@@ -271,158 +270,3 @@ def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
         # NaN has the sign of its code, as in ml_dtypes.
         values = where(integers == fmt.nan_code, layout.floats(layout.nan | layout.sign), values)
     return values
-
-
-def _groups(bits: int) -> tuple[int, int]:
-    """Returns the smallest numbers (codes, bytes) such that the codes fill the bytes exactly."""
-    shared = math.gcd(bits, 8)
-    return 8 // shared, bits // shared
-
-
-def pack(codes: jax.typing.ArrayLike, bits: int) -> jax.Array:
-    """Packs codes densely into bytes along the last axis, low bits first.
-
-    The codes form one bit string, which starts with the lowest bit of the first code; byte i holds
-    bits 8 i to 8 i + 7, lowest bit first. Two 4-bit codes thus share a byte with the first one in
-    the low nibble, as in int4 of ml_dtypes, GGUF and most storage formats.
-
-    Args:
-      codes: unsigned integers below 2^bits, of shape `[..., n]`. Higher bits are dropped.
-      bits: the width of a code, 1 to 16.
-
-    Returns:
-      A uint8 array of shape `[..., ceil(n bits / 8)]`. The unused high bits of the last byte are
-      zero.
-
-    Raises:
-      TypeError: if the codes are not unsigned integers.
-      ValueError: if `bits` is out of range or the codes have no axis.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> pack(jnp.uint8([0x1, 0x2, 0x3]), bits=4).tolist()
-      [33, 3]
-    """
-    codes = jnp.asarray(codes)
-    _check_packing("pack", codes, bits)
-    return _packed(codes, bits)
-
-
-@functools.partial(jax.jit, static_argnames="bits")
-def _packed(codes: jax.Array, bits: int) -> jax.Array:
-    *leading, n = codes.shape
-    per_group, group_bytes = _groups(bits)
-    groups = -(-n // per_group)
-    padding = [(0, 0, 0)] * len(leading) + [(0, groups * per_group - n, 0)]
-    mask = 2 ** min(bits, 8 * codes.dtype.itemsize) - 1
-    masked = jnp.bitwise_and(codes, codes.dtype.type(mask))
-    wide = lax.pad(masked.astype(jnp.uint32), np.uint32(0), padding)
-    # Codes are first summed to words of up to 32 bits. XLA on CPU (JAX 0.10 and 0.12) vectorizes
-    # these sums and computes each code once; without them it computes a code again for each byte
-    # that contains a part of it, which takes up to 16 times as long.
-    per_word = max(n for n in range(1, per_group + 1) if per_group % n == 0 and n * bits <= 32)
-    parts = wide.reshape(*leading, groups, per_group // per_word, per_word)
-    shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
-    shifts = shifts.reshape((1,) * (len(leading) + 1) + (-1,))
-    words = {  # By the position of the first bit in the group.
-        i * per_word * bits: jnp.sum(parts[..., i, :] << shifts, axis=-1, dtype=jnp.uint32)
-        for i in range(per_group // per_word)
-    }
-    rows = []
-    for start in range(0, 8 * group_bytes, 8):
-        value = jnp.zeros((*leading, groups), jnp.uint32)
-        for first, word in words.items():
-            if first - 8 < start < first + per_word * bits:
-                left, right = (np.uint32(max(n, 0)) for n in (first - start, start - first))
-                value |= word << left >> right
-        rows.append((value & np.uint32(255)).astype(jnp.uint8))
-    packed = jnp.stack(rows, axis=-1).reshape(*leading, groups * group_bytes)
-    return packed[..., : -(-n * bits // 8)]
-
-
-def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
-    """Unpacks the codes that `pack` packed into bytes.
-
-    Args:
-      packed: a uint8 array of shape `[..., ceil(n bits / 8)]`.
-      bits: the width of a code, 1 to 16.
-      n: the number of codes along the last axis.
-
-    Returns:
-      Codes of shape `[..., n]`, uint8 for at most 8 bits, else uint16.
-
-    Raises:
-      TypeError: if `packed` is not uint8.
-      ValueError: if `bits` is out of range, or the last axis has another length.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> unpack(jnp.uint8([33, 3]), bits=4, n=3).tolist()
-      [1, 2, 3]
-    """
-    packed = jnp.asarray(packed)
-    _check_packing("unpack", packed, bits)
-    size = packed.shape[-1]
-    if packed.dtype != jnp.uint8:
-        raise TypeError(
-            f"unpack: `packed` must be uint8, got {packed.dtype}. Pass the result of jaxq.pack."
-        )
-    if size != -(-n * bits // 8):
-        raise ValueError(
-            f"unpack: the last axis of `packed` must have {-(-n * bits // 8)} bytes for {n} codes "
-            f"of {bits} bits, got {size}."
-        )
-    return _unpacked(packed, bits, n)
-
-
-@functools.partial(jax.jit, static_argnames=("bits", "n"))
-def _unpacked(packed: jax.Array, bits: int, n: int) -> jax.Array:
-    *leading, size = packed.shape
-    per_group, group_bytes = _groups(bits)
-    if bits == 4:
-        # A stack, because XLA on CPU (JAX 0.12) does not vectorize shifts of nibbles by an array in
-        # a loop: see `benchmarks/serving.py`.
-        codes = jnp.stack([packed & np.uint8(15), packed >> np.uint8(4)], -1)
-        return codes.reshape(*leading, 2 * size)[..., :n]
-    groups = -(-n // per_group)
-    padding = [(0, 0, 0)] * len(leading) + [(0, groups * group_bytes - size, 0)]
-    wide = lax.pad(packed, np.uint8(0), padding).astype(jnp.uint32)
-    # Bytes are first summed to words that hold several whole codes, which are shifted by an array.
-    # XLA on CPU vectorizes this, but not a separate expression for each code, which takes two to
-    # five times as long.
-    per_word = _codes_per_word(bits)
-    firsts = np.arange(0, per_group, per_word) * bits  # The position of each word's first bit.
-    places = 8 * (np.arange(group_bytes) - firsts[:, None] // 8)
-    weights = np.where((places >= 0) & (places < 32), 2.0 ** (places % 32), 0).astype(np.uint32)
-    shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
-    ones = (1,) * (len(leading) + 1)
-    wide = wide.reshape(*leading, groups, 1, group_bytes) * weights.reshape(*ones, *weights.shape)
-    words = jnp.sum(wide, axis=-1, dtype=jnp.uint32, keepdims=True)
-    words = words >> (firsts % 8).astype(np.uint32).reshape(*ones, -1, 1)
-    codes = words >> shifts.reshape(*ones, 1, -1) & np.uint32(2**bits - 1)
-    codes = codes.astype(jnp.uint8 if bits <= 8 else jnp.uint16)
-    return codes.reshape(*leading, groups * per_group)[..., :n]
-
-
-def _codes_per_word(bits: int) -> int:
-    """Returns the number of codes of which four bytes hold all bits, wherever the codes start."""
-    per_group, _ = _groups(bits)
-    return max(
-        n
-        for n in range(1, per_group + 1)
-        if per_group % n == 0 and all(i * bits % 8 + n * bits <= 32 for i in range(0, per_group, n))
-    )
-
-
-def _check_packing(name: str, array: jax.Array, bits: int) -> None:
-    if not jnp.issubdtype(array.dtype, jnp.unsignedinteger):
-        raise TypeError(
-            f"{name}: codes must be unsigned integers, got {array.dtype}. Convert them first, e.g. "
-            "codes.astype(jnp.uint8)."
-        )
-    if not 1 <= bits <= 16:
-        raise ValueError(f"{name}: `bits` must be 1 to 16, got {bits}. Use the format's `bits`.")
-    if array.ndim == 0:
-        raise ValueError(
-            f"{name}: the array must have an axis to pack along, got a scalar. Reshape it to (1,)."
-        )

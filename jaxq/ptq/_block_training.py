@@ -1,5 +1,6 @@
 """Training of the rounding of one block, in compiled functions."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,15 @@ from jaxq.ptq._rounding_methods import Rounded, RoundingMethod, RoundingProblem
 from jaxq.quantizers import levels, values_of
 from jaxq.recipes import Recipe
 
-__all__ = ["BlockData", "LearnedLeaf", "StepRange", "Trainer", "Trainers", "relative_error"]
+__all__ = [
+    "BlockData",
+    "Errors",
+    "LearnedLeaf",
+    "StepRange",
+    "Trainer",
+    "Trainers",
+    "relative_errors",
+]
 
 
 class LearnedLeaf(NamedTuple):
@@ -35,22 +44,50 @@ class LearnedLeaf(NamedTuple):
     dtype: Any
 
 
-class BlockData(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inputs", "targets", "masks"],
+    meta_fields=["training"],
+)
+@dataclasses.dataclass(frozen=True)
+class BlockData:
     """The data of a block, stacked over the batches.
+
+    Batches for validation follow those for training, so that one program computes the results of
+    both.
 
     Attributes:
       inputs: the arrays of its arguments after the parameters.
       targets: the results of the float model.
       masks: the masks of the tokens, or None.
+      training: the number of batches for training.
     """
 
     inputs: list[jax.Array]
     targets: list[jax.Array]
     masks: jax.Array | None
+    training: int
 
-    def batch(self, i: jax.Array) -> "BlockData":
-        """Returns the batch with an index."""
+    def batch(self, i: jax.typing.ArrayLike | slice) -> "BlockData":
+        """Returns the batch with an index, or a range of batches."""
         return jax.tree.map(lambda x: x[i], self)
+
+
+class Errors(NamedTuple):
+    """The squared errors of the results of a block, relative to the power of the targets.
+
+    Attributes:
+      training: the error of the batches for training.
+      validation: the error of the batches for validation, or None if there are none.
+    """
+
+    training: Any
+    validation: Any
+
+    @property
+    def decisive(self) -> Any:
+        """The error by which weights are chosen."""
+        return self.training if self.validation is None else self.validation
 
 
 class TrainingState(NamedTuple):
@@ -154,7 +191,7 @@ class Trainer:
     def _values(self, choice: Mapping[int, Rounded]) -> dict[int, jax.Array]:
         """Returns the values of leaves, bitwise equal to the dequantized packed leaves."""
         return {
-            i: values_of(rounded.numbers, levels(rounded.start), self._leaves[i].recipe)
+            i: values_of(rounded.grid_values, levels(rounded.start), self._leaves[i].recipe)
             for i, rounded in choice.items()
         }
 
@@ -197,7 +234,8 @@ class Trainer:
           data: the data.
           steps: the range of steps.
         """
-        total = squares(data.targets, data)
+        training = data.batch(slice(data.training))
+        total = squares(training.targets, training)
         power = jnp.where(total.power > 0, total.power / jnp.maximum(total.count, 1), 1)
 
         def objective(
@@ -258,7 +296,13 @@ def _token_weights(masks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 @jax.jit
-def relative_error(results: Sequence[jax.Array], data: BlockData) -> jax.Array:
-    """Returns the squared error of all batches, relative to the power of the targets."""
-    sums = squares(results, data)
-    return sums.error / jnp.where(sums.power > 0, sums.power, 1)
+def relative_errors(results: Sequence[jax.Array], data: BlockData) -> Errors:
+    """Returns the errors of the results of all batches."""
+
+    def error(batches: slice) -> jax.Array:
+        sums = squares([x[batches] for x in results], data.batch(batches))
+        return sums.error / jnp.where(sums.power > 0, sums.power, 1)
+
+    has_validation = data.training < len(data.targets[0])
+    validation = error(slice(data.training, None)) if has_validation else None
+    return Errors(error(slice(data.training)), validation)

@@ -41,12 +41,19 @@ class Calls:
       fn: the function of the model, or a module.
       calls: the arguments of each call, with the parameters first unless `fn` is a module.
       masks: the mask of each batch, or None.
+      validation: the number of calls at the end that are not calibration data.
     """
 
     owner: str
     fn: Callable[..., Any]
     calls: Sequence[tuple[Any, ...]]
     masks: Sequence[jax.Array | None]
+    validation: int = 0
+
+    @property
+    def training(self) -> int:
+        """The number of calls of calibration data."""
+        return len(self.calls) - self.validation
 
     def plan(self, rules: Rules) -> Model:
         """Plans the model with some rules.
@@ -79,9 +86,11 @@ class Calls:
             static = structure, [x for x, yes in zip(leaves, is_data, strict=True) if not yes]
             first = static if first is None else first
             if [(x.shape, x.dtype) for x in arrays] != expected or static != first:
+                past = n - self.training
+                where = f"batch {n}" if past < 0 else f"batch {past} of `validation`"
                 raise ValueError(
                     f"{self.owner}: all batches must have the same structure, shapes, dtypes and "
-                    f"Python values, but batch {n} differs from the first. Pad all batches to one "
+                    f"Python values, but {where} differs from the first. Pad all batches to one "
                     "length and pass `mask`; pass Python values that differ as arrays."
                 )
             triples = zip(invars, arrays, model.planned.traced.origins, strict=True)
@@ -122,9 +131,15 @@ class Calls:
 
 
 def read_calls(
-    owner: str, fn: Any, mask: Callable[..., Any] | None, args: tuple[Any, ...]
+    owner: str,
+    fn: Any,
+    mask: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    validation: Any = None,
 ) -> Calls:
     """Reads the arguments `(params, batches)`, or `(batches,)` for a module, as calls of `fn`.
+
+    `validation` is None, or batches whose calls follow those of `batches`.
 
     Raises:
       ValueError: if arguments are missing, there are no batches, or masks differ in shape.
@@ -136,17 +151,9 @@ def read_calls(
             f"{len(args)} arguments. If `fn` takes (params, x, y), make each batch a tuple (x, y)."
         )
     *params, batches = args
-    if not isinstance(batches, Iterable) or isinstance(batches, (jax.Array, np.ndarray, dict)):
-        raise ValueError(
-            f"{owner}: `batches` must be a sequence of batches, got a single "
-            f"{type(batches).__name__}. Put it into a list."
-        )
-    data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-    if not data:
-        raise ValueError(
-            f"{owner}: `batches` must contain at least one batch, got none. Pass a list of inputs, "
-            "not an exhausted iterator."
-        )
+    data = _batches(owner, "batches", batches)
+    held_out = [] if validation is None else _batches(owner, "validation", validation)
+    data += held_out
     masks = [None if mask is None else jnp.asarray(mask(*batch)) for batch in data]
     shapes = {batch_mask.shape for batch_mask in masks if batch_mask is not None}
     if len(shapes) > 1:
@@ -154,7 +161,24 @@ def read_calls(
             f"{owner}: `mask` must return the same shape for all batches, got {sorted(shapes)}. "
             "Pad the batches to one length."
         )
-    return Calls(owner, fn, [(*params, *batch) for batch in data], masks)
+    calls = [(*params, *batch) for batch in data]
+    return Calls(owner, fn, calls, masks, validation=len(held_out))
+
+
+def _batches(owner: str, name: str, batches: Any) -> list[tuple[Any, ...]]:
+    """Returns the batches in an argument with a name, each as a tuple of arguments of the model."""
+    if not isinstance(batches, Iterable) or isinstance(batches, (jax.Array, np.ndarray, dict)):
+        raise ValueError(
+            f"{owner}: `{name}` must be a sequence of batches, got a single "
+            f"{type(batches).__name__}. Put it into a list."
+        )
+    data = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    if not data:
+        raise ValueError(
+            f"{owner}: `{name}` must contain at least one batch, got none. Pass a list of inputs, "
+            "not an exhausted iterator."
+        )
+    return data
 
 
 def without_weight(product: Product, assigned: Assigned | None) -> Assigned | None:

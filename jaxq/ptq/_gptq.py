@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from jaxq.ptq._solvers import GPTQ, Problem, Solver, check_recipe
 from jaxq.ptq._statistics import Statistics, empty_statistics
-from jaxq.quantizers import Quantized, levels, numbers_of, quantize, with_levels
+from jaxq.quantizers import Quantized, grid_values_of, levels, quantize, with_levels
 from jaxq.recipes import Recipe, get_recipe
 
 __all__ = ["gptq"]
@@ -100,9 +100,9 @@ def _solve(
     problem = Problem(
         weight=matrix(weight),
         levels=jax.tree.map(matrix, levels(start)),
-        nearest=matrix(numbers_of(start)),
+        nearest=matrix(grid_values_of(start)),
         statistics=statistics,
     )
     solution = solver.solve(problem, recipe)
-    numbers = jnp.moveaxis(solution.numbers.reshape(shape), 0, axis)
-    return with_levels(start, numbers), solution.solved
+    grid_values = jnp.moveaxis(solution.grid_values.reshape(shape), 0, axis)
+    return with_levels(start, grid_values), solution.solved

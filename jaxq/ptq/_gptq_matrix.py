@@ -29,20 +29,20 @@ class Solution(NamedTuple):
     """The solution of a solver for one matrix.
 
     Attributes:
-      numbers: the chosen grid values minus the zero points, `[inputs, outputs]`.
+      grid_values: the chosen grid values minus the zero points, `[inputs, outputs]`.
       damping: the damping, relative to the mean of the Hessian's diagonal; NaN if none was used.
       solved: False if the Hessian cannot be factorized, so that the nearest levels must be used.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxq import ptq
-      >>> numbers, damping = jnp.zeros((4, 2)), jnp.float32(0.01)
-      >>> solution = ptq.Solution(numbers, damping, solved=jnp.bool(True))
-      >>> solution.numbers.shape
+      >>> grid_values, damping = jnp.zeros((4, 2)), jnp.float32(0.01)
+      >>> solution = ptq.Solution(grid_values, damping, solved=jnp.bool(True))
+      >>> solution.grid_values.shape
       (4, 2)
     """
 
-    numbers: jax.Array
+    grid_values: jax.Array
     damping: jax.Array
     solved: jax.Array
 
@@ -132,9 +132,11 @@ def solve(
             shifts = np.float32(settings.asymmetry) * _shifts(factor, drift)
     levels = jax.tree.map(lambda x: x[rows], levels)
     feedback = _Feedback(factor / jnp.diagonal(factor)[None], shifts)
-    numbers = _rounded(weight, levels, feedback, recipe)
+    grid_values = _rounded(weight, levels, feedback, recipe)
     return Solution(
-        numbers=numbers[jnp.argsort(rows)], damping=damping_used, solved=has_data & is_solved
+        grid_values=grid_values[jnp.argsort(rows)],
+        damping=damping_used,
+        solved=has_data & is_solved,
     )
 
 
@@ -235,17 +237,17 @@ def _rounded(weight: jax.Array, levels: Levels, feedback: _Feedback, recipe: Rec
         step = functools.partial(_step, _InputBlock(inner_feedback, target, weight, levels), recipe)
         zeros = jnp.zeros_like(weight)
         first = _Rounded(zeros, None if state.values is None else zeros)
-        result, numbers = lax.fori_loop(0, size, step, (first, zeros))
+        result, grid_values = lax.fori_loop(0, size, step, (first, zeros))
         state = jax.tree.map(
             lambda x, part: lax.dynamic_update_slice(x, part, (start, 0)), state, result
         )
-        return state, numbers
+        return state, grid_values
 
     xs = jnp.arange(count), split(weight), jax.tree.map(split, levels)
     zeros = jnp.zeros((count * size, m), jnp.float32)
     start = _Rounded(zeros, None if feedback.shifts is None else zeros)
-    _, numbers = lax.scan(round_block, start, xs)
-    return numbers.reshape(count * size, m)[:n]
+    _, grid_values = lax.scan(round_block, start, xs)
+    return grid_values.reshape(count * size, m)[:n]
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -285,7 +287,7 @@ def _step(
     block: _InputBlock, recipe: Recipe, i: jax.Array, state: tuple[_Rounded, jax.Array]
 ) -> tuple[_Rounded, jax.Array]:
     """Rounds input i of a block after correcting it for the errors of the inputs before it."""
-    (errors, values), numbers = state
+    (errors, values), grid_values = state
     weight, target = block.weight[i], block.target[i]
     # The errors and values of later inputs are 0.
     shifts = block.inner_feedback.shifts
@@ -293,7 +295,7 @@ def _step(
         shift = jnp.sum(shifts[i][:, None] * values, axis=0)
         weight, target = weight + shift, target + shift
     corrected = target - _product(block.inner_feedback.errors[i], errors)
-    number, value = snap(corrected, jax.tree.map(lambda x: x[i], block.levels), recipe)
+    grid_value, value = snap(corrected, jax.tree.map(lambda x: x[i], block.levels), recipe)
     if values is not None:
         values = values.at[i].set(corrected)
-    return _Rounded(errors.at[i].set(value - weight), values), numbers.at[i].set(number)
+    return _Rounded(errors.at[i].set(value - weight), values), grid_values.at[i].set(grid_value)

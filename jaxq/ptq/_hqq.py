@@ -92,18 +92,18 @@ class HQQ:
 
     def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:
         """Returns the leaves with the best minima and with unchanged codes and scales."""
-        weight, levels, numbers = problem.weight, problem.levels, problem.blocks.numbers
+        weight, levels, indices = problem.weight, problem.levels, problem.blocks.indices
         assert levels.minimum is not None, "checked before"
         step = jnp.where(levels.step > 0, levels.step, np.float32(1))
 
         def block_mean(x: jax.Array) -> jax.Array:
-            blocks = numbers.reshape(-1)
+            blocks = indices.reshape(-1)
             total = jax.ops.segment_sum(x.reshape(-1), blocks, problem.count)
             ones = jnp.ones(blocks.shape, jnp.float32)
             return total / jax.ops.segment_sum(ones, blocks, problem.count)
 
         def iterate(state: _State) -> _State:
-            tried = levels._replace(step=step, minimum=-state.zero[numbers] * step)
+            tried = levels._replace(step=step, minimum=-state.zero[indices] * step)
             q, values = snap(weight, tried, options.recipe)
             error = weight - values
             size = jnp.abs(error)

@@ -45,7 +45,7 @@ class ImportanceMatrix:
 
     def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:
         """Returns the leaves with new scales and minima, and with unchanged codes."""
-        leaves, numbers = problem.blocks
+        leaves, block_of = problem.blocks
         block = leaves[0].cut.block
         length = block[axis_of_blocks(block)]
         if options.length != length:
@@ -55,7 +55,7 @@ class ImportanceMatrix:
             )
         shape, size = problem.weight.shape, problem.count * length
         inputs = lax.broadcasted_iota(jnp.int32, shape, 1)
-        indices = numbers * np.int32(length) + inputs % np.int32(length)
+        indices = block_of * np.int32(length) + inputs % np.int32(length)
         importance = jnp.broadcast_to(_mean_squares(problem.statistics)[..., None], shape)
 
         def by_block(x: jax.Array) -> jax.Array:

@@ -47,14 +47,14 @@ def _leaves(product: Product) -> set[int]:
 
 
 def named_inputs(
-    owner: str, model: Model, left: Mapping[int, str], changed: Collection[str]
+    owner: str, model: Model, skipped: Mapping[int, str], changed: Collection[str]
 ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
     """Returns pairs (product, input) of the changed products and (product, reason) of all others.
 
     Args:
       owner: the name of the public function that was called, for errors.
       model: the model.
-      left: the reasons why products were left unchanged, by their numbers.
+      skipped: the reasons why products are skipped, by their numbers.
       changed: the names of the changed inputs. An input has the name of the first product that
         reads it.
 
@@ -62,15 +62,15 @@ def named_inputs(
       ValueError: if no product is changed.
     """
     products, targets = model.planned.products, model.targets
-    names = {n: products[n].name for n in sorted({*targets.matrices, *left})}
+    names = {n: products[n].name for n in sorted({*targets.matrices, *skipped})}
     inputs = tuple(
         (name, products[targets.first[n]].name)
         for n, name in names.items()
-        if n not in left and products[targets.first[n]].name in changed
+        if n not in skipped and products[targets.first[n]].name in changed
     )
     changed_products = {name for name, _ in inputs}
     others = tuple(
-        (name, left.get(n, "its input does not depend on data"))
+        (name, skipped.get(n, "its input does not depend on data"))
         for n, name in names.items()
         if name not in changed_products
     )

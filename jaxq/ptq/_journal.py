@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     """A solved product or a learned block in a journal.
 
     Attributes:
-      row: its row of the report, a flat record of strings and numbers.
+      row: its row of the report, a flat record of strings and numbers, or None for a default.
       packed: its packed leaves, or rows of leaves.
     """
 
@@ -72,7 +72,7 @@ class Journal:
         """Stores the entry at a position in the order of the run."""
         fields = dataclasses.asdict(entry.row)
         texts = {name: value for name, value in fields.items() if isinstance(value, str)}
-        names = [name for name in fields if name not in texts]
+        names = [n for n, value in fields.items() if n not in texts and value is not None]
         tree = {
             "texts": texts,
             "names": names,

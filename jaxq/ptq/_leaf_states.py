@@ -8,7 +8,7 @@ import jax
 from jax import numpy as jnp
 
 from jaxq.models import Planned, Storage, StoredView
-from jaxq.quantizers import Levels, Quantized, levels, numbers_of, snap, with_levels
+from jaxq.quantizers import Levels, Quantized, grid_values_of, levels, snap, with_levels
 
 __all__ = ["LeafKey", "LeafState", "Leaves", "replace_parameters"]
 
@@ -33,14 +33,14 @@ class LeafState(NamedTuple):
       x: the float values that its products multiply, float32.
       levels: the levels of its elements.
       nearest: the nearest grid values.
-      numbers: the chosen grid values.
+      grid_values: the chosen grid values.
       start: the leaf quantized to the nearest levels.
     """
 
     x: jax.Array
     levels: Levels
     nearest: jax.Array
-    numbers: jax.Array
+    grid_values: jax.Array
     start: Quantized
 
 
@@ -90,23 +90,23 @@ class Leaves:
             assert storage is not None, "only stored leaves are solved"
             q = self.nearest(key)
             x = storage.convert(self.array(key)).astype(jnp.float32)
-            numbers = numbers_of(q)
+            grid_values = grid_values_of(q)
             self._states[key] = LeafState(
-                x=x, levels=levels(q), nearest=numbers, numbers=numbers, start=q
+                x=x, levels=levels(q), nearest=grid_values, grid_values=grid_values, start=q
             )
         return self._states[key]
 
-    def put(self, key: LeafKey, numbers: jax.Array, is_last: bool) -> None:
+    def put(self, key: LeafKey, grid_values: jax.Array, is_last: bool) -> None:
         """Packs a leaf with the chosen grid values.
 
         Args:
           key: the leaf.
-          numbers: the grid values.
+          grid_values: the grid values.
           is_last: True if no other product solves the leaf, so that its state is no longer needed.
         """
         state = self.state(key)
-        self._packed[key] = with_levels(state.start, numbers)
-        self._states[key] = state._replace(numbers=numbers)
+        self._packed[key] = with_levels(state.start, grid_values)
+        self._states[key] = state._replace(grid_values=grid_values)
         if is_last:
             del self._states[key]
 

@@ -22,7 +22,7 @@ class SolvedMatrices(NamedTuple):
     """The solutions of a stack of matrices, with their losses.
 
     Attributes:
-      numbers: the chosen grid values minus the zero points, `[matrices, inputs, outputs]`.
+      grid_values: the chosen grid values minus the zero points, `[matrices, inputs, outputs]`.
       nearest_loss: the loss of the nearest levels, `[matrices]`.
       solved_loss: the loss of the chosen levels, `[matrices]`.
       power: the squared norm of the outputs, `tr(W^T H W)`, `[matrices]`.
@@ -32,7 +32,7 @@ class SolvedMatrices(NamedTuple):
         instead, `[matrices]`.
     """
 
-    numbers: jax.Array
+    grid_values: jax.Array
     nearest_loss: jax.Array
     solved_loss: jax.Array
     power: jax.Array
@@ -91,23 +91,23 @@ def _solve_with_one_recipe(problem: Problem, recipe: Recipe, solver: Solver) -> 
         hessian = statistics.hessian
         assert hessian is not None
 
-        def loss(numbers: jax.Array) -> jax.Array:
-            return output_error(values_of(numbers, levels, recipe) - weight, hessian)
+        def loss(grid_values: jax.Array) -> jax.Array:
+            return output_error(values_of(grid_values, levels, recipe) - weight, hessian)
 
-        def objective(numbers: jax.Array) -> jax.Array:
+        def objective(grid_values: jax.Array) -> jax.Array:
             """Returns the loss against the float model's outputs, up to a constant."""
             if statistics.drift is None:
-                return loss(numbers)
-            error = values_of(numbers, levels, recipe) - weight
+                return loss(grid_values)
+            error = values_of(grid_values, levels, recipe) - weight
             target = jnp.matmul(statistics.drift.T, weight, precision=lax.Precision.HIGHEST)
             return output_error(error, hessian) - 2 * jnp.sum(error * target)
 
         solution = solver.solve(problem, recipe)
-        nearest_loss, solved_loss = loss(nearest), loss(solution.numbers)
-        worse = objective(solution.numbers) > objective(nearest)
-        numbers = jnp.where(worse, nearest, solution.numbers)
+        nearest_loss, solved_loss = loss(nearest), loss(solution.grid_values)
+        worse = objective(solution.grid_values) > objective(nearest)
+        grid_values = jnp.where(worse, nearest, solution.grid_values)
         return SolvedMatrices(
-            numbers=numbers,
+            grid_values=grid_values,
             nearest_loss=nearest_loss,
             solved_loss=jnp.where(worse, nearest_loss, solved_loss),
             power=output_error(weight, hessian),

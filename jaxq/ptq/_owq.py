@@ -16,8 +16,8 @@ from jaxq.quantizers import (
     Levels,
     Quantized,
     dequantize,
+    grid_values_of,
     levels,
-    numbers_of,
     quantize,
     values_of,
     with_levels,
@@ -191,16 +191,16 @@ def _owq(weight: jax.Array, hessian: jax.Array, options: _Options) -> tuple[Quan
     without_floats = from_matrix(jnp.where(is_float[:, None], 0, w)).astype(weight.dtype)
     start = quantize(without_floats, plain, axis=place)
     rounded_levels = jax.tree.map(lambda x: matrix(x)[rounded], levels(start))
-    numbers = matrix(numbers_of(start))
+    grid_values = matrix(grid_values_of(start))
     split = _InputSplit(rounded, floats)
     solution, feedback = _solve_rounded(
         w[rounded], rounded_levels, hessian, options._replace(recipe=plain), split
     )
-    chosen = jnp.where(solution.solved, solution.numbers, numbers[rounded])
+    chosen = jnp.where(solution.solved, solution.grid_values, grid_values[rounded])
     error = values_of(chosen, rounded_levels, plain) - w[rounded]
     change = jnp.matmul(feedback, error, precision=lax.Precision.HIGHEST)
     values = w[floats] - jnp.where(solution.solved, change, 0)
-    q = with_levels(start, from_matrix(numbers.at[rounded].set(chosen)))
+    q = with_levels(start, from_matrix(grid_values.at[rounded].set(chosen)))
     assert recipe.outliers is not None
     # Outliers are stored in the order of their indices, followed by unused entries.
     unused = recipe.outliers.count(weight.size) - values.size

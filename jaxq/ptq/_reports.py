@@ -3,12 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from jaxq._base.tables import Table, Tabular
 
 __all__ = ["LearnedBlock", "Report", "RoundingReport", "SolvedProduct"]
 
-_SHOWN = 24  # The number of rows printed of a longer report: fallbacks, then the largest losses.
+_SHOWN = 24  # The number of rows printed of a longer report: unsolved ones, then large losses.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class SolvedProduct:
       loss: the same loss of the stored weight. With a solver that corrects the drift of inputs it
         may exceed `rtn`, because it compares with the float weight on the same input.
       power: the power of the outputs per token, `tr(W^T H W) / tokens`.
-      fallback: the reason why the product was not solved, or only partly or without the drift of
-        its input; or "".
+      unsolved_reason: the reason why the product was not solved, or only partly or without the
+        drift of its input; or "".
 
     Example:
       >>> from jaxq import ptq
@@ -45,7 +46,7 @@ class SolvedProduct:
     rtn: float = math.nan
     loss: float = math.nan
     power: float = math.nan
-    fallback: str = ""
+    unsolved_reason: str = ""
 
     @property
     def rank(self) -> int:
@@ -54,9 +55,9 @@ class SolvedProduct:
 
     @property
     def note(self) -> str:
-        """The note shown in the table: the fallback, or that the Hessian is singular."""
-        if self.fallback or self.rank == self.inputs:
-            return self.fallback
+        """The note shown in the table: the `unsolved_reason`, or that the Hessian is singular."""
+        if self.unsolved_reason or self.rank == self.inputs:
+            return self.unsolved_reason
         return f"rank at most {self.rank} of {self.inputs}"
 
 
@@ -83,17 +84,17 @@ class Report(Tabular):
 
     Example:
       >>> from jaxq import ptq
-      >>> report = ptq.Report((ptq.SolvedProduct("w", "int4", fallback="no tokens"),))
-      >>> [row.product for row in report.fallbacks]
+      >>> report = ptq.Report((ptq.SolvedProduct("w", "int4", unsolved_reason="no tokens"),))
+      >>> [row.product for row in report.unsolved]
       ['w']
     """
 
     rows: tuple[SolvedProduct, ...]
 
     @property
-    def fallbacks(self) -> tuple[SolvedProduct, ...]:
+    def unsolved(self) -> tuple[SolvedProduct, ...]:
         """The products that were not solved, or only partly."""
-        return tuple(row for row in self.rows if row.fallback)
+        return tuple(row for row in self.rows if row.unsolved_reason)
 
     def _table(self) -> Table:
         return Table(tuple(map(_line, self._shown)))
@@ -102,7 +103,7 @@ class Report(Tabular):
     def _shown(self) -> Sequence[SolvedProduct]:
         """All products, or those with the largest losses if there are many."""
         worst = sorted(
-            self.rows, key=lambda r: (not r.fallback, -r.loss if r.loss == r.loss else 0.0)
+            self.rows, key=lambda r: (not r.unsolved_reason, -r.loss if r.loss == r.loss else 0.0)
         )
         return self.rows if len(self.rows) <= _SHOWN else worst[:_SHOWN]
 
@@ -114,9 +115,9 @@ class Report(Tabular):
         if known:
             rtn, loss = (sum(getattr(r, name) for r in known) / len(known) for name in _LOSSES)
             lines.append(f"mean loss of {len(known)} products: {loss:.4g}, to nearest: {rtn:.4g}")
-        if self.fallbacks:
+        if self.unsolved:
             lines.append(
-                f"{len(self.fallbacks)} products were not solved, or only partly; see `note`"
+                f"{len(self.unsolved)} products were not solved, or only partly; see `note`"
             )
         return lines
 
@@ -124,14 +125,18 @@ class Report(Tabular):
 _LOSSES = ("rtn", "loss")
 
 
-def _line(row: SolvedProduct) -> _Line:
-    values = (getattr(row, field.name) for field in dataclasses.fields(_Line))
-    return _Line(*values)
+def _line(row: Any, line_type: Any = _Line) -> Any:
+    """Returns the line of a row, which has all fields of the line."""
+    values = (getattr(row, field.name) for field in dataclasses.fields(line_type))
+    return line_type(*values)
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnedBlock:
     """The progress or the result of one block.
+
+    Without validation, the best weights are those with the least `loss`; with it, those with the
+    least `validation_loss`.
 
     Attributes:
       block: the index of the block.
@@ -140,6 +145,8 @@ class LearnedBlock:
         of the float outputs.
       loss: the same error with the best weights so far.
       weights: the number of leaves whose rounding is learned.
+      validation_rtn: the error `rtn` on the batches for validation, or None if there are none.
+      validation_loss: the error `loss` on the batches for validation, or None if there are none.
       note: the weights that the rules quantize but that are not stored, with the reasons; or "".
 
     Example:
@@ -154,7 +161,21 @@ class LearnedBlock:
     rtn: float
     loss: float
     weights: int
+    validation_rtn: float | None = None
+    validation_loss: float | None = None
     note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _BlockLine:
+    """A line of the printed table without validation."""
+
+    block: int
+    step: int
+    rtn: float
+    loss: float
+    weights: int
+    note: str
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -174,4 +195,6 @@ class RoundingReport(Tabular):
     rows: tuple[LearnedBlock, ...]
 
     def _table(self) -> Table:
-        return Table(self.rows)
+        if any(row.validation_loss is not None for row in self.rows):
+            return Table(self.rows)
+        return Table(tuple(_line(row, _BlockLine) for row in self.rows))

@@ -39,7 +39,7 @@ class _Line:
     note: str
 
 
-@pytree(static=("lengths", "inputs", "left"))
+@pytree(static=("lengths", "inputs", "skipped"))
 @dataclasses.dataclass(frozen=True, repr=False)
 class InputRotations(Tabular):
     """The rotations of the inputs of a model's products. A pytree that prints as a table.
@@ -50,7 +50,7 @@ class InputRotations(Tabular):
         scan over layers have a leading axis with one entry per layer; batch axes follow it.
       lengths: pairs of an input's key in `signs` and the length of its transformed blocks.
       inputs: pairs of a rotated product's name and its input's key in `signs`.
-      left: pairs of the name of a product without rotation and the reason.
+      skipped: pairs of the name of a product without rotation and the reason.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,7 +62,7 @@ class InputRotations(Tabular):
     signs: Mapping[str, jax.Array]
     lengths: tuple[tuple[str, int], ...]
     inputs: tuple[tuple[str, str], ...]
-    left: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
 
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function whose products rotate their inputs.
@@ -83,7 +83,7 @@ class InputRotations(Tabular):
     def _table(self) -> Table:
         lengths = dict(self.lengths)
         lines = [_Line(name, first, lengths[first], "") for name, first in self.inputs]
-        lines += [_Line(name, "-", "-", reason) for name, reason in self.left]
+        lines += [_Line(name, "-", "-", reason) for name, reason in self.skipped]
         return Table(tuple(lines))
 
 
@@ -116,7 +116,7 @@ def rotate_inputs(
       A function `(params, *args, key) -> (params, InputRotations)`. The arguments are those of
       `fn`, and `key` is a key of `jax.random` for the signs. The new parameters have the dtypes of
       the old ones. Products that `ptq.scale_inputs` does not support, and products with an odd
-      number of inputs, are not rotated; `InputRotations.left` lists them.
+      number of inputs, are not rotated; `InputRotations.skipped` lists them.
 
     Raises:
       TypeError: if `fn` is a pytree, such as a module.
@@ -230,12 +230,12 @@ class _RotationRun:
 
     def result(self) -> tuple[Any, InputRotations]:
         """Returns the rotated parameters and the rotations."""
-        inputs, left = named_inputs(_OWNER, self._model, self._unrotated_reasons, self._signs)
+        inputs, skipped = named_inputs(_OWNER, self._model, self._unrotated_reasons, self._signs)
         lengths = tuple((name, self._lengths[name]) for name in self._signs)
         params = replace_parameters(
             self._planned, {leaf: jnp.asarray(x) for leaf, x in self._arrays.items()}
         )
-        return params, InputRotations(self._signs, lengths, inputs, left)
+        return params, InputRotations(self._signs, lengths, inputs, skipped)
 
 
 @functools.partial(jax.jit, static_argnames="length")

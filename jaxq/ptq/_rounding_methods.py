@@ -14,7 +14,7 @@ from jaxq.qat import adaround_init, adaround_penalty, rectified_sigmoid
 from jaxq.quantizers import (
     Levels,
     Quantized,
-    enclosing_numbers,
+    enclosing_grid_values,
     ends_of,
     levels,
     per_element,
@@ -58,18 +58,18 @@ class Rounded(NamedTuple):
 
     Attributes:
       start: the leaf with the chosen scales; its codes are ignored.
-      numbers: the chosen grid values minus the zero points.
+      grid_values: the chosen grid values minus the zero points.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> from jaxq import ptq
       >>> start = jaxq.quantize(jnp.array([[0.4, 1.0], [0.4, -0.3]]), jaxq.Recipe("int2"))
-      >>> ptq.Rounded(start, numbers=jnp.ones((2, 2))).numbers.shape
+      >>> ptq.Rounded(start, grid_values=jnp.ones((2, 2))).grid_values.shape
       (2, 2)
     """
 
     start: Quantized
-    numbers: jax.Array
+    grid_values: jax.Array
 
 
 class RoundingMethod(Protocol):
@@ -163,7 +163,7 @@ class SignRound:
         self, variables: dict[str, jax.Array], problem: RoundingProblem, recipe: Recipe
     ) -> jax.Array:
         """Returns the rounded values, with a straight-through gradient."""
-        start, numbers, gap = self._choice(variables, problem, recipe)
+        start, grid_values, gap = self._choice(variables, problem, recipe)
         step, zero_point, minimum, _ = levels(start)
         if "factor" in variables:
             factor = per_element(problem.start, variables["factor"])
@@ -173,15 +173,15 @@ class SignRound:
         # The gradient passes where the rounded value is on the grid without clipping.
         lowest, highest = ends_of(zero_point, recipe)
         inside = (units >= lowest - gap / 2) & (units <= highest + gap / 2)
-        units = jnp.where(inside, units, lax.stop_gradient(numbers))
-        return (units + lax.stop_gradient(numbers - units)) * step + low
+        units = jnp.where(inside, units, lax.stop_gradient(grid_values))
+        return (units + lax.stop_gradient(grid_values - units)) * step + low
 
     def rounded(
         self, variables: dict[str, jax.Array], problem: RoundingProblem, recipe: Recipe
     ) -> Rounded:
         """Returns the nearest levels of the weights plus their offsets."""
-        start, numbers, _ = self._choice(variables, problem, recipe)
-        return Rounded(start, numbers)
+        start, grid_values, _ = self._choice(variables, problem, recipe)
+        return Rounded(start, grid_values)
 
     def clipped(self, variables: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns offsets in [-1/2, 1/2] and factors in [0, 1]."""
@@ -296,7 +296,7 @@ def _adjacent_levels(
 ) -> tuple[Levels, jax.Array, jax.Array]:
     """Returns the levels of a leaf and the grid values below and above each weight."""
     grid = levels(start)
-    return grid, *enclosing_numbers(weight, grid, recipe)
+    return grid, *enclosing_grid_values(weight, grid, recipe)
 
 
 def _nonzero(x: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ def scale_inputs(
       A function `(params, batches) -> (params, InputScales)`, with the arguments of
       `jaxq.ptq.quantize_weights`. The new parameters have the dtypes of the old ones. Convolutions,
       ragged products, products in `while` loops or under a custom derivative, and products that
-      share their weight with another product are not scaled; `InputScales.left` lists them.
+      share their weight with another product are not scaled; `InputScales.skipped` lists them.
 
     Raises:
       TypeError: if `fn` is a pytree, such as a module.

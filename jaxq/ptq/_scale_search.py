@@ -67,7 +67,7 @@ class ScaleSearch:
     def leaves(self, problem: SearchProblem, options: SearchOptions) -> tuple[Quantized, ...]:
         """Returns the leaves with the best scales and with unchanged codes."""
         weight, levels, blocks, statistics = problem
-        recipe, length, numbers = options.recipe, options.length, blocks.numbers
+        recipe, length, indices = options.recipe, options.length, blocks.indices
         matrices, inputs, outputs = weight.shape
         hessian = statistics.hessian
         assert hessian is not None, "all callers pass one"
@@ -75,7 +75,7 @@ class ScaleSearch:
         diagonal = hessian.reshape(matrices, runs, length, runs, length)
         diagonal = jnp.einsum("mrirj->mrij", diagonal)
         # A block covers the same inputs for every output, so the first output is enough.
-        block = numbers[:, :, 0].reshape(matrices, runs, length)
+        block = indices[:, :, 0].reshape(matrices, runs, length)
         diagonal = jnp.where(block[..., :, None] == block[..., None, :], diagonal, np.float32(0))
 
         def times_hessian(error: jax.Array) -> jax.Array:
@@ -85,14 +85,14 @@ class ScaleSearch:
 
         def loss(factor: jax.Array) -> jax.Array:
             steps = [rescaled(q, factor).scales.reshape(-1) for q in blocks.leaves]
-            tried = levels._replace(step=jnp.concatenate(steps)[numbers])
+            tried = levels._replace(step=jnp.concatenate(steps)[indices])
             error = snap(weight, tried, recipe)[1] - weight
             if self.weighting == "hessian":
                 weighted = times_hessian(error)
             else:
                 weighted = statistics.square[..., None] * error
             return jax.ops.segment_sum(
-                (error * weighted).reshape(-1), numbers.reshape(-1), problem.count
+                (error * weighted).reshape(-1), indices.reshape(-1), problem.count
             )
 
         factors = jnp.array(self.factors, jnp.float32)

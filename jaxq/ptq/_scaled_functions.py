@@ -81,7 +81,7 @@ class _Line:
     note: str
 
 
-@pytree(static=("inputs", "left"))
+@pytree(static=("inputs", "skipped"))
 @dataclasses.dataclass(frozen=True, repr=False)
 class InputScales(Tabular):
     """The factors of the inputs of a model's products. A pytree that prints as a table.
@@ -91,7 +91,7 @@ class InputScales(Tabular):
         first product that reads the input. Products in a scan over layers have a leading axis with
         one entry per layer; batch axes follow it.
       inputs: pairs of a scaled product's name and its input's key in `factors`.
-      left: pairs of the name of a product without factors and the reason.
+      skipped: pairs of the name of a product without factors and the reason.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,7 +103,7 @@ class InputScales(Tabular):
 
     factors: Mapping[str, jax.Array]
     inputs: tuple[tuple[str, str], ...]
-    left: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
 
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function whose products multiply their inputs by the factors.
@@ -141,7 +141,7 @@ class InputScales(Tabular):
             both.
 
         Returns:
-          The new parameters, and the remaining factors. Products without factors are in `left`.
+          The new parameters, and the remaining factors. Products without factors are in `skipped`.
 
         Raises:
           ValueError: if a product has no factors, a leaf does not exist or is not a float array, or
@@ -177,13 +177,13 @@ class InputScales(Tabular):
         remaining = InputScales(
             factors={name: x for name, x in self.factors.items() if name not in folded},
             inputs=tuple((name, first) for name, first in self.inputs if first not in folded),
-            left=(*self.left, *reasons),
+            skipped=(*self.skipped, *reasons),
         )
         return jax.tree.unflatten(structure, leaves), remaining
 
     def _table(self) -> Table:
         lines = [_Line(name, first, "") for name, first in self.inputs]
-        lines += [_Line(name, "-", reason) for name, reason in self.left]
+        lines += [_Line(name, "-", reason) for name, reason in self.skipped]
         return Table(tuple(lines))
 
 

@@ -18,19 +18,19 @@ class Blocks(NamedTuple):
 
     Attributes:
       leaves: the quantized leaves.
-      numbers: the index of the block of each element, counted across all leaves, int32
+      indices: the index of the block of each element, counted across all leaves, int32
         `[matrices, inputs, outputs]`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> from jaxq import ptq
       >>> q = jaxq.quantize(jnp.array([[0.4, 1.0], [0.4, -0.3]]), jaxq.Recipe("int2"))
-      >>> ptq.Blocks((q,), numbers=jnp.zeros((1, 2, 2), jnp.int32)).numbers.shape
+      >>> ptq.Blocks((q,), indices=jnp.zeros((1, 2, 2), jnp.int32)).indices.shape
       (1, 2, 2)
     """
 
     leaves: tuple[Quantized, ...]
-    numbers: jax.Array
+    indices: jax.Array
 
 
 class SearchProblem(NamedTuple):
@@ -47,8 +47,8 @@ class SearchProblem(NamedTuple):
       >>> from jaxq import ptq
       >>> from jaxq.quantizers import Levels
       >>> w, steps = jnp.array([[0.4, 1.0], [0.4, -0.3]]), jnp.ones((1, 2, 2))
-      >>> q, numbers = jaxq.quantize(w, jaxq.Recipe("int2")), jnp.zeros((1, 2, 2), jnp.int32)
-      >>> levels, blocks = Levels(steps, None, None), ptq.Blocks((q,), numbers)
+      >>> q, indices = jaxq.quantize(w, jaxq.Recipe("int2")), jnp.zeros((1, 2, 2), jnp.int32)
+      >>> levels, blocks = Levels(steps, None, None), ptq.Blocks((q,), indices)
       >>> tokens = ptq.collect(jnp.ones((1, 4, 2)))
       >>> problem = ptq.SearchProblem(w[None], levels, blocks, tokens)
       >>> problem.count, [scale.shape for _, scale in problem.by_leaf(jnp.array([2.0]))]
@@ -89,7 +89,40 @@ def inputs_per_block(recipe: Recipe, inputs: int) -> int:
 
 
 class Search(Protocol):
-    """A frozen record that chooses the scales of a weight before a solver chooses its codes."""
+    """A frozen, hashable dataclass that chooses the scales of a weight before its codes are chosen.
+
+    Pass an instance as the `search` of a solver. It is a static argument of jitted functions.
+
+    Example:
+      A search that multiplies each scale by a factor. With the codes that are nearest on the
+      recipe's scale, this factor has the least squared error of the weight.
+
+      >>> import dataclasses, jax, jax.numpy as jnp, jaxq
+      >>> from jaxq import ptq
+      >>> from jaxq.quantizers import rescaled, snap
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class LeastSquares:
+      ...     def check(self, owner, recipe):
+      ...         if recipe.scaling.zero_point is not None:
+      ...             raise ValueError(f"{owner}: use LeastSquares with Symmetric scaling.")
+      ...
+      ...     def leaves(self, problem, options):
+      ...         def block_sums(x):
+      ...             blocks = problem.blocks.indices.reshape(-1)
+      ...             return jax.ops.segment_sum(x.reshape(-1), blocks, problem.count)
+      ...
+      ...         _, values = snap(problem.weight, problem.levels, options.recipe)
+      ...         power = block_sums(values * values)
+      ...         factors = block_sums(problem.weight * values) / jnp.where(power > 0, power, 1)
+      ...         return tuple(rescaled(q, factor) for q, factor in problem.by_leaf(factors))
+      >>> w, x = jax.random.normal(jax.random.key(0), (2, 64, 64))
+      >>> def error(solver):
+      ...     solve = ptq.quantize_weights(lambda w, x: x @ w, "int4_channel", solver=solver)
+      ...     packed, _ = solve(w, [x])
+      ...     return jnp.sum((packed.dequantize() - w) ** 2)
+      >>> bool(error(ptq.RTN(search=LeastSquares())) < error(ptq.RTN()))
+      True
+    """
 
     def check(self, owner: str, recipe: Recipe) -> None:
         """Raises a ValueError if the search does not support a recipe."""

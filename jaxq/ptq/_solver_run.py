@@ -162,7 +162,7 @@ class SolverRun:
         if not reason:
             view, reason = trace_weight(occurrence.frame, occurrence.variable)
         if view is None:
-            self._add_report_row(self._report_row(occurrence, statistics, fallback=reason))
+            self._add_report_row(self._report_row(occurrence, statistics, unsolved_reason=reason))
         else:
             self._solve(occurrence, view, statistics)
 
@@ -192,9 +192,9 @@ class SolverRun:
             statistics=layout.flatten_batches(statistics),
         )
         solved = solve_weight(stack, self.leaves, self.solver)
-        view, numbers = solved.view, layout.weight(solved.matrices.numbers)
+        view, grid_values = solved.view, layout.weight(solved.matrices.grid_values)
         self._solve_counts.update(keys)
-        for key, value in view.move_back(numbers, view.numbers).items():
+        for key, value in view.move_back(grid_values, view.grid_values).items():
             self.leaves.put(key, value, self._is_last(key))
         outcome = _outcome(stack.shares, solved.matrices, statistics)
         self.outcomes.append(outcome)
@@ -269,7 +269,7 @@ class SolverRun:
             rtn=outcome.relative(outcome.nearest_loss),
             loss=outcome.relative(outcome.solved_loss),
             power=outcome.power / max(int(tokens.sum()), 1),
-            fallback="; ".join(notes),
+            unsolved_reason="; ".join(notes),
         )
 
     def _report_row(
@@ -303,7 +303,7 @@ class SolverRun:
             weight = self._weight(product)
             if product.operation == LOOK_UP and solved >= set(self._leaf_indices(number)):
                 continue
-            rows.append(SolvedProduct(product.name, _formats(weight), fallback=reason))
+            rows.append(SolvedProduct(product.name, _formats(weight), unsolved_reason=reason))
         return Report(tuple(rows))
 
     def result(self) -> Any:

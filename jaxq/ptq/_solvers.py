@@ -187,7 +187,7 @@ class GPTQ:
         hessian, drift = statistics.hessian, statistics.drift
         solution = solve(weight, levels, hessian, drift, recipe, settings)
         return solution._replace(
-            numbers=jnp.where(solution.solved, solution.numbers, problem.nearest)
+            grid_values=jnp.where(solution.solved, solution.grid_values, problem.nearest)
         )
 
 

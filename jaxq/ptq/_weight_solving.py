@@ -26,7 +26,7 @@ from jaxq.ptq._search import (
 from jaxq.ptq._solvers import OWQ, RTN, Problem, Solver, search_of
 from jaxq.ptq._statistics import Statistics
 from jaxq.ptq._weight_views import WeightView, trace_weight
-from jaxq.quantizers import Quantized, block_numbers, numbers_of
+from jaxq.quantizers import Quantized, block_indices, grid_values_of
 from jaxq.recipes import Recipe
 
 __all__ = ["SolvedWeight", "WeightStack", "solve_weight"]
@@ -139,9 +139,9 @@ def _search_scales(
     inputs = stack.layout.sizes[1]
     for recipe, indices, part in split_by_recipe(stack.problem, stack.recipes):
         keys = [key for key in starts if stack.shares[key.leaf][indices].any()]
-        numbers = _block_numbers(stack, starts, keys)
-        numbers = numbers[indices] if len(stack.recipes) > 1 else numbers
-        blocks = Blocks(tuple(starts[key] for key in keys), numbers)
+        block_of = _block_indices(stack, starts, keys)
+        block_of = block_of[indices] if len(stack.recipes) > 1 else block_of
+        blocks = Blocks(tuple(starts[key] for key in keys), block_of)
         length = inputs_per_block(recipe, inputs) if is_product else inputs
         options = SearchOptions(search, recipe, length)
         search_problem = SearchProblem(part.weight, part.levels, blocks, part.statistics)
@@ -150,7 +150,7 @@ def _search_scales(
             leaves.rescale(key, q)
 
 
-def _block_numbers(
+def _block_indices(
     stack: WeightStack, starts: Mapping[LeafKey, Quantized], keys: Sequence[LeafKey]
 ) -> jax.Array:
     """Returns the index of the block of each element, counted across some leaves.
@@ -160,14 +160,14 @@ def _block_numbers(
       starts: all leaves of the weight.
       keys: the leaves whose blocks are counted; the elements of all others have the index 0.
     """
-    count, numbers = 0, []
+    count, indices = 0, []
     for key, q in starts.items():
         if key in keys:
-            numbers.append(block_numbers(q) + count)
+            indices.append(block_indices(q) + count)
             count += math.prod(q.cut.counts)
         else:
-            numbers.append(jnp.zeros(q.shape, jnp.int32))
-    return stack.layout.matrices(stack.view.move(*numbers))
+            indices.append(jnp.zeros(q.shape, jnp.int32))
+    return stack.layout.matrices(stack.view.move(*indices))
 
 
 def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWeight:
@@ -188,7 +188,7 @@ def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWe
     nearest_loss = solve_matrices(problem, stack.recipes, RTN()).nearest_loss
     leaves.rescale(key, q)
     new = stack.retrace()
-    chosen = new.problem._replace(nearest=stack.layout.matrices(view.move(numbers_of(q))))
+    chosen = new.problem._replace(nearest=stack.layout.matrices(view.move(grid_values_of(q))))
     matrices = solve_matrices(chosen, stack.recipes, RTN())
     if bool(is_solved) and bool(jnp.sum(matrices.solved_loss) <= jnp.sum(nearest_loss)):
         damping = jnp.full_like(nearest_loss, solver.damping)

@@ -22,7 +22,7 @@ class WeightView(NamedTuple):
       x: the values of the weight, float32.
       levels: the levels of its elements.
       nearest: the nearest grid values.
-      numbers: the chosen grid values of the leaves.
+      grid_values: the chosen grid values of the leaves.
       move: a function that moves arrays of the leaves' shapes to an array of the weight's shape.
       transpose: the transpose of `move`.
       counts: the number of times that each element of the leaves occurs in the weight.
@@ -32,7 +32,7 @@ class WeightView(NamedTuple):
     x: jax.Array
     levels: Levels
     nearest: jax.Array
-    numbers: Sequence[jax.Array]
+    grid_values: Sequence[jax.Array]
     move: Callable[..., jax.Array]
     transpose: Callable[[jax.Array], Sequence[jax.Array]]
     counts: Sequence[jax.Array]
@@ -96,7 +96,7 @@ def _weight_view(frame: Frame, variable: Any, keys: tuple[LeafKey, ...]) -> Weig
         x=x,
         levels=levels,
         nearest=nearest,
-        numbers=[state.numbers for state in states],
+        grid_values=[state.grid_values for state in states],
         move=move,
         transpose=transpose,
         counts=counts,

@@ -4,10 +4,10 @@ from jaxq.quantizers import calibration
 from jaxq.quantizers._arguments import check_takes_scales
 from jaxq.quantizers._levels import (
     Levels,
-    block_numbers,
-    enclosing_numbers,
+    block_indices,
+    enclosing_grid_values,
+    grid_values_of,
     levels,
-    numbers_of,
     per_element,
     rescaled,
     snap,
@@ -20,18 +20,20 @@ from jaxq.quantizers._quantizers import fake_quant, neighbors, quantize
 from jaxq.quantizers._sharding import quantized_sharding
 from jaxq.quantizers._simulation import simulate
 from jaxq.quantizers._slices import Slices, slices
-from jaxq.quantizers._snapping import ends_of, measured, numbers, restored, units_of
+from jaxq.quantizers._snapping import ends_of, grid_values, measured, restored, units_of
 
 __all__ = [
     "Levels",
     "Quantized",
     "calibration",
     "dequantize",
-    "enclosing_numbers",
+    "enclosing_grid_values",
     "fake_quant",
     "neighbors",
     "quantize",
     "quantized_sharding",
+    "rescaled",
     "snap",
     "values_of",
+    "with_minima",
 ]

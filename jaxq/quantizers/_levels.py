@@ -18,10 +18,10 @@ from jaxq.recipes import Recipe, in_units
 
 __all__ = [
     "Levels",
-    "block_numbers",
-    "enclosing_numbers",
+    "block_indices",
+    "enclosing_grid_values",
+    "grid_values_of",
     "levels",
-    "numbers_of",
     "per_element",
     "rescaled",
     "snap",
@@ -68,8 +68,8 @@ def levels(q: Quantized) -> Levels:
     return result
 
 
-def block_numbers(q: Quantized) -> jax.Array:
-    """Returns the number of the block of each element, in the order of the scales; int32."""
+def block_indices(q: Quantized) -> jax.Array:
+    """Returns the index of the block of each element, in the order of the scales; int32."""
     counts = q.cut.counts
     return per_element(q, jnp.arange(math.prod(counts), dtype=jnp.int32).reshape(counts))
 
@@ -81,7 +81,7 @@ def per_element(q: Quantized, x: jax.Array) -> jax.Array:
     return q.cut.merge(jnp.broadcast_to(split, [n for pair in pairs for n in pair]))
 
 
-def numbers_of(q: Quantized) -> jax.Array:
+def grid_values_of(q: Quantized) -> jax.Array:
     """Returns the grid values of the codes, minus the zero points."""
     values, zero_point = decode(q.unpack(), q.recipe.element), levels(q).zero_point
     return values if zero_point is None else values - zero_point
@@ -102,18 +102,20 @@ def snap(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax.Array, jax.A
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> levels = Levels(jnp.full(3, 0.5), zero_point=None, minimum=None)
-      >>> numbers, values = snap(jnp.array([0.4, -1.1, 9.0]), levels, jaxq.Recipe("int4"))
-      >>> numbers.tolist(), values.tolist()
+      >>> grid_values, values = snap(jnp.array([0.4, -1.1, 9.0]), levels, jaxq.Recipe("int4"))
+      >>> grid_values.tolist(), values.tolist()
       ([1.0, -2.0, 7.0], [0.5, -1.0, 3.5])
     """
     step, zero_point, minimum, _ = levels
     x = x if minimum is None else x - minimum
     units = in_units(x, step, recipe.scale_format)
-    numbers = on_grid(units, zero_point, recipe.rounding, None, recipe)
-    return numbers, values_of(numbers, levels, recipe)
+    grid_values = on_grid(units, zero_point, recipe.rounding, None, recipe)
+    return grid_values, values_of(grid_values, levels, recipe)
 
 
-def enclosing_numbers(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+def enclosing_grid_values(
+    x: jax.Array, levels: Levels, recipe: Recipe
+) -> tuple[jax.Array, jax.Array]:
     """Returns the two grid values, minus the zero point, that enclose each value.
 
     For values beyond the grid, these are the two outermost grid values.
@@ -129,7 +131,7 @@ def enclosing_numbers(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> levels = Levels(jnp.full(2, 0.5), zero_point=None, minimum=None)
-      >>> low, high = enclosing_numbers(jnp.array([0.4, 9.0]), levels, jaxq.Recipe("int4"))
+      >>> low, high = enclosing_grid_values(jnp.array([0.4, 9.0]), levels, jaxq.Recipe("int4"))
       >>> low.tolist(), high.tolist()
       ([0.0, 6.0], [1.0, 7.0])
     """
@@ -142,11 +144,11 @@ def enclosing_numbers(x: jax.Array, levels: Levels, recipe: Recipe) -> tuple[jax
     return enclosing(units, *ends_of(zero_point, recipe), snap)
 
 
-def values_of(numbers: jax.Array, levels: Levels, recipe: Recipe) -> jax.Array:
+def values_of(grid_values: jax.Array, levels: Levels, recipe: Recipe) -> jax.Array:
     """Returns the levels that grid values represent, bitwise those of `dequantize`.
 
     Args:
-      numbers: the grid values minus the zero points.
+      grid_values: the grid values minus the zero points.
       levels: the levels, of the same shape.
       recipe: the recipe of the levels.
 
@@ -159,21 +161,21 @@ def values_of(numbers: jax.Array, levels: Levels, recipe: Recipe) -> jax.Array:
       >>> values_of(jnp.array([1.0, -2.0]), levels, jaxq.Recipe("int4")).tolist()
       [0.5, -1.0]
     """
-    values = restored(numbers, levels.step, levels.minimum, recipe)
+    values = restored(grid_values, levels.step, levels.minimum, recipe)
     if levels.outlier is None:
         return values
     return jnp.where(jnp.isnan(levels.outlier), values, levels.outlier)
 
 
-def with_levels(q: Quantized, numbers: jax.Array) -> Quantized:
+def with_levels(q: Quantized, grid_values: jax.Array) -> Quantized:
     """Returns a quantized tensor with other codes.
 
     Args:
       q: the tensor.
-      numbers: the grid values minus the zero point, as `snap` returns them.
+      grid_values: the grid values minus the zero point, as `snap` returns them.
     """
     zero_point, fmt = levels(q).zero_point, q.recipe.element
-    codes = encode(numbers if zero_point is None else numbers + zero_point, fmt)
+    codes = encode(grid_values if zero_point is None else grid_values + zero_point, fmt)
     codes = codes.reshape(codes.shape or (1,))
     return dataclasses.replace(q, codes=codes if fmt.bits in WHOLE_BYTES else pack(codes, fmt.bits))
 
@@ -185,6 +187,15 @@ def rescaled(q: Quantized, factor: jax.typing.ArrayLike) -> Quantized:
       q: the tensor; its scaling has no second level in blocks.
       factor: float32 factors of the stored scales, broadcastable to their shape. The products are
         rounded to the scale format.
+
+    Returns:
+      The tensor.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> q = jaxq.quantize(jnp.array([0.5, -1.0]), jaxq.Recipe("int2"))
+      >>> rescaled(q, 0.5).dequantize().tolist()
+      [0.0, -0.5]
     """
     fmt = q.recipe.scale_format
     scale = q.recipe.scaling.rounded(decoded(q.scale, q) * factor)
@@ -197,5 +208,15 @@ def with_minima(q: Quantized, minimum: jax.Array) -> Quantized:
     Args:
       q: the tensor; its scaling stores a minimum for each block.
       minimum: float32 minima, in the shape of the scales, which are rounded to the scale format.
+
+    Returns:
+      The tensor.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> recipe = jaxq.Recipe("uint2", scaling=jaxq.recipes.ScaleAndMin())
+      >>> q = jaxq.quantize(jnp.array([1.0, 2.0, 3.0, 4.0]), recipe)
+      >>> with_minima(q, jnp.array([0.5])).dequantize().tolist()
+      [0.5, 1.5, 2.5, 3.5]
     """
     return dataclasses.replace(q, zero_point=encode(minimum, q.recipe.scale_format))

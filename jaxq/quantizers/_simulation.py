@@ -15,7 +15,7 @@ from jaxq._jax.opaque import opaque
 from jaxq.numerics import BinaryGrid, as_dtype, widen
 from jaxq.quantizers._arguments import ErrorWeights, Given, checked, given_scales
 from jaxq.quantizers._parts import join_parts
-from jaxq.quantizers._snapping import interval, measured, numbers, restored
+from jaxq.quantizers._snapping import grid_values, interval, measured, restored
 from jaxq.recipes import Recipe, Scales
 
 __all__ = ["Simulated", "Values", "quantized_values", "scales_of", "simulate"]
@@ -30,7 +30,7 @@ class Values(NamedTuple):
       high: the high end of the range; inf at outliers.
       below: the lower neighbor on the grid of each element; None if not needed.
       above: the upper neighbor; None if not needed.
-      numbers: the values in units of the scales, minus the zero point.
+      grid_values: the values in units of the scales, minus the zero point.
       scales: the scales.
       is_outlier: the mask of outliers; None for a recipe without outliers.
     """
@@ -40,7 +40,7 @@ class Values(NamedTuple):
     high: jax.Array
     below: jax.Array | None
     above: jax.Array | None
-    numbers: jax.Array
+    grid_values: jax.Array
     scales: Scales
     is_outlier: jax.Array | None
 
@@ -108,7 +108,7 @@ def quantized_values(
         rest, outliers = recipe.outliers.take(x)
     rest = widen(cut.split(rest))
     scales = scales_of(rest, given, key, recipe, cut)
-    values = numbers(rest, scales, key, recipe, given=isinstance(given, Given))
+    values = grid_values(rest, scales, key, recipe, given=isinstance(given, Given))
     y = restored(values, scales.step, scales.minimum, recipe)
     pair = interval(rest, scales, recipe) if around else (None, None)
     low, high = scales.low, scales.high

@@ -29,7 +29,16 @@ from jaxq.numerics import (
 )
 from jaxq.recipes import E8M0, Range, Recipe, Scales, finite, in_units, limits, powers, times
 
-__all__ = ["codes", "ends_of", "interval", "measured", "numbers", "on_grid", "restored", "units_of"]
+__all__ = [
+    "codes",
+    "ends_of",
+    "grid_values",
+    "interval",
+    "measured",
+    "on_grid",
+    "restored",
+    "units_of",
+]
 
 _FLOAT32 = FloatLayout.of(np.dtype(np.float32))
 
@@ -57,7 +66,7 @@ def measured(
     return scaling.scales(ends, fmt, factor)
 
 
-def numbers(
+def grid_values(
     x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe, *, given: bool = False
 ) -> jax.Array:
     """Returns the grid values of a split float32 tensor, minus the zero point.
@@ -71,22 +80,22 @@ def numbers(
         that is a number.
     """
     default = recipe.rounding == "nearest_even" or isinstance(recipe.rounding, HalfUp)
-    if scales.numbers is not None and default:
-        return scales.numbers
+    if scales.grid_values is not None and default:
+        return scales.grid_values
     units = units_of(x, scales, recipe)
-    if (given or scales.numbers is not None) and _lacks_nan(recipe):
+    if (given or scales.grid_values is not None) and _lacks_nan(recipe):
         units = _positive_nan(units)
     return on_grid(units, scales.zero_point, recipe.rounding, key, recipe)
 
 
 def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -> jax.Array:
-    """Returns the codes of a split float32 tensor, which encode `numbers` plus the zero point."""
+    """Returns the codes of a split float32 tensor: its `grid_values` plus the zero point."""
     if scales.zero_point is not None:
         assert isinstance(recipe.element, IntFormat)  # The scaling has checked it.
-        whole = numbers(x, scales, key, recipe) + scales.zero_point
+        whole = grid_values(x, scales, key, recipe) + scales.zero_point
         return integer_codes(where(whole == whole, whole, np.float32(0)), recipe.element)
-    if scales.numbers is not None:
-        return encode(numbers(x, scales, key, recipe), recipe.element)
+    if scales.grid_values is not None:
+        return encode(grid_values(x, scales, key, recipe), recipe.element)
     units = units_of(x, scales, recipe)
     units = _positive_nan(units) if isinstance(recipe.element, FloatFormat) else units
     return encode(units, recipe.element, rounding=recipe.rounding, overflow="saturate", key=key)
@@ -234,11 +243,11 @@ def _distance(
     LLVM would fuse the product and the difference into one rounding, if nothing stood in between.
     """
     fmt = recipe.element
-    symmetric = scales.zero_point is None and scales.minimum is None and scales.numbers is None
+    symmetric = scales.zero_point is None and scales.minimum is None and scales.grid_values is None
     default = get_rounding(recipe.rounding) is get_rounding("nearest_even")
     power_of_two = recipe.scale_format == E8M0  # Its least scale is subnormal.
     if not (symmetric and default and rounds_magnitudes(fmt)) or power_of_two:
-        y = restored(numbers(x, scales, key, recipe), scales.step, scales.minimum, recipe)
+        y = restored(grid_values(x, scales, key, recipe), scales.step, scales.minimum, recipe)
         return x * down - rounded(y * down)
     values = nearest_magnitudes(units_of(x, scales, recipe), fmt)
     magnitude = values * materialize(jnp.abs(scales.step) * down)

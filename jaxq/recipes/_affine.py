@@ -194,7 +194,7 @@ class ScaleAndMin(_TwoSided):
             high=high,
             minimum=minimum,
             origin=origin,
-            numbers=columns.elements(result.codes.astype(jnp.float32), x.shape),
+            grid_values=columns.elements(result.codes.astype(jnp.float32), x.shape),
         )
 
     def given(self, scale: jax.Array, offset: jax.Array | None, fmt: Format) -> Scales:

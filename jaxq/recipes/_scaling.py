@@ -62,8 +62,8 @@ class Scales(NamedTuple):
         `Scaling.zero_point` is `"minimum"`.
       origin: the minimum that is subtracted before the division: the stored one, or the one that
         was computed in float32. None without a minimum.
-      numbers: the grid values that a search has chosen together with the scales, in the layout of
-        `Cut.split`; None if elements are rounded to the nearest ones.
+      grid_values: the grid values that a search has chosen together with the scales, in the layout
+        of `Cut.split`; None if elements are rounded to the nearest ones.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -80,7 +80,7 @@ class Scales(NamedTuple):
     zero_point: jax.Array | None = None
     minimum: jax.Array | None = None
     origin: jax.Array | None = None
-    numbers: jax.Array | None = None
+    grid_values: jax.Array | None = None
 
     @property
     def offset(self) -> jax.Array | None:

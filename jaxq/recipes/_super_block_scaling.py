@@ -171,9 +171,9 @@ class SuperBlocks(Scaling):
             assert scale is not None
             second = tuple(columns.factors(a) for a in (d, m) if a is not None)
             stored = StoredScales(scale, second, minimum)
-        numbers = result.codes.astype(jnp.float32)
+        grid_values = result.codes.astype(jnp.float32)
         if not isinstance(fmt, IntFormat):
-            numbers = decode(result.codes.astype(jnp.uint8), fmt)
+            grid_values = decode(result.codes.astype(jnp.uint8), fmt)
         step, minimum = self.restore(stored), self.restore_minimum(stored)
         ends = [step * np.float32(end) for end in (fmt.min, fmt.max)]
         low, high = lax.min(*ends), lax.max(*ends)  # A scale may be negative.
@@ -187,7 +187,7 @@ class SuperBlocks(Scaling):
             high=high,
             minimum=minimum,
             origin=minimum,
-            numbers=columns.elements(numbers, x.shape),
+            grid_values=columns.elements(grid_values, x.shape),
         )
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:

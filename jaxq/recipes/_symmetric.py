@@ -219,8 +219,8 @@ class SignedScale(Scaling):
         step = self.restore(stored)
         divisor = step if self.stored else materialize(scale)
         high = jnp.abs(step) * np.float32(-fmt.min)
-        numbers = columns.elements(result.codes.astype(jnp.float32), x.shape)
-        return Scales(divisor, step, stored, -high, high, numbers=numbers)
+        grid_values = columns.elements(result.codes.astype(jnp.float32), x.shape)
+        return Scales(divisor, step, stored, -high, high, grid_values=grid_values)
 
     def unrounded(self, amax: jax.Array, fmt: Format) -> jax.Array:
         """Returns the float32 scales for the signed extremes of blocks."""

@@ -67,6 +67,8 @@ def combine_weights(
 ) -> tuple[Entry, ...]:
     """Combines the tensors that store one quantized weight into one entry.
 
+    The caller adds to its errors that the tensors can be read as they are stored.
+
     Args:
       entries: the tensors as they are stored.
       config: the configuration of the quantization.
@@ -84,14 +86,14 @@ def combine_weights(
             if unreadable:
                 raise FileError(
                     f"{unreadable[0]!r:.120} is part of a quantized weight, but there is no "
-                    "config.json with a quantization_config. raw=True (--raw) reads it as stored."
+                    "config.json with a quantization_config. Download config.json too."
                 )
             return tuple(entries)
         method = _SIGNS[signs[0]]
     if method not in METHODS:
         raise FileError(
             f"{config.path}: the quantization method {method!r:.40} is not supported; "
-            f"{', '.join(METHODS)} are. raw=True (--raw) reads the tensors as stored."
+            f"{', '.join(METHODS)} are."
         )
     by_name = {entry.name: entry for entry in entries}
     weights = METHODS[method](Source(by_name, config.fields, raw))
@@ -103,12 +105,12 @@ def combine_weights(
         if shared is not None:
             raise FileError(
                 f"tensor {shared!r:.80} belongs to two weights, {used[shared]!r:.80} and "
-                f"{name!r:.80}. raw=True (--raw) reads the tensors as stored."
+                f"{name!r:.80}."
             )
         if name in by_name and name not in parts:
             raise FileError(
                 f"weight {name!r:.80} is stored both as a tensor and as quantized parts, such as "
-                f"{parts[0]!r:.80}. raw=True (--raw) reads the tensors as stored."
+                f"{parts[0]!r:.80}."
             )
         used |= dict.fromkeys(parts, name)
         heads[parts[0]] = weight.entry(name)

@@ -84,7 +84,9 @@ def compressed_tensors(source: Source) -> dict[str, StoredWeight]:
 def _groups(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     groups = config.get("config_groups", {})
     if not isinstance(groups, Mapping):
-        raise FileError(f"its config_groups must be a table, got {groups!r:.40}.")
+        raise FileError(
+            f"its config_groups must be a table, got {groups!r:.40}. Correct config.json."
+        )
     for scheme in groups.values():
         if isinstance(scheme, Mapping):  # A list names the modules of a preset.
             yield scheme
@@ -170,7 +172,7 @@ def _build_integers(
     if index.min() < 0 or index.max() >= count:
         raise FileError(
             f"g_idx must hold group numbers 0 to {count - 1}, got {index.min()} to {index.max()}. "
-            "The file is damaged; download it again."
+            "Download the file again."
         )
     middle = np.float32(1 << (bits - 1))
     offset = middle if zero is None else zero[:, index].astype(np.float32)

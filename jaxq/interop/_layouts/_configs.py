@@ -10,6 +10,7 @@ from jaxq.interop._entries import FileError
 __all__ = ["Config", "config_beside", "read_json"]
 
 _LARGEST = 2**24  # The largest size of a file in bytes.
+_AGAIN = "Download it again."
 
 
 class Config(NamedTuple):
@@ -38,11 +39,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: not a valid JSON file: {error}.") from error
+        raise FileError(f"{path}: not a valid JSON file: {error}. {_AGAIN}") from error
     if size > _LARGEST:
-        raise FileError(f"{path}: a configuration must have at most {_LARGEST} bytes, got {size}.")
+        raise FileError(
+            f"{path}: a configuration must have at most {_LARGEST} bytes, got {size}. {_AGAIN}"
+        )
     if not isinstance(content, dict):
-        raise FileError(f"{path}: it must contain a JSON object, got {type(content).__name__}.")
+        raise FileError(
+            f"{path}: it must contain a JSON object, got {type(content).__name__}. {_AGAIN}"
+        )
     return content
 
 
@@ -68,8 +73,7 @@ def config_beside(folder: pathlib.Path) -> Config:
                 if not isinstance(method, str):
                     raise FileError(
                         f"{path}: its `quantization_config` must have a `quant_method`, got no "
-                        "quant_method. Add it, or read the stored tensors with raw=True "
-                        "(`jaxq inspect --raw`)."
+                        "quant_method. Add it."
                     )
                 return Config(method, fields, path)
     path = folder / "quantize_config.json"
@@ -80,6 +84,8 @@ def config_beside(folder: pathlib.Path) -> Config:
     if path.is_file():
         fields = read_json(path).get("quantization")
         if not isinstance(fields, dict):
-            raise FileError(f"{path}: it must have a table `quantization`, got {fields!r:.40}.")
+            raise FileError(
+                f"{path}: it must have a table `quantization`, got {fields!r:.40}. {_AGAIN}"
+            )
         return Config("modelopt", fields, path) if fields.get("quant_algo") else Config()
     return Config()

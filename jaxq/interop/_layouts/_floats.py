@@ -61,7 +61,10 @@ def fp8(source: Source) -> dict[str, StoredWeight]:
     if size is not None and not (
         isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
     ):
-        raise FileError(f"weight_block_size must be a list of two integers, got {size!r:.40}.")
+        raise FileError(
+            f"weight_block_size must be a list of two integers, got {size!r:.40}. Correct "
+            "config.json."
+        )
     result = {}
     for suffix, tile in (("_scale_inv", size), ("_scale", None)):
         for name, scale in source.with_suffix(suffix):

@@ -102,7 +102,7 @@ def _build(
         if index.min() < 0 or index.max() >= count:
             raise FileError(
                 f"g_idx must hold group numbers 0 to {count - 1}, got {index.min()} to "
-                f"{index.max()}. The file is damaged; download it again."
+                f"{index.max()}. Download the file again."
             )
         distance = codes.astype(np.float32) - zero[:, index].astype(np.float32)
         return distance * scales.T.astype(np.float32)[:, index]

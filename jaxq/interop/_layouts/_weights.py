@@ -109,7 +109,9 @@ class Source(NamedTuple):
     def require(self, name: str) -> Entry:
         """Returns the entry of a tensor, which must exist."""
         if name not in self.entries:
-            raise FileError(f"the tensor {name!r:.120} is missing.")
+            raise FileError(
+                f"the tensor {name!r:.120} is missing. Download all files of the checkpoint."
+            )
         return self.entries[name]
 
     def with_suffix(self, suffix: str) -> list[tuple[str, Entry]]:
@@ -124,7 +126,10 @@ class Source(NamedTuple):
         """Returns an integer of the configuration."""
         value = self.config.get(key, default)
         if type(value) is not int or not -1 <= value < 2**31:
-            raise FileError(f"its configuration needs an integer {key!r}, got {value!r:.40}.")
+            raise FileError(
+                f"its configuration needs an integer {key!r}, got {value!r:.40}. Correct "
+                "config.json."
+            )
         return value
 
 

@@ -98,8 +98,8 @@ class Tensor(NamedTuple):
     read: Callable[[], Any]
 
 
-def _refuse(reason: str) -> NoReturn:
-    raise FileError(f"not a valid GGUF file: {reason}.")
+def _refuse(reason: str, remedy: str = "Download or convert it again.") -> NoReturn:
+    raise FileError(f"not a valid GGUF file: {reason}. {remedy}")
 
 
 class _Reader:
@@ -173,8 +173,9 @@ def read_contents(file: IO[bytes], size: int) -> Contents:
         _refuse("it does not begin with GGUF")
     version = int(reader.number("uint32"))
     if version not in (2, VERSION):
-        big = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, VERSION)
-        _refuse("it is big-endian" if big else f"version {version} is unknown; 2 and 3 are read")
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in (2, VERSION):
+            _refuse("it is big-endian", "Convert it by `gguf-convert-endian FILE little`.")
+        _refuse(f"version {version} is unknown; 2 and 3 are read")
     tensors, keys = reader.count(), reader.count()
     if tensors > MAX_TENSORS or keys > MAX_TENSORS or 24 * tensors + 13 * keys > reader.left:
         _refuse(f"it cannot hold {tensors} tensors and {keys} keys")
@@ -234,7 +235,7 @@ def _entry(reader: _Reader) -> Entry:
     elif number in _OTHERS:
         kind, block, taken = _OTHERS[number]
     else:
-        _refuse(f"{name!r} has the unknown type {number}")
+        _refuse(f"{name!r} has the unknown type {number}", "Quantize the model to another type.")
     if (shape[-1] if shape else 1) % block:
         _refuse(f"{name!r} of {kind} has rows of {shape[-1:]}, which {block} does not divide")
     return Entry(name, kind, shape, dtype, start, start + size // block * taken, packed=packed)
@@ -342,7 +343,8 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
         if len(tensor.name.encode()) > 64 or len(tensor.shape) > 4 or row % block:
             raise ValueError(
                 f"gguf.write: {tensor.name!r:.90} of shape {tensor.shape} does not fit; names have "
-                f"at most 64 bytes, shapes 4 axes, and rows of {tensor.type} blocks of {block}."
+                f"at most 64 bytes, shapes 4 axes, and rows of {tensor.type} blocks of {block}. "
+                "Rename or reshape it, or use another type."
             )
         parts += [_string(tensor.name), len(tensor.shape).to_bytes(4, "little")]
         parts += [n.to_bytes(8, "little") for n in reversed(tensor.shape)]
@@ -364,6 +366,6 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
             if written != size:
                 raise ValueError(
                     f"gguf.write: {tensor.name!r} has {written} bytes, but {tensor.type} of "
-                    f"shape {tensor.shape} takes {size}."
+                    f"shape {tensor.shape} takes {size}. Return these bytes from `read`."
                 )
             file.write(bytes(-size % alignment))

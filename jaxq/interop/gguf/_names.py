@@ -74,6 +74,9 @@ class Architecture(NamedTuple):
     keys: Callable[[Any], dict[str, Any]]
 
 
+_CORRECT = "Use the config.json that belongs to the weights."
+
+
 class _Config(NamedTuple):
     """The content of a `config.json`."""
 
@@ -84,7 +87,8 @@ class _Config(NamedTuple):
         value = default if value is None else value
         if type(value) is not int or not 0 < value < 2**31:
             raise ValueError(
-                f"gguf.conversion: config.json needs a positive integer {key!r}, got {value!r:.40}."
+                f"gguf.conversion: config.json needs a positive integer {key!r}, got "
+                f"{value!r:.40}. {_CORRECT}"
             )
         return value
 
@@ -93,7 +97,8 @@ class _Config(NamedTuple):
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(
-                f"gguf.conversion: config.json needs a number {key!r}, got {value!r:.40}."
+                f"gguf.conversion: config.json needs a number {key!r}, got {value!r:.40}. "
+                f"{_CORRECT}"
             )
         return float(value)
 
@@ -113,7 +118,9 @@ class _Config(NamedTuple):
         if isinstance(table, Mapping) and isinstance(table.get("full_attention"), Mapping):
             table = table["full_attention"]
         if not isinstance(table, Mapping):
-            raise ValueError(f"gguf.conversion: `rope_scaling` must be a table, got {table!r:.40}.")
+            raise ValueError(
+                f"gguf.conversion: `rope_scaling` must be a table, got {table!r:.40}. {_CORRECT}"
+            )
         theta = self.fields.get("rope_theta")
         return _Config({**table, **({} if theta is None else {"rope_theta": theta})})
 
@@ -267,7 +274,7 @@ class Conversion:
         if x.shape[0] % (2 * heads):
             raise ValueError(
                 f"gguf.Conversion: {name!r:.80} must have a multiple of {2 * heads} rows, got "
-                f"{x.shape[0]}."
+                f"{x.shape[0]}. Correct the numbers of heads in config.json."
             )
         return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
@@ -325,7 +332,7 @@ def conversion(config: Mapping[str, Any]) -> Conversion:
     elif scaling != "default":
         raise ValueError(
             f"gguf.conversion: the rotation {scaling!r:.40} is not supported for {kind}; default, "
-            "linear and, for llama, llama3 are."
+            "linear and, for llama, llama3 are. Keep this model in the layout of Hugging Face."
         )
     metadata = {
         "general.architecture": architecture.name,

@@ -1,7 +1,7 @@
 """Conversions between values and codes.
 
-All of these except `nearest_codes` are exact: rounding happens before, in `_binary`, `_codebooks` and
-`_tapered`.
+All of these except `nearest_codes` are exact: rounding happens before, in `_binary`, `_codebooks`
+and `_tapered`.
 """
 
 import functools

@@ -37,11 +37,11 @@ def _iq4_scales(x: jax.Array, weights: jax.Array) -> jax.Array:
     amax, signed = largest(x)
     empty = amax < EPS
     signed = jnp.where(empty, np.float32(1), signed)
-    table = jnp.asarray(_IQ4.astype(np.float32))
+    levels = _IQ4.astype(np.float32)
 
     def fit(inverse: jax.Array) -> tuple[jax.Array, ...]:
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-            q = table[nearest_levels(rounded(inverse * x), _IQ4)]
+            q = nearest_levels(rounded(inverse * x), _IQ4, levels)
             wq = product(w, q)
             return product(wq, x), product(wq, q)
 

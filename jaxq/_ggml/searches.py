@@ -4,6 +4,8 @@ Sums are computed in the order of the elements, and every product is rounded bef
 in ggml's C code without fused multiply-add. Arrays are `[elements, blocks]`.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -319,10 +321,38 @@ def fit_affine(
     return AffineFit(scale, minimum, jnp.where(flat[None], 0, q))
 
 
-def nearest_levels(x: jax.Array, values: np.ndarray) -> jax.Array:
-    """Returns the indices of the nearest of sorted levels; ties go to the higher level."""
-    index = jnp.zeros(x.shape, jnp.int32)
-    for below, above in zip(values[:-1].tolist(), values[1:].tolist(), strict=True):
-        # In float32, as ggml compares the two distances.
-        index += (x - np.float32(below) >= np.float32(above) - x).astype(jnp.int32)
-    return index
+def nearest_levels(
+    x: jax.Array, values: np.ndarray, outputs: np.ndarray | None = None
+) -> jax.Array:
+    """Returns the indices of the nearest of sorted levels; ties go to the higher level.
+
+    Args:
+      x: float32 numbers.
+      values: the levels, integers.
+      outputs: the results for each level, of one dtype; None for the indices. The differences of
+        successive ones must be exact.
+    """
+    outputs = np.arange(len(values), dtype=np.int32) if outputs is None else outputs
+    # A sum of steps, because a look-up in a table takes longer.
+    result = jnp.full(x.shape, outputs[0])
+    for threshold, step in zip(_thresholds(tuple(values.tolist())), np.diff(outputs), strict=True):
+        result += jnp.where(x >= threshold, step, step - step)
+    return result
+
+
+@functools.cache
+def _thresholds(values: tuple[int, ...]) -> tuple[np.float32, ...]:
+    """Returns, for each level but the lowest, the least number for which ggml prefers it."""
+
+    def prefers(x: np.float32, below: np.float32, above: np.float32) -> bool:
+        return x - below >= above - x  # In float32, as ggml compares the two distances.
+
+    thresholds = []
+    for pair in itertools.pairwise(np.float32(values)):
+        x = np.float32(sum(pair) / 2)
+        while prefers(np.nextafter(x, np.float32(-np.inf)), *pair):
+            x = np.nextafter(x, np.float32(-np.inf))
+        while not prefers(x, *pair):
+            x = np.nextafter(x, np.float32(np.inf))
+        thresholds.append(x)
+    return tuple(thresholds)

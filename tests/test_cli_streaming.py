@@ -1,13 +1,17 @@
 """Tensors that `jaxq compare` and `jaxq quantize` read in parts, and the remaining time."""
 
+import os
 import pathlib
+import threading
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxq.cli import main
+from jaxq.cli import _packing, main
+from jaxq.cli._pieces import LARGE, Numbers, errors_in
 from jaxq.cli._progress import Pace
 from jaxq.interop import gguf, open_tensors
 
@@ -67,6 +71,35 @@ def test_importance_in_parts_gives_the_bytes_of_whole_tensors(tmp_path: pathlib.
     want = gguf.quantize(x, "q4_0", importance=weights)
     with open_tensors(target) as file:
         np.testing.assert_array_equal(file.raw(file.entries[0]), want)
+
+
+def test_parts_are_packed_in_threads_and_in_order(monkeypatch: pytest.MonkeyPatch):
+    """Makes the second and the third part wait for each other."""
+    x = np.random.default_rng(0).standard_normal((3, LARGE)).astype(np.float32)
+    numbers, together, pack = Numbers.of(x), threading.Barrier(2), _packing._packed_part
+
+    def packed(type: str, measure: Any, piece: Any) -> Any:
+        if not np.array_equal(piece.elements, x[0]):
+            together.wait(timeout=60)
+        return pack(type, measure, piece)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(_packing, "_packed_part", packed)
+    parts = list(_packing.pack_in_pieces(numbers, "q8_0", errors_in))
+    np.testing.assert_array_equal(
+        np.concatenate([part.data for part in parts]), gguf.quantize(x, "q8_0").reshape(-1)
+    )
+
+
+def test_threads_end_when_packing_is_interrupted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    x, before = np.zeros((6, LARGE), np.float32), threading.active_count()
+    parts = _packing.pack_in_pieces(Numbers.of(x), "q8_0", errors_in)
+    next(parts)
+    next(parts)
+    assert threading.active_count() > before
+    parts.close()
+    assert threading.active_count() == before
 
 
 def test_an_importance_matrix_of_another_model_is_an_error(capsys, tmp_path: pathlib.Path):

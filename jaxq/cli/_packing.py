@@ -1,9 +1,12 @@
 """Tensors in block types of GGUF, packed and measured in pieces of few shapes."""
 
+import collections
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -48,13 +51,33 @@ def pack_in_pieces(
         elements.
       importance: as in `jaxq.interop.gguf.quantize`.
     """
-    layout, length, start = gguf.TYPES[type], numbers.shape[-1], 0
+    pieces = _pieces(numbers, gguf.TYPES[type].block, importance)
+    yield from _in_threads(functools.partial(_packed_part, type, measure), pieces)
+
+
+class _Piece(NamedTuple):
+    """Consecutive elements of a tensor.
+
+    Attributes:
+      elements: the elements, padded with zeros.
+      count: the number of elements without the padding.
+      importance: their importance; None without one.
+    """
+
+    elements: np.ndarray
+    count: int
+    importance: gguf.PartImportance | None
+
+
+def _pieces(numbers: Numbers, block: int, importance: np.ndarray | None) -> Iterator[_Piece]:
+    """Yields the pieces of a tensor, which share no memory."""
+    length, start = numbers.shape[-1], 0
     for part in numbers.stream(LARGE if importance is None else max(LARGE // length, 1) * length):
         part_importance = None
         if importance is not None:
             # `accumulate` adds one number after another, as ggml does.
             squares = np.add.accumulate(np.square(part.reshape(-1, length)), axis=1)[:, -1]
-            squares = np.repeat(squares / np.float32(length), length // layout.block)
+            squares = np.repeat(squares / np.float32(length), length // block)
             part_importance = gguf.PartImportance(
                 _weights(importance, numbers.shape, start, part.size), squares
             )
@@ -63,18 +86,52 @@ def pack_in_pieces(
             piece_importance = None
             if part_importance is not None:
                 piece_importance = _cut_importance(part_importance, at, piece.size)
-            data, error = (
-                np.asarray(a) for a in _packed(piece.reshape(-1, _ROW), type, piece_importance)
-            )
-            signal = energy(piece)
-            if signal < LEAST:  # XLA on CPU takes subnormal errors for 0.
-                error = np.asarray(gguf.dequantize(data, type)).reshape(-1) - piece
-            errors = measure(error.reshape(-1)[:count])
-            del error  # So that the next piece uses its memory.
-            size = count // layout.block * layout.size
-            yield PackedPart(data.reshape(-1)[:size], count, signal, errors)
+            yield _Piece(piece.copy(), count, piece_importance)
             at += count
         start += part.size
+
+
+def _packed_part(type: str, measure: Callable[[np.ndarray], Errors], piece: _Piece) -> PackedPart:
+    """Returns a piece in a block type."""
+    elements, layout = piece.elements, gguf.TYPES[type]
+    data, error = (
+        np.asarray(a) for a in _packed(elements.reshape(-1, _ROW), type, piece.importance)
+    )
+    signal = energy(elements)
+    if signal < LEAST:  # XLA on CPU takes subnormal errors for 0.
+        error = np.asarray(gguf.dequantize(data, type)).reshape(-1) - elements
+    errors = measure(error.reshape(-1)[: piece.count])
+    size = piece.count // layout.block * layout.size
+    return PackedPart(data.reshape(-1)[:size], piece.count, signal, errors)
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def _in_threads(function: Callable[[_Item], _Result], items: Iterator[_Item]) -> Iterator[_Result]:
+    """Yields the result of each item in order, computed by as many threads as there are cores.
+
+    XLA on CPU (JAX 0.10 and 0.12) runs a loop, such as a search for scales, in one thread. The
+    first result is computed alone, because threads that call a new program at the same time would
+    each compile it.
+    """
+    first = next(items, None)
+    if first is None:
+        return
+    yield function(first)
+    pending: collections.deque[Future[_Result]] = collections.deque()
+    workers = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _weights(importance: np.ndarray, shape: tuple[int, ...], start: int, count: int) -> np.ndarray:

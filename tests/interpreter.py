@@ -45,6 +45,7 @@ _MOVES = {
 }
 
 _LEGALIZE = "builtin.module(func.func(chlo-legalize-to-stablehlo))"
+_REMOVE_FUNCTIONS = "builtin.module(symbol-dce)"
 stablehlo.register_stablehlo_passes()
 
 
@@ -80,6 +81,8 @@ class Program:
             module = lowered.compiler_ir("stablehlo")
             with module.context:  # Expands `square`, `top_k` and other composed operations.
                 PassManager.parse(_LEGALIZE).run(module.operation)
+                _remove_unused(module)
+                PassManager.parse(_REMOVE_FUNCTIONS).run(module.operation)
             self._modules[platform] = module
         return self._modules[platform]
 
@@ -147,6 +150,16 @@ def _operations(operation: Any) -> Iterator[Any]:
             for inner in block.operations:
                 yield inner.operation
                 yield from _operations(inner.operation)
+
+
+def _remove_unused(module: ir.Module) -> None:
+    """Removes operations whose results are not used, as XLA does."""
+    for function in module.body.operations:
+        for operation in reversed(list(function.regions[0].blocks[0].operations)):
+            operation = operation.operation
+            pure = operation.name == "func.call" or operation.name.startswith("stablehlo.")
+            if pure and not any(list(result.uses) for result in operation.results):
+                operation.erase()
 
 
 def _weaken(module: ir.Module) -> None:

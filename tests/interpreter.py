@@ -22,6 +22,8 @@ import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+from jax.interpreters import partial_eval
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 from jaxlib.mlir.passmanager import PassManager
@@ -45,7 +47,6 @@ _MOVES = {
 }
 
 _LEGALIZE = "builtin.module(func.func(chlo-legalize-to-stablehlo))"
-_REMOVE_FUNCTIONS = "builtin.module(symbol-dce)"
 stablehlo.register_stablehlo_passes()
 
 
@@ -70,7 +71,7 @@ class Program:
             return [_plain(leaf) for leaf in jax.tree.leaves(call(*plain))]
 
         self._result = jax.eval_shape(call, *self._inputs)
-        self._traced = jax.jit(flat, keep_unused=True).trace(*self._inputs)
+        self._traced = jax.jit(_used(flat, *self._inputs), keep_unused=True).trace(*self._inputs)
 
         self._modules: dict[str, ir.Module] = {}
 
@@ -81,8 +82,6 @@ class Program:
             module = lowered.compiler_ir("stablehlo")
             with module.context:  # Expands `square`, `top_k` and other composed operations.
                 PassManager.parse(_LEGALIZE).run(module.operation)
-                _remove_unused(module)
-                PassManager.parse(_REMOVE_FUNCTIONS).run(module.operation)
             self._modules[platform] = module
         return self._modules[platform]
 
@@ -152,14 +151,12 @@ def _operations(operation: Any) -> Iterator[Any]:
                 yield from _operations(inner.operation)
 
 
-def _remove_unused(module: ir.Module) -> None:
-    """Removes operations whose results are not used, as XLA does."""
-    for function in module.body.operations:
-        for operation in reversed(list(function.regions[0].blocks[0].operations)):
-            operation = operation.operation
-            pure = operation.name == "func.call" or operation.name.startswith("stablehlo.")
-            if pure and not any(list(result.uses) for result in operation.results):
-                operation.erase()
+def _used(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """Returns a function without the operations whose results are not used, as XLA removes them."""
+    program: Any = jax.make_jaxpr(function)(*arguments)
+    count = len(program.jaxpr.outvars)
+    jaxpr, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * count, instantiate=True)
+    return jaxpr_as_fun(program.replace(jaxpr=jaxpr))
 
 
 def _weaken(module: ir.Module) -> None:

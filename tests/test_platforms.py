@@ -413,7 +413,7 @@ def measured(x: jax.Array, y: jax.Array, w: jax.Array) -> dict[str, Any]:
 
 def test_analysis_agrees_on_all_platforms():
     """Compares counts, extremes and elementwise errors; means and logarithms may differ."""
-    x = np.random.default_rng(0).standard_normal((6, 96)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((2, 96)).astype(np.float32)
     x[0, :8] = 0, np.nan, np.inf, 1e30, -500, 1e-30, 1e-3, 3
     y = (x * np.float32(1.01)).astype(np.float32)
     y[1, :2] = np.nan, x[1, 1]

@@ -186,14 +186,12 @@ def _fuse(operation: Any) -> None:
     """Makes an addition or subtraction take its first product unrounded, as a fused one does."""
     if not _is_float32(operation.result):
         return
-    for i, operand in enumerate(operation.operands):
-        exact = _unrounded(operand)
-        if exact is not None:
-            break
-    else:
+    exact = [_unrounded(operand) for operand in operation.operands]
+    fused = next((i for i, value in enumerate(exact) if value is not None), None)
+    if fused is None:
         return
     operands = [_double(operand) for operand in operation.operands]
-    operands[i] = exact
+    operands[fused] = exact[fused]
     function = stablehlo.add if operation.name == "stablehlo.add" else stablehlo.subtract
     result = stablehlo.convert(operation.result.type, function(*operands))
     operation.result.replace_all_uses_with(result)
@@ -239,7 +237,8 @@ def _weakened(operation: Any) -> ir.Value:
         # Up or down, as the last bit of the first operand says.
         operand = stablehlo.bitcast_convert(_integers(result), operation.operands[0])
         last = stablehlo.and_(operand, _constant(result, 1))
-        error = stablehlo.subtract(stablehlo.multiply(last, _constant(result, 4)), _constant(result, 2))
+        error = stablehlo.multiply(last, _constant(result, 4))
+        error = stablehlo.subtract(error, _constant(result, 2))
         bits = stablehlo.bitcast_convert(_integers(result), result)
         weak = stablehlo.bitcast_convert(result.type, stablehlo.add(bits, error))
         zero = stablehlo.and_(bits, _constant(result, 2**31 - 1))

@@ -97,8 +97,7 @@ def compare(got: Any, want: Any, part: slice, arithmetic: str) -> None:
         wrong, name = np.flatnonzero(~equal), jax.tree_util.keystr(path)
         shown = [(int(i), np.ravel(a)[i], np.ravel(b)[i]) for i in wrong[:4]]
         assert len(wrong) == 0, (
-            f"{name}: {len(wrong)} differ with {arithmetic}; "
-            f"(index, interpreter, CPU): {shown}"
+            f"{name}: {len(wrong)} differ with {arithmetic}; (index, interpreter, CPU): {shown}"
         )
         compared["values"] += b.size
 

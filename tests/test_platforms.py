@@ -28,7 +28,6 @@ from jaxq.numerics import ROUNDINGS, Overflow
 from jaxq.products import PRODUCT_RECIPES
 from jaxq.recipes import CALIBRATORS, MX_RULES, RECIPES, SCALE_RULES
 from jaxq.serving import CACHE_RECIPES, CacheScales, KVCache
-from jaxq.serving._cache_recipe import needs_scale
 from tests import data
 from tests.interpreter import Program
 from tests.oracle import same
@@ -449,7 +448,8 @@ def test_caches_agree_on_all_platforms(name: str):
     recipe = CACHE_RECIPES[name]
     recipe = dataclasses.replace(recipe, residual_length=min(recipe.residual_length, 4))
     count = max(2 * recipe.step, 8)
-    scales = CacheScales(*(0.01 if needs_scale(half) else None for half in recipe.recipes))
+    static = [isinstance(half.granularity, jaxq.PerTensor) for half in recipe.recipes]
+    scales = CacheScales(*(0.01 if is_static else None for is_static in static))
 
     def stored(keys, values):
         cache = KVCache.empty((count, 1, 32), recipe, scales=scales)

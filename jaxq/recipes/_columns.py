@@ -86,7 +86,8 @@ def searched(
 ) -> QuantizedBlocks:
     """Returns the results of a search, with NaN as scales of columns that are not finite.
 
-    Columns of huge numbers, whose scale becomes NaN, have the same codes as these.
+    The codes of these columns are 0. A column of numbers so large that its scale is NaN is one of
+    them.
 
     Args:
       search: the search.

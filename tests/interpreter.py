@@ -103,7 +103,8 @@ class Program:
         module = self.lowered(platform)
         with module.context, ir.Location.unknown():
             if weak:
-                _weaken(self._modules.pop(platform))
+                _inline(self._modules.pop(platform))
+                _weaken(module)
             outputs = stablehlo.eval_module(module, [_attribute(a) for a in self._inputs])
         leaves, tree = jax.tree.flatten(self._result)
         results = [_typed(np.array(a), like) for a, like in zip(outputs, leaves, strict=True)]
@@ -157,6 +158,30 @@ def _used(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
     count = len(program.jaxpr.outvars)
     jaxpr, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * count, instantiate=True)
     return jaxpr_as_fun(program.replace(jaxpr=jaxpr))
+
+
+def _inline(module: ir.Module) -> None:
+    """Replaces all calls by the operations of the called functions, as compilers do."""
+    functions = {f.operation.attributes["sym_name"].value: f for f in module.body.operations}
+    main = functions.pop("main").operation
+    while calls := [o for o in _operations(main) if o.name == "func.call"]:
+        for call in calls:
+            called = functions[call.attributes["callee"].value].regions[0].blocks[0]
+            known = dict(zip(called.arguments, call.operands, strict=True))
+            *operations, end = called.operations
+            with ir.InsertionPoint(call):
+                for operation in operations:
+                    copy = operation.operation.clone()
+                    for inner in (copy, *_operations(copy)):
+                        for i, operand in enumerate(inner.operands):
+                            if operand in known:
+                                inner.operands[i] = known[operand]
+                    known.update(zip(operation.operation.results, copy.results, strict=True))
+            for result, value in zip(call.results, end.operation.operands, strict=True):
+                result.replace_all_uses_with(known[value])
+            call.erase()
+    for function in functions.values():
+        function.operation.erase()
 
 
 def _weaken(module: ir.Module) -> None:

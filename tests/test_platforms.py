@@ -19,6 +19,7 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
+from jaxq._ggml.searches import product, sums
 from jaxq._jax.arithmetic import square_root
 from jaxq._jax.compat import bind, bodies, body, is_literal
 from jaxq.formats import FORMATS
@@ -337,6 +338,11 @@ def test_square_roots_agree_on_all_platforms():
     assert_agree(square_root, difficult(FORMATS["float16"]))
 
 
+def test_sums_in_order_of_ggml_agree_on_all_platforms():
+    x = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
+    assert_agree(lambda x: sums(lambda v: (product(v, v, v),), x), x)
+
+
 def steps(tx: optax.GradientTransformation, gradients: Any, updates: bool = True) -> Any:
     """Returns an optimizer's state after steps with stacked gradients, and perhaps its updates."""
 
@@ -470,10 +476,10 @@ def test_stored_products_agree_on_all_platforms(name: str):
     w = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
     q = jaxq.quantize(w, name)
 
-    def product(x, q):
+    def multiplied(x, q):
         return jaxq.products.stored_dot_general(x, q, (((1,), (1,)), ((), ())), chunk=256)
 
-    assert_agree(product, np.eye(256, dtype=np.float32)[:40], q)
+    assert_agree(multiplied, np.eye(256, dtype=np.float32)[:40], q)
 
 
 def operands(function: Callable[..., Any], *arguments: jax.Array) -> list[jax.Array]:
@@ -510,7 +516,7 @@ def test_operands_of_products_agree_on_all_platforms(name: str):
     recipe = PRODUCT_RECIPES[name]
     n = 128 if "128" in name else 32
 
-    def product(x, w, g):
+    def gradients(x, w, g):
         key = jax.random.key(0) if recipe.draws else None
         f = lambda x, w: jaxq.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=recipe, key=key)
         y, pull = jax.vjp(f, x, w)
@@ -518,6 +524,6 @@ def test_operands_of_products_agree_on_all_platforms(name: str):
 
     x, w, g = np.random.default_rng(0).standard_normal((3, n, n)).astype(np.float32)
     x[1, 2], w[3, 4] = 500, np.inf
-    found = jax.eval_shape(lambda *a: operands(product, *a), x, w, g)
+    found = jax.eval_shape(lambda *a: operands(gradients, *a), x, w, g)
     assert len(found) == 6
-    assert_agree(lambda *a: operands(product, *a), x, w, g)
+    assert_agree(lambda *a: operands(gradients, *a), x, w, g)

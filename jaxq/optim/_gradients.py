@@ -7,7 +7,6 @@ import jax
 import optax
 from jax import numpy as jnp
 
-from jaxq._jax.arithmetic import rounded
 from jaxq._jax.serialization import named_tuple
 from jaxq.models import LeafRules, assign, leaf_rules, prefix_leaf_errors, refuse_states
 from jaxq.numerics import as_dtype, widen
@@ -100,11 +99,10 @@ def quantize_gradients(
                 continue
             total = leaf if residuals[i] is None else widen(leaf) + residuals[i]
             with prefix_leaf_errors("quantize_gradients", path):
-                quantized = fake_quant(total, recipe, key=own_key(recipe, now, i))
-            gradients[i] = as_dtype(quantized, leaf.dtype)
+                rounded = fake_quant(total, recipe, key=own_key(recipe, now, i))
+            gradients[i] = as_dtype(rounded, leaf.dtype)
             if residuals[i] is not None:
-                # Rounded, because XLA may fuse the multiplication by the scale with the difference.
-                error = total - rounded(widen(gradients[i]))
+                error = total - widen(gradients[i])
                 residuals[i] = jnp.where(jnp.isfinite(error), error, jnp.zeros_like(error))
         state = QuantizedGradients(structure.unflatten(residuals), later)
         return structure.unflatten(gradients), state

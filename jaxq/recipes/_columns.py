@@ -111,7 +111,7 @@ def searched(
 
     # Sums of huge numbers may overflow. The sign and the integers that NaNs become depend on the
     # processor.
-    def masked(x: jax.Array | None, other: np.generic) -> jax.Array | None:
+    def masked(x: jax.Array | None, other: np.float32 | np.int32) -> jax.Array | None:
         if x is None:
             return None
         return jnp.where(finite if x.ndim == 1 else finite[:, None], x, other)

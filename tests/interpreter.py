@@ -5,8 +5,14 @@ evaluates the lowered program one operation at a time with IEEE semantics: nothi
 reordered or rewritten, and subnormals are not flushed. It shares no code with XLA.
 
 Processors are less exact. A program can also be run with *weak* arithmetic, which does to float32
-what some processor does: subnormals count as zero, quotients are off by two ulps, and a maximum or
-minimum of which one operand is NaN is the other operand.
+what some processor or compiler does:
+
+- subnormals count as zero;
+- quotients and square roots are off by two ulps, in either direction;
+- a maximum or minimum of which one operand is NaN is the other operand, and of zeros of both signs
+  the wrong one;
+- a product that is added to something is not rounded before the addition;
+- sums of several numbers, also those of a matrix product, are added in the reverse order.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +22,8 @@ import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+from jax.interpreters import partial_eval
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 from jaxlib.mlir.passmanager import PassManager
@@ -31,6 +39,11 @@ _ARITHMETIC = {
         *("floor", "ceil", "round_nearest_afz", "round_nearest_even", "convert"),
         *("clamp", "compare", "maximum", "minimum", "sign"),
     )
+}
+
+# Operations that only move elements, which compilers compute in the same loop as their operand.
+_MOVES = {
+    f"stablehlo.{name}" for name in ("broadcast_in_dim", "negate", "reshape", "slice", "transpose")
 }
 
 _LEGALIZE = "builtin.module(func.func(chlo-legalize-to-stablehlo))"
@@ -58,7 +71,7 @@ class Program:
             return [_plain(leaf) for leaf in jax.tree.leaves(call(*plain))]
 
         self._result = jax.eval_shape(call, *self._inputs)
-        self._traced = jax.jit(flat).trace(*self._inputs)
+        self._traced = jax.jit(_used(flat, *self._inputs), keep_unused=True).trace(*self._inputs)
 
         self._modules: dict[str, ir.Module] = {}
 
@@ -90,7 +103,8 @@ class Program:
         module = self.lowered(platform)
         with module.context, ir.Location.unknown():
             if weak:
-                _weaken(self._modules.pop(platform))
+                _inline(self._modules.pop(platform))
+                _weaken(module)
             outputs = stablehlo.eval_module(module, [_attribute(a) for a in self._inputs])
         leaves, tree = jax.tree.flatten(self._result)
         results = [_typed(np.array(a), like) for a, like in zip(outputs, leaves, strict=True)]
@@ -138,8 +152,46 @@ def _operations(operation: Any) -> Iterator[Any]:
                 yield from _operations(inner.operation)
 
 
+def _used(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """Returns a function without the operations whose results are not used, as XLA removes them."""
+    program: Any = jax.make_jaxpr(function)(*arguments)
+    count = len(program.jaxpr.outvars)
+    jaxpr, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * count, instantiate=True)
+    return jaxpr_as_fun(program.replace(jaxpr=jaxpr))
+
+
+def _inline(module: ir.Module) -> None:
+    """Replaces all calls by the operations of the called functions, as compilers do."""
+    functions = {f.operation.attributes["sym_name"].value: f for f in module.body.operations}
+    main = functions.pop("main").operation
+    while calls := [o for o in _operations(main) if o.name == "func.call"]:
+        for call in calls:
+            called = functions[call.attributes["callee"].value].regions[0].blocks[0]
+            known = dict(zip(called.arguments, call.operands, strict=True))
+            *operations, end = called.operations
+            with ir.InsertionPoint(call):
+                for operation in operations:
+                    copy = operation.operation.clone()
+                    for inner in (copy, *_operations(copy)):
+                        for i, operand in enumerate(inner.operands):
+                            if operand in known:
+                                inner.operands[i] = known[operand]
+                    known.update(zip(operation.operation.results, copy.results, strict=True))
+            for result, value in zip(call.results, end.operation.operands, strict=True):
+                result.replace_all_uses_with(known[value])
+            call.erase()
+    for function in functions.values():
+        function.operation.erase()
+
+
 def _weaken(module: ir.Module) -> None:
     """Replaces the float32 arithmetic of a program by weak arithmetic."""
+    for operation in list(_operations(module.operation)):
+        with ir.InsertionPoint(operation):
+            if operation.name in ("stablehlo.add", "stablehlo.subtract"):
+                _fuse(operation)
+            elif operation.name in ("stablehlo.reduce", "stablehlo.dot_general"):
+                _reverse(operation)
     for operation in list(_operations(module.operation)):
         if operation.name not in _ARITHMETIC:
             continue
@@ -155,14 +207,71 @@ def _weaken(module: ir.Module) -> None:
                 use.owner.operands[use.operand_number] = result
 
 
+def _fuse(operation: Any) -> None:
+    """Makes an addition or subtraction take its first product unrounded, as a fused one does."""
+    if not _is_float32(operation.result):
+        return
+    exact = [_unrounded(operand) for operand in operation.operands]
+    fused = next((i for i, value in enumerate(exact) if value is not None), None)
+    if fused is None:
+        return
+    operands = [_double(operand) for operand in operation.operands]
+    operands[fused] = exact[fused]
+    function = stablehlo.add if operation.name == "stablehlo.add" else stablehlo.subtract
+    result = stablehlo.convert(operation.result.type, function(*operands))
+    operation.result.replace_all_uses_with(result)
+
+
+def _double(value: ir.Value) -> ir.Value:
+    """Adds a conversion to float64."""
+    return stablehlo.convert(_with_element(value.type, ir.F64Type.get()), value)
+
+
+def _unrounded(value: ir.Value) -> ir.Value | None:
+    """Adds operations that compute a float32 product in float64; returns None for other values."""
+    operation = value.owner
+    name = getattr(operation, "name", None)  # Arguments are owned by a block.
+    if name == "stablehlo.multiply":
+        return stablehlo.multiply(*map(_double, operation.operands))
+    inner = _unrounded(operation.operands[0]) if name in _MOVES else None
+    if inner is None:
+        return None
+    attributes = {key: operation.attributes[key] for key in operation.attributes}
+    double = _with_element(value.type, ir.F64Type.get())
+    return ir.Operation.create(name, [double], [inner], attributes).result
+
+
+def _reverse(operation: Any) -> None:
+    """Reverses the elements that a reduction or a matrix product of float32 numbers adds."""
+    if operation.name == "stablehlo.dot_general":
+        numbers = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
+        axes = [numbers.lhs_contracting_dimensions, numbers.rhs_contracting_dimensions]
+    else:
+        count = len(operation.operands) // 2
+        axes = [list(ir.DenseI64ArrayAttr(operation.attributes["dimensions"]))] * count
+    if any(map(_is_float32, operation.results)):
+        for i, reversed_axes in enumerate(axes):
+            attribute = ir.DenseI64ArrayAttr.get(reversed_axes)
+            operation.operands[i] = stablehlo.reverse(operation.operands[i], attribute)
+
+
 def _weakened(operation: Any) -> ir.Value:
-    """Adds operations that make the result of a division, a maximum or a minimum weak."""
+    """Adds operations that make the result of an operation weak, if it is not just flushed."""
     result, name = operation.result, operation.name.removeprefix("stablehlo.")
-    if name == "divide":
+    if name in ("divide", "sqrt"):
+        # Up or down, as the last bit of the first operand says.
+        operand = stablehlo.bitcast_convert(_integers(result), operation.operands[0])
+        last = stablehlo.and_(operand, _constant(result, 1))
+        error = stablehlo.multiply(last, _constant(result, 4))
+        error = stablehlo.subtract(error, _constant(result, 2))
         bits = stablehlo.bitcast_convert(_integers(result), result)
-        return stablehlo.bitcast_convert(result.type, stablehlo.add(bits, _constant(result, 2)))
+        weak = stablehlo.bitcast_convert(result.type, stablehlo.add(bits, error))
+        zero = stablehlo.and_(bits, _constant(result, 2**31 - 1))
+        return stablehlo.select(_compared("EQ", zero, _constant(result, 0)), result, weak)
     if name in ("maximum", "minimum"):
         a, b = operation.operands
+        opposite = stablehlo.minimum if name == "maximum" else stablehlo.maximum
+        result = stablehlo.select(_compared("EQ", a, b), opposite(a, b), result)
         for one, other in ((a, b), (b, a)):
             result = stablehlo.select(_compared("NE", one, one), other, result)
     return result
@@ -190,8 +299,12 @@ def _constant(like: ir.Value, bits: int) -> ir.Value:
 
 def _integers(like: ir.Value) -> ir.RankedTensorType:
     """Returns the type of int32 tensors with the shape of a value."""
-    shape = ir.RankedTensorType(like.type).shape
-    return ir.RankedTensorType.get(shape, ir.IntegerType.get_signless(32))
+    return _with_element(like.type, ir.IntegerType.get_signless(32))
+
+
+def _with_element(kind: ir.Type, element: ir.Type) -> ir.RankedTensorType:
+    """Returns a type of tensors with another type of elements."""
+    return ir.RankedTensorType.get(ir.RankedTensorType(kind).shape, element)
 
 
 def _is_float32(value: ir.Value) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from jax import numpy as jnp
 
 import jaxq
-from jaxq._jax.arithmetic import _divide_in_integers, divide
+from jaxq._jax.arithmetic import _divide_in_integers, _square_root_in_integers, divide
 from tests import data
 from tests.oracle import assert_same
 
@@ -168,6 +168,20 @@ def test_division_is_correctly_rounded_with_inexact_quotient(error: int):
     want = want.astype(np.float32)
     assert_same(jax.jit(lambda a, b: _divide_in_integers(a, b, inexact))(a, b), want, a)
     assert_same(jax.jit(divide)(a, b), want, a)
+
+
+@pytest.mark.parametrize("error", [-3, 0, 3])
+def test_square_root_is_correctly_rounded_with_inexact_root(error: int):
+    """Simulates a backend whose square root has an error of a few ulps."""
+
+    def inexact(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(jnp.sqrt(x), jnp.int32) + error
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    x = np.concatenate([data.specials(), data.random_float32(100_000)])
+    with np.errstate(invalid="ignore"):
+        want = np.sqrt(np.where(np.abs(x) < 2.0**-126, np.copysign(np.float32(0), x), x))
+    assert_same(jax.jit(lambda x: _square_root_in_integers(x, inexact))(x), want, x)
 
 
 def test_division_of_infinities_follows_ieee_754():

@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from jaxq._base.shapes import is_symbolic
 from jaxq._ggml.searches import Steps, product, quotient, sums
+from jaxq._jax.arithmetic import square_root
 from jaxq.formats import get_format
 from jaxq.numerics import cast
 
@@ -145,4 +146,4 @@ def error_weights(weights: jax.Array | None, x: jax.Array, square: jax.Array | N
     """
     assert weights is not None
     assert square is not None
-    return product(weights, jnp.sqrt(square[None] + product(x, x)))
+    return product(weights, square_root(square[None] + product(x, x)))

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._jax.arithmetic import barrier, divide, rounded
+from jaxq._jax.arithmetic import barrier, divide, reciprocal, rounded
 
 __all__ = [
     "EPS",
@@ -27,6 +27,7 @@ __all__ = [
     "fit_symmetric",
     "largest",
     "nearest_levels",
+    "positive",
     "product",
     "quotient",
     "round_to_integer",
@@ -100,6 +101,14 @@ def largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     amax = jnp.take_along_axis(magnitude, at, axis=0)[0]
     signed = jnp.take_along_axis(x, at, axis=0)[0]
     return amax, jnp.where(amax == 0, np.float32(0), signed)  # Never -0.
+
+
+def positive(x: jax.Array) -> jax.Array:
+    """Returns positive numbers, and 0 in place of others.
+
+    Unlike that of a maximum, the sign of a zero does not depend on the processor.
+    """
+    return jnp.where(x > 0, x, np.float32(0))
 
 
 def _ratio(a: jax.Array, b: jax.Array, valid: jax.Array) -> jax.Array:
@@ -219,12 +228,12 @@ def fit_by_descent(x: jax.Array, limit: int) -> SymmetricFit:
 
 def fit_nonnegative(x: jax.Array, limit: int, weights: jax.Array) -> SymmetricFit:
     """Returns the best scale for codes from 0 to limit (ggml's make_qp_quants)."""
-    top = jnp.maximum(x.max(axis=0), np.float32(0))
+    top = positive(x.max(axis=0))
     empty = top < EPS
     top = jnp.where(empty, np.float32(1), top)
 
     def total_error(inverse: jax.Array, bound: bool) -> jax.Array:
-        scale = quotient(_const(1, inverse), inverse)
+        scale = rounded(reciprocal(inverse))
 
         def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array]:
             q = round_to_integer(inverse * x)
@@ -271,7 +280,9 @@ def fit_affine(
       steps: the divisors to try.
       absolute: True to minimize absolute errors, False (the default) for squared errors.
     """
-    low, high = jnp.minimum(x.min(axis=0), np.float32(0)), x.max(axis=0)
+    # The first of the lowest elements, because the lowest may be zeros of both signs.
+    low = jnp.take_along_axis(x, jnp.argmin(x, axis=0)[None], axis=0)[0]
+    low, high = jnp.where(low > 0, np.float32(0), low), x.max(axis=0)
     flat = high <= low
     width = jnp.where(flat, np.float32(1), high - low)
     sum_w, sum_x = sums(lambda x, w: (w, product(w, x)), x, weights)
@@ -313,7 +324,7 @@ def fit_affine(
         return _chosen(better, (new_scale, new_min, inverse, offset, new_error), best)
 
     inverse = quotient(_const(limit, width), width)
-    scale = quotient(_const(1, inverse), inverse)
+    scale = rounded(reciprocal(inverse))  # Infinite if the width is.
     start = (scale, low, inverse, low, total_error(scale, low, inverse, low))
     scale, minimum, inverse, offset, _ = lax.fori_loop(0, steps.count + 1, attempt, start)
     q = jnp.clip(round_to_integer(inverse[None] * (x - offset[None])), 0, limit)

@@ -34,12 +34,13 @@ from jaxq._ggml.searches import (
     fit_nonnegative,
     fit_symmetric,
     largest,
+    positive,
     product,
     quotient,
     round_to_integer,
     sums,
 )
-from jaxq._jax.arithmetic import barrier
+from jaxq._jax.arithmetic import barrier, square_root
 
 __all__ = ["SUPER_BLOCK_RULES", "SuperBlockRule"]
 
@@ -106,7 +107,7 @@ def _quantize_affine(rule: _AffineRule, blocks: FloatBlocks) -> QuantizedBlocks:
     if blocks.weights is None:
         magnitude = jnp.abs(x)
         absolute = rule.code_limit == 3
-        w = magnitude if absolute else jnp.sqrt(mean_square(x, 1.0))[None] + magnitude
+        w = magnitude if absolute else square_root(mean_square(x, 1.0))[None] + magnitude
         fit = fit_affine(x, rule.code_limit, w, rule.steps, absolute)
         scales, minima = (
             _divide_by_largest(_per_block(part, count), rule.scale_limit)
@@ -142,7 +143,7 @@ def _quantize_affine(rule: _AffineRule, blocks: FloatBlocks) -> QuantizedBlocks:
 
 def _divide_by_largest(x: jax.Array, limit: int) -> _QuantizedScales:
     """Quantizes numbers `[parts, blocks]` such that the largest has the code `limit`."""
-    most = jnp.maximum(x.max(axis=0), np.float32(0))
+    most = positive(x.max(axis=0))
     codes = jnp.minimum(round_to_integer(divide_or_zero(limit, most)[None] * x), limit)
     return _QuantizedScales(divided(most, limit), codes)
 

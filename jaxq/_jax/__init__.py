@@ -6,6 +6,8 @@ says otherwise, and the check that passes without the workaround once the behavi
 - `arithmetic.divide`: XLA computes `x / c` as `x * (1 / c)`, and its division on GPU is not
   correctly rounded. Remove it when `test_division_by_scalar_or_constant_is_exact` passes with `/`,
   also on GPU.
+- `arithmetic.square_root`: LLVM may approximate a square root on GPU. Remove it when `jnp.sqrt`
+  equals NumPy's square root there.
 - `arithmetic.rounded`: a product and a sum are fused into one rounding. Remove it when
   `test_bytes_equal_libgguf` passes without it.
 - `arithmetic.barrier`, in five places. `analysis` of two tensors: values that two passes compute

@@ -20,6 +20,7 @@ __all__ = [
     "materialize",
     "reciprocal",
     "rounded",
+    "square_root",
     "uses_vectors",
 ]
 
@@ -101,6 +102,18 @@ def reciprocal(x: jax.Array, numerator: float = 1.0) -> jax.Array:
     return by_platform(lax.div, _reciprocal_in_integers, jnp.full_like(x, numerator), x)
 
 
+def square_root(x: jax.Array) -> jax.Array:
+    """Returns correctly rounded float32 square roots on every backend.
+
+    XLA does not guarantee this: on GPU, LLVM may approximate a root
+    (https://github.com/llvm/llvm-project/issues/131749). Subnormal numbers count as zero. The roots
+    of other dtypes are XLA's.
+    """
+    if x.dtype != jnp.float32:
+        return lax.sqrt(x)
+    return by_platform(lax.sqrt, _square_root_in_integers, x)
+
+
 def _divide_by_array(a: jax.Array, b: jax.Array) -> jax.Array:
     """Divides on platforms with correctly rounded division, hiding the broadcast from XLA."""
     return lax.div(a, lax.add(b, _zeros(a)))
@@ -149,6 +162,32 @@ def _divide_in_integers(a: jax.Array, b: jax.Array, quotient: Callable = lax.div
     number = number & (lax.min(a_bits, b_bits) < layout.inf)  # inf / inf is NaN.
     magnitude = where(number, magnitude, layout.nan)
     return layout.floats(magnitude | ((layout.bits(a) ^ layout.bits(b)) & layout.sign))
+
+
+def _square_root_in_integers(x: jax.Array, root: Callable = lax.sqrt) -> jax.Array:
+    """Returns correctly rounded roots, given roots of numbers from 1 to 4 within 3 ulps."""
+    layout = FloatLayout.of(np.dtype(np.float32))
+    bits, low = layout.bits(x), np.int32(2**23 - 1)
+    magnitude = bits & layout.magnitude_mask
+    exponent = (magnitude >> 23) - np.int32(layout.bias)
+    odd = exponent & np.int32(1)
+    approximate = root(layout.floats(magnitude & low | layout.field(0) + (odd << 23)))
+    # The 24-bit root, too low by 0 to 6, and its remainder. The two products may overflow, but
+    # their difference is exact.
+    integer = (approximate * np.float32(2**23)).astype(jnp.int32)
+    integer = lax.min(integer, np.int32(2**24 - 1)) - 3  # An error is larger from 2 on.
+    significand = magnitude & low | np.int32(2**23)
+    remainder = (significand << (23 + odd)) - integer * integer
+    for step in (4, 2, 1):
+        square = (2 * integer + step) * step  # The difference of two squares.
+        more = (remainder >= square).astype(jnp.int32)
+        integer, remainder = integer + more * step, remainder - more * square
+    # A root is never half way between two integers.
+    integer = integer + (remainder > integer).astype(jnp.int32)
+    result = integer + ((((exponent - odd) >> 1) + np.int32(layout.bias - 1)) << 23)
+    result = where(magnitude == layout.inf, layout.inf, result)
+    result = where((bits < 0) | (magnitude > layout.inf), layout.nan, result)
+    return layout.floats(where(magnitude < layout.shifted(1), bits & layout.sign, result))
 
 
 def rounded(x: jax.Array) -> jax.Array:

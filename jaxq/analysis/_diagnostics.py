@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout
 from jaxq._base.cutting import Cut
+from jaxq._jax.arithmetic import rounded
 from jaxq._jax.serialization import named_tuple
 from jaxq.analysis._arguments import (
     FormatOrRecipe,
@@ -17,7 +18,7 @@ from jaxq.analysis._arguments import (
     check_arguments,
     rounding_limits,
 )
-from jaxq.analysis._sums import blocks_of, largest_magnitude, over_blocks
+from jaxq.analysis._sums import blocks_of, largest_magnitude, over_blocks, share
 from jaxq.formats import Format
 from jaxq.numerics import widen
 from jaxq.quantizers import check_takes_scales, measured
@@ -130,7 +131,8 @@ def _diagnostics(x: jax.Array, scale: jax.Array | None, target: Format | Recipe)
     cut = blocks_of(x.shape, None)
     counts = [v.astype(jnp.int32) for v in (overflow, underflow, nonfinite)]
     top, *counts = over_blocks([top, *counts], cut, None, [lax.max] + [lax.add] * 3)
-    rates = [c.astype(jnp.float32) / np.float32(max(x.size, 1)) for c in counts]
+    size = np.float32(max(x.size, 1))
+    rates = [share(c.astype(jnp.float32), size) for c in counts]
     return Diagnostics(_FLOAT32.floats(top), *rates)
 
 
@@ -167,7 +169,7 @@ def scaled_limits(shape: tuple[int, ...], scales: Scales, recipe: Recipe) -> Rou
         shift = scales.zero_point
     if scales.origin is not None:
         origin = scales.origin
-    low, high = ((bound - shift) * unit + origin for bound in (limits.low, limits.high))
+    low, high = (rounded((bound - shift) * unit) + origin for bound in (limits.low, limits.high))
     flushed = (limits.largest_flushed_negative, limits.largest_flushed_positive)
     flushes = scales.minimum is None and limits.largest_flushed_positive >= 0
     size = jnp.abs(unit)

@@ -6,6 +6,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, where
+from jaxq.analysis._sums import share
 from jaxq.products import Scaled, Tally
 
 __all__ = ["finished"]
@@ -69,7 +70,8 @@ def _of_errors(sums: Tally) -> dict[str, jax.Array]:
         statistics["block_range_bits"] = _known(sums.largest["block_range"], compared)
     if "codes" in sums.added:
         used = (sums.added["codes"] > 0).astype(jnp.float32)
-        statistics["codes_used"] = _known(used.mean(-1), compared)
+        size = np.float32(used.shape[-1])
+        statistics["codes_used"] = _known(share(used.sum(-1), size), compared)
     return statistics
 
 
@@ -103,7 +105,7 @@ def _known(value: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def _share(part: jax.Array, count: jax.Array) -> jax.Array:
-    return _known(part / where(count > 0, count, _ONE), count)
+    return _known(share(part, where(count > 0, count, _ONE)), count)
 
 
 def _mean(total: Scaled, count: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import barrier
 from jaxq._jax.serialization import named_tuple
-from jaxq.analysis._sums import blocks_of, largest_magnitude, over_blocks, power_of_two
+from jaxq.analysis._sums import blocks_of, largest_magnitude, over_blocks, power_of_two, share
 from jaxq.numerics import floats, widen
 from jaxq.recipes import Granularity
 
@@ -231,8 +231,8 @@ def measure(
         power=power_of_two(signal / n, -two * exponents[2], layout),
         sqnr_db=where(lost > 0, -infinite, sqnr),
         cosine=cosine,
-        lost=lost / n,
-        skipped=(size - count) / lax.max(size, one),
+        lost=share(lost, n),
+        skipped=share(size - count, lax.max(size, one)),
     )
     return comparison, Energies(errors(squares), -up, signal, -exponents[2], count)
 

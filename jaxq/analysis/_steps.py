@@ -9,6 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax.serialization import named_tuple
+from jaxq.analysis._sums import share
 from jaxq.numerics import cast
 
 __all__ = ["GradientError", "UpdateStatistics", "gradient_errors", "update_statistics"]
@@ -150,7 +151,7 @@ def update_statistics(updates: Any, params: Any) -> dict[str, UpdateStatistics]:
         count = lax.max(moving.sum(dtype=jnp.int32), np.int32(1)).astype(jnp.float32)
         lost = (moving & (new == old)).sum(dtype=jnp.int32).astype(jnp.float32)
         ratio = _norm(wide) / lax.max(_norm(old), dtype.type(_TINY))
-        return UpdateStatistics(ratio.astype(jnp.float32), lost / count)
+        return UpdateStatistics(ratio.astype(jnp.float32), share(lost, count))
 
     return _by_path("update_statistics", "updates", of_leaf, updates, params)
 

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq._base.cutting import Cut
+from jaxq._jax.arithmetic import divide
 from jaxq.recipes import Granularity
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "largest_magnitude",
     "over_blocks",
     "power_of_two",
+    "share",
 ]
 
 _IN_ORDER = 256  # The number of elements that are added sequentially.
@@ -132,6 +134,15 @@ def _together(combine: Sequence[Combine]) -> Callable[[tuple, tuple], tuple]:
 
 def _sum(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     return jnp.sum(x, axis=axis, dtype=x.dtype)
+
+
+@jax.jit
+def share(part: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns float32 quotients of counts, with the same bits on every backend.
+
+    float64 counts are divided by XLA.
+    """
+    return divide(part, count) if part.dtype == jnp.float32 else part / count
 
 
 def largest_magnitude(x: jax.Array, layout: FloatLayout) -> jax.Array:

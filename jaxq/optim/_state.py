@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
+from jaxq._jax.arithmetic import square_root
 from jaxq._jax.serialization import named_tuple, pytree
 from jaxq.models import (
     LeafRules,
@@ -265,6 +266,6 @@ def _positive_roots(leaf: jax.Array, recipe: Recipe) -> jax.Array:
     Roots below the smallest positive value of their block become that value.
     """
     leaf = widen(leaf)
-    root = jnp.sign(leaf) * jnp.sqrt(jnp.abs(leaf))
+    root = jnp.sign(leaf) * square_root(jnp.abs(leaf))
     below, above = neighbors(root, recipe)
     return jnp.where((root > 0) & (below <= 0), above, root)

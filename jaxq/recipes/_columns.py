@@ -86,6 +86,9 @@ def searched(
 ) -> QuantizedBlocks:
     """Returns the results of a search, with NaN as scales of columns that are not finite.
 
+    The codes of these columns are 0. A column of numbers so large that its scale is NaN is one of
+    them.
+
     Args:
       search: the search.
       columns: the order of the blocks.
@@ -102,8 +105,22 @@ def searched(
         columns.row_squares(elements) if rows else None,
     )
     result = in_chunks(search, blocks, columns.size)
+    for factor in (result.d, result.m):
+        if factor is not None:
+            finite = finite & ~jnp.isnan(factor)
 
-    def masked(d: jax.Array | None) -> jax.Array | None:
-        return None if d is None else jnp.where(finite, d, np.float32(np.nan))
+    # Sums of huge numbers may overflow. The sign and the integers that NaNs become depend on the
+    # processor.
+    def masked(x: jax.Array | None, other: np.float32 | np.int32) -> jax.Array | None:
+        if x is None:
+            return None
+        return jnp.where(finite if x.ndim == 1 else finite[:, None], x, other)
 
-    return result._replace(d=masked(result.d), m=masked(result.m))
+    nan, zero = np.float32(np.nan), np.int32(0)
+    return QuantizedBlocks(
+        d=jnp.where(finite, result.d, nan),
+        scales=masked(result.scales, zero),
+        codes=jnp.where(finite[:, None], result.codes, zero),
+        m=masked(result.m, nan),
+        minima=masked(result.minima, zero),
+    )

@@ -181,7 +181,7 @@ class EMA:
     def measure(self, x: jax.Array, cut: Cut, two_sided: bool) -> Averages:
         """Returns a tensor's range times 1 - decay, its weight in the moving average."""
         ends = AbsMax().measure(x, cut, two_sided)
-        low, high = (end * np.float32(1 - self.decay) for end in ends)
+        low, high = (rounded(end * np.float32(1 - self.decay)) for end in ends)
         return Averages(jnp.full_like(high, self.decay), low, high)
 
     def nothing(self, cut: Cut, two_sided: bool) -> Averages:
@@ -193,7 +193,7 @@ class EMA:
     def merge(self, first: Averages, second: Averages) -> Averages:
         """Returns the first state, decayed by the updates of the second, plus the second."""
         return Averages(
-            first.left * second.left,
+            rounded(first.left * second.left),
             rounded(first.low * second.left) + second.low,
             rounded(first.high * second.left) + second.high,
         )

@@ -356,10 +356,11 @@ def _thresholds(values: tuple[int, ...]) -> tuple[np.float32, ...]:
     """Returns, for each level but the lowest, the least number for which ggml prefers it."""
 
     def prefers(x: np.float32, below: np.float32, above: np.float32) -> bool:
-        return x - below >= above - x  # In float32, as ggml compares the two distances.
+        # In float32, as ggml compares the two distances.
+        return bool(x - below >= above - x)
 
     thresholds = []
-    for pair in itertools.pairwise(np.float32(values)):
+    for pair in itertools.pairwise(np.array(values, np.float32)):
         x = np.float32(sum(pair) / 2)
         while prefers(np.nextafter(x, np.float32(-np.inf)), *pair):
             x = np.nextafter(x, np.float32(-np.inf))

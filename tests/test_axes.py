@@ -10,7 +10,7 @@ from jaxq.recipes import RECIPES, PerChannel
 from tests import data
 from tests.oracle import assert_same_trees
 
-WEIGHT = data.normal((256, 128))
+WEIGHT = data.normal((256, 512))  # K-quants need multiples of 256.
 LAYOUTS = {
     "kernels [in, out]": (-2, lambda w, x: x @ w),
     "weights [out, in]": (-1, lambda w, x: w @ x),
@@ -73,7 +73,7 @@ def test_second_call_keeps_quantized_leaves():
 
 def test_scales_along_first_axis_match_numpy():
     w = np.asarray(WEIGHT)
-    blocks = w.reshape(8, 32, 128)
+    blocks = w.reshape(8, 32, -1)
     scale = np.abs(blocks).max(1, keepdims=True) / np.float32(7)
     want = (np.rint(blocks / scale) * scale).reshape(w.shape)
     for axis in (-2, 0):

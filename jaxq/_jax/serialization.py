@@ -260,13 +260,20 @@ def _register(flax: Any, cls: type) -> None:
 class _Finder(importlib.abc.MetaPathFinder):
     """Registers the classes as soon as `flax.serialization` is imported."""
 
+    _is_searching = False
+
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         """Finds the module by the other finders, and adds the registration to its loader."""
-        if fullname != _FLAX:
+        # Two versions of jaxq in one process, as in benchmarks, have two finders that call each
+        # other.
+        if fullname != _FLAX or self._is_searching:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(fullname, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
+        self._is_searching = True
+        try:
+            specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path)
+            spec = next((spec for spec in specs if spec is not None), None)
+        finally:
+            self._is_searching = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

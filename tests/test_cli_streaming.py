@@ -1,6 +1,5 @@
 """Tensors that `jaxq compare` and `jaxq quantize` read in parts, and the remaining time."""
 
-import os
 import pathlib
 import threading
 from typing import Any
@@ -74,25 +73,45 @@ def test_importance_in_parts_gives_the_bytes_of_whole_tensors(tmp_path: pathlib.
 
 
 def test_parts_are_packed_in_threads_and_in_order(monkeypatch: pytest.MonkeyPatch):
-    """Makes the second and the third part wait for each other."""
+    """Makes two parts wait for each other, once the program has been compiled."""
     x = np.random.default_rng(0).standard_normal((3, LARGE)).astype(np.float32)
-    numbers, together, pack = Numbers.of(x), threading.Barrier(2), _packing._packed_part
+    together, pack = threading.Barrier(2), _packing._packed_part
 
     def packed(type: str, measure: Any, piece: Any) -> Any:
         if not np.array_equal(piece.elements, x[0]):
             together.wait(timeout=60)
         return pack(type, measure, piece)
 
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(_packing, "_cores", lambda: 2)
     monkeypatch.setattr(_packing, "_packed_part", packed)
-    parts = list(_packing.pack_in_pieces(numbers, "q8_0", errors_in))
+    parts = list(_packing.pack_in_pieces(Numbers.of(x), "q8_0", errors_in))
     np.testing.assert_array_equal(
         np.concatenate([part.data for part in parts]), gguf.quantize(x, "q8_0").reshape(-1)
     )
 
 
+def test_a_new_program_is_called_by_one_thread_first(monkeypatch: pytest.MonkeyPatch):
+    """Packs one large part and four small ones, which are two programs."""
+    started, done, pack = set(), set(), _packing._packed_part
+
+    def packed(type: str, measure: Any, piece: Any) -> Any:
+        size = piece.elements.size
+        assert size in done or size not in started
+        started.add(size)
+        part = pack(type, measure, piece)
+        done.add(size)
+        return part
+
+    monkeypatch.setattr(_packing, "_cores", lambda: 4)
+    monkeypatch.setattr(_packing, "_COMPILED", set())
+    monkeypatch.setattr(_packing, "_packed_part", packed)
+    x = np.zeros((3, LARGE // 2), np.float32)
+    assert len(list(_packing.pack_in_pieces(Numbers.of(x), "q8_0", errors_in))) == 5
+    assert len(done) == 2
+
+
 def test_threads_end_when_packing_is_interrupted(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(_packing, "_cores", lambda: 2)
     x, before = np.zeros((6, LARGE), np.float32), threading.active_count()
     parts = _packing.pack_in_pieces(Numbers.of(x), "q8_0", errors_in)
     next(parts)

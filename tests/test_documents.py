@@ -154,7 +154,7 @@ def _find(path: str) -> object:
     raise ModuleNotFoundError(path)
 
 
-# The style sheet `jaxq.css` is no name.
+# The style sheet `jaxq.css` is not a name.
 NAME = re.compile(r"\bjaxq(?:\.(?!css\b)[A-Za-z_]\w*)+")
 
 

@@ -151,6 +151,12 @@ def test_invalid_records_raise(make, text: str):
         make()
 
 
+def test_codes_of_a_format_as_precise_as_float32():
+    fmt = jaxq.FloatFormat("e6m23", 6, 23)
+    x = data.normal((64,)) * np.float32(2.0) ** np.arange(-32, 32)
+    np.testing.assert_array_equal(jaxq.decode(jaxq.encode(x, fmt), fmt), jaxq.cast(x, fmt))
+
+
 @pytest.mark.parametrize("bits", data.each(range(1, 17), (1, 3, 4, 8, 13)))
 def test_packed_bits_match_numpy_and_unpack_again(bits: int):
     rng, lengths = np.random.default_rng(bits), (0, 13, 64)

@@ -204,7 +204,7 @@ def relative_error(packed: jaxq.Quantized, x: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("method", [ptq.SignRound(steps=60), ptq.AdaRound(steps=200)])
-def test_validation_keeps_steps_that_overfit_from_increasing_the_error(method: Any):
+def test_validation_error_never_exceeds_that_of_nearest(method: Any):
     # Half as many tokens as inputs for the steps.
     tokens = normal(1, TOKENS, INPUTS).reshape(10, 4, INPUTS)
     few, held_out = tokens[:2], tokens[2:]
@@ -227,7 +227,8 @@ def test_steps_do_not_depend_on_validation():
     batches = [BATCH[:20], BATCH[20:]]
     learn = ptq.learn_rounding([linear], RECIPE, method=ptq.AdaRound(steps=40, learning_rate=0.1))
     (alone,), expected = learn([WEIGHT], batches, key=KEY)
-    # The same data chooses the same weights. Its size would change the balance of the penalty.
+    # If the steps used the validation data, 64 times as large, the balance of the loss and the
+    # penalty would change.
     larger = [64 * BATCH[:20], 64 * BATCH[20:]]
     (packed,), report = learn([WEIGHT], batches, key=KEY, validation=larger)
     np.testing.assert_array_equal(packed.codes, alone.codes)

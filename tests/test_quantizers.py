@@ -207,3 +207,36 @@ def test_unstored_scale_divides_unrounded():
     recipe = jaxq.Recipe("int4", jaxq.PerBlock(4), scaling)
     codes = np.rint(x / (np.float32(1) / np.float32(7)))  # The stored scale is 5/32.
     np.testing.assert_array_equal(jaxq.fake_quant(x, recipe), codes * np.float32(5 / 32))
+
+
+def test_search_avoids_infinite_scales():
+    """Uses an amax whose scale overflows float16 unless the range is halved."""
+    x = np.linspace(-5.5e5, 5.5e5, 33, dtype=np.float32)[None, :32]
+    scaling = jaxq.Symmetric(scale_format="float16", stored=False, search=(1.0, 0.5))
+    recipe = jaxq.Recipe("int4", jaxq.PerBlock(32), scaling)
+    assert np.isfinite(jaxq.fake_quant(x, recipe)).all()
+
+
+def test_search_counts_elements_that_a_range_clips():
+    """Uses blocks with an outlier far beyond a range of a few standard deviations."""
+    x = weights((8, 64))
+    x[:, 5] = 3.0 ** np.arange(1, 9)
+
+    def error(*factors: float) -> np.ndarray:
+        scaling = jaxq.Symmetric(range="sigmas", search=factors)
+        y = jaxq.fake_quant(x, jaxq.Recipe("int4", jaxq.PerBlock(64), scaling))
+        return ((np.asarray(y, np.float64) - x) ** 2).sum(1)
+
+    least = np.minimum(error(0.5), error(2.0))
+    assert (error(0.5) != error(2.0)).all()
+    np.testing.assert_allclose(error(0.5, 2.0), least, rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 32)])
+def test_search_in_empty_tensors(monkeypatch: pytest.MonkeyPatch, devices: int, shape: tuple):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    for granularity in (jaxq.PerTensor(), jaxq.PerToken(), jaxq.PerChannel()):
+        scaling = jaxq.Symmetric(search=(1.0, 0.9 + 0.01 * devices))  # Not compiled before.
+        recipe = jaxq.Recipe("int4", granularity, scaling)
+        chex.assert_shape(jaxq.fake_quant(jnp.zeros(shape), recipe), shape)

@@ -280,7 +280,7 @@ def fit_affine(
       steps: the divisors to try.
       absolute: True to minimize absolute errors, False (the default) for squared errors.
     """
-    # The first of the lowest elements, because the lowest may be zeros of both signs.
+    # As in ggml, the first of equal minima, which matters for 0 and -0.
     low = jnp.take_along_axis(x, jnp.argmin(x, axis=0)[None], axis=0)[0]
     low, high = jnp.where(low > 0, np.float32(0), low), x.max(axis=0)
     flat = high <= low
@@ -324,7 +324,7 @@ def fit_affine(
         return _chosen(better, (new_scale, new_min, inverse, offset, new_error), best)
 
     inverse = quotient(_const(limit, width), width)
-    scale = rounded(reciprocal(inverse))  # Infinite if the width is.
+    scale = rounded(reciprocal(inverse))  # Infinite where the width overflows.
     start = (scale, low, inverse, low, total_error(scale, low, inverse, low))
     scale, minimum, inverse, offset, _ = lax.fori_loop(0, steps.count + 1, attempt, start)
     q = jnp.clip(round_to_integer(inverse[None] * (x - offset[None])), 0, limit)
@@ -335,7 +335,7 @@ def fit_affine(
 def nearest_levels(
     x: jax.Array, values: np.ndarray, outputs: np.ndarray | None = None
 ) -> jax.Array:
-    """Returns the indices of the nearest of sorted levels; ties go to the higher level.
+    """Returns the nearest of sorted levels as indices, or as entries of `outputs`; ties go up.
 
     Args:
       x: float32 numbers.
@@ -353,7 +353,7 @@ def nearest_levels(
 
 @functools.cache
 def _thresholds(values: tuple[int, ...]) -> tuple[np.float32, ...]:
-    """Returns, for each level but the lowest, the least number for which ggml prefers it."""
+    """Returns, for each level but the lowest, the smallest number that ggml rounds to it."""
 
     def prefers(x: np.float32, below: np.float32, above: np.float32) -> bool:
         # In float32, as ggml compares the two distances.
@@ -362,6 +362,7 @@ def _thresholds(values: tuple[int, ...]) -> tuple[np.float32, ...]:
     thresholds = []
     for pair in itertools.pairwise(np.array(values, np.float32)):
         x = np.float32(sum(pair) / 2)
+        assert x != 0, "the search would step through all subnormal numbers"
         while prefers(np.nextafter(x, np.float32(-np.inf)), *pair):
             x = np.nextafter(x, np.float32(-np.inf))
         while not prefers(x, *pair):

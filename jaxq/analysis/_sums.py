@@ -140,7 +140,7 @@ def _sum(x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
 def share(part: jax.Array, count: jax.Array) -> jax.Array:
     """Returns float32 quotients of counts, with the same bits on every backend.
 
-    float64 counts are divided by XLA.
+    float64 quotients are those of XLA.
     """
     return divide(part, count) if part.dtype == jnp.float32 else part / count
 

@@ -5,8 +5,8 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxq.interop import gguf
 __all__ = ["PackedPart", "pack_in_pieces"]
 
 _ROW = 2**12  # Elements of a row of blocks.
+_COMPILED: set[tuple[str, int, bool]] = set()  # The programs that were called.
 
 
 class PackedPart(NamedTuple):
@@ -51,8 +52,31 @@ def pack_in_pieces(
         elements.
       importance: as in `jaxq.interop.gguf.quantize`.
     """
-    pieces = _pieces(numbers, gguf.TYPES[type].block, importance)
-    yield from _in_threads(functools.partial(_packed_part, type, measure), pieces)
+    pack = functools.partial(_packed_part, type, measure)
+    pending: collections.deque[Future[PackedPart]] = collections.deque()
+    cores = _cores()
+    # XLA on CPU (JAX 0.10 and 0.12) runs a loop, such as a search for scales, in one thread.
+    pool = ThreadPoolExecutor(cores)
+    try:
+        for piece in _pieces(numbers, gguf.TYPES[type].block, importance):
+            pending.append(pool.submit(pack, piece))
+            program = type, piece.elements.size, piece.importance is None
+            if program not in _COMPILED:
+                wait(pending)  # Threads that call a new program together would each compile it.
+                _COMPILED.add(program)
+            if len(pending) > cores:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Piece(NamedTuple):
@@ -103,35 +127,6 @@ def _packed_part(type: str, measure: Callable[[np.ndarray], Errors], piece: _Pie
     errors = measure(error.reshape(-1)[: piece.count])
     size = piece.count // layout.block * layout.size
     return PackedPart(data.reshape(-1)[:size], piece.count, signal, errors)
-
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
-
-def _in_threads(function: Callable[[_Item], _Result], items: Iterator[_Item]) -> Iterator[_Result]:
-    """Yields the result of each item in order, computed by as many threads as there are cores.
-
-    XLA on CPU (JAX 0.10 and 0.12) runs a loop, such as a search for scales, in one thread. The
-    first result is computed alone, because threads that call a new program at the same time would
-    each compile it.
-    """
-    first = next(items, None)
-    if first is None:
-        return
-    yield function(first)
-    pending: collections.deque[Future[_Result]] = collections.deque()
-    workers = os.cpu_count() or 1
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _weights(importance: np.ndarray, shape: tuple[int, ...], start: int, count: int) -> np.ndarray:

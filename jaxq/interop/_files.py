@@ -301,6 +301,8 @@ def _combined(file: TensorFile) -> TensorFile:
         entries = combine_weights(file.entries, config_beside(folder), file.raw)
     except FileError as error:
         text = str(error)
+        if text.endswith(_REOPEN):
+            raise
         where = "" if text.startswith(str(folder)) else f"{file.path}: "
         # Whatever the layout is, its tensors can be read.
         raise FileError(f"{where}{text} raw=True (--raw) reads the tensors as stored.") from error

@@ -28,7 +28,7 @@ def open_archive(file: IO[bytes]) -> zipfile.ZipFile:
     """Returns the archive in a file.
 
     Raises:
-      FileError: if the file is no archive.
+      FileError: if the file is not an archive.
     """
     try:
         return zipfile.ZipFile(file)

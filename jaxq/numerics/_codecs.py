@@ -88,7 +88,8 @@ def rounds_to_codes(fmt: Format, layout: FloatLayout) -> TypeGuard[FloatFormat]:
     """Returns whether `nearest_codes` supports a format."""
     return (
         isinstance(fmt, FloatFormat)
-        and (fmt.signed and fmt.subnormals and fmt.zero and fmt.mantissa_bits > 0)
+        and (fmt.signed and fmt.subnormals and fmt.zero)
+        and 0 < fmt.mantissa_bits < layout.mantissa_bits
         and fmt.nan != "negative_zero"
         and is_narrow(BinaryGrid.of(fmt), layout)
     )
@@ -112,8 +113,8 @@ def nearest_codes(x: jax.Array, fmt: FloatFormat, overflow: Overflow) -> jax.Arr
     below_half = integer((1 << int(dropped) - 1) - 1)
     first = integer((fmt.emin + layout.bias - 1) << fmt.mantissa_bits)
     codes = ((magnitude + (last + below_half)) >> dropped) - first
-    # Below the smallest normal value it is a multiple of the smallest subnormal, which the addition
-    # of `anchor` rounds and places in the low bits of the float.
+    # Below the smallest normal value, the code counts multiples of the smallest subnormal. Adding
+    # `anchor` rounds the number to such a multiple and places the count in the low bits.
     anchor = layout.float_type(2.0 ** (layout.mantissa_bits + fmt.emin - fmt.mantissa_bits))
     counted = layout.bits(layout.floats(magnitude) + anchor) - layout.bits(anchor)
     codes = where(magnitude < layout.field(fmt.emin), counted, codes)

@@ -55,10 +55,12 @@ def _packed(codes: jax.Array, bits: int) -> jax.Array:
     mask = 2 ** min(bits, 8 * codes.dtype.itemsize) - 1
     masked = jnp.bitwise_and(codes, codes.dtype.type(mask))
     wide = lax.pad(masked.astype(jnp.uint32), np.uint32(0), padding)
-    # Codes are first summed to words of up to 32 bits. XLA on CPU (JAX 0.10 and 0.12) vectorizes
-    # these sums and computes each code once; without them it computes a code again for each byte
-    # that contains a part of it, which takes up to 16 times as long.
-    per_word = max(n for n in range(1, per_group + 1) if per_group % n == 0 and n * bits <= 32)
+    # Codes are first combined into words of up to 32 bits. XLA on CPU (JAX 0.10 and 0.12)
+    # vectorizes these sums and computes each code once; without them it computes a code again for
+    # each byte that contains a part of it, which takes up to 16 times as long.
+    per_word = max(
+        count for count in range(1, per_group + 1) if per_group % count == 0 and count * bits <= 32
+    )
     parts = wide.reshape(*leading, groups, per_group // per_word, per_word)
     shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
     shifts = shifts.reshape((1,) * (len(leading) + 1) + (-1,))
@@ -71,7 +73,7 @@ def _packed(codes: jax.Array, bits: int) -> jax.Array:
         value = jnp.zeros((*leading, groups), jnp.uint32)
         for first, word in words.items():
             if first - 8 < start < first + per_word * bits:
-                left, right = (np.uint32(max(n, 0)) for n in (first - start, start - first))
+                left, right = (np.uint32(max(k, 0)) for k in (first - start, start - first))
                 value |= word << left >> right
         rows.append((value & np.uint32(255)).astype(jnp.uint8))
     packed = jnp.stack(rows, axis=-1).reshape(*leading, groups * group_bytes)
@@ -126,7 +128,7 @@ def _unpacked(packed: jax.Array, bits: int, n: int) -> jax.Array:
     groups = -(-n // per_group)
     padding = [(0, 0, 0)] * len(leading) + [(0, groups * group_bytes - size, 0)]
     wide = lax.pad(packed, np.uint8(0), padding).astype(jnp.uint32)
-    # Bytes are first summed to words that hold several whole codes, which are shifted by an array.
+    # Bytes are first combined into words that hold several codes, which are shifted by an array.
     # XLA on CPU vectorizes this, but not a separate expression for each code, which takes two to
     # five times as long.
     per_word = _codes_per_word(bits)
@@ -147,9 +149,10 @@ def _codes_per_word(bits: int) -> int:
     """Returns the number of codes of which four bytes hold all bits, wherever the codes start."""
     per_group, _ = _groups(bits)
     return max(
-        n
-        for n in range(1, per_group + 1)
-        if per_group % n == 0 and all(i * bits % 8 + n * bits <= 32 for i in range(0, per_group, n))
+        count
+        for count in range(1, per_group + 1)
+        if per_group % count == 0
+        and all(i * bits % 8 + count * bits <= 32 for i in range(0, per_group, count))
     )
 
 

@@ -68,8 +68,8 @@ class BlockData:
     masks: jax.Array | None
     training: int
 
-    def batch(self, i: jax.typing.ArrayLike | slice) -> "BlockData":
-        """Returns the batch with an index, or a range of batches."""
+    def take(self, i: jax.typing.ArrayLike | slice) -> "BlockData":
+        """Returns one batch or a range of batches; `training` still counts those of all data."""
         return jax.tree.map(lambda x: x[i], self)
 
 
@@ -234,7 +234,7 @@ class Trainer:
           data: the data.
           steps: the range of steps.
         """
-        training = data.batch(slice(data.training))
+        training = data.take(slice(data.training))
         total = squares(training.targets, training)
         power = jnp.where(total.power > 0, total.power / jnp.maximum(total.count, 1), 1)
 
@@ -250,7 +250,7 @@ class Trainer:
             return loss + sum(self._method.penalty(x, number) for x in variables.values())
 
         def take_step(number: jax.Array, state: TrainingState) -> TrainingState:
-            batch = data.batch(steps.order[number])
+            batch = data.take(steps.order[number])
             gradient = jax.grad(objective)(state.variables, batch, number)
             # optax mixes dtypes, which fails under strict dtype promotion.
             with jax.numpy_dtype_promotion("standard"):
@@ -300,7 +300,7 @@ def relative_errors(results: Sequence[jax.Array], data: BlockData) -> Errors:
     """Returns the errors of the results of all batches."""
 
     def error(batches: slice) -> jax.Array:
-        sums = squares([x[batches] for x in results], data.batch(batches))
+        sums = squares([x[batches] for x in results], data.take(batches))
         return sums.error / jnp.where(sums.power > 0, sums.power, 1)
 
     has_validation = data.training < len(data.targets[0])

@@ -36,7 +36,7 @@ from jaxq.quantizers import Quantized, grid_values_of, with_levels
 __all__ = ["learn_rounding"]
 
 _OWNER = "ptq.learn_rounding"
-_MEASUREMENTS = 20  # The number of times that the rounded weights of a block are measured.
+_MEASUREMENTS = 20  # The measurements of a block's rounded weights after the first one.
 
 
 def learn_rounding(
@@ -54,13 +54,13 @@ def learn_rounding(
     that its outputs, computed from the outputs of the packed blocks before it, match those of the
     float model. The loss is the squared error of the floating outputs, relative to their power;
     each step uses one batch. At regular intervals the rounded weights are measured on all batches.
-    The best of these weights are returned, and rounding to nearest is the first candidate, so the
-    loss never exceeds that of rounding to nearest.
+    The best of these weights are returned, and rounding to nearest is the first candidate. Without
+    validation, the loss therefore never exceeds that of rounding to nearest.
 
     Steps on few tokens overfit: the error on other data may grow while the loss falls. With
-    held-out batches for validation, the weights with the least error on these are returned, so this
-    error never exceeds that of rounding to nearest. No step uses them. For each block they are
-    measured at most 21 times, which takes no gradients and compiles no other programs.
+    held-out batches for validation, which no step uses, the weights with the least error on these
+    are returned, so this error never exceeds that of rounding to nearest. The weights of each block
+    are measured at most 21 times, without gradients and without further programs.
 
     Activations are quantized as the rules specify. The inputs and outputs of one block are in
     memory for all batches. Blocks with equal programs, such as equal layers, are compiled once.

@@ -3,6 +3,7 @@
 x -> range -> scale -> x / scale -> snap to the grid
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,18 @@ from jaxq.numerics import (
     nearest_magnitudes,
     rounds_magnitudes,
 )
-from jaxq.recipes import E8M0, Range, Recipe, Scales, finite, in_units, limits, powers, times
+from jaxq.recipes import (
+    E8M0,
+    Range,
+    Recipe,
+    Scales,
+    absmax,
+    finite,
+    in_units,
+    limits,
+    powers,
+    times,
+)
 
 __all__ = [
     "codes",
@@ -89,7 +101,7 @@ def grid_values(
 
 
 def codes(x: jax.Array, scales: Scales, key: jax.Array | None, recipe: Recipe) -> jax.Array:
-    """Returns the codes of a split float32 tensor: its `grid_values` plus the zero point."""
+    """Returns the codes of the `grid_values` of a split float32 tensor plus its zero points."""
     if scales.zero_point is not None:
         assert isinstance(recipe.element, IntFormat)  # The scaling has checked it.
         whole = grid_values(x, scales, key, recipe) + scales.zero_point
@@ -206,7 +218,9 @@ def _searched(
 ) -> jax.Array:
     """Returns the factor of each block's range with the least squared error; the first on ties."""
     amax = lax.max(*map(jnp.abs, ends))
-    down, _ = powers(amax)
+    # Ranges other than the absmax may clip elements.
+    top = amax if recipe.scaling.range == "absmax" else absmax(x, cut)
+    down, _ = powers(top)
 
     def error(factor: jax.Array) -> jax.Array:
         scales = recipe.scaling.scales(ends, recipe.element, factor)
@@ -226,13 +240,11 @@ def _searched(
 
         return materialize(lax.scan(step, best, factors)[0].factor)
 
-    def least(*errors: jax.Array) -> jax.Array:
-        best = _Best(errors[0], jnp.full_like(errors[0], search[0]))
-        for other, factor in zip(errors[1:], search[1:], strict=True):
-            best = better(best, _Best(other, jnp.float32(factor)))
-        return materialize(best.factor)
-
-    return least(*jax.vmap(error)(factors)).reshape(amax.shape)
+    first, *others = jax.vmap(error)(factors)
+    best = _Best(first, jnp.full_like(first, search[0]))
+    for other, factor in zip(others, search[1:], strict=True):
+        best = better(best, _Best(other, jnp.float32(factor)))
+    return materialize(best.factor).reshape(amax.shape)
 
 
 def _distance(
@@ -240,7 +252,8 @@ def _distance(
 ) -> jax.Array:
     """Returns the distance of each element to its quantized value, times `down`, up to the sign.
 
-    LLVM would fuse the product and the difference into one rounding, if nothing stood in between.
+    `rounded` or the minimum separates the product from the difference. LLVM would otherwise fuse
+    them into one rounding.
     """
     fmt = recipe.element
     symmetric = scales.zero_point is None and scales.minimum is None and scales.grid_values is None
@@ -259,8 +272,9 @@ def _distance(
 
 
 def _squared_error(distance: jax.Array, cut: Cut) -> jax.Array:
-    """Returns the sum of squares of each block of numbers below 4, perhaps as a vector.
+    """Returns the sum of squared distances, which are below 4, of each block.
 
+    On a single device, the result is a vector if the blocks lie along the last axis.
     Integers are summed, so the result does not depend on the order of summation. Equal errors,
     which are frequent for data on a grid, therefore stay equal in every program. For blocks
     longer than 128 on the last axis, partial sums are added in float32.
@@ -269,14 +283,14 @@ def _squared_error(distance: jax.Array, cut: Cut) -> jax.Array:
         return distance * distance
     # The addition rounds a square to a multiple of 2^-19, which it places in the low bits.
     anchor = np.float32(2.0**23)
-    square = lax.min(distance * distance * np.float32(2.0**19), anchor)
+    square = distance * distance * np.float32(2.0**19)
+    square = where(square < anchor, square, anchor)  # NaN, of an infinite scale, is largest too.
     squares = _FLOAT32.bits(square + anchor) - _FLOAT32.bits(anchor)
-    *leading, last = squares.shape
-    if uses_vectors(squares.shape) and all(squares.shape[axis] == 1 for axis in cut.axes[:-1]):
-        # XLA on CPU (JAX 0.10 and 0.12) does not vectorize what reads the sums in another shape.
-        leading, axes = [-1], (1,)
-    else:
-        axes = cut.axes
+    (*leading, last), axes = squares.shape, cut.axes
+    # XLA on CPU (JAX 0.10 and 0.12) does not vectorize code that reads the sums in another shape.
+    as_vector = uses_vectors(squares.shape) and all(squares.shape[a] == 1 for a in axes[:-1])
+    if as_vector:
+        leading, axes = [math.prod(leading)], (1,)
     step = next(d for d in range(max(1, min(last, 128)), 0, -1) if last % d == 0)
     sums = summed(squares.reshape(*leading, last // step, step)).astype(jnp.float32)
-    return jnp.sum(sums, axis=axes, keepdims=leading != [-1])
+    return jnp.sum(sums, axis=axes, keepdims=not as_vector)

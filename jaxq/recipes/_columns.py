@@ -86,8 +86,7 @@ def searched(
 ) -> QuantizedBlocks:
     """Returns the results of a search, with NaN as scales of columns that are not finite.
 
-    The codes of these columns are 0. A column of numbers so large that its scale is NaN is one of
-    them.
+    The codes of these columns are 0. Columns whose scale overflows to NaN count as not finite.
 
     Args:
       search: the search.
@@ -109,7 +108,7 @@ def searched(
         if factor is not None:
             finite = finite & ~jnp.isnan(factor)
 
-    # Sums of huge numbers may overflow. The sign and the integers that NaNs become depend on the
+    # Sums of huge numbers may overflow to NaN, whose sign and integer value depend on the
     # processor.
     def masked(x: jax.Array | None, other: np.float32 | np.int32) -> jax.Array | None:
         if x is None:

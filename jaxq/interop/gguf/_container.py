@@ -366,6 +366,6 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
             if written != size:
                 raise ValueError(
                     f"gguf.write: {tensor.name!r} has {written} bytes, but {tensor.type} of "
-                    f"shape {tensor.shape} takes {size}. Return these bytes from `read`."
+                    f"shape {tensor.shape} takes {size}. `read` must return exactly these bytes."
                 )
             file.write(bytes(-size % alignment))

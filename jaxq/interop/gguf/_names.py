@@ -74,7 +74,7 @@ class Architecture(NamedTuple):
     keys: Callable[[Any], dict[str, Any]]
 
 
-_CORRECT = "Use the config.json that belongs to the weights."
+_REMEDY = "Use the config.json that belongs to the weights."
 
 
 class _Config(NamedTuple):
@@ -88,7 +88,7 @@ class _Config(NamedTuple):
         if type(value) is not int or not 0 < value < 2**31:
             raise ValueError(
                 f"gguf.conversion: config.json needs a positive integer {key!r}, got "
-                f"{value!r:.40}. {_CORRECT}"
+                f"{value!r:.40}. {_REMEDY}"
             )
         return value
 
@@ -97,8 +97,7 @@ class _Config(NamedTuple):
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(
-                f"gguf.conversion: config.json needs a number {key!r}, got {value!r:.40}. "
-                f"{_CORRECT}"
+                f"gguf.conversion: config.json needs a number {key!r}, got {value!r:.40}. {_REMEDY}"
             )
         return float(value)
 
@@ -119,7 +118,7 @@ class _Config(NamedTuple):
             table = table["full_attention"]
         if not isinstance(table, Mapping):
             raise ValueError(
-                f"gguf.conversion: `rope_scaling` must be a table, got {table!r:.40}. {_CORRECT}"
+                f"gguf.conversion: `rope_scaling` must be a table, got {table!r:.40}. {_REMEDY}"
             )
         theta = self.fields.get("rope_theta")
         return _Config({**table, **({} if theta is None else {"rope_theta": theta})})

@@ -100,18 +100,20 @@ class TwoLevel(Scaling):
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
         """Returns the scales for a range; see `Scaling.scales`."""
-        amax = ends[1]
+        # Barriers keep the change to vectors out of the kernels that compute the amax and that use
+        # the scales, which XLA on CPU (JAX 0.12) would not vectorize for blocks on axis 0. They
+        # also hide the operation that computed the amax, so that tensors of other shapes have equal
+        # kernels, which XLA compiles once.
+        amax = barrier(ends[1])
         levels = functools.partial(self._levels, fmt)
         factors = () if factor is None else (jnp.broadcast_to(factor, amax.shape),)
         tried, relative, step, top_bits = by_vectors(levels, amax, *factors)
+        step = barrier(step)
         stored = StoredScales(relative, (arithmetic.reciprocal(self._enlarge(top_bits, fmt)),))
         return Scales(step, step, stored, *symmetric_range(tried, fmt))
 
     def _levels(self, fmt: Format, amax: jax.Array, *factors: jax.Array) -> _Levels:
         """Returns the scales of blocks, whose amax is multiplied by the factors."""
-        # Hides the operation that computed amax, so that tensors of other shapes have equal
-        # kernels, which XLA on CPU compiles once.
-        amax = barrier(amax)
         tried = functools.reduce(lax.mul, factors, amax)
         bits = _FLOAT32.bits(amax)
         top_bits = reductions.largest(where(bits <= _FLOAT32.inf, bits, np.int32(0)))

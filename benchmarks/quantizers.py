@@ -1,5 +1,7 @@
 """Measures the speed of quantizers against a plain pass and against other libraries.
 
+Recipes that search for scales as GGUF does are measured by `checkpoints.py`.
+
 python benchmarks/quantizers.py [--rounds N] [--shapes RxC ...] [--output PAGE] [--old FOLDER]
 """
 
@@ -22,7 +24,9 @@ def ours(x: jax.Array, library: Any) -> Cases:
         return jax.vjp(lambda x: library.fake_quant(x, recipe), x)[0]
 
     cases: Cases = {}
-    for name in library.recipes.RECIPES:
+    for name, recipe in library.recipes.RECIPES.items():
+        if recipe.scaling.searches_elements:
+            continue
         run = compiled(lambda x, r=name: with_gradient(x, r), x)
         cases["jaxq.fake_quant and its residuals", name] = run
     for name, size in SIZES.items():

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
+from jaxq._jax.arithmetic import barrier
 from jaxq._jax.draws import one_of
 from jaxq.numerics import cast
 from jaxq.products import _execution
@@ -41,11 +42,19 @@ class Prepared(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A product's recipe resolved to the axes of its operands and validated."""
+    """A product's recipe resolved to the axes of its operands and validated.
+
+    Attributes:
+      quantizers: the recipes of the operands on their own axes.
+      hadamard: the transform before quantization, or None.
+      sizes: the block lengths of the transform by axis, for each operand.
+      is_transposed: for each operand, whether XLA transposes it for the product.
+    """
 
     quantizers: tuple[Recipe | None, Recipe | None]
     hadamard: Hadamard | None
-    sizes: tuple[dict[int, int], dict[int, int]]  # Block lengths of the transform, by axis.
+    sizes: tuple[dict[int, int], dict[int, int]]
+    is_transposed: tuple[bool, bool]
 
     @classmethod
     def of(cls, recipe: SingleProduct, operation: Operation, lhs: Any, rhs: Any) -> "Plan":
@@ -75,7 +84,20 @@ class Plan(NamedTuple):
                 quantizers.append(_on_axes(quantizer, x.shape, operation.contraction.axes[i]))
                 lengths = {} if hadamard is None else _along(hadamard, shared, x.shape)
                 sizes.append(lengths)
-        return cls((quantizers[0], quantizers[1]), hadamard, (sizes[0], sizes[1]))
+        left, right = operation.contraction.axes
+        orders = (
+            (*left.batch, *left.free, *left.contract),
+            (*right.batch, *right.contract, *right.free),
+        )
+        return cls(
+            quantizers=(quantizers[0], quantizers[1]),
+            hadamard=hadamard,
+            sizes=(sizes[0], sizes[1]),
+            is_transposed=(
+                list(orders[0]) != sorted(orders[0]),
+                list(orders[1]) != sorted(orders[1]),
+            ),
+        )
 
     def keys(self, keys: Key) -> tuple[Key, Key]:
         """Returns the keys of the two quantizers, None for one that draws no random bits."""
@@ -117,17 +139,17 @@ class Plan(NamedTuple):
         self, lhs: jax.Array, rhs: jax.Array, keys: Key, scales: tuple[Calibrated | None, ...]
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the operands after fake quantization."""
-        left, right = (
-            x
-            if quantizer is None
-            else fake_quant(
-                x, quantizer, key=key, **({} if calibrated is None else calibrated._asdict())
-            )
-            for x, quantizer, key, calibrated in zip(
-                (lhs, rhs), self.quantizers, self.keys(keys), scales, strict=True
-            )
-        )
-        return left, right
+        quantized = []
+        for x, quantizer, key, calibrated, is_transposed in zip(
+            (lhs, rhs), self.quantizers, self.keys(keys), scales, self.is_transposed, strict=True
+        ):
+            if quantizer is not None:
+                given = {} if calibrated is None else calibrated._asdict()
+                x = fake_quant(x, quantizer, key=key, **given)
+                # XLA on CPU (JAX 0.12) would not vectorize a quantizer fused with a transpose.
+                x = barrier(x) if is_transposed else x
+            quantized.append(x)
+        return quantized[0], quantized[1]
 
 
 def _on_axes(recipe: Recipe | None, shape: tuple[int, ...], axes: Axes) -> Recipe | None:

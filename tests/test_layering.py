@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import importlib
 import pathlib
 import re
 import subprocess
@@ -170,3 +171,14 @@ def imported(module: str, names: list[str]) -> str:
     code = f"import sys, {module}; print([n for n in {names} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def test_listed_workarounds_exist():
+    """Checks the names in the list of workarounds for JAX and XLA."""
+    workarounds = importlib.import_module("jaxq._jax")
+    names = re.findall(r"^- `([\w.]+)`", workarounds.__doc__ or "", re.MULTILINE)
+    assert len(names) > 10
+    for name in names:
+        module, *attribute = name.split(".")
+        found = importlib.import_module(f"jaxq._jax.{module}")
+        assert all(hasattr(found, part) for part in attribute), name

@@ -128,7 +128,7 @@ def test_gradients_match_formula(name: str):
         data.normal((2 * size, 3 * size), 1),
         data.normal((size, 3 * size), 2),
     )
-    keys = [jax.random.split(key, 3) for key in jax.random.split(KEY, 3)]
+    keys = jax.random.split(KEY, 9).reshape(3, 3)
     key = KEY if recipe.draws else None
 
     @jax.jit
@@ -346,7 +346,7 @@ class TestKeys:
         assert all((a != b).any() for a, b in itertools.combinations(seen, 2))
 
     def test_gradients_agree_under_jit_vmap_scan_and_remat(self):
-        x, w = data.normal((4, 8)), data.normal((8, 3), 1)
+        x, w = data.normal((8, 8)), data.normal((8, 16), 1)
         f = lambda x, key: (dot(x, w, "int8_training", key) ** 2).sum()
         keys = jax.random.split(KEY, 2)
 

@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._jax.arithmetic import barrier, divide, reciprocal, rounded
+from jaxq._jax.arithmetic import divide, reciprocal, rounded
+from jaxq._jax.barriers import barrier
 
 __all__ = [
     "EPS",

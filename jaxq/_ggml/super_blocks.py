@@ -40,7 +40,8 @@ from jaxq._ggml.searches import (
     round_to_integer,
     sums,
 )
-from jaxq._jax.arithmetic import barrier, square_root
+from jaxq._jax.arithmetic import square_root
+from jaxq._jax.barriers import barrier
 
 __all__ = ["SUPER_BLOCK_RULES", "SuperBlockRule"]
 

@@ -10,19 +10,21 @@ says otherwise, and the check that passes without the workaround once the behavi
   equals NumPy's square root there.
 - `arithmetic.rounded`: a product and a sum are fused into one rounding. Remove it when
   `test_bytes_equal_libgguf` passes without it.
-- `arithmetic.barrier`, in seven places. Operands of products: a quantizer that is fused with a
-  transpose is not vectorized, and a training step takes up to 1.5 times as long with JAX 0.12 (with
-  JAX 0.10 the barrier has no effect, because XLA on CPU removes it before it fuses kernels); remove
-  it when `benchmarks/models.py` shows equal times. `analysis` of two tensors: values that two
-  passes compute are stored; remove it when `test_needs_no_temporary_of_tensor_size` passes.
+- `barriers.barrier`, in five places. `analysis` of two tensors: values that two passes compute are
+  stored; remove it when `test_needs_no_temporary_of_tensor_size` passes.
   Statistics of a step: those of constants are computed while compiling, and others are fused with
   the step and may change its bits; remove it when `tests/test_training_statistics.py` passes.
   Products with adapters: a weight is dequantized before its product; remove it when
-  `test_weights_stay_packed_in_the_backward_pass` passes. Scales of two levels and Hadamard
-  transforms: kernels that differ only in how they read their operand are compiled separately;
-  remove it when `benchmarks/dots.py` shows equal times to compile. Searches and bytes of GGUF
-  (`_ggml`, `interop/gguf/_blocks.py`): values with several uses are computed again for each of
-  them; remove it when `benchmarks/checkpoints.py` shows equal times.
+  `test_weights_stay_packed_in_the_backward_pass` passes. Searches and bytes of GGUF (`_ggml`,
+  `interop/gguf/_blocks.py`): values with several uses are computed again for each of them; remove
+  it when `benchmarks/checkpoints.py` shows equal times.
+- `barriers.barrier_on_cpu`, in three places; with JAX 0.10 it has no effect, because XLA on CPU
+  removes barriers before it fuses kernels. Operands of products: each is computed twice, for its
+  scales and for its codes, and a quantizer that is fused with a transpose is not vectorized;
+  training steps take up to 1.5 times as long with JAX 0.12. Remove it when `benchmarks/models.py`
+  shows equal times. Hadamard transforms and keys of random bits: kernels that differ only in how
+  they read their operand are compiled separately. Remove it when `benchmarks/dots.py` shows equal
+  times to compile.
 - `arithmetic.by_vectors`: kernels for arrays of equal size and different shape are compiled
   separately. Remove it when `test_product_compiles_few_kernels` passes without it.
 - `arithmetic.materialize`: a value per block is computed again for each element; MX formats take 2

@@ -1,5 +1,6 @@
 """Operations that XLA would otherwise change: exact division, and values computed only once."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,10 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, where
 from jaxq._base.shapes import is_symbolic
+from jaxq._jax.barriers import barrier_on_cpu
 from jaxq._jax.opaque import by_platform
 
 __all__ = [
-    "barrier",
     "by_vectors",
     "divide",
     "hidden_broadcast",
@@ -38,11 +39,15 @@ def materialize(x: jax.Array) -> jax.Array:
 
 
 def by_vectors(function: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """Applies an elementwise function to arrays with one value per block.
+    """Applies an elementwise function to arrays with one value per block, in kernels of its own.
 
     On a single device the function gets vectors, so that XLA on CPU, which compiles equal kernels
     once, compiles one for all tensors with the same number of blocks. On several devices an axis
     may be sharded, so the arrays keep their shape.
+
+    Barriers keep the changes of shape out of the kernels of the function, which would differ, and
+    out of those that compute its arguments and use its results, which would not be vectorized for
+    blocks on axis 0 (JAX 0.12).
 
     Args:
       function: a function of arrays of equal shape that returns a tree of arrays of that shape and
@@ -50,10 +55,15 @@ def by_vectors(function: Callable[..., Any], *arrays: jax.Array) -> Any:
       arrays: its arguments.
     """
     shape = arrays[0].shape
-    if not uses_vectors(shape):
-        return function(*arrays)
-    results = function(*(x.reshape(-1) for x in arrays))
-    return jax.tree.map(lambda y: y.reshape(shape) if y.ndim else y, results)
+    used = (math.prod(shape),) if uses_vectors(shape) else shape
+    results = function(*(_apart(x, used) for x in arrays))
+    return jax.tree.map(lambda y: _apart(y, shape) if y.ndim else y, results)
+
+
+def _apart(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns an array in another shape, with a barrier on each side of the change."""
+    x = barrier_on_cpu(x)
+    return x if x.shape == shape else barrier_on_cpu(x.reshape(shape))
 
 
 def uses_vectors(shape: tuple[Any, ...]) -> bool:
@@ -68,14 +78,6 @@ def hidden_broadcast(bits: jax.Array, like: jax.Array) -> jax.Array:
     Computing once for each block instead takes no kernel of its own.
     """
     return bits | _FLOAT32.bits(_zeros(like))
-
-
-def barrier(tree: Any) -> Any:
-    """Returns a tree of arrays unchanged, which XLA neither computes again nor folds into its uses.
-
-    `jaxq._jax` lists the places that need it, each with the check that tells when it can go.
-    """
-    return lax.optimization_barrier(tree)
 
 
 def divide(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq._base.cutting import Cut
-from jaxq._jax.arithmetic import barrier
+from jaxq._jax.barriers import barrier
 from jaxq._jax.serialization import named_tuple
 from jaxq.analysis._sums import blocks_of, largest_magnitude, over_blocks, power_of_two, share
 from jaxq.numerics import floats, widen

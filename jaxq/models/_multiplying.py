@@ -10,7 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq._jax.arithmetic import barrier
+from jaxq._jax.barriers import barrier
 from jaxq._jax.draws import fold_in, one_of
 from jaxq.models._adapting import adapter_product
 from jaxq.models._assigning import OPERANDS_OF_PRODUCT, Assigned, prefix_errors

@@ -55,9 +55,9 @@ def dot_general(
       recipe: a `jaxq.ProductRecipe` or a name in `jaxq.products.PRODUCT_RECIPES`; None (the
         default) computes JAX's own product.
       key: a `jax.random` key, only for recipes whose `draws` is not empty. If only the gradient's
-        products draw, it is required only when the call is differentiated. It is split into three
-        keys, for the forward product and the gradients of lhs and rhs, and each of these into three
-        again, for the two operands and the signs of a transform.
+        products draw, it is required only when the call is differentiated. It is split into nine
+        keys: for each of the forward product and the gradients of lhs and rhs, one for each of the
+        two operands and the signs of a transform.
 
     Returns:
       The product, with the shape and dtype of JAX's result.

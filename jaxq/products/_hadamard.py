@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import where
 from jaxq._base.cutting import Cut
-from jaxq._jax.arithmetic import barrier
+from jaxq._jax.barriers import barrier_on_cpu
 from jaxq._jax.draws import bits
 from jaxq._jax.meshes import as_first, automatic
 
@@ -91,7 +91,7 @@ class Hadamard:
 @automatic(as_first)
 def _transformed(x: jax.Array, signs: jax.Array, lengths: tuple[tuple[int, int], ...]) -> jax.Array:
     # Without the barrier, XLA on CPU compiles the transform again for each way to compute x.
-    x = barrier(x)
+    x = barrier_on_cpu(x)
     sizes = dict(lengths)
     cut = Cut(x.shape, tuple(sizes.get(axis, 1) for axis in range(x.ndim)))
     by_axis = signs.reshape(tuple(sizes.values())).transpose(np.argsort([*sizes]))

@@ -126,7 +126,7 @@ def check_gradients(
 
 
 def keys_of(key: Key) -> Key:
-    """Splits a key for each of the three products, into both operands' keys and the transform's.
+    """Splits a key for the two operands and the transform of each of the three products.
 
     Args:
       key: a key or an array of keys; None returns None.
@@ -134,7 +134,10 @@ def keys_of(key: Key) -> Key:
     Returns:
       Keys `[..., product, place]`, where the places are the two operands and the transform.
     """
-    return None if key is None else split(split(key, 3), 3)
+    if key is None:
+        return None
+    keys = split(key, 9)
+    return keys.reshape(*keys.shape[:-1], 3, 3)
 
 
 def keys_by_product(recipe: ProductRecipe, keys: Key) -> PerProduct[Key]:

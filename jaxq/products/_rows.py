@@ -17,7 +17,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxq._jax.arithmetic import barrier
+from jaxq._jax.barriers import barrier
 from jaxq._jax.meshes import like, varying
 from jaxq.products._cotangents import with_transpose
 from jaxq.products._layouts import PassLayouts, RowLayout, Tally

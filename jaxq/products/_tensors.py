@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from jax import numpy as jnp
 
+from jaxq._jax.barriers import barrier_on_cpu
 from jaxq._jax.meshes import like
 from jaxq.formats import Format
 from jaxq.products._accumulation import Accumulation
@@ -51,7 +52,9 @@ class Tensor:
         """Quantizes an operand of a product."""
         if recipe is None:
             return cls(value, value)
-        simulated = simulate(value, recipe, key=key, **({} if given is None else given._asdict()))
+        # With the same barrier as in `Plan`, so that XLA quantizes the operand only once.
+        source, scales = barrier_on_cpu(value), {} if given is None else given._asdict()
+        simulated = simulate(source, recipe, key=key, **scales)
         return cls(value, simulated.values, recipe, simulated.scales, given)
 
 

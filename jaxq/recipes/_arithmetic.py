@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq._jax import arithmetic
-from jaxq._jax.arithmetic import barrier, by_vectors, divide, materialize
+from jaxq._jax.arithmetic import by_vectors, divide, materialize
 from jaxq._jax.reductions import reduced
 from jaxq.formats import Format, IntFormat, get_format
 from jaxq.numerics import cast
@@ -162,8 +162,7 @@ def in_units(
         return _times_power(x, scale, -1)
     if not reciprocal:
         return divide(x, where(scale == 0, np.float32(1), scale))
-    # The barrier keeps the change of shape out of the product: see `TwoLevel.scales`.
-    return x * barrier(by_vectors(_inverse, scale))
+    return x * by_vectors(_inverse, scale)
 
 
 def _inverse(scale: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import FloatLayout, where
 from jaxq._base.shapes import as_number, is_symbolic
 from jaxq._jax import arithmetic, reductions
-from jaxq._jax.arithmetic import barrier, by_vectors, divide, hidden_broadcast, materialize
+from jaxq._jax.arithmetic import by_vectors, divide, hidden_broadcast, materialize
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast
 from jaxq.recipes._arithmetic import E8M0, powers
@@ -100,15 +100,9 @@ class TwoLevel(Scaling):
 
     def scales(self, ends: Range, fmt: Format, factor: jax.Array | None = None) -> Scales:
         """Returns the scales for a range; see `Scaling.scales`."""
-        # Barriers keep the change to vectors out of the kernels that compute the amax and that use
-        # the scales, which XLA on CPU (JAX 0.12) would not vectorize for blocks on axis 0. They
-        # also hide the operation that computed the amax, so that tensors of other shapes have equal
-        # kernels, which XLA compiles once.
-        amax = barrier(ends[1])
         levels = functools.partial(self._levels, fmt)
-        factors = () if factor is None else (jnp.broadcast_to(factor, amax.shape),)
-        tried, relative, step, top_bits = by_vectors(levels, amax, *factors)
-        step = barrier(step)
+        factors = () if factor is None else (jnp.broadcast_to(factor, ends[1].shape),)
+        tried, relative, step, top_bits = by_vectors(levels, ends[1], *factors)
         stored = StoredScales(relative, (arithmetic.reciprocal(self._enlarge(top_bits, fmt)),))
         return Scales(step, step, stored, *symmetric_range(tried, fmt))
 

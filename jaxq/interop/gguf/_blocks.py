@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._jax.arithmetic import barrier
+from jaxq._jax.barriers import barrier
 
 __all__ = ["as_bytes", "split_bits"]
 

@@ -38,6 +38,7 @@ BINARY = [
     if isinstance(fmt, jaxq.FloatFormat | jaxq.IntFormat)
 ]
 # In formats without mantissa bits, ties depend on the parity of the exponent.
+OLD_JAX = jax.__version_info__ < (0, 12)
 POWERS_OF_TWO = ("float8_e8m0fnu", "binary8p1se", "float4_e3m0")
 
 
@@ -89,7 +90,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch):
 
 
 # Lines of StableHLO of a product with both gradients, which bound the time to compile it.
-LINES = {"w8a8": 326, "int8_training": 903, "mxfp8_training": 575, "nvfp4_training": 1668}
+LINES = {"w8a8": 342, "int8_training": 740, "mxfp8_training": 621, "nvfp4_training": 1560}
 
 
 @pytest.mark.usefixtures("one_device")
@@ -116,18 +117,24 @@ def test_kernels_that_read_elements_do_not_change_shapes_to_vectors():
 def test_operands_of_products_are_separated_on_cpu():
     """Counts barriers in the gradient, before its quantizers and after those it transposes.
 
-    XLA on CPU (JAX 0.12) would compute an operand twice, and not vectorize a quantizer with a
-    transpose. It transposes an operand of each of the two products.
+    XLA on CPU would compute an operand twice, and not vectorize a quantizer with a transpose. It
+    transposes an operand of each of the two products.
     """
     x, function = product_with_gradients("mxfp8_training")
-    for platform, barriers in (("cpu", 4 + 2), ("cuda", 0)):
-        lowered = jax.jit(function).trace(x, x, x).lower(lowering_platforms=(platform,))
-        assert lowered.as_text().count("optimization_barrier") == barriers
+    barrier = "stablehlo.remainder" if OLD_JAX else "optimization_barrier"
+
+    def barriers(platform: str) -> int:
+        traced = jax.jit(function).trace(x, x, x)
+        return traced.lower(lowering_platforms=(platform,)).as_text().count(barrier)
+
+    assert barriers("cpu") == barriers("cuda") + 4 + 2
 
 
 # Loops in the compiled program of the gradients of a product. Each loop is a kernel, and XLA on CPU
 # takes about as long to compile one as the whole product in float32, which has none.
-LOOPS = {"w4a16": 3, "w8a8": 5, "int8_training": 6, "mxfp8_training": 8, "nvfp4_training": 23}
+LOOPS = {"w4a16": 3, "w8a8": 5, "int8_training": 5, "mxfp8_training": 8, "nvfp4_training": 24}
+# The loops that copy operands with JAX 0.10: see `jaxq._jax.barriers.computed_once`.
+COPIES = {"w4a16": 1, "w8a8": 2, "int8_training": 2, "mxfp8_training": 3, "nvfp4_training": 2}
 
 
 @pytest.mark.usefixtures("one_device")
@@ -135,7 +142,7 @@ LOOPS = {"w4a16": 3, "w8a8": 5, "int8_training": 6, "mxfp8_training": 8, "nvfp4_
 def test_product_compiles_few_kernels(name: str):
     x, function = product_with_gradients(name)
     text = jax.jit(function).lower(x, x, x).compile().as_text()
-    assert text.count("kind=kLoop") == LOOPS[name]
+    assert text.count("kind=kLoop") == LOOPS[name] + (COPIES[name] if OLD_JAX else 0)
 
 
 @pytest.mark.parametrize("name", ["int8", "float4_e2m1fn"])

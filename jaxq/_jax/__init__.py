@@ -18,13 +18,13 @@ says otherwise, and the check that passes without the workaround once the behavi
   `test_weights_stay_packed_in_the_backward_pass` passes. Searches and bytes of GGUF (`_ggml`,
   `interop/gguf/_blocks.py`): values with several uses are computed again for each of them; remove
   it when `benchmarks/checkpoints.py` shows equal times.
-- `barriers.barrier_on_cpu`, in three places; with JAX 0.10 it has no effect, because XLA on CPU
-  removes barriers before it fuses kernels. Operands of products: each is computed twice, for its
-  scales and for its codes, and a quantizer that is fused with a transpose is not vectorized;
-  training steps take up to 1.5 times as long with JAX 0.12. Remove it when `benchmarks/models.py`
-  shows equal times. Hadamard transforms and keys of random bits: kernels that differ only in how
-  they read their operand are compiled separately. Remove it when `benchmarks/dots.py` shows equal
-  times to compile.
+- `barriers.barrier_on_cpu`: kernels of scales and Hadamard transforms that differ only in how they
+  read their operand are compiled separately. Remove it when `benchmarks/dots.py` shows equal times
+  to compile. (With JAX 0.10 it has no effect, because XLA removes barriers before it fuses.)
+- `barriers.computed_once`: an operand of a product is computed twice, for its scales and for its
+  codes, and a quantizer that is fused with a transpose is not vectorized. Training steps take up to
+  1.6 times as long. Remove it when `benchmarks/models.py` shows equal times, and its second form
+  with the support for JAX 0.10.
 - `arithmetic.by_vectors`: kernels for arrays of equal size and different shape are compiled
   separately. Remove it when `test_product_compiles_few_kernels` passes without it.
 - `arithmetic.materialize`: a value per block is computed again for each element; MX formats take 2

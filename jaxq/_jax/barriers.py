@@ -8,27 +8,42 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
+from jax import numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxlib.mlir.dialects import stablehlo
 
 from jaxq._jax.opaque import checked_inside
 
-__all__ = ["barrier", "barrier_on_cpu"]
+__all__ = ["barrier", "barrier_on_cpu", "computed_once"]
+
+# Whether XLA on CPU removes barriers before it fuses kernels.
+_REMOVES_BARRIERS = jax.__version_info__ < (0, 12)
 
 
 def barrier(tree: Any) -> Any:
     """Returns a tree of arrays unchanged, which XLA neither computes again nor folds into its uses.
 
-    XLA on CPU removes barriers before it fuses kernels with JAX 0.10, and afterwards with JAX 0.12.
+    With JAX 0.10, XLA on CPU removes barriers before it fuses kernels.
     """
     return lax.optimization_barrier(tree)
 
 
 def barrier_on_cpu(x: jax.Array) -> jax.Array:
     """Returns an array unchanged, on CPU behind a `barrier`. Its tangent has no barrier."""
-    return _barrier_on_cpu().bind(x)
+    return _barrier_on_cpu().bind(x, lower=_lower_barrier)
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+    """Returns an array unchanged, which XLA on CPU computes once, in a kernel of its own.
+
+    This is `barrier_on_cpu` where barriers suffice. With JAX 0.10, a kernel copies an array that is
+    not computed. One NaN may become another one.
+    """
+    lower = _lower_remainder if _REMOVES_BARRIERS else _lower_barrier
+    return _barrier_on_cpu().bind(x, lower=lower)
 
 
 @functools.cache
@@ -39,24 +54,41 @@ def _barrier_on_cpu() -> Any:
     primitive.def_abstract_eval(_unchanged)
     ad.primitive_jvps[primitive] = _jvp
     batching.primitive_batchers[primitive] = _batch
-    mlir.register_lowering(primitive, lambda _, x: [x])
-    mlir.register_lowering(primitive, _lower, platform="cpu")
-    checked_inside(primitive, lambda: _unchanged)
+    mlir.register_lowering(primitive, lambda _, x, **__: [x])
+    mlir.register_lowering(primitive, lambda *args, lower: lower(*args), platform="cpu")
+    checked_inside(primitive, lambda **_: _unchanged)
     return primitive
 
 
-def _unchanged(x: Any) -> Any:
+def _unchanged(x: Any, **params: Any) -> Any:
+    del params
     return x
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-    return barrier_on_cpu(primals[0]), tangents[0]
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    return _barrier_on_cpu().bind(primals[0], **params), tangents[0]
 
 
-def _batch(operands: Sequence[Any], axes: Sequence[Any]) -> tuple[Any, Any]:
-    return barrier_on_cpu(operands[0]), axes[0]
+def _batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    return _barrier_on_cpu().bind(operands[0], **params), axes[0]
 
 
-def _lower(context: Any, x: Any) -> Any:
+def _lower_barrier(context: Any, x: Any) -> Any:
     del context
     return stablehlo.OptimizationBarrierOp([x]).results
+
+
+def _lower_remainder(context: Any, x: Any) -> Any:
+    return mlir.lower_fun(_own_remainder, multiple_results=False)(context, x)
+
+
+def _own_remainder(x: jax.Array) -> jax.Array:
+    """Returns each float16, bfloat16 or float32 as its remainder by a larger number.
+
+    XLA on CPU fuses no remainder into several uses, because it considers it expensive. For LLVM it
+    is a comparison.
+    """
+    dtype = np.uint32 if x.dtype == jnp.float32 else np.uint16
+    largest = dtype(np.iinfo(dtype).max)
+    bits = lax.min(lax.bitcast_convert_type(x, dtype), largest - dtype(1))
+    return lax.bitcast_convert_type(lax.rem(bits, largest), x.dtype)

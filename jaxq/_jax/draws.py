@@ -17,7 +17,6 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.shapes import holds
-from jaxq._jax.barriers import barrier_on_cpu
 from jaxq._jax.opaque import opaque
 
 __all__ = ["bits", "fold_in", "one_of", "split"]
@@ -98,9 +97,8 @@ def _pairs(data: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def _bits(shape: tuple[int, ...], data: jax.Array) -> jax.Array:
-    # XLA on CPU would compile a kernel for each way to select a key, and for the positions in an
-    # array of several axes. On several devices an axis may be sharded, so it keeps its shape.
-    data = barrier_on_cpu(data)
+    # XLA on CPU would compile a kernel for the positions in an array of several axes. On several
+    # devices an axis may be sharded, so the array keeps its shape.
     used = (math.prod(shape),) if jax.device_count() == 1 else shape
     words = [jnp.broadcast_to(data[i], used) for i in range(2)]
     return lax.bitwise_xor(*_cipher(words, _places(used) + words[1])).reshape(shape)

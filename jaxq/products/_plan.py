@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
-from jaxq._jax.barriers import barrier_on_cpu
+from jaxq._jax.barriers import computed_once
 from jaxq._jax.draws import one_of
 from jaxq.numerics import cast
 from jaxq.products import _execution
@@ -145,11 +145,11 @@ class Plan(NamedTuple):
         ):
             if quantizer is not None:
                 given = {} if calibrated is None else calibrated._asdict()
-                # XLA on CPU (JAX 0.12) would compute the operand once for its scales and once for
-                # its codes, in kernels that differ for each way to compute it.
-                x = fake_quant(barrier_on_cpu(x), quantizer, key=key, **given)
+                # XLA on CPU would compute the operand for its scales and again for its codes, in
+                # kernels that differ for each way to compute it.
+                x = fake_quant(computed_once(x), quantizer, key=key, **given)
                 # It would not vectorize a quantizer that is fused with a transpose.
-                x = barrier_on_cpu(x) if is_transposed else x
+                x = computed_once(x) if is_transposed else x
             quantized.append(x)
         return quantized[0], quantized[1]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from jax import numpy as jnp
 
-from jaxq._jax.barriers import barrier_on_cpu
+from jaxq._jax.barriers import computed_once
 from jaxq._jax.meshes import like
 from jaxq.formats import Format
 from jaxq.products._accumulation import Accumulation
@@ -52,8 +52,8 @@ class Tensor:
         """Quantizes an operand of a product."""
         if recipe is None:
             return cls(value, value)
-        # With the same barrier as in `Plan`, so that XLA quantizes the operand only once.
-        source, scales = barrier_on_cpu(value), {} if given is None else given._asdict()
+        # As in `Plan`, so that XLA quantizes the operand only once.
+        source, scales = computed_once(value), {} if given is None else given._asdict()
         simulated = simulate(source, recipe, key=key, **scales)
         return cls(value, simulated.values, recipe, simulated.scales, given)
 

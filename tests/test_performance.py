@@ -38,7 +38,7 @@ BINARY = [
     if isinstance(fmt, jaxq.FloatFormat | jaxq.IntFormat)
 ]
 # In formats without mantissa bits, ties depend on the parity of the exponent.
-OLD_JAX = jax.__version_info__ < (0, 12)
+OLD_JAX = jax.__version_info__ < (0, 11)
 POWERS_OF_TWO = ("float8_e8m0fnu", "binary8p1se", "float4_e3m0")
 
 

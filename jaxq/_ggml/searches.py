@@ -6,6 +6,7 @@ in ggml's C code without fused multiply-add. Arrays are `[elements, blocks]`.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,7 +38,9 @@ __all__ = [
 
 EPS = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: smaller blocks become zero.
 
-_UNROLL = 16  # The number of elements that one iteration of a sum adds.
+# The number of elements that one loop adds. XLA on CPU is slower for more (JAX 0.12), and slower for
+# one group in an iteration of a scan than for two (JAX 0.10).
+_GROUP = 8
 
 
 class SymmetricFit(NamedTuple):
@@ -79,14 +82,19 @@ def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tup
       terms: a function from one slice of each array to the terms of the sums, which are rounded.
       arrays: arrays `[elements, blocks]`.
     """
+    n = arrays[0].shape[0]
+    group = math.gcd(n, _GROUP)
     kinds = jax.eval_shape(lambda *a: terms(*(x[0] for x in a)), *arrays)
     start = tuple(jnp.zeros(kind.shape, jnp.float32) for kind in kinds)
 
-    def step(carry: tuple, slices: tuple) -> tuple[tuple, None]:
-        added = (a + rounded(b) for a, b in zip(carry, terms(*slices), strict=True))
-        return tuple(added), None
+    def step(totals: tuple, groups: tuple) -> tuple[tuple, None]:
+        for i in range(group):
+            new = terms(*(x[i] for x in groups))
+            totals = tuple(a + rounded(b) for a, b in zip(totals, new, strict=True))
+        return barrier(totals), None
 
-    return lax.scan(step, start, arrays, unroll=min(_UNROLL, arrays[0].shape[0] // 2))[0]
+    groups = tuple(x.reshape(n // group, group, *x.shape[1:]) for x in arrays)
+    return lax.scan(step, start, groups, unroll=2 if n > 2 * group else 1)[0]
 
 
 def round_to_integer(x: jax.Array) -> jax.Array:
@@ -136,12 +144,14 @@ def fit_symmetric(x: jax.Array, limit: int, weights: jax.Array) -> SymmetricFit:
     def codes(inverse: jax.Array) -> jax.Array:
         return jnp.clip(round_to_integer(inverse[None] * x), -limit, limit - 1)
 
-    def fit(inverse: jax.Array) -> tuple[jax.Array, ...]:
-        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-            q = jnp.clip(round_to_integer(inverse * x), -limit, limit - 1).astype(jnp.float32)
-            return product(w, x, q), product(w, q, q)
+    wx = barrier(product(weights, x))
 
-        return sums(terms, x, weights)
+    def fit(inverse: jax.Array) -> tuple[jax.Array, ...]:
+        def terms(q: jax.Array, w: jax.Array, wx: jax.Array) -> tuple[jax.Array, ...]:
+            return product(wx, q), product(w, q, q)
+
+        # XLA on CPU would compute the codes again for each of the two sums.
+        return sums(terms, barrier(_f(codes(inverse))), weights, wx)
 
     def attempt(i: jax.Array, best: tuple) -> tuple:
         score = best[-1]
@@ -288,15 +298,15 @@ def fit_affine(
     width = jnp.where(flat, np.float32(1), high - low)
     sum_w, sum_x = sums(lambda x, w: (w, product(w, x)), x, weights)
 
-    def total_error(
-        scale: jax.Array, minimum: jax.Array, inverse: jax.Array, offset: jax.Array
-    ) -> jax.Array:
-        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array]:
-            q = jnp.clip(round_to_integer(inverse * (x - offset)), 0, limit)
-            error = product(scale, _f(q)) + minimum - x
+    def codes(inverse: jax.Array, offset: jax.Array) -> jax.Array:
+        return jnp.clip(round_to_integer(inverse[None] * (x - offset[None])), 0, limit)
+
+    def total_error(scale: jax.Array, minimum: jax.Array, q: jax.Array) -> jax.Array:
+        def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array]:
+            error = product(scale, q) + minimum - x
             return (product(w, jnp.abs(error) if absolute else product(error, error)),)
 
-        return sums(terms, x, weights)[0]
+        return sums(terms, x, weights, q)[0]
 
     def attempt(i: jax.Array, best: tuple) -> tuple:
         # As in ggml, each attempt starts at the best minimum so far.
@@ -307,12 +317,14 @@ def fit_affine(
         factor = jnp.broadcast_to(rounded(factor) + np.float32(limit), width.shape)
         inverse = quotient(factor, jnp.where(flat, np.float32(1), width))
 
-        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-            q = _f(jnp.clip(round_to_integer(inverse * (x - offset)), 0, limit))
+        # XLA on CPU would compute the codes again for each of the four sums.
+        q = barrier(_f(codes(inverse, offset)))
+
+        def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
             wq = product(w, q)
             return wq, product(wq, q), product(wq, x)
 
-        sum_l, sum_l2, sum_xl = sums(terms, x, weights)
+        sum_l, sum_l2, sum_xl = sums(terms, x, weights, q)
         d = product(sum_w, sum_l2) - product(sum_l, sum_l)
         solvable = d > 0
         new_scale = _ratio(product(sum_w, sum_xl) - product(sum_x, sum_l), d, solvable)
@@ -320,15 +332,16 @@ def fit_affine(
         above = new_min > 0
         new_scale = jnp.where(above, _ratio(sum_xl, sum_l2, solvable), new_scale)
         new_min = jnp.where(above, np.float32(0), new_min)
-        new_error = total_error(new_scale, new_min, inverse, offset)
+        new_error = total_error(new_scale, new_min, q)
         better = solvable & (new_error < least_error)
         return _chosen(better, (new_scale, new_min, inverse, offset, new_error), best)
 
     inverse = quotient(_const(limit, width), width)
     scale = rounded(reciprocal(inverse))  # Infinite where the width overflows.
-    start = (scale, low, inverse, low, total_error(scale, low, inverse, low))
+    start_error = total_error(scale, low, _f(codes(inverse, low)))
+    start = (scale, low, inverse, low, start_error)
     scale, minimum, inverse, offset, _ = lax.fori_loop(0, steps.count + 1, attempt, start)
-    q = jnp.clip(round_to_integer(inverse[None] * (x - offset[None])), 0, limit)
+    q = codes(inverse, offset)
     scale, minimum = jnp.where(flat, np.float32(0), scale), -jnp.where(flat, low, minimum)
     return AffineFit(scale, minimum, jnp.where(flat[None], 0, q))
 

@@ -32,17 +32,17 @@ __all__ = [
 # The scales that ggml tries with an importance matrix.
 IMPORTANCE_STEPS = Steps(-0.9, 0.05, 36)
 
-_CHUNK = 2**16  # The number of elements quantized at a time, which fit into the cache.
+_CHUNK = 2**15  # The number of elements quantized at a time, which fit into the cache.
 
-# Rows of blocks have an odd multiple of this many numbers, a line of the cache: rows at multiples of
-# 4096 bytes would displace each other from the first-level cache.
+# Rows of blocks have an odd multiple of this many numbers, a line of the cache. Rows at distances
+# of 4096 bytes would displace each other from the first-level cache.
 _LINE = 16
 
 # XLA on CPU (JAX 0.10) divides the rows of blocks between threads, and does not vectorize a single
 # row. Super-blocks have a row for each of their parts; other blocks are put into this many rows.
 _ROWS = 8
 
-_SUPER_BLOCK = 256
+_SUPER_BLOCK = 256  # The number of elements in a super-block.
 
 _FLOAT16 = get_format("float16")
 
@@ -106,7 +106,7 @@ def in_chunks(function: Callable[[FloatBlocks], Any], blocks: FloatBlocks, lengt
         return jnp.moveaxis(padded, -1, 0).reshape(chunks, rows * lanes, *x.shape[:-1])
 
     def on_chunk(chunk: FloatBlocks) -> Any:
-        # Transposed here, in the cache.
+        # Transposed here and not in `cut`, because a chunk is in the cache.
         chunk = jax.tree.map(lambda x: barrier(jnp.moveaxis(x, 0, -1)), chunk)
         if rows == 1:
             return function(chunk)

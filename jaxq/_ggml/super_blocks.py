@@ -29,6 +29,7 @@ from jaxq._ggml.iq4 import iq4_nl, iq4_xs
 from jaxq._ggml.searches import (
     EPS,
     Steps,
+    first,
     fit_affine,
     fit_by_descent,
     fit_nonnegative,
@@ -138,7 +139,7 @@ def _quantize_affine(rule: _AffineRule, blocks: FloatBlocks) -> QuantizedBlocks:
 
 def _divide_by_largest(x: jax.Array, limit: int) -> _QuantizedScales:
     """Quantizes numbers `[parts, blocks]` such that the largest has the code `limit`."""
-    most = positive(x.max(axis=0))
+    most = positive(first(jnp.greater, x))
     codes = jnp.minimum(round_to_integer(divide_or_zero(limit, most)[None] * x), limit)
     return _QuantizedScales(divided(most, limit), codes)
 

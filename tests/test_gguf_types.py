@@ -113,9 +113,11 @@ def test_importance_may_differ_between_experts():
 
 
 @pytest.mark.slow
-def test_large_tensors_are_cut_into_chunks():
-    x = np.tile(X, (25, 1))
-    np.testing.assert_array_equal(gguf.quantize(x, "q4_k"), np.tile(GOLDEN["q4_k"], (25, 1)))
+@pytest.mark.parametrize("case", ["q4_k", "iq4_nl", "q4_0 importance"])
+def test_large_tensors_are_cut_into_chunks(case: str):
+    name, *important = case.split()
+    got = gguf.quantize(np.tile(X, (25, 1)), name, importance=IMPORTANCE if important else None)
+    np.testing.assert_array_equal(got, np.tile(GOLDEN[case], (25, 1)))
 
 
 def test_file_is_read_as_the_quantized_tensors_of_its_recipes(tmp_path: pathlib.Path):

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from jaxq._base.shapes import is_symbolic
 from jaxq._ggml.searches import Steps, product, quotient, sums
 from jaxq._jax.arithmetic import square_root
+from jaxq._jax.barriers import barrier
 from jaxq.formats import get_format
 from jaxq.numerics import cast
 
@@ -31,11 +32,17 @@ __all__ = [
 # The scales that ggml tries with an importance matrix.
 IMPORTANCE_STEPS = Steps(-0.9, 0.05, 36)
 
-_CHUNK = 2**16  # The number of elements quantized at a time, which fit into the cache.
+_CHUNK = 2**15  # The number of elements quantized at a time, which fit into the cache.
 
-# The number of blocks in a row of a chunk. XLA on CPU (JAX 0.10 to 0.12) divides the rows between
-# threads; it divides one long row, too, but then computes it twice as slowly.
-_LANES = 64
+# Rows of blocks have an odd multiple of this many numbers, a line of the cache. Rows at distances
+# of 4096 bytes would displace each other from the first-level cache.
+_LINE = 16
+
+# XLA on CPU (JAX 0.10) divides the rows of blocks between threads, and does not vectorize a single
+# row. Super-blocks have a row for each of their parts; other blocks are put into this many rows.
+_ROWS = 8
+
+_SUPER_BLOCK = 256  # The number of elements in a super-block.
 
 _FLOAT16 = get_format("float16")
 
@@ -85,21 +92,37 @@ def in_chunks(function: Callable[[FloatBlocks], Any], blocks: FloatBlocks, lengt
       blocks: all blocks.
       length: the number of elements in a block.
     """
-    count = blocks.x.shape[1]
-    if is_symbolic(count) or 0 < count <= _LANES:
+    count, rows = blocks.x.shape[1], _ROWS if length < _SUPER_BLOCK else 1
+    most = _odd_lines(_CHUNK // (length * rows))
+    if is_symbolic(count) or 0 < count <= most:
         return function(blocks)
     # An empty tensor has one chunk of padding, because the searches need a block.
-    rows = max(1, min(_CHUNK // length // _LANES, -(-count // _LANES)))
-    chunks = max(1, -(-count // (rows * _LANES)))
+    chunks = max(1, -(-count // (rows * most)))
+    lanes = min(most, _odd_lines(-(-count // (chunks * rows)) + 2 * _LINE - 1))
 
     def cut(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * rows * _LANES - count)])
-        return jnp.moveaxis(padded.reshape(*x.shape[:-1], chunks, rows, _LANES), (-3, -2), (0, 1))
+        """Returns `[chunks, blocks, ...]`."""
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, chunks * rows * lanes - count)])
+        return jnp.moveaxis(padded, -1, 0).reshape(chunks, rows * lanes, *x.shape[:-1])
+
+    def on_chunk(chunk: FloatBlocks) -> Any:
+        # Transposed here and not in `cut`, because a chunk is in the cache.
+        chunk = jax.tree.map(lambda x: barrier(jnp.moveaxis(x, 0, -1)), chunk)
+        if rows == 1:
+            return function(chunk)
+        chunk = jax.tree.map(lambda x: x.reshape(*x.shape[:-1], rows, lanes), chunk)
+        return jax.vmap(function, in_axes=-2)(chunk)
 
     def join(x: jax.Array) -> jax.Array:
-        return x.reshape(chunks * rows * _LANES, *x.shape[3:])[:count]
+        x = x if rows == 1 else x.reshape(chunks, rows * lanes, *x.shape[3:])
+        return x.reshape(chunks * rows * lanes, *x.shape[2:])[:count]
 
-    return jax.tree.map(join, lax.map(jax.vmap(function), jax.tree.map(cut, blocks)))
+    return jax.tree.map(join, lax.map(on_chunk, jax.tree.map(cut, blocks)))
+
+
+def _odd_lines(count: int) -> int:
+    """Returns the largest odd multiple of a line that is at most a number, at least one line."""
+    return max((count // _LINE - 1) // 2 * 2 + 1, 1) * _LINE
 
 
 def to_float16(x: jax.Array) -> jax.Array:
@@ -121,14 +144,13 @@ def divided(x: jax.Array, divisor: float) -> jax.Array:
 
 
 def sub_blocks(x: jax.Array, length: int) -> jax.Array:
-    """Divides blocks `[elements, blocks]` into sub-blocks `[length, parts · blocks]`."""
-    parts = x.reshape(-1, length, x.shape[1])
-    return parts.swapaxes(0, 1).reshape(length, -1)
+    """Divides blocks `[elements, blocks]` into sub-blocks `[length, parts, blocks]`."""
+    return x.reshape(-1, length, x.shape[1]).swapaxes(0, 1)
 
 
-def join_sub_blocks(x: jax.Array, blocks: int) -> jax.Array:
-    """Joins sub-blocks `[length, parts · blocks]` to blocks `[elements, blocks]`."""
-    return x.reshape(x.shape[0], -1, blocks).swapaxes(0, 1).reshape(-1, blocks)
+def join_sub_blocks(x: jax.Array) -> jax.Array:
+    """Joins sub-blocks `[length, parts, blocks]` to blocks `[elements, blocks]`."""
+    return x.swapaxes(0, 1).reshape(-1, x.shape[2])
 
 
 def mean_square(x: jax.Array, factor: float) -> jax.Array:

@@ -65,17 +65,16 @@ def _iq4_scales(x: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(empty, np.float32(0), d)
 
 
-def _iq4_weights(blocks: FloatBlocks, x: jax.Array, parts: int) -> jax.Array:
-    """Returns the weights of the squared errors of sub-blocks."""
+def _iq4_weights(blocks: FloatBlocks) -> jax.Array:
+    """Returns the weights of the squared errors."""
     if blocks.weights is None:
-        return product(x, x)
-    square = jnp.tile(mean_square(blocks.x, 2.0), parts)
-    return error_weights(sub_blocks(blocks.weights, 32), x, square)
+        return product(blocks.x, blocks.x)
+    return error_weights(blocks.weights, blocks.x, mean_square(blocks.x, 2.0))
 
 
 def iq4_nl(blocks: FloatBlocks) -> QuantizedBlocks:
     """Quantizes blocks of 32 elements; codes are indices of levels."""
-    d = _iq4_scales(blocks.x, _iq4_weights(blocks, blocks.x, 1))
+    d = _iq4_scales(blocks.x, _iq4_weights(blocks))
     return QuantizedBlocks(
         d, None, nearest_levels(rounded(blocks.x * divide_or_zero(1, d)[None]), _IQ4).T
     )
@@ -83,10 +82,10 @@ def iq4_nl(blocks: FloatBlocks) -> QuantizedBlocks:
 
 def iq4_xs(blocks: FloatBlocks) -> QuantizedBlocks:
     """Quantizes super-blocks of 8 sub-blocks; codes are indices of levels."""
-    count, x = blocks.x.shape[1], sub_blocks(blocks.x, 32)
-    scale = _iq4_scales(x, _iq4_weights(blocks, x, 8)).reshape(-1, count)
+    x = sub_blocks(blocks.x, 32)
+    scale = _iq4_scales(x, sub_blocks(_iq4_weights(blocks), 32))
     d = largest(scale)[1] * np.float32(-1 / 32)
     scales = jnp.clip(round_to_integer(divide_or_zero(1, d)[None] * scale), -32, 31)
-    step = product(d[None], scales.astype(jnp.float32)).reshape(-1)
-    q = join_sub_blocks(nearest_levels(rounded(x * divide_or_zero(1, step)[None]), _IQ4), count)
+    step = product(d[None], scales.astype(jnp.float32))
+    q = join_sub_blocks(nearest_levels(rounded(x * divide_or_zero(1, step)[None]), _IQ4))
     return QuantizedBlocks(d, scales.T, q.T)

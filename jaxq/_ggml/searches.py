@@ -6,6 +6,7 @@ in ggml's C code without fused multiply-add. Arrays are `[elements, blocks]`.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._jax.arithmetic import divide, reciprocal, rounded
+from jaxq._jax.arithmetic import divide, materialize, reciprocal, rounded
 from jaxq._jax.barriers import barrier
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "AffineFit",
     "Steps",
     "SymmetricFit",
+    "first",
     "fit_affine",
     "fit_by_descent",
     "fit_nonnegative",
@@ -37,7 +39,9 @@ __all__ = [
 
 EPS = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: smaller blocks become zero.
 
-_UNROLL = 16  # The number of elements that one iteration of a sum adds.
+# The number of elements that one loop adds. XLA on CPU is slower for more (JAX 0.12), and for one
+# group in an iteration of a scan (JAX 0.10).
+_GROUP = 8
 
 
 class SymmetricFit(NamedTuple):
@@ -79,14 +83,19 @@ def sums(terms: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tup
       terms: a function from one slice of each array to the terms of the sums, which are rounded.
       arrays: arrays `[elements, blocks]`.
     """
+    n = arrays[0].shape[0]
+    group = math.gcd(n, _GROUP)
     kinds = jax.eval_shape(lambda *a: terms(*(x[0] for x in a)), *arrays)
     start = tuple(jnp.zeros(kind.shape, jnp.float32) for kind in kinds)
 
-    def step(carry: tuple, slices: tuple) -> tuple[tuple, None]:
-        added = (a + rounded(b) for a, b in zip(carry, terms(*slices), strict=True))
-        return tuple(added), None
+    def step(totals: tuple, groups: tuple) -> tuple[tuple, None]:
+        for i in range(group):
+            new = terms(*(x[i] for x in groups))
+            totals = tuple(a + rounded(b) for a, b in zip(totals, new, strict=True))
+        return barrier(totals), None
 
-    return lax.scan(step, start, arrays, unroll=min(_UNROLL, arrays[0].shape[0] // 2))[0]
+    groups = tuple(x.reshape(n // group, group, *x.shape[1:]) for x in arrays)
+    return lax.scan(step, start, groups, unroll=2 if n > 2 * group else 1)[0]
 
 
 def round_to_integer(x: jax.Array) -> jax.Array:
@@ -95,13 +104,20 @@ def round_to_integer(x: jax.Array) -> jax.Array:
     return (bits & np.int32(0x7FFFFF)) - np.int32(0x400000)
 
 
+def first(beats: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """Returns the first element of each block that no other one beats, as a loop in C does.
+
+    XLA on CPU (JAX 0.12) compiles a loop to one function only if it has no maximum over an axis,
+    and an index of the minimum is not vectorized. K-quants with minima take 1.3 times as long then.
+    """
+    chosen = functools.reduce(lambda best, new: jnp.where(beats(new, best), new, best), x)
+    return materialize(chosen)
+
+
 def largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the amax of each block, and the first element with that magnitude, or 0."""
-    magnitude = jnp.abs(x)
-    at = jnp.argmax(magnitude, axis=0)[None]
-    amax = jnp.take_along_axis(magnitude, at, axis=0)[0]
-    signed = jnp.take_along_axis(x, at, axis=0)[0]
-    return amax, jnp.where(amax == 0, np.float32(0), signed)  # Never -0.
+    signed = first(lambda new, best: jnp.abs(new) > jnp.abs(best), x)
+    return jnp.abs(signed), jnp.where(signed == 0, np.float32(0), signed)  # Never -0.
 
 
 def positive(x: jax.Array) -> jax.Array:
@@ -136,12 +152,14 @@ def fit_symmetric(x: jax.Array, limit: int, weights: jax.Array) -> SymmetricFit:
     def codes(inverse: jax.Array) -> jax.Array:
         return jnp.clip(round_to_integer(inverse[None] * x), -limit, limit - 1)
 
-    def fit(inverse: jax.Array) -> tuple[jax.Array, ...]:
-        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-            q = jnp.clip(round_to_integer(inverse * x), -limit, limit - 1).astype(jnp.float32)
-            return product(w, x, q), product(w, q, q)
+    wx = barrier(product(weights, x))
 
-        return sums(terms, x, weights)
+    def fit(inverse: jax.Array) -> tuple[jax.Array, ...]:
+        def terms(q: jax.Array, w: jax.Array, wx: jax.Array) -> tuple[jax.Array, ...]:
+            return product(wx, q), product(w, q, q)
+
+        # XLA on CPU would compute the codes again for each of the two sums.
+        return sums(terms, barrier(_f(codes(inverse))), weights, wx)
 
     def attempt(i: jax.Array, best: tuple) -> tuple:
         score = best[-1]
@@ -169,29 +187,29 @@ class _Codes(NamedTuple):
     q: jax.Array
 
 
-def _sweep(x: jax.Array, weights: jax.Array, codes: _Codes, low: int, high: int) -> _Codes:
+def _sweep(
+    x: jax.Array, weights: jax.Array, wx: jax.Array, codes: _Codes, low: int, high: int
+) -> _Codes:
     """Changes each code in turn to the value with the smallest error, given all other codes."""
     positive = low == 0
 
     def element(totals: tuple, slices: tuple) -> tuple[tuple, jax.Array]:
         sum_lx, sum_l2 = totals
-        x, w, q = slices
-        wx = product(w, x)
+        x, w, wx, q = slices
         lx = sum_lx - product(wx, _f(q))
         l2 = sum_l2 - product(w, _f(q), _f(q))
         usable = (lx > 0) & ((l2 > 0) if positive else True)
-        safe = jnp.where(usable, lx, np.float32(1))
-        new = jnp.clip(round_to_integer(quotient(product(x, l2), safe)), low, high)
+        new = jnp.clip(round_to_integer(quotient(x * l2, lx)), low, high)
         lx2 = lx + product(wx, _f(new))
         l22 = l2 + product(w, _f(new), _f(new))
-        gain = product(lx2, lx2, sum_l2) > product(sum_lx, sum_lx, l22)
+        gain = lx2 * lx2 * sum_l2 > sum_lx * sum_lx * l22
         better = usable & (new != q) & gain & (positive | (l22 > 0))
         # XLA on CPU would compute all of this again for each of the three results.
         new = barrier(jnp.where(better, new, q))
         changed = (lx + product(wx, _f(new)), l2 + product(w, _f(new), _f(new)))
         return _chosen(new != q, changed, totals), new
 
-    (sum_lx, sum_l2), q = lax.scan(element, codes[:2], (x, weights, codes.q))
+    (sum_lx, sum_l2), q = lax.scan(element, codes[:2], (x, weights, wx, codes.q))
     return _Codes(sum_lx, sum_l2, q)
 
 
@@ -201,13 +219,14 @@ def _sweeps(x: jax.Array, weights: jax.Array, start: jax.Array, low: int, high: 
     ggml stops after a sweep that changes nothing. The result is the same, because all later sweeps
     then change nothing either.
     """
+    wx = barrier(product(weights, x))
 
-    def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
-        return product(w, x, _f(q)), product(w, _f(q), _f(q))
+    def terms(w: jax.Array, wx: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
+        return product(wx, _f(q)), product(w, _f(q), _f(q))
 
-    sum_lx, sum_l2 = sums(terms, x, weights, start)
+    sum_lx, sum_l2 = sums(terms, weights, wx, start)
     codes = _Codes(sum_lx, sum_l2, start)
-    return lax.fori_loop(0, 5, lambda _, codes: _sweep(x, weights, codes, low, high), codes)
+    return lax.fori_loop(0, 5, lambda _, codes: _sweep(x, weights, wx, codes, low, high), codes)
 
 
 def _f(q: jax.Array) -> jax.Array:
@@ -229,7 +248,7 @@ def fit_by_descent(x: jax.Array, limit: int) -> SymmetricFit:
 
 def fit_nonnegative(x: jax.Array, limit: int, weights: jax.Array) -> SymmetricFit:
     """Returns the best scale for codes from 0 to limit (ggml's make_qp_quants)."""
-    top = positive(x.max(axis=0))
+    top = positive(first(jnp.greater, x))
     empty = top < EPS
     top = jnp.where(empty, np.float32(1), top)
 
@@ -281,22 +300,21 @@ def fit_affine(
       steps: the divisors to try.
       absolute: True to minimize absolute errors, False (the default) for squared errors.
     """
-    # As in ggml, the first of equal minima, which matters for 0 and -0.
-    low = jnp.take_along_axis(x, jnp.argmin(x, axis=0)[None], axis=0)[0]
-    low, high = jnp.where(low > 0, np.float32(0), low), x.max(axis=0)
+    low, high = first(jnp.less, x), first(jnp.greater, x)
+    low = jnp.where(low > 0, np.float32(0), low)
     flat = high <= low
     width = jnp.where(flat, np.float32(1), high - low)
     sum_w, sum_x = sums(lambda x, w: (w, product(w, x)), x, weights)
 
-    def total_error(
-        scale: jax.Array, minimum: jax.Array, inverse: jax.Array, offset: jax.Array
-    ) -> jax.Array:
-        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array]:
-            q = jnp.clip(round_to_integer(inverse * (x - offset)), 0, limit)
-            error = product(scale, _f(q)) + minimum - x
+    def codes(inverse: jax.Array, offset: jax.Array) -> jax.Array:
+        return jnp.clip(round_to_integer(inverse[None] * (x - offset[None])), 0, limit)
+
+    def total_error(scale: jax.Array, minimum: jax.Array, q: jax.Array) -> jax.Array:
+        def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array]:
+            error = product(scale, q) + minimum - x
             return (product(w, jnp.abs(error) if absolute else product(error, error)),)
 
-        return sums(terms, x, weights)[0]
+        return sums(terms, x, weights, q)[0]
 
     def attempt(i: jax.Array, best: tuple) -> tuple:
         # As in ggml, each attempt starts at the best minimum so far.
@@ -307,12 +325,14 @@ def fit_affine(
         factor = jnp.broadcast_to(rounded(factor) + np.float32(limit), width.shape)
         inverse = quotient(factor, jnp.where(flat, np.float32(1), width))
 
-        def terms(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-            q = _f(jnp.clip(round_to_integer(inverse * (x - offset)), 0, limit))
+        # XLA on CPU would compute the codes again for each of the four sums.
+        q = barrier(_f(codes(inverse, offset)))
+
+        def terms(x: jax.Array, w: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
             wq = product(w, q)
             return wq, product(wq, q), product(wq, x)
 
-        sum_l, sum_l2, sum_xl = sums(terms, x, weights)
+        sum_l, sum_l2, sum_xl = sums(terms, x, weights, q)
         d = product(sum_w, sum_l2) - product(sum_l, sum_l)
         solvable = d > 0
         new_scale = _ratio(product(sum_w, sum_xl) - product(sum_x, sum_l), d, solvable)
@@ -320,15 +340,16 @@ def fit_affine(
         above = new_min > 0
         new_scale = jnp.where(above, _ratio(sum_xl, sum_l2, solvable), new_scale)
         new_min = jnp.where(above, np.float32(0), new_min)
-        new_error = total_error(new_scale, new_min, inverse, offset)
+        new_error = total_error(new_scale, new_min, q)
         better = solvable & (new_error < least_error)
         return _chosen(better, (new_scale, new_min, inverse, offset, new_error), best)
 
     inverse = quotient(_const(limit, width), width)
     scale = rounded(reciprocal(inverse))  # Infinite where the width overflows.
-    start = (scale, low, inverse, low, total_error(scale, low, inverse, low))
+    start_error = total_error(scale, low, _f(codes(inverse, low)))
+    start = (scale, low, inverse, low, start_error)
     scale, minimum, inverse, offset, _ = lax.fori_loop(0, steps.count + 1, attempt, start)
-    q = jnp.clip(round_to_integer(inverse[None] * (x - offset[None])), 0, limit)
+    q = codes(inverse, offset)
     scale, minimum = jnp.where(flat, np.float32(0), scale), -jnp.where(flat, low, minimum)
     return AffineFit(scale, minimum, jnp.where(flat[None], 0, q))
 

@@ -29,6 +29,7 @@ from jaxq._ggml.iq4 import iq4_nl, iq4_xs
 from jaxq._ggml.searches import (
     EPS,
     Steps,
+    first,
     fit_affine,
     fit_by_descent,
     fit_nonnegative,
@@ -97,36 +98,30 @@ class _QuantizedScales(NamedTuple):
     codes: jax.Array
 
 
-def _per_block(x: jax.Array, count: int) -> jax.Array:
-    """Returns numbers of sub-blocks as `[parts, blocks]`."""
-    return x.reshape(-1, count)
-
-
 def _quantize_affine(rule: _AffineRule, blocks: FloatBlocks) -> QuantizedBlocks:
     """Quantizes super-blocks whose sub-blocks have a scale and a minimum."""
-    count, x = blocks.x.shape[1], sub_blocks(blocks.x, rule.length)
+    x = sub_blocks(blocks.x, rule.length)
     if blocks.weights is None:
         magnitude = jnp.abs(x)
         absolute = rule.code_limit == 3
         w = magnitude if absolute else square_root(mean_square(x, 1.0))[None] + magnitude
         fit = fit_affine(x, rule.code_limit, w, rule.steps, absolute)
         scales, minima = (
-            _divide_by_largest(_per_block(part, count), rule.scale_limit)
-            for part in (fit.scale, fit.minimum)
+            _divide_by_largest(part, rule.scale_limit) for part in (fit.scale, fit.minimum)
         )
     else:
-        square = jnp.tile(mean_square(blocks.x, rule.factor), _SIZE // rule.length)
+        square = mean_square(blocks.x, rule.factor)[None]
         w = error_weights(sub_blocks(blocks.weights, rule.length), x, square)
         fit = fit_affine(x, rule.code_limit, w, IMPORTANCE_STEPS)
-        total = _per_block(sums(lambda v: (v,), w)[0], count)
+        total = sums(lambda v: (v,), w)[0]
         scales, minima = (
-            _QuantizedScales(*fit_nonnegative(_per_block(part, count), rule.scale_limit, total))
+            _QuantizedScales(*fit_nonnegative(part, rule.scale_limit, total))
             for part in (fit.scale, fit.minimum)
         )
     # The codes are computed again from the scales as stored. A sub-block whose stored scale is 0
     # keeps the codes of the search, which belong to other scales.
     step, low = (
-        barrier((to_float16(part.factor)[None] * part.codes.astype(jnp.float32)).reshape(-1))
+        barrier(to_float16(part.factor)[None] * part.codes.astype(jnp.float32))
         for part in (scales, minima)
     )
     safe = jnp.where(step != 0, step, np.float32(1))
@@ -136,7 +131,7 @@ def _quantize_affine(rule: _AffineRule, blocks: FloatBlocks) -> QuantizedBlocks:
     return QuantizedBlocks(
         d=scales.factor,
         scales=scales.codes.T,
-        codes=join_sub_blocks(q, count).T,
+        codes=join_sub_blocks(q).T,
         m=minima.factor,
         minima=minima.codes.T,
     )
@@ -144,7 +139,7 @@ def _quantize_affine(rule: _AffineRule, blocks: FloatBlocks) -> QuantizedBlocks:
 
 def _divide_by_largest(x: jax.Array, limit: int) -> _QuantizedScales:
     """Quantizes numbers `[parts, blocks]` such that the largest has the code `limit`."""
-    most = positive(x.max(axis=0))
+    most = positive(first(jnp.greater, x))
     codes = jnp.minimum(round_to_integer(divide_or_zero(limit, most)[None] * x), limit)
     return _QuantizedScales(divided(most, limit), codes)
 
@@ -180,7 +175,7 @@ def _requantized(
     x: jax.Array, d: jax.Array, scales: jax.Array, limit: int, searched_codes: jax.Array
 ) -> jax.Array:
     """Returns codes for the scales as stored, or the searched codes where a stored scale is 0."""
-    step = barrier((to_float16(d)[None] * scales.astype(jnp.float32)).reshape(-1))
+    step = barrier(to_float16(d)[None] * scales.astype(jnp.float32))
     safe = jnp.where(step != 0, step, np.float32(1))
     q = jnp.clip(
         round_to_integer(quotient(x, jnp.broadcast_to(safe[None], x.shape))), -limit, limit - 1
@@ -189,36 +184,34 @@ def _requantized(
 
 
 def _q3_k(blocks: FloatBlocks) -> QuantizedBlocks:
-    count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
+    x = sub_blocks(blocks.x, 16)
     if blocks.weights is None:
         scale, searched_codes = fit_by_descent(x, 4)
-        scale = _per_block(scale, count)
         most = largest(scale)[1]
         inverse = divide_or_zero(-32, most)
         scales = jnp.clip(round_to_integer(inverse[None] * scale), -32, 31)
         scales = jnp.where((most != 0)[None], scales, -32)
         d = divide_or_zero(1, inverse)
     else:
-        each = jnp.tile(mean_square(blocks.x, 2.0), 16)
+        each = mean_square(blocks.x, 2.0)[None]
         w = error_weights(sub_blocks(blocks.weights, 16), x, each)
         scale, searched_codes = fit_symmetric(x, 4, w)
-        total = _per_block(sums(lambda v: (v,), w)[0], count)
-        d, scales = fit_symmetric(_per_block(scale, count), 32, total)
-    q = join_sub_blocks(_requantized(x, d, scales, 4, searched_codes), count)
+        total = sums(lambda v: (v,), w)[0]
+        d, scales = fit_symmetric(scale, 32, total)
+    q = join_sub_blocks(_requantized(x, d, scales, 4, searched_codes))
     return QuantizedBlocks(d, scales.T, q.T)
 
 
 def _q6_k(blocks: FloatBlocks) -> QuantizedBlocks:
-    count, x = blocks.x.shape[1], sub_blocks(blocks.x, 16)
+    x = sub_blocks(blocks.x, 16)
     w = product(x, x) if blocks.weights is None else sub_blocks(blocks.weights, 16)
     scale, searched_codes = fit_symmetric(x, 32, w)
-    scale = _per_block(scale, count)
     amax, most = largest(scale)
     empty = amax < EPS
     inverse = divide_or_zero(-128, jnp.where(empty, np.float32(1), most))
     scales = jnp.where(empty[None], 0, jnp.minimum(round_to_integer(inverse[None] * scale), 127))
     d = jnp.where(empty, np.float32(0), divide_or_zero(1, inverse))
-    q = join_sub_blocks(_requantized(x, d, scales, 32, searched_codes), count)
+    q = join_sub_blocks(_requantized(x, d, scales, 32, searched_codes))
     return QuantizedBlocks(d, scales.T, jnp.where(empty[None], -32, q).T)
 
 

@@ -28,8 +28,9 @@ says otherwise, and the check that passes without the workaround once the behavi
 - `arithmetic.by_vectors`: kernels for arrays of equal size and different shape are compiled
   separately. Remove it when `test_product_compiles_few_kernels` passes without it.
 - `arithmetic.materialize`: a value per block is computed again for each element; MX formats take 2
-  to 7 times as long, and products of K-quants in parts 4 times. Remove it when
-  `benchmarks/quantizers.py` and `benchmarks/serving.py` show equal times without it.
+  to 7 times as long, products of K-quants in parts 4 times, and searches of GGUF twice (JAX 0.10).
+  Remove it when `benchmarks/quantizers.py`, `benchmarks/serving.py` and `benchmarks/checkpoints.py`
+  show equal times without it.
 - `arithmetic.hidden_broadcast`: two divisions of a number per tensor are two kernels, which take
   long to compile. Remove it when `test_product_compiles_few_kernels` passes without it.
 - `reductions`: a reduction of blocks is not vectorized; quantizers take up to 9 times as long.

@@ -23,10 +23,10 @@ _MINUS_ZERO = np.uint8(8)
 
 def _fields(name: str, blocks: FloatBlocks) -> Fields:
     """Returns the fields of MXFP4 or NVFP4, as ggml quantizes them."""
-    rule, count = SUPER_BLOCK_RULES[f"{name}_ggml"], blocks.x.shape[1]
+    rule = SUPER_BLOCK_RULES[f"{name}_ggml"]
     result = rule.search(FloatBlocks(sub_blocks(blocks.x, rule.size)))
-    scales = encode(result.d, rule.scale_format).reshape(-1, count).T
-    return {"scales": scales, "q": as_bytes(join_sub_blocks(result.codes.T, count).T)}
+    scales = encode(result.d, rule.scale_format).T
+    return {"scales": scales, "q": as_bytes(join_sub_blocks(result.codes.T).T)}
 
 
 FLOAT_TYPES: dict[str, Callable[[FloatBlocks], Fields]] = {

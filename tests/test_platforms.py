@@ -20,7 +20,7 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq._ggml.searches import product, sums
-from jaxq._jax.arithmetic import square_root
+from jaxq._jax.arithmetic import logarithm, square_root
 from jaxq._jax.compat import bind, bodies, body, is_literal
 from jaxq.formats import FORMATS
 from jaxq.gradients import ESTIMATORS
@@ -37,10 +37,9 @@ pytestmark = pytest.mark.optimized
 
 PLATFORMS = ("cuda", "tpu")
 OVERFLOWS = (None, *get_args(get_args(Overflow)[0]))
-# Calibrators with float sums in XLA's order, and one with logarithms.
-INEXACT = ("sigmas", "gaussian", "laplace", "entropy")
+INEXACT = ("sigmas", "gaussian", "laplace")  # Calibrators with float sums in XLA's order.
 # Calibrators that are run with few bins and little data, since the interpreter is slow.
-HISTOGRAMS = ("percentile", "mse")
+HISTOGRAMS = ("percentile", "mse", "entropy")
 TRANSCENDENTAL = ("dsq",)  # Estimators that use functions such as tanh, whose last bits differ.
 # Operations whose results differ between backends, or that XLA may remove or replace.
 UNSAFE = {
@@ -115,6 +114,9 @@ def check_operations(program: Program, platform: str, maxima: bool) -> None:
             inner = {o.operation.name for o in operation.regions[0].blocks[0].operations}
             extremes = {"stablehlo.maximum", "stablehlo.minimum"}
             assert maxima or not inner & extremes, "a maximum of floats, which may lose a NaN"
+        if name == "stablehlo.scatter" and "f32" in types[0]:
+            inner = {o.operation.name for o in operation.regions[0].blocks[0].operations}
+            assert "stablehlo.add" not in inner, "a sum of floats by indices, in any order"
         if name == "stablehlo.convert":
             check_conversion(operation)
 
@@ -284,6 +286,22 @@ def test_merged_calibrations_agree_on_all_platforms(name: str):
     assert_agree(calibrated, x * np.float32([[1], [100], [1e-3]]))
 
 
+@pytest.mark.parametrize("name", data.each(("mse", "entropy"), ["entropy"]))
+def test_losses_of_ranges_agree_on_all_platforms(name: str):
+    """Looks inside, because ranges may be equal although the losses of all ranges differ."""
+    calibrator = dataclasses.replace(CALIBRATORS[name], digits=3, tries=4)
+    cut = jaxq.Recipe("int4", jaxq.PerBlock(64)).cut((1, 64))
+
+    def losses(x: jax.Array) -> list[jax.Array]:
+        found = []
+        for two_sided in (False, True):
+            state = calibrator.measure(cut.split(x), cut, two_sided)
+            found.append(calibrator._losses(state, FORMATS["int4"], two_sided)[1])
+        return found
+
+    assert_agree(losses, np.random.default_rng(0).standard_cauchy((1, 64)).astype(np.float32))
+
+
 @pytest.mark.parametrize("name", data.each(ESTIMATORS, ["trust_region"]))
 def test_gradients_agree_on_all_platforms(name: str):
     """Leaves out the gradients of scales, which are float sums of products."""
@@ -338,9 +356,56 @@ def test_square_roots_agree_on_all_platforms():
     assert_agree(square_root, difficult(FORMATS["float16"]))
 
 
+def test_logarithms_agree_on_all_platforms():
+    x = np.abs(difficult(FORMATS["float16"]))
+    x = x[np.isfinite(x) & (x >= np.finfo(np.float32).tiny)]
+    near_one = np.random.default_rng(0).uniform(0.5, 2, 2000).astype(np.float32)
+    assert_agree(logarithm, np.concatenate([x, near_one]))
+
+
 def test_sums_in_order_of_ggml_agree_on_all_platforms():
     x = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
     assert_agree(lambda x: sums(lambda v: (product(v, v, v),), x), x)
+
+
+def adapted_model(scaling: float) -> tuple[Callable[..., Any], Any, Any]:
+    """Returns a model, its stored parameters and adapters whose sums are exact in any order."""
+    rng = np.random.default_rng(0)
+    model = lambda params, x: x @ params["w"]
+    params = {"w": rng.standard_normal((32, 8)).astype(np.float32)}
+    a, b = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((32, 2), (2, 8)))
+    state = jaxq.lora.Adapted({"w": jaxq.lora.LoRA(a, b, scaling)}, (jaxq.Rule("w", "int4_g32"),))
+    return model, jaxq.quantize_weights(model, state.rules)(params, np.eye(32)), state
+
+
+def test_initial_adapters_agree_on_all_platforms():
+    method = jaxq.lora.QLoRA(rank=4)
+    w = np.random.default_rng(0).standard_normal((48, 8)).astype(np.float32)
+    assert_agree(lambda w: method.fit(w, w, None, "layers/w"), w)
+
+
+def test_products_with_adapters_agree_on_all_platforms():
+    """Multiplies by the identity; the factor of the adapter is a power of two."""
+    model, packed, state = adapted_model(0.5)
+
+    def results(packed, state, g):
+        run = lambda state: jaxq.quantize_fn(model, state)(packed, np.eye(32, dtype=np.float32))
+        y, pull = jax.vjp(run, state)
+        return y, pull(g)[0].adapters
+
+    g = np.random.default_rng(0).integers(-3, 4, (32, 8)).astype(np.float32)
+    assert_agree(results, packed, state, g)
+
+
+def test_merged_adapters_agree_on_all_platforms():
+    """Leaves out the errors, which are quotients of norms."""
+    model, packed, state = adapted_model(1 / 3)
+
+    def merged(packed, state):
+        found = jaxq.lora.merge(model, state)(packed, np.eye(32, dtype=np.float32))
+        return found.params, jax.tree.leaves(found.packed)
+
+    assert_agree(merged, packed, state)
 
 
 def steps(tx: optax.GradientTransformation, gradients: Any, updates: bool = True) -> Any:

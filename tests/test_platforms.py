@@ -27,6 +27,16 @@ from jaxq.gradients import ESTIMATORS
 from jaxq.interop import gguf
 from jaxq.numerics import ROUNDINGS, Overflow
 from jaxq.products import PRODUCT_RECIPES
+from jaxq.ptq import _gptq_matrix, _importance_matrix, _rotate_inputs
+from jaxq.quantizers import (
+    Levels,
+    enclosing_grid_values,
+    levels,
+    snap,
+    values_of,
+    with_levels,
+    with_minima,
+)
 from jaxq.recipes import CALIBRATORS, MX_RULES, RECIPES, SCALE_RULES
 from jaxq.serving import CACHE_RECIPES, CacheScales, KVCache
 from tests import data
@@ -571,6 +581,109 @@ def operands(function: Callable[..., Any], *arguments: jax.Array) -> list[jax.Ar
 
     evaluate(jax.make_jaxpr(function)(*arguments), arguments)
     return found
+
+
+def test_loop_of_gptq_agrees_on_all_platforms():
+    """Looks inside, because the factors of a Hessian depend on the backend.
+
+    All products with these factors and their sums are exact, so they do not depend on the order.
+    """
+    rng = np.random.default_rng(0)
+    recipe, n = jaxq.Recipe("int4", jaxq.PerBlock(2)), 40
+    weight = rng.integers(-48, 49, (n, 3)).astype(np.float32) / 32
+    steps = Levels(np.exp2(rng.integers(-3, -1, weight.shape)).astype(np.float32), None, None)
+    errors = np.triu(rng.integers(-2, 3, (n, n)).astype(np.float32) / 4)
+    shifts = np.triu(rng.integers(-1, 2, (n, n)).astype(np.float32), 1)
+    shifts[4:] = 0  # So that values do not grow.
+
+    def solved(weight, levels, errors, shifts, diagonal):
+        feedback = [_gptq_matrix._Feedback(errors, each) for each in (None, shifts)]
+        rounded = [_gptq_matrix._rounded(weight, levels, each, recipe) for each in feedback]
+        return rounded, [
+            _gptq_matrix._order(diagonal, order, recipe) for order in ("static", "group")
+        ]
+
+    diagonal = rng.integers(0, 9, n).astype(np.float32)
+    assert_agree(solved, weight, steps, errors, shifts, diagonal, maxima=True)
+
+
+# Recipes of weights with every way to store a zero point, and with narrow scales.
+WEIGHTS = {
+    "int4_g32": jaxq.get_recipe("int4_g32"),
+    "nvfp4": jaxq.get_recipe("nvfp4"),
+    "affine": jaxq.Recipe("uint4", jaxq.PerBlock(16), jaxq.Affine()),
+    "minima": jaxq.Recipe("uint4", jaxq.PerBlock(16), jaxq.recipes.ScaleAndMin(stored=True)),
+}
+
+
+@pytest.mark.parametrize("name", data.each(WEIGHTS, ["affine"]))
+def test_choices_of_solvers_agree_on_all_platforms(name: str):
+    """Compares what is stored for chosen values, scales, minima and variables of learned rounding.
+
+    The sums that choose them depend on the backend.
+    """
+    recipe = WEIGHTS[name]
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((8, 64)).astype(np.float32)
+    q = jaxq.quantize(w, recipe)
+    factor = rng.uniform(0.4, 1, q.scale.shape).astype(np.float32)
+    offset = rng.uniform(-0.5, 0.5, w.shape).astype(np.float32)
+    # The sums of these elements and their offsets are near ties.
+    step, (below, above) = levels(q), enclosing_grid_values(w, levels(q), recipe)
+    middle = values_of((below + above) / 2, step, recipe)
+    w[4:] = (middle - offset * (above - below) * step.step)[4:]
+
+    def stored(w, q, factor, offset):
+        grid_values, values = snap(w, levels(q), recipe)
+        found = {"snapped": (values, jax.tree.leaves(with_levels(q, grid_values)))}
+        problem = jaxq.ptq.RoundingProblem(w, q)
+        for scales in (False, True):
+            variables = {"offset": offset, **({"factor": factor} if scales else {})}
+            found[f"signround {scales}"] = jaxq.ptq.SignRound().rounded(variables, problem, recipe)
+        found["adaround"] = jaxq.ptq.AdaRound().rounded(offset, problem, recipe)
+        if recipe.scaling.zero_point == "minimum":
+            found["minima"] = with_minima(q, -factor * q.scales)
+        return jax.tree.leaves(found)
+
+    assert_agree(stored, w, q, factor, offset)
+
+
+def test_statistics_of_inputs_agree_on_all_platforms():
+    """Compares counts and largest magnitudes, and the importance that given sums define."""
+    x = np.random.default_rng(0).standard_normal((2, 6, 8)).astype(np.float32)
+    x[0, 2, 2] = np.nan
+    mask = np.array([True, False, True, True, True, False])
+
+    def found(x, sums):
+        first, second = (jaxq.ptq.collect(tokens, mask, hessian=False) for tokens in x)
+        both = first.merge(second)
+        known = dataclasses.replace(both, square=sums)
+        return both.tokens, both.amax, _importance_matrix._mean_squares(known)
+
+    sums = np.random.default_rng(1).uniform(0, 9, 8).astype(np.float32)
+    assert_agree(found, x, sums, maxima=True)  # `collect` takes a NaN from the sum.
+
+
+def test_changed_inputs_agree_on_all_platforms():
+    """Compares the operands of products with factors and rotations, and folded factors."""
+    model = lambda params, x: x @ params["w"]
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 16, 16)).astype(np.float32)
+    factors = {"w": rng.uniform(0.1, 4, 16).astype(np.float32)}
+    signs = {"w": rng.choice(np.float32([-1, 1]), 16)}
+
+    def changed(factors, signs, w, x):
+        scales = jaxq.ptq.InputScales(factors, (("w", "w"),), ())
+        rotations = jaxq.ptq.InputRotations(signs, (("w", 16),), (("w", "w"),), ())
+        found = []
+        for change in (scales, rotations):
+            quantized = jaxq.quantize_fn(change.apply(model), "w8a8")
+            found.append(operands(lambda w, x, run=quantized: run({"w": w}, x), w, x))
+            assert len(found[-1]) == 2
+        rotated = _rotate_inputs._rotated(w[None], signs["w"][None], 16)
+        return found, rotated, scales.fold({"w": w, "norm": x}, {"w": "norm"})[0]
+
+    assert_agree(changed, factors, signs, w, x)
 
 
 @pytest.mark.parametrize("name", data.each(PRODUCT_RECIPES, ["w8a8"]))

@@ -362,6 +362,28 @@ def test_bytes_of_gguf_agree_on_all_platforms(name: str):
     assert_agree(converted, blocks(), importance, stored, maxima=True)
 
 
+@pytest.mark.parametrize("name", data.each(gguf.TYPES, ["q4_0"]))
+def test_large_numbers_in_gguf_agree_on_all_platforms(name: str):
+    """Compares what is read from the bytes, and codes where it is a number.
+
+    Sums of large numbers overflow. A scale may then be NaN; its bits and codes may differ.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 256)).astype(np.float32) * np.float32(1e19)
+    x[0] = rng.choice(np.float32([3.4028235e38, -3.4028235e38, 1e38, 3e37]), 256)
+
+    def converted(x, importance):
+        found = []
+        for options in ({}, {"importance": importance}):
+            q = gguf.unpack(gguf.quantize(x, name, **options), name)
+            values = q.dequantize()
+            codes = jnp.where(jnp.isnan(values), 0, q.unpack().astype(jnp.int32))
+            found.append((values, codes))
+        return found
+
+    assert_agree(converted, x, rng.uniform(0.1, 2, 256).astype(np.float32), maxima=True)
+
+
 def test_square_roots_agree_on_all_platforms():
     assert_agree(square_root, difficult(FORMATS["float16"]))
 

@@ -605,6 +605,10 @@ def operands(function: Callable[..., Any], *arguments: jax.Array) -> list[jax.Ar
     return found
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12),
+    reason="the interpreter of JAX 0.10 overwrites the common start of two variables of a loop",
+)
 def test_loop_of_gptq_agrees_on_all_platforms():
     """Looks inside, because the factors of a Hessian depend on the backend.
 

@@ -35,8 +35,9 @@ PACKAGES = [
 ]
 # Packages without public names, whose private modules all other packages may import.
 INTERNAL = {"_base", "_jax", "_ggml"}
-# Tests that replace or call what is private: a failing write, compilations, places of labels.
-LOOKING_INSIDE = {"test_cli.py", "test_cli_streaming.py", "test_plots.py"}
+# Tests that replace or call what is private: a failing write, compilations, places of labels,
+# parts of algorithms.
+LOOKING_INSIDE = {"test_cli.py", "test_cli_streaming.py", "test_platforms.py", "test_plots.py"}
 # Functions with the parameters of the functions of JAX with the same names.
 SIGNATURES_OF_JAX = {"conv_general_dilated", "ragged_dot", "ragged_dot_general"}
 # Other libraries that only some packages may import, and only inside functions or for types.

@@ -20,13 +20,23 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq._ggml.searches import product, sums
-from jaxq._jax.arithmetic import square_root
+from jaxq._jax.arithmetic import logarithm, square_root
 from jaxq._jax.compat import bind, bodies, body, is_literal
 from jaxq.formats import FORMATS
 from jaxq.gradients import ESTIMATORS
 from jaxq.interop import gguf
 from jaxq.numerics import ROUNDINGS, Overflow
 from jaxq.products import PRODUCT_RECIPES
+from jaxq.ptq import _gptq_matrix, _importance_matrix, _rotate_inputs
+from jaxq.quantizers import (
+    Levels,
+    enclosing_grid_values,
+    levels,
+    snap,
+    values_of,
+    with_levels,
+    with_minima,
+)
 from jaxq.recipes import CALIBRATORS, MX_RULES, RECIPES, SCALE_RULES
 from jaxq.serving import CACHE_RECIPES, CacheScales, KVCache
 from tests import data
@@ -37,10 +47,9 @@ pytestmark = pytest.mark.optimized
 
 PLATFORMS = ("cuda", "tpu")
 OVERFLOWS = (None, *get_args(get_args(Overflow)[0]))
-# Calibrators with float sums in XLA's order, and one with logarithms.
-INEXACT = ("sigmas", "gaussian", "laplace", "entropy")
+INEXACT = ("sigmas", "gaussian", "laplace")  # Calibrators with float sums in XLA's order.
 # Calibrators that are run with few bins and little data, since the interpreter is slow.
-HISTOGRAMS = ("percentile", "mse")
+HISTOGRAMS = ("percentile", "mse", "entropy")
 TRANSCENDENTAL = ("dsq",)  # Estimators that use functions such as tanh, whose last bits differ.
 # Operations whose results differ between backends, or that XLA may remove or replace.
 UNSAFE = {
@@ -115,6 +124,9 @@ def check_operations(program: Program, platform: str, maxima: bool) -> None:
             inner = {o.operation.name for o in operation.regions[0].blocks[0].operations}
             extremes = {"stablehlo.maximum", "stablehlo.minimum"}
             assert maxima or not inner & extremes, "a maximum of floats, which may lose a NaN"
+        if name == "stablehlo.scatter" and "f32" in types[0]:
+            inner = {o.operation.name for o in operation.regions[0].blocks[0].operations}
+            assert "stablehlo.add" not in inner, "a sum of floats by indices, in any order"
         if name == "stablehlo.convert":
             check_conversion(operation)
 
@@ -284,6 +296,22 @@ def test_merged_calibrations_agree_on_all_platforms(name: str):
     assert_agree(calibrated, x * np.float32([[1], [100], [1e-3]]))
 
 
+@pytest.mark.parametrize("name", data.each(("mse", "entropy"), ["entropy"]))
+def test_losses_of_ranges_agree_on_all_platforms(name: str):
+    """Looks inside, because ranges may be equal although the losses of all ranges differ."""
+    calibrator = dataclasses.replace(CALIBRATORS[name], digits=3, tries=4)
+    cut = jaxq.Recipe("int4", jaxq.PerBlock(64)).cut((1, 64))
+
+    def losses(x: jax.Array) -> list[jax.Array]:
+        found = []
+        for two_sided in (False, True):
+            state = calibrator.measure(cut.split(x), cut, two_sided)
+            found.append(calibrator._losses(state, FORMATS["int4"], two_sided)[1])
+        return found
+
+    assert_agree(losses, np.random.default_rng(0).standard_cauchy((1, 64)).astype(np.float32))
+
+
 @pytest.mark.parametrize("name", data.each(ESTIMATORS, ["trust_region"]))
 def test_gradients_agree_on_all_platforms(name: str):
     """Leaves out the gradients of scales, which are float sums of products."""
@@ -334,13 +362,82 @@ def test_bytes_of_gguf_agree_on_all_platforms(name: str):
     assert_agree(converted, blocks(), importance, stored, maxima=True)
 
 
+@pytest.mark.parametrize("name", data.each(gguf.TYPES, ["q4_0"]))
+def test_large_numbers_in_gguf_agree_on_all_platforms(name: str):
+    """Compares what is read from the bytes, and codes where it is a number.
+
+    Sums of large numbers overflow. A scale may then be NaN; its bits and codes may differ.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 256)).astype(np.float32) * np.float32(1e19)
+    x[0] = rng.choice(np.float32([3.4028235e38, -3.4028235e38, 1e38, 3e37]), 256)
+
+    def converted(x, importance):
+        found = []
+        for options in ({}, {"importance": importance}):
+            q = gguf.unpack(gguf.quantize(x, name, **options), name)
+            values = q.dequantize()
+            codes = jnp.where(jnp.isnan(values), 0, q.unpack().astype(jnp.int32))
+            found.append((values, codes))
+        return found
+
+    assert_agree(converted, x, rng.uniform(0.1, 2, 256).astype(np.float32), maxima=True)
+
+
 def test_square_roots_agree_on_all_platforms():
     assert_agree(square_root, difficult(FORMATS["float16"]))
+
+
+def test_logarithms_agree_on_all_platforms():
+    x = np.abs(difficult(FORMATS["float16"]))
+    x = x[np.isfinite(x) & (x >= np.finfo(np.float32).tiny)]
+    near_one = np.random.default_rng(0).uniform(0.5, 2, 2000).astype(np.float32)
+    assert_agree(logarithm, np.concatenate([x, near_one]))
 
 
 def test_sums_in_order_of_ggml_agree_on_all_platforms():
     x = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
     assert_agree(lambda x: sums(lambda v: (product(v, v, v),), x), x)
+
+
+def adapted_model(scaling: float) -> tuple[Callable[..., Any], Any, Any]:
+    """Returns a model, its stored parameters and adapters whose sums are exact in any order."""
+    rng = np.random.default_rng(0)
+    model = lambda params, x: x @ params["w"]
+    params = {"w": rng.standard_normal((32, 8)).astype(np.float32)}
+    a, b = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((32, 2), (2, 8)))
+    state = jaxq.lora.Adapted({"w": jaxq.lora.LoRA(a, b, scaling)}, (jaxq.Rule("w", "int4_g32"),))
+    return model, jaxq.quantize_weights(model, state.rules)(params, np.eye(32)), state
+
+
+def test_initial_adapters_agree_on_all_platforms():
+    method = jaxq.lora.QLoRA(rank=4)
+    w = np.random.default_rng(0).standard_normal((48, 8)).astype(np.float32)
+    assert_agree(lambda w: method.fit(w, w, None, "layers/w"), w)
+
+
+def test_products_with_adapters_agree_on_all_platforms():
+    """Multiplies by the identity; the factor of the adapter is a power of two."""
+    model, packed, state = adapted_model(0.5)
+
+    def results(packed, state, g):
+        run = lambda state: jaxq.quantize_fn(model, state)(packed, np.eye(32, dtype=np.float32))
+        y, pull = jax.vjp(run, state)
+        return y, pull(g)[0].adapters
+
+    g = np.random.default_rng(0).integers(-3, 4, (32, 8)).astype(np.float32)
+    assert_agree(results, packed, state, g)
+
+
+def test_merged_adapters_agree_on_all_platforms():
+    """Leaves out the errors, which are quotients of norms."""
+    model, packed, state = adapted_model(1 / 3)
+
+    def merged(packed, state):
+        found = jaxq.lora.merge(model, state)(packed, np.eye(32, dtype=np.float32))
+        return found.params, jax.tree.leaves(found.packed)
+
+    assert_agree(merged, packed, state)
 
 
 def steps(tx: optax.GradientTransformation, gradients: Any, updates: bool = True) -> Any:
@@ -506,6 +603,113 @@ def operands(function: Callable[..., Any], *arguments: jax.Array) -> list[jax.Ar
 
     evaluate(jax.make_jaxpr(function)(*arguments), arguments)
     return found
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12),
+    reason="the interpreter of JAX 0.10 overwrites the common start of two variables of a loop",
+)
+def test_loop_of_gptq_agrees_on_all_platforms():
+    """Looks inside, because the factors of a Hessian depend on the backend.
+
+    All products with these factors and their sums are exact, so they do not depend on the order.
+    """
+    rng = np.random.default_rng(0)
+    recipe, n = jaxq.Recipe("int4", jaxq.PerBlock(2)), 40
+    weight = rng.integers(-48, 49, (n, 3)).astype(np.float32) / 32
+    steps = Levels(np.exp2(rng.integers(-3, -1, weight.shape)).astype(np.float32), None, None)
+    errors = np.triu(rng.integers(-2, 3, (n, n)).astype(np.float32) / 4)
+    shifts = np.triu(rng.integers(-1, 2, (n, n)).astype(np.float32), 1)
+    shifts[4:] = 0  # So that values do not grow.
+
+    def solved(weight, levels, errors, shifts, diagonal):
+        feedback = [_gptq_matrix._Feedback(errors, each) for each in (None, shifts)]
+        rounded = [_gptq_matrix._rounded(weight, levels, each, recipe) for each in feedback]
+        return rounded, [
+            _gptq_matrix._order(diagonal, order, recipe) for order in ("static", "group")
+        ]
+
+    diagonal = rng.integers(0, 9, n).astype(np.float32)
+    assert_agree(solved, weight, steps, errors, shifts, diagonal, maxima=True)
+
+
+# Recipes of weights with every way to store a zero point, and with narrow scales.
+WEIGHTS = {
+    "int4_g32": jaxq.get_recipe("int4_g32"),
+    "nvfp4": jaxq.get_recipe("nvfp4"),
+    "affine": jaxq.Recipe("uint4", jaxq.PerBlock(16), jaxq.Affine()),
+    "minima": jaxq.Recipe("uint4", jaxq.PerBlock(16), jaxq.recipes.ScaleAndMin(stored=True)),
+}
+
+
+@pytest.mark.parametrize("name", data.each(WEIGHTS, ["affine"]))
+def test_choices_of_solvers_agree_on_all_platforms(name: str):
+    """Compares what is stored for chosen values, scales, minima and variables of learned rounding.
+
+    The sums that choose them depend on the backend.
+    """
+    recipe = WEIGHTS[name]
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((8, 64)).astype(np.float32)
+    q = jaxq.quantize(w, recipe)
+    factor = rng.uniform(0.4, 1, q.scale.shape).astype(np.float32)
+    offset = rng.uniform(-0.5, 0.5, w.shape).astype(np.float32)
+    # The sums of these elements and their offsets are near ties.
+    step, (below, above) = levels(q), enclosing_grid_values(w, levels(q), recipe)
+    middle = values_of((below + above) / 2, step, recipe)
+    w[4:] = (middle - offset * (above - below) * step.step)[4:]
+
+    def stored(w, q, factor, offset):
+        grid_values, values = snap(w, levels(q), recipe)
+        found = {"snapped": (values, jax.tree.leaves(with_levels(q, grid_values)))}
+        problem = jaxq.ptq.RoundingProblem(w, q)
+        for scales in (False, True):
+            variables = {"offset": offset, **({"factor": factor} if scales else {})}
+            found[f"signround {scales}"] = jaxq.ptq.SignRound().rounded(variables, problem, recipe)
+        found["adaround"] = jaxq.ptq.AdaRound().rounded(offset, problem, recipe)
+        if recipe.scaling.zero_point == "minimum":
+            found["minima"] = with_minima(q, -factor * q.scales)
+        return jax.tree.leaves(found)
+
+    assert_agree(stored, w, q, factor, offset)
+
+
+def test_statistics_of_inputs_agree_on_all_platforms():
+    """Compares counts and largest magnitudes, and the importance that given sums define."""
+    x = np.random.default_rng(0).standard_normal((2, 6, 8)).astype(np.float32)
+    x[0, 2, 2] = np.nan
+    mask = np.array([True, False, True, True, True, False])
+
+    def found(x, sums):
+        first, second = (jaxq.ptq.collect(tokens, mask, hessian=False) for tokens in x)
+        both = first.merge(second)
+        known = dataclasses.replace(both, square=sums)
+        return both.tokens, both.amax, _importance_matrix._mean_squares(known)
+
+    sums = np.random.default_rng(1).uniform(0, 9, 8).astype(np.float32)
+    assert_agree(found, x, sums, maxima=True)  # `collect` takes a NaN from the sum.
+
+
+def test_changed_inputs_agree_on_all_platforms():
+    """Compares the operands of products with factors and rotations, and folded factors."""
+    model = lambda params, x: x @ params["w"]
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 16, 16)).astype(np.float32)
+    factors = {"w": rng.uniform(0.1, 4, 16).astype(np.float32)}
+    signs = {"w": rng.choice(np.float32([-1, 1]), 16)}
+
+    def changed(factors, signs, w, x):
+        scales = jaxq.ptq.InputScales(factors, (("w", "w"),), ())
+        rotations = jaxq.ptq.InputRotations(signs, (("w", 16),), (("w", "w"),), ())
+        found = []
+        for change in (scales, rotations):
+            quantized = jaxq.quantize_fn(change.apply(model), "w8a8")
+            found.append(operands(lambda w, x, run=quantized: run({"w": w}, x), w, x))
+            assert len(found[-1]) == 2
+        rotated = _rotate_inputs._rotated(w[None], signs["w"][None], 16)
+        return found, rotated, scales.fold({"w": w, "norm": x}, {"w": "norm"})[0]
+
+    assert_agree(changed, factors, signs, w, x)
 
 
 @pytest.mark.parametrize("name", data.each(PRODUCT_RECIPES, ["w8a8"]))

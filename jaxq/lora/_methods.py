@@ -5,6 +5,7 @@ import math
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
@@ -102,8 +103,10 @@ class QLoRA:
         key = jax.random.fold_in(jax.random.key(self.seed), seed)
         bound = 1 / math.sqrt(inputs)
         rank = min(self.rank, inputs, outputs)
-        a = jax.random.uniform(key, (*leading, inputs, rank), jnp.float32, -bound, bound)
-        return Factors(a, jnp.zeros((*leading, rank, outputs), jnp.float32))
+        # Not uniform between the bounds at once, which may be rounded once or twice.
+        a = jax.random.uniform(key, (*leading, inputs, rank), jnp.float32, -1, 1)
+        b = jnp.zeros((*leading, rank, outputs), jnp.float32)
+        return Factors(a * np.float32(bound), b)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from jaxq._jax.arithmetic import rounded
 from jaxq.lora._matrices import Factors
 from jaxq.lora._methods import Method, get_method
 from jaxq.lora._results import AdaptedModel, Merged, MergeError
@@ -191,14 +192,16 @@ def merge(fn: Callable[..., Any], state: Adapted, *, argnums: int = 0) -> Callab
         floats = dequantize_tree(args[argnums])
         args = (*args[:argnums], floats, *args[argnums + 1 :])
         observation = _Observation("lora.merge", fn, state.rules, argnums, args)
-        deltas = {name: -adapter.delta for name, adapter in state.adapters.items()}
+        # Rounded, because a product that is subtracted may be fused with the subtraction.
+        changes = {n: a.delta.astype(jnp.float32) for n, a in state.adapters.items()}
+        deltas = {name: -rounded(change) for name, change in changes.items()}
         params = observation.subtract_changes(args, deltas)
         args = (*args[:argnums], params, *args[argnums + 1 :])
         packed = quantize_weights(fn, state.rules, argnums=argnums)(*args)
-        exact, rounded = observation.weights(params), observation.weights(packed)
+        exact, requantized = observation.weights(params), observation.weights(packed)
         errors = {}
         for name, delta in deltas.items():
-            error = _norm(rounded[name] - exact[name])
+            error = _norm(requantized[name] - exact[name])
             errors[name] = MergeError(error / _norm(exact[name]), error / _norm(delta))
         return Merged(params, packed, errors)
 

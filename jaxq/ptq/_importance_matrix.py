@@ -9,6 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.cutting import axis_of_blocks
+from jaxq._jax.arithmetic import divide
 from jaxq.ptq._search import SearchOptions, SearchProblem
 from jaxq.ptq._statistics import Statistics
 from jaxq.quantizers import Quantized, quantize
@@ -76,7 +77,7 @@ class ImportanceMatrix:
 def _mean_squares(statistics: Statistics) -> jax.Array:
     """Returns the mean squares of the inputs, `[matrices, inputs]`; 1 if all of them are 0."""
     tokens = jnp.maximum(statistics.tokens, 1).astype(jnp.float32)
-    square = statistics.square / tokens[..., None]
+    square = divide(statistics.square, tokens[..., None])
     return jnp.where((square > 0).any(axis=-1, keepdims=True), square, np.float32(1))
 
 

@@ -10,6 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
+from jaxq._jax.arithmetic import rounded
 from jaxq.qat import adaround_init, adaround_penalty, rectified_sigmoid
 from jaxq.quantizers import (
     Levels,
@@ -203,7 +204,7 @@ class SignRound:
             start = rescaled(start, variables["factor"])
         grid, below, above = _adjacent_levels(problem.weight, start, recipe)
         gap = above - below
-        shifted = problem.weight + variables["offset"] * gap * grid.step
+        shifted = problem.weight + rounded(variables["offset"] * gap * grid.step)
         return start, snap(shifted, grid, recipe)[0], gap
 
 

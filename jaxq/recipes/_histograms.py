@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import holds
-from jaxq._jax.arithmetic import divide, rounded
+from jaxq._jax.arithmetic import divide, logarithm, rounded
 from jaxq._jax.serialization import named_tuple
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat, get_format
 from jaxq.numerics import cast, encode
@@ -215,6 +215,15 @@ class _Searched(_OfHistogram):
     def finalize(self, state: Histogram, fmt: Format, two_sided: bool) -> Range:
         """Returns the range with the least loss; the widest on ties."""
         low, high = AbsMax().finalize(state.range, fmt, two_sided)
+        factors, losses = self._losses(state, fmt, two_sided)
+        best = factors[lax.argmin(losses, 0, jnp.int32)]
+        return low * best, high * best
+
+    def _losses(
+        self, state: Histogram, fmt: Format, two_sided: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the ranges to try, relative to the extremes, and their losses."""
+        low, high = AbsMax().finalize(state.range, fmt, two_sided)
         x, counts = self._window(state.counts, lax.max(-low, high), two_sided)
 
         def tried(factor: jax.Array) -> jax.Array:
@@ -223,8 +232,7 @@ class _Searched(_OfHistogram):
             return self._loss(_QuantizedBins(counts, x, *ends, y, codes), fmt)
 
         factors = jnp.asarray(np.exp2(-np.arange(self.tries) / 16), jnp.float32)
-        best = factors[lax.argmin(lax.map(tried, factors), 0, jnp.int32)]
-        return low * best, high * best
+        return factors, lax.map(tried, factors)
 
     def _window(
         self, counts: jax.Array, amax: jax.Array, two_sided: bool
@@ -247,10 +255,7 @@ class _Searched(_OfHistogram):
             first = lax.max(top - np.int32(size - 1), np.int32(0))
             is_first = (behind == 1 - size) | (place > first)  # Near 0 an index is repeated.
             side_counts = where(is_first, jnp.take_along_axis(side, place, -1), np.int32(0))
-            total, window_total = (
-                jnp.sum(part, -1, dtype=jnp.int32, keepdims=True) for part in (side, side_counts)
-            )
-            remaining = total - window_total
+            remaining = _total(side) - _total(side_counts)
             window_counts.append(side_counts + remaining * (behind == 1 - size).astype(np.int32))
         if not two_sided:
             return middles, window_counts[0]
@@ -345,28 +350,51 @@ class Entropy(_Searched):
         """Returns KL(P || Q)."""
         size = bins.counts.shape[-1]
         inside = (bins.x >= bins.low) & (bins.x <= bins.high)
-        counts = bins.counts.astype(jnp.float32)
-        within = where(inside, counts, np.float32(0))
-        number = np.arange(size, dtype=np.int32).reshape((1,) * (counts.ndim - 1) + (size,))
+        within = where(inside, bins.counts, np.int32(0))
+        number = np.arange(size, dtype=np.int32).reshape((1,) * (within.ndim - 1) + (size,))
         first, last = (
             jnp.expand_dims(
-                reduce(where(inside, jnp.broadcast_to(number, counts.shape), none), -1), -1
+                reduce(where(inside, jnp.broadcast_to(number, within.shape), none), -1), -1
             )
             for reduce, none in ((jnp.min, _MOST), (jnp.max, np.int32(-1)))
         )
         p = within
         for edge, beyond in ((first, bins.x < bins.low), (last, bins.x > bins.high)):
-            mass = jnp.sum(where(beyond, counts, np.float32(0)), axis=-1, keepdims=True)
-            p = p + where(number == edge, jnp.broadcast_to(mass, p.shape), np.float32(0))
+            mass = _total(where(beyond, bins.counts, np.int32(0)))
+            p = p + where(number == edge, jnp.broadcast_to(mass, p.shape), np.int32(0))
 
         def per_code(values: jax.Array) -> jax.Array:
             flat = values.reshape(-1, size), bins.codes.astype(jnp.int32).reshape(-1, size)
-            sums = jax.vmap(lambda v, c: jnp.zeros(2**fmt.bits, jnp.float32).at[c].add(v)[c])
+            sums = jax.vmap(lambda v, c: jnp.zeros(2**fmt.bits, jnp.int32).at[c].add(v)[c])
             return sums(*flat).reshape(values.shape)
 
-        full = where(within > 0, np.float32(1), np.float32(0))
-        q = per_code(within) / lax.max(per_code(full), np.float32(1)) * full
-        p, q = (m / lax.max(jnp.sum(m, axis=-1, keepdims=True), np.float32(1)) for m in (p, q))
-        ratio = p / lax.max(q, np.float32(1e-9))
-        terms = where(p > 0, p * jnp.log(lax.max(ratio, np.float32(1e-30))), np.float32(0))
-        return jnp.sum(terms, axis=-1)
+        full = (within > 0).astype(jnp.int32)
+        # Counts are added as integers, and terms in a fixed order, so no backend's result differs.
+        q = _quotient(per_code(within), lax.max(per_code(full), np.int32(1)))
+        q = where(within > 0, q, np.float32(0))
+        p = _quotient(p, lax.max(_total(p), np.int32(1)))
+        q = _quotient(q, lax.max(_total(within), np.int32(1)))
+        ratio = lax.max(_quotient(p, lax.max(q, np.float32(1e-9))), np.float32(1e-30))
+        return _sum_of_rows(where(p > 0, rounded(p * logarithm(ratio)), np.float32(0)))
+
+
+def _sum_of_rows(x: jax.Array) -> jax.Array:
+    """Returns float sums over the last axis, a power of two long, in the same order everywhere.
+
+    A loop adds rows of 128 elements, because XLA on CPU would compute long terms several times
+    within the operations of `_sum` (JAX 0.10 to 0.12).
+    """
+    if x.shape[-1] > 128:
+        rows = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, 128), -2, 0)
+        x, _ = lax.scan(lambda total, row: (total + row, None), rows[0], rows[1:])
+    return _sum(x)
+
+
+def _total(counts: jax.Array) -> jax.Array:
+    """Returns the sums of counts over the last axis, which is kept."""
+    return jnp.sum(counts, axis=-1, dtype=jnp.int32, keepdims=True)
+
+
+def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns float32 quotients, rounded before XLA can combine two divisions into one."""
+    return rounded(divide(a.astype(jnp.float32), b.astype(jnp.float32)))

@@ -30,17 +30,17 @@ _NOT_COPIED = ("config.json", "quantize_config.json", "hf_quant_config.json")
 # Nanoseconds per number on one core, for the estimate of the progress bar: without and with an
 # importance matrix.
 _COSTS = {
-    "q2_k": (50, 105),
-    "q3_k": (28, 40),
-    "q4_k": (75, 125),
-    "q5_k": (65, 130),
-    "q6_k": (33, 35),
-    "iq4_nl": (62, 62),
-    "iq4_xs": (57, 60),
-    "q4_0": (3, 55),
-    "q4_1": (3, 170),
-    "q5_0": (6, 60),
-    "q5_1": (7, 180),
+    "q2_k": (22, 38),
+    "q3_k": (17, 19),
+    "q4_k": (26, 35),
+    "q5_k": (22, 34),
+    "q6_k": (16, 18),
+    "iq4_nl": (37, 39),
+    "iq4_xs": (37, 43),
+    "q4_0": (3, 20),
+    "q4_1": (3, 44),
+    "q5_0": (6, 21),
+    "q5_1": (7, 46),
 }
 _COST, _COPY = (10, 10), 1
 

@@ -121,7 +121,7 @@ def in_chunks(function: Callable[[FloatBlocks], Any], blocks: FloatBlocks, lengt
 
 
 def _odd_lines(count: int) -> int:
-    """Returns the largest odd multiple of a line that is at most a number, at least one line."""
+    """Returns the largest odd multiple of `_LINE` up to a number, at least `_LINE` itself."""
     return max((count // _LINE - 1) // 2 * 2 + 1, 1) * _LINE
 
 

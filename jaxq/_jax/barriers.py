@@ -83,7 +83,7 @@ def _lower_remainder(context: Any, x: Any) -> Any:
 
 
 def _own_remainder(x: jax.Array) -> jax.Array:
-    """Returns each float16, bfloat16 or float32 as its remainder by a larger number.
+    """Returns floats of 16 or 32 bits as the remainders of their bits by a larger number.
 
     XLA on CPU fuses no remainder into several uses, because it considers it expensive. For LLVM it
     is a comparison.

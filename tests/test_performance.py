@@ -90,7 +90,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch):
 
 
 # Lines of StableHLO of a product with both gradients, which bound the time to compile it.
-LINES = {"w8a8": 342, "int8_training": 740, "mxfp8_training": 621, "nvfp4_training": 1560}
+LINES = {"w8a8": 342, "int8_training": 740, "mxfp8_training": 617, "nvfp4_training": 1547}
 
 
 @pytest.mark.usefixtures("one_device")
@@ -143,6 +143,34 @@ def test_product_compiles_few_kernels(name: str):
     x, function = product_with_gradients(name)
     text = jax.jit(function).lower(x, x, x).compile().as_text()
     assert text.count("kind=kLoop") == LOOPS[name] + (COPIES[name] if OLD_JAX else 0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
+def test_loop_unpacks_codes_in_kernels_of_their_own(bits: int):
+    """Checks what would keep XLA on CPU from vectorizing these kernels.
+
+    It would move the distances of shifts out of the loop, and unpack the codes in the kernel that
+    cuts the bytes out of the stacked array (JAX 0.12; JAX 0.10 vectorizes that).
+    """
+    packed = jax.ShapeDtypeStruct((4, 64, 32 * bits), jnp.uint8)
+
+    def function(packed):
+        unpacked = lambda part: jaxq.numerics.unpack(part, bits, 256).astype(jnp.float32)
+        return jax.lax.map(lambda part: unpacked(part) * 0.5, packed)
+
+    text = jax.jit(function).lower(packed).compile().as_text()
+    (state,) = re.findall(r"= \((.*)\) while\(", text)
+    assert "u32" not in state
+    kernels = [part for part in re.split(r"\n(?=%)", text) if "shift-right-logical(" in part]
+    assert kernels
+    assert OLD_JAX or not any("dynamic-slice(" in kernel for kernel in kernels)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4_bnb", "iq4"])
+def test_codes_of_16_levels_are_decoded_without_look_ups(name: str):
+    codes = jax.ShapeDtypeStruct((8,), jnp.uint8)
+    text = jax.jit(lambda codes: jaxq.decode(codes, name)).lower(codes).as_text()
+    assert "gather" not in text
 
 
 @pytest.mark.parametrize("name", ["int8", "float4_e2m1fn"])

@@ -29,6 +29,8 @@ __all__ = [
     "rounds_to_codes",
 ]
 
+_SELECTED = 4  # Codes of up to this number of bits are decoded faster by selections.
+
 
 def code_dtype(fmt: Format) -> np.dtype:
     """Returns the unsigned dtype that holds the codes of a format."""
@@ -223,6 +225,16 @@ def decode(
     return _decode(codes, fmt, jax.dtypes.canonicalize_dtype(dtype))
 
 
+def _selected(table: np.ndarray, codes: jax.Array) -> jax.Array:
+    """Returns the table's value for each code, by selections on the bits of the code."""
+    codes = codes.astype(jnp.int32)
+    values = [jnp.full(codes.shape, value) for value in table]
+    for bit in range(len(table).bit_length() - 1):
+        is_set = (codes << np.int32(31 - bit)) < np.int32(0)
+        values = [where(is_set, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
 @functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
 @automatic(as_first)
 def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
@@ -246,7 +258,7 @@ def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
     if not (isinstance(fmt, FloatFormat) and is_narrow(BinaryGrid.of(fmt), layout)):
         with np.errstate(over="ignore"):
             table = _code_values(fmt).astype(layout.float_type)
-        return jnp.asarray(table)[codes]
+        return _selected(table, codes) if fmt.bits <= _SELECTED else jnp.asarray(table)[codes]
 
     integers = codes.astype(layout.int_type)
     magnitude = integers & layout.int_type(2 ** (fmt.exponent_bits + fmt.mantissa_bits) - 1)

@@ -8,6 +8,9 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.shapes import is_symbolic
+from jaxq._jax.barriers import barrier_on_cpu
+
 __all__ = ["pack", "unpack"]
 
 
@@ -120,29 +123,45 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
 def _unpacked(packed: jax.Array, bits: int, n: int) -> jax.Array:
     *leading, size = packed.shape
     per_group, group_bytes = _groups(bits)
-    if bits == 4:
-        # A stack, because XLA on CPU (JAX 0.12) does not vectorize shifts of nibbles by an array in
-        # a loop: see `benchmarks/serving.py`.
-        codes = jnp.stack([packed & np.uint8(15), packed >> np.uint8(4)], -1)
-        return codes.reshape(*leading, 2 * size)[..., :n]
+    if bits == 8:
+        return packed
+    # XLA on CPU (JAX 0.12) would unpack several times as slowly while it cuts the bytes out of an
+    # array in a loop.
+    packed = barrier_on_cpu(packed)
+    if group_bytes == 1:
+        width = 1 if is_symbolic(size) else math.gcd(size, 4)  # Bytes per word.
+        words = packed
+        if width > 1:
+            words = packed.reshape(*leading, size // width, width)
+            words = lax.bitcast_convert_type(words, f"uint{8 * width}")
+        codes = _shifted(words.astype(jnp.uint32), 8 * width // bits, bits)
+        return codes.astype(jnp.uint8).reshape(*leading, size * per_group)[..., :n]
     groups = -(-n // per_group)
     padding = [(0, 0, 0)] * len(leading) + [(0, groups * group_bytes - size, 0)]
     wide = lax.pad(packed, np.uint8(0), padding).astype(jnp.uint32)
-    # Bytes are first combined into words that hold several codes, which are shifted by an array.
-    # XLA on CPU vectorizes this, but not a separate expression for each code, which takes two to
-    # five times as long.
+    # Bytes are first combined into words that hold several codes. XLA on CPU vectorizes this, but
+    # not a separate expression for each code, which takes two to five times as long.
     per_word = _codes_per_word(bits)
     firsts = np.arange(0, per_group, per_word) * bits  # The position of each word's first bit.
     places = 8 * (np.arange(group_bytes) - firsts[:, None] // 8)
     weights = np.where((places >= 0) & (places < 32), 2.0 ** (places % 32), 0).astype(np.uint32)
-    shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
     ones = (1,) * (len(leading) + 1)
     wide = wide.reshape(*leading, groups, 1, group_bytes) * weights.reshape(*ones, *weights.shape)
-    words = jnp.sum(wide, axis=-1, dtype=jnp.uint32, keepdims=True)
-    words = words >> (firsts % 8).astype(np.uint32).reshape(*ones, -1, 1)
-    codes = words >> shifts.reshape(*ones, 1, -1) & np.uint32(2**bits - 1)
-    codes = codes.astype(jnp.uint8 if bits <= 8 else jnp.uint16)
+    words = jnp.sum(wide, axis=-1, dtype=jnp.uint32)
+    words = words >> (firsts % 8).astype(np.uint32).reshape(*ones, -1)
+    codes = _shifted(words, per_word, bits).astype(jnp.uint8 if bits <= 8 else jnp.uint16)
     return codes.reshape(*leading, groups * per_group)[..., :n]
+
+
+def _shifted(words: jax.Array, count: int, bits: int) -> jax.Array:
+    """Returns the codes in each word along a new last axis, given how many there are: 2^k."""
+    shape = (*words.shape, count)
+    words = jnp.broadcast_to(words[..., None], shape)
+    # The multiple of the count changes nothing, but XLA on CPU would otherwise move the distances
+    # out of a loop, and not vectorize the code that reads them (JAX 0.10 and 0.12).
+    places = lax.broadcasted_iota(jnp.uint32, shape, words.ndim - 1) + words * np.uint32(count)
+    distances = (places & np.uint32(count - 1)) * np.uint32(bits)
+    return words >> distances & np.uint32(2**bits - 1)
 
 
 def _codes_per_word(bits: int) -> int:

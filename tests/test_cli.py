@@ -344,12 +344,13 @@ def test_kill_leaves_old_file(tmp_path: pathlib.Path):
         (["compare", "x.npy", "--recipes", "int9"], "No recipe or format is"),
         (["compare", "x.npy", "--worst", "0"], "at least 1"),
         (["compare", "x.npy", "--json", "--csv"], "not allowed with"),
-        (["memory"], "which model"),
+        (["memory"], "name a model"),
         (["memory", "llama"], "Did you mean llama-2-7b"),
         (["memory", "--params", "-7e9"], "0 or more"),
         (["fits", "--devices", "abacus"], "No device is named"),
         (["dance"], "invalid choice"),
-        (["plot", "nothing-of-the-kind", "-o", "a.png"], "pictur"),
+        (["plot", "nothing-of-the-kind", "-o", "a.png"], "Known: bit_layouts"),
+        (["plot", "nubmer_line", "-o", "a.png"], "Did you mean number_line"),
     ],
 )
 def test_invalid_arguments_exit_with_2(capsys, argv: list[str], text: str):

@@ -33,7 +33,8 @@ def materialize(x: jax.Array) -> jax.Array:
     """Returns values, one per block, unchanged and computed only once.
 
     XLA on CPU recomputes such a value for every element that uses it, unless the last operation is
-    one that XLA considers expensive: here a remainder by 2^32 - 1, which exceeds all bits used.
+    one that XLA considers expensive: here a remainder by 2^32 - 1, which is larger than the
+    bits of any number.
     """
     bits = lax.rem(lax.bitcast_convert_type(x, jnp.uint32), np.uint32(2**32 - 1))
     return lax.bitcast_convert_type(bits, jnp.float32)
@@ -195,7 +196,7 @@ def _square_root_in_integers(x: jax.Array, root: Callable = lax.sqrt) -> jax.Arr
     # The 24-bit root, too low by 0 to 6, and its remainder. The two products may overflow, but
     # their difference is exact.
     integer = (approximate * np.float32(2**23)).astype(jnp.int32)
-    integer = lax.min(integer, np.int32(2**24 - 1)) - 3  # An error is larger from 2 on.
+    integer = lax.min(integer, np.int32(2**24 - 1)) - 3  # From 2 on, an ulp is two of these units.
     significand = magnitude & low | np.int32(2**23)
     remainder = (significand << (23 + odd)) - integer * integer
     for step in (4, 2, 1):

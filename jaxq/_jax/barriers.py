@@ -19,7 +19,7 @@ from jaxq._jax.opaque import checked_inside
 
 __all__ = ["barrier", "barrier_on_cpu", "computed_once"]
 
-# Whether XLA on CPU removes barriers before it fuses kernels.
+# True if XLA on CPU removes barriers before it fuses kernels.
 _REMOVES_BARRIERS = jax.__version_info__ < (0, 11)
 
 

@@ -203,7 +203,7 @@ def optimal_clip(fmt: "str | Format", distribution: "str | Distribution" = "gaus
       (2.47, 18.9)
 
     References:
-      Max (1960), table 2, lists the best evenly spaced levels.
+      Max, "Quantizing for Minimum Distortion" (1960), table 2, lists the best evenly spaced levels.
     """
     fmt, d = get_format(fmt), get_distribution(distribution)
     if isinstance(fmt, IntFormat) and fmt.signed:

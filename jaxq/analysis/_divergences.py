@@ -88,7 +88,7 @@ def kl_of_values(
     """
     if bins < 2:
         raise ValueError(
-            f"kl_of_values: `bins` must be at least 2, got {bins}. Use, for example, 256."
+            f"kl_of_values: `bins` must be at least 2, got {bins}. Use, for example, 64."
         )
     x, y = pair("kl_of_values", x, y)
     layout, cut = FloatLayout.of(x.dtype), blocks_of(x.shape, per)

@@ -108,7 +108,7 @@ class StatisticsLog:
             it, later steps may have it or not. Default: None.
 
         Raises:
-          ValueError: if the file is a log of another model, request, version, or other recipes; or
+          ValueError: if the log has another model, request or version, or other recipes; or
             if `seen` is a state and not a gradient.
         """
         if self._header is None:

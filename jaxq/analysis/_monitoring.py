@@ -129,7 +129,7 @@ class Monitoring:
         if len({*labels}) != len(labels):
             raise ValueError(
                 "Monitoring: `counterfactuals` must have distinct names, got "
-                f"{', '.join(labels)}. Monitor one of them in another request."
+                f"{', '.join(labels)}. Put one of them into another Monitoring."
             )
         elements = [
             target.element if isinstance(target, Recipe) else target

@@ -23,7 +23,7 @@ def memory(args: argparse.Namespace) -> None:
     """Prints the memory of models under several recipes."""
     models = [*args.models, *(args.params or [])]
     if not models:
-        raise UsageError("memory: specify which model, or --params NUMBER")
+        raise UsageError("memory: name a model, or pass --params NUMBER")
     with bad_input():
         tables = [memory_table(model, **_options(args, _SHARED)) for model in models]
     _print(args, [row for table in tables for row in table.rows])

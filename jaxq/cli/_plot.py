@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxq._base.registry import suggestion
 from jaxq.analysis import plots
 from jaxq.cli._inputs import opened
 from jaxq.cli._measure import Selection
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
         lines = [{"name": name, "shows": plots.about(name)} for name in plots.PLOTS]
         return print_table(lines, left=["shows"])
     if args.name not in plots.PLOTS:
-        raise UsageError(f"no picture is named {args.name!r}; there are {', '.join(plots.PLOTS)}")
+        raise UsageError(f"no plot is named {args.name!r}. {suggestion(args.name, plots.PLOTS)}")
     if args.output is None:
         raise UsageError("plot needs an output file: -o FILE.png or -o FILE.svg")
     kind = pathlib.Path(args.output).suffix[1:].lower()

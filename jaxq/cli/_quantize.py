@@ -242,7 +242,7 @@ def _importance(path: str) -> dict[str, np.ndarray]:
                 base = name.removesuffix(".in_sum2")
                 counts = entries.get(f"{base}.counts")
                 if counts is None:
-                    raise UsageError(f"{path}: {base} has no counts")
+                    raise UsageError(f"{path}: {name} needs {base}.counts, as of llama-imatrix")
                 # One row per expert; a single row applies to all rows of a tensor. As in llama.cpp,
                 # all inputs of an expert that received no tokens are equally important.
                 count = file.read(counts).reshape(-1, 1)
@@ -250,7 +250,7 @@ def _importance(path: str) -> dict[str, np.ndarray]:
                 rows = np.where(count > 0, sums / np.maximum(count, 1), np.float32(1))
                 result[base] = rows[0] if len(rows) == 1 else rows[:, None]
     if not result:
-        raise UsageError(f"{path}: it is not an importance matrix in GGUF (NAME.in_sum2)")
+        raise UsageError(f"{path}: it must be a GGUF file of llama-imatrix, got no NAME.in_sum2")
     return result
 
 

@@ -34,7 +34,7 @@ def p3109(
       bits: the width K, 3 to 15.
       precision: the precision P, i.e. the bits of the significand including the hidden one: 1 to
         K - 1 for signed formats, 1 to K for unsigned ones.
-      signed: whether the format is signed (letter s) or unsigned (letter u).
+      signed: True if the format is signed (letter s), False if it is unsigned (letter u).
       domain: `"extended"` for a format with infinities (letter e), or `"finite"` for one that uses
         their codes for finite values (letter f).
 
@@ -80,7 +80,7 @@ def fixed_point(integer_bits: int, fraction_bits: int, *, signed: bool = True) -
     Args:
       integer_bits: the number m of bits before the binary point, not counting the sign.
       fraction_bits: the number n of bits after the binary point.
-      signed: whether k is in two's complement (True) or unsigned (False).
+      signed: True if k is in two's complement, False if it is unsigned.
 
     Returns:
       A format of m + n + 1 bits if signed, else of m + n bits.

@@ -24,13 +24,13 @@ class FloatFormat(Derived):
       exponent_bits: the width of the exponent field, at least 1.
       mantissa_bits: the width m of the mantissa field, at least 0.
       bias: the exponent bias; None means 2^(exponent_bits - 1) - 1, as in IEEE 754.
-      signed: whether the format has a sign bit.
-      inf: whether the format has infinities. Their code is the highest magnitude not used by NaN.
+      signed: True if the format has a sign bit.
+      inf: True if the format has infinities. Their code is the highest magnitude not used by NaN.
       nan: the codes that are NaN. `"ieee"`: an all-ones exponent is reserved for infinity and NaN.
         `"all_ones"`: only the all-ones magnitude. `"negative_zero"`: only the code of -0, so that
         the format has no -0. `None`: no code.
-      zero: whether E = 0 encodes zero and the subnormals; if False it is a normal binade (E8M0).
-      subnormals: whether the format has subnormals; if False, E = 0 encodes only zero.
+      zero: True if E = 0 encodes zero and the subnormals; if False it is a normal binade (E8M0).
+      subnormals: True if the format has subnormals; if False, E = 0 encodes only zero.
       parity: the meaning of "even" for formats without mantissa bits. `"code"`: the code is even
         (IEEE P3109). `"significand"`: the significand is even, so that ties round away from zero,
         as in float8_e8m0fnu of ml_dtypes.

@@ -18,8 +18,8 @@ class IntFormat(Derived):
     Attributes:
       name: the name, as in `FloatFormat`.
       bits: the width of k in bits, 1 to 16.
-      signed: whether k is in two's complement (True) or unsigned (False).
-      narrow: whether a signed format omits its lowest value, which makes it symmetric.
+      signed: True if k is in two's complement, False if it is unsigned.
+      narrow: True if a signed format omits its lowest value, which makes it symmetric.
       fraction_bits: the number of bits after the binary point, -16 to 16.
 
     Raises:

@@ -99,7 +99,7 @@ class TaperedFormat(Derived):
     @property
     def scaled_max(self) -> float:
         """The largest value below useed, i.e. the largest with as many fraction bits as 1."""
-        # Its code is the shortest prefix of numbers of 1 or more, followed by ones.
+        # The code begins with the shortest prefix of numbers from 1 on; all other bits are ones.
         prefix = 4 if self.exponent_bits is None else 2
         ones = 2 ** (self.bits - 1 - prefix) - 1
         return self.magnitude(2 ** (self.bits - 2) + ones)

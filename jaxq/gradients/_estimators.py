@@ -69,7 +69,7 @@ class LSQ:
         dy/ds = g (snap(v) - v) there, else -g Qn or g Qp
 
     For signed weights the paper uses all codes, Qn = Qp + 1. A symmetric recipe omits the lowest
-    one, so that Qn = Qp, unless it has `scale="half"`.
+    one, so that Qn = Qp, unless its scaling has `rule="half"`.
 
     A learned zero point (the offset of LSQ+) gets the gradient of the chain rule times g. It is
     zero inside the range; outside, the result moves with the end of the range.

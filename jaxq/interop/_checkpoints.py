@@ -259,7 +259,7 @@ def _describe_leaf(
     base, count = name, 1
     while name in names or name == "__metadata__":
         count += 1
-        name = f"{base}#{count}"  # For {"a/b": x, "a": {"b": y}}.
+        name = f"{base}#{count}"  # {"a/b": x, "a": {"b": y}} has one path twice.
     names.add(name)
     leaves.append(_Leaf(name, value))
     shape = list(value.shape)
@@ -362,7 +362,7 @@ def _parse_stored(plain: dict[str, Any]) -> _Stored:
 
 
 def _fill_tree(like: Any, plain: Any) -> Any:
-    """Returns the tree of a description with the node classes of `like`."""
+    """Rebuilds the tree of a description, with the node classes of `like`."""
     leaves: list[_Leaf] = []
     wanted = _describe(like, (), leaves, set())
     for ours, theirs in zip(_lines(wanted), _lines(plain), strict=False):

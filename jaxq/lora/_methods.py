@@ -103,7 +103,7 @@ class QLoRA:
         key = jax.random.fold_in(jax.random.key(self.seed), seed)
         bound = 1 / math.sqrt(inputs)
         rank = min(self.rank, inputs, outputs)
-        # Not uniform between the bounds at once, which may be rounded once or twice.
+        # Scaled afterwards: backends may round `uniform` between other bounds once or twice.
         a = jax.random.uniform(key, (*leading, inputs, rank), jnp.float32, -1, 1)
         b = jnp.zeros((*leading, rank, outputs), jnp.float32)
         return Factors(a * np.float32(bound), b)

@@ -51,7 +51,7 @@ class Experts(NamedTuple):
         return next(part.recipe for part in self.parts if part.start == piece.at[self.axis])
 
     def alone(self, piece: Piece, shape: tuple[int, ...]) -> tuple[Piece, tuple[int, ...]]:
-        """Returns the piece and the shape of a stack of one leaf only."""
+        """Returns the piece of a leaf and the shape of a stack that consists of this leaf alone."""
         at = (*piece.at[: self.axis], 0, *piece.at[self.axis + 1 :])
         shape = (*shape[: self.axis], piece.box[self.axis], *shape[self.axis + 1 :])
         return dataclasses.replace(piece, at=at), shape

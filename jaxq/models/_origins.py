@@ -64,7 +64,7 @@ class Piece:
 
     Attributes:
       path: the leaf's path.
-      leaf: the leaf's place among the arguments' leaves.
+      leaf: the leaf's index among the arguments' leaves.
       shape: the leaf's shape.
       axes: the digits that the index along each axis of the box consists of, the major one first,
         without digits of one value. None if no such digits describe the box.
@@ -113,7 +113,7 @@ class Origin:
       pieces: the boxes of a view; for a computed value, the pieces of the leaves from which it is
         computed element by element. In a scan over stacked layers, those of all iterations.
       computed: True if the value is not a view. Without sources it is a constant.
-      sources: the paths and places of all leaves that a computed value depends on.
+      sources: the paths and indices of all leaves that a computed value depends on.
       products: the products that a computed value depends on, by their numbers.
       scans: the depths of the scans in which the value differs between iterations.
     """

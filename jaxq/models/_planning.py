@@ -193,7 +193,7 @@ def _without_weight(
     weight = weight_of(product, assigned)
     if weight is None or not set(weight.origin.leaves.values()) & set(packed):
         return assigned
-    recipe = assigned.recipe or ProductRecipe()  # That of experts may be empty.
+    recipe = assigned.recipe or ProductRecipe()  # None if only the experts' weights have recipes.
     with prefix_errors(owner, product.where):
         float_leaves = {
             piece.leaf

@@ -318,7 +318,7 @@ def _leading(piece: Piece) -> int:
 
 
 def _check_whole(piece: Piece, shape: tuple[int, ...], recipe: Recipe, leading: int) -> None:
-    """Checks that blocks which share a scale or outliers are all blocks of one operand."""
+    """Checks that the operand has all blocks of the leaf that share a scale or outliers."""
     assert piece.axes is not None
     digits = [digit for axis in piece.axes for digit in axis]
     leaf_digits = [digit for digit in digits if digit.axis is not None]

@@ -274,7 +274,7 @@ def as_dtype(
     Args:
       y: a float32 array, or an array that already has the dtype `dtype`.
       dtype: float16, bfloat16, float32 or float64.
-      exact: whether the caller guarantees that `dtype` represents every value exactly.
+      exact: True if the caller guarantees that `dtype` represents every value exactly.
       overflow: as in `cast`.
     """
     if y.dtype == dtype:

@@ -35,13 +35,13 @@ class BinaryGrid:
         2^(emax + 1).
       max: the largest value.
       lowest: the largest magnitude of the negative values; 0 if there are none.
-      inf: whether overflow gives an infinity.
-      nan: whether there is a NaN. Overflow gives NaN if there is no infinity.
-      negative_zero: whether -0 is distinct from 0.
-      signed: whether negative values are kept; if not, they become NaN, or 0 without a NaN.
-      zero: whether there is a zero; if not, underflow gives 2^emin, and zero becomes NaN.
-      subnormals: whether there are values between 0 and 2^emin.
-      odd_codes: whether, without mantissa bits, "even" refers to the code instead of the
+      inf: True if overflow gives an infinity.
+      nan: True if there is a NaN. Overflow gives NaN if there is no infinity.
+      negative_zero: True if -0 is distinct from 0.
+      signed: True if negative values are kept; if not, they become NaN, or 0 without a NaN.
+      zero: True if there is a zero; if not, underflow gives 2^emin, and zero becomes NaN.
+      subnormals: True if there are values between 0 and 2^emin.
+      odd_codes: True if, without mantissa bits, "even" refers to the code instead of the
         significand.
 
     Example:
@@ -111,7 +111,7 @@ class BinaryGrid:
         if not self.inf:
             return False
         if not self.nan or (self.signed and not self.negative_zero):
-            return True  # Its code is all ones.
+            return True  # The code of infinity is all ones.
         return (self.mantissa_bits == 0) & ((self.emax - self.emin + int(self.zero)) % 2 == 0)
 
     @property
@@ -139,8 +139,8 @@ def float_grid(
       mantissa_bits: the width of the mantissa field, 0 to 23, or 1 to 23 if `nan` is true: an int
         or a scalar int32 array.
       bias: the exponent bias; None means 2^(exponent_bits - 1) - 1.
-      inf: whether there is an infinity; it requires `nan`.
-      nan: whether there is a NaN.
+      inf: True if there is an infinity; it requires `nan`.
+      nan: True if there is a NaN.
 
     Returns:
       A grid for `jaxq.cast`, or for a `jaxq.Recipe` that `jaxq.fake_quant` takes.
@@ -179,8 +179,8 @@ def int_grid(bits: Any, *, signed: bool = True, narrow: bool = False) -> BinaryG
 
     Args:
       bits: the width, 1 to 16: an int or a scalar int32 array.
-      signed: whether integers are in two's complement (True) or unsigned (False).
-      narrow: whether the lowest value is omitted, as in `IntFormat`.
+      signed: True if integers are in two's complement, False if they are unsigned.
+      narrow: True if the lowest value is omitted, as in `IntFormat`.
 
     Returns:
       A grid for `jaxq.cast`, or for a `jaxq.Recipe` that `jaxq.fake_quant` takes.

@@ -47,7 +47,7 @@ def quantize_gradients(
       rules: as in `jaxq.quantize_tree`: one recipe for all gradients, a mapping, or a sequence.
         Recipes refer to a gradient's own axes: blocks lie along the last one. Leaves that are not
         floating point are unchanged.
-      error_feedback: whether to keep the rounding errors; True by default.
+      error_feedback: True (the default) to keep the rounding errors.
       key: a `jax.random` key, required if a recipe rounds stochastically. The state carries it from
         step to step.
 

@@ -20,8 +20,8 @@ def bits_schedule(first: int, last: int, *, steps: int, begin: int = 0) -> optax
       begin: the step at which the transition starts; 0 by default.
 
     Returns:
-      A function from a step to an int32 width, for `jaxq.int_grid` and `jaxq.float_grid`. Both may
-      be traced.
+      A function from a step to an int32 width, for `jaxq.int_grid` and `jaxq.float_grid`. The step
+      and the width may be traced.
 
     Raises:
       ValueError: a width or `steps` is below 1, or `steps * |last - first|` overflows int32.

@@ -24,7 +24,7 @@ class Operation:
       contraction: the labels of the axes.
       codes: the same product for arrays of codes, `(lhs, rhs, preferred_element_type) -> out`; None
         (the default) if there is none.
-      grouped: whether the contraction falls into groups, as in a grouped convolution.
+      grouped: True if the contraction falls into groups, as in a grouped convolution.
       arguments: further array arguments of the function, such as group sizes.
     """
 

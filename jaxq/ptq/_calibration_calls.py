@@ -56,7 +56,7 @@ class Calls:
         return len(self.calls) - self.validation
 
     def plan(self, rules: Rules) -> Model:
-        """Plans the model with some rules.
+        """Plans the model by the given rules.
 
         Raises:
           ValueError: if no weight is quantized, or a recipe is not supported.

@@ -136,7 +136,7 @@ class InputScales(Tabular):
           params: the parameters that `ptq.scale_inputs` returned, not yet quantized.
           into: a mapping from a product's name to the path of a leaf. The factors are removed from
             all products with the same input. They are multiplied along the last axis of the leaf,
-            or along another axis given as a pair (path, axis), such as -2 for a kernel
+            or along another axis given as a pair (path, axis), such as -2 for a weight
             `[outputs, inputs]`; a list names several leaves. Layers of a scan are leading axes of
             both.
 

@@ -74,7 +74,7 @@ class SolvedWeight(NamedTuple):
 
     Attributes:
       view: the weight after the change of its leaves.
-      matrices: the solution. Its `before` is the loss of the nearest levels of the original leaves.
+      matrices: the solution. Its `nearest_loss` is that of the original leaves.
       note: the reason why the leaves were not changed as requested, or "".
     """
 

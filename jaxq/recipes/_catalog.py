@@ -62,7 +62,8 @@ RECIPES: Registry[Recipe] = Registry(
         # As in TransformerEngine, which uses tiles for the weights in training.
         "nvfp4": Recipe("float4_e2m1fn", PerBlock(16), TwoLevel()),
         "nvfp4_tile16": Recipe("float4_e2m1fn", PerBlock((16, 16)), TwoLevel()),
-        # Four over six: a block may fill the grid up to 4 only; 256 leaves room for its scale.
+        # Four over six: the amax of a block becomes 6 or 4. For 4 its scale is 1.5 times as large,
+        # so `largest` is below 448 / 1.5.
         "nvfp4_4over6": Recipe(
             "float4_e2m1fn", PerBlock(16), TwoLevel(largest=256.0, search=(1.0, 1.5))
         ),

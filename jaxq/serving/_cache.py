@@ -35,7 +35,7 @@ class CacheScales(NamedTuple):
 
     Example:
       >>> from jaxq import serving
-      >>> scales = CacheScales(keys=8 / 448, values=4 / 448)  # The amax over 448, of FP8.
+      >>> scales = CacheScales(keys=8 / 448, values=4 / 448)  # amax / the FP8 max.
       >>> serving.KVCache.empty((64, 2, 8), "kv_fp8", scales=scales).nbytes
       2188
     """
@@ -64,7 +64,7 @@ class KVCache:
       recent_values: the newest values, of the same shape.
       length: the number of tokens appended so far, int32 `[*batch]`.
       recipe: the cache recipe.
-      capacity: the number of tokens that attention sees.
+      capacity: the largest number of tokens that attention sees.
 
     Example:
       >>> import jax.numpy as jnp

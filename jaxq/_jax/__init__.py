@@ -22,11 +22,14 @@ says otherwise, and the check that passes without the workaround once the behavi
   it when `benchmarks/checkpoints.py` shows equal times.
 - `barriers.barrier_on_cpu`: kernels of scales and Hadamard transforms that differ only in how they
   read their operand are compiled separately. Remove it when `benchmarks/dots.py` shows equal times
-  to compile. (With JAX 0.10 it has no effect, because XLA removes barriers before it fuses.)
+  to compile. `numerics.unpack`: codes of 1, 2 and 4 bits are unpacked several times as slowly while
+  they are cut out of an array in a loop (JAX 0.12); remove it when `benchmarks/serving.py` shows
+  equal times. (With JAX 0.10 it has no effect, because XLA removes barriers before it fuses.)
 - `barriers.computed_once`: an operand of a product is computed twice, for its scales and for its
   codes, and a quantizer that is fused with a transpose is not vectorized. Training steps take up to
-  1.6 times as long. Remove it when `benchmarks/models.py` shows equal times, and its second form
-  with the support for JAX 0.10.
+  1.6 times as long. Remove it when `benchmarks/models.py` shows equal times. `numerics.unpack`: as
+  for `barrier_on_cpu`, for codes of other widths, also with JAX 0.10. Its second form can go with
+  the support for JAX 0.10.
 - `arithmetic.by_vectors`: kernels for arrays of equal size and different shape are compiled
   separately. Remove it when `test_product_compiles_few_kernels` passes without it.
 - `arithmetic.materialize`: a value per block is computed again for each element; MX formats take 2

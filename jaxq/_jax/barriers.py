@@ -83,11 +83,13 @@ def _lower_remainder(context: Any, x: Any) -> Any:
 
 
 def _own_remainder(x: jax.Array) -> jax.Array:
-    """Returns floats of 16 or 32 bits as the remainders of their bits by a larger number.
+    """Returns bytes, or floats of 16 or 32 bits, as remainders of their bits by a larger number.
 
     XLA on CPU fuses no remainder into several uses, because it considers it expensive. For LLVM it
     is a comparison.
     """
+    if x.dtype == jnp.uint8:
+        return lax.rem(x.astype(jnp.uint16), np.uint16(2**16 - 1)).astype(jnp.uint8)
     dtype = np.uint32 if x.dtype == jnp.float32 else np.uint16
     largest = dtype(np.iinfo(dtype).max)
     bits = lax.min(lax.bitcast_convert_type(x, dtype), largest - dtype(1))

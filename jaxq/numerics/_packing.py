@@ -8,8 +8,9 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.bits import where
 from jaxq._base.shapes import is_symbolic
-from jaxq._jax.barriers import barrier_on_cpu
+from jaxq._jax.barriers import barrier_on_cpu, computed_once
 
 __all__ = ["pack", "unpack"]
 
@@ -122,57 +123,69 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("bits", "n"))
 def _unpacked(packed: jax.Array, bits: int, n: int) -> jax.Array:
     *leading, size = packed.shape
-    per_group, group_bytes = _groups(bits)
     if bits == 8:
         return packed
-    # XLA on CPU (JAX 0.12) would unpack several times as slowly while it cuts the bytes out of an
-    # array in a loop.
-    packed = barrier_on_cpu(packed)
-    if group_bytes == 1:
+    if bits == 16:
+        return lax.bitcast_convert_type(packed.reshape(*leading, n, 2), jnp.uint16)
+    if 8 % bits == 0:
+        # XLA on CPU (JAX 0.12) would unpack several times as slowly while it cuts the bytes out of
+        # an array in a loop.
+        words = barrier_on_cpu(packed)
         width = 1 if is_symbolic(size) else math.gcd(size, 4)  # Bytes per word.
-        words = packed
         if width > 1:
-            words = packed.reshape(*leading, size // width, width)
+            words = words.reshape(*leading, size // width, width)
             words = lax.bitcast_convert_type(words, f"uint{8 * width}")
-        codes = _shifted(words.astype(jnp.uint32), 8 * width // bits, bits)
-        return codes.astype(jnp.uint8).reshape(*leading, size * per_group)[..., :n]
-    groups = -(-n // per_group)
-    padding = [(0, 0, 0)] * len(leading) + [(0, groups * group_bytes - size, 0)]
-    wide = lax.pad(packed, np.uint8(0), padding).astype(jnp.uint32)
-    # Bytes are first combined into words that hold several codes. XLA on CPU vectorizes this, but
-    # not a separate expression for each code, which takes two to five times as long.
-    per_word = _codes_per_word(bits)
-    firsts = np.arange(0, per_group, per_word) * bits  # The position of each word's first bit.
-    places = 8 * (np.arange(group_bytes) - firsts[:, None] // 8)
-    weights = np.where((places >= 0) & (places < 32), 2.0 ** (places % 32), 0).astype(np.uint32)
-    ones = (1,) * (len(leading) + 1)
-    wide = wide.reshape(*leading, groups, 1, group_bytes) * weights.reshape(*ones, *weights.shape)
-    words = jnp.sum(wide, axis=-1, dtype=jnp.uint32)
-    words = words >> (firsts % 8).astype(np.uint32).reshape(*ones, -1)
-    codes = _shifted(words, per_word, bits).astype(jnp.uint8 if bits <= 8 else jnp.uint16)
-    return codes.reshape(*leading, groups * per_group)[..., :n]
-
-
-def _shifted(words: jax.Array, count: int, bits: int) -> jax.Array:
-    """Returns the codes in each word along a new last axis, given how many there are: 2^k."""
-    shape = (*words.shape, count)
-    words = jnp.broadcast_to(words[..., None], shape)
-    # The multiple of the count changes nothing, but XLA on CPU would otherwise move the distances
-    # out of a loop, and not vectorize the code that reads them (JAX 0.10 and 0.12).
-    places = lax.broadcasted_iota(jnp.uint32, shape, words.ndim - 1) + words * np.uint32(count)
-    distances = (places & np.uint32(count - 1)) * np.uint32(bits)
-    return words >> distances & np.uint32(2**bits - 1)
+        codes = _codes([words.astype(jnp.uint32)], 8 * width // bits, bits)
+    else:  # Eight codes fill whole bytes. Each word has all bits of some of them.
+        groups = -(-n // 8)
+        padding = [(0, 0, 0)] * len(leading) + [(0, groups * bits - size, 0)]
+        rows = lax.pad(computed_once(packed), np.uint8(0), padding)
+        rows = rows.reshape(*leading, groups, bits)
+        per_word = _codes_per_word(bits)
+        firsts = range(0, 8 * bits, per_word * bits)
+        words = [_word(rows, first, per_word * bits) for first in firsts]
+        codes = _codes(words, per_word, bits)
+    codes = codes.astype(jnp.uint8 if bits <= 8 else jnp.uint16)
+    return codes.reshape(*leading, math.prod(codes.shape[len(leading) :]))[..., :n]
 
 
 def _codes_per_word(bits: int) -> int:
-    """Returns the number of codes of which four bytes hold all bits, wherever the codes start."""
-    per_group, _ = _groups(bits)
+    """Returns the number of codes of which four bytes hold all bits, a divisor of 8."""
     return max(
         count
-        for count in range(1, per_group + 1)
-        if per_group % count == 0
-        and all(i * bits % 8 + count * bits <= 32 for i in range(0, per_group, count))
+        for count in (1, 2, 4, 8)
+        if all(first % 8 + count * bits <= 32 for first in range(0, 8 * bits, count * bits))
     )
+
+
+def _word(rows: jax.Array, first: int, length: int) -> jax.Array:
+    """Returns `length` bits of each row of bytes, from bit `first` on, with other bits above."""
+    start, stop = first // 8, -(-(first + length) // 8)
+    parts = (
+        rows[..., i].astype(jnp.uint32) << np.uint32(8 * (i - start)) for i in range(start, stop)
+    )
+    return functools.reduce(lax.bitwise_or, parts) >> np.uint32(first % 8)
+
+
+def _codes(words: list[jax.Array], per_word: int, bits: int) -> jax.Array:
+    """Returns the codes in a group of words along a new last axis.
+
+    Args:
+      words: the words of all groups: the first ones, the second ones and so on.
+      per_word: the number of codes in a word, a power of two.
+      bits: the width of a code. The first code has the lowest bits.
+    """
+    count = len(words) * per_word
+    shape = (*words[0].shape, count)
+    word, *others = (jnp.broadcast_to(w[..., None], shape) for w in words)
+    # Adding multiples of the count changes nothing, but without them XLA on CPU would move the
+    # distances out of a loop, and not vectorize the code that reads them (JAX 0.10 and 0.12).
+    index = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) + word * np.uint32(count)
+    index = index & np.uint32(count - 1)
+    for i, other in enumerate(others, 1):
+        word = where(index >= np.uint32(i * per_word), other, word)
+    distances = (index & np.uint32(per_word - 1)) * np.uint32(bits)
+    return word >> distances & np.uint32(2**bits - 1)
 
 
 def _check_packing(name: str, array: jax.Array, bits: int) -> None:

@@ -95,7 +95,7 @@ class TensorFile:
           entry: one of `entries`.
           size: the number of elements in each part except the last.
         """
-        if self.parts:
+        if self.parts and entry.layout is None:
             yield from self.parts[entry.name].stream(entry, size)
             return
         if not self._is_streamed(entry):

@@ -571,6 +571,11 @@ def test_quantize_explains_wrong_arguments(capsys, tmp_path: pathlib.Path):
         code, _, error = run(capsys, "quantize", *arguments)
         assert code == 2
         assert message in error
+    rules = tmp_path / "rules.json"
+    rules.write_text('[["w", ["q4_0"]]]')
+    code, _, error = run(capsys, "quantize", source, target, "--rules", str(rules))
+    assert code == 2
+    assert "it must be a list of pairs [expression, recipe or null]" in error
     assert not pathlib.Path(target).exists()
 
 

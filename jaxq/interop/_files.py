@@ -105,7 +105,7 @@ class TensorFile:
         assert self.source is not None
         assert not isinstance(self.source, zipfile.ZipFile)
         dtype = np.dtype(entry.numpy_dtype)
-        size = min(size, entry.size)
+        size = max(min(size, entry.size), 1)
         raw, wide = np.empty(size, dtype), [_aligned(size) for _ in range(2)]
         for number, start in enumerate(range(0, entry.size, size)):
             part = wide[number % 2][: entry.size - start]

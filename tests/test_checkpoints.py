@@ -205,3 +205,11 @@ def test_orbax_restores_into_a_tree_of_shapes(tmp_path: pathlib.Path):
     with orbax.StandardCheckpointer() as checkpointer:
         got = checkpointer.restore(tmp_path / "step", jax.eval_shape(quantize, W))
     same(got, tree)
+
+
+def test_file_that_a_killed_process_left_is_no_obstacle(tmp_path: pathlib.Path):
+    """Saves with the number of the killed process, as in a container that was started again."""
+    path = tmp_path / "a.safetensors"
+    (tmp_path / f".{path.name}.{os.getpid()}.tmp").touch()
+    jaxq.save(path, {"w": W})
+    same(jaxq.load(path)["w"], W)

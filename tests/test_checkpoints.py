@@ -207,6 +207,12 @@ def test_orbax_restores_into_a_tree_of_shapes(tmp_path: pathlib.Path):
     same(got, tree)
 
 
+def test_empty_path_is_named_as_a_folder(tmp_path: pathlib.Path):
+    for path in ("", ".", tmp_path):
+        with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+            jaxq.save(path, {"w": W})
+
+
 def test_file_that_a_killed_process_left_is_no_obstacle(tmp_path: pathlib.Path):
     """Saves with the number of the killed process, as in a container that was started again."""
     path = tmp_path / "a.safetensors"

@@ -182,7 +182,9 @@ def test_trees_that_cannot_be_stored_raise(tmp_path: pathlib.Path):
         ({"f": print}, "leaves must be arrays, numbers or strings"),
         ({1.5: W}, "strings or integers"),
         (jaxq.quantize(W, own), "got a function"),
-        ({"text": np.array(["a"])}, "must be numeric, got the dtype"),
+        ({"text": np.array(["a"])}, "must have a dtype of JAX, got <U1"),
+        ({"wide": np.ones(2, np.longdouble)}, "must have a dtype of JAX, got float"),
+        ({"record": np.zeros(2, [("x", "f4")])}, "must have a dtype of JAX"),
     ]:
         with pytest.raises(TypeError, match=message):
             jaxq.save(path, tree)

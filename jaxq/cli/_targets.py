@@ -231,7 +231,9 @@ def _write_safetensors(path: str, job: Job) -> None:
             dtype = np.dtype(entry.numpy_dtype).newbyteorder("=")
             shapes[name] = jax.ShapeDtypeStruct(entry.shape, dtype)
         else:
-            raise UsageError(f"{name}: the dtype {entry.dtype} cannot be copied")
+            raise UsageError(
+                f"{name}: the dtype {entry.dtype} cannot be copied; leave the tensor out of IN"
+            )
 
     def read(name: str) -> Any:
         plan = plans[name]
@@ -265,7 +267,10 @@ def _write_gguf(path: str, job: Job) -> None:
             kind = entry.packed or _PLAIN[dtype or ""]
             read = functools.partial(job.unchanged_bytes, plan)
         else:
-            raise UsageError(f"{entry.name}: {entry.dtype} cannot be copied to GGUF")
+            raise UsageError(
+                f"{entry.name}: {entry.dtype} cannot be copied to GGUF; add a rule with a "
+                "recipe, or leave the tensor out of IN"
+            )
         tensors.append(gguf.Tensor(plan.name, kind, entry.shape, read))
     metadata = {"general.architecture": "unknown", "general.quantization_version": 2}
     metadata |= _gguf_metadata(job.file)

@@ -306,6 +306,11 @@ class TestIndexing:
             q[1:5]
         with pytest.raises(TypeError, match="two axes"):
             list(q[0])
+        for index in ((slice(None), 0), None, ..., "codes", np.array([0, 1]), np.ones(8, bool)):
+            with pytest.raises(
+                TypeError, match="Quantized: an index must be an integer or a slice"
+            ):
+                q[index]
 
     def test_empty_tensors_stay_empty(self):
         for recipe in ("int4_g32", "int4_channel", "uint4_channel", "mxfp4", "int4_tensor"):

@@ -210,6 +210,21 @@ def test_raw_lists_tensors_as_stored(tmp_path: pathlib.Path):
         assert [entry.name for entry in file.entries] == ["a.weight"]
 
 
+def test_weights_of_a_folder_are_read_in_parts(tmp_path: pathlib.Path):
+    """Reads a second weight whose parts are in two files and whose codes have its name."""
+    tensors, value = gptq(4, 1)
+    with open_tensors(written(tmp_path / "gptq", tensors, method("gptq"))) as file:
+        parts = list(file.stream(file.entries[0], 1000))
+    np.testing.assert_array_equal(np.concatenate(parts), value.reshape(-1))
+    folder, codes = tmp_path / "fp8", np.ones((128, 128), ml_dtypes.float8_e4m3fn)
+    written(folder, {"a.weight": codes})
+    scale = {"a.weight_scale_inv": np.full((1, 1), 3, np.float32)}
+    safetensors.numpy.save_file(scale, folder / "scales.safetensors")
+    with open_tensors(folder) as file:
+        parts = list(file.stream(file.entries[0], 10000))
+    np.testing.assert_array_equal(np.concatenate(parts), np.full(128 * 128, 3, np.float32))
+
+
 def test_load_tensors_places_arrays_and_keeps_others(tmp_path: pathlib.Path):
     tensors, value = gptq(4, 1)
     tensors |= {"b": np.arange(3), "c": np.ones((2, 2), ml_dtypes.bfloat16)}

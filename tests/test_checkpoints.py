@@ -182,7 +182,9 @@ def test_trees_that_cannot_be_stored_raise(tmp_path: pathlib.Path):
         ({"f": print}, "leaves must be arrays, numbers or strings"),
         ({1.5: W}, "strings or integers"),
         (jaxq.quantize(W, own), "got a function"),
-        ({"text": np.array(["a"])}, "must be numeric, got the dtype"),
+        ({"text": np.array(["a"])}, "must have a dtype of JAX, got <U1"),
+        ({"wide": np.ones(2, np.longdouble)}, "must have a dtype of JAX, got float"),
+        ({"record": np.zeros(2, [("x", "f4")])}, "must have a dtype of JAX"),
     ]:
         with pytest.raises(TypeError, match=message):
             jaxq.save(path, tree)
@@ -205,3 +207,17 @@ def test_orbax_restores_into_a_tree_of_shapes(tmp_path: pathlib.Path):
     with orbax.StandardCheckpointer() as checkpointer:
         got = checkpointer.restore(tmp_path / "step", jax.eval_shape(quantize, W))
     same(got, tree)
+
+
+def test_empty_path_is_named_as_a_folder(tmp_path: pathlib.Path):
+    for path in ("", ".", tmp_path):
+        with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+            jaxq.save(path, {"w": W})
+
+
+def test_file_that_a_killed_process_left_is_no_obstacle(tmp_path: pathlib.Path):
+    """Saves with the number of the killed process, as in a container that was started again."""
+    path = tmp_path / "a.safetensors"
+    (tmp_path / f".{path.name}.{os.getpid()}.tmp").touch()
+    jaxq.save(path, {"w": W})
+    same(jaxq.load(path)["w"], W)

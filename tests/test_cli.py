@@ -289,6 +289,20 @@ def test_error_explains_excluded_tensors(capsys, checkpoint: pathlib.Path):
     assert "not included" in err
 
 
+def test_sigterm_removes_temporary_files(
+    capsys, checkpoint: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
+):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(comparing, "html", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    page = tmp_path / "r.html"
+    code, _, _ = run(
+        capsys, "compare", str(checkpoint), "--recipes", "int8_token", "--html", str(page)
+    )
+    assert code == 143
+    assert [*tmp_path.iterdir()] == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_failure_leaves_old_report(
     capsys, checkpoint: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
 ):
@@ -572,6 +586,11 @@ def test_quantize_explains_wrong_arguments(capsys, tmp_path: pathlib.Path):
         code, _, error = run(capsys, "quantize", *arguments)
         assert code == 2
         assert message in error
+    rules = tmp_path / "rules.json"
+    rules.write_text('[["w", ["q4_0"]]]')
+    code, _, error = run(capsys, "quantize", source, target, "--rules", str(rules))
+    assert code == 2
+    assert "it must be a list of pairs [expression, recipe or null]" in error
     assert not pathlib.Path(target).exists()
 
 

@@ -204,3 +204,33 @@ def test_inspect_lists_weights_or_their_parts(capsys, tmp_path: pathlib.Path):
         assert code == 0
         assert sorted(row["tensor"] for row in json.loads(out)["tensors"]) == wanted
     assert "compressed-tensors mxfp4" in run(capsys, "inspect", tmp_path / "m")[1]
+
+
+def test_tensors_that_are_empty_or_not_finite_are_written_and_noted(capsys, tmp_path: pathlib.Path):
+    w, source = np.ones((4, 64), np.float32), tmp_path / "model.safetensors"
+    tensors = {"good": w, "empty": w[:0], "nan": w.copy(), "large": 1e30 * w}
+    tensors["nan"][1, 2] = np.nan
+    safetensors.numpy.save_file(tensors, source)
+    for target in (tmp_path / "out.gguf", tmp_path / "out.safetensors"):
+        code, out, _ = run(capsys, "quantize", source, target, "--recipe", "q8_0", "--json")
+        assert code == 0
+        notes = json.loads(out)["notes"]
+        assert notes == {"NaNs or infinities after quantization": ["large", "nan"]}
+        assert read(target)["empty" if target.suffix == ".gguf" else "empty/codes"].size == 0
+
+
+def test_arrays_that_jaxq_has_quantized_are_not_quantized_again(capsys, tmp_path: pathlib.Path):
+    w, source = np.ones((4, 64), np.float32), tmp_path / "packed.safetensors"
+    jaxq.save(source, {"a": [jaxq.quantize(w, "int4_g32")], "b": w})
+    target = tmp_path / "out.safetensors"
+    for file in (source, tmp_path):
+        code, _, err = run(capsys, "quantize", file, target, "--recipe", "int8_channel")
+        assert code == 2
+        assert "'a/0/codes' is a part of one. Quantize the original file" in err
+    assert not target.exists()
+    code, out, _ = run(capsys, "compare", source, "--recipes", "int8_token", "--json")
+    assert code == 0
+    assert {row["tensor"] for row in json.loads(out)["tensors"]} == {"b"}
+    assert "not compared: a/0/scale: part of an array" in run(capsys, "compare", source)[1]
+    jaxq.save(source, {"a": w, "b": [w]})
+    assert run(capsys, "quantize", source, target, "--recipe", "int8_channel")[0] == 0

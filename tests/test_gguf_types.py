@@ -257,6 +257,7 @@ def written_by_gguf(path: pathlib.Path) -> None:
     writer.add_array("texts", ["a", "bb", ""])
     writer.add_array("numbers", [1, 2, 3])
     writer.add_float32("float", 0.1)
+    writer.add_float64("double", 0.1)
     writer.add_bool("bool", True)
     writer.add_tensor("half", X[:, :7].astype(np.float16))
     for name in ("q4_k", "q8_0", "nvfp4"):
@@ -311,7 +312,7 @@ def test_writing_checks_its_arguments(tmp_path: pathlib.Path):
     for written, metadata, message in [
         ([good, good], {}, "distinct"),
         ([good._replace(type="q9")], {}, "has the type 'q9'"),
-        ([good._replace(name="a" * 65)], {}, "does not fit"),
+        ([good._replace(name="a" * 64)], {}, "does not fit"),
         ([good._replace(shape=(3,))], {}, "has 8 bytes"),
         ([good], {"general.alignment": 3}, "power of two"),
         ([good], {"a": ["b", 1]}, "one type"),

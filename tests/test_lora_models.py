@@ -159,3 +159,8 @@ def test_module_that_is_not_an_argument_is_an_error():
     _, mlp = equinox()
     with pytest.raises(TypeError, match=r"got a module of type MLP. Pass, .* `lambda module, x"):
         lora.adapt(mlp, INT3)(jnp.ones(8))
+
+
+def test_merge_with_rules_raises():
+    with pytest.raises(TypeError, match=r"`state` must be the state that lora.adapt returned"):
+        lora.merge(lambda w, x: x @ w, "int4_g32")

@@ -86,6 +86,8 @@ def test_front_has_no_dominated_point():
             "`nbytes` must be at least 400, the size with the smallest",
         ),
         (lambda s: ptq.budget(s, 1e6, groups=["/q$"], by="loss"), "got '/q\\$'"),
+        (lambda s: ptq.budget(s, 1e6, groups=["("], by="loss"), "must be regular expressions"),
+        (lambda s: ptq.budget(s, float("nan"), by="loss"), "`nbytes` must be at least"),
         (lambda s: ptq.budget(s, 1e6, by="lost"), "'loss' or 'relative', got 'lost'"),
         (lambda _: ptq.budget(ptq.Scores(()), 1e6), "at least one weight"),
     ],
@@ -93,6 +95,12 @@ def test_front_has_no_dominated_point():
 def test_bad_budgets_are_errors(call, message: str):
     with pytest.raises(ValueError, match=message):
         call(random_scores(5))
+
+
+def test_groups_in_a_string_raise():
+    """Raises an error, because each character would be an expression, and `|` matches anything."""
+    with pytest.raises(TypeError, match="must be a list of regular expressions"):
+        ptq.budget(random_scores(5), 1e6, groups="q|k", by="loss")
 
 
 @pytest.mark.unoptimized

@@ -106,3 +106,35 @@ def test_folder_of_another_run_is_an_error(tmp_path: pathlib.Path):
     solve = ptq.quantize_weights(model, RULES, solver="rtn", resume=tmp_path)
     with pytest.raises(ValueError, match="holds other files"):
         solve(PARAMS, BATCHES)
+
+
+def test_folder_of_a_run_with_other_closed_over_arrays_is_an_error(tmp_path: pathlib.Path):
+    def with_embedding(array):
+        return lambda w, x: jax.jit(lambda x: x @ array)(x) @ w["out"]
+
+    folder, embedding = tmp_path / "run", normal(5, 8, 8)
+    ptq.quantize_weights(with_embedding(embedding), RULES, resume=folder)(PARAMS, BATCHES)
+    solve = ptq.quantize_weights(with_embedding(2 * embedding), RULES, resume=folder)
+    with pytest.raises(ValueError, match="of another run"):
+        solve(PARAMS, BATCHES)
+
+
+def test_folder_of_a_run_with_other_levels_is_an_error(tmp_path: pathlib.Path):
+    def rules(*levels):
+        return jaxq.Recipe(jaxq.CodebookFormat("own", levels), jaxq.PerChannel())
+
+    folder = tmp_path / "run"
+    ptq.quantize_weights(model, rules(-1.0, 0.0, 0.5), resume=folder)(PARAMS, BATCHES)
+    with pytest.raises(ValueError, match="of another run"):
+        ptq.quantize_weights(model, rules(-1.0, 0.0, 0.25), resume=folder)(PARAMS, BATCHES)
+
+
+def test_run_with_random_keys_is_resumed(tmp_path: pathlib.Path):
+    def dropping(w, x, key):
+        return jnp.where(jax.random.bernoulli(key, 0.9, x.shape), x, 0.0) @ w["out"]
+
+    solve = ptq.quantize_weights(dropping, RULES, resume=tmp_path / "run")
+    (packed, _), (again, _) = (solve(PARAMS, [(BATCHES[0], jax.random.key(0))]) for _ in range(2))
+    np.testing.assert_array_equal(packed["out"].codes, again["out"].codes)
+    with pytest.raises(ValueError, match="of another run"):
+        solve(PARAMS, [(BATCHES[0], jax.random.key(1))])

@@ -251,6 +251,8 @@ def test_named_recipes_serve_a_cache(name: str):
         ),
         (lambda: serving.KVCache.empty((18, 2, 16), KIVI), "multiple of 4"),
         (lambda: serving.KVCache.empty((16, 2), KIVI), "`shape` must be"),
+        (lambda: serving.KVCache.empty((16, 0, 8), "kv_int8"), "at least one head"),
+        (lambda: serving.KVCache.empty((16, 2, 8), "kv_int8", dtype=np.int8), "`dtype` must be"),
         (lambda: serving.KVCache.empty((16, 2, 16), "kv_fp8"), "pass CacheScales"),
         (
             lambda: serving.KVCache.empty((16, 2, 16), "kv_int8", scales=serving.CacheScales(1.0)),

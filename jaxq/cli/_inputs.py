@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxq.cli._output import UsageError
 from jaxq.cli._pieces import Numbers
-from jaxq.interop import Entry, FileError, TensorFile, open_tensors
+from jaxq.interop import Entry, FileError, TensorFile, open_tensors, quantized_parts
 
 __all__ = ["Inputs", "opened"]
 
@@ -30,11 +30,13 @@ class Inputs:
       title: the name of the file, or the number of files.
       entries: the tensors. If there are several files, tensor names begin with the file's name.
       sources: the file of each tensor and its entry in the file, by the tensor's name.
+      parts: the names of the codes and scales of arrays that jaxq has quantized.
     """
 
     title: str
     entries: tuple[Entry, ...]
     sources: Mapping[str, tuple[TensorFile, Entry]]
+    parts: frozenset[str]
 
     def read(self, entry: Entry) -> np.ndarray:
         """Returns the numbers of a tensor as float32."""
@@ -65,17 +67,21 @@ def opened(paths: Sequence[str]) -> Iterator[Inputs]:
     names = list(dict.fromkeys(name for path in paths for name in _expanded(path)))
     entries: list[Entry] = []
     sources: dict[str, tuple[TensorFile, Entry]] = {}
+    parts: set[str] = set()
     with contextlib.ExitStack() as stack:
         for name in names:
             file = stack.enter_context(_stdin() if name == _STDIN else open_tensors(name))
+            in_file = quantized_parts(file)
             shown = "stdin" if name == _STDIN else name
             for entry in file.entries:
                 full = entry.name if len(names) == 1 else f"{shown}:{entry.name}"
                 entries.append(dataclasses.replace(entry, name=full))
                 sources[full] = file, entry
+                if entry.name in in_file:
+                    parts.add(full)
         only = "standard input" if names == [_STDIN] else pathlib.Path(names[0]).name
         title = only if len(names) == 1 else f"{len(names)} files"
-        yield Inputs(title, tuple(entries), sources)
+        yield Inputs(title, tuple(entries), sources, frozenset(parts))
 
 
 def _expanded(path: str) -> list[str]:

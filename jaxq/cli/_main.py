@@ -1,10 +1,13 @@
 """The entry point: runs a command and converts any error to an exit code and one line of text."""
 
+import contextlib
 import io
 import os
 import pathlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from jaxq.cli._output import UsageError, one_line
 from jaxq.cli._parser import build, guarded
@@ -22,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the command-line arguments. Default: None, the arguments of the process.
 
     Returns:
-      The exit code: 0 for success, 1 for a failure, 2 for wrong arguments or a bad file, and 130
-      for an interrupt.
+      The exit code: 0 for success, 1 for a failure, 2 for wrong arguments or a bad file, 130 for
+      an interrupt, and 143 for SIGTERM.
 
     Example:
       >>> from jaxq import cli
@@ -49,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             build().print_help()
             return 0
-        args.run(args)
+        with _stopped_by_sigterm():
+            args.run(args)
         sys.stdout.flush()
-    except SystemExit as done:  # Raised by --help and --version.
+    except SystemExit as done:  # Raised by --help, --version and SIGTERM.
         return done.code if isinstance(done.code, int) else 0
     except BrokenPipeError:
         # The reader closed the pipe. Replacing stdout avoids Python's error message at exit.
@@ -68,6 +72,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = f"{type(error).__name__}: {one_line(error)} (--debug shows where)"
         return _failed(error, text, 1, debug)
     return 0
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Raises SystemExit on SIGTERM inside the context, so that temporary files are removed."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():  # Only it may set handlers.
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _failed(error: BaseException, text: str, code: int, debug: bool) -> int:

@@ -141,6 +141,9 @@ class Selection:
         for entry in file.entries:
             if not entry.is_float:
                 skipped.setdefault(f"dtype {entry.dtype}", []).append(entry.name)
+            elif entry.name in file.parts:
+                reason = "part of an array that jaxq has quantized"
+                skipped.setdefault(reason, []).append(entry.name)
             elif patterns[0] is not None and not patterns[0].search(entry.name):
                 skipped.setdefault("not included", []).append(entry.name)
             elif patterns[1] is not None and patterns[1].search(entry.name):

@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jaxq.cli._progress import progress
 from jaxq.cli._recipes import BLOCK_TYPES, NAMES, OTHER_TYPES
 from jaxq.cli._targets import WRITERS, Job, Plan, shape_of, takes_importance
 from jaxq.formats import FORMATS, IntFormat
-from jaxq.interop import Entry, TensorFile, gguf, open_tensors, read_json
+from jaxq.interop import Entry, TensorFile, gguf, open_tensors, quantized_parts, read_json
 from jaxq.quantizers import quantize
 from jaxq.recipes import RECIPES, Affine, Recipe, Symmetric, get_recipe
 
@@ -46,6 +47,13 @@ def run(args: argparse.Namespace) -> None:
     rules = _rules(args, target)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_tensors(args.file))
+        parts = sorted(quantized_parts(file))
+        if parts:
+            raise UsageError(
+                f"{args.file}: it must hold no arrays that jaxq has quantized, but "
+                f"{parts[0]!r:.120} is a part of one. Quantize the original file, or load it by "
+                "jaxq.load and save the result of jaxq.dequantize_tree"
+            )
         config = _config(file)
         conversion = _conversion(args, config) if target == "gguf" else None
         importance = _importance(args.imatrix) if args.imatrix else {}
@@ -62,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         advance = stack.enter_context(
             progress("quantizing", sum(plan.work(plan.name in importance) for plan in plans))
         )
-        energies: list[Energies] = []
+        energies = {plan.name: [] for plan in plans}
         job = Job(
             file=file,
             plans=plans,
@@ -132,10 +140,16 @@ def _rules(args: argparse.Namespace, target: str) -> list[tuple[re.Pattern[str],
             except (OSError, ValueError, RecursionError) as error:
                 raise UsageError(f"{args.rules}: {one_line(error)}") from error
             valid = isinstance(rules, list) and all(
-                isinstance(r, list) and len(r) == 2 and isinstance(r[0], str) for r in rules
+                isinstance(r, list)
+                and len(r) == 2
+                and isinstance(r[0], str)
+                and isinstance(r[1], str | None)
+                for r in rules
             )
             if not valid:
-                raise UsageError(f"{args.rules}: it must be a list of pairs [expression, recipe]")
+                raise UsageError(
+                    f"{args.rules}: it must be a list of pairs [expression, recipe or null]"
+                )
         if args.recipe is not None:
             exceptions = [[_NOT_LINEAR, None]] if target == "compressed-tensors" else []
             rules = [*rules, *exceptions, ["", args.recipe]]
@@ -146,7 +160,7 @@ def _rules(args: argparse.Namespace, target: str) -> list[tuple[re.Pattern[str],
                 continue
             if name in FORMATS:
                 get_recipe(name)  # Raises an error that names recipes with this format.
-            raise NAMES.unknown(str(name))
+            raise NAMES.unknown(name)
         try:
             return [(re.compile(pattern), name) for pattern, name in rules]
         except re.error as error:
@@ -254,16 +268,19 @@ def _importance(path: str) -> dict[str, np.ndarray]:
     return result
 
 
-def _summary(args: argparse.Namespace, plans: Sequence[Plan], energies: Sequence[Energies]) -> None:
+def _summary(
+    args: argparse.Namespace, plans: Sequence[Plan], energies: Mapping[str, Sequence[Energies]]
+) -> None:
     output = pathlib.Path(args.output)
     files = output.glob("*.safetensors") if output.is_dir() else [output]
     after = sum(path.stat().st_size for path in files)
     before = sum(plan.entry.nbytes for plan in plans)
     done = [plan for plan in plans if plan.recipe is not None]
+    parts = list(itertools.chain.from_iterable(energies.values()))
     row = {
         "quantized": len(done),
         "kept": len(plans) - len(done),
-        "SQNR dB": total_of(energies).sqnr_db if energies else math.nan,
+        "SQNR dB": total_of(parts).sqnr_db if parts else math.nan,
         "bytes before": before,
         "bytes after": after,
         "smaller by": before / after,
@@ -272,6 +289,8 @@ def _summary(args: argparse.Namespace, plans: Sequence[Plan], energies: Sequence
     for plan in plans:
         if plan.note:
             notes.setdefault(plan.note, []).append(plan.name)
+        if not all(np.isfinite(part.noise) for part in energies[plan.name]):
+            notes.setdefault("NaNs or infinities after quantization", []).append(plan.name)
     if args.json:
         return print_json({**row, "notes": notes})
     print_table([row])

@@ -78,7 +78,7 @@ class Job:
       plans: the treatment of each tensor.
       axis: the contracted axis.
       importance: the importance of the inputs of tensors, by name.
-      energies: the list to which the energies of each quantized tensor are added.
+      energies: the lists, by output name, to which the energies of quantized tensors are added.
       advance: a progress callback that takes the work done, in the units of `Plan.work`.
       conversion: the conversion of a Hugging Face model to GGUF; None to keep names and layouts.
       config: the content of the model's `config.json`.
@@ -90,7 +90,7 @@ class Job:
     plans: Sequence[Plan]
     axis: int
     importance: Mapping[str, np.ndarray]
-    energies: list[Energies]
+    energies: Mapping[str, list[Energies]]
     advance: Callable[..., None]
     conversion: gguf.Conversion | None
     config: Mapping[str, Any]
@@ -112,7 +112,7 @@ class Job:
             numbers = Numbers(entry.shape, functools.partial(self.file.stream, entry), read)
         with _named(entry.name):
             for part in pack_in_pieces(numbers, plan.recipe, _noise, self._importance(plan)):
-                self.energies.append(part.errors.energies(part.signal, part.count))
+                self.energies[plan.name].append(part.errors.energies(part.signal, part.count))
                 self.advance(self._work(plan) * part.count / entry.size)
                 yield part.data
 
@@ -161,7 +161,7 @@ class Job:
         return q
 
     def _add(self, plan: Plan, x: np.ndarray, errors: Errors) -> None:
-        self.energies.append(errors.energies(energy(x.reshape(-1)), x.size))
+        self.energies[plan.name].append(errors.energies(energy(x.reshape(-1)), x.size))
         self.advance(self._work(plan))
 
     def _work(self, plan: Plan) -> int:
@@ -231,7 +231,9 @@ def _write_safetensors(path: str, job: Job) -> None:
             dtype = np.dtype(entry.numpy_dtype).newbyteorder("=")
             shapes[name] = jax.ShapeDtypeStruct(entry.shape, dtype)
         else:
-            raise UsageError(f"{name}: the dtype {entry.dtype} cannot be copied")
+            raise UsageError(
+                f"{name}: the dtype {entry.dtype} cannot be copied; leave the tensor out of IN"
+            )
 
     def read(name: str) -> Any:
         plan = plans[name]
@@ -265,7 +267,10 @@ def _write_gguf(path: str, job: Job) -> None:
             kind = entry.packed or _PLAIN[dtype or ""]
             read = functools.partial(job.unchanged_bytes, plan)
         else:
-            raise UsageError(f"{entry.name}: {entry.dtype} cannot be copied to GGUF")
+            raise UsageError(
+                f"{entry.name}: {entry.dtype} cannot be copied to GGUF; add a rule with a "
+                "recipe, or leave the tensor out of IN"
+            )
         tensors.append(gguf.Tensor(plan.name, kind, entry.shape, read))
     metadata = {"general.architecture": "unknown", "general.quantization_version": 2}
     metadata |= _gguf_metadata(job.file)

@@ -10,6 +10,7 @@ from jaxq.interop._entries import Entry, FileError
 from jaxq.interop._files import TensorFile, open_tensors
 from jaxq.interop._layouts import read_json
 from jaxq.interop._loading import load_tensors
+from jaxq.interop._quantized_parts import quantized_parts
 from jaxq.interop._writing import atomic
 
 __all__ = [

@@ -27,6 +27,9 @@ __all__ = ["VERSION", "load", "save", "save_streamed"]
 VERSION = 1
 
 _NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if dtype is not None}
+_TYPES = {name: kind for name, kind in vars(ml_dtypes).items() if isinstance(kind, type)}
+_EXTENSIONS = (name for name, kind in _TYPES.items() if issubclass(kind, np.generic))
+_DTYPES = {*_NAMES, *_EXTENSIONS, "complex128"}  # Those that safetensors lacks are stored as bytes.
 # The kinds of random keys, by the names in their dtypes.
 _KEYS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
 
@@ -285,9 +288,9 @@ def _tensor(leaf: _Leaf) -> Tensor:
         )
     value = jax.random.key_data(value) if _is_key(value) else value
     dtype = np.dtype(value.dtype)
-    if dtype.hasobject or dtype.kind in "SUMm":
+    if dtype.name not in _DTYPES:
         raise TypeError(
-            f"save: {leaf.name!r} must be numeric, got the dtype {dtype}. Leave it out of the tree."
+            f"save: {leaf.name!r} must have a dtype of JAX, got {dtype}. Convert it first."
         )
 
     def read() -> np.ndarray:
@@ -352,10 +355,8 @@ def _build_tree(plain: Any) -> Any:
 
 def _parse_stored(plain: dict[str, Any]) -> _Stored:
     name, key = plain["dtype"], plain.get("key")
-    if name not in _NAMES and name != "complex128":
-        kind = getattr(ml_dtypes, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, np.generic)):
-            raise ValueError(f"{plain['array']!r:.80} has the unknown dtype {name!r:.40}")
+    if name not in _DTYPES:
+        raise ValueError(f"{plain['array']!r:.80} has the unknown dtype {name!r:.40}")
     if key not in (None, *_KEYS.values()):
         raise ValueError(f"{plain['array']!r:.80} is a key of the unknown kind {key!r:.40}")
     return _Stored(plain["array"], name, key)

@@ -95,7 +95,7 @@ class TensorFile:
           entry: one of `entries`.
           size: the number of elements in each part except the last.
         """
-        if self.parts:
+        if self.parts and entry.layout is None:
             yield from self.parts[entry.name].stream(entry, size)
             return
         if not self._is_streamed(entry):
@@ -105,7 +105,7 @@ class TensorFile:
         assert self.source is not None
         assert not isinstance(self.source, zipfile.ZipFile)
         dtype = np.dtype(entry.numpy_dtype)
-        size = min(size, entry.size)
+        size = max(min(size, entry.size), 1)
         raw, wide = np.empty(size, dtype), [_aligned(size) for _ in range(2)]
         for number, start in enumerate(range(0, entry.size, size)):
             part = wide[number % 2][: entry.size - start]

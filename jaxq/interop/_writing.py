@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -24,11 +25,12 @@ def atomic(path: str | pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
       OSError: if the path is not a regular file, or its folder is missing or not writable.
     """
     path = pathlib.Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     if path.exists() and not path.is_file():  # Do not replace a device or pipe.
         raise OSError("it is not a regular file; name another file")
+    # Containers reuse process numbers, and a killed process leaves its file.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     file = beside.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
     try:
         with file:

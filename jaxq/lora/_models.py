@@ -174,6 +174,7 @@ def merge(fn: Callable[..., Any], state: Adapted, *, argnums: int = 0) -> Callab
       A function `(*args) -> Merged`, whose arguments contain the stored parameters.
 
     Raises:
+      TypeError: `state` was not returned by `adapt`.
       ValueError: as in `adapt`.
 
     Example:
@@ -186,6 +187,11 @@ def merge(fn: Callable[..., Any], state: Adapted, *, argnums: int = 0) -> Callab
       >>> merged.params["w"].shape, [*merged.errors]
       ((64, 8), ['w'])
     """
+    if not isinstance(state, Adapted):
+        raise TypeError(
+            f"lora.merge: `state` must be the state that lora.adapt returned, got "
+            f"{type(state).__name__}. Pass it in place of rules."
+        )
 
     @functools.wraps(fn, updated=())
     def merged(*args: Any) -> Merged:

@@ -120,8 +120,9 @@ def budget(
       The best choice, optimal unless `is_exact` is False.
 
     Raises:
+      TypeError: if `groups` is a string.
       ValueError: if no choice fits (the message states the smallest possible budget); a group has
-        no common recipe; an expression matches nothing; or `by` is unknown.
+        no common recipe; an expression is not valid or matches nothing; or `by` is unknown.
 
     Example:
       >>> import jaxq
@@ -152,7 +153,7 @@ def budget(
     fronts, is_exact = _fronts(options)
     last = fronts[-1]
     fitting = int(np.searchsorted(last.nbytes, nbytes, side="right"))
-    if not fitting:
+    if math.isnan(nbytes) or not fitting:
         raise ValueError(
             f"budget: `nbytes` must be at least {int(last.nbytes[0])}, the size with the smallest "
             f"candidates, got {nbytes:g}. Add candidates with fewer bits."
@@ -177,6 +178,19 @@ def budget(
 
 def _members(scores: Scores, groups: Sequence[str]) -> list[list[str]]:
     """Returns the weights of each group; a weight that matches no expression is its own group."""
+    if isinstance(groups, str):
+        raise TypeError(
+            f"budget: `groups` must be a list of regular expressions, got {groups!r:.80}. Put it "
+            "into a list."
+        )
+    for pattern in groups:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"budget: `groups` must be regular expressions, got {pattern!r:.80}: {error}. "
+                "Escape special characters with a backslash."
+            ) from error
     members: dict[object, list[str]] = {}
     used = set()
     for weight in scores.weights:

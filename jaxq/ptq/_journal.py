@@ -4,11 +4,12 @@ import dataclasses
 import hashlib
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 
 from jaxq._jax import compat
 from jaxq._jax.processes import holds_on_all_processes, host_array, spans_processes
@@ -121,19 +122,40 @@ def journal_of(
 def _fingerprint(calls: Calls, model: Model, settings: Any) -> str:
     """Returns a hash of everything on which the result depends."""
     planned = model.planned
-    texts = [repr(settings), str(planned.traced.jaxpr)]
+    texts = [_full_text(settings), str(planned.traced.jaxpr)]
     for product, assigned in zip(planned.products, planned.chosen, strict=True):
         weight = None if assigned is None else weight_of(product, assigned)
-        texts.append(f"{product.name} {None if assigned is None else assigned.recipe}")
-        texts.append(str(None if weight is None else weight.recipes))
+        texts.append(f"{product.name} {_full_text(None if assigned is None else assigned.recipe)}")
+        texts.append(_full_text(None if weight is None else weight.recipes))
     # The addresses of functions differ between processes.
     text = re.sub(r"0x[0-9a-f]+", "", "\n".join(texts))
     digest = hashlib.sha256(text.encode())
-    for leaf in _arrays(calls):
-        values = host_array(leaf)
+    for leaf in (*_arrays(calls), *_closed_over(planned.traced.jaxpr)):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        values = host_array(jax.random.key_data(leaf) if is_key else leaf)
         digest.update(repr((values.shape, values.dtype)).encode())
         digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
+
+
+def _full_text(value: Any) -> str:
+    """Returns the text of nested records with all fields, such as the levels of a codebook."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_full_text, value))})"
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    names = [field.name for field in dataclasses.fields(value)]
+    fields = [f"{name}={_full_text(getattr(value, name))}" for name in names]
+    return f"{type(value).__name__}({', '.join(fields)})"
+
+
+def _closed_over(jaxpr: Any) -> Iterator[Any]:
+    """Yields the arrays that a program and the programs in it close over."""
+    body = compat.body(jaxpr)
+    yield from body.consts
+    for eqn in body.eqns:
+        for inner in compat.bodies(eqn):
+            yield from _closed_over(inner)
 
 
 def _arrays(calls: Calls) -> list[Any]:

@@ -141,7 +141,8 @@ class Quantized(QuantizedArrays):
 
         Raises:
           IndexError: the index is out of range.
-          TypeError: the tensor has no leading axis besides the one along which it is packed.
+          TypeError: the index is neither an integer nor a slice, or the tensor has no leading axis
+            besides the one along which it is packed.
           ValueError: the slice cuts through blocks, or the rows share second scales or outliers
             with other rows.
         """
@@ -152,7 +153,13 @@ class Quantized(QuantizedArrays):
             )
         n, block, rest = self.shape[0], self.cut.block[0], self.cut.block[1:]
         if not isinstance(index, slice):
-            at = operator.index(index)
+            try:
+                at = operator.index(index)
+            except TypeError as error:
+                raise TypeError(
+                    "Quantized: an index must be an integer or a slice of the leading axis, got "
+                    f"{type(index).__name__}. Dequantize the tensor first to select other elements."
+                ) from error
             if not -n <= at < n:
                 raise IndexError(f"Quantized: index {at} is out of range for {n} rows.")
             return self._rows(at % n, at % n // block, rest)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
@@ -103,9 +104,9 @@ class KVCache:
           scales: static scales for recipes whose scales span all tokens, such as `"kv_fp8"`.
 
         Raises:
-          ValueError: the capacity is not a whole number of groups or does not exceed
-            `residual_length`; a block does not divide its axis; or scales are missing or not
-            needed.
+          ValueError: the shape has no heads or channels; the dtype is not supported; the capacity
+            is not a whole number of groups or does not exceed `residual_length`; a block does not
+            divide its axis; or scales are missing or not needed.
         """
         recipe = get_cache_recipe(recipe)
         if len(shape) < 3:
@@ -114,6 +115,16 @@ class KVCache:
                 f"{tuple(shape)}. Pass at least three lengths."
             )
         *batch, capacity, heads, head_dim = shape
+        if heads < 1 or head_dim < 1:
+            raise ValueError(
+                "KVCache.empty: `shape` must have at least one head and one channel, got "
+                f"{tuple(shape)}. Pass (*batch, capacity, heads, head_dim)."
+            )
+        if np.dtype(dtype).name not in ("float16", "bfloat16", "float32"):
+            raise ValueError(
+                "KVCache.empty: `dtype` must be float16, bfloat16 or float32, got "
+                f"{np.dtype(dtype).name}. Use float32, to which `append` converts."
+            )
         if capacity % recipe.step or capacity <= recipe.residual_length:
             least = recipe.residual_length + recipe.step
             raise ValueError(

@@ -4,8 +4,8 @@ import contextlib
 import functools
 import json
 import math
-import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -274,7 +274,7 @@ def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         raise FileExistsError(
             f"compressed_tensors.write: {folder} exists. Remove it, or name another folder."
         )
-    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     new.mkdir()
     try:
         yield new

@@ -73,7 +73,7 @@ class Tensor(NamedTuple):
     """A tensor to write to a GGUF file.
 
     Attributes:
-      name: the name, of at most 64 bytes.
+      name: the name, of at most 63 bytes, as llama.cpp requires.
       type: a name in `jaxq.interop.gguf.TYPES`, or `"f32"`, `"f16"`, `"bf16"`, `"i8"`, `"i16"`,
         `"i32"`, `"i64"` or `"f64"`.
       shape: the shape, with the contracted axis last.
@@ -264,7 +264,7 @@ def _value(key: str, value: Any) -> tuple[int, bytes]:
         return _BOOL, bytes([int(value)])
     if isinstance(value, int):
         value = np.uint32(value) if 0 <= value < 2**32 else np.int64(value)
-    elif isinstance(value, float):
+    elif isinstance(value, float) and not isinstance(value, np.float64):
         value = np.float32(value)
     if not isinstance(value, np.ndarray | np.generic) or value.dtype.name not in _KINDS:
         raise TypeError(
@@ -340,10 +340,10 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
     for tensor in tensors:
         number, block, taken = _kind(tensor)
         row = tensor.shape[-1] if tensor.shape else 1
-        if len(tensor.name.encode()) > 64 or len(tensor.shape) > 4 or row % block:
+        if len(tensor.name.encode()) > 63 or len(tensor.shape) > 4 or row % block:
             raise ValueError(
                 f"gguf.write: {tensor.name!r:.90} of shape {tensor.shape} does not fit; names have "
-                f"at most 64 bytes, shapes 4 axes, and rows of {tensor.type} blocks of {block}. "
+                f"at most 63 bytes, shapes 4 axes, and rows of {tensor.type} blocks of {block}. "
                 "Rename or reshape it, or use another type."
             )
         parts += [_string(tensor.name), len(tensor.shape).to_bytes(4, "little")]

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq._jax.meshes import as_first, automatic
+from jaxq._jax.opaque import opaque
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat, get_format
 from jaxq.numerics._grids import BinaryGrid, is_narrow
 from jaxq.numerics._rounding import Overflow
@@ -258,7 +259,9 @@ def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
     if not (isinstance(fmt, FloatFormat) and is_narrow(BinaryGrid.of(fmt), layout)):
         with np.errstate(over="ignore"):
             table = _code_values(fmt).astype(layout.float_type)
-        return _selected(table, codes) if fmt.bits <= _SELECTED else jnp.asarray(table)[codes]
+        if fmt.bits <= _SELECTED:
+            return opaque(functools.partial(_selected, table), codes)
+        return jnp.asarray(table)[codes]
 
     integers = codes.astype(layout.int_type)
     magnitude = integers & layout.int_type(2 ** (fmt.exponent_bits + fmt.mantissa_bits) - 1)

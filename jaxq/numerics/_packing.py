@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from jaxq._base.bits import where
 from jaxq._base.shapes import is_symbolic
 from jaxq._jax.barriers import barrier_on_cpu, computed_once
+from jaxq._jax.opaque import opaque
 
 __all__ = ["pack", "unpack"]
 
@@ -122,6 +123,10 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("bits", "n"))
 def _unpacked(packed: jax.Array, bits: int, n: int) -> jax.Array:
+    return opaque(functools.partial(_unpacked_codes, bits, n), packed)
+
+
+def _unpacked_codes(bits: int, n: int, packed: jax.Array) -> jax.Array:
     *leading, size = packed.shape
     if bits == 8:
         return packed

@@ -18,7 +18,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.formats import IntFormat
-from jaxq.numerics import cast, floats
+from jaxq.numerics import cast, floats, widen
 from jaxq.recipes import AbsMean, Recipe, get_recipe
 
 __all__ = [
@@ -98,9 +98,10 @@ def unit_tanh(w: jax.Array) -> jax.Array:
     References:
       Zhou et al., "DoReFa-Net" (2016), section 2.3.
     """
-    bounded = jnp.tanh(floats("unit_tanh", w))
+    w = floats("unit_tanh", w)
+    bounded = jnp.tanh(widen(w))  # XLA on CPU divides by float16 subnormals as if they were 0.
     largest = jnp.max(jnp.abs(bounded), initial=0)
-    return bounded / jnp.where(largest == 0, 1, largest)
+    return (bounded / jnp.where(largest == 0, 1, largest)).astype(w.dtype)
 
 
 def dorefa(w: jax.Array, bits: int) -> jax.Array:

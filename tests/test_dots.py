@@ -489,6 +489,8 @@ def test_temporaries_have_size_of_quantized_operands(name: str):
         ),
         (lambda _, w: jaxq.einsum("ii,ij->j", w, w, recipe="w8a16"), ValueError, "`lhs` once"),
         (lambda x, w: jaxq.einsum("ij,jk", x, w[0], recipe="w8a16"), ValueError, "`rhs` once"),
+        (lambda x, w: jaxq.einsum("ij,jk->il", x, w, recipe="w8a16"), ValueError, "got 'il'"),
+        (lambda x, w: jaxq.einsum("ij,jk->ii", x, w, recipe="w8a16"), ValueError, "got 'ii'"),
         (
             lambda *_: jaxq.conv_general_dilated(
                 jnp.ones((1, 16, 4, 4)),

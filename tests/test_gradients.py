@@ -200,6 +200,12 @@ def test_lsq_matches_paper():
     np.testing.assert_allclose(more, want * 2, rtol=1e-4, atol=1e-6)
 
 
+def test_lsq_scale_of_empty_tensor_has_zero_gradient():
+    recipe, scale = jaxq.Recipe("int4", gradient="lsq"), jnp.ones((1, 1))
+    loss = lambda scale: jaxq.fake_quant(jnp.zeros((0, 4)), recipe, scale=scale).sum()
+    assert_same(jax.grad(loss)(scale), np.zeros((1, 1), np.float32))
+
+
 def test_lsq_initial_scale_matches_paper():
     w = numbers((4, 6))
     recipe = jaxq.Recipe("int3", jaxq.PerBlock(4, pad=True))

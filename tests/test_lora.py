@@ -282,6 +282,7 @@ def tied(params, x):
     [
         (lambda: lora.get_method("loftqq"), "Did you mean loftq"),
         (lambda: lora.low_rank(jnp.ones((4, 3)), 4), "from 1 to 3"),
+        (lambda: lora.QLoRA(rank=0), "at least 1, got 0"),
         (lambda: lora.low_rank(jnp.ones((4, 3)), 1, hessian=jnp.eye(3)), "must have the shape"),
         (
             lambda: lora.adapt(tied, "int8_channel", lora.PiSSA(2))(

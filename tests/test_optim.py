@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax import numpy as jnp
 
 import jaxq
@@ -301,6 +302,8 @@ class TestQuantizedState:
             "the parameter named nu is not a second moment"
         )
         assert adam.nu["nu"].recipe.element.name == "udynamic8"
+        madgrad = init(optax.contrib.madgrad(1e-3)).inner[-1]
+        assert madgrad.grad_sum_sq["w"].recipe.element.name == "udynamic8"
         whole = optim.quantize_state(optax.adam(1e-3))
         bare = jax.eval_shape(whole.init, params["w"]).inner[0]
         assert bare.nu.recipe.element.name == "udynamic8"
@@ -311,6 +314,26 @@ class TestQuantizedState:
         chex.assert_shape(state.inner[0].mu["x"].scale, (64, 1))
         chex.assert_shape(state.inner[0].nu["x"].root.scale, (1, 1))
         assert len(quantized_arrays(state)) == 4
+
+    def test_second_moments_are_found_in_named_chains(self):
+        params = dict.fromkeys(("nu", "w"), jax.ShapeDtypeStruct((64, 64), jnp.float32))
+        named = optax.named_chain(("mu", optax.scale_by_adam()), ("rate", optax.scale(-1e-3)))
+        labels = dict.fromkeys(params, "all")
+        for tx in (
+            named,
+            optax.chain(optax.clip(1.0), named),
+            optax.inject_hyperparams(lambda rate: optax.chain(named, optax.scale(rate)))(rate=1.0),
+            optax.partition({"all": named}, labels),
+        ):
+            state = jax.eval_shape(optim.quantize_state(tx).init, params)
+            adam = optax.tree.get(state, "ScaleByAdamState")
+            for name in params:
+                assert adam.nu[name].recipe.element.name == "udynamic8"
+                assert isinstance(adam.nu[name], Squared)
+                assert adam.mu[name].recipe.element.name == "dynamic8"
+        rules = [("mu/mu/", "int8_tensor"), ("mu/nu/", jaxq.Recipe("udynamic8"))]
+        state = jax.eval_shape(optim.quantize_state(named, rules).init, params)
+        assert state.inner["mu"].mu["w"].recipe.element.name == "int8"
 
     def test_stochastic_rounding_carries_a_key(self):
         params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
@@ -350,6 +373,40 @@ class TestQuantizedState:
             assert_same_trees(jax.tree.map(lambda leaf, i=i: leaf[i], states), state)
             assert_same(updates[i], want)
         assert (np.asarray(updates[0]) != np.asarray(updates[1])).any()
+
+    def test_variables_of_nnx_are_optimized_like_plain_arrays(self):
+        """Compares `nnx.Optimizer`, a tree of variables, and a tree of arrays."""
+        x = data.normal((4, 64))
+        rule = jaxq.Recipe("dynamic8", jaxq.PerBlock(256), rounding="stochastic")
+        tx = optim.quantize_state(optax.adam(1e-2), [("", rule)], key=jax.random.key(1))
+        model = nnx.Linear(64, 100, use_bias=False, rngs=nnx.Rngs(0))
+        definition, variables = nnx.split(nnx.clone(model))  # Of its own: the step changes `model`.
+        arrays = nnx.as_pure(variables)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        def loss(model: nnx.Linear) -> jax.Array:
+            return (model(x) ** 2).mean()
+
+        @nnx.jit
+        def nnx_step(model: nnx.Linear, optimizer: nnx.Optimizer) -> None:
+            optimizer.update(model, nnx.grad(loss)(model))
+
+        @jax.jit
+        def step(params, state):
+            gradient = jax.grad(lambda params: loss(nnx.merge(definition, params)))(params)
+            updates, state = tx.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        states = [tx.init(variables), tx.init(arrays)]
+        for _ in range(3):
+            nnx_step(model, optimizer)
+            variables, states[0] = step(variables, states[0])
+            arrays, states[1] = step(arrays, states[1])
+        assert len(quantized_arrays(states[0])) == 2
+        assert_same_trees(*states)
+        assert_same(variables["kernel"].get_value(), arrays["kernel"])
+        assert len(quantized_arrays(nnx.as_pure(optimizer.opt_state))) == 2
+        np.testing.assert_allclose(model.kernel.get_value(), arrays["kernel"], rtol=1e-6)
 
     @pytest.mark.slow
     def test_restored_checkpoint_continues_bitwise(self):

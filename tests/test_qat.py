@@ -81,6 +81,12 @@ def test_dorefa_takes_zeros_and_empty_tensors():
     chex.assert_type(qat.dorefa(jnp.ones(2, jnp.bfloat16), 4), jnp.bfloat16)
 
 
+def test_unit_tanh_of_float16_subnormals():
+    w = jnp.array([1e-6, -5e-7], jnp.float16)
+    want = np.asarray(w, np.float32)
+    np.testing.assert_allclose(jax.jit(qat.unit_tanh)(w), want / want[0], rtol=1e-3)
+
+
 def test_dorefa_with_one_bit_raises():
     with pytest.raises(ValueError, match="`bits` must be 2 to 16, got 1"):
         qat.dorefa(jnp.ones(2), 1)

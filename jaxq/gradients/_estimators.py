@@ -109,7 +109,7 @@ class LSQ:
         """Returns the scales with derivatives multiplied by g."""
         del snap
         count = scales.count if self.count is None else np.float32(self.count)
-        g = 1 / jnp.sqrt(count * scales.largest)
+        g = 1 / jnp.sqrt(jnp.maximum(count, np.float32(1)) * scales.largest)
         return scales.differing(lambda v: passed(lax.stop_gradient(v), v * g))
 
 

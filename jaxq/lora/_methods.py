@@ -71,6 +71,9 @@ class QLoRA:
       alpha: the numerator of the factor `alpha / rank`; None (the default) means the rank.
       seed: the seed of the random numbers.
 
+    Raises:
+      ValueError: the rank is below 1.
+
     Example:
       >>> QLoRA(rank=64, alpha=16).scaling
       0.25
@@ -85,6 +88,12 @@ class QLoRA:
     seed: int = 0
 
     iterations = 1
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(
+                f"QLoRA: `rank` must be at least 1, got {self.rank}. Use, for example, 16."
+            )
 
     @property
     def scaling(self) -> float:

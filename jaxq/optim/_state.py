@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,12 +29,14 @@ from jaxq.recipes import PerBlock, Recipe
 __all__ = ["ADAM8BIT", "QuantizedState", "quantize_state"]
 
 SECOND_MOMENTS = (
-    r"^(\d+/|\w*state/|\w*states/[^/]+/)*(nu|nu_max|n|sum_of_squares|exp_avg_sq|e_g|e_x)(/|$)"
+    r"^(\d+/|\w*state/|\w*states/[^/]+/)*"
+    r"(nu|nu_max|n|sum_of_squares|grad_sum_sq|exp_avg_sq|e_g|e_x)(/|$)"
 )
 """A regular expression for the paths of optax's second moments, which are never negative.
 
 It matches the names of optax's fields, preceded only by the indices of a chain and the fields of
-wrappers, so that a parameter called `nu` is not mistaken for a second moment.
+wrappers, so that a parameter called `nu` is not mistaken for a second moment. `quantize_state`
+replaces the names in `optax.named_chain` by indices before it matches this pattern.
 """
 
 ADAM8BIT: LeafRules = (
@@ -157,13 +160,15 @@ def quantize_state(
       min_size: the smallest number of elements of a quantized array; 4096 by default.
       second_moments: a regular expression that is searched for in the paths of the state and
         selects the arrays that are stored as square roots. The default matches the fields that hold
-        second moments in optax. None stores every array directly, which is safe only if no
+        second moments in optax, except `v` of `optax.adafactor`, because `v` of `optax.adan` has
+        another meaning. None stores every array directly, which is safe only if no
         optimizer divides by one.
       key: a `jax.random` key, required if a recipe rounds stochastically. The state carries it from
         step to step as key data; each array and step draws different bits.
 
     Returns:
-      A transformation with the updates of `tx`. Its state is a pytree of arrays.
+      A transformation with the updates of `tx`. Its state is a pytree of arrays, without the
+      variables of Flax NNX, so that `flax.nnx.Optimizer` accepts it.
 
     Raises:
       ValueError: a key is missing or not needed; on `init`, a rule matches no array, or a recipe
@@ -202,10 +207,13 @@ def quantize_state(
             is_small = leaf.size < min_size
             return f"has {leaf.size} elements, fewer than min_size={min_size}" if is_small else ""
 
-        inner = tx.init(params)
-        recipes = assign("quantize_state", inner, recipe_rules, unfit=unfit, strict=strict)
+        inner = tx.init(_without_variables(params))
+        indexed = _without_names(inner)  # For the default patterns.
+        named = inner if strict else indexed
+        recipes = assign("quantize_state", named, recipe_rules, unfit=unfit, strict=strict)
         squares = [] if second_moments is None else [(second_moments, True)]
-        roots = assign("quantize_state", inner, squares, strict=False)
+        named = indexed if second_moments == SECOND_MOMENTS else inner
+        roots = assign("quantize_state", named, squares, strict=False)
         later, now = random.split(random.data)
         return QuantizedState(_stored(inner, recipes, roots, now), later)
 
@@ -217,13 +225,39 @@ def quantize_state(
     ) -> tuple[Any, Any]:
         stored, structure = jax.tree.flatten(state.inner, is_leaf=_is_quantized)
         leaves = [leaf.dequantize() if _is_quantized(leaf) else leaf for leaf in stored]
-        updates, inner = tx.update(updates, structure.unflatten(leaves), params, **extra)
+        given, pure = jax.tree.structure(updates), _without_variables(updates)
+        moments, params = structure.unflatten(leaves), _without_variables(params)
+        new, inner = tx.update(pure, moments, params, **extra)
+        if given != jax.tree.structure(pure):
+            new = given.unflatten(jax.tree.leaves(new))
         recipes = [leaf.recipe if _is_quantized(leaf) else None for leaf in stored]
         roots = [isinstance(leaf, Squared) for leaf in stored]
         later, now = random.split(state.key)
-        return updates, QuantizedState(_stored(inner, recipes, roots, now), later)
+        return new, QuantizedState(_stored(inner, recipes, roots, now), later)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _without_variables(tree: Any) -> Any:
+    """Returns a tree with the values of Flax NNX's variables in place of the variables.
+
+    `flax.nnx.Optimizer` cannot update a variable whose value is a pytree.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    return tree if nnx is None else nnx.as_pure(tree)
+
+
+def _without_names(state: Any) -> Any:
+    """Returns a state with tuples in place of the dictionaries of `optax.named_chain`."""
+    if isinstance(state, dict) and all(isinstance(value, tuple) for value in state.values()):
+        return tuple(_without_names(state[name]) for name in sorted(state))
+    if not isinstance(state, tuple):
+        return state
+    if not hasattr(state, "_fields"):
+        return tuple(map(_without_names, state))
+    wrapper: Any = state
+    inner = [name for name in wrapper._fields if name.endswith(("state", "states"))]
+    return wrapper._replace(**{name: _without_names(getattr(state, name)) for name in inner})
 
 
 def _is_quantized(leaf: Any) -> bool:

@@ -189,6 +189,11 @@ def of_einsum(subscripts: str, lhs_ndim: int, rhs_ndim: int) -> Contraction:
                 f"einsum: {subscripts!r} must name each of the {ndim} axes of `{name}` once. With "
                 "a recipe no axis may be named twice; take the diagonal first."
             )
+    if not {*out} <= {*lhs, *rhs} or len({*out}) != len(out):
+        raise ValueError(
+            f"einsum: the result in {subscripts!r} must name each of its axes once, and only axes "
+            f"of the operands, got {output!r}. Correct the text after '->'."
+        )
     label_numbers = {label: i for i, label in enumerate(dict.fromkeys(lhs + rhs))}
     lhs, rhs, out = (tuple(label_numbers[label] for label in term) for term in (lhs, rhs, out))
     return Contraction(lhs, rhs, out)

@@ -54,6 +54,30 @@ def test_raw_keys_and_unpartitionable_threefry_match_jax():
         assert_same(data(draws.split(key, 3)), data(jax.random.split(key, 3)))
 
 
+WRONG_KEYS = {
+    "number": (0, TypeError, "got int"),
+    "floats": (np.ones(2, np.float32), TypeError, "got float32 of shape"),
+    "several": (np.zeros((3, 2), np.uint32), ValueError, "one random key"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KEYS)
+def test_wrong_keys_are_refused(name: str):
+    key, error, text = WRONG_KEYS[name]
+    x = jnp.ones((4, 4))
+
+    def product(x):
+        product = (((1,), (0,)), ((), ()))
+        return jaxq.dot_general(x, x, product, recipe="int8_training", key=key).sum()
+
+    with pytest.raises(error, match=text):
+        jaxq.cast(x, "int4", rounding="stochastic", key=key)
+    with pytest.raises(error, match=text):
+        jaxq.fake_quant(x, jaxq.Recipe("int4", rounding="stochastic"), key=key)
+    with pytest.raises(error, match=text):
+        jax.grad(product)(x)
+
+
 def test_vmapped_bits_match_jax():
     keys = jax.random.split(jax.random.key(0), 4)
     bits = jax.vmap(lambda key: draws.bits(key, (2, 3), jnp.uint32))(keys)

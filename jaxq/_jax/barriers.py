@@ -42,7 +42,7 @@ def computed_once(x: jax.Array) -> jax.Array:
     This is `barrier_on_cpu` where barriers suffice. With JAX 0.10, a kernel copies an array that is
     not computed. One NaN may become another one.
     """
-    lower = _lower_remainder if _REMOVES_BARRIERS else _lower_barrier
+    lower = _lower_division if _REMOVES_BARRIERS else _lower_barrier
     return _barrier_on_cpu().bind(x, lower=lower)
 
 
@@ -78,18 +78,19 @@ def _lower_barrier(context: Any, x: Any) -> Any:
     return stablehlo.OptimizationBarrierOp([x]).results
 
 
-def _lower_remainder(context: Any, x: Any) -> Any:
-    return mlir.lower_fun(_own_remainder, multiple_results=False)(context, x)
+def _lower_division(context: Any, x: Any) -> Any:
+    return mlir.lower_fun(_divided, multiple_results=False)(context, x)
 
 
-def _own_remainder(x: jax.Array) -> jax.Array:
-    """Returns bytes, or floats of 16 or 32 bits, as remainders of their bits by a larger number.
+def _divided(x: jax.Array) -> jax.Array:
+    """Returns floats of 16 or 32 bits, or bytes, unchanged by a division.
 
-    XLA on CPU fuses no remainder into several uses, because it considers it expensive. For LLVM it
-    is a comparison.
+    XLA on CPU fuses no division or remainder into several uses, because it considers it expensive.
+    For LLVM, bytes are divided by 1, and the remainder of bits by a larger number is a comparison.
     """
     if x.dtype == jnp.uint8:
-        return lax.rem(x.astype(jnp.uint16), np.uint16(2**16 - 1)).astype(jnp.uint8)
+        one = ((x & np.uint8(15)) >> np.uint8(4)) + np.uint8(1)
+        return lax.div(x, one)
     dtype = np.uint32 if x.dtype == jnp.float32 else np.uint16
     largest = dtype(np.iinfo(dtype).max)
     bits = lax.min(lax.bitcast_convert_type(x, dtype), largest - dtype(1))

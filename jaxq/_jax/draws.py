@@ -24,9 +24,14 @@ __all__ = ["bits", "fold_in", "one_of", "split"]
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def bits(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def bits(key: jax.typing.ArrayLike, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Returns the result of `jax.random.bits`, for unsigned integers of at most 32 bits."""
     key = _typed(key)
+    if key.ndim:
+        raise ValueError(
+            f"`key` must be one random key, got an array of shape {key.shape}. Pass one of its "
+            "keys, or map over them with jax.vmap."
+        )
     if not _written_out(key) or not holds(lambda: math.prod(shape) < 2**32):
         return jax.random.bits(key, shape, dtype)
     return opaque(functools.partial(_bits, shape), jax.random.key_data(key)).astype(dtype)
@@ -53,10 +58,15 @@ def one_of(keys: jax.Array, i: int) -> Any:
     return lax.index_in_dim(keys, i, keepdims=False)
 
 
-def _typed(key: jax.Array) -> jax.Array:
+def _typed(key: Any) -> jax.Array:
     """Converts a raw key to a typed key, and returns typed keys unchanged."""
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key if typed else jax.random.wrap_key_data(key)
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return key
+    if dtype != jnp.uint32 or not key.ndim:
+        got = type(key).__name__ if dtype is None else f"{dtype} of shape {key.shape}"
+        raise TypeError(f"`key` must be a random key, got {got}. Pass jax.random.key(seed).")
+    return jax.random.wrap_key_data(key)
 
 
 def _written_out(key: jax.Array) -> bool:

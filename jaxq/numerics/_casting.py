@@ -88,7 +88,7 @@ def cast(
       has one, and the lowest value if it has none or with `"saturate"`.
 
     Raises:
-      TypeError: if x does not have a floating dtype.
+      TypeError: if x does not have a floating dtype, or `key` is not a random key.
       ValueError: if a name is unknown, a required key is missing, or an unused key is given.
 
     Example:
@@ -152,7 +152,7 @@ def encode(
       complement in their own width.
 
     Raises:
-      TypeError: if x does not have a floating dtype.
+      TypeError: as in `cast`.
       ValueError: as in `cast`.
 
     Example:
@@ -350,7 +350,7 @@ def _random(
         )
     dtype = mode.random_dtype if isinstance(mode, Stochastic) else jnp.dtype(jnp.uint32)
     if key is not None:
-        return draws.bits(jnp.asarray(key), x.shape, dtype)
+        return draws.bits(key, x.shape, dtype)
     bits = jnp.asarray(random_bits)
     if not jnp.issubdtype(bits.dtype, jnp.unsignedinteger) or bits.shape != x.shape:
         raise ValueError(

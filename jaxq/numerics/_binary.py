@@ -93,11 +93,7 @@ def nearest_magnitudes(x: jax.Array, fmt: FloatFormat | IntFormat) -> jax.Array:
     bits = layout.bits(x)
     magnitude = bits & layout.magnitude_mask
     args = _Snap(bits, magnitude, grid, layout, nearest_even, "saturate", None)
-    if not _rounds_by_sums(args):
-        return lax.min(_narrow(args), jnp.full_like(x, grid.max))
-    magnitude = lax.min(magnitude, layout.bits(layout.constant(grid.max)))
-    exponent = lax.max(magnitude & layout.shifted(-1), layout.field(grid.emin))
-    return _by_sums(magnitude, exponent - layout.shifted(grid.mantissa_bits), layout)
+    return lax.min(_narrow(args), jnp.full_like(x, grid.max))
 
 
 class _Snap(NamedTuple):
@@ -138,36 +134,14 @@ class _Snap(NamedTuple):
 
 
 def _narrow(args: _Snap) -> jax.Array:
-    """Rounds magnitudes to the grid by two multiplications by powers of two, or by two sums."""
+    """Rounds magnitudes to the grid by two multiplications by powers of two."""
     extended, grid, layout = args.magnitude, args.grid, args.layout
     if is_directed(args.rounding):  # Other modes round a flushed subnormal number to 0 too.
         extended = lax.max(extended, _least_normal(extended, layout))
     unit = _unit_exponents(extended, grid, layout)
-    if _rounds_by_sums(args):
-        return _by_sums(extended, unit, layout)
     units = layout.floats(extended) * layout.floats(layout.field(layout.bias) - unit)
     rounded = _rounded(units, unit, args)
     return rounded * layout.floats(unit)
-
-
-def _rounds_by_sums(args: _Snap) -> bool:
-    """Returns whether `_by_sums` can round: to nearest even, on a grid with several spacings.
-
-    With one spacing the power is a constant, and XLA (JAX 0.10) would merge the two sums.
-    """
-    grid, layout = args.grid, args.layout
-    exponent = grid.emax + layout.mantissa_bits - grid.mantissa_bits
-    several = grid.emin < grid.emax and grid.zero and grid.subnormals and not grid.odd_codes
-    return args.rounding is nearest_even and several and exponent <= layout.bias
-
-
-def _by_sums(magnitude: jax.Array, unit: jax.Array, layout: FloatLayout) -> jax.Array:
-    """Rounds magnitudes to nearest even by adding a power of two and subtracting it again.
-
-    Above that power, up to its double, the numbers of the working dtype have the grid's spacing.
-    """
-    power = layout.floats(unit + layout.shifted(layout.mantissa_bits))
-    return (layout.floats(magnitude) + power) - power
 
 
 def _aligned(args: _Snap) -> jax.Array:

@@ -224,10 +224,7 @@ def _searched(
 
     def error(factor: jax.Array) -> jax.Array:
         scales = recipe.scaling.scales(ends, recipe.element, factor)
-        error = _squared_error(_distance(x, scales, down, key, recipe), cut)
-        # An infinite scale gives NaN.
-        usable = (jnp.abs(scales.step) < np.float32(np.inf)).reshape(error.shape)
-        return where(usable, error, np.float32(np.inf))
+        return _squared_error(_distance(x, scales, down, key, recipe), cut)
 
     def better(best: _Best, other: _Best) -> _Best:
         is_better = other.error < best.error
@@ -255,8 +252,6 @@ def _distance(
 ) -> jax.Array:
     """Returns the distance of each element to its quantized value, times `down`, up to the sign.
 
-    It is at most 4, or undefined if the scale is infinite.
-
     `rounded` or the minimum separates the product from the difference. LLVM would otherwise fuse
     them into one rounding.
     """
@@ -266,8 +261,7 @@ def _distance(
     power_of_two = recipe.scale_format == E8M0  # Its least scale is subnormal.
     if not (symmetric and default and rounds_magnitudes(fmt)) or power_of_two:
         y = restored(grid_values(x, scales, key, recipe), scales.step, scales.minimum, recipe)
-        distance = x * down - rounded(y * down)
-        return where(jnp.abs(distance) < np.float32(4), distance, np.float32(4))
+        return x * down - rounded(y * down)
     values = nearest_magnitudes(units_of(x, scales, recipe), fmt)
     magnitude = values * materialize(jnp.abs(scales.step) * down)
     if _is_bounded(recipe):
@@ -278,7 +272,7 @@ def _distance(
 
 
 def _squared_error(distance: jax.Array, cut: Cut) -> jax.Array:
-    """Returns the sum of squared distances, which are at most 4, of each block.
+    """Returns the sum of squared distances, which are below 4, of each block.
 
     On a single device, the result is a vector if the blocks lie along the last axis.
     Integers are summed, so the result does not depend on the order of summation. Equal errors,
@@ -290,6 +284,7 @@ def _squared_error(distance: jax.Array, cut: Cut) -> jax.Array:
     # The addition rounds a square to a multiple of 2^-19, which it places in the low bits.
     anchor = np.float32(2.0**23)
     square = distance * distance * np.float32(2.0**19)
+    square = where(square < anchor, square, anchor)  # NaN, of an infinite scale, is largest too.
     squares = _FLOAT32.bits(square + anchor) - _FLOAT32.bits(anchor)
     (*leading, last), axes = squares.shape, cut.axes
     # XLA on CPU (JAX 0.10 and 0.12) does not vectorize code that reads the sums in another shape.

@@ -221,3 +221,14 @@ def test_file_that_a_killed_process_left_is_no_obstacle(tmp_path: pathlib.Path):
     (tmp_path / f".{path.name}.{os.getpid()}.tmp").touch()
     jaxq.save(path, {"w": W})
     same(jaxq.load(path)["w"], W)
+
+
+def test_symbolic_link_stays_and_its_file_is_replaced(tmp_path: pathlib.Path):
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "a.safetensors", tmp_path / "disk" / "b.safetensors"
+    link.symlink_to(target)
+    for value in 1.0, 2.0:
+        jaxq.save(link, {"w": jnp.full(2, value)})
+        assert link.is_symlink()
+        assert jaxq.load(target)["w"][0] == value
+    assert [path.name for path in target.parent.iterdir()] == [target.name]

@@ -15,7 +15,7 @@ def atomic(path: str | pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Yields a file that replaces the one at `path` only when it is complete.
 
     It is written to a temporary file in the same folder and renamed at the end; an error removes
-    the temporary file.
+    the temporary file. A symbolic link stays, and the file that it names is replaced.
 
     Args:
       path: the path of the file.
@@ -24,7 +24,7 @@ def atomic(path: str | pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
     Raises:
       OSError: if the path is not a regular file, or its folder is missing or not writable.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.realpath(path))
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     if path.exists() and not path.is_file():  # Do not replace a device or pipe.

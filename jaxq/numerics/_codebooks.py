@@ -1,9 +1,8 @@
 """The kernel of codebook formats, which finds the level of each value.
 
-Values are compared as integers in the order of the floats, so that float32 subnormals are never
-treated as zero. Few levels use a chain of one comparison per two levels, which takes less than two
-plain passes for 16 levels. Many levels use a table indexed by the leading bits, which leaves at
-most a few comparisons.
+Few levels use a binary search without memory accesses: each comparison selects the threshold of the
+next one. For 16 levels this takes about one and a half plain passes. Many levels use a table
+indexed by the leading bits, which leaves at most a few comparisons.
 """
 
 import fractions
@@ -23,7 +22,7 @@ from jaxq.numerics._rounding import Rounding, nearest_away, nearest_even
 
 __all__ = ["choose"]
 
-_CHAINED = 32  # From this number of thresholds on, a table is faster than a chain.
+_TABULATED = 32  # From this number of thresholds on, a table is faster than a search.
 _BUCKETS = 8192  # A table of this size fits in the L1 cache.
 
 
@@ -62,60 +61,86 @@ def _midpoints(fmt: CodebookFormat, layout: FloatLayout) -> tuple[int, ...]:
 
 
 def _picker(
-    key: jax.Array, thresholds: tuple[int, ...], layout: FloatLayout
+    x: jax.Array, thresholds: tuple[int, ...], layout: FloatLayout
 ) -> Callable[[list], jax.Array]:
-    """Returns a function that selects one of n + 1 items for each key.
+    """Returns a function that selects one of n + 1 items for each value.
 
-    The index of the selected item is the number of thresholds that the key exceeds.
+    The index of the selected item is the number of thresholds that the value exceeds.
 
     Args:
-      key: ordered integers.
+      x: floats without NaN.
       thresholds: n ordered integers, ascending.
       layout: the bit layout of the floats.
     """
-    if len(thresholds) >= _CHAINED:
-        index = _count(key, thresholds, layout)
-        return lambda items: _take(np.asarray(items), index)
+    if len(thresholds) >= _TABULATED:
+        index = _count(x, thresholds, layout)
+        return lambda items: index if _are_indices(items) else _take(np.asarray(items), index)
+    digits = _digits(x, thresholds, layout)
+    return lambda items: _number(digits) if _are_indices(items) else _descend(digits, items)
 
-    limits = [layout.int_type(t) for t in thresholds]
-    if len(limits) % 2 == 0:  # Make the number odd by a threshold that no key exceeds.
-        limits.append(layout.magnitude_mask)
-    half = len(limits) // 2
-    upper = lax.gt(key, lax.full(key.shape, limits[half]))
 
-    def at(high: Any, low: Any) -> jax.Array:
-        """Selects a value of the upper or the lower half for each key."""
-        return lax.select(upper, lax.full(key.shape, high), lax.full(key.shape, low))
+def _are_indices(items: list) -> bool:
+    """Returns whether items are int32 numbers that equal their own indices."""
+    return items[0].dtype == np.int32 and items == list(range(len(items)))
 
-    def chain(items: list) -> jax.Array:
-        """Searches both halves at once, because comparisons cost more than selections."""
-        items = [*items, *items[-1:] * (len(limits) - len(thresholds))]
-        selected = at(items[half + 1], items[0])
-        for i in range(half):
-            above = lax.gt(key, at(limits[half + 1 + i], limits[i]))
-            selected = lax.select(above, at(items[half + 2 + i], items[i + 1]), selected)
-        return selected
 
-    return chain
+def _digits(x: jax.Array, thresholds: tuple[int, ...], layout: FloatLayout) -> list[jax.Array]:
+    """Returns the binary digits, high to low, of the number of thresholds that x exceeds."""
+    limits: list[Any] = [layout.int_type(t) for t in thresholds]
+    floats = [layout.floats(_ordered(limit, layout)) for limit in limits]
+    key, most = _ordered(layout.bits(x), layout), layout.magnitude_mask
+    if all(abs(limit) >= np.finfo(limit).tiny for limit in floats):
+        # Comparing floats takes less time, and may treat subnormals as zero.
+        key, limits, most = x, floats, layout.float_type(np.inf)
+    depth = max(1, len(limits).bit_length())
+    limits += [most] * (2**depth - 1 - len(limits))  # No value exceeds these.
+    digits: list[jax.Array] = []
+    for _ in range(depth):
+        half = 2 ** (depth - len(digits) - 1)
+        limit = _descend(digits, limits[half - 1 :: 2 * half])
+        limit = limit if isinstance(limit, jax.Array) else lax.full(key.shape, limit)
+        digits.append(lax.gt(key, limit))
+    return digits
+
+
+def _number(digits: list[jax.Array]) -> jax.Array:
+    """Returns the int32 numbers with these binary digits, from the highest digit."""
+    weighted = (where(digit, np.int32(1 << i), np.int32(0)) for i, digit in enumerate(digits[::-1]))
+    return functools.reduce(lax.bitwise_or, weighted)
+
+
+def _descend(digits: list[jax.Array], items: list) -> Any:
+    """Selects an item by the binary digits of its index, from the highest digit.
+
+    Items that are missing at the end are copies of the last one.
+    """
+    items = [*items, *items[-1:] * (2 ** len(digits) - len(items))]
+    for digit in digits:
+        half = len(items) // 2
+        items = [where(digit, items[half + i], items[i]) for i in range(half)]
+    return items[0]
 
 
 def _take(table: np.ndarray, index: jax.Array) -> jax.Array:
-    return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
+    # An unsigned index needs no check for negative values.
+    return jnp.asarray(table).at[index.astype(np.uint32)].get(mode="promise_in_bounds")
 
 
-def _count(key: jax.Array, thresholds: tuple[int, ...], layout: FloatLayout) -> jax.Array:
-    """Counts the thresholds that each key exceeds, by a table lookup and a binary search."""
+def _count(x: jax.Array, thresholds: tuple[int, ...], layout: FloatLayout) -> jax.Array:
+    """Counts the thresholds that each value exceeds, by a table lookup and a binary search."""
     table, integer = _table(thresholds, layout), layout.int_type
-    sign = key >> integer(8 * key.dtype.itemsize - 1)
-    magnitude = lax.clamp(table.low, key ^ sign, table.high)
+    bits = layout.bits(x)
+    sign = bits >> integer(8 * x.dtype.itemsize - 1)
+    magnitude = lax.clamp(table.low, bits & layout.magnitude_mask, table.high)
     bucket = ((magnitude - table.low) >> table.shift) + (sign & integer(len(table.entries) // 2))
-    entry = _take(table.entries, bucket.astype(jnp.int32))
+    entry = _take(table.entries, bucket)
     if not table.steps:
-        entry = entry + (key & integer((1 << int(table.shift)) - 1))
-    width = integer(8 * key.dtype.itemsize - 8)
+        # The low bits of the ordered integer.
+        entry = entry + ((bits ^ sign) & integer((1 << int(table.shift)) - 1))
+    width = integer(8 * x.dtype.itemsize - 8)
     count = lax.shift_right_logical(entry, width).astype(jnp.int32)
     for step in table.steps:
-        above = key > _take(table.thresholds, count + (step - np.int32(1)))
+        above = _ordered(bits, layout) > _take(table.thresholds, count + (step - np.int32(1)))
         count = where(above, count + step, count)
     return count
 
@@ -187,22 +212,22 @@ def choose(
       An array with the shape of x and the dtype of the outputs.
     """
     layout = FloatLayout.of(x.dtype)
-    bits = layout.bits(x)
-    magnitude = bits & layout.magnitude_mask
-    bits = where(magnitude > layout.inf, layout.int_type(0), bits)
-    key = _ordered(bits, layout)
+    bits = layout.bits(x)  # The only use of x, so that XLA fuses its division by the scale.
+    is_nan = (bits & layout.magnitude_mask) > layout.inf
+    x = layout.floats(where(is_nan, layout.int_type(0), bits))
     if rounding in (nearest_even, nearest_away):
-        return _picker(key, _midpoints(fmt, layout), layout)(outputs)
+        return _picker(x, _midpoints(fmt, layout), layout)(outputs)
 
     # Any other mode gets the fraction between the two neighbors in the direction of increasing
     # magnitude. If zero lies between the neighbors, the lower one counts as the nearer to zero.
     levels = [layout.float_type(v) for v in fmt.values]
     on_or_above = tuple(_below(fractions.Fraction(float(v)), layout) for v in levels[1:-1])
-    pick = _picker(key, on_or_above, layout)
+    pick = _picker(x, on_or_above, layout)
     low, high = pick(levels[:-1]), pick(levels[1:])
     odd = pick([layout.float_type(i % 2) for i in range(len(levels) - 1)])
     negative = high <= layout.float_type(0)
     lowest, highest = (_ordered(layout.bits(end + 0), layout) for end in (levels[0], levels[-1]))
+    key = _ordered(layout.bits(x), layout)
     bits = _ordered(lax.clamp(lowest, key, highest), layout)  # Its own inverse.
     x = layout.floats(bits)
     near = lax.select(negative, high, low)

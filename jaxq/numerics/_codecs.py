@@ -150,14 +150,10 @@ def integer_codes(y: jax.Array, fmt: IntFormat) -> jax.Array:
 
 
 @functools.cache
-def level_codes(fmt: CodebookFormat) -> list[np.float32]:
-    """Returns the code of each distinct level, ascending, or its first code if it has several.
-
-    The codes are float32, because LLVM narrows a chain of integer selections that ends in bytes to
-    one of bytes, which is twice as slow.
-    """
+def level_codes(fmt: CodebookFormat) -> list[np.int32]:
+    """Returns the code of each distinct level, ascending, or its first code if it has several."""
     levels = np.asarray(fmt.levels)
-    return [np.float32(int(np.flatnonzero(levels == v)[0])) for v in fmt.values]
+    return [np.int32(np.flatnonzero(levels == v)[0]) for v in fmt.values]
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.searching import number, search, selected
 from jaxq._jax.arithmetic import divide, materialize, reciprocal, rounded
 from jaxq._jax.barriers import barrier
 
@@ -362,15 +363,11 @@ def nearest_levels(
     Args:
       x: float32 numbers.
       values: the levels, integers.
-      outputs: the results for each level, of one dtype; None for the indices. The differences of
-        successive ones must be exact.
+      outputs: the results for each level, of one dtype; None for the indices.
     """
-    outputs = np.arange(len(values), dtype=np.int32) if outputs is None else outputs
-    # A sum of steps, because a look-up in a table takes longer.
-    result = jnp.full(x.shape, outputs[0])
-    for threshold, step in zip(_thresholds(tuple(values.tolist())), np.diff(outputs), strict=True):
-        result += jnp.where(x >= threshold, step, step - step)
-    return result
+    thresholds = _thresholds(tuple(values.tolist()))
+    digits = search(x, [np.nextafter(t, np.float32(-np.inf)) for t in thresholds])
+    return number(digits) if outputs is None else selected(digits, list(outputs))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, where
+from jaxq._base.searching import number, search, selected
 from jaxq.formats import CodebookFormat
 from jaxq.numerics._rounding import Rounding, nearest_away, nearest_even
 
@@ -75,50 +76,19 @@ def _picker(
     if len(thresholds) >= _TABULATED:
         index = _count(x, thresholds, layout)
         return lambda items: index if _are_indices(items) else _take(np.asarray(items), index)
-    digits = _digits(x, thresholds, layout)
-    return lambda items: _number(digits) if _are_indices(items) else _descend(digits, items)
+    limits: list[Any] = [layout.int_type(t) for t in thresholds]
+    floats = [layout.floats(_ordered(limit, layout)) for limit in limits]
+    if all(abs(limit) >= np.finfo(limit).tiny for limit in floats):
+        # Comparing floats takes less time, and may treat subnormals as zero.
+        digits = search(x, floats)
+    else:
+        digits = search(_ordered(layout.bits(x), layout), limits)
+    return lambda items: number(digits) if _are_indices(items) else selected(digits, items)
 
 
 def _are_indices(items: list) -> bool:
     """Returns whether items are int32 numbers that equal their own indices."""
     return items[0].dtype == np.int32 and items == list(range(len(items)))
-
-
-def _digits(x: jax.Array, thresholds: tuple[int, ...], layout: FloatLayout) -> list[jax.Array]:
-    """Returns the binary digits, high to low, of the number of thresholds that x exceeds."""
-    limits: list[Any] = [layout.int_type(t) for t in thresholds]
-    floats = [layout.floats(_ordered(limit, layout)) for limit in limits]
-    key, most = _ordered(layout.bits(x), layout), layout.magnitude_mask
-    if all(abs(limit) >= np.finfo(limit).tiny for limit in floats):
-        # Comparing floats takes less time, and may treat subnormals as zero.
-        key, limits, most = x, floats, layout.float_type(np.inf)
-    depth = max(1, len(limits).bit_length())
-    limits += [most] * (2**depth - 1 - len(limits))  # No value exceeds these.
-    digits: list[jax.Array] = []
-    for _ in range(depth):
-        half = 2 ** (depth - len(digits) - 1)
-        limit = _descend(digits, limits[half - 1 :: 2 * half])
-        limit = limit if isinstance(limit, jax.Array) else lax.full(key.shape, limit)
-        digits.append(lax.gt(key, limit))
-    return digits
-
-
-def _number(digits: list[jax.Array]) -> jax.Array:
-    """Returns the int32 numbers with these binary digits, from the highest digit."""
-    weighted = (where(digit, np.int32(1 << i), np.int32(0)) for i, digit in enumerate(digits[::-1]))
-    return functools.reduce(lax.bitwise_or, weighted)
-
-
-def _descend(digits: list[jax.Array], items: list) -> Any:
-    """Selects an item by the binary digits of its index, from the highest digit.
-
-    Items that are missing at the end are copies of the last one.
-    """
-    items = [*items, *items[-1:] * (2 ** len(digits) - len(items))]
-    for digit in digits:
-        half = len(items) // 2
-        items = [where(digit, items[half + i], items[i]) for i in range(half)]
-    return items[0]
 
 
 def _take(table: np.ndarray, index: jax.Array) -> jax.Array:

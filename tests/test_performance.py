@@ -330,8 +330,8 @@ def test_quantizer_reads_tensor_once_per_range_end_and_once_more(name, size, pas
     [
         *[data.slow(jaxq.PerBlock(size), None) for size in (16, 64, 128)],
         (jaxq.PerBlock(32), None),
-        *[(jaxq.PerToken(), None), (jaxq.PerTensor(), 32), (jaxq.PerChannel(-1), 32)],
-        *[(jaxq.PerBlock(128, axes=0), 20), (jaxq.PerBlock((128, 128)), 100)],
+        *[(jaxq.PerToken(), None), (jaxq.PerTensor(), 32), (jaxq.PerChannel(-1), 16)],
+        *[(jaxq.PerBlock(128, axes=0), 16), (jaxq.PerBlock((128, 128)), 100)],
     ],
     ids=str,
 )

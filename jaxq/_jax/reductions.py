@@ -20,6 +20,7 @@ from jaxq._base.shapes import is_symbolic
 __all__ = ["largest", "reduced", "summed", "total"]
 
 _STRIDED = 32
+_ROWS = 16  # Rows that are a power of two apart displace each other from the cache.
 _NEIGHBORS = 8
 _REDUCE = {lax.max: lax.reduce_max, lax.min: lax.reduce_min}
 
@@ -186,14 +187,21 @@ def _along_last(combine: Callable, reduce: Callable, x: jax.Array, axis: int) ->
     return _keepdims(reduce, x, axis)
 
 
-def _along(combine: Callable, reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
+def _along(
+    combine: Callable, reduce: Callable, x: jax.Array, axis: int, at_once: int = _STRIDED
+) -> jax.Array:
     """Reduces an axis that is not the last in several steps, each a loop over the last result."""
     n = x.shape[axis]
-    step = 1 if is_symbolic(n) else _step(n)
+    if is_symbolic(n) or n <= at_once:
+        return _keepdims(reduce, x, axis)
+    step = _step(n, _ROWS)
+    if 2 * step < _ROWS:
+        step = _step(n)
     if step in (1, n):
         return _keepdims(reduce, x, axis)
     x = x.reshape(*x.shape[:axis], n // step, step, *x.shape[axis + 1 :])
-    return _along(combine, reduce, _halves(combine, reduce(x, (axis + 1,)), axis), axis)
+    x = _halves(combine, reduce(x, (axis + 1,)), axis)
+    return _along(combine, reduce, x, axis, at_once=_ROWS)
 
 
 def _keepdims(reduce: Callable, x: jax.Array, axis: int) -> jax.Array:
@@ -222,6 +230,6 @@ def _lengths(n: int) -> list[int]:
     return [n, *lengths]
 
 
-def _step(n: int) -> int:
-    """Returns the number of elements to reduce to one: the largest divisor up to `_STRIDED`."""
-    return next((d for d in range(min(n, _STRIDED), 1, -1) if n % d == 0), 1)
+def _step(n: int, most: int = _STRIDED) -> int:
+    """Returns the number of elements to reduce to one: the largest divisor up to `most`."""
+    return next((d for d in range(min(n, most), 1, -1) if n % d == 0), 1)

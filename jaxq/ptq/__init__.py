@@ -1,7 +1,8 @@
 """Post-training quantization: calibration statistics, solvers, sensitivity and byte budgets.
 
 A solver is a frozen, hashable dataclass with the method of `Solver`; pass an instance as `solver=`.
-To add one to jaxq, also list it in `SOLVERS` (`_solvers/_catalog.py`). The contract tests then include it.
+To add one to jaxq, also list it in `SOLVERS` (`_solvers/_catalog.py`). The contract tests then
+include it.
 """
 
 from jaxq.ptq._budgets import Budget, FrontRow, Score, Scores, budget, sensitivity

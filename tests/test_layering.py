@@ -33,8 +33,9 @@ PACKAGES = [
     "analysis",
     "cli",
 ]
-# The sub-packages of large packages. Each imports only from those before it.
+# The sub-packages and modules of large packages. Each imports only from those before it.
 SUB_PACKAGES = {
+    "models": ["_reading", "_rules", "_trees", "_assigning", "_running", "_transforms"],
     "ptq": [
         "_statistics",
         "_solvers",

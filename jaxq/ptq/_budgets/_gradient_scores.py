@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jaxq.models import (
     LOOK_UP,
     Assigned,
-    Planned,
+    ModelPlan,
     ProductInputs,
     as_array,
     build_program,
@@ -24,12 +24,12 @@ __all__ = ["gradient_scores"]
 
 
 def gradient_scores(
-    owner: str, plans: Sequence[Planned], data: Sequence[Sequence[Any]]
+    owner: str, plans: Sequence[ModelPlan], data: Sequence[Sequence[Any]]
 ) -> dict[int, np.ndarray]:
     """Returns `sum (G dY)^2` for each leaf, one number per plan.
 
     Every product computes the errors dY of its output for all recipes
-    (`models._multiplying._attach_scores`), and saves them as residuals of an identity function with
+    (`models._running._multiply._attach_scores`), and saves them as residuals of an identity function with
     an extra input of zeros. The backward pass of this function returns the scores as the gradient
     of the zeros, computed from the cotangent G and the residuals.
 

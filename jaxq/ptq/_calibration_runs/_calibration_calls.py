@@ -9,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq.models import Assigned, Planned, Product, Rules, plan, weight_of
+from jaxq.models import Assigned, ModelPlan, Product, Rules, plan, weight_of
 from jaxq.products import ProductRecipe
 from jaxq.ptq._solvers import check_recipe
 from jaxq.ptq._statistics import Collector, Targets, find_targets
@@ -27,7 +27,7 @@ class Model:
       targets: the products to solve.
     """
 
-    planned: Planned
+    planned: ModelPlan
     targets: Targets
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
-from jaxq.models import Planned, Storage, StoredView
+from jaxq.models import ModelPlan, Storage, StoredView
 from jaxq.quantizers import Levels, Quantized, grid_values_of, levels, snap, with_levels
 
 __all__ = ["LeafKey", "LeafState", "Leaves", "replace_parameters"]
@@ -51,7 +51,7 @@ class Leaves:
       planned: the model, planned with float parameters.
     """
 
-    def __init__(self, planned: Planned) -> None:
+    def __init__(self, planned: ModelPlan) -> None:
         self._arrays = planned.traced.arrays
         self._storage = planned.stored.leaves
         self._packed: dict[LeafKey, Quantized] = {}
@@ -157,7 +157,7 @@ class Leaves:
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
 
 
-def replace_parameters(planned: Planned, leaves: Mapping[int, Any]) -> Any:
+def replace_parameters(planned: ModelPlan, leaves: Mapping[int, Any]) -> Any:
     """Returns the parameters of a model with some leaves replaced, given by their indices."""
     tree, indices = planned.traced.parameters
     old, structure = jax.tree.flatten(tree)

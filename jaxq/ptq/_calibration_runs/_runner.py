@@ -16,7 +16,7 @@ import jax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq.models import Assigned, Node, Planned, Product, as_array
+from jaxq.models import Assigned, ModelPlan, Node, Product, as_array
 from jaxq.ptq._calibration_runs._calibration_calls import Calls, Model, without_weight
 from jaxq.ptq._calibration_runs._frames import Frame
 from jaxq.ptq._calibration_runs._inlining import FlatProgram, flatten
@@ -50,7 +50,7 @@ class ModelRunner:
       masks: the mask of each batch, or None.
     """
 
-    planned: Planned
+    planned: ModelPlan
     targets: Targets
     chosen: Sequence[Assigned | None]
     leaves: Leaves

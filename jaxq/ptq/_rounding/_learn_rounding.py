@@ -10,7 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq.models import Planned, Program, Rules, build_program, plan
+from jaxq.models import ModelPlan, Program, Rules, build_program, plan
 from jaxq.ptq._calibration_runs import Calls, Model, read_calls, replace_parameters, without_weight
 from jaxq.ptq._results import Entry, LearnedBlock, RoundingReport, journal_of
 from jaxq.ptq._rounding._block_training import (
@@ -297,7 +297,7 @@ class _ModelBlock:
       next: the indices of the next block's first leaf and first product in the model.
     """
 
-    def __init__(self, number: int, planned: Planned, model: Planned, first: _Offsets) -> None:
+    def __init__(self, number: int, planned: ModelPlan, model: ModelPlan, first: _Offsets) -> None:
         self.number, self._planned, self._model, self._first = number, planned, model, first
         count = sum(origin is not None for origin in planned.traced.origins)
         self.arrays = [jnp.asarray(x) for x in planned.traced.arrays[:count]]

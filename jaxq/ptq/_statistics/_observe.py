@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from jaxq._jax.serialization import pytree
 from jaxq.models import (
     Assigned,
-    Planned,
+    ModelPlan,
     ProductInputs,
     Rules,
     as_array,
@@ -114,7 +114,7 @@ class Targets:
         )
 
 
-def find_targets(planned: Planned, hessian: bool = True) -> Targets:
+def find_targets(planned: ModelPlan, hessian: bool = True) -> Targets:
     """Returns the products of a planned model whose weights the rules quantize."""
     matrices, reasons = {}, {}
     for product, assigned in zip(planned.products, planned.chosen, strict=True):

@@ -11,9 +11,8 @@ from typing import Any
 
 from jax import numpy as jnp
 
-from jaxq.models._planning import plan
-from jaxq.models._rules import Rules, as_rules
-from jaxq.models._states import Delayed
+from jaxq.models._rules import Delayed, Rules, as_rules
+from jaxq.models._transforms._planning import plan
 from jaxq.products import History
 
 __all__ = ["delayed_scaling"]

@@ -6,8 +6,8 @@ from typing import Any
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq.models._marks import Mark
-from jaxq.models._reading import Node, Product
+from jaxq.models._reading._marks import Mark
+from jaxq.models._reading._products import Node, Product
 
 __all__ = ["find_unreached"]
 

@@ -7,16 +7,21 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from jaxq.models._adapting import Adapted
 from jaxq.models._assigning import Assigned, prefix_errors, unassigned
-from jaxq.models._marks import Mark
-from jaxq.models._monitored import Monitored
-from jaxq.models._operations import QUANTIZED, operation_of
-from jaxq.models._planning import plan
-from jaxq.models._reached import find_unreached
-from jaxq.models._reading import Product
-from jaxq.models._rules import PlainRules, Rules, as_rules, unmatched_message
-from jaxq.models._states import Delayed, Frozen, Switch, Switched
+from jaxq.models._reading import QUANTIZED, Mark, Product, find_unreached, operation_of
+from jaxq.models._rules import (
+    Adapted,
+    Delayed,
+    Frozen,
+    Monitored,
+    PlainRules,
+    Rules,
+    Switch,
+    Switched,
+    as_rules,
+    unmatched_message,
+)
+from jaxq.models._transforms._planning import plan
 from jaxq.products import (
     NO_SCALES,
     PassLayouts,

@@ -8,11 +8,9 @@ from typing import Any
 
 import jax
 
-from jaxq.models._planning import Planned, plan
-from jaxq.models._programs import ProductInputs, build_program
 from jaxq.models._rules import Rules
-from jaxq.models._running import run_program
-from jaxq.models._stored_views import as_array
+from jaxq.models._running import ProductInputs, as_array, build_program, run_program
+from jaxq.models._transforms._planning import ModelPlan, plan
 from jaxq.quantizers import Quantized
 
 __all__ = ["quantize_fn", "quantize_weights"]
@@ -114,7 +112,7 @@ def quantize_fn(
 
 
 def run_planned(
-    owner: str, planned: Planned, key: jax.Array | None, observing: bool = False
+    owner: str, planned: ModelPlan, key: jax.Array | None, observing: bool = False
 ) -> tuple[list[Any], Mapping[str, Any]]:
     """Runs a planned function and returns its results and the calibration states."""
     traced, packed = planned.traced, planned.packed
@@ -202,7 +200,7 @@ def quantize_weights(
     return packed
 
 
-def _warn_unpacked(planned: Planned, strict: bool) -> None:
+def _warn_unpacked(planned: ModelPlan, strict: bool) -> None:
     """Warns about weights that are not stored, or raises an error if `strict`."""
     reasons = planned.stored.reasons
     if not reasons:

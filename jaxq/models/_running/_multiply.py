@@ -12,14 +12,13 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq._jax.barriers import barrier
 from jaxq._jax.draws import fold_in, one_of
-from jaxq.models._adapting import adapter_product
 from jaxq.models._assigning import OPERANDS_OF_PRODUCT, Assigned, prefix_errors
-from jaxq.models._looking_up import look_up
-from jaxq.models._marks import MARK
-from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
-from jaxq.models._programs import ProductInputs, ProductState, States
-from jaxq.models._stored_views import as_array
-from jaxq.models._streaming import stream_product
+from jaxq.models._reading import LOOK_UP, MARK, contraction_of, operation_of
+from jaxq.models._rules import adapter_product
+from jaxq.models._running._look_up import look_up
+from jaxq.models._running._programs import ProductInputs, ProductState, States
+from jaxq.models._running._stored_views import as_array
+from jaxq.models._running._streaming import stream_product
 from jaxq.products import (
     NO_SCALES,
     Hadamard,

@@ -22,8 +22,10 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxq._jax import compat
-from jaxq.models._multiplying import keys_for, multiply
-from jaxq.models._programs import (
+from jaxq.models._assigning import widest
+from jaxq.models._reading import CONVERSIONS, JOINS, VIEWS
+from jaxq.models._running._multiply import keys_for, multiply
+from jaxq.models._running._programs import (
     ProductInputs,
     Program,
     States,
@@ -31,9 +33,7 @@ from jaxq.models._programs import (
     merge_iterations,
     merge_states,
 )
-from jaxq.models._stored_views import StoredView, as_array
-from jaxq.models._storing import widest
-from jaxq.models._views import CONVERSIONS, JOINS, VIEWS
+from jaxq.models._running._stored_views import StoredView, as_array
 from jaxq.quantizers import Quantized, quantized_sharding
 
 __all__ = ["run_program"]

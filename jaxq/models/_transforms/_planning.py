@@ -6,32 +6,36 @@ from typing import Any
 
 import numpy as np
 
-from jaxq.models._adapting import Adapted
 from jaxq.models._assigning import (
     Assigned,
+    Storages,
     assign,
     assignment_of_mark,
     prefix_errors,
+    storages,
     unassigned,
     weight_of,
 )
-from jaxq.models._marks import Mark
-from jaxq.models._monitored import Monitored
-from jaxq.models._programs import ProductState
-from jaxq.models._reading import Node, Product, read
-from jaxq.models._rules import Rules, as_rules
-from jaxq.models._states import Delayed, Frozen, Switched, refuse_states
-from jaxq.models._stored_views import StoredView
-from jaxq.models._storing import Storages, storages
-from jaxq.models._tracing import Traced, trace
+from jaxq.models._reading import Mark, Node, Product, Traced, read, trace
+from jaxq.models._rules import (
+    Adapted,
+    Delayed,
+    Frozen,
+    Monitored,
+    Rules,
+    Switched,
+    as_rules,
+    refuse_states,
+)
+from jaxq.models._running import ProductState, StoredView
 from jaxq.products import ProductRecipe, Row
 from jaxq.quantizers import Quantized
 
-__all__ = ["Planned", "plan"]
+__all__ = ["ModelPlan", "plan"]
 
 
 @dataclasses.dataclass
-class Planned:
+class ModelPlan:
     """A traced function with its products and their assignments.
 
     Attributes:
@@ -79,7 +83,7 @@ def plan(
     argnums: int | Sequence[int],
     args: tuple,
     kwargs: dict[str, Any],
-) -> Planned:
+) -> ModelPlan:
     """Traces a function and assigns recipes to its products.
 
     Raises:
@@ -117,7 +121,7 @@ def plan(
             _without_weight(owner, product, assigned, packed, stored)
             for product, assigned in zip(products, chosen, strict=True)
         ]
-    return Planned(traced, node, products, marks, chosen, stored, scales, product_states)
+    return ModelPlan(traced, node, products, marks, chosen, stored, scales, product_states)
 
 
 def _packed_arguments(traced: Traced) -> dict[int, Quantized]:

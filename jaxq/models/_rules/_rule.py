@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxq._base.registry import suggestion
 from jaxq.formats import FORMATS
-from jaxq.models._operations import OPERATIONS
+from jaxq.models._reading import OPERATIONS
 from jaxq.products import (
     PRODUCT_RECIPES,
     ProductRecipe,

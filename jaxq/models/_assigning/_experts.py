@@ -12,10 +12,8 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.models._operations import LOOK_UP, contraction_of
-from jaxq.models._origins import Piece
-from jaxq.models._reading import Product
-from jaxq.models._rule import Rule
+from jaxq.models._reading import LOOK_UP, Piece, Product, contraction_of
+from jaxq.models._rules import Rule
 from jaxq.products import ProductRecipe, is_stochastic, placed
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Recipe

@@ -15,7 +15,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.records import state_repr
-from jaxq.models._states import Delayed, Frozen, Switched
+from jaxq.models._rules._states import Delayed, Frozen, Switched
 from jaxq.products import Probe, Row
 from jaxq.recipes import Recipe
 

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from jaxq._base.records import state_repr
 from jaxq._jax.serialization import pytree
-from jaxq.models._rule import Rule, rule_records
+from jaxq.models._rules._rule import Rule, rule_records
 from jaxq.products import Contraction
 
 __all__ = ["Adapted", "LoRA", "adapter_product", "can_adapt_ragged"]

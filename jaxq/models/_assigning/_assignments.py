@@ -7,15 +7,19 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxq.models._experts import Experts
-from jaxq.models._marks import Mark
-from jaxq.models._matching import first_match, match_parts, unused_reason
-from jaxq.models._observers import Observable, Observer
-from jaxq.models._operations import LOOK_UP, contraction_of, operation_of
-from jaxq.models._origins import Origin
-from jaxq.models._reading import Product, table_axes
-from jaxq.models._rule import Rule
-from jaxq.models._rules import describe_recipe
+from jaxq.models._assigning._experts import Experts
+from jaxq.models._assigning._matching import first_match, match_parts, unused_reason
+from jaxq.models._assigning._observers import Observable, Observer
+from jaxq.models._reading import (
+    LOOK_UP,
+    Mark,
+    Origin,
+    Product,
+    contraction_of,
+    operation_of,
+    table_axes,
+)
+from jaxq.models._rules import Rule, describe_recipe
 from jaxq.products import Axes, PerProduct, ProductRecipe, can_delay, check, is_stochastic, placed
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import PerTensor, Recipe

@@ -15,11 +15,10 @@ import jax
 
 from jaxq._base.records import state_repr
 from jaxq._jax.serialization import pytree
-from jaxq.models._functions import run_planned
-from jaxq.models._observers import Observable, Observer
-from jaxq.models._planning import plan
-from jaxq.models._rules import Rules, as_rules
-from jaxq.models._states import Frozen
+from jaxq.models._assigning import Observable, Observer
+from jaxq.models._rules import Frozen, Rules, as_rules
+from jaxq.models._transforms._planning import plan
+from jaxq.models._transforms._quantize import run_planned
 from jaxq.quantizers import calibration
 from jaxq.quantizers.calibration import Calibrated
 from jaxq.recipes import Recipe, records

@@ -8,8 +8,8 @@ from jax import numpy as jnp
 
 from jaxq._jax import compat
 from jaxq.models._assigning import Assigned
-from jaxq.models._operations import LOOK_UP, operation_of
-from jaxq.models._stored_views import StoredView, as_array
+from jaxq.models._reading import LOOK_UP, operation_of
+from jaxq.models._running._stored_views import StoredView, as_array
 from jaxq.numerics import as_dtype
 from jaxq.products import Pair, PerProduct, ProductRecipe, in_parts, product
 from jaxq.quantizers import Quantized, Slices, slices

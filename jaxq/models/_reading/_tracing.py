@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxq._jax import compat
-from jaxq.models._origins import Origin, of_leaf
+from jaxq.models._reading._origins import Origin, of_leaf
 from jaxq.quantizers import Quantized
 
 __all__ = ["Traced", "trace"]

@@ -9,15 +9,17 @@ from typing import Any
 import jax
 
 from jaxq._base.tables import Table
-from jaxq.models._assigning import Assigned, axes_of, recipe_on_operand_axes, weight_of
-from jaxq.models._experts import Experts
-from jaxq.models._matching import first_match
-from jaxq.models._operations import LOOK_UP, operation_of
-from jaxq.models._origins import Piece
-from jaxq.models._planning import Planned, plan
-from jaxq.models._reading import Product, flops
-from jaxq.models._rule import Rule
-from jaxq.models._rules import Rules, as_rules
+from jaxq.models._assigning import (
+    Assigned,
+    Experts,
+    axes_of,
+    first_match,
+    recipe_on_operand_axes,
+    weight_of,
+)
+from jaxq.models._reading import LOOK_UP, Piece, Product, flops, operation_of
+from jaxq.models._rules import Rule, Rules, as_rules
+from jaxq.models._transforms._planning import ModelPlan, plan
 from jaxq.products import ProductRecipe, SingleProduct, check_gradients, placed
 from jaxq.quantizers import Quantized
 from jaxq.recipes import Recipe, title_of
@@ -117,7 +119,7 @@ def explain(
 
 
 def _row(
-    planned: Planned, product: Product, assigned: Assigned | None, rules: Sequence[Rule]
+    planned: ModelPlan, product: Product, assigned: Assigned | None, rules: Sequence[Rule]
 ) -> ProductRow:
     shapes = " ".join(map(_shape, product.operands))
     bits, nbytes = _weight(planned, product, assigned)
@@ -198,7 +200,7 @@ def _name(recipe: Recipe | None) -> str:
     return "-" if recipe is None else title_of(recipe, fields=False)
 
 
-def _stored(planned: Planned, product: Product, assigned: Assigned | None) -> str:
+def _stored(planned: ModelPlan, product: Product, assigned: Assigned | None) -> str:
     """Returns the `stored` entry of a product's row."""
     if product.number in planned.stored.reasons:
         return f"no: {planned.stored.reasons[product.number]}"
@@ -207,7 +209,7 @@ def _stored(planned: Planned, product: Product, assigned: Assigned | None) -> st
     return "yes" if packed or (assigned and weight_of(product, assigned)) else "-"
 
 
-def _weight(planned: Planned, product: Product, assigned: Assigned | None) -> tuple[float, int]:
+def _weight(planned: ModelPlan, product: Product, assigned: Assigned | None) -> tuple[float, int]:
     """Returns the bits per element and the bytes of a product's weight."""
     i = next((i for i, o in reversed([*enumerate(product.origins)]) if o is not None), None)
     if i is None:

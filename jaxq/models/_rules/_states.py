@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jaxq._base.records import state_repr
 from jaxq._base.registry import suggestion
 from jaxq._jax.serialization import pytree
-from jaxq.models._rule import Rule, check_pattern, rule_records
+from jaxq.models._rules._rule import Rule, check_pattern, rule_records
 from jaxq.products import History
 from jaxq.quantizers.calibration import Calibrated
 

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 from jax import numpy as jnp
 
-from jaxq.models._experts import Experts, experts_of
-from jaxq.models._operations import LOOK_UP
-from jaxq.models._reading import Product
-from jaxq.models._rule import Rule
-from jaxq.models._rules import hidden_message, unmatched_message
+from jaxq.models._assigning._experts import Experts, experts_of
+from jaxq.models._reading import LOOK_UP, Product
+from jaxq.models._rules import Rule, hidden_message, unmatched_message
 
 __all__ = ["first_match", "match_parts", "unused_reason"]
 

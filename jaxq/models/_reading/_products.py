@@ -17,10 +17,10 @@ import jax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq.models._marks import MARK, Mark
-from jaxq.models._operations import LEFT_ALONE, LOOK_UP, QUANTIZED, contraction_of
-from jaxq.models._origins import CONSTANT, Origin
-from jaxq.models._views import computed_origin, through
+from jaxq.models._reading._marks import MARK, Mark
+from jaxq.models._reading._operations import LEFT_ALONE, LOOK_UP, QUANTIZED, contraction_of
+from jaxq.models._reading._origins import CONSTANT, Origin
+from jaxq.models._reading._views import computed_origin, through
 from jaxq.products import Axes
 
 __all__ = ["Node", "Product", "Reading", "flops", "read", "table_axes"]

@@ -16,11 +16,9 @@ from jax import numpy as jnp
 from jaxq._jax import compat
 from jaxq._jax.draws import fold_in
 from jaxq._jax.meshes import varying
-from jaxq.models._adapting import LoRA
-from jaxq.models._assigning import Assigned
-from jaxq.models._observers import Observer
+from jaxq.models._assigning import Assigned, Observer
 from jaxq.models._reading import Node
-from jaxq.models._states import Switch
+from jaxq.models._rules import LoRA, Switch
 from jaxq.products import History, Row
 from jaxq.quantizers import calibration
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax import numpy as jnp
 
-from jaxq.models._origins import Digit, Digits, Origin, Piece, size_of
+from jaxq.models._reading._origins import Digit, Digits, Origin, Piece, size_of
 
 __all__ = ["CONVERSIONS", "JOINS", "VIEWS", "computed_origin", "through"]
 

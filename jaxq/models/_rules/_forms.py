@@ -10,10 +10,10 @@ from typing import Any, TypeAlias, TypeVar
 
 from jaxq._base.registry import suggestion
 from jaxq._jax.serialization import from_json, to_json
-from jaxq.models._adapting import Adapted
-from jaxq.models._monitored import Monitored
-from jaxq.models._rule import Rule, check_pattern, rule_records
-from jaxq.models._states import Delayed, Frozen, Switched
+from jaxq.models._rules._adapters import Adapted
+from jaxq.models._rules._monitored import Monitored
+from jaxq.models._rules._rule import Rule, check_pattern, rule_records
+from jaxq.models._rules._states import Delayed, Frozen, Switched
 from jaxq.products import PRODUCT_RECIPES, ProductRecipe
 from jaxq.recipes import RECIPES, Recipe
 

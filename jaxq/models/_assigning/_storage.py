@@ -17,9 +17,8 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.models._assigning import Assigned, WeightToQuantize, axes_of, weight_of
-from jaxq.models._origins import Digit, Origin, Piece
-from jaxq.models._reading import Product
+from jaxq.models._assigning._assignments import Assigned, WeightToQuantize, axes_of, weight_of
+from jaxq.models._reading import Digit, Origin, Piece, Product
 from jaxq.products import is_stochastic, placed
 from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import Granularity, PerBlock, PerChannel, PerTensor, Recipe

@@ -29,9 +29,9 @@ def gradient_scores(
     """Returns `sum (G dY)^2` for each leaf, one number per plan.
 
     Every product computes the errors dY of its output for all recipes
-    (`models._running._multiply._attach_scores`), and saves them as residuals of an identity function with
-    an extra input of zeros. The backward pass of this function returns the scores as the gradient
-    of the zeros, computed from the cotangent G and the residuals.
+    (`models._running._multiply._attach_scores`), and saves them as residuals of an identity
+    function with an extra input of zeros. The backward pass of it returns the scores as the
+    gradient of the zeros, computed from the cotangent G and the residuals.
 
     Args:
       owner: the name of the public function that was called, for errors.

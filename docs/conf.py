@@ -90,7 +90,7 @@ nitpick_ignore = [
     ("py:class", "jaxq.products._rows.Row"),
     ("py:class", "jaxq.products._recipe.PerProduct"),
     ("py:class", "jaxq.serving._halves.Half"),
-    ("py:class", "jaxq.models._states.Switch"),
+    ("py:class", "jaxq.models._rules._states.Switch"),
     ("py:class", "jaxq.quantizers._levels.Levels"),
     ("py:class", "jaxq.quantizers._slices.Slices"),
 ]

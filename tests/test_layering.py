@@ -33,6 +33,20 @@ PACKAGES = [
     "analysis",
     "cli",
 ]
+# The sub-packages and modules of large packages. Each imports only from those before it.
+SUB_PACKAGES = {
+    "models": ["_reading", "_rules", "_trees", "_assigning", "_running", "_transforms"],
+    "ptq": [
+        "_statistics",
+        "_solvers",
+        "_calibration_runs",
+        "_results",
+        "_solving",
+        "_rounding",
+        "_transformations",
+        "_budgets",
+    ],
+}
 # Packages without public names, whose private modules all other packages may import.
 INTERNAL = {"_base", "_jax", "_ggml"}
 # Tests that replace or call what is private: a failing write, compilations, places of labels,
@@ -97,6 +111,23 @@ def test_modules_of_a_package_import_each_other_without_cycles(package: str):
     mine = {module for module in MODULES if package_of(module) == package}
     graph = {module: imports(MODULES[module]) & mine for module in mine}
     graphlib.TopologicalSorter(graph).prepare()  # Raises CycleError, which names the cycle.
+
+
+@pytest.mark.parametrize("package", SUB_PACKAGES)
+def test_sub_packages_import_only_from_those_before_them(package: str):
+    """Checks also that modules import from other sub-packages only what those export."""
+    order = SUB_PACKAGES[package]
+    prefix = f"jaxq.{package}."
+    modules = {m.removeprefix(prefix): MODULES[m] for m in MODULES if m.startswith(prefix)}
+    assert {module.split(".")[0] for module in modules} == set(order)
+    for module, path in modules.items():
+        mine = module.split(".")[0]
+        used = {name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix)}
+        others = {name for name in used if name.split(".")[0] != mine}
+        assert others <= set(order[: order.index(mine)]), f"{module} imports {sorted(others)}"
+    inside = imports(MODULES[f"jaxq.{package}"])
+    names = {name.removeprefix(prefix) for name in inside if name.startswith(prefix)}
+    assert names <= set(order), f"jaxq.{package} imports {sorted(names - set(order))}"
 
 
 def test_no_package_imports_private_modules_of_another():

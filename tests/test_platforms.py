@@ -27,7 +27,8 @@ from jaxq.gradients import ESTIMATORS
 from jaxq.interop import gguf
 from jaxq.numerics import ROUNDINGS, Overflow
 from jaxq.products import PRODUCT_RECIPES
-from jaxq.ptq import _gptq_matrix, _importance_matrix, _rotate_inputs
+from jaxq.ptq._solvers import _gptq_algorithm, _importance_matrix
+from jaxq.ptq._transformations import _rotate_inputs
 from jaxq.quantizers import (
     Levels,
     enclosing_grid_values,
@@ -623,10 +624,10 @@ def test_loop_of_gptq_agrees_on_all_platforms():
     shifts[4:] = 0  # So that values do not grow.
 
     def solved(weight, levels, errors, shifts, diagonal):
-        feedback = [_gptq_matrix._Feedback(errors, each) for each in (None, shifts)]
-        rounded = [_gptq_matrix._rounded(weight, levels, each, recipe) for each in feedback]
+        feedback = [_gptq_algorithm._Feedback(errors, each) for each in (None, shifts)]
+        rounded = [_gptq_algorithm._rounded(weight, levels, each, recipe) for each in feedback]
         return rounded, [
-            _gptq_matrix._order(diagonal, order, recipe) for order in ("static", "group")
+            _gptq_algorithm._order(diagonal, order, recipe) for order in ("static", "group")
         ]
 
     diagonal = rng.integers(0, 9, n).astype(np.float32)

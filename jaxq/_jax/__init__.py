@@ -57,5 +57,5 @@ says otherwise, and the check that passes without the workaround once the behavi
 - `serialization`: Flax looks up pytrees by class and `jax.export` by name. These are their
   interfaces, so this stays.
 
-`models/_storing.py` calls `lax.reduce_precision` directly, with the reason.
+`models/_assigning/_storage.py` calls `lax.reduce_precision` directly, with the reason.
 """

@@ -21,7 +21,7 @@ from jaxq.lora._results import AdaptedModel, Merged, MergeError
 from jaxq.models import (
     Adapted,
     LoRA,
-    Planned,
+    ModelPlan,
     Product,
     ProductInputs,
     Rules,
@@ -318,7 +318,7 @@ class _Observation:
         return quantize_weights(self.fn, self.rules, argnums=self.argnums)(*args)
 
 
-def _adaptable(planned: Planned) -> tuple[dict[str, int], dict[str, str]]:
+def _adaptable(planned: ModelPlan) -> tuple[dict[str, int], dict[str, str]]:
     """Returns the weight's operand of each product that can have an adapter, and shared weights.
 
     Returns:

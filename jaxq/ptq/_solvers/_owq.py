@@ -1,0 +1,255 @@
+"""OWQ, which stores the most sensitive inputs of a weight as floats and solves the others."""
+
+import contextlib
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from jaxq.numerics import encode
+from jaxq.products import is_stochastic
+from jaxq.ptq._solvers._gptq_algorithm import Settings, Solution, solve
+from jaxq.quantizers import (
+    Levels,
+    Quantized,
+    dequantize,
+    grid_values_of,
+    levels,
+    quantize,
+    values_of,
+    with_levels,
+)
+from jaxq.recipes import Outliers, Recipe, get_recipe
+
+__all__ = ["check_owq_order", "owq", "owq_leaf"]
+
+
+def owq(
+    weight: jax.typing.ArrayLike,
+    hessian: jax.typing.ArrayLike,
+    recipe: str | Recipe,
+    *,
+    axis: int = 0,
+    damping: float = 0.01,
+    order: str | None = "static",
+) -> Quantized:
+    """Quantizes a weight by GPTQ, except for the most sensitive inputs, which stay floats.
+
+    With the Hessian `H = sum x x^T` and the error E of rounding to nearest, the sensitivity of
+    input j is `H_jj |E_j|^2`. The weights of the most sensitive inputs are stored as the recipe's
+    outliers, and the scales are computed without them. Their values are adjusted to the chosen
+    codes of the other inputs such that the output error is smallest.
+
+    Args:
+      weight: a float16, bfloat16 or float32 array of at least two axes.
+      hessian: the sum of `x x^T` over the tokens, `[inputs, inputs]`, up to a positive factor.
+      recipe: a recipe with `outliers` and without their `sigma`. As many inputs stay floats as fit
+        into the number of outliers. The granularity is relative to `axis`.
+      axis: the axis of `weight` that products contract: 0 for a kernel `[inputs, outputs]`, 1 or -1
+        for a weight `[outputs, inputs]`.
+      damping: the number added to the diagonal of H, relative to the diagonal's mean.
+      order: `"static"` or None, as in `GPTQ`.
+
+    Returns:
+      A `jaxq.Quantized`. If the Hessian cannot be factorized, the codes are those of rounding to
+      nearest under `jit`; without `jit`, an error is raised.
+
+    Raises:
+      ValueError: if the recipe is stochastic or has too few outliers for one input, shapes do not
+        fit, `order` is unknown, or the Hessian cannot be factorized.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from jaxq import ptq
+      >>> weight = jnp.array([[0.4, 1.0], [0.4, -0.3]])
+      >>> second = jnp.diag(jnp.array([1.0, 100.0]))  # The second input is the larger one.
+      >>> recipe = jaxq.Recipe("int2", outliers=jaxq.recipes.Outliers(0.5))
+      >>> q = ptq.owq(weight, second, recipe)
+      >>> [[round(float(value), 2) for value in row] for row in q.dequantize()]
+      [[0.0, 1.0], [0.4, -0.3]]
+
+    References:
+      Lee et al., "OWQ: Outlier-Aware Weight Quantization for Efficient Fine-Tuning and Inference of
+      Large Language Models" (2024).
+    """
+    weight, gram = jnp.asarray(weight), jnp.asarray(hessian, jnp.float32)
+    record = get_recipe(recipe)
+    check_owq_order("owq", order)
+    inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None
+    if weight.ndim < 2 or inputs is None or gram.shape != (inputs, inputs):
+        raise ValueError(
+            "owq: `hessian` must have the shape (n, n), where n is the length of `axis` of "
+            f"`weight`, which needs two axes or more, got {gram.shape} and {weight.shape} with "
+            f"axis={axis}. Pass the axis of the inputs as `axis`."
+        )
+    if record.outliers is None or record.outliers.sigma is not None or is_stochastic(record):
+        raise ValueError(
+            "owq: `recipe` must have outliers without `sigma` and round deterministically, got "
+            f"{record.outliers} and rounding={record.rounding!r}. Use, for example, "
+            "outliers=jaxq.recipes.Outliers(0.01)."
+        )
+    count = _float_input_count(record.outliers, weight, inputs)
+    if not 0 < count < inputs:
+        raise ValueError(
+            f"owq: `recipe` must have outliers for at least one of the {inputs} inputs, got the "
+            f"fraction {record.outliers.fraction}. Use at least {1 / inputs:.3g}."
+        )
+    result, is_solved = _owq(weight, gram, _Options(record, axis, Settings(damping, order), count))
+    is_known_to_fail = False
+    with contextlib.suppress(jax.errors.ConcretizationTypeError):  # Under `jit`.
+        is_known_to_fail = not bool(is_solved)
+    if is_known_to_fail:
+        raise ValueError(
+            "owq: `hessian` must be positive semidefinite, finite and not zero, got one with the "
+            f"mean diagonal {float(jnp.mean(jnp.diagonal(gram))):.3g}, which cannot be factorized. "
+            "Check the activations for NaN, or increase `damping`."
+        )
+    return result
+
+
+def check_owq_order(owner: str, order: str | None) -> None:
+    """Raises a ValueError unless OWQ supports an order."""
+    if order not in ("static", None):
+        raise ValueError(f"{owner}: `order` must be 'static' or None, got {order!r}. Use 'static'.")
+
+
+def _float_input_count(outliers: Outliers, weight: jax.Array, inputs: int) -> int:
+    """Returns the number of inputs whose weights fit into the number of outliers."""
+    return outliers.count(weight.size) // (weight.size // inputs)
+
+
+def owq_leaf(
+    start: Quantized, weight: jax.Array, hessian: jax.Array, axis: int, settings: Settings
+) -> tuple[Quantized, jax.Array] | None:
+    """Quantizes a leaf by OWQ, in the form in which it is stored.
+
+    Args:
+      start: the leaf quantized to the nearest levels. The granularity of its recipe is given by the
+        axes of the leaf.
+      weight: the float32 values that the product multiplies.
+      hessian: the sum of `x x^T`.
+      axis: the axis of inputs.
+      settings: the settings of GPTQ.
+
+    Returns:
+      The quantized leaf, and False if the Hessian cannot be factorized. None if the recipe has no
+      outliers, a number of outliers that depends on the data, or too few for one input.
+    """
+    outliers, inputs = start.recipe.outliers, weight.shape[axis]
+    if outliers is None or outliers.sigma is not None:
+        return None
+    count = _float_input_count(outliers, weight, inputs)
+    if not 0 < count < inputs:
+        return None
+    options = _Options(start.recipe, axis, settings, count, is_placed=True)
+    q, is_solved = _owq(weight, hessian, options)
+    return dataclasses.replace(q, dtype=start.dtype), is_solved
+
+
+class _Options(NamedTuple):
+    """The static arguments of OWQ.
+
+    Attributes:
+      recipe: the recipe.
+      axis: the axis of inputs.
+      settings: the settings of GPTQ.
+      float_inputs: the number of inputs that are stored as floats.
+      is_placed: True if the recipe's granularity is given by the axes of the weight, False (the
+        default) if it is relative to `axis`.
+    """
+
+    recipe: Recipe
+    axis: int
+    settings: Settings
+    float_inputs: int
+    is_placed: bool = False
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _owq(weight: jax.Array, hessian: jax.Array, options: _Options) -> tuple[Quantized, jax.Array]:
+    """Returns the quantized weight, and False if the Hessian cannot be factorized."""
+    recipe, axis = options.recipe, options.axis
+    plain = dataclasses.replace(recipe, outliers=None)
+    shape = jnp.moveaxis(weight, axis, 0).shape
+
+    def matrix(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, axis, 0).reshape(shape[0], -1)
+
+    def from_matrix(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(shape), 0, axis)
+
+    w = matrix(weight.astype(jnp.float32))
+    place = None if options.is_placed else axis
+    nearest = matrix(dequantize(quantize(weight, plain, axis=place)).astype(jnp.float32))
+    cost = jnp.diagonal(hessian) * jnp.sum(jnp.square(nearest - w), axis=1)
+    floats = jnp.sort(lax.top_k(cost, options.float_inputs)[1])
+    is_float = jnp.zeros(len(w), bool).at[floats].set(True)
+    rounded = jnp.argsort(is_float, stable=True)[: len(w) - options.float_inputs]
+    without_floats = from_matrix(jnp.where(is_float[:, None], 0, w)).astype(weight.dtype)
+    start = quantize(without_floats, plain, axis=place)
+    rounded_levels = jax.tree.map(lambda x: matrix(x)[rounded], levels(start))
+    grid_values = matrix(grid_values_of(start))
+    split = _InputSplit(rounded, floats)
+    solution, feedback = _solve_rounded(
+        w[rounded], rounded_levels, hessian, options._replace(recipe=plain), split
+    )
+    chosen = jnp.where(solution.solved, solution.grid_values, grid_values[rounded])
+    error = values_of(chosen, rounded_levels, plain) - w[rounded]
+    change = jnp.matmul(feedback, error, precision=lax.Precision.HIGHEST)
+    values = w[floats] - jnp.where(solution.solved, change, 0)
+    q = with_levels(start, from_matrix(grid_values.at[rounded].set(chosen)))
+    assert recipe.outliers is not None
+    # Outliers are stored in the order of their indices, followed by unused entries.
+    unused = recipe.outliers.count(weight.size) - values.size
+    indices = matrix(jnp.arange(weight.size, dtype=jnp.int32).reshape(weight.shape))[floats]
+    order = jnp.argsort(indices.reshape(-1))
+    indices = jnp.pad(indices.reshape(-1)[order], (0, unused), constant_values=weight.size)
+    values = jnp.pad(values.reshape(-1)[order], (0, unused))
+    codes = encode(values, recipe.outliers.element, overflow="propagate")
+    with_outliers = dataclasses.replace(q.recipe, outliers=recipe.outliers)
+    return dataclasses.replace(q, recipe=with_outliers, outliers=(codes, indices)), solution.solved
+
+
+class _InputSplit(NamedTuple):
+    """The indices of the inputs that are rounded, and of those that are stored as floats."""
+
+    rounded: jax.Array
+    floats: jax.Array
+
+
+def _solve_rounded(
+    weight: jax.Array,
+    levels: Levels,
+    hessian: jax.Array,
+    options: _Options,
+    split: _InputSplit,
+) -> tuple[Solution, jax.Array]:
+    """Solves the inputs r that are rounded, given the inputs f that are stored as floats.
+
+    For an error E of the rounded inputs, the output error is smallest if the float inputs change by
+    `-A E`, with `A = H_ff^-1 H_fr`. It is then `tr(E^T S E)`, with the Schur complement
+    `S = H_rr - H_rf A`.
+
+    Args:
+      weight: the rounded inputs of the weight, `[inputs, outputs]`.
+      levels: the levels of their elements.
+      hessian: the Hessian of all inputs.
+      options: the static arguments.
+      split: the indices of both kinds of inputs.
+
+    Returns:
+      The solution, and A.
+    """
+    rounded, floats = split
+    mean = jnp.mean(jnp.diagonal(hessian))
+    damped = hessian + options.settings.damping * mean * jnp.eye(len(hessian), dtype=jnp.float32)
+    between = damped[floats][:, rounded]
+    factor = jax.scipy.linalg.cho_factor(damped[floats][:, floats])
+    feedback = jax.scipy.linalg.cho_solve(factor, between)
+    product = jnp.matmul(between.T, feedback, precision=lax.Precision.HIGHEST)
+    schur = damped[rounded][:, rounded] - product
+    settings = options.settings._replace(damping=0.0)
+    return solve(weight, levels, schur, None, options.recipe, settings), feedback

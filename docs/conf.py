@@ -89,7 +89,6 @@ nitpick_ignore = [
     ("py:class", "jaxq.products._rows.Probe"),
     ("py:class", "jaxq.products._rows.Row"),
     ("py:class", "jaxq.products._recipe.PerProduct"),
-    ("py:class", "jaxq.serving._halves.Half"),
     ("py:class", "jaxq.models._states.Switch"),
     ("py:class", "jaxq.quantizers._levels.Levels"),
     ("py:class", "jaxq.quantizers._slices.Slices"),

@@ -275,7 +275,7 @@ def _given_scales(given: Given, values: Values, recipe: Recipe, cut: Cut) -> Giv
         scale=scale,
         zero_point=through(scales.zero_point, given.zero_point),
         minimum=through(scales.minimum, given.zero_point),
-        level=values.grid_values,
+        grid_values=values.grid_values,
         count=cut.sizes,
         largest=largest if isinstance(largest, jax.Array) else np.float32(largest),
     )

@@ -247,8 +247,8 @@ def get_rounding(rounding: str | Rounding) -> Rounding:
       The function.
 
     Raises:
-      ValueError: no rounding mode has that name.
-      TypeError: the argument is neither a name nor a function.
+      ValueError: if no rounding mode has that name.
+      TypeError: if the argument is neither a name nor a function.
 
     Example:
       >>> get_rounding("stochastic")

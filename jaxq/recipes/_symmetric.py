@@ -48,7 +48,7 @@ class Symmetric(Scaling):
         used (the first on ties). Default: (), no search.
 
     Raises:
-      ValueError: a name is unknown, or a value is not supported.
+      ValueError: if a name is unknown, or a value is not supported.
 
     Example:
       >>> import jaxq
@@ -108,7 +108,7 @@ class MX(Scaling):
       search: the factors of the range that each block tries, as in `Symmetric`.
 
     Raises:
-      ValueError: a name is unknown, or a value is not supported.
+      ValueError: if a name is unknown, or a value is not supported.
 
     References:
       Open Compute Project, "OCP Microscaling Formats (MX) Specification", version 1.0 (2023).
@@ -164,7 +164,7 @@ class SignedScale(Scaling):
       search: the factors of the range that each block tries, as in `Symmetric`.
 
     Raises:
-      ValueError: a name is unknown, or a value is not supported.
+      ValueError: if a name is unknown, or a value is not supported.
 
     References:
       ggml's quantize_row_q4_0_ref.

@@ -100,10 +100,10 @@ class MX(Scaling):
 
     Attributes:
       rule: the rule that computes the power of two from the largest magnitude of a block, a name in
-        `jaxq.recipes.MX_RULES`. `"floor"`, the default, is OCP's, 2^(floor(log2 amax) - emax);
-        `"ceil"` is 2^(ceil(log2 amax) - emax); `"even"` is `"floor"` for amax rounded half up to
-        the precision of the elements; `"rceil"`, that of NVIDIA's conversions, rounds amax / max up
-        to a power of two; and `"max"`, which some call RNE, to the nearest one.
+        `jaxq.recipes.MX_RULES`. `"floor"`, the default, is OCP's rule, 2^(floor(log2 amax) - emax).
+        `"ceil"` is 2^(ceil(log2 amax) - emax). `"even"` is `"floor"` for amax rounded half up to
+        the precision of the elements. `"rceil"`, the rule of NVIDIA's conversions, rounds amax /
+        max up to a power of two. `"max"`, which some call RNE, rounds it to the nearest one.
       range: the calibrator, as in `Symmetric`.
       search: the factors of the range that each block tries, as in `Symmetric`.
 

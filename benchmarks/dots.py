@@ -30,7 +30,7 @@ NAMES = (FLOAT32, KERNEL, *jaxq.products.PRODUCT_RECIPES)
 
 
 def product(name: str, key: jax.Array) -> Callable:
-    """Returns the matrix product with a product recipe, or in float32, alone or after a sum."""
+    """Returns a matrix product in float32, in float32 after an addition, or in a product recipe."""
     if name == KERNEL:
         return lambda x, w: jaxq.dot_general(x + 0.5, w, MATMUL)
     recipe = None if name == FLOAT32 else jaxq.get_product_recipe(name)

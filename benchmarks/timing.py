@@ -29,7 +29,7 @@ Cases = dict[
 ]  # From (operation, case) to a function that runs the case.
 
 BASE = ("plain pass", "x * 1.0001")
-OLD = "old version of "  # Precedes the operations of the other version of jaxq.
+OLD = "old version of "  # The prefix of the other version's operations.
 
 
 def compiled(function: Callable, *arguments: object) -> Callable[[], object]:

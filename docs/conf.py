@@ -89,7 +89,6 @@ nitpick_ignore = [
     ("py:class", "jaxq.products._rows.Probe"),
     ("py:class", "jaxq.products._rows.Row"),
     ("py:class", "jaxq.products._recipe.PerProduct"),
-    ("py:class", "jaxq.serving._halves.Half"),
     ("py:class", "jaxq.models._rules._states.Switch"),
     ("py:class", "jaxq.quantizers._levels.Levels"),
     ("py:class", "jaxq.quantizers._slices.Slices"),
@@ -129,7 +128,7 @@ def _plain_text(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
         if not example:
             parts = re.split(r"(`[^`]*`)", line)
             parts[::2] = [re.sub(r"([|*]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
-            # A letter must not follow inline code, as in a plural: an escaped space parts them.
+            # An escaped space separates inline code from a letter after it, as in a plural.
             parts[2::2] = [re.sub(r"^(?=\w)", r"\\ ", part) for part in parts[2::2]]
             lines[i] = "".join(parts)
 

@@ -2,8 +2,8 @@
 
 A small network learns scikit-learn's handwritten digits in float32. The example then measures, for
 each format of weights and activations, the test accuracy after rounding alone and after
-quantization-aware training from the float32 weights, in which the operands of every product are
-quantized and gradients use the straight-through estimator. All seeds of a format train in one
+quantization-aware training from the float32 weights. This training quantizes the operands of every
+product and uses the straight-through estimator. All seeds of a format train in one
 compiled, vmapped program.
 
     python examples/digits.py [--seeds N] [--epochs N] [--short] [--output PICTURE]

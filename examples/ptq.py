@@ -251,7 +251,7 @@ def solve(
 
 
 def run(study: Study, cases: Sequence[tuple[str, str]], path: Any) -> list[Result]:
-    """Returns all results; reads from a file those that it has for the same sizes.
+    """Returns all results, and takes those that the file has for the same sizes from there.
 
     Args:
       study: the model and its data.

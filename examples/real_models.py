@@ -5,12 +5,14 @@ The models are the sentence encoder all-MiniLM-L6-v2 (`encoder.py`), the classif
 SmolLM2-135M (`smollm.py`) and Gemma 3 270M (`gemma.py`), whose weights were stored in 4 to 8 bits
 before. All are plain JAX without any code for quantization. The weights of their layers are rounded
 to the nearest levels, rounded after a search for the scales, solved by GPTQ, or given different
-recipes under a budget of bytes; some rows also quantize the inputs of the layers.
+recipes under a budget of bytes. Some rows also quantize the inputs of the layers.
 
-Qualities are the mean cosine to the float embeddings; the share of files whose kind is not that of
-their name's end; the share of wrong words in transcripts of speech that `espeak-ng` makes of
-`speech.py`; and the perplexity on chapters of Python's reference manual. KL is the mean divergence
-of the distributions of the next token, or of the kind of a file, from those of the float model.
+The quality depends on the model. For the encoder, it is the mean cosine to the float embeddings;
+for the classifier, the share of files whose kind does not fit the extension of their name. For the
+speech recognizer, it is the share of wrong words in transcripts of speech that `espeak-ng` makes of
+`speech.py`; for language models, the perplexity on chapters of Python's reference manual. KL is the
+mean divergence of the distributions of the next token, or of the kind of a file, from those of the
+float model.
 Differences have 95 % intervals from a bootstrap over documents (sentences, files, recordings, or
 passages of text); "=" marks those that contain zero, which are within the noise.
 

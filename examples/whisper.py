@@ -323,7 +323,7 @@ def load() -> Model:
 
 def _text(tokens: np.ndarray, pieces: list[str]) -> str:
     """Returns the text of tokens, without the special ones."""
-    # Byte-level BPE writes bytes without a visible character as those from 256.
+    # Byte-level BPE writes bytes that have no visible character as characters 256 and up.
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*shown, *(b for b in range(256) if b not in shown)]
     numbers = {chr(b if i < len(shown) else 256 + i - len(shown)): b for i, b in enumerate(letters)}

@@ -44,7 +44,7 @@ def draw_scaling(rng: np.random.Generator) -> Scaling:
     """Returns a random scaling without a search.
 
     Raises:
-      ValueError: the drawn fields are not supported together.
+      ValueError: if the drawn fields are not supported together.
     """
     kind = rng.choice(np.array([jaxq.Symmetric, jaxq.MX, *SCALINGS]))
     fields = {

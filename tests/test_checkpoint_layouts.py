@@ -182,7 +182,7 @@ def test_modelopt_nvfp4_and_fp8(tmp_path: pathlib.Path):
     chex.assert_type(params["norm.weight"], np.float32)
 
 
-def test_deepseek_blocks_with_partial_edges(tmp_path: pathlib.Path):
+def test_deepseek_tiles_may_be_partial_at_the_edges(tmp_path: pathlib.Path):
     """Reads the method from the names of tensors, and from a configuration with other blocks."""
     rng = np.random.default_rng(0)
     q = (rng.standard_normal((130, 200)) * 100).astype(ml_dtypes.float8_e4m3fn)

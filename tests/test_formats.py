@@ -151,7 +151,7 @@ def test_invalid_records_raise(make, text: str):
         make()
 
 
-def test_codes_of_a_format_as_precise_as_float32():
+def test_codes_with_the_precision_of_float32_decode_to_the_cast():
     fmt = jaxq.FloatFormat("e6m23", 6, 23)
     x = data.normal((64,)) * np.float32(2.0) ** np.arange(-32, 32)
     np.testing.assert_array_equal(jaxq.decode(jaxq.encode(x, fmt), fmt), jaxq.cast(x, fmt))

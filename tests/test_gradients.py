@@ -389,11 +389,11 @@ def test_records_with_other_parameters_round_trip():
 
 
 def test_custom_estimator_defines_the_gradient():
-    def halves(tangent, snap):
+    def half(tangent, snap):
         assert snap.below is None
         return jnp.where(snap.y > snap.x, tangent * 0.5, 0)
 
-    recipe = jaxq.Recipe("int4", gradient=halves)
+    recipe = jaxq.Recipe("int4", gradient=half)
     x, scale = jnp.asarray([0.3, 0.8, 1.7]), jnp.float32(1)
     got = jax.grad(lambda x: jaxq.fake_quant(x, recipe, scale=scale).sum())(x)
     assert_same(got, np.float32([0, 0.5, 0.5]))

@@ -139,7 +139,7 @@ def test_reported_losses_equal_the_errors_of_the_outputs(name: str):
     for stored, attribute in ((packed, "loss"), (plain, "rtn")):
         power = sum(row.power * row.tokens for row in report.rows)
         losses = [getattr(row, attribute) * row.power * row.tokens for row in report.rows]
-        if name not in ("experts", "ragged"):  # Their tokens are the fewest of any expert.
+        if name not in ("experts", "ragged"):  # `tokens` is that of the smallest expert.
             error = jaxq.quantize_fn(model, RULES)(stored, x) - y
             np.testing.assert_allclose(sum(losses) / power, np.sum(error**2) / np.sum(y**2), 1e-3)
         else:
@@ -244,7 +244,7 @@ class Module:
 jax.tree_util.register_dataclass(Module, ["w"], [])
 
 
-def test_module_and_activation_recipes():
+def test_module_with_activation_recipes_is_solved():
     rows = []
     solve = ptq.quantize_weights(Module(normal(0, 8, 8)), "w8a8", progress=rows.append)
     packed, report = solve([(normal(1, 30, 8),)])

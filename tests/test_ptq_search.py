@@ -88,7 +88,7 @@ def fp4_losses(scales: np.ndarray, blocks: np.ndarray, weights: np.ndarray) -> n
 
 
 # The tries of MXFP4 are the neighbors of an exponent. Those of NVFP4 are so dense that they reach
-# every float8_e4m3fn code from a quarter to the fourfold of the scale.
+# every float8_e4m3fn code from a quarter of the scale to four times it.
 FP4 = {"mxfp4": (1.0, 2.0, 0.5), "nvfp4": (1.0, *(2 ** (i / 16) for i in range(-32, 33)))}
 
 

@@ -117,7 +117,7 @@ def test_models_dequantize_their_weights_in_parts():
         results.append(run(small, x, sizes))
         memory.append(run.memory_analysis().temp_size_in_bytes)
     np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-4)
-    # The largest float weight has 196,608 bytes, a part of it 8,192.
+    # The largest float weight has 196,608 bytes, and a part of it has 8,192.
     assert memory[1] < 196_608 / 2 < 196_608 <= memory[0]
 
 

@@ -15,7 +15,7 @@ F = fractions.Fraction
 NAMED = [f for f in jaxq.formats.FORMATS.values() if isinstance(f, jaxq.TaperedFormat)]
 OTHERS = [jaxq.TaperedFormat(f"posit{n}_es{es}", n, es) for n, es in ((5, 0), (6, 3), (11, 1))]
 OTHERS += [jaxq.TaperedFormat(f"takum{n}", n, None) for n in (6, 7, 12)]
-# One format of each length of exponents and codes: posits without and with two bits, and takums.
+# One format for each kind of exponent: a posit with es = 0, one with es = 2, and a takum.
 WIDEST = [f for f in NAMED if f.name in ("posit8_es0", "posit16", "takum8")]
 FEW = data.each([*NAMED, *OTHERS], [*WIDEST, *(f for f in OTHERS if f.bits == 6)])
 

@@ -10,8 +10,8 @@ Q8_0; "q2_k+imatrix" uses an importance matrix from `jaxq.ptq`. The most probabl
 each prefix of a text are compared with those that JAX computes from the same stored weights.
 
 On CPUs llama.cpp also quantizes the inputs of products to 8 bits. That can be simulated, but one
-code that differs in the first layer changes many later ones, so only a model of the first layer
-is compared with the simulation, by the median over prompts of one token.
+code that differs in the first layer changes many later ones. Therefore only a model of the first
+layer is compared with the simulation, by the median over prompts of one token.
 """
 
 # pyright: reportMissingImports=false
@@ -36,7 +36,7 @@ from jaxq.interop import gguf, open_tensors
 LETTER = 55  # A token that is a letter.
 PLAIN = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 Q8_K = jaxq.Recipe("int8", jaxq.PerBlock(256), jaxq.Symmetric())
-EMBEDDING = "q8_0"  # The type of the embedding, which also gives the output.
+EMBEDDING = "q8_0"  # The type of the embedding, which is also the output layer.
 
 
 def is_wide(kind: str) -> bool:

@@ -109,7 +109,7 @@ def write(
     weights = {}
     for name in names:
         x = tensors.pop(conversion.name(name) or "")
-        order = conversion.values(name, np.arange(len(x)))  # The row of `name` in each row of x.
+        order = conversion.values(name, np.arange(len(x)))  # Row i of x is row order[i] of `name`.
         weights[name] = np.empty_like(x)
         weights[name][order] = x
     if wide:

@@ -47,9 +47,9 @@ def by_vectors(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     once, compiles one for all tensors with the same number of blocks. On several devices an axis
     may be sharded, so the arrays keep their shape.
 
-    Barriers keep the changes of shape out of the kernels of the function, which would differ, and
-    out of those that compute its arguments and use its results, which would not be vectorized for
-    blocks on axis 0 (JAX 0.12).
+    Barriers keep the changes of shape out of the neighboring kernels. Without them, the kernels of
+    the function would differ between tensors, and those that compute its arguments or use its
+    results would not be vectorized for blocks on axis 0 (JAX 0.12).
 
     Args:
       function: a function of arrays of equal shape that returns a tree of arrays of that shape and

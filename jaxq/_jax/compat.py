@@ -44,7 +44,7 @@ __all__ = [
 
 _HERE, _JAXQ = (str(folder) + os.sep for folder in pathlib.Path(__file__).parents[:2])
 _INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
-# The file that ipykernel names for a cell; its numbers differ in every run.
+# The file name that ipykernel gives a notebook cell. Its numbers differ in every run.
 _CELL = re.compile(r".*\bipykernel_\d+[/\\]\d+\.py$")
 
 

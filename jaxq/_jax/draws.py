@@ -94,7 +94,7 @@ def _keys(data: jax.Array, numbers: jax.Array) -> jax.Array:
 
 def _pairs(data: jax.Array, numbers: jax.Array) -> jax.Array:
     """Returns the data of the keys that `_keys` returns."""
-    # A sum makes pairs of the words, because XLA would compile the cipher twice for the two
+    # A sum combines the words in pairs, because XLA would compile the cipher twice for the two
     # operands of a concatenation, and again in each program part that reads a selection.
     shape = (*jnp.broadcast_shapes(data.shape[:-1], numbers.shape), 2, 2)
     words = [jnp.broadcast_to(data[..., i, None, None], shape) for i in range(2)]

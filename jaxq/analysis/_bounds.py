@@ -112,7 +112,7 @@ def _dense(count: int, d: Distribution) -> np.ndarray:
 
 
 def _cells(half: np.ndarray, odd: bool, d: Distribution) -> tuple[np.ndarray, ...]:
-    """Returns the mass and the first two moments about its level of each positive level's cell."""
+    """Returns the mass and two moments about the level for the cell of each positive level."""
     first = half[:1] / 2 if odd else np.zeros(1)
     edges = np.concatenate([first, (half[1:] + half[:-1]) / 2, [np.inf]])
     return _moments(edges[:-1], edges[1:], half, d)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxq.analysis import plots
+from jaxq.cli._compare_page import Report, html, sorted_by_sqnr
 from jaxq.cli._inputs import Inputs, opened
 from jaxq.cli._measure import DEFAULT, Row, Selection, Total, kind_of, rows_of, totals
 from jaxq.cli._output import (
@@ -23,7 +24,6 @@ from jaxq.cli._output import (
     safe,
 )
 from jaxq.cli._progress import progress
-from jaxq.cli._report import Report, html, sorted_by_sqnr
 from jaxq.interop import gguf
 from jaxq.recipes import RECIPES
 

@@ -59,8 +59,8 @@ def opened(paths: Sequence[str]) -> Iterator[Inputs]:
       paths: paths of files and folders, shell patterns, and `-` for standard input.
 
     Raises:
-      UsageError: a pattern matches nothing, or standard input is named twice.
-      FileError: a file cannot be read.
+      UsageError: if a pattern matches nothing, or standard input is named twice.
+      FileError: if a file cannot be read.
     """
     if paths.count(_STDIN) > 1:
         raise UsageError("standard input (-) can be read only once")

@@ -163,7 +163,7 @@ def kind_of(name: str) -> Format | Recipe | str:
     """Returns a recipe, a format for a cast, or the name of a block type of GGUF.
 
     Raises:
-      ValueError: the name is unknown.
+      ValueError: if the name is unknown.
     """
     if name in BLOCK_TYPES:
         return name

@@ -18,7 +18,7 @@ from jaxq.interop import gguf
 __all__ = ["PackedPart", "pack_in_pieces"]
 
 _ROW = 2**12  # Elements of a row of blocks.
-_COMPILED: set[tuple[str, int, bool]] = set()  # The programs that were called.
+_COMPILED: set[tuple[str, int, bool]] = set()  # Programs that have run.
 
 
 class PackedPart(NamedTuple):

@@ -18,7 +18,7 @@ from jaxq.cli import _memory as memory
 from jaxq.cli import _plot as plot
 from jaxq.cli import _quantize as quantize
 from jaxq.cli import _recipes as recipes
-from jaxq.cli import _training as training
+from jaxq.cli import _report as report
 from jaxq.cli._output import UsageError
 from jaxq.cli._targets import WRITERS
 from jaxq.numerics import ROUNDINGS, Overflow
@@ -308,7 +308,7 @@ _COMMANDS: dict[str, _Command] = {
     "report": (
         "tensors and steps of a training run with the largest errors",
         _report,
-        training.run,
+        report.run,
     ),
     "memory": ("memory of a model under several recipes", _memory, memory.memory),
     "fits": ("models and the accelerators that they fit on", _fits, memory.fits),

@@ -2,8 +2,8 @@
 
 Two programs are compiled per recipe, one for large pieces and one for small ones, whatever the
 shapes of the tensors. The rows of a piece are blocks. Blocks that are long, or whose length depends
-on the tensor, are cut into segments; the lowest and the largest number of the whole block are
-appended to each of its segments, so that all of them get the block's scale.
+on the tensor, are cut into segments. The lowest and the largest number of the whole block are
+appended to each segment, so that all segments get the block's scale.
 """
 
 import dataclasses

@@ -1,111 +1,107 @@
-"""The report of `jaxq compare` as one self-contained HTML page."""
+"""The command `jaxq report`: a page with pictures of the statistics of a training run."""
 
-import math
-from collections.abc import Mapping, Sequence
+import argparse
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxq.cli._measure import Row, Total
-from jaxq.cli._output import number
+from jaxq.analysis import Log, plots, read_log
+from jaxq.cli._output import UsageError, atomic, bad_input, number, print_table
 from jaxq.cli._page import escaped, page, picture, table
 
-__all__ = ["Report", "html", "sorted_by_sqnr"]
+__all__ = ["run"]
+
+_ELEMENTS = ("lhs", "rhs", "output", "cotangent")
+_QUANTIZED = ("lhs", "rhs", "output", "dlhs/cotangent", "drhs/cotangent")
+_MAPS = {
+    "sqnr_db": "signal to quantization noise",
+    "clipped": "the fraction that is clipped",
+    "flushed": "the fraction that is flushed to zero",
+    "nonfinite": "the fraction that is NaN or infinite",
+}
 
 
-class Report(NamedTuple):
-    """The content of the page.
+class _Worst(NamedTuple):
+    """The worst value of a statistic over a run."""
 
-    Attributes:
-      name: the name of the compared file.
-      rows: one row per tensor and recipe.
-      sums: the totals of each recipe.
-      skipped: the names of the tensors that are not compared, by reason.
-      convention: a sentence that states the axis along which recipes are applied.
-      pictures: captions and SVG images as bytes.
-      missing: the reason why there are no pictures; empty if there are some.
-    """
-
-    name: str
-    rows: Sequence[Row]
-    sums: Sequence[Total]
-    skipped: Mapping[str, Sequence[str]]
-    convention: str
-    pictures: Sequence[tuple[str, bytes]]
-    missing: str
+    statistic: str
+    tensor: str
+    step: int
+    value: float
 
 
-def html(report: Report) -> str:
-    """Returns the HTML page of a report."""
-    recipes = [escaped(total.recipe) for total in report.sums]
-    tensors: dict[str, list[str]] = {}
-    for row in sorted_by_sqnr(report.rows):
-        line = tensors.setdefault(row.tensor, [escaped(row.tensor), row.shape, row.dtype])
-        line.append(_cell(row))
+def run(args: argparse.Namespace) -> None:
+    """Prints the worst values of a log, and writes a page with pictures."""
+    try:
+        log = read_log(args.log)
+    except OSError as error:
+        raise UsageError(f"{args.log}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    worst = [row for statistic in _MAPS for row in _worst(log, statistic, args.worst)]
+    print_table(
+        [{**w._asdict(), "value": number(w.value, 4)} for w in worst], left=["statistic", "tensor"]
+    )
+    if args.output is not None:
+        with bad_input():
+            text = _page(args.log, log, worst, args.format)
+        with atomic(args.output, "w") as file:
+            file.write(text)
+
+
+def _worst(log: Log, statistic: str, count: int) -> Iterator[_Worst]:
+    """Yields the worst tensors of a statistic, each at its worst step."""
+    rows = []
+    for name, values in log.values.items():
+        path, _, last = name.rpartition("/")
+        if last != statistic or not len(log.steps):
+            continue
+        columns = values.reshape(len(log.steps), -1)
+        for i in range(columns.shape[1]):
+            column = columns[:, i]
+            if np.isnan(column).all():
+                continue
+            at = int(np.nanargmin(column) if statistic == "sqnr_db" else np.nanargmax(column))
+            where = path if values.ndim == 1 else f"{path} [{i}]"
+            rows.append(_Worst(statistic, where, int(log.steps[at]), float(column[at])))
+    sign = 1 if statistic == "sqnr_db" else -1
+    yield from sorted(rows, key=lambda w: sign * w.value)[:count]
+
+
+def _page(name: str, log: Log, worst: list[_Worst], fmt: str | None) -> str:
+    lines = [[escaped(w.tensor), w.statistic, str(w.step), number(w.value, 4)] for w in worst]
     parts = [
-        f"<p>{escaped(report.convention)}</p>",
-        "<h2>Totals</h2><p>Tensors that a recipe does not apply to are not quantized: their "
-        "size in the file counts, and the SQNR is that of the others.</p>",
-        _totals(report.sums),
-        "<h2>SQNR in dB, tensor by tensor</h2><p>The tensors with the lowest SQNR come first. A "
-        "click on a head sorts by that column. Hover over a dash to see the reason. "
-        f"{_legend()}</p>",
-        table(["tensor", "shape", "dtype", *recipes], list(tensors.values())),
-        *(picture(data, "svg", caption) for caption, data in report.pictures),
-        *([f"<p>{escaped(report.missing)}</p>"] if report.missing else []),
-        *(
-            f"<p>Not compared, {escaped(reason)}: {', '.join(map(escaped, names))}</p>"
-            for reason, names in report.skipped.items()
-        ),
+        f"<p>{len(log.steps)} steps, {len(log.values)} statistics.</p>",
+        "<h2>The worst tensors, each at its worst step</h2>",
+        table(["tensor", "statistic", "step", "value"], lines),
     ]
-    return page(f"jaxq compare {report.name}", parts)
+    names = {column.rpartition("/")[2] for column in log.values}
+    for statistic, caption in _MAPS.items():
+        if statistic in names and len(log.steps):
+            data = plots.image(plots.statistics_map(log, statistic), "png")
+            parts.append(picture(data, "png", caption))
+    if any(column.endswith("/gradient/cosine") for column in log.values) and len(log.steps):
+        data = plots.image(plots.gradient_cosines(log), "png")
+        parts.append(picture(data, "png", "Cosine of the quantized to the float gradient"))
+    parts += _magnitudes(log, fmt)
+    for column in log.values:
+        tensor, _, last = column.rpartition("/")
+        if last == "exponents" and len(log.steps):
+            data = plots.image(plots.exponents_by_step(log, tensor, fmt), "png")
+            parts.append(picture(data, "png", f"Exponents of {tensor}"))
+    return page(f"jaxq report {name}", parts)
 
 
-def _totals(sums: Sequence[Total]) -> str:
-    heads = ["recipe", "tensors", "kept", "SQNR dB", "bits", "bytes", "smaller by", "worst dB"]
-    lines = [
-        [
-            escaped(t.recipe),
-            *(str(v) for v in (t.tensors, t.kept)),
-            *(number(v, 4) for v in (t.sqnr_db, t.bits)),
-            f"{t.bytes:,}",
-            number(t.ratio, 3),
-            f'<span title="{escaped(t.worst)}">{number(t.worst_db, 4)}</span>',
-        ]
-        for t in sums
-    ]
-    return table(heads, lines)
-
-
-def sorted_by_sqnr(rows: Sequence[Row]) -> list[Row]:
-    """Sorts rows by the lowest SQNR of their tensor; tensors without an SQNR come last."""
-    lowest: dict[str, float] = {}
-    for row in rows:
-        if not row.note:
-            lowest[row.tensor] = min(lowest.get(row.tensor, math.inf), row.sqnr_db)
-    return sorted(rows, key=lambda row: (row.tensor not in lowest, lowest.get(row.tensor, 0)))
-
-
-# Hues of the color scale: red, orange, yellow, green, blue, violet.
-_LEVELS = (0, 20, 30, 42, 52, 60)
-_HUES = (0, 30, 60, 140, 205, 260)
-
-
-def _level(sqnr_db: float, text: str, title: str = "") -> str:
-    """Returns the markup of text on the background color of an SQNR."""
-    hue = np.interp(sqnr_db, _LEVELS, _HUES)
-    titled = f' title="{title}"' if title else ""
-    return f'<span class="level" style="--hue:{hue:.0f}"{titled}>{text}</span>'
-
-
-def _legend() -> str:
-    shown = "".join(_level(db, f"{db} dB") for db in _LEVELS)
-    return f'<span class="legend">{shown}</span>'
-
-
-def _cell(row: Row) -> str:
-    """Returns a table cell: the SQNR on a color scale, or a dash with the reason as its title."""
-    if row.note:
-        return f'<span class="none" title="{escaped(row.note)}">-</span>'
-    title = f"{row.bits:.4g} bits, largest error {row.max_error:.3g}"
-    return _level(row.sqnr_db, f"{row.sqnr_db:.2f}", title)
+def _magnitudes(log: Log, fmt: str | None) -> Iterator[str]:
+    """Yields the pictures of magnitudes and of scales."""
+    if not len(log.steps):
+        return
+    kinds = (("amax", _ELEMENTS, False), ("scale_amax", _QUANTIZED, True))
+    for statistic, tensors, scales in kinds:
+        for tensor in tensors:
+            if any(column.endswith(f"/{tensor}/{statistic}") for column in log.values):
+                drawn_format = None if scales else fmt
+                figure = plots.magnitudes_by_step(log, tensor, drawn_format, scales=scales)
+                title = f"{'Scales' if scales else 'Magnitudes'} of {tensor}"
+                yield picture(plots.image(figure, "png"), "png", title)

@@ -59,7 +59,7 @@ class GivenScales(NamedTuple):
       scale: the scale s.
       zero_point: the zero point z, in units of the scale; None without an integer zero point.
       minimum: the minimum m; None for a recipe without a minimum.
-      level: the grid values q, with the zero point subtracted.
+      grid_values: the grid values q, with the zero point subtracted.
       count: the number of elements that share each scale.
       largest: the largest value of the element format, called Qp in LSQ.
 
@@ -73,7 +73,7 @@ class GivenScales(NamedTuple):
     scale: jax.Array
     zero_point: jax.Array | None
     minimum: jax.Array | None
-    level: jax.Array
+    grid_values: jax.Array
     count: Any
     largest: Any
 
@@ -88,8 +88,8 @@ class GivenScales(NamedTuple):
     def moved(self, v: jax.Array) -> jax.Array:
         """Returns grid values whose derivatives follow the scale, zero point and minimum."""
         nonzero, m = self.scale != 0, 0 if self.minimum is None else self.minimum
-        level = (v.astype(jnp.float32) - m) / jnp.where(nonzero, self.scale, 1)
-        units = lax.stop_gradient(jnp.where(nonzero, level, 0))
+        grid_values = (v.astype(jnp.float32) - m) / jnp.where(nonzero, self.scale, 1)
+        units = lax.stop_gradient(jnp.where(nonzero, grid_values, 0))
         if self.zero_point is not None:
             units = units - (self.zero_point - lax.stop_gradient(self.zero_point))
         return passed(v, (units * self.scale + m).astype(v.dtype))
@@ -139,13 +139,15 @@ def _attach_jvp(estimator: Gradient, primals: tuple, tangents: tuple) -> tuple:
         if not _moves(d_snap.x):
             return y, jnp.zeros_like(y)
         return y, estimator(d_snap.x, snap).astype(y.dtype)
-    inner, outer = _halves(snap, scales, d_scales)
+    inner, outer = _scale_tangents(snap, scales, d_scales)
     if _moves(d_snap.x):
         inner = inner + d_snap.x.astype(jnp.float32)
     return y, (estimator(inner, snap) + outer).astype(y.dtype)
 
 
-def _halves(snap: Snap, scales: GivenScales, tangents: GivenScales) -> tuple[jax.Array, jax.Array]:
+def _scale_tangents(
+    snap: Snap, scales: GivenScales, tangents: GivenScales
+) -> tuple[jax.Array, jax.Array]:
     """Returns the tangents due to scale, zero point and minimum, before and after the snap.
 
     The tangents before the snap are in units of x. A scale of 0 gets no gradient. An infinite x
@@ -160,7 +162,7 @@ def _halves(snap: Snap, scales: GivenScales, tangents: GivenScales) -> tuple[jax
         if scales.minimum is not None:
             x, y = x - scales.minimum, y - scales.minimum
         units = jnp.where(jnp.isinf(x), 0, x) / step
-        inner, outer = -units * d_scale, passed(scales.level, y / step) * d_scale
+        inner, outer = -units * d_scale, passed(scales.grid_values, y / step) * d_scale
     for d, factor in ((tangents.minimum, 1), (tangents.zero_point, -scales.scale)):
         if d is not None and _moves(d):
             inner, outer = inner - factor * d, outer + factor * d

@@ -271,8 +271,8 @@ def get_gradient(gradient: str | Gradient) -> Gradient:
       The function.
 
     Raises:
-      ValueError: no estimator has that name.
-      TypeError: the argument is neither a name nor a function.
+      ValueError: if no estimator has that name.
+      TypeError: if the argument is neither a name nor a function.
 
     Example:
       >>> get_gradient("trust_region")

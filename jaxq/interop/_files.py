@@ -141,7 +141,7 @@ class TensorFile:
           an array in the dtype of the file.
 
         Raises:
-          FileError: as in `read`, or the parts of a weight do not fit together.
+          FileError: as in `read`; or if the parts of a weight do not fit together.
         """
         if entry.packed is not None:
             return _unpacked(self.raw(entry), entry.packed)
@@ -161,7 +161,7 @@ class TensorFile:
         such tensor.
 
         Raises:
-          FileError: the tensor has another dtype or another number of elements.
+          FileError: if the tensor has another dtype or another number of elements.
         """
         if entry.packed != "nvfp4":
             return None

@@ -31,7 +31,7 @@ def load_tensors(path: str | pathlib.Path, *, sharding: Any = None) -> dict[str,
       with x64 are NumPy arrays.
 
     Raises:
-      FileError: the file is damaged, or its layout is not supported.
+      FileError: if the file is damaged, or its layout is not supported.
 
     Example:
       >>> import jax.numpy as jnp, jaxq, tempfile

@@ -17,7 +17,7 @@ def quantized_parts(file: TensorFile) -> frozenset[str]:
       file: an open file or folder.
 
     Raises:
-      FileError: the description of the tree in a file is damaged.
+      FileError: if the description of the tree in a file is damaged.
     """
     files = {id(each): each for each in (file, *file.parts.values())}
     return frozenset(name for each in files.values() for name in _parts(each))

@@ -54,7 +54,7 @@ def low_rank(
       The two factors, in float32.
 
     Raises:
-      ValueError: the rank is out of range, or the Hessian has another shape.
+      ValueError: if the rank is out of range, or the Hessian has another shape.
 
     References:
       Liu et al., "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank

@@ -72,7 +72,7 @@ class QLoRA:
       seed: the seed of the random numbers.
 
     Raises:
-      ValueError: the rank is below 1.
+      ValueError: if the rank is below 1.
 
     Example:
       >>> QLoRA(rank=64, alpha=16).scaling
@@ -250,8 +250,8 @@ def get_method(method: str | Method) -> Method:
       The record.
 
     Raises:
-      ValueError: no method has that name; the message suggests the nearest names.
-      TypeError: the argument is neither a name nor a method.
+      ValueError: if no method has that name; the message suggests the nearest names.
+      TypeError: if the argument is neither a name nor a method.
 
     Example:
       >>> get_method("loftq")

@@ -174,7 +174,7 @@ def merge(fn: Callable[..., Any], state: Adapted, *, argnums: int = 0) -> Callab
       A function `(*args) -> Merged`, whose arguments contain the stored parameters.
 
     Raises:
-      TypeError: `state` was not returned by `adapt`.
+      TypeError: if `state` was not returned by `adapt`.
       ValueError: as in `adapt`.
 
     Example:

@@ -24,7 +24,14 @@ from jax import numpy as jnp
 from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq.formats import FloatFormat, IntFormat
 from jaxq.numerics._grids import BinaryGrid, is_aligned, is_narrow, is_normal
-from jaxq.numerics._rounding import Overflow, Rounding, is_directed, nearest_even, pins, to_odd
+from jaxq.numerics._rounding import (
+    Overflow,
+    Rounding,
+    is_directed,
+    nearest_even,
+    saturating_signs,
+    to_odd,
+)
 
 __all__ = ["nearest_magnitudes", "rounds_magnitudes", "snap"]
 
@@ -277,17 +284,17 @@ def _exceeds(y: jax.Array, limit: Any, args: _Snap) -> jax.Array:
 
 def _stays(args: _Snap) -> jax.Array | None:
     """Returns a mask of elements that stay at the largest value on overflow; None if none do."""
-    pinned, odd = pins(args.rounding), False
+    saturating, odd = saturating_signs(args.rounding), False
     if args.overflow in ("propagate", "SatPropagate"):
-        pinned = (True, True)
+        saturating = (True, True)
     elif args.rounding is to_odd:
         odd = args.grid.odd_inf
-        pinned = (odd is not True,) * 2
-    if not any(pinned):
+        saturating = (odd is not True,) * 2
+    if not any(saturating):
         return None
     finite = args.magnitude < args.layout.inf
-    if not all(pinned):
-        finite = finite & (~args.negative if pinned[0] else args.negative)
+    if not all(saturating):
+        finite = finite & (~args.negative if saturating[0] else args.negative)
     return finite if odd is False else finite & ~odd
 
 
@@ -316,7 +323,7 @@ def _signed(result: jax.Array, args: _Snap) -> jax.Array:
     else:
         floor = layout.bits(layout.constant(2.0**grid.emin))
         outside = bits <= zero
-    inward = pins(args.rounding)[1]
+    inward = saturating_signs(args.rounding)[1]
     if grid.nan and (args.overflow is None or (args.overflow == "SatNone" and not inward)):
         return where(outside, layout.nan, result)
     if grid.nan and args.overflow in ("propagate", "SatNone"):

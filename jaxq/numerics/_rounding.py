@@ -224,7 +224,7 @@ def is_directed(rounding: Rounding) -> bool:
     return not undirected and not isinstance(rounding, Stochastic)
 
 
-def pins(rounding: Rounding) -> tuple[bool, bool]:
+def saturating_signs(rounding: Rounding) -> tuple[bool, bool]:
     """Returns whether finite values beyond the range saturate: a flag for each sign.
 
     By IEEE 754, section 7.4, a mode directed inward never rounds a finite value to infinity.
@@ -247,8 +247,8 @@ def get_rounding(rounding: str | Rounding) -> Rounding:
       The function.
 
     Raises:
-      ValueError: no rounding mode has that name.
-      TypeError: the argument is neither a name nor a function.
+      ValueError: if no rounding mode has that name.
+      TypeError: if the argument is neither a name nor a function.
 
     Example:
       >>> get_rounding("stochastic")

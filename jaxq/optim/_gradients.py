@@ -56,8 +56,8 @@ def quantize_gradients(
       a NaN or an infinity becomes all NaN, and its rounding error is set to 0.
 
     Raises:
-      ValueError: a key is missing or not needed; on `init` and on tracing, a rule matches no leaf,
-        or a recipe does not fit a leaf.
+      ValueError: if a key is missing or not needed; on `init` and on tracing, if a rule matches
+        no leaf, or a recipe does not fit a leaf.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp

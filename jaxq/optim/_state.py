@@ -171,8 +171,8 @@ def quantize_state(
       variables of Flax NNX, so that `flax.nnx.Optimizer` accepts it.
 
     Raises:
-      ValueError: a key is missing or not needed; on `init`, a rule matches no array, or a recipe
-        does not fit an array.
+      ValueError: if a key is missing or not needed; on `init`, if a rule matches no array, or a
+        recipe does not fit an array.
 
     Example:
       >>> import jax, jaxq, optax, jax.numpy as jnp

@@ -112,8 +112,8 @@ def get_product_recipe(recipe: str | ProductRecipe) -> ProductRecipe:
       The product recipe.
 
     Raises:
-      ValueError: no product recipe has that name; the message suggests the nearest names.
-      TypeError: the argument is neither a name nor a `ProductRecipe`.
+      ValueError: if no product recipe has that name; the message suggests the nearest names.
+      TypeError: if the argument is neither a name nor a `ProductRecipe`.
 
     Example:
       >>> get_product_recipe("w8a8").rhs.granularity

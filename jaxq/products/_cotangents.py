@@ -46,7 +46,7 @@ def grad_cast(
       x.
 
     Raises:
-      TypeError: x has another dtype.
+      TypeError: if x has another dtype.
       ValueError: as in `jaxq.fake_quant` for an array of x's shape; raised in the forward pass
         already.
 

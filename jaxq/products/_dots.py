@@ -63,9 +63,9 @@ def dot_general(
       The product, with the shape and dtype of JAX's result.
 
     Raises:
-      TypeError: a quantized operand has another dtype.
-      ValueError: a block does not fit the contracted axes; a key is missing or not needed; or the
-        recipe, operation or backend does not support the `execution`. Errors of the gradient's
+      TypeError: if a quantized operand has another dtype.
+      ValueError: if a block does not fit the contracted axes; a key is missing or not needed; or
+        the recipe, operation or backend does not support the `execution`. Errors of the gradient's
         products are raised in the forward pass when the call is differentiated. The message names
         the product and the operand.
 
@@ -124,7 +124,7 @@ def einsum(
 
     Raises:
       TypeError: as in `jaxq.dot_general`.
-      ValueError: as in `jaxq.dot_general`; or the number of operands is not two.
+      ValueError: as in `jaxq.dot_general`; or if the number of operands is not two.
 
     Example:
       >>> import jaxq, jax.numpy as jnp
@@ -284,8 +284,8 @@ def ragged_dot(
 
     Raises:
       TypeError: as in `jaxq.dot_general`.
-      ValueError: as in `jaxq.dot_general`; or the recipe has a Hadamard transform along the ragged
-        axis.
+      ValueError: as in `jaxq.dot_general`; or if the recipe has a Hadamard transform along the
+        ragged axis.
 
     Example:
       >>> import jaxq, jax.numpy as jnp

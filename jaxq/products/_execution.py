@@ -108,7 +108,7 @@ def run(
       rhs: the second operand.
 
     Raises:
-      ValueError: the execution does not support the operands.
+      ValueError: if the execution does not support the operands.
     """
     assert codes is not None, "checked"
     operands = (lhs, rhs)

@@ -31,7 +31,7 @@ class Hadamard:
       signs: the diagonal of D, `size` numbers 1 or -1; None (the default) draws them from the key.
 
     Raises:
-      ValueError: the size is not a power of two, or the signs are not `size` numbers 1 or -1.
+      ValueError: if the size is not a power of two, or the signs are not `size` numbers 1 or -1.
 
     Example:
       >>> import jax.numpy as jnp

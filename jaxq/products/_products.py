@@ -27,7 +27,7 @@ from jaxq.products._recipe import PerProduct, ProductRecipe, SingleProduct
 
 __all__ = ["NO_SCALES", "check", "check_gradients", "keys_by_product", "keys_of", "product"]
 
-# The pairs of precomputed scales of the three products when there are none.
+# Stands for the precomputed scales of the three products if none are given.
 NO_SCALES: PerProduct[Pair] = PerProduct((None, None), (None, None), (None, None))
 
 

@@ -29,9 +29,9 @@ def stored_dot_general(
 
     A loop dequantizes one part of `rhs` at a time and multiplies it, so the whole float tensor is
     never in memory. Parts lie along a free axis of `rhs`, such as the outputs of a weight, or along
-    a batch axis; each element of the result is then one sum, as in the product of the whole tensor,
-    which XLA may add in another order. If no such axis can be cut into parts that are small enough,
-    parts lie along a contracted axis, and their products are added in float32.
+    a batch axis. Each element of the result is then one sum, as in the product of the whole tensor,
+    but XLA may add its terms in another order. If no such axis can be cut into parts that are small
+    enough, parts lie along a contracted axis, and their products are added in float32.
 
     The gradient of `lhs` dequantizes the parts again.
 
@@ -48,7 +48,7 @@ def stored_dot_general(
       The product, with the shape and dtype of `lax.dot_general(lhs, rhs.dequantize(), ...)`.
 
     Raises:
-      ValueError: `chunk` is less than 1, or `rhs` cannot be sliced, because it has outliers.
+      ValueError: if `chunk` is less than 1, or `rhs` cannot be sliced, because it has outliers.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

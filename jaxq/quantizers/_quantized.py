@@ -140,10 +140,10 @@ class Quantized(QuantizedArrays):
         """Returns the rows at an index or slice of the leading axis, still quantized.
 
         Raises:
-          IndexError: the index is out of range.
-          TypeError: the index is neither an integer nor a slice, or the tensor has no leading axis
-            besides the one along which it is packed.
-          ValueError: the slice cuts through blocks, or the rows share second scales or outliers
+          IndexError: if the index is out of range.
+          TypeError: if the index is neither an integer nor a slice, or the tensor has no leading
+            axis besides the one along which it is packed.
+          ValueError: if the slice cuts through blocks, or the rows share second scales or outliers
             with other rows.
         """
         if self.ndim < 2:

@@ -80,9 +80,9 @@ def fake_quant(
       result.
 
     Raises:
-      TypeError: x has another dtype.
-      ValueError: the recipe is unknown, `x` lacks an axis, a block length does not divide its axis,
-        the scales do not fit, or the key is missing or not needed.
+      TypeError: if x has another dtype.
+      ValueError: if the recipe is unknown, `x` lacks an axis, a block length does not divide its
+        axis, the scales do not fit, or the key is missing or not needed.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp
@@ -275,7 +275,7 @@ def _given_scales(given: Given, values: Values, recipe: Recipe, cut: Cut) -> Giv
         scale=scale,
         zero_point=through(scales.zero_point, given.zero_point),
         minimum=through(scales.minimum, given.zero_point),
-        level=values.grid_values,
+        grid_values=values.grid_values,
         count=cut.sizes,
         largest=largest if isinstance(largest, jax.Array) else np.float32(largest),
     )

@@ -29,7 +29,8 @@ def quantized_sharding(q: Quantized, sharding: NamedSharding) -> Any:
       the `out_shardings` of `jax.jit`.
 
     Raises:
-      ValueError: an axis does not divide into shards, or a shard does not consist of whole bytes.
+      ValueError: if an axis does not divide into shards, or a shard does not consist of whole
+        bytes.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq

@@ -54,7 +54,7 @@ class Affine(_TwoSided):
       search: the factors of the range that each block tries, as in `Symmetric`.
 
     Raises:
-      ValueError: a name is unknown, or a value is not supported.
+      ValueError: if a name is unknown, or a value is not supported.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -119,7 +119,7 @@ class ScaleAndMin(_TwoSided):
       search: the factors of the range that each block tries, as in `Symmetric`.
 
     Raises:
-      ValueError: a name is unknown, or a value is not supported.
+      ValueError: if a name is unknown, or a value is not supported.
 
     References:
       ggml's quantize_row_q4_1_ref.

@@ -48,8 +48,8 @@ def get_calibrator(calibrator: str | Calibrator) -> Calibrator:
       The calibrator.
 
     Raises:
-      ValueError: no calibrator has that name.
-      TypeError: the argument is neither a name nor a calibrator.
+      ValueError: if no calibrator has that name.
+      TypeError: if the argument is neither a name nor a calibrator.
 
     Example:
       >>> get_calibrator("percentile")

@@ -116,9 +116,9 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
       The recipe.
 
     Raises:
-      ValueError: no recipe has that name; the message suggests the nearest names. The name of a
+      ValueError: if no recipe has that name; the message suggests the nearest names. The name of a
         format is not the name of a recipe, because a format does not say how to scale.
-      TypeError: the argument is neither a name nor a `Recipe`, or it has a `BinaryGrid`.
+      TypeError: if the argument is neither a name nor a `Recipe`, or it has a `BinaryGrid`.
 
     Example:
       >>> get_recipe("int8_channel").granularity

@@ -60,7 +60,7 @@ class _OfHistogram:
         2^-digits of its values, and a block has 255 · 2^digits bins, twice as many if two-sided.
 
     Raises:
-      ValueError: `digits` is not 1 to 12.
+      ValueError: if `digits` is not 1 to 12.
     """
 
     digits: int = dataclasses.field(default=7, kw_only=True)
@@ -132,7 +132,7 @@ class Percentile(_OfHistogram):
       digits: the number of leading mantissa bits that define a bin, 1 to 12; 7 by default.
 
     Raises:
-      ValueError: `percent` or `digits` is out of range.
+      ValueError: if `percent` or `digits` is out of range.
 
     Example:
       >>> import jaxq
@@ -195,7 +195,7 @@ class _Searched(_OfHistogram):
       tries: the number of ranges to try, at least 1.
 
     Raises:
-      ValueError: `tries` is below 1.
+      ValueError: if `tries` is below 1.
     """
 
     tries: int = 64
@@ -294,7 +294,7 @@ class MeanSquaredError(_Searched):
       digits: the number of leading mantissa bits that define a bin, 1 to 12; 7 by default.
 
     Raises:
-      ValueError: `tries` or `digits` is out of range.
+      ValueError: if `tries` or `digits` is out of range.
 
     Example:
       >>> import jaxq
@@ -333,7 +333,7 @@ class Entropy(_Searched):
       digits: the number of leading mantissa bits that define a bin, 1 to 12; 9 by default.
 
     Raises:
-      ValueError: `tries` or `digits` is out of range.
+      ValueError: if `tries` or `digits` is out of range.
 
     Example:
       >>> import jaxq

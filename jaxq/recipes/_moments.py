@@ -161,7 +161,7 @@ class Sigmas(_OfMoments):
       k: the number of standard deviations, positive.
 
     Raises:
-      ValueError: k is not positive.
+      ValueError: if k is not positive.
 
     Example:
       >>> import jaxq
@@ -201,7 +201,7 @@ class Gaussian(_OfMoments):
     formats: ClassVar = (IntFormat,)
 
     def reach(self, state: Moments, fmt: Format) -> jax.Array:
-        """Returns the clip."""
+        """Returns ACIQ's clipping threshold."""
         # Bisects on the derivative of the squared error with respect to the clip a, in standard
         # deviations, for M bits: 2 a erfc(a/√2) - 2 √(2/π) exp(-a²/2) + 2 a / (3 · 4^M).
         low, high = 0.5, 12.0
@@ -233,7 +233,7 @@ class Laplace(_OfMoments):
     formats: ClassVar = (IntFormat,)
 
     def reach(self, state: Moments, fmt: Format) -> jax.Array:
-        """Returns the clip."""
+        """Returns ACIQ's clipping threshold."""
         target = math.log(3 * 4**fmt.bits)
         a = target
         for _ in range(60):  # A contraction: a + log(a) = log(3 · 4^M).

@@ -41,7 +41,7 @@ class Outliers:
         its range become its largest value.
 
     Raises:
-      ValueError: `fraction`, `sigma` or `format` is invalid.
+      ValueError: if `fraction`, `sigma` or `format` is invalid.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

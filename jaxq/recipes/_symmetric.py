@@ -48,7 +48,7 @@ class Symmetric(Scaling):
         used (the first on ties). Default: (), no search.
 
     Raises:
-      ValueError: a name is unknown, or a value is not supported.
+      ValueError: if a name is unknown, or a value is not supported.
 
     Example:
       >>> import jaxq
@@ -100,15 +100,15 @@ class MX(Scaling):
 
     Attributes:
       rule: the rule that computes the power of two from the largest magnitude of a block, a name in
-        `jaxq.recipes.MX_RULES`. `"floor"`, the default, is OCP's, 2^(floor(log2 amax) - emax);
-        `"ceil"` is 2^(ceil(log2 amax) - emax); `"even"` is `"floor"` for amax rounded half up to
-        the precision of the elements; `"rceil"`, that of NVIDIA's conversions, rounds amax / max up
-        to a power of two; and `"max"`, which some call RNE, to the nearest one.
+        `jaxq.recipes.MX_RULES`. `"floor"`, the default, is OCP's rule, 2^(floor(log2 amax) - emax).
+        `"ceil"` is 2^(ceil(log2 amax) - emax). `"even"` is `"floor"` for amax rounded half up to
+        the precision of the elements. `"rceil"`, the rule of NVIDIA's conversions, rounds amax /
+        max up to a power of two. `"max"`, which some call RNE, rounds it to the nearest one.
       range: the calibrator, as in `Symmetric`.
       search: the factors of the range that each block tries, as in `Symmetric`.
 
     Raises:
-      ValueError: a name is unknown, or a value is not supported.
+      ValueError: if a name is unknown, or a value is not supported.
 
     References:
       Open Compute Project, "OCP Microscaling Formats (MX) Specification", version 1.0 (2023).
@@ -164,7 +164,7 @@ class SignedScale(Scaling):
       search: the factors of the range that each block tries, as in `Symmetric`.
 
     Raises:
-      ValueError: a name is unknown, or a value is not supported.
+      ValueError: if a name is unknown, or a value is not supported.
 
     References:
       ggml's quantize_row_q4_0_ref.

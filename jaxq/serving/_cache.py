@@ -18,10 +18,10 @@ from jax import numpy as jnp
 from jaxq._jax.serialization import pytree
 from jaxq.products import Hadamard
 from jaxq.recipes import Recipe
+from jaxq.serving._appending import TokenStore, with_groups, with_recent
 from jaxq.serving._attention import CachedTokens, attention
 from jaxq.serving._cache_recipe import CacheRecipe, cache_records, get_cache_recipe, needs_scale
 from jaxq.serving._groups import TokenGroups
-from jaxq.serving._halves import Half, with_groups, with_recent
 
 __all__ = ["CacheScales", "KVCache"]
 
@@ -104,9 +104,9 @@ class KVCache:
           scales: static scales for recipes whose scales span all tokens, such as `"kv_fp8"`.
 
         Raises:
-          ValueError: the shape has no heads or channels; the dtype is not supported; the capacity
-            is not a whole number of groups or does not exceed `residual_length`; a block does not
-            divide its axis; or scales are missing or not needed.
+          ValueError: if the shape has no heads or channels; the dtype is not supported; the
+            capacity is not a whole number of groups or does not exceed `residual_length`; a block
+            does not divide its axis; or scales are missing or not needed.
         """
         recipe = get_cache_recipe(recipe)
         if len(shape) < 3:
@@ -137,17 +137,17 @@ class KVCache:
                 "KVCache.empty: `head_dim` must be a power of two for a recipe that rotates, got "
                 f"{head_dim}. Use rotate=False."
             )
-        halves, names = [], ("keys", "values")
+        arrays, names = [], ("keys", "values")
         static_scales = scales or CacheScales()
-        for name, recipe_of_half, size, scale in zip(
+        for name, array_recipe, size, scale in zip(
             names, recipe.recipes, recipe.group_sizes, static_scales, strict=True
         ):
-            _check_scale(name, recipe_of_half, scale)
+            _check_scale(name, array_recipe, scale)
             group = jnp.zeros((heads, size, head_dim), dtype)
-            stored = TokenGroups.empty(tuple(batch), capacity // size, group, recipe_of_half, scale)
+            stored = TokenGroups.empty(tuple(batch), capacity // size, group, array_recipe, scale)
             window = max(recipe.residual_length + size - 1, 1)
-            halves.append((stored, jnp.zeros((*batch, window, heads, head_dim), dtype)))
-        (keys, recent_keys), (values, recent_values) = halves
+            arrays.append((stored, jnp.zeros((*batch, window, heads, head_dim), dtype)))
+        (keys, recent_keys), (values, recent_values) = arrays
         length = jnp.zeros(tuple(batch), jnp.int32)
         return KVCache(keys, values, recent_keys, recent_values, length, recipe, capacity)
 
@@ -174,7 +174,8 @@ class KVCache:
             tokens of a padded sequence. None (the default) appends all.
 
         Raises:
-          ValueError: the shapes do not fit the cache, or there are more tokens than its capacity.
+          ValueError: if the shapes do not fit the cache, or there are more tokens than its
+            capacity.
         """
         expected = self.recent_keys.shape
         fits = (
@@ -222,7 +223,7 @@ class KVCache:
           An array of the query's shape and dtype; 0 for a query that sees no tokens.
 
         Raises:
-          ValueError: the shape does not fit the cache, or `chunk` does not divide the capacity.
+          ValueError: if the shape does not fit the cache, or `chunk` does not divide the capacity.
         """
         expected = self.recent_keys.shape
         heads = expected[-2]
@@ -265,14 +266,6 @@ class KVCache:
             return stored
         return CachedTokens(_rotated(stored.keys), _rotated(stored.values), stored.positions)
 
-    def halves(self) -> tuple[Half, Half]:
-        """Returns the keys and the values with their recipes."""
-        first, second = self.recipe.group_sizes
-        return (
-            Half(self.keys, self.recent_keys, first),
-            Half(self.values, self.recent_values, second),
-        )
-
     def _batched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Maps a function of one sequence over the batch axes."""
         for _ in range(self.length.ndim):
@@ -303,14 +296,23 @@ def _rotated(x: jax.Array) -> jax.Array:
     return Hadamard(n).apply(x.astype(jnp.float32), {x.ndim - 1: n}, signs).astype(x.dtype)
 
 
+def _stores(cache: KVCache) -> tuple[TokenStore, TokenStore]:
+    """Returns the keys and the values, each with the number of tokens in a group."""
+    first, second = cache.recipe.group_sizes
+    return (
+        TokenStore(cache.keys, cache.recent_keys, first),
+        TokenStore(cache.values, cache.recent_values, second),
+    )
+
+
 def _append(cache: KVCache, keys: jax.Array, values: jax.Array, count: jax.Array) -> KVCache:
     """Appends tokens to the cache of one sequence."""
     before = cache.length
     parts = []
-    for half, new in zip(cache.halves(), (keys, values), strict=True):
-        new = new.astype(half.recent.dtype)
-        stored = with_groups(half, new, before, count, cache.recipe.residual_length)
-        parts.append((stored, with_recent(half.recent, new, before, count)))
+    for store, new in zip(_stores(cache), (keys, values), strict=True):
+        new = new.astype(store.recent.dtype)
+        stored = with_groups(store, new, before, count, cache.recipe.residual_length)
+        parts.append((stored, with_recent(store.recent, new, before, count)))
     (keys_, recent_keys), (values_, recent_values) = parts
     return dataclasses.replace(
         cache,
@@ -328,14 +330,14 @@ def tokens_of(cache: KVCache, start: Any, chunk: int) -> CachedTokens:
     last = cache.length - 1
     positions = last - (last - slots) % cache.capacity
     positions = jnp.where(positions < 0, -1, positions)
-    halves = []
-    for stored, recent, size in cache.halves():
+    tokens = []
+    for stored, recent, size in _stores(cache):
         values = stored.dequantize(start // size, chunk // size)
         end = lax.max(cache.length - cache.recipe.residual_length, 0) // size * size
         recent_tokens = recent[positions % recent.shape[0]]
         is_stored = (positions < end)[:, None, None]
-        halves.append(jnp.where(is_stored, values.astype(recent.dtype), recent_tokens))
-    return CachedTokens(halves[0], halves[1], positions)
+        tokens.append(jnp.where(is_stored, values.astype(recent.dtype), recent_tokens))
+    return CachedTokens(tokens[0], tokens[1], positions)
 
 
 def _attend(cache: KVCache, query: jax.Array, factor: float, chunk: int) -> jax.Array:

@@ -52,9 +52,9 @@ def quantized_values(
 ) -> "Figure":
     """Draws the effect of a recipe on a tensor: before and after, errors, and levels over the data.
 
-    The left panel plots the dequantized against the original values, the middle panel the
-    distribution of the errors, and the right panel the distribution of the numbers in units of
-    their own scales, with the levels of the format, so that one plot shows all blocks.
+    The left panel plots the dequantized against the original values. The middle panel shows the
+    distribution of the errors. The right panel shows the distribution of the numbers and the levels
+    of the format; numbers are in units of their own scales, so that one plot shows all blocks.
 
     Args:
       x: a finite float16, bfloat16 or float32 tensor of any shape.

@@ -75,7 +75,7 @@ def combine_weights(
       raw: a function that reads a tensor.
 
     Raises:
-      FileError: the method is unknown, or tensors do not fit together.
+      FileError: if the method is unknown, or tensors do not fit together.
     """
     method = config.method
     if method is None:

@@ -52,7 +52,7 @@ def bitsandbytes(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of bitsandbytes, by name.
 
     Raises:
-      FileError: tensors do not fit together, or have an unknown type.
+      FileError: if tensors do not fit together, or have an unknown type.
     """
     result = {}
     for name, entry in source.entries.items():

@@ -50,7 +50,7 @@ def compressed_tensors(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of compressed-tensors, by name.
 
     Raises:
-      FileError: the checkpoint has an unknown format, or tensors that do not fit together.
+      FileError: if the checkpoint has an unknown format, or tensors that do not fit together.
     """
     schemes = list(_groups(source.config))
     formats = [source.config.get("format"), *(scheme.get("format") for scheme in schemes)]

@@ -31,7 +31,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-      FileError: the file is too large, or contains no JSON object.
+      FileError: if the file is too large, or contains no JSON object.
     """
     try:
         size = path.stat().st_size
@@ -55,7 +55,7 @@ def config_beside(folder: pathlib.Path) -> Config:
     """Returns the configuration in a folder; an empty one if it has none.
 
     Raises:
-      FileError: a file is damaged, or names no method.
+      FileError: if a file is damaged, or names no method.
     """
     path = folder / "config.json"
     if path.is_file():

@@ -55,7 +55,7 @@ def fp8(source: Source) -> dict[str, StoredWeight]:
     name, or `M.weight_scale`.
 
     Raises:
-      FileError: tensors do not fit together.
+      FileError: if tensors do not fit together.
     """
     size = source.config.get("weight_block_size", [_TILE, _TILE])
     if size is not None and not (
@@ -86,7 +86,7 @@ def gpt_oss(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of gpt-oss in MXFP4, `[experts, rows, inputs]`, by name.
 
     Raises:
-      FileError: tensors do not fit together.
+      FileError: if tensors do not fit together.
     """
     recipe, result = get_recipe("mxfp4"), {}
     for name, blocks in source.with_suffix("_blocks"):
@@ -114,7 +114,7 @@ def modelopt(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of ModelOpt in NVFP4 or FP8, by name.
 
     Raises:
-      FileError: the checkpoint has another algorithm, or tensors that do not fit together.
+      FileError: if the checkpoint has another algorithm, or tensors that do not fit together.
     """
     config = source.config
     algorithm = config.get("quant_algo") or "NVFP4"

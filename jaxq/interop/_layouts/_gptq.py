@@ -34,7 +34,7 @@ def gptq(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of AutoGPTQ or GPTQModel, by name.
 
     Raises:
-      FileError: the checkpoint has an unknown format, or tensors that do not fit together.
+      FileError: if the checkpoint has an unknown format, or tensors that do not fit together.
     """
     version = source.config.get("checkpoint_format") or source.config.get("format") or "gptq"
     if version not in ("gptq", "gptq_v2"):
@@ -118,7 +118,7 @@ def awq(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of AutoAWQ in the version "gemm", by name.
 
     Raises:
-      FileError: the checkpoint has another version, or tensors that do not fit together.
+      FileError: if the checkpoint has another version, or tensors that do not fit together.
     """
     version = source.config.get("version") or source.config.get("checkpoint_format") or "gemm"
     if str(version).lower() != "gemm":

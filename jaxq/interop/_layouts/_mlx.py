@@ -39,7 +39,7 @@ def mlx(source: Source) -> dict[str, StoredWeight]:
     """Returns the weights of a checkpoint of MLX, by name.
 
     Raises:
-      FileError: the checkpoint has an unknown mode, or tensors that do not fit together.
+      FileError: if the checkpoint has an unknown mode, or tensors that do not fit together.
     """
     result = {}
     for module, _ in source.with_suffix(".scales"):

@@ -68,10 +68,10 @@ def write(
         int8 or float8_e4m3fn with one scale per token. Default: False, weights only.
 
     Raises:
-      ValueError: a recipe has no scheme, a weight is not a matrix, or weights that vLLM fuses have
-        different recipes or NVFP4 tensor scales (see `quantize_together`).
-      FileExistsError: the folder exists and is not empty.
-      OSError: a file cannot be written.
+      ValueError: if a recipe has no scheme, a weight is not a matrix, or weights that vLLM fuses
+        have different recipes or NVFP4 tensor scales (see `quantize_together`).
+      FileExistsError: if the folder exists and is not empty.
+      OSError: if a file cannot be written.
 
     Example:
       >>> import jax.numpy as jnp, jaxq, tempfile

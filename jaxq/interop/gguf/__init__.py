@@ -4,8 +4,8 @@ Each block type has a recipe (`recipe_of`), with which `jaxq.quantize` gives the
 ggml. `pack` and `unpack` convert a `jaxq.Quantized` of such a recipe to and from the bytes of a
 file. `quantize` and `dequantize` convert tensors to and from these bytes directly.
 
-`write` writes files, and `jaxq.interop.open_tensors` reads them. `conversion` gives the names and
-the metadata that a model of Hugging Face has in GGUF.
+`write` writes files; `jaxq.interop.load_tensors` and `jaxq.interop.open_tensors` read them.
+`conversion` gives the names and the metadata that a model of Hugging Face has in GGUF.
 """
 
 from jaxq.interop.gguf._container import Tensor, write

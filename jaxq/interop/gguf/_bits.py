@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-__all__ = ["bytes_of", "gather", "halves", "halves_of", "join_halves", "spread"]
+__all__ = ["bytes_of", "float16_bytes", "float16_values", "gather", "spread", "uint16_of"]
 
 
 def spread(data: jax.Array, width: int, bits: int) -> jax.Array:
@@ -46,14 +46,14 @@ def gather(codes: jax.Array, width: int, bits: int) -> jax.Array:
     return functools.reduce(operator.or_, parts).reshape(codes.shape[0], size)
 
 
-def halves(x: jax.Array) -> jax.Array:
+def float16_bytes(x: jax.Array) -> jax.Array:
     """Returns float32 `[blocks]` as the bytes of float16 numbers, `[blocks, 2]`."""
     return bytes_of(lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16))
 
 
-def join_halves(data: jax.Array) -> jax.Array:
-    """Returns the values of float16 numbers from their bytes; the inverse of `halves`."""
-    return lax.bitcast_convert_type(halves_of(data), jnp.float16).astype(jnp.float32)
+def float16_values(data: jax.Array) -> jax.Array:
+    """Returns the values of float16 numbers from their bytes; the inverse of `float16_bytes`."""
+    return lax.bitcast_convert_type(uint16_of(data), jnp.float16).astype(jnp.float32)
 
 
 def bytes_of(codes: jax.Array) -> jax.Array:
@@ -61,7 +61,7 @@ def bytes_of(codes: jax.Array) -> jax.Array:
     return jnp.stack([codes, codes >> np.uint16(8)], axis=-1).astype(jnp.uint8)
 
 
-def halves_of(data: jax.Array) -> jax.Array:
+def uint16_of(data: jax.Array) -> jax.Array:
     """Returns uint16 from pairs of bytes; the inverse of `bytes_of`."""
     low, high = (data[..., i].astype(jnp.uint16) for i in (0, 1))
     return low | high << np.uint16(8)

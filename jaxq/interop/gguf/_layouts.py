@@ -15,7 +15,7 @@ from jax import numpy as jnp
 
 from jaxq._jax.arithmetic import materialize
 from jaxq.formats import get_format
-from jaxq.interop.gguf._bits import gather, halves, join_halves, spread
+from jaxq.interop.gguf._bits import float16_bytes, float16_values, gather, spread
 
 __all__ = [
     "LAYOUTS",
@@ -86,7 +86,7 @@ class BlockType(NamedTuple):
         parts = {name: self.parts[name] for name in fields}
         return self.values(
             {
-                n: part.read(part.write(fields[n])) if part is _HALF else fields[n]
+                n: part.read(part.write(fields[n])) if part is _FLOAT16 else fields[n]
                 for n, part in parts.items()
             }
         )
@@ -107,7 +107,7 @@ def _codes(size: int, width: int, bits: int) -> Part:
     return Part(size, lambda d: spread(d, width, bits), lambda c: gather(c, width, bits))
 
 
-_HALF = Part(2, join_halves, halves)
+_FLOAT16 = Part(2, float16_values, float16_bytes)
 
 
 def _float(codes: jax.Array, offset: int = 0) -> jax.Array:
@@ -237,22 +237,22 @@ def _tq1_0(f: Fields) -> jax.Array:
 
 
 LAYOUTS: dict[str, BlockType] = {
-    "q4_0": BlockType(2, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _single_scale(8)),
+    "q4_0": BlockType(2, 32, {"d": _FLOAT16, "q": _codes(16, 16, 4)}, _single_scale(8)),
     "q4_1": BlockType(
-        3, 32, {"d": _HALF, "m": _HALF, "q": _codes(16, 16, 4)}, _single_scale(0, True)
+        3, 32, {"d": _FLOAT16, "m": _FLOAT16, "q": _codes(16, 16, 4)}, _single_scale(0, True)
     ),
     "q5_0": BlockType(
-        6, 32, {"d": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)}, _single_scale(16)
+        6, 32, {"d": _FLOAT16, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)}, _single_scale(16)
     ),
     "q5_1": BlockType(
         7,
         32,
-        {"d": _HALF, "m": _HALF, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)},
+        {"d": _FLOAT16, "m": _FLOAT16, "high": _codes(4, 1, 1), "q": _codes(16, 16, 4)},
         _single_scale(0, True),
     ),
-    "q8_0": BlockType(8, 32, {"d": _HALF, "q": _signed(32)}, _single_scale(0)),
+    "q8_0": BlockType(8, 32, {"d": _FLOAT16, "q": _signed(32)}, _single_scale(0)),
     "q2_k": BlockType(
-        10, 256, {"scales": _bytes(16), "q": _codes(64, 32, 2), "d": _HALF, "m": _HALF}, _q2_k
+        10, 256, {"scales": _bytes(16), "q": _codes(64, 32, 2), "d": _FLOAT16, "m": _FLOAT16}, _q2_k
     ),
     "q3_k": BlockType(
         11,
@@ -262,19 +262,22 @@ LAYOUTS: dict[str, BlockType] = {
             "q": _codes(64, 32, 2),
             "low": _codes(8, 8, 4),
             "top": _codes(4, 4, 2),
-            "d": _HALF,
+            "d": _FLOAT16,
         },
         _q3_k,
     ),
     "q4_k": BlockType(
-        12, 256, {"d": _HALF, "m": _HALF, "scales": _bytes(12), "q": _codes(128, 32, 4)}, _k_affine
+        12,
+        256,
+        {"d": _FLOAT16, "m": _FLOAT16, "scales": _bytes(12), "q": _codes(128, 32, 4)},
+        _k_affine,
     ),
     "q5_k": BlockType(
         13,
         256,
         {
-            "d": _HALF,
-            "m": _HALF,
+            "d": _FLOAT16,
+            "m": _FLOAT16,
             "scales": _bytes(12),
             "high": _codes(32, 32, 1),
             "q": _codes(128, 32, 4),
@@ -284,23 +287,23 @@ LAYOUTS: dict[str, BlockType] = {
     "q6_k": BlockType(
         14,
         256,
-        {"q": _codes(128, 64, 4), "high": _codes(64, 32, 2), "scales": _signed(16), "d": _HALF},
+        {"q": _codes(128, 64, 4), "high": _codes(64, 32, 2), "scales": _signed(16), "d": _FLOAT16},
         _q6_k,
     ),
-    "iq4_nl": BlockType(20, 32, {"d": _HALF, "q": _codes(16, 16, 4)}, _iq4_nl),
+    "iq4_nl": BlockType(20, 32, {"d": _FLOAT16, "q": _codes(16, 16, 4)}, _iq4_nl),
     "iq4_xs": BlockType(
         23,
         256,
-        {"d": _HALF, "top": _codes(2, 1, 2), "low": _codes(4, 1, 4), "q": _codes(128, 16, 4)},
+        {"d": _FLOAT16, "top": _codes(2, 1, 2), "low": _codes(4, 1, 4), "q": _codes(128, 16, 4)},
         _iq4_xs,
     ),
     "tq1_0": BlockType(
         34,
         256,
-        {"q": _trits(32, 32, 5), "q16": _trits(16, 16, 5), "q4": _trits(4, 4, 4), "d": _HALF},
+        {"q": _trits(32, 32, 5), "q16": _trits(16, 16, 5), "q4": _trits(4, 4, 4), "d": _FLOAT16},
         _tq1_0,
     ),
-    "tq2_0": BlockType(35, 256, {"q": _codes(64, 32, 2), "d": _HALF}, _single_scale(1)),
+    "tq2_0": BlockType(35, 256, {"q": _codes(64, 32, 2), "d": _FLOAT16}, _single_scale(1)),
     "mxfp4": BlockType(39, 32, {"scales": _bytes(1), "q": _codes(16, 16, 4)}, _mxfp4),
     "nvfp4": BlockType(40, 64, {"scales": _bytes(4), "q": _codes(32, 8, 4)}, _nvfp4),
 }

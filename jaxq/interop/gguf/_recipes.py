@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from jaxq._base.registry import Registry
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
-from jaxq.interop.gguf._bits import bytes_of, halves_of
+from jaxq.interop.gguf._bits import bytes_of, uint16_of
 from jaxq.interop.gguf._float_types import FLOAT_TYPES, pack_floats, unpack_floats
 from jaxq.interop.gguf._layouts import LAYOUTS, BlockType
 from jaxq.interop.gguf._super_blocks import pack_super_blocks, unpack_super_blocks
@@ -51,7 +51,7 @@ def recipe_of(type: str) -> Recipe:
       The recipe, whose blocks lie along the last axis.
 
     Raises:
-      ValueError: the type is unknown.
+      ValueError: if the type is unknown.
 
     Example:
       >>> from jaxq.recipes import RECIPES
@@ -74,7 +74,7 @@ def pack(q: Quantized, type: str | None = None) -> jax.Array:
       uint8 `[..., n / block · bytes per block]`.
 
     Raises:
-      ValueError: the type cannot hold the recipe, or its block does not divide the last axis.
+      ValueError: if the type cannot hold the recipe, or its block does not divide the last axis.
 
     Example:
       >>> import jaxq, jax.numpy as jnp
@@ -145,8 +145,8 @@ def unpack(
       which no quantizer writes, are not supported.
 
     Raises:
-      ValueError: the type is unknown, or the last axis does not hold whole blocks.
-      TypeError: the data are not uint8.
+      ValueError: if the type is unknown, or the last axis does not hold whole blocks.
+      TypeError: if the data are not uint8.
 
     Example:
       >>> import numpy as np
@@ -174,8 +174,8 @@ def unpack(
     codes = ((codes - np.uint8(_offset(recipe))) & _mask(recipe)).reshape(shape)
     if bits < 8:
         codes = pack_bits(codes, bits)
-    scale = halves_of(columns["d"]).reshape(counts)
-    zero_point = halves_of(columns["m"]).reshape(counts) if "m" in columns else None
+    scale = uint16_of(columns["d"]).reshape(counts)
+    zero_point = uint16_of(columns["m"]).reshape(counts) if "m" in columns else None
     block = (1,) * (len(shape) - 1) + (min(layout.block, max(shape[-1], 1)),)
     return Quantized(
         codes=codes,

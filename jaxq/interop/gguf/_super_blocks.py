@@ -5,7 +5,7 @@ from jax import numpy as jnp
 
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.formats import CodebookFormat, Format
-from jaxq.interop.gguf._bits import bytes_of, halves_of
+from jaxq.interop.gguf._bits import bytes_of, uint16_of
 from jaxq.interop.gguf._k_types import Integers, fields_of, integers_of
 from jaxq.interop.gguf._layouts import LAYOUTS
 from jaxq.numerics import decode, encode
@@ -50,7 +50,7 @@ def unpack_super_blocks(
     *leading, count = (*data.shape[:-1], data.shape[-1] // layout.size)
     columns = layout.split(data.reshape(-1, layout.size))
     factors = tuple(
-        halves_of(columns[f]).reshape(*leading, count) for f in _FACTORS if f in columns
+        uint16_of(columns[f]).reshape(*leading, count) for f in _FACTORS if f in columns
     )
     fields = {n: layout.parts[n].read(x) for n, x in columns.items() if n not in _FACTORS}
     integers = integers_of(name, fields)

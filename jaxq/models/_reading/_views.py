@@ -53,7 +53,7 @@ def computed_origin(eqn: Any, origins: Sequence[Origin | None]) -> Origin | None
 
 
 def _is_base(shape: tuple, out: tuple, origin: Origin) -> bool:
-    """Returns whether an operand has the result's shape and is not repeated, as a bias is."""
+    """Returns whether an operand has the result's shape and is not broadcast (a bias is)."""
     repeats = (
         digit.axis is None for piece in origin.pieces for axis in piece.axes or () for digit in axis
     )

@@ -41,9 +41,9 @@ class ProductRow:
       recipe: the recipes of both operands, each by its name or by its format and granularity, in
         the order of the product, and those of the operands in the gradients of lhs and rhs, if they
         are quantized. A note in parentheses says if it needs a key, or cannot be differentiated.
-        `"-"` if it is unchanged, with the reason if it cannot be quantized or computes a weight,
-        with any rule that matches it nevertheless, and with the parameters that an operand is
-        computed from if no rule can name it by a weight.
+        `"-"` if it is unchanged. A note then gives the reason if it cannot be quantized or computes
+        a weight, and any rule that matches it nevertheless. If no rule can name an operand by a
+        weight, the note lists the parameters that the operand is computed from.
       times: the number of executions per call; -1 if unknown.
       flops: floating-point operations of all executions; 0 for a look-up and for operations that
         cannot be quantized.

@@ -9,7 +9,7 @@ from jaxq._base.tables import Table, Tabular
 
 __all__ = ["LearnedBlock", "Report", "RoundingReport", "SolvedProduct"]
 
-_SHOWN = 24  # The number of rows printed of a longer report: unsolved ones, then large losses.
+_SHOWN = 24  # The number of rows that a long report prints: unsolved ones, then the largest losses.
 
 
 @dataclasses.dataclass(frozen=True)

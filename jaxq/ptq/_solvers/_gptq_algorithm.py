@@ -66,8 +66,8 @@ class Settings(NamedTuple):
 
     Attributes:
       damping: the initial damping, relative to the mean of H's diagonal.
-      order: `"static"` rounds the inputs with the largest diagonal entries of H first; `"group"`
-        does so within each group of the recipe, and takes the groups by their largest entries; None
+      order: `"static"` rounds the inputs with the largest diagonal entries of H first. `"group"`
+        does so within each group of the recipe, and takes the groups by their largest entries. None
         rounds the inputs in the order of the weight.
       asymmetry: the factor of GPTAQ's correction.
       propagation: the factor of QEP's correction.

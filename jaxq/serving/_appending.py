@@ -1,4 +1,4 @@
-"""The keys or the values of a cache, and their change when tokens are appended."""
+"""Appends tokens to the keys or the values of a cache."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ from jax import numpy as jnp
 
 from jaxq.serving._groups import TokenGroups
 
-__all__ = ["Half", "with_groups", "with_recent"]
+__all__ = ["TokenStore", "with_groups", "with_recent"]
 
 
-class Half(NamedTuple):
-    """The keys or the values of a cache, with the size of a group."""
+class TokenStore(NamedTuple):
+    """The keys or the values of a cache, with the number of tokens in a group."""
 
     stored: TokenGroups
     recent: jax.Array
@@ -20,14 +20,14 @@ class Half(NamedTuple):
 
 
 def with_groups(
-    half: Half, new: jax.Array, before: jax.Array, count: jax.Array, residual_length: int
+    store: TokenStore, new: jax.Array, before: jax.Array, count: jax.Array, residual_length: int
 ) -> TokenGroups:
     """Adds the groups that new tokens complete to the quantized groups.
 
     Each call quantizes the largest number of groups that `new` can complete, and drops those that
     are incomplete. A `lax.cond` would save nothing, because `jax.vmap` runs both branches.
     """
-    stored, recent, size = half
+    stored, recent, size = store
     tokens, slots = new.shape[0], stored.codes.shape[0]
     first = lax.max(before - residual_length, 0) // size
     end = lax.max(before + count - residual_length, 0) // size

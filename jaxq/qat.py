@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
 from jaxq.formats import IntFormat
 from jaxq.numerics import cast, floats, widen
 from jaxq.recipes import AbsMean, Recipe, get_recipe
@@ -98,7 +99,7 @@ def unit_tanh(w: jax.Array) -> jax.Array:
     References:
       Zhou et al., "DoReFa-Net" (2016), section 2.3.
     """
-    w = floats("unit_tanh", w)
+    w = floats("unit_tanh", w, argument="w")
     bounded = jnp.tanh(widen(w))  # XLA on CPU divides by float16 subnormals as if they were 0.
     largest = jnp.max(jnp.abs(bounded), initial=0)
     return (bounded / jnp.where(largest == 0, 1, largest)).astype(w.dtype)
@@ -128,8 +129,8 @@ def dorefa(w: jax.Array, bits: int) -> jax.Array:
     References:
       Zhou et al., "DoReFa-Net" (2016), equations 9 and 10.
     """
-    if not 2 <= bits <= 16:
-        raise ValueError(f"dorefa: `bits` must be 2 to 16, got {bits}. Use 'binary' for 1 bit.")
+    bits = integer("dorefa", "bits", bits, "Use 'binary' for 1 bit.", least=2, most=16)
+    w = floats("dorefa", w, argument="w")
     steps = 2**bits - 1
     units = (unit_tanh(w).astype(jnp.float32) * 0.5 + 0.5) * steps
     return (cast(units, IntFormat("dorefa", bits, signed=False)) * (2 / steps) - 1).astype(w.dtype)

@@ -48,6 +48,6 @@ def test_traced_width_of_format_names_remedy():
         (lambda n: jaxq.FloatFormat("mine", n, 2), "float_grid"),
         (lambda n: jaxq.IntFormat("mine", n), "int_grid"),
     ):
-        with pytest.raises(TypeError, match=f"must be a Python integer, got a traced.*{remedy}"):
+        with pytest.raises(TypeError, match=f"must be an integer, got a traced value.*{remedy}"):
             jax.vmap(lambda n, make=make: jaxq.cast(W, make(n)))(jnp.arange(2, 4))
     assert jaxq.FloatFormat("mine", np.int64(5), np.int64(2)).max == 114688.0

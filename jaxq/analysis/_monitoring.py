@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jaxq._base.arguments import integer
 from jaxq._base.registry import suggestion
 from jaxq.analysis._arguments import format_or_recipe
 from jaxq.analysis._finishing import finished
@@ -116,8 +117,7 @@ class Monitoring:
             check_pattern("Monitoring", "products", pattern)
         check_names("Monitoring", "tensors", self.tensors, TENSORS)
         check_names("Monitoring", "statistics", self.statistics, STATISTICS)
-        if self.every < 1:
-            raise ValueError(f"Monitoring: `every` must be at least 1, got {self.every}. Use 1.")
+        integer("Monitoring", "every", self.every, "Use 1.", least=1)
         counterfactuals = self.counterfactuals
         if isinstance(counterfactuals, str | Recipe | Format):
             counterfactuals = (counterfactuals,)

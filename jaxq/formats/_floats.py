@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from jaxq.formats._derived import Derived, require, width
+from jaxq._base.arguments import flags
+from jaxq.formats._derived import Derived, require, set_integers
 
 __all__ = ["FloatFormat"]
 
@@ -61,10 +62,16 @@ class FloatFormat(Derived):
 
     def __post_init__(self) -> None:
         check = functools.partial(require, "FloatFormat", self.name)
-        for field in ("exponent_bits", "mantissa_bits"):
-            remedy = "use jaxq.cast(x, jaxq.float_grid(exponent_bits, mantissa_bits))"
-            value = width("FloatFormat", self.name, field, getattr(self, field), remedy)
-            object.__setattr__(self, field, value)
+        fields = ["exponent_bits", "mantissa_bits"] + ["bias"] * (self.bias is not None)
+        set_integers(self, fields, "For traced widths, use jaxq.float_grid.")
+        flags(
+            f"FloatFormat {self.name!r:.40}",
+            "Omit it for the default.",
+            signed=self.signed,
+            inf=self.inf,
+            zero=self.zero,
+            subnormals=self.subnormals,
+        )
         e, m = self.exponent_bits, self.mantissa_bits
         check(e >= 1, "`exponent_bits` must be at least 1 (else use IntFormat)", e)
         check(m >= 0, "`mantissa_bits` must be at least 0", m)

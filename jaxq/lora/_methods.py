@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
 from jaxq._base.registry import Registry
 from jaxq.lora._matrices import Factors, low_rank
 from jaxq.ptq import ObservedInputs
@@ -90,10 +91,7 @@ class QLoRA:
     iterations = 1
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(
-                f"QLoRA: `rank` must be at least 1, got {self.rank}. Use, for example, 16."
-            )
+        integer("QLoRA", "rank", self.rank, "Use, for example, 16.", least=1)
 
     @property
     def scaling(self) -> float:

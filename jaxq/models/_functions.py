@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxq._base.arguments import integer
 from jaxq.models._planning import Planned, plan
 from jaxq.models._programs import ProductInputs, build_program
 from jaxq.models._rules import Rules
@@ -96,11 +97,9 @@ def quantize_fn(
       ...
       ValueError: quantize_fn: Rule('hiden') matches no weight. Did you mean hidden?...
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(
-            f"quantize_fn: `chunk` must be at least 1, got {chunk}. Use None to "
-            "dequantize a weight at once."
-        )
+    if chunk is not None:
+        remedy = "Use None to dequantize a weight at once."
+        chunk = integer("quantize_fn", "chunk", chunk, remedy, least=1)
 
     @functools.wraps(fn, updated=())
     def quantized(*args: Any, **kwargs: Any) -> Any:

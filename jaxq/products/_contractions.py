@@ -113,6 +113,17 @@ class Contraction:
 
 def of_dot(dimension_numbers: Any, lhs_ndim: int, rhs_ndim: int) -> Contraction:
     """Returns the contraction of a `lax.dot_general`, with contracted axes in the given order."""
+    try:
+        return _of_dot(dimension_numbers, lhs_ndim, rhs_ndim)
+    except (IndexError, TypeError, ValueError):
+        raise ValueError(
+            "dot_general: `dimension_numbers` must name axes of operands with "
+            f"{lhs_ndim} and {rhs_ndim} axes, got {dimension_numbers!r:.80}. Write ((contracted of "
+            "lhs, contracted of rhs), (batch of lhs, batch of rhs))."
+        ) from None
+
+
+def _of_dot(dimension_numbers: Any, lhs_ndim: int, rhs_ndim: int) -> Contraction:
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     lhs, rhs = ([-1] * ndim for ndim in (lhs_ndim, rhs_ndim))
     label = 0

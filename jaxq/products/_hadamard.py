@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import described, integer
 from jaxq._base.bits import where
 from jaxq._base.cutting import Cut
 from jaxq._jax.barriers import barrier_on_cpu
@@ -47,10 +48,10 @@ class Hadamard:
     signs: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.size < 2 or self.size & (self.size - 1):
+        size, example = self.size, "Use, for example, 16."
+        if integer("Hadamard", "size", size, example, least=2) & (size - 1):
             raise ValueError(
-                f"Hadamard: `size` must be a power of two, at least 2, got {self.size}. Use, for "
-                "example, 16."
+                f"Hadamard: `size` must be a power of two, got {described(size)}. {example}"
             )
         if self.signs is not None:
             object.__setattr__(self, "signs", tuple(self.signs))

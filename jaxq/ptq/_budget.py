@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxq._base.arguments import choice
 from jaxq._base.registry import suggestion
 from jaxq._base.tables import Table
 from jaxq.models import Rule
@@ -135,11 +136,8 @@ def budget(
       >>> [(row.weight, row.name) for row in best.choices], best.nbytes
       ([('a', 'int4_channel'), ('b', 'int8_channel')], 150)
     """
-    if by not in ("gradient", "loss", "relative"):
-        raise ValueError(
-            f"budget: `by` must be 'gradient', 'loss' or 'relative', got {by!r}. "
-            "Use 'gradient' with scores of ptq.sensitivity(loss, ..., gradient=True), or 'loss'."
-        )
+    remedy = "Use 'gradient' with scores of ptq.sensitivity(loss, ..., gradient=True), or 'loss'."
+    choice("budget", "by", by, ("gradient", "loss", "relative"), remedy)
     if any(math.isnan(getattr(score, by)) for score in scores.rows):
         raise ValueError(
             f"budget: `scores` must have numbers in {by!r}, got NaN. Pass a loss and gradient=True "

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
 from jaxq._base.registry import suggestion
 from jaxq._jax.processes import host_array
 from jaxq.models import LOOK_UP, not_floating, plan
@@ -84,10 +85,7 @@ def random_rotation(n: int, key: jax.Array, *, keep_mean: bool = False) -> np.nd
     References:
       Paley, "On orthogonal matrices" (1933).
     """
-    if n < 1:
-        raise ValueError(
-            f"random_rotation: `n` must be at least 1, got {n}. Pass the vectors' length."
-        )
+    n = integer("random_rotation", "n", n, "Pass the vectors' length.", least=1)
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint32))
     if not keep_mean:
         return _rotation(n, generator)

@@ -9,6 +9,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import choice
 from jaxq.numerics import encode
 from jaxq.products import is_stochastic
 from jaxq.ptq._gptq_matrix import Settings, Solution, solve
@@ -112,8 +113,7 @@ def owq(
 
 def check_owq_order(owner: str, order: str | None) -> None:
     """Raises a ValueError unless OWQ supports an order."""
-    if order not in ("static", None):
-        raise ValueError(f"{owner}: `order` must be 'static' or None, got {order!r}. Use 'static'.")
+    choice(owner, "order", order, ("static", None), "Use 'static'.")
 
 
 def _float_input_count(outliers: Outliers, weight: jax.Array, inputs: int) -> int:

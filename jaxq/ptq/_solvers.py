@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import choice, number
 from jaxq._base.registry import Registry
 from jaxq.products import is_stochastic
 from jaxq.ptq._gptq_matrix import Settings, Solution, solve
@@ -160,19 +161,15 @@ class GPTQ:
             "propagation": "Use 0 (off), or 0.5 for QEP",
         }
         for name, remedy in remedies.items():
-            value = getattr(self, name)
-            if not value >= 0:
-                raise ValueError(f"GPTQ: `{name}` must not be negative, got {value}. {remedy}.")
+            value, requirement = getattr(self, name), "a number of at least 0"
+            number("GPTQ", name, value, requirement, lambda v: v >= 0, f"{remedy}.")
         if self.asymmetry and self.propagation:
             raise ValueError(
                 "GPTQ: `asymmetry` and `propagation` must not both be positive, because they "
                 f"correct the same error, got {self.asymmetry} and {self.propagation}. Use one."
             )
-        if self.order not in ("static", "group", None):
-            raise ValueError(
-                f"GPTQ: `order` must be 'static', 'group' or None, got {self.order!r}. Use "
-                "'static' for activation order with static groups."
-            )
+        remedy = "Use 'static' for activation order with static groups."
+        choice("GPTQ", "order", self.order, ("static", "group", None), remedy)
 
     @property
     def needs_drift(self) -> bool:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
 from jaxq._base.cutting import axis_of_blocks
 from jaxq._base.shapes import is_symbolic
 from jaxq.numerics import floats
@@ -18,6 +19,9 @@ __all__ = [
     "given_scales",
     "importance_of",
 ]
+
+
+_AXIS = "Use -1 for a weight [outputs, inputs], or -2 for a kernel [inputs, outputs]."
 
 
 class Given(NamedTuple):
@@ -49,7 +53,7 @@ def checked(
         recipe = get_recipe(recipe)
     array = floats(name, x, float64=False)  # Scales are float32.
     if axis is not None:
-        recipe = recipe.along(axis, array.ndim)
+        recipe = recipe.along(integer(name, "axis", axis, _AXIS), array.ndim)
     return array, recipe
 
 

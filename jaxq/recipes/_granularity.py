@@ -16,6 +16,7 @@ To add a granularity, write a frozen dataclass with the methods `block` and `alo
 import dataclasses
 from typing import TypeAlias
 
+from jaxq._base.arguments import described, is_integer
 from jaxq._base.shapes import holds, is_symbolic
 
 __all__ = ["Granularity", "PerBlock", "PerChannel", "PerTensor", "PerToken"]
@@ -69,7 +70,7 @@ class PerChannel:
     axes: int | tuple[int, ...] = (-1,)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes", _tuple(self.axes))
+        object.__setattr__(self, "axes", _integers("PerChannel", "axes", self.axes))
 
     def __repr__(self) -> str:
         return f"PerChannel({'' if self.axes == (-1,) else _text(self.axes)})"
@@ -178,8 +179,8 @@ class PerBlock:
     pad: bool = False
 
     def __post_init__(self) -> None:
-        sizes = _tuple(self.sizes)
-        axes = tuple(range(-len(sizes), 0)) if self.axes is None else _tuple(self.axes)
+        sizes, axes = _integers("PerBlock", "sizes", self.sizes), self.axes
+        axes = tuple(range(-len(sizes), 0)) if axes is None else _integers("PerBlock", "axes", axes)
         object.__setattr__(self, "sizes", sizes)
         object.__setattr__(self, "axes", axes)
         if not sizes or min(sizes) < 1:
@@ -269,6 +270,17 @@ def _text(numbers: int | tuple[int, ...] | None) -> str:
 
 def _tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _integers(owner: str, argument: str, value: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Returns an integer or a sequence of integers as a tuple."""
+    numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not all(map(is_integer, numbers)):
+        raise TypeError(
+            f"{owner}: `{argument}` must be an integer or a tuple of integers, got "
+            f"{described(value)}. Write, for example, {owner}({-1 if argument == 'axes' else 32})."
+        )
+    return tuple(map(int, numbers))
 
 
 def _others(owner: Granularity, axis: int, ndim: int) -> tuple[int, ...]:

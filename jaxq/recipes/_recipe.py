@@ -10,6 +10,7 @@ from typing import Any, get_args
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import is_symbolic
 from jaxq._jax.serialization import from_json, to_json
@@ -149,6 +150,8 @@ class Recipe:
           >>> Recipe("int4", PerBlock(32)).along(-2, 2).granularity.block((64, 8))
           (32, 1)
         """
+        remedy = "Use -1 for a weight [outputs, inputs], or -2 for a kernel [inputs, outputs]."
+        axis = integer("Recipe.along", "axis", axis, remedy)
         with self._named():
             return dataclasses.replace(self, granularity=self.granularity.along(axis, ndim))
 

@@ -122,7 +122,7 @@ def test_formats_are_found_by_name_and_dtype():
         jaxq.get_format("float8_e4m3f")
     with pytest.raises(ValueError, match="No number format is named 'complex64'"):
         jaxq.get_format(np.dtype("complex64"))
-    with pytest.raises(TypeError, match="a dtype or a format, got 3.5"):
+    with pytest.raises(TypeError, match=r"a dtype or a format, got 3\.5"):
         jaxq.get_format(3.5)
 
 

@@ -5,6 +5,8 @@ They look at types and Python numbers only, so they cost no time in traced progr
 
 import math
 import numbers
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +16,17 @@ from jax import numpy as jnp
 
 from jaxq._base.registry import suggestion
 
-__all__ = ["array", "choice", "described", "flags", "integer", "is_integer", "number", "numbers_of"]
+__all__ = [
+    "array",
+    "choice",
+    "described",
+    "flags",
+    "integer",
+    "is_integer",
+    "number",
+    "numbers_of",
+    "path",
+]
 
 _LONGEST = 40
 
@@ -60,6 +72,11 @@ def array(owner: str, argument: str, value: Any, requirement: str, remedy: str) 
       ...
       TypeError: unpack: `packed` must be uint8, got None. Pass the result of jaxq.numerics.pack.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{owner}: `{argument}` must be an array without a mask, got a masked array of NumPy. "
+            f"Pass {argument}.filled(value)."
+        )
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
@@ -176,6 +193,36 @@ def numbers_of(
     for item in value:
         number(owner, argument, item, requirement, holds, remedy)
     return tuple(value)
+
+
+def path(owner: str, argument: str, value: Any) -> pathlib.Path:
+    """Returns an argument as a path.
+
+    Raises:
+      TypeError: if the argument is neither a string nor a path.
+      ValueError: if it is empty, which `pathlib` reads as the current folder, or has a null byte.
+
+    Example:
+      >>> path("load", "path", "")
+      Traceback (most recent call last):
+      ...
+      ValueError: load: `path` must not be empty, got ''. Pass "." for the current folder.
+    """
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise TypeError(
+            f"{owner}: `{argument}` must be a string or a pathlib.Path, got {described(value)}. "
+            "Pass the path of a file or folder."
+        )
+    text = os.fspath(value)
+    if not text:
+        raise ValueError(
+            f"{owner}: `{argument}` must not be empty, got ''. Pass \".\" for the current folder."
+        )
+    if "\0" in text:
+        raise ValueError(
+            f"{owner}: `{argument}` must not have null bytes, got {text!r:.40}. Remove them."
+        )
+    return pathlib.Path(text)
 
 
 def flags(owner: str, remedy: str, **values: Any) -> None:

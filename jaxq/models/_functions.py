@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxq._base.arguments import integer
+from jaxq._jax.draws import checked_key
 from jaxq.models._planning import Planned, plan
 from jaxq.models._programs import ProductInputs, build_program
 from jaxq.models._rules import Rules
@@ -120,7 +121,7 @@ def run_planned(
     runnable = build_program(planned.node, planned.chosen, bool(packed), planned.marked)
     drawing = [a for a in runnable.all() if a.draws_random_bits]
     needing = [a for a in drawing if a.needs_key]
-    if needing and key is None:
+    if checked_key(owner, key) is None and needing:
         raise ValueError(
             f"{owner}: `key` must be given, as the recipe of {needing[0].where} draws random bits, "
             "got None. Pass, for example, key=jax.random.key(step)."

@@ -330,7 +330,8 @@ def floats(
 
 def _modes(name: str, rounding: str | Rounding, overflow: Overflow) -> tuple[Rounding, Overflow]:
     """Returns the rounding function and the overflow mode, with "SatFinite" as "saturate"."""
-    if overflow is not None and overflow not in get_args(get_args(Overflow)[0]):
+    known = get_args(get_args(Overflow)[0])
+    if overflow is not None and not (isinstance(overflow, str) and overflow in known):
         raise ValueError(
             f"{name}: `overflow` must be None, 'saturate', 'propagate', or P3109's 'SatFinite', "
             f"'SatPropagate' or 'SatNone', got {overflow!r}."
@@ -346,7 +347,7 @@ def _random(
     random_bits: jax.typing.ArrayLike | None,
 ) -> jax.Array | None:
     """Returns the random bits for a rounding mode, drawn from the key or checked."""
-    given = key is not None or random_bits is not None
+    key, given = draws.checked_key(name, key), key is not None or random_bits is not None
     if not isinstance(mode, Stochastic):
         known = [label for label, function in ROUNDINGS.items() if function == mode]
         if given and known:
@@ -364,7 +365,8 @@ def _random(
     dtype = mode.random_dtype if isinstance(mode, Stochastic) else jnp.dtype(jnp.uint32)
     if key is not None:
         return draws.bits(key, x.shape, dtype)
-    bits = jnp.asarray(random_bits)
+    requirement = f"unsigned integers of shape {x.shape}"
+    bits = array(name, "random_bits", random_bits, requirement, "Or pass `key`.")
     if not jnp.issubdtype(bits.dtype, jnp.unsignedinteger) or bits.shape != x.shape:
         raise ValueError(
             f"{name}: `random_bits` must be unsigned integers of shape {x.shape}, got "

@@ -13,6 +13,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.arguments import array
+from jaxq._jax.draws import checked_key
 from jaxq.products._catalog import get_product_recipe
 from jaxq.products._contractions import of_conv, of_dot, of_einsum, of_ragged_dot
 from jaxq.products._execution import DotOfCodes
@@ -93,7 +94,8 @@ def dot_general(
     contraction = of_dot(dimension_numbers, lhs.ndim, rhs.ndim)
     codes = DotOfCodes(contraction)
     operation = Operation("dot_general", ("lhs", "rhs"), function, contraction, codes)
-    return product(operation, lhs, rhs, get_product_recipe(recipe), keys_of(key))
+    keys = keys_of(checked_key("dot_general", key))
+    return product(operation, lhs, rhs, get_product_recipe(recipe), keys)
 
 
 def einsum(
@@ -152,7 +154,8 @@ def einsum(
     contraction = of_einsum(subscripts, lhs.ndim, rhs.ndim)
     codes = DotOfCodes(contraction)
     operation = Operation(f"einsum {subscripts!r}", ("lhs", "rhs"), function, contraction, codes)
-    return product(operation, lhs, rhs, get_product_recipe(recipe), keys_of(key))
+    keys = keys_of(checked_key("einsum", key))
+    return product(operation, lhs, rhs, get_product_recipe(recipe), keys)
 
 
 def conv_general_dilated(
@@ -239,7 +242,8 @@ def conv_general_dilated(
         None if grouped else codes,
         grouped,
     )
-    return product(operation, lhs, rhs, get_product_recipe(recipe), keys_of(key))
+    keys = keys_of(checked_key("conv_general_dilated", key))
+    return product(operation, lhs, rhs, get_product_recipe(recipe), keys)
 
 
 def ragged_dot(
@@ -385,4 +389,5 @@ def _ragged(
     sizes = array(name, "group_sizes", operands[2], "integers", remedy)
     contraction = of_ragged_dot(numbers, lhs.ndim, rhs.ndim)
     operation = Operation(name, ("lhs", "rhs"), function, contraction, arguments=(sizes,))
-    return product(operation, lhs, rhs, get_product_recipe(recipe), keys_of(key))
+    keys = keys_of(checked_key(name, key))
+    return product(operation, lhs, rhs, get_product_recipe(recipe), keys)

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 
 from jaxq._base.arguments import integer
 from jaxq._base.registry import suggestion
+from jaxq._jax.draws import checked_key
 from jaxq._jax.processes import host_array
 from jaxq.models import LOOK_UP, not_floating, plan
 from jaxq.ptq._input_changes import relative_difference
@@ -86,7 +87,8 @@ def random_rotation(n: int, key: jax.Array, *, keep_mean: bool = False) -> np.nd
       Paley, "On orthogonal matrices" (1933).
     """
     n = integer("random_rotation", "n", n, "Pass the vectors' length.", least=1)
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint32))
+    data = jax.random.key_data(checked_key("random_rotation", key))
+    generator = np.random.default_rng(np.asarray(data).astype(np.uint32))
     if not keep_mean:
         return _rotation(n, generator)
     # Orthogonal in the space of vectors with mean 0; a reflection takes ones / sqrt(n) to e_1.

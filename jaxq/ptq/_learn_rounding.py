@@ -9,7 +9,9 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import described
 from jaxq._jax import compat
+from jaxq._jax.draws import checked_key
 from jaxq.models import Planned, Program, Rules, build_program, plan
 from jaxq.ptq._block_training import (
     BlockData,
@@ -21,7 +23,7 @@ from jaxq.ptq._block_training import (
     relative_errors,
 )
 from jaxq.ptq._calibration_calls import Calls, Model, read_calls, without_weight
-from jaxq.ptq._journal import Entry, journal_of
+from jaxq.ptq._journal import Entry, folder_of, journal_of
 from jaxq.ptq._leaf_states import replace_parameters
 from jaxq.ptq._reports import LearnedBlock, RoundingReport
 from jaxq.ptq._rounding_methods import (
@@ -114,7 +116,13 @@ def learn_rounding(
       Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of
       LLMs" (2024).
     """
-    resolved, blocks = get_rounding_method(method), list(blocks)
+    resolved, folder = get_rounding_method(method), folder_of(_OWNER, resume)
+    if not isinstance(blocks, list | tuple):
+        raise TypeError(
+            f"{_OWNER}: `blocks` must be a list of functions, got {described(blocks)}. Put a "
+            "single function into a list."
+        )
+    blocks = list(blocks)
     if not blocks or not all(map(callable, blocks)):
         raise ValueError(
             f"{_OWNER}: `blocks` must be a sequence of functions (params, x) -> y, got "
@@ -136,9 +144,11 @@ def learn_rounding(
                 f"blocks, got {count}. Split stacked layers with jax.tree.map(lambda w: w[i], "
                 "layers)."
             )
+        if checked_key(_OWNER, key) is None:
+            raise TypeError(f"{_OWNER}: `key` must be a random key, got None. Pass one.")
         calls = read_calls(_OWNER, model, mask, (list(params), batches), validation)
         run = _LearningRun(calls, blocks, resolved, progress)
-        return run.learn(rules, key, None if resume is None else pathlib.Path(resume))
+        return run.learn(rules, key, folder)
 
     return learned
 

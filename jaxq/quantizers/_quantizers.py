@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import is_symbolic
+from jaxq._jax.draws import checked_key
 from jaxq._jax.meshes import as_first, automatic, spec_of
 from jaxq._jax.opaque import opaque
 from jaxq.formats import Format
@@ -96,7 +97,7 @@ def fake_quant(
     """
     array, recipe = checked("fake_quant", x, recipe, axis, grids=True)
     given = _given("fake_quant", array.shape, recipe, _Arguments(scale, zero_point, importance))
-    return _fake_quant(array, given, key, *parts_of(recipe))
+    return _fake_quant(array, given, checked_key("fake_quant", key), *parts_of(recipe))
 
 
 def neighbors(
@@ -183,6 +184,7 @@ def quantize(
             "fixed length, or move another axis to the end."
         )
     given = _given("quantize", array.shape, recipe, _Arguments(scale, zero_point, importance))
+    key = checked_key("quantize", key)
     return _quantize(lax.stop_gradient(array), lax.stop_gradient(given), key, recipe)
 
 

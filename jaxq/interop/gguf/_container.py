@@ -352,7 +352,7 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
         sizes.append(math.prod(tensor.shape) // block * taken)
         start += -(-sizes[-1] // alignment) * alignment
     header = b"".join(parts)
-    with atomic(path) as file:
+    with atomic(path, owner="gguf.write") as file:
         file.write(header + bytes(-len(header) % alignment))
         for tensor, size in zip(tensors, sizes, strict=True):
             value, written = tensor.read(), 0

@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +23,11 @@ __all__ = [
     "flags",
     "integer",
     "is_integer",
+    "names_of",
     "number",
     "numbers_of",
     "path",
+    "shape_of",
 ]
 
 _LONGEST = 40
@@ -193,6 +195,58 @@ def numbers_of(
     for item in value:
         number(owner, argument, item, requirement, holds, remedy)
     return tuple(value)
+
+
+def names_of(owner: str, argument: str, value: Any) -> tuple[str, ...]:
+    """Returns a sequence of strings as a tuple; a single string is an error.
+
+    Raises:
+      TypeError: if the argument is not a sequence of strings.
+
+    Example:
+      >>> names_of("budget", "groups", "/q$")
+      Traceback (most recent call last):
+      ...
+      TypeError: budget: `groups` must be a list of strings, got '/q$'. Write ['/q$'].
+    """
+    is_sequence = isinstance(value, Iterable) and not isinstance(
+        value, str | np.ndarray | jax.Array
+    )
+    items = tuple(value) if is_sequence else (value,)
+    if not is_sequence or not all(isinstance(item, str) for item in items):
+        remedy = f"Write [{value!r:.40}]." if isinstance(value, str) else "Pass a list of strings."
+        raise TypeError(
+            f"{owner}: `{argument}` must be a list of strings, got {described(value)}. {remedy}"
+        )
+    return items
+
+
+def shape_of(owner: str, value: Any) -> tuple[int, ...]:
+    """Returns the argument `shape` as a tuple; its lengths may be symbolic.
+
+    Raises:
+      TypeError: if the argument is not a sequence of integers.
+      ValueError: if a length is negative.
+
+    Example:
+      >>> shape_of("init", 64)
+      Traceback (most recent call last):
+      ...
+      TypeError: init: `shape` must be a tuple of lengths, got 64. Write (64,).
+    """
+    is_sequence = isinstance(value, tuple | list)
+    lengths = tuple(value) if is_sequence else ()
+    if not is_sequence or any(isinstance(n, bool | float | str) or n is None for n in lengths):
+        remedy = f"Write ({value!r},)." if is_integer(value) else "Pass the shape of the tensor."
+        raise TypeError(
+            f"{owner}: `shape` must be a tuple of lengths, got {described(value)}. {remedy}"
+        )
+    if any(is_integer(n) and n < 0 for n in lengths):
+        raise ValueError(
+            f"{owner}: `shape` must have lengths of at least 0, got {lengths}. Pass the shape of "
+            "the tensor."
+        )
+    return lengths
 
 
 def path(owner: str, argument: str, value: Any) -> pathlib.Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxq._base.arguments import integer
+from jaxq._base.arguments import described, integer
 from jaxq._base.registry import suggestion
 from jaxq.analysis._arguments import format_or_recipe
 from jaxq.analysis._finishing import finished
@@ -388,4 +388,9 @@ def monitor(
       >>> seen["w/lhs/int4_tensor/sqnr_db"]
       24.53...
     """
+    if not isinstance(request, Monitoring):
+        raise TypeError(
+            f"monitor: `request` must be a jaxq.analysis.Monitoring, got {described(request)}. "
+            "Use Monitoring() for the default."
+        )
     return make_monitored("monitor", fn, rules, _Statistics(request), request.products, argnums)

@@ -20,7 +20,7 @@ from jaxq._jax.serialization import class_named, name_of, static_text, with_stat
 from jaxq.interop._entries import FileError
 from jaxq.interop._files import TensorFile, open_tensors
 from jaxq.interop._safetensors import DTYPES, Tensor, write_tensors
-from jaxq.interop._tree_checks import check_array, check_text
+from jaxq.interop._tree_checks import check_array, check_key, check_text
 from jaxq.interop._writing import atomic
 
 __all__ = ["VERSION", "load", "save", "save_streamed"]
@@ -226,11 +226,7 @@ def _key(entry: Any) -> Any:
     """Returns the key of a dictionary, the index of a sequence or the name of a field."""
     names = (name for name in ("key", "idx", "name") if hasattr(entry, name))
     key = getattr(entry, next(names, "key"), entry)
-    if not isinstance(key, str | int):
-        raise TypeError(
-            f"save: keys of a tree must be strings or integers, got {key!r:.60}. Rename them."
-        )
-    check_text("keys of a tree", key)
+    check_key(key)
     return key
 
 

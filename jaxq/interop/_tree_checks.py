@@ -5,7 +5,16 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["check_array", "check_text"]
+__all__ = ["check_array", "check_key", "check_text"]
+
+
+def check_key(key: Any) -> None:
+    """Raises an error for a key of a tree that a file cannot hold."""
+    if not isinstance(key, str | int):
+        raise TypeError(
+            f"save: keys of a tree must be strings or integers, got {key!r:.60}. Rename them."
+        )
+    check_text("keys of a tree", key)
 
 
 def check_text(what: str, value: Any) -> None:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.arguments import integer
+from jaxq._base.arguments import described, integer, number
 from jaxq._base.registry import Registry
 from jaxq.lora._matrices import Factors, low_rank
 from jaxq.ptq import ObservedInputs
@@ -56,6 +56,10 @@ class Method(Protocol):
         ...
 
 
+def _check_rank(method: Any) -> None:
+    integer(type(method).__name__, "rank", method.rank, "Use, for example, 16.", least=1)
+
+
 def _approximation(w: jax.Array, rank: int, **weights: Any) -> Factors:
     """Returns `low_rank` of matrices that may be too small for the rank of other adapters."""
     return low_rank(w, min(rank, *w.shape[-2:]), **weights)
@@ -91,7 +95,12 @@ class QLoRA:
     iterations = 1
 
     def __post_init__(self) -> None:
-        integer("QLoRA", "rank", self.rank, "Use, for example, 16.", least=1)
+        _check_rank(self)
+        remedy = "Use, for example, 0."
+        integer("QLoRA", "seed", self.seed, remedy, least=0, most=2**32 - 1)
+        if self.alpha is not None:
+            remedy = "Use None for a factor of 1."
+            number("QLoRA", "alpha", self.alpha, "a positive number", lambda a: a > 0, remedy)
 
     @property
     def scaling(self) -> float:
@@ -144,6 +153,10 @@ class LoftQ:
 
     scaling = 1.0
 
+    def __post_init__(self) -> None:
+        _check_rank(self)
+        integer("LoftQ", "iterations", self.iterations, "Use, for example, 5.", least=1)
+
     def first(self, w: jax.Array) -> Factors | None:
         """Returns None: the weight itself is quantized first."""
         del w
@@ -176,6 +189,9 @@ class PiSSA:
 
     iterations = 1
     scaling = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rank(self)
 
     def first(self, w: jax.Array) -> Factors | None:
         """Returns the approximation of the weight."""
@@ -216,6 +232,16 @@ class EoRA:
 
     iterations = 1
     scaling = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, ObservedInputs):
+            raise TypeError(
+                "EoRA: `inputs` must be the result of jaxq.ptq.observe(...)(params, batches), got "
+                f"{described(self.inputs)}. Observe the function with the same rules."
+            )
+        _check_rank(self)
+        requirement = "a number of at least 0"
+        number("EoRA", "damping", self.damping, requirement, lambda d: d >= 0, "Use 0.01.")
 
     def first(self, w: jax.Array) -> Factors | None:
         """Returns None: the weight itself is quantized."""

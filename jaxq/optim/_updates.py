@@ -9,6 +9,7 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._jax.draws import checked_key
 from jaxq.formats import Format, get_format
 from jaxq.models import assign, not_floating, pairs, prefix_leaf_errors
 from jaxq.numerics import Rounding, Stochastic, cast, code_dtype, decode, encode, get_rounding
@@ -73,7 +74,7 @@ def apply_updates(
       "Revisiting BFloat16 Training" (2020).
     """
     rounding = get_rounding(rounding)
-    if isinstance(rounding, Stochastic) and key is None:
+    if checked_key("apply_updates", key) is None and isinstance(rounding, Stochastic):
         raise ValueError(
             "apply_updates: stochastic rounding needs `key`, got None. Pass a different key at "
             "every step, such as key=jax.random.fold_in(key, step)."

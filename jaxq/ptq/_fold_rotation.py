@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.arguments import integer
+from jaxq._base.arguments import array, described, integer, names_of
 from jaxq._base.registry import suggestion
 from jaxq._jax.draws import checked_key
 from jaxq._jax.processes import host_array
@@ -45,12 +45,7 @@ class Norm:
     bias: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.readers, str):
-            raise TypeError(
-                f"Norm: `readers` must be a list of paths, got {self.readers!r}. Pass "
-                f"[{self.readers!r}]."
-            )
-        object.__setattr__(self, "readers", tuple(self.readers))
+        object.__setattr__(self, "readers", names_of("Norm", "readers", self.readers))
 
 
 def random_rotation(n: int, key: jax.Array, *, keep_mean: bool = False) -> np.ndarray:
@@ -209,6 +204,8 @@ def fold_rotation(
       Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (2024). Liu et al.,
       "SpinQuant: LLM Quantization with Learned Rotations" (2024).
     """
+    remedy = "Use ptq.random_rotation(n, key)."
+    array(_OWNER, "rotation", rotation, "an orthogonal matrix", remedy)
     matrix = np.asarray(rotation, np.float64)
     n = len(matrix) if matrix.ndim else 0
     tolerance = 1e-5 if np.asarray(rotation).dtype != np.float64 else 1e-9
@@ -216,6 +213,16 @@ def fold_rotation(
         raise ValueError(
             f"{_OWNER}: `rotation` must be an orthogonal matrix, got an array of shape "
             f"{matrix.shape}. Use ptq.random_rotation(n, key)."
+        )
+    if not isinstance(axes, Mapping):
+        raise TypeError(
+            f"{_OWNER}: `axes` must be a mapping from paths to axes, got {described(axes)}. Pass, "
+            "for example, {'embed': -1, 'head': -2}."
+        )
+    if isinstance(norms, Norm) or not all(isinstance(norm, Norm) for norm in norms):
+        raise TypeError(
+            f"{_OWNER}: `norms` must be a list of ptq.Norm, got {described(norms)}. Put a single "
+            "one into a list."
         )
     norms = tuple(norms)
     for norm in norms:

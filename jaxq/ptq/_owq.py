@@ -9,8 +9,8 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.arguments import choice
-from jaxq.numerics import encode
+from jaxq._base.arguments import choice, integer
+from jaxq.numerics import encode, floats
 from jaxq.products import is_stochastic
 from jaxq.ptq._gptq_matrix import Settings, Solution, solve
 from jaxq.quantizers import (
@@ -76,7 +76,10 @@ def owq(
       Lee et al., "OWQ: Outlier-Aware Weight Quantization for Efficient Fine-Tuning and Inference of
       Large Language Models" (2024).
     """
-    weight, gram = jnp.asarray(weight), jnp.asarray(hessian, jnp.float32)
+    weight = floats("owq", weight, argument="weight", float64=False)
+    gram = floats("owq", hessian, argument="hessian").astype(jnp.float32)
+    remedy = "Pass the axis of the inputs: -2 for kernels, -1 for weights [outputs, inputs]."
+    axis = integer("owq", "axis", axis, remedy)
     record = get_recipe(recipe)
     check_owq_order("owq", order)
     inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None

@@ -18,6 +18,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxq._base.arguments import shape_of
 from jaxq._jax.meshes import automatic, fitting, spec_of
 from jaxq._jax.serialization import named_tuple
 from jaxq.numerics import floats, widen
@@ -65,7 +66,7 @@ def init(shape: tuple[int, ...], recipe: "str | Recipe") -> Any:
       >>> high.shape
       (1, 1, 1, 1)
     """
-    recipe = _checked("init", recipe)
+    recipe, shape = _checked("init", recipe), shape_of("init", shape)
     cut = recipe.cut(shape)
     return recipe.scaling.calibrator.nothing(cut, recipe.scaling.two_sided)
 

@@ -58,7 +58,7 @@ def quantize_together(
       >>> a.shape, b.shape, bool(a.second[0] == b.second[0])
       ((2, 16), (4, 16), True)
     """
-    if len({np.shape(w)[-1] for w in weights}) != 1 or any(np.ndim(w) != 2 for w in weights):
+    if any(np.ndim(w) != 2 for w in weights) or len({np.shape(w)[-1] for w in weights}) != 1:
         shapes = [tuple(np.shape(w)) for w in weights]
         raise ValueError(
             "quantize_together: `weights` must be matrices with equal numbers of inputs, got "

@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from jaxq._base.arguments import described
 from jaxq.interop._entries import MAX_TENSORS, Entry, FileError
 from jaxq.interop._writing import atomic
 from jaxq.interop.gguf._layouts import LAYOUTS
@@ -319,6 +320,11 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
       ...     file.quantized(file.entries[0])
       tq2_0[4×256] 264 B
     """
+    if not isinstance(metadata, Mapping):
+        raise TypeError(
+            f"gguf.write: `metadata` must be a dictionary, got {described(metadata)}. Pass, for "
+            "example, {'general.architecture': 'llama'}."
+        )
     alignment = int(metadata.get(_ALIGNMENT, 32))
     if alignment < 1 or alignment & (alignment - 1):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxq._base.arguments import choice, described, integer
+from jaxq._base.arguments import choice, described, flags, integer
 from jaxq._base.registry import Registry
 from jaxq._base.tables import Table
 from jaxq.formats._codebooks import CodebookFormat
@@ -53,8 +53,9 @@ def p3109(
       IEEE SA P3109 Working Group, interim report 3, section 4.
     """
     example = "Use, for example, p3109(8, 4)."
+    flags("p3109", example, signed=signed)
     bits = integer("p3109", "bits", bits, example, least=3, most=15)
-    most = bits - int(bool(signed))
+    most = bits - int(signed)
     precision = integer("p3109", "precision", precision, example, least=1, most=most)
     choice("p3109", "domain", domain, ("extended", "finite"), "Use 'extended'.")
     name = f"binary{bits}p{precision}{'s' if signed else 'u'}{domain[:1]}"
@@ -91,6 +92,7 @@ def fixed_point(integer_bits: int, fraction_bits: int, *, signed: bool = True) -
       7.9375
     """
     example = "Use, for example, fixed_point(3, 4)."
+    flags("fixed_point", example, signed=signed)
     integer_bits = integer("fixed_point", "integer_bits", integer_bits, example)
     fraction_bits = integer("fixed_point", "fraction_bits", fraction_bits, example)
     name = f"{'' if signed else 'u'}q{integer_bits}.{fraction_bits}"
@@ -252,9 +254,8 @@ def get_format(spec: "str | Format | np.dtype | type") -> Format:
     if isinstance(spec, str):
         name = str(spec)
     else:
-        try:  # NumPy reads None as float64, and sequences as structures.
-            is_dtype = isinstance(spec, np.dtype | type) or hasattr(spec, "dtype")
-            name = np.dtype(spec).name if is_dtype else None
+        try:  # NumPy reads None as float64, arrays as their dtype, and sequences as structures.
+            name = np.dtype(spec).name if isinstance(spec, np.dtype | type) else None
         except (TypeError, ValueError, AttributeError):
             name = None
         if name is None:
@@ -296,6 +297,11 @@ def formats_table(formats: "Iterable[str | Format] | None" = None) -> Table:
       float8_e4m3fn     8  448         0.015625    0.001953           0.125              253 ...
       int4              4    7                1             1               1               16 ...
     """
+    if isinstance(formats, str) or not isinstance(formats, Iterable | None):
+        raise TypeError(
+            "formats_table: `formats` must be a list of formats or None, got "
+            f"{described(formats)}. Put a single one into a list."
+        )
     chosen = [get_format(spec) for spec in (FORMATS.values() if formats is None else formats)]
     return Table(
         tuple(

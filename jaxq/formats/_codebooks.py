@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from jaxq._base.arguments import choice, described
-from jaxq.formats._derived import Derived, require
+from jaxq.formats._derived import Derived, require, set_integers
 
 __all__ = ["CodebookFormat"]
 
@@ -39,6 +39,7 @@ class CodebookFormat(Derived):
 
     def __post_init__(self) -> None:
         check = functools.partial(require, "CodebookFormat", self.name)
+        set_integers(self, (), "")
         try:
             levels = np.asarray(self.levels, np.float32)
         except (TypeError, ValueError):

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxq._base.arguments import flags
+from jaxq._base.arguments import choice, flags, integer
 from jaxq.formats._derived import Derived, require, set_integers
 
 __all__ = ["FloatFormat"]
@@ -64,9 +64,10 @@ class FloatFormat(Derived):
         check = functools.partial(require, "FloatFormat", self.name)
         fields = ["exponent_bits", "mantissa_bits"] + ["bias"] * (self.bias is not None)
         set_integers(self, fields, "For traced widths, use jaxq.float_grid.")
+        owner, remedy = f"FloatFormat {self.name!r:.40}", "Omit it for the default."
         flags(
-            f"FloatFormat {self.name!r:.40}",
-            "Omit it for the default.",
+            owner,
+            remedy,
             signed=self.signed,
             inf=self.inf,
             zero=self.zero,
@@ -82,11 +83,10 @@ class FloatFormat(Derived):
             "`exponent_bits` must be at most 8 in a format of more than 16 bits",
             e,
         )
-        check(
-            self.nan in ("ieee", "all_ones", "negative_zero", None),
-            "`nan` must be 'ieee', 'all_ones', 'negative_zero' or None",
-            self.nan,
-        )
+        choice(owner, "nan", self.nan, ("ieee", "all_ones", "negative_zero", None), remedy)
+        choice(owner, "parity", self.parity, ("code", "significand"), remedy)
+        if self.bias is not None:
+            integer(owner, "bias", self.bias, remedy, least=-(2**16), most=2**16)
         check(
             self.nan != "negative_zero" or (self.signed and self.zero),
             "nan='negative_zero' needs a signed format with a zero",

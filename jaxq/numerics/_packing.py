@@ -112,7 +112,7 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
     if packed.dtype != jnp.uint8:
         raise TypeError(f"unpack: `packed` must be uint8, got {packed.dtype}. {remedy}")
     bits = _check_packing("unpack", "packed", packed, bits)
-    if not is_symbolic(n):
+    if not jax.export.is_symbolic_dim(n):
         n = integer("unpack", "n", n, "Pass the number of codes along the last axis.", least=0)
     size = packed.shape[-1]
     if size != -(-n * bits // 8):

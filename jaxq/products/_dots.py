@@ -387,7 +387,7 @@ def _ragged(
     lhs, rhs = as_operands(name, *operands[:2])
     remedy = "Pass one number of rows per group."
     sizes = array(name, "group_sizes", operands[2], "integers", remedy)
-    contraction = of_ragged_dot(numbers, lhs.ndim, rhs.ndim)
+    contraction = of_ragged_dot(numbers, lhs.ndim, rhs.ndim, name)
     operation = Operation(name, ("lhs", "rhs"), function, contraction, arguments=(sizes,))
     keys = keys_of(checked_key(name, key))
     return product(operation, lhs, rhs, get_product_recipe(recipe), keys)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.arguments import described, integer
+from jaxq._base.arguments import described, integer, numbers_of
 from jaxq._base.bits import where
 from jaxq._base.cutting import Cut
 from jaxq._jax.barriers import barrier_on_cpu
@@ -49,16 +49,21 @@ class Hadamard:
 
     def __post_init__(self) -> None:
         size, example = self.size, "Use, for example, 16."
-        if integer("Hadamard", "size", size, example, least=2) & (size - 1):
+        if integer("Hadamard", "size", size, example) < 2 or size & (size - 1):
             raise ValueError(
-                f"Hadamard: `size` must be a power of two, got {described(size)}. {example}"
+                "Hadamard: `size` must be a power of two, at least 2, got "
+                f"{described(size)}. {example}"
             )
         if self.signs is not None:
-            object.__setattr__(self, "signs", tuple(self.signs))
-            if len(self.signs) != self.size or not {*self.signs} <= {-1, 1}:
+            requirement = f"{size} numbers 1 or -1"
+            remedy = "Leave them out to draw them from the key."
+            signs = numbers_of(
+                "Hadamard", "signs", self.signs, requirement, lambda s: s in (1, -1), remedy
+            )
+            object.__setattr__(self, "signs", signs)
+            if len(signs) != size:
                 raise ValueError(
-                    f"Hadamard: `signs` must be {self.size} numbers 1 or -1, got {self.signs}. "
-                    "Leave them out to draw them from the key."
+                    f"Hadamard: `signs` must be {requirement}, got {len(signs)}. {remedy}"
                 )
 
     def draw(self, key: jax.Array | None) -> jax.Array:

@@ -76,7 +76,8 @@ def stored_dot_general(
             preferred_element_type=preferred_element_type,
         )
 
-    contraction = of_dot(dimension_numbers, lhs.ndim, len(sliced.shape))
+    owner = "stored_dot_general"
+    contraction = of_dot(dimension_numbers, lhs.ndim, len(sliced.shape), owner)
     return in_parts(function, contraction, lhs, sliced, chunk)
 
 

@@ -144,7 +144,7 @@ class SignRound:
     scales: bool = True
 
     def __post_init__(self) -> None:
-        _check_steps("SignRound", self.steps, self.learning_rate)
+        _check_steps("SignRound", self.steps, 1.0 if self.learning_rate is None else self._rate)
 
     @property
     def _rate(self) -> float:
@@ -284,12 +284,10 @@ class AdaRound:
         return jnp.where(step < first, 0, term)
 
 
-def _check_steps(owner: str, steps: int, learning_rate: float | None) -> None:
-    remedy = "Omit it to use the default."
+def _check_steps(owner: str, steps: int, learning_rate: float) -> None:
+    remedy, requirement = "Omit it to use the default.", "a positive number"
     integer(owner, "steps", steps, remedy, least=1)
-    if learning_rate is not None:
-        requirement = "a positive number"
-        number(owner, "learning_rate", learning_rate, requirement, lambda v: v > 0, remedy)
+    number(owner, "learning_rate", learning_rate, requirement, lambda v: v > 0, remedy)
 
 
 def _adjacent_levels(

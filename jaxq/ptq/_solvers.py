@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.arguments import choice, number
+from jaxq._base.arguments import choice, described, number
 from jaxq._base.registry import Registry
 from jaxq.products import is_stochastic
 from jaxq.ptq._gptq_matrix import Settings, Solution, solve
@@ -99,6 +99,9 @@ class RTN:
 
     search: Search | None = None
 
+    def __post_init__(self) -> None:
+        _check_search("RTN", self.search)
+
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
         """Returns the nearest grid values."""
         del recipe
@@ -168,6 +171,7 @@ class GPTQ:
                 "GPTQ: `asymmetry` and `propagation` must not both be positive, because they "
                 f"correct the same error, got {self.asymmetry} and {self.propagation}. Use one."
             )
+        _check_search("GPTQ", self.search)
         remedy = "Use 'static' for activation order with static groups."
         choice("GPTQ", "order", self.order, ("static", "group", None), remedy)
 
@@ -230,6 +234,14 @@ class OWQ:
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
         """Returns the grid values of GPTQ, for weights that do not store inputs as outliers."""
         return GPTQ(self.damping, self.order).solve(problem, recipe)
+
+
+def _check_search(owner: str, search: Search | None) -> None:
+    if search is not None and (isinstance(search, type) or not hasattr(search, "leaves")):
+        raise TypeError(
+            f"{owner}: `search` must be a record such as ptq.ScaleSearch() or None, got "
+            f"{described(search)}. Use None to keep the scales of the recipe."
+        )
 
 
 SOLVERS: Registry[Any] = Registry(

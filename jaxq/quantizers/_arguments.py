@@ -5,10 +5,12 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import array as as_array
 from jaxq._base.arguments import integer
 from jaxq._base.cutting import axis_of_blocks
 from jaxq._base.shapes import is_symbolic
-from jaxq.numerics import floats
+from jaxq._jax.draws import checked_key
+from jaxq.numerics import ROUNDINGS, Stochastic, floats, get_rounding
 from jaxq.recipes import Recipe, get_recipe, title_of
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "checked",
     "given_scales",
     "importance_of",
+    "key_of",
 ]
 
 
@@ -67,6 +70,23 @@ def check_takes_scales(name: str, recipe: Recipe) -> None:
         )
 
 
+def key_of(name: str, recipe: Recipe, key: jax.Array | None) -> jax.Array | None:
+    """Returns the argument `key`, after checking that it is given exactly if a recipe needs it."""
+    rounding = get_rounding(recipe.rounding)
+    if checked_key(name, key) is None and isinstance(rounding, Stochastic):
+        raise ValueError(
+            f"{name}: `key` must be given, as stochastic rounding draws random bits, got None. "
+            "Pass jax.random.key(seed)."
+        )
+    known = ROUNDINGS.name_of(rounding)
+    if key is not None and known is not None and not isinstance(rounding, Stochastic):
+        raise ValueError(
+            f"{name}: `key` must be None, as rounding {known!r} draws no random bits, got a key. "
+            "Omit it, or use rounding='stochastic'."
+        )
+    return key
+
+
 def given_scales(
     name: str,
     shape: tuple[int, ...],
@@ -92,7 +112,8 @@ def given_scales(
         if value is None:
             result.append(None)
             continue
-        array = jnp.asarray(value, jnp.float32)
+        requirement, remedy = "one number per block", "Omit it to compute it."
+        array = as_array(name, label, value, requirement, remedy).astype(jnp.float32)
         missing_ndim = len(counts) - array.ndim
         fits = missing_ndim >= 0 and all(
             n in (1, m) for n, m in zip(array.shape, counts[missing_ndim:], strict=True)
@@ -115,7 +136,8 @@ def importance_of(
             f"{name}: `importance` needs a recipe with a search of GGUF, such as 'q4_k' or 'q4_0', "
             f"got {title_of(recipe)}. Omit it, or use jaxq.ptq.ScaleSearch."
         )
-    weights = jnp.asarray(importance, jnp.float32)
+    requirement, remedy = "one number per index of the axis of the blocks", "Or omit it."
+    weights = as_array(name, "importance", importance, requirement, remedy).astype(jnp.float32)
     cut = recipe.cut(shape)
     block, axis = cut.block, axis_of_blocks(cut.block)
     several = [n for n in block if n != 1]

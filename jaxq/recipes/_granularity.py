@@ -16,7 +16,7 @@ To add a granularity, write a frozen dataclass with the methods `block` and `alo
 import dataclasses
 from typing import TypeAlias
 
-from jaxq._base.arguments import described, is_integer
+from jaxq._base.arguments import described, flags, is_integer
 from jaxq._base.shapes import holds, is_symbolic
 
 __all__ = ["Granularity", "PerBlock", "PerChannel", "PerTensor", "PerToken"]
@@ -179,6 +179,7 @@ class PerBlock:
     pad: bool = False
 
     def __post_init__(self) -> None:
+        flags("PerBlock", "Omit it for the default.", pad=self.pad)
         sizes, axes = _integers("PerBlock", "sizes", self.sizes), self.axes
         axes = tuple(range(-len(sizes), 0)) if axes is None else _integers("PerBlock", "axes", axes)
         object.__setattr__(self, "sizes", sizes)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.arguments import numbers_of
+from jaxq._base.arguments import flags, numbers_of
 from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import materialize
 from jaxq.formats import FloatFormat, Format, IntFormat, get_format
@@ -146,6 +146,9 @@ class Scaling:
                 type(self).__name__, "search", self.search, requirement, lambda f: f > 0, remedy
             )
             object.__setattr__(self, "search", search)
+        remedy = "Omit it for the default."
+        given = {name: getattr(self, name) for name in ("stored", "reciprocal") if name in names}
+        flags(type(self).__name__, remedy, **given)
         two_sided = self.calibrator.two_sided or not self.two_sided
         requirement = "`range` must be a calibrator that measures both extremes"
         self.require(two_sided, requirement, self.range, "Use range='absmax'.")

@@ -23,6 +23,7 @@ __all__ = [
     "flags",
     "integer",
     "is_integer",
+    "items_of",
     "names_of",
     "number",
     "numbers_of",
@@ -195,6 +196,28 @@ def numbers_of(
     for item in value:
         number(owner, argument, item, requirement, holds, remedy)
     return tuple(value)
+
+
+def items_of(owner: str, argument: str, value: Any) -> list[Any]:
+    """Returns an iterable as a list; a string or a single item is an error.
+
+    Raises:
+      TypeError: if the argument is a string or not iterable.
+
+    Example:
+      >>> items_of("chain", "steps", "float16")
+      Traceback (most recent call last):
+      ...
+      TypeError: chain: `steps` must be a list, got 'float16'. Write ['float16'].
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        remedy = "Pass a list."
+        if value is not None:
+            remedy = (
+                f"Write [{value!r}]." if len(repr(value)) <= _LONGEST else "Put it into a list."
+            )
+        raise TypeError(f"{owner}: `{argument}` must be a list, got {described(value)}. {remedy}")
+    return list(value)
 
 
 def names_of(owner: str, argument: str, value: Any) -> tuple[str, ...]:

@@ -1,12 +1,12 @@
 """Chains of conversions and the error after each step."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from jaxq._base.arguments import described
+from jaxq._base.arguments import items_of
 from jaxq._base.tables import Table
 from jaxq.analysis._arguments import FormatOrRecipe, format_or_recipe
 from jaxq.numerics import cast, floats
@@ -52,13 +52,8 @@ def chain(x: jax.typing.ArrayLike, steps: Sequence[FormatOrRecipe]) -> list[jax.
       >>> [y.tolist() for y in chain(jnp.array([0.3, 2.0]), ["float8_e5m2", "int4_tensor"])]
       [[0.3125, 2.0], [0.2857142984867096, 2.0]]
     """
-    if isinstance(steps, str) or not isinstance(steps, Iterable):
-        raise TypeError(
-            f"chain: `steps` must be a list of formats and recipes, got {described(steps)}. Put a "
-            "single one into a list."
-        )
     y, result = floats("chain", x), []
-    for step in steps:
+    for step in items_of("chain", "steps", steps):
         y = _convert(y, step)
         result.append(y)
     return result

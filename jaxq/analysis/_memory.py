@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from jaxq._base.arguments import integer, number
+from jaxq._base.arguments import integer, items_of, number
 from jaxq._base.tables import Table, figure
 from jaxq.analysis._arguments import FormatOrRecipe, format_or_recipe
 from jaxq.analysis._sqnr import label
@@ -162,7 +162,7 @@ def memory_table(
     spec = params if model is None else model
     assert spec is not None
     rows = []
-    for recipe in recipes:
+    for recipe in items_of("memory_table", "recipes", recipes):
         m = memory(
             spec,
             recipe,
@@ -262,9 +262,10 @@ def fits_table(
       llama-3.1-8b   bfloat16  rtx-4090      17.55  0.7314  True        1   56202
       llama-3.1-8b  int4_g128  rtx-4090      7.052  0.2938  True        1  134410
     """
-    recipes, places = tuple(recipes), [named("device", d, DEVICES) for d in devices]
+    recipes = items_of("fits_table", "recipes", recipes)
+    places = [named("device", d, DEVICES) for d in items_of("fits_table", "devices", devices)]
     rows = []
-    for model in models:
+    for model in items_of("fits_table", "models", models):
         for recipe in recipes:
             m = memory(
                 model,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxq._base.arguments import choice, described, flags, integer
+from jaxq._base.arguments import choice, described, flags, integer, items_of
 from jaxq._base.registry import Registry
 from jaxq._base.tables import Table
 from jaxq.formats._codebooks import CodebookFormat
@@ -297,12 +297,8 @@ def formats_table(formats: "Iterable[str | Format] | None" = None) -> Table:
       float8_e4m3fn     8  448         0.015625    0.001953           0.125              253 ...
       int4              4    7                1             1               1               16 ...
     """
-    if isinstance(formats, str) or not isinstance(formats, Iterable | None):
-        raise TypeError(
-            "formats_table: `formats` must be a list of formats or None, got "
-            f"{described(formats)}. Put a single one into a list."
-        )
-    chosen = [get_format(spec) for spec in (FORMATS.values() if formats is None else formats)]
+    specs = FORMATS.values() if formats is None else items_of("formats_table", "formats", formats)
+    chosen = [get_format(spec) for spec in specs]
     return Table(
         tuple(
             FormatRow(

@@ -81,8 +81,15 @@ def apply_updates(
         )
     formats = assign("apply_updates", params, pairs("apply_updates", fmt, get_format))
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    try:
+        changes = structure.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(
+            f"apply_updates: `updates` must have the structure of `params`, {structure!s:.80}, got "
+            f"{jax.tree.structure(updates)!s:.80}. Pass the updates that optax computes for them."
+        ) from error
     result = []
-    for i, ((path, p), u) in enumerate(zip(leaves, structure.flatten_up_to(updates), strict=True)):
+    for i, ((path, p), u) in enumerate(zip(leaves, changes, strict=True)):
         leaf_key = None if key is None else jax.random.fold_in(key, i)
         with prefix_leaf_errors("apply_updates", path):
             result.append(_updated(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, leaf_key))

@@ -219,11 +219,11 @@ def product_records() -> dict[str, type]:
     return {**records(), **{record_type.__name__: record_type for record_type in record_types}}
 
 
-def is_stochastic(recipe: Recipe) -> bool:
+def is_stochastic(recipe: str | Recipe) -> bool:
     """Returns whether a recipe draws random bits from a key.
 
     Args:
-      recipe: a recipe for one tensor.
+      recipe: a recipe for one tensor, or its name.
 
     Returns:
       True if its rounding mode is stochastic; functions that take the recipe then need a key.
@@ -233,4 +233,4 @@ def is_stochastic(recipe: Recipe) -> bool:
       >>> is_stochastic(Recipe("int8", rounding="stochastic"))
       True
     """
-    return isinstance(get_rounding(recipe.rounding), Stochastic)
+    return isinstance(get_rounding(get_recipe(recipe).rounding), Stochastic)

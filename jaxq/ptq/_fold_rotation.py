@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxq._base.arguments import array, described, integer, names_of
+from jaxq._base.arguments import array, described, integer, names_of, number
 from jaxq._base.registry import suggestion
 from jaxq._jax.draws import checked_key
 from jaxq._jax.processes import host_array
@@ -45,6 +45,8 @@ class Norm:
     bias: str | None = None
 
     def __post_init__(self) -> None:
+        remedy = "Use 0, or 1 for a norm that multiplies by 1 + scale."
+        number("Norm", "offset", self.offset, "a finite number", lambda _: True, remedy)
         object.__setattr__(self, "readers", names_of("Norm", "readers", self.readers))
 
 

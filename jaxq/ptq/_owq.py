@@ -9,7 +9,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.arguments import choice, integer
+from jaxq._base.arguments import choice, integer, number
 from jaxq.numerics import encode, floats
 from jaxq.products import is_stochastic
 from jaxq.ptq._gptq_matrix import Settings, Solution, solve
@@ -80,6 +80,8 @@ def owq(
     gram = floats("owq", hessian, argument="hessian").astype(jnp.float32)
     remedy = "Pass the axis of the inputs: -2 for kernels, -1 for weights [outputs, inputs]."
     axis = integer("owq", "axis", axis, remedy)
+    requirement = "a number of at least 0"
+    number("owq", "damping", damping, requirement, lambda d: d >= 0, "Use 0.01.")
     record = get_recipe(recipe)
     check_owq_order("owq", order)
     inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.arguments import integer, number
+from jaxq._base.arguments import flags, integer, number
 from jaxq._base.registry import Registry
 from jaxq._jax.arithmetic import rounded
 from jaxq.qat import adaround_init, adaround_penalty, rectified_sigmoid
@@ -144,6 +144,7 @@ class SignRound:
     scales: bool = True
 
     def __post_init__(self) -> None:
+        flags("SignRound", "Omit it to use the default.", scales=self.scales)
         _check_steps("SignRound", self.steps, 1.0 if self.learning_rate is None else self._rate)
 
     @property

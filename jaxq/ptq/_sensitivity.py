@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxq._base.arguments import described
+from jaxq._base.arguments import items_of
 from jaxq._base.tables import Table, Tabular
 from jaxq.models import Rule
 from jaxq.ptq._calibration_calls import read_calls
@@ -171,11 +171,7 @@ def sensitivity(
       >>> scores.rows[0].relative < scores.rows[1].relative
       True
     """
-    if isinstance(candidates, str | Recipe) or not isinstance(candidates, Iterable):
-        raise TypeError(
-            f"{_OWNER}: `candidates` must be a list of recipes, got {described(candidates)}. Pass, "
-            "for example, ['int8_channel', 'int4_g128']."
-        )
+    candidates = items_of(_OWNER, "candidates", candidates)
     recipes = [None if candidate is None else get_recipe(candidate) for candidate in candidates]
     record = get_solver(solver)
     if not any(recipes):

@@ -228,7 +228,8 @@ class OWQ:
     order: str | None = "static"
 
     def __post_init__(self) -> None:
-        GPTQ(self.damping)  # Checks the damping.
+        requirement = "a number of at least 0"
+        number("OWQ", "damping", self.damping, requirement, lambda d: d >= 0, "Use 0.01.")
         check_owq_order("OWQ", self.order)
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:

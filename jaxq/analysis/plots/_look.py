@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 import jax
 import numpy as np
 
-from jaxq._base.arguments import numbers_of
+from jaxq._base.arguments import items_of, numbers_of
 from jaxq.numerics import floats
 
 if TYPE_CHECKING:
@@ -183,11 +183,7 @@ def as_list(name: str, argument: str, items: "Iterable", least: int = 1) -> list
       ValueError: if there are fewer than `least` items.
       TypeError: if `items` is a string or not iterable.
     """
-    if isinstance(items, str) or not isinstance(items, Iterable):
-        raise TypeError(
-            f"{name}: `{argument}` must be a list, got {items!r:.60}. Write [{items!r:.60}]."
-        )
-    result = list(items)
+    result = items_of(name, argument, items)
     if len(result) < least:
         raise ValueError(
             f"{name}: `{argument}` must hold at least {least}, got {len(result)}. Add items."

@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from jaxq._base.arguments import described
+from jaxq._base.arguments import described, items_of
 from jaxq.interop._entries import MAX_TENSORS, Entry, FileError
 from jaxq.interop._writing import atomic
 from jaxq.interop.gguf._layouts import LAYOUTS
@@ -325,6 +325,7 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
             f"gguf.write: `metadata` must be a dictionary, got {described(metadata)}. Pass, for "
             "example, {'general.architecture': 'llama'}."
         )
+    tensors = items_of("gguf.write", "tensors", tensors)
     alignment = int(metadata.get(_ALIGNMENT, 32))
     if alignment < 1 or alignment & (alignment - 1):
         raise ValueError(

@@ -161,7 +161,11 @@ def number(
       ValueError: EMA: `decay` must be a number in [0, 1), got 1.0. Use 0.99.
     """
     fits_type = is_integer(value) or isinstance(value, float | np.floating)
-    if not (fits_type and math.isfinite(value) and holds(value)):
+    try:
+        as_float = float(value) if fits_type else math.nan
+    except OverflowError:  # An integer beyond the range of floats.
+        as_float = math.inf
+    if not (math.isfinite(as_float) and holds(as_float)):
         raise (ValueError if fits_type else TypeError)(
             f"{owner}: `{argument}` must be {requirement}, got {described(value)}. {remedy}"
         )
@@ -232,10 +236,9 @@ def names_of(owner: str, argument: str, value: Any) -> tuple[str, ...]:
       ...
       TypeError: budget: `groups` must be a list of strings, got '/q$'. Write ['/q$'].
     """
-    is_sequence = isinstance(value, Iterable) and not isinstance(
-        value, str | np.ndarray | jax.Array
-    )
-    items = tuple(value) if is_sequence else (value,)
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    is_sequence = isinstance(value, Iterable) and not (is_array or isinstance(value, str))
+    items: tuple[Any, ...] = tuple(value) if is_sequence else ()
     if not is_sequence or not all(isinstance(item, str) for item in items):
         remedy = f"Write [{value!r:.40}]." if isinstance(value, str) else "Pass a list of strings."
         raise TypeError(

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 __all__ = ["check_array", "check_key", "check_text"]
 
@@ -35,7 +35,7 @@ def check_array(name: str, value: Any) -> None:
             f"save: {name!r:.80} must be an array without a mask, got a masked array of NumPy. "
             "Save its `data` and its `mask`, or `filled(value)`."
         )
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(
             f"save: {name!r:.80} must be an array, got a traced value. Call save outside jax.jit "
             "and other transformations."

@@ -38,7 +38,8 @@ class RandomState(NamedTuple):
                 f"{owner}: no recipe draws random bits, got a key. Omit it, or use recipes "
                 "with rounding='stochastic'."
             )
-        if checked_key(owner, key) is None:
+        key = checked_key(owner, key)
+        if key is None:
             return cls(None, None)
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             return cls(jax.random.key_data(key), jax.random.key_impl(key))

@@ -53,7 +53,7 @@ def lsq_scale(x: jax.typing.ArrayLike, recipe: "str | Recipe") -> jax.Array:
       has scale 0, which is not learned.
 
     Raises:
-      TypeError: x does not have a floating dtype.
+      TypeError: if x does not have a floating dtype.
       ValueError: as in `jaxq.fake_quant`.
 
     Example:
@@ -120,7 +120,7 @@ def dorefa(w: jax.Array, bits: int) -> jax.Array:
       An array like w.
 
     Raises:
-      ValueError: `bits` is out of range.
+      ValueError: if `bits` is out of range.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np

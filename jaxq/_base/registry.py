@@ -54,7 +54,7 @@ class Registry(Mapping[str, _Entry]):
         """Returns the entry with a name.
 
         Raises:
-          ValueError: no entry has that name. The message suggests the nearest ones.
+          ValueError: if no entry has that name. The message suggests the nearest ones.
         """
         if name not in self:
             raise self.unknown(name)
@@ -69,8 +69,8 @@ class Registry(Mapping[str, _Entry]):
           method: the method that every entry has.
 
         Raises:
-          ValueError: no entry has that name.
-          TypeError: the value is neither a name nor an object with the method.
+          ValueError: if no entry has that name.
+          TypeError: if the value is neither a name nor an object with the method.
         """
         if isinstance(value, str):
             return self.find(value)

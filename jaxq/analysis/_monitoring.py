@@ -95,6 +95,7 @@ class Monitoring:
 
     Raises:
       ValueError: if a name is unknown, a counterfactual is stochastic, or `every` is less than 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> Monitoring(statistics=("sqnr", "amax"))

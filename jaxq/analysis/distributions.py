@@ -229,6 +229,7 @@ class StudentT:
 
     Raises:
       ValueError: if `df` is 2 or less, or infinite.
+      TypeError: if a field has another type.
 
     Example:
       >>> StudentT(df=4).name

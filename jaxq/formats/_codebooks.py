@@ -27,6 +27,7 @@ class CodebookFormat(Derived):
     Raises:
       ValueError: if there are fewer than two distinct levels or more than 256 levels, or if a level
         is not finite or is a float32 subnormal.
+      TypeError: if a field has another type.
 
     Example:
       >>> CodebookFormat("ternary", (-1.0, 0.0, 1.0)).bits

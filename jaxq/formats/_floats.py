@@ -38,6 +38,7 @@ class FloatFormat(Derived):
 
     Raises:
       ValueError: if a width or the bias is not possible, or no finite value would remain.
+      TypeError: if a field has another type.
 
     Example:
       >>> e4m3 = FloatFormat("my_e4m3", exponent_bits=4, mantissa_bits=3, nan="all_ones")

@@ -25,6 +25,7 @@ class IntFormat(Derived):
 
     Raises:
       ValueError: if the width or `fraction_bits` is out of range, or `narrow` is not possible.
+      TypeError: if a field has another type.
 
     Example:
       >>> IntFormat("int4", 4).values.astype(int).tolist()

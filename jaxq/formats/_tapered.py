@@ -33,6 +33,7 @@ class TaperedFormat(Derived):
 
     Raises:
       ValueError: if a width is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> posit8 = TaperedFormat("posit8", 8, exponent_bits=2)

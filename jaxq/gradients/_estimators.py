@@ -83,6 +83,7 @@ class LSQ:
 
     Raises:
       ValueError: if `count` is below 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq
@@ -156,6 +157,7 @@ class TrustRegion:
 
     Raises:
       ValueError: if `factor` is not positive.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq
@@ -200,6 +202,7 @@ class DSQ:
 
     Raises:
       ValueError: if `alpha` is not in (0, 1).
+      TypeError: if a field has another type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -265,8 +268,8 @@ def get_gradient(gradient: str | Gradient) -> Gradient:
       The function.
 
     Raises:
-      ValueError: no estimator has that name.
-      TypeError: the argument is neither a name nor a function.
+      ValueError: if no estimator has that name.
+      TypeError: if the argument is neither a name nor a function.
 
     Example:
       >>> get_gradient("trust_region")

@@ -69,9 +69,9 @@ def save(path: str | pathlib.Path, tree: Any) -> None:
         such as optax states, are allowed if `like` is passed to `load`.
 
     Raises:
-      TypeError: a leaf cannot be stored, or a recipe holds a user-defined function.
-      ValueError: an array is not wholly addressable by this process.
-      OSError: the file cannot be written.
+      TypeError: if a leaf cannot be stored, or a recipe holds a user-defined function.
+      ValueError: if an array is not wholly addressable by this process.
+      OSError: if the file cannot be written.
 
     Example:
       >>> import jax.numpy as jnp, jaxq, tempfile
@@ -142,8 +142,8 @@ def load(path: str | pathlib.Path, *, like: Any = None, sharding: Any = None) ->
       The tree, with JAX arrays; NumPy arrays for dtypes that JAX represents only with x64.
 
     Raises:
-      FileError: the file is damaged, was not written by `jaxq.save`, or has an unknown version.
-      ValueError: `like` is needed but was not passed, or differs from the stored tree.
+      FileError: if the file is damaged, was not written by `jaxq.save`, or has an unknown version.
+      ValueError: if `like` is needed but was not passed, or differs from the stored tree.
 
     Example:
       >>> import collections, jax, jax.numpy as jnp, jaxq, tempfile

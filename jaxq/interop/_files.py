@@ -162,7 +162,7 @@ class TensorFile:
         such tensor.
 
         Raises:
-          FileError: the tensor has another dtype or another number of elements.
+          FileError: if the tensor has another dtype or another number of elements.
         """
         if entry.packed != "nvfp4":
             return None

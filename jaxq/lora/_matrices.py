@@ -6,7 +6,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.arguments import integer, number
+from jaxq._base.arguments import array, integer, number
 from jaxq.numerics import floats
 
 __all__ = ["Factors", "low_rank"]
@@ -57,7 +57,7 @@ def low_rank(
       The two factors, in float32.
 
     Raises:
-      ValueError: the rank is out of range, or the Hessian has another shape.
+      ValueError: if the rank is out of range, or the Hessian has another shape.
 
     References:
       Liu et al., "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank
@@ -81,7 +81,9 @@ def low_rank(
     number("low_rank", "damping", damping, requirement, lambda v: v >= 0, "Use 0.01.")
     back = None
     if hessian is not None:
-        h = floats("low_rank", hessian, argument="hessian").astype(jnp.float32)
+        remedy = "Pass the sum of x x^T of the inputs of `w`."
+        h = array("low_rank", "hessian", hessian, "a matrix of numbers", remedy)
+        h = h.astype(jnp.float32)
         if h.shape != (*w.shape[:-1], inputs):
             raise ValueError(
                 f"low_rank: `hessian` must have the shape {(*w.shape[:-1], inputs)}, got "

@@ -77,7 +77,8 @@ class QLoRA:
       seed: the seed of the random numbers.
 
     Raises:
-      ValueError: the rank is below 1.
+      ValueError: if the rank is below 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> QLoRA(rank=64, alpha=16).scaling
@@ -137,6 +138,10 @@ class LoftQ:
       iterations: the number of iterations; 5 by default, as in the paper. With 1, as in PEFT,
         the quantized weight is that of w itself.
 
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if a field has another type.
+
     Example:
       >>> import jax.numpy as jnp
       >>> w, q = jnp.array([[3.25, 0.0], [0.0, 1.0]]), jnp.array([[3.0, 0.0], [0.0, 1.0]])
@@ -173,6 +178,10 @@ class PiSSA:
 
     Attributes:
       rank: the largest rank of the adapters, 16 by default; less for a smaller weight.
+
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -212,6 +221,10 @@ class EoRA:
       inputs: the statistics of the products' inputs, from `jaxq.ptq.observe` with the same rules.
       rank: the largest rank of the adapters, 16 by default; less for a smaller weight.
       damping: as in `low_rank`; 0.01 by default.
+
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -274,8 +287,8 @@ def get_method(method: str | Method) -> Method:
       The record.
 
     Raises:
-      ValueError: no method has that name; the message suggests the nearest names.
-      TypeError: the argument is neither a name nor a method.
+      ValueError: if no method has that name; the message suggests the nearest names.
+      TypeError: if the argument is neither a name nor a method.
 
     Example:
       >>> get_method("loftq")

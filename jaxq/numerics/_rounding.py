@@ -101,6 +101,7 @@ class Stochastic:
 
     Raises:
       ValueError: if `bits` or `rule` is not one of these.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp
@@ -160,6 +161,7 @@ class HalfUp:
 
     Raises:
       ValueError: if `offset` is negative.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq, jax.numpy as jnp
@@ -238,8 +240,8 @@ def get_rounding(rounding: str | Rounding) -> Rounding:
       The function.
 
     Raises:
-      ValueError: no rounding mode has that name.
-      TypeError: the argument is neither a name nor a function.
+      ValueError: if no rounding mode has that name.
+      TypeError: if the argument is neither a name nor a function.
 
     Example:
       >>> get_rounding("stochastic")

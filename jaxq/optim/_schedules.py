@@ -26,7 +26,7 @@ def bits_schedule(first: int, last: int, *, steps: int, begin: int = 0) -> optax
       and the width may be traced.
 
     Raises:
-      ValueError: a width or `steps` is below 1, or `steps * |last - first|` overflows int32.
+      ValueError: if a width or `steps` is below 1, or `steps * |last - first|` overflows int32.
 
     Example:
       >>> bits = bits_schedule(8, 2, steps=600, begin=100)

@@ -172,7 +172,7 @@ def quantize_state(
       variables of Flax NNX, so that `flax.nnx.Optimizer` accepts it.
 
     Raises:
-      ValueError: a key is missing or not needed; on `init`, a rule matches no array, or a recipe
+      ValueError: if a key is missing or not needed; on `init`, a rule matches no array, or a recipe
         does not fit an array.
 
     Example:

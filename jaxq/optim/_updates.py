@@ -57,8 +57,8 @@ def apply_updates(
       point are added as in optax.
 
     Raises:
-      ValueError: a key is missing or not needed, a rule matches no leaf, or a dtype is not a format
-        that fills whole bytes.
+      ValueError: if a key is missing or not needed, a rule matches no leaf, or a dtype is not a
+        format that fills whole bytes.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp

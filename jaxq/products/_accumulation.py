@@ -36,7 +36,8 @@ class Accumulation:
         `format`.
 
     Raises:
-      ValueError: the format or the order is unknown, or the chunk is below 1.
+      ValueError: if the format or the order is unknown, or the chunk is below 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq, jax.numpy as jnp
@@ -78,7 +79,7 @@ class Accumulation:
           `order="pairwise"`.
 
         Raises:
-          ValueError: the chunk does not divide K.
+          ValueError: if the chunk does not divide K.
         """
         length = a.shape[-1]
         chunk = max(length, 1) if self.chunk is None else self.chunk

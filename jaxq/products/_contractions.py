@@ -176,8 +176,8 @@ def of_einsum(subscripts: str, lhs_ndim: int, rhs_ndim: int) -> Contraction:
     """Returns the contraction of an einsum, whose labels are numbered in order of appearance.
 
     Raises:
-      ValueError: the subscripts do not describe two operands with these numbers of axes, or name an
-        axis of an operand twice.
+      ValueError: if the subscripts do not describe two operands with these numbers of axes, or name
+        an axis of an operand twice.
     """
     text = subscripts.replace(" ", "")
     inputs, arrow, output = text.partition("->")
@@ -254,7 +254,7 @@ def placed(granularity: Granularity, shape: tuple[int, ...], axes: Axes) -> Gran
       contracted axes. Axis 0 or -2 means the free axes, 1 or -1 the contracted axes.
 
     Raises:
-      ValueError: the operand lacks the axes, or a block does not fit.
+      ValueError: if the operand lacks the axes, or a block does not fit.
     """
     if isinstance(granularity, PerTensor):
         return granularity
@@ -312,7 +312,7 @@ def block_along(
     """Returns the length on each axis of a block along several axes that count as one.
 
     Raises:
-      ValueError: the axes do not divide into such blocks.
+      ValueError: if the axes do not divide into such blocks.
     """
     sizes, remaining = {}, size
     for axis in reversed(axes):

@@ -65,9 +65,9 @@ def dot_general(
       The product, with the shape and dtype of JAX's result.
 
     Raises:
-      TypeError: a quantized operand has another dtype.
-      ValueError: a block does not fit the contracted axes; a key is missing or not needed; or the
-        recipe, operation or backend does not support the `execution`. Errors of the gradient's
+      TypeError: if a quantized operand has another dtype.
+      ValueError: if a block does not fit the contracted axes; a key is missing or not needed; or
+        the recipe, operation or backend does not support the `execution`. Errors of the gradient's
         products are raised in the forward pass when the call is differentiated. The message names
         the product and the operand.
 

@@ -32,7 +32,8 @@ class Hadamard:
       signs: the diagonal of D, `size` numbers 1 or -1; None (the default) draws them from the key.
 
     Raises:
-      ValueError: the size is not a power of two, or the signs are not `size` numbers 1 or -1.
+      ValueError: if the size is not a power of two, or the signs are not `size` numbers 1 or -1.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jax.numpy as jnp

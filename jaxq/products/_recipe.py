@@ -66,7 +66,7 @@ class SingleProduct:
         unscaled elements where the scales do not lie along the contraction.
 
     Raises:
-      ValueError: a name is unknown, or fields contradict each other.
+      ValueError: if a name is unknown, or fields contradict each other.
 
     Example:
       >>> SingleProduct("int8_token", "int8_channel", execution="native").draws
@@ -198,7 +198,7 @@ class ProductRecipe(SingleProduct):
         """Returns the recipe as JSON text, from which `from_json` makes an equal recipe.
 
         Raises:
-          TypeError: a rounding or a gradient is a user-defined function.
+          TypeError: if a rounding or a gradient is a user-defined function.
         """
         return to_json("ProductRecipe.to_json", self, product_records())
 
@@ -207,7 +207,7 @@ class ProductRecipe(SingleProduct):
         """Returns the recipe that `to_json` wrote.
 
         Raises:
-          ValueError: the text does not describe a product recipe.
+          ValueError: if the text does not describe a product recipe.
         """
         owner, kinds = "ProductRecipe.from_json", product_records()
         return from_json(owner, text, kinds, ProductRecipe, "a product recipe")

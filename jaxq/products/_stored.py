@@ -49,7 +49,7 @@ def stored_dot_general(
       The product, with the shape and dtype of `lax.dot_general(lhs, rhs.dequantize(), ...)`.
 
     Raises:
-      ValueError: `chunk` is less than 1, or `rhs` cannot be sliced, because it has outliers.
+      ValueError: if `chunk` is less than 1, or `rhs` cannot be sliced, because it has outliers.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

@@ -33,6 +33,9 @@ class Norm:
       bias: the path of the vector that the norm adds to its output, as a LayerNorm does; None (the
         default) if it adds none.
 
+    Raises:
+      TypeError: if a field has another type.
+
     Example:
       >>> from jaxq import ptq
       >>> ptq.Norm("final_norm", ["head"]).readers

@@ -7,7 +7,7 @@ import functools
 import jax
 from jax import numpy as jnp
 
-from jaxq._base.arguments import integer
+from jaxq._base.arguments import array, integer
 from jaxq.numerics import floats
 from jaxq.ptq._solvers import GPTQ, Problem, Solver, check_recipe
 from jaxq.ptq._statistics import Statistics, empty_statistics
@@ -65,7 +65,8 @@ def gptq(
       Transformers" (2023).
     """
     weight = floats("gptq", weight, argument="weight", float64=False)
-    gram = floats("gptq", hessian, argument="hessian").astype(jnp.float32)
+    requirement, remedy = "a matrix of numbers", "Pass the sum of x x^T of the inputs."
+    gram = array("gptq", "hessian", hessian, requirement, remedy).astype(jnp.float32)
     remedy = "Pass the axis of the inputs: -2 for kernels, -1 for weights [outputs, inputs]."
     axis = integer("gptq", "axis", axis, remedy)
     inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None

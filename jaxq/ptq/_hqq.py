@@ -51,6 +51,7 @@ class HQQ:
 
     Raises:
       ValueError: if a number is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq

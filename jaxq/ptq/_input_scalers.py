@@ -97,6 +97,7 @@ class SmoothQuant:
 
     Raises:
       ValueError: if `alpha` is not between 0 and 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq
@@ -140,6 +141,7 @@ class AWQ:
 
     Raises:
       ValueError: if `steps` is less than 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq

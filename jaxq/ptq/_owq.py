@@ -9,7 +9,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.arguments import choice, integer, number
+from jaxq._base.arguments import array, choice, integer, number
 from jaxq.numerics import encode, floats
 from jaxq.products import is_stochastic
 from jaxq.ptq._gptq_matrix import Settings, Solution, solve
@@ -77,7 +77,8 @@ def owq(
       Large Language Models" (2024).
     """
     weight = floats("owq", weight, argument="weight", float64=False)
-    gram = floats("owq", hessian, argument="hessian").astype(jnp.float32)
+    requirement, remedy = "a matrix of numbers", "Pass the sum of x x^T of the inputs."
+    gram = array("owq", "hessian", hessian, requirement, remedy).astype(jnp.float32)
     remedy = "Pass the axis of the inputs: -2 for kernels, -1 for weights [outputs, inputs]."
     axis = integer("owq", "axis", axis, remedy)
     requirement = "a number of at least 0"

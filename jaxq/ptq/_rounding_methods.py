@@ -128,6 +128,7 @@ class SignRound:
 
     Raises:
       ValueError: if `steps` or `learning_rate` is not positive.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq
@@ -230,6 +231,7 @@ class AdaRound:
 
     Raises:
       ValueError: if a number is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq

@@ -32,6 +32,7 @@ class ScaleSearch:
 
     Raises:
       ValueError: if `weighting` is unknown, or `factors` are not positive.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq

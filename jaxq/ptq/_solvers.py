@@ -137,6 +137,7 @@ class GPTQ:
     Raises:
       ValueError: if `damping` or a factor is negative, both factors are positive, or `order` is
         unknown.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq
@@ -211,6 +212,7 @@ class OWQ:
 
     Raises:
       ValueError: if `damping` is negative or `order` is unknown.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq

@@ -87,9 +87,9 @@ def fake_quant(
       result.
 
     Raises:
-      TypeError: x has another dtype.
-      ValueError: the recipe is unknown, `x` lacks an axis, a block length does not divide its axis,
-        the scales do not fit, or the key is missing or not needed.
+      TypeError: if x has another dtype.
+      ValueError: if the recipe is unknown, `x` lacks an axis, a block length does not divide its
+        axis, the scales do not fit, or the key is missing or not needed.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp

@@ -60,7 +60,7 @@ def init(shape: tuple[int, ...], recipe: "str | Recipe") -> Any:
       A pytree of arrays.
 
     Raises:
-      ValueError: the recipe does not fit the shape, or its scales are not plain numbers.
+      ValueError: if the recipe does not fit the shape, or its scales are not plain numbers.
 
     Example:
       >>> low, high = init((2, 3), "int8_tensor")  # A range per block, by `AbsMax`.
@@ -84,7 +84,7 @@ def update(state: Any, x: jax.typing.ArrayLike, recipe: "str | Recipe") -> Any:
       A state of the same structure, shapes and dtypes.
 
     Raises:
-      TypeError: x has another dtype.
+      TypeError: if x has another dtype.
       ValueError: as in `init`; or the shape of x does not fit the state.
 
     Example:

@@ -61,6 +61,7 @@ class PerChannel:
 
     Raises:
       ValueError: when used, if the tensor lacks an axis or an axis is named twice.
+      TypeError: if a field has another type.
 
     Example:
       >>> PerChannel(-1).block((4, 64))
@@ -168,6 +169,7 @@ class PerBlock:
     Raises:
       ValueError: if a size is below 1, or sizes and axes differ in number; when used, if the tensor
         lacks an axis or a size does not divide its axis.
+      TypeError: if a field has another type.
 
     Example:
       >>> PerBlock(32).block((4, 64)), PerBlock((16, 16)).block((8, 64, 64))

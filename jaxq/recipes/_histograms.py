@@ -61,7 +61,8 @@ class _OfHistogram:
         2^-digits of its values, and a block has 255 · 2^digits bins, twice as many if two-sided.
 
     Raises:
-      ValueError: `digits` is not 1 to 12.
+      ValueError: if `digits` is not 1 to 12.
+      TypeError: if a field has another type.
     """
 
     digits: int = dataclasses.field(default=7, kw_only=True)
@@ -130,7 +131,8 @@ class Percentile(_OfHistogram):
       digits: the number of leading mantissa bits that define a bin, 1 to 12; 7 by default.
 
     Raises:
-      ValueError: `percent` or `digits` is out of range.
+      ValueError: if `percent` or `digits` is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq
@@ -190,7 +192,8 @@ class _Searched(_OfHistogram):
       tries: the number of ranges to try, at least 1.
 
     Raises:
-      ValueError: `tries` is below 1.
+      ValueError: if `tries` is below 1.
+      TypeError: if a field has another type.
     """
 
     tries: int = 64
@@ -285,7 +288,7 @@ class MeanSquaredError(_Searched):
       digits: the number of leading mantissa bits that define a bin, 1 to 12; 7 by default.
 
     Raises:
-      ValueError: `tries` or `digits` is out of range.
+      ValueError: if `tries` or `digits` is out of range.
 
     Example:
       >>> import jaxq
@@ -324,7 +327,7 @@ class Entropy(_Searched):
       digits: the number of leading mantissa bits that define a bin, 1 to 12; 9 by default.
 
     Raises:
-      ValueError: `tries` or `digits` is out of range.
+      ValueError: if `tries` or `digits` is out of range.
 
     Example:
       >>> import jaxq

@@ -162,7 +162,8 @@ class Sigmas(_OfMoments):
       k: the number of standard deviations, positive.
 
     Raises:
-      ValueError: k is not positive.
+      ValueError: if k is not positive.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq

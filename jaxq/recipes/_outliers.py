@@ -42,7 +42,8 @@ class Outliers:
         its range become its largest value.
 
     Raises:
-      ValueError: `fraction`, `sigma` or `format` is invalid.
+      ValueError: if `fraction`, `sigma` or `format` is invalid.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

@@ -160,7 +160,8 @@ class EMA:
       decay: the weight that the average keeps at each update, in [0, 1).
 
     Raises:
-      ValueError: `decay` is out of range.
+      ValueError: if `decay` is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq

@@ -60,7 +60,7 @@ class Recipe:
     - There are no outliers.
 
     Raises:
-      ValueError: a name is unknown, or the scaling does not support the format; the message says
+      ValueError: if a name is unknown, or the scaling does not support the format; the message says
         which.
 
     Example:
@@ -221,7 +221,7 @@ class Recipe:
         """Returns the recipe as JSON text, from which `from_json` makes an equal recipe.
 
         Raises:
-          TypeError: the rounding or the gradient is a user-defined function.
+          TypeError: if the rounding or the gradient is a user-defined function.
         """
         return to_json("Recipe.to_json", self, records())
 
@@ -230,7 +230,7 @@ class Recipe:
         """Returns the recipe that `to_json` wrote.
 
         Raises:
-          ValueError: the text does not describe a recipe.
+          ValueError: if the text does not describe a recipe.
         """
         return from_json("Recipe.from_json", text, records(), Recipe, "a recipe")
 

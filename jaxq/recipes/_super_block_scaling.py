@@ -45,7 +45,7 @@ class SuperBlocks(Scaling):
         `"nvfp4_ggml"`.
 
     Raises:
-      ValueError: the rule is unknown.
+      ValueError: if the rule is unknown.
 
     References:
       ggml's quantize_row_q4_K_ref and the functions beside it.

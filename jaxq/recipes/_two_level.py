@@ -67,7 +67,7 @@ class TwoLevel(Scaling):
         `largest=256.0` makes NVFP4 "four over six".
 
     Raises:
-      ValueError: a name is unknown, or a value is not supported.
+      ValueError: if a name is unknown, or a value is not supported.
 
     References:
       NVIDIA Transformer Engine's NVFP4 quantization. (Transformer Engine bounds e by the largest
@@ -163,7 +163,7 @@ class DoubleQuant(Scaling):
       search: the factors of the range that each block tries, as in `Symmetric`.
 
     Raises:
-      ValueError: a name is unknown, or a value is not supported.
+      ValueError: if a name is unknown, or a value is not supported.
 
     References:
       Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), section 3.
@@ -224,7 +224,7 @@ class DoubleQuant(Scaling):
         """Returns the second-level arrays for some scales, given their flattened positions.
 
         Raises:
-          ValueError: the selected scales do not form the same blocks as the stored ones.
+          ValueError: if the selected scales do not form the same blocks as the stored ones.
         """
         indices, block = indices.reshape(-1), self.block
         firsts = indices[::block]

@@ -105,9 +105,9 @@ class KVCache:
           scales: static scales for recipes whose scales span all tokens, such as `"kv_fp8"`.
 
         Raises:
-          ValueError: the shape has no heads or channels; the dtype is not supported; the capacity
-            is not a whole number of groups or does not exceed `residual_length`; a block does not
-            divide its axis; or scales are missing or not needed.
+          ValueError: if the shape has no heads or channels; the dtype is not supported; the
+            capacity is not a whole number of groups or does not exceed `residual_length`; a block
+            does not divide its axis; or scales are missing or not needed.
         """
         recipe, shape = get_cache_recipe(recipe), shape_of("KVCache.empty", shape)
         if len(shape) < 3:
@@ -184,7 +184,8 @@ class KVCache:
             tokens of a padded sequence. None (the default) appends all.
 
         Raises:
-          ValueError: the shapes do not fit the cache, or there are more tokens than its capacity.
+          ValueError: if the shapes do not fit the cache, or there are more tokens than its
+            capacity.
         """
         expected = self.recent_keys.shape
         fits = (
@@ -232,7 +233,7 @@ class KVCache:
           An array of the query's shape and dtype; 0 for a query that sees no tokens.
 
         Raises:
-          ValueError: the shape does not fit the cache, or `chunk` does not divide the capacity.
+          ValueError: if the shape does not fit the cache, or `chunk` does not divide the capacity.
         """
         expected = self.recent_keys.shape
         heads = expected[-2]

@@ -37,8 +37,8 @@ class CacheRecipe:
         must be a power of two.
 
     Raises:
-      TypeError: a recipe is neither a name nor a `Recipe`.
-      ValueError: a name is unknown, a recipe rounds stochastically, or `residual_length` is
+      TypeError: if a recipe is neither a name nor a `Recipe`.
+      ValueError: if a name is unknown, a recipe rounds stochastically, or `residual_length` is
         negative.
 
     References:
@@ -142,8 +142,8 @@ def get_cache_recipe(recipe: str | CacheRecipe) -> CacheRecipe:
       The cache recipe.
 
     Raises:
-      ValueError: no cache recipe has that name; the message suggests the nearest names.
-      TypeError: the argument is neither a name nor a `CacheRecipe`.
+      ValueError: if no cache recipe has that name; the message suggests the nearest names.
+      TypeError: if the argument is neither a name nor a `CacheRecipe`.
 
     Example:
       >>> get_cache_recipe("kivi2").residual_length

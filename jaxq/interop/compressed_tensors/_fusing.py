@@ -51,7 +51,7 @@ def quantize_together(
       The quantized weights. Their block scales are relative to the same tensor scale.
 
     Raises:
-      ValueError: the numbers of inputs differ, or the blocks of the recipe span several weights.
+      ValueError: if the numbers of inputs differ, or the blocks of the recipe span several weights.
 
     Example:
       >>> import jax.numpy as jnp

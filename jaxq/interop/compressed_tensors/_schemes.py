@@ -64,7 +64,7 @@ def scheme_of(recipe: Recipe, *, dynamic_activations: bool = False) -> Scheme:
       The scheme, whose fields `write` stores in `config.json`.
 
     Raises:
-      ValueError: no scheme can represent the recipe, or `dynamic_activations` is True and the
+      ValueError: if no scheme can represent the recipe, or `dynamic_activations` is True and the
         weights are neither int8 nor float8_e4m3fn.
 
     Example:

@@ -305,10 +305,10 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
         that every reader requires.
 
     Raises:
-      ValueError: a name is too long or occurs twice, a type is unknown or does not fit a shape, or
-        the size of a tensor's data does not fit its shape and type.
-      TypeError: a value of the metadata has an unsupported type.
-      OSError: the file cannot be written.
+      ValueError: if a name is too long or occurs twice, a type is unknown or does not fit a shape,
+        or the size of a tensor's data does not fit its shape and type.
+      TypeError: if a value of the metadata has an unsupported type.
+      OSError: if the file cannot be written.
 
     Example:
       >>> import jax.numpy as jnp, jaxq, tempfile

@@ -232,7 +232,7 @@ class Conversion:
           The name, such as `"blk.0.ffn_up.weight"`; None if the file does not need the tensor.
 
         Raises:
-          ValueError: the architecture has no such tensor.
+          ValueError: if the architecture has no such tensor.
         """
         if _BUFFERS.fullmatch(name) or (self.architecture.tied and name == "lm_head.weight"):
             return None
@@ -264,7 +264,7 @@ class Conversion:
           x: the tensor.
 
         Raises:
-          ValueError: the number of rows is not a multiple of twice the number of heads.
+          ValueError: if the number of rows is not a multiple of twice the number of heads.
         """
         if self.architecture.shifted_norms and name.endswith("norm.weight"):
             return x + np.float32(1)
@@ -291,8 +291,8 @@ def conversion(config: Mapping[str, Any]) -> Conversion:
       llama.cpp to process text, the file also needs the keys `tokenizer.*`.
 
     Raises:
-      ValueError: the architecture is unknown, a value is missing, or llama.cpp has no equivalent of
-        a setting.
+      ValueError: if the architecture is unknown, a value is missing, or llama.cpp has no equivalent
+        of a setting.
 
     Example:
       >>> sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

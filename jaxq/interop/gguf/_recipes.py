@@ -52,7 +52,7 @@ def recipe_of(type: str) -> Recipe:
       The recipe, whose blocks lie along the last axis.
 
     Raises:
-      ValueError: the type is unknown.
+      ValueError: if the type is unknown.
 
     Example:
       >>> from jaxq.recipes import RECIPES
@@ -75,7 +75,7 @@ def pack(q: Quantized, type: str | None = None) -> jax.Array:
       uint8 `[..., n / block · bytes per block]`.
 
     Raises:
-      ValueError: the type cannot hold the recipe, or its block does not divide the last axis.
+      ValueError: if the type cannot hold the recipe, or its block does not divide the last axis.
 
     Example:
       >>> import jaxq, jax.numpy as jnp
@@ -146,8 +146,8 @@ def unpack(
       which no quantizer writes, are not supported.
 
     Raises:
-      ValueError: the type is unknown, or the last axis does not hold whole blocks.
-      TypeError: the data are not uint8.
+      ValueError: if the type is unknown, or the last axis does not hold whole blocks.
+      TypeError: if the data are not uint8.
 
     Example:
       >>> import numpy as np

@@ -52,9 +52,9 @@ def quantize(
       uint8 `[..., n / block · bytes per block]`.
 
     Raises:
-      ValueError: the type is unknown, or its block does not divide the last axis. `fallback`
+      ValueError: if the type is unknown, or its block does not divide the last axis. `fallback`
         returns the type that llama.cpp then uses.
-      TypeError: `x` is not a float16, bfloat16 or float32 array.
+      TypeError: if `x` is not a float16, bfloat16 or float32 array.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -174,8 +174,8 @@ def dequantize(
       stores as another tensor, is not applied.
 
     Raises:
-      ValueError: the type is unknown, or the last axis does not hold whole blocks.
-      TypeError: the data are not uint8.
+      ValueError: if the type is unknown, or the last axis does not hold whole blocks.
+      TypeError: if the data are not uint8.
 
     Example:
       >>> import numpy as np

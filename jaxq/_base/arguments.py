@@ -81,11 +81,13 @@ def array(owner: str, argument: str, value: Any, requirement: str, remedy: str) 
             f"Pass {argument}.filled(value)."
         )
     try:
-        return jnp.asarray(value)
+        if not isinstance(value, str):  # JAX 0.10 reads some strings as names of dtypes.
+            return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
-        raise TypeError(
-            f"{owner}: `{argument}` must be {requirement}, got {described(value)}. {remedy}"
-        ) from None
+        pass
+    raise TypeError(
+        f"{owner}: `{argument}` must be {requirement}, got {described(value)}. {remedy}"
+    )
 
 
 def is_integer(value: Any) -> bool:

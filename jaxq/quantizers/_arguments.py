@@ -78,8 +78,8 @@ def key_of(name: str, recipe: Recipe, key: jax.Array | None) -> jax.Array | None
             f"{name}: `key` must be given, as stochastic rounding draws random bits, got None. "
             "Pass jax.random.key(seed)."
         )
-    known = ROUNDINGS.name_of(rounding)
-    if key is not None and known is not None and not isinstance(rounding, Stochastic):
+    known = None if key is None else ROUNDINGS.name_of(rounding)
+    if known is not None and not isinstance(rounding, Stochastic):
         raise ValueError(
             f"{name}: `key` must be None, as rounding {known!r} draws no random bits, got a key. "
             "Omit it, or use rounding='stochastic'."

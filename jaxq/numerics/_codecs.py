@@ -217,11 +217,14 @@ def decode(
             f"decode: `codes` must have a dtype of at least {fmt.bits} bits for {fmt.name}, got "
             f"codes of {codes.dtype}."
         )
-    if not isinstance(dtype, str | type | np.dtype) or dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(
-            f"decode: `dtype` must be float32 or float64, got {described(dtype)}. Use float32."
-        )
-    return _decode(codes, fmt, jax.dtypes.canonicalize_dtype(dtype))
+    try:
+        result_dtype = None if dtype is None else jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        result_dtype = None
+    if result_dtype not in (jnp.float32, jnp.float64):
+        got = described(dtype) if result_dtype is None else result_dtype
+        raise TypeError(f"decode: `dtype` must be float32 or float64, got {got}. Use float32.")
+    return _decode(codes, fmt, jax.dtypes.canonicalize_dtype(result_dtype))
 
 
 def unsigned(name: str, argument: str, codes: jax.typing.ArrayLike) -> jax.Array:

@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
+from jaxq._jax.draws import checked_key
 from jaxq.formats import IntFormat
 from jaxq.numerics import cast, floats, widen
 from jaxq.recipes import AbsMean, Recipe, get_recipe
@@ -98,7 +100,7 @@ def unit_tanh(w: jax.Array) -> jax.Array:
     References:
       Zhou et al., "DoReFa-Net" (2016), section 2.3.
     """
-    w = floats("unit_tanh", w)
+    w = floats("unit_tanh", w, argument="w")
     bounded = jnp.tanh(widen(w))  # XLA on CPU divides by float16 subnormals as if they were 0.
     largest = jnp.max(jnp.abs(bounded), initial=0)
     return (bounded / jnp.where(largest == 0, 1, largest)).astype(w.dtype)
@@ -128,8 +130,8 @@ def dorefa(w: jax.Array, bits: int) -> jax.Array:
     References:
       Zhou et al., "DoReFa-Net" (2016), equations 9 and 10.
     """
-    if not 2 <= bits <= 16:
-        raise ValueError(f"dorefa: `bits` must be 2 to 16, got {bits}. Use 'binary' for 1 bit.")
+    bits = integer("dorefa", "bits", bits, "Use 'binary' for 1 bit.", least=2, most=16)
+    w = floats("dorefa", w, argument="w")
     steps = 2**bits - 1
     units = (unit_tanh(w).astype(jnp.float32) * 0.5 + 0.5) * steps
     return (cast(units, IntFormat("dorefa", bits, signed=False)) * (2 / steps) - 1).astype(w.dtype)
@@ -166,6 +168,7 @@ def soft_round(
       Gong et al., "Differentiable Soft Quantization" (2019), section 3.1; Agustsson and Theis,
       "Universally Quantized Neural Compression" (2020), section 4.
     """
+    x, below, above = _triple("soft_round", "x", x, below, above)
     a, low, high = (v.astype(jnp.float32) for v in (x, below, above))
     width = high - low
     is_positive, inside = width > 0, (low <= a) & (a <= high)
@@ -202,7 +205,8 @@ def uniform_noise(x: jax.Array, below: jax.Array, above: jax.Array, key: jax.Arr
       Balle et al., "End-to-end Optimized Image Compression" (2017), section 3; Baskin et al.,
       "UNIQ" (2018).
     """
-    share = jax.random.uniform(key, x.shape, jnp.float32) - 0.5
+    x, below, above = _triple("uniform_noise", "x", x, below, above)
+    share = jax.random.uniform(checked_key("uniform_noise", key), x.shape, jnp.float32) - 0.5
     noise = (above - below).astype(jnp.float32) * share
     return (x.astype(jnp.float32) + lax.stop_gradient(noise)).astype(x.dtype)
 
@@ -225,6 +229,7 @@ def rectified_sigmoid(v: jax.Array) -> jax.Array:
       Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020),
       equation 23.
     """
+    v = floats("rectified_sigmoid", v, argument="v")
     return jnp.clip(jax.nn.sigmoid(v) * (_ZETA - _GAMMA) + _GAMMA, 0, 1)
 
 
@@ -243,6 +248,7 @@ def rectified_sigmoid_inverse(h: jax.Array) -> jax.Array:
       >>> print(np.array(rectified_sigmoid(v)).round(5))
       [0.  0.3 1. ]
     """
+    h = floats("rectified_sigmoid_inverse", h, argument="h")
     return -jnp.log((_ZETA - _GAMMA) / (jnp.clip(h, 0, 1) - _GAMMA) - 1)
 
 
@@ -266,6 +272,7 @@ def adaround_init(w: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array
     References:
       As for `rectified_sigmoid`.
     """
+    w, below, above = _triple("adaround_init", "w", w, below, above)
     width = above - below
     return rectified_sigmoid_inverse(jnp.where(width > 0, w - below, 0.5) / _nonzero(width))
 
@@ -292,6 +299,7 @@ def adaround(v: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
     References:
       As for `rectified_sigmoid`, equation 22.
     """
+    v, below, above = _triple("adaround", "v", v, below, above)
     return below + (above - below) * rectified_sigmoid(v)
 
 
@@ -313,6 +321,7 @@ def adaround_penalty(v: jax.Array, beta: jax.typing.ArrayLike) -> jax.Array:
     References:
       As for `rectified_sigmoid`, equation 24.
     """
+    v = floats("adaround_penalty", v, argument="v")
     return jnp.sum(1 - jnp.abs(2 * rectified_sigmoid(v) - 1) ** beta)
 
 
@@ -349,10 +358,33 @@ def fractional_bits(at: Callable[[jax.Array], jax.Array], bits: jax.Array) -> ja
     References:
       Yang and Jin, "FracBits: Mixed Precision Quantization via Fractional Bit-Widths" (2020).
     """
+    bits = floats("fractional_bits", bits, argument="bits")
     whole = lax.stop_gradient(jnp.floor(bits))
     n = whole.astype(jnp.int32)
     lower, upper = at(n), at(n + 1)
     return lower + (bits - whole).astype(lower.dtype) * (upper - lower)
+
+
+def _triple(
+    owner: str,
+    argument: str,
+    x: jax.typing.ArrayLike,
+    below: jax.typing.ArrayLike,
+    above: jax.typing.ArrayLike,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns an array and its neighbors on the grid, after checking their dtypes and shapes."""
+    x, low, high = (
+        floats(owner, value, argument=name)
+        for name, value in ((argument, x), ("below", below), ("above", above))
+    )
+    for name, neighbor in (("below", low), ("above", high)):
+        lengths = zip(neighbor.shape[::-1], x.shape[::-1], strict=False)
+        if neighbor.ndim > x.ndim or any(n not in (1, m) for n, m in lengths):
+            raise ValueError(
+                f"{owner}: `{name}` must broadcast to the shape {x.shape} of `{argument}`, got "
+                f"{neighbor.shape}. Use the results of jaxq.neighbors."
+            )
+    return x, low, high
 
 
 def _nonzero(width: jax.Array) -> jax.Array:

@@ -156,7 +156,7 @@ def test_temporary_memory_does_not_grow_with_contraction():
     ("make", "text"),
     [
         (lambda: jaxq.Accumulation("no such"), "No number format is named"),
-        (lambda: jaxq.Accumulation(chunk=0), "`chunk` must be at least 1, got 0"),
+        (lambda: jaxq.Accumulation(chunk=0), "`chunk` must be an integer of at least 1, got 0"),
         (lambda: jaxq.Accumulation(order="random"), "`order` must be 'sequential' or 'pairwise'"),
     ],
 )

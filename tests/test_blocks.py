@@ -84,7 +84,7 @@ def test_padding_does_not_affect_scales():
         (lambda: Symmetric("no"), "No calibrator is named"),
         (lambda: Symmetric(scale_format="int8"), "float format with a NaN"),
         (lambda: Symmetric(scale_format=E8M0), "Use MX"),
-        (lambda: Symmetric(search=(0.0,)), "positive factors"),
+        (lambda: Symmetric(search=(0.0,)), "a tuple of positive numbers"),
         (lambda: Affine("absmean"), "measures both extremes"),
         (lambda: SignedScale(scale_format="float7_ue4m3fn"), "must have a sign"),
         (lambda: jaxq.Recipe("nf4", scaling=Symmetric(rule="half")), "needs an integer format"),

@@ -360,7 +360,7 @@ def test_kill_leaves_old_file(tmp_path: pathlib.Path):
         (["compare", "x.npy", "--json", "--csv"], "not allowed with"),
         (["memory"], "name a model"),
         (["memory", "llama"], "Did you mean llama-2-7b"),
-        (["memory", "--params", "-7e9"], "0 or more"),
+        (["memory", "--params", "-7e9"], "a number of parameters of at least 0"),
         (["fits", "--devices", "abacus"], "No device is named"),
         (["dance"], "invalid choice"),
         (["plot", "nothing-of-the-kind", "-o", "a.png"], "Known: bit_layouts"),

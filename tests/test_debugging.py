@@ -149,7 +149,7 @@ def test_gradients_of_shared_state_add_and_of_copies_do_not():
     assert [h.amax.tolist() for h in seen.histories[""]] == [[8, 0], [1, 0], [1, 0]]
     added = jax.grad(lambda s: loss([s] * 3))(state)
     assert [h.amax[0].item() for h in added.histories[""]] == [14, 3, 3]
-    with pytest.raises(ValueError, match="`count` must be at least 1"):
+    with pytest.raises(ValueError, match="`count` must be an integer of at least 1"):
         state.copies(0)
 
 

@@ -209,7 +209,7 @@ def test_nan_is_not_recorded_and_functions_without_records_raise():
         jaxq.delayed_scaling(weighted, [("w", "mxfp8_training")])(
             {"w": jnp.ones((32, 32))}, *[jnp.ones((32, 32))] * 2
         )
-    with pytest.raises(ValueError, match="`history` must be at least 1"):
+    with pytest.raises(ValueError, match="`history` must be an integer of at least 1"):
         jaxq.delayed_scaling(weighted, FP8, history=0)
 
 

@@ -55,7 +55,7 @@ def test_raw_keys_and_unpartitionable_threefry_match_jax():
 
 
 WRONG_KEYS = {
-    "number": (0, TypeError, "got int"),
+    "number": (0, TypeError, "got 0"),
     "floats": (np.ones(2, np.float32), TypeError, "got float32 of shape"),
     "several": (np.zeros((3, 2), np.uint32), ValueError, "one random key"),
 }

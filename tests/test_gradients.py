@@ -409,9 +409,9 @@ def test_custom_estimator_defines_the_gradient():
         ("ste", ValueError, "No gradient estimator is named 'ste'"),
         (DSQ, TypeError, r"got the class DSQ. Pass an instance, such as DSQ\(\)"),
         (3, TypeError, "must be a name or a gradient estimator, got int"),
-        (lambda: DSQ(1.0), ValueError, "`alpha` must be in"),
-        (lambda: TrustRegion(0.0), ValueError, "`factor` must be positive"),
-        (lambda: LSQ(0), ValueError, "`count` must be at least 1"),
+        (lambda: DSQ(1.0), ValueError, "`alpha` must be a number in"),
+        (lambda: TrustRegion(0.0), ValueError, "`factor` must be a positive number"),
+        (lambda: LSQ(0), ValueError, "`count` must be an integer of at least 1"),
     ],
 )
 def test_invalid_arguments_raise(spec, error, match):

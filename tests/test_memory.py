@@ -86,9 +86,9 @@ def test_invalid_arguments_raise():
         analysis.memory("llama-3.1-8")
     with pytest.raises(ValueError, match="No device is named"):
         analysis.fits_table(["llama-2-7b"], ["bfloat16"], ["abacus"])
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="`context` must be an integer of at least 0"):
         analysis.memory("llama-2-7b", context=-1)
-    with pytest.raises(ValueError, match="finite, 0 or more"):
+    with pytest.raises(ValueError, match="a number of parameters of at least 0"):
         analysis.memory(np.nan)
     for arguments in ({}, {"model": "llama-2-7b", "params": 7e9}):
         with pytest.raises(ValueError, match="either `model` or `params`"):

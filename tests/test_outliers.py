@@ -113,8 +113,8 @@ def test_outliers_of_bfloat16_tensors_are_stored_exactly():
 
 def test_invalid_arguments_raise():
     for fields, text in (
-        ({"fraction": 0.0}, "`fraction` must be between"),
-        ({"sigma": -1.0}, "`sigma` must be positive"),
+        ({"fraction": 0.0}, "`fraction` must be a number between"),
+        ({"sigma": -1.0}, "`sigma` must be a positive number"),
         ({"format": "int8"}, "a signed float"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -128,7 +128,7 @@ def test_padding_has_no_drift():
 
 def test_bad_settings_are_errors():
     with pytest.raises(
-        ValueError, match=r"`asymmetry` must not be negative, .* Use 0 \(off\), or 0.25"
+        ValueError, match=r"`asymmetry` must be a number of at least 0, .* Use 0 \(off\), or 0.25"
     ):
         ptq.GPTQ(asymmetry=-1)
     with pytest.raises(ValueError, match="must not both be positive"):

@@ -314,8 +314,8 @@ def rotate(axes, rotation=None, norms=(), params=None):
             ValueError,
             "must be a float array, but it has the dtype int64",
         ),
-        (lambda: ptq.Norm("norm", "head"), TypeError, "must be a list of paths"),
-        (lambda: ptq.random_rotation(0, KEY), ValueError, "`n` must be at least 1"),
+        (lambda: ptq.Norm("norm", "head"), TypeError, "must be a list of strings"),
+        (lambda: ptq.random_rotation(0, KEY), ValueError, "`n` must be an integer of at least 1"),
         (
             lambda: ptq.rotate_inputs(linear, "int4_g32", length=48)(
                 normal(0, 96, 4), normal(1, 3, 96), key=KEY

@@ -335,8 +335,8 @@ def test_weights_that_are_not_stored_are_reported():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ptq.SignRound(steps=0), "`steps` must be positive"),
-        (lambda: ptq.AdaRound(warm_up=1), "`warm_up` must be in"),
+        (lambda: ptq.SignRound(steps=0), "`steps` must be an integer of at least 1"),
+        (lambda: ptq.AdaRound(warm_up=1), "`warm_up` must be a number in"),
         (lambda: ptq.learn_rounding([], RECIPE), "`blocks` must be a sequence"),
         (lambda: ptq.get_rounding_method("adarond"), "adaround"),
         (lambda: learned("signround", []), "`batches` must contain at least one batch"),

@@ -232,8 +232,8 @@ class Module:
             "must be a name or an input scaler",
         ),
         (lambda: ptq.scale_inputs(Module(), RULES), TypeError, "got a pytree, Module. Pass lambda"),
-        (lambda: ptq.AWQ(steps=0), ValueError, "`steps` must be at least 1, got 0"),
-        (lambda: ptq.SmoothQuant(1.5), ValueError, "`alpha` must be between 0 and 1, got 1.5"),
+        (lambda: ptq.AWQ(steps=0), ValueError, "`steps` must be an integer of at least 1, got 0"),
+        (lambda: ptq.SmoothQuant(1.5), ValueError, "`alpha` must be a number from 0 to 1, got 1.5"),
         (
             lambda: ptq.scale_inputs(lambda w, x: x @ w + w.sum(), "int4_channel")(
                 normal(0, 8, 8), [BATCHES[0]]

@@ -194,8 +194,8 @@ def test_hqq_equals_the_published_iteration_and_the_hqq_package():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ptq.HQQ(norm=0), "`norm` must be in"),
-        (lambda: ptq.HQQ(iterations=0), "`iterations` must be positive"),
+        (lambda: ptq.HQQ(norm=0), "`norm` must be a number in"),
+        (lambda: ptq.HQQ(iterations=0), "`iterations` must be an integer of at least 1"),
         (
             lambda: ptq.quantize_weights(lambda w, x: x @ w, "int4_g32", solver="hqq")(
                 kernel(), [samples()]
@@ -203,7 +203,10 @@ def test_hqq_equals_the_published_iteration_and_the_hqq_package():
             "must store a minimum per block.* Symmetric",
         ),
         (lambda: ptq.ScaleSearch("imatrix"), "`weighting` must be 'hessian' or 'square'"),
-        (lambda: ptq.ScaleSearch(factors=(1.0, 0.0)), "`factors` must be positive"),
+        (
+            lambda: ptq.ScaleSearch(factors=(1.0, 0.0)),
+            "`factors` must be a tuple of positive",
+        ),
         (
             lambda: ptq.quantize_weights(
                 lambda w, x: x @ w, "nf4_dq", solver=ptq.RTN(ptq.ScaleSearch())

@@ -88,7 +88,7 @@ def test_unit_tanh_of_float16_subnormals():
 
 
 def test_dorefa_with_one_bit_raises():
-    with pytest.raises(ValueError, match="`bits` must be 2 to 16, got 1"):
+    with pytest.raises(ValueError, match="`bits` must be an integer from 2 to 16, got 1"):
         qat.dorefa(jnp.ones(2), 1)
 
 

@@ -144,11 +144,11 @@ def test_search_finds_best_factor(recipe):
 
 
 def test_invalid_arguments_raise():
-    with pytest.raises(ValueError, match="`largest` must be positive"):
+    with pytest.raises(ValueError, match="`largest` must be a positive number"):
         jaxq.TwoLevel(largest=0)
-    with pytest.raises(ValueError, match="`block` must be at least 1"):
+    with pytest.raises(ValueError, match="`block` must be an integer of at least 1"):
         jaxq.DoubleQuant(block=0)
-    with pytest.raises(ValueError, match="at most the largest float8_e4m3fn, got 1000"):
+    with pytest.raises(ValueError, match="up to the largest float8_e4m3fn, got 1000"):
         jaxq.TwoLevel(largest=1000.0)
     for make in (jaxq.TwoLevel, jaxq.DoubleQuant):
         with pytest.raises(ValueError, match="must have fewer than 32 bits"):

@@ -159,7 +159,7 @@ def test_invalid_arguments_raise():
     recipe = functools.partial(jaxq.Recipe, "uint4", scaling=SuperBlocks("q4_k"))
     tiles = jaxq.Recipe("int4", jaxq.PerBlock((4, 32)), SignedScale())
     for make, message in [
-        (lambda: SuperBlocks("q4"), "must be one of q2_k"),
+        (lambda: SuperBlocks("q4"), "`rule` must be .q2_k"),
         (lambda: jaxq.Recipe("int4", scaling=SuperBlocks("q4_k")), "element format 'uint4'"),
         (lambda: jaxq.quantize(X, recipe(jaxq.PerBlock(64))), r"blocks of 32 .*PerBlock\(32\)"),
         (lambda: jaxq.quantize(X, recipe()), "blocks along one axis"),

@@ -271,7 +271,7 @@ def test_errors_of_the_live_table_name_the_remedy(monkeypatch: pytest.MonkeyPatc
         LiveTable("sqnr")
     with pytest.raises(ValueError, match="no 'exponents'"):
         LiveTable("exponents")
-    with pytest.raises(ValueError, match="`worst` must be at least 1"):
+    with pytest.raises(ValueError, match="`worst` must be an integer of at least 1"):
         LiveTable(worst=0)
     with pytest.raises(ValueError, match=r"no 'clipped'. Request it with Monitoring"):
         LiveTable("clipped").update(0, seen(X))

@@ -8,6 +8,7 @@ from typing import TypeVar
 __all__ = ["Registry", "suggestion"]
 
 _Entry = TypeVar("_Entry")
+_LONGEST = 160  # The number of characters of the names that an error lists.
 
 
 class Registry(Mapping[str, _Entry]):
@@ -37,6 +38,9 @@ class Registry(Mapping[str, _Entry]):
     def __getitem__(self, name: str) -> _Entry:
         return self._entries[name]
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
@@ -52,7 +56,7 @@ class Registry(Mapping[str, _Entry]):
         Raises:
           ValueError: if no entry has that name. The message suggests the nearest ones.
         """
-        if name not in self._entries:
+        if name not in self:
             raise self.unknown(name)
         return self._entries[name]
 
@@ -79,9 +83,7 @@ class Registry(Mapping[str, _Entry]):
                 f"Pass an instance, such as {value.__name__}()."
             )
         if not hasattr(value, method):
-            raise TypeError(
-                f"{requirement}, got {type(value).__name__}. Known names: {', '.join(self)}."
-            )
+            raise TypeError(f"{requirement}, got {type(value).__name__}. {suggestion('', self)}")
         return value
 
     def name_of(self, entry: object) -> str | None:
@@ -94,7 +96,7 @@ class Registry(Mapping[str, _Entry]):
 
     def unknown(self, name: str) -> ValueError:
         """Returns the error for an unknown name, which suggests similar names."""
-        return ValueError(f"No {self.kind} is named {name!r}. {suggestion(name, self)}")
+        return ValueError(f"No {self.kind} is named {name!r:.80}. {suggestion(str(name), self)}")
 
 
 def suggestion(name: str, *tables: Iterable[str], most: int | None = None) -> str:
@@ -103,7 +105,7 @@ def suggestion(name: str, *tables: Iterable[str], most: int | None = None) -> st
     Args:
       name: the unknown name.
       *tables: collections of known names, also registries, whose `suggestions` are used.
-      most: the number of names to list if none is similar; None for all.
+      most: the number of names to list if none is similar; None for as many as fit into an error.
 
     Example:
       >>> suggestion("upp", ["layers/up", "layers/down"])
@@ -116,6 +118,9 @@ def suggestion(name: str, *tables: Iterable[str], most: int | None = None) -> st
         return f"Did you mean {', '.join(near)}?"
     known = [known for table in tables for known in table]
     listed = known[:most]
+    if most is None:
+        while len(", ".join(listed)) > _LONGEST:
+            listed.pop()
     rest = f" and {len(known) - len(listed)} more" if len(known) > len(listed) else ""
     return f"Known: {', '.join(listed) or 'none'}{rest}."
 

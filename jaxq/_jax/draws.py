@@ -16,12 +16,42 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import described
 from jaxq._base.shapes import holds
 from jaxq._jax.opaque import opaque
 
-__all__ = ["bits", "fold_in", "one_of", "split"]
+__all__ = ["bits", "checked_key", "fold_in", "one_of", "split"]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def checked_key(owner: str, key: Any) -> Any:
+    """Returns the argument `key` of a function, after checking that it is None or one random key.
+
+    Raises:
+      TypeError: if it is something else, such as a seed.
+      ValueError: if it is an array of keys.
+
+    Example:
+      >>> checked_key("fake_quant", 0)
+      Traceback (most recent call last):
+      ...
+      TypeError: fake_quant: `key` must be a random key, got 0. Pass jax.random.key(seed).
+    """
+    dtype = getattr(key, "dtype", None)
+    if key is None:
+        return None
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_typed and (dtype != np.uint32 or not np.ndim(key)):
+        raise TypeError(
+            f"{owner}: `key` must be a random key, got {described(key)}. Pass jax.random.key(seed)."
+        )
+    if np.ndim(key) != (0 if is_typed else 1):
+        raise ValueError(
+            f"{owner}: `key` must be one random key, got an array of shape {np.shape(key)}. Pass "
+            "one of its keys, or map over them with jax.vmap."
+        )
+    return key
 
 
 def bits(key: jax.typing.ArrayLike, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxq._base.arguments import integer, number
 from jaxq.analysis._integrals import CHANCES, Grid, Maps, legendre, whole
 from jaxq.analysis.distributions import Distribution, get_distribution
 from jaxq.formats import Format, IntFormat, get_format
@@ -67,8 +68,7 @@ def lloyd_max(count: int, distribution: "str | Distribution" = "gaussian") -> Ll
       Max, "Quantizing for Minimum Distortion" (1960), table 1; Lloyd, "Least Squares Quantization
       in PCM" (1957, printed 1982).
     """
-    if not 1 <= count <= 2**16:
-        raise ValueError(f"lloyd_max: `count` must be 1 to 65536, got {count}. Use 16 for 4 bits.")
+    integer("lloyd_max", "count", count, "Use 16 for 4 bits.", least=1, most=2**16)
     d = get_distribution(distribution)
     if count == 1:
         return LloydMax(np.zeros(1), np.zeros(0), 1.0)
@@ -254,9 +254,7 @@ def shannon_sqnr_db(bits: float, distribution: "str | Distribution" = "gaussian"
     References:
       Shannon, "Coding Theorems for a Discrete Source with a Fidelity Criterion" (1959).
     """
-    if not bits >= 0:
-        raise ValueError(
-            f"shannon_sqnr_db: `bits` must not be negative, got {bits}. Use, for example, 4."
-        )
+    remedy = "Use, for example, 4."
+    number("shannon_sqnr_db", "bits", bits, "a number of at least 0", lambda b: b >= 0, remedy)
     h = get_distribution(distribution).entropy
     return 10 * math.log10(2 * math.pi * math.e) + 20 * math.log10(2) * (bits - h)

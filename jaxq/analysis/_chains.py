@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from jaxq._base.arguments import items_of
 from jaxq._base.tables import Table
 from jaxq.analysis._arguments import FormatOrRecipe, format_or_recipe
 from jaxq.numerics import cast, floats
@@ -52,7 +53,7 @@ def chain(x: jax.typing.ArrayLike, steps: Sequence[FormatOrRecipe]) -> list[jax.
       [[0.3125, 2.0], [0.2857142984867096, 2.0]]
     """
     y, result = floats("chain", x), []
-    for step in steps:
+    for step in items_of("chain", "steps", steps):
         y = _convert(y, step)
         result.append(y)
     return result

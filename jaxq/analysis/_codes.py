@@ -14,7 +14,7 @@ from jaxq._jax.serialization import named_tuple
 from jaxq.analysis._arguments import FormatOrRecipe, check_arguments, spacing_exponent
 from jaxq.analysis._sums import blocks_of, power_of_two
 from jaxq.formats import Format, get_format
-from jaxq.numerics import encode, widen
+from jaxq.numerics import encode, floats, widen
 from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import Granularity, Recipe
 
@@ -52,7 +52,10 @@ def ulp_error(
       >>> ulp_error(jnp.array([1.25, 2.5]), jnp.array([1.0, 2.0]), "float8_e4m3fn").tolist()
       [2.0, 2.0]
     """
-    x, y = (widen(check_arguments("ulp_error", a, "float32")[0]) for a in (x, y))
+    x, y = (
+        widen(floats("ulp_error", value, argument=argument, float64=False))
+        for argument, value in (("x", x), ("y", y))
+    )
     if x.shape != y.shape:
         raise ValueError(
             f"ulp_error: `y` must have the shape of `x`, {x.shape}, got {y.shape}. Broadcast or "

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxq._base.arguments import integer, names_of
 from jaxq.analysis._monitoring import STATISTICS, check_names
 from jaxq.models import Monitored
 
@@ -92,12 +93,11 @@ class LiveTable:
             from rich.live import Live
         except ImportError as error:
             raise ImportError("jaxq.analysis.LiveTable needs rich: pip install rich.") from error
-        self._statistics = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        if isinstance(statistics, str):
+            statistics = (statistics,)
+        self._statistics = names_of("LiveTable", "statistics", statistics)
         check_names("LiveTable", "statistics", self._statistics, _SCALARS)
-        if worst < 1:
-            raise ValueError(
-                f"LiveTable: `worst` must be at least 1, got {worst}. Use, for example, 8."
-            )
+        integer("LiveTable", "worst", worst, "Use, for example, 8.", least=1)
         self._count = worst
         self._worst: dict[str, tuple[float, int]] = {}
         self._live = Live(console=console, auto_refresh=False)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxq._base.arguments import path as as_path
 from jaxq.analysis._steps import GradientError
 from jaxq.models import Monitored
 from jaxq.recipes import Recipe, title_of
@@ -89,7 +90,7 @@ class StatisticsLog:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = pathlib.Path(path)
+        self.path = as_path("StatisticsLog", "path", path)
         self._header: str | None = None
 
     def append(
@@ -196,7 +197,7 @@ def read_log(path: str | os.PathLike[str]) -> Log:
       ...     read_log(path).steps.tolist()
       [0]
     """
-    path = pathlib.Path(path)
+    path = as_path("read_log", "path", path)
     lines = path.read_bytes().split(b"\n")[:-1]
     header = _parsed(path, lines[0].decode(errors="replace") if lines else "")
     columns = header.columns

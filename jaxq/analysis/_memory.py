@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from jaxq._base.arguments import integer, items_of, number
 from jaxq._base.tables import Table, figure
 from jaxq.analysis._arguments import FormatOrRecipe, format_or_recipe
 from jaxq.analysis._sqnr import label
@@ -78,11 +79,14 @@ def memory(
       >>> [round(part / 2**30, 2) for part in m]
       [5.41, 1.0, 0.64]
     """
-    for name, value, least in (("context", context, 0), ("batch", batch, 0)):
-        _check(value >= least, f"`{name}` must not be negative", value)
-    _check(overhead >= 0, "`overhead` must not be negative", overhead)
+    integer("memory", "context", context, "Use, for example, 8192.", least=0)
+    integer("memory", "batch", batch, "Use, for example, 1.", least=0)
+    at_least_0, requirement = (lambda v: v >= 0), "a number of at least 0"
+    number("memory", "overhead", overhead, requirement, at_least_0, "Use, for example, 0.1.")
     if not isinstance(model, str | Model):
-        _check(0 <= model < math.inf, "the number of parameters must be finite, 0 or more", model)
+        requirement = "a name, a Model or a number of parameters of at least 0"
+        remedy = "Use, for example, 7e9, or a name in jaxq.analysis.machines.MODELS."
+        number("memory", "model", model, requirement, at_least_0, remedy)
         weights, cache = model * _bits(recipe, _SHAPE) / 8, 0.0
         return Memory(weights, cache, overhead * weights)
     model = named("model", model, MODELS)
@@ -99,11 +103,6 @@ def _bits(recipe: FormatOrRecipe, shape: tuple[int, ...]) -> float:
     """Returns the bits per element of a tensor, including scales."""
     target = format_or_recipe(recipe)
     return target.bits_per_weight(shape) if isinstance(target, Recipe) else float(target.bits)
-
-
-def _check(ok: bool, requirement: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"memory: {requirement}, got {got!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +162,7 @@ def memory_table(
     spec = params if model is None else model
     assert spec is not None
     rows = []
-    for recipe in recipes:
+    for recipe in items_of("memory_table", "recipes", recipes):
         m = memory(
             spec,
             recipe,
@@ -263,9 +262,10 @@ def fits_table(
       llama-3.1-8b   bfloat16  rtx-4090      17.55  0.7314  True        1   56202
       llama-3.1-8b  int4_g128  rtx-4090      7.052  0.2938  True        1  134410
     """
-    recipes, places = tuple(recipes), [named("device", d, DEVICES) for d in devices]
+    recipes = items_of("fits_table", "recipes", recipes)
+    places = [named("device", d, DEVICES) for d in items_of("fits_table", "devices", devices)]
     rows = []
-    for model in models:
+    for model in items_of("fits_table", "models", models):
         for recipe in recipes:
             m = memory(
                 model,

@@ -140,7 +140,10 @@ def pair(
     name: str, x: jax.typing.ArrayLike, y: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """Converts two arguments to a common dtype, float32 or float64, and stops their gradients."""
-    x, y = (widen(floats(name, lax.stop_gradient(a))) for a in (x, y))
+    x, y = (
+        lax.stop_gradient(widen(floats(name, value, argument=argument)))
+        for argument, value in (("x", x), ("y", y))
+    )
     if x.shape != y.shape:
         raise ValueError(
             f"{name}: `y` must have the shape of `x`, {x.shape}, got {y.shape}. "

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jaxq._base.arguments import described, integer
 from jaxq._base.registry import suggestion
 from jaxq.analysis._arguments import format_or_recipe
 from jaxq.analysis._finishing import finished
@@ -94,6 +95,7 @@ class Monitoring:
 
     Raises:
       ValueError: if a name is unknown, a counterfactual is stochastic, or `every` is less than 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> Monitoring(statistics=("sqnr", "amax"))
@@ -116,8 +118,7 @@ class Monitoring:
             check_pattern("Monitoring", "products", pattern)
         check_names("Monitoring", "tensors", self.tensors, TENSORS)
         check_names("Monitoring", "statistics", self.statistics, STATISTICS)
-        if self.every < 1:
-            raise ValueError(f"Monitoring: `every` must be at least 1, got {self.every}. Use 1.")
+        integer("Monitoring", "every", self.every, "Use 1.", least=1)
         counterfactuals = self.counterfactuals
         if isinstance(counterfactuals, str | Recipe | Format):
             counterfactuals = (counterfactuals,)
@@ -388,4 +389,9 @@ def monitor(
       >>> seen["w/lhs/int4_tensor/sqnr_db"]
       24.53...
     """
+    if not isinstance(request, Monitoring):
+        raise TypeError(
+            f"monitor: `request` must be a jaxq.analysis.Monitoring, got {described(request)}. "
+            "Use Monitoring() for the default."
+        )
     return make_monitored("monitor", fn, rules, _Statistics(request), request.products, argnums)

@@ -9,6 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.bits import FloatLayout, where
+from jaxq._jax.draws import checked_key
 from jaxq._jax.serialization import named_tuple
 from jaxq.analysis._arguments import (
     FormatOrRecipe,
@@ -102,6 +103,7 @@ def quantization_error(
       (0.5, 0.25, 0.25)
     """
     x, target = check_arguments("quantization_error", x, recipe)
+    key = checked_key("quantization_error", key)
     return _quantization_error(lax.stop_gradient(x), key, target, per)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
+from jaxq._base.arguments import integer, items_of, shape_of
 from jaxq._base.tables import Table
 from jaxq.analysis._arguments import FormatOrRecipe, format_or_recipe
 from jaxq.analysis._bounds import lloyd_max, optimal_clip, shannon_sqnr_db
@@ -75,12 +76,13 @@ def sqnr_table(
       mxfp4     4.25            -        18.7...       0.01...       25.59   6.7...
       nvfp4      4.5            -        20.4...       0.009...       27.09   6.6...
     """
-    d = get_distribution(distribution)
+    d, shape = get_distribution(distribution), shape_of("sqnr_table", shape)
+    integer("sqnr_table", "seed", seed, "Use, for example, 0.", least=0, most=2**32 - 1)
     x = None
     if measure:
         x = d.sample(np.random.default_rng(seed), shape).astype(np.float32)
     rows = []
-    for spec in RECIPES if recipes is None else recipes:
+    for spec in RECIPES if recipes is None else items_of("sqnr_table", "recipes", recipes):
         target = format_or_recipe(spec)
         bits = target.bits_per_weight(shape) if isinstance(target, Recipe) else float(target.bits)
         measured = math.nan if x is None else _measured(x, target, seed)
@@ -155,7 +157,8 @@ def bounds_table(
       4          19.38         20.22       24.08    3.86
     """
     d, rows = get_distribution(distribution), []
-    for width in bits:
+    for width in items_of("bounds_table", "bits", bits):
+        integer("bounds_table", "bits", width, "Use, for example, range(2, 9).", least=1, most=16)
         count = 2**width
         even = IntFormat(f"int{width}", width)
         if count <= 256:  # Evenly spaced levels, symmetric around 0.

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import flags
 from jaxq._jax.serialization import named_tuple
 from jaxq.analysis._sums import share
 from jaxq.numerics import cast
@@ -67,6 +68,8 @@ def gradient_errors(
       >>> round(float(e.cosine), 3), round(float(e.norm_ratio), 3), round(float(e.error), 3)
       (0.99, 1.179, 0.236)
     """
+    remedy = "Use True only for gradients with a leading axis of samples."
+    flags("gradient_errors", remedy, sampled=sampled)
 
     def of_leaf(path: str, g: jax.Array, f: jax.Array) -> GradientError:
         if g.shape[int(sampled) :] != f.shape:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import described
 from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import divide
@@ -37,11 +38,14 @@ Combine = Callable[[jax.Array, jax.Array], jax.Array]
 
 def blocks_of(shape: tuple[int, ...], per: Granularity | None) -> Cut:
     """Returns the blocks of a tensor that get one result each; one block if `per` is None."""
-    return (
-        Cut((math.prod(shape),), (math.prod(shape),))
-        if per is None
-        else Cut(shape, per.block(shape))
-    )
+    if per is None:
+        return Cut((math.prod(shape),), (math.prod(shape),))
+    if not isinstance(per, Granularity):
+        raise TypeError(
+            f"`per` must be a granularity or None, got {described(per)}. Use, for example, "
+            "jaxq.PerChannel(-1)."
+        )
+    return Cut(shape, per.block(shape))
 
 
 def over_blocks(

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import shape_of
 from jaxq.analysis._arguments import FormatOrRecipe, format_or_recipe
 from jaxq.analysis._extremes import (
     highest_nodes,
@@ -121,6 +122,7 @@ def expected_error(
       18.0
     """
     target, d = format_or_recipe(recipe), get_distribution(distribution)
+    shape = shape_of("expected_error", shape)
     size = math.prod(shape)
     if size == 0:
         return Expected(0.0, 0.0)

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from jaxq._base.arguments import number
 from jaxq._base.registry import Registry
 
 __all__ = [
@@ -228,6 +229,7 @@ class StudentT:
 
     Raises:
       ValueError: if `df` is 2 or less, or infinite.
+      TypeError: if a field has another type.
 
     Example:
       >>> StudentT(df=4).name
@@ -242,11 +244,8 @@ class StudentT:
         return math.inf
 
     def __post_init__(self) -> None:
-        if not 2 < self.df < math.inf:
-            raise ValueError(
-                "StudentT: `df` must be above 2 (for a finite variance) and finite, got "
-                f"{self.df}. Use 5."
-            )
+        requirement = "a finite number above 2, for a finite variance"
+        number("StudentT", "df", self.df, requirement, lambda df: df > 2, "Use 5.")
 
     @property
     def name(self) -> str:
@@ -318,11 +317,10 @@ def get_distribution(spec: "str | Distribution") -> Distribution:
 
     Raises:
       ValueError: if the name is unknown. The message suggests similar names.
+      TypeError: if the argument is neither a name nor a `Distribution`.
 
     Example:
       >>> get_distribution("student_t")
       StudentT(df=5.0)
     """
-    if not isinstance(spec, str):
-        return spec
-    return DISTRIBUTIONS.find(spec)
+    return DISTRIBUTIONS.resolve(spec, "distribution", "sample")

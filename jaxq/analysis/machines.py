@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
+from jaxq._base.arguments import described
 from jaxq._base.registry import suggestion
 
 __all__ = ["DEVICES", "MODELS", "Device", "Model"]
@@ -156,9 +157,15 @@ def named(noun: str, spec: "str | _Record", known: Mapping[str, _Record]) -> _Re
 
     Raises:
       ValueError: if the name is unknown; the message suggests similar names.
+      TypeError: if the argument is neither a name nor a record.
     """
-    if not isinstance(spec, str):
+    if isinstance(spec, Model | Device):
         return spec
+    if not isinstance(spec, str):
+        raise TypeError(
+            f"A {noun} must be a name or a jaxq.analysis.{noun.capitalize()}, got "
+            f"{described(spec)}. {suggestion('', known)}"
+        )
     if spec not in known:
         raise ValueError(f"No {noun} is named {spec!r}. {suggestion(spec, known)}")
     return known[spec]

@@ -55,6 +55,13 @@ def _count(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 7B or 7e9") from None
 
 
+def _seed(text: str) -> int:
+    """Returns a seed; JAX would use only the low 32 bits of a larger one."""
+    if not re.fullmatch(r"\s*\d{1,10}", text) or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number below 2^32")
+    return int(text)
+
+
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
@@ -115,7 +122,7 @@ def _show(parser: argparse.ArgumentParser) -> None:
         choices=policies,
         help="the result for numbers beyond the format's range (default: as in ml_dtypes)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the seed of stochastic rounding")
+    parser.add_argument("--seed", type=_seed, default=0, help="the seed of stochastic rounding")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -175,7 +182,7 @@ def _plot(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tensor", metavar="NAME", help="the name of the tensor in the file")
     _axis(parser, default=None)
-    parser.add_argument("--seed", type=int, default=0, help="the seed of the random numbers")
+    parser.add_argument("--seed", type=_seed, default=0, help="the seed of the random numbers")
 
 
 def _memory(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxq._base.arguments import choice, described, flags, integer, items_of
 from jaxq._base.registry import Registry
 from jaxq._base.tables import Table
 from jaxq.formats._codebooks import CodebookFormat
@@ -51,15 +52,13 @@ def p3109(
     References:
       IEEE SA P3109 Working Group, interim report 3, section 4.
     """
+    example = "Use, for example, p3109(8, 4)."
+    flags("p3109", example, signed=signed)
+    bits = integer("p3109", "bits", bits, example, least=3, most=15)
+    most = bits - int(signed)
+    precision = integer("p3109", "precision", precision, example, least=1, most=most)
+    choice("p3109", "domain", domain, ("extended", "finite"), "Use 'extended'.")
     name = f"binary{bits}p{precision}{'s' if signed else 'u'}{domain[:1]}"
-    if not (3 <= bits <= 15 and 1 <= precision <= bits - int(signed)):
-        raise ValueError(
-            f"p3109: for {name!r}, `bits` must be 3 to 15 and `precision` 1 to "
-            f"{'bits - 1' if signed else 'bits'}, got bits={bits}, precision={precision}. Use, for "
-            "example, p3109(8, 4)."
-        )
-    if domain not in ("extended", "finite"):
-        raise ValueError(f"p3109: `domain` must be 'extended' or 'finite', got {domain!r}.")
     exponent_bits = bits - precision + 1 - int(signed)
     return FloatFormat(
         name,
@@ -92,6 +91,10 @@ def fixed_point(integer_bits: int, fraction_bits: int, *, signed: bool = True) -
       >>> fixed_point(3, 4).max
       7.9375
     """
+    example = "Use, for example, fixed_point(3, 4)."
+    flags("fixed_point", example, signed=signed)
+    integer_bits = integer("fixed_point", "integer_bits", integer_bits, example)
+    fraction_bits = integer("fixed_point", "fraction_bits", fraction_bits, example)
     name = f"{'' if signed else 'u'}q{integer_bits}.{fraction_bits}"
     bits = integer_bits + fraction_bits + int(signed)
     return IntFormat(name, bits, signed=signed, fraction_bits=fraction_bits)
@@ -251,13 +254,15 @@ def get_format(spec: "str | Format | np.dtype | type") -> Format:
     if isinstance(spec, str):
         name = str(spec)
     else:
-        try:
-            name = np.dtype(spec).name
-        except TypeError as error:
+        try:  # NumPy reads None as float64, arrays as their dtype, and sequences as structures.
+            name = np.dtype(spec).name if isinstance(spec, np.dtype | type) else None
+        except (TypeError, ValueError, AttributeError):
+            name = None
+        if name is None:
             raise TypeError(
                 "get_format: `spec` must be a name such as 'float8_e4m3fn', a dtype or a format, "
-                f"got {type(spec).__name__}."
-            ) from error
+                f"got {described(spec)}. Use a name in jaxq.formats.FORMATS."
+            )
     return FORMATS.find(name)
 
 
@@ -292,7 +297,8 @@ def formats_table(formats: "Iterable[str | Format] | None" = None) -> Table:
       float8_e4m3fn     8  448         0.015625    0.001953           0.125              253 ...
       int4              4    7                1             1               1               16 ...
     """
-    chosen = [get_format(spec) for spec in (FORMATS.values() if formats is None else formats)]
+    specs = FORMATS.values() if formats is None else items_of("formats_table", "formats", formats)
+    chosen = [get_format(spec) for spec in specs]
     return Table(
         tuple(
             FormatRow(

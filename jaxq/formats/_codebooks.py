@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from jaxq.formats._derived import Derived, require
+from jaxq._base.arguments import choice, described
+from jaxq.formats._derived import Derived, require, set_integers
 
 __all__ = ["CodebookFormat"]
 
@@ -26,6 +27,7 @@ class CodebookFormat(Derived):
     Raises:
       ValueError: if there are fewer than two distinct levels or more than 256 levels, or if a level
         is not finite or is a float32 subnormal.
+      TypeError: if a field has another type.
 
     Example:
       >>> CodebookFormat("ternary", (-1.0, 0.0, 1.0)).bits
@@ -38,8 +40,17 @@ class CodebookFormat(Derived):
 
     def __post_init__(self) -> None:
         check = functools.partial(require, "CodebookFormat", self.name)
-        check(2 <= len(self.levels) <= 256, "`levels` must hold 2 to 256 values", len(self.levels))
-        levels = np.asarray(self.levels, np.float32)
+        set_integers(self, (), "")
+        try:
+            levels = np.asarray(self.levels, np.float32)
+        except (TypeError, ValueError):
+            levels = None
+        if levels is None or levels.ndim != 1:
+            raise TypeError(
+                f"CodebookFormat {self.name!r:.40}: `levels` must be a sequence of numbers, got "
+                f"{described(self.levels)}. Pass a tuple of floats."
+            )
+        check(2 <= len(levels) <= 256, "`levels` must hold 2 to 256 values", len(levels))
         finite = np.isfinite(levels)
         check(bool(finite.all()), "`levels` must be finite", levels[~finite].tolist()[:3])
         check(
@@ -53,7 +64,9 @@ class CodebookFormat(Derived):
             "`levels` must not be float32 subnormals",
             levels[subnormal].tolist()[:3],
         )
-        check(self.ties in ("down", "up"), "`ties` must be 'down' or 'up'", self.ties)
+        choice(
+            f"CodebookFormat {self.name!r:.40}", "ties", self.ties, ("down", "up"), "Use 'down'."
+        )
         object.__setattr__(self, "levels", tuple(float(v) + 0.0 for v in levels))
 
     @property

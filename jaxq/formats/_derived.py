@@ -2,11 +2,14 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
 
-__all__ = ["Derived", "require"]
+from jaxq._base.arguments import described, integer
+
+__all__ = ["Derived", "require", "set_integers"]
 
 _ENUMERABLE_BITS = 16  # Formats wider than this have too many values to list.
 
@@ -14,18 +17,20 @@ _ENUMERABLE_BITS = 16  # Formats wider than this have too many values to list.
 def require(owner: str, name: str, ok: bool, requirement: str, got: object) -> None:
     """Raises a ValueError that names the class, the format and the requirement, unless `ok`."""
     if not ok:
-        raise ValueError(f"{owner} {name!r}: {requirement}, got {got!r}.")
+        raise ValueError(f"{owner} {name!r:.40}: {requirement}, got {got!r:.40}.")
 
 
-def width(owner: str, name: str, argument: str, value: object, remedy: str) -> int:
-    """Returns a width as a Python integer; raises a TypeError for other values, such as tracers."""
-    if not isinstance(value, int | np.integer):
-        got = "a traced value" if "Tracer" in type(value).__name__ else type(value).__name__
+def set_integers(fmt: "Derived", names: Sequence[str], remedy: str) -> None:
+    """Replaces fields of a format by Python integers; raises a TypeError for other values."""
+    owner = type(fmt).__name__
+    if not isinstance(fmt.name, str):
         raise TypeError(
-            f"{owner} {name!r}: `{argument}` must be a Python integer, got {got}. For widths that "
-            f"vary inside jax.jit or jax.vmap, {remedy}."
+            f"{owner}: `name` must be a string, got {described(fmt.name)}. Write, for example, "
+            f"{owner}('mine', ...)."
         )
-    return int(value)
+    for name in names:
+        value = getattr(fmt, name)
+        object.__setattr__(fmt, name, integer(f"{owner} {fmt.name!r:.40}", name, value, remedy))
 
 
 class Derived:

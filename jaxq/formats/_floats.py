@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from jaxq.formats._derived import Derived, require, width
+from jaxq._base.arguments import choice, flags, integer
+from jaxq.formats._derived import Derived, require, set_integers
 
 __all__ = ["FloatFormat"]
 
@@ -37,6 +38,7 @@ class FloatFormat(Derived):
 
     Raises:
       ValueError: if a width or the bias is not possible, or no finite value would remain.
+      TypeError: if a field has another type.
 
     Example:
       >>> e4m3 = FloatFormat("my_e4m3", exponent_bits=4, mantissa_bits=3, nan="all_ones")
@@ -61,10 +63,17 @@ class FloatFormat(Derived):
 
     def __post_init__(self) -> None:
         check = functools.partial(require, "FloatFormat", self.name)
-        for field in ("exponent_bits", "mantissa_bits"):
-            remedy = "use jaxq.cast(x, jaxq.float_grid(exponent_bits, mantissa_bits))"
-            value = width("FloatFormat", self.name, field, getattr(self, field), remedy)
-            object.__setattr__(self, field, value)
+        fields = ["exponent_bits", "mantissa_bits"] + ["bias"] * (self.bias is not None)
+        set_integers(self, fields, "For traced widths, use jaxq.float_grid.")
+        owner, remedy = f"FloatFormat {self.name!r:.40}", "Omit it for the default."
+        flags(
+            owner,
+            remedy,
+            signed=self.signed,
+            inf=self.inf,
+            zero=self.zero,
+            subnormals=self.subnormals,
+        )
         e, m = self.exponent_bits, self.mantissa_bits
         check(e >= 1, "`exponent_bits` must be at least 1 (else use IntFormat)", e)
         check(m >= 0, "`mantissa_bits` must be at least 0", m)
@@ -75,11 +84,10 @@ class FloatFormat(Derived):
             "`exponent_bits` must be at most 8 in a format of more than 16 bits",
             e,
         )
-        check(
-            self.nan in ("ieee", "all_ones", "negative_zero", None),
-            "`nan` must be 'ieee', 'all_ones', 'negative_zero' or None",
-            self.nan,
-        )
+        choice(owner, "nan", self.nan, ("ieee", "all_ones", "negative_zero", None), remedy)
+        choice(owner, "parity", self.parity, ("code", "significand"), remedy)
+        if self.bias is not None:
+            integer(owner, "bias", self.bias, remedy, least=-(2**16), most=2**16)
         check(
             self.nan != "negative_zero" or (self.signed and self.zero),
             "nan='negative_zero' needs a signed format with a zero",

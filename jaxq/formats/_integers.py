@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from jaxq.formats._derived import Derived, require, width
+from jaxq._base.arguments import flags
+from jaxq.formats._derived import Derived, require, set_integers
 
 __all__ = ["IntFormat"]
 
@@ -24,6 +25,7 @@ class IntFormat(Derived):
 
     Raises:
       ValueError: if the width or `fraction_bits` is out of range, or `narrow` is not possible.
+      TypeError: if a field has another type.
 
     Example:
       >>> IntFormat("int4", 4).values.astype(int).tolist()
@@ -38,9 +40,9 @@ class IntFormat(Derived):
 
     def __post_init__(self) -> None:
         check = functools.partial(require, "IntFormat", self.name)
-        remedy = "use jaxq.cast(x, jaxq.int_grid(bits))"
-        value = width("IntFormat", self.name, "bits", self.bits, remedy)
-        object.__setattr__(self, "bits", value)
+        set_integers(self, ("bits", "fraction_bits"), "For traced widths, use jaxq.int_grid.")
+        owner, remedy = f"IntFormat {self.name!r:.40}", "Omit it for the default."
+        flags(owner, remedy, signed=self.signed, narrow=self.narrow)
         check(1 <= self.bits <= 16, "`bits` must be 1 to 16", self.bits)
         check(
             abs(self.fraction_bits) <= 16, "`fraction_bits` must be -16 to 16", self.fraction_bits

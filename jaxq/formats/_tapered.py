@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from jaxq.formats._derived import Derived, require
+from jaxq.formats._derived import Derived, require, set_integers
 
 __all__ = ["TaperedFormat"]
 
@@ -33,6 +33,7 @@ class TaperedFormat(Derived):
 
     Raises:
       ValueError: if a width is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> posit8 = TaperedFormat("posit8", 8, exponent_bits=2)
@@ -51,6 +52,8 @@ class TaperedFormat(Derived):
 
     def __post_init__(self) -> None:
         check = functools.partial(require, "TaperedFormat", self.name)
+        fields = ["bits"] + ["exponent_bits"] * (self.exponent_bits is not None)
+        set_integers(self, fields, "Write, for example, TaperedFormat('posit8', 8).")
         min_bits = 6 if self.exponent_bits is None else 5
         check(min_bits <= self.bits <= 16, f"`bits` must be {min_bits} to 16", self.bits)
         valid = self.exponent_bits is None or 0 <= self.exponent_bits <= 3

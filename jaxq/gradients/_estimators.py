@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer, number
 from jaxq._base.registry import Registry
 from jaxq.gradients._attaching import GivenScales, Gradient, Snap, passed
 
@@ -82,6 +83,7 @@ class LSQ:
 
     Raises:
       ValueError: if `count` is below 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq
@@ -96,10 +98,8 @@ class LSQ:
     count: int | None = None
 
     def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise ValueError(
-                f"LSQ: `count` must be at least 1, or None, got {self.count}. Use None for weights."
-            )
+        if self.count is not None:
+            integer("LSQ", "count", self.count, "Use None for weights.", least=1)
 
     def __call__(self, tangent: jax.Array, snap: Snap) -> jax.Array:
         """Returns the tangent strictly inside the range, and zero elsewhere."""
@@ -157,6 +157,7 @@ class TrustRegion:
 
     Raises:
       ValueError: if `factor` is not positive.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq
@@ -172,11 +173,8 @@ class TrustRegion:
     neighbors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.factor > 0:
-            raise ValueError(
-                f"TrustRegion: `factor` must be positive, got {self.factor}. Use 1.0 for "
-                "half a step."
-            )
+        remedy = "Use 1.0 for half a step."
+        number("TrustRegion", "factor", self.factor, "a positive number", lambda f: f > 0, remedy)
 
     def __call__(self, tangent: jax.Array, snap: Snap) -> jax.Array:
         """Returns the tangent where the error is within the bound, and zero elsewhere."""
@@ -204,6 +202,7 @@ class DSQ:
 
     Raises:
       ValueError: if `alpha` is not in (0, 1).
+      TypeError: if a field has another type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -222,10 +221,8 @@ class DSQ:
     neighbors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise ValueError(
-                f"DSQ: `alpha` must be in (0, 1), got {self.alpha}. Use, for example, 0.2."
-            )
+        remedy = "Use, for example, 0.2."
+        number("DSQ", "alpha", self.alpha, "a number in (0, 1)", lambda a: 0 < a < 1, remedy)
 
     def __call__(self, tangent: jax.Array, snap: Snap) -> jax.Array:
         """Returns the tangent times the slope of the staircase."""

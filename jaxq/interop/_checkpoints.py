@@ -20,6 +20,7 @@ from jaxq._jax.serialization import class_named, name_of, static_text, with_stat
 from jaxq.interop._entries import FileError
 from jaxq.interop._files import TensorFile, open_tensors
 from jaxq.interop._safetensors import DTYPES, Tensor, write_tensors
+from jaxq.interop._tree_checks import check_array, check_key, check_text
 from jaxq.interop._writing import atomic
 
 __all__ = ["VERSION", "load", "save", "save_streamed"]
@@ -223,11 +224,9 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
 
 def _key(entry: Any) -> Any:
     """Returns the key of a dictionary, the index of a sequence or the name of a field."""
-    key = next(getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name))
-    if not isinstance(key, str | int):
-        raise TypeError(
-            f"save: keys of a tree must be strings or integers, got {key!r:.60}. Rename them."
-        )
+    names = (name for name in ("key", "idx", "name") if hasattr(entry, name))
+    key = getattr(entry, next(names, "key"), entry)
+    check_key(key)
     return key
 
 
@@ -252,8 +251,10 @@ def _describe_leaf(
 ) -> dict[str, Any]:
     name = "/".join(map(str, path)) or "array"
     if isinstance(value, bool | int | float | str) and not isinstance(value, np.generic):
+        check_text("strings of a tree", value)
         leaves.append(_Leaf(name, value))
         return {"value": value}
+    check_array(name, value)
     if not (_is_array(value) or isinstance(value, jax.ShapeDtypeStruct)):
         raise TypeError(
             f"save: leaves must be arrays, numbers or strings, got {type(value).__name__} at "

@@ -18,6 +18,7 @@ import jax
 import ml_dtypes  # noqa: F401  Registers its dtypes with NumPy by name.
 import numpy as np
 
+from jaxq._base.arguments import path as as_path
 from jaxq.interop._entries import Entry, FileError
 from jaxq.interop._layouts import combine_weights, config_beside
 from jaxq.interop._npy import read_npy_header
@@ -274,7 +275,10 @@ def open_tensors(path: str | pathlib.Path, *, raw: bool = False) -> Iterator[Ten
       ...     {entry.name: entry.shape for entry in file.entries}
       {'w': (2, 4), 'ids': (3,)}
     """
-    path = pathlib.Path(path)
+    try:
+        path = as_path("open_tensors", "path", path)
+    except ValueError as error:
+        raise FileError(str(error)) from None
     with contextlib.ExitStack() as stack:
         if path.is_dir() or path.name.endswith(".index.json"):
             shards = [stack.enter_context(_opened(shard)) for shard in shards_of(path)]

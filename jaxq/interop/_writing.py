@@ -7,11 +7,13 @@ import secrets
 from collections.abc import Iterator
 from typing import IO, Any
 
+from jaxq._base.arguments import path as as_path
+
 __all__ = ["atomic"]
 
 
 @contextlib.contextmanager
-def atomic(path: str | pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic(path: str | pathlib.Path, mode: str = "wb", *, owner: str = "save") -> Iterator[IO[Any]]:
     """Yields a file that replaces the one at `path` only when it is complete.
 
     It is written to a temporary file in the same folder and renamed at the end; an error removes
@@ -20,11 +22,13 @@ def atomic(path: str | pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
     Args:
       path: the path of the file.
       mode: `"w"` or `"wb"`. Default: `"wb"`.
+      owner: the function that writes, for errors about the path.
 
     Raises:
       OSError: if the path is not a regular file, or its folder is missing or not writable.
     """
-    path = pathlib.Path(os.path.realpath(path))
+    named = pathlib.Path() if isinstance(path, str) and not path else as_path(owner, "path", path)
+    path = pathlib.Path(os.path.realpath(named))
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     if path.exists() and not path.is_file():  # Do not replace a device or pipe.

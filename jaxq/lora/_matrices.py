@@ -6,6 +6,9 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import array, integer, number
+from jaxq.numerics import floats
+
 __all__ = ["Factors", "low_rank"]
 
 
@@ -67,16 +70,20 @@ def low_rank(
       >>> jnp.abs(a @ b).round(4).tolist()
       [[3.0, 0.0], [0.0, 0.0]]
     """
-    w = jnp.asarray(w).astype(jnp.float32)
-    inputs, outputs = w.shape[-2:]
-    if not 1 <= rank <= min(inputs, outputs):
+    w = floats("low_rank", w, argument="w").astype(jnp.float32)
+    if w.ndim < 2:
         raise ValueError(
-            f"low_rank: `rank` must be from 1 to {min(inputs, outputs)} for a matrix of shape "
-            f"{(inputs, outputs)}, got {rank}. Use a lower rank."
+            f"low_rank: `w` must have the shape (..., inputs, outputs), got {w.shape}. Reshape it."
         )
+    inputs, outputs = w.shape[-2:]
+    integer("low_rank", "rank", rank, "Use a lower rank.", least=1, most=min(inputs, outputs))
+    requirement = "a number of at least 0"
+    number("low_rank", "damping", damping, requirement, lambda v: v >= 0, "Use 0.01.")
     back = None
     if hessian is not None:
-        h = jnp.asarray(hessian).astype(jnp.float32)
+        remedy = "Pass the sum of x x^T of the inputs of `w`."
+        h = array("low_rank", "hessian", hessian, "a matrix of numbers", remedy)
+        h = h.astype(jnp.float32)
         if h.shape != (*w.shape[:-1], inputs):
             raise ValueError(
                 f"low_rank: `hessian` must have the shape {(*w.shape[:-1], inputs)}, got "

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import described, integer, number
 from jaxq._base.registry import Registry
 from jaxq.lora._matrices import Factors, low_rank
 from jaxq.ptq import ObservedInputs
@@ -55,6 +56,10 @@ class Method(Protocol):
         ...
 
 
+def _check_rank(method: Any) -> None:
+    integer(type(method).__name__, "rank", method.rank, "Use, for example, 16.", least=1)
+
+
 def _approximation(w: jax.Array, rank: int, **weights: Any) -> Factors:
     """Returns `low_rank` of matrices that may be too small for the rank of other adapters."""
     return low_rank(w, min(rank, *w.shape[-2:]), **weights)
@@ -73,6 +78,7 @@ class QLoRA:
 
     Raises:
       ValueError: if the rank is below 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> QLoRA(rank=64, alpha=16).scaling
@@ -90,10 +96,12 @@ class QLoRA:
     iterations = 1
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(
-                f"QLoRA: `rank` must be at least 1, got {self.rank}. Use, for example, 16."
-            )
+        _check_rank(self)
+        remedy = "Use, for example, 0."
+        integer("QLoRA", "seed", self.seed, remedy, least=0, most=2**32 - 1)
+        if self.alpha is not None:
+            remedy = "Use None for a factor of 1."
+            number("QLoRA", "alpha", self.alpha, "a positive number", lambda a: a > 0, remedy)
 
     @property
     def scaling(self) -> float:
@@ -130,6 +138,10 @@ class LoftQ:
       iterations: the number of iterations; 5 by default, as in the paper. With 1, as in PEFT,
         the quantized weight is that of w itself.
 
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if a field has another type.
+
     Example:
       >>> import jax.numpy as jnp
       >>> w, q = jnp.array([[3.25, 0.0], [0.0, 1.0]]), jnp.array([[3.0, 0.0], [0.0, 1.0]])
@@ -145,6 +157,10 @@ class LoftQ:
     iterations: int = 5
 
     scaling = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rank(self)
+        integer("LoftQ", "iterations", self.iterations, "Use, for example, 5.", least=1)
 
     def first(self, w: jax.Array) -> Factors | None:
         """Returns None: the weight itself is quantized first."""
@@ -163,6 +179,10 @@ class PiSSA:
     Attributes:
       rank: the largest rank of the adapters, 16 by default; less for a smaller weight.
 
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if a field has another type.
+
     Example:
       >>> import jax.numpy as jnp
       >>> a, b = PiSSA(rank=1).first(jnp.array([[3.0, 0.0], [0.0, 1.0]]))
@@ -178,6 +198,9 @@ class PiSSA:
 
     iterations = 1
     scaling = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rank(self)
 
     def first(self, w: jax.Array) -> Factors | None:
         """Returns the approximation of the weight."""
@@ -199,6 +222,10 @@ class EoRA:
       rank: the largest rank of the adapters, 16 by default; less for a smaller weight.
       damping: as in `low_rank`; 0.01 by default.
 
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if a field has another type.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxq import ptq
@@ -218,6 +245,16 @@ class EoRA:
 
     iterations = 1
     scaling = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, ObservedInputs):
+            raise TypeError(
+                "EoRA: `inputs` must be the result of jaxq.ptq.observe(...)(params, batches), got "
+                f"{described(self.inputs)}. Observe the function with the same rules."
+            )
+        _check_rank(self)
+        requirement = "a number of at least 0"
+        number("EoRA", "damping", self.damping, requirement, lambda d: d >= 0, "Use 0.01.")
 
     def first(self, w: jax.Array) -> Factors | None:
         """Returns None: the weight itself is quantized."""

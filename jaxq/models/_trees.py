@@ -11,6 +11,7 @@ import jax
 from jax import numpy as jnp
 
 from jaxq._base.tables import Table
+from jaxq._jax.draws import checked_key
 from jaxq.models._rules import (
     LeafRules,
     describe_recipe,
@@ -78,7 +79,7 @@ def quantize_tree(
         if recipe is None:
             result.append(leaf)
             continue
-        leaf_key = None if key is None else jax.random.fold_in(key, i)
+        leaf_key = None if key is None else jax.random.fold_in(checked_key("quantize_tree", key), i)
         with prefix_leaf_errors("quantize_tree", path):
             _check_axis(recipe, axis)
             result.append(quantize(leaf, recipe, axis=axis, key=leaf_key))

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import array
 from jaxq._base.bits import FloatLayout, where
 from jaxq._jax import draws
 from jaxq._jax.meshes import as_first, automatic
@@ -39,6 +40,7 @@ from jaxq.numerics._tapered import encode_tapered, snap_tapered
 __all__ = ["as_dtype", "cast", "enclosing", "encode", "floats", "widen"]
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+_REMEDY = "Pass an array of floats."
 
 
 def cast(
@@ -295,29 +297,41 @@ def _holds(dtype: np.dtype, value: float) -> bool:
         return float(np.float64(value).astype(dtype)) == value
 
 
-def floats(name: str, x: jax.typing.ArrayLike, *, float64: bool = True) -> jax.Array:
+def floats(
+    name: str, x: jax.typing.ArrayLike, *, argument: str = "x", float64: bool = True
+) -> jax.Array:
     """Returns the argument as an array, after checking that it has a supported floating dtype.
 
     Args:
       name: the name of the caller in errors.
       x: the argument.
+      argument: the name of the argument in errors.
       float64: True if the caller also supports float64. Without 64-bit mode, JAX converts Python
         floats and float64 arrays of NumPy to float32, which every caller supports.
+
+    Raises:
+      TypeError: if the argument is no array of a supported dtype.
     """
-    dtype = getattr(x, "dtype", None) or np.asarray(x).dtype
-    array = jnp.asarray(x) if str(dtype) in _FLOATS else None
-    if array is None or (array.dtype == jnp.float64 and not float64):
-        supported = _FLOATS if float64 else _FLOATS[:-1]
-        raise TypeError(
-            f"{name}: `x` must be {', '.join(supported[:-1])} or {supported[-1]}, got {dtype}. "
-            "Convert it first: x.astype(jnp.float32)."
-        )
-    return array
+    supported = _FLOATS if float64 else _FLOATS[:-1]
+    requirement = f"{', '.join(supported[:-1])} or {supported[-1]}"
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        x = array(name, argument, x, requirement, _REMEDY)
+        dtype = x.dtype
+    if str(dtype) in _FLOATS:
+        x = array(name, argument, x, requirement, _REMEDY)
+        if x.dtype != jnp.float64 or float64:
+            return x
+    raise TypeError(
+        f"{name}: `{argument}` must be {requirement}, got {dtype}. Convert it first: "
+        f"{argument}.astype(jnp.float32)."
+    )
 
 
 def _modes(name: str, rounding: str | Rounding, overflow: Overflow) -> tuple[Rounding, Overflow]:
     """Returns the rounding function and the overflow mode, with "SatFinite" as "saturate"."""
-    if overflow is not None and overflow not in get_args(get_args(Overflow)[0]):
+    known = get_args(get_args(Overflow)[0])
+    if overflow is not None and not (isinstance(overflow, str) and overflow in known):
         raise ValueError(
             f"{name}: `overflow` must be None, 'saturate', 'propagate', or P3109's 'SatFinite', "
             f"'SatPropagate' or 'SatNone', got {overflow!r}."
@@ -333,7 +347,7 @@ def _random(
     random_bits: jax.typing.ArrayLike | None,
 ) -> jax.Array | None:
     """Returns the random bits for a rounding mode, drawn from the key or checked."""
-    given = key is not None or random_bits is not None
+    key, given = draws.checked_key(name, key), key is not None or random_bits is not None
     if not isinstance(mode, Stochastic):
         known = [label for label, function in ROUNDINGS.items() if function == mode]
         if given and known:
@@ -351,7 +365,8 @@ def _random(
     dtype = mode.random_dtype if isinstance(mode, Stochastic) else jnp.dtype(jnp.uint32)
     if key is not None:
         return draws.bits(key, x.shape, dtype)
-    bits = jnp.asarray(random_bits)
+    requirement = f"unsigned integers of shape {x.shape}"
+    bits = array(name, "random_bits", random_bits, requirement, "Or pass `key`.")
     if not jnp.issubdtype(bits.dtype, jnp.unsignedinteger) or bits.shape != x.shape:
         raise ValueError(
             f"{name}: `random_bits` must be unsigned integers of shape {x.shape}, got "

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import array, described
 from jaxq._base.bits import FloatLayout, extended_bits, where
 from jaxq._jax.meshes import as_first, automatic
 from jaxq._jax.opaque import opaque
@@ -28,6 +29,7 @@ __all__ = [
     "integer_codes",
     "nearest_codes",
     "rounds_to_codes",
+    "unsigned",
 ]
 
 _SELECTED = 4  # Codes of up to this number of bits are decoded faster by selections.
@@ -205,21 +207,36 @@ def decode(
       Array([ 1.5625e-02,  4.4800e+02, -4.4800e+02], dtype=float32)
     """
     fmt = get_format(fmt)
-    codes = jnp.asarray(codes)
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(codes.dtype, jnp.unsignedinteger):
-        raise TypeError(
-            f"decode: `codes` must be unsigned integers, got {codes.dtype}. Convert them first, "
-            "such as codes.astype(jnp.uint8)."
-        )
+    codes = unsigned("decode", "codes", codes)
     if 8 * codes.dtype.itemsize < fmt.bits:
         raise ValueError(
             f"decode: `codes` must have a dtype of at least {fmt.bits} bits for {fmt.name}, got "
             f"codes of {codes.dtype}."
         )
-    if dtype not in (jnp.float32, jnp.float64):
-        raise TypeError(f"decode: `dtype` must be float32 or float64, got {dtype}. Use float32.")
-    return _decode(codes, fmt, jax.dtypes.canonicalize_dtype(dtype))
+    try:
+        result_dtype = None if dtype is None else jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        result_dtype = None
+    if result_dtype not in (jnp.float32, jnp.float64):
+        got = described(dtype) if result_dtype is None else result_dtype
+        raise TypeError(f"decode: `dtype` must be float32 or float64, got {got}. Use float32.")
+    return _decode(codes, fmt, jax.dtypes.canonicalize_dtype(result_dtype))
+
+
+def unsigned(name: str, argument: str, codes: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the argument of a function as an array, after checking that it has unsigned integers.
+
+    Raises:
+      TypeError: if it has not.
+    """
+    requirement, remedy = "unsigned integers", "Pass codes, as jaxq.encode returns them."
+    codes = array(name, argument, codes, requirement, remedy)
+    if not jnp.issubdtype(codes.dtype, jnp.unsignedinteger):
+        raise TypeError(
+            f"{name}: `{argument}` must be unsigned integers, got {codes.dtype}. Convert them "
+            f"first, such as {argument}.astype(jnp.uint8)."
+        )
+    return codes
 
 
 def _selected(table: np.ndarray, codes: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import flags, integer
 from jaxq._base.bits import FloatLayout
 from jaxq._jax.serialization import pytree
 from jaxq.formats import FloatFormat, IntFormat
@@ -146,7 +147,9 @@ def float_grid(
       A grid for `jaxq.cast`, or for a `jaxq.Recipe` that `jaxq.fake_quant` takes.
 
     Raises:
-      ValueError: if `inf` is true and `nan` is false.
+      ValueError: if `inf` is true and `nan` is false, or a width that is a Python integer is out of
+        range.
+      TypeError: if a width is not an integer.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp
@@ -158,9 +161,15 @@ def float_grid(
         raise ValueError(
             "float_grid: inf=True needs nan=True, as in IEEE 754, got nan=False. Pass nan=True."
         )
-    e, m = jnp.asarray(exponent_bits, jnp.int32), jnp.asarray(mantissa_bits, jnp.int32)
+    flags("float_grid", "Omit it for the default.", inf=inf, nan=nan)
+    e = _width("float_grid", "exponent_bits", exponent_bits, 1, 8)
+    m = _width("float_grid", "mantissa_bits", mantissa_bits, int(nan), 23)
     one = jnp.int32(1)
-    offset = (one << (e - 1)) - 1 if bias is None else jnp.asarray(bias, jnp.int32)
+    offset = (
+        (one << (e - 1)) - 1
+        if bias is None
+        else _width("float_grid", "bias", bias, -(2**16), 2**16)
+    )
     top = (one << (e + m)) - 1
     max_code = ((one << e) - 1 << m) - 1 if inf else top - int(nan)
     emin = 1 - offset
@@ -185,16 +194,34 @@ def int_grid(bits: Any, *, signed: bool = True, narrow: bool = False) -> BinaryG
     Returns:
       A grid for `jaxq.cast`, or for a `jaxq.Recipe` that `jaxq.fake_quant` takes.
 
+    Raises:
+      ValueError: if `bits` is a Python integer and is out of range.
+      TypeError: if `bits` is not an integer.
+
     Example:
       >>> import jax, jaxq, jax.numpy as jnp
       >>> jax.vmap(lambda b: jaxq.cast(jnp.float32(9.4), int_grid(b)))(jnp.arange(3, 6))
       Array([3., 7., 9.], dtype=float32)
     """
-    b = jnp.asarray(bits, jnp.int32)
+    flags("int_grid", "Omit it for the default.", signed=signed, narrow=narrow)
+    b = _width("int_grid", "bits", bits, 1, 16)
     magnitude = jnp.int32(1) << (b - int(signed))
     largest = (magnitude - 1).astype(jnp.float32)
     lowest = (magnitude - int(narrow)).astype(jnp.float32) if signed else jnp.zeros_like(largest)
     return BinaryGrid(b, b, b, largest, lowest, False, False, False, signed)
+
+
+def _width(owner: str, argument: str, value: Any, least: int, most: int) -> jax.Array:
+    """Returns a width as an int32 array; the range of an array is not checked."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        remedy = "Widths that vary may be int32 arrays."
+        value = integer(owner, argument, value, remedy, least=least, most=most)
+    elif not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(
+            f"{owner}: `{argument}` must be an integer or an array of integers, got {value.dtype}. "
+            f"Convert it first: {argument}.astype(jnp.int32)."
+        )
+    return jnp.asarray(value, jnp.int32)
 
 
 def is_narrow(grid: BinaryGrid, layout: FloatLayout) -> bool:

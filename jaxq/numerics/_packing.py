@@ -8,10 +8,12 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import array, integer
 from jaxq._base.bits import where
 from jaxq._base.shapes import is_symbolic
 from jaxq._jax.barriers import barrier_on_cpu, computed_once
 from jaxq._jax.opaque import opaque
+from jaxq.numerics._codecs import unsigned
 
 __all__ = ["pack", "unpack"]
 
@@ -46,8 +48,8 @@ def pack(codes: jax.typing.ArrayLike, bits: int) -> jax.Array:
       >>> pack(jnp.uint8([0x1, 0x2, 0x3]), bits=4).tolist()
       [33, 3]
     """
-    codes = jnp.asarray(codes)
-    _check_packing("pack", codes, bits)
+    codes = unsigned("pack", "codes", codes)
+    bits = _check_packing("pack", "codes", codes, bits)
     return _packed(codes, bits)
 
 
@@ -105,14 +107,14 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
       >>> unpack(jnp.uint8([33, 3]), bits=4, n=3).tolist()
       [1, 2, 3]
     """
-    packed = jnp.asarray(packed)
-    _check_packing("unpack", packed, bits)
-    size = packed.shape[-1]
+    remedy = "Pass the result of jaxq.numerics.pack."
+    packed = array("unpack", "packed", packed, "uint8", remedy)
     if packed.dtype != jnp.uint8:
-        raise TypeError(
-            f"unpack: `packed` must be uint8, got {packed.dtype}. Pass the result of "
-            "jaxq.numerics.pack."
-        )
+        raise TypeError(f"unpack: `packed` must be uint8, got {packed.dtype}. {remedy}")
+    bits = _check_packing("unpack", "packed", packed, bits)
+    if not jax.export.is_symbolic_dim(n):
+        n = integer("unpack", "n", n, "Pass the number of codes along the last axis.", least=0)
+    size = packed.shape[-1]
     if size != -(-n * bits // 8):
         raise ValueError(
             f"unpack: the last axis of `packed` must have {-(-n * bits // 8)} bytes for {n} codes "
@@ -193,15 +195,12 @@ def _codes(words: list[jax.Array], per_word: int, bits: int) -> jax.Array:
     return word >> distances & np.uint32(2**bits - 1)
 
 
-def _check_packing(name: str, array: jax.Array, bits: int) -> None:
-    if not jnp.issubdtype(array.dtype, jnp.unsignedinteger):
-        raise TypeError(
-            f"{name}: codes must be unsigned integers, got {array.dtype}. Convert them first, e.g. "
-            "codes.astype(jnp.uint8)."
-        )
-    if not 1 <= bits <= 16:
-        raise ValueError(f"{name}: `bits` must be 1 to 16, got {bits}. Use the format's `bits`.")
-    if array.ndim == 0:
+def _check_packing(name: str, argument: str, codes: jax.Array, bits: int) -> int:
+    """Returns the number of bits; raises an error if it is out of range or there is no axis."""
+    bits = integer(name, "bits", bits, "Use the format's `bits`.", least=1, most=16)
+    if codes.ndim == 0:
         raise ValueError(
-            f"{name}: the array must have an axis to pack along, got a scalar. Reshape it to (1,)."
+            f"{name}: `{argument}` must have an axis to pack along, got a scalar. Reshape it to "
+            "(1,)."
         )
+    return bits

@@ -18,6 +18,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import choice, integer
 from jaxq._base.registry import Registry
 
 __all__ = ["ROUNDINGS", "HalfUp", "Overflow", "Rounding", "Stochastic", "get_rounding"]
@@ -100,6 +101,7 @@ class Stochastic:
 
     Raises:
       ValueError: if `bits` or `rule` is not one of these.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jax, jaxq, jax.numpy as jnp
@@ -116,15 +118,8 @@ class Stochastic:
     rule: Literal["A", "B", "C"] = "A"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 23:
-            raise ValueError(
-                f"Stochastic rounding: `bits` must be 1 to 23, got {self.bits}. Use 23."
-            )
-        if self.rule not in ("A", "B", "C"):
-            raise ValueError(
-                f"Stochastic rounding: `rule` must be 'A', 'B' or 'C', got {self.rule!r}. Leave "
-                "it out for the default, 'A'."
-            )
+        integer("Stochastic", "bits", self.bits, "Use 23.", least=1, most=23)
+        choice("Stochastic", "rule", self.rule, ("A", "B", "C"), "Use 'A', the default.")
 
     @property
     def random_dtype(self) -> jnp.dtype:
@@ -166,6 +161,7 @@ class HalfUp:
 
     Raises:
       ValueError: if `offset` is negative.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq, jax.numpy as jnp
@@ -176,10 +172,7 @@ class HalfUp:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        if self.offset < 0:
-            raise ValueError(
-                f"HalfUp: `offset` must be at least 0, got {self.offset}. Use 0 to add none."
-            )
+        integer("HalfUp", "offset", self.offset, "Use 0 to add none.", least=0, most=2**23)
 
     def __call__(
         self, units: jax.Array, negative: jax.Array, random: jax.Array | None

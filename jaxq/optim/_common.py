@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
+from jaxq._jax.draws import checked_key
 from jaxq.numerics import ROUNDINGS, Rounding, Stochastic, get_rounding
 from jaxq.recipes import Recipe
 
@@ -37,6 +38,7 @@ class RandomState(NamedTuple):
                 f"{owner}: no recipe draws random bits, got a key. Omit it, or use recipes "
                 "with rounding='stochastic'."
             )
+        key = checked_key(owner, key)
         if key is None:
             return cls(None, None)
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

@@ -7,6 +7,8 @@ import jax
 import optax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import described, integer
+
 __all__ = ["bits_schedule", "quantize_after"]
 
 
@@ -31,12 +33,15 @@ def bits_schedule(first: int, last: int, *, steps: int, begin: int = 0) -> optax
       >>> [int(bits(step)) for step in (0, 199, 200, 699, 700, 9999)]
       [8, 8, 7, 3, 2, 2]
     """
+    example = "Use, for example, bits_schedule(8, 2, steps=600)."
+    for name, value in (("first", first), ("last", last), ("steps", steps)):
+        integer("bits_schedule", name, value, example, least=1)
+    integer("bits_schedule", "begin", begin, "Use 0.", least=-(2**31), most=2**31 - 1)
     change = abs(last - first)
-    if min(first, last, steps) < 1 or steps * max(change, 1) >= 2**31:
+    if steps * max(change, 1) >= 2**31:
         raise ValueError(
-            "bits_schedule: widths and `steps` must be at least 1 and steps * |last - first| below "
-            f"2^31, got first={first}, last={last}, steps={steps}. "
-            "Use, for example, bits_schedule(8, 2, steps=600)."
+            "bits_schedule: steps * |last - first| must be below 2^31, got "
+            f"{described(first)}, {described(last)} and steps={described(steps)}. {example}"
         )
     sign = 1 if last > first else -1
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import described
 from jaxq._jax.arithmetic import square_root
 from jaxq._jax.serialization import named_tuple, pytree
 from jaxq.models import (
@@ -193,6 +194,11 @@ def quantize_state(
     """
     recipe_rules, strict = leaf_rules("quantize_state", rules), rules is not ADAM8BIT
     random = RandomState.of("quantize_state", recipe_rules, key)
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"quantize_state: `tx` must be an optimizer of optax, got {described(tx)}. Pass, for "
+            "example, optax.adam(1e-3)."
+        )
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> Any:

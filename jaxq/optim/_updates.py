@@ -9,6 +9,7 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._jax.draws import checked_key
 from jaxq.formats import Format, get_format
 from jaxq.models import assign, not_floating, pairs, prefix_leaf_errors
 from jaxq.numerics import Rounding, Stochastic, cast, code_dtype, decode, encode, get_rounding
@@ -73,15 +74,22 @@ def apply_updates(
       "Revisiting BFloat16 Training" (2020).
     """
     rounding = get_rounding(rounding)
-    if isinstance(rounding, Stochastic) and key is None:
+    if checked_key("apply_updates", key) is None and isinstance(rounding, Stochastic):
         raise ValueError(
             "apply_updates: stochastic rounding needs `key`, got None. Pass a different key at "
             "every step, such as key=jax.random.fold_in(key, step)."
         )
     formats = assign("apply_updates", params, pairs("apply_updates", fmt, get_format))
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    try:
+        changes = structure.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(
+            f"apply_updates: `updates` must have the structure of `params`, {structure!s:.80}, got "
+            f"{jax.tree.structure(updates)!s:.80}. Pass the updates that optax computes for them."
+        ) from error
     result = []
-    for i, ((path, p), u) in enumerate(zip(leaves, structure.flatten_up_to(updates), strict=True)):
+    for i, ((path, p), u) in enumerate(zip(leaves, changes, strict=True)):
         leaf_key = None if key is None else jax.random.fold_in(key, i)
         with prefix_leaf_errors("apply_updates", path):
             result.append(_updated(jnp.asarray(p), jnp.asarray(u), formats[i], rounding, leaf_key))

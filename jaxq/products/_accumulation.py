@@ -8,6 +8,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import choice, integer
 from jaxq.formats import Format, get_format
 from jaxq.numerics import cast
 
@@ -36,6 +37,7 @@ class Accumulation:
 
     Raises:
       ValueError: if the format or the order is unknown, or the chunk is below 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq, jax.numpy as jnp
@@ -59,16 +61,10 @@ class Accumulation:
         object.__setattr__(self, "format", get_format(self.format))
         outer = self.format if self.outer_format is None else self.outer_format
         object.__setattr__(self, "outer_format", get_format(outer))
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(
-                f"Accumulation: `chunk` must be at least 1, got {self.chunk}. "
-                "Use None for one chunk."
-            )
-        if self.order not in ("sequential", "pairwise"):
-            raise ValueError(
-                f"Accumulation: `order` must be 'sequential' or 'pairwise', got {self.order!r}. "
-                "Use 'sequential'."
-            )
+        if self.chunk is not None:
+            integer("Accumulation", "chunk", self.chunk, "Use None for one chunk.", least=1)
+        orders = ("sequential", "pairwise")
+        choice("Accumulation", "order", self.order, orders, "Use 'sequential'.")
 
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Multiplies two batches of matrices, contracted along their last axes.

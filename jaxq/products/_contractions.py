@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from jax import lax
 
+from jaxq._base.arguments import described
 from jaxq._base.shapes import is_symbolic
 from jaxq.recipes import Granularity, PerBlock, PerChannel, PerTensor, PerToken
 
@@ -111,8 +112,21 @@ class Contraction:
         )
 
 
-def of_dot(dimension_numbers: Any, lhs_ndim: int, rhs_ndim: int) -> Contraction:
+def of_dot(
+    dimension_numbers: Any, lhs_ndim: int, rhs_ndim: int, *, owner: str = "dot_general"
+) -> Contraction:
     """Returns the contraction of a `lax.dot_general`, with contracted axes in the given order."""
+    try:
+        return _of_dot(dimension_numbers, lhs_ndim, rhs_ndim)
+    except (IndexError, TypeError, ValueError):
+        raise ValueError(
+            f"{owner}: `dimension_numbers` must name axes of operands with "
+            f"{lhs_ndim} and {rhs_ndim} axes, got {dimension_numbers!r:.80}. Write ((contracted of "
+            "lhs, contracted of rhs), (batch of lhs, batch of rhs))."
+        ) from None
+
+
+def _of_dot(dimension_numbers: Any, lhs_ndim: int, rhs_ndim: int) -> Contraction:
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     lhs, rhs = ([-1] * ndim for ndim in (lhs_ndim, rhs_ndim))
     label = 0
@@ -135,10 +149,19 @@ def of_dot(dimension_numbers: Any, lhs_ndim: int, rhs_ndim: int) -> Contraction:
 
 
 def of_ragged_dot(
-    numbers: lax.RaggedDotDimensionNumbers, lhs_ndim: int, rhs_ndim: int
+    numbers: lax.RaggedDotDimensionNumbers,
+    lhs_ndim: int,
+    rhs_ndim: int,
+    *,
+    owner: str = "ragged_dot_general",
 ) -> Contraction:
     """Returns the contraction of a `lax.ragged_dot_general` in any of its three modes."""
-    dot = of_dot(numbers.dot_dimension_numbers, lhs_ndim, rhs_ndim)
+    if not isinstance(numbers, lax.RaggedDotDimensionNumbers):
+        raise TypeError(
+            f"{owner}: `ragged_dot_dimension_numbers` must be a "
+            f"jax.lax.RaggedDotDimensionNumbers, got {described(numbers)}. Make one."
+        )
+    dot = of_dot(numbers.dot_dimension_numbers, lhs_ndim, rhs_ndim, owner=owner)
     ragged = dot.lhs[numbers.lhs_ragged_dimensions[0]]
     if numbers.rhs_group_dimensions:
         group = dot.rhs[numbers.rhs_group_dimensions[0]]

@@ -12,6 +12,8 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import array
+from jaxq._jax.draws import checked_key
 from jaxq.products._catalog import get_product_recipe
 from jaxq.products._contractions import of_conv, of_dot, of_einsum, of_ragged_dot
 from jaxq.products._execution import DotOfCodes
@@ -88,11 +90,12 @@ def dot_general(
     )
     if recipe is None:
         return function(lhs, rhs)
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    lhs, rhs = as_operands("dot_general", lhs, rhs)
     contraction = of_dot(dimension_numbers, lhs.ndim, rhs.ndim)
     codes = DotOfCodes(contraction)
     operation = Operation("dot_general", ("lhs", "rhs"), function, contraction, codes)
-    return product(operation, lhs, rhs, get_product_recipe(recipe), keys_of(key))
+    keys = keys_of(checked_key("dot_general", key))
+    return product(operation, lhs, rhs, get_product_recipe(recipe), keys)
 
 
 def einsum(
@@ -147,11 +150,12 @@ def einsum(
             f"einsum: a recipe needs subscripts and exactly two operands, got {len(operands)}. "
             "Split a longer product into several."
         )
-    lhs, rhs = map(jnp.asarray, operands)
+    lhs, rhs = as_operands("einsum", *operands)
     contraction = of_einsum(subscripts, lhs.ndim, rhs.ndim)
     codes = DotOfCodes(contraction)
     operation = Operation(f"einsum {subscripts!r}", ("lhs", "rhs"), function, contraction, codes)
-    return product(operation, lhs, rhs, get_product_recipe(recipe), keys_of(key))
+    keys = keys_of(checked_key("einsum", key))
+    return product(operation, lhs, rhs, get_product_recipe(recipe), keys)
 
 
 def conv_general_dilated(
@@ -223,7 +227,7 @@ def conv_general_dilated(
     plain = functools.partial(function, preferred_element_type=preferred_element_type)
     if recipe is None:
         return plain(lhs, rhs)
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    lhs, rhs = as_operands("conv_general_dilated", lhs, rhs)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     grouped = feature_group_count != 1 or batch_group_count != 1
 
@@ -238,7 +242,8 @@ def conv_general_dilated(
         None if grouped else codes,
         grouped,
     )
-    return product(operation, lhs, rhs, get_product_recipe(recipe), keys_of(key))
+    keys = keys_of(checked_key("conv_general_dilated", key))
+    return product(operation, lhs, rhs, get_product_recipe(recipe), keys)
 
 
 def ragged_dot(
@@ -362,6 +367,13 @@ def ragged_dot_general(
     return _ragged("ragged_dot_general", function, (lhs, rhs, group_sizes), numbers, recipe, key)
 
 
+def as_operands(name: str, lhs: Any, rhs: Any) -> list[jax.Array]:
+    """Returns the operands of a product as arrays."""
+    remedy = "Pass an array of floats."
+    named = (("lhs", lhs), ("rhs", rhs))
+    return [array(name, argument, value, "an array", remedy) for argument, value in named]
+
+
 def _ragged(
     name: str,
     function: Callable[..., jax.Array],
@@ -372,7 +384,10 @@ def _ragged(
 ) -> jax.Array:
     if recipe is None:
         return function(*operands)
-    lhs, rhs, sizes = map(jnp.asarray, operands)
-    contraction = of_ragged_dot(numbers, lhs.ndim, rhs.ndim)
+    lhs, rhs = as_operands(name, *operands[:2])
+    remedy = "Pass one number of rows per group."
+    sizes = array(name, "group_sizes", operands[2], "integers", remedy)
+    contraction = of_ragged_dot(numbers, lhs.ndim, rhs.ndim, owner=name)
     operation = Operation(name, ("lhs", "rhs"), function, contraction, arguments=(sizes,))
-    return product(operation, lhs, rhs, get_product_recipe(recipe), keys_of(key))
+    keys = keys_of(checked_key(name, key))
+    return product(operation, lhs, rhs, get_product_recipe(recipe), keys)

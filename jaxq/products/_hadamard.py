@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import described, integer, numbers_of
 from jaxq._base.bits import where
 from jaxq._base.cutting import Cut
 from jaxq._jax.barriers import barrier_on_cpu
@@ -32,6 +33,7 @@ class Hadamard:
 
     Raises:
       ValueError: if the size is not a power of two, or the signs are not `size` numbers 1 or -1.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,17 +49,22 @@ class Hadamard:
     signs: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.size < 2 or self.size & (self.size - 1):
+        size, example = self.size, "Use, for example, 16."
+        if integer("Hadamard", "size", size, example) < 2 or size & (size - 1):
             raise ValueError(
-                f"Hadamard: `size` must be a power of two, at least 2, got {self.size}. Use, for "
-                "example, 16."
+                "Hadamard: `size` must be a power of two, at least 2, got "
+                f"{described(size)}. {example}"
             )
         if self.signs is not None:
-            object.__setattr__(self, "signs", tuple(self.signs))
-            if len(self.signs) != self.size or not {*self.signs} <= {-1, 1}:
+            requirement = f"{size} numbers 1 or -1"
+            remedy = "Leave them out to draw them from the key."
+            signs = numbers_of(
+                "Hadamard", "signs", self.signs, requirement, lambda s: s in (1, -1), remedy
+            )
+            object.__setattr__(self, "signs", signs)
+            if len(signs) != size:
                 raise ValueError(
-                    f"Hadamard: `signs` must be {self.size} numbers 1 or -1, got {self.signs}. "
-                    "Leave them out to draw them from the key."
+                    f"Hadamard: `signs` must be {requirement}, got {len(signs)}. {remedy}"
                 )
 
     def draw(self, key: jax.Array | None) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Generic, Literal, NamedTuple, TypeVar
 
+from jaxq._base.arguments import choice
 from jaxq._base.records import short_repr
 from jaxq._jax.serialization import from_json, to_json
 from jaxq.numerics import Stochastic, get_rounding
@@ -82,14 +83,11 @@ class SingleProduct:
             recipe = getattr(self, name)
             if recipe is not None:
                 object.__setattr__(self, name, get_recipe(recipe))
-        if isinstance(self.hadamard, int):
+        if self.hadamard is not None and not isinstance(self.hadamard, Hadamard):
             object.__setattr__(self, "hadamard", Hadamard(self.hadamard))
         if not isinstance(self.execution, Accumulation):
-            if self.execution not in ("emulated", "native"):
-                raise ValueError(
-                    f"{self._owner}: `execution` must be 'emulated', 'native' or a "
-                    f"jaxq.Accumulation, got {self.execution!r:.60}. Use 'emulated'."
-                )
+            names, remedy = ("emulated", "native"), "Use one of them, or a jaxq.Accumulation."
+            choice(self._owner, "execution", self.execution, names, remedy)
             if self.execution == "native" and None in (self.lhs, self.rhs):
                 missing = " and ".join(n for n in ("lhs", "rhs") if getattr(self, n) is None)
                 raise ValueError(
@@ -175,11 +173,8 @@ class ProductRecipe(SingleProduct):
                     f"ProductRecipe: `{name}` must be a jaxq.SingleProduct, got "
                     f"{getattr(self, name)!r:.60}. Write SingleProduct(cotangent, residual)."
                 )
-        if self.residuals not in ("quantized", "original"):
-            raise ValueError(
-                "ProductRecipe: `residuals` must be 'quantized' or 'original', got "
-                f"{self.residuals!r}. Use 'quantized' for the gradient of fake quantization."
-            )
+        remedy = "Use 'quantized' for the gradient of fake quantization."
+        choice("ProductRecipe", "residuals", self.residuals, ("quantized", "original"), remedy)
 
     @property
     def forward(self) -> SingleProduct:
@@ -224,11 +219,11 @@ def product_records() -> dict[str, type]:
     return {**records(), **{record_type.__name__: record_type for record_type in record_types}}
 
 
-def is_stochastic(recipe: Recipe) -> bool:
+def is_stochastic(recipe: str | Recipe) -> bool:
     """Returns whether a recipe draws random bits from a key.
 
     Args:
-      recipe: a recipe for one tensor.
+      recipe: a recipe for one tensor, or its name.
 
     Returns:
       True if its rounding mode is stochastic; functions that take the recipe then need a key.
@@ -238,4 +233,4 @@ def is_stochastic(recipe: Recipe) -> bool:
       >>> is_stochastic(Recipe("int8", rounding="stochastic"))
       True
     """
-    return isinstance(get_rounding(recipe.rounding), Stochastic)
+    return isinstance(get_rounding(get_recipe(recipe).rounding), Stochastic)

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
 from jaxq.products._contractions import Contraction, of_dot
 from jaxq.quantizers import Quantized, Slices, slices
 
@@ -63,10 +64,7 @@ def stored_dot_general(
             "stored_dot_general: `rhs` must be sliceable, got a tensor with outliers. Dequantize "
             "it, or use a recipe without outliers."
         )
-    if chunk < 1:
-        raise ValueError(
-            f"stored_dot_general: `chunk` must be at least 1, got {chunk}. Omit it for 2^20."
-        )
+    chunk = integer("stored_dot_general", "chunk", chunk, "Omit it for 2^20.", least=1)
     lhs = jnp.asarray(lhs)
 
     def function(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -78,7 +76,8 @@ def stored_dot_general(
             preferred_element_type=preferred_element_type,
         )
 
-    contraction = of_dot(dimension_numbers, lhs.ndim, len(sliced.shape))
+    owner = "stored_dot_general"
+    contraction = of_dot(dimension_numbers, lhs.ndim, len(sliced.shape), owner=owner)
     return in_parts(function, contraction, lhs, sliced, chunk)
 
 

@@ -5,9 +5,12 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import array as as_array
+from jaxq._base.arguments import integer
 from jaxq._base.cutting import axis_of_blocks
 from jaxq._base.shapes import is_symbolic
-from jaxq.numerics import floats
+from jaxq._jax.draws import checked_key
+from jaxq.numerics import ROUNDINGS, Stochastic, floats, get_rounding
 from jaxq.recipes import Recipe, get_recipe, title_of
 
 __all__ = [
@@ -17,7 +20,11 @@ __all__ = [
     "checked",
     "given_scales",
     "importance_of",
+    "key_of",
 ]
+
+
+_AXIS = "Use -1 for a weight [outputs, inputs], or -2 for a kernel [inputs, outputs]."
 
 
 class Given(NamedTuple):
@@ -49,7 +56,7 @@ def checked(
         recipe = get_recipe(recipe)
     array = floats(name, x, float64=False)  # Scales are float32.
     if axis is not None:
-        recipe = recipe.along(axis, array.ndim)
+        recipe = recipe.along(integer(name, "axis", axis, _AXIS), array.ndim)
     return array, recipe
 
 
@@ -61,6 +68,23 @@ def check_takes_scales(name: str, recipe: Recipe) -> None:
             "second level, a search or stored=False computes its scales from the tensor, got a "
             f"recipe of {recipe.element.name}. Omit the scales, or use another recipe."
         )
+
+
+def key_of(name: str, recipe: Recipe, key: jax.Array | None) -> jax.Array | None:
+    """Returns the argument `key`, after checking that it is given exactly if a recipe needs it."""
+    rounding = get_rounding(recipe.rounding)
+    if checked_key(name, key) is None and isinstance(rounding, Stochastic):
+        raise ValueError(
+            f"{name}: `key` must be given, as stochastic rounding draws random bits, got None. "
+            "Pass jax.random.key(seed)."
+        )
+    known = None if key is None else ROUNDINGS.name_of(rounding)
+    if known is not None and not isinstance(rounding, Stochastic):
+        raise ValueError(
+            f"{name}: `key` must be None, as rounding {known!r} draws no random bits, got a key. "
+            "Omit it, or use rounding='stochastic'."
+        )
+    return key
 
 
 def given_scales(
@@ -88,7 +112,8 @@ def given_scales(
         if value is None:
             result.append(None)
             continue
-        array = jnp.asarray(value, jnp.float32)
+        requirement, remedy = "one number per block", "Omit it to compute it."
+        array = as_array(name, label, value, requirement, remedy).astype(jnp.float32)
         missing_ndim = len(counts) - array.ndim
         fits = missing_ndim >= 0 and all(
             n in (1, m) for n, m in zip(array.shape, counts[missing_ndim:], strict=True)
@@ -111,7 +136,8 @@ def importance_of(
             f"{name}: `importance` needs a recipe with a search of GGUF, such as 'q4_k' or 'q4_0', "
             f"got {title_of(recipe)}. Omit it, or use jaxq.ptq.ScaleSearch."
         )
-    weights = jnp.asarray(importance, jnp.float32)
+    requirement, remedy = "one number per index of the axis of the blocks", "Or omit it."
+    weights = as_array(name, "importance", importance, requirement, remedy).astype(jnp.float32)
     cut = recipe.cut(shape)
     block, axis = cut.block, axis_of_blocks(cut.block)
     several = [n for n in block if n != 1]

@@ -22,7 +22,14 @@ from jaxq._jax.opaque import opaque
 from jaxq.formats import Format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
 from jaxq.numerics import BinaryGrid, pack, widen
-from jaxq.quantizers._arguments import ErrorWeights, Given, checked, given_scales, importance_of
+from jaxq.quantizers._arguments import (
+    ErrorWeights,
+    Given,
+    checked,
+    given_scales,
+    importance_of,
+    key_of,
+)
 from jaxq.quantizers._parts import Parts, join_parts, parts_of
 from jaxq.quantizers._quantized import WHOLE_BYTES, Quantized, encoded
 from jaxq.quantizers._sharding import quantized_sharding
@@ -96,7 +103,7 @@ def fake_quant(
     """
     array, recipe = checked("fake_quant", x, recipe, axis, grids=True)
     given = _given("fake_quant", array.shape, recipe, _Arguments(scale, zero_point, importance))
-    return _fake_quant(array, given, key, *parts_of(recipe))
+    return _fake_quant(array, given, key_of("fake_quant", recipe, key), *parts_of(recipe))
 
 
 def neighbors(
@@ -183,6 +190,7 @@ def quantize(
             "fixed length, or move another axis to the end."
         )
     given = _given("quantize", array.shape, recipe, _Arguments(scale, zero_point, importance))
+    key = key_of("quantize", recipe, key)
     return _quantize(lax.stop_gradient(array), lax.stop_gradient(given), key, recipe)
 
 

@@ -18,6 +18,8 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxq._base.arguments import described, shape_of
+from jaxq._base.cutting import Cut
 from jaxq._jax.meshes import automatic, fitting, spec_of
 from jaxq._jax.serialization import named_tuple
 from jaxq.numerics import floats, widen
@@ -65,7 +67,7 @@ def init(shape: tuple[int, ...], recipe: "str | Recipe") -> Any:
       >>> high.shape
       (1, 1, 1, 1)
     """
-    recipe = _checked("init", recipe)
+    recipe, shape = _checked("init", recipe), shape_of("init", shape)
     cut = recipe.cut(shape)
     return recipe.scaling.calibrator.nothing(cut, recipe.scaling.two_sided)
 
@@ -97,6 +99,7 @@ def update(state: Any, x: jax.typing.ArrayLike, recipe: "str | Recipe") -> Any:
     recipe = _checked("update", recipe)
     x = floats("update", x, float64=False)
     counts = recipe.cut(x.shape).counts
+    _check_state("update", "state", state, recipe)
     state_counts = jax.tree.leaves(state)[0].shape[: 2 * len(counts) : 2]
     if state_counts != counts:
         raise ValueError(
@@ -147,6 +150,8 @@ def merge(first: Any, second: Any, recipe: "str | Recipe") -> Any:
       [[3.0]]
     """
     recipe = _checked("merge", recipe)
+    _check_state("merge", "first", first, recipe)
+    _check_state("merge", "second", second, recipe)
     return recipe.scaling.calibrator.merge(first, second)
 
 
@@ -193,7 +198,9 @@ def finalize(state: Any, recipe: "str | Recipe") -> Calibrated:
       >>> finalize(state, "int8_tensor").scale.tolist()
       [1.0]
     """
-    return _finalize(state, _checked("finalize", recipe))
+    recipe = _checked("finalize", recipe)
+    _check_state("finalize", "state", state, recipe)
+    return _finalize(state, recipe)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
@@ -205,6 +212,24 @@ def _finalize(state: Any, recipe: Recipe) -> Calibrated:
     counts = scales.step.shape[::2]
     zero_point = None if scales.offset is None else scales.offset.reshape(counts)
     return Calibrated(scales.step.reshape(counts), zero_point)
+
+
+def _check_state(name: str, argument: str, state: Any, recipe: Recipe) -> None:
+    """Raises a TypeError unless a state has the structure of those of the recipe's calibrator."""
+    scaling = recipe.scaling
+    structure = _structure(scaling.calibrator, scaling.two_sided)
+    if jax.tree.structure(state) != structure:
+        raise TypeError(
+            f"{name}: `{argument}` must be a state of `init` for this recipe, got "
+            f"{described(state)}. Pass the recipe that made the state."
+        )
+
+
+@functools.cache
+def _structure(calibrator: Any, two_sided: bool) -> Any:
+    """Returns the structure of a calibrator's states."""
+    nothing = functools.partial(calibrator.nothing, Cut((1,), (1,)), two_sided)
+    return jax.tree.structure(jax.eval_shape(nothing))
 
 
 def _checked(name: str, recipe: "str | Recipe") -> Recipe:

@@ -16,6 +16,7 @@ To add a granularity, write a frozen dataclass with the methods `block` and `alo
 import dataclasses
 from typing import TypeAlias
 
+from jaxq._base.arguments import described, flags, is_integer
 from jaxq._base.shapes import holds, is_symbolic
 
 __all__ = ["Granularity", "PerBlock", "PerChannel", "PerTensor", "PerToken"]
@@ -60,6 +61,7 @@ class PerChannel:
 
     Raises:
       ValueError: when used, if the tensor lacks an axis or an axis is named twice.
+      TypeError: if a field has another type.
 
     Example:
       >>> PerChannel(-1).block((4, 64))
@@ -69,7 +71,7 @@ class PerChannel:
     axes: int | tuple[int, ...] = (-1,)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes", _tuple(self.axes))
+        object.__setattr__(self, "axes", _integers("PerChannel", "axes", self.axes))
 
     def __repr__(self) -> str:
         return f"PerChannel({'' if self.axes == (-1,) else _text(self.axes)})"
@@ -167,6 +169,7 @@ class PerBlock:
     Raises:
       ValueError: if a size is below 1, or sizes and axes differ in number; when used, if the tensor
         lacks an axis or a size does not divide its axis.
+      TypeError: if a field has another type.
 
     Example:
       >>> PerBlock(32).block((4, 64)), PerBlock((16, 16)).block((8, 64, 64))
@@ -178,8 +181,9 @@ class PerBlock:
     pad: bool = False
 
     def __post_init__(self) -> None:
-        sizes = _tuple(self.sizes)
-        axes = tuple(range(-len(sizes), 0)) if self.axes is None else _tuple(self.axes)
+        flags("PerBlock", "Omit it for the default.", pad=self.pad)
+        sizes, axes = _integers("PerBlock", "sizes", self.sizes), self.axes
+        axes = tuple(range(-len(sizes), 0)) if axes is None else _integers("PerBlock", "axes", axes)
         object.__setattr__(self, "sizes", sizes)
         object.__setattr__(self, "axes", axes)
         if not sizes or min(sizes) < 1:
@@ -269,6 +273,17 @@ def _text(numbers: int | tuple[int, ...] | None) -> str:
 
 def _tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _integers(owner: str, argument: str, value: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Returns an integer or a sequence of integers as a tuple."""
+    numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not all(map(is_integer, numbers)):
+        raise TypeError(
+            f"{owner}: `{argument}` must be an integer or a tuple of integers, got "
+            f"{described(value)}. Write, for example, {owner}({-1 if argument == 'axes' else 32})."
+        )
+    return tuple(map(int, numbers))
 
 
 def _others(owner: Granularity, axis: int, ndim: int) -> tuple[int, ...]:

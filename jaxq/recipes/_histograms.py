@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer, number
 from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import holds
@@ -61,6 +62,7 @@ class _OfHistogram:
 
     Raises:
       ValueError: if `digits` is not 1 to 12.
+      TypeError: if a field has another type.
     """
 
     digits: int = dataclasses.field(default=7, kw_only=True)
@@ -69,11 +71,8 @@ class _OfHistogram:
     two_sided: ClassVar = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.digits <= 12:
-            name = type(self).__name__
-            raise ValueError(
-                f"{name}: `digits` must be 1 to 12, got {self.digits}. Omit it for the default."
-            )
+        remedy = "Omit it for the default."
+        integer(type(self).__name__, "digits", self.digits, remedy, least=1, most=12)
 
     def measure(self, x: jax.Array, cut: Cut, two_sided: bool) -> Histogram:
         """Counts the elements in each bin. NaN and infinities affect only the extremes."""
@@ -133,6 +132,7 @@ class Percentile(_OfHistogram):
 
     Raises:
       ValueError: if `percent` or `digits` is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq
@@ -144,11 +144,8 @@ class Percentile(_OfHistogram):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.percent <= 100:
-            raise ValueError(
-                f"Percentile: `percent` must be in (0, 100], got {self.percent}. Use 99.99, for "
-                "example."
-            )
+        requirement, remedy = "a number in (0, 100]", "Use 99.99, for example."
+        number("Percentile", "percent", self.percent, requirement, lambda p: 0 < p <= 100, remedy)
 
     def finalize(self, state: Histogram, fmt: Format, two_sided: bool) -> Range:
         """Returns the percentiles."""
@@ -196,17 +193,14 @@ class _Searched(_OfHistogram):
 
     Raises:
       ValueError: if `tries` is below 1.
+      TypeError: if a field has another type.
     """
 
     tries: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tries < 1:
-            raise ValueError(
-                f"{type(self).__name__}: `tries` must be at least 1, got {self.tries}. Use 64, for "
-                "example."
-            )
+        integer(type(self).__name__, "tries", self.tries, "Use 64, for example.", least=1)
 
     def _loss(self, bins: _QuantizedBins, fmt: Format) -> jax.Array:
         """Returns the loss of a range, one value per block."""

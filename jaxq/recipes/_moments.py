@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import number
 from jaxq._base.bits import where
 from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import divide, rounded
@@ -162,6 +163,7 @@ class Sigmas(_OfMoments):
 
     Raises:
       ValueError: if k is not positive.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq
@@ -172,8 +174,8 @@ class Sigmas(_OfMoments):
     k: float = 3.0
 
     def __post_init__(self) -> None:
-        if not self.k > 0:
-            raise ValueError(f"Sigmas: `k` must be positive, got {self.k}. Use 3.0, for example.")
+        remedy = "Use 3.0, for example."
+        number("Sigmas", "k", self.k, "a positive number", lambda k: k > 0, remedy)
 
     def reach(self, state: Moments, fmt: Format) -> jax.Array:
         """Returns k standard deviations."""

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import number
 from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq.formats import FloatFormat, Format, get_format
@@ -42,6 +43,7 @@ class Outliers:
 
     Raises:
       ValueError: if `fraction`, `sigma` or `format` is invalid.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -61,20 +63,15 @@ class Outliers:
     def __post_init__(self) -> None:
         fmt = get_format(self.format)
         object.__setattr__(self, "format", fmt)
-        checks = (
-            (0 < self.fraction < 1, "`fraction` must be between 0 and 1", self.fraction),
-            (self.sigma is None or self.sigma > 0, "`sigma` must be positive", self.sigma),
-            (
-                isinstance(fmt, FloatFormat) and fmt.bits <= 16 and fmt.signed,
-                "`format` must be a signed float of at most 16 bits",
-                fmt.name,
-            ),
-        )
-        for holds, requirement, value in checks:
-            if not holds:
-                raise ValueError(
-                    f"Outliers: {requirement}, got {value!r}. Use, for example, Outliers(0.005)."
-                )
+        example, between = "Use, for example, Outliers(0.005).", "a number between 0 and 1"
+        number("Outliers", "fraction", self.fraction, between, lambda v: 0 < v < 1, example)
+        if self.sigma is not None:
+            number("Outliers", "sigma", self.sigma, "a positive number", lambda v: v > 0, example)
+        if not (isinstance(fmt, FloatFormat) and fmt.bits <= 16 and fmt.signed):
+            raise ValueError(
+                "Outliers: `format` must be a signed float of at most 16 bits, got "
+                f"{fmt.name!r}. {example}"
+            )
 
     def __repr__(self) -> str:
         return text_of(self)

@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import number
 from jaxq._base.bits import FloatLayout, where
 from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import divide, rounded
@@ -160,6 +161,7 @@ class EMA:
 
     Raises:
       ValueError: if `decay` is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq
@@ -173,10 +175,8 @@ class EMA:
     two_sided: ClassVar = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(
-                f"EMA: `decay` must be in [0, 1), got {self.decay}. Use 0.99, for example."
-            )
+        remedy = "Use 0.99, for example."
+        number("EMA", "decay", self.decay, "a number in [0, 1)", lambda d: 0 <= d < 1, remedy)
 
     def measure(self, x: jax.Array, cut: Cut, two_sided: bool) -> Averages:
         """Returns a tensor's range times 1 - decay, its weight in the moving average."""

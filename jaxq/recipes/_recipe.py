@@ -10,6 +10,7 @@ from typing import Any, get_args
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer, shape_of
 from jaxq._base.cutting import Cut
 from jaxq._base.shapes import is_symbolic
 from jaxq._jax.serialization import from_json, to_json
@@ -149,6 +150,8 @@ class Recipe:
           >>> Recipe("int4", PerBlock(32)).along(-2, 2).granularity.block((64, 8))
           (32, 1)
         """
+        remedy = "Use -1 for a weight [outputs, inputs], or -2 for a kernel [inputs, outputs]."
+        axis = integer("Recipe.along", "axis", axis, remedy)
         with self._named():
             return dataclasses.replace(self, granularity=self.granularity.along(axis, ndim))
 
@@ -199,6 +202,7 @@ class Recipe:
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Returns the bytes that `jaxq.quantize` stores for a tensor of a shape, with scales."""
+        shape = shape_of("Recipe.nbytes", shape)
         size, blocks = math.prod(shape), math.prod(self.cut(shape).counts)
         row = shape[-1] if shape else 1
         # Each row of codes is packed separately.
@@ -210,7 +214,7 @@ class Recipe:
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """Returns `nbytes` of a tensor of a shape, in bits per element."""
-        size = math.prod(shape)
+        size = math.prod(shape_of("Recipe.bits_per_weight", shape))
         return 8 * self.nbytes(shape) / size if size else math.nan
 
     def to_json(self) -> str:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import flags, numbers_of
 from jaxq._base.cutting import Cut
 from jaxq._jax.arithmetic import materialize
 from jaxq.formats import FloatFormat, Format, IntFormat, get_format
@@ -140,14 +141,17 @@ class Scaling:
         if "scale_format" in names:
             object.__setattr__(self, "scale_format", get_format(self.scale_format))
         if "search" in names:
-            object.__setattr__(self, "search", tuple(self.search))
+            requirement, remedy = "a tuple of positive numbers", "Use () for no search."
+            search = numbers_of(
+                type(self).__name__, "search", self.search, requirement, lambda f: f > 0, remedy
+            )
+            object.__setattr__(self, "search", search)
+        remedy = "Omit it for the default."
+        given = {name: getattr(self, name) for name in ("stored", "reciprocal") if name in names}
+        flags(type(self).__name__, remedy, **given)
         two_sided = self.calibrator.two_sided or not self.two_sided
         requirement = "`range` must be a calibrator that measures both extremes"
         self.require(two_sided, requirement, self.range, "Use range='absmax'.")
-        positive = all(factor > 0 for factor in self.search)
-        self.require(
-            positive, "`search` must hold positive factors", self.search, "Use () for no search."
-        )
         self.check_scale_format(get_format(self.scale_format))
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import choice
 from jaxq._base.cutting import Cut, axis_of_blocks
 from jaxq._base.shapes import is_symbolic
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES, SuperBlockRule
@@ -61,8 +62,7 @@ class SuperBlocks(Scaling):
     searches_elements: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        names, known = ", ".join(SUPER_BLOCK_RULES), self.rule in SUPER_BLOCK_RULES
-        self.require(known, f"`rule` must be one of {names}", self.rule, "Use 'q4_k'.")
+        choice("SuperBlocks", "rule", self.rule, tuple(SUPER_BLOCK_RULES), "Use 'q4_k'.")
         super().__post_init__()
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer, number
 from jaxq._base.bits import FloatLayout, where
 from jaxq._base.shapes import as_number, is_symbolic
 from jaxq._jax import arithmetic, reductions
@@ -91,10 +92,12 @@ class TwoLevel(Scaling):
         """Raises ValueError if this scaling cannot store scales in `scale_format`."""
         super().check_scale_format(scale_format)
         self.require(_is_narrow(scale_format), _NARROW, scale_format.name, "Use 'float8_e4m3fn'.")
-        self.require(
-            0 < self.largest <= scale_format.max,
-            f"`largest` must be positive and at most the largest {scale_format.name}",
+        number(
+            type(self).__name__,
+            "largest",
             self.largest,
+            f"a positive number up to the largest {scale_format.name}",
+            lambda v: 0 < v <= scale_format.max,
             f"Use {min(scale_format.max, 448.0):g}.",
         )
 
@@ -187,7 +190,7 @@ class DoubleQuant(Scaling):
         requirement = "`scale_format` needs a positive `max` within float32"
         self.require(fits, requirement, name, remedy)
         self.require(_is_narrow(scale_format), _NARROW, name, remedy)
-        self.require(self.block >= 1, "`block` must be at least 1", self.block, "Use 256.")
+        integer(type(self).__name__, "block", self.block, "Use 256.", least=1)
 
     def store(self, scale: jax.Array, amax: jax.Array) -> StoredScales:
         """Returns block scales relative to second-level scales, with these scales and the mean."""

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import described, integer, shape_of
 from jaxq._jax.serialization import pytree
 from jaxq.products import Hadamard
 from jaxq.recipes import Recipe
@@ -108,7 +109,7 @@ class KVCache:
             capacity is not a whole number of groups or does not exceed `residual_length`; a block
             does not divide its axis; or scales are missing or not needed.
         """
-        recipe = get_cache_recipe(recipe)
+        recipe, shape = get_cache_recipe(recipe), shape_of("KVCache.empty", shape)
         if len(shape) < 3:
             raise ValueError(
                 "KVCache.empty: `shape` must be (*batch, capacity, heads, head_dim), got "
@@ -120,10 +121,14 @@ class KVCache:
                 "KVCache.empty: `shape` must have at least one head and one channel, got "
                 f"{tuple(shape)}. Pass (*batch, capacity, heads, head_dim)."
             )
-        if np.dtype(dtype).name not in ("float16", "bfloat16", "float32"):
+        try:
+            supported = np.dtype(dtype).name in ("float16", "bfloat16", "float32")
+        except TypeError:
+            supported = False
+        if dtype is None or not supported:
             raise ValueError(
                 "KVCache.empty: `dtype` must be float16, bfloat16 or float32, got "
-                f"{np.dtype(dtype).name}. Use float32, to which `append` converts."
+                f"{dtype!r:.40}. Use float32, to which `append` converts."
             )
         if capacity % recipe.step or capacity <= recipe.residual_length:
             least = recipe.residual_length + recipe.step
@@ -138,7 +143,12 @@ class KVCache:
                 f"{head_dim}. Use rotate=False."
             )
         arrays, names = [], ("keys", "values")
-        static_scales = scales or CacheScales()
+        static_scales = CacheScales() if scales is None else scales
+        if not isinstance(static_scales, CacheScales):
+            raise TypeError(
+                f"KVCache.empty: `scales` must be a CacheScales or None, got {described(scales)}. "
+                "Write CacheScales(keys, values)."
+            )
         for name, array_recipe, size, scale in zip(
             names, recipe.recipes, recipe.group_sizes, static_scales, strict=True
         ):
@@ -238,11 +248,14 @@ class KVCache:
                 f"{(*expected[:-3], 'tokens', 'query_heads', expected[-1])} with a multiple of "
                 f"{heads} query heads, got {query.shape}. Reshape the queries."
             )
-        chunk = self.capacity if chunk is None else chunk
+        remedy = "Use None for all tokens at once."
+        chunk = (
+            self.capacity if chunk is None else integer("KVCache.attend", "chunk", chunk, remedy)
+        )
         if chunk < 1 or self.capacity % chunk or chunk % self.recipe.step:
             raise ValueError(
                 f"KVCache.attend: `chunk` must divide the capacity {self.capacity} and be a "
-                f"multiple of {self.recipe.step}, got {chunk}. Use None for all tokens at once."
+                f"multiple of {self.recipe.step}, got {chunk}. {remedy}"
             )
         factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from jaxq._base.arguments import flags, integer
 from jaxq._base.registry import Registry
 from jaxq.products import is_stochastic
 from jaxq.recipes import Affine, PerBlock, PerToken, Recipe, ScaleAndMin, get_recipe, records
@@ -65,11 +66,9 @@ class CacheRecipe:
                     f"CacheRecipe: `{name}` must round deterministically, got "
                     f"{recipe.rounding!r:.60}. Use rounding='nearest_even'."
                 )
-        if self.residual_length < 0:
-            raise ValueError(
-                f"CacheRecipe: `residual_length` must be at least 0, got {self.residual_length}. "
-                "Use 0 to quantize every complete group."
-            )
+        flags("CacheRecipe", "Omit it for the default.", rotate=self.rotate)
+        remedy = "Use 0 to quantize every complete group."
+        integer("CacheRecipe", "residual_length", self.residual_length, remedy, least=0)
 
     @property
     def recipes(self) -> tuple[Recipe, Recipe]:

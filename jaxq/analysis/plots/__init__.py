@@ -14,6 +14,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from jaxq._base.registry import suggestion
 from jaxq.analysis.plots._errors import chain_errors, outliers
 from jaxq.analysis.plots._layouts import bit_layouts
 from jaxq.analysis.plots._look import image
@@ -86,6 +87,8 @@ def about(name: str) -> str:
       >>> about("number_line")
       'The values of formats as ticks on one number line, a row for each.'
     """
+    if name not in PLOTS:
+        raise ValueError(f"No plot is named {name!r:.80}. {suggestion(str(name), PLOTS)}")
     first = (inspect.getdoc(PLOTS[name]) or "").partition("\n")[0]
     caption = first.partition(" ")[2]
     return caption[:1].upper() + caption[1:]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 import jax
 import numpy as np
 
+from jaxq._base.arguments import items_of, numbers_of
 from jaxq.numerics import floats
 
 if TYPE_CHECKING:
@@ -135,6 +136,11 @@ def new(
     width: float, height: float, size: tuple[float, float] | None, title: str | None
 ) -> "Figure":
     """Returns an empty figure of the given size in inches; `size` replaces width and height."""
+    if size is not None:
+        requirement, remedy = "two positive numbers of inches", "Use, for example, (8, 5)."
+        numbers_of("plots", "size", size, requirement, lambda v: 0 < v <= 1000, remedy)
+        if len(size) != 2:
+            raise ValueError(f"plots: `size` must be {requirement}, got {len(size)}. {remedy}")
     figure = _figure_type()(figsize=size or (width, height), dpi=100, layout="constrained")
     if title is not None:
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
@@ -177,11 +183,7 @@ def as_list(name: str, argument: str, items: "Iterable", least: int = 1) -> list
       ValueError: if there are fewer than `least` items.
       TypeError: if `items` is a string or not iterable.
     """
-    if isinstance(items, str) or not isinstance(items, Iterable):
-        raise TypeError(
-            f"{name}: `{argument}` must be a list, got {items!r:.60}. Write [{items!r:.60}]."
-        )
-    result = list(items)
+    result = items_of(name, argument, items)
     if len(result) < least:
         raise ValueError(
             f"{name}: `{argument}` must hold at least {least}, got {len(result)}. Add items."

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxq._base.arguments import described
 from jaxq._base.registry import suggestion
 from jaxq.analysis._logs import Log
 from jaxq.analysis.plots._look import BLUE, COLORS, DASHES, GRAY, frame, new, picture
@@ -189,6 +190,7 @@ def gradient_cosines(
 
 def _rows(log: Log, owner: str, statistic: str) -> list[tuple[str, np.ndarray]]:
     """Returns the names and values of a statistic, one row for each tensor and layer."""
+    _check_log(owner, log)
     rows = []
     for name, values in log.values.items():
         path, _, last = name.rpartition("/")
@@ -203,8 +205,17 @@ def _rows(log: Log, owner: str, statistic: str) -> list[tuple[str, np.ndarray]]:
     return rows
 
 
+def _check_log(owner: str, log: Log) -> None:
+    if not isinstance(log, Log):
+        raise TypeError(
+            f"{owner}: `log` must be a jaxq.analysis.Log, got {described(log)}. Pass the result of "
+            "read_log(path)."
+        )
+
+
 def column(log: Log, owner: str, name: str, raw: bool = False) -> np.ndarray:
     """Returns the values of one statistic, `[steps, layers]` unless `raw`."""
+    _check_log(owner, log)
     if name not in log.values:
         hint = suggestion(name, log.values, most=4)
         raise ValueError(f"{owner}: the log has no {name!r}. {hint}")

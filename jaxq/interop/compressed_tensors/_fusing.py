@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import items_of
 from jaxq.quantizers import Quantized, quantize
 from jaxq.recipes import Recipe, get_recipe
 
@@ -58,7 +59,8 @@ def quantize_together(
       >>> a.shape, b.shape, bool(a.second[0] == b.second[0])
       ((2, 16), (4, 16), True)
     """
-    if len({np.shape(w)[-1] for w in weights}) != 1 or any(np.ndim(w) != 2 for w in weights):
+    weights = items_of("quantize_together", "weights", weights)
+    if any(np.ndim(w) != 2 for w in weights) or len({np.shape(w)[-1] for w in weights}) != 1:
         shapes = [tuple(np.shape(w)) for w in weights]
         raise ValueError(
             "quantize_together: `weights` must be matrices with equal numbers of inputs, got "

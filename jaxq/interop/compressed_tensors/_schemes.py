@@ -20,6 +20,7 @@ from jaxq.recipes import (
     Recipe,
     Symmetric,
     TwoLevel,
+    get_recipe,
 )
 
 __all__ = ["Scheme", "scheme_of", "weight_tensors"]
@@ -71,6 +72,7 @@ def scheme_of(recipe: Recipe, *, dynamic_activations: bool = False) -> Scheme:
       >>> scheme_of(jaxq.get_recipe("mxfp4")).format
       'mxfp4-pack-quantized'
     """
+    recipe = get_recipe(recipe)
     element, scaling = recipe.element, recipe.scaling
     strategy, group, block = _strategy(recipe)
     plain = recipe.outliers is None and not isinstance(scaling, TwoLevel | MX)

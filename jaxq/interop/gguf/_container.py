@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from jaxq._base.arguments import described, items_of
 from jaxq.interop._entries import MAX_TENSORS, Entry, FileError
 from jaxq.interop._writing import atomic
 from jaxq.interop.gguf._layouts import LAYOUTS
@@ -319,6 +320,12 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
       ...     file.quantized(file.entries[0])
       tq2_0[4×256] 264 B
     """
+    if not isinstance(metadata, Mapping):
+        raise TypeError(
+            f"gguf.write: `metadata` must be a dictionary, got {described(metadata)}. Pass, for "
+            "example, {'general.architecture': 'llama'}."
+        )
+    tensors = items_of("gguf.write", "tensors", tensors)
     alignment = int(metadata.get(_ALIGNMENT, 32))
     if alignment < 1 or alignment & (alignment - 1):
         raise ValueError(
@@ -352,7 +359,7 @@ def write(path: str | pathlib.Path, tensors: Sequence[Tensor], metadata: Mapping
         sizes.append(math.prod(tensor.shape) // block * taken)
         start += -(-sizes[-1] // alignment) * alignment
     header = b"".join(parts)
-    with atomic(path) as file:
+    with atomic(path, owner="gguf.write") as file:
         file.write(header + bytes(-len(header) % alignment))
         for tensor, size in zip(tensors, sizes, strict=True):
             value, written = tensor.read(), 0

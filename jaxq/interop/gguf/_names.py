@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxq._base.arguments import described
 from jaxq._base.registry import Registry
 
 __all__ = ["ARCHITECTURES", "Architecture", "Conversion", "conversion"]
@@ -303,6 +304,11 @@ def conversion(config: Mapping[str, Any]) -> Conversion:
     References:
       llama.cpp's convert_hf_to_gguf.py.
     """
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"gguf.conversion: `config` must be the dictionary in config.json, got "
+            f"{described(config)}. Read it with json.load."
+        )
     kind = config.get("model_type")
     architecture = ARCHITECTURES.find(str(kind))
     values = _Config(config)

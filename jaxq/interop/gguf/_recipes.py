@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import array as as_array
 from jaxq._base.registry import Registry
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
 from jaxq.interop.gguf._bits import bytes_of, uint16_of
@@ -192,12 +193,10 @@ def unpack(
 
 def checked_bytes(name: str, data: jax.typing.ArrayLike, type: str) -> jax.Array:
     """Returns the bytes of whole blocks, or raises an error."""
-    array, layout = jnp.asarray(data), TYPES.find(type)
+    layout, remedy = TYPES.find(type), "Pass the raw bytes, for example TensorFile.raw(entry)."
+    array = as_array(f"gguf.{name}", "data", data, "uint8", remedy)
     if array.dtype != jnp.uint8:
-        raise TypeError(
-            f"gguf.{name}: `data` must be uint8, got {array.dtype}. Pass the raw bytes, "
-            "for example TensorFile.raw(entry)."
-        )
+        raise TypeError(f"gguf.{name}: `data` must be uint8, got {array.dtype}. {remedy}")
     if not array.ndim or array.shape[-1] % layout.size:
         raise ValueError(
             f"gguf.{name}: a block of {type!r} has {layout.size} bytes, which must divide the last "

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
 from jaxq._ggml.blocks import FloatBlocks, in_chunks
 from jaxq._ggml.searches import product, sums
 from jaxq._ggml.super_blocks import SUPER_BLOCK_RULES
@@ -16,6 +17,7 @@ from jaxq.interop.gguf._float_types import FLOAT_TYPES
 from jaxq.interop.gguf._k_types import SEARCHED
 from jaxq.interop.gguf._recipes import TYPES, checked_bytes, pack, recipe_of
 from jaxq.interop.gguf._small_types import SMALL, of_recipe
+from jaxq.numerics import floats
 from jaxq.quantizers import fake_quant
 from jaxq.quantizers import quantize as quantize_by_recipe
 
@@ -62,20 +64,14 @@ def quantize(
     References:
       ggml's ggml-quants.c.
     """
-    x = jnp.asarray(x)
-    layout = TYPES.find(type)
-    if x.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
-        raise TypeError(
-            f"gguf.quantize: `x` must be float16, bfloat16 or float32, got {x.dtype}. "
-            "Convert it first: x.astype(jnp.float32)."
-        )
+    x, layout = floats("gguf.quantize", x, float64=False), TYPES.find(type)
     if not x.ndim or x.shape[-1] % layout.block:
         raise ValueError(
             f"gguf.quantize: blocks of {layout.block} must divide the last axis for {type!r}, got "
             f"shape {x.shape}. jaxq.interop.gguf.fallback({type!r}, n) names a type that fits."
         )
     if importance is not None:
-        importance = jnp.asarray(importance, jnp.float32)
+        importance = floats("gguf.quantize", importance, argument="importance").astype(jnp.float32)
         try:
             fits = np.broadcast_shapes(importance.shape, x.shape) == x.shape
         except ValueError:
@@ -220,6 +216,7 @@ def fallback(type: str, length: int) -> str:
       >>> fallback("q4_k", 4096), fallback("q4_k", 576), fallback("q4_k", 100)
       ('q4_k', 'q5_0', 'f16')
     """
+    integer("gguf.fallback", "length", length, "Pass the number of elements in a row.", least=0)
     for name in (type, _FALLBACKS.get(type)):
         if name is not None and length % TYPES.find(name).block == 0:
             return name

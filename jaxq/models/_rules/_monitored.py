@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
 from jaxq._base.records import state_repr
 from jaxq.models._rules._states import Delayed, Frozen, Switched
 from jaxq.products import Probe, Row
@@ -138,10 +139,7 @@ class Monitored:
         Raises:
           ValueError: if `count` is less than 1.
         """
-        if count < 1:
-            raise ValueError(
-                f"Monitored.copies: `count` must be at least 1, got {count}. Use one per call."
-            )
+        integer("Monitored.copies", "count", count, "Use one per call.", least=1)
         copies = {name: row.copies_for_loop(count) for name, row in self.rows.items()}
         scaling: tuple[Any, ...] = (self.scaling,) * count
         if isinstance(self.scaling, Delayed):

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
 from jaxq._base.records import state_repr
 from jaxq._base.registry import suggestion
 from jaxq._jax.serialization import pytree
@@ -108,10 +109,7 @@ class Delayed:
           >>> jax.grad(loss, argnums=1)(w, state).histories[""][0].amax
           Array([6.], dtype=float32)
         """
-        if count < 1:
-            raise ValueError(
-                f"Delayed.copies: `count` must be at least 1, got {count}. Use one per call."
-            )
+        integer("Delayed.copies", "count", count, "Use one per call.", least=1)
         copies = jax.tree.map(lambda h: h.copies_for_loop(count), self, is_leaf=_is_history)
         return tuple(jax.tree.map(lambda amax, i=i: amax[i], copies) for i in range(count))
 

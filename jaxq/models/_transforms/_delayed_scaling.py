@@ -11,6 +11,7 @@ from typing import Any
 
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer
 from jaxq.models._rules import Delayed, Rules, as_rules
 from jaxq.models._transforms._planning import plan
 from jaxq.products import History
@@ -86,11 +87,8 @@ def delayed_scaling(
       Micikevicius et al., "FP8 Formats for Deep Learning" (2022); NVIDIA, TransformerEngine,
       `DelayedScaling` with `amax_compute_algo="max"`, whose first scale is 1 instead.
     """
-    if history < 1:
-        raise ValueError(
-            f"delayed_scaling: `history` must be at least 1, got {history}. Use 1 for "
-            "the previous step only."
-        )
+    remedy = "Use 1 for the previous step only."
+    history = integer("delayed_scaling", "history", history, remedy, least=1)
 
     @functools.wraps(fn, updated=())
     def initial_state(*args: Any, **kwargs: Any) -> Delayed:

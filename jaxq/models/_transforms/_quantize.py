@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from jaxq._base.arguments import integer
+from jaxq._jax.draws import checked_key
 from jaxq.models._rules import Rules
 from jaxq.models._running import ProductInputs, as_array, build_program, run_program
 from jaxq.models._transforms._planning import ModelPlan, plan
@@ -94,11 +96,9 @@ def quantize_fn(
       ...
       ValueError: quantize_fn: Rule('hiden') matches no weight. Did you mean hidden?...
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(
-            f"quantize_fn: `chunk` must be at least 1, got {chunk}. Use None to "
-            "dequantize a weight at once."
-        )
+    if chunk is not None:
+        remedy = "Use None to dequantize a weight at once."
+        chunk = integer("quantize_fn", "chunk", chunk, remedy, least=1)
 
     @functools.wraps(fn, updated=())
     def quantized(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +119,7 @@ def run_planned(
     runnable = build_program(planned.node, planned.chosen, bool(packed), planned.marked)
     drawing = [a for a in runnable.all() if a.draws_random_bits]
     needing = [a for a in drawing if a.needs_key]
-    if needing and key is None:
+    if checked_key(owner, key) is None and needing:
         raise ValueError(
             f"{owner}: `key` must be given, as the recipe of {needing[0].where} draws random bits, "
             "got None. Pass, for example, key=jax.random.key(step)."

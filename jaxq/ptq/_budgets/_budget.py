@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxq._base.arguments import choice, described, integer, names_of
 from jaxq._base.registry import suggestion
 from jaxq._base.tables import Table
 from jaxq.models import Rule
@@ -135,11 +136,15 @@ def budget(
       >>> [(row.weight, row.name) for row in best.choices], best.nbytes
       ([('a', 'int4_channel'), ('b', 'int8_channel')], 150)
     """
-    if by not in ("gradient", "loss", "relative"):
-        raise ValueError(
-            f"budget: `by` must be 'gradient', 'loss' or 'relative', got {by!r}. "
-            "Use 'gradient' with scores of ptq.sensitivity(loss, ..., gradient=True), or 'loss'."
+    remedy = "Use 'gradient' with scores of ptq.sensitivity(loss, ..., gradient=True), or 'loss'."
+    choice("budget", "by", by, ("gradient", "loss", "relative"), remedy)
+    if not isinstance(scores, Scores):
+        raise TypeError(
+            f"budget: `scores` must be the result of ptq.sensitivity(...)(params, batches), got "
+            f"{described(scores)}. Call the function that ptq.sensitivity returns."
         )
+    if not isinstance(nbytes, float | np.floating):
+        nbytes = integer("budget", "nbytes", nbytes, "Pass a number of bytes, such as 4e9.")
     if any(math.isnan(getattr(score, by)) for score in scores.rows):
         raise ValueError(
             f"budget: `scores` must have numbers in {by!r}, got NaN. Pass a loss and gradient=True "
@@ -178,11 +183,7 @@ def budget(
 
 def _members(scores: Scores, groups: Sequence[str]) -> list[list[str]]:
     """Returns the weights of each group; a weight that matches no expression is its own group."""
-    if isinstance(groups, str):
-        raise TypeError(
-            f"budget: `groups` must be a list of regular expressions, got {groups!r:.80}. Put it "
-            "into a list."
-        )
+    names_of("budget", "groups", groups)
     for pattern in groups:
         try:
             re.compile(pattern)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxq._base.arguments import items_of
 from jaxq._base.tables import Table, Tabular
 from jaxq.models import Rule
 from jaxq.ptq._budgets._gradient_scores import gradient_scores
@@ -169,6 +170,7 @@ def sensitivity(
       >>> scores.rows[0].relative < scores.rows[1].relative
       True
     """
+    candidates = items_of(_OWNER, "candidates", candidates)
     recipes = [None if candidate is None else get_recipe(candidate) for candidate in candidates]
     record = get_solver(solver)
     if not any(recipes):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import path
 from jaxq._jax import compat
 from jaxq._jax.processes import holds_on_all_processes, host_array, spans_processes
 from jaxq.interop import load, save
@@ -18,7 +19,7 @@ from jaxq.models import weight_of
 from jaxq.ptq._calibration_runs import Calls, Model
 from jaxq.quantizers import Quantized
 
-__all__ = ["Entry", "Journal", "journal_of"]
+__all__ = ["Entry", "Journal", "folder_of", "journal_of"]
 
 _RUN = "run.safetensors"
 
@@ -55,11 +56,11 @@ class Journal:
 
     def read(self, number: int) -> Entry | None:
         """Returns the entry at a position in the order of the run, or None if it is missing."""
-        path = self._path(number)
-        exists = path.exists()
+        file = self._path(number)
+        exists = file.exists()
         if not (holds_on_all_processes(exists) if self.is_shared else exists):
             return None
-        tree = load(path)
+        tree = load(file)
         fields = dict(zip(tree["names"], np.asarray(tree["numbers"]).tolist(), strict=True))
         integers = {
             field.name: int(fields[field.name])
@@ -81,6 +82,24 @@ class Journal:
             "packed": jax.tree.map(host_array, entry.packed),
         }
         save(self._path(number), tree)
+
+
+def folder_of(owner: str, resume: Any) -> pathlib.Path | None:
+    """Returns the argument `resume` of a function as the path of a folder, or None.
+
+    Raises:
+      TypeError: if it is not a path.
+      ValueError: if it names something other than a folder.
+    """
+    if resume is None:
+        return None
+    folder = path(owner, "resume", resume)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"{owner}: `resume` must be a folder, but {folder.name!r:.80} is a file. Pass the path "
+            "of a new folder."
+        )
+    return folder
 
 
 def journal_of(
@@ -105,8 +124,8 @@ def journal_of(
     if is_shared:
         folder = folder / f"process{jax.process_index()}"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _RUN
-    stored = load(path)["run"] if path.exists() else None
+    run_file = folder / _RUN
+    stored = load(run_file)["run"] if run_file.exists() else None
     if stored != run and (stored is not None or any(folder.iterdir())):
         contents = "parts of another run" if stored else "other files"
         raise ValueError(
@@ -115,7 +134,7 @@ def journal_of(
             "another folder, or remove this one."
         )
     if stored is None:
-        save(path, {"run": run})
+        save(run_file, {"run": run})
     return Journal(folder, row_type, is_shared)
 
 

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import described
 from jaxq._jax import compat
+from jaxq._jax.draws import checked_key
 from jaxq.models import ModelPlan, Program, Rules, build_program, plan
 from jaxq.ptq._calibration_runs import Calls, Model, read_calls, replace_parameters, without_weight
-from jaxq.ptq._results import Entry, LearnedBlock, RoundingReport, journal_of
+from jaxq.ptq._results import Entry, LearnedBlock, RoundingReport, folder_of, journal_of
 from jaxq.ptq._rounding._block_training import (
     BlockData,
     BlockLoss,
@@ -112,7 +114,13 @@ def learn_rounding(
       Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of
       LLMs" (2024).
     """
-    resolved, blocks = get_rounding_method(method), list(blocks)
+    resolved, folder = get_rounding_method(method), folder_of(_OWNER, resume)
+    if not isinstance(blocks, list | tuple):
+        raise TypeError(
+            f"{_OWNER}: `blocks` must be a list of functions, got {described(blocks)}. Put a "
+            "single function into a list."
+        )
+    blocks = list(blocks)
     if not blocks or not all(map(callable, blocks)):
         raise ValueError(
             f"{_OWNER}: `blocks` must be a sequence of functions (params, x) -> y, got "
@@ -134,9 +142,11 @@ def learn_rounding(
                 f"blocks, got {count}. Split stacked layers with jax.tree.map(lambda w: w[i], "
                 "layers)."
             )
+        if checked_key(_OWNER, key) is None:
+            raise TypeError(f"{_OWNER}: `key` must be a random key, got None. Pass one.")
         calls = read_calls(_OWNER, model, mask, (list(params), batches), validation)
         run = _LearningRun(calls, blocks, resolved, progress)
-        return run.learn(rules, key, None if resume is None else pathlib.Path(resume))
+        return run.learn(rules, key, folder)
 
     return learned
 

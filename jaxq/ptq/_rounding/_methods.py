@@ -9,6 +9,7 @@ import optax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import flags, integer, number
 from jaxq._base.registry import Registry
 from jaxq._jax.arithmetic import rounded
 from jaxq.qat import adaround_init, adaround_penalty, rectified_sigmoid
@@ -127,6 +128,7 @@ class SignRound:
 
     Raises:
       ValueError: if `steps` or `learning_rate` is not positive.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq
@@ -143,11 +145,12 @@ class SignRound:
     scales: bool = True
 
     def __post_init__(self) -> None:
-        _check_positive("SignRound", steps=self.steps, learning_rate=self._rate)
+        flags("SignRound", "Omit it to use the default.", scales=self.scales)
+        _check_steps("SignRound", self.steps, 1.0 if self.learning_rate is None else self._rate)
 
     @property
     def _rate(self) -> float:
-        return 1 / max(self.steps, 1) if self.learning_rate is None else self.learning_rate
+        return 1 / self.steps if self.learning_rate is None else self.learning_rate
 
     def optimizer(self) -> optax.GradientTransformation:
         """Returns signed gradient descent with a linearly decaying learning rate."""
@@ -228,6 +231,7 @@ class AdaRound:
 
     Raises:
       ValueError: if a number is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq
@@ -244,12 +248,11 @@ class AdaRound:
     warm_up: float = 0.2
 
     def __post_init__(self) -> None:
-        _check_positive("AdaRound", steps=self.steps, learning_rate=self.learning_rate)
-        if not 0 <= self.warm_up < 1 or not self.weight >= 0:
-            raise ValueError(
-                "AdaRound: `warm_up` must be in [0, 1) and `weight` not negative, got "
-                f"{self.warm_up} and {self.weight}. Use 0.2 and 10.0."
-            )
+        _check_steps("AdaRound", self.steps, self.learning_rate)
+        requirement = "a number in [0, 1)"
+        number("AdaRound", "warm_up", self.warm_up, requirement, lambda v: 0 <= v < 1, "Use 0.2.")
+        requirement = "a number of at least 0"
+        number("AdaRound", "weight", self.weight, requirement, lambda v: v >= 0, "Use 10.0.")
 
     def optimizer(self) -> optax.GradientTransformation:
         """Returns Adam."""
@@ -284,12 +287,10 @@ class AdaRound:
         return jnp.where(step < first, 0, term)
 
 
-def _check_positive(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(
-                f"{owner}: `{name}` must be positive, got {value}. Omit it to use the default."
-            )
+def _check_steps(owner: str, steps: int, learning_rate: float) -> None:
+    remedy, requirement = "Omit it to use the default.", "a positive number"
+    integer(owner, "steps", steps, remedy, least=1)
+    number(owner, "learning_rate", learning_rate, requirement, lambda v: v > 0, remedy)
 
 
 def _adjacent_levels(

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import choice, described, number
 from jaxq._base.registry import Registry
 from jaxq.products import is_stochastic
 from jaxq.ptq._solvers._gptq_algorithm import Settings, Solution, solve
@@ -98,6 +99,9 @@ class RTN:
 
     search: Search | None = None
 
+    def __post_init__(self) -> None:
+        _check_search("RTN", self.search)
+
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
         """Returns the nearest grid values."""
         del recipe
@@ -133,6 +137,7 @@ class GPTQ:
     Raises:
       ValueError: if `damping` or a factor is negative, both factors are positive, or `order` is
         unknown.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq
@@ -160,19 +165,16 @@ class GPTQ:
             "propagation": "Use 0 (off), or 0.5 for QEP",
         }
         for name, remedy in remedies.items():
-            value = getattr(self, name)
-            if not value >= 0:
-                raise ValueError(f"GPTQ: `{name}` must not be negative, got {value}. {remedy}.")
+            value, requirement = getattr(self, name), "a number of at least 0"
+            number("GPTQ", name, value, requirement, lambda v: v >= 0, f"{remedy}.")
         if self.asymmetry and self.propagation:
             raise ValueError(
                 "GPTQ: `asymmetry` and `propagation` must not both be positive, because they "
                 f"correct the same error, got {self.asymmetry} and {self.propagation}. Use one."
             )
-        if self.order not in ("static", "group", None):
-            raise ValueError(
-                f"GPTQ: `order` must be 'static', 'group' or None, got {self.order!r}. Use "
-                "'static' for activation order with static groups."
-            )
+        _check_search("GPTQ", self.search)
+        remedy = "Use 'static' for activation order with static groups."
+        choice("GPTQ", "order", self.order, ("static", "group", None), remedy)
 
     @property
     def needs_drift(self) -> bool:
@@ -210,6 +212,7 @@ class OWQ:
 
     Raises:
       ValueError: if `damping` is negative or `order` is unknown.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq
@@ -227,12 +230,21 @@ class OWQ:
     order: str | None = "static"
 
     def __post_init__(self) -> None:
-        GPTQ(self.damping)  # Checks the damping.
+        requirement = "a number of at least 0"
+        number("OWQ", "damping", self.damping, requirement, lambda d: d >= 0, "Use 0.01.")
         check_owq_order("OWQ", self.order)
 
     def solve(self, problem: Problem, recipe: Recipe) -> Solution:
         """Returns the grid values of GPTQ, for weights that do not store inputs as outliers."""
         return GPTQ(self.damping, self.order).solve(problem, recipe)
+
+
+def _check_search(owner: str, search: Search | None) -> None:
+    if search is not None and (isinstance(search, type) or not hasattr(search, "leaves")):
+        raise TypeError(
+            f"{owner}: `search` must be a record such as ptq.ScaleSearch() or None, got "
+            f"{described(search)}. Use None to keep the scales of the recipe."
+        )
 
 
 SOLVERS: Registry[Any] = Registry(

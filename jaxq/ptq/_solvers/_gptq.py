@@ -7,6 +7,8 @@ import functools
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import array, integer
+from jaxq.numerics import floats
 from jaxq.ptq._solvers._catalog import GPTQ, Problem, Solver, check_recipe
 from jaxq.ptq._statistics import Statistics, empty_statistics
 from jaxq.quantizers import Quantized, grid_values_of, levels, quantize, with_levels
@@ -62,7 +64,11 @@ def gptq(
       Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
       Transformers" (2023).
     """
-    weight, gram = jnp.asarray(weight), jnp.asarray(hessian, jnp.float32)
+    weight = floats("gptq", weight, argument="weight", float64=False)
+    requirement, remedy = "a matrix of numbers", "Pass the sum of x x^T of the inputs."
+    gram = array("gptq", "hessian", hessian, requirement, remedy).astype(jnp.float32)
+    remedy = "Pass the axis of the inputs: -2 for kernels, -1 for weights [outputs, inputs]."
+    axis = integer("gptq", "axis", axis, remedy)
     inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None
     if weight.ndim < 2 or inputs is None or gram.shape != (inputs, inputs):
         raise ValueError(

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer, number
 from jaxq.ptq._solvers._search_interface import SearchOptions, SearchProblem
 from jaxq.quantizers import Quantized, snap, with_minima
 from jaxq.recipes import Recipe
@@ -50,6 +51,7 @@ class HQQ:
 
     Raises:
       ValueError: if a number is out of range.
+      TypeError: if a field has another type.
 
     Example:
       >>> import jaxq
@@ -68,14 +70,11 @@ class HQQ:
     iterations: int = 20
 
     def __post_init__(self) -> None:
-        if not 0 < self.norm <= 1:
-            raise ValueError(f"HQQ: `norm` must be in (0, 1], got {self.norm}. Use 0.7.")
-        for name in ("beta", "kappa", "iterations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"HQQ: `{name}` must be positive, got {getattr(self, name)}. Omit it to use "
-                    "the default."
-                )
+        number("HQQ", "norm", self.norm, "a number in (0, 1]", lambda v: 0 < v <= 1, "Use 0.7.")
+        remedy = "Omit it to use the default."
+        for name, value in (("beta", self.beta), ("kappa", self.kappa)):
+            number("HQQ", name, value, "a positive number", lambda v: v > 0, remedy)
+        integer("HQQ", "iterations", self.iterations, remedy, least=1)
 
     def check(self, owner: str, recipe: Recipe) -> None:
         """Raises a ValueError unless a recipe stores a minimum for each block, and no outliers."""

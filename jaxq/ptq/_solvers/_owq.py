@@ -9,7 +9,8 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq.numerics import encode
+from jaxq._base.arguments import array, choice, integer, number
+from jaxq.numerics import encode, floats
 from jaxq.products import is_stochastic
 from jaxq.ptq._solvers._gptq_algorithm import Settings, Solution, solve
 from jaxq.quantizers import (
@@ -75,7 +76,13 @@ def owq(
       Lee et al., "OWQ: Outlier-Aware Weight Quantization for Efficient Fine-Tuning and Inference of
       Large Language Models" (2024).
     """
-    weight, gram = jnp.asarray(weight), jnp.asarray(hessian, jnp.float32)
+    weight = floats("owq", weight, argument="weight", float64=False)
+    requirement, remedy = "a matrix of numbers", "Pass the sum of x x^T of the inputs."
+    gram = array("owq", "hessian", hessian, requirement, remedy).astype(jnp.float32)
+    remedy = "Pass the axis of the inputs: -2 for kernels, -1 for weights [outputs, inputs]."
+    axis = integer("owq", "axis", axis, remedy)
+    requirement = "a number of at least 0"
+    number("owq", "damping", damping, requirement, lambda d: d >= 0, "Use 0.01.")
     record = get_recipe(recipe)
     check_owq_order("owq", order)
     inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None
@@ -112,8 +119,7 @@ def owq(
 
 def check_owq_order(owner: str, order: str | None) -> None:
     """Raises a ValueError unless OWQ supports an order."""
-    if order not in ("static", None):
-        raise ValueError(f"{owner}: `order` must be 'static' or None, got {order!r}. Use 'static'.")
+    choice(owner, "order", order, ("static", None), "Use 'static'.")
 
 
 def _float_input_count(outliers: Outliers, weight: jax.Array, inputs: int) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import choice, numbers_of
 from jaxq.ptq._solvers._search_interface import SearchOptions, SearchProblem
 from jaxq.quantizers import Quantized, rescaled, snap
 from jaxq.recipes import Recipe
@@ -31,6 +32,7 @@ class ScaleSearch:
 
     Raises:
       ValueError: if `weighting` is unknown, or `factors` are not positive.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq
@@ -43,17 +45,15 @@ class ScaleSearch:
     factors: tuple[float, ...] = tuple(1 - i / 40 for i in range(21))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", tuple(self.factors))
-        if self.weighting not in ("hessian", "square"):
-            raise ValueError(
-                f"ScaleSearch: `weighting` must be 'hessian' or 'square', got {self.weighting!r}. "
-                "Use 'hessian'."
-            )
-        if not self.factors or not all(0 < factor < np.inf for factor in self.factors):
-            raise ValueError(
-                f"ScaleSearch: `factors` must be positive numbers, got {self.factors[:4]}. Omit "
-                "them to use 21 factors from 1 down to 0.5."
-            )
+        names = ("hessian", "square")
+        choice("ScaleSearch", "weighting", self.weighting, names, "Use 'hessian'.")
+        requirement, remedy = "a tuple of positive numbers", "Omit it for 21 factors from 1 to 0.5."
+        factors = numbers_of(
+            "ScaleSearch", "factors", self.factors, requirement, lambda f: f > 0, remedy
+        )
+        object.__setattr__(self, "factors", factors)
+        if not factors:
+            raise ValueError(f"ScaleSearch: `factors` must not be empty, got (). {remedy}")
 
     def check(self, owner: str, recipe: Recipe) -> None:
         """Raises a ValueError if the search cannot choose the scales of a recipe."""

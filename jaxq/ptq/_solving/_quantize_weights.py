@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxq.models import Rules
 from jaxq.ptq._calibration_runs import BatchRun, Leaves, model_runner, read_calls
-from jaxq.ptq._results import SolvedProduct, journal_of
+from jaxq.ptq._results import SolvedProduct, folder_of, journal_of
 from jaxq.ptq._solvers import Solver, get_solver, needs_drift
 from jaxq.ptq._solving._solver_run import SolverRun
 
@@ -91,7 +91,7 @@ def quantize_weights(
       Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
       Transformers" (2023), for the order of solving.
     """
-    record = get_solver(solver)
+    record, folder = get_solver(solver), folder_of("ptq.quantize_weights", resume)
     if needs_drift(record) and not sequential:
         raise ValueError(
             "ptq.quantize_weights: `sequential` must be True for a solver that corrects the drift "
@@ -103,11 +103,9 @@ def quantize_weights(
         calls = read_calls("ptq.quantize_weights", fn, mask, args)
         model = calls.plan(rules)
         solving = SolverRun(calls.owner, model, record, progress)
-        if resume is not None:
+        if folder is not None:
             settings = record, sequential
-            solving.journal = journal_of(
-                pathlib.Path(resume), calls, model, settings, SolvedProduct
-            )
+            solving.journal = journal_of(folder, calls, model, settings, SolvedProduct)
         runner = model_runner(calls, model, solving.leaves, solving.solve)
         root = runner.root()
         envs = calls.environments(model, root.flat.body.invars)

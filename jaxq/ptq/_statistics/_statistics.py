@@ -9,8 +9,10 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxq._base.arguments import array
 from jaxq._jax.meshes import spec_of
 from jaxq._jax.serialization import pytree
+from jaxq.numerics import floats
 
 __all__ = ["Statistics", "collect", "collect_groups", "drift_of", "empty_statistics", "hessian_of"]
 
@@ -112,10 +114,21 @@ def collect(
       >>> ptq.collect(jnp.array([[1.0, -3.0], [2.0, 0.0]])).amax.tolist()
       [2.0, 3.0]
     """
-    x = lax.stop_gradient(jnp.asarray(x)).astype(jnp.float32)
+    x = lax.stop_gradient(floats("ptq.collect", x)).astype(jnp.float32)
+    if x.ndim < 2:
+        raise ValueError(
+            f"ptq.collect: `x` must have the shape (..., tokens, inputs), got {x.shape}. Pass "
+            "x[None] for one token."
+        )
     count = jnp.int32(x.shape[-2])
     if mask is not None:
-        is_token = jnp.asarray(mask, bool)
+        is_token = array("ptq.collect", "mask", mask, "booleans", "Pass one per token.")
+        if is_token.shape != (x.shape[-2],):
+            raise ValueError(
+                f"ptq.collect: `mask` must have the shape ({x.shape[-2]},), one boolean per token, "
+                f"got {is_token.shape}. Pass False for padding."
+            )
+        is_token = is_token.astype(bool)
         x = jnp.where(is_token[:, None], x, np.float32(0))
         count = jnp.sum(is_token, dtype=jnp.int32)
     magnitude, total = jnp.abs(x), jnp.sum(x, -2)

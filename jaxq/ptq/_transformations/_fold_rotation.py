@@ -9,7 +9,9 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.arguments import array, described, integer, names_of, number
 from jaxq._base.registry import suggestion
+from jaxq._jax.draws import checked_key
 from jaxq._jax.processes import host_array
 from jaxq.models import LOOK_UP, not_floating, plan
 from jaxq.ptq._transformations._checks import relative_difference
@@ -31,6 +33,9 @@ class Norm:
       bias: the path of the vector that the norm adds to its output, as a LayerNorm does; None (the
         default) if it adds none.
 
+    Raises:
+      TypeError: if a field has another type.
+
     Example:
       >>> from jaxq import ptq
       >>> ptq.Norm("final_norm", ["head"]).readers
@@ -43,12 +48,9 @@ class Norm:
     bias: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.readers, str):
-            raise TypeError(
-                f"Norm: `readers` must be a list of paths, got {self.readers!r}. Pass "
-                f"[{self.readers!r}]."
-            )
-        object.__setattr__(self, "readers", tuple(self.readers))
+        remedy = "Use 0, or 1 for a norm that multiplies by 1 + scale."
+        number("Norm", "offset", self.offset, "a finite number", lambda _: True, remedy)
+        object.__setattr__(self, "readers", names_of("Norm", "readers", self.readers))
 
 
 def random_rotation(n: int, key: jax.Array, *, keep_mean: bool = False) -> np.ndarray:
@@ -84,11 +86,9 @@ def random_rotation(n: int, key: jax.Array, *, keep_mean: bool = False) -> np.nd
     References:
       Paley, "On orthogonal matrices" (1933).
     """
-    if n < 1:
-        raise ValueError(
-            f"random_rotation: `n` must be at least 1, got {n}. Pass the vectors' length."
-        )
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).astype(np.uint32))
+    n = integer("random_rotation", "n", n, "Pass the vectors' length.", least=1)
+    data = jax.random.key_data(checked_key("random_rotation", key))
+    generator = np.random.default_rng(np.asarray(data).astype(np.uint32))
     if not keep_mean:
         return _rotation(n, generator)
     # Orthogonal in the space of vectors with mean 0; a reflection takes ones / sqrt(n) to e_1.
@@ -209,6 +209,8 @@ def fold_rotation(
       Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (2024). Liu et al.,
       "SpinQuant: LLM Quantization with Learned Rotations" (2024).
     """
+    remedy = "Use ptq.random_rotation(n, key)."
+    array(_OWNER, "rotation", rotation, "an orthogonal matrix", remedy)
     matrix = np.asarray(rotation, np.float64)
     n = len(matrix) if matrix.ndim else 0
     tolerance = 1e-5 if np.asarray(rotation).dtype != np.float64 else 1e-9
@@ -216,6 +218,16 @@ def fold_rotation(
         raise ValueError(
             f"{_OWNER}: `rotation` must be an orthogonal matrix, got an array of shape "
             f"{matrix.shape}. Use ptq.random_rotation(n, key)."
+        )
+    if not isinstance(axes, Mapping):
+        raise TypeError(
+            f"{_OWNER}: `axes` must be a mapping from paths to axes, got {described(axes)}. Pass, "
+            "for example, {'embed': -1, 'head': -2}."
+        )
+    if isinstance(norms, Norm) or not all(isinstance(norm, Norm) for norm in norms):
+        raise TypeError(
+            f"{_OWNER}: `norms` must be a list of ptq.Norm, got {described(norms)}. Put a single "
+            "one into a list."
         )
     norms = tuple(norms)
     for norm in norms:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.arguments import integer, number
 from jaxq._base.registry import Registry
 from jaxq.ptq._solvers import output_error
 from jaxq.ptq._statistics import Statistics
@@ -96,6 +97,7 @@ class SmoothQuant:
 
     Raises:
       ValueError: if `alpha` is not between 0 and 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq
@@ -111,10 +113,8 @@ class SmoothQuant:
     needs_hessian: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(
-                f"SmoothQuant: `alpha` must be between 0 and 1, got {self.alpha}. Use 0.5."
-            )
+        requirement = "a number from 0 to 1"
+        number("SmoothQuant", "alpha", self.alpha, requirement, lambda a: 0 <= a <= 1, "Use 0.5.")
 
     def scales(self, problem: InputProblem) -> jax.Array:
         """Returns `max|x_i|^alpha / max|W_i|^(1 - alpha)`, float32 `[matrices, inputs]`."""
@@ -141,6 +141,7 @@ class AWQ:
 
     Raises:
       ValueError: if `steps` is less than 1.
+      TypeError: if a field has another type.
 
     Example:
       >>> from jaxq import ptq
@@ -156,8 +157,7 @@ class AWQ:
     needs_hessian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"AWQ: `steps` must be at least 1, got {self.steps}. Use 20.")
+        integer("AWQ", "steps", self.steps, "Use 20.", least=1)
 
     def scales(self, problem: InputProblem) -> jax.Array:
         """Returns the scales with the smallest loss."""

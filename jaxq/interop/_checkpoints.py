@@ -131,7 +131,7 @@ def load(path: str | pathlib.Path, *, like: Any = None, sharding: Any = None) ->
     Args:
       path: the path of the file.
       like: a tree of the same structure, whose leaves may be `jax.ShapeDtypeStruct`, for example
-        from `jax.eval_shape`. It is needed if the tree has nodes other than dictionaries, lists,
+        from `jax.eval_shape`. Arrays, numbers and texts come from the file. It is needed if the tree has nodes other than dictionaries, lists,
         tuples and jaxq's own. Default: None.
       sharding: a `jax.sharding.Sharding` or device for all arrays, or a tree of them that is a
         prefix of the result, for example from `jaxq.quantized_sharding`. Default: None, which
@@ -365,14 +365,14 @@ def _parse_stored(plain: dict[str, Any]) -> _Stored:
 def _fill_tree(like: Any, plain: Any) -> Any:
     """Rebuilds the tree of a description, with the node classes of `like`."""
     leaves: list[_Leaf] = []
-    wanted = _describe(like, (), leaves, set())
-    for ours, theirs in zip(_lines(wanted), _lines(plain), strict=False):
+    wanted, found = _structure(_describe(like, (), leaves, set())), _structure(plain)
+    for ours, theirs in zip(_lines(wanted), _lines(found), strict=False):
         if ours != theirs:
             raise _TreeError(
                 f"load: `like` must have the structure of the file, {theirs:.100}, got "
                 f"{ours:.100}. Pass a tree of the structure that was saved."
             )
-    if wanted != plain:
+    if wanted != found:
         raise _TreeError(
             "load: `like` must have as many leaves as the file, got more or fewer. Pass a tree of "
             "the structure that was saved."
@@ -380,6 +380,17 @@ def _fill_tree(like: Any, plain: Any) -> Any:
     arrays = [node for node in _nodes(plain) if node and ("array" in node or "value" in node)]
     stored = [_parse_stored(node) if "array" in node else node["value"] for node in arrays]
     return jax.tree.unflatten(jax.tree.structure(like), stored)
+
+
+def _structure(plain: Any) -> Any:
+    """Returns a description with the kind of each Python value in place of the value."""
+    if plain is None:
+        return None
+    if "value" in plain:
+        return {"value": "text" if isinstance(plain["value"], str) else "number"}
+    if "children" not in plain:
+        return plain
+    return {**plain, "children": [[key, _structure(child)] for key, child in plain["children"]]}
 
 
 def _nodes(plain: Any) -> Iterator[Any]:

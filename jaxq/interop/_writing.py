@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterator
 from typing import IO, Any
 
-__all__ = ["atomic"]
+__all__ = ["atomic", "is_temporary"]
 
 
 @contextlib.contextmanager
@@ -41,3 +41,8 @@ def atomic(path: str | pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def is_temporary(path: pathlib.Path, target: pathlib.Path) -> bool:
+    """Returns whether a file may be what a killed process left of `atomic(target)`."""
+    return path.name.startswith(f".{target.name}.") and path.suffix == ".tmp"

@@ -242,6 +242,15 @@ def test_file_that_a_killed_process_left_is_no_obstacle(tmp_path: pathlib.Path):
     same(jaxq.load(path)["w"], W)
 
 
+def test_replaced_file_keeps_its_permissions(tmp_path: pathlib.Path):
+    path = tmp_path / "a.safetensors"
+    jaxq.save(path, {"w": W})
+    for mode in (0o600, 0o664):
+        path.chmod(mode)
+        jaxq.save(path, {"w": W})
+        assert path.stat().st_mode & 0o777 == mode
+
+
 def test_symbolic_link_stays_and_its_file_is_replaced(tmp_path: pathlib.Path):
     (tmp_path / "disk").mkdir()
     link, target = tmp_path / "a.safetensors", tmp_path / "disk" / "b.safetensors"

@@ -509,6 +509,13 @@ def small_file(folder: pathlib.Path) -> str:
     return str(path)
 
 
+def test_quantize_refuses_a_file_without_tensors(capsys, tmp_path: pathlib.Path):
+    source = tmp_path / "in.safetensors"
+    safetensors.numpy.save_file({}, source)
+    code, _, err = run(capsys, "quantize", str(source), "out.gguf", "--recipe", "q8_0")
+    assert (code, "(the file has no tensors)" in err) == (2, True)
+
+
 def test_quantize_writes_what_load_reads(capsys, tmp_path: pathlib.Path):
     source, target = small_file(tmp_path), tmp_path / "out.safetensors"
     code, out, _ = run(capsys, "quantize", source, str(target), "--recipe", "int4_g32", "--json")

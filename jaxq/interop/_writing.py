@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import secrets
+import shutil
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -15,7 +16,8 @@ def atomic(path: str | pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Yields a file that replaces the one at `path` only when it is complete.
 
     It is written to a temporary file in the same folder and renamed at the end; an error removes
-    the temporary file. A symbolic link stays, and the file that it names is replaced.
+    the temporary file. A symbolic link stays, and the file that it names is replaced. The new file
+    has the permissions of the old one.
 
     Args:
       path: the path of the file.
@@ -33,6 +35,8 @@ def atomic(path: str | pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     file = beside.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
     try:
+        with contextlib.suppress(OSError):  # It is a new file, or its file system has no modes.
+            shutil.copymode(path, beside)
         with file:
             yield file
             file.flush()

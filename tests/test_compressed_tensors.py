@@ -131,7 +131,7 @@ def test_wrong_checkpoints_are_refused(tmp_path: pathlib.Path):
 
 
 def test_empty_folder_is_filled(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    """The folder may be the target of a link, a mount, or the current folder."""
+    """Checks a folder, the current folder, and the target of a link, which must stay."""
     q = jaxq.quantize(W, "int8_token")
     for name in ("folder", "current", "target"):
         (tmp_path / name).mkdir()

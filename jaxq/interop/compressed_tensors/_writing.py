@@ -59,7 +59,7 @@ def write(
 
     Args:
       folder: the path of a folder that does not exist or is empty. It appears only when it is
-        complete.
+        complete; the files in an existing one are moved there at the end, `config.json` last.
       params: the arrays and `jaxq.Quantized` by their names in Hugging Face's format. A quantized
         weight is `[outputs, inputs]`, its name ends in `.weight`, and its recipe has a scheme
         (see `scheme_of`).

@@ -1,10 +1,12 @@
 """Trees with quantized arrays in files, and back, bit for bit."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import chex
 import jax
@@ -92,6 +94,23 @@ def test_optimizer_state_and_keys_return_into_a_tree_like_them(tmp_path: pathlib
         jaxq.load(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="`like` must have"):
         jaxq.load(tmp_path / "a.safetensors", like={"w": W})
+
+
+def test_python_values_come_from_the_file_and_not_from_like(tmp_path: pathlib.Path):
+    class State(NamedTuple):
+        step: int
+        best: float
+        name: str
+        w: jax.Array
+
+    path, like = tmp_path / "a.safetensors", State(0, math.inf, "", jnp.zeros(2))
+    for saved in (State(5, 0.5, "run", jnp.ones(2)), State(5, math.nan, "run", jnp.ones(2))):
+        jaxq.save(path, saved)
+        got = jaxq.load(path, like=like)
+        assert isinstance(got, State)
+        assert str(got) == str(saved)
+    with pytest.raises(ValueError, match="`like` must have the structure"):
+        jaxq.load(path, like=like._replace(name=1))
 
 
 def test_frozen_rules_return(tmp_path: pathlib.Path):
@@ -221,6 +240,15 @@ def test_file_that_a_killed_process_left_is_no_obstacle(tmp_path: pathlib.Path):
     (tmp_path / f".{path.name}.{os.getpid()}.tmp").touch()
     jaxq.save(path, {"w": W})
     same(jaxq.load(path)["w"], W)
+
+
+def test_replaced_file_keeps_its_permissions(tmp_path: pathlib.Path):
+    path = tmp_path / "a.safetensors"
+    jaxq.save(path, {"w": W})
+    for mode in (0o600, 0o664):
+        path.chmod(mode)
+        jaxq.save(path, {"w": W})
+        assert path.stat().st_mode & 0o777 == mode
 
 
 def test_symbolic_link_stays_and_its_file_is_replaced(tmp_path: pathlib.Path):

@@ -490,6 +490,16 @@ def test_runs_as_process():
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+def test_closed_streams_change_no_exit_code(tmp_path: pathlib.Path):
+    target = tmp_path / "out.safetensors"
+    quantize = f"quantize {small_file(tmp_path)} {target} --recipe int4_g32"
+    done = shell("bash", "-c", f"{sys.executable} -m jaxq {quantize} >&-")
+    assert (done.returncode, done.stderr, target.is_file()) == (0, "", True)
+    # The error must not appear on stdout.
+    done = shell("bash", "-c", f"{sys.executable} -m jaxq formats int44 2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 def small_file(folder: pathlib.Path) -> str:
     rng = np.random.default_rng(0)
     arrays = {"w": rng.standard_normal((8, 64)), "v": rng.standard_normal((4, 48)), "b": np.ones(4)}
@@ -497,6 +507,13 @@ def small_file(folder: pathlib.Path) -> str:
     path = folder / "in.safetensors"
     safetensors.numpy.save_file({**arrays, "step": np.arange(1)}, path)
     return str(path)
+
+
+def test_quantize_refuses_a_file_without_tensors(capsys, tmp_path: pathlib.Path):
+    source = tmp_path / "in.safetensors"
+    safetensors.numpy.save_file({}, source)
+    code, _, err = run(capsys, "quantize", str(source), "out.gguf", "--recipe", "q8_0")
+    assert (code, "(the file has no tensors)" in err) == (2, True)
 
 
 def test_quantize_writes_what_load_reads(capsys, tmp_path: pathlib.Path):

@@ -130,6 +130,23 @@ def test_wrong_checkpoints_are_refused(tmp_path: pathlib.Path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_empty_folder_is_filled(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    """Checks a folder, the current folder, and the target of a link, which must stay."""
+    q = jaxq.quantize(W, "int8_token")
+    for name in ("folder", "current", "target"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("target")
+    monkeypatch.chdir(tmp_path / "current")
+    for path in (tmp_path / "folder", pathlib.Path(), tmp_path / "link", tmp_path / "new"):
+        inode = path.stat().st_ino if path.exists() else None
+        ct.write(path, {"a.weight": q}, {"model_type": "llama"})
+        assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+        assert inode in (None, path.stat().st_ino)
+    assert (tmp_path / "link").is_symlink()
+    with pytest.raises(FileExistsError, match="exists"):
+        ct.write(pathlib.Path(), {"a.weight": q})
+
+
 @pytest.mark.slow
 def test_the_package_accepts_what_is_written(tmp_path: pathlib.Path):
     """Needs `JAXQ_COMPRESSED_TENSORS`, a Python with the compressed-tensors package."""

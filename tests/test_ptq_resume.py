@@ -1,6 +1,8 @@
 """Runs of `jaxq.ptq.quantize_weights` that were interrupted and continued."""
 
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -106,6 +108,21 @@ def test_folder_of_another_run_is_an_error(tmp_path: pathlib.Path):
     solve = ptq.quantize_weights(model, RULES, solver="rtn", resume=tmp_path)
     with pytest.raises(ValueError, match="holds other files"):
         solve(PARAMS, BATCHES)
+
+
+def test_run_continues_that_was_killed_while_it_stored_its_first_file(tmp_path: pathlib.Path):
+    kill = "import os, pathlib; pathlib.Path.replace = lambda *_: os._exit(9)"
+    code = (
+        f"{kill}; import jaxq; from jaxq import ptq; import numpy as np; "
+        "solve = ptq.quantize_weights(lambda w, x: x @ w['out'], 'int4_channel', resume='run'); "
+        "solve({'out': np.ones((8, 8), np.float32)}, [np.ones((2, 8), np.float32)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
+    assert (done.returncode, len([*(tmp_path / "run").iterdir()])) == (9, 1)
+    solve = ptq.quantize_weights(model, RULES, solver="rtn", resume=tmp_path / "run")
+    for _ in range(2):
+        _, report = solve(PARAMS, BATCHES)
+    assert len(report.rows) == 5
 
 
 def test_folder_of_a_run_with_other_closed_over_arrays_is_an_error(tmp_path: pathlib.Path):

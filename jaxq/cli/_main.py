@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 from jaxq.cli._output import UsageError, one_line
 from jaxq.cli._parser import build, guarded
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    # Python has no stream for a closed descriptor, and `print` would write errors to stdout then.
+    sys.stdout = sys.stdout or _nowhere()
+    sys.stderr = sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Characters that the terminal cannot show must not raise an error.
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return done.code if isinstance(done.code, int) else 0
     except BrokenPipeError:
         # The reader closed the pipe. Replacing stdout avoids Python's error message at exit.
-        sys.stdout = pathlib.Path(os.devnull).open("w")
+        sys.stdout = _nowhere()
         return 0
     except KeyboardInterrupt:
         print("jaxq: interrupted", file=sys.stderr)
@@ -72,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = f"{type(error).__name__}: {one_line(error)} (--debug shows where)"
         return _failed(error, text, 1, debug)
     return 0
+
+
+def _nowhere() -> TextIO:
+    """Returns a stream that discards what is written to it."""
+    return pathlib.Path(os.devnull).open("w")
 
 
 @contextlib.contextmanager

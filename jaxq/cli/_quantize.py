@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         if importance:
             plans = [_without_importance(plan, importance) for plan in plans]
         if not any(plan.recipe is not None for plan in plans):
-            notes = ", ".join(sorted({plan.note for plan in plans}))
+            notes = ", ".join(sorted({plan.note for plan in plans})) or "the file has no tensors"
             raise UsageError(f"{args.file}: no tensor would be quantized ({notes})")
         recipes = [plan.recipe for plan in plans if plan.recipe is not None]
         if importance and not any(isinstance(r, str) or takes_importance(r) for r in recipes):

@@ -11,7 +11,7 @@ from jaxq.interop._files import TensorFile, open_tensors
 from jaxq.interop._layouts import read_json
 from jaxq.interop._loading import load_tensors
 from jaxq.interop._quantized_parts import quantized_parts
-from jaxq.interop._writing import atomic
+from jaxq.interop._writing import atomic, is_temporary
 
 __all__ = [
     "Entry",

@@ -132,8 +132,8 @@ def load(path: str | pathlib.Path, *, like: Any = None, sharding: Any = None) ->
     Args:
       path: the path of the file.
       like: a tree of the same structure, whose leaves may be `jax.ShapeDtypeStruct`, for example
-        from `jax.eval_shape`. It is needed if the tree has nodes other than dictionaries, lists,
-        tuples and jaxq's own. Default: None.
+        from `jax.eval_shape`. Arrays, numbers and texts come from the file. It is needed if the
+        tree has nodes other than dictionaries, lists, tuples and jaxq's own. Default: None.
       sharding: a `jax.sharding.Sharding` or device for all arrays, or a tree of them that is a
         prefix of the result, for example from `jaxq.quantized_sharding`. Default: None, which
         places arrays on the default device.
@@ -366,14 +366,14 @@ def _parse_stored(plain: dict[str, Any]) -> _Stored:
 def _fill_tree(like: Any, plain: Any) -> Any:
     """Rebuilds the tree of a description, with the node classes of `like`."""
     leaves: list[_Leaf] = []
-    wanted = _describe(like, (), leaves, set())
-    for ours, theirs in zip(_lines(wanted), _lines(plain), strict=False):
+    wanted, found = [*_lines(_describe(like, (), leaves, set()))], [*_lines(plain)]
+    for ours, theirs in zip(wanted, found, strict=False):
         if ours != theirs:
             raise _TreeError(
                 f"load: `like` must have the structure of the file, {theirs:.100}, got "
                 f"{ours:.100}. Pass a tree of the structure that was saved."
             )
-    if wanted != plain:
+    if len(wanted) != len(found):
         raise _TreeError(
             "load: `like` must have as many leaves as the file, got more or fewer. Pass a tree of "
             "the structure that was saved."
@@ -391,8 +391,10 @@ def _nodes(plain: Any) -> Iterator[Any]:
 
 
 def _lines(plain: Any) -> Iterator[str]:
-    """Yields one line of text per node, for comparisons."""
+    """Yields one line of text per node, for comparisons, without the values of Python leaves."""
     for node in _nodes(plain):
         short = {k: v for k, v in (node or {}).items() if k != "children"}
+        if "value" in short:
+            short["value"] = "text" if isinstance(short["value"], str) else "number"
         keys = [key for key, _ in (node or {}).get("children", ())]
         yield f"{short} with {keys}" if keys else f"{short}"

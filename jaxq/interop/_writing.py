@@ -4,12 +4,13 @@ import contextlib
 import os
 import pathlib
 import secrets
+import shutil
 from collections.abc import Iterator
 from typing import IO, Any
 
 from jaxq._base.arguments import path as as_path
 
-__all__ = ["atomic"]
+__all__ = ["atomic", "is_temporary"]
 
 
 @contextlib.contextmanager
@@ -17,7 +18,8 @@ def atomic(path: str | pathlib.Path, mode: str = "wb", *, owner: str = "save") -
     """Yields a file that replaces the one at `path` only when it is complete.
 
     It is written to a temporary file in the same folder and renamed at the end; an error removes
-    the temporary file. A symbolic link stays, and the file that it names is replaced.
+    the temporary file. A symbolic link stays, and the file that it names is replaced. The new file
+    has the permissions of the old one.
 
     Args:
       path: the path of the file.
@@ -37,6 +39,8 @@ def atomic(path: str | pathlib.Path, mode: str = "wb", *, owner: str = "save") -
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     file = beside.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
     try:
+        with contextlib.suppress(OSError):  # It is a new file, or its file system has no modes.
+            shutil.copymode(path, beside)
         with file:
             yield file
             file.flush()
@@ -45,3 +49,8 @@ def atomic(path: str | pathlib.Path, mode: str = "wb", *, owner: str = "save") -
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def is_temporary(path: pathlib.Path, target: pathlib.Path) -> bool:
+    """Returns whether a file may be what a killed process left of `atomic(target)`."""
+    return path.name.startswith(f".{target.name}.") and path.suffix == ".tmp"

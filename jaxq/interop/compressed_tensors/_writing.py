@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import pathlib
 import secrets
 import shutil
@@ -58,7 +59,7 @@ def write(
 
     Args:
       folder: the path of a folder that does not exist or is empty. It appears only when it is
-        complete.
+        complete; the files in an existing one are moved there at the end, `config.json` last.
       params: the arrays and `jaxq.Quantized` by their names in Hugging Face's format. A quantized
         weight is `[outputs, inputs]`, its name ends in `.weight`, and its recipe has a scheme
         (see `scheme_of`).
@@ -269,16 +270,28 @@ def _config(schemes: Mapping[str, Scheme], shapes: Mapping[str, Any]) -> dict[st
 
 @contextlib.contextmanager
 def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder that is renamed when complete and removed after an error."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Yields a temporary folder that becomes `folder` when complete and is removed after an error.
+
+    An empty folder stays the same folder, because it may be a mount, a link or the current folder.
+    """
+    folder = pathlib.Path(os.path.realpath(folder))
+    exists = folder.exists()
+    if exists and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"compressed_tensors.write: {folder} exists. Remove it, or name another folder."
         )
-    new = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    parent = folder if exists else folder.parent
+    new = parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
     new.mkdir()
     try:
         yield new
-        new.replace(folder)
+        if exists:
+            # The last file is the one that programs open first.
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(folder / path.name)
+            new.rmdir()
+        else:
+            new.replace(folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

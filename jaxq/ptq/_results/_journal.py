@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from jaxq._base.arguments import path
 from jaxq._jax import compat
 from jaxq._jax.processes import holds_on_all_processes, host_array, spans_processes
-from jaxq.interop import load, save
+from jaxq.interop import is_temporary, load, save
 from jaxq.models import weight_of
 from jaxq.ptq._calibration_runs import Calls, Model
 from jaxq.quantizers import Quantized
@@ -126,7 +126,9 @@ def journal_of(
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / _RUN
     stored = load(run_file)["run"] if run_file.exists() else None
-    if stored != run and (stored is not None or any(folder.iterdir())):
+    # A run that was killed while it stored its first file leaves only a temporary file.
+    others = [other for other in folder.iterdir() if not is_temporary(other, run_file)]
+    if stored != run and (stored is not None or others):
         contents = "parts of another run" if stored else "other files"
         raise ValueError(
             f"{calls.owner}: `resume` must be a new folder, or that of a run with the same model, "

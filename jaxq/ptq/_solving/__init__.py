@@ -1,7 +1,7 @@
 """Quantization of the weights of a model by a solver.
 
-`_quantize_weights` uses `_solver_run` for each product, that `_solve_weight` for the weight of one
-product, and that `_solve_matrices` for its matrices.
+For each product, `_quantize_weights` calls `_solver_run`, which solves the product's weight
+(`_solve_weight`) matrix by matrix (`_solve_matrices`).
 """
 
 from jaxq.ptq._solving._quantize_weights import quantize_weights

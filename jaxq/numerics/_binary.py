@@ -99,6 +99,12 @@ def nearest_magnitudes(x: jax.Array, fmt: FloatFormat | IntFormat) -> jax.Array:
     layout, grid = FloatLayout.of(x.dtype), BinaryGrid.of(fmt)
     bits = layout.bits(x)
     magnitude = bits & layout.magnitude_mask
+    if isinstance(fmt, FloatFormat) and fmt.mantissa_bits and grid.emax < 100:
+        # Sums with 2^23 times the spacing are multiples of the spacing.
+        unit = _unit_exponents(magnitude, grid, layout)
+        anchor = layout.floats(unit + layout.shifted(layout.mantissa_bits))
+        whole = (layout.floats(magnitude) + anchor) - anchor
+        return lax.min(whole, jnp.full_like(x, grid.max))
     args = _Snap(bits, magnitude, grid, layout, nearest_even, "saturate", None)
     return lax.min(_narrow(args), jnp.full_like(x, grid.max))
 

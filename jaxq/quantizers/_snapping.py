@@ -252,27 +252,25 @@ def _distance(
 ) -> jax.Array:
     """Returns the distance of each element to its quantized value, times `down`, up to the sign.
 
-    `rounded` or the minimum separates the product from the difference. LLVM would otherwise fuse
-    them into one rounding.
+    It is in units of 2^-10, and infinite or NaN where a scale of 0 is used for a float format.
     """
-    fmt = recipe.element
+    fmt, unit = recipe.element, np.float32(2.0**10)
     symmetric = scales.zero_point is None and scales.minimum is None and scales.grid_values is None
     default = get_rounding(recipe.rounding) is get_rounding("nearest_even")
     power_of_two = recipe.scale_format == E8M0  # Its least scale is subnormal.
     if not (symmetric and default and rounds_magnitudes(fmt)) or power_of_two:
         y = restored(grid_values(x, scales, key, recipe), scales.step, scales.minimum, recipe)
-        return x * down - rounded(y * down)
-    values = nearest_magnitudes(units_of(x, scales, recipe), fmt)
-    magnitude = values * materialize(jnp.abs(scales.step) * down)
-    if _is_bounded(recipe):
-        magnitude = rounded(magnitude)
-    else:
-        magnitude = lax.min(magnitude, materialize(np.finfo(np.float32).max * down))
-    return jnp.abs(x) * down - magnitude
+        # `rounded` separates the product from the difference. LLVM would otherwise fuse them into
+        # one rounding.
+        return (x * down - rounded(y * down)) * unit
+    magnitude = jnp.abs(units_of(x, scales, recipe))
+    # A scale of 0 quantizes to 0, which is no better than the least scale above it.
+    factor = where(scales.step == 0, np.float32(np.inf), scales.step * down * unit)
+    return (magnitude - nearest_magnitudes(magnitude, fmt)) * materialize(factor)
 
 
 def _squared_error(distance: jax.Array, cut: Cut) -> jax.Array:
-    """Returns the sum of squared distances, which are below 4, of each block.
+    """Returns the sum of squared distances, in units of 2^-10 and below 2^11, of each block.
 
     On a single device, the result is a vector if the blocks lie along the last axis.
     Integers are summed, so the result does not depend on the order of summation. Equal errors,
@@ -281,10 +279,11 @@ def _squared_error(distance: jax.Array, cut: Cut) -> jax.Array:
     """
     if not cut.block:
         return distance * distance
-    # The addition rounds a square to a multiple of 2^-19, which it places in the low bits.
+    # The addition rounds a square to a whole number, which it places in the low bits. An infinity
+    # or NaN, of a scale that is infinite or 0, becomes the largest number.
     anchor = np.float32(2.0**23)
-    square = distance * distance * np.float32(2.0**19)
-    square = where(square < anchor, square, anchor)  # NaN, of an infinite scale, is largest too.
+    bits = lax.bitcast_convert_type(distance * distance, jnp.uint32)
+    square = lax.bitcast_convert_type(lax.min(bits, anchor.view(np.uint32)), jnp.float32)
     squares = _FLOAT32.bits(square + anchor) - _FLOAT32.bits(anchor)
     (*leading, last), axes = squares.shape, cut.axes
     # XLA on CPU (JAX 0.10 and 0.12) does not vectorize code that reads the sums in another shape.

@@ -366,7 +366,7 @@ class TestQuantizedState:
 
     @pytest.mark.parametrize("min_dim_size_to_factor", [16, 128])
     def test_adafactor_takes_no_larger_steps_for_small_gradients(self, min_dim_size_to_factor: int):
-        """Compares the largest update with the float one, with gradients of very different sizes."""
+        """Compares the largest updates of both states, with gradients of very different sizes."""
         tx = optax.scale_by_factored_rms(min_dim_size_to_factor=min_dim_size_to_factor)
         sizes = 10.0 ** np.random.default_rng(0).uniform(-9, 0, 64)
         draws = np.random.default_rng(1).standard_normal((120, 64, 64))

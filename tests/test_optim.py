@@ -335,6 +335,126 @@ class TestQuantizedState:
         state = jax.eval_shape(optim.quantize_state(named, rules).init, params)
         assert state.inner["mu"].mu["w"].recipe.element.name == "int8"
 
+    @pytest.mark.parametrize("min_dim_size_to_factor", [16, 128])
+    def test_second_moments_of_adafactor_are_stored_as_roots(self, min_dim_size_to_factor: int):
+        """Checks all places of the state, factored and not, also within wrappers."""
+        params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+        factored = optax.adafactor(1e-3, min_dim_size_to_factor=min_dim_size_to_factor)
+        for tx in (
+            factored,
+            optax.named_chain(("v", factored)),
+            optax.partition({"all": factored}, dict.fromkeys(params, "all")),
+        ):
+            for rules in (optim.ADAM8BIT, jaxq.Recipe("udynamic8", jaxq.PerBlock(BLOCK))):
+                small = optim.quantize_state(tx, rules, min_size=64)
+                state = optax.tree.get(jax.eval_shape(small.init, params), "FactoredState")
+                roots = quantized_arrays(state)
+                assert all(isinstance(leaf, Squared) for leaf in roots)
+                assert {leaf.recipe.element.name for leaf in roots} == {"udynamic8"}
+                is_factored = min_dim_size_to_factor <= 64
+                assert isinstance(state.v["b"], Squared)
+                assert isinstance(state.v["w"], Squared) != is_factored
+                for place in (state.v_row["w"], state.v_col["w"]):
+                    assert isinstance(place, Squared) == is_factored
+
+    def test_v_of_adan_is_not_a_second_moment(self):
+        params = {"v": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+        adan = jax.eval_shape(optim.quantize_state(optax.adan(1e-3)).init, params).inner[0]
+        assert adan.v["v"].recipe.element.name == "dynamic8"
+        assert not isinstance(adan.v["v"], Squared)
+        assert isinstance(adan.n["v"], Squared)
+
+    @pytest.mark.parametrize("min_dim_size_to_factor", [16, 128])
+    def test_adafactor_takes_no_larger_steps_for_small_gradients(self, min_dim_size_to_factor: int):
+        """Compares the largest updates of both states, with gradients of very different sizes."""
+        tx = optax.scale_by_factored_rms(min_dim_size_to_factor=min_dim_size_to_factor)
+        sizes = 10.0 ** np.random.default_rng(0).uniform(-9, 0, 64)
+        draws = np.random.default_rng(1).standard_normal((120, 64, 64))
+        g = {"w": draws * np.outer(sizes, sizes), "b": draws[:, 0] * sizes}
+        g = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), g)
+
+        def largest(tx):
+            params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:]), g)
+
+            def step(state, g):
+                updates, state = tx.update(g, state, params)
+                return state, jnp.abs(updates["w"]).max()
+
+            return float(jax.jit(lambda: jax.lax.scan(step, tx.init(params), g)[1][60:].max())())
+
+        assert largest(optim.quantize_state(tx, min_size=64)) < 4 * largest(tx)
+
+    @pytest.mark.parametrize(
+        ("tx", "fields"),
+        [
+            (optax.contrib.prodigy(), ["params0"]),
+            (optax.contrib.dog(1.0), ["init_params"]),
+            (optax.contrib.dowg(1.0), ["init_params"]),
+            (optax.scale_by_distance_over_gradients(), ["init_params"]),
+            (optax.contrib.madgrad(1e-3), ["x0"]),
+            (optax.contrib.mechanize(optax.adam(1e-3)), ["x0"]),
+            (optax.contrib.cocob(), ["init_particles"]),
+            (optax.contrib.schedule_free(optax.adam(1e-3), 1e-3), ["z"]),
+            (optax.contrib.sam(optax.sgd(1e-3, 0.9), optax.sgd(1e-2), sync_period=2), ["cache"]),
+            (optax.scale_by_lbfgs(), ["params", "updates"]),
+        ],
+        ids=[
+            *("prodigy", "dog", "dowg", "distance", "madgrad", "mechanic", "cocob"),
+            *("schedule_free", "sam", "lbfgs"),
+        ],
+    )
+    def test_copies_of_parameters_are_not_quantized(self, tx, fields: list[str]):
+        """Checks each field, and that a parameter of that name is quantized in a moment."""
+        names = [*fields, "w"]
+        params = dict.fromkeys(names, jax.ShapeDtypeStruct((64, 64), jnp.float32))
+        chained = optax.chain(optax.trace(0.9), optax.named_chain(("z", tx)))
+        state = jax.eval_shape(optim.quantize_state(chained).init, params).inner
+        for name in names:
+            assert isinstance(state[0].trace[name], Flattened | jaxq.Quantized)
+        for field in fields:
+            copies = optax.tree.get_all_with_path(state[1], field)
+            trees = [tree for _, tree in copies if isinstance(tree, dict)]
+            assert trees
+            assert not quantized_arrays(trees)
+
+    @pytest.mark.parametrize(
+        "tx",
+        [
+            optax.contrib.prodigy(),
+            data.slow(optax.contrib.mechanize(optax.adam(1e-3))),
+            data.slow(optax.chain(optax.scale_by_lbfgs(), optax.scale(-0.1))),
+        ],
+    )
+    def test_optimizers_that_compare_parameters_learn_with_quantized_states(self, tx):
+        """Compares the final loss of a regression with that of the float state."""
+        x, target = data.normal((128, 64)), data.normal((64, 64), 1) / 8
+        start = {"w": data.normal((64, 64), 2) / 8}
+
+        def final(tx) -> float:
+            def loss(params):
+                return jnp.mean(jnp.square(x @ params["w"] - x @ target))
+
+            def step(carry, _):
+                params, state = carry
+                value, g = jax.value_and_grad(loss)(params)
+                updates, state = tx.update(g, state, params)
+                return (optax.apply_updates(params, updates), state), value
+
+            init = (start, tx.init(start))
+            return float(jax.jit(lambda: jax.lax.scan(step, init, length=200)[1][-1])())
+
+        assert final(optim.quantize_state(tx)) < 4 * final(tx)
+
+    def test_multi_steps_inside_quantizes_accumulated_gradients(self):
+        """Compares the two orders of `quantize_state` and `optax.MultiSteps`."""
+        params, g = parameters(), gradients(0)
+        outer = optim.quantize_state(optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation())
+        inner = optax.MultiSteps(optim.quantize_state(optax.sgd(1.0)), 2)
+        state = outer.update(g, outer.init(params), params)[1]
+        assert isinstance(state.inner.acc_grads["w"], Flattened)
+        state = inner.update(g, inner.init(params), params)[1]
+        assert_same(state.acc_grads["w"], g["w"])
+
     def test_stochastic_rounding_carries_a_key(self):
         params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
         g = jax.tree.map(lambda p: p * jnp.linspace(0.1, 1, 64)[None, :], params)

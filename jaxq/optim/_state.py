@@ -1,5 +1,6 @@
 """Optimizer state that is stored quantized between steps."""
 
+import collections
 import dataclasses
 import math
 import sys
@@ -29,18 +30,36 @@ from jaxq.recipes import PerBlock, Recipe
 
 __all__ = ["ADAM8BIT", "QuantizedState", "quantize_state"]
 
+_WRAPPERS = r"^(\d+/|\w*state/|\w*states/[^/]+/)*"  # Indices of chains and fields of wrappers.
+
 SECOND_MOMENTS = (
-    r"^(\d+/|\w*state/|\w*states/[^/]+/)*"
-    r"(nu|nu_max|n|sum_of_squares|grad_sum_sq|exp_avg_sq|e_g|e_x)(/|$)"
+    _WRAPPERS + r"(nu|nu_max|n|sum_of_squares|grad_sum_sq|exp_avg_sq|e_g|e_x|v_row|v_col)(/|$)"
 )
 """A regular expression for the paths of optax's second moments, which are never negative.
 
 It matches the names of optax's fields, preceded only by the indices of a chain and the fields of
-wrappers, so that a parameter called `nu` is not mistaken for a second moment. `quantize_state`
-replaces the names in `optax.named_chain` by indices before it matches this pattern.
+wrappers, so that a parameter called `nu` is not mistaken for a second moment. Before it matches
+this pattern, `quantize_state` replaces the names in `optax.named_chain` by indices and the name `v`
+in `optax.adafactor` by `nu`.
 """
 
+_COPIES = (
+    _WRAPPERS
+    + r"(params0|init_params|x0|init_particles|z|cache|previous_params|previous_updates)(/|$)"
+)
+"""A regular expression for the paths of copies of parameters and gradients in optax's states.
+
+Optimizers subtract these from current values, so a rounding error may exceed the difference.
+"""
+
+_RENAMED_FIELDS = {
+    "FactoredState": {"v": "nu"},  # Adafactor; `v` of Adan is not a second moment.
+    "ScaleByLBFGSState": {"params": "previous_params", "updates": "previous_updates"},
+}
+"""Unambiguous names of fields, by the names of optax's classes."""
+
 ADAM8BIT: LeafRules = (
+    (_COPIES, None),
     (SECOND_MOMENTS, Recipe("udynamic8", PerBlock(256))),
     ("", Recipe("dynamic8", PerBlock(256))),
 )
@@ -128,6 +147,14 @@ def quantize_state(
     quantized as one flattened row whose last block may be shorter, so such blocks suit any shape.
     Every other granularity is applied to the array in its own shape.
 
+    The default rules do not quantize copies of parameters that an optimizer compares with current
+    ones, such as `params0` of `optax.contrib.prodigy`, `x0` of `mechanize`, `z` of `schedule_free`
+    and the previous parameters and gradients of `optax.scale_by_lbfgs`, because rounding errors may
+    exceed the difference. Rules of your own can exclude them by a pair such as `("params0", None)`.
+
+    `quantize_state(optax.MultiSteps(tx, n).gradient_transformation())` quantizes the accumulated
+    gradients at every micro-step; `optax.MultiSteps(quantize_state(tx), n)` does not.
+
     Optimizers divide by the square roots of second moments, so second moments are treated specially
     under every recipe. First, the square root is quantized instead of the square, which covers
     twice the range of exponents and spends the levels on the number that is used. Second, a
@@ -161,9 +188,8 @@ def quantize_state(
       min_size: the smallest number of elements of a quantized array; 4096 by default.
       second_moments: a regular expression that is searched for in the paths of the state and
         selects the arrays that are stored as square roots. The default matches the fields that hold
-        second moments in optax, except `v` of `optax.adafactor`, because `v` of `optax.adan` has
-        another meaning. None stores every array directly, which is safe only if no
-        optimizer divides by one.
+        second moments in optax; `v` is one in `optax.adafactor`, but not in `optax.adan`. None
+        stores every array directly, which is safe only if no optimizer divides by one.
       key: a `jax.random` key, required if a recipe rounds stochastically. The state carries it from
         step to step as key data; each array and step draws different bits.
 
@@ -214,7 +240,7 @@ def quantize_state(
             return f"has {leaf.size} elements, fewer than min_size={min_size}" if is_small else ""
 
         inner = tx.init(_without_variables(params))
-        indexed = _without_names(inner)  # For the default patterns.
+        indexed = _with_standard_names(inner)  # For the default patterns.
         named = inner if strict else indexed
         recipes = assign("quantize_state", named, recipe_rules, unfit=unfit, strict=strict)
         squares = [] if second_moments is None else [(second_moments, True)]
@@ -253,17 +279,26 @@ def _without_variables(tree: Any) -> Any:
     return tree if nnx is None else nnx.as_pure(tree)
 
 
-def _without_names(state: Any) -> Any:
-    """Returns a state with tuples in place of the dictionaries of `optax.named_chain`."""
+def _with_standard_names(state: Any) -> Any:
+    """Returns a state with the names that the default patterns match.
+
+    Tuples replace the dictionaries of `optax.named_chain`, and the fields in `_RENAMED_FIELDS` have
+    their new names. The order of the leaves is unchanged.
+    """
     if isinstance(state, dict) and all(isinstance(value, tuple) for value in state.values()):
-        return tuple(_without_names(state[name]) for name in sorted(state))
+        return tuple(_with_standard_names(state[name]) for name in sorted(state))
     if not isinstance(state, tuple):
         return state
     if not hasattr(state, "_fields"):
-        return tuple(map(_without_names, state))
-    wrapper: Any = state
-    inner = [name for name in wrapper._fields if name.endswith(("state", "states"))]
-    return wrapper._replace(**{name: _without_names(getattr(state, name)) for name in inner})
+        return tuple(map(_with_standard_names, state))
+    record: Any = state
+    inner = [name for name in record._fields if name.endswith(("state", "states"))]
+    record = record._replace(**{name: _with_standard_names(getattr(state, name)) for name in inner})
+    renamed = _RENAMED_FIELDS.get(type(record).__name__)
+    if renamed is None:
+        return record
+    names: tuple[str, ...] = record._fields
+    return collections.namedtuple("Renamed", [renamed.get(name, name) for name in names])(*record)
 
 
 def _is_quantized(leaf: Any) -> bool:

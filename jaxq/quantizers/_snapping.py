@@ -270,7 +270,7 @@ def _distance(
 
 
 def _squared_error(distance: jax.Array, cut: Cut) -> jax.Array:
-    """Returns the sum of squared distances, in units of 2^-10 and below 2^11, of each block.
+    """Returns the sum of squared distances, in units of 2^-10 and below 2^12, of each block.
 
     On a single device, the result is a vector if the blocks lie along the last axis.
     Integers are summed, so the result does not depend on the order of summation. Equal errors,
@@ -279,9 +279,9 @@ def _squared_error(distance: jax.Array, cut: Cut) -> jax.Array:
     """
     if not cut.block:
         return distance * distance
-    # The addition rounds a square to a whole number, which it places in the low bits. An infinity
-    # or NaN, of a scale that is infinite or 0, becomes the largest number.
-    anchor = np.float32(2.0**23)
+    # The addition rounds a square to an even number, half of which it places in the low bits. An
+    # infinity or NaN, of a scale that is infinite or 0, becomes the largest number.
+    anchor = np.float32(2.0**24)
     bits = lax.bitcast_convert_type(distance * distance, jnp.uint32)
     square = lax.bitcast_convert_type(lax.min(bits, anchor.view(np.uint32)), jnp.float32)
     squares = _FLOAT32.bits(square + anchor) - _FLOAT32.bits(anchor)

@@ -97,6 +97,21 @@ def test_bad_budgets_are_errors(call, message: str):
         call(random_scores(5))
 
 
+@pytest.mark.parametrize(
+    ("by", "loss", "remedy"),
+    [
+        ("gradient", 0.0, "Pass a loss and gradient=True .* or use by='loss'"),
+        ("relative", 0.0, "Remove weights without such a score, or use by='loss'"),
+        ("relative", np.nan, r"Remove weights without such a score\.$"),
+        ("loss", np.nan, r"Remove weights without such a score\.$"),
+    ],
+)
+def test_remedy_for_missing_scores_helps(by: str, loss: float, remedy: str):
+    scores = ptq.Scores((ptq.Score("w", None, nbytes=64, loss=loss, relative=np.nan),))
+    with pytest.raises(ValueError, match=f"got NaN for 'w'. {remedy}"):
+        ptq.budget(scores, 1e6, by=by)
+
+
 def test_groups_in_a_string_raise():
     """Raises an error, because each character would be an expression, and `|` matches anything."""
     with pytest.raises(TypeError, match="must be a list of strings"):

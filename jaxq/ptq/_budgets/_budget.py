@@ -145,10 +145,17 @@ def budget(
         )
     if not isinstance(nbytes, float | np.floating):
         nbytes = integer("budget", "nbytes", nbytes, "Pass a number of bytes, such as 4e9.")
-    if any(math.isnan(getattr(score, by)) for score in scores.rows):
+    unknown = next((row for row in scores.rows if math.isnan(getattr(row, by))), None)
+    if unknown is not None:
+        remedies = ["remove weights without such a score"]
+        if by == "gradient":
+            remedies[:0] = ["pass a loss and gradient=True to ptq.sensitivity"]
+        if not any(math.isnan(row.loss) for row in scores.rows):
+            remedies.append("use by='loss'")
+        remedy = ", or ".join(remedies)
         raise ValueError(
-            f"budget: `scores` must have numbers in {by!r}, got NaN. Pass a loss and gradient=True "
-            "to ptq.sensitivity, and remove weights without such a score; or use by='loss'."
+            f"budget: `scores` must have numbers in {by!r}, got NaN for {unknown.weight!r}. "
+            f"{remedy[0].upper()}{remedy[1:]}."
         )
     options = [_options(scores, members, by) for members in _members(scores, groups)]
     if not options:

@@ -331,6 +331,35 @@ def test_bad_calls_are_errors(call, message: str):
         call()
 
 
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_weights_that_are_not_finite_are_errors(solver: str, bad: float, name: str):
+    params = {key: np.array(x) for key, x in two_params().items()}
+    params[name][1, 2] = bad
+    message = f"weights must be finite, but that of dot_general '{name}'"
+    for call in (
+        ptq.quantize_weights(two, RULES, solver=solver),
+        ptq.sensitivity(two, [RULES], solver=solver, weights=name),
+        ptq.scale_inputs(two, RULES),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(params, [normal(0, 4, 8)])
+
+
+def test_sums_that_overflow_are_errors():
+    # The squares overflow, and with a smaller input only those of the outputs.
+    for factor, message in (
+        (1e20, "sums over inputs must fit into float32, but those of dot_general 'up' "),
+        (1e18, "squared outputs must fit into float32, but their sum overflows for dot_general"),
+    ):
+        batches = [np.float32(factor) * normal(0, 4, 8)]
+        params = {key: 100 * x for key, x in two_params().items()}
+        for call in (ptq.quantize_weights(two, RULES), ptq.sensitivity(two, [RULES])):
+            with pytest.raises(ValueError, match=message):
+                call(params, batches)
+
+
 def test_observed_inputs_are_shared_stacked_and_mergeable():
     observe = jax.jit(ptq.observe(scanned, RULES))
     states = [observe(stacked(), batch)[1] for batch in BATCHES]

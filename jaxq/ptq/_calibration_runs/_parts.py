@@ -1,5 +1,6 @@
 """Compiled parts of a program, and the records that describe a run on all batches."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -50,12 +51,35 @@ class Occurrence(NamedTuple):
         return self.product.name + "".join(f"[{i}]" for i in layers)
 
     def check_finite(self, owner: str, statistics: Statistics) -> None:
-        """Raises a ValueError unless the input of the product is finite."""
-        if not bool(jnp.all(jnp.isfinite(statistics.amax))):
+        """Raises a ValueError unless the input of the product and the sums over it are finite."""
+        if not _all_finite(statistics.amax):
             raise ValueError(
                 f"{owner}: inputs must be finite, but {self.product.where} has a NaN or an "
                 "infinity in its input. Look for it in the batches, or mask the padding."
             )
+        # Squares are read only with the Hessian, whose diagonal they are.
+        if not _all_finite(dataclasses.replace(statistics, square=statistics.amax)):
+            raise ValueError(
+                f"{owner}: sums over inputs must fit into float32, but those of "
+                f"{self.product.where} overflow: its largest input is "
+                f"{float(jnp.max(statistics.amax)):.3g}. Look for it in the batches, mask the "
+                "padding, or scale the inputs down."
+            )
+
+    def check_weight(self, owner: str, weight: jax.Array) -> None:
+        """Raises a ValueError unless the weight of the product is finite."""
+        if not _all_finite(weight):
+            raise ValueError(
+                f"{owner}: weights must be finite, but that of {self.product.where} has a NaN or "
+                "an infinity. Look for it in `params`, or exclude the weight with a rule whose "
+                "recipe is None."
+            )
+
+
+def _all_finite(arrays: Any) -> bool:
+    """Returns whether all floating arrays of a pytree are finite."""
+    floats = [x for x in jax.tree.leaves(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in floats)
 
 
 # Solves a product, given a function that returns the statistics of its input.

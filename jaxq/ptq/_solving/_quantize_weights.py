@@ -70,8 +70,9 @@ def quantize_weights(
     Raises:
       TypeError: as in `jaxq.quantize_fn`.
       ValueError: as in `jaxq.quantize_fn`; if there are no batches, or their shapes differ; if the
-        solver does not support a recipe; if an input is not finite; if the mask does not fit; or if
-        `resume` holds products of another run.
+        solver does not support a recipe; if an input or a weight is not finite, or their squared
+        sums overflow float32; if the mask does not fit; or if `resume` holds products of another
+        run.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq

@@ -184,6 +184,7 @@ class SolverRun:
 
     def _solve(self, occurrence: Occurrence, view: WeightView, statistics: Statistics) -> None:
         product = occurrence.product
+        occurrence.check_weight(self._owner, view.x)
         keys, axes = view.keys, self.targets.matrices[product.number].axes
         statistics, other_uses = self._merge_equal_uses(view, axes, statistics)
         layout, weight = MatrixLayout(axes, view.x.shape), self._weight(product)
@@ -201,6 +202,12 @@ class SolverRun:
         for key, value in view.move_back(grid_values, view.grid_values).items():
             self.leaves.put(key, value, self._is_last(key))
         outcome = _outcome(stack.shares, solved.matrices, statistics)
+        if not math.isfinite(outcome.power + outcome.nearest_loss + outcome.solved_loss):
+            raise ValueError(
+                f"{self._owner}: squared outputs must fit into float32, but their sum overflows "
+                f"for {product.where}. Look for large values in its weight and in the batches, or "
+                "scale them down."
+            )
         self.outcomes.append(outcome)
         self._solved_uses.pop(keys, None)
         if not all(map(self._is_last, keys)):

@@ -259,6 +259,7 @@ class _CorrectionRun:
                 f"{_OWNER}: product {product.name!r} cannot be corrected: {reason}. Remove it from "
                 "`biases`."
             )
+        occurrence.check_weight(_OWNER, view.x)
         stored = view.move(*map(self._value, view.keys))
         layout = MatrixLayout(self._targets.matrices[product.number].axes, view.x.shape)
         stacked = layout.flatten_batches(statistics)

@@ -161,7 +161,7 @@ class _ScalingRun:
           observe: a function that returns the statistics of its input.
 
         Raises:
-          ValueError: if an input is not finite.
+          ValueError: if an input, a sum over it, or a weight is not finite.
         """
         statistics = observe()
         occurrence.check_finite(_OWNER, statistics)
@@ -173,6 +173,8 @@ class _ScalingRun:
         view, reason = trace_weight(occurrence.frame, occurrence.variable)
         if view is None:
             self._unscaled_reasons[number] = reason
+        else:
+            occurrence.check_weight(_OWNER, view.x)
         readers.append(None if view is None else _Reader(occurrence, view))
         if len(readers) == self._expected[first]:
             scalable = [reader for reader in readers if reader is not None]

@@ -1,8 +1,8 @@
 """The kernel of codebook formats, which finds the level of each value.
 
 Few levels use a binary search without memory accesses: each comparison selects the threshold of the
-next one. For 16 levels this takes less than two plain passes. Many levels use a table
-indexed by the leading bits, which leaves at most a few comparisons.
+next one. For 16 levels this takes less than two plain passes. Many levels use a table indexed by
+the leading bits, which leaves at most a few comparisons.
 """
 
 import fractions

@@ -252,7 +252,8 @@ def _distance(
 ) -> jax.Array:
     """Returns the distance of each element to its quantized value, times `down`, up to the sign.
 
-    It is in units of 2^-10, and infinite or NaN where a scale of 0 is used for a float format.
+    It is in units of 2^-10. Where magnitudes alone are rounded, it is infinite or NaN for a scale
+    of 0.
     """
     fmt, unit = recipe.element, np.float32(2.0**10)
     symmetric = scales.zero_point is None and scales.minimum is None and scales.grid_values is None

@@ -153,3 +153,15 @@ def test_invalid_arguments_raise():
     for make in (jaxq.TwoLevel, jaxq.DoubleQuant):
         with pytest.raises(ValueError, match="must have fewer than 32 bits"):
             make(scale_format="float32")
+
+
+def test_search_avoids_scales_that_are_zero():
+    x = np.zeros((1, 32), np.float32)
+    x[0, 0], x[0, 16] = 6.0, 6.0 * 0.9 * 2.0**-18
+    assert (
+        jaxq.fake_quant(
+            x, jaxq.Recipe("float4_e2m1fn", jaxq.PerBlock(16), jaxq.TwoLevel(largest=256.0))
+        )[0, 16]
+        == 0
+    )
+    assert jaxq.fake_quant(x, "nvfp4_4over6")[0, 16] > 0

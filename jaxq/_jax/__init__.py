@@ -20,11 +20,12 @@ says otherwise, and the check that passes without the workaround once the behavi
   `test_weights_stay_packed_in_the_backward_pass` passes. Searches and bytes of GGUF (`_ggml`,
   `interop/gguf/_blocks.py`): values with several uses are computed again for each of them; remove
   it when `benchmarks/checkpoints.py` shows equal times.
-- `barriers.barrier_on_cpu`: kernels of scales and Hadamard transforms that differ only in how they
-  read their operand are compiled separately. Remove it when `benchmarks/dots.py` shows equal times
-  to compile. `numerics.unpack`: codes of 1, 2 and 4 bits are unpacked several times as slowly while
-  they are cut out of an array in a loop (JAX 0.12); remove it when `benchmarks/serving.py` shows
-  equal times. (With JAX 0.10 it has no effect, because XLA removes barriers before it fuses.)
+- `barriers.barrier_on_cpu`: kernels of scales, Hadamard transforms and random bits that differ only
+  in how they read their operands are compiled separately. Remove it when `benchmarks/dots.py` shows
+  equal times to compile and `test_products_of_equal_shape_share_kernels_in_a_loop` passes.
+  `numerics.unpack`: codes of 1, 2 and 4 bits are unpacked several times as slowly while they are
+  cut out of an array in a loop (JAX 0.12); remove it when `benchmarks/serving.py` shows equal
+  times. (With JAX 0.10 it has no effect, because XLA removes barriers before it fuses.)
 - `barriers.computed_once`: an operand of a product is computed twice, for its scales and for its
   codes, and a quantizer that is fused with a transpose is not vectorized. Training steps take up to
   1.6 times as long. Remove it when `benchmarks/models.py` shows equal times. `numerics.unpack`: as

@@ -31,9 +31,11 @@ def barrier(tree: Any) -> Any:
     return lax.optimization_barrier(tree)
 
 
-def barrier_on_cpu(x: jax.Array) -> jax.Array:
-    """Returns an array unchanged, on CPU behind a `barrier`. Its tangent has no barrier."""
-    return _barrier_on_cpu().bind(x, lower=_lower_barrier)
+def barrier_on_cpu(tree: Any) -> Any:
+    """Returns a tree of arrays unchanged, on CPU behind a `barrier`. Tangents have no barrier."""
+    leaves, structure = jax.tree.flatten(tree)
+    results = _barrier_on_cpu().bind(*leaves, lower=_lower_barrier)
+    return jax.tree.unflatten(structure, results)
 
 
 def computed_once(x: jax.Array) -> jax.Array:
@@ -43,39 +45,40 @@ def computed_once(x: jax.Array) -> jax.Array:
     not computed. One NaN may become another one.
     """
     lower = _lower_division if _REMOVES_BARRIERS else _lower_barrier
-    return _barrier_on_cpu().bind(x, lower=lower)
+    return _barrier_on_cpu().bind(x, lower=lower)[0]
 
 
 @functools.cache
 def _barrier_on_cpu() -> Any:
     """Returns the primitive with its rules."""
     primitive = Primitive("jaxq_barrier_on_cpu")
+    primitive.multiple_results = True
     primitive.def_impl(_unchanged)
     primitive.def_abstract_eval(_unchanged)
     ad.primitive_jvps[primitive] = _jvp
     batching.primitive_batchers[primitive] = _batch
-    mlir.register_lowering(primitive, lambda _, x, **__: [x])
+    mlir.register_lowering(primitive, lambda _, *arrays, **__: arrays)
     mlir.register_lowering(primitive, lambda *args, lower: lower(*args), platform="cpu")
     checked_inside(primitive, lambda **_: _unchanged)
     return primitive
 
 
-def _unchanged(x: Any, **params: Any) -> Any:
+def _unchanged(*arrays: Any, **params: Any) -> list[Any]:
     del params
-    return x
+    return list(arrays)
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    return _barrier_on_cpu().bind(primals[0], **params), tangents[0]
+    return _barrier_on_cpu().bind(*primals, **params), list(tangents)
 
 
 def _batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    return _barrier_on_cpu().bind(operands[0], **params), axes[0]
+    return _barrier_on_cpu().bind(*operands, **params), axes
 
 
-def _lower_barrier(context: Any, x: Any) -> Any:
+def _lower_barrier(context: Any, *arrays: Any) -> Any:
     del context
-    return stablehlo.OptimizationBarrierOp([x]).results
+    return stablehlo.OptimizationBarrierOp(arrays).results
 
 
 def _lower_division(context: Any, x: Any) -> Any:

@@ -72,7 +72,7 @@ def split(keys: jax.Array, count: int) -> jax.Array:
     keys = _typed(keys)
     if not _written_out(keys):
         return _each(lambda key: jax.random.split(key, count), keys)
-    return _keys(jax.random.key_data(keys)[..., None, :], jnp.arange(count))
+    return _keys(jax.random.key_data(keys)[..., None, :], np.arange(count, dtype=np.uint32))
 
 
 def fold_in(keys: jax.Array, numbers: Any) -> jax.Array:
@@ -83,9 +83,10 @@ def fold_in(keys: jax.Array, numbers: Any) -> jax.Array:
     return _keys(jax.random.key_data(keys), numbers)
 
 
-def one_of(keys: jax.Array, i: int) -> Any:
-    """Returns `keys[i]`."""
-    return lax.index_in_dim(keys, i, keepdims=False)
+def one_of(keys: jax.Array, i: int | jax.Array) -> Any:
+    """Returns `keys[i]` for a position on the first axis, a number or a uint32 scalar."""
+    index = lax.index_in_dim if isinstance(i, int) else lax.dynamic_index_in_dim
+    return index(keys, i, keepdims=False)
 
 
 def _typed(key: Any) -> jax.Array:

@@ -97,8 +97,10 @@ class Hadamard:
 @functools.partial(jax.jit, static_argnames="lengths")
 @automatic(as_first)
 def _transformed(x: jax.Array, signs: jax.Array, lengths: tuple[tuple[int, int], ...]) -> jax.Array:
-    # Without the barrier, XLA on CPU compiles the transform again for each way to compute x.
-    x = barrier_on_cpu(x)
+    # Without the barrier, XLA on CPU compiles the transform again for each way to compute x, and
+    # for each order in which it visits x and the constants that all transforms share.
+    pair = jnp.array([1, -1], jnp.float32)
+    x, signs, pair = barrier_on_cpu((x, signs, pair))
     sizes = dict(lengths)
     cut = Cut(x.shape, tuple(sizes.get(axis, 1) for axis in range(x.ndim)))
     by_axis = signs.reshape(tuple(sizes.values())).transpose(np.argsort([*sizes]))
@@ -107,17 +109,26 @@ def _transformed(x: jax.Array, signs: jax.Array, lengths: tuple[tuple[int, int],
     if x.ndim - 1 in sizes:  # XLA on CPU would not vectorize the whole transform in one kernel.
         y, factors = y * factors, None
     for axis, length in reversed(lengths):
-        y, factors = _butterflies(y, 2 * axis + 1, length, factors), None
+        y, factors = _butterflies(y, 2 * axis + 1, length, pair, factors), None
     return cut.merge(y * np.float32(1 / math.sqrt(signs.size)))
 
 
-def _butterflies(y: jax.Array, axis: int, length: int, factors: jax.Array | None) -> jax.Array:
+def _butterflies(
+    y: jax.Array, axis: int, length: int, pair: jax.Array, factors: jax.Array | None
+) -> jax.Array:
     """Applies the unscaled transform along a whole axis to y times factors.
 
     Each pass adds pairs of neighbors and puts their sums and differences far apart, so that all
     passes are the same program.
+
+    Args:
+      y: the array.
+      axis: the axis.
+      length: its length.
+      pair: the array [1, -1].
+      factors: the factors, which can be broadcast to y's shape, or None.
     """
-    signs = np.array([1, -1], np.float32).reshape((1,) * axis + (2,) + (1,) * (y.ndim - axis))
+    signs = pair.reshape((1,) * axis + (2,) + (1,) * (y.ndim - axis))
     for _ in range(length.bit_length() - 1):
         pairs = [_every_second(y, axis, i) for i in range(2)]
         if factors is not None:

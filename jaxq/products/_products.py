@@ -15,6 +15,7 @@ import jax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxq._jax.barriers import barrier_on_cpu
 from jaxq._jax.draws import one_of, split
 from jaxq._jax.meshes import like
 from jaxq.numerics import as_dtype
@@ -260,7 +261,10 @@ def _linear(
     ) -> jax.Array:
         recipe = ProductRecipe(single.lhs, single.rhs, single.hadamard, single.execution)
         arguments, keys, scales = jax.tree.unflatten(structure, flat_arguments)
-        keys = None if keys is None else one_of(keys, 1 + of)[None]
+        if keys is not None:
+            # With the barrier, the kernels of all products in a loop get their keys as an array of
+            # one iteration, and those of equal shape are compiled once.
+            keys = one_of(barrier_on_cpu(keys), 1 + of)[None]
         current = dataclasses.replace(gradient, arguments=arguments)
         return _product(
             current, cotangent, residual, recipe, keys, NO_SCALES._replace(forward=scales)

@@ -105,14 +105,14 @@ class TwoLevel(Scaling):
         """Returns the scales for a range; see `Scaling.scales`."""
         levels = functools.partial(self._levels, fmt)
         factors = () if factor is None else (jnp.broadcast_to(factor, ends[1].shape),)
-        tried, relative, step, top_bits = by_vectors(levels, ends[1], *factors)
+        tried, relative, step, top_bits = by_vectors(levels, _FLOAT32.bits(ends[1]), *factors)
         stored = StoredScales(relative, (arithmetic.reciprocal(self._enlarge(top_bits, fmt)),))
         return Scales(step, step, stored, *symmetric_range(tried, fmt))
 
-    def _levels(self, fmt: Format, amax: jax.Array, *factors: jax.Array) -> _Levels:
-        """Returns the scales of blocks, whose amax is multiplied by the factors."""
+    def _levels(self, fmt: Format, bits: jax.Array, *factors: jax.Array) -> _Levels:
+        """Returns the scales of blocks for the bits of their amax, and factors of it."""
+        amax = _FLOAT32.floats(bits)
         tried = functools.reduce(lax.mul, factors, amax)
-        bits = _FLOAT32.bits(amax)
         top_bits = reductions.largest(where(bits <= _FLOAT32.inf, bits, np.int32(0)))
         enlarge = self._enlarge(hidden_broadcast(top_bits, amax), fmt)
         relative = tried * (enlarge * np.float32(1 / fmt.scaled_max))

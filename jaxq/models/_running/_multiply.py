@@ -10,7 +10,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._jax import compat
-from jaxq._jax.barriers import barrier
+from jaxq._jax.barriers import barrier, barrier_on_cpu
 from jaxq._jax.draws import fold_in, one_of
 from jaxq.models._assigning import OPERANDS_OF_PRODUCT, Assigned, prefix_errors
 from jaxq.models._reading import LOOK_UP, MARK, contraction_of, operation_of
@@ -64,8 +64,10 @@ def keys_for(
         for position, i in enumerate(members):
             assigned, product_key = products[i], one_of(product_keys, position)
             recipe_draws = assigned.recipe is not None and bool(assigned.recipe.draws)
+            # XLA on CPU compiles one kernel for all positions, because it does not know them.
+            hidden_position = barrier_on_cpu(jnp.uint32(position))
             keys[i] = Keys(
-                one_of(split_keys, position)
+                one_of(split_keys, hidden_position)
                 if recipe_draws and assigned.table_recipe is None
                 else None,
                 product_key if recipe_draws and assigned.table_recipe is not None else None,

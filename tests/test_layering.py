@@ -41,7 +41,7 @@ SUB_PACKAGES = {
         "_solvers",
         "_calibration_runs",
         "_results",
-        "_solving",
+        "_weight_quantization",
         "_rounding",
         "_transformations",
         "_budgets",

@@ -23,6 +23,7 @@ from jaxq.ptq._calibration_runs import (
     trace_weight,
 )
 from jaxq.ptq._statistics import MatrixLayout, Statistics, Targets, find_targets, shared_inputs
+from jaxq.ptq._transformations._checks import check_function
 from jaxq.quantizers import Quantized
 
 __all__ = ["BiasChange", "BiasReport", "correct_biases"]
@@ -127,11 +128,7 @@ def correct_biases(
       Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019),
       section 4.2.
     """
-    if not jax.tree_util.all_leaves([fn]):
-        raise TypeError(
-            f"{_OWNER}: `fn` must be a function of the parameters, got a pytree, "
-            f"{type(fn).__name__}. Pass lambda module, x: module(x)."
-        )
+    check_function(_OWNER, fn)
 
     def corrected(params: Any, packed: Any, batches: Any) -> tuple[Any, BiasReport]:
         calls = read_calls(_OWNER, fn, mask, (params, batches))

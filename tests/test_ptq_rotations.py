@@ -9,6 +9,7 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import ptq
 from tests import data
+from tests.ptq_data import normal
 
 # The bits of sums do not matter here, and most time goes into compiling.
 pytestmark = pytest.mark.unoptimized
@@ -16,10 +17,6 @@ pytestmark = pytest.mark.unoptimized
 KEY = jax.random.key(0)
 EPS = float(np.finfo(np.float32).eps)
 RULES = {"layers": "int4_channel"}
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def sylvester(n: int) -> np.ndarray:

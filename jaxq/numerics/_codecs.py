@@ -212,7 +212,7 @@ def decode(
     if 8 * codes.dtype.itemsize < fmt.bits:
         raise ValueError(
             f"decode: `codes` must have a dtype of at least {fmt.bits} bits for {fmt.name}, got "
-            f"codes of {codes.dtype}."
+            f"codes of {codes.dtype}. Pass codes as jaxq.encode returns them."
         )
     try:
         result_dtype = None if dtype is None else jnp.dtype(dtype)

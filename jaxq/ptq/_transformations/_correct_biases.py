@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.paths import leaf_path
 from jaxq._base.registry import suggestion
 from jaxq._base.tables import Table, Tabular
 from jaxq._jax.processes import host_array
@@ -173,14 +174,9 @@ def _unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     return f"{_OWNER}: `biases` must name {noun}, got {name!r}. {hint}"
 
 
-def _path_text(path: tuple[Any, ...]) -> str:
-    """Returns the path of a leaf as text, such as `"layers/0/kernel"`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _other_structure(params: Any, packed_paths: Sequence[str]) -> str:
     """Returns the error message for packed parameters with another structure than `params`."""
-    paths = [_path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     got = "the same paths in other containers"
     for tree, first, second in (("packed", packed_paths, paths), ("params", paths, packed_paths)):
         other = "params" if tree == "packed" else "packed"
@@ -210,7 +206,7 @@ class _CorrectionRun:
         self._targets, self._biases = model.targets, biases
         self.leaves = Leaves(model.planned)
         pairs, self._structure = jax.tree_util.tree_flatten_with_path(packed, is_leaf=_is_quantized)
-        self._paths = [_path_text(path) for path, _ in pairs]
+        self._paths = [leaf_path(path) for path, _ in pairs]
         if self._structure != jax.tree.structure(params):
             raise ValueError(_other_structure(params, self._paths))
         self._packed = [leaf for _, leaf in pairs]

@@ -22,10 +22,6 @@ RULES = [("up/1", "int8_channel"), ("down/0", UINT4), ("down/2", None), ("", INT
 RECIPES = {"up": [INT4, "int8_channel", INT4], "down": [UINT4, INT4, None]}
 
 
-def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
 def model(params, x):
     """Runs two scanned layers of experts: a ragged product, and all experts on all tokens."""
 
@@ -40,9 +36,9 @@ def model(params, x):
 
 @functools.cache
 def inputs() -> tuple:
-    up = [normal(2, 8, 16, seed=i) / 4 for i in range(3)]
-    down = [normal(2, 8, 16, seed=3 + i) / 4 for i in range(3)]
-    return {"up": up, "down": down}, normal(12, 16, seed=6)
+    up = [data.normal((2, 8, 16), i) / 4 for i in range(3)]
+    down = [data.normal((2, 8, 16), 3 + i) / 4 for i in range(3)]
+    return {"up": up, "down": down}, data.normal((12, 16), 6)
 
 
 def by_hand(params):
@@ -103,7 +99,7 @@ def ragged(params, x):
 
 @functools.cache
 def experts() -> tuple:
-    return {"experts": [normal(16, 8, seed=i) for i in range(3)]}, normal(12, 16, seed=3)
+    return {"experts": [data.normal((16, 8), i) for i in range(3)]}, data.normal((12, 16), 3)
 
 
 def test_scores_of_experts_count_their_own_tokens():

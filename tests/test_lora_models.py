@@ -13,16 +13,13 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import lora, ptq
+from tests import data
 
 pytestmark = pytest.mark.unoptimized
 
 INT3 = jaxq.Recipe("int3", jaxq.PerBlock(8))
 SIZES = jnp.array([5, 0, 7], jnp.int32)
 ROWS = [range(5), range(0), range(5, 12)]
-
-
-def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def experts(params, x, sizes):
@@ -37,8 +34,8 @@ def experts(params, x, sizes):
 
 @functools.cache
 def inputs() -> tuple:
-    params = {"up": normal(2, 3, 16, 8) / 4, "down": normal(2, 3, 16, 8, seed=1) / 4}
-    return params, normal(12, 16, seed=2), SIZES
+    params = {"up": data.normal((2, 3, 16, 8)) / 4, "down": data.normal((2, 3, 16, 8), 1) / 4}
+    return params, data.normal((12, 16), 2), SIZES
 
 
 def by_hand(up, down, x):
@@ -126,7 +123,7 @@ def equinox() -> tuple:
 @pytest.mark.parametrize("make", [linen, flax_nnx, equinox])
 def test_modules_of_frameworks_train_adapters_of_packed_weights(make):
     apply, params = make()
-    x, target = normal(16, 8, seed=3), normal(16, 4, seed=4)
+    x, target = data.normal((16, 8), 3), data.normal((16, 4), 4)
     # The recipe is coarse, so that the error without adapters is far above rounding.
     small, state = lora.adapt(apply, INT3, lora.QLoRA(2))(params, x)
     packed = [leaf for leaf in jax.tree.leaves(small, is_leaf=is_packed) if is_packed(leaf)]

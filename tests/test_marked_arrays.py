@@ -10,15 +10,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jaxq
 from jaxq.analysis import Monitoring, monitor
+from tests import data
 from tests.oracle import assert_same
 
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-PARAMS = {"layers": normal(0, 3, 32, 32) / 5, "out": normal(1, 32, 32)}
-X, G = normal(2, 4, 32), normal(3, 4, 32)
+PARAMS = {"layers": data.normal((3, 32, 32)) / 5, "out": data.normal((32, 32), 1)}
+X, G = data.normal((4, 32), 2), data.normal((4, 32), 3)
 REQUEST = Monitoring(
     "^(hidden|scores)$",
     statistics=("amax", "rms", "mean", "zeros", "sqnr_db", "mse", "flushed", "clipped"),

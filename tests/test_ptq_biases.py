@@ -9,15 +9,12 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import ptq
+from tests.ptq_data import normal
 
 pytestmark = pytest.mark.unoptimized
 
 RULES = {"layers": jaxq.Recipe("int2", jaxq.PerChannel())}
 BIASES = {"layers/up": "layers/up_bias", "layers/down": "layers/down_bias"}
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def model(params, x):

@@ -11,15 +11,12 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import ptq
 from tests import data
+from tests.ptq_data import normal
 
 pytestmark = pytest.mark.unoptimized
 
 SIZE, TOKENS, ALPHA, PROPAGATION = 160, 400, 0.25, 0.5
 RECIPE = jaxq.Recipe("int3", jaxq.PerChannel())
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def model(params, x):

@@ -9,16 +9,13 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import ptq
 from tests import data
+from tests.ptq_data import normal
 
 # The bits of sums do not matter here, and most time goes into compiling.
 pytestmark = pytest.mark.unoptimized
 
 INPUTS, OUTPUTS = 32, 8
 RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(16), outliers=jaxq.Outliers(0.05))
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def obq(weight: np.ndarray, gram: np.ndarray, start: jaxq.Quantized) -> np.ndarray:

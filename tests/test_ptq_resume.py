@@ -12,14 +12,11 @@ from jax import numpy as jnp
 
 import jaxq
 from jaxq import ptq
+from tests.ptq_data import normal
 
 pytestmark = pytest.mark.unoptimized
 
 RULES = "int4_channel"
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def model(w, x):

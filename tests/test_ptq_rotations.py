@@ -9,6 +9,7 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import ptq
 from tests import data
+from tests.ptq_data import gated, gated_params, normal
 
 # The bits of sums do not matter here, and most time goes into compiling.
 pytestmark = pytest.mark.unoptimized
@@ -18,35 +19,16 @@ EPS = float(np.finfo(np.float32).eps)
 RULES = {"layers": "int4_channel"}
 
 
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
 def sylvester(n: int) -> np.ndarray:
     return np.array([[1]]) if n == 1 else np.kron(sylvester(n // 2), [[1, 1], [1, -1]])
 
 
-def model(params, x):
-    """Scans over layers with two products of one input, and one of their result."""
-
-    def layer(x, w):
-        gate = jnp.einsum("td,dhk->thk", x, w["gate"]).reshape(-1, 16)
-        return x + (jax.nn.silu(gate) * (x @ w["up"].T)) @ w["down"], None
-
-    return lax.scan(layer, x, params["layers"])[0] @ params["head"]
-
-
-PARAMS = {
-    "layers": {
-        "gate": normal(1, 2, 8, 2, 8), "up": normal(2, 2, 16, 8), "down": normal(3, 2, 16, 8) / 8,
-    },
-    "head": normal(4, 8, 3),
-}  # fmt: skip
+PARAMS = gated_params(16)
 X = normal(5, 40, 8)
 
 
 def test_rotated_weights_equal_the_formula_and_preserve_the_outputs():
-    params, rotations = ptq.rotate_inputs(model, RULES)(PARAMS, X, key=KEY)
+    params, rotations = ptq.rotate_inputs(gated, RULES)(PARAMS, X, key=KEY)
     assert rotations.lengths == (("layers/gate", 8), ("layers/down", 16))
     assert rotations.inputs == (
         ("layers/gate", "layers/gate"), ("layers/up", "layers/gate"), ("layers/down", "layers/down")
@@ -61,8 +43,8 @@ def test_rotated_weights_equal_the_formula_and_preserve_the_outputs():
             expected = expected.T if name == "up" else expected
             np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-6)
     assert np.any(rotations.signs["layers/gate"][0] != rotations.signs["layers/gate"][1])
-    rotated = rotations.apply(model)
-    y = model(PARAMS, X)
+    rotated = rotations.apply(gated)
+    y = gated(PARAMS, X)
     np.testing.assert_allclose(rotated(params, X), y, rtol=1e-5, atol=1e-5 * float(np.abs(y).max()))
     np.testing.assert_array_equal(params["head"], PARAMS["head"])
     # Products of one input still share their statistics.

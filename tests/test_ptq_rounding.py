@@ -12,6 +12,7 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import ptq
 from tests import data
+from tests.ptq_data import normal
 
 # The bits of sums do not matter here, and most time goes into compiling.
 pytestmark = pytest.mark.unoptimized
@@ -19,10 +20,6 @@ pytestmark = pytest.mark.unoptimized
 INPUTS, OUTPUTS, TOKENS = 16, 16, 40  # Square, so that two blocks share one program.
 RECIPE = jaxq.Recipe("int3", jaxq.PerBlock(8))
 KEY = jax.random.key(0)
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def linear(w, x):

@@ -12,33 +12,14 @@ from jax import numpy as jnp
 import jaxq
 from jaxq import ptq
 from tests import data
+from tests.ptq_data import gated, gated_params, normal
 
 # The bits of sums do not matter here, and most time goes into compiling.
 pytestmark = pytest.mark.unoptimized
 
 RULES = {"layers": "int4_channel"}
 
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def model(params, x):
-    """Scans over layers with two products of one input, and one of their result."""
-
-    def layer(x, w):
-        gate = jnp.einsum("td,dhk->thk", x, w["gate"]).reshape(-1, 8)
-        return x + (jax.nn.silu(gate) * (x @ w["up"].T)) @ w["down"], None
-
-    return lax.scan(layer, x, params["layers"])[0] @ params["head"]
-
-
-PARAMS = {
-    "layers": {
-        "gate": normal(1, 2, 8, 2, 4), "up": normal(2, 2, 8, 8), "down": normal(3, 2, 8, 8) / 8,
-    },
-    "head": normal(4, 8, 3),
-}  # fmt: skip
+PARAMS = gated_params(8)
 SIZES = np.exp(np.arange(8) / 2 - 2).astype(np.float32)  # Some inputs are much larger than others.
 # Batches of different magnitude: means over batches of scales and of their inverses would differ.
 BATCHES = [normal(5 + n, 40, 8) * SIZES * 10**n for n in range(3)]
@@ -69,15 +50,15 @@ def smoothquant(x: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
 
 @functools.cache
 def scaled_by(method: str):
-    return ptq.scale_inputs(model, RULES, method=method)(PARAMS, BATCHES)
+    return ptq.scale_inputs(gated, RULES, method=method)(PARAMS, BATCHES)
 
 
 @pytest.mark.parametrize("method", data.each(["awq", "smoothquant"], ["awq"]))
 def test_scales_equal_the_formula_and_preserve_the_outputs(method: str):
     params, scales = scaled_by(method)
-    scaled = jax.jit(scales.apply(model))
+    scaled = jax.jit(scales.apply(gated))
     for batch in BATCHES:
-        y = model(PARAMS, batch)
+        y = gated(PARAMS, batch)
         np.testing.assert_allclose(scaled(params, batch), y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
     # Both products of one input share their factors, one for each layer.
     assert scales.inputs == (
@@ -98,7 +79,7 @@ def test_scales_equal_the_formula_and_preserve_the_outputs(method: str):
 @pytest.mark.slow
 def test_solvers_work_on_the_scaled_function():
     params, scales = scaled_by("awq")
-    scaled = scales.apply(model)
+    scaled = scales.apply(gated)
     packed, report = ptq.quantize_weights(scaled, RULES, solver="rtn")(params, BATCHES[:1])
     assert [row.product for row in report.rows[:3]] == [
         "layers/gate[0]", "layers/up[0]", "layers/down[0]"
@@ -202,8 +183,8 @@ def test_scaled_functions_are_differentiated_and_stay_in_bfloat16():
     params, scales = scaled_by("awq")
     x = BATCHES[0]
     loss = lambda fn: lambda x, p: jnp.sum(jnp.tanh(fn(p, x)))
-    gradient = jax.grad(loss(scales.apply(model)))(x, params)
-    np.testing.assert_allclose(gradient, jax.grad(loss(model))(x, PARAMS), rtol=1e-3, atol=1e-4)
+    gradient = jax.grad(loss(scales.apply(gated)))(x, params)
+    np.testing.assert_allclose(gradient, jax.grad(loss(gated))(x, PARAMS), rtol=1e-3, atol=1e-4)
     w = {"w": normal(0, 8, 8)}
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), w)
     apply = lambda w, x: x @ w["w"]
@@ -225,9 +206,9 @@ class Module:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ptq.scale_inputs(model, RULES, method="akw"), ValueError, "Did you mean awq"),
+        (lambda: ptq.scale_inputs(gated, RULES, method="akw"), ValueError, "Did you mean awq"),
         (
-            lambda: ptq.scale_inputs(model, RULES, method=ptq.AWQ),
+            lambda: ptq.scale_inputs(gated, RULES, method=ptq.AWQ),
             TypeError,
             "must be a name or an input scaler",
         ),

@@ -181,15 +181,9 @@ def numbers_of(
     holds: Callable[[float], bool],
     remedy: str,
 ) -> tuple[float, ...]:
-    """Returns a sequence of finite real numbers, each of which meets a requirement, as a tuple.
+    """Returns a tuple or list of numbers as a tuple, after checking each number with `number`.
 
-    Args:
-      owner: the function or class, for the error.
-      argument: the name of the argument.
-      value: the argument.
-      requirement: the words after "must be" in the error, such as "a tuple of positive numbers".
-      holds: returns whether a finite number meets the requirement.
-      remedy: the last sentence of the error.
+    The requirement describes the sequence, such as "a tuple of positive numbers".
 
     Raises:
       TypeError: if the argument is not a tuple or list of real numbers.

@@ -48,7 +48,7 @@ class Cut:
 
     @property
     def inside(self) -> np.ndarray | None:
-        """A broadcastable mask of a split tensor's elements without padding; None if unpadded."""
+        """A broadcastable mask, False at the padding of a split tensor; None without padding."""
         inside, unpadded = np.ones((), bool), True
         for n, b, count in zip(self.shape, self.block, self.counts, strict=True):
             inside_axis = np.ones((1, 1), bool)

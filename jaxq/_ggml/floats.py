@@ -21,7 +21,7 @@ _E4M3 = get_format("float8_e4m3fn").max
 
 
 def mxfp4(blocks: FloatBlocks) -> QuantizedBlocks:
-    """Returns powers of two as scales of blocks of 32, and the codes of the elements."""
+    """Quantizes blocks of 32 elements to MXFP4, with scales that are powers of two."""
     amax = largest(blocks.x)[0]
     exponent = _floored_log2(jnp.maximum(amax, np.float32(2**-126))) + 125
     exponent = jnp.where(amax > 0, jnp.maximum(exponent, 0), 0)
@@ -31,7 +31,7 @@ def mxfp4(blocks: FloatBlocks) -> QuantizedBlocks:
 
 
 def nvfp4(blocks: FloatBlocks) -> QuantizedBlocks:
-    """Returns E4M3 numbers as scales of blocks of 16, and the codes of the elements."""
+    """Quantizes blocks of 16 elements to NVFP4, with scales in E4M3."""
     d = _to_e4m3(divided(largest(blocks.x)[0], 6))
     return QuantizedBlocks(d, None, _nearest_e2m1(blocks.x, d).T)
 
@@ -55,7 +55,7 @@ def _floored_log2(x: jax.Array) -> jax.Array:
 
 
 def _nearest_e2m1(x: jax.Array, d: jax.Array) -> jax.Array:
-    """Returns the codes of the nearest E2M1 numbers, the smaller one of equally near ones."""
+    """Returns the codes of the nearest E2M1 numbers; ties go to the smaller magnitude."""
     magnitude, d = jnp.abs(x), d[None]
     best, code = magnitude, jnp.zeros(x.shape, jnp.int32)
     for i, value in enumerate(_MAGNITUDES[1:].tolist(), 1):

@@ -216,7 +216,7 @@ def read_log(path: str | os.PathLike[str]) -> Log:
         if row.size != sum(sizes):
             raise ValueError(
                 f"read_log: line {number} of {path.name} must have {sum(sizes)} numbers, got "
-                f"{row.size}."
+                f"{row.size}. Delete the line to read the other steps."
             )
         rows[step] = row
     steps = np.asarray(sorted(rows), np.int64)

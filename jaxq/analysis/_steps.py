@@ -9,6 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq._base.arguments import flags
+from jaxq._base.paths import leaf_path
 from jaxq._jax.serialization import named_tuple
 from jaxq.analysis._sums import share
 from jaxq.numerics import cast
@@ -175,6 +176,6 @@ def _by_path(
         )
     results = {}
     for (path, a), b in zip(leaves, jax.tree.leaves(second), strict=True):
-        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        key = leaf_path(path)
         results[key] = function(key, jnp.asarray(a), jnp.asarray(b))
     return results

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxq._base.paths import leaf_path
 from jaxq._base.tables import Table
 from jaxq.analysis._codes import code_usage
 from jaxq.analysis._metrics import Energies, measure, pair, total
@@ -82,7 +83,7 @@ def tree_errors(
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
         if leaf is after or not floating:
             continue
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = leaf_path(path)
         row, energy = _row(name, leaf, after)
         rows.append(row)
         sizes.append(leaf.size)

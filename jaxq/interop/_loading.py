@@ -49,7 +49,7 @@ def load_tensors(path: str | pathlib.Path, *, sharding: Any = None) -> dict[str,
             if entry.numpy_dtype is None and entry.packed is None and entry.layout is None:
                 raise FileError(
                     f"{path}: {entry.name!r:.80} must have a dtype that NumPy can hold, got "
-                    f"{entry.dtype}. Read the others one by one by open_tensors."
+                    f"{entry.dtype}. Read the other tensors with jaxq.interop.open_tensors."
                 )
             value = file.quantized(entry)
             if isinstance(value, np.ndarray):

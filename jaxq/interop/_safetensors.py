@@ -123,8 +123,8 @@ def write_tensors(file: IO[bytes], tensors: Sequence[Tensor], metadata: Mapping[
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(
-            f"A safetensors header may have {MAX_HEADER} bytes, got {len(text)} for "
-            f"{len(tensors)} tensors. Save parts of the tree to separate files."
+            f"A safetensors header must have at most {MAX_HEADER} bytes, got {len(text)} "
+            f"for {len(tensors)} tensors. Save parts of the tree to separate files."
         )
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:

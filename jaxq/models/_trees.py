@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.paths import leaf_path
 from jaxq._base.tables import Table
 from jaxq._jax.draws import checked_key
 from jaxq.models._rules import (
@@ -103,7 +104,7 @@ def prefix_leaf_errors(owner: str, path: tuple) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         error_type = TypeError if isinstance(error, TypeError) else ValueError
-        raise error_type(f"{owner}: leaf {_path(path)!r}: {error}") from error
+        raise error_type(f"{owner}: leaf {leaf_path(path)!r}: {error}") from error
 
 
 def not_floating(leaf: Any) -> str:
@@ -141,7 +142,7 @@ def assign(
       ValueError: if a rule applies to no leaf.
     """
     leaves = [
-        (_path(path), unfit(leaf))
+        (leaf_path(path), unfit(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_quantized)
     ]
     chosen = [None if reason else _first(rules, path) for path, reason in leaves]
@@ -241,7 +242,7 @@ def tree_report(params: Any) -> Table:
         label = leaf.recipe.element.name if _is_quantized(leaf) else "-"
         shape = "x".join(map(str, leaf.shape)) or "scalar"
         bits = 8 * after / size if size else math.nan
-        rows.append(LeafRow(_path(path), shape, str(leaf.dtype), label, before, after, bits))
+        rows.append(LeafRow(leaf_path(path), shape, str(leaf.dtype), label, before, after, bits))
         elements += size
     before, after = (
         sum(getattr(row, f"bytes_{when}") for row in rows) for when in ("before", "after")
@@ -257,7 +258,3 @@ def _is_quantized(leaf: Any) -> bool:
 def _nbytes(leaf: Any) -> int:
     """Returns the bytes of a leaf, given its arrays or their shapes and dtypes."""
     return sum(math.prod(part.shape) * part.dtype.itemsize for part in jax.tree.leaves(leaf))
-
-
-def _path(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -370,7 +370,8 @@ def _random(
     if not jnp.issubdtype(bits.dtype, jnp.unsignedinteger) or bits.shape != x.shape:
         raise ValueError(
             f"{name}: `random_bits` must be unsigned integers of shape {x.shape}, got "
-            f"{bits.dtype} of shape {bits.shape}."
+            f"{bits.dtype} of shape {bits.shape}. Draw them with "
+            f"jax.random.bits(key, x.shape, '{dtype}')."
         )
     if bits.dtype.itemsize < dtype.itemsize:
         raise ValueError(

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from jaxq._base.arguments import array, described
 from jaxq._base.bits import FloatLayout, extended_bits, where
+from jaxq._base.searching import selected
 from jaxq._jax.meshes import as_first, automatic
 from jaxq._jax.opaque import opaque
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntFormat, TaperedFormat, get_format
@@ -211,7 +212,7 @@ def decode(
     if 8 * codes.dtype.itemsize < fmt.bits:
         raise ValueError(
             f"decode: `codes` must have a dtype of at least {fmt.bits} bits for {fmt.name}, got "
-            f"codes of {codes.dtype}."
+            f"codes of {codes.dtype}. Pass codes as jaxq.encode returns them."
         )
     try:
         result_dtype = None if dtype is None else jnp.dtype(dtype)
@@ -239,14 +240,12 @@ def unsigned(name: str, argument: str, codes: jax.typing.ArrayLike) -> jax.Array
     return codes
 
 
-def _selected(table: np.ndarray, codes: jax.Array) -> jax.Array:
+def _looked_up(table: np.ndarray, codes: jax.Array) -> jax.Array:
     """Returns the table's value for each code, by selections on the bits of the code."""
     codes = codes.astype(jnp.int32)
-    values = [jnp.full(codes.shape, value) for value in table]
-    for bit in range(len(table).bit_length() - 1):
-        is_set = (codes << np.int32(31 - bit)) < np.int32(0)
-        values = [where(is_set, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+    bits = len(table).bit_length() - 1
+    digits = [(codes << np.int32(shift)) < np.int32(0) for shift in range(32 - bits, 32)]
+    return selected(digits, list(table))
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "dtype"))
@@ -273,7 +272,7 @@ def _decode(codes: jax.Array, fmt: Format, dtype: np.dtype) -> jax.Array:
         with np.errstate(over="ignore"):
             table = _code_values(fmt).astype(layout.float_type)
         if fmt.bits <= _SELECTED:
-            return opaque(functools.partial(_selected, table), codes)
+            return opaque(functools.partial(_looked_up, table), codes)
         return jnp.asarray(table)[codes]
 
     integers = codes.astype(layout.int_type)

@@ -118,7 +118,7 @@ def unpack(packed: jax.typing.ArrayLike, bits: int, n: int) -> jax.Array:
     if size != -(-n * bits // 8):
         raise ValueError(
             f"unpack: the last axis of `packed` must have {-(-n * bits // 8)} bytes for {n} codes "
-            f"of {bits} bits, got {size}."
+            f"of {bits} bits, got {size}. Pass the number and the width of the packed codes."
         )
     return _unpacked(packed, bits, n)
 

@@ -36,7 +36,6 @@ from jaxq.ptq._solvers import (
     gptq,
     owq,
 )
-from jaxq.ptq._solving import quantize_weights
 from jaxq.ptq._statistics import ObservedInputs, Statistics, collect, observe
 from jaxq.ptq._transformations import (
     AWQ,
@@ -56,6 +55,7 @@ from jaxq.ptq._transformations import (
     rotate_inputs,
     scale_inputs,
 )
+from jaxq.ptq._weight_quantization import quantize_weights
 
 __all__ = [
     "AWQ",

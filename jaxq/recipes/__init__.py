@@ -1,8 +1,8 @@
 """Recipes, the frozen records that describe how a tensor is quantized, and the named ones.
 
-A recipe consists of an element format, a granularity, a scaling, a rounding mode and a gradient.
-The scaling is one of a few records, which name a calibrator and a rule for the scale. To add a
-scaling, list it in `SCALINGS` (`_scalings.py`); a scale rule, in `SCALE_RULES` or `MX_RULES`
+A recipe consists of an element format, a granularity, a scaling, a rounding mode and a gradient
+estimator. The scaling is one of a few records, which name a calibrator and a rule for the scale. To
+add a scaling, list it in `SCALINGS` (`_scalings.py`); a scale rule, in `SCALE_RULES` or `MX_RULES`
 (`_scale_rules.py`); a calibrator, in `CALIBRATORS` (`_calibrators.py`); a named recipe, in
 `RECIPES` (`_catalog.py`).
 """

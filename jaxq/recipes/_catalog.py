@@ -148,7 +148,7 @@ def get_recipe(recipe: str | Recipe) -> Recipe:
     if isinstance(recipe, Format) or usual in FORMATS:
         error_type = TypeError if isinstance(recipe, Format) else ValueError
         raise error_type(
-            f"{name!r} is a number format, which does not say how to scale. {_remedy(usual)}"
+            f"{name!r} is a number format, and a recipe also needs a scaling. {_remedy(usual)}"
         )
     if name not in RECIPES:
         raise RECIPES.unknown(name)

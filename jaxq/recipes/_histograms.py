@@ -307,7 +307,7 @@ class MeanSquaredError(_Searched):
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """Returns float sums over the last axis, a power of two long, in the same order everywhere."""
+    """Returns float sums over the last axis, of 2^n numbers, in the same order everywhere."""
     while x.shape[-1] > 1:
         low, high = jnp.split(x, 2, axis=-1)
         x = low + high
@@ -373,7 +373,7 @@ class Entropy(_Searched):
 
 
 def _sum_of_rows(x: jax.Array) -> jax.Array:
-    """Returns float sums over the last axis, a power of two long, in the same order everywhere.
+    """Returns float sums over the last axis, of 2^n numbers, in the same order everywhere.
 
     A loop adds rows of 128 elements, because XLA on CPU would compute long terms several times
     within the operations of `_sum` (JAX 0.10 to 0.12).

@@ -67,7 +67,9 @@ def sqnr_by_bits(
     """
     widths = sorted(as_list("sqnr_by_bits", "bits", bits))
     if widths[0] < 2 or widths[-1] > 8:
-        raise ValueError(f"sqnr_by_bits: `bits` must be 2 to 8, got {widths}. Remove others.")
+        raise ValueError(
+            f"sqnr_by_bits: `bits` must be from 2 to 8, got {widths}. Use range(2, 9)."
+        )
     d = get_distribution(distribution)
     bounds = bounds_table(widths, d).rows
     measured = sqnr_table([Recipe(f"int{b}") for b in widths], d, shape=shape).rows

@@ -12,7 +12,7 @@ __all__ = ["bytes_of", "float16_bytes", "float16_values", "gather", "spread", "u
 
 
 def spread(data: jax.Array, width: int, bits: int) -> jax.Array:
-    """Returns the codes in bytes, whose lowest bits hold the first `width` codes.
+    """Returns the codes that are interleaved in bytes.
 
     Each group of `width` bytes holds 8 / bits runs of `width` codes: the first run in the lowest
     bits of the bytes, the next one in the bits above.

@@ -336,7 +336,7 @@ def conversion(config: Mapping[str, Any]) -> Conversion:
         tensors["rope_freqs.weight"] = _llama3_factors(values, rope)
     elif scaling != "default":
         raise ValueError(
-            f"gguf.conversion: the rotation {scaling!r:.40} is not supported for {kind}; default, "
+            f"gguf.conversion: RoPE scaling {scaling!r:.40} is not supported for {kind}; default, "
             "linear and, for llama, llama3 are. Keep this model in the layout of Hugging Face."
         )
     metadata = {

@@ -29,7 +29,6 @@ __all__ = [
     "Assigned",
     "WeightToQuantize",
     "assign",
-    "assignment_of_mark",
     "axes_of",
     "prefix_errors",
     "recipe_on_operand_axes",
@@ -238,37 +237,20 @@ def weight_of(product: Product, assigned: Assigned) -> WeightToQuantize | None:
     return WeightToQuantize(origin, (recipe,) * max(len(origin.pieces), 1), i)
 
 
-def unassigned(product: Product) -> Assigned:
-    """Returns an assignment that leaves a product unchanged."""
+def unassigned(target: Product | Mark) -> Assigned:
+    """Returns an assignment that leaves a product, or a marked array, unchanged."""
     return Assigned(
         recipe=None,
         output_recipe=None,
         swapped=False,
-        name=product.name,
-        where=product.where,
-        number=product.number,
-        loops=product.loops,
-        stacked=product.stacked,
+        name=target.name,
+        where=target.where,
+        number=-1 if isinstance(target, Mark) else target.number,
+        loops=target.loops,
+        stacked=target.stacked,
         table_recipe=None,
         observers=(None, None),
-        is_differentiated=product.is_differentiated,
-    )
-
-
-def assignment_of_mark(mark: Mark) -> Assigned:
-    """Returns the assignment of a marked array, which is not a product."""
-    return Assigned(
-        recipe=None,
-        output_recipe=None,
-        swapped=False,
-        name=mark.name,
-        where=mark.where,
-        number=-1,
-        loops=mark.loops,
-        stacked=mark.stacked,
-        table_recipe=None,
-        observers=(None, None),
-        is_differentiated=mark.is_differentiated,
+        is_differentiated=target.is_differentiated,
     )
 
 

@@ -82,7 +82,7 @@ class Product:
 
     @property
     def stacks(self) -> tuple[int, ...]:
-        """The lengths of these scans, outermost first."""
+        """The lengths of the scans in `stacked`, outermost first."""
         return tuple(self.loops[depth] for depth in sorted(self.stacked))
 
     @property

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxq._base.paths import leaf_path
 from jaxq._jax import compat
 from jaxq.models._reading._origins import Origin, of_leaf
 from jaxq.quantizers import Quantized
@@ -75,7 +76,7 @@ def trace(
         where = path[0].idx, getattr(path[1], "idx", None) if len(path) > 1 else None
         is_parameter = where[0] == 0 if module else where[0] == 1 and where[1] in positions
         traced = compat.is_array(leaf) or _is_quantized(leaf)
-        name = jax.tree_util.keystr(path[1 if module else 2 :], simple=True, separator="/")
+        name = leaf_path(path[1 if module else 2 :])
         if is_parameter:
             of_leaves.append(len(arrays) if traced else None)
             paths[name] = leaf

@@ -64,8 +64,8 @@ class Rule:
             )
         if self.weight is None and self.operation is None and self.scope is None:
             raise ValueError(
-                "Rule: needs at least one of `weight`, `operation` and `scope`. Rule('') matches "
-                "every weight, Rule(operation='dot_general') every matrix product."
+                "Rule: `weight`, `operation` or `scope` must be given, got none of them. Rule('') "
+                "matches every weight, Rule(operation='dot_general') every matrix product."
             )
         object.__setattr__(self, "recipe", _recipe(self.recipe))
         if self.output is not None:

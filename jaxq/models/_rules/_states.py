@@ -144,7 +144,7 @@ def _is_history(x: Any) -> bool:
 @pytree()
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """A flag that turns the recipe of one product on. A pytree.
+    """A flag that turns the recipe of one product on or off. A pytree.
 
     Attributes:
       on: float32 `[...]`; 0 computes the product in float.

@@ -10,7 +10,6 @@ from jaxq.models._assigning import (
     Assigned,
     Storages,
     assign,
-    assignment_of_mark,
     prefix_errors,
     storages,
     unassigned,
@@ -62,9 +61,7 @@ class ModelPlan:
     def marked(self) -> dict[str, Assigned]:
         """The assignments of the marked arrays that have product_states, by their names."""
         return {
-            mark.name: assignment_of_mark(mark)
-            for mark in self.marks
-            if mark.name in self.product_states
+            mark.name: unassigned(mark) for mark in self.marks if mark.name in self.product_states
         }
 
     @property

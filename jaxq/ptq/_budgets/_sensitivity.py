@@ -13,7 +13,7 @@ from jaxq.models import Rule
 from jaxq.ptq._budgets._gradient_scores import gradient_scores
 from jaxq.ptq._calibration_runs import model_runner, read_calls
 from jaxq.ptq._solvers import Solver, get_solver
-from jaxq.ptq._solving import SolverRun
+from jaxq.ptq._weight_quantization import SolverRun
 from jaxq.recipes import RECIPES, Recipe, get_recipe
 
 __all__ = ["Score", "Scores", "sensitivity"]

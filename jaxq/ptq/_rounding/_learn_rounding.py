@@ -143,7 +143,9 @@ def learn_rounding(
                 "layers)."
             )
         if checked_key(_OWNER, key) is None:
-            raise TypeError(f"{_OWNER}: `key` must be a random key, got None. Pass one.")
+            raise TypeError(
+                f"{_OWNER}: `key` must be a random key, got None. Pass jax.random.key(seed)."
+            )
         calls = read_calls(_OWNER, model, mask, (list(params), batches), validation)
         run = _LearningRun(calls, blocks, resolved, progress)
         return run.learn(rules, key, folder)

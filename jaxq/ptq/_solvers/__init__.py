@@ -1,7 +1,7 @@
 """Solvers and searches, which choose the codes and the scales of one weight.
 
-Everything here works on arrays; `_solving` applies it to the weights of a model. To add a solver,
-list it in `SOLVERS` (`_catalog.py`).
+Everything here works on arrays; `_weight_quantization` applies it to the weights of a model. To add
+a solver, list it in `SOLVERS` (`_catalog.py`).
 """
 
 from jaxq.ptq._solvers._catalog import (

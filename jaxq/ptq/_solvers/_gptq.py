@@ -1,15 +1,13 @@
 """GPTQ for one weight with a given Hessian (`gptq`)."""
 
-import contextlib
 import dataclasses
 import functools
 
 import jax
 from jax import numpy as jnp
 
-from jaxq._base.arguments import array, integer
-from jaxq.numerics import floats
 from jaxq.ptq._solvers._catalog import GPTQ, Problem, Solver, check_recipe
+from jaxq.ptq._solvers._hessian_checks import check_solved, checked_weight
 from jaxq.ptq._statistics import Statistics, empty_statistics
 from jaxq.quantizers import Quantized, grid_values_of, levels, quantize, with_levels
 from jaxq.recipes import Recipe, get_recipe
@@ -64,31 +62,13 @@ def gptq(
       Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
       Transformers" (2023).
     """
-    weight = floats("gptq", weight, argument="weight", float64=False)
-    requirement, remedy = "a matrix of numbers", "Pass the sum of x x^T of the inputs."
-    gram = array("gptq", "hessian", hessian, requirement, remedy).astype(jnp.float32)
-    remedy = "Pass the axis of the inputs: -2 for kernels, -1 for weights [outputs, inputs]."
-    axis = integer("gptq", "axis", axis, remedy)
-    inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None
-    if weight.ndim < 2 or inputs is None or gram.shape != (inputs, inputs):
-        raise ValueError(
-            "gptq: `hessian` must have the shape (n, n), where n is the length of `axis` of "
-            f"`weight`, which needs two axes or more, got {gram.shape} and {weight.shape} with "
-            f"axis={axis}. Pass the axis of the inputs as `axis`."
-        )
-    statistics = dataclasses.replace(empty_statistics((), inputs, False), hessian=gram)
+    weight, gram, axis = checked_weight("gptq", weight, hessian, axis)
+    statistics = dataclasses.replace(empty_statistics((), weight.shape[axis], False), hessian=gram)
     record = get_recipe(recipe)
     check_recipe("gptq", record)
     result, is_solved = _solve(weight, statistics, record, GPTQ(damping, order), axis)
-    is_known_to_fail = False
-    with contextlib.suppress(jax.errors.ConcretizationTypeError):  # Under `jit`.
-        is_known_to_fail = not bool(is_solved)
-    if is_known_to_fail:
-        raise ValueError(
-            "gptq: `hessian` must be positive semidefinite, finite and not zero, got one with the "
-            f"mean diagonal {float(jnp.mean(jnp.diagonal(gram))):.3g}, which has no Cholesky "
-            "factor with any damping. Check the activations for NaN."
-        )
+    advice = "which has no Cholesky factor with any damping. Check the activations for NaN."
+    check_solved("gptq", gram, is_solved, advice)
     return result
 
 

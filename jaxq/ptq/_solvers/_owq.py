@@ -1,6 +1,5 @@
 """OWQ, which stores the most sensitive inputs of a weight as floats and solves the others."""
 
-import contextlib
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -9,10 +8,11 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxq._base.arguments import array, choice, integer, number
-from jaxq.numerics import encode, floats
+from jaxq._base.arguments import choice, number
+from jaxq.numerics import encode
 from jaxq.products import is_stochastic
 from jaxq.ptq._solvers._gptq_algorithm import Settings, Solution, solve
+from jaxq.ptq._solvers._hessian_checks import check_solved, checked_weight
 from jaxq.quantizers import (
     Levels,
     Quantized,
@@ -76,28 +76,18 @@ def owq(
       Lee et al., "OWQ: Outlier-Aware Weight Quantization for Efficient Fine-Tuning and Inference of
       Large Language Models" (2024).
     """
-    weight = floats("owq", weight, argument="weight", float64=False)
-    requirement, remedy = "a matrix of numbers", "Pass the sum of x x^T of the inputs."
-    gram = array("owq", "hessian", hessian, requirement, remedy).astype(jnp.float32)
-    remedy = "Pass the axis of the inputs: -2 for kernels, -1 for weights [outputs, inputs]."
-    axis = integer("owq", "axis", axis, remedy)
+    weight, gram, axis = checked_weight("owq", weight, hessian, axis)
     requirement = "a number of at least 0"
     number("owq", "damping", damping, requirement, lambda d: d >= 0, "Use 0.01.")
     record = get_recipe(recipe)
     check_owq_order("owq", order)
-    inputs = weight.shape[axis] if -weight.ndim <= axis < weight.ndim else None
-    if weight.ndim < 2 or inputs is None or gram.shape != (inputs, inputs):
-        raise ValueError(
-            "owq: `hessian` must have the shape (n, n), where n is the length of `axis` of "
-            f"`weight`, which needs two axes or more, got {gram.shape} and {weight.shape} with "
-            f"axis={axis}. Pass the axis of the inputs as `axis`."
-        )
     if record.outliers is None or record.outliers.sigma is not None or is_stochastic(record):
         raise ValueError(
             "owq: `recipe` must have outliers without `sigma` and round deterministically, got "
             f"{record.outliers} and rounding={record.rounding!r}. Use, for example, "
             "outliers=jaxq.recipes.Outliers(0.01)."
         )
+    inputs = weight.shape[axis]
     count = _float_input_count(record.outliers, weight, inputs)
     if not 0 < count < inputs:
         raise ValueError(
@@ -105,15 +95,8 @@ def owq(
             f"fraction {record.outliers.fraction}. Use at least {1 / inputs:.3g}."
         )
     result, is_solved = _owq(weight, gram, _Options(record, axis, Settings(damping, order), count))
-    is_known_to_fail = False
-    with contextlib.suppress(jax.errors.ConcretizationTypeError):  # Under `jit`.
-        is_known_to_fail = not bool(is_solved)
-    if is_known_to_fail:
-        raise ValueError(
-            "owq: `hessian` must be positive semidefinite, finite and not zero, got one with the "
-            f"mean diagonal {float(jnp.mean(jnp.diagonal(gram))):.3g}, which cannot be factorized. "
-            "Check the activations for NaN, or increase `damping`."
-        )
+    advice = "which cannot be factorized. Check the activations for NaN, or increase `damping`."
+    check_solved("owq", gram, is_solved, advice)
     return result
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from jaxq._base.paths import leaf_path
 from jaxq._base.registry import suggestion
 from jaxq._base.tables import Table, Tabular
 from jaxq._jax.serialization import pytree
@@ -159,7 +160,7 @@ class InputScales(Tabular):
         pairs, structure = jax.tree_util.tree_flatten_with_path(
             params, is_leaf=lambda x: isinstance(x, Quantized)
         )
-        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
+        paths = [leaf_path(path) for path, _ in pairs]
         leaves = [leaf for _, leaf in pairs]
         groups, folded = dict(self.inputs), {}
         for name, target in into.items():

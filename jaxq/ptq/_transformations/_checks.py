@@ -1,4 +1,4 @@
-"""Checks of changed models: which products can change, and whether the outputs stay equal."""
+"""Checks of models and changes of them: which products can change, and equal outputs."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -13,6 +13,7 @@ from jaxq.ptq._calibration_runs import Calls, Model
 
 __all__ = [
     "check_equal_outputs",
+    "check_function",
     "named_inputs",
     "reason_of",
     "relative_difference",
@@ -21,6 +22,15 @@ __all__ = [
 # The largest relative change of outputs that rounding may cause, by dtype.
 _TOLERANCES = {"float32": 1e-3}
 _DEFAULT_TOLERANCE = 0.05
+
+
+def check_function(owner: str, fn: Any) -> None:
+    """Raises a TypeError if a model is a pytree, such as a module, and not a function."""
+    if not jax.tree_util.all_leaves([fn]):
+        raise TypeError(
+            f"{owner}: `fn` must be a function of the parameters, got a pytree, "
+            f"{type(fn).__name__}. Pass lambda module, x: module(x)."
+        )
 
 
 def reason_of(model: Model, product: Product) -> str:

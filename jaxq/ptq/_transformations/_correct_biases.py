@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxq._base.paths import leaf_path
 from jaxq._base.registry import suggestion
 from jaxq._base.tables import Table, Tabular
 from jaxq._jax.processes import host_array
@@ -23,6 +24,7 @@ from jaxq.ptq._calibration_runs import (
     trace_weight,
 )
 from jaxq.ptq._statistics import MatrixLayout, Statistics, Targets, find_targets, shared_inputs
+from jaxq.ptq._transformations._checks import check_function
 from jaxq.quantizers import Quantized
 
 __all__ = ["BiasChange", "BiasReport", "correct_biases"]
@@ -127,11 +129,7 @@ def correct_biases(
       Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019),
       section 4.2.
     """
-    if not jax.tree_util.all_leaves([fn]):
-        raise TypeError(
-            f"{_OWNER}: `fn` must be a function of the parameters, got a pytree, "
-            f"{type(fn).__name__}. Pass lambda module, x: module(x)."
-        )
+    check_function(_OWNER, fn)
 
     def corrected(params: Any, packed: Any, batches: Any) -> tuple[Any, BiasReport]:
         calls = read_calls(_OWNER, fn, mask, (params, batches))
@@ -176,14 +174,9 @@ def _unknown_name(noun: str, name: str, known: Iterable[str]) -> str:
     return f"{_OWNER}: `biases` must name {noun}, got {name!r}. {hint}"
 
 
-def _path_text(path: tuple[Any, ...]) -> str:
-    """Returns the path of a leaf as text, such as `"layers/0/kernel"`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _other_structure(params: Any, packed_paths: Sequence[str]) -> str:
     """Returns the error message for packed parameters with another structure than `params`."""
-    paths = [_path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     got = "the same paths in other containers"
     for tree, first, second in (("packed", packed_paths, paths), ("params", paths, packed_paths)):
         other = "params" if tree == "packed" else "packed"
@@ -213,7 +206,7 @@ class _CorrectionRun:
         self._targets, self._biases = model.targets, biases
         self.leaves = Leaves(model.planned)
         pairs, self._structure = jax.tree_util.tree_flatten_with_path(packed, is_leaf=_is_quantized)
-        self._paths = [_path_text(path) for path, _ in pairs]
+        self._paths = [leaf_path(path) for path, _ in pairs]
         if self._structure != jax.tree.structure(params):
             raise ValueError(_other_structure(params, self._paths))
         self._packed = [leaf for _, leaf in pairs]

@@ -10,6 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxq._base.arguments import array, described, integer, names_of, number
+from jaxq._base.paths import leaf_path
 from jaxq._base.registry import suggestion
 from jaxq._jax.draws import checked_key
 from jaxq._jax.processes import host_array
@@ -240,7 +241,7 @@ def fold_rotation(
 
     def folded(params: Any, *args: Any) -> Any:
         pairs, structure = jax.tree_util.tree_flatten_with_path(params)
-        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
+        paths = [leaf_path(path) for path, _ in pairs]
         leaves = dict(zip(paths, (leaf for _, leaf in pairs), strict=True))
         norm_paths = [
             path for norm in norms for path in (norm.scale, norm.bias) if path is not None

@@ -25,7 +25,12 @@ from jaxq.ptq._calibration_runs import (
 )
 from jaxq.ptq._statistics import MatrixLayout, find_targets
 from jaxq.ptq._transformations._changed_functions import with_changed_inputs
-from jaxq.ptq._transformations._checks import check_equal_outputs, named_inputs, reason_of
+from jaxq.ptq._transformations._checks import (
+    check_equal_outputs,
+    check_function,
+    named_inputs,
+    reason_of,
+)
 
 __all__ = ["InputRotations", "rotate_inputs"]
 
@@ -146,11 +151,7 @@ def rotate_inputs(
       al., "Bridging the Gap Between Promise and Performance for Microscaling FP4 Quantization"
       (2025), for blocks.
     """
-    if not jax.tree_util.all_leaves([fn]):
-        raise TypeError(
-            f"{_OWNER}: `fn` must be a function of the parameters, got a pytree, "
-            f"{type(fn).__name__}. Pass lambda module, x: module(x)."
-        )
+    check_function(_OWNER, fn)
 
     def rotated(params: Any, *args: Any, key: jax.Array) -> tuple[Any, InputRotations]:
         calls = read_calls(_OWNER, fn, None, (params, [args]))

@@ -26,7 +26,12 @@ from jaxq.ptq._calibration_runs import (
 )
 from jaxq.ptq._statistics import MatrixLayout, Statistics, find_targets
 from jaxq.ptq._transformations._changed_functions import InputScales
-from jaxq.ptq._transformations._checks import check_equal_outputs, named_inputs, reason_of
+from jaxq.ptq._transformations._checks import (
+    check_equal_outputs,
+    check_function,
+    named_inputs,
+    reason_of,
+)
 from jaxq.ptq._transformations._scaling_methods import InputProblem, InputScaler, get_input_scaler
 from jaxq.quantizers import fake_quant
 from jaxq.recipes import Recipe
@@ -88,11 +93,7 @@ def scale_inputs(
       True
     """
     record = get_input_scaler(method)
-    if not jax.tree_util.all_leaves([fn]):
-        raise TypeError(
-            f"{_OWNER}: `fn` must be a function of the parameters, got a pytree, "
-            f"{type(fn).__name__}. Pass lambda module, x: module(x)."
-        )
+    check_function(_OWNER, fn)
 
     def scaled(*args: Any) -> tuple[Any, InputScales]:
         calls = read_calls(_OWNER, fn, mask, args)

@@ -4,7 +4,7 @@ For each product, `_quantize_weights` calls `_solver_run`, which solves the prod
 (`_solve_weight`) matrix by matrix (`_solve_matrices`).
 """
 
-from jaxq.ptq._solving._quantize_weights import quantize_weights
-from jaxq.ptq._solving._solver_run import SolverRun
+from jaxq.ptq._weight_quantization._quantize_weights import quantize_weights
+from jaxq.ptq._weight_quantization._solver_run import SolverRun
 
 __all__ = ["SolverRun", "quantize_weights"]

@@ -24,9 +24,9 @@ from jaxq.ptq._calibration_runs import (
 )
 from jaxq.ptq._results import Entry, Journal, Report, SolvedProduct
 from jaxq.ptq._solvers import Solver, check_search, needs_drift
-from jaxq.ptq._solving._solve_matrices import SolvedMatrices
-from jaxq.ptq._solving._solve_weight import SolvedWeight, WeightStack, solve_weight
 from jaxq.ptq._statistics import MatrixLayout, Statistics
+from jaxq.ptq._weight_quantization._solve_matrices import SolvedMatrices
+from jaxq.ptq._weight_quantization._solve_weight import SolvedWeight, WeightStack, solve_weight
 
 __all__ = ["Outcome", "SolverRun"]
 

@@ -9,7 +9,7 @@ from jaxq.models import Rules
 from jaxq.ptq._calibration_runs import BatchRun, Leaves, model_runner, read_calls
 from jaxq.ptq._results import SolvedProduct, folder_of, journal_of
 from jaxq.ptq._solvers import Solver, get_solver, needs_drift
-from jaxq.ptq._solving._solver_run import SolverRun
+from jaxq.ptq._weight_quantization._solver_run import SolverRun
 
 __all__ = ["quantize_weights"]
 

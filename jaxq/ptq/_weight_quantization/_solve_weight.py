@@ -25,8 +25,12 @@ from jaxq.ptq._solvers import (
     run_search,
     search_of,
 )
-from jaxq.ptq._solving._solve_matrices import SolvedMatrices, solve_matrices, split_by_recipe
 from jaxq.ptq._statistics import MatrixLayout, Statistics
+from jaxq.ptq._weight_quantization._solve_matrices import (
+    SolvedMatrices,
+    solve_matrices,
+    split_by_recipe,
+)
 from jaxq.quantizers import Quantized, block_indices, grid_values_of
 from jaxq.recipes import Recipe
 

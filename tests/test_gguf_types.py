@@ -82,6 +82,19 @@ def test_minus_zero_and_scales_that_are_no_numbers_are_read_as_by_ggml():
         assert_same(gguf.unpack(content, name).dequantize(), want)
 
 
+def test_every_scale_of_mxfp4_gives_the_values_of_ggml():
+    """Values below 2^-126 are 0; two scales are below it, but most of their values are not."""
+    content = np.repeat(np.arange(16, dtype=np.uint8)[None] * 17, 256, axis=0)
+    content = np.concatenate([np.arange(256, dtype=np.uint8)[:, None], content], axis=1)
+    with np.errstate(over="ignore"):
+        want = quants.dequantize(content, GGMLQuantizationType.MXFP4)
+    want = np.where(np.abs(want) < 2.0**-126, np.float32(0), want)
+    np.testing.assert_array_equal(gguf.dequantize(content, "mxfp4"), want)
+    # Recipes limit values to the range of float32, and the last scale is their NaN.
+    values = np.nan_to_num(want[:255], posinf=np.finfo("f4").max, neginf=np.finfo("f4").min)
+    np.testing.assert_array_equal(gguf.unpack(content, "mxfp4").dequantize()[:255], values)
+
+
 @pytest.mark.parametrize("name", data.each(gguf.TYPES, ["q4_k", "tq1_0", "nvfp4"]))
 def test_values_equal_gguf(name: str):
     """Compares random bytes, too, which hold every code; scales are made finite."""

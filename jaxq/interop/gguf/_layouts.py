@@ -188,13 +188,6 @@ def _iq4_xs(f: Fields) -> jax.Array:
     return _scaled(f["d"][:, None] * _float(s, 32), _table(_IQ4, f["q"]))
 
 
-def _e8m0_half(e: jax.Array) -> jax.Array:
-    """Returns 2^(e - 128), the scale of the doubled elements of MXFP4."""
-    e = e.astype(jnp.int32)
-    bits = jnp.where(e < 2, np.int32(0x200000) << e, (e - np.int32(1)) << np.int32(23))
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
 def _ue4m3_half(code: jax.Array) -> jax.Array:
     """Returns half of an unsigned E4M3 number, the scale of the doubled elements of NVFP4."""
     e, m = code >> np.uint8(3) & np.uint8(15), code & np.uint8(7)
@@ -205,7 +198,14 @@ def _ue4m3_half(code: jax.Array) -> jax.Array:
 
 
 def _mxfp4(f: Fields) -> jax.Array:
-    return _scaled(_e8m0_half(f["scales"]), _table(_E2M1, f["q"]))
+    # The scale of the doubled elements is 2^(e - 128). XLA treats 2^-128 and 2^-127 as 0, so they
+    # are applied as two factors. Only products below 2^-126 become 0.
+    e = f["scales"].astype(jnp.int32)
+    first, second = (
+        lax.bitcast_convert_type(exponent << np.int32(23), jnp.float32)
+        for exponent in (jnp.minimum(e, 2) + np.int32(125), jnp.maximum(e, 2) - np.int32(1))
+    )
+    return _scaled(second, _scaled(first, _table(_E2M1, f["q"])))
 
 
 def _nvfp4(f: Fields) -> jax.Array:

@@ -38,8 +38,8 @@ def quantize(
     The bytes equal those of ggml's C code compiled without fused multiplication and addition;
     compilers that fuse them change up to 2 % of the bytes of K-quants. In types with a search,
     blocks of magnitudes below about 1e-5 may get other codes, because products of their squares
-    are subnormal, which XLA treats as 0. Elements that are not finite give unspecified codes in
-    their block.
+    are subnormal, which XLA treats as 0. Elements that are not finite, or so large that products of
+    their squares are not (above about 1e9), give unspecified codes in their block.
 
     Args:
       x: a float array `[..., n]`.
@@ -163,6 +163,8 @@ def dequantize(
     data: jax.typing.ArrayLike, type: str, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
     """Returns the values that the bytes of a block type represent, exactly as ggml computes them.
+
+    Only values of MXFP4 below 2^-126 become 0.
 
     Args:
       data: uint8 `[..., blocks · bytes per block]`.

@@ -133,6 +133,17 @@ def test_large_tensors_are_cut_into_chunks(case: str):
     np.testing.assert_array_equal(got, np.tile(GOLDEN[case], (25, 1)))
 
 
+@pytest.mark.parametrize("name", data.each(gguf.TYPES, ["q4_k", "tq1_0", "q4_0"]))
+def test_empty_tensors_stay_empty(name: str):
+    layout, row = gguf.TYPES[name], np.ones(256, np.float32)
+    for shape, weights in (((0, 256), None), ((3, 0), row[:0]), ((2, 0, 256), row)):
+        content = gguf.quantize(np.zeros(shape, np.float32), name, importance=weights)
+        chex.assert_shape(content, (*shape[:-1], shape[-1] // layout.block * layout.size))
+        chex.assert_shape(gguf.dequantize(content, name), shape)
+        q = gguf.unpack(content, name)
+        chex.assert_shape((q.dequantize(), gguf.pack(q, name)), (shape, content.shape))
+
+
 def test_file_is_read_as_the_quantized_tensors_of_its_recipes(tmp_path: pathlib.Path):
     path = tmp_path / "a.gguf"
     names = ["q8_0", "tq1_0", "mxfp4"]
@@ -237,6 +248,7 @@ HOSTILE = {
     "three": header(key("general.alignment", 4, (3).to_bytes(4, "little")), bytes(99), keys=1),
     "axes": header(info(shape=(1,) * 5), bytes(999), tensors=1),
     "overflow": header(info(shape=(2**40, 2**40)), bytes(999), tensors=1),
+    "empty": header(info(shape=(0, 2**62), kind=2), bytes(999), tensors=1),
     "block": header(info(shape=(33,), kind=2), bytes(999), tensors=1),
     "unknown": header(info(kind=999), bytes(999), tensors=1),
     "beyond": header(info(shape=(999,)), bytes(999), tensors=1),

@@ -130,6 +130,10 @@ def _quantize(
     values: bool = False,
 ) -> _Result:
     layout, shape = TYPES[type], x.shape
+    packed_shape = (*shape[:-1], shape[-1] // layout.block * layout.size)
+    if 0 in shape:
+        data = jnp.zeros(packed_shape, jnp.uint8)
+        return _Result(data, jnp.zeros(shape, jnp.float32) if values else None)
     x = lax.stop_gradient(x).astype(jnp.float32)
     if type not in _QUANTIZERS:
         recipe = recipe_of(type)
@@ -137,7 +141,7 @@ def _quantize(
         return _Result(data, fake_quant(x, recipe) if values else None)
     if type in SMALL and importance is None:
         fields = of_recipe(x, type)
-        data = layout.write(fields).reshape(*shape[:-1], -1)
+        data = layout.write(fields).reshape(packed_shape)
         return _Result(data, layout.values_of(fields).reshape(shape) if values else None)
     columns = x.reshape(-1, layout.block).T
     blocks = FloatBlocks(columns, None, None)
@@ -155,7 +159,7 @@ def _quantize(
         return _Result(layout.write(fields), layout.values_of(fields) if values else None)
 
     result = in_chunks(quantized, blocks, layout.block)
-    data = result.data.reshape(*shape[:-1], shape[-1] // layout.block * layout.size)
+    data = result.data.reshape(packed_shape)
     return _Result(data, None if result.values is None else result.values.reshape(shape))
 
 

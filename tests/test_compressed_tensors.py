@@ -163,6 +163,20 @@ def test_empty_folder_is_filled(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
         ct.write(pathlib.Path(), {"a.weight": q})
 
 
+def test_folder_of_a_killed_process_is_no_obstacle(tmp_path: pathlib.Path):
+    """Writes to a new folder, and to an empty one, in which the temporary folder is."""
+    (tmp_path / "empty").mkdir()
+    for path, parent in ((tmp_path / "new", tmp_path), (tmp_path / "empty", tmp_path / "empty")):
+        abandoned = parent / f".{path.name}.0123abcd.tmp"
+        abandoned.mkdir()
+        for file in (abandoned / "model.safetensors", abandoned):
+            file.touch()
+            os.utime(file, (0, 0))
+        ct.write(path, {"a.weight": jaxq.quantize(W, "int8_token")})
+        assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+        assert not abandoned.exists()
+
+
 @pytest.mark.slow
 def test_the_package_accepts_what_is_written(tmp_path: pathlib.Path):
     """Needs `JAXQ_COMPRESSED_TENSORS`, a Python with the compressed-tensors package."""

@@ -152,6 +152,18 @@ def test_gptq_activation_order_is_dequantized(tmp_path: pathlib.Path):
     np.testing.assert_array_equal(load_tensors(folder)["a.weight"], value)
 
 
+@pytest.mark.parametrize("size", [48, 60])
+def test_last_group_of_gptq_may_be_shorter(size: int, tmp_path: pathlib.Path):
+    tensors, value = gptq(4, 1, np.arange(64) // size)
+    config = method("gptq", bits=4, group_size=size, desc_act=False)
+    with open_tensors(written(tmp_path, tensors, config)) as file:
+        np.testing.assert_array_equal(file.read(file.entries[0]), value)
+        assert "the last of its groups" in file.entries[0].layout.note
+    del tensors["a.g_idx"]
+    with pytest.raises(FileError, match=r"'a.g_idx' is missing"):
+        load_tensors(written(tmp_path, tensors, config))
+
+
 def nvfp4(rows: int, columns: int) -> tuple[dict, np.ndarray]:
     """Returns the tensors of an NVFP4 weight of ModelOpt, and its values."""
     rng = np.random.default_rng(0)
@@ -300,6 +312,16 @@ REFUSED: dict[str, tuple[Mapping[str, Any], object, str]] = {
         },
         CT,
         "positive normal",
+    ),
+    "ct mxfp4": (
+        {"a.weight_packed": BYTES[:, :5], "a.weight_scale": BYTES[:, :0]},
+        CT,
+        "groups of 32 do not divide rows of 10",
+    ),
+    "ct mxfp4 group": (
+        {"a.weight_packed": np.zeros((4, 28), np.uint8), "a.weight_scale": BYTES[:, :1]},
+        CT,
+        "groups of 32 do not divide rows of 56",
     ),
     "fp8 block": (
         {"a.weight": FP8, "a.weight_scale_inv": np.ones((2, 2), np.float32)},

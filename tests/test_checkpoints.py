@@ -242,6 +242,26 @@ def test_file_that_a_killed_process_left_is_no_obstacle(tmp_path: pathlib.Path):
     same(jaxq.load(path)["w"], W)
 
 
+def test_abandoned_files_are_removed_and_those_in_use_stay(tmp_path: pathlib.Path):
+    path = tmp_path / "a.safetensors"
+    names = [f".{path.name}.0123abcd.tmp", f".{path.name}.4567cdef.tmp", f".{path.name}.mine.tmp"]
+    old, recent, other = (tmp_path / name for name in names)
+    for file in (old, recent, other):
+        file.touch()
+    for file in (old, other):
+        os.utime(file, (0, 0))
+    jaxq.save(path, {"w": W})
+    assert sorted(tmp_path.iterdir()) == sorted([recent, other, path])
+    with jaxq.interop.atomic(path) as file:
+        file.write(b"longer than ten minutes ago")
+        file.flush()
+        os.utime(file.name, (0, 0))
+        jaxq.save(path, {"w": 2 * W})
+        same(jaxq.load(path)["w"], 2 * W)
+    assert path.read_bytes() == b"longer than ten minutes ago"
+    assert sorted(tmp_path.iterdir()) == sorted([recent, other, path])
+
+
 def test_replaced_file_keeps_its_permissions(tmp_path: pathlib.Path):
     path = tmp_path / "a.safetensors"
     jaxq.save(path, {"w": W})

@@ -55,6 +55,22 @@ def test_every_scheme_is_read_again_bit_for_bit(tmp_path: pathlib.Path):
     chex.assert_trees_all_equal(again["int4.weight"], params["int4.weight"])
 
 
+def test_weights_of_few_rows_are_read_again(tmp_path: pathlib.Path):
+    """Checks one row of tiles, of which the last is partial, and weights without rows."""
+    shapes = {
+        "tile": (1, 40),
+        "int3": (0, 64),
+        "int4": (0, 64),
+        "channel": (0, 64),
+        "mxfp4": (0, 64),
+    }
+    for name, (rows, columns) in shapes.items():
+        params = {"a.weight": jaxq.quantize(W[:rows, :columns], UNIFORM[name])}
+        ct.write(tmp_path / name, params)
+        again = load_tensors(tmp_path / name)
+        chex.assert_trees_all_equal(again, params)
+
+
 def test_config_describes_groups(tmp_path: pathlib.Path):
     written(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -145,6 +161,20 @@ def test_empty_folder_is_filled(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
     assert (tmp_path / "link").is_symlink()
     with pytest.raises(FileExistsError, match="exists"):
         ct.write(pathlib.Path(), {"a.weight": q})
+
+
+def test_folder_of_a_killed_process_is_no_obstacle(tmp_path: pathlib.Path):
+    """Writes to a new folder, and to an empty one, in which the temporary folder is."""
+    (tmp_path / "empty").mkdir()
+    for path, parent in ((tmp_path / "new", tmp_path), (tmp_path / "empty", tmp_path / "empty")):
+        abandoned = parent / f".{path.name}.0123abcd.tmp"
+        abandoned.mkdir()
+        for file in (abandoned / "model.safetensors", abandoned):
+            file.touch()
+            os.utime(file, (0, 0))
+        ct.write(path, {"a.weight": jaxq.quantize(W, "int8_token")})
+        assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+        assert not abandoned.exists()
 
 
 @pytest.mark.slow

@@ -82,6 +82,19 @@ def test_minus_zero_and_scales_that_are_no_numbers_are_read_as_by_ggml():
         assert_same(gguf.unpack(content, name).dequantize(), want)
 
 
+def test_every_scale_of_mxfp4_gives_the_values_of_ggml():
+    """Values below 2^-126 are 0; two scales are below it, but most of their values are not."""
+    content = np.repeat(np.arange(16, dtype=np.uint8)[None] * 17, 256, axis=0)
+    content = np.concatenate([np.arange(256, dtype=np.uint8)[:, None], content], axis=1)
+    with np.errstate(over="ignore"):
+        want = quants.dequantize(content, GGMLQuantizationType.MXFP4)
+    want = np.where(np.abs(want) < 2.0**-126, np.float32(0), want)
+    np.testing.assert_array_equal(gguf.dequantize(content, "mxfp4"), want)
+    # Recipes limit values to the range of float32, and the last scale is their NaN.
+    values = np.nan_to_num(want[:255], posinf=np.finfo("f4").max, neginf=np.finfo("f4").min)
+    np.testing.assert_array_equal(gguf.unpack(content, "mxfp4").dequantize()[:255], values)
+
+
 @pytest.mark.parametrize("name", data.each(gguf.TYPES, ["q4_k", "tq1_0", "nvfp4"]))
 def test_values_equal_gguf(name: str):
     """Compares random bytes, too, which hold every code; scales are made finite."""
@@ -118,6 +131,17 @@ def test_large_tensors_are_cut_into_chunks(case: str):
     name, *important = case.split()
     got = gguf.quantize(np.tile(X, (25, 1)), name, importance=IMPORTANCE if important else None)
     np.testing.assert_array_equal(got, np.tile(GOLDEN[case], (25, 1)))
+
+
+@pytest.mark.parametrize("name", data.each(gguf.TYPES, ["q4_k", "tq1_0", "q4_0"]))
+def test_empty_tensors_stay_empty(name: str):
+    layout, row = gguf.TYPES[name], np.ones(256, np.float32)
+    for shape, weights in (((0, 256), None), ((3, 0), row[:0]), ((2, 0, 256), row)):
+        content = gguf.quantize(np.zeros(shape, np.float32), name, importance=weights)
+        chex.assert_shape(content, (*shape[:-1], shape[-1] // layout.block * layout.size))
+        chex.assert_shape(gguf.dequantize(content, name), shape)
+        q = gguf.unpack(content, name)
+        chex.assert_shape((q.dequantize(), gguf.pack(q, name)), (shape, content.shape))
 
 
 def test_file_is_read_as_the_quantized_tensors_of_its_recipes(tmp_path: pathlib.Path):
@@ -224,6 +248,7 @@ HOSTILE = {
     "three": header(key("general.alignment", 4, (3).to_bytes(4, "little")), bytes(99), keys=1),
     "axes": header(info(shape=(1,) * 5), bytes(999), tensors=1),
     "overflow": header(info(shape=(2**40, 2**40)), bytes(999), tensors=1),
+    "empty": header(info(shape=(0, 2**62), kind=2), bytes(999), tensors=1),
     "block": header(info(shape=(33,), kind=2), bytes(999), tensors=1),
     "unknown": header(info(kind=999), bytes(999), tensors=1),
     "beyond": header(info(shape=(999,)), bytes(999), tensors=1),

@@ -53,6 +53,15 @@ def test_bytes_are_unpacked_and_packed_without_loss(name: str):
         assert_same(q.dequantize(), want)
 
 
+@pytest.mark.parametrize("name", data.each(BITS, ["q4_k"]))
+def test_super_blocks_without_importance_become_zero(name: str):
+    """Checks what ggml does with inputs that a model never uses: it divides no zero by zero."""
+    rows = np.arange(len(X)) % 3 > 0
+    q = jaxq.quantize(X, name, importance=np.where(rows[:, None], IMPORTANCE, np.float32(0)))
+    np.testing.assert_array_equal(PACK(q)[rows], GOLDEN[f"{name} importance"][rows])
+    assert (np.asarray(q.dequantize())[~rows] == 0).all()
+
+
 @jax.jit
 def simulated(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the values of blocks along the first axis with an importance, and a gradient."""

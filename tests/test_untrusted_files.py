@@ -137,6 +137,16 @@ def test_malformed_files_are_rejected(name: str, tmp_path: pathlib.Path):
     assert peak < 2**20 + 30 * len(MALFORMED[name])
 
 
+def test_damaged_literal_causes_no_warning(tmp_path: pathlib.Path):
+    path = tmp_path / "a.npy"
+    path.write_bytes(npy(FLOATS.replace("<f4", r"<f4\e"), bytes(8)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with open_tensors(path) as file:
+            assert not file.entries[0].is_float
+    assert not caught
+
+
 def test_only_regular_files_are_open_tensors(tmp_path: pathlib.Path):
     for kind in (".safetensors", ".npz", ".npy"):
         pipe, folder = tmp_path / f"pipe{kind}", tmp_path / f"folder{kind}"

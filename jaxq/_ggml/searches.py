@@ -275,7 +275,8 @@ def fit_nonnegative(x: jax.Array, limit: int, weights: jax.Array) -> SymmetricFi
     inverse, _ = lax.fori_loop(0, 8, attempt, (inverse, total_error(inverse, False)))
     start = jnp.minimum(round_to_integer(inverse[None] * x), limit)
     sum_lx, sum_l2, q = _sweeps(x, weights, start, 0, limit)
-    return SymmetricFit(_ratio(sum_lx, sum_l2, ~empty), jnp.where(empty[None], 0, q))
+    scale = _ratio(sum_lx, sum_l2, ~empty & (sum_l2 > 0))  # No weight may be positive.
+    return SymmetricFit(scale, jnp.where(empty[None], 0, q))
 
 
 class Steps(NamedTuple):

@@ -60,7 +60,7 @@ def save(path: str | pathlib.Path, tree: Any) -> None:
     The file holds the packed codes, the scales and the recipes, so that `load` returns the same
     tree bit for bit. Each array is a tensor named by its path, such as `layers/0/kernel/codes`,
     which any safetensors reader can list. An existing file is replaced only when the new one is
-    complete.
+    complete. A killed process leaves a hidden file `.NAME.*.tmp`, which a later `save` removes.
 
     Args:
       path: the path of the file, which should end in `.safetensors`.

@@ -9,6 +9,7 @@ References:
 
 import ast
 import re
+import warnings
 from typing import IO, NoReturn
 
 import numpy as np
@@ -43,7 +44,8 @@ def read_npy_header(file: IO[bytes], size: int, name: str) -> Entry:
         _refuse(name, f"its header length of {length} bytes is too large")
     text = file.read(length)
     try:
-        header = ast.literal_eval(text.decode("latin1" if begin[6] < 3 else "utf-8").strip())
+        with warnings.catch_warnings(action="ignore"):  # Damaged literals may cause one.
+            header = ast.literal_eval(text.decode("latin1" if begin[6] < 3 else "utf-8").strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         _refuse(name, "its header is not a Python literal")
     if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:

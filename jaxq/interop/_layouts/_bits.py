@@ -8,7 +8,8 @@ __all__ = ["as_bytes", "pack_bits", "unpack_bits"]
 def as_bytes(words: np.ndarray) -> np.ndarray:
     """Returns words `[..., n]` as their little-endian bytes, uint8 `[..., n · bytes per word]`."""
     words = np.ascontiguousarray(words, words.dtype.newbyteorder("<"))
-    return words.view(np.uint8).reshape(*words.shape[:-1], -1)
+    size = words.shape[-1] * words.dtype.itemsize
+    return words.view(np.uint8).reshape(*words.shape[:-1], size)
 
 
 def unpack_bits(data: np.ndarray, bits: int, n: int) -> np.ndarray:
@@ -27,7 +28,7 @@ def unpack_bits(data: np.ndarray, bits: int, n: int) -> np.ndarray:
     if bits in (1, 2, 4):
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
         codes = data[..., None] >> shifts & np.uint8(2**bits - 1)
-        return codes.reshape(*data.shape[:-1], -1)[..., :n]
+        return codes.reshape(*data.shape[:-1], codes.shape[-2] * codes.shape[-1])[..., :n]
     groups = -(-n // 8)  # Eight codes fill `bits` bytes.
     padded = np.zeros((*data.shape[:-1], groups * bits + 1), np.uint16)
     taken = min(data.shape[-1], groups * bits)
@@ -39,7 +40,7 @@ def unpack_bits(data: np.ndarray, bits: int, n: int) -> np.ndarray:
         high = padded[..., byte + 1 :: bits][..., :groups]
         columns.append((low >> shift | high << (8 - shift)) & (2**bits - 1))
     codes = np.stack(columns, axis=-1).astype(np.uint8)
-    return codes.reshape(*data.shape[:-1], -1)[..., :n]
+    return codes.reshape(*data.shape[:-1], 8 * groups)[..., :n]
 
 
 def pack_bits(codes: np.ndarray, bits: int, word: int = 1) -> np.ndarray:
@@ -67,7 +68,8 @@ def pack_bits(codes: np.ndarray, bits: int, word: int = 1) -> np.ndarray:
             data |= codes[..., i::per_byte] << np.uint8(i * bits)
     else:
         digits = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-        data = np.packbits(digits.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+        digits = digits.reshape(*codes.shape[:-1], codes.shape[-1] * bits)
+        data = np.packbits(digits, axis=-1, bitorder="little")
     result = np.zeros((*codes.shape[:-1], size), np.uint8)
     result[..., : data.shape[-1]] = data
     return result

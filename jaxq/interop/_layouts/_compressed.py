@@ -23,6 +23,7 @@ from jaxq.interop._layouts._weights import (
     as_codes,
     build_quantized,
     fail,
+    group_count,
     group_length,
     recipe_from_scales,
     require_shape,
@@ -154,7 +155,8 @@ def _codes(words: np.ndarray, length: int, bits: int, dense: bool) -> np.ndarray
         return unpack_bits(as_bytes(words), bits, length)
     shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
     codes = as_codes(words)[..., None] >> shifts & np.uint32(2**bits - 1)
-    return codes.reshape(*words.shape[:-1], -1)[..., :length].astype(np.uint8)
+    codes = codes.reshape(*words.shape[:-1], codes.shape[-2] * codes.shape[-1])
+    return codes[..., :length].astype(np.uint8)
 
 
 def _build_integers(
@@ -188,12 +190,10 @@ def _four_bits(source: Source, name: str, packed: Entry, scale: Entry) -> Stored
     global_scale = source.entries.get(f"{name}_global_scale")
     if global_scale is None:
         recipe = get_recipe("mxfp4")
-        group_length(packed, shape[-1], shape[-1] // 32)
-        require_shape(scale, (*shape[:-1], shape[-1] // 32), "uint8")
+        require_shape(scale, (*shape[:-1], group_count(packed, shape[-1], 32)), "uint8")
         build = functools.partial(_build_mxfp4, recipe=recipe)
         return StoredWeight("compressed-tensors", shape, recipe, parts, build)
-    group_length(packed, shape[-1], shape[-1] // 16)
-    require_shape(scale, (*shape[:-1], shape[-1] // 16), "float8_e4m3fn")
+    require_shape(scale, (*shape[:-1], group_count(packed, shape[-1], 16)), "float8_e4m3fn")
     if math.prod(global_scale.shape) != 1 or global_scale.numpy_dtype != "float32":
         fail(global_scale.name, "it must be one float32 number")
     factor = np.float32(source.read_small(global_scale).reshape(()))
@@ -231,8 +231,7 @@ def _plain(source: Source, weight: Entry, scale: Entry, blocks: list[Any]) -> St
         if len(shape) < 2:
             fail(weight.name, f"it must have at least two axes, got {len(shape)}")
         require_shape(weight, shape, "float8_e4m3fn")
-        group_length(weight, shape[-1], shape[-1] // 32)
-        require_shape(scale, (*shape[:-1], shape[-1] // 32), "uint8")
+        require_shape(scale, (*shape[:-1], group_count(weight, shape[-1], 32)), "uint8")
     else:
         fmt = "int8" if weight.numpy_dtype == "int8" else fp8_format(weight)
         recipe = recipe_from_scales(weight, scale, fmt, _tile(weight, scale, blocks))
@@ -242,8 +241,8 @@ def _plain(source: Source, weight: Entry, scale: Entry, blocks: list[Any]) -> St
 
 def _tile(weight: Entry, scale: Entry, blocks: list[Any]) -> tuple[int, int] | None:
     """Returns the tile of the configuration that explains the shape of the scales."""
-    if scale.shape[:1] == weight.shape[:1] or len(weight.shape) < 2:
-        return None  # One scale per row, or per group of a row.
+    if len(weight.shape) < 2 or scale.shape[-1:] == (1,) == scale.shape[-2:-1]:
+        return None  # One scale for all elements, or too few axes.
     for block in blocks:
         is_tile = isinstance(block, list) and len(block) == 2
         if is_tile and all(type(n) is int and n > 0 for n in block):

@@ -106,7 +106,7 @@ def gpt_oss(source: Source) -> dict[str, StoredWeight]:
 
 def _build_mxfp4(arrays: Arrays, *, recipe: Recipe) -> Quantized:
     blocks, scales = arrays["blocks"], arrays["scales"]
-    codes = nibbles(blocks.reshape(*blocks.shape[:-2], -1))
+    codes = nibbles(blocks.reshape(*blocks.shape[:-2], 16 * blocks.shape[-2]))
     return build_quantized(recipe, codes, scales)
 
 

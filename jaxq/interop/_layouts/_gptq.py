@@ -68,19 +68,28 @@ def _module(
         fail(words.name, f"it has {bits} bits, but the configuration says {configured!r:.20}")
     shape, scale = (outputs, inputs), str(scales.numpy_dtype)
     parts = {"words": words, "scales": scales, "zeros": zeros}
-    ordered = False
+    note = "the last of its groups is shorter" if _is_uneven(source, inputs, count) else ""
     if order is not None:
         require_shape(order, (inputs,), "int32", "int64")
         parts["order"] = order
-        if source.config.get("desc_act", True):
-            index = source.raw(order)
-            ordered = inputs % count != 0 or not _in_order(index, inputs // count)
+        if not note and source.config.get("desc_act", True):
+            if not _in_order(source.raw(order), inputs // count):
+                note = "g_idx gives its columns to groups in activation order"
+    elif note:
+        source.require(f"{words.name.removesuffix('.qweight')}.g_idx")
     build = functools.partial(_build, bits=bits, increment=increment)
-    if ordered:
-        note = "g_idx gives its columns to groups in activation order"
+    if note:
         return StoredWeight("gptq", shape, None, parts, functools.partial(build, recipe=None), note)
     recipe = affine_recipe(bits, shape, group_length(words, inputs, count), scale)
     return StoredWeight("gptq", shape, recipe, parts, functools.partial(build, recipe=recipe))
+
+
+def _is_uneven(source: Source, inputs: int, count: int) -> bool:
+    """Returns whether the groups of a row differ in length."""
+    size = source.config.get("group_size")
+    if type(size) is int and size > 0 and -(-inputs // size) == count:
+        return count > 1 and inputs % size != 0
+    return inputs % count != 0
 
 
 def _in_order(index: np.ndarray, group: int) -> bool:
@@ -152,4 +161,4 @@ def _build_awq(arrays: Arrays, *, recipe: Recipe) -> Quantized:
 
 def _awq_codes(words: np.ndarray) -> np.ndarray:
     nibbles = unpack_bits(as_bytes(words), 4, 8 * words.shape[1])
-    return nibbles.reshape(*words.shape, 8)[..., _AWQ_ORDER].reshape(len(words), -1)
+    return nibbles.reshape(*words.shape, 8)[..., _AWQ_ORDER].reshape(len(words), 8 * words.shape[1])

@@ -101,5 +101,5 @@ def _build(arrays: Arrays, *, bits: int, recipe: Recipe) -> Quantized:
 
 def _floats(arrays: Arrays, *, bits: int) -> np.ndarray:
     codes, scales = _codes(arrays["words"], bits), arrays["scales"]
-    blocks = codes.reshape(*scales.shape, -1).astype(np.float32)
+    blocks = codes.reshape(*scales.shape, codes.shape[-1] // scales.shape[-1]).astype(np.float32)
     return (blocks * scales[..., None] + arrays["biases"][..., None]).reshape(codes.shape)

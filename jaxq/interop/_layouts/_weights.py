@@ -35,6 +35,7 @@ __all__ = [
     "as_stored_scales",
     "build_quantized",
     "fail",
+    "group_count",
     "group_length",
     "minimum_recipe",
     "recipe_from_scales",
@@ -151,9 +152,16 @@ def require_shape(entry: Entry, shape: tuple[int, ...], *dtypes: str) -> None:
 
 def group_length(entry: Entry, length: int, count: int) -> int:
     """Returns the length of each of the `count` groups of a row."""
-    if count < 1 or length % count:
+    if count < 1 or not length or length % count:
         fail(entry.name, f"{count} groups do not divide rows of {length}")
     return length // count
+
+
+def group_count(entry: Entry, length: int, size: int) -> int:
+    """Returns the number of groups of `size` elements in a row."""
+    if length % size:
+        fail(entry.name, f"groups of {size} do not divide rows of {length}")
+    return length // size
 
 
 def _granularity(shape: tuple[int, ...], group: int) -> PerBlock | PerToken:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxq.interop._safetensors import DTYPES, Tensor, write_tensors
+from jaxq.interop._writing import beside, is_temporary, locked, remove_abandoned
 from jaxq.interop.compressed_tensors._fusing import fused_with
 from jaxq.interop.compressed_tensors._schemes import Scheme, scheme_of, weight_tensors
 from jaxq.quantizers import Quantized
@@ -276,15 +276,19 @@ def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     folder = pathlib.Path(os.path.realpath(folder))
     exists = folder.exists()
-    if exists and (not folder.is_dir() or any(folder.iterdir())):
+    target = folder / folder.name if exists else folder
+    if exists and (
+        not folder.is_dir() or not all(is_temporary(path, target) for path in folder.iterdir())
+    ):
         raise FileExistsError(
             f"compressed_tensors.write: {folder} exists. Remove it, or name another folder."
         )
-    parent = folder if exists else folder.parent
-    new = parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    remove_abandoned(target)
+    new = beside(target)
     new.mkdir()
     try:
-        yield new
+        with locked(new):
+            yield new
         if exists:
             # The last file is the one that programs open first.
             for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
@@ -295,3 +299,4 @@ def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+    remove_abandoned(target)

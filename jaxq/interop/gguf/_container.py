@@ -224,7 +224,8 @@ def _entry(reader: _Reader) -> Entry:
     shape = tuple(reader.count() for _ in range(axes))[::-1]
     number, start = int(reader.number("uint32")), reader.count()
     size = math.prod(shape)
-    if size >= 2**62 or start >= 2**62:
+    # NumPy and JAX also limit the other axes of arrays without elements.
+    if math.prod(max(n, 1) for n in shape) >= 2**59 or start >= 2**62:
         _refuse(f"{name!r} has the shape {list(shape)}")
     dtype, packed = None, None
     if number in _PLAIN:

@@ -115,9 +115,14 @@ def _float(codes: jax.Array, offset: int = 0) -> jax.Array:
     return (codes.astype(jnp.int32) - np.int32(offset)).astype(jnp.float32)
 
 
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """Divides blocks `[blocks, elements]`, of which there may be none, into parts."""
+    return x.reshape(x.shape[0], parts, x.shape[1] // parts)
+
+
 def _scaled(scale: jax.Array, q: jax.Array) -> jax.Array:
     """Returns products of scales `[blocks, parts]` and numbers `[blocks, elements]`."""
-    parts = q.reshape(*scale.shape, -1)
+    parts = _split(q, scale.shape[1])
     return (materialize(scale)[..., None] * parts).reshape(q.shape)
 
 
@@ -155,14 +160,14 @@ def _k_affine(f: Fields) -> jax.Array:
     q = f["q"] | f["high"] << np.uint8(4) if "high" in f else f["q"]
     low = materialize(f["m"][:, None] * _float(m))
     y = _scaled(f["d"][:, None] * _float(s), _float(q))
-    return (y.reshape(*low.shape, -1) - low[..., None]).reshape(y.shape)
+    return (_split(y, low.shape[1]) - low[..., None]).reshape(y.shape)
 
 
 def _q2_k(f: Fields) -> jax.Array:
     s, m = f["scales"] & np.uint8(15), f["scales"] >> np.uint8(4)
     low = materialize(f["m"][:, None] * _float(m))
     y = _scaled(f["d"][:, None] * _float(s), _float(f["q"]))
-    return (y.reshape(*low.shape, -1) - low[..., None]).reshape(y.shape)
+    return (_split(y, low.shape[1]) - low[..., None]).reshape(y.shape)
 
 
 def _q3_k(f: Fields) -> jax.Array:
@@ -188,13 +193,6 @@ def _iq4_xs(f: Fields) -> jax.Array:
     return _scaled(f["d"][:, None] * _float(s, 32), _table(_IQ4, f["q"]))
 
 
-def _e8m0_half(e: jax.Array) -> jax.Array:
-    """Returns 2^(e - 128), the scale of the doubled elements of MXFP4."""
-    e = e.astype(jnp.int32)
-    bits = jnp.where(e < 2, np.int32(0x200000) << e, (e - np.int32(1)) << np.int32(23))
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
 def _ue4m3_half(code: jax.Array) -> jax.Array:
     """Returns half of an unsigned E4M3 number, the scale of the doubled elements of NVFP4."""
     e, m = code >> np.uint8(3) & np.uint8(15), code & np.uint8(7)
@@ -205,7 +203,14 @@ def _ue4m3_half(code: jax.Array) -> jax.Array:
 
 
 def _mxfp4(f: Fields) -> jax.Array:
-    return _scaled(_e8m0_half(f["scales"]), _table(_E2M1, f["q"]))
+    # The scale of the doubled elements is 2^(e - 128). XLA treats 2^-128 and 2^-127 as 0, so they
+    # are applied as two factors. Only products below 2^-126 become 0.
+    e = f["scales"].astype(jnp.int32)
+    first, second = (
+        lax.bitcast_convert_type(exponent << np.int32(23), jnp.float32)
+        for exponent in (jnp.minimum(e, 2) + np.int32(125), jnp.maximum(e, 2) - np.int32(1))
+    )
+    return _scaled(second, _scaled(first, _table(_E2M1, f["q"])))
 
 
 def _nvfp4(f: Fields) -> jax.Array:
@@ -217,16 +222,16 @@ def _trits(size: int, width: int, count: int) -> Part:
     powers = 3 ** np.arange(count, dtype=np.uint16).reshape(1, 1, -1, 1)
 
     def read(data: jax.Array) -> jax.Array:
-        runs = data.reshape(data.shape[0], -1, 1, width).astype(jnp.uint16)
+        runs = _split(data, size // width)[:, :, None].astype(jnp.uint16)
         digits = (runs * powers & np.uint16(255)) * np.uint16(3) >> np.uint16(8)
-        return digits.reshape(data.shape[0], -1).astype(jnp.uint8)
+        return digits.reshape(data.shape[0], size * count).astype(jnp.uint8)
 
     def write(codes: jax.Array) -> jax.Array:
-        runs = codes.reshape(codes.shape[0], -1, count, width).astype(jnp.uint32)
+        runs = codes.reshape(codes.shape[0], size // width, count, width).astype(jnp.uint32)
         weights = 3 ** (4 - np.arange(count, dtype=np.uint32)).reshape(1, 1, -1, 1)
         whole = (runs * weights).sum(axis=2, dtype=jnp.uint32)
         whole = (whole * np.uint32(256) + np.uint32(242)) // np.uint32(243)
-        return whole.reshape(codes.shape[0], -1).astype(jnp.uint8)
+        return whole.reshape(codes.shape[0], size).astype(jnp.uint8)
 
     return Part(size, read, write)
 

@@ -142,8 +142,9 @@ def unpack(
     Returns:
       A tensor with the recipe `recipe_of(type)`, whose values are those of
       `jaxq.interop.gguf.dequantize`, and which `pack` packs to the same bytes. In MXFP4 and NVFP4,
-      minus zero becomes zero, as in ggml, and scales of NaN give NaN. Codes beyond 2 of `tq2_0`,
-      which no quantizer writes, are not supported.
+      minus zero becomes zero, as in ggml. MXFP4 values beyond float32 become its largest number,
+      and scales of NaN give NaN; in NVFP4 they give 0. Codes beyond 2 of `tq2_0`, which no
+      quantizer writes, are not supported.
 
     Raises:
       ValueError: if the type is unknown, or the last axis does not hold whole blocks.

@@ -38,8 +38,8 @@ def quantize(
     The bytes equal those of ggml's C code compiled without fused multiplication and addition;
     compilers that fuse them change up to 2 % of the bytes of K-quants. In types with a search,
     blocks of magnitudes below about 1e-5 may get other codes, because products of their squares
-    are subnormal, which XLA treats as 0. Elements that are not finite give unspecified codes in
-    their block.
+    are subnormal, which XLA treats as 0. Elements that are not finite, or so large that products of
+    their squares are not (above about 1e9), give unspecified codes in their block.
 
     Args:
       x: a float array `[..., n]`.
@@ -130,6 +130,10 @@ def _quantize(
     values: bool = False,
 ) -> _Result:
     layout, shape = TYPES[type], x.shape
+    packed_shape = (*shape[:-1], shape[-1] // layout.block * layout.size)
+    if 0 in shape:
+        data = jnp.zeros(packed_shape, jnp.uint8)
+        return _Result(data, jnp.zeros(shape, jnp.float32) if values else None)
     x = lax.stop_gradient(x).astype(jnp.float32)
     if type not in _QUANTIZERS:
         recipe = recipe_of(type)
@@ -137,7 +141,7 @@ def _quantize(
         return _Result(data, fake_quant(x, recipe) if values else None)
     if type in SMALL and importance is None:
         fields = of_recipe(x, type)
-        data = layout.write(fields).reshape(*shape[:-1], -1)
+        data = layout.write(fields).reshape(packed_shape)
         return _Result(data, layout.values_of(fields).reshape(shape) if values else None)
     columns = x.reshape(-1, layout.block).T
     blocks = FloatBlocks(columns, None, None)
@@ -155,7 +159,7 @@ def _quantize(
         return _Result(layout.write(fields), layout.values_of(fields) if values else None)
 
     result = in_chunks(quantized, blocks, layout.block)
-    data = result.data.reshape(*shape[:-1], shape[-1] // layout.block * layout.size)
+    data = result.data.reshape(packed_shape)
     return _Result(data, None if result.values is None else result.values.reshape(shape))
 
 
@@ -163,6 +167,8 @@ def dequantize(
     data: jax.typing.ArrayLike, type: str, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
     """Returns the values that the bytes of a block type represent, exactly as ggml computes them.
+
+    Only values of MXFP4 below 2^-126 become 0.
 
     Args:
       data: uint8 `[..., blocks · bytes per block]`.

@@ -197,6 +197,34 @@ def test_later_blocks_learn_from_the_outputs_of_packed_blocks():
     assert "rtn" in str(report)
 
 
+@pytest.mark.parametrize("method", [ptq.SignRound(60), data.slow(ptq.AdaRound(60, 0.1))])
+@pytest.mark.parametrize(
+    ("leaf", "product"),
+    [(jnp.bfloat16, jnp.bfloat16), data.slow(jnp.float32, jnp.float16)],
+)
+def test_products_in_16_bits_learn(method: Any, leaf: Any, product: Any):
+    w, x = jnp.asarray(WEIGHT, leaf), jnp.asarray(normal(1, 40, 16) + 3 * normal(2, 40, 1), product)
+    learn = ptq.learn_rounding([lambda w, x: x @ w.astype(product)], RECIPE, method=method)
+    (packed,), report = learn([w], [x], key=KEY)
+    (row,) = report.rows
+    error, power = (
+        np.sum((np.float64(x) @ v) ** 2)
+        for v in (np.float64(packed.dequantize()) - np.float64(w), np.float64(w))
+    )
+    assert row.loss == pytest.approx(error / power, rel=1e-2)
+    assert row.loss < 0.5 * row.rtn
+
+
+@pytest.mark.slow
+def test_uses_of_a_weight_outside_products_pass_gradients():
+    def block(w, x):
+        return 0.01 * (x @ w.astype(jnp.float32)) + jnp.sum(w * 3, axis=0)[None].astype(jnp.float32)
+
+    learn = ptq.learn_rounding([block], RECIPE, method=ptq.SignRound(40))
+    _, report = learn([jnp.asarray(WEIGHT, jnp.bfloat16)], [BATCH], key=KEY)
+    assert report.rows[0].loss < 0.3 * report.rows[0].rtn
+
+
 def relative_error(packed: jaxq.Quantized, x: np.ndarray) -> float:
     """Returns the squared error of the outputs of `linear`, relative to their power."""
     error = x @ (packed.dequantize() - WEIGHT)

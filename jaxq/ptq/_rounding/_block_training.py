@@ -11,7 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.models import ProductInputs, Program, StoredView, as_array, run_program
-from jaxq.numerics import as_dtype
+from jaxq.numerics import converted
 from jaxq.ptq._calibration_runs import signature, without_names
 from jaxq.ptq._rounding._methods import Rounded, RoundingMethod, RoundingProblem
 from jaxq.quantizers import levels, values_of
@@ -202,7 +202,7 @@ class Trainer:
         arguments: list[Any] = list(params)
         for i, x in values.items():
             leaf = self._leaves[i]
-            x = x if x.dtype == leaf.product_dtype else as_dtype(x, leaf.product_dtype)
+            x = x if x.dtype == leaf.product_dtype else converted(x, leaf.product_dtype)
             arguments[i] = StoredView(x, leaf.dtype)
         arguments += inputs
         results, _ = run_program(self._program, ProductInputs.empty(), arguments)

@@ -90,6 +90,24 @@ def test_signround_takes_the_steps_of_the_published_algorithm():
     assert np.any(packed.scales != RTN.scales)
 
 
+@pytest.mark.parametrize("name", ["float4_e2m1fn", data.slow("nf4")])
+def test_signround_rounds_to_adjacent_levels_of_nonuniform_grids(name: str):
+    recipe = jaxq.Recipe(name)
+    grid = np.unique(np.float64(jaxq.formats.get_format(name).values))
+    w = np.linspace(grid[0], grid[-1], 238)[:, None].astype(np.float32)
+    problem = ptq.RoundingProblem(jnp.asarray(w), jaxq.quantize(w, recipe))
+    places = np.searchsorted(grid, np.float64(w), side="right").clip(1, len(grid) - 1)
+    below, above = grid[places - 1], grid[places]
+    for offset in (-0.5, -0.25, 0.25, 0.5):
+        variables = {"offset": jnp.full_like(w, offset)}
+        values = ptq.SignRound().rounded(variables, problem, recipe).grid_values
+        share = (w - below) / (above - below) + offset
+        is_tie = np.abs(share - 0.5) < 1e-5
+        np.testing.assert_array_equal(
+            np.where(is_tie, 0, values), np.where(is_tie, 0, np.where(share > 0.5, above, below))
+        )
+
+
 def test_adaround_takes_the_steps_of_the_published_algorithm_on_packed_inputs():
     # Scales that are powers of two, so that no weight lies on the grid.
     recipe = jaxq.Recipe("int3", jaxq.PerBlock(8), jaxq.recipes.MX("ceil"))

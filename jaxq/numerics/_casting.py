@@ -293,7 +293,7 @@ def as_dtype(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def converted(y: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Returns `as_dtype(y, dtype)`, whose bit operations have no derivative, with that of astype."""
+    """Returns `as_dtype(y, dtype)` with a derivative, which operations on bits do not have."""
     return as_dtype(y, dtype)
 
 

@@ -1,5 +1,6 @@
 """OWQ, which stores the most sensitive inputs as floats and solves the others."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -69,6 +70,28 @@ def test_owq_equals_obq_with_the_float_inputs_last(axis: int):
     plain = jaxq.quantize(weight, RECIPE, axis=axis)
     assert jax.tree.structure(q) == jax.tree.structure(plain)
     assert [x.shape for x in jax.tree.leaves(q)] == [x.shape for x in jax.tree.leaves(plain)]
+
+
+def test_choice_of_inputs_of_16_bit_weights_ignores_the_rounding_of_their_dtype():
+    recipe = jaxq.Recipe("int8", jaxq.PerBlock(16), outliers=jaxq.recipes.Outliers(0.1))
+    weight = jnp.asarray(WEIGHT, jnp.bfloat16)
+    q = ptq.owq(weight, jnp.eye(INPUTS), recipe)
+    w = np.float64(weight)
+    scale = np.repeat(np.abs(w).reshape(-1, 16, OUTPUTS).max(1) / 127, 16, 0)
+    cost = np.sum((np.round(w / scale) * scale - w) ** 2, axis=1)
+    stored = np.unravel_index(q.outliers[1][: FLOAT_INPUTS * OUTPUTS], w.shape)[0]
+    assert set(stored) == set(np.argsort(-cost)[:FLOAT_INPUTS])
+    chex.assert_type(q, jnp.bfloat16)
+
+
+def test_damping_is_raised_until_all_inputs_have_a_factor():
+    indefinite = HESSIAN - 0.5 * np.mean(np.diagonal(HESSIAN)) * np.eye(INPUTS)
+    q = ptq.owq(WEIGHT, indefinite, RECIPE)
+    assert loss(q.dequantize()) < 0.5 * loss(jaxq.quantize(WEIGHT, RECIPE, axis=0).dequantize())
+    # One of the inputs that stay floats is always 0.
+    few = np.diag(np.where(np.arange(INPUTS) < FLOAT_INPUTS - 1, 2.0, 0.0))
+    q = ptq.owq(WEIGHT, few, RECIPE, damping=0)
+    np.testing.assert_allclose(q.dequantize()[:2], WEIGHT[:2], rtol=2**-11)
 
 
 @pytest.mark.slow

@@ -185,14 +185,14 @@ def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWe
     if result is None:
         matrices = solve_matrices(problem, stack.recipes, solver)
         return SolvedWeight(view, matrices, "no inputs are stored as outliers")
-    q, is_solved = result
+    q, solution = result
     nearest_loss = solve_matrices(problem, stack.recipes, RTN()).nearest_loss
     leaves.rescale(key, q)
     new = stack.retrace()
     chosen = new.problem._replace(nearest=stack.layout.matrices(view.move(grid_values_of(q))))
     matrices = solve_matrices(chosen, stack.recipes, RTN())
-    if bool(is_solved) and bool(jnp.sum(matrices.solved_loss) <= jnp.sum(nearest_loss)):
-        damping = jnp.full_like(nearest_loss, solver.damping)
+    if bool(solution.solved) and bool(jnp.sum(matrices.solved_loss) <= jnp.sum(nearest_loss)):
+        damping = jnp.full_like(nearest_loss, solution.damping)
         return SolvedWeight(
             new.view, matrices._replace(nearest_loss=nearest_loss, damping=damping), ""
         )

@@ -221,7 +221,9 @@ def test_later_blocks_learn_from_the_outputs_of_packed_blocks():
     [(jnp.bfloat16, jnp.bfloat16), data.slow(jnp.float32, jnp.float16)],
 )
 def test_products_in_16_bits_learn(method: Any, leaf: Any, product: Any):
-    w, x = jnp.asarray(WEIGHT, leaf), jnp.asarray(normal(1, 40, 16) + 3 * normal(2, 40, 1), product)
+    # In float16, the gradients of a loss relative to these outputs would be 0.
+    w, x = jnp.asarray(WEIGHT, leaf), 500 * (normal(1, 40, 16) + 3 * normal(2, 40, 1))
+    x = jnp.asarray(x, product)
     learn = ptq.learn_rounding([lambda w, x: x @ w.astype(product)], RECIPE, method=method)
     (packed,), report = learn([w], [x], key=KEY)
     (row,) = report.rows

@@ -97,6 +97,19 @@ def test_correction_brings_the_outputs_closer_to_the_float_model():
 
 
 @pytest.mark.slow
+def test_searched_scales_are_compared_by_the_outputs_of_the_float_model():
+    rules = {"up": RECIPE, "down": jaxq.Recipe("int4", jaxq.PerChannel())}
+    solver = ptq.GPTQ(order=None, propagation=1, search=ptq.ScaleSearch(factors=(1.0, 0.9, 0.8)))
+    packed, report = ptq.quantize_weights(model, rules, solver=solver)(PARAMS, BATCHES)
+    # The correction of the drift increases the loss on the same input.
+    assert report.rows[1].loss > report.rows[1].rtn
+    assert not report.unsolved
+    plain = jaxq.quantize_weights(model, rules)(PARAMS, BATCHES[0])
+    factors = packed["down"].scales / plain["down"].scales
+    assert np.unique(np.round(factors, 3)).size > 1
+
+
+@pytest.mark.slow
 def test_layers_of_a_scan_are_corrected_and_loops_are_reported():
     def scanned(w, x):
         x, _ = lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, w["layers"])

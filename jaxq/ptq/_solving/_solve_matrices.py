@@ -24,8 +24,8 @@ class SolvedMatrices(NamedTuple):
       grid_values: the chosen grid values minus the zero points, `[matrices, inputs, outputs]`.
       nearest_loss: the loss of the nearest levels, `[matrices]`.
       solved_loss: the loss of the chosen levels, `[matrices]`.
-      nearest_objective: the loss of the nearest levels against the outputs of the float model, up to
-        a constant, `[matrices]`. It differs from the loss only if the input has a known drift.
+      nearest_objective: the loss of the nearest levels against the outputs of the float model, up
+        to a constant, `[matrices]`. It differs from the loss only if the input has a known drift.
       solved_objective: the same of the chosen levels, `[matrices]`.
       power: the squared norm of the outputs, `tr(W^T H W)`, `[matrices]`.
       damping: the damping that the solver used, `[matrices]`.

@@ -88,6 +88,24 @@ def test_gptq_gives_the_codes_of_float64_obq_and_ldlq(order: str | None):
         np.testing.assert_allclose(q.dequantize(), expected, rtol=1e-6)
 
 
+def test_gptq_of_a_16_bit_weight_with_dead_inputs_and_a_short_block_equals_obq():
+    x = samples()
+    x[:, [5, 50]] = 0
+    weight, gram = jnp.asarray(kernel(), jnp.bfloat16), hessian(x)
+    recipe = jaxq.Recipe("int4", jaxq.PerBlock(24, pad=True))
+    # The blocks do not divide the inputs, so the group order is that of a single group.
+    q = ptq.gptq(weight, gram, recipe, order="group")
+    scale = np.repeat(np.asarray(q.scales, np.float64), 24, axis=0)[:INPUTS]
+    mean = np.mean(np.diag(gram))
+    # The damping in `obq` is relative to a mean that includes the entries of dead inputs.
+    damped = gram + np.diag(np.where(np.diag(gram) == 0, mean, 0))
+    damped += 0.01 * (mean - np.mean(np.diag(damped))) * np.eye(INPUTS)
+    rows = order_of(np.diag(damped), "static")
+    expected = np.empty(weight.shape)
+    expected[rows] = obq(np.float64(weight)[rows], damped[np.ix_(rows, rows)], scale[rows])
+    np.testing.assert_allclose(np.float64(q.dequantize()), expected, rtol=2**-8)
+
+
 def test_codes_equal_those_of_qwix():
     golden = np.load(pathlib.Path(__file__).parent / "golden" / "ptq.npz")
     recipe = jaxq.Recipe("int4", jaxq.PerChannel(), jaxq.recipes.Symmetric(rule="half"))

@@ -31,6 +31,8 @@ SOLVERS = {
     "gptq": ptq.GPTQ(order=None),
     "gptaq": ptq.GPTQ(order=None, asymmetry=ALPHA),
     "qep": ptq.GPTQ(order=None, propagation=PROPAGATION),
+    "gptaq, static": ptq.GPTQ(asymmetry=ALPHA),
+    "qep, static": ptq.GPTQ(propagation=PROPAGATION),
 }
 
 
@@ -69,16 +71,20 @@ def gptaq(
     return result
 
 
-@pytest.mark.parametrize("name", ["gptaq", data.slow("qep")])
+@pytest.mark.parametrize(
+    "name", ["gptaq", data.slow("qep"), data.slow("gptaq, static"), data.slow("qep, static")]
+)
 def test_codes_equal_the_published_formulas_in_float64(name: str):
     packed, report = solved(name)
-    gram, drift, upper = matrices(*drifted(packed))
-    weight, alpha = PARAMS["down"].T.astype(np.float64), ALPHA
-    if name == "qep":
+    x, reference = drifted(packed)
+    order = np.argsort(-np.square(x).sum(0)) if "static" in name else np.arange(SIZE)
+    gram, drift, upper = matrices(x[:, order], reference[:, order])
+    weight, alpha = PARAMS["down"].T.astype(np.float64)[:, order], ALPHA
+    if "qep" in name:
         weight, alpha = weight + PROPAGATION * weight @ drift @ np.linalg.inv(gram), 0.0
     scale = np.asarray(packed["down"].scales, np.float64).reshape(-1)
     expected = gptaq(weight, scale, drift, upper, alpha)
-    np.testing.assert_allclose(packed["down"].dequantize().T, expected, rtol=1e-5)
+    np.testing.assert_allclose(packed["down"].dequantize().T[:, order], expected, rtol=1e-5)
     assert not report.unsolved
 
 
@@ -86,11 +92,24 @@ def test_codes_equal_the_published_formulas_in_float64(name: str):
 def test_correction_brings_the_outputs_closer_to_the_float_model():
     x = np.concatenate(BATCHES)
     errors = {}
-    for name in SOLVERS:
+    for name in ("gptq", "gptaq", "qep"):
         y = model(jaxq.dequantize_tree(solved(name)[0]), x) - model(PARAMS, x)
         errors[name] = float(np.sum(np.square(y)))
     assert errors["gptaq"] < 0.97 * errors["gptq"]
     assert errors["qep"] < 0.97 * errors["gptq"]
+
+
+@pytest.mark.slow
+def test_searched_scales_are_compared_by_the_outputs_of_the_float_model():
+    rules = {"up": RECIPE, "down": jaxq.Recipe("int4", jaxq.PerChannel())}
+    solver = ptq.GPTQ(order=None, propagation=1, search=ptq.ScaleSearch(factors=(1.0, 0.9, 0.8)))
+    packed, report = ptq.quantize_weights(model, rules, solver=solver)(PARAMS, BATCHES)
+    # The correction of the drift increases the loss on the same input.
+    assert report.rows[1].loss > report.rows[1].rtn
+    assert not report.unsolved
+    plain = jaxq.quantize_weights(model, rules)(PARAMS, BATCHES[0])
+    factors = packed["down"].scales / plain["down"].scales
+    assert np.unique(np.round(factors, 3)).size > 1
 
 
 @pytest.mark.slow

@@ -147,6 +147,28 @@ def test_reported_losses_equal_the_errors_of_the_outputs(name: str):
     assert all(row.loss <= row.rtn for row in report.rows)
 
 
+@pytest.mark.slow
+def test_codes_of_a_convolution_equal_those_of_its_windows():
+    w, x = normal(0, 3, 2, 4, 8), normal(1, 2, 8, 6, 4) + np.float32(0.5)
+
+    def model(w, x):
+        return lax.conv_general_dilated(
+            x, w, (2, 1), [(1, 1), (0, 2)], rhs_dilation=(1, 2),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    padded = np.pad(x, [(0, 0), (1, 1), (0, 2), (0, 0)])
+    starts = np.ndindex(2, 4, 6)  # The images and the windows in them.
+    windows = np.stack([padded[n, 2 * i : 2 * i + 3, j : j + 3 : 2].ravel() for n, i, j in starts])
+    recipe = jaxq.Recipe("int3", jaxq.PerChannel())
+    packed, report = ptq.quantize_weights(model, recipe)(w, [x])
+    expected = ptq.gptq(w.reshape(-1, 8), windows.T @ windows, recipe)
+    np.testing.assert_array_equal(packed.dequantize().reshape(-1, 8), expected.dequantize())
+    error = np.sum((windows @ (expected.dequantize() - w.reshape(-1, 8))) ** 2)
+    power = np.sum((windows @ w.reshape(-1, 8)) ** 2)
+    assert report.rows[0].loss == pytest.approx(float(error / power), rel=1e-4)
+
+
 def inside(w, x):
     """Products in constructs that are not run in parts."""
 

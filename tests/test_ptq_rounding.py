@@ -87,6 +87,24 @@ def test_signround_takes_the_steps_of_the_published_algorithm():
     assert np.any(packed.scales != RTN.scales)
 
 
+@pytest.mark.parametrize("name", ["float4_e2m1fn", data.slow("nf4")])
+def test_signround_rounds_to_adjacent_levels_of_nonuniform_grids(name: str):
+    recipe = jaxq.Recipe(name)
+    grid = np.unique(np.float64(jaxq.formats.get_format(name).values))
+    w = np.linspace(grid[0], grid[-1], 238)[:, None].astype(np.float32)
+    problem = ptq.RoundingProblem(jnp.asarray(w), jaxq.quantize(w, recipe))
+    places = np.searchsorted(grid, np.float64(w), side="right").clip(1, len(grid) - 1)
+    below, above = grid[places - 1], grid[places]
+    for offset in (-0.5, -0.25, 0.25, 0.5):
+        variables = {"offset": jnp.full_like(w, offset)}
+        values = ptq.SignRound().rounded(variables, problem, recipe).grid_values
+        share = (w - below) / (above - below) + offset
+        is_tie = np.abs(share - 0.5) < 1e-5
+        np.testing.assert_array_equal(
+            np.where(is_tie, 0, values), np.where(is_tie, 0, np.where(share > 0.5, above, below))
+        )
+
+
 def test_adaround_takes_the_steps_of_the_published_algorithm_on_packed_inputs():
     # Scales that are powers of two, so that no weight lies on the grid.
     recipe = jaxq.Recipe("int3", jaxq.PerBlock(8), jaxq.recipes.MX("ceil"))
@@ -192,6 +210,36 @@ def test_later_blocks_learn_from_the_outputs_of_packed_blocks():
     assert [row.step for row in rows if row.block == 1][:2] == [0, 1]
     assert rows[-1].step == 25
     assert "rtn" in str(report)
+
+
+@pytest.mark.parametrize("method", [ptq.SignRound(60), data.slow(ptq.AdaRound(60, 0.1))])
+@pytest.mark.parametrize(
+    ("leaf", "product"),
+    [(jnp.bfloat16, jnp.bfloat16), data.slow(jnp.float32, jnp.float16)],
+)
+def test_products_in_16_bits_learn(method: Any, leaf: Any, product: Any):
+    # In float16, the gradients of a loss relative to these outputs would be 0.
+    w, x = jnp.asarray(WEIGHT, leaf), 500 * (normal(1, 40, 16) + 3 * normal(2, 40, 1))
+    x = jnp.asarray(x, product)
+    learn = ptq.learn_rounding([lambda w, x: x @ w.astype(product)], RECIPE, method=method)
+    (packed,), report = learn([w], [x], key=KEY)
+    (row,) = report.rows
+    error, power = (
+        np.sum((np.float64(x) @ v) ** 2)
+        for v in (np.float64(packed.dequantize()) - np.float64(w), np.float64(w))
+    )
+    assert row.loss == pytest.approx(error / power, rel=1e-2)
+    assert row.loss < 0.5 * row.rtn
+
+
+@pytest.mark.slow
+def test_uses_of_a_weight_outside_products_pass_gradients():
+    def block(w, x):
+        return 0.01 * (x @ w.astype(jnp.float32)) + jnp.sum(w * 3, axis=0)[None].astype(jnp.float32)
+
+    learn = ptq.learn_rounding([block], RECIPE, method=ptq.SignRound(40))
+    _, report = learn([jnp.asarray(WEIGHT, jnp.bfloat16)], [BATCH], key=KEY)
+    assert report.rows[0].loss < 0.3 * report.rows[0].rtn
 
 
 def relative_error(packed: jaxq.Quantized, x: np.ndarray) -> float:

@@ -65,6 +65,33 @@ def test_search_takes_the_best_factor_of_each_block(weighting: str):
     assert row.loss < row.rtn
 
 
+BLOCKS = {  # The shape of a block of a weight `[inputs, outputs]`.
+    "short": (jaxq.PerBlock(24, pad=True), (24, 1)),
+    "tiles": (jaxq.PerBlock((4, 16)), (16, 4)),
+    "tensor": (jaxq.PerTensor(), (INPUTS, OUTPUTS)),
+}
+
+
+@pytest.mark.parametrize("name", data.each(BLOCKS, ["short", "tiles"]))
+def test_search_takes_the_best_factor_of_blocks_of_any_shape(name: str):
+    granularity, shape = BLOCKS[name]
+    recipe, weight = jaxq.Recipe("int4", granularity), jnp.asarray(kernel(), jnp.bfloat16)
+    solver = ptq.RTN(search=ptq.ScaleSearch(factors=FACTORS))
+    model = lambda w, x: x @ w.astype(jnp.float32)
+    packed, _ = ptq.quantize_weights(model, recipe, solver=solver)(weight, [samples()])
+    plain = jaxq.quantize_weights(model, recipe)(weight, samples())
+    factors = packed.scales / plain.scales
+    w, x = np.float64(weight), np.float64(samples())
+    for i, j in np.ndindex(factors.shape):
+        at = np.s_[i * shape[0] : (i + 1) * shape[0], j * shape[1] : (j + 1) * shape[1]]
+        losses = []
+        for factor in FACTORS:
+            scale = np.abs(w[at]).max() / 7 * factor
+            error = np.clip(np.round(w[at] / scale), -7, 7) * scale - w[at]
+            losses.append(np.sum((x[:, at[0]] @ error) ** 2))
+        assert factors[i, j] == pytest.approx(FACTORS[np.argmin(losses)], rel=1e-6)
+
+
 @pytest.mark.parametrize("name", data.each(["nvfp4", "mxfp4", "uint4_channel", "q4_1", "q4_0"], []))
 def test_search_stays_on_the_grid_of_the_scales(name: str):
     search = ptq.ScaleSearch(factors=(1.0, 0.75, 0.5, 1.5))

@@ -4,7 +4,7 @@ To add a rounding mode, write a function in `_rounding.py` and list it in `ROUND
 """
 
 from jaxq.numerics._binary import nearest_magnitudes, rounds_magnitudes
-from jaxq.numerics._casting import as_dtype, cast, enclosing, encode, floats, widen
+from jaxq.numerics._casting import as_dtype, cast, converted, enclosing, encode, floats, widen
 from jaxq.numerics._codecs import code_dtype, decode, integer_codes
 from jaxq.numerics._grids import BinaryGrid, float_grid, int_grid
 from jaxq.numerics._packing import pack, unpack

@@ -37,7 +37,7 @@ from jaxq.numerics._rounding import (
 )
 from jaxq.numerics._tapered import encode_tapered, snap_tapered
 
-__all__ = ["as_dtype", "cast", "enclosing", "encode", "floats", "widen"]
+__all__ = ["as_dtype", "cast", "converted", "enclosing", "encode", "floats", "widen"]
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _REMEDY = "Pass an array of floats."
@@ -289,6 +289,17 @@ def as_dtype(
         bits = lax.bitcast_convert_type(y, jnp.uint32) >> np.uint32(16)
         return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
     return y.astype(dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def converted(y: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Returns `as_dtype(y, dtype)` with a derivative, which operations on bits do not have."""
+    return as_dtype(y, dtype)
+
+
+@converted.defjvp
+def _converted_jvp(dtype: np.dtype, primals: tuple, tangents: tuple) -> tuple:
+    return converted(primals[0], dtype), tangents[0].astype(dtype)
 
 
 def _holds(dtype: np.dtype, value: float) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from jaxq.numerics import as_dtype
+from jaxq.numerics import converted
 from jaxq.quantizers import Quantized, dequantize
 
 __all__ = ["StoredView", "as_array"]
@@ -60,4 +60,4 @@ def as_array(x: Any) -> Any:
     if not isinstance(x, StoredView):
         return x
     array = x.array
-    return array if array.dtype == x.dtype else as_dtype(array.astype(jnp.float32), x.dtype)
+    return array if array.dtype == x.dtype else converted(array.astype(jnp.float32), x.dtype)

@@ -24,7 +24,8 @@ class SolvedProduct:
       inputs: the length of the contraction.
       damping: the damping, relative to the mean of the Hessian's diagonal; NaN if none was used.
       rtn: the loss `tr(E^T H E)` of rounding to nearest, relative to `tr(W^T H W)`. NaN if the
-        product was not solved, like `loss` and `power`.
+        product was not solved, like `loss` and `power`. E is computed in float32, so the losses of
+        16-bit weights exclude the conversion of the stored values to 16 bits.
       loss: the same loss of the stored weight. With a solver that corrects the drift of inputs it
         may exceed `rtn`, because it compares with the float weight on the same input.
       power: the power of the outputs per token, `tr(W^T H W) / tokens`.

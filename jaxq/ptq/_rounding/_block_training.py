@@ -11,7 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxq.models import ProductInputs, Program, StoredView, as_array, run_program
-from jaxq.numerics import as_dtype
+from jaxq.numerics import converted
 from jaxq.ptq._calibration_runs import signature, without_names
 from jaxq.ptq._rounding._methods import Rounded, RoundingMethod, RoundingProblem
 from jaxq.quantizers import levels, values_of
@@ -202,7 +202,7 @@ class Trainer:
         arguments: list[Any] = list(params)
         for i, x in values.items():
             leaf = self._leaves[i]
-            x = x if x.dtype == leaf.product_dtype else as_dtype(x, leaf.product_dtype)
+            x = x if x.dtype == leaf.product_dtype else converted(x, leaf.product_dtype)
             arguments[i] = StoredView(x, leaf.dtype)
         arguments += inputs
         results, _ = run_program(self._program, ProductInputs.empty(), arguments)
@@ -237,6 +237,7 @@ class Trainer:
         training = data.take(slice(data.training))
         total = squares(training.targets, training)
         power = jnp.where(total.power > 0, total.power / jnp.maximum(total.count, 1), 1)
+        loss_scale = _loss_scale(total.power)
 
         def objective(
             variables: Mapping[int, Any], batch: BlockData, number: jax.Array
@@ -247,11 +248,15 @@ class Trainer:
             }
             sums = squares(self._results(values, params, batch.inputs), batch)
             loss = sums.error / jnp.maximum(sums.count, 1) / power
-            return loss + sum(self._method.penalty(x, number) for x in variables.values())
+            loss = loss + sum(self._method.penalty(x, number) for x in variables.values())
+            return loss * loss_scale
 
         def take_step(number: jax.Array, state: TrainingState) -> TrainingState:
             batch = data.take(steps.order[number])
             gradient = jax.grad(objective)(state.variables, batch, number)
+            gradient = jax.tree.map(
+                lambda x: (x.astype(jnp.float32) / loss_scale).astype(x.dtype), gradient
+            )
             # optax mixes dtypes, which fails under strict dtype promotion.
             with jax.numpy_dtype_promotion("standard"):
                 updates, optimizer = self._optimizer.update(
@@ -263,6 +268,16 @@ class Trainer:
             )
 
         return lax.fori_loop(steps.first, steps.until, take_step, state)
+
+
+def _loss_scale(power: jax.Array) -> jax.Array:
+    """Returns a power of two near the norm of the targets, by which a loss is multiplied.
+
+    The gradients with respect to the results are then the relative errors, which float16 can
+    represent; it would round those of the loss to 0.
+    """
+    exponent = jnp.frexp(jnp.where(power > 0, power, 1))[1] // 2
+    return jnp.ldexp(jnp.float32(1), exponent)
 
 
 def squares(results: Sequence[jax.Array], data: BlockData) -> Squares:

@@ -208,7 +208,10 @@ class SignRound:
         grid, below, above = _adjacent_levels(problem.weight, start, recipe)
         gap = above - below
         shifted = problem.weight + rounded(variables["offset"] * gap * grid.step)
-        return start, snap(shifted, grid, recipe)[0], gap
+        chosen = snap(shifted, grid, recipe)[0]
+        # On nonuniform grids, the level after these two may be nearer than half their distance.
+        chosen = jnp.where(chosen < below, below, jnp.where(chosen > above, above, chosen))
+        return start, chosen, gap
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxq.ptq._solvers._search_interface import inputs_per_block
 from jaxq.quantizers import Levels, snap
 from jaxq.recipes import Recipe
 
-__all__ = ["Settings", "Solution", "output_error", "solve"]
+__all__ = ["Settings", "Solution", "damped_hessian", "output_error", "solve"]
 
 _BLOCK = 128  # The number of inputs that are rounded between two large matrix products.
 _LARGE = 512  # The number of rows of the Hessian that `output_error` multiplies at a time.
@@ -108,14 +108,7 @@ def solve(
       recipe: the recipe, whose element format and rounding are used.
       settings: the settings.
     """
-    diagonal = jnp.diagonal(hessian)
-    mean = jnp.mean(diagonal)
-    has_data = (mean > 0) & jnp.all(jnp.isfinite(hessian))
-    unit = where(has_data, mean, np.float32(1))
-    scaled = jnp.where(has_data, hessian / unit, jnp.eye(len(hessian), dtype=jnp.float32))
-    # An input that is always 0 does not affect the error, and is rounded to nearest.
-    is_zero = jnp.diagonal(scaled) <= 0
-    scaled = scaled + jnp.diag(is_zero.astype(jnp.float32))
+    scaled, unit, has_data = _scaled(hessian)
     rows = _order(jnp.diagonal(scaled), settings.order, recipe)
     ordered = scaled[rows][:, rows]
     factor, damping_used = _factor(ordered, settings.damping)
@@ -138,6 +131,28 @@ def solve(
         damping=damping_used,
         solved=has_data & is_solved,
     )
+
+
+def damped_hessian(hessian: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
+    """Returns a Hessian divided by the mean of its diagonal and damped, and the damping used."""
+    scaled, _, has_data = _scaled(hessian)
+    _, used = _factor(scaled, damping)
+    damped = scaled + used * jnp.eye(len(scaled), dtype=jnp.float32)
+    return jnp.where(has_data, damped, np.float32(np.nan)), used
+
+
+def _scaled(hessian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns a Hessian divided by the mean of its diagonal, that mean, and False if there is none.
+
+    An input that is always 0 gets the diagonal entry 1. It does not affect the error, and is
+    rounded to nearest. A Hessian that is 0 or not finite becomes the identity.
+    """
+    mean = jnp.mean(jnp.diagonal(hessian))
+    has_data = (mean > 0) & jnp.all(jnp.isfinite(hessian))
+    unit = where(has_data, mean, np.float32(1))
+    scaled = jnp.where(has_data, hessian / unit, jnp.eye(len(hessian), dtype=jnp.float32))
+    is_zero = jnp.diagonal(scaled) <= 0
+    return scaled + jnp.diag(is_zero.astype(jnp.float32)), unit, has_data
 
 
 def _order(diagonal: jax.Array, order: str | None, recipe: Recipe) -> jax.Array:

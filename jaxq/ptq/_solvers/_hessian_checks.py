@@ -35,20 +35,14 @@ def checked_weight(
     return weight, gram, axis
 
 
-def check_solved(owner: str, hessian: jax.Array, is_solved: jax.Array, advice: str) -> None:
-    """Raises a ValueError if the Hessian could not be factorized; under `jit`, does nothing.
-
-    Args:
-      owner: the function, for the error.
-      hessian: the Hessian.
-      is_solved: False if it could not be factorized.
-      advice: the end of the error, from "which".
-    """
+def check_solved(owner: str, hessian: jax.Array, is_solved: jax.Array) -> None:
+    """Raises a ValueError if the Hessian could not be factorized; under `jit`, does nothing."""
     is_known_to_fail = False
     with contextlib.suppress(jax.errors.ConcretizationTypeError):  # Under `jit`.
         is_known_to_fail = not bool(is_solved)
     if is_known_to_fail:
         raise ValueError(
             f"{owner}: `hessian` must be positive semidefinite, finite and not zero, got one with "
-            f"the mean diagonal {float(jnp.mean(jnp.diagonal(hessian))):.3g}, {advice}"
+            f"the mean diagonal {float(jnp.mean(jnp.diagonal(hessian))):.3g}, which has no "
+            "Cholesky factor with any damping. Check the activations for NaN."
         )

@@ -11,12 +11,11 @@ from jax import numpy as jnp
 from jaxq._base.arguments import choice, number
 from jaxq.numerics import encode
 from jaxq.products import is_stochastic
-from jaxq.ptq._solvers._gptq_algorithm import Settings, Solution, solve
+from jaxq.ptq._solvers._gptq_algorithm import Settings, Solution, damped_hessian, solve
 from jaxq.ptq._solvers._hessian_checks import check_solved, checked_weight
 from jaxq.quantizers import (
     Levels,
     Quantized,
-    dequantize,
     grid_values_of,
     levels,
     quantize,
@@ -51,7 +50,7 @@ def owq(
         into the number of outliers. The granularity is relative to `axis`.
       axis: the axis of `weight` that products contract: 0 for a kernel `[inputs, outputs]`, 1 or -1
         for a weight `[outputs, inputs]`.
-      damping: the number added to the diagonal of H, relative to the diagonal's mean.
+      damping: as in `GPTQ`.
       order: `"static"` or None, as in `GPTQ`.
 
     Returns:
@@ -94,9 +93,9 @@ def owq(
             f"owq: `recipe` must have outliers for at least one of the {inputs} inputs, got the "
             f"fraction {record.outliers.fraction}. Use at least {1 / inputs:.3g}."
         )
-    result, is_solved = _owq(weight, gram, _Options(record, axis, Settings(damping, order), count))
-    advice = "which cannot be factorized. Check the activations for NaN, or increase `damping`."
-    check_solved("owq", gram, is_solved, advice)
+    options = _Options(record, axis, Settings(damping, order), count)
+    result, solution = _owq(weight, gram, options)
+    check_solved("owq", gram, solution.solved)
     return result
 
 
@@ -112,7 +111,7 @@ def _float_input_count(outliers: Outliers, weight: jax.Array, inputs: int) -> in
 
 def owq_leaf(
     start: Quantized, weight: jax.Array, hessian: jax.Array, axis: int, settings: Settings
-) -> tuple[Quantized, jax.Array] | None:
+) -> tuple[Quantized, Solution] | None:
     """Quantizes a leaf by OWQ, in the form in which it is stored.
 
     Args:
@@ -124,8 +123,8 @@ def owq_leaf(
       settings: the settings of GPTQ.
 
     Returns:
-      The quantized leaf, and False if the Hessian cannot be factorized. None if the recipe has no
-      outliers, a number of outliers that depends on the data, or too few for one input.
+      The quantized leaf, and the solution for the inputs that are rounded. None if the recipe has
+      no outliers, a number of outliers that depends on the data, or too few for one input.
     """
     outliers, inputs = start.recipe.outliers, weight.shape[axis]
     if outliers is None or outliers.sigma is not None:
@@ -134,8 +133,8 @@ def owq_leaf(
     if not 0 < count < inputs:
         return None
     options = _Options(start.recipe, axis, settings, count, is_placed=True)
-    q, is_solved = _owq(weight, hessian, options)
-    return dataclasses.replace(q, dtype=start.dtype), is_solved
+    q, solution = _owq(weight, hessian, options)
+    return dataclasses.replace(q, dtype=start.dtype), solution
 
 
 class _Options(NamedTuple):
@@ -158,8 +157,8 @@ class _Options(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _owq(weight: jax.Array, hessian: jax.Array, options: _Options) -> tuple[Quantized, jax.Array]:
-    """Returns the quantized weight, and False if the Hessian cannot be factorized."""
+def _owq(weight: jax.Array, hessian: jax.Array, options: _Options) -> tuple[Quantized, Solution]:
+    """Returns the quantized weight, and the solution for the inputs that are rounded."""
     recipe, axis = options.recipe, options.axis
     plain = dataclasses.replace(recipe, outliers=None)
     shape = jnp.moveaxis(weight, axis, 0).shape
@@ -172,8 +171,9 @@ def _owq(weight: jax.Array, hessian: jax.Array, options: _Options) -> tuple[Quan
 
     w = matrix(weight.astype(jnp.float32))
     place = None if options.is_placed else axis
-    nearest = matrix(dequantize(quantize(weight, plain, axis=place)).astype(jnp.float32))
-    cost = jnp.diagonal(hessian) * jnp.sum(jnp.square(nearest - w), axis=1)
+    nearest = quantize(weight, plain, axis=place)
+    error = matrix(values_of(grid_values_of(nearest), levels(nearest), plain)) - w
+    cost = jnp.diagonal(hessian) * jnp.sum(jnp.square(error), axis=1)
     floats = jnp.sort(lax.top_k(cost, options.float_inputs)[1])
     is_float = jnp.zeros(len(w), bool).at[floats].set(True)
     rounded = jnp.argsort(is_float, stable=True)[: len(w) - options.float_inputs]
@@ -199,7 +199,7 @@ def _owq(weight: jax.Array, hessian: jax.Array, options: _Options) -> tuple[Quan
     values = jnp.pad(values.reshape(-1)[order], (0, unused))
     codes = encode(values, recipe.outliers.element, overflow="propagate")
     with_outliers = dataclasses.replace(q.recipe, outliers=recipe.outliers)
-    return dataclasses.replace(q, recipe=with_outliers, outliers=(codes, indices)), solution.solved
+    return dataclasses.replace(q, recipe=with_outliers, outliers=(codes, indices)), solution
 
 
 class _InputSplit(NamedTuple):
@@ -233,12 +233,12 @@ def _solve_rounded(
       The solution, and A.
     """
     rounded, floats = split
-    mean = jnp.mean(jnp.diagonal(hessian))
-    damped = hessian + options.settings.damping * mean * jnp.eye(len(hessian), dtype=jnp.float32)
+    damped, damping = damped_hessian(hessian, options.settings.damping)
     between = damped[floats][:, rounded]
     factor = jax.scipy.linalg.cho_factor(damped[floats][:, floats])
     feedback = jax.scipy.linalg.cho_solve(factor, between)
     product = jnp.matmul(between.T, feedback, precision=lax.Precision.HIGHEST)
     schur = damped[rounded][:, rounded] - product
     settings = options.settings._replace(damping=0.0)
-    return solve(weight, levels, schur, None, options.recipe, settings), feedback
+    solution = solve(weight, levels, schur, None, options.recipe, settings)
+    return solution._replace(damping=damping), feedback

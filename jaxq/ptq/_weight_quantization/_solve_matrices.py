@@ -24,6 +24,9 @@ class SolvedMatrices(NamedTuple):
       grid_values: the chosen grid values minus the zero points, `[matrices, inputs, outputs]`.
       nearest_loss: the loss of the nearest levels, `[matrices]`.
       solved_loss: the loss of the chosen levels, `[matrices]`.
+      nearest_objective: the loss of the nearest levels against the outputs of the float model, up
+        to a constant, `[matrices]`. It differs from the loss only if the input has a known drift.
+      solved_objective: the same of the chosen levels, `[matrices]`.
       power: the squared norm of the outputs, `tr(W^T H W)`, `[matrices]`.
       damping: the damping that the solver used, `[matrices]`.
       solved: False where the solver found no solution, `[matrices]`.
@@ -34,6 +37,8 @@ class SolvedMatrices(NamedTuple):
     grid_values: jax.Array
     nearest_loss: jax.Array
     solved_loss: jax.Array
+    nearest_objective: jax.Array
+    solved_objective: jax.Array
     power: jax.Array
     damping: jax.Array
     solved: jax.Array
@@ -94,7 +99,7 @@ def _solve_with_one_recipe(problem: Problem, recipe: Recipe, solver: Solver) -> 
             return output_error(values_of(grid_values, levels, recipe) - weight, hessian)
 
         def objective(grid_values: jax.Array) -> jax.Array:
-            """Returns the loss against the float model's outputs, up to a constant."""
+            """Returns the objective of grid values."""
             if statistics.drift is None:
                 return loss(grid_values)
             error = values_of(grid_values, levels, recipe) - weight
@@ -103,12 +108,15 @@ def _solve_with_one_recipe(problem: Problem, recipe: Recipe, solver: Solver) -> 
 
         solution = solver.solve(problem, recipe)
         nearest_loss, solved_loss = loss(nearest), loss(solution.grid_values)
-        worse = objective(solution.grid_values) > objective(nearest)
+        nearest_objective, solved_objective = objective(nearest), objective(solution.grid_values)
+        worse = solved_objective > nearest_objective
         grid_values = jnp.where(worse, nearest, solution.grid_values)
         return SolvedMatrices(
             grid_values=grid_values,
             nearest_loss=nearest_loss,
             solved_loss=jnp.where(worse, nearest_loss, solved_loss),
+            nearest_objective=nearest_objective,
+            solved_objective=jnp.where(worse, nearest_objective, solved_objective),
             power=output_error(weight, hessian),
             damping=solution.damping,
             solved=solution.solved,

@@ -114,22 +114,23 @@ def _solve_with_search(
     problem = stack.problem
     starts = {key: leaves.state(key).start for key in stack.view.keys}
     _search_scales(stack, starts, leaves, search)
-    nearest_loss = solve_matrices(problem, stack.recipes, RTN()).nearest_loss
+    nearest = solve_matrices(problem, stack.recipes, RTN())
     new = stack.retrace()
     matrices = solve_matrices(new.problem, stack.recipes, solver)
+    before, after = nearest.nearest_objective, matrices.solved_objective
     worse = [
         indices
         for _, indices in stack.recipes
-        if not bool(jnp.sum(matrices.solved_loss[indices]) <= jnp.sum(nearest_loss[indices]))
+        if not bool(jnp.sum(after[indices]) <= jnp.sum(before[indices]))
     ]
     if not worse:
-        return SolvedWeight(new.view, matrices._replace(nearest_loss=nearest_loss), "")
+        return SolvedWeight(new.view, matrices._replace(nearest_loss=nearest.nearest_loss), "")
     for key, start in starts.items():
         if any(stack.shares[key.leaf][indices].any() for indices in worse):
             leaves.rescale(key, start)
     new = stack.retrace()
     matrices = solve_matrices(new.problem, stack.recipes, solver)._replace(
-        nearest_loss=nearest_loss
+        nearest_loss=nearest.nearest_loss
     )
     count = f"{len(worse)} of {len(stack.recipes)} recipes: " if len(stack.recipes) > 1 else ""
     return SolvedWeight(new.view, matrices, f"{count}the searched scales have a larger loss")
@@ -189,14 +190,14 @@ def _solve_with_owq(stack: WeightStack, leaves: Leaves, solver: OWQ) -> SolvedWe
     if result is None:
         matrices = solve_matrices(problem, stack.recipes, solver)
         return SolvedWeight(view, matrices, "no inputs are stored as outliers")
-    q, is_solved = result
+    q, solution = result
     nearest_loss = solve_matrices(problem, stack.recipes, RTN()).nearest_loss
     leaves.rescale(key, q)
     new = stack.retrace()
     chosen = new.problem._replace(nearest=stack.layout.matrices(view.move(grid_values_of(q))))
     matrices = solve_matrices(chosen, stack.recipes, RTN())
-    if bool(is_solved) and bool(jnp.sum(matrices.solved_loss) <= jnp.sum(nearest_loss)):
-        damping = jnp.full_like(nearest_loss, solver.damping)
+    if bool(solution.solved) and bool(jnp.sum(matrices.solved_loss) <= jnp.sum(nearest_loss)):
+        damping = jnp.full_like(nearest_loss, solution.damping)
         return SolvedWeight(
             new.view, matrices._replace(nearest_loss=nearest_loss, damping=damping), ""
         )

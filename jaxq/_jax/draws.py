@@ -85,8 +85,9 @@ def fold_in(keys: jax.Array, numbers: Any) -> jax.Array:
 
 def one_of(keys: jax.Array, i: int | jax.Array) -> Any:
     """Returns `keys[i]` for a position on the first axis, a number or a uint32 scalar."""
-    index = lax.index_in_dim if isinstance(i, int) else lax.dynamic_index_in_dim
-    return index(keys, i, keepdims=False)
+    if isinstance(i, int):
+        return lax.index_in_dim(keys, i, keepdims=False)
+    return lax.dynamic_index_in_dim(keys, i, keepdims=False)
 
 
 def _typed(key: Any) -> jax.Array:

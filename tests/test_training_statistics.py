@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -369,7 +370,7 @@ def test_blame_needs_a_quantized_product():
         blame(layers, [])(PARAMS, X)
 
 
-def error_in_float64(samples, f) -> list[float]:
+def error_in_float64(samples, f) -> list[Any]:
     """Returns the fields of `GradientError`."""
     g, f = np.asarray(samples, np.float64), np.asarray(f, np.float64)
     m, norm = g.mean(0), np.linalg.norm

@@ -25,7 +25,8 @@ class Values(NamedTuple):
     """The quantized values of a split tensor, with intermediate results.
 
     Attributes:
-      y: the values, in the tensor's dtype like the next four.
+      y: the values, in the tensor's dtype.
+      wide: the values in float32, before they are rounded to the tensor's dtype.
       low: the low end of the range; -inf at outliers.
       high: the high end of the range; inf at outliers.
       below: the lower neighbor on the grid of each element; None if not needed.
@@ -36,6 +37,7 @@ class Values(NamedTuple):
     """
 
     y: jax.Array
+    wide: jax.Array
     low: jax.Array
     high: jax.Array
     below: jax.Array | None
@@ -120,12 +122,8 @@ def quantized_values(
             for none, end in ((-np.inf, low), (np.inf, high))
         )
         pair = tuple(None if v is None else where(is_outlier, y, v) for v in pair)
-    low, high = (as_dtype(end, x.dtype) for end in (low, high))
-    y, below, above = (
-        None if a is None else as_dtype(a, x.dtype, overflow="propagate") for a in (y, *pair)
-    )
-    assert y is not None
-    return Values(y, low, high, below, above, values, scales, is_outlier)
+    rounded = as_dtype(y, x.dtype, overflow="propagate")
+    return Values(rounded, y, low, high, *pair, values, scales, is_outlier)
 
 
 def scales_of(

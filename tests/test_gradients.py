@@ -187,7 +187,8 @@ def test_scales_and_zero_points_match_formula(kind: str):
 @pytest.mark.parametrize("dtype", ["bfloat16", data.slow("float16")])
 def test_narrow_inputs_match_formula(dtype: str):
     """Uses int8 with a scale for which neither ends nor neighbors are numbers of the dtype."""
-    values, scale, rng = jaxq.Recipe("int8").element.values, np.float32(0.0713), np.random.default_rng(0)
+    values, scale = jaxq.Recipe("int8").element.values, np.float32(0.0713)
+    rng = np.random.default_rng(0)
     x = jnp.asarray(rng.uniform(-1.02, 1.02, 4096) * 127 * scale, jnp.dtype(dtype))
     cotangent = jnp.asarray(rng.standard_normal(4096), jnp.dtype(dtype))
 

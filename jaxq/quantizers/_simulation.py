@@ -112,7 +112,7 @@ def quantized_values(
     scales = scales_of(rest, given, key, recipe, cut)
     values = grid_values(rest, scales, key, recipe, given=isinstance(given, Given))
     y = restored(values, scales.step, scales.minimum, recipe)
-    pair = interval(rest, scales, recipe) if around else (None, None)
+    below, above = interval(rest, scales, recipe) if around else (None, None)
     low, high = scales.low, scales.high
     if recipe.outliers is not None:  # Outliers are not clipped.
         y = cut.split(recipe.outliers.put(cut.merge(y), outliers))
@@ -121,9 +121,19 @@ def quantized_values(
             where(is_outlier, np.float32(none), jnp.broadcast_to(end, is_outlier.shape))
             for none, end in ((-np.inf, low), (np.inf, high))
         )
-        pair = tuple(None if v is None else where(is_outlier, y, v) for v in pair)
-    rounded = as_dtype(y, x.dtype, overflow="propagate")
-    return Values(rounded, y, low, high, *pair, values, scales, is_outlier)
+        if below is not None and above is not None:
+            below, above = where(is_outlier, y, below), where(is_outlier, y, above)
+    return Values(
+        y=as_dtype(y, x.dtype, overflow="propagate"),
+        wide=y,
+        low=low,
+        high=high,
+        below=below,
+        above=above,
+        grid_values=values,
+        scales=scales,
+        is_outlier=is_outlier,
+    )
 
 
 def scales_of(

@@ -168,8 +168,9 @@ def test_absmax_and_extremum_scales_match_numpy():
     assert_same(calibration.finalize(run(xs, r), r).scale[0], top / np.float32(-8))
 
 
-def test_ema_corrects_the_bias_of_its_start():
-    xs, decay = batches(), 0.9
+@pytest.mark.parametrize("decay", [0.9, 0.99999])
+def test_ema_corrects_the_bias_of_its_start(decay: float):
+    xs = batches()
     r = recipe(CALIBRATORS["ema"].__class__(decay))
     average = 0.0
     for i, x in enumerate(xs):

@@ -184,6 +184,37 @@ def test_scales_and_zero_points_match_formula(kind: str):
         np.testing.assert_allclose(pushed, pulled, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", data.slow("float16")])
+def test_narrow_inputs_match_formula(dtype: str):
+    """Uses int8 with a scale for which neither ends nor neighbors are numbers of the dtype."""
+    values, scale = jaxq.Recipe("int8").element.values, np.float32(0.0713)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.uniform(-1.02, 1.02, 4096) * 127 * scale, jnp.dtype(dtype))
+    cotangent = jnp.asarray(rng.standard_normal(4096), jnp.dtype(dtype))
+
+    @jax.jit
+    def of_all(x, scale, cotangent):
+        def gradients(rule):
+            recipe = jaxq.Recipe("int8", gradient=rule)
+            return jax.vjp(lambda x, s: jaxq.fake_quant(x, recipe, scale=s), x, scale)[1](cotangent)
+
+        return {name: gradients(name) for name in ESTIMATORS}
+
+    u, c = np.float64(x) / np.float64(scale), np.float64(cotangent)
+    level = nearest(u, values)
+    assert (np.abs(u - np.floor(u) - 0.5) > 1e-6).all()
+    for name, (dx, ds) in of_all(x, jnp.float32(scale), cotangent).items():
+        slope = SLOPES[name](u, values)
+        np.testing.assert_allclose(np.float64(dx), slope * c, rtol=1e-2, atol=1e-4, err_msg=name)
+        d_scale = level - slope * u
+        if name == "pact":
+            d_scale = np.where(slope == 1, 0, level)
+        if name == "lsq":
+            d_scale = d_scale / np.sqrt(x.size * 127)
+        error = np.abs(d_scale * c).sum() * 1e-5
+        np.testing.assert_allclose(ds, (d_scale * c).sum(), atol=error, err_msg=name)
+
+
 def test_lsq_matches_paper():
     """Compares with LSQ's equation 3 and gradient scale, in the symbols of the paper."""
     v, s, qn, qp = numbers((40,)), np.float32(0.4), 8, 7

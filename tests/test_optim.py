@@ -1,6 +1,7 @@
 """Low-precision optimizers against formulas in NumPy, and in combination with optax."""
 
 import fractions
+import inspect
 import io
 import math
 
@@ -391,19 +392,26 @@ class TestQuantizedState:
             (optax.contrib.dog(1.0), ["init_params"]),
             (optax.contrib.dowg(1.0), ["init_params"]),
             (optax.scale_by_distance_over_gradients(), ["init_params"]),
-            (optax.contrib.madgrad(1e-3), ["x0"]),
+            (optax.contrib.madgrad(1e-3), ["x0", "s"]),
             (optax.contrib.mechanize(optax.adam(1e-3)), ["x0"]),
-            (optax.contrib.cocob(), ["init_particles"]),
+            (
+                optax.contrib.cocob(),
+                ["init_particles", "cumulative_gradients", "subgradients", "reward"],
+            ),
+            (optax.contrib.momo(), ["exp_avg"]),
+            (optax.contrib.momo_adam(), ["exp_avg"]),
+            (optax.rmsprop(1e-3, centered=True), ["mu", "nu"]),
+            (optax.lbfgs(), ["params", "updates", "grad"]),
             (optax.contrib.schedule_free(optax.adam(1e-3), 1e-3), ["z"]),
             (optax.contrib.sam(optax.sgd(1e-3, 0.9), optax.sgd(1e-2), sync_period=2), ["cache"]),
             (optax.scale_by_lbfgs(), ["params", "updates"]),
         ],
         ids=[
-            *("prodigy", "dog", "dowg", "distance", "madgrad", "mechanic", "cocob"),
-            *("schedule_free", "sam", "lbfgs"),
+            *("prodigy", "dog", "dowg", "distance", "madgrad", "mechanic", "cocob", "momo"),
+            *("momo_adam", "centered", "lbfgs", "schedule_free", "sam", "scale_by_lbfgs"),
         ],
     )
-    def test_copies_of_parameters_are_not_quantized(self, tx, fields: list[str]):
+    def test_arrays_that_need_precision_are_not_quantized(self, tx, fields: list[str]):
         """Checks each field, and that a parameter of that name is quantized in a moment."""
         names = [*fields, "w"]
         params = dict.fromkeys(names, jax.ShapeDtypeStruct((64, 64), jnp.float32))
@@ -423,9 +431,14 @@ class TestQuantizedState:
             optax.contrib.prodigy(),
             data.slow(optax.contrib.mechanize(optax.adam(1e-3))),
             data.slow(optax.chain(optax.scale_by_lbfgs(), optax.scale(-0.1))),
+            data.slow(optax.contrib.madgrad(1e-2)),
+            optax.contrib.cocob(),
+            optax.sm3(0.1),
+            data.slow(optax.rmsprop(1e-3, centered=True)),
         ],
+        ids=["prodigy", "mechanic", "lbfgs", "madgrad", "cocob", "sm3", "centered"],
     )
-    def test_optimizers_that_compare_parameters_learn_with_quantized_states(self, tx):
+    def test_optimizers_learn_with_quantized_states(self, tx):
         """Compares the final loss of a regression with that of the float state."""
         x, target = data.normal((128, 64)), data.normal((64, 64), 1) / 8
         start = {"w": data.normal((64, 64), 2) / 8}
@@ -444,6 +457,87 @@ class TestQuantizedState:
             return float(jax.jit(lambda: jax.lax.scan(step, init, length=200)[1][-1])())
 
         assert final(optim.quantize_state(tx)) < 4 * final(tx)
+
+    @pytest.mark.parametrize(
+        "name",
+        data.each(
+            [
+                *("adadelta", "adafactor", "adagrad", "adam", "adamax", "adan", "adabelief"),
+                *("amsgrad", "lamb", "nadam", "novograd", "radam", "rmsprop", "sm3", "yogi"),
+                *("contrib.acprop", "contrib.ademamix", "contrib.adopt", "contrib.cocob"),
+                *("contrib.dadapt_adamw", "contrib.madgrad", "contrib.prodigy"),
+                *("contrib.simplified_ademamix", "contrib.sophia"),
+            ],
+            ["sm3", "contrib.sophia"],
+        ),
+    )
+    def test_unsigned_formats_hold_no_negative_numbers(self, name: str):
+        """Looks at the float states of optax's optimizers after steps with random gradients."""
+        module, _, name = name.rpartition(".")
+        maker = getattr(optax.contrib if module else optax, name)
+        needs_rate = next(iter(inspect.signature(maker).parameters)) == "learning_rate"
+        tx = optax.with_extra_args_support(maker(1e-3) if needs_rate else maker())
+        params = {"w": jnp.zeros((64, 64))}
+        small = jax.eval_shape(optim.quantize_state(tx).init, params).inner
+        more = {"obj_fn": lambda p: jnp.cos(p["w"] @ p["w"]).sum()}
+
+        @jax.jit
+        def steps():
+            state = tx.init(params)
+            for step in range(3):
+                _, state = tx.update(gradients(step, params), state, params, **more)
+            return state
+
+        kinds = jaxq.Quantized | Flattened | Squared
+        leaves, _ = jax.tree.flatten(small, is_leaf=lambda leaf: isinstance(leaf, kinds))
+        for leaf, x in zip(leaves, jax.tree.leaves(steps()), strict=True):
+            if isinstance(leaf, kinds) and leaf.recipe.element.min >= 0:
+                assert (np.asarray(x) >= 0).all()
+
+    def test_divisors_of_cocob_do_not_become_zero(self):
+        """Uses gradients that are zero except for one element, so that others keep a tiny scale."""
+        tx = optim.quantize_state(optax.contrib.cocob())
+        params = {"w": jnp.ones((64, 64))}
+        g = {"w": jnp.zeros((64, 64)).at[0, 0].set(1e3)}
+
+        @jax.jit
+        def steps():
+            state = tx.init(params)
+            for _ in range(2):
+                updates, state = tx.update(g, state, params)
+            return updates["w"]
+
+        updates = np.asarray(steps())
+        assert updates[0, 0] < 0
+        assert (updates.ravel()[1:] == 0).all()
+
+    @pytest.mark.parametrize(
+        "search",
+        [
+            optax.scale_by_backtracking_linesearch(15, store_grad=True),
+            data.slow(optax.scale_by_zoom_linesearch(15)),
+        ],
+        ids=["backtracking", "zoom"],
+    )
+    def test_gradients_of_line_searches_are_read_from_the_state(self, search):
+        """Compares every parameter with those of the float state, bit for bit."""
+        x = data.normal((16, 64))
+        loss = lambda params: jnp.mean(jnp.square(x @ params["w"] - 1))
+        value_and_grad = optax.value_and_grad_from_state(loss)
+
+        def final(tx):
+            def step(carry, _):
+                params, state = carry
+                value, g = value_and_grad(params, state=state)
+                more = {"value": value, "grad": g, "value_fn": loss}
+                updates, state = tx.update(g, state, params, **more)
+                return (optax.apply_updates(params, updates), state), None
+
+            start = {"w": jnp.zeros((64, 64))}
+            return jax.jit(lambda: jax.lax.scan(step, (start, tx.init(start)), length=3)[0][0])()
+
+        tx = optax.chain(optax.sgd(1.0), search)
+        assert_same_trees(final(optim.quantize_state(tx)), final(tx))
 
     def test_multi_steps_inside_quantizes_accumulated_gradients(self):
         """Compares the two orders of `quantize_state` and `optax.MultiSteps`."""

@@ -104,11 +104,13 @@ def test_bad_budgets_are_errors(call, message: str):
         ("relative", 0.0, "Remove weights without such a score, or use by='loss'"),
         ("relative", np.nan, r"Remove weights without such a score\.$"),
         ("loss", np.nan, r"Remove weights without such a score\.$"),
+        ("loss", np.inf, r"Remove weights without such a score\.$"),
     ],
 )
 def test_remedy_for_missing_scores_helps(by: str, loss: float, remedy: str):
     scores = ptq.Scores((ptq.Score("w", None, nbytes=64, loss=loss, relative=np.nan),))
-    with pytest.raises(ValueError, match=f"got NaN for 'w'. {remedy}"):
+    got = "an infinity" if by == "loss" and np.isinf(loss) else "NaN"
+    with pytest.raises(ValueError, match=f"got {got} for 'w'. {remedy}"):
         ptq.budget(scores, 1e6, by=by)
 
 
@@ -199,9 +201,58 @@ def test_scores_by_gradient_weight_errors_of_outputs_by_the_gradient_of_the_loss
         np.testing.assert_allclose(actual, [*values, 0.0], rtol=2e-3)
     assert ptq.budget(scores, 500).damage > 0
     plain = ptq.Scores(tuple(dataclasses.replace(row, gradient=np.nan) for row in scores.rows))
-    with pytest.raises(ValueError, match="must have numbers in 'gradient', got NaN"):
+    with pytest.raises(ValueError, match="must have finite numbers in 'gradient', got NaN"):
         ptq.budget(plain, 500)
     with pytest.raises(ValueError, match=r"must return a scalar loss, got .*\(10, 8\)"):
         ptq.sensitivity(lambda w, x: x @ w, ["int8_channel"], gradient=True)(
             params["in"][0], batches
         )
+
+
+@pytest.mark.unoptimized
+@pytest.mark.parametrize("transposed", [False, True])
+def test_padding_has_no_gradient_scores(transposed: bool):
+    """Compares scores of batches padded with NaN with those of the tokens alone."""
+    rng = np.random.default_rng(0)
+    params = {n: rng.standard_normal((8, 8)).astype(np.float32) for n in ("up", "down")}
+    tokens = [rng.standard_normal((10, 8)).astype(np.float32) for _ in range(2)]
+    padded = [
+        {"x": np.pad(x, ((0, 6), (0, 0)), constant_values=np.nan), "mask": np.arange(16) < 10}
+        for x in tokens
+    ]
+
+    def model(params, x):
+        if transposed:
+            return (params["down"].T @ jnp.tanh(params["up"].T @ x.T)).T
+        return jnp.tanh(x @ params["up"]) @ params["down"]
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(model(params, x)))
+
+    def padded_loss(params, batch):
+        y = model(params, batch["x"])
+        return jnp.sum(jnp.where(batch["mask"][:, None], jnp.square(y), 0))
+
+    candidates = ["int8_channel", "int4_channel"]
+    want = ptq.sensitivity(loss, candidates, gradient=True)(params, tokens)
+    score = ptq.sensitivity(padded_loss, candidates, gradient=True, mask=lambda b: b["mask"])
+    got = score(params, padded)
+    assert len(got.rows) == 4
+    for a, b in zip(got.rows, want.rows, strict=True):
+        np.testing.assert_allclose(a.gradient, b.gradient, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        (lambda loss: jnp.sqrt(loss * 0), "nan"),
+        (lambda loss: loss * 1e25, "inf"),
+    ],
+)
+def test_gradient_scores_that_are_not_finite_are_errors(change, value: str):
+    w, x = np.random.default_rng(0).standard_normal((2, 8, 8)).astype(np.float32)
+    loss = lambda w, x: change(jnp.sum(jnp.square(x @ w)))
+    message = rf"gradient scores must be finite, but that of dot_general .* is {value} in batch 0"
+    with pytest.raises(ValueError, match=message) as error:
+        ptq.sensitivity(loss, ["int4_tensor"], gradient=True)(w, [x])
+    assert len(str(error.value)) <= 400

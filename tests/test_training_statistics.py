@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -369,21 +370,48 @@ def test_blame_needs_a_quantized_product():
         blame(layers, [])(PARAMS, X)
 
 
-def test_gradient_errors_match_numpy():
-    f = normal(0, 6, 5)
-    samples = f[None] + normal(1, 7, 6, 5) * np.float32(0.1) + np.float32(0.02)
-    got = gradient_errors({"w": samples * 1e-30}, {"w": f * 1e-30}, sampled=True)["w"]
+def error_in_float64(samples, f) -> list[Any]:
+    """Returns the fields of `GradientError`."""
     g, f = np.asarray(samples, np.float64), np.asarray(f, np.float64)
-    m, size = g.mean(0), np.linalg.norm(f)
-    want = (
-        (m * f).sum() / np.linalg.norm(m) / size,
-        np.linalg.norm(m) / size,
-        np.linalg.norm(m - f) / size,
-        np.sqrt(((g - m) ** 2).sum() / 7) / size,
-    )
-    np.testing.assert_allclose(got, want, rtol=1e-4)
+    m, norm = g.mean(0), np.linalg.norm
+    size = norm(f)
+    deviation = np.sqrt(((g - m) ** 2).sum() / len(g))
+    return [
+        (m * f).sum() / (norm(m) * size),
+        norm(m) / size,
+        norm(m - f) / size,
+        deviation / size,
+    ]
+
+
+def test_gradient_errors_match_numpy():
+    f = np.asarray(normal(0, 6, 5))
+    samples = f[None] + np.asarray(normal(1, 7, 6, 5)) * np.float32(0.1) + np.float32(0.02)
+    for of_f, factor in ((1e-30, 1), (1, 1), (1e38, 1), (1, 1e25), (1, 1e-25)):
+        size = np.float32(of_f / np.abs(samples).max())
+        exact, given = f * size, samples * size * np.float32(factor)
+        got = gradient_errors({"w": given}, {"w": exact}, sampled=True)["w"]
+        np.testing.assert_allclose(got, error_in_float64(given, exact), rtol=1e-4)
     with pytest.raises(ValueError, match="must have the shape"):
         gradient_errors({"w": jnp.ones(3)}, {"w": jnp.ones(2)})
+
+
+def test_relative_errors_of_zeros_are_infinite_or_zero():
+    zero, one = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}
+    assert gradient_errors(one, zero)["w"] == (0, np.inf, np.inf, 0)
+    assert gradient_errors(zero, zero)["w"] == (0, 0, 0, 0)
+    assert update_statistics(one, zero)["w"].ratio == np.inf
+    assert update_statistics(zero, zero)["w"].ratio == 0
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-20, 1e20, 1e38])
+def test_ratios_of_updates_match_numpy_at_every_magnitude(size: float):
+    p = np.random.default_rng(0).uniform(0.3, 1, (2, 7, 5)).astype(np.float32) * np.float32(size)
+    for factor in (1, 1e-2):
+        u = p[1] * np.float32(factor)
+        got = update_statistics({"w": u}, {"w": p[0]})["w"].ratio
+        want = np.linalg.norm(u.astype(np.float64)) / np.linalg.norm(p[0].astype(np.float64))
+        np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_swamped_bfloat16_updates_are_found():

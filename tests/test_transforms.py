@@ -193,6 +193,24 @@ def test_vmap_and_jvp_of_a_quantized_function_match_formulas():
     np.testing.assert_allclose(moved, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("recipe", ["int8_tensor", "int8_token"])
+def test_scales_span_a_vmap_inside_the_function_but_not_around_it(recipe: str):
+    """Multiplies by the identity, so that the results are the quantized inputs."""
+    x = data.normal((4, 3, 8)) * jnp.float32([1, 10, 100, 0.1])[:, None, None]
+    eye, rules = jnp.eye(8), [("", jaxq.ProductRecipe(recipe, None))]
+    one = jaxq.quantize_fn(lambda w, x: x @ w, rules)
+    many = jaxq.quantize_fn(lambda w, x: jax.vmap(lambda x: x @ w)(x), rules)
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"mesh": mesh, "in_specs": (P(), P("batch")), "out_specs": P("batch")}
+    on_devices = jaxq.quantize_fn(jax.shard_map(lambda w, x: x @ w, **specs), rules)
+    separate = np.stack([jaxq.fake_quant(part, recipe) for part in x])
+    assert_same(many(eye, x), jaxq.fake_quant(x, recipe))
+    assert_same(jax.vmap(one, (None, 0))(eye, x), separate)
+    assert_same(on_devices(eye, x), separate)
+    assert_same(jax.shard_map(one, **specs)(eye, x), separate)
+    assert np.array_equal(separate, many(eye, x)) == (recipe == "int8_token")
+
+
 def test_rules_select_convolutions_by_scope_and_quantize_outputs():
     x, w = jnp.ones((1, 3, 6, 6)), {"k": jnp.full((4, 3, 3, 3), 0.37)}
 

@@ -16,14 +16,13 @@ from jaxq.numerics import cast
 
 __all__ = ["GradientError", "UpdateStatistics", "gradient_errors", "update_statistics"]
 
-_TINY = np.finfo(np.float32).tiny
-
 
 @named_tuple
 class GradientError(NamedTuple):
     """The error of a parameter's gradient relative to an exact one: float32 scalars.
 
-    With samples g_i of the gradient, their mean m and the exact gradient f:
+    With samples g_i of the gradient, their mean m and the exact gradient f; a ratio is 0 if both of
+    its norms are 0:
 
     Attributes:
       cosine: the cosine of the angle between m and f; 0 if one of them is 0.
@@ -82,18 +81,22 @@ def gradient_errors(
             )
         samples = (g if sampled else g[None]).astype(jnp.float32)
         f = f.astype(jnp.float32)
-        # Scale the values to magnitudes near 1, so that no square overflows or underflows.
-        unit = lax.max(jnp.abs(f).max(initial=0), jnp.float32(_TINY))
-        samples, f = samples / unit, f / unit
+        of_g, of_f = _unit(samples), _unit(f)
+        larger = lax.max(of_g, of_f)
+        samples, f = samples / of_g, f / of_f
         mean = samples.mean(0)
         mean_norm, exact_norm = _norm(mean), _norm(f)
         norm_product = mean_norm * exact_norm
         cosine = jnp.where(
             norm_product > 0, (mean * f).sum() / jnp.where(norm_product > 0, norm_product, 1), 0
         )
+        error = _norm(mean * (of_g / larger) - f * (of_f / larger))
         deviation = jnp.sqrt(((samples - mean[None]) ** 2).sum() / np.float32(samples.shape[0]))
         return GradientError(
-            cosine, mean_norm / exact_norm, _norm(mean - f) / exact_norm, deviation / exact_norm
+            cosine,
+            _ratio(mean_norm, exact_norm, of_g, of_f),
+            _ratio(error, exact_norm, larger, of_f),
+            _ratio(deviation, exact_norm, of_g, of_f),
         )
 
     return _by_path("gradient_errors", "gradient", of_leaf, gradient, exact)
@@ -104,7 +107,7 @@ class UpdateStatistics(NamedTuple):
     """The update of a parameter in relation to the parameter: float32 scalars.
 
     Attributes:
-      ratio: |update| / |parameter|.
+      ratio: |update| / |parameter|; infinite if only the parameter is 0, 0 if both are.
       swamped: the fraction of the nonzero elements of the update that do not change the parameter,
         because the sum rounds to the old value in the parameter's dtype.
 
@@ -154,14 +157,30 @@ def update_statistics(updates: Any, params: Any) -> dict[str, UpdateStatistics]:
         moving = wide != 0
         count = lax.max(moving.sum(dtype=jnp.int32), np.int32(1)).astype(jnp.float32)
         lost = (moving & (new == old)).sum(dtype=jnp.int32).astype(jnp.float32)
-        ratio = _norm(wide) / lax.max(_norm(old), dtype.type(_TINY))
+        units = _unit(wide), _unit(old)
+        ratio = _ratio(_norm(wide / units[0]), _norm(old / units[1]), *units)
         return UpdateStatistics(ratio.astype(jnp.float32), share(lost, count))
 
     return _by_path("update_statistics", "updates", of_leaf, updates, params)
 
 
+def _unit(x: jax.Array) -> jax.Array:
+    """Returns a magnitude near the largest, by which values are divided before they are squared.
+
+    It is at most 2^125, because XLA multiplies by its reciprocal, which must not be subnormal.
+    """
+    top = lax.min(jnp.abs(x).max(initial=0), x.dtype.type(2.0**125))
+    return jnp.where(top == 0, jnp.ones_like(top), top)
+
+
 def _norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt((x * x).sum())
+
+
+def _ratio(x: jax.Array, y: jax.Array, of_x: jax.Array, of_y: jax.Array) -> jax.Array:
+    """Returns the ratio of two norms, given in units of their own; 0 if both are 0."""
+    ratio = x / y * (of_x / of_y)
+    return jnp.where((x == 0) & (y == 0), jnp.zeros_like(ratio), ratio)
 
 
 def _by_path(

@@ -27,6 +27,9 @@ __all__ = ["GivenScales", "Gradient", "Snap", "attach", "passed", "wants_neighbo
 class Snap(NamedTuple):
     """The input and output of a snap, which an estimator receives: arrays that broadcast against x.
 
+    All are float32 (float64 for a cast of float64), so that a float16 or bfloat16 input is compared
+    with the exact ends of the range.
+
     Attributes:
       x: the input.
       y: the snapped value, with the shape and dtype of x.
@@ -107,15 +110,24 @@ def wants_neighbors(estimator: Gradient) -> bool:
     return getattr(estimator, "neighbors", False)
 
 
-def attach(estimator: Gradient, snap: Snap, scales: GivenScales | None = None) -> jax.Array:
+def attach(
+    estimator: Gradient, snap: Snap, scales: GivenScales | None, result: jax.Array
+) -> jax.Array:
     """Returns the snapped value with the derivative defined by an estimator.
 
     All gradients are defined here. The result is differentiable with respect to `snap.x` and, if
     `scales` is given, its scale, zero point and minimum; everything else counts as constant.
+
+    Args:
+      estimator: the estimator.
+      snap: its input.
+      scales: the given scales, or None.
+      result: `snap.y`, rounded to the dtype of the result.
     """
     if scales is not None and hasattr(estimator, "of_scales"):
         scales = estimator.of_scales(snap, scales)
-    return _attach(estimator, snap, scales)
+    y = _attach(estimator, snap, scales)
+    return y if result.dtype == y.dtype else passed(result, y)
 
 
 def passed(y: jax.Array, x: jax.Array) -> jax.Array:

@@ -120,12 +120,13 @@ def cast(
         traced, static = target, None
     constant, estimator = lax.stop_gradient(x), get_gradient(gradient)
     y = _cast(constant, random, traced, static, mode, overflow)
+    wide = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
     with np.errstate(over="ignore"):
-        low, high = (lax.convert_element_type(end, x.dtype) for end in (low, high))
-    snap = Snap(x, y, low, high)
+        low, high = (lax.convert_element_type(end, wide) for end in (low, high))
+    snap = Snap(x.astype(wide), widen(y), low, high)
     if wants_neighbors(estimator):
         snap = Snap(*snap[:4], *_neighbors(constant, traced, static))
-    return attach(estimator, snap)
+    return attach(estimator, snap, None, y)
 
 
 def encode(
@@ -221,13 +222,12 @@ def _encode(
 def _neighbors(
     x: jax.Array, grid: BinaryGrid | None, fmt: Format | BinaryGrid | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the two representable values that enclose each element."""
+    """Returns the two representable values that enclose each element, as `widen` converts it."""
     target, wide = grid if fmt is None else fmt, widen(x)
     assert target is not None
     with np.errstate(over="ignore"):
         low, high = (lax.convert_element_type(end, wide.dtype) for end in (target.min, target.max))
-    pair = enclosing(wide, low, high, lambda a, mode: _cast(a, None, grid, fmt, mode, "saturate"))
-    return as_dtype(pair[0], x.dtype), as_dtype(pair[1], x.dtype)
+    return enclosing(wide, low, high, lambda a, mode: _cast(a, None, grid, fmt, mode, "saturate"))
 
 
 def enclosing(

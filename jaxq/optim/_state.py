@@ -33,33 +33,61 @@ __all__ = ["ADAM8BIT", "QuantizedState", "quantize_state"]
 _WRAPPERS = r"^(\d+/|\w*state/|\w*states/[^/]+/)*"  # Indices of chains and fields of wrappers.
 
 SECOND_MOMENTS = (
-    _WRAPPERS + r"(nu|nu_max|n|sum_of_squares|grad_sum_sq|exp_avg_sq|e_g|e_x|v_row|v_col)(/|$)"
+    _WRAPPERS
+    + r"(nu|nu_max|n|sum_of_squares|grad_sum_sq|exp_avg_sq|e_g|e_x|v_row|v_col|signed_nu)(/|$)"
 )
-"""A regular expression for the paths of optax's second moments, which are never negative.
+"""A regular expression for the paths of optax's second moments and other divisors.
 
 It matches the names of optax's fields, preceded only by the indices of a chain and the fields of
 wrappers, so that a parameter called `nu` is not mistaken for a second moment. Before it matches
-this pattern, `quantize_state` replaces the names in `optax.named_chain` by indices and the name `v`
-in `optax.adafactor` by `nu`.
+this pattern, `quantize_state` replaces the names in `optax.named_chain` by indices, `nu` in
+`optax.contrib.sophia`, which may be negative, by `signed_nu`, and the names of other divisors by
+`nu`: `v` in `optax.adafactor`, `mu` in `optax.sm3`, and `scale` in `optax.contrib.cocob`.
 """
 
-_COPIES = (
-    _WRAPPERS
-    + r"(params0|init_params|x0|init_particles|z|cache|previous_params|previous_updates)(/|$)"
-)
-"""A regular expression for the paths of copies of parameters and gradients in optax's states.
+_SIGNED = _WRAPPERS + r"signed_nu(/|$)"
 
-Optimizers subtract these from current values, so a rounding error may exceed the difference.
+_EXACT = _WRAPPERS + r"(params0|init_params|x0|init_particles|z|cache|exact_\w+)(/|$)"
+"""A regular expression for the paths of arrays that the default rules do not quantize.
+
+Optimizers subtract these from current values, or compute parameters from them, so a rounding error
+may exceed the change of one step.
 """
 
 _RENAMED_FIELDS = {
     "FactoredState": {"v": "nu"},  # Adafactor; `v` of Adan is not a second moment.
-    "ScaleByLBFGSState": {"params": "previous_params", "updates": "previous_updates"},
+    "ScaleBySM3State": {"mu": "nu", "nu": "mu"},  # Here `nu` is the momentum of the updates.
+    "SophiaState": {"nu": "signed_nu"},  # Estimates of the diagonal of the Hessian.
+    "ScaleByLBFGSState": {"params": "exact_params", "updates": "exact_updates"},
+    # The sums of gradients, from which each step computes the parameters.
+    "MadgradState": {"s": "exact_s"},
+    "COCOBState": {
+        "cumulative_gradients": "exact_gradients",
+        "subgradients": "exact_magnitudes",
+        "reward": "exact_reward",
+        "scale": "nu",  # The largest gradients, by which a step divides.
+    },
+    # The product of `exp_avg` and the parameters is compared with the mean of exact products.
+    "MomoState": {"exp_avg": "exact_mean"},
+    "MomoAdamState": {"exp_avg": "exact_mean"},
+    # The variance of a centered RMSProp is the difference of its two moments.
+    "ScaleByRStdDevState": {"mu": "exact_mu", "nu": "exact_nu"},
+    "ScaleByRStdDevWithCountState": {"mu": "exact_mu", "nu": "exact_nu"},
+    # Arrays that functions of optax return to the user.
+    "ScaleByBacktrackingLinesearchState": {"grad": "exact_grad"},
+    "ScaleByZoomLinesearchState": {"grad": "exact_grad"},
+    "SnapshotState": {"measurement": "exact_measurement"},
+    "MonitorState": {"measurements": "exact_measurements"},
+    "PerElementMeanAndVarianceEMAState": {
+        "mean_grads_ema": "exact_mean",
+        "variance_grads_ema": "exact_variance",
+    },
 }
 """Unambiguous names of fields, by the names of optax's classes."""
 
 ADAM8BIT: LeafRules = (
-    (_COPIES, None),
+    (_EXACT, None),
+    (_SIGNED, Recipe("dynamic8", PerBlock(256))),
     (SECOND_MOMENTS, Recipe("udynamic8", PerBlock(256))),
     ("", Recipe("dynamic8", PerBlock(256))),
 )
@@ -147,10 +175,19 @@ def quantize_state(
     quantized as one flattened row whose last block may be shorter, so such blocks suit any shape.
     Every other granularity is applied to the array in its own shape.
 
-    The default rules do not quantize copies of parameters that an optimizer compares with current
-    ones, such as `params0` of `optax.contrib.prodigy`, `x0` of `mechanize`, `z` of `schedule_free`
-    and the previous parameters and gradients of `optax.scale_by_lbfgs`, because rounding errors may
-    exceed the difference. Rules of your own can exclude them by a pair such as `("params0", None)`.
+    The default rules do not quantize four kinds of arrays, because rounding errors may exceed the
+    change of one step. Rules of your own can exclude them by a pair such as `("params0", None)`.
+
+    - Copies of parameters and gradients that are compared with current ones: `params0` of
+      `optax.contrib.prodigy`, `x0` of `mechanize`, `z` of `schedule_free`, the previous parameters
+      and gradients of `optax.scale_by_lbfgs`.
+    - Sums of gradients from which each step computes the parameters: `s` of `madgrad`,
+      `cumulative_gradients`, `subgradients` and `reward` of `cocob`. With rounding to nearest,
+      parameters stopped moving.
+    - Moments in a difference: those of `optax.rmsprop(centered=True)`, and `exp_avg` of `momo` and
+      `momo_adam`.
+    - Arrays that you read from the state: the gradients of a line search, for
+      `optax.value_and_grad_from_state`, and measurements of `optax.snapshot` and `optax.monitor`.
 
     `quantize_state(optax.MultiSteps(tx, n).gradient_transformation())` quantizes the accumulated
     gradients at every micro-step; `optax.MultiSteps(quantize_state(tx), n)` does not.
@@ -177,8 +214,7 @@ def quantize_state(
     Rounding to nearest has two more effects. First, a moment that changes by less than half a
     level per step keeps its code until the block's scale changes; stochastic rounding preserves the
     change in the mean. Second, the lowest value of `dynamic8` is -0.993, so a negative extreme of a
-    block loses 0.7% of its magnitude per step. `optax.rmsprop(centered=True)` subtracts one
-    quantized moment from another and is not protected: leave its state in float32.
+    block loses 0.7% of its magnitude per step.
 
     Args:
       tx: any optimizer.
@@ -187,9 +223,10 @@ def quantize_state(
         lie along the last one.
       min_size: the smallest number of elements of a quantized array; 4096 by default.
       second_moments: a regular expression that is searched for in the paths of the state and
-        selects the arrays that are stored as square roots. The default matches the fields that hold
-        second moments in optax; `v` is one in `optax.adafactor`, but not in `optax.adan`. None
-        stores every array directly, which is safe only if no optimizer divides by one.
+        selects the arrays that are stored as square roots. The default matches the fields by which
+        optimizers of optax divide; `v` is one in `optax.adafactor`, but not in `optax.adan`, and
+        `nu` is none in `optax.sm3`. None stores every array directly, which is safe only if no
+        optimizer divides by one.
       key: a `jax.random` key, required if a recipe rounds stochastically. The state carries it from
         step to step as key data; each array and step draws different bits.
 

@@ -21,7 +21,7 @@ from jaxq._jax.meshes import as_first, automatic, spec_of
 from jaxq._jax.opaque import opaque
 from jaxq.formats import Format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
-from jaxq.numerics import BinaryGrid, pack, widen
+from jaxq.numerics import BinaryGrid, as_dtype, pack, widen
 from jaxq.quantizers._arguments import (
     ErrorWeights,
     Given,
@@ -223,7 +223,7 @@ def _fake_quant(
 ) -> jax.Array:
     estimator = get_gradient(recipe.gradient)
     snapped = _snap_tensor(x, given, key, Parts(grid, recipe), wants_neighbors(estimator))
-    return recipe.cut(x.shape).merge(attach(estimator, snapped.snap, snapped.scales))
+    return recipe.cut(x.shape).merge(attach(estimator, *snapped))
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
@@ -233,14 +233,22 @@ def _neighbors(
 ) -> tuple[jax.Array, jax.Array]:
     cut = recipe.cut(x.shape)
     snap = _snap_tensor(x, given, None, Parts(grid, recipe), True).snap
-    return cut.merge(snap.below), cut.merge(snap.above)
+    return cut.merge(_narrow(snap.below, x.dtype)), cut.merge(_narrow(snap.above, x.dtype))
+
+
+def _narrow(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Returns float32 values in a dtype, with the derivative of a conversion."""
+    if x.dtype == dtype:
+        return x
+    return passed(as_dtype(lax.stop_gradient(x), dtype, overflow="propagate"), x)
 
 
 class _SnappedTensor(NamedTuple):
-    """A snap, and the given scales with respect to which it is differentiable."""
+    """A snap, the given scales with respect to which it is differentiable, and its result."""
 
     snap: Snap
     scales: GivenScales | None
+    y: jax.Array
 
 
 def _snap_tensor(
@@ -258,13 +266,14 @@ def _snap_tensor(
     function = functools.partial(quantized_values, recipe=parts.recipe, around=around)
     constants = lax.stop_gradient((x, given, parts.grid))
     values: Values = opaque(function, *constants, key)
-    y, low, high, below, above = values[:5]
+    y, wide, low, high, below, above = values[:6]
     scales = None
     if isinstance(given, Given):
         scales = _given_scales(given, values, join_parts(*parts), cut)
         if below is not None and above is not None:
             below, above = scales.moved(below), scales.moved(above)
-    return _SnappedTensor(Snap(cut.split(x), y, low, high, below, above), scales)
+    snap = Snap(cut.split(x).astype(wide.dtype), wide, low, high, below, above)
+    return _SnappedTensor(snap, scales, y)
 
 
 def _given_scales(given: Given, values: Values, recipe: Recipe, cut: Cut) -> GivenScales:

@@ -25,7 +25,8 @@ class Values(NamedTuple):
     """The quantized values of a split tensor, with intermediate results.
 
     Attributes:
-      y: the values, in the tensor's dtype like the next four.
+      y: the values, in the tensor's dtype.
+      wide: the values in float32, before they are rounded to the tensor's dtype.
       low: the low end of the range; -inf at outliers.
       high: the high end of the range; inf at outliers.
       below: the lower neighbor on the grid of each element; None if not needed.
@@ -36,6 +37,7 @@ class Values(NamedTuple):
     """
 
     y: jax.Array
+    wide: jax.Array
     low: jax.Array
     high: jax.Array
     below: jax.Array | None
@@ -110,7 +112,7 @@ def quantized_values(
     scales = scales_of(rest, given, key, recipe, cut)
     values = grid_values(rest, scales, key, recipe, given=isinstance(given, Given))
     y = restored(values, scales.step, scales.minimum, recipe)
-    pair = interval(rest, scales, recipe) if around else (None, None)
+    below, above = interval(rest, scales, recipe) if around else (None, None)
     low, high = scales.low, scales.high
     if recipe.outliers is not None:  # Outliers are not clipped.
         y = cut.split(recipe.outliers.put(cut.merge(y), outliers))
@@ -119,13 +121,19 @@ def quantized_values(
             where(is_outlier, np.float32(none), jnp.broadcast_to(end, is_outlier.shape))
             for none, end in ((-np.inf, low), (np.inf, high))
         )
-        pair = tuple(None if v is None else where(is_outlier, y, v) for v in pair)
-    low, high = (as_dtype(end, x.dtype) for end in (low, high))
-    y, below, above = (
-        None if a is None else as_dtype(a, x.dtype, overflow="propagate") for a in (y, *pair)
+        if below is not None and above is not None:
+            below, above = where(is_outlier, y, below), where(is_outlier, y, above)
+    return Values(
+        y=as_dtype(y, x.dtype, overflow="propagate"),
+        wide=y,
+        low=low,
+        high=high,
+        below=below,
+        above=above,
+        grid_values=values,
+        scales=scales,
+        is_outlier=is_outlier,
     )
-    assert y is not None
-    return Values(y, low, high, below, above, values, scales, is_outlier)
 
 
 def scales_of(

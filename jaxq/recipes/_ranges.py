@@ -143,9 +143,13 @@ class Extremum:
 
 @named_tuple
 class Averages(NamedTuple):
-    """Decaying sums of ranges, and `left`, the weight that earlier data retain."""
+    """Decaying sums of ranges, and the sum of their weights.
 
-    left: jax.Array
+    The weight that earlier data retain is 1 - weight. It is not stored instead, because near 1 it
+    would leave few digits for the weight.
+    """
+
+    weight: jax.Array
     low: jax.Array
     high: jax.Array
 
@@ -181,27 +185,25 @@ class EMA:
     def measure(self, x: jax.Array, cut: Cut, two_sided: bool) -> Averages:
         """Returns a tensor's range times 1 - decay, its weight in the moving average."""
         ends = AbsMax().measure(x, cut, two_sided)
-        low, high = (rounded(end * np.float32(1 - self.decay)) for end in ends)
-        return Averages(jnp.full_like(high, self.decay), low, high)
+        weight = np.float32(1 - self.decay)
+        low, high = (rounded(end * weight) for end in ends)
+        return Averages(jnp.full_like(high, weight), low, high)
 
     def nothing(self, cut: Cut, two_sided: bool) -> Averages:
-        """Returns sums of 0, with all weight left."""
+        """Returns sums of 0."""
         del two_sided
         zero = filled(cut, np.float32(0))
-        return Averages(jnp.ones_like(zero), zero, zero)
+        return Averages(zero, zero, zero)
 
     def merge(self, first: Averages, second: Averages) -> Averages:
         """Returns the first state, decayed by the updates of the second, plus the second."""
-        return Averages(
-            rounded(first.left * second.left),
-            rounded(first.low * second.left) + second.low,
-            rounded(first.high * second.left) + second.high,
-        )
+        left = np.float32(1) - second.weight
+        return Averages(*(rounded(a * left) + b for a, b in zip(first, second, strict=True)))
 
     def finalize(self, state: Averages, fmt: Format, two_sided: bool) -> Range:
         """Returns the bias-corrected averages."""
         del fmt, two_sided
-        weight = where(state.left < 1, 1 - state.left, np.float32(1))
+        weight = where(state.weight > 0, state.weight, np.float32(1))
         # `finite` works on bits, so it also stops XLA on CPU from merging this division with the
         # next one.
         return finite(divide(state.low, weight)), finite(divide(state.high, weight))

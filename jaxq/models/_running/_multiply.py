@@ -1,6 +1,7 @@
 """Execution of one product by its assignment, with its keys, scales and histories."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -172,13 +173,33 @@ def _attach_scores(
     for recipe in assigned.scored_recipes:
         candidate = dataclasses.replace(assigned, recipe=recipe, scored_recipes=())
         error = _apply_recipes(eqn, candidate, inputs, Keys(), constants) - lax.stop_gradient(y)
-        errors.append(error.astype(jnp.float32))
+        errors.append(_without_padding(eqn, assigned, inputs, error.astype(jnp.float32)))
     return _with_scores(y, inputs.vectors[assigned.name], errors)
+
+
+def _without_padding(
+    eqn: Any, assigned: Assigned, inputs: ProductInputs, error: jax.Array
+) -> jax.Array:
+    """Returns the error of a result, with zeros for the tokens that the mask excludes.
+
+    `ptq` checks the mask for all products that it solves. No score is shown for others.
+    """
+    input_index = int(assigned.swapped)
+    free = contraction_of(eqn).axes[input_index].free
+    lengths = tuple(eqn.invars[input_index].aval.shape[axis] for axis in free)
+    if inputs.mask is None or inputs.mask.size != math.prod(lengths):
+        return error
+    outputs = (1,) * (error.ndim - len(lengths))
+    shape = (*outputs, *lengths) if assigned.swapped else (*lengths, *outputs)
+    return jnp.where(inputs.mask.reshape(shape), error, np.float32(0))
 
 
 @jax.custom_vjp
 def _with_scores(y: jax.Array, scores: jax.Array, errors: list[jax.Array]) -> jax.Array:
-    """Returns y; the gradient of `scores` is the sum of (cotangent * error)^2 for each error."""
+    """Returns y; the gradient of `scores` is the sum of (cotangent * error)^2 for each error.
+
+    Where an error is 0, as for padding, the cotangent may be a NaN.
+    """
     del scores, errors
     return y
 
@@ -190,7 +211,8 @@ def _scores_forward(y: jax.Array, scores: jax.Array, errors: list[jax.Array]) ->
 
 def _scores_backward(errors: list[jax.Array], cotangent: jax.Array) -> Any:
     wide = cotangent.astype(jnp.float32)
-    scores = jnp.stack([jnp.sum(jnp.square(wide * error)) for error in errors])
+    products = [jnp.where(error == 0, error, wide * error) for error in errors]
+    scores = jnp.stack([jnp.sum(jnp.square(product)) for product in products])
     return cotangent, scores, [jnp.zeros_like(error) for error in errors]
 
 

@@ -38,6 +38,12 @@ def quantize_fn(
     sees the original operands. Any other primitive that contains a program, such as a Pallas
     kernel, is left unchanged; `jaxq.explain` reports it.
 
+    Scales belong to the operands of a product of the traced function. A `vmap` within `fn` becomes
+    one product of the whole batch, so a scale per tensor spans the batch. `vmap` around the
+    quantized function gives each example its own scales. Scales per token and per channel, as in
+    `"w8a8"`, are the same in both cases. In a loop or a `shard_map`, within or around the function,
+    each iteration or device has scales of its own; shardings under `jit` do not change scales.
+
     A weight is a leaf of the parameters. It is recognized through transposes, reshapes,
     conversions, slices, splits, concatenations, and layers stacked for a scan. A value that is
     computed element by element from a leaf and other parameters is a weight too, such as a kernel

@@ -123,7 +123,8 @@ def budget(
     Raises:
       TypeError: if `groups` is a string.
       ValueError: if no choice fits (the message states the smallest possible budget); a group has
-        no common recipe; an expression is not valid or matches nothing; or `by` is unknown.
+        no common recipe; an expression is not valid or matches nothing; `by` is unknown; or a
+        score is not finite.
 
     Example:
       >>> import jaxq
@@ -145,16 +146,18 @@ def budget(
         )
     if not isinstance(nbytes, float | np.floating):
         nbytes = integer("budget", "nbytes", nbytes, "Pass a number of bytes, such as 4e9.")
-    unknown = next((row for row in scores.rows if math.isnan(getattr(row, by))), None)
+    unknown = next((row for row in scores.rows if not math.isfinite(getattr(row, by))), None)
     if unknown is not None:
+        is_missing = math.isnan(getattr(unknown, by))
         remedies = ["remove weights without such a score"]
-        if by == "gradient":
+        if by == "gradient" and is_missing:
             remedies[:0] = ["pass a loss and gradient=True to ptq.sensitivity"]
-        if not any(math.isnan(row.loss) for row in scores.rows):
+        if all(math.isfinite(row.loss) for row in scores.rows):
             remedies.append("use by='loss'")
         remedy = ", or ".join(remedies)
         raise ValueError(
-            f"budget: `scores` must have numbers in {by!r}, got NaN for {unknown.weight!r}. "
+            f"budget: `scores` must have finite numbers in {by!r}, got "
+            f"{'NaN' if is_missing else 'an infinity'} for {unknown.weight!r}. "
             f"{remedy[0].upper()}{remedy[1:]}."
         )
     options = [_options(scores, members, by) for members in _members(scores, groups)]

@@ -24,7 +24,10 @@ __all__ = ["gradient_scores"]
 
 
 def gradient_scores(
-    owner: str, plans: Sequence[ModelPlan], data: Sequence[Sequence[Any]]
+    owner: str,
+    plans: Sequence[ModelPlan],
+    data: Sequence[Sequence[Any]],
+    masks: Sequence[jax.Array | None],
 ) -> dict[int, np.ndarray]:
     """Returns `sum (G dY)^2` for each leaf, one number per plan.
 
@@ -37,9 +40,11 @@ def gradient_scores(
       owner: the name of the public function that was called, for errors.
       plans: the plans of one function, one per recipe.
       data: the arrays of each batch, with None for parameters.
+      masks: the mask of each batch, or None; outputs of masked tokens do not count.
 
     Raises:
-      ValueError: if the function does not return a single floating scalar.
+      ValueError: if the function does not return a single floating scalar, or if a score is not
+        finite.
     """
     first, *_ = plans
     results = first.traced.jaxpr.out_avals
@@ -52,6 +57,7 @@ def gradient_scores(
     chosen: list[Assigned | None] = [None] * len(first.products)
     leaves: dict[str, tuple[int, ...]] = {}
     zeros: dict[str, jax.Array] = {}
+    places: dict[str, str] = {}
     for n, product in enumerate(first.products):
         assigned = [plan.chosen[n] for plan in plans]
         weights = [None if a is None else weight_of(product, a) for a in assigned]
@@ -66,22 +72,31 @@ def gradient_scores(
         )
         leaves[product.name] = tuple(weights[0].origin.leaves.values()) if weights[0] else ()
         zeros[product.name] = jnp.zeros((*product.stacks, len(plans)), jnp.float32)
+        places[product.name] = product.where
     runnable = build_program(first.node, chosen)
 
     @jax.jit
-    def scores(zeros: dict[str, jax.Array], arrays: list[Any]) -> dict[str, jax.Array]:
+    def scores(
+        zeros: dict[str, jax.Array], arrays: list[Any], mask: jax.Array | None
+    ) -> dict[str, jax.Array]:
         def loss(vectors: dict[str, jax.Array]) -> jax.Array:
-            extra = ProductInputs(None, {}, {}, {}, vectors=vectors)
+            extra = ProductInputs(None, {}, {}, {}, mask=mask, vectors=vectors)
             return as_array(run_program(runnable, extra, arrays)[0][0])
 
         return jax.grad(loss)(zeros)
 
     sums: dict[int, np.ndarray] = {}
-    for batch in data:
+    for n, (batch, mask) in enumerate(zip(data, masks, strict=True)):
         pairs = zip(batch, first.traced.arrays, strict=True)
-        batch_scores = scores(zeros, [array if x is None else x for x, array in pairs])
+        batch_scores = scores(zeros, [array if x is None else x for x, array in pairs], mask)
         for name, values in batch_scores.items():
             total = np.asarray(values, np.float64).reshape(-1, len(plans)).sum(0)
+            if not np.isfinite(total).all():
+                raise ValueError(
+                    f"{owner}: gradient scores must be finite, but that of {places[name]} is "
+                    f"{total[~np.isfinite(total)][0]} in batch {n}. Pass a loss whose gradient is "
+                    "finite, scale the loss down if it is large, or use gradient=False."
+                )
             for leaf in leaves[name]:
                 sums[leaf] = sums.get(leaf, 0) + total / len(leaves[name])
     return sums

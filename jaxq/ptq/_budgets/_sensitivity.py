@@ -35,7 +35,7 @@ class Score:
       relative: the same loss relative to the power of the outputs, summed over products and layers.
       gradient: the sum of `(G dY)^2` over all outputs of its products, with their error dY and the
         gradient G of the loss with respect to them; NaN if it was not computed. Concatenated
-        weights have equal shares.
+        weights have equal shares. Outputs of masked tokens do not count.
       tokens: the number of tokens multiplied by the weight, in all layers. An expert that received
         no tokens has a loss of 0 with every recipe.
 
@@ -154,7 +154,7 @@ def sensitivity(
     Raises:
       TypeError: as in `jaxq.quantize_fn`.
       ValueError: as in `jaxq.ptq.quantize_weights`; if there are no candidates; or if `gradient` is
-        True and `fn` does not return a scalar.
+        True and `fn` does not return a scalar, or a gradient score is not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -195,7 +195,7 @@ def sensitivity(
             runner.solve_together(root, states)
             solved.append((recipe, solving))
         plans = [solving.planned for _, solving in solved]
-        gradients = gradient_scores(_OWNER, plans, data) if gradient else {}
+        gradients = gradient_scores(_OWNER, plans, data, calls.masks) if gradient else {}
         return Scores(tuple(_rows(solved, None in recipes, gradients)))
 
     return scored

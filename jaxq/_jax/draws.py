@@ -72,7 +72,9 @@ def split(keys: jax.Array, count: int) -> jax.Array:
     keys = _typed(keys)
     if not _written_out(keys):
         return _each(lambda key: jax.random.split(key, count), keys)
-    return _keys(jax.random.key_data(keys)[..., None, :], np.arange(count, dtype=np.uint32))
+    # JAX's `arange` would be a kernel of its own.
+    numbers = jnp.asarray(np.arange(count, dtype=np.uint32))
+    return _keys(jax.random.key_data(keys)[..., None, :], numbers)
 
 
 def fold_in(keys: jax.Array, numbers: Any) -> jax.Array:

@@ -58,7 +58,6 @@ def atomic(path: str | pathlib.Path, mode: str = "wb", *, owner: str = "save") -
     except BaseException:
         new.unlink(missing_ok=True)
         raise
-    remove_abandoned(path)
 
 
 def beside(target: pathlib.Path) -> pathlib.Path:

@@ -299,4 +299,3 @@ def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    remove_abandoned(target)

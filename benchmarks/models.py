@@ -135,7 +135,8 @@ def page(columns: dict[str, dict[str, float]], explained: float, scans: dict[str
 (`examples/language_model.py`, 8 rows of 128 bytes, gradient and AdamW included) under
 `jaxq.quantize_fn`, as a ratio to the time of the same model in float32 in the same run. Each time
 is that of the fastest of several interleaved rounds. Tracing and compiling are measured in
-processor time, which a busy machine changes little; a training step is measured in wall time.
+processor time, whose ratios differ by up to a fifth between runs; a training step is measured in
+wall time.
 
 The benchmark fails if a ratio exceeds its limit: {limits}.
 

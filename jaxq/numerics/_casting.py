@@ -14,7 +14,7 @@ from jaxq._base.bits import FloatLayout, where
 from jaxq._jax import draws
 from jaxq._jax.meshes import as_first, automatic
 from jaxq.formats import CodebookFormat, FloatFormat, Format, TaperedFormat, get_format
-from jaxq.gradients import Gradient, Snap, attach, get_gradient, wants_neighbors
+from jaxq.gradients import Gradient, Snap, attach, get_gradient, passed, wants_neighbors
 from jaxq.numerics import _codebooks
 from jaxq.numerics._binary import snap
 from jaxq.numerics._codecs import (
@@ -291,15 +291,11 @@ def as_dtype(
     return y.astype(dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def converted(y: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Returns `as_dtype(y, dtype)` with a derivative, which operations on bits do not have."""
-    return as_dtype(y, dtype)
-
-
-@converted.defjvp
-def _converted_jvp(dtype: np.dtype, primals: tuple, tangents: tuple) -> tuple:
-    return converted(primals[0], dtype), tangents[0].astype(dtype)
+def converted(y: jax.Array, dtype: np.dtype, *, overflow: Overflow = None) -> jax.Array:
+    """Returns the result of `as_dtype`, with the derivative of a conversion, which bits lack."""
+    if y.dtype == dtype:
+        return y
+    return passed(as_dtype(lax.stop_gradient(y), dtype, overflow=overflow), y)
 
 
 def _holds(dtype: np.dtype, value: float) -> bool:

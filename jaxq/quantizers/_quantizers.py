@@ -21,7 +21,7 @@ from jaxq._jax.meshes import as_first, automatic, spec_of
 from jaxq._jax.opaque import opaque
 from jaxq.formats import Format
 from jaxq.gradients import GivenScales, Snap, attach, get_gradient, passed, wants_neighbors
-from jaxq.numerics import BinaryGrid, as_dtype, pack, widen
+from jaxq.numerics import BinaryGrid, converted, pack, widen
 from jaxq.quantizers._arguments import (
     ErrorWeights,
     Given,
@@ -233,14 +233,8 @@ def _neighbors(
 ) -> tuple[jax.Array, jax.Array]:
     cut = recipe.cut(x.shape)
     snap = _snap_tensor(x, given, None, Parts(grid, recipe), True).snap
-    return cut.merge(_narrow(snap.below, x.dtype)), cut.merge(_narrow(snap.above, x.dtype))
-
-
-def _narrow(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Returns float32 values in a dtype, with the derivative of a conversion."""
-    if x.dtype == dtype:
-        return x
-    return passed(as_dtype(lax.stop_gradient(x), dtype, overflow="propagate"), x)
+    below, above = (converted(v, x.dtype, overflow="propagate") for v in (snap.below, snap.above))
+    return cut.merge(below), cut.merge(above)
 
 
 class _SnappedTensor(NamedTuple):

@@ -202,8 +202,7 @@ class Trainer:
         arguments: list[Any] = list(params)
         for i, x in values.items():
             leaf = self._leaves[i]
-            x = x if x.dtype == leaf.product_dtype else converted(x, leaf.product_dtype)
-            arguments[i] = StoredView(x, leaf.dtype)
+            arguments[i] = StoredView(converted(x, leaf.product_dtype), leaf.dtype)
         arguments += inputs
         results, _ = run_program(self._program, ProductInputs.empty(), arguments)
         return list(map(as_array, results))

@@ -292,7 +292,7 @@ def as_dtype(
 
 
 def converted(y: jax.Array, dtype: np.dtype, *, overflow: Overflow = None) -> jax.Array:
-    """Returns the result of `as_dtype`, with the derivative of a conversion, which bits lack."""
+    """Returns the result of `as_dtype` with a derivative, which operations on bits do not have."""
     if y.dtype == dtype:
         return y
     return passed(as_dtype(lax.stop_gradient(y), dtype, overflow=overflow), y)
